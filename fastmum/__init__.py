@@ -1,0 +1,35 @@
+"""fastmum: fast pretraining of MuM-style multi-view masked image encoders.
+
+The public names below are imported on first use, so that `import fastmum` costs next to nothing and needs no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastmum.model.config import PRESETS, ModelConfig
+    from fastmum.model.mum import MuM, MuMOutput
+
+__version__ = "0.1.0"
+__all__ = ["PRESETS", "ModelConfig", "MuM", "MuMOutput"]
+
+_HOME = {
+    "ModelConfig": "fastmum.model.config",
+    "PRESETS": "fastmum.model.config",
+    "MuM": "fastmum.model.mum",
+    "MuMOutput": "fastmum.model.mum",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastmum' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,48 @@
+"""Packaging of fastmum.
+
+The folder `kernels/` is installed as `fastmum.kernels`: a top-level package called `kernels` would
+shadow the one of that name on PyPI.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastmum/__init__.py").read_text(), re.M).group(1)
+
+setup(
+    name="fastmum",
+    version=VERSION,
+    description="Fast pretraining of MuM-style multi-view masked image encoders",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["fastmum", "fastmum.*"]), "fastmum.kernels"],
+    package_dir={"fastmum": "fastmum", "fastmum.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.10",
+        "triton>=3.4; sys_platform == 'linux'",
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "pillow>=10.3",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+        "natsort>=8.4",
+        "platformdirs>=4.2",
+        # Its wheel carries the photographs that the embedded scenes are textured with.
+        "scikit-image>=0.24",
+    ],
+    extras_require={
+        "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
+        "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
+        "dev": ["pytest>=8.2", "pytest-benchmark>=4.0", "hypothesis>=6.100", "ruff>=0.6"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
