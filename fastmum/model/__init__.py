@@ -1,0 +1,1 @@
+"""The model: configuration, masking, position encoding, encoder and multi-view decoder."""

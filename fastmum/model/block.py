@@ -1,0 +1,79 @@
+"""The pre-norm transformer block that encoder and decoder share.
+
+Tokens travel packed, (T, D), whatever frames and sequences they belong to. What differs between the encoder, frame
+blocks and global blocks is who attends to whom and where tokens stand: that is a `Context`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmum.kernels import rope_qk
+from fastmum.model.config import MLP_RATIO
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stack of blocks needs to know about its tokens.
+
+    Args:
+        attend: q, k, v, each (T, h, D / h) -> (T, h, D / h); decides who sees whom.
+        positions: (T,) int64, patch number of every token, -1 for CLS.
+        sin, cos: (P, D / h) tables of `AxialRope`.
+        special: what becomes of q and k of CLS, see `rope_qk`.
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    positions: Tensor
+    sin: Tensor
+    cos: Tensor
+    special: Literal["keep", "zero"]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with rotary positions, biases everywhere."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
+        qkv = rope_qk(
+            self.qkv(x_TD), context.positions, context.sin, context.cos, self.num_heads, special=context.special
+        )
+        q, k, v = qkv.view(len(qkv), 3, self.num_heads, -1).unbind(1)
+        return self.proj(context.attend(q, k, v).flatten(1))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact (erf) GELU between."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
+        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_TD)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, dim: int, num_heads: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim)
+
+    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
+        x_TD = x_TD + self.attn(self.norm1(x_TD), context)
+        return x_TD + self.mlp(self.norm2(x_TD))

@@ -1,0 +1,158 @@
+"""The encoder: a vision transformer over the visible patches of each frame by itself.
+
+Legend: F frames, H W pixels, P patches of a frame, K visible ones, D width, T = F * (1 + K) packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmum.attention import dense_attention
+from fastmum.kernels import gather_patches
+from fastmum.model.block import Block, Context
+from fastmum.model.config import ModelConfig
+from fastmum.model.inputs import Pixels, check_frames
+from fastmum.model.rope import AxialRope
+
+
+class PatchEmbed(nn.Module):
+    """The convolution of the released model, computed as a matrix product on the patches that are wanted.
+
+    The weight has a convolution's shape (D, C, p, p) but lies in memory as (D, p, p, C), so that it is a matrix for
+    patches in the order (row, column, channel) without being permuted at every step.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
+        self.proj.to(memory_format=torch.channels_last)
+
+    def forward(self, pixels: Pixels, ids: Tensor) -> Tensor:
+        """Patches `ids` (F, K) -> (F, K, D)."""
+        weight = self.proj.weight
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        patches = gather_patches(pixels.frames, ids, pixels.mean, pixels.std, pixels.patch_size, dtype)
+        return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+class Encoder(nn.Module):
+    """ViT encoder with the interface that users of DINOv2 and DINOv3 know; `MuM` adds the decoder."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._build(config)
+        self.init_weights()
+
+    def _build(self, config: ModelConfig) -> None:
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        self.patch_embed = PatchEmbed(config)
+        self.rope_embed = AxialRope(config.embed_dim // config.num_heads)
+        self.blocks = nn.ModuleList(
+            Block(config.embed_dim, config.num_heads, config.norm_eps) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialise every parameter and buffer as the released code does, also after `to_empty`.
+
+        Linear layers: truncated normal of 0.02, zero biases; CLS and mask token: normal of 0.02; the patch
+        embedding: the convolution's default; norms: 1 and 0.
+        """
+        for token in self.parameters(recurse=False):
+            nn.init.normal_(token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, AxialRope):
+                module.init_weights()
+            elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
+                module.reset_parameters()
+
+    def encode(self, pixels: Pixels, ids: Tensor) -> Tensor:
+        """Patches `ids` (F, K) of each frame -> tokens before the last norm, (F, 1 + K, D), CLS first."""
+        x_TD, context = self._embed(pixels, ids)
+        for block in self.blocks:
+            x_TD = block(x_TD, context)
+        return x_TD.unflatten(0, (len(ids), -1))
+
+    def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Context]:
+        patches = self.patch_embed(pixels, ids)
+        # The tokens keep the parameters' precision under autocast: the residual stream is not rounded to bfloat16.
+        cls = self.cls_token.expand(len(ids), -1, -1)
+        x_TD = torch.cat([cls, patches.to(cls.dtype)], dim=1).flatten(0, 1)
+        positions = F.pad(ids, (1, 0), value=-1).flatten()
+        sin, cos = self.rope_embed.tables(*pixels.grid)
+        attend = partial(dense_attention, span=1 + ids.shape[1])
+        return x_TD, Context(attend, positions, sin, cos, special="keep")
+
+    def _all_patches(self, images: Tensor, name: str) -> tuple[Pixels, Tensor]:
+        pixels = check_frames(images, self.config.patch_size, self.config.in_chans, name)
+        rows, columns = pixels.grid
+        ids = torch.arange(rows * columns, device=pixels.frames.device).expand(len(pixels.frames), -1)
+        return pixels, ids
+
+    def forward_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Features of whole images, nothing masked.
+
+        Args:
+            images: (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8; H and W any multiples of
+                the patch size.
+
+        Returns:
+            "x_norm_clstoken" (F, D) and "x_norm_patchtokens" (F, P, D), normed; "x_prenorm" (F, 1 + P, D).
+        """
+        x = self.encode(*self._all_patches(images, "images"))
+        normed = self.norm(x)
+        return {"x_norm_clstoken": normed[:, 0], "x_norm_patchtokens": normed[:, 1:], "x_prenorm": x}
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch tokens after some of the blocks.
+
+        Args:
+            x: images as in `forward_features`.
+            n: the last n blocks, or the numbers of the blocks, counted from 0.
+            reshape: return maps (F, D, H / p, W / p) instead of tokens (F, P, D).
+            return_class_token: return pairs (patch tokens, CLS token (F, D)).
+            norm: apply the encoder's last norm to each.
+
+        Raises:
+            ValueError: blocks that the encoder does not have.
+        """
+        depth = len(self.blocks)
+        if isinstance(n, int):
+            wanted, allowed = list(range(depth - n, depth)), f"1 to {depth}"
+        else:
+            wanted, allowed = sorted(n), f"numbers of 0 to {depth - 1}"
+        if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
+            raise ValueError(f"n is {n}, but the encoder has {depth} blocks: {allowed} is allowed")
+        pixels, ids = self._all_patches(x, "x")
+        x_TD, context = self._embed(pixels, ids)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x_TD = block(x_TD, context)
+            if i in wanted:
+                outputs.append(x_TD.unflatten(0, (len(ids), -1)))
+        if norm:
+            outputs = [self.norm(out) for out in outputs]
+        patches = [out[:, 1:] for out in outputs]
+        if reshape:
+            patches = [out.transpose(1, 2).unflatten(2, pixels.grid).contiguous() for out in patches]
+        if return_class_token:
+            return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
+        return tuple(patches)

@@ -1,0 +1,104 @@
+"""What the model accepts, and one clear sentence for what it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of values in 0..1, RGB
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Pixels(NamedTuple):
+    """Frames as the kernels read them: (F, H, W, C), and the mean and standard deviation still to be applied."""
+
+    frames: Tensor
+    mean: Sequence[float]
+    std: Sequence[float]
+    patch_size: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.frames.shape[1] // self.patch_size, self.frames.shape[2] // self.patch_size
+
+
+def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "frames") -> Pixels:
+    """Take raw uint8 frames (F, H, W, C) or normalised float frames (F, C, H, W).
+
+    Raises:
+        TypeError: not a tensor, or of another dtype.
+        ValueError: another shape, or sides that the patch size does not divide.
+    """
+    if not isinstance(frames, Tensor):
+        raise TypeError(f"{name} is a {type(frames).__name__}, but must be a tensor")
+    shape = tuple(frames.shape)
+    if frames.dtype == torch.uint8:
+        layout, mean, std = "(F, H, W, 3) uint8", IMAGENET_MEAN, IMAGENET_STD
+        fits = frames.ndim == 4 and shape[3] == in_chans == len(mean)
+    elif frames.is_floating_point():
+        layout, mean, std = f"(F, {in_chans}, H, W) floating point", (0.0,) * in_chans, (1.0,) * in_chans
+        fits = frames.ndim == 4 and shape[1] == in_chans
+        frames = frames.permute(0, 2, 3, 1) if fits else frames
+    else:
+        raise TypeError(
+            f"{name} has dtype {frames.dtype}, but must be uint8 (raw, (F, H, W, 3)) or floating point "
+            f"(ImageNet-normalised, (F, {in_chans}, H, W))"
+        )
+    if not fits or shape[0] == 0:
+        raise ValueError(f"{name} has shape {shape}, but {layout} with at least one frame is expected")
+    _, height, width, _ = frames.shape
+    if min(height, width) < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"{name} is {height} x {width} pixels, but height and width must be positive multiples of the patch "
+            f"size {patch_size}"
+        )
+    return Pixels(frames, mean, std, patch_size)
+
+
+def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> list[int]:
+    """Take the number of frames of every sequence, as a list or an integer tensor.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: a sequence without frames, or a sum other than the number of frames.
+    """
+    if isinstance(lengths, Tensor):
+        if lengths.ndim != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(
+                f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}, but must be a 1-D integer "
+                "tensor or a list of integers"
+            )
+        lengths = lengths.tolist()
+    elif isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
+        raise TypeError(
+            f"lengths is a {type(lengths).__name__}, but must be a 1-D integer tensor or a list of integers"
+        )
+    elif any(isinstance(n, bool) or not hasattr(n, "__index__") for n in lengths):
+        raise TypeError(f"lengths is {list(lengths)}, but must hold integers")
+    lengths = [int(n) for n in lengths]
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"lengths is {lengths}, but every sequence must have at least one frame")
+    if sum(lengths) != num_frames:
+        raise ValueError(f"lengths is {lengths}, which sums to {sum(lengths)}, but frames holds {num_frames} frames")
+    return lengths
+
+
+def check_noise(noise: Tensor, num_frames: int, num_patches: int) -> Tensor:
+    """Take one number for every patch of every frame, (F, P) floating point.
+
+    Raises:
+        TypeError, ValueError: another type or shape.
+    """
+    if not isinstance(noise, Tensor) or not noise.is_floating_point():
+        what = f"has dtype {noise.dtype}" if isinstance(noise, Tensor) else f"is a {type(noise).__name__}"
+        raise TypeError(f"noise {what}, but must be a floating-point tensor")
+    if tuple(noise.shape) != (num_frames, num_patches):
+        raise ValueError(
+            f"noise has shape {tuple(noise.shape)}, but frames has {num_frames} frames of {num_patches} patches: "
+            f"({num_frames}, {num_patches}) is expected"
+        )
+    return noise

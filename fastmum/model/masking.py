@@ -1,0 +1,37 @@
+"""Which patches of a frame the encoder sees: uniform random, the same count in every frame (paper, section 3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """Visible patches of a frame, int(P * (1 - mask_ratio)).
+
+    Raises:
+        ValueError: the ratio leaves no patch visible, or none masked.
+    """
+    count = int(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
+    if not 0 < count < num_patches:
+        raise ValueError(
+            f"mask_ratio is {mask_ratio} for frames of {num_patches} patches, but must leave at least one patch "
+            "visible and one masked"
+        )
+    return count
+
+
+def split_by_noise(noise: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    """Split the patches of every frame into visible and masked.
+
+    Args:
+        noise: (F, P) uniform; the `visible` smallest of a row are visible, ties go to the lower patch number.
+        visible: K.
+
+    Returns:
+        visible_ids (F, K) and masked_ids (F, P - K), int64, ascending in each row.
+    """
+    order = torch.argsort(noise, dim=1, stable=True)
+    visible_ids = order[:, :visible].sort(dim=1).values
+    masked_ids = order[:, visible:].sort(dim=1).values
+    return visible_ids, masked_ids

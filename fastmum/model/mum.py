@@ -1,0 +1,111 @@
+"""MuM: masked image modelling over the views of a scene.
+
+The encoder sees the visible quarter of every frame by itself. The decoder puts mask tokens into the holes and
+alternates attention within a frame and across all frames of a sequence; a linear head predicts the masked patches'
+normalised pixels (paper, section 3; supplement, "Architecture").
+
+Legend: F frames, H W pixels, p patch side, P patches of a frame, K visible, M masked, D encoder width, E decoder width,
+n sequences packed one behind another, T = F * (1 + P) packed tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmum.attention import dense_attention, ragged_attention
+from fastmum.kernels import gather_tokens, patch_loss, scatter_tokens
+from fastmum.model.block import Block, Context
+from fastmum.model.config import ModelConfig
+from fastmum.model.encoder import Encoder
+from fastmum.model.inputs import check_frames, check_lengths, check_noise
+from fastmum.model.masking import num_visible, split_by_noise
+from fastmum.model.rope import AxialRope
+
+
+class MuMOutput(NamedTuple):
+    """What a forward pass returns.
+
+    Args:
+        loss: scalar, float32.
+        pred: (F, M, 3*p*p), the patch-normalised pixels predicted for the masked patches, order (row, column, channel).
+        visible_ids: (F, K) int64, ascending.
+        masked_ids: (F, M) int64, ascending.
+    """
+
+    loss: Tensor
+    pred: Tensor
+    visible_ids: Tensor
+    masked_ids: Tensor
+
+
+class MuM(Encoder):
+    """Encoder and multi-view decoder; its `state_dict` has the released checkpoint's keys and shapes."""
+
+    def _build(self, config: ModelConfig) -> None:
+        super()._build(config)
+        width, heads, eps = config.decoder_embed_dim, config.decoder_num_heads, config.norm_eps
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.rope_embed_decoder = AxialRope(width // heads)
+        self.decoder_embed = nn.Linear(config.embed_dim, width)
+        self.decoder_frame_blocks = nn.ModuleList(Block(width, heads, eps) for _ in range(config.decoder_depth // 2))
+        self.decoder_global_blocks = nn.ModuleList(Block(width, heads, eps) for _ in range(config.decoder_depth // 2))
+        self.decoder_norm = nn.LayerNorm(width, eps=eps)
+        self.decoder_pred = nn.Linear(width, config.in_chans * config.patch_size**2)
+
+    def forward(
+        self,
+        frames: Tensor,
+        lengths: Tensor | Sequence[int],
+        mask_ratio: float = 0.75,
+        noise: Tensor | None = None,
+    ) -> MuMOutput:
+        """Mask, encode, decode and compare.
+
+        Args:
+            frames: (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8, normalised inside.
+            lengths: frames of each sequence, (n,) integers that sum to F; sequences lie one behind another. A list or
+                a tensor on the CPU, so that reading it does not wait for the device.
+            mask_ratio: share of masked patches; int(P * (1 - mask_ratio)) of every frame stay visible.
+            noise: (F, P) uniform; the smallest of a row are visible, ties by index. None draws it.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit, named with what came and what is allowed.
+        """
+        pixels = check_frames(frames, self.config.patch_size, self.config.in_chans)
+        num_frames, num_patches = len(frames), pixels.grid[0] * pixels.grid[1]
+        lengths = check_lengths(lengths, num_frames)
+        visible = num_visible(num_patches, mask_ratio)
+        if noise is None:
+            noise = torch.rand(num_frames, num_patches, device=frames.device)
+        visible_ids, masked_ids = split_by_noise(check_noise(noise, num_frames, num_patches), visible)
+
+        encoded = self.norm(self.encode(pixels, visible_ids))
+        decoded = self.decode(encoded, visible_ids, lengths, pixels.grid)
+        pred = self.decoder_pred(self.decoder_norm(gather_tokens(decoded, masked_ids)))
+        loss = patch_loss(pred, pixels.frames, masked_ids, pixels.mean, pixels.std, pixels.patch_size)
+        return MuMOutput(loss, pred, visible_ids, masked_ids)
+
+    def decode(self, encoded: Tensor, visible_ids: Tensor, lengths: list[int], grid: tuple[int, int]) -> Tensor:
+        """Visible tokens (F, 1 + K, D), CLS first -> tokens of all patches (F, 1 + P, E) before the last norm."""
+        num_frames, num_patches = len(encoded), grid[0] * grid[1]
+        # As in the encoder, the residual stream keeps the parameters' precision under autocast.
+        embedded = self.decoder_embed(encoded).to(self.mask_token.dtype)
+        x_TE = scatter_tokens(embedded, self.mask_token, visible_ids, num_patches).flatten(0, 1)
+
+        span = 1 + num_patches
+        positions = torch.arange(-1, num_patches, device=x_TE.device).repeat(num_frames)
+        sin, cos = self.rope_embed_decoder.tables(*grid)
+        within_frame = partial(dense_attention, span=span)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0) * span
+        across_frames = partial(ragged_attention, cu_seqlens=cu_seqlens, max_seqlen=max(lengths) * span)
+        frame = Context(within_frame, positions, sin, cos, special="keep")
+        # The released model zeroes q and k of CLS in global blocks; its weights expect that.
+        scene = Context(across_frames, positions, sin, cos, special="zero")
+        for frame_block, global_block in zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True):
+            x_TE = global_block(frame_block(x_TE, frame), scene)
+        return x_TE.unflatten(0, (num_frames, span))
