@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_NOISE_STREAM = 1  # sets these numbers apart from the sampler's of the same seed, rank and step
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
@@ -35,3 +38,9 @@ def split_by_noise(noise: Tensor, visible: int) -> tuple[Tensor, Tensor]:
     visible_ids = order[:, :visible].sort(dim=1).values
     masked_ids = order[:, visible:].sort(dim=1).values
     return visible_ids, masked_ids
+
+
+def seeded_noise(seed: int, rank: int, step: int, num_frames: int, num_patches: int) -> Tensor:
+    """The noise of a training step, (F, P) float32 on the CPU: a pure function of its arguments on every device."""
+    rng = np.random.default_rng((seed, rank, step, _NOISE_STREAM))
+    return torch.from_numpy(rng.random((num_frames, num_patches), dtype=np.float32))

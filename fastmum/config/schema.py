@@ -1,0 +1,120 @@
+"""What can be set in a run: every key with its type, its default and its meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fastmum.model.config import PRESETS, ModelConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the user."""
+
+
+def _key(default: Any, meaning: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"meaning": meaning})
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass
+class RunSection:
+    name: str = _key("mum", "name of the run")
+    dir: str = _key("runs/${run.name}", "folder of everything the run writes")
+    seed: int = _key(0, "of the weights, the sampling and the masks")
+
+
+@dataclass
+class ModelSection:
+    preset: str = _key("mum_vitl16", f"sizes to begin with: {', '.join(PRESETS)}")
+    embed_dim: int | None = _key(None, "encoder width; empty: the preset's")
+    depth: int | None = _key(None, "encoder blocks; empty: the preset's")
+    num_heads: int | None = _key(None, "encoder heads; empty: the preset's")
+    decoder_embed_dim: int | None = _key(None, "decoder width; empty: the preset's")
+    decoder_depth: int | None = _key(None, "decoder blocks, frame and global together; empty: the preset's")
+    decoder_num_heads: int | None = _key(None, "decoder heads; empty: the preset's")
+    mask_ratio: float = _key(0.75, "share of masked patches in every frame")
+
+
+@dataclass
+class ScenesSection:
+    count: int = _key(20, "embedded scenes to render, those held out included")
+    views: int = _key(24, "views of each")
+    size: int = _key(256, "side of a rendered view in pixels")
+    seed: int = _key(0, "of the scenes")
+
+
+@dataclass
+class DataSection:
+    root: str | None = _key(None, "folder; every sub-folder with images is a sequence. Empty: the embedded scenes")
+    image_root: str | None = _key(None, "folder of single images (ImageNet-1K in the paper), at any depth")
+    image_share: float = _key(0.1, "share of batches that are single images; only with image_root")
+    image_size: int = _key(256, "side of a training frame in pixels")
+    views: list[int] = _key([2, 24], "fewest and most views of a sequence; their number is drawn uniformly")
+    frames_per_batch: int = _key(96, "sequences are packed while their frames do not exceed this")
+    crop_scale: list[float] = _key([0.2, 1.0], "share of a frame's area that a random crop keeps")
+    crop_aspect: list[float] = _key([0.75, 1.3333333], "aspect ratio of a random crop")
+    flip: float = _key(0.5, "probability of a horizontal flip, drawn for each frame")
+    held_out: float = _key(0.1, "share of sequences kept from training and evaluated on")
+    workers: int = _key(2, "threads that decode images")
+    cache_gb: float = _key(1.0, "memory for decoded images in GB; saves decoding where a data set fits")
+    scenes: ScenesSection = field(default_factory=ScenesSection)
+
+
+@dataclass
+class OptimSection:
+    base_lr: float = _key(1e-4, "peak learning rate for 256 frames; scaled linearly with frames_per_batch")
+    weight_decay: float = _key(0.05, "not applied to biases, norms and other 1-D parameters")
+    betas: list[float] = _key([0.9, 0.95], "of AdamW")
+    eps: float = _key(1e-8, "of AdamW")
+    warmup_steps: int = _key(25_000, "linear warm-up; then half a cosine down to 0")
+
+
+@dataclass
+class TrainSection:
+    steps: int = _key(500_000, "optimiser steps of the whole run")
+    device: str = _key("auto", "auto, cpu, cuda or cuda:N")
+    precision: str = _key("bf16", "bf16 (autocast) or fp32")
+    threads: int = _key(0, "CPU threads of torch; 0: its own choice")
+    log_every: int = _key(50, "steps between lines of metrics.jsonl")
+    checkpoint_every: int = _key(1000, "steps between checkpoints")
+    keep_checkpoints: int = _key(3, "newest checkpoints to keep")
+    eval_every: int = _key(5000, "steps between evaluations on the held-out sequences")
+    eval_batches: int = _key(8, "batches of an evaluation, the same every time")
+    picture_every: int = _key(5000, "steps between reconstruction pictures")
+    resume: str = _key("auto", "auto: from the newest checkpoint in run.dir; never: set an old run aside; or a file")
+
+
+@dataclass
+class Config:
+    """Everything that a run depends on, in sections."""
+
+    run: RunSection = field(default_factory=RunSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    optim: OptimSection = field(default_factory=OptimSection)
+    train: TrainSection = field(default_factory=TrainSection)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The preset with the sizes that the run overrides.
+
+        Raises:
+            ConfigError: an unknown preset or sizes that do not fit.
+        """
+        if self.model.preset not in PRESETS:
+            raise ConfigError(f"model.preset is '{self.model.preset}', but must be one of {', '.join(PRESETS)}")
+        names = {f.name for f in dataclasses.fields(ModelConfig)}
+        given = {k: v for k, v in dataclasses.asdict(self.model).items() if k in names and v is not None}
+        try:
+            return dataclasses.replace(PRESETS[self.model.preset], **given)
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from None
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML, loadable as a configuration file."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self), resolve=True)
