@@ -13,11 +13,13 @@ from PIL import Image
 
 from fastmum.data.scenes.layout import Scene
 from fastmum.data.scenes.light import face_nodes, illuminate
+from fastmum.data.scenes.pictures import MATERIALS
 from fastmum.data.scenes.shapes import BALL, DRUM, SHELL, Solids, side_size, sides_of
-from fastmum.data.scenes.textures import MATERIALS, Face, worn_edges
+from fastmum.data.scenes.textures import Face, worn_edges
 
 LEVELS = 11
 NODE = 0.09  # metres between the nodes light is computed on
+BRIGHTEST = np.float32(1.3)  # the gain that light tends to
 
 
 @dataclass(frozen=True)
@@ -67,18 +69,18 @@ def _mix(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return b
 
 
-def bake(scene: Scene, eyes_V3: np.ndarray, pixel: float, rng: np.random.Generator) -> Atlas:
+def bake(scene: Scene, eyes_V3: np.ndarray, pixel: float, seed: tuple[int, ...]) -> Atlas:
     """Paint and light every face that a camera can see.
 
     Args:
         scene: what to paint.
         eyes_V3: camera positions over the whole path; they set how fine each texture must be.
         pixel: width of a pixel one metre away, metres.
-        rng: drives the materials.
+        seed: of the materials and of the random shadow rays.
     """
     solids = scene.solids
     faces = _visible_faces(solids, eyes_V3)
-    light = _light_faces(scene, faces, rng)
+    light = _light_faces(scene, faces, np.random.default_rng(seed))
     total = 6 * len(solids)
     place, texel_F = np.zeros((LEVELS, total), np.int64), np.ones(total, np.float32)
     height, width = np.ones((2, LEVELS, total), np.float32)
@@ -89,7 +91,8 @@ def bake(scene: Scene, eyes_V3: np.ndarray, pixel: float, rng: np.random.Generat
         texel = max(near * pixel, max(metres) / 1024, 0.0025)
         w, h = (_round_size(m / texel) for m in metres)
         texel_F[face_id] = texel
-        image = _paint(scene, s, Face(h, w, texel), light_CHW, rng)
+        half = 0 if solids.kind_S[s] == BALL else side  # a ball's halves are alike, and so meet without a seam
+        image = _paint(scene, s, Face(h, w, texel), light_CHW, np.random.default_rng([*seed, s, half]))
         for level in range(LEVELS):
             h, w = image.shape[:2]
             place[level, face_id], height[level, face_id], width[level, face_id] = end, h, w
@@ -151,6 +154,7 @@ def _light_faces(scene: Scene, faces: list[tuple[int, int, float]], rng: np.rand
     light_3N = illuminate(solids, casts, scene.lighting, np.concatenate(points, 1), np.concatenate(normals, 1), rng)
     exposure = 0.55 / np.median(light_3N.mean(0))
     gain_3N = np.sqrt(light_3N * exposure)
+    gain_3N /= np.sqrt(np.sqrt(1 + (gain_3N / BRIGHTEST) ** 4))  # right beside a lamp a wall keeps its texture
     out, start = [], 0
     for (nv, nu), (s, _, _) in zip(grids, faces, strict=True):
         gain = gain_3N[:, start : start + nv * nu].reshape(3, nv, nu)

@@ -137,18 +137,24 @@ def _render_apart(
         subprocess.Popen(command, env=os.environ | one_thread | {"PYTHONPATH": path}, **pipes) for _ in range(processes)
     ]
 
+    def count_view() -> None:
+        with lock:
+            on_view()
+
     def serve(worker: subprocess.Popen) -> None:
-        while True:
-            with lock:
-                if not queue or failures:
-                    break
-                job = {"root": str(root.resolve()), "index": queue.pop(0)}
-            try:
-                _one_job(worker, job | vars(settings), lambda: _locked(lock, on_view))
-            except Exception as error:
+        try:
+            while True:
                 with lock:
-                    failures.append(error)
-        worker.stdin.close()
+                    if not queue:
+                        break
+                    index = queue.pop(0)
+                _one_job(worker, {"root": str(root.resolve()), "index": index} | vars(settings), count_view)
+            worker.stdin.close()
+            worker.wait()
+        except Exception as error:
+            failures.append(error)
+            for each in running:  # the others' scenes in progress would be for nothing
+                each.terminate()
 
     threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in running]
     try:
@@ -158,17 +164,14 @@ def _render_apart(
             thread.join()
     finally:
         for worker in running:
-            worker.terminate()
+            worker.terminate()  # nothing to one that has ended
+        for thread in threads:
+            thread.join()
         for worker in running:
             worker.wait()
             worker.stdout.close()
     if failures:
         raise failures[0]
-
-
-def _locked(lock: threading.Lock, call: Callable[[], object]) -> None:
-    with lock:
-        call()
 
 
 def _one_job(worker: subprocess.Popen, job: dict, on_view: Callable[[], object]) -> None:

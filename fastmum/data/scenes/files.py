@@ -128,7 +128,7 @@ def _render_into(folder: Path, index: int, settings: Settings, on_view: Callable
     scene = build_scene(settings.seed, index)
     K_33 = scene.path.intrinsics(settings.size)
     eyes_V3, _ = scene.path.eyes(np.linspace(0, 1, 49))
-    atlas = bake(scene, eyes_V3, 1 / K_33[0, 0], np.random.default_rng([settings.seed, index, 2]))
+    atlas = bake(scene, eyes_V3, 1 / K_33[0, 0], (settings.seed, index, 2))
     unit = round(math.ceil(scene.reach / 65535 / 1e-5) * 1e-5, 5)
     (folder / "depth").mkdir()
     frames = []

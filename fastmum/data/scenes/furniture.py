@@ -1,114 +1,17 @@
 """Pieces of furniture, each a list of parts in its own frame: x to the right, y to the back, z up from the floor.
 
-Lengths are metres. A part is one solid with one material; a piece's front looks towards -y.
+Lengths are metres. A piece's front looks towards -y.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
-from fastmum.data.scenes.shapes import BALL, BOX, DRUM
-from fastmum.data.scenes.textures import Colour, shade
-
-
-@dataclass(frozen=True)
-class Paint:
-    """A material of `textures.MATERIALS` with its two colours and further arguments."""
-
-    material: str
-    a: Colour
-    b: Colour
-    options: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One solid, turned by yaw about z; edge paints sides thinner than a hand; glow > 0 is a gain in place of light."""
-
-    kind: int
-    centre: tuple[float, float, float]
-    half: tuple[float, float, float]
-    paint: Paint
-    yaw: float = 0.0
-    edge: Paint | None = None
-    glow: float = 0.0
-
-
-@dataclass(frozen=True)
-class Palette:
-    """The colours of one scene; every call draws a new shade of the same family."""
-
-    rng: np.random.Generator
-    hue: float
-    wood_hue: float
-    wood_value: float
-
-    def near(self, shift: float, saturation: float, value: float) -> Colour:
-        """A shade `shift` away from the scene's hue (a share of the colour circle)."""
-        return shade(self.rng, self.hue + shift, saturation, value)
-
-    def wood(self) -> Paint:
-        """Boards of the scene's timber."""
-        value = self.wood_value + self.rng.uniform(-0.1, 0.1)
-        return Paint(
-            "wood",
-            shade(self.rng, self.wood_hue, 0.45, value, 0.02),
-            shade(self.rng, self.wood_hue + 0.02, 0.55, value * 0.72, 0.02),
-        )
-
-    def paint(self) -> Paint:
-        """A painted or metal surface in an accent colour."""
-        shift, saturation = self.rng.choice([0.0, 0.08, 0.45, 0.55]), self.rng.uniform(0.2, 0.6)
-        value = self.rng.uniform(0.4, 0.85)
-        kind = str(self.rng.choice(["plaster", "metal", "wood"]))
-        return Paint(kind, self.near(shift, saturation, value), self.near(shift + 0.04, saturation, value * 0.75))
-
-    def cloth(self) -> Paint:
-        """Upholstery, a rug, a blanket."""
-        shift = self.rng.choice([0.0, 0.1, 0.5, 0.6])
-        return Paint("fabric", self.near(shift, 0.45, 0.55), self.near(shift + self.rng.normal(0, 0.1), 0.35, 0.8))
-
-    def stone(self) -> Paint:
-        """Marble or concrete."""
-        value = self.rng.uniform(0.55, 0.85)
-        kind = str(self.rng.choice(["marble", "concrete"]))
-        return Paint(kind, self.near(0.05, 0.08, value), self.near(0.1, 0.2, value * 0.6))
-
-    def print(self) -> Paint:
-        """A picture."""
-        kind = "picture" if self.rng.random() < 0.75 else "art"
-        return Paint(kind, self.near(0.5, 0.4, 0.6), shade(self.rng, self.wood_hue, 0.4, self.rng.choice([0.25, 0.7])))
-
-
-def box(x: float, y: float, z: float, w: float, d: float, h: float, paint: Paint, **more: object) -> Part:
-    """A box standing at (x, y) on height z: width, depth, height."""
-    return Part(BOX, (x, y, z + h / 2), (w / 2, d / 2, h / 2), paint, **more)
-
-
-def drum(x: float, y: float, z: float, radius: float, h: float, paint: Paint, **more: object) -> Part:
-    """An upright cylinder standing at (x, y) on height z."""
-    return Part(DRUM, (x, y, z + h / 2), (radius, radius, h / 2), paint, **more)
-
-
-def ball(x: float, y: float, z: float, radius: float, paint: Paint, squash: float = 1.0, **more: object) -> Part:
-    """A ball (or a squashed one) resting on height z."""
-    return Part(BALL, (x, y, z + radius * squash), (radius, radius, radius * squash), paint, **more)
-
-
-def lifted(parts: list[Part], x: float, y: float, z: float, yaw: float = 0.0) -> list[Part]:
-    """The parts turned by yaw about the piece's origin, then moved."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    return [
-        replace(
-            p,
-            yaw=p.yaw + yaw,
-            centre=(x + c * p.centre[0] - s * p.centre[1], y + s * p.centre[0] + c * p.centre[1], z + p.centre[2]),
-        )
-        for p in parts
-    ]
+from fastmum.data.scenes.parts import Paint, Palette, Part, ball, box, drum, lifted
+from fastmum.data.scenes.textures import shade
 
 
 def clutter(p: Palette, width: float, depth: float, count: int) -> list[Part]:
@@ -122,7 +25,7 @@ def clutter(p: Palette, width: float, depth: float, count: int) -> list[Part]:
             parts.append(drum(x, y, 0, rng.uniform(0.04, 0.08), rng.uniform(0.1, 0.25), p.paint()))
         elif kind == 1:
             parts.append(
-                ball(x, y, 0, rng.uniform(0.06, 0.12), Paint("marble", p.near(0.3, 0.5, 0.6), p.near(0.5, 0.3, 0.85)))
+                ball(x, y, 0, rng.uniform(0.06, 0.12), Paint("marble", p.near(0.5, 0.4, 0.6), p.near(0.5, 0.2, 0.85)))
             )
         elif kind == 2:
             w, h = rng.uniform(0.2, 0.34), rng.uniform(0.2, 0.34)
@@ -188,7 +91,7 @@ def shelf(p: Palette) -> list[Part]:
         share, depth, tall = rng.uniform(0.45, 0.95), d * rng.uniform(0.6, 0.8), pitch * rng.uniform(0.6, 0.8)
         long = share * (w - 0.08)
         side = rng.choice([-1, 1])
-        spines = Paint("books", p.near(rng.uniform(-0.1, 0.6), 0.5, 0.6), p.near(0, 0.1, 0.85))
+        spines = Paint("books", shade(rng, rng.choice([0.02, 0.09, 0.35, 0.6]), 0.5, 0.6), p.near(0, 0.1, 0.85))
         parts.append(box(side * (w - 0.08 - long) / 2, 0, z, long, depth, tall, spines))
     return parts
 
@@ -306,9 +209,6 @@ def bench(p: Palette) -> list[Part]:
     return [*legs, box(0, 0, 0.4, w, 0.4, 0.06, wood)]
 
 
-FREE: dict[str, Callable[[Palette], list[Part]]] = {
-    f.__name__: f for f in (table, crates, barrels, pedestal, plant, bench, stool, steps)
-}
-AT_WALL: dict[str, Callable[[Palette], list[Part]]] = {
-    f.__name__: f for f in (shelf, cabinet, sofa, crates, steps, plant)
+PIECES: dict[str, Callable[[Palette], list[Part]]] = {
+    f.__name__: f for f in (table, stool, shelf, cabinet, sofa, crates, barrels, pedestal, plant, steps, bench)
 }

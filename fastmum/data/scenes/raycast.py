@@ -53,11 +53,13 @@ def render(view: View, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
     depth_HW, solid_HW = trace(view, d_3N.reshape(3, *shape))
     colour_N3, face_N = _colours(view, atlas, d_3N, depth_HW.ravel(), solid_HW.ravel())
     outline = np.flatnonzero(_outline(face_N.reshape(shape)))
-    for dx, dy in SUBPIXELS:
-        x, y = x_N[outline] + dx, y_N[outline] + dy
-        d = view.directions(x, y)
-        depth, solid = trace(view, d, (x, y))
-        colour_N3[outline] += _colours(view, atlas, d, depth, solid)[0]
+    x, y = (
+        p[outline] + np.array(shift)[:, None] for p, shift in zip((x_N, y_N), zip(*SUBPIXELS, strict=True), strict=True)
+    )
+    at = x.ravel(), y.ravel()
+    d = view.directions(*at)
+    more, _ = _colours(view, atlas, d, *trace(view, d, at))
+    colour_N3[outline] += more.reshape(len(SUBPIXELS), -1, 3).sum(0)
     colour_N3[outline] /= 1 + len(SUBPIXELS)
     image = (colour_N3 + np.float32(0.5)).astype(np.uint8).reshape(*shape, 3)
     return image, np.where(solid_HW < 0, np.float32(0), depth_HW)
@@ -96,8 +98,11 @@ def trace(view: View, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = 
                 t_in = np.where(o_unit[2] + d_unit[2] * np.minimum(t_walls, FAR) > 1, FAR, t_out)
         best = depth[part]
         closer = (t_in < best) & (t_in <= t_out) & (t_in > 0) if kind != SHELL else t_in < best
-        depth[part] = np.where(closer, t_in, best)
-        solid[part] = np.where(closer, s, solid[part])
+        if isinstance(part, tuple):
+            np.copyto(depth[part], t_in, where=closer)
+            np.copyto(solid[part], s, where=closer)
+        else:
+            depth[part[closer]], solid[part[closer]] = t_in[closer], s
     return depth, solid
 
 
@@ -108,17 +113,15 @@ def _windows(view: View) -> list[tuple[int, tuple[int, int, int, int] | None]]:
     ahead = np.maximum(z, 1e-3)
     x = view.K_33[0, 0] * corners[:, :, 0] / ahead + view.K_33[0, 2]
     y = view.K_33[1, 1] * corners[:, :, 1] / ahead + view.K_33[1, 2]
-    found: list[tuple[int, tuple[int, int, int, int] | None]] = []
-    for s in range(len(view.solids)):
-        if view.solids.kind_S[s] == SHELL or (z[s].min() < 0.05 < z[s].max()):
-            found.append((s, None))
-        elif z[s].min() >= 0.05:
-            low, high = np.floor([x[s].min(), y[s].min()]), np.ceil([x[s].max(), y[s].max()])
-            x0, y0 = np.clip(low.astype(int) - 1, 0, (view.width, view.height))
-            x1, y1 = np.clip(high.astype(int) + 1, 0, (view.width, view.height))
-            if x0 < x1 and y0 < y1:
-                found.append((s, (int(x0), int(x1), int(y0), int(y1))))
-    return found
+    nearest, farthest = z.min(1), z.max(1)
+    x0, x1 = (np.clip(edge, 0, view.width).astype(int) for edge in (x.min(1) - 2, x.max(1) + 3))
+    y0, y1 = (np.clip(edge, 0, view.height).astype(int) for edge in (y.min(1) - 2, y.max(1) + 3))
+    whole = (view.solids.kind_S == SHELL) | ((nearest < 0.05) & (farthest > 0.05))
+    boxed = (nearest >= 0.05) & (x0 < x1) & (y0 < y1)
+    return [
+        (int(s), None if whole[s] else (int(x0[s]), int(x1[s]), int(y0[s]), int(y1[s])))
+        for s in np.flatnonzero(whole | boxed)
+    ]
 
 
 def _outline(face_HW: np.ndarray) -> np.ndarray:
@@ -139,7 +142,7 @@ def _colours(
     colour, face = np.empty((depth_N.size, 3), np.float32), np.full(depth_N.size, -1, np.int64)
     sky = solid_N < 0
     if sky.any():
-        colour[sky] = _sky(d_3N[:, sky])
+        colour[sky] = _sky(d_3N[:, sky], 997 * view.solids.half_S3[0])
         seen = np.flatnonzero(~sky)
         d_3N, depth_N, solid_N = d_3N[:, seen], depth_N[seen], solid_N[seen]
     else:
@@ -188,20 +191,19 @@ def _in_face(kind_N: np.ndarray, side_N: np.ndarray, dq_3N: np.ndarray) -> tuple
     return np.where(kind_N == SHELL, -across, across), down
 
 
-def _sky(d_3N: np.ndarray) -> np.ndarray:
-    """A pale horizon under a blue zenith with clouds: colours [N, 3] in 0..255."""
-    up = np.maximum(d_3N[2] / np.sqrt((d_3N * d_3N).sum(0)), 0)
-    scale = np.float32(90) / (up + np.float32(0.25))
-    norm = scale / np.sqrt((d_3N * d_3N).sum(0))
-    clouds = field("cloud")
-    x, y = d_3N[0] * norm * 2, d_3N[1] * norm * 2
+def _sky(d_3N: np.ndarray, from_2: np.ndarray) -> np.ndarray:
+    """A pale horizon under a blue zenith with clouds: colours [N, 3] in 0..255; from_2 picks a part of the clouds."""
+    length = np.sqrt((d_3N * d_3N).sum(0))
+    up = np.maximum(d_3N[2] / length, 0)
+    scale = np.float32(150) / ((up + np.float32(0.25)) * length)
+    x, y = d_3N[0] * scale + from_2[0], d_3N[1] * scale + from_2[1]
     x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
-    fx, fy = x - x0, y - y0
-    mask = FIELD - 1
-    rows = [
-        clouds[(y0 + j) & mask, x0 & mask] * (1 - fx) + clouds[(y0 + j) & mask, (x0 + 1) & mask] * fx for j in (0, 1)
-    ]
-    cloud = np.clip((rows[0] * (1 - fy) + rows[1] * fy + 0.2) * 0.6, 0, 1)[:, None].astype(np.float32)
+    fx, fy = (x - x0).astype(np.float32), (y - y0).astype(np.float32)
+    clouds, right, below = field("cloud"), (x0 + 1) & (FIELD - 1), (y0 + 1) & (FIELD - 1)
+    x0, y0 = x0 & (FIELD - 1), y0 & (FIELD - 1)
+    top = clouds[y0, x0] * (1 - fx) + clouds[y0, right] * fx
+    cloud = top * (1 - fy) + (clouds[below, x0] * (1 - fx) + clouds[below, right] * fx) * fy
+    white = (np.tanh(cloud * np.float32(1.1)) * np.float32(0.45) + np.float32(0.48))[:, None]
     height = np.sqrt(up)[:, None]
-    blue = np.array([[205, 216, 226]], np.float32) * (1 - height) + np.array([[104, 146, 200]], np.float32) * height
-    return blue + (np.array([[226, 227, 229]], np.float32) - blue) * cloud * np.float32(0.85)
+    blue = np.array([[196, 210, 224]], np.float32) * (1 - height) + np.array([[92, 136, 196]], np.float32) * height
+    return blue + (np.array([[228, 228, 230]], np.float32) - blue) * white

@@ -114,7 +114,7 @@ def unfold(kind_N: np.ndarray, q_3N: np.ndarray) -> tuple[np.ndarray, np.ndarray
         mantle = z * z < x * x + y * y
         side[drum] = np.where(mantle, 0, np.where(z > 0, 4, 5))
         u[drum] = np.where(mantle, np.arctan2(y, x) * np.float32(1.0 / np.pi), x)
-        v[drum] = np.where(mantle, -z, -y)
+        v[drum] = np.where(mantle, -z, np.where(z > 0, -y, y))
     return side, u * np.float32(0.5) + np.float32(0.5), v * np.float32(0.5) + np.float32(0.5)
 
 

@@ -10,13 +10,11 @@ reflectance). A `Face` says how many texels and how large one is.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
-from fastmum.data.scenes.photos import COLOURED, FIELD, GREY, field, photo, planes
+from fastmum.data.scenes.photos import FIELD, field, photo
 
 Colour = tuple[float, float, float]
 
@@ -117,10 +115,16 @@ def marble(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.nda
 
 
 def tiles(
-    rng: np.random.Generator, face: Face, a: Colour, b: Colour, size: tuple[float, float], bond: float = 0.0
+    rng: np.random.Generator,
+    face: Face,
+    a: Colour,
+    b: Colour,
+    size: tuple[float, float],
+    bond: float = 0.0,
+    chequered: bool = False,
 ) -> np.ndarray:
     """Tiles or bricks of `size` (width, height) metres; rows shift by `bond` of a tile; each tile has its own face."""
-    wide, high = size[0] / face.texel, size[1] / face.texel
+    wide, high = float(size[0] / face.texel), float(size[1] / face.texel)
     y = np.arange(face.h, dtype=np.float32) + np.float32(rng.uniform(0, high))
     row = np.floor(y / high).astype(np.int64)
     x_HW = np.arange(face.w, dtype=np.float32)[None] + (rng.uniform(0, wide) + row * bond * wide)[:, None].astype("f4")
@@ -129,13 +133,13 @@ def tiles(
     index = row[:, None] * count + column_HW
     many = (int(row.max()) + 1) * count
     tone, tint = (1 + 0.08 * rng.standard_normal(many)).astype("f4"), rng.uniform(-0.3, 1.0, many).astype("f4")
-    if rng.random() < 0.3 and not bond:
-        tint = ((np.arange(many) // count + np.arange(many) % count) % 2).astype("f4")  # a chequered floor
+    if chequered:
+        tint = ((np.arange(many) // count + np.arange(many) % count) % 2).astype("f4")
     shift = rng.integers(0, FIELD * FIELD, many)  # each tile is cut from elsewhere in the field
     flat_field = field("rough").ravel()
     place = (np.arange(face.h)[:, None] * FIELD + np.arange(face.w)[None] + shift[index]) & (FIELD * FIELD - 1)
     rough = flat_field[place]
-    edge_x = np.abs(x_HW - (column_HW + np.float32(0.5)) * np.float32(wide))
+    edge_x = np.abs(x_HW - (column_HW.astype("f4") + np.float32(0.5)) * np.float32(wide))
     edge_y = np.abs(y - (row + 0.5) * high).astype("f4")[:, None]
     joint = max(0.9, 0.006 / face.texel)
     inside = step(wide / 2 - edge_x, joint * 0.5, joint * 1.6) * step(high / 2 - edge_y, joint * 0.5, joint * 1.6)
@@ -188,95 +192,14 @@ def matter(rng: np.random.Generator, face: Face, a: Colour, b: Colour, name: str
     return blend(flat(a, tone), flat(b, tone), step(cloud, -0.8, 1.2)) * (1 + cloud * np.float32(0.06))
 
 
-def picture(rng: np.random.Generator, face: Face, a: Colour, b: Colour, border: float = 0.03) -> np.ndarray:
-    """A framed photograph, cropped to the face and toned; border is the frame's width in metres."""
-    coloured = rng.random() < 0.65
-    image = photo(str(rng.choice(COLOURED if coloured else GREY)))
-    zoom = rng.uniform(0.62, 1.0) * min(image.width / face.w, image.height / face.h)
-    wide, high = face.w * zoom, face.h * zoom
-    left, top = rng.uniform(0, image.width - wide), rng.uniform(0, image.height - high)
-    box = (left, top, left + wide, top + high)
-    print_CHW = planes(image.resize((face.w, face.h), Image.Resampling.BILINEAR, box=box, reducing_gap=2.0))
-    if coloured:
-        print_CHW *= rng.uniform(0.8, 1.15, 3).astype(np.float32)[:, None, None]
-    else:
-        paper = np.asarray(shade(rng, rng.random(), 0.15, 0.9), np.float32)[:, None, None]
-        print_CHW = blend(np.asarray(a, np.float32)[:, None, None] * np.float32(0.45), paper, print_CHW)
-    edge = _to_edge(face)
-    frame = flat(b, 1 + noise(rng, "rough", face.h, face.w) * np.float32(0.06))
-    mat_width = border * rng.choice([1.0, 2.2])
-    mat = np.full((3, 1, 1), 0.8, np.float32)
-    return np.where(edge < border, frame, np.where(edge < mat_width, mat, print_CHW))
-
-
-def art(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """An abstract print: bands of a few colours along the level lines of a cloud."""
-    cloud = noise(rng, "cloud", face.h, face.w) + noise(rng, "rough", face.h, face.w) * np.float32(0.12)
-    colours = [a, b, *(shade(rng, rng.random(), 0.45, 0.65, 0.1) for _ in range(3))]
-    out = flat(colours[0], np.ones_like(cloud))
-    for level, colour in zip(np.sort(rng.uniform(-1.3, 1.3, len(colours) - 1)), colours[1:], strict=True):
-        out = blend(out, np.asarray(colour, np.float32)[:, None, None], step(cloud, level - 0.06, level + 0.06))
-    return out
-
-
-def books(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """A row of spines with bands and titles."""
-    out = np.empty((3, face.h, face.w), np.float32)
-    left, hue = 0, colorsys.rgb_to_hsv(*a)[0]
-    while left < face.w:
-        width = max(3, int(rng.uniform(0.018, 0.055) / face.texel))
-        colour = b if rng.random() < 0.15 else shade(rng, hue + rng.normal(0, 0.15), 0.45, rng.uniform(0.25, 0.85))
-        out[:, :, left : left + width] = np.asarray(colour, np.float32)[:, None, None]
-        for _ in range(rng.integers(0, 4)):
-            top = int(rng.uniform(0.05, 0.9) * face.h)
-            out[:, top : top + max(1, int(rng.uniform(0.006, 0.03) / face.texel)), left + 1 : left + width - 1] *= 0.7
-        out[:, :, left] *= 0.45
-        left += width
-    return out * (1 + noise(rng, "rough", face.h, face.w) * np.float32(0.06))
-
-
-def panes(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """A window: sky above far trees, behind glazing bars of colour b."""
-    height = np.linspace(1, 0, face.h, dtype=np.float32)[:, None]
-    cloud = noise(rng, "cloud", face.h, face.w)
-    sky = blend(flat((0.78, 0.83, 0.88), 1 + 0 * cloud), flat((0.48, 0.62, 0.82), 1 + 0 * cloud), height)
-    sky = blend(sky, np.full((3, 1, 1), 0.88, np.float32), step(cloud, 0.2, 1.4))
-    trees = flat(shade(rng, 0.27, 0.35, 0.45), 1 + noise(rng, "rough", face.h, face.w) * np.float32(0.18))
-    out = blend(sky, trees, step(rng.uniform(0.2, 0.45) + 0.08 * cloud - height, -0.02, 0.04))
-    frame = flat(b, np.ones((face.h, face.w), np.float32))
-    bar = _to_edge(face) < 0.05
-    for size, axis in ((face.h, 0), (face.w, 1)):
-        pitch = size / max(1, round(size * face.texel / 0.6))
-        place = np.abs((np.arange(size) + pitch / 2) % pitch - pitch / 2) * face.texel
-        bar = bar | np.expand_dims(place < 0.02, 1 - axis)
-    return np.where(bar, frame, out)
-
-
-def door(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """A panelled door or cabinet front of colour a, its grooves shaded."""
-    out = wood(rng, face, a, b, plank=3.0)
-    rows, columns = max(1, round(face.h * face.texel / 0.6)), max(1, round(face.w * face.texel / 0.5))
-    y = np.abs((np.arange(face.h) + 0.5) / face.h * rows % 1 - 0.5) * (face.h / rows * face.texel)
-    x = np.abs((np.arange(face.w) + 0.5) / face.w * columns % 1 - 0.5) * (face.w / columns * face.texel)
-    inset = np.minimum(
-        (face.h / rows * face.texel / 2 - y)[:, None], (face.w / columns * face.texel / 2 - x)[None]
-    ).astype(np.float32)
-    return out * (1 - 0.4 * np.exp(-(((inset - np.float32(0.06)) / np.float32(0.012)) ** 2)))
-
-
 def leaves(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
     """Clipped foliage: clumps of light and dark green."""
     clump = noise(rng, "rough", face.h, face.w)
-    tone = 1 + clump * np.float32(0.22) + noise(rng, "cloud", face.h, face.w) * np.float32(0.08)
-    return blend(flat(a, tone), flat(b, tone), step(clump, -0.5, 1.5))
+    tone = 1 + clump * np.float32(0.13) + noise(rng, "cloud", face.h, face.w) * np.float32(0.10)
+    return blend(flat(a, tone), flat(b, tone), step(clump, -1.2, 2.2))
 
 
-def glow(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """A lamp shade, lit from within."""
-    return flat(a, 1 + noise(rng, "rough", face.h, face.w) * np.float32(0.04))
-
-
-def _to_edge(face: Face) -> np.ndarray:
+def to_edge(face: Face) -> np.ndarray:
     """Metres from each texel to the nearest edge of the face: [h, w] float32."""
     y, x = (np.minimum(np.arange(n) + 0.5, n - np.arange(n) - 0.5) * face.texel for n in (face.h, face.w))
     return np.minimum(y[:, None], x[None]).astype(np.float32)
@@ -284,26 +207,4 @@ def _to_edge(face: Face) -> np.ndarray:
 
 def worn_edges(face: Face, depth: float = 0.2, width: float = 0.012) -> np.ndarray:
     """A tone [h, w] that darkens a face towards its edges, as dirt and rounded corners do."""
-    return 1 - np.float32(depth) * np.exp(_to_edge(face) * np.float32(-1 / width))
-
-
-MATERIALS: dict[str, Callable[..., np.ndarray]] = {
-    f.__name__: f
-    for f in (
-        plaster,
-        concrete,
-        wood,
-        marble,
-        tiles,
-        fabric,
-        metal,
-        matter,
-        picture,
-        art,
-        books,
-        panes,
-        door,
-        leaves,
-        glow,
-    )
-}
+    return 1 - np.float32(depth) * np.exp(to_edge(face) * np.float32(-1 / width))

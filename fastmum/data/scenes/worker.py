@@ -29,6 +29,8 @@ def main() -> int:
                 print("error", json.dumps([type(error).__name__, str(error)]), flush=True)
     except (KeyboardInterrupt, BrokenPipeError):
         return 130  # the parent has ended or is ending, and says so
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the interpreter's own shutdown may be cut short in silence
     return 0
 
 
