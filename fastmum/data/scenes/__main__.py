@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = time.perf_counter() - start
         if args.contact_sheet is not None:
             _write_sheet(args.contact_sheet, scene_dirs(root, args.count))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -42,7 +43,8 @@ def ensure_scenes(
 
     Raises:
         ValueError: an argument is out of range.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or scikit-image's photographs are missing.
+        RuntimeError: a rendering process died.
     """
     from fastmum.data.scenes.files import GENERATOR
 
@@ -79,6 +81,7 @@ def render_missing(
         How many scenes were rendered.
     """
     from fastmum.data.scenes.files import Settings, is_complete, remove_leftovers, scene_name
+    from fastmum.data.scenes.photos import photo_folder
 
     limits = {
         "count": (count, 1),
@@ -94,6 +97,7 @@ def render_missing(
     missing = [index for index in range(count) if not is_complete(root / scene_name(index), settings)]
     if not missing:
         return 0
+    photo_folder()  # says so at once if the photographs are missing
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -170,6 +174,8 @@ def _render_apart(
         for worker in running:
             worker.wait()
             worker.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                worker.stdin.close()
     if failures:
         raise failures[0]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,9 +77,8 @@ def write_scene(root: Path, index: int, settings: Settings, on_view: Callable[[]
         OSError: the folder cannot be written.
     """
     final = root / scene_name(index)
-    part = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".part", dir=root))
+    part = _sibling(final)
     try:
-        part.chmod(0o777 & ~_umask())  # mkdtemp's folder is private; a cache may be shared
         _render_into(part, index, settings, on_view)
         _put(part, final, settings)
     finally:
@@ -87,10 +86,11 @@ def write_scene(root: Path, index: int, settings: Settings, on_view: Callable[[]
     return final
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sibling(final: Path) -> Path:
+    """A new empty folder beside `final` (with the usual rights, unlike tempfile's: a cache may be shared)."""
+    part = final.with_name(f".{final.name}-{os.getpid()}-{secrets.token_hex(4)}.part")
+    part.mkdir()
+    return part
 
 
 def _put(part: Path, final: Path, settings: Settings) -> None:
@@ -104,7 +104,7 @@ def _put(part: Path, final: Path, settings: Settings) -> None:
                 raise
         if is_complete(final, settings):
             return
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}-", suffix=".part", dir=final.parent))
+        aside = _sibling(final)
         try:
             os.replace(final, aside / "old")
         except FileNotFoundError:

@@ -79,7 +79,7 @@ def draw_path(rng: np.random.Generator, length: float, width: float, height: flo
     sign = float(rng.choice([-1, 1]))
     start = float(rng.uniform(0, 2 * np.pi))
     radius = {"orbit": min(room * 0.95, 2.5), "strafe": room * 0.62, "walk": room * 0.3, "turn": room * 0.35}[kind]
-    turn = {"orbit": (1.5, 2.3), "strafe": (1.3, 1.9), "walk": (1.2, 1.7), "turn": (2.0, 2.6)}[kind]
+    turn = {"orbit": (1.5, 2.3), "strafe": (1.3, 1.9), "walk": (1.15, 1.45), "turn": (1.6, 2.0)}[kind]
     travel = {"orbit": 0.0, "strafe": min(3.4, 1.5 * room), "walk": min(2.4, 1.1 * room), "turn": min(1.9, room)}[kind]
     return Path(
         kind=kind,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmum.data.scenes import ensure_scenes, files, scene_dirs
+from fastmum.data.scenes import ensure_scenes, files, photos, scene_dirs
 from fastmum.data.scenes.__main__ import main
 
 TINY = {"views": 2, "size": 32, "progress": False}
@@ -105,6 +105,22 @@ def test_a_faster_twin_wins(tiny, tmp_path):
     files.write_scene(tmp_path, 0, SETTINGS, twin)
     assert (other / "mark").exists(), "the whole scene that was there first stays"
     assert leftovers(tmp_path) == []
+
+
+def test_a_dead_process_is_reported(tmp_path, monkeypatch, capsys):
+    dead = tmp_path / "dead"
+    dead.write_text("#!/bin/sh\nexit 3\n")
+    dead.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(dead))
+    assert main(["--out", str(tmp_path / "out"), "--count", "2", "--views", "1", "--size", "16", "--workers", "2"]) == 2
+    assert "ended early (exit code 3)" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_missing_photographs_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(photos, "MATTER", ("sand.png",))
+    with pytest.raises(FileNotFoundError, match=r"lacks sand\.png: reinstall scikit-image"):
+        ensure_scenes(1, cache_dir=tmp_path, **TINY)
 
 
 def test_old_leftovers_go_and_fresh_ones_stay(tmp_path):
