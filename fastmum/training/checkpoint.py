@@ -92,7 +92,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise CheckpointError(f"checkpoint '{path}' cannot be read ({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict) or not {"step", "model", "optimizer", "model_config", "meter"} <= content.keys():
         raise CheckpointError(f"'{path}' is not a training checkpoint of fastmum")

@@ -1,0 +1,113 @@
+"""Reading a configuration, and the one line for each way to get it wrong."""
+
+import pytest
+
+from fastmum.config import Config, ConfigError, describe_keys, load_config
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_defaults_then_file_then_command_line(file):
+    path = file("run: {name: mine, seed: 3}\ntrain: {steps: 10}\n")
+    config = load_config(path, ["train.steps=20", "data.views=[2,4]", "data.root=null"])
+    assert (config.run.seed, config.train.steps, config.data.views) == (3, 20, [2, 4])
+    assert config.run.dir == "runs/mine"
+    assert config.train.keep_checkpoints == Config().train.keep_checkpoints
+
+
+def test_what_is_printed_can_be_read_again(file):
+    config = load_config(None, ["run.name=a", "model.preset=mum_tiny", "model.depth=3"])
+    assert load_config(file(config.to_yaml())) == config
+
+
+def test_an_empty_section_is_no_error(file):
+    assert load_config(file("train:\ndata:\n  scenes:\n")) == load_config(None)
+
+
+def test_sizes_override_the_preset():
+    config = load_config(None, ["model.preset=mum_tiny", "model.depth=3"]).model_config
+    assert (config.embed_dim, config.depth) == (192, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("trian: {steps: 3}", ["'trian.steps'", "nearest valid key is 'train.steps'", "run.yaml"]),
+        ("train: {stpes: 3}", ["'train.stpes'", "nearest valid key is 'train.steps'", "run.yaml"]),
+        ("train: {steps: abc}", ["'train.steps'", "'abc'", "must be int", "run.yaml"]),
+        ("train: 5", ["'train'", "is a section", "run.yaml"]),
+        ("- a", ["run.yaml", "must hold sections"]),
+        ("a: [b", ["run.yaml", "not valid YAML"]),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file(text))
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.steps=x", "'train.steps' in the command line is 'x', but must be int"),
+        ("train.steps=1.5", "must be int"),
+        ("train.steps", "not of the form key.sub=value"),
+        ("=3", "not of the form key.sub=value"),
+        ("train.steps.deep=1", "nearest valid key is 'train.steps'"),
+        ("data.views=3", "must be list"),
+        ("data.views=[4,2]", "data.views is [4, 2]"),
+        ("data.views=[1,2", "not valid YAML"),
+        ("data.views=[2,500]", "at most data.frames_per_batch"),
+        ("data.image_size=250", "multiple of the patch size 16"),
+        ("data.crop_scale=[0.2,2]", "data.crop_scale"),
+        ("model.preset=huge", "mum_vitl16, mum_vitl16_released, mum_vitb16, mum_tiny"),
+        ("model.embed_dim=100", "model.embed_dim is 100"),
+        ("model.mask_ratio=1", "model.mask_ratio"),
+        ("train.precision=fp16", "bf16 or fp32"),
+        ("train.log_every=0", "train.log_every is 0"),
+        ("run.dir=${run.foo}", "run.foo"),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_names_it(word, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [word])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest(file):
+    path = file("")
+    with pytest.raises(ConfigError, match=r"'.*runs\.yaml' does not exist; did you mean '.*run\.yaml'"):
+        load_config(path.with_name("runs.yaml"))
+
+
+def test_every_key_has_a_meaning():
+    keys = list(describe_keys())
+    assert all(key.meaning for key in keys)
+    assert {"run.dir", "train.steps", "train.log_every", "train.checkpoint_every", "train.resume", "data.root"} <= {
+        key.name for key in keys
+    }
+
+
+@pytest.mark.parametrize("name", ["quickstart", "mum_vitl16", "mum_vitb16"])
+def test_the_configurations_that_come_with_it(name, request):
+    config = load_config(request.config.rootpath / f"configs/{name}.yaml")
+    assert config.run.name == name
+
+
+def test_the_paper_run(request):
+    config = load_config(request.config.rootpath / "configs/mum_vitl16.yaml")
+    assert config.data.views == [2, 24]
+    assert config.data.frames_per_batch == 96
+    assert config.data.image_size == 256
+    assert (config.optim.base_lr, config.optim.warmup_steps, config.train.steps) == (1e-4, 25_000, 500_000)
+    assert (config.optim.betas, config.optim.weight_decay) == ([0.9, 0.95], 0.05)

@@ -1,0 +1,192 @@
+"""Whole runs through the command line, on a folder of small images."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastmum.train import main
+from fastmum.training.telemetry import read_metrics
+
+SMALL = [
+    "model.preset=mum_tiny", "model.embed_dim=32", "model.depth=1", "model.num_heads=2", "model.decoder_embed_dim=32",
+    "model.decoder_depth=2", "model.decoder_num_heads=2", "data.image_size=32", "data.views=[2,3]",
+    "data.frames_per_batch=6", "data.held_out=0.3", "optim.base_lr=0.01", "optim.warmup_steps=2",
+    "train.steps=8", "train.log_every=1", "train.checkpoint_every=3", "train.eval_every=4", "train.eval_batches=1",
+    "train.picture_every=4", "train.threads=1",
+]  # fmt: skip
+
+
+def words(image_folder, run_dir, *more):
+    return [*SMALL, f"data.root={image_folder}", f"run.dir={run_dir}", *more]
+
+
+def losses(run_dir):
+    return [(r["step"], r["loss"], r.get("held_out_loss")) for r in read_metrics(run_dir / "metrics.jsonl")]
+
+
+def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
+    run = tmp_path / "run"
+    assert main(words(image_folder, run)) == 0
+    records = read_metrics(run / "metrics.jsonl")
+    assert [r["step"] for r in records] == list(range(1, 9))
+    assert {"loss", "lr", "grad_norm", "frames_per_s", "data_wait"} <= records[0].keys()
+    assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
+    assert 0.5 < records[0]["loss"] < 2
+    assert 0 <= records[0]["data_wait"] <= 1
+    names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
+    assert {"config.yaml", "reconstruction.png", "pictures/step_0000004.png", "pictures/step_0000008.png"} <= names
+    assert [n for n in names if n.startswith("checkpoints/")].sort() == [
+        f"checkpoints/step_000000{i}.pt" for i in (3, 6, 8)
+    ].sort()
+    assert any("tfevents" in n for n in names)
+    assert (run / "pictures/step_0000008.png").read_bytes() == (run / "reconstruction.png").read_bytes()
+
+
+def test_it_learns(image_folder, tmp_path):
+    arguments = ["train.steps=80", "train.eval_every=10", "train.log_every=80", "optim.base_lr=0.2"]
+    assert main(words(image_folder, tmp_path / "run", *arguments)) == 0
+    held_out = [loss for _, _, loss in losses(tmp_path / "run")]
+    assert held_out[-1] < 0.95 * held_out[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(image_folder, tmp_path, precision):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        main(words(image_folder, tmp_path / name, f"run.seed={seed}", f"train.precision={precision}"))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def start(arguments):
+    # A run slow enough to be hit: the process waits for no one, so the signal comes at a random moment.
+    command = [sys.executable, "-m", "fastmum.train", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ, text=True)
+
+
+def wait_for_step(process, run, step):
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        records = read_metrics(run / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the run did not reach step {step}: {process.stderr.read()}")
+
+
+def test_killed_at_random_it_continues_as_if_nothing_had_happened(image_folder, tmp_path):
+    long = ("train.steps=60", "train.log_every=2", "train.checkpoint_every=7", "train.eval_every=30")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(words(image_folder, whole, *long)) == 0
+    rng = random.Random(os.getpid())
+    for low in (5, 25):
+        process = start(words(image_folder, killed, *long))
+        wait_for_step(process, killed, low + rng.randrange(10))
+        process.kill()
+        process.communicate()
+    assert main(words(image_folder, killed, *long)) == 0
+    assert losses(killed) == losses(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_from_outside_it_saves_and_goes_on(image_folder, tmp_path, number):
+    long = ("train.steps=400", "train.checkpoint_every=1000", "train.eval_every=400", "train.log_every=3")
+    process = start(words(image_folder, tmp_path / "run", *long))
+    wait_for_step(process, tmp_path / "run", 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "saved at step" in errors
+    saved = torch.load(next((tmp_path / "run/checkpoints").glob("*.pt")), weights_only=True)["step"]
+    steps = saved + 4
+    assert main(words(image_folder, tmp_path / "run", *long, f"train.steps={steps}")) == 0
+    assert [s for s, _, _ in losses(tmp_path / "run")] == [*range(3, steps, 3), steps]
+
+
+def test_a_finished_run_is_left_alone(image_folder, tmp_path, caplog):
+    main(words(image_folder, tmp_path / "run"))
+    before = losses(tmp_path / "run")
+    with caplog.at_level("INFO"):
+        assert main(words(image_folder, tmp_path / "run")) == 0
+    assert "nothing to do" in caplog.text
+    assert losses(tmp_path / "run") == before
+
+
+def test_never_resuming_sets_the_old_run_aside(image_folder, tmp_path):
+    for _ in range(2):
+        assert main(words(image_folder, tmp_path / "run", "train.resume=never")) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "run.old-1")
+
+
+def test_a_run_can_begin_from_a_checkpoint_of_another(image_folder, tmp_path):
+    main(words(image_folder, tmp_path / "a"))
+    checkpoint = tmp_path / "a/checkpoints/step_0000003.pt"
+    assert main(words(image_folder, tmp_path / "b", f"train.resume={checkpoint}")) == 0
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")[3:]
+
+
+def test_without_held_out_scenes_there_is_still_a_picture(image_folder, tmp_path):
+    assert main(words(image_folder, tmp_path / "run", "data.held_out=0")) == 0
+    assert (tmp_path / "run/reconstruction.png").exists()
+    assert all(held_out is None for _, _, held_out in losses(tmp_path / "run"))
+
+
+def test_broken_images_are_counted_and_do_not_stop_a_run(image_folder, tmp_path):
+    for scene in image_folder.iterdir():
+        (scene / "2.png").write_bytes(b"broken")
+    assert main(words(image_folder, tmp_path / "run")) == 0
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["bad_frames"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["data.root=/nowhere"], "data.root is '/nowhere'"),
+        (["train.stpes=3"], "nearest valid key is 'train.steps'"),
+        (["--config", "nowhere.yaml"], "configuration file 'nowhere.yaml' does not exist"),
+        (["train.device=tpu9"], "train.device is 'tpu9'"),
+        (["train.resume=/nowhere.pt"], "checkpoint '/nowhere.pt' does not exist"),
+        (["optim.base_lr=1e30", "optim.warmup_steps=0"], "a lower optim.base_lr"),
+    ],
+)
+def test_what_cannot_work_is_one_line(image_folder, tmp_path, capsys, more, message):
+    assert main([*words(image_folder, tmp_path / "run"), *more]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_another_model_in_the_run_folder_is_refused(image_folder, tmp_path, capsys):
+    main(words(image_folder, tmp_path / "run"))
+    assert main(words(image_folder, tmp_path / "run", "model.depth=2")) == 2
+    assert "depth 1 (configured: 2)" in capsys.readouterr().err
+
+
+def test_help_lists_the_keys(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(key in out for key in ("run.dir", "train.steps", "data.root", "--print-config"))
+
+
+def test_print_config_trains_nothing(image_folder, tmp_path, capsys):
+    assert main([*words(image_folder, tmp_path / "run"), "--print-config"]) == 0
+    assert f"dir: {tmp_path}/run" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_are_strict_json(image_folder, tmp_path):
+    main(words(image_folder, tmp_path / "run"))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)

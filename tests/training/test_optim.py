@@ -1,0 +1,49 @@
+import math
+
+import pytest
+import torch
+
+from fastmum.config.schema import OptimSection
+from fastmum.training.optim import build_optimizer, learning_rate
+
+
+def test_warm_up_then_half_a_cosine():
+    optim = OptimSection(base_lr=1e-4, warmup_steps=10)
+    rates = [learning_rate(step, 110, optim, frames_per_step=512) for step in range(110)]
+    assert rates[0] == pytest.approx(2e-5)
+    assert rates[9] == pytest.approx(2e-4), "the peak is base_lr * frames / 256"
+    assert rates[10] == pytest.approx(2e-4)
+    assert rates[60] == pytest.approx(1e-4)
+    assert rates[109] == pytest.approx(1e-4 * (1 + math.cos(math.pi * 0.99)))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_paper_peak():
+    # 64 GPUs of 96 frames: 2.4e-3 (facts of the paper's run)
+    assert learning_rate(25_000, 500_000, OptimSection(), 64 * 96) == pytest.approx(2.4e-3)
+
+
+def test_no_warm_up():
+    assert learning_rate(0, 10, OptimSection(base_lr=1.0, warmup_steps=0), 256) == pytest.approx(1.0)
+
+
+def test_decay_of_matrices_only(tiny):
+    decayed, plain = build_optimizer(tiny, OptimSection()).param_groups
+    assert decayed["weight_decay"] == 0.05
+    assert plain["weight_decay"] == 0
+    assert decayed["betas"] == (0.9, 0.95)
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(tiny.parameters()))
+
+
+def test_one_step_by_hand():
+    layer = torch.nn.Linear(2, 2)
+    before = layer.weight.detach().clone()
+    optimizer = build_optimizer(layer, OptimSection(eps=0.0))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    layer.weight.grad, layer.bias.grad = torch.ones(2, 2), torch.ones(2)
+    optimizer.step()
+    # The first step of Adam is the sign of the gradient.
+    torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.1 * 0.05) - 0.1)
