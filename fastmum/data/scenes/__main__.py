@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from fastmum.data.scenes.cache import ensure_scenes, render_missing, scene_dirs
+from fastmum.data.scenes.cache import cached_folder, render_missing, scene_dirs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,11 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     start = time.perf_counter()
     try:
-        if args.out is not None:
-            root = args.out
-            render_missing(root, args.count, args.views, args.size, args.seed, args.workers)
-        else:
-            root = ensure_scenes(args.count, args.views, args.size, args.seed, workers=args.workers)
+        root = args.out or cached_folder(args.views, args.size, args.seed)
+        rendered = render_missing(root, args.count, args.views, args.size, args.seed, args.workers)
         seconds = time.perf_counter() - start
         if args.contact_sheet is not None:
             _write_sheet(args.contact_sheet, scene_dirs(root, args.count))
@@ -55,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; finished scenes are kept", file=sys.stderr)
         return 130
-    views = args.count * args.views
-    print(f"{args.count} scenes of {args.views} views in {root} ({seconds:.1f} s, {views / seconds:.1f} views/s)")
+    speed = f"{rendered} rendered in {seconds:.1f} s, {rendered * args.views / seconds:.1f} views/s"
+    print(f"{args.count} scenes of {args.views} views in {root} ({speed if rendered else 'all were there already'})")
     return 0
 
 

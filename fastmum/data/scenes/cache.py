@@ -46,19 +46,19 @@ def ensure_scenes(
         OSError: the folder cannot be written, or scikit-image's photographs are missing.
         RuntimeError: a rendering process died.
     """
-    from fastmum.data.scenes.files import GENERATOR
-
-    base = Path(cache_dir) if cache_dir is not None else default_cache()
-    root = base / f"scenes-v{GENERATOR}-seed{seed}-{views}x{size}"
+    root = cached_folder(views, size, seed, cache_dir)
     render_missing(root, count, views, size, seed, workers, progress)
     return root
 
 
-def default_cache() -> Path:
-    """$FASTMUM_CACHE, or the user's cache folder."""
+def cached_folder(views: int, size: int, seed: int, cache_dir: Path | None = None) -> Path:
+    """Where scenes of these settings are kept: under cache_dir, or else $FASTMUM_CACHE or the user's cache folder."""
     from platformdirs import user_cache_dir
 
-    return Path(os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum"))
+    from fastmum.data.scenes.files import GENERATOR
+
+    base = Path(cache_dir or os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum"))
+    return base / f"scenes-v{GENERATOR}-seed{seed}-{views}x{size}"
 
 
 def scene_dirs(root: Path, count: int) -> list[Path]:

@@ -87,36 +87,42 @@ def _blocked(solids: Solids, s: int, o_3N: np.ndarray, d_3N: np.ndarray, reach: 
     return (np.maximum(t_in, 0) < np.minimum(t_out, reach)) & (t_out > 0)
 
 
-def _shadow(
-    solids: Solids, casts_S: np.ndarray, x_3N: np.ndarray, d_3N: np.ndarray, reach: float, live_N: np.ndarray
+def _unshadowed(
+    solids: Solids, casts_S: np.ndarray, x_3N: np.ndarray, rays: list[np.ndarray], light: list[np.ndarray], reach: float
 ) -> np.ndarray:
-    """1 where the ray to a light is free, 0 where a solid is in the way; rays that are not live are left at 1."""
-    free = np.ones(x_3N.shape[1], np.float32)
-    dd = (d_3N * d_3N).sum(0)
-    radius = solids.radius_S
+    """Mean of light_N over sample rays [3, N] towards one source, each counted where no solid is in its way.
+
+    The rays of a node are nearly parallel: whether a solid's bounding sphere is near them is asked once, of their mean.
+    """
+    d = sum(rays) / np.float32(len(rays))
+    length = np.sqrt((d * d).sum(0))
+    spread = np.sqrt(np.max([((ray - d) ** 2).sum(0) for ray in rays], 0)) / length  # tangent of half the cone's angle
+    d, lit = d / length, sum(light) > 0
     for s in np.flatnonzero(casts_S):
-        c = solids.centre_S3[s][:, None] - x_3N  # the ray passes the solid's sphere, ahead of the start?
-        along = (c * d_3N).sum(0)
-        near = ((c * c).sum(0) * dd - along * along < radius[s] ** 2 * dd) & (along > -radius[s] * np.sqrt(dd)) & live_N
-        hit = np.flatnonzero(near & (free > 0))
-        if hit.size:
-            free[hit] = ~_blocked(solids, s, x_3N[:, hit], d_3N[:, hit], reach)
-    return free
+        c = solids.centre_S3[s][:, None] - x_3N
+        along, radius = (c * d).sum(0), solids.radius_S[s]
+        aside2 = (c * c).sum(0) - along * along
+        near = (aside2 < (radius + spread * np.maximum(along + radius, 0)) ** 2) & (along > -radius) & lit
+        node = np.flatnonzero(near & (along < reach * length + radius))
+        if node.size:
+            for ray, value in zip(rays, light, strict=True):
+                value[node] *= ~_blocked(solids, s, x_3N[:, node], ray[:, node], reach)
+    return sum(light) / np.float32(len(light))
 
 
 def _from_lamp(
     solids: Solids, casts_S: np.ndarray, lamp: Lamp, x_3N: np.ndarray, n_3N: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    samples = 5
-    total = np.zeros(x_3N.shape[1], np.float32)
+    samples, rays, light = 5, [], []
     for k in range(samples):
-        stratum = (np.array([k, (2 * k) % samples, (3 * k) % samples])[:, None] + rng.random((3, total.size))) / samples
+        within = rng.random((3, x_3N.shape[1]), dtype=np.float32)
+        stratum = (np.array([[k], [(2 * k) % samples], [(3 * k) % samples]], np.float32) + within) / np.float32(samples)
         aim = lamp.centre_3[:, None] + lamp.half_3[:, None] * (2 * stratum - 1)
         d = (aim - x_3N).astype(np.float32)
         dd = (d * d).sum(0)
-        fall = np.maximum((d * n_3N).sum(0), 0) / np.sqrt(dd) / (dd + np.float32(0.35))  # never a white-hot spot
-        total += fall * _shadow(solids, casts_S, x_3N, d, 0.97, fall > 0)
-    return total / samples
+        rays.append(d)
+        light.append(np.maximum((d * n_3N).sum(0), 0) / np.sqrt(dd) / (dd + np.float32(0.35)))  # never a white-hot spot
+    return _unshadowed(solids, casts_S, x_3N, rays, light, 0.97)
 
 
 def _from_sun(
@@ -127,20 +133,20 @@ def _from_sun(
     n_3N: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    samples = 4
-    total = np.zeros(x_3N.shape[1], np.float32)
+    rays, light = [], []
     shell = np.flatnonzero(solids.kind_S == SHELL)[0]
     to_unit = solids.to_unit_S33[shell]
-    for _ in range(samples):
-        d = (lighting.sun_3[:, None] + 0.02 * rng.standard_normal((3, total.size))).astype(np.float32)
-        fall = np.maximum((d * n_3N).sum(0), 0)
-        o_unit = turn(to_unit, list(x_3N - solids.centre_S3[shell][:, None]))
+    o_unit = turn(to_unit, list(x_3N - solids.centre_S3[shell][:, None]))
+    outside = np.maximum(np.abs(o_unit[0]), np.abs(o_unit[1])) > 1
+    for _ in range(4):
+        blur = np.float32(0.02) * rng.standard_normal((3, x_3N.shape[1]), dtype=np.float32)
+        d = lighting.sun_3.astype(np.float32)[:, None] + blur
         d_unit = turn(to_unit, list(d))
         _, t_walls = enter_leave(BOX, [*o_unit[:2], np.float32(0)], [*d_unit[:2], np.float32(0)])
         over_wall = o_unit[2] + t_walls * d_unit[2] > 1  # it clears the walls where it crosses them
-        outside = np.maximum(np.abs(o_unit[0]), np.abs(o_unit[1])) > 1
-        total += fall * _shadow(solids, casts_S, x_3N, d, FAR, fall > 0) * (over_wall | outside)
-    return total / samples
+        rays.append(d)
+        light.append(np.maximum((d * n_3N).sum(0), 0) * (over_wall | outside))
+    return _unshadowed(solids, casts_S, x_3N, rays, light, float(FAR))
 
 
 def _ambient(

@@ -75,7 +75,7 @@ def enter_leave(kind: int, o: list, d: list) -> tuple[np.ndarray, np.ndarray]:
 def _slabs(o: list, d: list) -> tuple[np.ndarray, np.ndarray]:
     t_in, t_out = None, None
     for o_i, d_i in zip(o, d, strict=True):
-        inverse = np.float32(1.0) / np.where(d_i == 0, np.float32(1e-12), d_i)  # a zero never divides
+        inverse = np.float32(1.0) / (d_i + np.float32(1e-20))  # too small to change any number but zero
         middle, reach = -o_i * inverse, np.abs(inverse)
         near, far = middle - reach, middle + reach
         t_in = near if t_in is None else np.maximum(t_in, near)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastmum.data.scenes import ensure_scenes, files, photos, scene_dirs
 from fastmum.data.scenes.__main__ import main
@@ -159,9 +160,9 @@ def test_command_line(tiny, tmp_path, capsys):
     assert main(["--out", str(tiny), *options, "--contact-sheet", str(sheet)]) == 0
     out = capsys.readouterr().out
     assert str(tiny) in out
-    assert "views/s" in out
-    from PIL import Image
-
+    assert "all were there already" in out
+    assert main(["--out", str(tmp_path), *options[:1], "1", *options[2:], "--workers", "0"]) == 0
+    assert "1 rendered" in capsys.readouterr().out
     assert Image.open(sheet).size == (6 * 130 - 2, 2 * 130 - 2)
 
 
