@@ -37,7 +37,7 @@ def picture(rng: np.random.Generator, face: Face, a: Colour, b: Colour, border: 
     """A framed photograph, cropped to the face and toned; border is the frame's width in metres."""
     coloured = rng.random() < 0.65
     image = photo(str(rng.choice(COLOURED if coloured else GREY)))
-    zoom = rng.uniform(0.75, 1.0) * min(image.width / face.w, image.height / face.h)
+    zoom = rng.uniform(0.85, 1.0) * min(image.width / face.w, image.height / face.h)
     wide, high = face.w * zoom, face.h * zoom
     left, top = rng.uniform(0, image.width - wide), rng.uniform(0, image.height - high)
     box = (left, top, left + wide, top + high)
