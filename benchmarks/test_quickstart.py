@@ -1,0 +1,64 @@
+"""The parts of the quickstart: a training step, loading its frames, rendering a scene, importing the package."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastmum import PRESETS, MuM
+from fastmum.config.schema import OptimSection
+from fastmum.data.decode import Decoder
+from fastmum.data.loader import Loader
+from fastmum.data.plan import StepPlanner
+from fastmum.data.scenes import ensure_scenes
+from fastmum.data.sequences import find_sequences
+from fastmum.training.optim import build_optimizer
+
+FRAMES, SIZE, VIEWS = 32, 128, 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_training_step(benchmark, precision):
+    model = MuM(PRESETS["mum_tiny"])
+    optimizer = build_optimizer(model, OptimSection())
+    frames = torch.randint(0, 256, (FRAMES, SIZE, SIZE, 3), dtype=torch.uint8)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(frames, [VIEWS] * (FRAMES // VIEWS)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    benchmark.extra_info["frames"] = FRAMES
+    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return ensure_scenes(count=2, views=8, size=256, cache_dir=tmp_path_factory.mktemp("scenes"), progress=False)
+
+
+@pytest.mark.parametrize("cache", [0, 10**9], ids=["decoded each time", "decoded once"])
+def test_loading(benchmark, scenes, cache):
+    planner = StepPlanner(find_sequences(scenes), 0, FRAMES, (2, 8))
+    loader = Loader(Decoder(SIZE, cache), workers=2)
+    plans = [planner.plan(step) for step in range(8)]
+    benchmark.extra_info["frames"] = sum(len(plan.files) for plan in plans)
+    benchmark.pedantic(lambda: list(loader.batches(plans)), rounds=5, warmup_rounds=1)
+
+
+def test_rendering(benchmark, tmp_path_factory):
+    def render():
+        ensure_scenes(count=2, views=8, size=256, cache_dir=tmp_path_factory.mktemp("render"), progress=False)
+
+    benchmark.extra_info["frames"] = 16
+    benchmark.pedantic(render, rounds=2)
+
+
+def test_import(benchmark):
+    benchmark.pedantic(
+        lambda: subprocess.run([sys.executable, "-c", "import fastmum; fastmum.MuM"], check=True), rounds=3,
+        warmup_rounds=1,
+    )  # fmt: skip
