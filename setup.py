@@ -39,7 +39,14 @@ setup(
     extras_require={
         "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
         "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
-        "dev": ["pytest>=8.2", "pytest-benchmark>=4.0", "hypothesis>=6.100", "ruff>=0.6", "setuptools>=77"],
+        "dev": [
+            "pytest>=8.2",
+            "pytest-benchmark>=4.0",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "scipy>=1.12",
+            "setuptools>=77",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

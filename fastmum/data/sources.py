@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import NamedTuple
 
 from fastmum.config import Config
@@ -28,7 +29,7 @@ class Sources(NamedTuple):
 def open_sources(config: Config) -> Sources:
     """Find the sequences, rendering the embedded scenes if there is no `data.root`, and split them.
 
-    The held-out planner takes whole frames, the largest square in the middle, without flips.
+    Held-out sequences are sampled like those of training, so that the two losses can be compared.
 
     Raises:
         DataError: a folder that is missing or holds no sequences.
@@ -41,13 +42,12 @@ def open_sources(config: Config) -> Sources:
         "training on %d sequences (%d frames), held out: %d (%d frames)",
         len(training), training.num_frames, len(held_out), held_out.num_frames,
     )  # fmt: skip
-    views = (data.views[0], data.views[1])
     images = find_single_images(data.image_root) if data.image_root else None
     planner = StepPlanner(
         training,
         config.run.seed,
         data.frames_per_batch,
-        views,
+        views=(data.views[0], data.views[1]),
         images=images,
         image_share=data.image_share,
         crop_scale=(data.crop_scale[0], data.crop_scale[1]),
@@ -55,10 +55,8 @@ def open_sources(config: Config) -> Sources:
         flip=data.flip,
     )
     if not held_out:
-        return Sources(planner, None, training)
-    whole = {"crop_scale": (1.0, 1.0), "crop_aspect": (1.0, 1.0), "flip": 0.0}
-    held_out_planner = StepPlanner(held_out, HELD_OUT_SEED, data.frames_per_batch, views, **whole)
-    return Sources(planner, held_out_planner, held_out)
+        return Sources(planner, None, shown=training)
+    return Sources(planner, replace(planner, sequences=held_out, images=None, seed=HELD_OUT_SEED), shown=held_out)
 
 
 def _sequences(config: Config) -> Sequences:

@@ -17,7 +17,7 @@ from fastmum.model.masking import seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 from fastmum.training.pictures import draw_reconstruction
 
-EVAL_SEED = 0  # not the run's: runs of different seeds are evaluated on the same batches and masks
+EVAL_SEED = 0  # of the masks; not the run's, so that runs of different seeds can be compared
 PICTURE_SEQUENCES = 3
 PICTURE_VIEWS = 6
 
