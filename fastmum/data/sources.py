@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastmum.config import Config
 from fastmum.data.plan import StepPlanner
-from fastmum.data.sequences import Sequences, find_sequences, find_single_images, split_held_out
+from fastmum.data.sequences import DataError, Sequences, find_sequences, find_single_images, split_held_out
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def open_sources(config: Config) -> Sources:
     Held-out sequences are sampled like those of training, so that the two losses can be compared.
 
     Raises:
-        DataError: a folder that is missing or holds no sequences.
+        DataError: a folder that is missing or holds no sequences, or scenes that cannot be rendered.
     """
     data = config.data
     training, held_out = split_held_out(_sequences(config), data.held_out)
@@ -66,6 +66,9 @@ def _sequences(config: Config) -> Sequences:
     # Rendering needs packages that own data does not.
     from fastmum.data.scenes import ensure_scenes
 
-    root = ensure_scenes(count=scenes.count, views=scenes.views, size=scenes.size, seed=scenes.seed)
+    try:
+        root = ensure_scenes(count=scenes.count, views=scenes.views, size=scenes.size, seed=scenes.seed)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DataError(f"the embedded scenes cannot be rendered: {error}") from error
     found = find_sequences(root, min_views=data.views[0])
     return found.select(list(range(scenes.count)))  # the cache may hold more, rendered for another run
