@@ -14,8 +14,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import check_floating, check_range, check_tensors, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.dispatch import (
+    ceil_div,
+    check_floating,
+    check_range,
+    check_tensors,
+    jit,
+    launch,
+    power_of_2,
+    tl,
+    use_triton,
+)
 from fastmum.kernels.patches import check_pixels, gather_patches_torch, load_pixel_rows, pixel_row_start
+
+CHUNK_VALUES = 1 << 19  # of pred that the CPU works on at once
 
 
 def patch_loss(
@@ -97,8 +109,8 @@ def _patch_loss_backward(
         _launch(grad, grad_loss, pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
         return grad
     scale = grad_loss * (2 / pred.numel())
-    for part, chunk in zip(grad.split(1), _chunks(pred, frames, ids), strict=True):
-        torch.mul(_difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps), scale, out=part)
+    for grad_part, *chunk in _chunks(grad, pred, frames, ids):
+        torch.mul(_difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps), scale, out=grad_part)
     return grad
 
 
@@ -120,9 +132,10 @@ def _backward(ctx, grad_loss):
 _patch_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _chunks(pred: Tensor, frames: Tensor, ids: Tensor) -> zip:
-    # One frame at a time: its temporaries stay in the cache, and none has the size of pred.
-    return zip(pred.split(1), frames.split(1), ids.split(1), strict=True)
+def _chunks(*tensors: Tensor) -> zip:
+    """A few frames at a time: their temporaries stay in the cache, and none has the size of `pred`."""
+    step = ceil_div(CHUNK_VALUES, tensors[0][0].numel())
+    return zip(*(x.split(step) for x in tensors), strict=True)
 
 
 def _difference_torch(
@@ -139,8 +152,12 @@ def _difference_torch(
     work = torch.promote_types(pred.dtype, torch.float32)
     target = gather_patches_torch(frames, ids, gain, bias, patch_size, work)
     if norm_pix:
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
-        target = target.sub_(mean).mul_(torch.rsqrt(var + eps))
+        # Not torch.var_mean: it takes twenty times as long on the CPU (docs/LOG.md, 2026-11-23). Measured from the
+        # patch's first value, a constant patch is 0 exactly, not a rounding error times 1e3.
+        target -= target[..., :1].clone()
+        target -= target.mean(-1, keepdim=True)
+        var = torch.linalg.vector_norm(target, dim=-1, keepdim=True).square_() / (target.shape[-1] - 1)
+        target *= torch.rsqrt(var + eps)
     return torch.sub(pred, target, out=target)
 
 

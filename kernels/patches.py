@@ -110,20 +110,20 @@ def gather_patches_torch(
 ) -> Tensor:
     """The operation in PyTorch, vectorised for the CPU: whole pixel rows of patches are copied, then scaled."""
     F, H, W, C = frames.shape
-    p, grid_w, K = patch_size, W // patch_size, ids.shape[1]
+    p, grid_w = patch_size, W // patch_size
     work = torch.promote_types(torch.promote_types(dtype, torch.float32), frames.dtype)
+    gain_C, bias_C = (torch.tensor(x, dtype=work, device=frames.device) for x in (gain, bias))
     frame = torch.arange(F, device=ids.device)[:, None]
     if frames.is_contiguous():
         rows = frames.view(-1, p * C)  # (F * H * grid_w, p*C)
         first = (frame * H + ids // grid_w * p) * grid_w + ids % grid_w
         at = first[:, :, None] + torch.arange(0, p * grid_w, grid_w, device=ids.device)
         patches = rows.index_select(0, at.flatten())
+        gain_C, bias_C = gain_C.repeat(p), bias_C.repeat(p)  # a longer inner loop
     else:
         grid = frames.unflatten(2, (grid_w, p)).unflatten(1, (H // p, p)).transpose(2, 3)
-        patches = grid[frame, ids // grid_w, ids % grid_w].reshape(-1, p * C)
-    # A row of p*C factors instead of C: an inner loop long enough to vectorise.
-    gain_row, bias_row = (torch.tensor(x, dtype=work, device=frames.device).repeat(p) for x in (gain, bias))
-    return torch.addcmul(-bias_row, patches.to(work), gain_row).to(dtype).view(F, K, -1)
+        patches = grid[frame, ids // grid_w, ids % grid_w]  # (F, K, p, p, C)
+    return (patches.to(work) * gain_C).sub_(bias_C).to(dtype).reshape(*ids.shape, p * p * C)
 
 
 def _gather_patches_triton(
