@@ -57,6 +57,8 @@ def use_triton(x: Tensor) -> bool:
         ValueError: `FASTMUM_KERNELS` has an unknown value.
         RuntimeError: it asks for Triton where Triton cannot run.
     """
+    if _recorder is not None:
+        return True
     choice = os.environ.get("FASTMUM_KERNELS", "auto")
     if choice not in ("auto", "torch", "triton"):
         raise ValueError(f"FASTMUM_KERNELS is {choice!r}, but must be auto, torch or triton")
