@@ -161,6 +161,8 @@ def _rotate(
         return
     T, width = qkv.shape
     half = width // (6 * num_heads)
+    # The first half of a whole table has contiguous rows, and is not copied.
+    sin, cos = (x if x.stride(1) == 1 else x.contiguous() for x in (sin, cos))
     BLOCK_C = power_of_2(half)
     BLOCK_H = min(power_of_2(2 * num_heads), max(1, 256 // BLOCK_C))
     BLOCK_T = max(1, tile_bytes(qkv.device) // (2 * BLOCK_H * BLOCK_C * qkv.element_size()))

@@ -185,6 +185,7 @@ def _place(source: Tensor, fill: Tensor | None, ids: Tensor, num_patches: int) -
         rows = _token_rows(ids, 1 + num_patches, cls=fill is not None).flatten()
         out.view(-1, D).index_copy_(0, rows, source.view(-1, D))
         return out
+    fill = None if fill is None else fill.contiguous()
     BLOCK_T, BLOCK_D = _tile(source)
     launch(
         _place_kernel,
