@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support import DEVICE, MEAN, STD, assert_close, guarded, relative, split_ids, strided
 
 from fastmum.kernels import gather_patches, reference
+from fastmum.kernels.patches import _gather_patches_triton
 
 SIZES = [  # frames, rows, columns, patch side, visible
     (1, 1, 1, 16, 1),
@@ -93,6 +94,24 @@ def test_any_shape(F: int, rows: int, columns: int, p: int, data: st.DataObject)
             frames, (ids, _) = guarded(random_frames(F, rows, columns, p)), split_ids(F, rows * columns, K)
             truth = reference.gather_patches(frames, ids, MEAN, STD, p, torch.float64)
             assert_close(gather_patches(frames, ids, MEAN, STD, p, torch.float32), truth)
+
+
+def test_ids_out_of_range_give_nan_on_the_gpu() -> None:
+    """Beyond the check, which only the CPU can afford, nothing foreign is read."""
+    pytest.importorskip("triton")
+    frames, ids = guarded(random_frames(2, 2, 2, 8)), torch.tensor([[4, 0], [-1, 3]], device=DEVICE)
+    out = _gather_patches_triton(frames, ids, [1.0] * 3, [0.0] * 3, 8, torch.float32)
+    assert out.isnan().all(-1).tolist() == [[True, False], [True, False]]
+    assert not out[:, 1].isnan().any()
+
+
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    frames, (ids, _) = random_frames(3, 1, 2, 8), split_ids(3, 2, 1)
+    stride = 2**31 - 16  # fits 32 bits; the third frame's offset does not. Untouched memory costs nothing.
+    far = torch.empty(2 * stride + 384, dtype=torch.uint8, device=DEVICE)
+    far = far.as_strided((3, 8, 16, 3), (stride, 48, 3, 1)).copy_(frames)
+    truth = reference.gather_patches(frames, ids, MEAN, STD, 8, torch.float64)
+    assert_close(gather_patches(far, ids, MEAN, STD, 8, torch.float32), truth)
 
 
 def test_operator_contract(backend: str) -> None:

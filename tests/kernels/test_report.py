@@ -53,6 +53,26 @@ def test_bytes_are_the_least(rows: list[dict]) -> None:
     assert [row for row in rows if not 1 <= row["ratio"] <= 1.1] == []
 
 
+SPECIALISATIONS = """
+from fastmum.kernels import report
+from fastmum.kernels.compiled import _specialise
+for frames in (1, 2, 15, 16, 96):
+    for sizes in ("PAPER", "ENCODER", "RELEASED"):
+        setattr(report, sizes, getattr(report, sizes)._replace(frames=frames))
+    print([_specialise(report.record(case, 90)) for case in report.cases()])
+"""
+
+
+def test_the_number_of_frames_compiles_nothing_anew() -> None:
+    """1 and multiples of 16 are special to Triton, unless an argument is excepted."""
+    pytest.importorskip("triton")
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
+    result = subprocess.run([sys.executable, "-c", SPECIALISATIONS], env=clean, capture_output=True, text=True)
+    found = result.stdout.splitlines()
+    assert len(found) == 5, result.stderr
+    assert len(set(found)) == 1
+
+
 def tokens(n: int) -> torch.Tensor:
     return guarded(torch.randn(SMALL.frames, n, SMALL.width, device=DEVICE))
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support import DEVICE, assert_close, gradients, guarded, split_ids, strided
 
 from fastmum.kernels import gather_tokens, reference, scatter_tokens
+from fastmum.kernels.tokens import _gather_tokens_triton, _place
 
 SIZES = [  # frames, patches, ids of a frame, width
     (1, 1, 1, 48),
@@ -106,6 +107,18 @@ def test_any_shape(F: int, P: int, D: int, data: st.DataObject) -> None:
             ours = gradients(lambda x: gather_tokens(x, ids), [tokens], visible[:, 1:])
             true = gradients(lambda x: reference.gather_tokens(x, ids), [tokens], visible[:, 1:])
             assert all(torch.equal(a, b) for a, b in zip(ours, true, strict=True))
+
+
+def test_ids_out_of_range_on_the_gpu() -> None:
+    """Beyond the check, which only the CPU can afford, nothing foreign is read or overwritten."""
+    pytest.importorskip("triton")
+    ids = torch.tensor([[4, 0], [-1, 3]], device=DEVICE)
+    out = _gather_tokens_triton(guarded(torch.ones(2, 5, 8, device=DEVICE)), ids)
+    assert out.isnan().all(-1).tolist() == [[True, False], [True, False]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTMUM_KERNELS", "triton")
+        out = _place(torch.ones(2, 3, 8, device=DEVICE), torch.zeros(8, device=DEVICE), ids, 4)
+    assert out.sum(-1).tolist() == [[8, 8, 0, 0, 0], [8, 0, 0, 0, 8]]
 
 
 def test_operator_contracts(backend: str) -> None:
