@@ -90,7 +90,7 @@ def test_the_same_twice(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 80), st.integers(1, 300), st.data())
 def test_any_shape(F: int, P: int, D: int, data: st.DataObject) -> None:
     K = data.draw(st.integers(1, P))
