@@ -106,7 +106,7 @@ class _RotateInPlace(torch.autograd.Function):
 def _rotate_back(ctx, grad: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # The compiler drops the copy: it knows that nobody else reads the gradient, which eager autograd does not.
-        grad = grad.clone()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         _rope_qk_(grad, *ctx.saved_tensors, *ctx.settings, True)
         return grad
     return _rope_qk(grad, *ctx.saved_tensors, *ctx.settings, True)
