@@ -1,8 +1,12 @@
 """The operations between the matrix products, imported as `fastmum.kernels`.
 
-`reference` is the mathematics of each in plain PyTorch; the names below are what the model calls.
+One file an operation, from the public function down to the jitted kernel; `reference` is the mathematics of each in
+plain PyTorch, and shares no code with them. See docs/kernels.md.
 """
 
-from fastmum.kernels.reference import gather_patches, gather_tokens, patch_loss, rope_qk, scatter_tokens
+from fastmum.kernels.loss import patch_loss
+from fastmum.kernels.patches import gather_patches
+from fastmum.kernels.rope import rope_qk
+from fastmum.kernels.tokens import gather_tokens, scatter_tokens
 
 __all__ = ["gather_patches", "gather_tokens", "patch_loss", "rope_qk", "scatter_tokens"]

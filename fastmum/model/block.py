@@ -46,7 +46,13 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         qkv = rope_qk(
-            self.qkv(x_TD), context.positions, context.sin, context.cos, self.num_heads, special=context.special
+            self.qkv(x_TD),
+            context.positions,
+            context.sin,
+            context.cos,
+            self.num_heads,
+            special=context.special,
+            inplace=True,  # the linear layer's backward pass does not need its output
         )
         q, k, v = qkv.view(len(qkv), 3, self.num_heads, -1).unbind(1)
         return self.proj(context.attend(q, k, v).flatten(1))

@@ -1,0 +1,162 @@
+"""Which implementation of an operation runs, and how a Triton kernel is launched.
+
+`FASTMUM_KERNELS` is read at every call: "auto" (default) takes Triton on CUDA and PyTorch elsewhere, "torch" and
+"triton" take what they say. Triton kernels run on CPU tensors when `TRITON_INTERPRET=1` was set before the import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton on this platform: the PyTorch implementations do everything
+    triton = tl = None
+
+INTEGERS = (torch.int64, torch.int32)
+
+
+class Launch(NamedTuple):
+    """One launch as the host wrapper decided it."""
+
+    kernel: Callable
+    grid: tuple[int, ...]
+    args: tuple
+    constants: dict[str, object]
+    num_warps: int
+
+
+_recorder: list[Launch] | None = None
+_recorded_arch = 80
+
+
+def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]:
+    """`triton.jit`, or nothing where Triton is not installed.
+
+    Args:
+        do_not_specialize: integers that vary from batch to batch: Triton would compile anew when one of them becomes
+            1 or a multiple of 16.
+    """
+    if triton is None:
+        return lambda fn: fn
+    return triton.jit(do_not_specialize=list(do_not_specialize))
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether the operation on `x` runs as a Triton kernel; float64 never does.
+
+    Raises:
+        ValueError: `FASTMUM_KERNELS` has an unknown value.
+        RuntimeError: it asks for Triton where Triton cannot run.
+    """
+    if _recorder is not None:
+        return True
+    choice = os.environ.get("FASTMUM_KERNELS", "auto")
+    if choice not in ("auto", "torch", "triton"):
+        raise ValueError(f"FASTMUM_KERNELS is {choice!r}, but must be auto, torch or triton")
+    if choice == "torch" or x.dtype == torch.float64:
+        return False
+    if choice == "auto":
+        return x.is_cuda and triton is not None
+    if triton is None:
+        raise RuntimeError("FASTMUM_KERNELS=triton, but Triton is not installed")
+    if not x.is_cuda and not triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            f"FASTMUM_KERNELS=triton, but the tensors are on {x.device}: set TRITON_INTERPRET=1 before the program "
+            "starts to interpret the kernels there"
+        )
+    return True
+
+
+def launch(kernel: Callable, grid: tuple[int, ...], *args: object, num_warps: int, **constants: object) -> None:
+    """Launch a jitted kernel on the device of its first argument; an empty grid is no launch."""
+    if _recorder is not None:
+        _recorder.append(Launch(kernel, grid, args, constants, num_warps))
+    elif 0 not in grid:
+        device = args[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[grid](*args, num_warps=num_warps, **constants)
+
+
+@contextmanager
+def recorded_launches(arch: int) -> Iterator[list[Launch]]:
+    """Collect what the host wrappers would launch on `arch` (80, 90, ...) instead of launching it.
+
+    The report compiles exactly these launches, with meta tensors in the place of data.
+    """
+    global _recorder, _recorded_arch
+    _recorder, _recorded_arch = [], arch
+    try:
+        yield _recorder
+    finally:
+        _recorder = None
+
+
+def tile_bytes(device: torch.device) -> int:
+    """Bytes that one program should have in flight, by architecture.
+
+    Little's law: bandwidth x latency / number of SMs must be in flight on each SM, about 10 kB on an A100 and 20 kB
+    on an H100 or H200. With the 4 to 8 programs that fit an SM at the least, these tiles cover that twice.
+    """
+    arch = _recorded_arch if _recorder is not None else _capability(device)
+    return 4096 if arch < 90 else 8192
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    return 10 * major + minor
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The least integer not below a / b."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise TypeError for what is no tensor, ValueError unless all lie on one device."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, but must be a tensor")
+    devices = {name: x.device for name, x in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            f"all tensors must be on one device, but {', '.join(f'{n} is on {d}' for n, d in devices.items())}"
+        )
+
+
+def check_floating(name: str, x: Tensor, ndim: int, shape: str) -> None:
+    """Raise TypeError unless `x` is floating point, ValueError unless it has `ndim` axes."""
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}, but must be floating point")
+    if x.ndim != ndim:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be {shape}")
+
+
+def check_ids(name: str, ids: Tensor, num_frames: int) -> None:
+    """Raise TypeError unless `ids` are int64 or int32, ValueError unless they are (num_frames, n)."""
+    if ids.dtype not in INTEGERS:
+        raise TypeError(f"{name} has dtype {ids.dtype}, but must be int64 or int32")
+    if ids.ndim != 2 or ids.shape[0] != num_frames:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, but must be ({num_frames}, n): a row for every frame")
+
+
+def check_range(name: str, ids: Tensor, low: int, high: int) -> None:
+    """Raise IndexError unless low <= ids < high; only on the CPU, where looking costs no synchronisation."""
+    if ids.device.type == "cpu" and ids.numel():
+        least, most = (int(x) for x in ids.aminmax())
+        if least < low or most >= high:
+            raise IndexError(f"{name} holds {least if least < low else most}, but must lie in {low}..{high - 1}")

@@ -1,0 +1,245 @@
+"""The training loss: predictions against the normalised pixels of the patches they stand for.
+
+Legend: F frames, H W pixels, C channels, p patch side, M masked patches of a frame, L = p*p*C values of a patch.
+
+Fuses scale, normalise, cut into patches, select, patch statistics, difference, square and mean. The target exists in
+registers only. The backward pass computes it again: reading a uint8 pixel costs a byte, where a gradient that waits
+for the backward pass to be scaled costs one more write and read of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels.dispatch import (
+    ceil_div,
+    check_floating,
+    check_range,
+    check_tensors,
+    jit,
+    launch,
+    power_of_2,
+    tl,
+    use_triton,
+)
+from fastmum.kernels.patches import check_pixels, gather_patches_torch, load_pixel_rows, pixel_row_start
+
+CHUNK_VALUES = 1 << 19  # of pred that the CPU works on at once
+
+
+def patch_loss(
+    pred: Tensor,
+    frames: Tensor,
+    ids: Tensor,
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    patch_size: int,
+    norm_pix: bool = True,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Mean squared error between predictions and the patches they stand for: the training loss.
+
+    Args:
+        pred: (F, M, p*p*C) floating point, predictions for the patches `ids`, at least one.
+        frames, ids, mean, std, patch_size: as in `gather_patches`.
+        norm_pix: whether the target is its patch's (x - mean) / sqrt(var + eps), with the unbiased variance.
+        eps: added to the variance.
+
+    Returns:
+        Scalar, float32 (float64 for float64 predictions): the mean over masked patches and their values, accumulated
+        in that dtype, always in the same order. The gradient flows to `pred` only.
+
+    Raises:
+        TypeError, ValueError, IndexError: as in `gather_patches`, or `pred` of another dtype or shape.
+    """
+    check_tensors(pred=pred, frames=frames, ids=ids)
+    frames, gain, bias = check_pixels(frames, ids, mean, std, patch_size)
+    expected = (*ids.shape, patch_size**2 * frames.shape[3])
+    check_floating("pred", pred, 3, f"{expected}")
+    if tuple(pred.shape) != expected or not pred.numel():
+        raise ValueError(f"pred has shape {tuple(pred.shape)}, but ids and frames call for {expected}, not empty")
+    return _patch_loss(pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+
+
+@torch.library.custom_op("fastmum::patch_loss", mutates_args=())
+def _patch_loss(
+    pred: Tensor,
+    frames: Tensor,
+    ids: Tensor,
+    gain: list[float],
+    bias: list[float],
+    patch_size: int,
+    norm_pix: bool,
+    eps: float,
+) -> Tensor:
+    check_range("ids", ids, 0, frames.shape[1] * frames.shape[2] // patch_size**2)
+    if use_triton(pred):
+        partial = torch.empty(ids.numel(), dtype=torch.float32, device=pred.device)
+        _launch(partial, None, pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+        return partial.sum()
+    sums = [
+        _difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps).square().sum()
+        for chunk in _chunks(pred, frames, ids)
+    ]
+    return torch.stack(sums).sum() / pred.numel()
+
+
+@_patch_loss.register_fake
+def _(pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
+    return pred.new_empty((), dtype=torch.promote_types(pred.dtype, torch.float32))
+
+
+@torch.library.custom_op("fastmum::patch_loss_backward", mutates_args=())
+def _patch_loss_backward(
+    grad_loss: Tensor,
+    pred: Tensor,
+    frames: Tensor,
+    ids: Tensor,
+    gain: list[float],
+    bias: list[float],
+    patch_size: int,
+    norm_pix: bool,
+    eps: float,
+) -> Tensor:
+    grad = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    if use_triton(pred):
+        _launch(grad, grad_loss, pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+        return grad
+    scale = grad_loss * (2 / pred.numel())
+    for grad_part, *chunk in _chunks(grad, pred, frames, ids):
+        torch.mul(_difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps), scale, out=grad_part)
+    return grad
+
+
+@_patch_loss_backward.register_fake
+def _(grad_loss, pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
+    return pred.new_empty(pred.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    pred, frames, ids, *ctx.settings = inputs
+    ctx.save_for_backward(pred, frames, ids)
+
+
+def _backward(ctx, grad_loss):
+    grad = _patch_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
+    return grad, *(None,) * (2 + len(ctx.settings))
+
+
+_patch_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _chunks(*tensors: Tensor) -> zip:
+    """A few frames at a time: their temporaries stay in the cache, and none has the size of `pred`."""
+    step = ceil_div(CHUNK_VALUES, tensors[0][0].numel())
+    return zip(*(x.split(step) for x in tensors), strict=True)
+
+
+def _difference_torch(
+    pred: Tensor,
+    frames: Tensor,
+    ids: Tensor,
+    gain: list[float],
+    bias: list[float],
+    patch_size: int,
+    norm_pix: bool,
+    eps: float,
+) -> Tensor:
+    """pred - target, in float32 at least."""
+    work = torch.promote_types(pred.dtype, torch.float32)
+    target = gather_patches_torch(frames, ids, gain, bias, patch_size, work)
+    if norm_pix:
+        # Not torch.var_mean: it takes twenty times as long on the CPU (docs/LOG.md, 2026-11-23). Measured from the
+        # patch's first value, a constant patch is 0 exactly, not a rounding error times 1e3.
+        target -= target[..., :1].clone()
+        target -= target.mean(-1, keepdim=True)
+        var = torch.linalg.vector_norm(target, dim=-1, keepdim=True).square_() / (target.shape[-1] - 1)
+        target *= torch.rsqrt(var + eps)
+    return torch.sub(pred, target, out=target)
+
+
+def _launch(
+    out: Tensor,
+    grad_loss: Tensor | None,
+    pred: Tensor,
+    frames: Tensor,
+    ids: Tensor,
+    gain: list[float],
+    bias: list[float],
+    patch_size: int,
+    norm_pix: bool,
+    eps: float,
+) -> None:
+    """Fill `out` with every patch's share of the loss, or with the gradient of `pred` where `grad_loss` is given."""
+    F, H, W, C = frames.shape
+    p, M = patch_size, ids.shape[1]
+    ROWS, COLS = power_of_2(p), power_of_2(p * C)
+    launch(
+        _patch_loss_kernel,
+        (F * M,),  # a patch a program; 32 of them on an SM have 70 kB in flight
+        *(out, grad_loss, pred.contiguous(), frames, ids.contiguous()),
+        *(M, W // p, (H // p) * (W // p), *frames.stride(), tuple(gain), tuple(bias), 1.0 / pred.numel(), eps),
+        C=C,
+        p=p,
+        NORM_PIX=norm_pix,
+        DENSE=frames.stride()[2:] == (C, 1),
+        ROWS=ROWS,
+        COLS=COLS,
+        num_warps=min(8, max(1, ROWS * COLS // 512)),  # 16 values a thread: the 16 bytes of a uint8 load
+    )
+
+
+@jit(do_not_specialize=["M"])
+def _patch_loss_kernel(
+    out_ptr,  # forward (F * M,); backward (F * M, p * p * C)
+    grad_loss_ptr,  # scalar in the backward pass, None in the forward pass
+    pred_ptr,  # (F * M, p * p * C)
+    frames_ptr,  # (F, H, W, C) by the strides
+    ids_ptr,  # (F * M,)
+    M,
+    grid_w,
+    num_patches,
+    stride_f,
+    stride_h,
+    stride_w,
+    stride_c,
+    gain,  # C floats
+    bias,
+    inverse_count,  # 1 / (F * M * p * p * C)
+    eps,
+    C: tl.constexpr,
+    p: tl.constexpr,
+    NORM_PIX: tl.constexpr,
+    DENSE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    patch = tl.program_id(0)
+    patch_id = tl.load(ids_ptr + patch).to(tl.int32)
+    valid = (patch_id >= 0) & (patch_id < num_patches)
+
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside = (row < p)[:, None] & (col < p * C)[None, :]
+    start = pixel_row_start(patch // M, patch_id, row, grid_w, stride_f, stride_h, stride_w, p)
+    exists = row < tl.where(valid, p, 0)
+    target = load_pixel_rows(frames_ptr, start, exists, stride_w, stride_c, gain, bias, C, p, DENSE, COLS)
+    if NORM_PIX:
+        # Measured from the patch's first value: a constant patch is then 0 exactly, not a rounding error times 1e3.
+        corner = pixel_row_start(patch // M, patch_id, 0, grid_w, stride_f, stride_h, stride_w, p)
+        first = tl.load(frames_ptr + corner, mask=valid, other=0).to(tl.float32) * gain[0] - bias[0]
+        target = tl.where(inside, target - first, 0.0)
+        target = tl.where(inside, target - tl.sum(target) / (p * p * C), 0.0)
+        target *= tl.rsqrt(tl.sum(target * target) / (p * p * C - 1) + eps)
+
+    at = patch.to(tl.int64) * (p * p * C) + row[:, None] * (p * C) + col[None, :]
+    difference = tl.load(pred_ptr + at, mask=inside, other=0.0).to(tl.float32) - target
+    if grad_loss_ptr is None:
+        loss = tl.sum(difference * difference) * inverse_count
+        tl.store(out_ptr + patch, tl.where(valid, loss, float("nan")))
+    else:
+        scale = tl.load(grad_loss_ptr).to(tl.float32) * 2.0 * inverse_count
+        grad = difference * tl.where(valid, scale, float("nan"))
+        tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,254 @@
+"""Rotary positions applied to q and k of a packed projection.
+
+Legend: T tokens, D width, h heads, d = D / h width of a head, N positions of the table. Channel c of a head is rotated
+with channel c + d/2, so a token's q and k are 2h pairs of halves.
+
+Fuses the lookup of the position's angles with the rotation. Sines and cosines exist once for every position, never for
+every frame, head and token. In place, v is neither read nor written.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels.dispatch import (
+    INTEGERS,
+    ceil_div,
+    check_floating,
+    check_range,
+    check_tensors,
+    jit,
+    launch,
+    power_of_2,
+    tile_bytes,
+    tl,
+    use_triton,
+)
+
+SPECIAL = ("keep", "zero")
+CHUNK_BYTES = 1 << 20  # of qkv that the CPU rotates at once: temporaries stay in the cache
+
+
+def rope_qk(
+    qkv: Tensor,
+    positions: Tensor,
+    sin: Tensor,
+    cos: Tensor,
+    num_heads: int,
+    special: str = "keep",
+    inplace: bool = False,
+) -> Tensor:
+    """Rotate q and k of a packed projection by the position of their token.
+
+    Args:
+        qkv: (T, 3*D) floating point, for every token q, k and v, each (heads, D / heads).
+        positions: (T,) int64 or int32, row of the tables; -1 for a token without a position (CLS).
+        sin, cos: (N, D / heads) tables of two equal halves (see `fastmum.model.rope`), or one half, (N, D / heads / 2).
+        num_heads: h.
+        special: what happens to q and k of a token without position: "keep" leaves them as they are, "zero" sets
+            them to zero (the released model's treatment of CLS in global blocks).
+        inplace: overwrite `qkv` and return it. Autograd permits it where `qkv` is neither a leaf that requires a
+            gradient nor needed by the backward pass of what produced it; a linear layer's output is neither.
+
+    Returns:
+        (T, 3*D), in the dtype of `qkv`; the rotation is in float32 at least. The gradient flows to `qkv` only. On
+        the GPU, where checking them would cost a synchronisation, positions out of range give NaN.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape that does not fit, tensors on different devices, or an unknown `special`.
+        IndexError: positions out of range, on the CPU.
+    """
+    check_tensors(qkv=qkv, positions=positions, sin=sin, cos=cos)
+    check_floating("qkv", qkv, 2, "(T, 3 * D)")
+    T, width = qkv.shape
+    if num_heads < 1 or width % (6 * num_heads):
+        raise ValueError(f"qkv is {width} wide, but must be 3 x {num_heads} heads x an even head width")
+    if positions.dtype not in INTEGERS:
+        raise TypeError(f"positions has dtype {positions.dtype}, but must be int64 or int32")
+    if tuple(positions.shape) != (T,):
+        raise ValueError(f"positions has shape {tuple(positions.shape)}, but must be ({T},): one for every token")
+    check_floating("sin", sin, 2, "(N, head width)")
+    check_floating("cos", cos, 2, "(N, head width)")
+    head = width // (3 * num_heads)
+    if sin.shape != cos.shape or sin.shape[1] not in (head, head // 2):
+        raise ValueError(
+            f"sin is {tuple(sin.shape)} and cos {tuple(cos.shape)}, but both must be (N, {head}) or (N, {head // 2})"
+        )
+    if special not in SPECIAL:
+        raise ValueError(f"special is {special!r}, but must be one of {', '.join(SPECIAL)}")
+    # The second half of a table repeats the first.
+    sin, cos = sin.detach()[:, : head // 2], cos.detach()[:, : head // 2]
+    if inplace:
+        if qkv.stride(1) != 1:
+            raise ValueError(f"qkv has strides {qkv.stride()}, but in place its rows must be contiguous")
+        return _RotateInPlace.apply(qkv, positions, sin, cos, num_heads, special == "zero")
+    return _rope_qk(qkv, positions, sin, cos, num_heads, special == "zero", False)
+
+
+class _RotateInPlace(torch.autograd.Function):
+    """Autograd of the operator in place, which `register_autograd` does not offer for operators that mutate."""
+
+    @staticmethod
+    def forward(ctx, qkv, positions, sin, cos, num_heads, zero):
+        _rope_qk_(qkv, positions, sin, cos, num_heads, zero, False)
+        ctx.mark_dirty(qkv)
+        ctx.save_for_backward(positions, sin, cos)
+        ctx.settings = (num_heads, zero)
+        return qkv
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rotate_back(ctx, grad), None, None, None, None, None
+
+
+def _rotate_back(ctx, grad: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        # The compiler drops the copy: it knows that nobody else reads the gradient, which eager autograd does not.
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        _rope_qk_(grad, *ctx.saved_tensors, *ctx.settings, True)
+        return grad
+    return _rope_qk(grad, *ctx.saved_tensors, *ctx.settings, True)
+
+
+@torch.library.custom_op("fastmum::rope_qk_", mutates_args={"qkv"})
+def _rope_qk_(
+    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, zero: bool, inverse: bool
+) -> None:
+    _rotate(qkv, qkv, positions, sin, cos, num_heads, zero, inverse)
+
+
+@_rope_qk_.register_fake
+def _(qkv, positions, sin, cos, num_heads, zero, inverse):
+    return None
+
+
+@torch.library.custom_op("fastmum::rope_qk", mutates_args=())
+def _rope_qk(
+    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, zero: bool, inverse: bool
+) -> Tensor:
+    out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    _rotate(qkv.contiguous(), out, positions, sin, cos, num_heads, zero, inverse)
+    return out
+
+
+@_rope_qk.register_fake
+def _(qkv, positions, sin, cos, num_heads, zero, inverse):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, positions, sin, cos, *settings, _ = inputs
+    ctx.save_for_backward(positions, sin, cos)
+    ctx.settings = settings
+
+
+def _backward(ctx, grad):
+    return _rotate_back(ctx, grad), None, None, None, None, None, None
+
+
+_rope_qk.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _rotate(
+    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, zero: bool, inverse: bool
+) -> None:
+    """Write the rotation of `qkv` to `out`, which may be `qkv` itself; both have contiguous rows."""
+    check_range("positions", positions, -1, len(sin))
+    if not use_triton(qkv):
+        _rotate_torch(qkv, out, positions, sin, cos, num_heads, zero, inverse)
+        return
+    T, width = qkv.shape
+    half = width // (6 * num_heads)
+    # The first half of a whole table has contiguous rows, and is not copied.
+    sin, cos = (x if x.stride(1) == 1 else x.contiguous() for x in (sin, cos))
+    BLOCK_C = power_of_2(half)
+    BLOCK_H = min(power_of_2(2 * num_heads), max(1, 256 // BLOCK_C))
+    BLOCK_T = max(1, tile_bytes(qkv.device) // (2 * BLOCK_H * BLOCK_C * qkv.element_size()))
+    launch(
+        _rope_kernel,
+        (ceil_div(T, BLOCK_T),),
+        *(qkv, out, positions.contiguous(), sin, cos, T, len(sin)),
+        *(qkv.stride(0), out.stride(0), sin.stride(0), cos.stride(0), -1.0 if inverse else 1.0),
+        HEADS=num_heads,
+        HALF=half,
+        ZERO=zero,
+        COPY_V=out is not qkv,
+        BLOCK_T=BLOCK_T,
+        BLOCK_H=BLOCK_H,
+        BLOCK_C=BLOCK_C,
+        num_warps=4,
+    )
+
+
+def _rotate_torch(
+    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, zero: bool, inverse: bool
+) -> None:
+    width = qkv.shape[1]
+    N, half = sin.shape
+    work = torch.promote_types(torch.promote_types(qkv.dtype, sin.dtype), torch.float32)
+    # One more row of the tables, for tokens without a position.
+    sin_Nc = torch.cat([-sin if inverse else sin, sin.new_zeros(1, half)]).to(work)
+    cos_Nc = torch.cat([cos, cos.new_full((1, half), 0.0 if zero else 1.0)]).to(work)
+    row_T = torch.where(positions < 0, N, positions)
+    step = max(1, CHUNK_BYTES // (width * work.itemsize))
+    for qkv_t, out_t, row_t in zip(qkv.split(step), out.split(step), row_T.split(step), strict=True):
+        qk, qk_out = (x.unflatten(1, (3 * num_heads, 2, half))[:, : 2 * num_heads] for x in (qkv_t, out_t))
+        first, second = qk.to(work).unbind(2)
+        sin_t1c, cos_t1c = (x.index_select(0, row_t)[:, None] for x in (sin_Nc, cos_Nc))
+        rotated = (first * cos_t1c).addcmul_(second, sin_t1c, value=-1), (second * cos_t1c).addcmul_(first, sin_t1c)
+        for half_out, value in zip(qk_out.unbind(2), rotated, strict=True):
+            half_out.copy_(value)
+        if out is not qkv:
+            out_t[:, 2 * width // 3 :] = qkv_t[:, 2 * width // 3 :]
+
+
+@jit(do_not_specialize=["T", "N"])
+def _rope_kernel(
+    qkv_ptr,  # (T, 3 * D), rows by the stride
+    out_ptr,  # likewise; the same tensor in place
+    positions_ptr,  # (T,)
+    sin_ptr,  # (N, HALF), rows by the stride
+    cos_ptr,
+    T,
+    N,
+    stride_qkv,
+    stride_out,
+    stride_sin,
+    stride_cos,
+    sign,  # -1 for the inverse rotation
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    ZERO: tl.constexpr,
+    COPY_V: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.arange(0, BLOCK_C)
+    position = tl.load(positions_ptr + t, mask=t < T, other=-1)
+    has_angle = ((position >= 0) & (position < N))[:, None] & (c < HALF)[None, :]
+    # No position: the identity, or zero. A position that the table lacks: NaN, which is seen.
+    idle = tl.where(position < 0, 0.0 if ZERO else 1.0, float("nan"))[:, None]
+    sin = tl.load(sin_ptr + position[:, None] * stride_sin + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + position[:, None] * stride_cos + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
+    sin = (sin * sign)[:, None, :]
+    cos = tl.where(has_angle, cos, idle)[:, None, :]
+
+    t = t.to(tl.int64)[:, None, None]
+    for first_head in tl.static_range(0, (3 if COPY_V else 2) * HEADS, BLOCK_H):
+        head = (first_head + tl.arange(0, BLOCK_H))[None, :, None]
+        at = head * (2 * HALF) + c[None, None, :]
+        inside = (t < T) & (head < (3 if COPY_V else 2) * HEADS) & (c < HALF)[None, None, :]
+        a = tl.load(qkv_ptr + t * stride_qkv + at, mask=inside, other=0.0)
+        b = tl.load(qkv_ptr + t * stride_qkv + at + HALF, mask=inside, other=0.0)
+        x, y = a.to(tl.float32), b.to(tl.float32)
+        x, y = x * cos - y * sin, y * cos + x * sin
+        x, y = x.to(a.dtype), y.to(b.dtype)
+        if COPY_V:
+            is_v = head >= 2 * HEADS
+            x, y = tl.where(is_v, a, x), tl.where(is_v, b, y)
+        tl.store(out_ptr + t * stride_out + at, x, mask=inside)
+        tl.store(out_ptr + t * stride_out + at + HALF, y, mask=inside)

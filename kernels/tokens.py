@@ -1,0 +1,334 @@
+"""Tokens to their places in a frame, and back.
+
+Legend: F frames, P patches of a frame, K visible, M selected patches, D width. Token 0 of a frame is CLS, patch i is
+token i + 1.
+
+`scatter_tokens` fuses the mask token's expansion, the concatenation and the permutation: every output token is
+written once. Its backward pass gathers and, in the same reading, sums the mask token's gradient, in two stages and
+always in the same order. `gather_tokens` is its mirror at the end of the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels.dispatch import (
+    ceil_div,
+    check_floating,
+    check_ids,
+    check_range,
+    check_tensors,
+    jit,
+    launch,
+    power_of_2,
+    tile_bytes,
+    tl,
+    use_triton,
+)
+
+MASK_SPLIT = 4  # programs that share a frame's sum of the mask token's gradient
+
+
+def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num_patches: int) -> Tensor:
+    """The decoder's input: CLS first, visible tokens at their patches, the mask token everywhere else.
+
+    Args:
+        visible: (F, 1 + K, D) floating point, CLS first.
+        mask_token: D values in any shape, any floating-point dtype.
+        visible_ids: (F, K) int64 or int32, patch numbers in 0..P-1, distinct in a row.
+        num_patches: P.
+
+    Returns:
+        (F, 1 + P, D), in the dtype of `visible`. The mask token's gradient is summed in float32 at least. On the
+        GPU, where checking them would cost a synchronisation, tokens with ids out of range are left out.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape that does not fit, or tensors on different devices.
+        IndexError: ids out of range, on the CPU.
+    """
+    check_tensors(visible=visible, mask_token=mask_token, visible_ids=visible_ids)
+    check_floating("visible", visible, 3, "(F, 1 + K, D)")
+    F, count, D = visible.shape
+    check_ids("visible_ids", visible_ids, F)
+    if count != 1 + visible_ids.shape[1]:
+        raise ValueError(
+            f"visible has {count} tokens a frame, but must have CLS and the {visible_ids.shape[1]} visible"
+        )
+    if mask_token.numel() != D or not mask_token.is_floating_point():
+        raise ValueError(
+            f"mask_token is {mask_token.dtype} of shape {tuple(mask_token.shape)}, but must be {D} values in floating "
+            "point"
+        )
+    if num_patches < visible_ids.shape[1]:
+        raise ValueError(f"num_patches is {num_patches}, but {visible_ids.shape[1]} patches of a frame are visible")
+    return _scatter_tokens(visible, mask_token.reshape(D), visible_ids, num_patches)
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """The tokens of some patches of every frame.
+
+    Args:
+        tokens: (F, 1 + P, D) floating point, CLS first.
+        ids: (F, M) int64 or int32, patch numbers in 0..P-1, distinct in a row.
+
+    Returns:
+        (F, M, D), contiguous. On the GPU, where checking them would cost a synchronisation, ids out of range give NaN.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape that does not fit, or tensors on different devices.
+        IndexError: ids out of range, on the CPU.
+    """
+    check_tensors(tokens=tokens, ids=ids)
+    check_floating("tokens", tokens, 3, "(F, 1 + P, D)")
+    check_ids("ids", ids, len(tokens))
+    return _gather_tokens(tokens, ids)
+
+
+@torch.library.custom_op("fastmum::scatter_tokens", mutates_args=())
+def _scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num_patches: int) -> Tensor:
+    check_range("visible_ids", visible_ids, 0, num_patches)
+    return _place(visible, mask_token, visible_ids, num_patches)
+
+
+@_scatter_tokens.register_fake
+def _(visible, mask_token, visible_ids, num_patches):
+    return visible.new_empty(visible.shape[0], 1 + num_patches, visible.shape[2])
+
+
+@torch.library.custom_op("fastmum::scatter_tokens_backward", mutates_args=())
+def _scatter_tokens_backward(grad: Tensor, visible_ids: Tensor, mask_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    grad = grad.contiguous()
+    if use_triton(grad):
+        return _scatter_tokens_backward_triton(grad, visible_ids, mask_dtype)
+    F, T, D = grad.shape
+    rows = _token_rows(visible_ids, T, cls=True)
+    grad_visible = grad.view(-1, D).index_select(0, rows.flatten()).view(F, -1, D)
+    is_masked = torch.ones(F * T, dtype=torch.bool, device=grad.device).index_fill_(0, rows.flatten(), False)
+    work = torch.promote_types(grad.dtype, torch.float32)
+    grad_mask = grad.view(-1, D).index_select(0, is_masked.nonzero().flatten()).sum(0, dtype=work)
+    return grad_visible, grad_mask.to(mask_dtype)
+
+
+@_scatter_tokens_backward.register_fake
+def _(grad, visible_ids, mask_dtype):
+    F, _, D = grad.shape
+    return grad.new_empty(F, 1 + visible_ids.shape[1], D), grad.new_empty(D, dtype=mask_dtype)
+
+
+@torch.library.custom_op("fastmum::gather_tokens", mutates_args=())
+def _gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    F, T, D = tokens.shape
+    check_range("ids", ids, 0, T - 1)
+    tokens = tokens.contiguous()
+    if use_triton(tokens):
+        return _gather_tokens_triton(tokens, ids)
+    return tokens.view(-1, D).index_select(0, _token_rows(ids, T).flatten()).view(F, -1, D)
+
+
+@_gather_tokens.register_fake
+def _(tokens, ids):
+    return tokens.new_empty(*ids.shape, tokens.shape[2])
+
+
+@torch.library.custom_op("fastmum::gather_tokens_backward", mutates_args=())
+def _gather_tokens_backward(grad: Tensor, ids: Tensor, num_patches: int) -> Tensor:
+    return _place(grad, None, ids, num_patches)
+
+
+@_gather_tokens_backward.register_fake
+def _(grad, ids, num_patches):
+    return grad.new_empty(grad.shape[0], 1 + num_patches, grad.shape[2])
+
+
+def _setup_scatter(ctx, inputs, output):
+    _, mask_token, visible_ids, _ = inputs
+    ctx.mask_dtype = mask_token.dtype
+    ctx.save_for_backward(visible_ids)
+
+
+def _backward_scatter(ctx, grad):
+    return *_scatter_tokens_backward(grad, *ctx.saved_tensors, ctx.mask_dtype), None, None
+
+
+def _setup_gather(ctx, inputs, output):
+    tokens, ids = inputs
+    ctx.num_patches = tokens.shape[1] - 1
+    ctx.save_for_backward(ids)
+
+
+def _backward_gather(ctx, grad):
+    return _gather_tokens_backward(grad, *ctx.saved_tensors, ctx.num_patches), None
+
+
+_scatter_tokens.register_autograd(_backward_scatter, setup_context=_setup_scatter)
+_gather_tokens.register_autograd(_backward_gather, setup_context=_setup_gather)
+
+
+def _token_rows(ids: Tensor, tokens_a_frame: int, cls: bool = False) -> Tensor:
+    """Rows of (F * (1 + P), D) that hold the patches `ids`, after the frame's CLS if asked for."""
+    rows = ids + 1
+    if cls:
+        rows = torch.nn.functional.pad(rows, (1, 0))
+    return rows + torch.arange(0, len(ids) * tokens_a_frame, tokens_a_frame, device=ids.device)[:, None]
+
+
+def _place(source: Tensor, fill: Tensor | None, ids: Tensor, num_patches: int) -> Tensor:
+    """Rows of `source` at the patches `ids`; with a `fill` CLS leads the source, without there is none and 0 fills."""
+    F, count, D = source.shape
+    source = source.contiguous()
+    out = torch.empty(F, 1 + num_patches, D, dtype=source.dtype, device=source.device)
+    if not use_triton(source):
+        out.copy_(0 if fill is None else fill)
+        rows = _token_rows(ids, 1 + num_patches, cls=fill is not None).flatten()
+        out.view(-1, D).index_copy_(0, rows, source.view(-1, D))
+        return out
+    fill = None if fill is None else fill.contiguous()
+    BLOCK_T, BLOCK_D = _tile(source)
+    launch(
+        _place_kernel,
+        (F * ceil_div(1 + num_patches, BLOCK_T), ceil_div(D, BLOCK_D)),
+        *(source, fill, ids.contiguous(), out, count, ids.shape[1], 1 + num_patches),
+        D=D,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+    )
+    return out
+
+
+def _gather_tokens_triton(tokens: Tensor, ids: Tensor) -> Tensor:
+    _, T, D = tokens.shape
+    out = torch.empty(*ids.shape, D, dtype=tokens.dtype, device=tokens.device)
+    BLOCK_T, BLOCK_D = _tile(tokens)
+    launch(
+        _gather_kernel,
+        (ceil_div(ids.numel(), BLOCK_T), ceil_div(D, BLOCK_D)),
+        *(tokens, ids.contiguous(), out, ids.numel(), ids.shape[1], T),
+        D=D,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+    )
+    return out
+
+
+def _scatter_tokens_backward_triton(grad: Tensor, ids: Tensor, mask_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    F, T, D = grad.shape
+    grad_visible = torch.empty(F, 1 + ids.shape[1], D, dtype=grad.dtype, device=grad.device)
+    partial = torch.empty(F * MASK_SPLIT, D, dtype=torch.float32, device=grad.device)
+    BLOCK_T, BLOCK_D = _tile(grad)
+    launch(
+        _scatter_backward_kernel,
+        (F * MASK_SPLIT, ceil_div(D, BLOCK_D)),
+        *(grad, ids.contiguous(), grad_visible, partial, ids.shape[1], T),
+        D=D,
+        SPLIT=MASK_SPLIT,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+    )
+    return grad_visible, partial.sum(0).to(mask_dtype)
+
+
+def _tile(x: Tensor) -> tuple[int, int]:
+    """Tokens and channels of a program: channels divide D where a power of two of 64 or more does."""
+    D = x.shape[-1]
+    divisor = D & -D
+    BLOCK_D = min(divisor if divisor >= 64 else power_of_2(D), 512)
+    return max(1, tile_bytes(x.device) // (BLOCK_D * x.element_size())), BLOCK_D
+
+
+@jit(do_not_specialize=["count", "K", "T"])
+def _place_kernel(
+    source_ptr,  # (F, count, D)
+    fill_ptr,  # (D,) or None
+    ids_ptr,  # (F, K)
+    out_ptr,  # (F, T, D)
+    count,  # 1 + K with CLS, K without
+    K,
+    T,  # 1 + P
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    blocks = tl.cdiv(T, BLOCK_T)
+    f = tl.program_id(0) // blocks
+    t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    slot = _slot_of_token(ids_ptr + f.to(tl.int64) * K, t, K, fill_ptr is not None, BLOCK_T)
+
+    at = (f.to(tl.int64) * count + slot)[:, None] * D + d[None, :]
+    x = tl.load(source_ptr + at, mask=(slot >= 0)[:, None] & (d < D)[None, :], other=0.0)
+    if fill_ptr is not None:
+        fill = tl.load(fill_ptr + d, mask=d < D, other=0.0).to(tl.float32).to(x.dtype)
+        x = tl.where((slot >= 0)[:, None], x, fill[None, :])
+    at = (f.to(tl.int64) * T + t)[:, None] * D + d[None, :]
+    tl.store(out_ptr + at, x, mask=(t < T)[:, None] & (d < D)[None, :])
+
+
+@jit(do_not_specialize=["rows", "M", "T"])
+def _gather_kernel(
+    tokens_ptr,  # (F, T, D)
+    ids_ptr,  # (F, M)
+    out_ptr,  # (F, M, D)
+    rows,  # F * M
+    M,
+    T,  # 1 + P
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    token = tl.load(ids_ptr + row, mask=row < rows, other=-1) + 1
+    valid = (token > 0) & (token < T)
+    at = ((row // M).to(tl.int64) * T + token)[:, None] * D + d[None, :]
+    x = tl.load(tokens_ptr + at, mask=valid[:, None] & (d < D)[None, :], other=float("nan"))
+    at = row.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(out_ptr + at, x, mask=(row < rows)[:, None] & (d < D)[None, :])
+
+
+@jit(do_not_specialize=["K", "T"])
+def _scatter_backward_kernel(
+    grad_ptr,  # (F, T, D)
+    ids_ptr,  # (F, K)
+    grad_visible_ptr,  # (F, 1 + K, D)
+    partial_ptr,  # (F * SPLIT, D)
+    K,
+    T,  # 1 + P
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    f = (tl.program_id(0) // SPLIT).to(tl.int64)
+    share = tl.cdiv(T, SPLIT)
+    begin = tl.program_id(0) % SPLIT * share
+    end = tl.minimum(begin + share, T)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for first in range(begin, end, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        inside = (t < end)[:, None] & (d < D)[None, :]
+        slot = _slot_of_token(ids_ptr + f * K, t, K, True, BLOCK_T)
+        grad = tl.load(grad_ptr + (f * T + t)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        at = (f * (1 + K) + slot)[:, None] * D + d[None, :]
+        tl.store(grad_visible_ptr + at, grad, mask=inside & (slot >= 0)[:, None])
+        total += tl.where((slot < 0)[:, None], grad.to(tl.float32), 0.0)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * D + d, tl.sum(total, axis=0), mask=d < D)
+
+
+@jit()
+def _slot_of_token(ids_ptr, t, K, CLS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Row of the source that belongs to token t of a frame, -1 where none does."""
+    # CLS is row 0 of a source that has it, and moves all others by one.
+    slot = tl.where(t == 0, 0, -1) if CLS else tl.full((BLOCK_T,), -1, tl.int32)
+    for first in range(0, K, 64):
+        k = first + tl.arange(0, 64)
+        token = tl.load(ids_ptr + k, mask=k < K, other=-2) + 1
+        found = tl.where(t[:, None] == token[None, :], k[None, :] + CLS, -1)
+        slot = tl.maximum(slot, tl.max(found, axis=1))
+    return slot

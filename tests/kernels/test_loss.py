@@ -1,0 +1,159 @@
+"""patch_loss and its gradient against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import DEVICE, MEAN, STD, assert_close, gradients, guarded, relative, split_ids, strided
+
+from fastmum.kernels import patch_loss, reference
+
+SIZES = [  # frames, rows, columns, patch side, masked
+    (1, 1, 1, 16, 1),
+    (1, 7, 5, 16, 34),
+    (3, 7, 5, 8, 1),
+    (2, 3, 4, 14, 9),
+    (5, 4, 4, 16, 12),
+    (2, 2, 3, 5, 3),
+]
+
+
+def problem(F: int, rows: int, columns: int, p: int, M: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    frames = torch.randint(0, 256, (F, rows * p, columns * p, 3), dtype=torch.uint8, device=DEVICE)
+    _, ids = split_ids(F, rows * columns, rows * columns - M)
+    return guarded(torch.randn(F, M, 3 * p * p, device=DEVICE).to(dtype)), guarded(frames), guarded(ids)
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_loss_and_gradient(backend: str, size: tuple[int, ...], dtype: torch.dtype, norm_pix: bool) -> None:
+    pred, frames, ids = problem(*size, dtype)
+    p, weight = size[3], torch.tensor(3.0, device=DEVICE)
+    loss, grad = gradients(lambda x: patch_loss(x, frames, ids, MEAN, STD, p, norm_pix), [pred], weight)
+    _, plain_grad = gradients(lambda x: reference.patch_loss(x, frames, ids, MEAN, STD, p, norm_pix), [pred], weight)
+    truth, true_grad = gradients(
+        lambda x: reference.patch_loss(x, frames, ids, MEAN, STD, p, norm_pix), [pred.double()], weight
+    )
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    assert relative(loss, truth) <= 1e-5
+    assert_close(grad, true_grad, plain_grad)
+
+
+def test_float64_and_floating_point_frames(backend: str) -> None:
+    pred, frames, ids = torch.randn(2, 3, 192).double(), torch.randn(2, 3, 24, 16), split_ids(2, 6, 3)[1].cpu()
+    args = (ids, (0.0,) * 3, (1.0,) * 3, 8)
+    truth = reference.patch_loss(pred, frames.permute(0, 2, 3, 1), *args)
+    assert patch_loss(pred, frames, *args).dtype == torch.float64
+    assert relative(patch_loss(pred, frames, *args), truth) < 1e-12
+    on_device = [x.to(DEVICE) for x in (pred.float(), frames, ids)]
+    assert relative(patch_loss(*on_device, *args[1:]).cpu(), truth) < 1e-5
+
+
+def test_not_contiguous(backend: str) -> None:
+    pred, frames, ids = problem(2, 3, 2, 8, 4, torch.float32)
+    truth, true_grad = gradients(
+        lambda x: reference.patch_loss(x, frames, ids, MEAN, STD, 8), [pred.double()], torch.ones((), device=DEVICE)
+    )
+    pred, frames, ids = strided(pred).requires_grad_(), strided(frames), strided(ids)
+    loss = patch_loss(pred, frames, ids, MEAN, STD, 8)
+    assert relative(loss, truth) <= 1e-5
+    assert_close(torch.autograd.grad(loss, pred)[0], true_grad)
+
+
+@pytest.mark.parametrize("value", [0, 137, 255])
+def test_constant_patch_has_target_zero(backend: str, value: int) -> None:
+    """Variance 0: the target is 0 and not a rounding error over sqrt(eps)."""
+    frames = torch.full((1, 16, 16, 3), value, dtype=torch.uint8, device=DEVICE)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    pred = torch.zeros(1, 1, 768, device=DEVICE, requires_grad=True)
+    loss = patch_loss(pred, frames, ids, (0.3,) * 3, (0.7,) * 3, 16)
+    assert loss.item() <= 1e-12
+    assert float(torch.autograd.grad(loss, pred)[0].norm()) <= 1e-8
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_black_and_white(backend: str, value: int) -> None:
+    frames = torch.full((1, 16, 16, 3), value, dtype=torch.uint8, device=DEVICE)
+    ids, pred = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE), torch.randn(1, 1, 768, device=DEVICE)
+    truth = reference.patch_loss(pred.double(), frames, ids, MEAN, STD, 16)
+    assert relative(patch_loss(pred, frames, ids, MEAN, STD, 16), truth) <= 1e-5
+
+
+def test_the_same_twice(backend: str) -> None:
+    pred, frames, ids = problem(4, 4, 4, 8, 12, torch.bfloat16)
+    first, second = (
+        gradients(lambda x: patch_loss(x, frames, ids, MEAN, STD, 8), [pred], torch.ones((), device=DEVICE))
+        for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_no_gradient_where_none_is_asked(backend: str) -> None:
+    pred, frames, ids = problem(2, 2, 2, 8, 3, torch.float32)
+    assert not patch_loss(pred, frames, ids, MEAN, STD, 8).requires_grad
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([2, 3, 8, 14, 16]), st.data())
+def test_any_shape(F: int, rows: int, columns: int, p: int, data: st.DataObject) -> None:
+    M = data.draw(st.integers(1, rows * columns))
+    pred, frames, ids = problem(F, rows, columns, p, M, torch.float32)
+    truth = reference.patch_loss(pred.double(), frames, ids, MEAN, STD, p)
+    with pytest.MonkeyPatch.context() as patch:
+        for backend in ("torch", "triton"):
+            patch.setenv("FASTMUM_KERNELS", backend)
+            assert relative(patch_loss(pred, frames, ids, MEAN, STD, p), truth) <= 1e-5
+
+
+def test_operator_contract(backend: str) -> None:
+    pred, frames, ids = problem(2, 2, 3, 8, 4, torch.float32)
+    settings = ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 8, True, 1e-6)
+    torch.library.opcheck(torch.ops.fastmum.patch_loss.default, (pred.requires_grad_(), frames, ids, *settings))
+    grad_loss = torch.ones((), device=DEVICE)
+    args = (grad_loss, pred.detach(), frames, ids, *settings)
+    torch.library.opcheck(torch.ops.fastmum.patch_loss_backward.default, args)
+
+
+def test_reference_gradcheck() -> None:
+    _, frames, ids = problem(1, 2, 2, 2, 3, torch.float32)
+    pred = torch.randn(1, 3, 12, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: reference.patch_loss(x, frames, ids, MEAN, STD, 2), [pred])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_in_one_graph(autocast: bool) -> None:
+    pred, frames, ids = problem(2, 2, 3, 8, 4, torch.float32)
+    compiled = torch.compile(patch_loss, fullgraph=True, backend="aot_eager")
+    one = torch.ones((), device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        ours = gradients(lambda x: compiled(x, frames, ids, MEAN, STD, 8), [pred], one)
+    eager = gradients(lambda x: patch_loss(x, frames, ids, MEAN, STD, 8), [pred], one)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pred": torch.zeros(2, 1, 768, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"pred": torch.zeros(2, 1, 767)}, ValueError, "2, 1, 768"),
+        ({"pred": torch.zeros(2, 2, 768)}, ValueError, "2, 1, 768"),
+        ({"pred": torch.zeros(2, 0, 768), "ids": torch.zeros(2, 0, dtype=torch.int64)}, ValueError, "not empty"),
+        ({"ids": torch.full((2, 1), 9)}, IndexError, "holds 9"),
+        ({"frames": torch.zeros(2, 32, 32, 3, dtype=torch.int16)}, TypeError, "uint8 or floating"),
+    ],
+)
+def test_refuses(change: dict, error: type[Exception], message: str) -> None:
+    args = {
+        "pred": torch.zeros(2, 1, 768),
+        "frames": torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
+        "ids": torch.zeros(2, 1, dtype=torch.int64),
+        "mean": MEAN,
+        "std": STD,
+        "patch_size": 16,
+    }
+    with pytest.raises(error, match=message):
+        patch_loss(**args | change)

@@ -1,0 +1,193 @@
+"""rope_qk and its gradient against the float64 reference, in place and not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import DEVICE, assert_close, gradients, guarded, relative, strided
+
+from fastmum.kernels import reference, rope_qk
+
+SIZES = [  # tokens, heads, head width, positions
+    (1, 1, 48, 1),
+    (37, 3, 64, 35),
+    (7, 16, 48, 6),
+    (35, 12, 64, 5),
+    (5, 5, 12, 9),
+    (3, 1, 1024, 4),
+    (9, 4, 26, 8),
+]
+
+
+def problem(T: int, heads: int, d: int, N: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    positions = torch.randint(-1, N, (T,), device=DEVICE)
+    positions[0] = -1
+    angles = torch.randn(N, d // 2, device=DEVICE).tile(2)
+    qkv = torch.randn(T, 3 * heads * d, device=DEVICE).to(dtype)
+    return guarded(qkv), guarded(positions), guarded(angles.sin()), guarded(angles.cos())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("special", ["keep", "zero"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_rotation(backend: str, size: tuple[int, ...], dtype: torch.dtype, special: str, inplace: bool) -> None:
+    qkv, positions, sin, cos = problem(*size, dtype)
+    heads, weight = size[1], torch.randn(qkv.shape, device=DEVICE).to(dtype)
+
+    def ours(x: torch.Tensor) -> torch.Tensor:
+        return rope_qk(x.clone() if inplace else x, positions, sin, cos, heads, special, inplace)
+
+    value = gradients(ours, [qkv], weight)
+    plain = gradients(
+        lambda x: reference.rope_qk(x, positions, sin.to(dtype), cos.to(dtype), heads, special), [qkv], weight
+    )
+    truth = gradients(
+        lambda x: reference.rope_qk(x, positions, sin.double(), cos.double(), heads, special), [qkv.double()], weight
+    )
+    for one, true, of_plain in zip(value, truth, plain, strict=True):
+        assert_close(one, true, of_plain)
+    # v passes untouched, both ways.
+    v = slice(2 * qkv.shape[1] // 3, None)
+    assert torch.equal(value[0][:, v], qkv[:, v])
+    assert torch.equal(value[1][:, v], weight[:, v])
+    if special == "zero":
+        assert not value[0][0, : v.start].any()
+
+
+def test_in_place_is_in_place(backend: str) -> None:
+    qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
+    expected = rope_qk(qkv, positions, sin, cos, 2)
+    assert not torch.equal(expected, qkv)
+    assert rope_qk(qkv, positions, sin, cos, 2, inplace=True).data_ptr() == qkv.data_ptr()
+    assert torch.equal(qkv, expected)
+
+
+def test_autograd_guards_the_overwritten(backend: str) -> None:
+    """What the backward pass of the producer needs may not be overwritten; a leaf may not either."""
+    qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
+    leaf = qkv.requires_grad_()
+    with pytest.raises(RuntimeError, match="leaf"):
+        rope_qk(leaf, positions, sin, cos, 2, inplace=True)
+    out = rope_qk(leaf.exp(), positions, sin, cos, 2, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_half_tables_strides_and_int32(backend: str) -> None:
+    qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
+    expected = rope_qk(qkv, positions, sin, cos, 2)
+    halves = sin[:, :8].contiguous(), strided(cos[:, :8])
+    assert torch.equal(rope_qk(strided(qkv), strided(positions.int()), *halves, 2), expected)
+    wide = torch.full((9, 100), float("nan"), device=DEVICE)
+    wide[:, 2:98] = qkv
+    rope_qk(wide[:, 2:98], positions, sin, cos, 2, inplace=True)
+    assert torch.equal(wide[:, 2:98], expected)
+    assert wide[:, :2].isnan().all()
+    assert wide[:, 98:].isnan().all()
+
+
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    qkv, positions, sin, cos = problem(3, 1, 16, 6, torch.float32)
+    expected = rope_qk(qkv, positions, sin, cos, 1)
+    stride = 2**30 + 64  # the third row lies beyond 2^31 elements. Untouched memory costs nothing.
+    far = torch.UntypedStorage(4 * (2 * stride + 48), device=DEVICE)
+    far = torch.tensor([], device=DEVICE).set_(far, 0, (3, 48), (stride, 1)).copy_(qkv)
+    assert torch.equal(rope_qk(far, positions, sin, cos, 1, inplace=True), expected)
+
+
+def test_inverse_undoes(backend: str) -> None:
+    qkv, positions, sin, cos = problem(33, 3, 64, 16, torch.float32)
+    there = torch.ops.fastmum.rope_qk(qkv, positions, sin[:, :32], cos[:, :32], 3, False, False)
+    back = torch.ops.fastmum.rope_qk(there, positions, sin[:, :32], cos[:, :32], 3, False, True)
+    assert relative(back, qkv) < 1e-6
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 17), st.integers(1, 40), st.integers(1, 50))
+def test_any_shape(T: int, heads: int, half: int, N: int) -> None:
+    qkv, positions, sin, cos = problem(T, heads, 2 * half, N, torch.float32)
+    truth = reference.rope_qk(qkv.double(), positions, sin.double(), cos.double(), heads)
+    with pytest.MonkeyPatch.context() as patch:
+        for backend in ("torch", "triton"):
+            patch.setenv("FASTMUM_KERNELS", backend)
+            assert_close(rope_qk(qkv, positions, sin, cos, heads), truth)
+
+
+def test_operator_contracts(backend: str) -> None:
+    qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
+    args = (positions, sin[:, :8], cos[:, :8], 2, True, False)
+    torch.library.opcheck(torch.ops.fastmum.rope_qk_.default, (qkv.clone(), *args))
+    torch.library.opcheck(torch.ops.fastmum.rope_qk.default, (qkv.requires_grad_(), *args))
+
+
+def test_reference_gradcheck() -> None:
+    qkv, positions, sin, cos = problem(3, 2, 4, 3, torch.float64)
+    for special in ("keep", "zero"):
+        assert torch.autograd.gradcheck(
+            lambda x, special=special: reference.rope_qk(x, positions, sin.double(), cos.double(), 2, special),
+            [qkv.double().requires_grad_()],
+        )
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_in_one_graph(autocast: bool, inplace: bool) -> None:
+    _, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
+    x, weight = torch.randn(9, 8, device=DEVICE), torch.randn(9, 96, device=DEVICE)
+    linear = torch.nn.Linear(8, 96, device=DEVICE)
+
+    def project(x: torch.Tensor) -> torch.Tensor:
+        return rope_qk(linear(x), positions, sin, cos, 2, "zero", inplace)
+
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        compiled = gradients(torch.compile(project, fullgraph=True, backend="aot_eager"), [x], weight)
+        eager = gradients(project, [x], weight)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_in_place_copies_nothing() -> None:
+    """Inductor calls the mutating operator on the projection itself, forward and backward."""
+    from torch._inductor.utils import run_fw_bw_and_get_code
+
+    _, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
+    x, linear = torch.randn(9, 8, device=DEVICE), torch.nn.Linear(8, 96, device=DEVICE)
+
+    def project(x: torch.Tensor) -> torch.Tensor:
+        return rope_qk(linear(x), positions, sin, cos, 2, inplace=True).square()
+
+    _, codes = run_fw_bw_and_get_code(lambda: torch.compile(project, fullgraph=True)(x))
+    for code in codes:
+        assert "torch.ops.fastmum.rope_qk_.default(buf" in code
+        assert "copy" not in code.split("def call(")[1].split("rope_qk_.default(buf")[0].replace("copy_misaligned", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qkv": torch.zeros(4, 50)}, ValueError, "50 wide"),
+        ({"qkv": torch.zeros(4, 48, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"positions": torch.zeros(4)}, TypeError, "int64 or int32"),
+        ({"positions": torch.zeros(5, dtype=torch.int64)}, ValueError, "one for every token"),
+        ({"positions": torch.tensor([0, 1, 2, 3])}, IndexError, "holds 3"),
+        ({"positions": torch.tensor([0, 1, 2, -2])}, IndexError, "holds -2"),
+        ({"sin": torch.zeros(3, 7)}, ValueError, "must be"),
+        ({"cos": torch.zeros(2, 8)}, ValueError, "must be"),
+        ({"special": "drop"}, ValueError, "keep, zero"),
+        ({"num_heads": 5}, ValueError, "48 wide"),
+        ({"qkv": torch.zeros(48, 4).t(), "inplace": True}, ValueError, "contiguous"),
+    ],
+)
+def test_refuses(change: dict, error: type[Exception], message: str) -> None:
+    args = {
+        "qkv": torch.zeros(4, 48),
+        "positions": torch.tensor([-1, 0, 1, 2]),
+        "sin": torch.zeros(3, 8),
+        "cos": torch.ones(3, 8),
+        "num_heads": 2,
+    }
+    with pytest.raises(error, match=message):
+        rope_qk(**args | change)

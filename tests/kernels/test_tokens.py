@@ -1,0 +1,185 @@
+"""scatter_tokens and gather_tokens with their gradients against the float64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import DEVICE, assert_close, gradients, guarded, split_ids, strided
+
+from fastmum.kernels import gather_tokens, reference, scatter_tokens
+from fastmum.kernels.tokens import _gather_tokens_triton, _place
+
+SIZES = [  # frames, patches, ids of a frame, width
+    (1, 1, 1, 48),
+    (1, 35, 1, 64),
+    (3, 35, 34, 48),
+    (2, 12, 5, 199),
+    (5, 16, 4, 128),
+    (2, 130, 70, 52),
+    (2, 9, 3, 1024),
+]
+
+
+def problem(F: int, P: int, K: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    ids, _ = split_ids(F, P, K)
+    visible, tokens = (torch.randn(F, n, D, device=DEVICE).to(dtype) for n in (1 + K, 1 + P))
+    return guarded(visible), guarded(torch.randn(1, 1, D, device=DEVICE)), guarded(tokens), guarded(ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_scatter(backend: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    visible, mask_token, tokens, ids = problem(*size, dtype)
+    P = size[1]
+    ours = gradients(lambda v, m: scatter_tokens(v, m, ids, P), [visible, mask_token], tokens)
+    plain = gradients(lambda v, m: reference.scatter_tokens(v, m, ids, P), [visible, mask_token], tokens)
+    truth = gradients(
+        lambda v, m: reference.scatter_tokens(v, m, ids, P), [visible.double(), mask_token.double()], tokens
+    )
+    for value, true, of_plain in zip(ours, truth, plain, strict=True):
+        assert_close(value, true, of_plain)
+    assert ours[0].dtype == dtype
+    assert ours[2].dtype == mask_token.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_gather(backend: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    visible, _, tokens, ids = problem(*size, dtype)
+    ours = gradients(lambda x: gather_tokens(x, ids), [tokens], visible[:, 1:])
+    truth = gradients(lambda x: reference.gather_tokens(x, ids), [tokens], visible[:, 1:])
+    assert all(torch.equal(a, b) for a, b in zip(ours, truth, strict=True))
+
+
+def test_not_contiguous_and_int32_ids(backend: str) -> None:
+    visible, mask_token, tokens, ids = problem(3, 10, 4, 64, torch.float32)
+    truth = reference.scatter_tokens(visible, mask_token, ids, 10)
+    assert torch.equal(scatter_tokens(strided(visible), strided(mask_token), strided(ids.int()), 10), truth)
+    assert torch.equal(gather_tokens(strided(tokens), strided(ids.int())), reference.gather_tokens(tokens, ids))
+    expanded = torch.ones((), device=DEVICE).expand(3, 11, 64)
+    ours = gradients(lambda v, m: scatter_tokens(v, m, ids, 10), [visible, mask_token], expanded)
+    true = gradients(lambda v, m: reference.scatter_tokens(v, m, ids, 10), [visible, mask_token], expanded)
+    assert all(torch.equal(a, b) for a, b in zip(ours, true, strict=True))
+
+
+def test_no_visible_patch(backend: str) -> None:
+    visible, mask_token, _, ids = problem(2, 5, 0, 64, torch.float32)
+    out = scatter_tokens(visible, mask_token, ids, 5)
+    assert torch.equal(out[:, :1], visible)
+    assert torch.equal(out[:, 1:], mask_token.expand(2, 5, 64))
+
+
+def test_mask_gradient_is_exact_where_visible_gradients_are_huge(backend: str) -> None:
+    """Summing all and subtracting the visible would lose the masked tokens' share."""
+    visible, mask_token, tokens, ids = problem(2, 9, 3, 64, torch.float32)
+    weight = scatter_tokens(torch.full_like(visible, 1e12), torch.ones_like(mask_token), ids, 9) * tokens
+    ours = gradients(lambda v, m: scatter_tokens(v, m, ids, 9), [visible, mask_token], weight)
+    true = gradients(
+        lambda v, m: reference.scatter_tokens(v, m, ids, 9), [visible.double(), mask_token.double()], weight.double()
+    )
+    assert_close(ours[2], true[2])
+
+
+def test_the_same_twice(backend: str) -> None:
+    visible, mask_token, tokens, ids = problem(4, 20, 5, 96, torch.bfloat16)
+    first, second = (
+        gradients(lambda v, m: scatter_tokens(v, m, ids, 20), [visible, mask_token], tokens) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 80), st.integers(1, 300), st.data())
+def test_any_shape(F: int, P: int, D: int, data: st.DataObject) -> None:
+    K = data.draw(st.integers(1, P))
+    visible, mask_token, tokens, ids = problem(F, P, K, D, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        for backend in ("torch", "triton"):
+            patch.setenv("FASTMUM_KERNELS", backend)
+            ours = gradients(lambda v, m: scatter_tokens(v, m, ids, P), [visible, mask_token], tokens)
+            true = gradients(
+                lambda v, m: reference.scatter_tokens(v, m, ids, P), [visible.double(), mask_token.double()], tokens
+            )
+            for value, truth in zip(ours, true, strict=True):
+                assert_close(value, truth)
+            ours = gradients(lambda x: gather_tokens(x, ids), [tokens], visible[:, 1:])
+            true = gradients(lambda x: reference.gather_tokens(x, ids), [tokens], visible[:, 1:])
+            assert all(torch.equal(a, b) for a, b in zip(ours, true, strict=True))
+
+
+def test_ids_out_of_range_on_the_gpu() -> None:
+    """Beyond the check, which only the CPU can afford, nothing foreign is read or overwritten."""
+    pytest.importorskip("triton")
+    ids = torch.tensor([[4, 0], [-1, 3]], device=DEVICE)
+    out = _gather_tokens_triton(guarded(torch.ones(2, 5, 8, device=DEVICE)), ids)
+    assert out.isnan().all(-1).tolist() == [[True, False], [True, False]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTMUM_KERNELS", "triton")
+        out = _place(torch.ones(2, 3, 8, device=DEVICE), torch.zeros(8, device=DEVICE), ids, 4)
+    assert out.sum(-1).tolist() == [[8, 8, 0, 0, 0], [8, 0, 0, 0, 8]]
+
+
+def test_operator_contracts(backend: str) -> None:
+    visible, mask_token, tokens, ids = problem(2, 6, 2, 32, torch.float32)
+    ops = torch.ops.fastmum
+    leaves = visible.clone().requires_grad_(), mask_token.flatten().requires_grad_()
+    torch.library.opcheck(ops.scatter_tokens.default, (*leaves, ids, 6))
+    torch.library.opcheck(ops.scatter_tokens_backward.default, (tokens, ids, torch.float32))
+    torch.library.opcheck(ops.gather_tokens.default, (tokens.clone().requires_grad_(), ids))
+    torch.library.opcheck(ops.gather_tokens_backward.default, (visible[:, 1:], ids, 6))
+
+
+def test_reference_gradcheck() -> None:
+    visible, mask_token, tokens, ids = (
+        x.double().requires_grad_() if x.is_floating_point() else x for x in problem(2, 4, 2, 3, torch.float32)
+    )
+    assert torch.autograd.gradcheck(lambda v, m: reference.scatter_tokens(v, m, ids, 4), [visible, mask_token])
+    assert torch.autograd.gradcheck(lambda x: reference.gather_tokens(x, ids), [tokens])
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_in_one_graph(autocast: bool) -> None:
+    visible, mask_token, tokens, ids = problem(2, 6, 2, 32, torch.float32)
+
+    def there_and_back(v: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return gather_tokens(scatter_tokens(v, m, ids, 6), ids)
+
+    compiled = torch.compile(there_and_back, fullgraph=True, backend="aot_eager")
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        ours = gradients(compiled, [visible, mask_token], tokens[:, 1:3])
+    eager = gradients(there_and_back, [visible, mask_token], tokens[:, 1:3])
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"visible": torch.zeros(2, 3, 8, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"visible": torch.zeros(2, 4, 8)}, ValueError, "4 tokens a frame"),
+        ({"mask_token": torch.zeros(7)}, ValueError, "must be 8 values"),
+        ({"visible_ids": torch.zeros(2, 2)}, TypeError, "int64 or int32"),
+        ({"visible_ids": torch.tensor([[0, 1], [2, 5]])}, IndexError, "holds 5"),
+        ({"num_patches": 1}, ValueError, "num_patches is 1"),
+        ({"mask_token": torch.zeros(8, device="meta")}, ValueError, "one device"),
+    ],
+)
+def test_scatter_refuses(change: dict, error: type[Exception], message: str) -> None:
+    args = {
+        "visible": torch.zeros(2, 3, 8),
+        "mask_token": torch.zeros(8),
+        "visible_ids": torch.tensor([[0, 1], [2, 3]]),
+        "num_patches": 5,
+    }
+    with pytest.raises(error, match=message):
+        scatter_tokens(**args | change)
+
+
+def test_gather_refuses() -> None:
+    with pytest.raises(IndexError, match="holds 4"):
+        gather_tokens(torch.zeros(1, 5, 8), torch.tensor([[4]]))
+    with pytest.raises(ValueError, match="a row for every frame"):
+        gather_tokens(torch.zeros(1, 5, 8), torch.tensor([[1], [2]]))
+    with pytest.raises(TypeError, match="floating point"):
+        gather_tokens(torch.zeros(1, 5, 8, dtype=torch.int32), torch.tensor([[1]]))
