@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
 from fastmum.training.optim import build_optimizer, learning_rate
 
@@ -47,3 +48,23 @@ def test_one_step_by_hand():
     optimizer.step()
     # The first step of Adam is the sign of the gradient.
     torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.1 * 0.05) - 0.1)
+
+
+def test_one_batch_is_learnt_by_heart():
+    torch.manual_seed(0)
+    model = MuM(PRESETS["mum_tiny"])
+    coarse = torch.rand(4, 3, 6, 6)
+    frames = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bicubic")
+    noise = torch.rand(4, 16)
+    optimizer = build_optimizer(model, OptimSection())
+    losses = []
+    for _ in range(80):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        loss = model(frames, [2, 2], 0.75, noise).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[0] > 0.95, "an untrained model knows no more than the patch mean"
+    assert losses[-1] < 0.5
