@@ -80,7 +80,13 @@ def test_an_interrupted_render_leaves_nothing(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_an_interrupted_run_of_processes_leaves_only_whole_scenes(tmp_path):
     command = [sys.executable, "-m", "fastmum.data.scenes", "--out", str(tmp_path), "--count", "8", "--workers", "2"]
-    run = subprocess.Popen([*command, "--views", "40", "--size", "64"], stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        [*command, "--views", "40", "--size", "64"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     end = time.time() + 20
     while not any(tmp_path.glob(".scene_*.part/000.png")) and time.time() < end:
         time.sleep(0.02)
