@@ -23,7 +23,14 @@ from fastmum.data.loader import Loader
 from fastmum.data.sequences import DataError
 from fastmum.data.sources import open_sources
 from fastmum.model.mum import MuM
-from fastmum.training.checkpoint import CheckpointError, load_checkpoint, load_newest, restore, save_checkpoint
+from fastmum.training.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_newest,
+    restore,
+    save_checkpoint,
+    set_aside_after,
+)
 from fastmum.training.evaluation import Evaluation, forward, noise_for
 from fastmum.training.meter import Meter
 from fastmum.training.optim import build_optimizer, learning_rate
@@ -54,7 +61,7 @@ def train(config: Config) -> int:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
 
-    run, steps = RunDir(Path(config.run.dir)), config.train.steps
+    run, steps = RunDir(Path(config.run.dir).expanduser()), config.train.steps
     model = MuM(config.model_config).to(device)
     optimizer = build_optimizer(model, config.optim)
     start, meter_state = _resume(config, run, model, optimizer)
@@ -66,8 +73,12 @@ def train(config: Config) -> int:
     decoder = Decoder(config.data.image_size, cache_bytes=int(config.data.cache_gb * 1e9))
     loader = Loader(decoder, config.data.workers, pin_memory=device.type == "cuda")
     evaluation = Evaluation(sources.held_out, sources.shown, loader, config, device)
-    run.root.mkdir(parents=True, exist_ok=True)
-    run.config.write_text(config.to_yaml(), encoding="utf-8")
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        run.config.write_text(config.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir is '{run.root}', but cannot be written ({error.strerror})") from None
+    set_aside_after(run.checkpoints, start)
     telemetry = Telemetry(run, start)
 
     plans = (sources.training.plan(step) for step in range(start, steps))
@@ -103,12 +114,13 @@ def train(config: Config) -> int:
             stopped = stop.signal
             if stopped or _due(done, config.train.checkpoint_every, steps):
                 with meter.paused():
+                    _check_finite(done, {"loss": meter.state()["losses"], "weights": _weight_sum(model)}, config)
                     save_checkpoint(
                         run.checkpoints, done, model, optimizer, meter.state(), config.train.keep_checkpoints
                     )
             progress.update()
             if stopped:
-                log.warning("%s: saved at step %d; the same command goes on from there", stopped.name, done)
+                log.warning("%s: saved at step %d; train.resume=auto goes on from there", stopped.name, done)
                 return 128 + stopped
     log.info("done: %s", _summary(run, values))
     return 0
@@ -136,6 +148,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"train.device is '{name}', but must be auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.device is '{name}', but must be auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"train.device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -152,7 +166,7 @@ def _resume(
         case "auto":
             content = load_newest(run.checkpoints)
         case path:
-            content = load_checkpoint(Path(path))
+            content = load_checkpoint(Path(path).expanduser())
     if content is None:
         return 0, None
     restore(content, model, optimizer)
@@ -160,8 +174,14 @@ def _resume(
     return content["step"], content["meter"]
 
 
+def _weight_sum(model: MuM) -> float:
+    """Not finite when any weight is not."""
+    return get_total_norm(list(model.parameters())).item()
+
+
 def _check_finite(done: int, values: dict[str, float], config: Config) -> None:
-    bad = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+    """What is not finite must reach neither the log nor a checkpoint."""
+    bad = [name for name in ("loss", "grad_norm", "weights") if not math.isfinite(values.get(name, 0.0))]
     if bad:
         raise TrainingError(
             f"{bad[0]} is {values[bad[0]]} at step {done}; a lower optim.base_lr (now {config.optim.base_lr:g}) or "
@@ -206,6 +226,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(config.to_yaml(), end="")
             return 0
         return train(config)
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing was lost", file=sys.stderr)
+        return 130
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -42,9 +42,9 @@ def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
     assert 0 <= records[0]["data_wait"] <= 1
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {"config.yaml", "reconstruction.png", "pictures/step_0000004.png", "pictures/step_0000008.png"} <= names
-    assert [n for n in names if n.startswith("checkpoints/")].sort() == [
+    assert sorted(n for n in names if n.startswith("checkpoints/")) == [
         f"checkpoints/step_000000{i}.pt" for i in (3, 6, 8)
-    ].sort()
+    ]
     assert any("tfevents" in n for n in names)
     assert (run / "pictures/step_0000008.png").read_bytes() == (run / "reconstruction.png").read_bytes()
 

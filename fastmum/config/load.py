@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastmum.config.schema import Config, ConfigError
+from fastmum.model.masking import num_visible
 
 
 class Key(NamedTuple):
@@ -138,6 +139,7 @@ def _check_values(config: Config) -> None:
     for key, pair in low_high.items():
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
             raise ConfigError(f"{key} is {pair}, but must be [fewest, most] with 0 < fewest <= most")
+    own_data = data.root is not None  # the embedded scenes are then not rendered
     rules = [
         ("data.views", data.views, data.views[1] <= data.frames_per_batch, "at most data.frames_per_batch"),
         ("data.crop_scale", data.crop_scale, data.crop_scale[1] <= 1, "at most 1"),
@@ -148,13 +150,18 @@ def _check_values(config: Config) -> None:
         ("data.image_share", data.image_share, 0 <= data.image_share <= 1, "between 0 and 1"),
         ("data.workers", data.workers, data.workers >= 1, "at least 1"),
         ("data.cache_gb", data.cache_gb, data.cache_gb >= 0, "at least 0"),
-        ("data.scenes.count", data.scenes.count, data.scenes.count >= 2, "at least 2, as one is held out"),
-        ("data.scenes.views", data.scenes.views, data.scenes.views >= data.views[0], "at least the fewest data.views"),
+        ("data.scenes.count", data.scenes.count, own_data or data.scenes.count >= 2, "at least 2, as one is held out"),
+        ("data.scenes.views", data.scenes.views, own_data or data.scenes.views >= data.views[0],
+         "at least the fewest data.views"),
         ("model.mask_ratio", model.mask_ratio, 0 < model.mask_ratio < 1, "between 0 and 1"),
         ("optim.base_lr", optim.base_lr, optim.base_lr > 0, "positive"),
         ("optim.betas", optim.betas, len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas),
          "two numbers in [0, 1)"),
         ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "at least 0"),
+        ("optim.eps", optim.eps, optim.eps > 0, "positive"),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
+        ("run.seed", config.run.seed, config.run.seed >= 0, "at least 0"),
+        ("train.threads", train.threads, train.threads >= 0, "at least 0"),
         ("train.steps", train.steps, train.steps >= 1, "at least 1"),
         ("train.precision", train.precision, train.precision in ("bf16", "fp32"), "bf16 or fp32"),
         *((f"train.{name}", getattr(train, name), getattr(train, name) >= 1, "at least 1")
@@ -164,3 +171,7 @@ def _check_values(config: Config) -> None:
     for key, value, fits, allowed in rules:
         if not fits:
             raise ConfigError(f"{key} is {value}, but must be {allowed}")
+    try:
+        num_visible((data.image_size // sizes.patch_size) ** 2, model.mask_ratio)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 
 from fastmum.data.plan import Crop
 
+BYTES_PER_PIXEL = 4  # Pillow pads RGB
+
 
 class Decoder:
     """Decodes with Pillow, keeping decoded images in memory while they fit; may be shared by threads.
@@ -41,8 +43,9 @@ class Decoder:
         if image is None:
             image = read_image(file)
             with self._lock:
-                self._room -= 3 * image.width * image.height
-                if self._room >= 0:
+                size = BYTES_PER_PIXEL * image.width * image.height
+                if size <= self._room and file not in self._cache:
+                    self._room -= size
                     self._cache[file] = image
         return image
 

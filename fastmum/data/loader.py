@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fastmum.data.decode import Decoder
@@ -91,7 +92,7 @@ class Loader:
             try:
                 return self.decoder.frame(candidate, crop)
             # Pillow reports broken files with these; SyntaxError is its PNG reader's.
-            except (OSError, ValueError, SyntaxError) as error:
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 if candidate not in self.bad_files:
                     self.bad_files.add(candidate)
                     log.warning("'%s' cannot be read and is replaced by another frame: %s", candidate, error)

@@ -56,7 +56,7 @@ def find_sequences(root: str | Path, min_views: int = 1) -> Sequences:
     Raises:
         DataError: no such folder, or no sequence of at least `min_views` images in it.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(f"data.root is '{root}', but there is no such folder")
     names, frames, short, passed = [], [], [], []
@@ -86,7 +86,7 @@ def find_single_images(root: str | Path) -> Sequences:
     Raises:
         DataError: no such folder, or no image in it.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     files = [folder / file for folder, files in _image_folders(root, []) for file in files]
     if not files:
         raise DataError(f"data.image_root is '{root}', but there is no image in it")

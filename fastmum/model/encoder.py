@@ -24,13 +24,15 @@ class PatchEmbed(nn.Module):
     """The convolution of the released model, computed as a matrix product on the patches that are wanted.
 
     The weight has a convolution's shape (D, C, p, p) but lies in memory as (D, p, p, C), so that it is a matrix for
-    patches in the order (row, column, channel) without being permuted at every step.
+    patches in the order (row, column, channel) without being permuted at every step. `state_dict` holds a contiguous
+    copy of it, which loading puts into our layout again.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
         self.proj.to(memory_format=torch.channels_last)
+        self.proj.register_state_dict_post_hook(_contiguous_weight)
 
     def forward(self, pixels: Pixels, ids: Tensor) -> Tensor:
         """Patches `ids` (F, K) -> (F, K, D)."""
@@ -39,6 +41,11 @@ class PatchEmbed(nn.Module):
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
         patches = gather_patches(pixels.frames, ids, pixels.mean, pixels.std, pixels.patch_size, dtype)
         return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
+    # safetensors takes contiguous tensors only.
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
 
 
 class Encoder(nn.Module):

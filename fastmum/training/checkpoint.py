@@ -64,6 +64,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)), reverse=True)
 
 
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename checkpoints of more steps than a run resumes from: they belong to another branch of it."""
+    for path in list_checkpoints(folder):
+        if int(_NAME.fullmatch(path.name).group(1)) > step:
+            path.rename(path.with_suffix(".pt.abandoned"))
+            log.info("'%s' lies after the step that the run goes on from and was renamed", path)
+
+
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, None where there is none.
 
@@ -114,4 +122,8 @@ def restore(content: dict[str, Any], model: MuM, optimizer: torch.optim.Optimize
             "choose another run.dir, or train.resume=never to set the old run aside"
         )
     model.load_state_dict(content["model"])
+    # The configuration decides these, not the checkpoint: a resumed run may change them.
+    configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["optimizer"])
+    for group, values in zip(optimizer.param_groups, configured, strict=True):
+        group.update(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Telemetry:
         self._run = run
         _drop_after(run.metrics, step)
         self._metrics = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """One line: the number of steps done, and the values."""
@@ -60,4 +61,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _drop_after(path: Path, step: int) -> None:
     kept = [record for record in read_metrics(path) if record["step"] <= step]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    os.replace(partial, path)  # a crash here must not lose the history

@@ -68,7 +68,7 @@ def test_the_cache_changes_nothing_and_keeps_to_its_room(image_folder, monkeypat
     files = [f for frames in find_sequences(image_folder).frames for f in frames]
     reads = []
     monkeypatch.setattr("fastmum.data.decode.read_image", lambda file: reads.append(file) or read_image(file))
-    one_image = 48 * 40 * 3
+    one_image = 48 * 40 * 4
     plain, roomy, tight = (Decoder(32, room) for room in (0, 100 * one_image, 5 * one_image))
     for decoder in (roomy, tight):
         for _ in range(2):
