@@ -227,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return train(config)
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was lost", file=sys.stderr)
+        print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
         return 130
     except (ConfigError, DataError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -75,6 +75,11 @@ def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
         ("train.precision=fp16", "bf16 or fp32"),
         ("train.log_every=0", "train.log_every is 0"),
         ("run.dir=${run.foo}", "run.foo"),
+        ("run.seed=-1", "run.seed is -1"),
+        ("train.threads=-1", "train.threads is -1"),
+        ("optim.weight_decay=-1", "optim.weight_decay is -1"),
+        ("optim.eps=0", "optim.eps is 0"),
+        ("model.mask_ratio=0.999", "model.mask_ratio is 0.999 for frames of 256 patches"),
     ],
 )
 def test_a_wrong_word_is_one_line_that_names_it(word, message):
@@ -82,6 +87,10 @@ def test_a_wrong_word_is_one_line_that_names_it(word, message):
         load_config(None, [word])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_embedded_scenes_do_not_limit_own_data():
+    assert load_config(None, ["data.root=/x", "data.views=[30,40]"]).data.views == [30, 40]
 
 
 def test_a_missing_file_names_the_nearest(file):

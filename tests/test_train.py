@@ -124,6 +124,23 @@ def test_a_run_can_begin_from_a_checkpoint_of_another(image_folder, tmp_path):
     assert losses(tmp_path / "b") == losses(tmp_path / "a")[3:]
 
 
+def test_an_older_branch_is_not_mixed_with_the_checkpoints_after_it(image_folder, tmp_path):
+    run = tmp_path / "run"
+    main(words(image_folder, run))
+    early = tmp_path / "early.pt"
+    early.write_bytes((run / "checkpoints/step_0000003.pt").read_bytes())
+    assert main(words(image_folder, run, f"train.resume={early}", "train.steps=5", "train.keep_checkpoints=1")) == 0
+    assert [p.name for p in (run / "checkpoints").glob("*.pt")] == ["step_0000005.pt"]
+    assert (run / "checkpoints/step_0000008.pt.abandoned").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, capsys):
+    broken = ("optim.base_lr=1e30", "optim.warmup_steps=0", "train.log_every=8", "train.checkpoint_every=3")
+    assert main(words(image_folder, tmp_path / "run", *broken, "train.eval_every=8", "train.picture_every=8")) == 2
+    assert "a lower optim.base_lr" in capsys.readouterr().err
+    assert not list((tmp_path / "run/checkpoints").glob("*.pt"))
+
+
 def test_without_held_out_scenes_there_is_still_a_picture(image_folder, tmp_path):
     assert main(words(image_folder, tmp_path / "run", "data.held_out=0")) == 0
     assert (tmp_path / "run/reconstruction.png").exists()
@@ -144,6 +161,8 @@ def test_broken_images_are_counted_and_do_not_stop_a_run(image_folder, tmp_path)
         (["train.stpes=3"], "nearest valid key is 'train.steps'"),
         (["--config", "nowhere.yaml"], "configuration file 'nowhere.yaml' does not exist"),
         (["train.device=tpu9"], "train.device is 'tpu9'"),
+        (["train.device=meta"], "train.device is 'meta'"),
+        (["run.dir=/proc/nowhere"], "run.dir is '/proc/nowhere'"),
         (["train.resume=/nowhere.pt"], "checkpoint '/nowhere.pt' does not exist"),
         (["optim.base_lr=1e30", "optim.warmup_steps=0"], "a lower optim.base_lr"),
     ],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastmum import PRESETS, ModelConfig, MuM
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
@@ -143,6 +144,15 @@ def test_a_model_made_without_memory_is_initialised_later():
         torch.manual_seed(0)
         model.init_weights()
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
+def test_the_state_dict_can_be_written_as_safetensors_and_read_back(tiny, tmp_path):
+    save_file(tiny.state_dict(), tmp_path / "weights.safetensors")
+    other = MuM(tiny.config)
+    strides = other.patch_embed.proj.weight.stride()
+    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    torch.testing.assert_close(other.state_dict(), tiny.state_dict(), rtol=0, atol=0)
+    assert other.patch_embed.proj.weight.stride() == strides, "patches are still a matrix product without a copy"
 
 
 def test_sizes_of_the_presets():

@@ -43,6 +43,13 @@ def test_everything_comes_back(tmp_path, trained):
     torch.testing.assert_close(other_optimizer.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
 
 
+def test_the_configuration_decides_the_decay_of_a_resumed_run(tmp_path, trained):
+    save(tmp_path, trained, 5)
+    other = build_optimizer(trained[0], OptimSection(weight_decay=0.2))
+    restore(load_newest(tmp_path), trained[0], other)
+    assert [group["weight_decay"] for group in other.param_groups] == [0.2, 0.0]
+
+
 def test_the_newest_few_are_kept(tmp_path, trained):
     save(tmp_path, trained, 9, 10, 100, 20, keep=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_0000100.pt", "step_0000020.pt"]
