@@ -8,7 +8,7 @@ ARGS ?=
 .PHONY: help quickstart test lint benchmark clean
 
 help:
-	@echo 'make quickstart   train a small MuM on the embedded scenes (CPU, about 5 minutes after the set-up)'
+	@echo 'make quickstart   train a small MuM on the embedded scenes (CPU, about 6 minutes after the set-up)'
 	@echo 'make test         run the tests'
 	@echo 'make lint         check style and format'
 	@echo 'make benchmark    measure speed on this machine'

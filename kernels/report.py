@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -234,6 +235,8 @@ def main() -> None:
     parser.add_argument("--arch", action="append", choices=[f"sm_{arch}" for arch in BANDWIDTH], help="repeatable")
     parser.add_argument("--json", action="store_true", help="one JSON array instead of the table")
     args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.exit(2, "error: TRITON_INTERPRET is set, but the report compiles the kernels: unset it\n")
     rows = report([int(arch[3:]) for arch in args.arch or ["sm_80", "sm_90"]])
     if args.json:
         print(json.dumps(rows))
