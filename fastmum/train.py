@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import math
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -114,10 +115,9 @@ def train(config: Config) -> int:
             stopped = stop.signal
             if stopped or _due(done, config.train.checkpoint_every, steps):
                 with meter.paused():
-                    _check_finite(done, {"loss": meter.state()["losses"], "weights": _weight_sum(model)}, config)
-                    save_checkpoint(
-                        run.checkpoints, done, model, optimizer, meter.state(), config.train.keep_checkpoints
-                    )
+                    state = meter.state()
+                    _check_finite(done, {"loss": state["losses"], "weights": _weight_norm(model)}, config)
+                    save_checkpoint(run.checkpoints, done, model, optimizer, state, config.train.keep_checkpoints)
             progress.update()
             if stopped:
                 log.warning("%s: saved at step %d; train.resume=auto goes on from there", stopped.name, done)
@@ -144,12 +144,9 @@ def _due(done: int, every: int, steps: int) -> bool:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"train.device is '{name}', but must be auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ConfigError(f"train.device is '{name}', but must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"train.device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices")
     return device
@@ -174,7 +171,7 @@ def _resume(
     return content["step"], content["meter"]
 
 
-def _weight_sum(model: MuM) -> float:
+def _weight_norm(model: MuM) -> float:
     """Not finite when any weight is not."""
     return get_total_norm(list(model.parameters())).item()
 

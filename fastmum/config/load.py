@@ -81,9 +81,10 @@ def _read(file: Path) -> DictConfig:
 
 def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
     keys = {key.name: key for key in describe_keys()}
-    given = _without_empty_sections(given)
     for name, value in _leaves(given):
         if name in _sections():
+            if value is None:  # a section whose keys are all commented out
+                continue
             raise ConfigError(f"'{name}' in {source} is {value!r}, but is a section: it takes keys, not a value")
         if name not in keys:
             near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)[0]
@@ -93,19 +94,6 @@ def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
         except OmegaConfBaseException:
             raise ConfigError(f"'{name}' in {source} is {value!r}, but must be {keys[name].kind}") from None
     return config
-
-
-def _without_empty_sections(given: DictConfig) -> DictConfig:
-    # A section whose keys are all commented out reads as null.
-    content = OmegaConf.to_container(given, resolve=False)
-    for name in sorted(_sections(), key=len, reverse=True):
-        *parents, last = name.split(".")
-        inside = content
-        for parent in parents:
-            inside = inside.get(parent) if isinstance(inside, dict) else None
-        if isinstance(inside, dict) and last in inside and inside[last] is None:
-            del inside[last]
-    return OmegaConf.create(content)
 
 
 def _leaves(given: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -23,6 +23,8 @@ def _key(default: Any, meaning: str) -> Any:
 
 @dataclass
 class RunSection:
+    """Where a run lies and what it draws from."""
+
     name: str = _key("mum", "name of the run")
     dir: str = _key("runs/${run.name}", "folder of everything the run writes")
     seed: int = _key(0, "of the weights, the sampling and the masks")
@@ -30,6 +32,8 @@ class RunSection:
 
 @dataclass
 class ModelSection:
+    """Sizes of the model and the mask."""
+
     preset: str = _key("mum_vitl16", f"sizes to begin with: {', '.join(PRESETS)}")
     embed_dim: int | None = _key(None, "encoder width; empty: the preset's")
     depth: int | None = _key(None, "encoder blocks; empty: the preset's")
@@ -42,6 +46,8 @@ class ModelSection:
 
 @dataclass
 class ScenesSection:
+    """The embedded scenes, rendered where there is no data.root."""
+
     count: int = _key(20, "embedded scenes to render, those held out included")
     views: int = _key(24, "views of each")
     size: int = _key(256, "side of a rendered view in pixels")
@@ -50,6 +56,8 @@ class ScenesSection:
 
 @dataclass
 class DataSection:
+    """What is trained on, and the sampling (supplement, "Sampling"; crops from the released code)."""
+
     root: str | None = _key(None, "folder; every sub-folder with images is a sequence. Empty: the embedded scenes")
     image_root: str | None = _key(None, "folder of single images (ImageNet-1K in the paper), at any depth")
     image_share: float = _key(0.1, "share of batches that are single images; only with image_root")
@@ -67,6 +75,8 @@ class DataSection:
 
 @dataclass
 class OptimSection:
+    """AdamW and the learning rate (the paper's run)."""
+
     base_lr: float = _key(1e-4, "peak learning rate for 256 frames; scaled linearly with frames_per_batch")
     weight_decay: float = _key(0.05, "not applied to biases, norms and other 1-D parameters")
     betas: list[float] = _key([0.9, 0.95], "of AdamW")
@@ -76,6 +86,8 @@ class OptimSection:
 
 @dataclass
 class TrainSection:
+    """The loop: length, device, precision, intervals, resuming."""
+
     steps: int = _key(500_000, "optimiser steps of the whole run")
     device: str = _key("auto", "auto, cpu, cuda or cuda:N")
     precision: str = _key("bf16", "bf16 (autocast) or fp32")

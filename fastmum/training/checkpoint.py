@@ -60,14 +60,17 @@ def save_checkpoint(
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, newest first."""
-    found = [p for p in folder.glob("step_*.pt") if _NAME.fullmatch(p.name)]
-    return sorted(found, key=lambda p: int(_NAME.fullmatch(p.name).group(1)), reverse=True)
+    return sorted((p for p in folder.glob("step_*.pt") if _NAME.fullmatch(p.name)), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name).group(1))
 
 
 def set_aside_after(folder: Path, step: int) -> None:
     """Rename checkpoints of more steps than a run resumes from: they belong to another branch of it."""
     for path in list_checkpoints(folder):
-        if int(_NAME.fullmatch(path.name).group(1)) > step:
+        if _step(path) > step:
             path.rename(path.with_suffix(".pt.abandoned"))
             log.info("'%s' lies after the step that the run goes on from and was renamed", path)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from PIL import Image
@@ -60,23 +58,21 @@ class Evaluation:
     def held_out_loss(self, model: MuM) -> float:
         """Masked loss, averaged over frames."""
         total, frames = 0.0, 0
-        for output, batch in self._outputs(model):
-            total += output.loss.item() * len(batch.frames)
+        for i, batch in enumerate(self._batches):
+            total += self._output(model, batch, i).loss.item() * len(batch.frames)
             frames += len(batch.frames)
         return total / frames
-
-    def _outputs(self, model: MuM) -> Iterator[tuple[MuMOutput, Batch]]:
-        for i, batch in enumerate(self._batches):
-            noise = noise_for(self.config, EVAL_SEED, i, len(batch.frames))
-            yield forward(model, batch, noise, self.config, self.device), batch
 
     @torch.no_grad()
     def picture(self, model: MuM) -> Image.Image:
         """Originals, masked frames and predictions of a few sequences."""
         batch = self._picture
-        noise = noise_for(self.config, EVAL_SEED, 0, len(batch.frames))
-        output = forward(model, batch, noise, self.config, self.device)
+        output = self._output(model, batch, 0)
         return draw_reconstruction(batch.frames, batch.lengths, output.masked_ids.cpu(), output.pred.float().cpu())
+
+    def _output(self, model: MuM, batch: Batch, index: int) -> MuMOutput:
+        noise = noise_for(self.config, EVAL_SEED, index, len(batch.frames))
+        return forward(model, batch, noise, self.config, self.device)
 
 
 def _picture_plan(shown: Sequences, max_frames: int) -> StepPlan:
