@@ -108,7 +108,9 @@ def rotate_half(x: Tensor) -> Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-def rope_qk(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, special: str = "keep") -> Tensor:
+def rope_qk(
+    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, special: str = "keep", parts: str = "qkv"
+) -> Tensor:
     """Rotate q and k of a packed projection by the position of their token.
 
     Args:
@@ -118,9 +120,10 @@ def rope_qk(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads:
         num_heads: h.
         special: what happens to q and k of a token without position: "keep" leaves them as they are, "zero" sets
             them to zero (the released model's treatment of CLS in global blocks).
+        parts: what `qkv` packs: "qkv", "kv" or "q".
 
     Returns:
-        (T, 3*D), in the dtype of `qkv`; rotation in the wider of its dtype and the tables'.
+        As `qkv`, in the dtype of `qkv`; rotation in the wider of its dtype and the tables'.
     """
     T = qkv.shape[0]
     has_place = (positions >= 0)[:, None, None, None]
@@ -128,6 +131,7 @@ def rope_qk(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads:
     idle = 1.0 if special == "keep" else 0.0
     cos_T11d = torch.where(has_place, cos[row][:, None, None, :], idle)
     sin_T11d = torch.where(has_place, sin[row][:, None, None, :], 0.0)
-    qk, v = qkv.view(T, 3, num_heads, -1).split([2, 1], dim=1)
+    rotated = len(parts.removesuffix("v"))
+    qk, v = qkv.view(T, len(parts), num_heads, -1).split([rotated, len(parts) - rotated], dim=1)
     rotated = qk * cos_T11d + rotate_half(qk) * sin_T11d
     return torch.cat([rotated.to(qkv.dtype), v], dim=1).view_as(qkv)

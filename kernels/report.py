@@ -182,7 +182,7 @@ def rope_case(s: Sizes, dtype: torch.dtype, patches_a_frame: int, copy: bool = F
     values = 2 * T * (3 if copy else 2) * s.width
     return Case(
         f"rope_qk {'copy' if copy else 'in place'} d={2 * half} h={s.heads} {_short(dtype)}",
-        lambda: rope._rotate(qkv, out, positions, sin, cos, s.heads, False, False),
+        lambda: rope._rotate(qkv, out, positions, sin, cos, 2 * s.heads, False, False),
         ("qkv", "out"),
         values * dtype.itemsize + 8 * T + 2 * 4 * s.patches * half,
     )

@@ -1,7 +1,7 @@
 """Rotary positions applied to q and k of a packed projection.
 
 Legend: T tokens, D width, h heads, d = D / h width of a head, N positions of the table. Channel c of a head is rotated
-with channel c + d/2, so a token's q and k are 2h pairs of halves.
+with channel c + d/2, so a token's q and k are 2h pairs of halves. Heads of v follow those that are rotated.
 
 Fuses the lookup of the position's angles with the rotation. Sines and cosines exist once for every position, never for
 every frame, head and token. In place, v is neither read nor written.
@@ -27,6 +27,7 @@ from fastmum.kernels.dispatch import (
 )
 
 SPECIAL = ("keep", "zero")
+PARTS = ("qkv", "kv", "q")
 CHUNK_BYTES = 1 << 20  # of qkv that the CPU rotates at once: temporaries stay in the cache
 
 
@@ -38,11 +39,12 @@ def rope_qk(
     num_heads: int,
     special: str = "keep",
     inplace: bool = False,
+    parts: str = "qkv",
 ) -> Tensor:
     """Rotate q and k of a packed projection by the position of their token.
 
     Args:
-        qkv: (T, 3*D) floating point, for every token q, k and v, each (heads, D / heads).
+        qkv: (T, 3*D) floating point, for every token q, k and v, each (heads, D / heads); or those named by `parts`.
         positions: (T,) int64 or int32, row of the tables; -1 for a token without a position (CLS).
         sin, cos: (N, D / heads) tables of two equal halves (see `fastmum.model.rope`), or one half, (N, D / heads / 2).
         num_heads: h.
@@ -50,28 +52,32 @@ def rope_qk(
             them to zero (the released model's treatment of CLS in global blocks).
         inplace: overwrite `qkv` and return it. Autograd permits it where `qkv` is neither a leaf that requires a
             gradient nor needed by the backward pass of what produced it; a linear layer's output is neither.
+        parts: what `qkv` packs: "qkv"; "kv", (T, 2*D); or "q", (T, D). Where only some tokens ask, but all are seen,
+            the two are projected apart.
 
     Returns:
-        (T, 3*D), in the dtype of `qkv`; the rotation is in float32 at least. The gradient flows to `qkv` only. On
+        As `qkv`, in the dtype of `qkv`; the rotation is in float32 at least. The gradient flows to `qkv` only. On
         the GPU, where checking them would cost a synchronisation, positions out of range give NaN.
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, tensors on different devices, or an unknown `special`.
+        ValueError: a shape that does not fit, tensors on different devices, an unknown `special` or `parts`.
         IndexError: positions out of range, on the CPU.
     """
     check_tensors(qkv=qkv, positions=positions, sin=sin, cos=cos)
-    check_floating("qkv", qkv, 2, "(T, 3 * D)")
+    if parts not in PARTS:
+        raise ValueError(f"parts is {parts!r}, but must be one of {', '.join(PARTS)}")
+    check_floating("qkv", qkv, 2, f"(T, {len(parts)} * D)")
     T, width = qkv.shape
-    if num_heads < 1 or width % (6 * num_heads):
-        raise ValueError(f"qkv is {width} wide, but must be 3 x {num_heads} heads x an even head width")
+    if num_heads < 1 or width % (2 * len(parts) * num_heads):
+        raise ValueError(f"qkv is {width} wide, but must be {len(parts)} x {num_heads} heads x an even head width")
     if positions.dtype not in INTEGERS:
         raise TypeError(f"positions has dtype {positions.dtype}, but must be int64 or int32")
     if tuple(positions.shape) != (T,):
         raise ValueError(f"positions has shape {tuple(positions.shape)}, but must be ({T},): one for every token")
     check_floating("sin", sin, 2, "(N, head width)")
     check_floating("cos", cos, 2, "(N, head width)")
-    head = width // (3 * num_heads)
+    head = width // (len(parts) * num_heads)
     if sin.shape != cos.shape or sin.shape[1] not in (head, head // 2):
         raise ValueError(
             f"sin is {tuple(sin.shape)} and cos {tuple(cos.shape)}, but both must be (N, {head}) or (N, {head // 2})"
@@ -80,22 +86,23 @@ def rope_qk(
         raise ValueError(f"special is {special!r}, but must be one of {', '.join(SPECIAL)}")
     # The second half of a table repeats the first.
     sin, cos = sin.detach()[:, : head // 2], cos.detach()[:, : head // 2]
+    rotated = num_heads * len(parts.removesuffix("v"))
     if inplace:
         if qkv.stride(1) != 1:
             raise ValueError(f"qkv has strides {qkv.stride()}, but in place its rows must be contiguous")
-        return _RotateInPlace.apply(qkv, positions, sin, cos, num_heads, special == "zero")
-    return _rope_qk(qkv, positions, sin, cos, num_heads, special == "zero", False)
+        return _RotateInPlace.apply(qkv, positions, sin, cos, rotated, special == "zero")
+    return _rope_qk(qkv, positions, sin, cos, rotated, special == "zero", False)
 
 
 class _RotateInPlace(torch.autograd.Function):
     """Autograd of the operator in place, which `register_autograd` does not offer for operators that mutate."""
 
     @staticmethod
-    def forward(ctx, qkv, positions, sin, cos, num_heads, zero):
-        _rope_qk_(qkv, positions, sin, cos, num_heads, zero, False)
+    def forward(ctx, qkv, positions, sin, cos, rotated, zero):
+        _rope_qk_(qkv, positions, sin, cos, rotated, zero, False)
         ctx.mark_dirty(qkv)
         ctx.save_for_backward(positions, sin, cos)
-        ctx.settings = (num_heads, zero)
+        ctx.settings = (rotated, zero)
         return qkv
 
     @staticmethod
@@ -114,27 +121,27 @@ def _rotate_back(ctx, grad: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastmum::rope_qk_", mutates_args={"qkv"})
 def _rope_qk_(
-    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, zero: bool, inverse: bool
+    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
 ) -> None:
-    _rotate(qkv, qkv, positions, sin, cos, num_heads, zero, inverse)
+    _rotate(qkv, qkv, positions, sin, cos, rotated, zero, inverse)
 
 
 @_rope_qk_.register_fake
-def _(qkv, positions, sin, cos, num_heads, zero, inverse):
+def _(qkv, positions, sin, cos, rotated, zero, inverse):
     return None
 
 
 @torch.library.custom_op("fastmum::rope_qk", mutates_args=())
 def _rope_qk(
-    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, zero: bool, inverse: bool
+    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
 ) -> Tensor:
     out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _rotate(qkv.contiguous(), out, positions, sin, cos, num_heads, zero, inverse)
+    _rotate(qkv.contiguous(), out, positions, sin, cos, rotated, zero, inverse)
     return out
 
 
 @_rope_qk.register_fake
-def _(qkv, positions, sin, cos, num_heads, zero, inverse):
+def _(qkv, positions, sin, cos, rotated, zero, inverse):
     return qkv.new_empty(qkv.shape)
 
 
@@ -152,29 +159,29 @@ _rope_qk.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _rotate(
-    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, zero: bool, inverse: bool
+    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
 ) -> None:
-    """Write the rotation of `qkv` to `out`, which may be `qkv` itself; both have contiguous rows."""
+    """Write `qkv` with its first `rotated` heads rotated to `out`, which may be `qkv` itself; rows are contiguous."""
     check_range("positions", positions, -1, len(sin))
     if not use_triton(qkv):
-        _rotate_torch(qkv, out, positions, sin, cos, num_heads, zero, inverse)
+        _rotate_torch(qkv, out, positions, sin, cos, rotated, zero, inverse)
         return
     T, width = qkv.shape
-    half = width // (6 * num_heads)
+    half = sin.shape[1]
     # The first half of a whole table has contiguous rows, and is not copied.
     sin, cos = (x if x.stride(1) == 1 else x.contiguous() for x in (sin, cos))
     BLOCK_C = power_of_2(half)
-    BLOCK_H = min(power_of_2(2 * num_heads), max(1, 256 // BLOCK_C))
+    BLOCK_H = min(power_of_2(rotated), max(1, 256 // BLOCK_C))
     BLOCK_T = max(1, tile_bytes(qkv.device) // (2 * BLOCK_H * BLOCK_C * qkv.element_size()))
     launch(
         _rope_kernel,
         (ceil_div(T, BLOCK_T),),
         *(qkv, out, positions.contiguous(), sin, cos, T, len(sin)),
         *(qkv.stride(0), out.stride(0), sin.stride(0), cos.stride(0), -1.0 if inverse else 1.0),
-        HEADS=num_heads,
+        ROTATED=rotated,
+        HEADS=rotated if out is qkv else width // (2 * half),  # in place, v is not touched
         HALF=half,
         ZERO=zero,
-        COPY_V=out is not qkv,
         BLOCK_T=BLOCK_T,
         BLOCK_H=BLOCK_H,
         BLOCK_C=BLOCK_C,
@@ -183,10 +190,11 @@ def _rotate(
 
 
 def _rotate_torch(
-    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, zero: bool, inverse: bool
+    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
 ) -> None:
     width = qkv.shape[1]
     N, half = sin.shape
+    end = 2 * half * rotated
     work = torch.promote_types(torch.promote_types(qkv.dtype, sin.dtype), torch.float32)
     # One more row of the tables, for tokens without a position.
     sin_Nc = torch.cat([-sin if inverse else sin, sin.new_zeros(1, half)]).to(work)
@@ -194,14 +202,14 @@ def _rotate_torch(
     row_T = torch.where(positions < 0, N, positions)
     step = max(1, CHUNK_BYTES // (width * work.itemsize))
     for qkv_t, out_t, row_t in zip(qkv.split(step), out.split(step), row_T.split(step), strict=True):
-        qk, qk_out = (x.unflatten(1, (3 * num_heads, 2, half))[:, : 2 * num_heads] for x in (qkv_t, out_t))
+        qk, qk_out = (x[:, :end].unflatten(1, (rotated, 2, half)) for x in (qkv_t, out_t))
         first, second = qk.to(work).unbind(2)
         sin_t1c, cos_t1c = (x.index_select(0, row_t)[:, None] for x in (sin_Nc, cos_Nc))
         rotated = (first * cos_t1c).addcmul_(second, sin_t1c, value=-1), (second * cos_t1c).addcmul_(first, sin_t1c)
         for half_out, value in zip(qk_out.unbind(2), rotated, strict=True):
             half_out.copy_(value)
         if out is not qkv:
-            out_t[:, 2 * width // 3 :] = qkv_t[:, 2 * width // 3 :]
+            out_t[:, end:] = qkv_t[:, end:]
 
 
 @jit(do_not_specialize=["T", "N"])
@@ -218,10 +226,10 @@ def _rope_kernel(
     stride_sin,
     stride_cos,
     sign,  # -1 for the inverse rotation
+    ROTATED: tl.constexpr,  # heads that are rotated; those behind them are copied
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     ZERO: tl.constexpr,
-    COPY_V: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -231,24 +239,23 @@ def _rope_kernel(
     position = tl.load(positions_ptr + t, mask=t < T, other=-1)
     has_angle = ((position >= 0) & (position < N))[:, None] & (c < HALF)[None, :]
     # No position: the identity, or zero. A position that the table lacks: NaN, which is seen.
-    idle = tl.where(position < 0, 0.0 if ZERO else 1.0, float("nan"))[:, None]
+    idle = tl.where(position == -1, 0.0 if ZERO else 1.0, float("nan"))[:, None]
     sin = tl.load(sin_ptr + position[:, None] * stride_sin + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + position[:, None] * stride_cos + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
     sin = (sin * sign)[:, None, :]
     cos = tl.where(has_angle, cos, idle)[:, None, :]
 
     t = t.to(tl.int64)[:, None, None]
-    for first_head in tl.static_range(0, (3 if COPY_V else 2) * HEADS, BLOCK_H):
+    for first_head in tl.static_range(0, HEADS, BLOCK_H):
         head = (first_head + tl.arange(0, BLOCK_H))[None, :, None]
         at = head * (2 * HALF) + c[None, None, :]
-        inside = (t < T) & (head < (3 if COPY_V else 2) * HEADS) & (c < HALF)[None, None, :]
+        inside = (t < T) & (head < HEADS) & (c < HALF)[None, None, :]
         a = tl.load(qkv_ptr + t * stride_qkv + at, mask=inside, other=0.0)
         b = tl.load(qkv_ptr + t * stride_qkv + at + HALF, mask=inside, other=0.0)
         x, y = a.to(tl.float32), b.to(tl.float32)
         x, y = x * cos - y * sin, y * cos + x * sin
         x, y = x.to(a.dtype), y.to(b.dtype)
-        if COPY_V:
-            is_v = head >= 2 * HEADS
-            x, y = tl.where(is_v, a, x), tl.where(is_v, b, y)
+        if HEADS > ROTATED:
+            x, y = tl.where(head < ROTATED, x, a), tl.where(head < ROTATED, y, b)
         tl.store(out_ptr + t * stride_out + at, x, mask=inside)
         tl.store(out_ptr + t * stride_out + at + HALF, y, mask=inside)

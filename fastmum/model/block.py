@@ -13,8 +13,25 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmum.kernels import rope_qk
+from fastmum.kernels import gather_tokens, rope_qk
 from fastmum.model.config import MLP_RATIO
+
+
+@dataclass(frozen=True)
+class Asking:
+    """The tokens that ask, where the output of a block is wanted for some patches only. All are seen.
+
+    Args:
+        ids: (F, M) patch numbers, M of every frame.
+        positions: (F * M,) the same, packed.
+    """
+
+    ids: Tensor
+    positions: Tensor
+
+    def take(self, x_TD: Tensor) -> Tensor:
+        """Tokens of the patches `ids`, (F * M, D)."""
+        return gather_tokens(x_TD.unflatten(0, (len(self.ids), -1)), self.ids).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,7 @@ class Context:
         positions: (T,) int64, patch number of every token, -1 for CLS.
         sin, cos: (P, D / h) tables of `AxialRope`.
         special: what becomes of q and k of CLS, see `rope_qk`.
+        asking: the tokens that a block returns, None for all.
     """
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,6 +51,7 @@ class Context:
     sin: Tensor
     cos: Tensor
     special: Literal["keep", "zero"]
+    asking: Asking | None = None
 
 
 class Attention(nn.Module):
@@ -45,17 +64,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        qkv = rope_qk(
-            self.qkv(x_TD),
-            context.positions,
-            context.sin,
-            context.cos,
-            self.num_heads,
-            special=context.special,
-            inplace=True,  # the linear layer's backward pass does not need its output
-        )
-        q, k, v = qkv.view(len(qkv), 3, self.num_heads, -1).unbind(1)
+        if context.asking is None:
+            qkv = self._rotate(self.qkv(x_TD), context.positions, context, "qkv")
+            q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        else:
+            # Rows of the weight are q, k, v; splitting them is a view.
+            (w_q, w_kv), (b_q, b_kv) = (x.tensor_split([len(x) // 3]) for x in (self.qkv.weight, self.qkv.bias))
+            q = F.linear(context.asking.take(x_TD), w_q, b_q)
+            q = self._rotate(q, context.asking.positions, context, "q").unflatten(1, (self.num_heads, -1))
+            kv = self._rotate(F.linear(x_TD, w_kv, b_kv), context.positions, context, "kv")
+            k, v = kv.unflatten(1, (2, self.num_heads, -1)).unbind(1)
         return self.proj(context.attend(q, k, v).flatten(1))
+
+    def _rotate(self, x: Tensor, positions: Tensor, context: Context, parts: str) -> Tensor:
+        # In place: the linear layer's backward pass does not need its output.
+        return rope_qk(
+            x, positions, context.sin, context.cos, self.num_heads, context.special, inplace=True, parts=parts
+        )
 
 
 class Mlp(nn.Module):
@@ -81,5 +106,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        x_TD = x_TD + self.attn(self.norm1(x_TD), context)
+        """(T, D) -> (T, D), or the tokens of `context.asking` alone."""
+        attended = self.attn(self.norm1(x_TD), context)
+        x_TD = (x_TD if context.asking is None else context.asking.take(x_TD)) + attended
         return x_TD + self.mlp(self.norm2(x_TD))

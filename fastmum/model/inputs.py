@@ -59,8 +59,11 @@ def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "fr
     return Pixels(frames, mean, std, patch_size)
 
 
-def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> list[int]:
-    """Take the number of frames of every sequence, as a list or an integer tensor.
+def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> Tensor:
+    """Take the number of frames of every sequence, as a list or an integer tensor, which zeros may pad at its end.
+
+    Returns:
+        (n,) int64 on the CPU. Compiled code does not see values, and does not check them.
 
     Raises:
         TypeError: not integers.
@@ -72,19 +75,38 @@ def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> list[int]
                 f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}, but must be a 1-D integer "
                 "tensor or a list of integers"
             )
-        lengths = lengths.tolist()
+        lengths = lengths.to("cpu", torch.int64)
+        if torch.compiler.is_compiling():
+            return lengths
+        used = lengths.tolist()
+        while used and used[-1] == 0:
+            used.pop()
     elif isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
         raise TypeError(
             f"lengths is a {type(lengths).__name__}, but must be a 1-D integer tensor or a list of integers"
         )
     elif any(isinstance(n, bool) or not hasattr(n, "__index__") for n in lengths):
         raise TypeError(f"lengths is {list(lengths)}, but must hold integers")
-    lengths = [int(n) for n in lengths]
-    if not lengths or min(lengths) < 1:
-        raise ValueError(f"lengths is {lengths}, but every sequence must have at least one frame")
-    if sum(lengths) != num_frames:
-        raise ValueError(f"lengths is {lengths}, which sums to {sum(lengths)}, but frames holds {num_frames} frames")
-    return lengths
+    else:
+        used = [int(n) for n in lengths]
+    if not used or min(used) < 1:
+        raise ValueError(f"lengths is {used}, but every sequence must have at least one frame")
+    if sum(used) != num_frames:
+        raise ValueError(f"lengths is {used}, which sums to {sum(used)}, but frames holds {num_frames} frames")
+    return torch.tensor(used)
+
+
+def check_max_views(max_views: int | None, lengths: Tensor, num_frames: int) -> int:
+    """Take the bound on the frames of a sequence; without one it is the number of frames.
+
+    Raises:
+        ValueError: a sequence is longer.
+    """
+    if max_views is None:
+        return num_frames
+    if not torch.compiler.is_compiling() and max_views < int(lengths.max()):
+        raise ValueError(f"max_views is {max_views}, but a sequence has {int(lengths.max())} frames")
+    return max_views
 
 
 def check_noise(noise: Tensor, num_frames: int, num_patches: int) -> Tensor:

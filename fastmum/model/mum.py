@@ -11,18 +11,19 @@ n sequences packed one behind another, T = F * (1 + P) packed tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastmum.attention import dense_attention, ragged_attention
-from fastmum.kernels import gather_tokens, patch_loss, scatter_tokens
-from fastmum.model.block import Block, Context
+from fastmum.attention import Plan, Spans, choose_backend, dense_attention
+from fastmum.kernels import patch_loss, scatter_tokens
+from fastmum.model.block import Asking, Block, Context
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
-from fastmum.model.inputs import check_frames, check_lengths, check_noise
+from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_max_views, check_noise
 from fastmum.model.masking import num_visible, split_by_noise
 from fastmum.model.rope import AxialRope
 
@@ -43,8 +44,25 @@ class MuMOutput(NamedTuple):
     masked_ids: Tensor
 
 
+class Views(NamedTuple):
+    """Which tokens see each other across frames, as the attention backend wants to know it.
+
+    Args:
+        all: every token asks.
+        masked: the masked patches ask, as in the last block.
+    """
+
+    all: Plan
+    masked: Plan
+
+
 class MuM(Encoder):
-    """Encoder and multi-view decoder; its `state_dict` has the released checkpoint's keys and shapes."""
+    """Encoder and multi-view decoder; its `state_dict` has the released checkpoint's keys and shapes.
+
+    `attention` is the name of the backend of attention across frames, see `fastmum.attention.BACKENDS`.
+    """
+
+    attention = "auto"
 
     def _build(self, config: ModelConfig) -> None:
         super()._build(config)
@@ -63,6 +81,7 @@ class MuM(Encoder):
         lengths: Tensor | Sequence[int],
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
+        max_views: int | None = None,
     ) -> MuMOutput:
         """Mask, encode, decode and compare.
 
@@ -72,6 +91,7 @@ class MuM(Encoder):
                 a tensor on the CPU, so that reading it does not wait for the device.
             mask_ratio: share of masked patches; int(P * (1 - mask_ratio)) of every frame stay visible.
             noise: (F, P) uniform; the smallest of a row are visible, ties by index. None draws it.
+            max_views: no sequence of any batch is longer; None: F. It bounds what attention kernels launch.
 
         Raises:
             TypeError, ValueError: an argument that does not fit, named with what came and what is allowed.
@@ -79,33 +99,56 @@ class MuM(Encoder):
         pixels = check_frames(frames, self.config.patch_size, self.config.in_chans)
         num_frames, num_patches = len(frames), pixels.grid[0] * pixels.grid[1]
         lengths = check_lengths(lengths, num_frames)
+        max_views = check_max_views(max_views, lengths, num_frames)
         visible = num_visible(num_patches, mask_ratio)
         if noise is None:
             noise = torch.rand(num_frames, num_patches, device=frames.device)
-        visible_ids, masked_ids = split_by_noise(check_noise(noise, num_frames, num_patches), visible)
+        noise = check_noise(noise, num_frames, num_patches)
+        views = self._views(lengths, num_frames, num_patches, num_patches - visible, max_views, frames.device)
+        return self._autoencode(pixels, noise, visible, views)
 
+    def _views(
+        self, lengths: Tensor, num_frames: int, num_patches: int, masked: int, max_views: int, device: torch.device
+    ) -> Views:
+        """Everything that depends on the lengths: made here, on the host, so that what follows never changes shape."""
+        backend = choose_backend(self.attention, device)
+        tokens = 1 + num_patches
+        plans = (
+            backend.plan(Spans.of_frames(lengths, num_frames, queries, tokens, max_views), device)
+            for queries in (tokens, masked)
+        )
+        return Views(*plans)
+
+    def _autoencode(self, pixels: Pixels, noise: Tensor, visible: int, views: Views) -> MuMOutput:
+        """The whole of the computation: static in shape, no Python that depends on data."""
+        visible_ids, masked_ids = split_by_noise(noise, visible)
         encoded = self.norm(self.encode(pixels, visible_ids))
-        decoded = self.decode(encoded, visible_ids, lengths, pixels.grid)
-        pred = self.decoder_pred(self.decoder_norm(gather_tokens(decoded, masked_ids)))
+        decoded = self.decode(encoded, visible_ids, masked_ids, views, pixels.grid)
+        pred = self.decoder_pred(self.decoder_norm(decoded))
         loss = patch_loss(pred, pixels.frames, masked_ids, pixels.mean, pixels.std, pixels.patch_size)
         return MuMOutput(loss, pred, visible_ids, masked_ids)
 
-    def decode(self, encoded: Tensor, visible_ids: Tensor, lengths: list[int], grid: tuple[int, int]) -> Tensor:
-        """Visible tokens (F, 1 + K, D), CLS first -> tokens of all patches (F, 1 + P, E) before the last norm."""
+    def decode(
+        self, encoded: Tensor, visible_ids: Tensor, masked_ids: Tensor, views: Views, grid: tuple[int, int]
+    ) -> Tensor:
+        """Visible tokens (F, 1 + K, D), CLS first -> tokens of the masked patches (F, M, E) before the last norm."""
         num_frames, num_patches = len(encoded), grid[0] * grid[1]
         # As in the encoder, the residual stream keeps the parameters' precision under autocast.
         embedded = self.decoder_embed(encoded).to(self.mask_token.dtype)
         x_TE = scatter_tokens(embedded, self.mask_token, visible_ids, num_patches).flatten(0, 1)
 
-        span = 1 + num_patches
         positions = torch.arange(-1, num_patches, device=x_TE.device).repeat(num_frames)
         sin, cos = self.rope_embed_decoder.tables(*grid)
-        within_frame = partial(dense_attention, span=span)
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0) * span
-        across_frames = partial(ragged_attention, cu_seqlens=cu_seqlens, max_seqlen=max(lengths) * span)
+        within_frame = partial(dense_attention, span=1 + num_patches)
+        backend = choose_backend(self.attention, x_TE.device)
         frame = Context(within_frame, positions, sin, cos, special="keep")
         # The released model zeroes q and k of CLS in global blocks; its weights expect that.
-        scene = Context(across_frames, positions, sin, cos, special="zero")
-        for frame_block, global_block in zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True):
-            x_TE = global_block(frame_block(x_TE, frame), scene)
-        return x_TE.unflatten(0, (num_frames, span))
+        scene = Context(partial(backend.attend, plan=views.all), positions, sin, cos, special="zero")
+        # Nothing but masked patches is looked at behind the last block.
+        asking = Asking(masked_ids, masked_ids.flatten())
+        last = replace(scene, attend=partial(backend.attend, plan=views.masked), asking=asking)
+        final = len(self.decoder_global_blocks) - 1
+        for i, blocks in enumerate(zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True)):
+            frame_block, global_block = blocks
+            x_TE = global_block(frame_block(x_TE, frame), last if i == final else scene)
+        return x_TE.unflatten(0, (num_frames, -1))

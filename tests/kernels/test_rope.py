@@ -57,6 +57,22 @@ def test_rotation(backend: str, size: tuple[int, ...], dtype: torch.dtype, speci
         assert not value[0][0, : v.start].any()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("special", ["keep", "zero"])
+@pytest.mark.parametrize(("T", "heads", "d", "N"), SIZES[:4])
+def test_parts_by_themselves_equal_the_whole(
+    backend: str, T: int, heads: int, d: int, N: int, special: str, inplace: bool
+) -> None:
+    qkv, positions, sin, cos = problem(T, heads, d, N, torch.float32)
+    whole = rope_qk(qkv, positions, sin, cos, heads, special)
+    q, kv = qkv.split([heads * d, 2 * heads * d], dim=1)
+    for part, name, expected in ((q, "q", whole[:, : heads * d]), (kv, "kv", whole[:, heads * d :])):
+        rotated = rope_qk(part.clone(), positions, sin, cos, heads, special, inplace, parts=name)
+        assert torch.equal(rotated, expected)
+        plain = reference.rope_qk(part.contiguous(), positions, sin, cos, heads, special, parts=name)
+        assert relative(rotated, plain) < 1e-6
+
+
 def test_in_place_is_in_place(backend: str) -> None:
     qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
     expected = rope_qk(qkv, positions, sin, cos, 2)
@@ -100,8 +116,8 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
 
 def test_inverse_undoes(backend: str) -> None:
     qkv, positions, sin, cos = problem(33, 3, 64, 16, torch.float32)
-    there = torch.ops.fastmum.rope_qk(qkv, positions, sin[:, :32], cos[:, :32], 3, False, False)
-    back = torch.ops.fastmum.rope_qk(there, positions, sin[:, :32], cos[:, :32], 3, False, True)
+    there = torch.ops.fastmum.rope_qk(qkv, positions, sin[:, :32], cos[:, :32], 6, False, False)
+    back = torch.ops.fastmum.rope_qk(there, positions, sin[:, :32], cos[:, :32], 6, False, True)
     assert relative(back, qkv) < 1e-6
 
 
@@ -118,7 +134,7 @@ def test_any_shape(T: int, heads: int, half: int, N: int) -> None:
 
 def test_operator_contracts(backend: str) -> None:
     qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
-    args = (positions, sin[:, :8], cos[:, :8], 2, True, False)
+    args = (positions, sin[:, :8], cos[:, :8], 4, True, False)
     torch.library.opcheck(torch.ops.fastmum.rope_qk_.default, (qkv.clone(), *args))
     torch.library.opcheck(torch.ops.fastmum.rope_qk.default, (qkv.requires_grad_(), *args))
 
@@ -177,6 +193,8 @@ def test_compiled_in_place_copies_nothing() -> None:
         ({"sin": torch.zeros(3, 7)}, ValueError, "must be"),
         ({"cos": torch.zeros(2, 8)}, ValueError, "must be"),
         ({"special": "drop"}, ValueError, "keep, zero"),
+        ({"parts": "vk"}, ValueError, "qkv, kv, q"),
+        ({"parts": "kv"}, ValueError, r"\(N, 12\)"),
         ({"num_heads": 5}, ValueError, "48 wide"),
         ({"qkv": torch.zeros(48, 4).t(), "inplace": True}, ValueError, "contiguous"),
     ],

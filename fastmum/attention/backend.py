@@ -1,0 +1,58 @@
+"""What a backend of ragged attention is."""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastmum.attention.spans import Spans
+
+Plan = object  # what a backend makes of spans: spans on its device, a mask, ...
+
+
+class AttentionError(RuntimeError):
+    """A backend that cannot be used here; the message is one line for the user."""
+
+
+class Backend(ABC):
+    """One way to compute ragged attention.
+
+    A plan is made once a batch, outside compiled code; attention itself then has no Python that depends on data.
+
+    Args:
+        name: as in `model.attention`.
+        package: module that it needs, or None.
+        install: how to get it.
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str | None] = None
+    install: ClassVar[str] = ""
+
+    def why_not(self, device: torch.device) -> str | None:
+        """Why this backend cannot run on `device`, with the remedy; None where it can."""
+        if device.type != "cuda":
+            return f"it needs a CUDA device, and this is '{device.type}'"
+        return self.why_no_package()
+
+    def why_no_package(self) -> str | None:
+        """Why its package cannot be used, None where it can; nothing is imported."""
+        if self.package is None:
+            return None
+        try:
+            found = importlib.util.find_spec(self.package) is not None
+        except ModuleNotFoundError:  # the parent of a dotted name
+            found = False
+        return None if found else f"the package '{self.package}' is not installed: {self.install}"
+
+    def plan(self, spans: Spans, device: torch.device) -> Plan:
+        """What `attend` needs to know about the spans."""
+        return spans.to(device)
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        """Attention of queries (T_q, h, d) to keys and values (T_k, h, d) of their span -> (T_q, h, d)."""

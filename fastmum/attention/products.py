@@ -1,0 +1,146 @@
+"""Attention by explicit matrix products, in pieces whose scores stay in the cache.
+
+torch's CPU attention takes two to seven times its forward pass for the backward pass, more the shorter the spans. Here
+everything is a oneDNN product. Scores and their gradients are products of bfloat16 operands with float32 results
+(`fp32_precision = "bf16"` on operands that hold bfloat16 values, so nothing is lost); only probabilities and gradients
+of scores are rounded to bfloat16, for the products that follow. docs/LOG.md has the figures.
+
+Legend: B (span, head) pairs of equal lengths; Lq, Lk tokens of a span; d width of a head; P probabilities; S scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmum.attention.opaque import Pair
+
+PIECE = 1 << 20  # scores computed at once, 4 MB in float32: whole heads while they fit,
+PIECE_OF_HEAD = 1 << 22  # and of a head that is larger, as many queries as these
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> Tensor:
+    """softmax(q k' / sqrt(d)) v within every span; see `opaque_attention`."""
+    out = q.new_zeros(q.shape)  # queries of a span without keys stay 0
+    with _products(q):
+        for run in _runs(pairs):
+            n, queries, keys = run
+            q_BLd, k_BLd, v_BLd = _heads(q, queries, n), _heads(k, keys, n), _heads(v, keys, n)
+            o_BLd = torch.empty_like(q_BLd)
+            for heads, rows in _pieces(q_BLd, k_BLd):
+                P = _probabilities(q_BLd[heads, rows], k_BLd[heads])
+                # The largest probability of a row becomes 1, which rounding leaves alone.
+                largest = P.amax(-1, keepdim=True)
+                o = torch.bmm(P.div_(largest), _wide(v_BLd[heads]))
+                torch.mul(o, largest, out=o_BLd[heads, rows])
+            _put(out, queries, n, o_BLd)
+    return out
+
+
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; probabilities are computed again."""
+    # Queries of a span without keys, and keys that nobody sees, get none.
+    grads = tuple(x.new_zeros(x.shape) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    with _products(q):
+        for run in _runs(pairs):
+            n, queries, keys = run
+            q_BLd, k_BLd, v_BLd = _heads(q, queries, n), _heads(k, keys, n), _heads(v, keys, n)
+            g_BLd, dq_BLd = _heads(grad, queries, n), torch.empty_like(q_BLd)
+            dk_BLd, dv_BLd = (x.new_zeros(x.shape, dtype=_wide_type(x)) for x in (k_BLd, v_BLd))
+            for heads, rows in _pieces(q_BLd, k_BLd):
+                q_bld, g_bld, k_bld = q_BLd[heads, rows], g_BLd[heads, rows], k_BLd[heads]
+                P = _probabilities(q_bld, k_bld)
+                dv_BLd[heads] += torch.bmm(P.to(v.dtype).mT, g_bld)
+                dP = torch.bmm(_wide(g_bld), _wide(v_BLd[heads]).mT)
+                dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).mul_(scale).to(q.dtype)
+                torch.bmm(dS, k_bld, out=dq_BLd[heads, rows])
+                dk_BLd[heads] += torch.bmm(dS.mT, q_bld)
+            for out, place, value in zip(grads, (queries, keys, keys), (dq_BLd, dk_BLd, dv_BLd), strict=True):
+                _put(out, place, n, value)
+    return grads
+
+
+def _probabilities(q_bld: Tensor, k_bld: Tensor) -> Tensor:
+    """Softmax over keys, in float32 at least."""
+    S = torch.bmm(_wide(q_bld), _wide(k_bld).mT).mul_(q_bld.shape[-1] ** -0.5)
+    return torch.softmax(S, -1, out=S)
+
+
+class _Run(NamedTuple):
+    """Neighbouring spans of equal lengths.
+
+    Args:
+        count: n of them.
+        queries, keys: their tokens.
+    """
+
+    count: int
+    queries: slice
+    keys: slice
+
+
+def _runs(pairs: list[Pair]) -> Iterator[_Run]:
+    start = 0
+    for i in range(1, len(pairs) + 1):
+        if i == len(pairs) or not _continues(pairs[i - 1], pairs[i]):
+            queries, keys = (slice(a.start, b.stop) for a, b in zip(pairs[start], pairs[i - 1], strict=True))
+            yield _Run(i - start, queries, keys)
+            start = i
+
+
+def _continues(a: Pair, b: Pair) -> bool:
+    """Whether b begins where a ends and is as long."""
+    return all(x.stop == y.start and x.stop - x.start == y.stop - y.start for x, y in zip(a, b, strict=True))
+
+
+def _heads(x: Tensor, place: slice, count: int) -> Tensor:
+    """Tokens of `count` spans (n*L, h, d) as (n*h, L, d), contiguous."""
+    return _view(x, place, count).reshape(-1, (place.stop - place.start) // count, x.shape[-1])
+
+
+def _put(out: Tensor, place: slice, count: int, x_BLd: Tensor) -> None:
+    """The way back of `_heads`."""
+    view = _view(out, place, count)
+    view.copy_(x_BLd.view(view.shape))
+
+
+def _view(x: Tensor, place: slice, count: int) -> Tensor:
+    return x[place].unflatten(0, (count, -1)).transpose(1, 2)
+
+
+@contextmanager
+def _products_of_bfloat16() -> Iterator[None]:
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def _products(x: Tensor) -> AbstractContextManager[None]:
+    return _products_of_bfloat16() if x.dtype == torch.bfloat16 and x.device.type == "cpu" else nullcontext()
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(_wide_type(x), memory_format=torch.contiguous_format)
+
+
+def _pieces(q_BLd: Tensor, k_BLd: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Heads and rows of queries to be computed at once."""
+    B, Lq, Lk = *q_BLd.shape[:2], k_BLd.shape[1]
+    heads = max(1, PIECE // (Lq * Lk))
+    rows = Lq if Lq * Lk <= PIECE_OF_HEAD else max(1, PIECE_OF_HEAD // Lk)
+    for head in range(0, B, heads):
+        for row in range(0, Lq, rows):
+            yield slice(head, head + heads), slice(row, row + rows)

@@ -1,0 +1,64 @@
+"""Attention within spans of different length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmum.attention.choice import choose_backend
+from fastmum.attention.spans import Spans
+
+
+def ragged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    backend: str = "auto",
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+) -> Tensor:
+    """Attention within spans of different length, lying one behind another.
+
+    Args:
+        q, k, v: (T, h, d) of one floating-point dtype, any strides.
+        cu_seqlens: (n + 1,) int32 or int64, where spans begin and end: 0, L_0, L_0 + L_1, ..., T. Spans may be empty.
+            On the device of q or on the CPU; `sdpa` and `xformers` read it on the CPU.
+        max_seqlen: no span is longer.
+        backend: "auto" or a name of `BACKENDS`.
+        cu_seqlens_q, max_seqlen_q: spans of queries, where q has (T_q, h, d) with fewer tokens than k and v.
+
+    Returns:
+        (T_q, h, d), contiguous, in the dtype of q. Differentiable in q, k and v.
+
+    Raises:
+        AttentionError: a backend that is unknown or cannot run on the device of q.
+        TypeError, ValueError: an argument that does not fit, named with what came and what is allowed.
+    """
+    cu_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    _check(q, k, v, cu_q, cu_seqlens)
+    spans = Spans(cu_q.int(), cu_seqlens.int(), max_seqlen if max_seqlen_q is None else max_seqlen_q, max_seqlen)
+    chosen = choose_backend(backend, q.device)
+    return chosen.attend(q, k, v, chosen.plan(spans, q.device))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if x.ndim != 3 or x.shape[1:] != q.shape[1:]:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but q, k and v must be (T, heads, width) alike")
+        if x.dtype != q.dtype or not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}, but q, k and v must be of one floating-point dtype")
+    if len(k) != len(v):
+        raise ValueError(f"k has {len(k)} tokens and v {len(v)}, but each key has a value")
+    for name, cu, tokens in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens", cu_k, len(k))):
+        if cu.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} has dtype {cu.dtype}, but must be int32 or int64")
+        if cu.ndim != 1 or len(cu) != len(cu_k) or len(cu) < 2:
+            raise ValueError(f"{name} has shape {tuple(cu.shape)}, but must be (n + 1,) for n spans, n at least 1")
+        # Reading it on a GPU would wait for the device; compiled code cannot look at it at all.
+        if cu.device.type == "cpu" and not torch.compiler.is_compiling():
+            ends = cu.tolist()
+            if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
+                raise ValueError(f"{name} must rise from 0 to the number of tokens, {tokens}, but is {ends}")
