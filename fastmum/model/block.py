@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,6 +53,14 @@ class Context:
     cos: Tensor
     special: Literal["keep", "zero"]
     asking: Asking | None = None
+
+
+def packed(x_FLD: Tensor) -> Tensor:
+    """New tokens of every frame, (F, L, D), as (T, D) for a stack of blocks.
+
+    Not by `flatten`: the first block would be given a view and the others not, and compile for each.
+    """
+    return torch.ops.aten._unsafe_view(x_FLD, [x_FLD.shape[0] * x_FLD.shape[1], x_FLD.shape[2]])
 
 
 class Attention(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastmum.attention import dense_attention
 from fastmum.kernels import gather_patches
-from fastmum.model.block import Block, Context
+from fastmum.model.block import Block, Context, packed
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import Pixels, check_frames
 from fastmum.model.rope import AxialRope
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
         patches = self.patch_embed(pixels, ids)
         # The tokens keep the parameters' precision under autocast: the residual stream is not rounded to bfloat16.
         cls = self.cls_token.expand(len(ids), -1, -1)
-        x_TD = torch.cat([cls, patches.to(cls.dtype)], dim=1).flatten(0, 1)
+        x_TD = packed(torch.cat([cls, patches.to(cls.dtype)], dim=1))
         positions = F.pad(ids, (1, 0), value=-1).flatten()
         sin, cos = self.rope_embed.tables(*pixels.grid)
         attend = partial(dense_attention, span=1 + ids.shape[1])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastmum.attention import Plan, Spans, choose_backend, dense_attention
 from fastmum.kernels import patch_loss, scatter_tokens
-from fastmum.model.block import Asking, Block, Context
+from fastmum.model.block import Asking, Block, Context, packed
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_max_views, check_noise
@@ -135,7 +135,7 @@ class MuM(Encoder):
         num_frames, num_patches = len(encoded), grid[0] * grid[1]
         # As in the encoder, the residual stream keeps the parameters' precision under autocast.
         embedded = self.decoder_embed(encoded).to(self.mask_token.dtype)
-        x_TE = scatter_tokens(embedded, self.mask_token, visible_ids, num_patches).flatten(0, 1)
+        x_TE = packed(scatter_tokens(embedded, self.mask_token, visible_ids, num_patches))
 
         positions = torch.arange(-1, num_patches, device=x_TE.device).repeat(num_frames)
         sin, cos = self.rope_embed_decoder.tables(*grid)
