@@ -21,7 +21,8 @@ def build_optimizer(
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, foreach=True)
+    # torch's own choice of implementation: foreach on CUDA; parameter by parameter on the CPU, where that is faster.
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
 def normalise(frames: Tensor) -> Tensor:
