@@ -1,0 +1,1 @@
+"""What fastmum is compared with: the released model and its training step in plain PyTorch, sharing no code with it."""

@@ -1,0 +1,133 @@
+"""The plain reference of the benchmarks: the released model's numbers, fastmum's numbers, and no code of fastmum."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from benchmarks.reference import step as reference_step
+from benchmarks.reference.model import ReferenceMuM
+from fastmum import PRESETS, ModelConfig, MuM
+from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
+
+TOLERANCE = 1e-5  # norm of the difference over the norm, float32
+SIZES = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["reference_square", "reference_wide"])
+def test_released_numbers(shared, name):
+    with safe_open(shared / "parity" / f"{name}.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+    eps = 1e-5 if config["norm_layer"] == "layernormbf16" else 1e-6
+    model = ReferenceMuM(**{name: config[name] for name in SIZES}, norm_eps=eps)
+    for key, buffer in model.named_buffers():
+        assert difference(buffer, tensors[f"state.{key}"]) < 1e-7, key
+    model.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
+
+    output = model(tensors["images"], config["mask_ratio"], tensors["mask_noise"])
+    output.loss.backward()
+    assert difference(output.loss, tensors["loss"][0]) < TOLERANCE
+    assert difference(output.pred, tensors["pred"]) < TOLERANCE
+    assert torch.equal(output.mask, tensors["mask"])
+    for key, parameter in model.named_parameters():
+        assert difference(parameter.grad, tensors[f"grad.{key}"]) < TOLERANCE, key
+    features = model.forward_features(tensors["images"].flatten(0, 1))
+    assert difference(features["x_norm_patchtokens"], tensors["features.patch"]) < TOLERANCE
+    assert difference(features["x_norm_clstoken"], tensors["features.cls"]) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("heads", "decoder_heads", "batch", "mask_ratio"), [(2, 4, (2, 3), 0.75), (4, 2, (1, 5), 0.5), (1, 1, (3, 1), 0.6)]
+)
+def test_agrees_with_fastmum(heads, decoder_heads, batch, mask_ratio):
+    torch.manual_seed(0)
+    ours = MuM(ModelConfig(64, 2, heads, 32, 4, decoder_heads, norm_eps=1e-6))
+    with torch.no_grad():
+        for parameter in ours.parameters():  # biases and norms away from 0 and 1, or an error in them would not show
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    reference = ReferenceMuM(64, 2, heads, 32, 4, decoder_heads, norm_eps=1e-6)
+    reference.load_state_dict(ours.state_dict())
+    (sequences, views), (height, width) = batch, (48, 64)
+    frames = torch.randint(0, 256, (sequences, views, 3, height, width), dtype=torch.uint8)
+    noise = torch.rand(sequences * views, height * width // 256)
+
+    expected = reference(reference_step.normalise(frames), mask_ratio, noise)
+    raw = frames.flatten(0, 1).permute(0, 2, 3, 1).contiguous()
+    output = ours(raw, [views] * sequences, mask_ratio, noise)
+    assert difference(output.loss, expected.loss) < TOLERANCE
+    assert torch.equal(torch.zeros_like(expected.mask).scatter(1, output.masked_ids, 1.0), expected.mask)
+    picked = expected.pred.gather(1, output.masked_ids[:, :, None].expand_as(output.pred))
+    assert difference(output.pred, picked) < TOLERANCE
+    gradients = torch.autograd.grad(output.loss, list(ours.parameters()))
+    expected.loss.backward()
+    by_name = dict(reference.named_parameters())
+    for (key, _), gradient in zip(ours.named_parameters(), gradients, strict=True):
+        assert difference(gradient, by_name[key].grad) < TOLERANCE, key
+
+
+def test_state_dict_is_fastmums():
+    with torch.device("meta"):
+        ours, reference = MuM(PRESETS["mum_vitl16_released"]), ReferenceMuM()
+    shapes, expected = ({k: v.shape for k, v in model.state_dict().items()} for model in (ours, reference))
+    assert shapes == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_step_learns_and_reports_its_loss_and_norm(precision):
+    torch.manual_seed(0)
+    model = ReferenceMuM(32, 2, 2, 32, 2, 2)
+    optimizer = reference_step.build_optimizer(model, lr=1e-3)
+    frames = torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    noise = torch.rand(4, 4)
+    loss = model(reference_step.normalise(frames), 0.75, noise).loss
+    norm = torch.stack([g.norm() for g in torch.autograd.grad(loss, list(model.parameters()))]).norm()
+
+    phases = []
+    steps = [
+        reference_step.train_step(model, optimizer, frames, noise, precision=precision, lap=phases.append)
+        for _ in range(5)
+    ]
+    tolerance = {"fp32": 1e-6, "bf16": 2e-2}[precision]
+    assert steps[0] == pytest.approx((loss.item(), norm.item()), rel=tolerance)
+    assert steps[-1][0] < steps[0][0]
+    assert phases == 5 * ["forward", "backward", "norm", "optimizer"]
+
+
+def test_only_matrices_decay():
+    model = ReferenceMuM(32, 2, 2, 32, 2, 2)
+    optimizer = reference_step.build_optimizer(model, lr=1e-3)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decay[id(p)] == (0.05 if p.ndim >= 2 else 0.0) for p in model.parameters())
+
+
+def test_shares_no_code_with_fastmum():
+    folder = Path(reference_step.__file__).parent
+    files = sorted(folder.glob("**/*.py"))
+    assert {file.name for file in files} >= {"model.py", "step.py"}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file.name}: relative imports hide where they lead"
+                modules = [node.module]
+            else:
+                continue
+            for module in modules:
+                inside = module.split(".")[:2] == ["benchmarks", "reference"]
+                assert inside or module.split(".")[0] in {"__future__", "collections", "math", "torch", "typing"}, (
+                    f"{file.name} imports {module}"
+                )
+
+
+def test_pixels_are_normalised_alike():
+    assert (reference_step.IMAGENET_MEAN, reference_step.IMAGENET_STD) == (IMAGENET_MEAN, IMAGENET_STD)

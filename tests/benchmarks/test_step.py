@@ -1,0 +1,43 @@
+"""The benchmark of the training step, at a size that takes no time."""
+
+import pytest
+
+from benchmarks.step import Comparison, main
+
+TINY = ["model.preset=mum_tiny", "data.image_size=32"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_prints_both_and_their_ratio(capsys, tmp_path, precision):
+    profile = tmp_path / "profile.txt"
+    argv = ["--frames=4", "--views=2", "--rounds=2", f"--profile={profile}", f"train.precision={precision}", *TINY]
+    assert main(argv) == 0
+    header, *rows, ratio = capsys.readouterr().out.splitlines()
+    assert header.split() == ["ms", "forward", "backward", "norm", "optimizer", "step"]
+    assert [row.split()[:2] for row in rows] == [[n, s] for n in ("reference", "fastmum") for s in ("median", "min")]
+    assert ratio.startswith("reference / fastmum: ")
+    assert profile.read_text().count("Self CPU time total") == 2
+
+
+def test_phases_add_up_to_the_step():
+    comparison = Comparison(4, 2, TINY)
+    comparison.check()
+    for contestant in (comparison.reference, comparison.fastmum):
+        contestant()
+        (times,) = contestant.rounds
+        step = times.pop("step")
+        assert 0 < sum(times.values()) <= step
+
+
+def test_different_results_have_no_speed():
+    comparison = Comparison(4, 2, TINY)
+    comparison.reference()  # one step ahead
+    with pytest.raises(AssertionError, match=r"loss of step 1: reference .*, fastmum"):
+        comparison.check()
+
+
+def test_unusable_arguments_are_one_line(capsys):
+    assert main(["--frames=5", "--views=2"]) == 2
+    assert capsys.readouterr().err == "error: --frames is 5, but must be a positive multiple of --views, which is 2\n"
+    assert main(["model.presett=mum_tiny"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
