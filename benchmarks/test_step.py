@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.step import Comparison
 
-FRAMES, VIEWS, ROUNDS = 8, 4, 5
+FRAMES, VIEWS, ROUNDS = 8, 4, 4
 MEMORY = 16e9  # bytes: weights, gradients and moments of two models of 390 M parameters
 
 
