@@ -24,6 +24,7 @@ from fastmum.config import Config, ConfigError, load_config
 from fastmum.data.loader import Batch
 from fastmum.model.mum import MuM
 from fastmum.training.evaluation import forward, noise_for
+from fastmum.train import PRECISION
 from fastmum.training.optim import build_optimizer
 
 PHASES = ("forward", "backward", "norm", "optimizer")
@@ -139,7 +140,7 @@ def _reference(state: dict[str, Tensor], pixels: Tensor, noise: Tensor, views: i
 
 def _fastmum(model: MuM, pixels: Tensor, noise: Tensor, views: int, config: Config) -> Contestant:
     """A step as `fastmum.train` does it between two lines of its log: there is no norm to compute."""
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
     for group in optimizer.param_groups:
         group["lr"] = config.optim.base_lr
     batch = Batch(pixels, (views,) * (len(pixels) // views))

@@ -41,6 +41,7 @@ from fastmum.training.telemetry import Telemetry
 
 log = logging.getLogger("fastmum")
 
+PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of the matrices that the model computes with
 SHOWN = ("loss", "held_out_loss", "frames_per_s")  # beside the progress bar
 
 
@@ -64,7 +65,7 @@ def train(config: Config) -> int:
 
     run, steps = RunDir(Path(config.run.dir).expanduser()), config.train.steps
     model = MuM(config.model_config).to(device)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
     start, meter_state = _resume(config, run, model, optimizer)
     if start >= steps:
         log.info("nothing to do: the run in '%s' has done its %d steps; another run.dir starts anew", run.root, start)

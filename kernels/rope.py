@@ -205,8 +205,8 @@ def _rotate_torch(
         qk, qk_out = (x[:, :end].unflatten(1, (rotated, 2, half)) for x in (qkv_t, out_t))
         first, second = qk.to(work).unbind(2)
         sin_t1c, cos_t1c = (x.index_select(0, row_t)[:, None] for x in (sin_Nc, cos_Nc))
-        rotated = (first * cos_t1c).addcmul_(second, sin_t1c, value=-1), (second * cos_t1c).addcmul_(first, sin_t1c)
-        for half_out, value in zip(qk_out.unbind(2), rotated, strict=True):
+        values = (first * cos_t1c).addcmul_(second, sin_t1c, value=-1), (second * cos_t1c).addcmul_(first, sin_t1c)
+        for half_out, value in zip(qk_out.unbind(2), values, strict=True):
             half_out.copy_(value)
         if out is not qkv:
             out_t[:, end:] = qkv_t[:, end:]

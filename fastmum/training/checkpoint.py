@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastmum.model.mum import MuM
+from fastmum.training.optim import AdamW
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     model: MuM,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     meter: dict[str, float],
     keep: int,
 ) -> Path:
@@ -43,7 +44,7 @@ def save_checkpoint(
     partial = path.with_suffix(".partial")
     content = {
         "step": step,
-        "model": model.state_dict(),
+        "model": optimizer.weights.state_dict(),
         "optimizer": optimizer.state_dict(),
         "model_config": dataclasses.asdict(model.config),
         "meter": meter,
@@ -111,7 +112,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def restore(content: dict[str, Any], model: MuM, optimizer: torch.optim.Optimizer) -> None:
+def restore(content: dict[str, Any], model: MuM, optimizer: AdamW) -> None:
     """Put a checkpoint's weights and optimiser state into place.
 
     Raises:
@@ -124,7 +125,7 @@ def restore(content: dict[str, Any], model: MuM, optimizer: torch.optim.Optimize
             f"checkpoint '{content['path']}' holds another model: {', '.join(other)}; "
             "choose another run.dir, or train.resume=never to set the old run aside"
         )
-    model.load_state_dict(content["model"])
+    optimizer.weights.load_state_dict(content["model"])
     # The configuration decides these, not the checkpoint: a resumed run may change them.
     configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["optimizer"])

@@ -73,6 +73,14 @@ def test_parts_by_themselves_equal_the_whole(
         assert relative(rotated, plain) < 1e-6
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_more_tokens_than_the_cpu_rotates_at_once(monkeypatch: pytest.MonkeyPatch, inplace: bool) -> None:
+    qkv, positions, sin, cos = problem(37, 3, 64, 35, torch.float32)
+    expected = rope_qk(qkv, positions, sin, cos, 3)
+    monkeypatch.setattr("fastmum.kernels.rope.CHUNK_BYTES", 5 * qkv[0].nbytes)
+    assert torch.equal(rope_qk(qkv.clone(), positions, sin, cos, 3, inplace=inplace), expected)
+
+
 def test_in_place_is_in_place(backend: str) -> None:
     qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
     expected = rope_qk(qkv, positions, sin, cos, 2)
