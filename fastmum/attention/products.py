@@ -10,6 +10,7 @@ Legend: B (span, head) pairs of equal lengths; Lq, Lk tokens of a span; d width 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -45,7 +46,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -
     """Gradients of q, k and v; probabilities are computed again."""
     # Queries of a span without keys, and keys that nobody sees, get none.
     grads = tuple(x.new_zeros(x.shape) for x in (q, k, v))
-    scale = q.shape[-1] ** -0.5
+    before, after = _scales(q.shape[-1])
     with _products(q):
         for run in _runs(pairs):
             n, queries, keys = run
@@ -56,8 +57,9 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -
                 q_bld, g_bld, k_bld = q_BLd[heads, rows], g_BLd[heads, rows], k_BLd[heads]
                 P = _probabilities(q_bld, k_bld)
                 dv_BLd[heads] += torch.bmm(P.to(v.dtype).mT, g_bld)
-                dP = torch.bmm(_wide(g_bld), _wide(v_BLd[heads]).mT)
-                dS = torch.ops.aten._softmax_backward_data(dP, P, -1, P.dtype).mul_(scale).to(q.dtype)
+                dP = torch.bmm(_wide(g_bld).mul(before), _wide(v_BLd[heads]).mT)
+                dS = torch.ops.aten._softmax_backward_data.out(dP, P, -1, P.dtype, grad_input=dP)
+                dS = dS.to(q.dtype) if after == 1.0 else dS.mul_(after).to(q.dtype)
                 torch.bmm(dS, k_bld, out=dq_BLd[heads, rows])
                 dk_BLd[heads] += torch.bmm(dS.mT, q_bld)
             for out, place, value in zip(grads, (queries, keys, keys), (dq_BLd, dk_BLd, dv_BLd), strict=True):
@@ -67,8 +69,18 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -
 
 def _probabilities(q_bld: Tensor, k_bld: Tensor) -> Tensor:
     """Softmax over keys, in float32 at least."""
-    S = torch.bmm(_wide(q_bld), _wide(k_bld).mT).mul_(q_bld.shape[-1] ** -0.5)
+    before, after = _scales(q_bld.shape[-1])
+    S = torch.bmm(_wide(q_bld).mul(before), _wide(k_bld).mT)
+    if after != 1.0:
+        S.mul_(after)
     return torch.softmax(S, -1, out=S)
+
+
+def _scales(width: int) -> tuple[float, float]:
+    """1 / sqrt(d) as a power of two, which no bfloat16 value is rounded by, and what is left for the scores."""
+    scale = width**-0.5
+    before = 2.0 ** math.floor(math.log2(scale))
+    return before, scale / before
 
 
 class _Run(NamedTuple):
