@@ -23,8 +23,9 @@ from benchmarks.reference.step import train_step
 from fastmum.config import Config, ConfigError, load_config
 from fastmum.data.loader import Batch
 from fastmum.model.mum import MuM
+from fastmum.train import PRECISION, build_model
+from fastmum.training.compile import compile_model
 from fastmum.training.evaluation import forward, noise_for
-from fastmum.train import PRECISION
 from fastmum.training.optim import build_optimizer
 
 PHASES = ("forward", "backward", "norm", "optimizer")
@@ -87,7 +88,7 @@ class Comparison:
         torch.manual_seed(self.config.run.seed)
         pixels = torch.randint(0, 256, (frames, size, size, 3), dtype=torch.uint8)
         noise = noise_for(self.config, self.config.run.seed, 0, frames)
-        model = MuM(self.config.model_config)
+        model = build_model(self.config, torch.device("cpu"))
         self.reference = _reference(model.state_dict(), pixels, noise, views, self.config)
         self.fastmum = _fastmum(model, pixels, noise, views, self.config)
 
@@ -141,6 +142,7 @@ def _reference(state: dict[str, Tensor], pixels: Tensor, noise: Tensor, views: i
 def _fastmum(model: MuM, pixels: Tensor, noise: Tensor, views: int, config: Config) -> Contestant:
     """A step as `fastmum.train` does it between two lines of its log: there is no norm to compute."""
     optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
+    compile_model(model, config.model.compile, config.train.steps)
     for group in optimizer.param_groups:
         group["lr"] = config.optim.base_lr
     batch = Batch(pixels, (views,) * (len(pixels) // views))

@@ -15,7 +15,7 @@ MEMORY = 16e9  # bytes: weights, gradients and moments of two models of 390 M pa
     reason=f"two models of 390 M parameters in training want {MEMORY / 1e9:.0f} GB of memory",
 )
 def test_full_size_step(benchmark, capsys):
-    comparison = Comparison(FRAMES, VIEWS, ["model.preset=mum_vitl16"])
+    comparison = Comparison(FRAMES, VIEWS, ["model.preset=mum_vitl16", "model.compile=off"])
     comparison.check()
 
     def reference_has_its_turn() -> None:  # before every round, so that both are timed under the same conditions

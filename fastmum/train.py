@@ -18,6 +18,7 @@ from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from fastmum.attention import AttentionError, choose_backend
 from fastmum.config import Config, ConfigError, describe_keys, load_config
 from fastmum.data.decode import Decoder
 from fastmum.data.loader import Loader
@@ -32,7 +33,9 @@ from fastmum.training.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
+from fastmum.training.compile import compile_model
 from fastmum.training.evaluation import Evaluation, forward, noise_for
+from fastmum.training.memory import keep_freed_memory
 from fastmum.training.meter import Meter
 from fastmum.training.optim import build_optimizer, learning_rate
 from fastmum.training.rundir import RunDir
@@ -64,13 +67,16 @@ def train(config: Config) -> int:
         torch.set_num_threads(config.train.threads)
 
     run, steps = RunDir(Path(config.run.dir).expanduser()), config.train.steps
-    model = MuM(config.model_config).to(device)
+    model = build_model(config, device)
     optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
     start, meter_state = _resume(config, run, model, optimizer)
     if start >= steps:
         log.info("nothing to do: the run in '%s' has done its %d steps; another run.dir starts anew", run.root, start)
         return 0
 
+    compile_model(model, config.model.compile, steps - start)
+    if device.type == "cpu":
+        keep_freed_memory()
     sources = open_sources(config)
     decoder = Decoder(config.data.image_size, cache_bytes=int(config.data.cache_gb * 1e9))
     loader = Loader(decoder, config.data.workers, pin_memory=device.type == "cuda")
@@ -125,6 +131,22 @@ def train(config: Config) -> int:
                 return 128 + stopped
     log.info("done: %s", _summary(run, values))
     return 0
+
+
+def build_model(config: Config, device: torch.device) -> MuM:
+    """The model of a run on its device, not yet compiled.
+
+    Raises:
+        ConfigError: `model.attention` cannot be used there.
+    """
+    try:
+        backend = choose_backend(config.model.attention, device)
+    except AttentionError as error:
+        raise ConfigError(f"model.attention: {error}") from None
+    log.info("attention across frames: %s", backend.name)
+    model = MuM(config.model_config).to(device)
+    model.attention, model.recompute = backend.name, config.model.recompute
+    return model
 
 
 @contextlib.contextmanager

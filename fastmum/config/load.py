@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastmum.config.schema import Config, ConfigError
+from fastmum.attention import BACKENDS
+from fastmum.config.schema import COMPILE_MODES, Config, ConfigError
 from fastmum.model.masking import num_visible
 
 
@@ -141,6 +142,9 @@ def _check_values(config: Config) -> None:
         ("data.scenes.count", data.scenes.count, own_data or data.scenes.count >= 2, "at least 2, as one is held out"),
         ("data.scenes.views", data.scenes.views, own_data or data.scenes.views >= data.views[0],
          "at least the fewest data.views"),
+        ("model.attention", model.attention, model.attention in ("auto", *BACKENDS),
+         f"one of auto, {', '.join(BACKENDS)}"),
+        ("model.compile", model.compile, model.compile in COMPILE_MODES, f"one of {', '.join(COMPILE_MODES)}"),
         ("model.mask_ratio", model.mask_ratio, 0 < model.mask_ratio < 1, "between 0 and 1"),
         ("optim.base_lr", optim.base_lr, optim.base_lr > 0, "positive"),
         ("optim.betas", optim.betas, len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas),

@@ -8,7 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from fastmum.attention import BACKENDS
 from fastmum.model.config import PRESETS, ModelConfig
+
+COMPILE_MODES = ("auto", "block", "full", "off")
 
 
 class ConfigError(ValueError):
@@ -42,6 +45,9 @@ class ModelSection:
     decoder_depth: int | None = _key(None, "decoder blocks, frame and global together; empty: the preset's")
     decoder_num_heads: int | None = _key(None, "decoder heads; empty: the preset's")
     mask_ratio: float = _key(0.75, "share of masked patches in every frame")
+    attention: str = _key("auto", f"backend of attention across frames: auto, {', '.join(BACKENDS)}")
+    compile: str = _key("auto", f"torch.compile: {', '.join(COMPILE_MODES)}; block: each kind of block, full: all")
+    recompute: bool = _key(False, "compute the blocks' activations again in the backward pass: less memory, more time")
 
 
 @dataclass

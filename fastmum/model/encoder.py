@@ -11,6 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastmum.attention import dense_attention
 from fastmum.kernels import gather_patches
@@ -49,7 +50,12 @@ def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str,
 
 
 class Encoder(nn.Module):
-    """ViT encoder with the interface that users of DINOv2 and DINOv3 know; `MuM` adds the decoder."""
+    """ViT encoder with the interface that users of DINOv2 and DINOv3 know; `MuM` adds the decoder.
+
+    With `recompute` set, the backward pass computes the inside of every block again instead of keeping it.
+    """
+
+    recompute = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -88,8 +94,14 @@ class Encoder(nn.Module):
         """Patches `ids` (F, K) of each frame -> tokens before the last norm, (F, 1 + K, D), CLS first."""
         x_TD, context = self._embed(pixels, ids)
         for block in self.blocks:
-            x_TD = block(x_TD, context)
+            x_TD = self._run(block, x_TD, context)
         return x_TD.unflatten(0, (len(ids), -1))
+
+    def _run(self, block: Block, x_TD: Tensor, context: Context) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # Nothing in a block is random.
+            return checkpoint(block, x_TD, context, use_reentrant=False, preserve_rng_state=False)
+        return block(x_TD, context)
 
     def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Context]:
         patches = self.patch_embed(pixels, ids)

@@ -150,5 +150,6 @@ class MuM(Encoder):
         final = len(self.decoder_global_blocks) - 1
         for i, blocks in enumerate(zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True)):
             frame_block, global_block = blocks
-            x_TE = global_block(frame_block(x_TE, frame), last if i == final else scene)
+            x_TE = self._run(frame_block, x_TE, frame)
+            x_TE = self._run(global_block, x_TE, last if i == final else scene)
         return x_TE.unflatten(0, (num_frames, -1))

@@ -13,6 +13,7 @@ from fastmum.data.plan import StepPlan, StepPlanner, whole_frame
 from fastmum.data.sequences import Sequences
 from fastmum.model.masking import seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
+from fastmum.training.compile import eager
 from fastmum.training.pictures import draw_reconstruction
 
 EVAL_SEED = 0  # of the masks; not the run's, so that runs of different seeds can be compared
@@ -24,7 +25,9 @@ def forward(model: MuM, batch: Batch, noise: Tensor, config: Config, device: tor
     """The model on one batch, in the precision of the run; used by training and evaluation alike."""
     frames, noise = (x.to(device, non_blocking=True) for x in (batch.frames, noise))
     with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        return model(frames, batch.lengths, config.model.mask_ratio, noise)
+        # The same for all batches of training; the picture may show more views.
+        max_views = max(config.data.views[1], *batch.lengths)
+        return model(frames, batch.lengths, config.model.mask_ratio, noise, max_views)
 
 
 def noise_for(config: Config, seed: int, step: int, num_frames: int) -> Tensor:
@@ -72,7 +75,8 @@ class Evaluation:
 
     def _output(self, model: MuM, batch: Batch, index: int) -> MuMOutput:
         noise = noise_for(self.config, EVAL_SEED, index, len(batch.frames))
-        return forward(model, batch, noise, self.config, self.device)
+        with eager():
+            return forward(model, batch, noise, self.config, self.device)
 
 
 def _picture_plan(shown: Sequences, max_frames: int) -> StepPlan:

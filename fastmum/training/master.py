@@ -1,9 +1,9 @@
 """bfloat16 weights to compute with, float32 weights to learn.
 
 Under autocast every step casts every matrix to bfloat16, and every gradient back: 12 bytes a parameter that compute
-nothing, as much time as a quarter of the matrix products on a CPU. Here the model holds the matrices in bfloat16,
-their gradients are bfloat16, and the optimiser keeps the float32 master of each and renews both in one pass. The numbers are
-those of autocast, bit for bit: it is the same rounding, done once.
+nothing, and take a quarter as long as the matrix products on a CPU. Here the model holds the matrices in bfloat16,
+their gradients are bfloat16, and the optimiser keeps the float32 master of each and renews both in one pass. The
+numbers are those of autocast, bit for bit: it is the same rounding, done once.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 def keep_freed_memory() -> bool:
     """Tell the C library not to give memory back to the system, where it can be told: glibc.
 
-    Gradients and activations are freed and allocated anew every step; otherwise each time the system takes the pages, and
-    clears them when they are touched again.
+    Gradients and activations are freed and allocated anew every step; otherwise the system takes the pages each time,
+    and clears them when they are touched again.
 
     Returns:
         Whether it was told.

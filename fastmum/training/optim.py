@@ -25,8 +25,8 @@ def build_optimizer(model: nn.Module, optim: OptimSection, dtype: torch.dtype = 
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW on float32 weights; the model's bfloat16 copies of them are renewed on the way.
 
-    One pass over pieces that stay in the cache: the gradient is widened, the master updated, the copy rounded. State and
-    its layout are those of `torch.optim.AdamW`.
+    One pass over pieces that stay in the cache: the gradient is widened, the master updated, the copy rounded. State
+    and its layout are those of `torch.optim.AdamW`.
 
     Args:
         weights: of the model.
@@ -102,7 +102,9 @@ class Piece(NamedTuple):
     def of(self, like: Tensor) -> Tensor:
         """The same elements of another tensor with the same shape, (stop - start,)."""
         if like.stride() != self.tensor.stride():
-            raise RuntimeError(f"strides {like.stride()} of a gradient differ from {self.tensor.stride()} of its weight")
+            raise RuntimeError(
+                f"strides {like.stride()} of a gradient differ from {self.tensor.stride()} of its weight"
+            )
         return like.as_strided((self.stop - self.start,), (1,), like.storage_offset() + self.start)
 
 

@@ -1,0 +1,72 @@
+"""Which parts of the model `torch.compile` compiles, and when."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch._dynamo
+
+from fastmum.config.schema import COMPILE_MODES
+from fastmum.model.mum import MuM
+
+log = logging.getLogger(__name__)
+
+# On a CPU compiled blocks save at most 1 % of a step and cost half a minute (docs/LOG.md, 2026-11-23).
+CPU_STEPS_TO_PAY = 100_000
+# Four kinds of block, each once for every combination of gradients, sizes and precision that a program uses.
+RECOMPILE_LIMIT = 64
+
+
+def compile_model(model: MuM, mode: str, steps: int) -> str:
+    """Compile a model in place and say in the log what was done; every region must be one graph.
+
+    Lengths that change from batch to batch compile nothing anew: regions are static in shape (see `MuM._views`).
+
+    Args:
+        model: on the device that it trains on.
+        mode: "block" compiles each kind of block, "full" everything between the raw frames and the loss as one region,
+            "off" nothing; "auto" is "block" on CUDA, and on the CPU where a run is long enough to pay for it.
+        steps: that the run has still to do.
+
+    Returns:
+        What was chosen: "block", "full" or "off".
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode not in COMPILE_MODES:
+        raise ValueError(f"compile mode is '{mode}', but must be one of {', '.join(COMPILE_MODES)}")
+    chosen = mode
+    if mode == "auto":
+        pays = model.mask_token.is_cuda or steps >= CPU_STEPS_TO_PAY
+        chosen = "block" if pays else "off"
+    if chosen != "off" and not has_cpp_compiler():
+        log.warning("no C++ compiler is found (g++, clang++ or $CXX), so nothing is compiled and the model runs eager")
+        chosen = "off"
+    log.info("torch.compile: %s%s", chosen, f" (model.compile={mode})" if mode != chosen else "")
+    if chosen != "off":
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    if chosen == "block":
+        for block in (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks):
+            block.compile(fullgraph=True)
+    elif chosen == "full":
+        model._autoencode = torch.compile(model._autoencode, fullgraph=True)
+    return chosen
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled regions as they are written: evaluation has sizes of its own, and is not worth compiling for."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def has_cpp_compiler() -> bool:
+    """Whether Inductor finds a compiler for what it generates."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return any(shutil.which(name) is not None for name in names)
