@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ CPU_STEPS_TO_PAY = 100_000
 RECOMPILE_LIMIT = 64
 
 
-def compile_model(model: MuM, mode: str, steps: int) -> str:
+def compile_model(model: MuM, mode: str, steps: int, backend: str | Callable = "inductor") -> str:
     """Compile a model in place and say in the log what was done; every region must be one graph.
 
     Lengths that change from batch to batch compile nothing anew: regions are static in shape (see `MuM._views`).
@@ -32,6 +32,7 @@ def compile_model(model: MuM, mode: str, steps: int) -> str:
         mode: "block" compiles each kind of block, "full" everything between the raw frames and the loss as one region,
             "off" nothing; "auto" is "block" on CUDA, and on the CPU where a run is long enough to pay for it.
         steps: that the run has still to do.
+        backend: of `torch.compile`.
 
     Returns:
         What was chosen: "block", "full" or "off".
@@ -53,9 +54,9 @@ def compile_model(model: MuM, mode: str, steps: int) -> str:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if chosen == "block":
         for block in (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks):
-            block.compile(fullgraph=True)
+            block.compile(fullgraph=True, backend=backend)
     elif chosen == "full":
-        model._autoencode = torch.compile(model._autoencode, fullgraph=True)
+        model._autoencode = torch.compile(model._autoencode, fullgraph=True, backend=backend)
     return chosen
 
 
