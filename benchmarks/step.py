@@ -90,7 +90,7 @@ class Comparison:
         noise = noise_for(self.config, self.config.run.seed, 0, frames)
         model = build_model(self.config, torch.device("cpu"))
         self.reference = _reference(model.state_dict(), pixels, noise, views, self.config)
-        self.fastmum = _fastmum(model, pixels, noise, views, self.config)
+        self.fastmum = fastmum_steps(model, pixels, noise, [(views,) * (frames // views)], self.config)[0]
 
     def check(self) -> None:
         """Warm up with two steps of each, whose losses must agree: the second is that of updated weights.
@@ -139,25 +139,32 @@ def _reference(state: dict[str, Tensor], pixels: Tensor, noise: Tensor, views: i
     return Contestant("reference", step)
 
 
-def _fastmum(model: MuM, pixels: Tensor, noise: Tensor, views: int, config: Config) -> Contestant:
-    """A step as `fastmum.train` does it between two lines of its log: there is no norm to compute."""
+def fastmum_steps(
+    model: MuM, pixels: Tensor, noise: Tensor, lengths: Sequence[tuple[int, ...]], config: Config
+) -> list[Contestant]:
+    """Steps as `fastmum.train` does them between two lines of its log, one for each way to cut the frames.
+
+    They share the model and its optimiser. There is no norm to compute.
+    """
     optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
     compile_model(model, config.model.compile, config.train.steps)
     for group in optimizer.param_groups:
         group["lr"] = config.optim.base_lr
-    batch = Batch(pixels, (views,) * (len(pixels) // views))
 
-    def step(lap: Lap) -> float:
-        loss = forward(model, batch, noise, config, pixels.device).loss
-        lap("forward")
-        loss.backward()
-        lap("backward")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        lap("optimizer")
-        return loss.item()
+    def contestant(batch: Batch) -> Contestant:
+        def step(lap: Lap) -> float:
+            loss = forward(model, batch, noise, config, pixels.device).loss
+            lap("forward")
+            loss.backward()
+            lap("backward")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            lap("optimizer")
+            return loss.item()
 
-    return Contestant("fastmum", step)
+        return Contestant("fastmum", step)
+
+    return [contestant(Batch(pixels, of_sequences)) for of_sequences in lengths]
 
 
 def profile_step(contestant: Contestant) -> str:
