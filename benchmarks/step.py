@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.contestant import Apart, Contestant, Lap
 from benchmarks.reference.model import ReferenceMuM
 from benchmarks.reference.step import build_optimizer as build_reference_optimizer
 from benchmarks.reference.step import train_step
@@ -26,50 +26,33 @@ from fastmum.model.mum import MuM
 from fastmum.train import PRECISION, build_model
 from fastmum.training.compile import compile_model
 from fastmum.training.evaluation import forward, noise_for
+from fastmum.training.memory import keep_freed_memory
 from fastmum.training.optim import build_optimizer
 
 PHASES = ("forward", "backward", "norm", "optimizer")
 AGREEMENT = {"bf16": 1e-3, "fp32": 1e-4}  # largest relative difference of the losses of the first steps
-PROFILED_OPERATORS = 25
-
-Lap = Callable[[str], None]
 
 
-class Contestant:
-    """A training step and its times.
+class Problem(NamedTuple):
+    """What both are given.
 
     Args:
-        name: in the table.
-        step: does a step, calls its argument with the name of every phase that ends, returns the loss.
+        config: with the sizes, the precision and the mask ratio.
+        pixels: (F, H, W, 3) uint8.
+        noise: (F, P), of the masks.
+        model: its weights are those of both.
+        views: S.
     """
 
-    def __init__(self, name: str, step: Callable[[Lap], float]) -> None:
-        self.name = name
-        self.rounds: list[dict[str, float]] = []  # seconds of every phase and of the "step"
-        self._step = step
-
-    def __call__(self) -> float:
-        """Do a step and keep its times; returns the loss."""
-        times: dict[str, float] = {}
-        began = last = perf_counter()
-
-        def lap(phase: str) -> None:
-            nonlocal last
-            now = perf_counter()
-            times[phase] = now - last
-            last = now
-
-        loss = self._step(lap)
-        self.rounds.append(times | {"step": perf_counter() - began})
-        return loss
-
-    def milliseconds(self, statistic: Callable[[list[float]], float]) -> dict[str, float]:
-        """The statistic over the rounds, of every phase that the step has and of the whole step."""
-        return {phase: 1e3 * statistic([times[phase] for times in self.rounds]) for phase in self.rounds[0]}
+    config: Config
+    pixels: Tensor
+    noise: Tensor
+    model: MuM
+    views: int
 
 
 class Comparison:
-    """Both on the same weights, frames and masks.
+    """Both on the same weights, frames and masks, each in a process of its own.
 
     Args:
         frames: F, frames of a step.
@@ -83,14 +66,15 @@ class Comparison:
     def __init__(self, frames: int, views: int, settings: Sequence[str] = ()) -> None:
         if min(frames, views) < 1 or frames % views:
             raise ConfigError(f"--frames is {frames}, but must be a positive multiple of --views, which is {views}")
-        self.config = load_config(None, [f"data.frames_per_batch={frames}", f"data.views=[{views},{views}]", *settings])
-        size = self.config.data.image_size
-        torch.manual_seed(self.config.run.seed)
-        pixels = torch.randint(0, 256, (frames, size, size, 3), dtype=torch.uint8)
-        noise = noise_for(self.config, self.config.run.seed, 0, frames)
-        model = build_model(self.config, torch.device("cpu"))
-        self.reference = _reference(model.state_dict(), pixels, noise, views, self.config)
-        self.fastmum = fastmum_steps(model, pixels, noise, [(views,) * (frames // views)], self.config)[0]
+        self.config = _config(frames, views, settings)
+        self.reference, self.fastmum = (
+            Apart(build, frames, views, tuple(settings)) for build in (build_reference, build_fastmum)
+        )
+
+    def close(self) -> None:
+        """End both processes."""
+        self.reference.close()
+        self.fastmum.close()
 
     def check(self) -> None:
         """Warm up with two steps of each, whose losses must agree: the second is that of updated weights.
@@ -124,28 +108,51 @@ class Comparison:
         return "\n".join(lines)
 
 
-def _reference(state: dict[str, Tensor], pixels: Tensor, noise: Tensor, views: int, config: Config) -> Contestant:
+def _config(frames: int, views: int, settings: Sequence[str]) -> Config:
+    return load_config(None, [f"data.frames_per_batch={frames}", f"data.views=[{views},{views}]", *settings])
+
+
+def make_problem(frames: int, views: int, settings: Sequence[str]) -> Problem:
+    """The same for the same arguments."""
+    config = _config(frames, views, settings)
+    size = config.data.image_size
+    torch.manual_seed(config.run.seed)
+    pixels = torch.randint(0, 256, (frames, size, size, 3), dtype=torch.uint8)
+    noise = noise_for(config, config.run.seed, 0, frames)
+    return Problem(config, pixels, noise, build_model(config, torch.device("cpu")), views)
+
+
+def build_reference(frames: int, views: int, settings: Sequence[str]) -> Contestant:
+    """The step of the released model in plain PyTorch."""
+    config, pixels, noise, ours, _ = make_problem(frames, views, settings)
     model = ReferenceMuM(**asdict(config.model_config))
-    model.load_state_dict(state)
+    model.load_state_dict(ours.state_dict())
+    del ours
     optim = config.optim
     optimizer = build_reference_optimizer(model, optim.base_lr, optim.weight_decay, tuple(optim.betas))
-    frames = pixels.permute(0, 3, 1, 2).unflatten(0, (-1, views)).contiguous()
+    images = pixels.permute(0, 3, 1, 2).unflatten(0, (-1, views)).contiguous()
     ratio, precision = config.model.mask_ratio, config.train.precision
 
     def step(lap: Lap) -> float:
-        loss, _ = train_step(model, optimizer, frames, noise, ratio, precision, lap)
+        loss, _ = train_step(model, optimizer, images, noise, ratio, precision, lap)
         return loss
 
     return Contestant("reference", step)
 
 
-def fastmum_steps(
-    model: MuM, pixels: Tensor, noise: Tensor, lengths: Sequence[tuple[int, ...]], config: Config
-) -> list[Contestant]:
+def build_fastmum(frames: int, views: int, settings: Sequence[str]) -> Contestant:
+    """The step of fastmum on sequences of equal length."""
+    problem = make_problem(frames, views, settings)
+    return fastmum_steps(problem, [(views,) * (frames // views)])[0]
+
+
+def fastmum_steps(problem: Problem, lengths: Sequence[tuple[int, ...]]) -> list[Contestant]:
     """Steps as `fastmum.train` does them between two lines of its log, one for each way to cut the frames.
 
     They share the model and its optimiser. There is no norm to compute.
     """
+    config, pixels, noise, model, _ = problem
+    keep_freed_memory()
     optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
     compile_model(model, config.model.compile, config.train.steps)
     for group in optimizer.param_groups:
@@ -165,14 +172,6 @@ def fastmum_steps(
         return Contestant("fastmum", step)
 
     return [contestant(Batch(pixels, of_sequences)) for of_sequences in lengths]
-
-
-def profile_step(contestant: Contestant) -> str:
-    """The operators of one more step, by the time that they themselves took."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        contestant()
-    table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILED_OPERATORS)
-    return f"{contestant.name}\n{table}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,8 +196,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparison.fastmum()
     print(comparison.table())
     if args.profile:
-        tables = [profile_step(contestant) for contestant in (comparison.reference, comparison.fastmum)]
+        tables = [contestant.profile() for contestant in (comparison.reference, comparison.fastmum)]
         args.profile.write_text("\n".join(tables), encoding="utf-8")
+    comparison.close()
     return 0
 
 

@@ -2,13 +2,8 @@
 
 from statistics import median
 
-import torch
-
-from benchmarks.step import fastmum_steps
-from fastmum.config import load_config
+from benchmarks.step import fastmum_steps, make_problem
 from fastmum.model.flops import step_flops
-from fastmum.train import build_model
-from fastmum.training.evaluation import noise_for
 
 FRAMES, ROUNDS = 8, 4
 EQUAL = (4, 4)
@@ -17,12 +12,9 @@ PATCHES, VISIBLE = 256, 64
 
 
 def test_ragged_batches_cost_what_their_operations_cost(benchmark, capsys):
-    config = load_config(None, ["model.preset=mum_vitl16", f"data.frames_per_batch={FRAMES}", "data.views=[1,8]"])
-    torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (FRAMES, 256, 256, 3), dtype=torch.uint8)
+    problem = make_problem(FRAMES, FRAMES, ["model.preset=mum_vitl16"])
     lengths = [EQUAL, *RAGGED]
-    model = build_model(config, torch.device("cpu"))
-    steps = fastmum_steps(model, pixels, noise_for(config, 0, 0, FRAMES), lengths, config)
+    steps = fastmum_steps(problem, lengths)
     for step in steps:
         step()
         step.rounds.clear()
@@ -34,7 +26,7 @@ def test_ragged_batches_cost_what_their_operations_cost(benchmark, capsys):
     benchmark.pedantic(steps[0], setup=everyone_has_a_turn, rounds=ROUNDS)
     rows = []
     for of_sequences, step in zip(lengths, steps, strict=True):
-        flops = step_flops(config.model_config, PATCHES, VISIBLE, of_sequences).total
+        flops = step_flops(problem.config.model_config, PATCHES, VISIBLE, of_sequences).total
         rows.append((of_sequences, flops, step.milliseconds(median)["step"], step.milliseconds(min)["step"]))
     _, flops, middle, least = rows[0]
     with capsys.disabled():

@@ -25,3 +25,4 @@ def test_full_size_step(benchmark, capsys):
     benchmark.extra_info.update(frames=FRAMES, views=VIEWS, reference_over_fastmum=comparison.ratio())
     with capsys.disabled():
         print(f"\n{comparison.table()}")
+    comparison.close()

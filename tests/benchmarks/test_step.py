@@ -2,7 +2,9 @@
 
 import pytest
 
-from benchmarks.step import Comparison, main
+from benchmarks.contestant import Apart
+from benchmarks.step import Comparison, build_fastmum, main
+from fastmum.config import ConfigError
 
 TINY = ["model.preset=mum_tiny", "data.image_size=32"]
 
@@ -27,6 +29,7 @@ def test_phases_add_up_to_the_step():
         (times,) = contestant.rounds
         step = times.pop("step")
         assert 0 < sum(times.values()) <= step
+    comparison.close()
 
 
 def test_different_results_have_no_speed():
@@ -34,6 +37,12 @@ def test_different_results_have_no_speed():
     comparison.reference()  # one step ahead
     with pytest.raises(AssertionError, match=r"loss of step 1: reference .*, fastmum"):
         comparison.check()
+    comparison.close()
+
+
+def test_what_fails_there_is_told_here():
+    with pytest.raises(ConfigError, match="stepz"):
+        Apart(build_fastmum, 4, 2, ["train.stepz=3"])
 
 
 def test_unusable_arguments_are_one_line(capsys):
