@@ -90,6 +90,8 @@ def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
         if name not in keys:
             near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown key '{name}' in {source}; the nearest valid key is '{near}'")
+        if isinstance(value, bool) and keys[name].kind == "str":
+            value = "on" if value else "off"  # YAML takes these words for booleans
         try:
             config = OmegaConf.merge(config, _nested(name, value))
         except OmegaConfBaseException:
