@@ -11,15 +11,13 @@ from pathlib import Path
 
 import natsort
 
+from fastmum.data.errors import DataError
+
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 # Folders that lie beside a scene's photographs and hold something else than photographs.
 OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normals"})
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message is one line for the user."""
 
 
 @dataclass(frozen=True)
