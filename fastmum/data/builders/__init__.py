@@ -1,0 +1,10 @@
+"""The data sets that `python -m fastmum.data.build` knows, in the order of the paper's list, then the general ones."""
+
+from __future__ import annotations
+
+from fastmum.data.builders import folder
+from fastmum.data.builders.base import Builder
+
+BUILDERS: dict[str, Builder] = {
+    "folder": folder.BUILDER,
+}
