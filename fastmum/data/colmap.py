@@ -1,0 +1,121 @@
+"""Reading sparse COLMAP reconstructions: which image sees which 3-D points, from where, with which camera."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmum.data.errors import DataError
+
+PARTS = ("cameras", "images", "points3D")  # rigs and frames came later, and most models have none
+POINT_NUMBER = attrgetter("point3D_id")
+
+
+class Model(NamedTuple):
+    """The registered images of a reconstruction, in the order of their COLMAP numbers.
+
+    Args:
+        names: (n) image names: paths below the folder of images, '/'-separated.
+        poses: (n, 4, 4) float64 world-to-camera, OpenCV axes.
+        intrinsics: (n, 4) float64 fx fy cx cy in pixels, the centre of the first pixel at (0.5, 0.5), without the
+            camera's distortion; NaN for cameras that have no focal length (panoramas).
+        images, points: (m,) int32 and int64, image 0..n-1 and point 0..p-1 of every observation, grouped by image.
+    """
+
+    names: tuple[str, ...]
+    poses: np.ndarray
+    intrinsics: np.ndarray
+    images: np.ndarray
+    points: np.ndarray
+
+    def select(self, keep: np.ndarray) -> Model:
+        """The images whose entry in `keep` (n,) bool is true, numbered anew; points keep their numbers."""
+        number = np.where(keep, np.cumsum(keep) - 1, -1).astype(np.int32)[self.images]
+        seen = number >= 0
+        names = tuple(name for name, kept in zip(self.names, keep, strict=True) if kept)
+        return Model(names, self.poses[keep], self.intrinsics[keep], number[seen], self.points[seen])
+
+
+def find_format(folder: Path) -> str | None:
+    """`".bin"` or `".txt"` where the folder holds a whole model, the binary one first; None where it holds none."""
+    return next((suffix for suffix in (".bin", ".txt") if all((folder / f"{p}{suffix}").is_file() for p in PARTS)), None)
+
+
+def read_model(folder: str | Path) -> Model:
+    """Read the model in a folder; binary files are preferred where both kinds are there.
+
+    Raises:
+        DataError: no model in the folder, one that is broken, or pycolmap is not installed.
+    """
+    folder = Path(folder)
+    suffix = find_format(folder)
+    if suffix is None:
+        raise DataError(_what_is_missing(folder))
+    for part in PARTS:
+        if not (folder / f"{part}{suffix}").stat().st_size:
+            raise DataError(f"'{folder / (part + suffix)}' is empty; copy the COLMAP model again")
+    pycolmap = _import_pycolmap()
+    reconstruction = pycolmap.Reconstruction()
+    verbosity = pycolmap.logging.minloglevel
+    pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value  # it would print what it raises
+    try:
+        reconstruction.read_binary(folder) if suffix == ".bin" else reconstruction.read_text(folder)
+    # What pycolmap raises depends on the byte that is wrong; lengths that make no sense end in a MemoryError.
+    except (ValueError, IndexError, RuntimeError, OSError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"the COLMAP model in '{folder}' ({suffix}) cannot be read: {reason}; copy it again") from error
+    finally:
+        pycolmap.logging.minloglevel = verbosity
+    return _to_model(reconstruction, folder)
+
+
+def _to_model(reconstruction: object, folder: Path) -> Model:
+    images = [image for _, image in sorted(reconstruction.images.items()) if image.has_pose]
+    if not images:
+        raise DataError(f"the COLMAP model in '{folder}' has no registered image; leave the folder out")
+    names = tuple(image.name.replace("\\", "/") for image in images)
+    poses = np.tile(np.eye(4), (len(images), 1, 1))
+    poses[:, :3] = [image.cam_from_world().matrix() for image in images]
+    cameras = {number: _pinhole(camera) for number, camera in reconstruction.cameras.items()}
+    intrinsics = np.array([cameras[image.camera_id] for image in images])
+
+    seen = [_points_of(image) for image in images]
+    numbers, points = np.unique(np.concatenate(seen), return_inverse=True)
+    # COLMAP reads a file of points that is cut off without a word.
+    if len(numbers) > reconstruction.num_points3D():
+        raise DataError(
+            f"the COLMAP model in '{folder}' is not whole: its images see {len(numbers)} points, "
+            f"but it has {reconstruction.num_points3D()}; copy it again"
+        )
+    rows = np.repeat(np.arange(len(images), dtype=np.int32), [len(s) for s in seen])
+    return Model(names, poses, intrinsics, rows, points)
+
+
+def _points_of(image: object) -> np.ndarray:
+    observations = image.get_observation_points2D()
+    return np.fromiter(map(POINT_NUMBER, observations), np.uint64, len(observations))
+
+
+def _pinhole(camera: object) -> tuple[float, float, float, float]:
+    if not len(camera.focal_length_idxs()):  # asking such a camera for it would end the process
+        return (np.nan,) * 4
+    return camera.focal_length_x, camera.focal_length_y, camera.principal_point_x, camera.principal_point_y
+
+
+def _what_is_missing(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"there is no folder '{folder}' to read a COLMAP model from"
+    suffix = ".txt" if (folder / "images.txt").is_file() else ".bin"
+    lacking = ", ".join(part + suffix for part in PARTS if not (folder / (part + suffix)).is_file())
+    return f"the COLMAP model in '{folder}' lacks {lacking}; a model is cameras, images and points3D, all .bin or all .txt"
+
+
+def _import_pycolmap() -> object:
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise DataError("reading COLMAP models needs pycolmap: pip install 'fastmum[colmap]'") from error
+    return pycolmap
