@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -39,25 +41,35 @@ class Model(NamedTuple):
         return Model(names, self.poses[keep], self.intrinsics[keep], number[seen], self.points[seen])
 
 
-def find_format(folder: Path) -> str | None:
-    """`".bin"` or `".txt"` where the folder holds a whole model, the binary one first; None where it holds none."""
-    return next((suffix for suffix in (".bin", ".txt") if all((folder / f"{p}{suffix}").is_file() for p in PARTS)), None)
+def find_format(folder: Path) -> str:
+    """`".bin"` or `".txt"`: what the model in a folder is written in, the binary files where both are there.
+
+    Raises:
+        DataError: files are missing or empty.
+    """
+    try:
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    except OSError as error:
+        raise DataError(f"'{folder}' cannot be read as a COLMAP model ({error.strerror})") from None
+    for suffix in (".bin", ".txt"):
+        if all(sizes.get(part + suffix) for part in PARTS):
+            return suffix
+    suffix = ".txt" if "images.txt" in sizes else ".bin"
+    lacking = ", ".join(part + suffix for part in PARTS if not sizes.get(part + suffix))
+    raise DataError(
+        f"the COLMAP model in '{folder}' is not whole: {lacking} missing or empty; it takes cameras, images and points3D"
+    )
 
 
 def read_model(folder: str | Path) -> Model:
-    """Read the model in a folder; binary files are preferred where both kinds are there.
+    """Read the model in a folder.
 
     Raises:
         DataError: no model in the folder, one that is broken, or pycolmap is not installed.
     """
     folder = Path(folder)
     suffix = find_format(folder)
-    if suffix is None:
-        raise DataError(_what_is_missing(folder))
-    for part in PARTS:
-        if not (folder / f"{part}{suffix}").stat().st_size:
-            raise DataError(f"'{folder / (part + suffix)}' is empty; copy the COLMAP model again")
-    pycolmap = _import_pycolmap()
+    pycolmap = import_pycolmap()
     reconstruction = pycolmap.Reconstruction()
     verbosity = pycolmap.logging.minloglevel
     pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value  # it would print what it raises
@@ -105,15 +117,12 @@ def _pinhole(camera: object) -> tuple[float, float, float, float]:
     return camera.focal_length_x, camera.focal_length_y, camera.principal_point_x, camera.principal_point_y
 
 
-def _what_is_missing(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"there is no folder '{folder}' to read a COLMAP model from"
-    suffix = ".txt" if (folder / "images.txt").is_file() else ".bin"
-    lacking = ", ".join(part + suffix for part in PARTS if not (folder / (part + suffix)).is_file())
-    return f"the COLMAP model in '{folder}' lacks {lacking}; a model is cameras, images and points3D, all .bin or all .txt"
+def import_pycolmap() -> ModuleType:
+    """pycolmap, an optional extra.
 
-
-def _import_pycolmap() -> object:
+    Raises:
+        DataError: it is not installed.
+    """
     try:
         import pycolmap
     except ImportError as error:

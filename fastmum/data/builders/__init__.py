@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from fastmum.data.builders import folder
+from fastmum.data.builders import colmap, folder, megadepth, megascenes
 from fastmum.data.builders.base import Builder
 
 BUILDERS: dict[str, Builder] = {
+    "megadepth": megadepth.BUILDER,
+    "megascenes": megascenes.BUILDER,
     "folder": folder.BUILDER,
+    "colmap": colmap.BUILDER,
 }
