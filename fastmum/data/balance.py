@@ -21,15 +21,7 @@ from fastmum.data.packing import Packing, Totals, distance, fit
 PAPER_FRAMES = 96  # of a GPU (supplement)
 LEVEL = 0.01  # a unit's cost may exceed the mean by this share, if the shares of frames can then still be met
 SHARES_MET = 1e-3  # total variation up to which they are
-
-
-def unit_frames(frames_per_gpu: int) -> int:
-    """Frames of a unit: the least divisor of a rank's frames that is no less than the paper's batch, or all of them.
-
-    Smaller units could not be level: one sequence of 24 views costs half of a level batch of 96 frames.
-    """
-    divisors = (d for d in range(PAPER_FRAMES, frames_per_gpu) if frames_per_gpu % d == 0)
-    return next(divisors, frames_per_gpu)
+SHARES_MISSED = 0.02  # and from which larger units are tried
 
 
 def paper_shares(sizes: np.ndarray, frames: int) -> np.ndarray:
@@ -61,35 +53,67 @@ class Filling(NamedTuple):
         return self.packing.draw(total, rng) if total else np.empty(0, np.int64)
 
 
-def fill(frames: int, sizes: np.ndarray, shares: np.ndarray, single_share: float, level: bool) -> Filling | None:
-    """The way to fill units exactly, with the wanted shares of frames in single images and in sequences by length.
+def fill_rank(frames_per_gpu: int, sizes: np.ndarray, single_share: float, level: bool) -> Filling | None:
+    """The way to fill a rank's frames exactly: that of its smallest units with the paper's shares of frames.
+
+    Units are divisors of the rank's frames and no smaller than the paper's batch, since one sequence of 24 views costs
+    half of a level batch of 96 frames. The shares of frames by length are those of `paper_shares` in a unit.
 
     Args:
-        frames: of a unit.
-        sizes: (n,) lengths of sequences, ascending, none longer than `frames`.
-        shares: (n,) wanted share of each among the frames of sequences.
+        frames_per_gpu: frames of a rank.
+        sizes: (n,) lengths of sequences, ascending, none longer than `frames_per_gpu`.
         single_share: wanted share of single images among all frames.
         level: bound the cost, as tightly as the shares allow.
 
     Returns:
-        None where nothing fills a unit without more single images than wanted.
+        None where nothing fills a rank without more single images than wanted.
     """
-    totals = _totals(frames, sizes, single_share)
-    if totals is None or totals.mean == 0:
-        return totals and Filling(frames, totals)
-    mean_cost = frames - totals.mean + totals.mean * float(shares @ sizes)
+    smallest = max(PAPER_FRAMES, int(sizes[-1])) if len(sizes) else PAPER_FRAMES
+    best = None
+    for frames in [d for d in range(smallest, frames_per_gpu) if frames_per_gpu % d == 0] + [frames_per_gpu]:
+        filling = _fill(frames, sizes, single_share)
+        if filling and (best is None or filling.distance < best.distance - SHARES_MET):
+            best = filling
+        if best and best.distance <= SHARES_MISSED:
+            break
+    return _levelled(best, sizes) if best and best.packing and level else best
+
+
+def _fill(frames: int, sizes: np.ndarray, single_share: float) -> Filling | None:
+    best = None
+    for totals in _totals(frames, sizes, single_share):
+        if totals.mean == 0:
+            return Filling(frames, totals)
+        shares = paper_shares(sizes, frames)
+        packing = fit(sizes, shares, totals)
+        filling = Filling(frames, totals, packing, distance=distance(packing, sizes, shares, totals))
+        if best is None or filling.distance < best.distance - SHARES_MET:
+            best = filling
+    return best
+
+
+def _levelled(filling: Filling, sizes: np.ndarray) -> Filling:
+    """With the cost bounded as tightly as leaves the shares of frames where they are."""
+    frames, totals, shares = filling.frames, filling.totals, paper_shares(sizes, filling.frames)
+    possible = filling.packing.sizes
+    mean_cost = frames + totals.mean * float(filling.packing.shares(totals) @ (possible - 1))
     excess = LEVEL
-    while level and mean_cost * (1 + excess) < frames * sizes[-1]:
+    while mean_cost * (1 + excess) < frames * possible[-1]:
         packing = fit(sizes, shares, totals, budget=int((mean_cost * (1 + excess) - frames) / 2))
-        if packing is not None and (miss := distance(packing, sizes, shares, totals)) <= SHARES_MET:
-            return Filling(frames, totals, packing, 1 + excess, miss)
+        if packing is not None:
+            missed = distance(packing, sizes, shares, totals)
+            if missed <= filling.distance + SHARES_MET:
+                return filling._replace(packing=packing, cap=1 + excess, distance=missed)
         excess *= 2
-    packing = fit(sizes, shares, totals)
-    return Filling(frames, totals, packing, distance=distance(packing, sizes, shares, totals))
+    return filling
 
 
-def _totals(frames: int, sizes: np.ndarray, single_share: float) -> Totals | None:
-    """The totals that sequences can have next to the mean wanted: the nearest above and below, with that mean."""
+def _totals(frames: int, sizes: np.ndarray, single_share: float) -> list[Totals]:
+    """Totals that the sequences of a unit can have, with the mean that leaves room for the single images wanted.
+
+    First the nearest numbers below and above, so that every unit has its part of single images. Small batches may
+    then have no room for long sequences; so second, as the paper does it, all or nothing.
+    """
     reachable = np.zeros(frames + 1, bool)
     reachable[0] = True
     for total in range(1, frames + 1):
@@ -97,8 +121,10 @@ def _totals(frames: int, sizes: np.ndarray, single_share: float) -> Totals | Non
     possible = np.flatnonzero(reachable)
     mean = round((1 - single_share) * frames, 9)
     if possible[-1] < mean:
-        return None
-    below = int(possible[possible <= mean][-1])
-    above = int(possible[possible >= mean][0])
-    chance = (mean - below) / (above - below) if above > below else 0.0
-    return Totals((below, above), (1 - chance, chance))
+        return []
+    near = int(possible[possible <= mean][-1]), int(possible[possible >= mean][0])
+    options = []
+    for below, above in dict.fromkeys([near, (0, int(possible[-1]))]):
+        chance = (mean - below) / (above - below) if above > below else 0.0
+        options.append(Totals((below, above), (1 - chance, chance)))
+    return options

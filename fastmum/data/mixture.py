@@ -83,12 +83,11 @@ def by_frames(weights: np.ndarray, eligible: np.ndarray, shares: np.ndarray) -> 
         eligible: (lengths, data sets) bool: it has sequences so long; at least one in every row.
         shares: (lengths,) share of frames in sequences of each length, summing to 1.
     """
-    table = np.where(eligible, weights, 0.0)
+    table = by_weight(weights, eligible)
     for _ in range(SINKHORN_STEPS):
-        table *= (shares / table.sum(axis=1))[:, None]
-        got = table.sum(axis=0)
+        got = shares @ table
         if np.abs(got - weights).max() < SINKHORN_TOLERANCE:
             break
         table *= weights / np.where(got > 0, got, 1.0)
-    table *= (shares / table.sum(axis=1))[:, None]
-    return table / table.sum(axis=1, keepdims=True)
+        table /= table.sum(axis=1, keepdims=True)
+    return table

@@ -24,7 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 NEWTON_STEPS = 60
-TOLERANCE = 1e-10  # of a share of frames
+TOLERANCE = 1e-8  # of shares of frames, their absolute differences added up
+BACKTRACKS = 30
 LARGEST_STEP = 8.0  # of a log weight: where the shares cannot be met, they diverge
 
 
@@ -63,6 +64,7 @@ class Packing:
     def __init__(self, sizes: np.ndarray, weights: np.ndarray, total: int, budget: int | None = None) -> None:
         self.sizes = sizes
         self.weights = weights
+        self._frame_weights = sizes * weights
         self.budget = 0 if budget is None else budget
         self.pairs = np.zeros_like(sizes) if budget is None else sizes * (sizes - 1) // 2
         # Room for negative indices, whose weight is 0: two sequences may be taken from any state.
@@ -79,11 +81,16 @@ class Packing:
         before = (-self.sizes * width - self.pairs)[:, None] + np.arange(self._column, width)
         for frames in range(1, total + 1):
             smaller = flat.take(before + (self._row + frames) * width)
-            table[self._row + frames, self._column :] = (self.sizes * self.weights / frames) @ smaller
+            table[self._row + frames, self._column :] = (self._frame_weights / frames) @ smaller
         return table
 
     def _state(self, frames: int, budget: int) -> int:
         return (self._row + frames) * self._table.shape[1] + self._column + budget
+
+    def in_range(self, totals: Totals) -> bool:
+        """Whether the weights of these totals, and what is computed of them, are positive and finite numbers."""
+        total_weights = [self._flat[self._state(total, self.budget)] for total, _ in totals.filled]
+        return min(total_weights) > 0 and bool(self._frame_weights.max() * self._flat.max() < np.inf)
 
     def log_weight(self, total: int) -> float:
         """log Z of a total; -inf where nothing sums to it."""
@@ -108,10 +115,9 @@ class Packing:
     def draw(self, total: int, rng: np.random.Generator) -> np.ndarray:
         """Lengths with the sum `total`, int64."""
         lengths, budget = [], self.budget
-        frame_weights = self.sizes * self.weights
         uniform = 1 - rng.random(total // int(self.sizes[0]))  # in (0, 1]: never the edge of a length that is not left
         while total:
-            chances = np.cumsum(frame_weights * self._flat[self._state(total, budget) + self._back])
+            chances = np.cumsum(self._frame_weights * self._flat[self._state(total, budget) + self._back])
             i = int(np.searchsorted(chances, uniform[len(lengths)] * chances[-1]))
             lengths.append(self.sizes[i])
             total -= int(self.sizes[i])
@@ -135,37 +141,39 @@ def fit(sizes: np.ndarray, shares: np.ndarray, totals: Totals, budget: int | Non
         None where nothing of at most `budget` pairs has one of the totals.
     """
     most, filled = totals.frames[1], totals.filled
-    packing = Packing(sizes, shares / sizes, most, budget)
-    if not all(np.isfinite(packing.log_weight(t)) for t, _ in filled):
+    packing = Packing(sizes, totals.mean * shares / sizes, most, budget)
+    if not packing.in_range(totals):
         return None
-    possible = sum(packing.counts(t) for t, _ in filled) > 0
+    possible = sum(packing.counts(total) for total, _ in filled) > 0
     sizes, shares = sizes[possible], shares[possible] / shares[possible].sum()
     wanted = totals.mean * shares / sizes
 
-    def evaluate(log_weights: np.ndarray) -> tuple[float, np.ndarray, Packing]:
-        packing = Packing(sizes, np.exp(log_weights), most, budget)
-        value = sum(c * packing.log_weight(t) for t, c in filled) - wanted @ log_weights
-        return value, sum(c * packing.counts(t) for t, c in filled) - wanted, packing
+    def evaluate(x: np.ndarray) -> tuple[float, np.ndarray, Packing]:
+        packing = Packing(sizes, np.exp(x), most, budget)
+        value = sum(chance * packing.log_weight(total) for total, chance in filled) - wanted @ x
+        return value, sum(chance * packing.counts(total) for total, chance in filled) - wanted, packing
 
-    x = np.log(wanted)
-    value, gradient, packing = evaluate(x)
-    for _ in range(NEWTON_STEPS):
-        if np.abs(gradient * sizes).max() < TOLERANCE * most:
-            break
-        hessian = sum(c * packing.covariance(t) for t, c in filled)
-        # The sum is fixed, so weights times a^S change nothing: that direction gets a curvature of its own.
-        hessian = hessian + np.outer(sizes, sizes) * 1e-3 + np.eye(len(sizes)) * 1e-12
-        step = -np.linalg.solve(hessian, gradient)
-        step *= min(1.0, LARGEST_STEP / np.abs(step).max())
-        for _ in range(30):  # backtracking
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                trial = evaluate(x + step)
-            if trial[0] <= value + 0.25 * (gradient @ step):
+    x = np.log(wanted)  # log weights
+    # Where the shares cannot be met the weights diverge, until no step is left that can be computed.
+    with np.errstate(all="ignore"):
+        value, gradient, packing = evaluate(x)
+        for _ in range(NEWTON_STEPS):
+            if np.abs(gradient * sizes).sum() < TOLERANCE * most:
                 break
-            step /= 2
-        else:
-            break  # no descent left in floating point
-        x, (value, gradient, packing) = x + step, trial
+            hessian = sum(chance * packing.covariance(total) for total, chance in filled)
+            # The totals are fixed, so weights times a^S change nothing: that direction gets a curvature of its own,
+            # and is used to keep the numbers of the table near 1.
+            hessian = hessian + 1e-3 * np.outer(sizes, sizes) + 1e-12 * np.eye(len(sizes))
+            step = -np.linalg.solve(hessian, gradient)
+            step *= min(1.0, LARGEST_STEP / np.abs(step).max())
+            x = x - sizes * packing.log_weight(most) / most
+            for shorter in range(BACKTRACKS):
+                trial = evaluate(x + step / 2**shorter)
+                if trial[0] <= value + 0.25 * (gradient @ step) / 2**shorter and trial[2].in_range(totals):
+                    break
+            else:
+                break
+            x, (value, gradient, packing) = x + step / 2**shorter, trial
     return packing
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.data.balance import PAPER_FRAMES, fill, paper_shares, unit_frames
+from fastmum.data.balance import PAPER_FRAMES, SHARES_MISSED, fill_rank
 from fastmum.data.crops import draw_crops
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
@@ -27,7 +27,6 @@ from fastmum.data.mixture import Mixture, by_frames, by_weight
 
 MODES = ("packed", "balanced", "paper")
 WEIGHT_MISSED = 0.01  # of a data set's share of frames, relative: told in `notes`
-SHARES_MISSED = 0.02  # total variation of the shares of frames by length: told in `notes`
 
 
 class StepPlan(NamedTuple):
@@ -154,12 +153,10 @@ class StepPlanner:
                               "none is longer, or it would not fit in a batch")  # fmt: skip
         if self.mode == "paper":
             return
-        frames = unit_frames(self.frames_per_gpu)
-        wanted = paper_shares(self.sizes, frames)
-        filling = fill(frames, self.sizes, wanted, self.imagenet_share, level=self.mode == "balanced")
+        filling = fill_rank(self.frames_per_gpu, self.sizes, self.imagenet_share, level=self.mode == "balanced")
         if filling is None:
             raise DataError(
-                f"no sequences of {views[0]} to {views[1]} views (data.views) sum to {frames} frames "
+                f"no sequences of {views[0]} to {views[1]} views (data.views) sum to {self.frames_per_gpu} frames "
                 f"(data.frames_per_gpu) with {self.imagenet_share:.0%} single images (data.imagenet_share); "
                 "change one of them, or take data.mode=paper, which leaves batches partly empty"
             )
