@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.data.packing import Packing, Totals, distance, fit
+from fastmum.data.packing import Packing, Totals, fit
 
 PAPER_FRAMES = 96  # of a GPU (supplement)
 LEVEL = 0.01  # a unit's cost may exceed the mean by this share, if the shares of frames can then still be met
@@ -46,6 +46,10 @@ class Filling(NamedTuple):
     packing: Packing | None = None
     cap: float = np.inf
     distance: float = 0.0
+
+    def shares(self, sizes: np.ndarray) -> np.ndarray:
+        """(n,) expected share of each length among the frames of sequences."""
+        return self.packing.shares(sizes, self.totals) if self.packing else np.zeros(len(sizes))
 
     def draw(self, second: bool, rng: np.random.Generator) -> np.ndarray:
         """Lengths of a unit's sequences, (n,) int64, with the first or second of the totals."""
@@ -86,7 +90,7 @@ def _fill(frames: int, sizes: np.ndarray, single_share: float) -> Filling | None
             return Filling(frames, totals)
         shares = paper_shares(sizes, frames)
         packing = fit(sizes, shares, totals)
-        filling = Filling(frames, totals, packing, distance=distance(packing, sizes, shares, totals))
+        filling = Filling(frames, totals, packing, distance=_distance(packing.shares(sizes, totals), shares))
         if best is None or filling.distance < best.distance - SHARES_MET:
             best = filling
     return best
@@ -95,13 +99,12 @@ def _fill(frames: int, sizes: np.ndarray, single_share: float) -> Filling | None
 def _levelled(filling: Filling, sizes: np.ndarray) -> Filling:
     """With the cost bounded as tightly as leaves the shares of frames where they are."""
     frames, totals, shares = filling.frames, filling.totals, paper_shares(sizes, filling.frames)
-    possible = filling.packing.sizes
-    mean_cost = frames + totals.mean * float(filling.packing.shares(totals) @ (possible - 1))
+    mean_cost = frames + totals.mean * float(filling.shares(sizes) @ (sizes - 1))
     excess = LEVEL
-    while mean_cost * (1 + excess) < frames * possible[-1]:
+    while mean_cost * (1 + excess) < frames * sizes[-1]:
         packing = fit(sizes, shares, totals, budget=int((mean_cost * (1 + excess) - frames) / 2))
         if packing is not None:
-            missed = distance(packing, sizes, shares, totals)
+            missed = _distance(packing.shares(sizes, totals), shares)
             if missed <= filling.distance + SHARES_MET:
                 return filling._replace(packing=packing, cap=1 + excess, distance=missed)
         excess *= 2
@@ -128,3 +131,8 @@ def _totals(frames: int, sizes: np.ndarray, single_share: float) -> list[Totals]
         chance = (mean - below) / (above - below) if above > below else 0.0
         options.append(Totals((below, above), (1 - chance, chance)))
     return options
+
+
+def _distance(shares: np.ndarray, wanted: np.ndarray) -> float:
+    """Total variation."""
+    return float(np.abs(shares - wanted).sum() / 2)

@@ -108,9 +108,12 @@ class Packing:
         without_two = self._flat[state + self._back[:, None] + self._back] / self._flat[state]
         return np.outer(self.weights, self.weights) * without_two + np.diag(mean) - np.outer(mean, mean)
 
-    def shares(self, totals: Totals) -> np.ndarray:
-        """(n,) expected share of frames in sequences of each length."""
-        return sum(chance * self.sizes * self.counts(total) for total, chance in totals.filled) / totals.mean
+    def shares(self, sizes: np.ndarray, totals: Totals) -> np.ndarray:
+        """(n,) expected share of frames in sequences of the lengths `sizes`, ascending; 0 for those never drawn."""
+        shares = np.zeros(len(sizes))
+        frames = sum(chance * self.sizes * self.counts(total) for total, chance in totals.filled)
+        shares[np.searchsorted(sizes, self.sizes)] = frames / totals.mean
+        return shares
 
     def draw(self, total: int, rng: np.random.Generator) -> np.ndarray:
         """Lengths with the sum `total`, int64."""
@@ -129,7 +132,7 @@ def fit(sizes: np.ndarray, shares: np.ndarray, totals: Totals, budget: int | Non
     """The packing whose expected share of frames in sequences of each length is the one wanted.
 
     Lengths that no multiset of these totals contains are dropped; where the shares cannot be met, they are met as
-    nearly as the method gets (`distance` says how nearly).
+    nearly as the method gets.
 
     Args:
         sizes: (n,) lengths, ascending.
@@ -175,10 +178,3 @@ def fit(sizes: np.ndarray, shares: np.ndarray, totals: Totals, budget: int | Non
                 break
             x, (value, gradient, packing) = x + step / 2**shorter, trial
     return packing
-
-
-def distance(packing: Packing, sizes: np.ndarray, shares: np.ndarray, totals: Totals) -> float:
-    """Total variation between a packing's shares of frames and those wanted."""
-    got = np.zeros(len(sizes))
-    got[np.searchsorted(sizes, packing.sizes)] = packing.shares(totals)
-    return float(np.abs(got - shares).sum() / 2)

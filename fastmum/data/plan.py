@@ -23,10 +23,9 @@ from fastmum.data.balance import PAPER_FRAMES, SHARES_MISSED, fill_rank
 from fastmum.data.crops import draw_crops
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
-from fastmum.data.mixture import Mixture, by_frames, by_weight
+from fastmum.data.mixture import Mixture, SequenceIndex
 
 MODES = ("packed", "balanced", "paper")
-WEIGHT_MISSED = 0.01  # of a data set's share of frames, relative: told in `notes`
 
 
 class StepPlan(NamedTuple):
@@ -54,15 +53,15 @@ class StepPlanner:
 
     Args:
         manifests: paths of manifests, or manifests opened.
-        weights: of data sets by name, 1 for those not named. Multi-view sets share the frames of sequences by them, sets
-            of single images the frames of single images; 0 leaves a set out.
+        weights: of data sets by name, 1 for those not named. Multi-view sets share the frames of sequences by them,
+            sets of single images the frames of single images; 0 leaves a set out.
         frames_per_gpu: frames of a plan; in the mode `paper`, the most.
         views: fewest and most views of a sequence.
         imagenet_share: share of single images among frames; in the mode `paper`, among batches.
         mode: one of `MODES`.
         seed: of the run.
         world_size: number of ranks.
-        crop_scale, crop_aspect: ranges of the random crop's area (share of the image) and aspect ratio (width over height).
+        crop_scale, crop_aspect: ranges of the random crop's area, as a share of the image's, and of width over height.
         flip: probability of a flip.
         exclude: numbers of sequences never to draw from (held out).
         only: numbers of the sequences to draw from; none: all.
@@ -100,104 +99,66 @@ class StepPlanner:
         self.seed = seed
         self.world_size = world_size
         self.crop_scale, self.crop_aspect, self.flip = crop_scale, crop_aspect, flip
-        self.notes: list[str] = []
 
-        names = self.manifests.datasets
-        keep = _kept(self.manifests.num_sequences, exclude, only)
-        longest = max(views[1], 2)
-        self._mixture = Mixture(self.manifests.starts, self.manifests.dataset_of, len(names), longest, keep)
-        self._choose_datasets(names, weights, views, imagenet_share)
-        self._choose_lengths(views)
-        self._share_frames(names)
+        names, starts = self.manifests.datasets, self.manifests.starts
+        keep = _kept(len(starts) - 1, exclude, only)
+        index = SequenceIndex(starts, self.manifests.dataset_of, len(names), max(views[1], 2), keep)
+        self._mixture = Mixture(index, names, weights, views[0])
+        self.notes = self._mixture.notes
+        self.imagenet_share = self._share_of_singles(imagenet_share)
+        self._sizes = self._lengths_there_are(views)
+        single, shares = self._paper_shares() if mode == "paper" else self._fill(views)
+        by_length = zip(self._sizes.tolist(), ((1 - single) * shares).tolist(), strict=True)
+        self.length_shares = {0: single} | dict(by_length)
+        self.dataset_shares = self._mixture.dataset_shares(
+            single, self._mixture.settle(self._sizes, shares, level=mode != "paper")
+        )
 
-    # What there is to draw from
+    def _share_of_singles(self, share: float) -> float:
+        if not len(self._mixture.multiple):
+            return 1.0
+        if len(self._mixture.singles):
+            if share == 0:
+                self.notes.append("single images are never drawn: data.imagenet_share is 0")
+            return share
+        if share:
+            self.notes.append(f"there are no single images: sequences take their part (data.imagenet_share is {share:g})")
+        return 0.0
 
-    def _choose_datasets(
-        self, names: Sequence[str], weights: Mapping[str, float] | None, views: tuple[int, int], share: float
-    ) -> None:
-        """Data sets of sequences and of single images with their weights, and the share of single images."""
-        given = _weights(names, weights)
-        eligible = self._mixture.eligible
-        used = (given > 0) & (eligible[:, 1] > 0)
-        single = used & self._mixture.single
-        multi = used & ~single & (eligible[:, views[0]] > 0)
-        if not (single | multi).any():
-            raise DataError(f"there is no sequence of at least {views[0]} frames (data.views) to train on")
-        for i in np.flatnonzero(used & ~single & ~multi):
-            self.notes.append(f"data set '{names[i]}' has no sequence of {views[0]} frames (data.views) and is never drawn")
-        if not single.any() and share > 0:
-            self.notes.append(f"there are no single images: data.imagenet_share of {share:g} goes to the sequences")
-            share = 0.0
-        if not multi.any():
-            share = 1.0
-        if share == 0 and single.any():
-            self.notes.append("single images are never drawn: data.imagenet_share is 0")
-        self.imagenet_share = share
-        self._single, self._multi = np.flatnonzero(single), np.flatnonzero(multi)
-        self._single_weights = given[single] / max(given[single].sum(), 1e-300)
-        self._single_chances = np.cumsum(self._single_weights)
-        self._multi_weights = given[multi] / max(given[multi].sum(), 1e-300)
+    def _lengths_there_are(self, views: tuple[int, int]) -> np.ndarray:
+        eligible = self._mixture.index.eligible[self._mixture.multiple].any(axis=0)
+        sizes = views[0] + np.flatnonzero(eligible[views[0] : min(views[1], self.frames_per_gpu) + 1])
+        if self.imagenet_share < 1 and not len(sizes):
+            raise DataError(f"data.frames_per_gpu is {self.frames_per_gpu}, but sequences have at least {views[0]} "
+                            "views (data.views)")  # fmt: skip
+        if len(sizes) and sizes[-1] < views[1]:
+            self.notes.append(f"sequences have at most {sizes[-1]} views instead of {views[1]} (data.views): none is "
+                              "longer, or a batch has no room for it")  # fmt: skip
+        return sizes
 
-    def _choose_lengths(self, views: tuple[int, int]) -> None:
-        """Lengths of sequences, and how a batch is filled with them."""
-        least, most = views[0], min(views[1], self.frames_per_gpu)
-        has = self._mixture.eligible[self._multi].any(axis=0)
-        self.sizes = np.array([s for s in range(least, most + 1) if has[s]], dtype=np.int64)
-        if self.imagenet_share < 1 and not len(self.sizes):
-            raise DataError(
-                f"data.frames_per_gpu is {self.frames_per_gpu}, fewer than the fewest views of a sequence, "
-                f"{least} (data.views)"
-            )
-        if len(self.sizes) and self.sizes[-1] < views[1]:
-            self.notes.append(f"sequences have at most {self.sizes[-1]} views, not {views[1]} (data.views): "
-                              "none is longer, or it would not fit in a batch")  # fmt: skip
-        if self.mode == "paper":
-            return
-        filling = fill_rank(self.frames_per_gpu, self.sizes, self.imagenet_share, level=self.mode == "balanced")
+    def _paper_shares(self) -> tuple[float, np.ndarray]:
+        """Expected share of frames of single images, and of each length among those of sequences."""
+        frames = self.frames_per_gpu // self._sizes * self._sizes
+        singles = self.imagenet_share * self.frames_per_gpu
+        sequences = (1 - self.imagenet_share) * frames.mean() if len(frames) else 0.0
+        return singles / (singles + sequences), frames / max(frames.sum(), 1)
+
+    def _fill(self, views: tuple[int, int]) -> tuple[float, np.ndarray]:
+        """Find how to fill batches exactly; the shares that this gives, as in `_paper_shares`."""
+        filling = fill_rank(self.frames_per_gpu, self._sizes, self.imagenet_share, level=self.mode == "balanced")
         if filling is None:
             raise DataError(
-                f"no sequences of {views[0]} to {views[1]} views (data.views) sum to {self.frames_per_gpu} frames "
-                f"(data.frames_per_gpu) with {self.imagenet_share:.0%} single images (data.imagenet_share); "
-                "change one of them, or take data.mode=paper, which leaves batches partly empty"
+                f"sequences of {views[0]} to {views[1]} views (data.views) cannot fill {self.frames_per_gpu} frames "
+                f"(data.frames_per_gpu) exactly with {self.imagenet_share:.0%} single images (data.imagenet_share): "
+                "change one of them, or take data.mode=paper, which leaves part of a batch empty"
             )
         if filling.distance > SHARES_MISSED:
             self.notes.append(
-                f"batches of {self.frames_per_gpu} frames (data.frames_per_gpu) cannot be filled exactly with the "
-                f"paper's shares of lengths: total variation {filling.distance:.3f}"
+                f"full batches of {self.frames_per_gpu} frames (data.frames_per_gpu) cannot have the paper's shares of "
+                f"lengths: the total variation between them is {filling.distance:.2f}"
             )
         self.filling = filling
-
-    def _share_frames(self, names: Sequence[str]) -> None:
-        """Probabilities of data sets for each length, and the expected shares of frames."""
-        single, sizes = self.imagenet_share, self.sizes
-        if self.mode == "paper":
-            batch = self.frames_per_gpu // sizes * sizes
-            full = single * self.frames_per_gpu + (1 - single) * (batch.mean() if len(sizes) else 0)
-            single = single * self.frames_per_gpu / full
-            shares = batch / max(batch.sum(), 1)
-        else:
-            shares = np.zeros(len(sizes))
-            if (packing := self.filling.packing) is not None:
-                shares[np.searchsorted(sizes, packing.sizes)] = packing.shares(self.filling.totals)
-        eligible = self._mixture.eligible[self._multi][:, sizes].T > 0
-        if self.mode == "paper":
-            table = by_weight(self._multi_weights, eligible)
-        else:
-            table = by_frames(self._multi_weights, eligible, shares)
-        self._chances = np.cumsum(table, axis=1)
-        self.length_shares = {0: single} | dict(zip(sizes.tolist(), ((1 - single) * shares).tolist(), strict=True))
-        got = shares @ table
-        self.dataset_shares = dict.fromkeys(names, 0.0)
-        for i, share in zip(self._multi, (1 - single) * got, strict=True):
-            self.dataset_shares[names[i]] = float(share)
-        for i, weight in zip(self._single, self._single_weights, strict=True):
-            self.dataset_shares[names[i]] = float(single * weight)
-        for i, share, weight in zip(self._multi, got, self._multi_weights, strict=True):
-            if abs(share - weight) > WEIGHT_MISSED * weight:
-                self.notes.append(f"data set '{names[i]}' gets {share:.1%} of the frames of sequences instead of "
-                                  f"{weight:.1%}: too many of its sequences are short")  # fmt: skip
-
-    # Drawing
+        return self.imagenet_share, filling.shares(self._sizes)
 
     def plan(self, step: int, rank: int = 0) -> StepPlan:
         """The plan of a step and rank, the same whenever it is asked for."""
@@ -209,8 +170,8 @@ class StepPlanner:
 
     def lengths(self, step: int, rank: int = 0) -> np.ndarray:
         """The lengths of a plan alone, in a fraction of the time."""
-        drawn = [self._draw_lengths(*stream) for stream in self._streams(step, rank)]
-        return -np.sort(-np.concatenate([part for lengths, singles in drawn for part in (lengths, np.ones(singles, int))]))
+        drawn = [self._draw_lengths(*stream)[0] for stream in self._streams(step, rank)]
+        return -np.sort(-np.concatenate(drawn))
 
     def _streams(self, step: int, rank: int) -> Iterator[tuple[np.random.Generator, bool]]:
         """Of every unit of a rank: its random numbers, and whether it takes the greater of the two totals."""
@@ -230,24 +191,21 @@ class StepPlanner:
             yield np.random.default_rng((self.seed, step, unit + 1)), second
 
     def _draw_lengths(self, rng: np.random.Generator, second: bool) -> tuple[np.ndarray, int]:
-        """Lengths of sequences, and the number of single images."""
+        """Lengths, single images last, and the number of these."""
         if self.mode != "paper":
-            return self.filling.draw(second, rng), self.filling.frames - self.filling.totals.frames[second]
-        if rng.random() < self.imagenet_share:
-            return np.empty(0, np.int64), self.frames_per_gpu
-        size = rng.choice(self.sizes)
-        return np.full(self.frames_per_gpu // size, size), 0
+            lengths = self.filling.draw(second, rng)
+            singles = self.filling.frames - self.filling.totals.frames[second]
+        elif rng.random() < self.imagenet_share:
+            lengths, singles = np.empty(0, np.int64), self.frames_per_gpu
+        else:
+            size = rng.choice(self._sizes)
+            lengths, singles = np.full(self.frames_per_gpu // size, size), 0
+        return np.concatenate([lengths, np.ones(singles, np.int64)]), singles
 
     def _part(self, rng: np.random.Generator, second: bool) -> StepPlan:
         lengths, singles = self._draw_lengths(rng, second)
-        # (2, n): which data set, which sequence
-        uniform = rng.random((2, len(lengths) + singles))
-        chances = self._chances[np.searchsorted(self.sizes, lengths)]
-        multi = self._multi[(chances[:, :-1] <= uniform[0, : len(lengths), None]).sum(axis=1)]
-        single = self._single[np.searchsorted(self._single_chances[:-1], uniform[0, len(lengths) :], side="right")]
-        lengths = np.concatenate([lengths, np.ones(singles, np.int64)])
-        sequences = self._mixture.sequences(np.concatenate([multi, single]), lengths, uniform[1])
-        rows = self._mixture.rows(sequences, lengths, rng)
+        sequences = self._mixture.draw(lengths, singles, rng)
+        rows = self._mixture.index.rows(sequences, lengths, rng)
         crops = draw_crops(rng, len(rows), self.crop_scale, self.crop_aspect)
         return StepPlan(rows, lengths, crops, rng.random(len(rows)) < self.flip)
 
@@ -261,16 +219,6 @@ def _check(frames_per_gpu: int, views: tuple[int, int], share: float, mode: str,
         raise DataError(f"data.views is {views[0]} to {views[1]}; the fewest must be at least 1 and at most the most")
     if not 0 <= share <= 1:
         raise DataError(f"data.imagenet_share is {share}, but must lie between 0 and 1")
-
-
-def _weights(names: Sequence[str], weights: Mapping[str, float] | None) -> np.ndarray:
-    """(data sets,) weights as given, 1 by default."""
-    for name, weight in (weights or {}).items():
-        if name not in names:
-            raise DataError(f"data.weights names '{name}', but the manifests hold {', '.join(names)}")
-        if not 0 <= weight < np.inf:
-            raise DataError(f"data.weights.{name} is {weight}, but must be a number of at least 0")
-    return np.array([(weights or {}).get(name, 1.0) for name in names])
 
 
 def _kept(count: int, exclude: Iterable[int] | None, only: Iterable[int] | None) -> np.ndarray | None:
