@@ -1,4 +1,4 @@
-"""A synthetic internet collection: cameras round a landmark, and who sees which point, with track lengths as in life."""
+"""A synthetic collection of photographs: cameras round a landmark, and who sees which point, with tracks as in life."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Scene(NamedTuple):
 def draw_scene(num_images: int, num_points: int, seed: int = 0) -> Scene:
     """Cameras stand on a circle, crowded at popular places; a point is seen by cameras within some tens of degrees.
 
-    Track lengths are 2 + a log-normal tail (median 4, mean 8, the longest several hundred) and images differ in how many
-    points they see by two orders of magnitude, which is what reconstructions of photo collections look like.
+    Track lengths are 2 + a log-normal tail (median 4, mean 8, the longest several hundred). Images differ in how many
+    points they see by two orders of magnitude. Both are so in reconstructions of photo collections.
     """
     rng = np.random.default_rng(seed)
     crowd = rng.random(num_images) < 0.5

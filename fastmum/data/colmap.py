@@ -57,7 +57,8 @@ def find_format(folder: Path) -> str:
     suffix = ".txt" if "images.txt" in sizes else ".bin"
     lacking = ", ".join(part + suffix for part in PARTS if not sizes.get(part + suffix))
     raise DataError(
-        f"the COLMAP model in '{folder}' is not whole: {lacking} missing or empty; it takes cameras, images and points3D"
+        f"the COLMAP model in '{folder}' is not whole: {lacking} missing or empty; "
+        "a model is cameras, images and points3D, all .bin or all .txt"
     )
 
 

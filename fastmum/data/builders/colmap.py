@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -12,8 +13,9 @@ import natsort
 from fastmum.data.builders import reconstruction
 from fastmum.data.builders.base import Builder, Option, Options
 from fastmum.data.colmap import Model
-from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
+
+log = logging.getLogger(__name__)
 
 
 def parts(root: Path, options: Options) -> list[str]:
@@ -28,31 +30,28 @@ def parts(root: Path, options: Options) -> list[str]:
 
 
 def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
-    """The chains of a model.
-
-    Raises:
-        DataError: none of its images is found.
-    """
+    """The chains of a model; none where its images are not found, which is logged."""
     model = reconstruction.load(root / part, options)
-    if model is None:
+    images = _images_of(model, root, part, options) if model else None
+    if images is None:
         return
-    images = _images_of(model, root, part, options)
     present = reconstruction.on_disk(model, root / images)
     chained = reconstruction.angle_sequences if options.chain == "angle" else reconstruction.overlap_sequences
     yield from chained(root.name if part == "." else part, images, model, present, options)
 
 
-def _images_of(model: Model, root: Path, part: str, options: Options) -> str:
+def _images_of(model: Model, root: Path, part: str, options: Options) -> str | None:
     # The nearest folder of that name, seen from the model upwards, that holds any of its images.
     part = PurePosixPath(part)
     for folder in (part, *part.parents):
         for candidate in (folder / options.images, folder):
             if any((root / candidate / name).is_file() for name in model.names):
                 return candidate.as_posix()
-    raise DataError(
-        f"no image of the COLMAP model in '{root / part}' is found, neither beside it nor in a folder "
-        f"'{options.images}' of it or of a folder above it up to --root; name that folder with --images"
-    )
+    log.warning(
+        "left out: no image of the COLMAP model in '%s' is in a folder '%s' beside or above it; name it with --images",
+        root / part, options.images,
+    )  # fmt: skip
+    return None
 
 
 BUILDER = Builder(
