@@ -167,7 +167,7 @@ def _file(out: str | Path) -> Path:
 
 
 def _seen_from(folder: Path, root: Path) -> Path:
-    """The root as a manifest in `folder` states it: relative if it lies in there, so that they can be moved together."""
+    """The root as a manifest in `folder` states it: relative if it lies in there, so that both can be moved."""
     return root.relative_to(folder) if root.is_relative_to(folder) else root
 
 
@@ -247,10 +247,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
+    sequences, frames = built.counts
     empty = f"; {built.empty} gave none" if built.empty else ""
-    print(
-        f"{values['out']}: {built.counts.sequences} sequences, {built.counts.frames} frames of {built.parts} parts{empty}"
-    )
+    print(f"{values['out']}: {sequences} sequences, {frames} frames of {built.parts} parts{empty}")
     return 0
 
 

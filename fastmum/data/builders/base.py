@@ -74,6 +74,3 @@ class Builder:
     options: Mapping[str, Option] = field(default_factory=dict)
     begin: Callable[[Path, Options], None] | None = None
     root: Callable[[Path, Options], Path] | None = None
-
-
-MIN_FRAMES = Option(2, "shorter sequences are left out", least=1)
