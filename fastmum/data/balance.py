@@ -12,6 +12,7 @@ frames; bounding it from above at that mean plus `LEVEL` moves every batch next 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -72,28 +73,25 @@ def fill_rank(frames_per_gpu: int, sizes: np.ndarray, single_share: float, level
     Returns:
         None where nothing fills a rank without more single images than wanted.
     """
-    smallest = max(PAPER_FRAMES, int(sizes[-1])) if len(sizes) else PAPER_FRAMES
     best = None
-    for frames in [d for d in range(smallest, frames_per_gpu) if frames_per_gpu % d == 0] + [frames_per_gpu]:
-        filling = _fill(frames, sizes, single_share)
-        if filling and (best is None or filling.distance < best.distance - SHARES_MET):
-            best = filling
-        if best and best.distance <= SHARES_MISSED:
-            break
-    return _levelled(best, sizes) if best and best.packing and level else best
+    for frames in _units(frames_per_gpu, sizes):
+        for totals in _totals(frames, sizes, single_share):
+            if totals.mean == 0:
+                return Filling(frames, totals)
+            shares = paper_shares(sizes, frames)
+            packing = fit(sizes, shares, totals)
+            filling = Filling(frames, totals, packing, distance=_distance(packing.shares(sizes, totals), shares))
+            if best is None or filling.distance < best.distance - SHARES_MET:
+                best = filling
+            if best.distance <= SHARES_MISSED:
+                return _levelled(best, sizes) if level else best
+    return _levelled(best, sizes) if best and level else best
 
 
-def _fill(frames: int, sizes: np.ndarray, single_share: float) -> Filling | None:
-    best = None
-    for totals in _totals(frames, sizes, single_share):
-        if totals.mean == 0:
-            return Filling(frames, totals)
-        shares = paper_shares(sizes, frames)
-        packing = fit(sizes, shares, totals)
-        filling = Filling(frames, totals, packing, distance=_distance(packing.shares(sizes, totals), shares))
-        if best is None or filling.distance < best.distance - SHARES_MET:
-            best = filling
-    return best
+def _units(frames_per_gpu: int, sizes: np.ndarray) -> Iterator[int]:
+    least = max(PAPER_FRAMES, sizes.max(initial=1))
+    yield from (divisor for divisor in range(least, frames_per_gpu) if frames_per_gpu % divisor == 0)
+    yield frames_per_gpu
 
 
 def _levelled(filling: Filling, sizes: np.ndarray) -> Filling:

@@ -133,7 +133,7 @@ class Mixture:
         return named
 
     def draw(self, lengths: np.ndarray, num_singles: int, rng: np.random.Generator) -> np.ndarray:
-        """(n,) numbers of sequences of at least these lengths (n,), of which the last `num_singles` are single images."""
+        """(n,) sequences of at least these lengths (n,), the last `num_singles` of them single images."""
         split = len(lengths) - num_singles
         dataset, sequence = rng.random((2, len(lengths)))
         chances = self._chances[np.searchsorted(self._sizes, lengths[:split])]

@@ -26,7 +26,7 @@ import numpy as np
 NEWTON_STEPS = 60
 TOLERANCE = 1e-8  # of shares of frames, their absolute differences added up
 BACKTRACKS = 30
-LARGEST_STEP = 8.0  # of a log weight: where the shares cannot be met, they diverge
+LARGEST_STEP = 3.0  # of a log weight: where the shares cannot be met, they diverge
 
 
 class Totals(NamedTuple):

@@ -93,7 +93,7 @@ class StepPlanner:
         only: Iterable[int] | None = None,
     ) -> None:
         _check(frames_per_gpu, views, imagenet_share, mode, world_size)
-        self.manifests = Manifests(manifests) if isinstance(manifests, list | tuple) else manifests
+        self.manifests = manifests if hasattr(manifests, "starts") else Manifests(manifests)
         self.frames_per_gpu = frames_per_gpu
         self.mode = mode
         self.seed = seed
@@ -122,7 +122,7 @@ class StepPlanner:
                 self.notes.append("single images are never drawn: data.imagenet_share is 0")
             return share
         if share:
-            self.notes.append(f"there are no single images: sequences take their part (data.imagenet_share is {share:g})")
+            self.notes.append(f"there are no single images, so data.imagenet_share is 0 and not {share:g}")
         return 0.0
 
     def _lengths_there_are(self, views: tuple[int, int]) -> np.ndarray:
@@ -177,10 +177,9 @@ class StepPlanner:
         """Of every unit of a rank: its random numbers, and whether it takes the greater of the two totals."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not one of {self.world_size}")
-        # The ranks of a run share what is drawn from the step's own numbers; units count from 1.
+        # Streams of a step: 0 is common to the ranks, the others are those of ranks or units.
         if self.mode == "paper":
-            rng = np.random.default_rng((self.seed, step, rank + 1))
-            yield rng, False
+            yield np.random.default_rng((self.seed, step, rank + 1)), False
             return
         units = self.frames_per_gpu // self.filling.frames
         chance = self.filling.totals.chances[1]
