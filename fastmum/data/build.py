@@ -96,9 +96,9 @@ def build(
         if empty == len(parts):
             raise DataError(f"nothing under '{root}' makes a sequence of {name}; expected: {builder.layout}")
 
-    counts = write_manifest(
-        out, records(), dataset=dataset or name, root=_seen_from(out.parent, frame_root), metadata=metadata
-    )
+    seen_root = _seen_from(out.parent, frame_root)
+    with contextlib.closing(records()) as found:  # an error ends the bar and the workers at once
+        counts = write_manifest(out, found, dataset=dataset or name, root=seen_root, metadata=metadata)
     return Built(counts, len(parts), empty)
 
 

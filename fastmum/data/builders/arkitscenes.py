@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmum.data.builders.base import Builder, Options
-from fastmum.data.builders.cameras import reading, rotation
+from fastmum.data.builders.cameras import read_table, rotation
 from fastmum.data.builders.listing import folders_in, images_in
 from fastmum.data.builders.scene import CHUNK_OPTIONS, CHUNK_RULE, POSES, chunks
 from fastmum.data.manifest import SequenceRecord
@@ -42,10 +42,10 @@ def _poses(folder: Path, names: list[str]) -> np.ndarray | None:
     file = folder / f"{IMAGES}.traj"
     if not file.is_file():
         return None
-    with reading(file, "a trajectory, 7 numbers a line"):
-        lines = np.loadtxt(file, ndmin=2).reshape(-1, 7)
-        times = np.array([float(_stem(name).rpartition("_")[2]) for name in names])
-    nearest = np.abs(lines[:, 0] - times[:, None]).argmin(1)
+    lines = read_table(file, 7, "a trajectory")
+    lines = lines[np.argsort(lines[:, 0])]
+    times = np.array([_seconds(name) for name in names])
+    nearest = np.searchsorted((lines[1:, 0] + lines[:-1, 0]) / 2, times)
     poses = np.full((len(names), 4, 4), np.nan, np.float32)
     for i in np.flatnonzero(np.abs(lines[nearest, 0] - times) < SAME_TIME):
         line = lines[nearest[i]]
@@ -63,13 +63,19 @@ def _intrinsics(folder: Path, names: list[str]) -> np.ndarray | None:
     for i, name in enumerate(names):
         file = folder / f"{_stem(name)}.pincam"
         if file.is_file():
-            with reading(file, "six numbers"):
-                intrinsics[i] = np.loadtxt(file).reshape(6)[2:]
+            intrinsics[i] = read_table(file, 6, "intrinsics")[0, 2:]
     return intrinsics
 
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]  # the name holds seconds with a point
+
+
+def _seconds(name: str) -> float:
+    try:
+        return float(_stem(name).rpartition("_")[2])
+    except ValueError:
+        return np.nan
 
 
 BUILDER = Builder(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def reading(file: Path, what: str) -> Iterator[None]:
         raise DataError(f"'{file}' cannot be read as {what} ({reason}); restore the file or remove its scene") from None
 
 
+def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray:
+    """(lines, columns) float64 of a text file, without its first `skip` lines.
+
+    Raises:
+        DataError: other text, another number of columns, or no line.
+    """
+    with reading(file, f"{what}, {columns} numbers a line"), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of numpy, about an empty file
+        try:
+            return np.loadtxt(file, ndmin=2, skiprows=skip).reshape(-1, columns)
+        except UserWarning:
+            raise ValueError("it is empty") from None
+
+
 def world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
     """Inverse of rigid transforms (..., 4, 4), float32."""
     return np.linalg.inv(camera_to_world).astype(np.float32)
@@ -52,7 +67,9 @@ def by_name(names: Sequence[str], poses: Mapping[str, np.ndarray]) -> np.ndarray
     return np.array([poses.get(name, unknown) for name in names], np.float32).reshape(-1, 4, 4)
 
 
-def read_nerfstudio(file: Path, names: Sequence[str], size: tuple[int, int] | None):
+def read_nerfstudio(
+    file: Path, names: Sequence[str], size: tuple[int, int] | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Poses and intrinsics out of a nerfstudio `transforms.json`; lens distortion is left out.
 
     Args:

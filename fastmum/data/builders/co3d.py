@@ -22,7 +22,7 @@ ANNOTATIONS = "frame_annotations.jgz"
 SEEN = frozenset(
     """apple backpack banana baseballbat baseballglove bench bicycle bottle bowl broccoli cake car carrot cellphone
     chair cup donut hairdryer handbag hydrant keyboard laptop microwave motorcycle mouse orange parkingmeter pizza
-    plant stopsign teddybear toaster toilet toybus toyplane toytrain toytruck tv umbrella vase wineglass""".split()
+    plant stopsign teddybear toaster toilet toybus toyplane toytrain toytruck tv umbrella vase wineglass""".split()  # noqa: SIM905
 )
 PYTORCH3D_TO_OPENCV = np.diag([-1.0, -1.0, 1.0])
 
@@ -44,18 +44,19 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
             videos[frame["sequence_name"]].append(frame)
         for name in sorted(videos):
             frames = sorted(videos[name], key=lambda frame: frame["frame_number"])
-            cameras = [camera(frame) for frame in frames] if options.poses else []
-            poses, intrinsics = (np.array(values, np.float32) for values in zip(*cameras, strict=True)) if cameras else (
-                None, None)  # fmt: skip
             paths = [frame["image"]["path"] for frame in frames]
+            poses = intrinsics = None
+            if options.poses:
+                cameras = [camera(frame) for frame in frames]
+                poses, intrinsics = (np.array(values, np.float32) for values in zip(*cameras, strict=True))
             yield from whole(SequenceRecord(f"{part}/{name}", paths, poses, intrinsics), options)
 
 
 def camera(frame: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """World-to-camera (4, 4) and fx fy cx cy of a frame annotation, NaN where it has no viewpoint.
 
-    PyTorch3D transforms row vectors, x_camera = x_world R + T, and measures on the image from its centre to the left and
-    up, in half sides (`ndc_norm_image_bounds`) or in halves of the shorter side (`ndc_isotropic`).
+    PyTorch3D transforms row vectors, x_camera = x_world R + T, and measures on the image from its centre to the left
+    and up, in half sides (`ndc_norm_image_bounds`) or in halves of the shorter side (`ndc_isotropic`).
     """
     viewpoint = frame.get("viewpoint")
     if viewpoint is None:

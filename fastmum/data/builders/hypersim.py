@@ -21,8 +21,8 @@ def parts(root: Path, options: Options) -> list[str]:
 def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """The whole scene, camera by camera; released: the first camera alone.
 
-    A folder may hold several renderings of a frame (`frame.0000.color.jpg`, `.tonemap.jpg`, ...): the paper's rule takes
-    the tone-mapped ones where there are any, so that no two frames are the same view.
+    A folder may hold several renderings of a frame (`frame.0000.color.jpg`, `.tonemap.jpg`, ...): the paper's rule
+    takes the tone-mapped ones where there are any, so that no two frames are the same view.
     """
     frames: list[str] = []
     for folder in folders_in(root / part / "images"):

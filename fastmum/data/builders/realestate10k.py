@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmum.data.builders.base import Builder, Options
-from fastmum.data.builders.cameras import image_size, reading
+from fastmum.data.builders.cameras import image_size, read_table
 from fastmum.data.builders.listing import folders_in, images_in
 from fastmum.data.builders.scene import CHUNK_OPTIONS, CHUNK_RULE, POSES, chunks
 from fastmum.data.manifest import SequenceRecord
@@ -36,8 +36,7 @@ def read_clip(file: Path, names: list[str], size: tuple[int, int] | None) -> tup
     After the clip's address a line a frame: time stamp, fx fy cx cy as shares of width and height, two zeros, and the
     upper 3 x 4 of world-to-camera, OpenCV axes (the data set's web page).
     """
-    with reading(file, "a RealEstate10K clip, 19 numbers a line"):
-        lines = np.loadtxt(file, ndmin=2, skiprows=1, dtype=np.float64).reshape(-1, 19)
+    lines = read_table(file, 19, "a RealEstate10K clip", skip=1)
     line_of = {int(stamp): i for i, stamp in enumerate(lines[:, 0])}
     poses = np.full((len(names), 4, 4), np.nan, np.float32)
     focal = np.full((len(names), 4), np.nan, np.float32)

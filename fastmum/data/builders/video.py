@@ -16,6 +16,7 @@ from fastmum.data.builders.listing import images_in
 from fastmum.data.builders.scene import CHUNK_OPTIONS, CHUNK_RULE, chunks
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
+from fastmum.data.rules.chunks import CHUNK
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -59,7 +60,7 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     wanted = _settings(root / part, options)
     if _read_settings(folder) != wanted:
         _extract(root / part, folder, wanted)
-    yield from chunks(SequenceRecord(part, [f"{part}/{name}" for name in images_in(folder)]), options, released=None)
+    yield from chunks(SequenceRecord(part, [f"{part}/{name}" for name in images_in(folder)]), options, released=CHUNK)
 
 
 def _settings(video: Path, options: Options) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def _frames(video: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Image.
             container.streams.video[0].thread_type = "AUTO"
             chosen, begin = 0, None
             for number, frame in enumerate(container.decode(video=0)):
+                if frame.time is None and "fps" in settings:
+                    raise DataError(f"'{video}' has no time stamps; give --every instead of --fps")
                 begin = frame.time if begin is None else begin
                 if "every" in settings:
                     takes = number % settings["every"] == 0
@@ -131,7 +134,7 @@ def _upright(frame: Any, short_side: int) -> Image.Image:
 BUILDER = Builder(
     layout="video files at any depth; their frames are written into FILE's folder, <stem of FILE>_frames",
     paper=f"frames in {CHUNK_RULE}",
-    released="whole videos (the authors have no videos of their own)",
+    released=f"chunks of {CHUNK}, the last one takes the rest",
     parts=parts,
     sequences=sequences,
     begin=begin,

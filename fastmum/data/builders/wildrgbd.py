@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmum.data.builders.base import Builder, Options
-from fastmum.data.builders.cameras import by_name, reading, world_to_camera
+from fastmum.data.builders.cameras import by_name, read_table, reading, world_to_camera
 from fastmum.data.builders.listing import folders_in, images_in
 from fastmum.data.builders.scene import MIN_FRAMES, POSES, whole
 from fastmum.data.manifest import SequenceRecord
@@ -39,9 +39,10 @@ def _poses(folder: Path, names: list[str]) -> np.ndarray | None:
     file = folder / "cam_poses.txt"
     if not file.is_file():
         return None
-    with reading(file, "poses, 17 numbers a line"):
-        lines = np.loadtxt(file, ndmin=2)
-        by_number = dict(zip(lines[:, 0].astype(int), world_to_camera(lines[:, 1:].reshape(-1, 4, 4)), strict=True))
+    lines = read_table(file, 17, "poses")
+    with reading(file, "poses"):  # a matrix may have no inverse
+        poses = world_to_camera(lines[:, 1:].reshape(-1, 4, 4))
+    by_number = dict(zip(lines[:, 0].astype(int).tolist(), poses, strict=True))
     numbers = {name: int(stem) for name in names if (stem := name.partition(".")[0]).isdecimal()}
     known = {name: by_number[number] for name, number in numbers.items() if number in by_number}
     return by_name(names, known)

@@ -15,6 +15,6 @@ def cut_into_chunks(num_frames: int, size: int = CHUNK, last_takes_rest: bool = 
         last_takes_rest: the rest that does not fill a chunk belongs to the last one (the released scripts), which so
             has up to 2 size - 1 frames; otherwise it is a shorter chunk of its own.
     """
-    count = num_frames // size if last_takes_rest else -(-num_frames // size)
-    starts = [i * size for i in range(max(count, min(num_frames, 1)))]
-    return [range(start, end) for start, end in zip(starts, [*starts[1:], num_frames], strict=True)]
+    count = max(1, num_frames // size) if last_takes_rest else -(-num_frames // size)
+    ends = [i * size for i in range(1, count)] + [num_frames]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False) if start < end]
