@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import struct
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ import numpy as np
 from fastmum.data.errors import DataError
 
 PARTS = ("cameras", "images", "points3D")  # rigs and frames came later, and most models have none
+LENGTH = struct.Struct("<Q")
 POINT_NUMBER = attrgetter("point3D_id")
 
 
@@ -71,6 +74,8 @@ def read_model(folder: str | Path) -> Model:
     folder = Path(folder)
     suffix = find_format(folder)
     pycolmap = import_pycolmap()
+    if suffix == ".bin":
+        _check_length(folder / "points3D.bin")
     reconstruction = pycolmap.Reconstruction()
     verbosity = pycolmap.logging.minloglevel
     pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value  # it would print what it raises
@@ -83,6 +88,22 @@ def read_model(folder: str | Path) -> Model:
     finally:
         pycolmap.logging.minloglevel = verbosity
     return _to_model(reconstruction, folder)
+
+
+def _check_length(points: Path) -> None:
+    """Walk over a points3D.bin: pycolmap reads on where it ends too early, for minutes or until memory is full."""
+    # number uint64, position 3 doubles, colour 3 bytes, error double, length of the track uint64, track 2 x uint32 each
+    before_length, fixed, each = 43, 51, 8
+    with points.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        position = 8
+        try:
+            for _ in range(LENGTH.unpack_from(data)[0]):
+                position += fixed + each * LENGTH.unpack_from(data, position + before_length)[0]
+            whole = position == len(data)
+        except (struct.error, OverflowError):  # beyond the end
+            whole = False
+    if not whole:
+        raise DataError(f"'{points}' is not a whole COLMAP file of points; copy it again")
 
 
 def _to_model(reconstruction: object, folder: Path) -> Model:
