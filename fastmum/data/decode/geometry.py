@@ -1,0 +1,61 @@
+"""Where a crop lies in a file that is stored rotated or decoded at a fraction of its size, and the way back upright."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+# EXIF orientation -> the stored image is mirrored in x, mirrored in y, then its axes are exchanged.
+_TO_UPRIGHT = {
+    1: (False, False, False),
+    2: (True, False, False),
+    3: (True, True, False),
+    4: (False, True, False),
+    5: (False, False, True),
+    6: (False, True, True),
+    7: (True, True, True),
+    8: (True, False, True),
+}
+MAX_SCALE = 8  # of JPEG's scaled decoding: 8 x 8 pixels become one
+
+
+def stored_box(box: Box, orientation: int, width: int, height: int) -> Box:
+    """The box of an upright image, in the pixels of the file.
+
+    Args:
+        box: in the upright image.
+        orientation: EXIF's, 1 to 8.
+        width, height: of the upright image.
+    """
+    mirror_x, mirror_y, swap = _TO_UPRIGHT[orientation]
+    left, top, right, bottom = box
+    if swap:
+        left, top, right, bottom = top, left, bottom, right
+        width, height = height, width
+    if mirror_x:
+        left, right = width - right, width - left
+    if mirror_y:
+        top, bottom = height - bottom, height - top
+    return left, top, right, bottom
+
+
+def upright(frame: Tensor, orientation: int, flip: bool) -> Tensor:
+    """Turn a stored frame (H, W, 3) upright, and mirror it left to right if `flip`."""
+    mirror_x, mirror_y, swap = _TO_UPRIGHT[orientation]
+    if swap:
+        mirror_y ^= flip  # what becomes the horizontal axis
+    else:
+        mirror_x ^= flip
+    mirrored = [axis for axis, mirror in ((0, mirror_y), (1, mirror_x)) if mirror]
+    frame = frame.flip(mirrored) if mirrored else frame
+    return frame.transpose(0, 1) if swap else frame
+
+
+def jpeg_scale(box: Box, size: int) -> int:
+    """The largest fraction 1, 2, 4 or 8 at which a JPEG may be decoded so that the box still has `size` pixels a side."""
+    side = min(box[2] - box[0], box[3] - box[1])
+    scale = 1
+    while scale < MAX_SCALE and side >= 2 * scale * size:
+        scale *= 2
+    return scale
