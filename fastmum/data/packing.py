@@ -26,6 +26,8 @@ import numpy as np
 NEWTON_STEPS = 60
 TOLERANCE = 1e-8  # of shares of frames, their absolute differences added up
 BACKTRACKS = 30
+# Curvature added to Newton's problem: none, and where that has no solution, as little as can be computed.
+RIDGES = (0.0, 1e-3, 1e-2, 1e-1)
 LARGEST_STEP = 3.0  # of a log weight: where the shares cannot be met, they diverge
 
 
@@ -131,8 +133,8 @@ class Packing:
 def fit(sizes: np.ndarray, shares: np.ndarray, totals: Totals, budget: int | None = None) -> Packing | None:
     """The packing whose expected share of frames in sequences of each length is the one wanted.
 
-    Lengths that no multiset of these totals contains are dropped; where the shares cannot be met, they are met as
-    nearly as the method gets.
+    Lengths that no multiset of these totals contains are dropped; where the shares cannot be met, the numbers of
+    sequences are near those wanted in the sense of least squares.
 
     Args:
         sizes: (n,) lengths, ascending.
@@ -150,26 +152,44 @@ def fit(sizes: np.ndarray, shares: np.ndarray, totals: Totals, budget: int | Non
     possible = sum(packing.counts(total) for total, _ in filled) > 0
     sizes, shares = sizes[possible], shares[possible] / shares[possible].sum()
     wanted = totals.mean * shares / sizes
+    for ridge in RIDGES:
+        packing, missed = _newton(sizes, wanted, totals, budget, ridge)
+        if missed <= TOLERANCE:
+            break
+    return packing
+
+
+def _newton(
+    sizes: np.ndarray, wanted: np.ndarray, totals: Totals, budget: int | None, ridge: float
+) -> tuple[Packing, float]:
+    """Weights for the wanted numbers of sequences (n,), and the share of frames by which the equations are not solved.
+
+    Minimises sum of chance * log Z(total) - wanted * x + ridge / 2 * (x - start)^2 over the log weights x.
+    """
+    most, filled, start = totals.frames[1], totals.filled, np.log(wanted)
 
     def evaluate(x: np.ndarray) -> tuple[float, np.ndarray, Packing]:
         packing = Packing(sizes, np.exp(x), most, budget)
-        value = sum(chance * packing.log_weight(total) for total, chance in filled) - wanted @ x
-        return value, sum(chance * packing.counts(total) for total, chance in filled) - wanted, packing
+        value = sum(chance * packing.log_weight(total) for total, chance in filled)
+        gradient = sum(chance * packing.counts(total) for total, chance in filled)
+        away = x - start
+        return value - wanted @ x + ridge / 2 * away @ away, gradient - wanted + ridge * away, packing
 
-    x = np.log(wanted)  # log weights
-    # Where the shares cannot be met the weights diverge, until no step is left that can be computed.
+    x = start
+    # Weights that diverge, where the shares cannot be met, end in a step that cannot be computed.
     with np.errstate(all="ignore"):
         value, gradient, packing = evaluate(x)
         for _ in range(NEWTON_STEPS):
             if np.abs(gradient * sizes).sum() < TOLERANCE * most:
                 break
-            hessian = sum(chance * packing.covariance(total) for total, chance in filled)
-            # The totals are fixed, so weights times a^S change nothing: that direction gets a curvature of its own,
-            # and is used to keep the numbers of the table near 1.
-            hessian = hessian + 1e-3 * np.outer(sizes, sizes) + 1e-12 * np.eye(len(sizes))
+            hessian = sum(chance * packing.covariance(total) for total, chance in filled) + ridge * np.eye(len(sizes))
+            if not ridge:
+                # The totals are fixed, so weights times a^S change nothing: that direction gets a curvature of its
+                # own, and keeps the numbers of the table near 1.
+                hessian += 1e-3 * np.outer(sizes, sizes) + 1e-12 * np.eye(len(sizes))
+                x = x - sizes * packing.log_weight(most) / most
             step = -np.linalg.solve(hessian, gradient)
             step *= min(1.0, LARGEST_STEP / np.abs(step).max())
-            x = x - sizes * packing.log_weight(most) / most
             for shorter in range(BACKTRACKS):
                 trial = evaluate(x + step / 2**shorter)
                 if trial[0] <= value + 0.25 * (gradient @ step) / 2**shorter and trial[2].in_range(totals):
@@ -177,4 +197,4 @@ def fit(sizes: np.ndarray, shares: np.ndarray, totals: Totals, budget: int | Non
             else:
                 break
             x, (value, gradient, packing) = x + step / 2**shorter, trial
-    return packing
+    return packing, float(np.abs(gradient * sizes).sum() / most)
