@@ -19,7 +19,7 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -291,6 +291,25 @@ class Manifest:
     def intrinsics(self, row: int) -> np.ndarray | None:
         """(4,) float32 fx fy cx cy in pixels, None where unknown."""
         return _vector(self._intrinsics, row)
+
+    @property
+    def num_poses(self) -> int:
+        """Frames whose pose is known."""
+        return 0 if self._pose is None else len(self._pose) - self._pose.null_count
+
+    @property
+    def num_intrinsics(self) -> int:
+        """Frames whose intrinsics are known."""
+        return 0 if self._intrinsics is None else len(self._intrinsics) - self._intrinsics.null_count
+
+    def images(self) -> Iterator[tuple[Path, list[str]]]:
+        """Every folder with the names of its images, each once, however many sequences it is in."""
+        folders, files = self._folders.indices.to_numpy(), self._files.indices.to_numpy()
+        width = len(self._files.dictionary)
+        pairs = np.unique(folders.astype(np.int64) * width + files)
+        ends = np.searchsorted(pairs, width * np.arange(1, len(self._folders.dictionary) + 1))
+        for folder, names in enumerate(np.split(pairs % width, ends[:-1])):
+            yield self.root / self._folders.dictionary[folder].as_py(), self._files.dictionary.take(names).to_pylist()
 
 
 def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes]]:
