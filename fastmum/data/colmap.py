@@ -54,13 +54,12 @@ def find_format(folder: Path) -> str:
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
     except OSError as error:
         raise DataError(f"'{folder}' cannot be read as a COLMAP model ({error.strerror})") from None
-    for suffix in (".bin", ".txt"):
-        if all(sizes.get(part + suffix) for part in PARTS):
-            return suffix
-    suffix = ".txt" if "images.txt" in sizes else ".bin"
-    lacking = ", ".join(part + suffix for part in PARTS if not sizes.get(part + suffix))
+    lacking = {suffix: [p + suffix for p in PARTS if not sizes.get(p + suffix)] for suffix in (".bin", ".txt")}
+    suffix = min(lacking, key=lambda suffix: len(lacking[suffix]))
+    if not lacking[suffix]:
+        return suffix
     raise DataError(
-        f"the COLMAP model in '{folder}' is not whole: {lacking} missing or empty; "
+        f"the COLMAP model in '{folder}' is not whole: {', '.join(lacking[suffix])} missing or empty; "
         "a model is cameras, images and points3D, all .bin or all .txt"
     )
 

@@ -25,7 +25,7 @@ SHORTEST = 2  # images of a chain of overlap: the fewest views that are sampled 
 RELEASED_MIN_IMAGES = 12  # of a MegaScenes model, in the released script
 
 COMMON_OPTIONS = {
-    "poses": Option(True, "write poses and intrinsics (64 bytes a frame)"),
+    "poses": Option(True, "write poses and intrinsics, 64 bytes a frame"),
     "broken": Option("stop", "what to do about a model that cannot be read", choices=("stop", "skip")),
 }
 OVERLAP_OPTIONS = {
@@ -122,10 +122,9 @@ def _records(
     frames = [name if prefix == "." else f"{prefix}/{name}" for name in model.names]
     poses = model.poses.astype(np.float32) if options.poses else None
     intrinsics = model.intrinsics.astype(np.float32) if options.poses else None
-    digits = len(str(len(found) - 1))
     for number, images in enumerate(found):
         yield SequenceRecord(
-            f"{part}/{number:0{digits}d}",
+            f"{part}/{number:03d}",
             [frames[i] for i in images],
             None if poses is None else poses[images],
             None if intrinsics is None else intrinsics[images],

@@ -18,7 +18,7 @@ class View(NamedTuple):
 
 
 def write_text_model(folder: Path, views: Mapping[str, View]) -> Path:
-    """cameras.txt, images.txt and points3D.txt; images are numbered 1, 2, ...; the origin lies 1 in front of each camera."""
+    """The three files; images are numbered 1, 2, ..., and the origin lies 1 in front of each camera."""
     folder.mkdir(parents=True)
     (folder / "cameras.txt").write_text("# a comment\n1 PINHOLE 640 480 500 510 320 240\n")
     tracks: dict[int, list[tuple[int, int]]] = {}
@@ -51,10 +51,3 @@ def convert_to_binary(folder: Path, rigs: bool = True) -> Path:
         (folder / "rigs.bin").unlink()
         (folder / "frames.bin").unlink()
     return folder
-
-
-def touch(folder: Path, *names: str) -> None:
-    """Empty files, in the place of images."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
