@@ -71,7 +71,7 @@ class DaliCpuDecoder:
         bad = {}
         for begin in range(0, len(files), CPU_RUN):
             part = slice(begin, begin + CPU_RUN)
-            regions, failed = self._runner.run(files[part], crops[part], flips[part], max_frames=CPU_RUN)
+            regions, failed = self._runner.run(files[part], crops[part], None, max_frames=CPU_RUN)
             bad |= {begin + i: reason for i, reason in failed.items()}
             for i, flip in enumerate(flips[part].tolist()):
                 frame = resize(regions.at(i), self.size)
@@ -117,44 +117,56 @@ class _Runner:
         self._lock = threading.Lock()
 
     def run(
-        self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray, max_frames: int
+        self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray | None, max_frames: int
     ) -> tuple[TensorList, dict[int, str]]:
-        """One run: the pipeline's output, and the index and reason of every file that cannot be decoded."""
+        """One run of a pipeline.
+
+        Args:
+            files, crops: as in `Decoder.decode`.
+            flips: likewise; None for pipelines that return regions.
+            max_frames: that pipelines are to have room for.
+
+        Returns:
+            The pipeline's output; index and reason of every file that cannot be decoded.
+        """
         frames, bad = self._encode_all(files, crops)
         try:
             return self._feed(frames, flips, max_frames), bad
         except Exception as error:  # DALI raises whatever its operators do, and seldom says for which frame
             log.debug("DALI lost a batch, which is decoded again: %s", error)
         for i, file in enumerate(files):
-            if i not in bad and not self._succeeds(frames[i]):
+            if i not in bad and not self._succeeds(frames[i], flips, max_frames):
                 self._for_pillow.add(file)
         frames, bad = self._encode_all(files, crops)
         return self._feed(frames, flips, max_frames), bad
 
-    def _succeeds(self, frame: Encoded) -> bool:
+    def _succeeds(self, frame: Encoded, flips: np.ndarray | None, max_frames: int) -> bool:
         try:
-            self._feed([frame], np.zeros(1, bool), 1)
+            self._feed([frame], flips if flips is None else flips[:1], max_frames)
         except Exception:  # as above
             return False
         return True
 
-    def _feed(self, frames: Sequence[Encoded], flips: np.ndarray, max_frames: int) -> TensorList:
+    def _feed(self, frames: Sequence[Encoded], flips: np.ndarray | None, max_frames: int) -> TensorList:
         boxes = np.array([frame.box for frame in frames], np.int32)
+        inputs = {
+            "encoded": [frame.data for frame in frames],
+            "anchor": np.ascontiguousarray(boxes[:, :2]),
+            "shape": np.ascontiguousarray(boxes[:, 2:]),
+        }
+        if flips is not None:
+            inputs["mirror"] = flips.astype(np.int32)
         with self._pipeline(max_frames) as pipeline:
-            (output,) = pipeline.run(
-                encoded=[frame.data for frame in frames],
-                anchor=boxes[:, :2].copy(),
-                shape=boxes[:, 2:].copy(),
-                mirror=np.asarray(flips, np.int32),
-            )
+            (output,) = pipeline.run(**inputs)
         return output
 
     @contextmanager
     def _pipeline(self, max_frames: int) -> Iterator[Pipeline]:
         """A pipeline for the calling thread alone; one that fails is given up, its state being unknown."""
         with self._lock:
-            fitting = next((i for i, p in enumerate(self._idle) if p.max_batch_size >= max_frames), None)
-            pipeline = self._idle.pop(fitting) if fitting is not None else self._define(max_frames)
+            pipeline = self._idle.pop() if self._idle else None
+        if pipeline is None or pipeline.max_batch_size < max_frames:
+            pipeline = self._define(max_frames)
         yield pipeline
         with self._lock:
             self._idle.append(pipeline)

@@ -1,0 +1,1 @@
+"""What the figures are compared with: plain code that shares nothing with fastmum."""
