@@ -20,7 +20,7 @@ class Scene(NamedTuple):
 def draw_scene(num_images: int, num_points: int, seed: int = 0) -> Scene:
     """Cameras stand on a circle, crowded at popular places; a point is seen by cameras within some tens of degrees.
 
-    Track lengths are 2 + a log-normal tail (median 4, mean 8, the longest several hundred). Images differ in how many
+    Track lengths are 2 + a log-normal tail (median 6, mean 10, the longest several hundred). Images differ in how many
     points they see by two orders of magnitude. Both are so in reconstructions of photo collections.
     """
     rng = np.random.default_rng(seed)
@@ -28,7 +28,7 @@ def draw_scene(num_images: int, num_points: int, seed: int = 0) -> Scene:
     headings = np.sort(np.where(crowd, rng.normal(0, 0.4, num_images), rng.uniform(-np.pi, np.pi, num_images)))
     # Each image takes a stretch of a circle as long as it is good, and a point's track falls on the circle.
     ends = np.cumsum(rng.lognormal(0, 1, num_images))
-    lengths = np.minimum(2 + rng.lognormal(np.log(3), 1.35, num_points).astype(np.int64), num_images // 2)
+    lengths = np.minimum(2 + rng.lognormal(np.log(4.2), 1.35, num_points).astype(np.int64), num_images // 2)
     points = np.repeat(np.arange(num_points), lengths)
     spread = np.repeat(rng.lognormal(np.log(0.02), 0.5, num_points), lengths)
     place = np.repeat(rng.random(num_points), lengths) + rng.normal(0, 1, len(points)) * spread

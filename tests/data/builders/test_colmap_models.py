@@ -79,7 +79,7 @@ class TestMegaDepth:
         nearest = {"a": "abcd", "b": "bacd", "c": "cabd", "d": "dcab"}
         assert 50 < len(made.sequences) < 100
         assert all(letters(frames) == nearest[letters(frames)[0]] for frames in made.sequences.values())
-        with pytest.raises(DataError, match="nothing under .* makes a sequence of megadepth"):
+        with pytest.raises(DataError, match=r"nothing under .* makes a sequence of megadepth"):
             found("megadepth", rule="released")  # no scene of 256 images
 
     def test_cameras(self, found):
@@ -129,7 +129,7 @@ class TestMegaScenes:
         assert made.sequences == {"001/234/0/000": [f"{prefix}/{name}" for name in TOUR_BY_NAME]}
 
     def test_under_24_views_are_left_out(self, found):
-        with pytest.raises(DataError, match="nothing under .* makes a sequence of megascenes"):
+        with pytest.raises(DataError, match=r"nothing under .* makes a sequence of megascenes"):
             found("megascenes")
 
     def test_missing_images_take_no_part(self, raw, found):
@@ -138,7 +138,7 @@ class TestMegaScenes:
         assert letters(found("megascenes", min_views=3).sequences["001/234/0/000"]) == "sbc"
 
     def test_released_takes_models_of_twelve_images_whole(self, raw, add, found):
-        with pytest.raises(DataError, match="nothing under .* makes a sequence of megascenes"):
+        with pytest.raises(DataError, match=r"nothing under .* makes a sequence of megascenes"):
             found("megascenes", rule="released")
         views = {f"{i}.jpg": View((i,)) for i in range(12)}
         convert_to_binary(write_text_model(raw / "reconstruct/000/007/sparses/3", views))
@@ -186,12 +186,12 @@ class TestAnyModel:
         made = found("colmap", chain="angle", min_views=3, models="*/sparse/0", images="photos/one")
         assert list(made.sequences) == ["models/one/sparse/0/000", "models/two/sparse/0/000"]
         assert made.sequences["models/two/sparse/0/000"] == [f"photos/one/{name}" for name in TOUR_BY_NAME]
-        with pytest.raises(DataError, match="nothing under .* makes a sequence of colmap"):
+        with pytest.raises(DataError, match=r"nothing under .* makes a sequence of colmap"):
             found("colmap", models="models/one/sparse/0")
         assert "name it with --images" in caplog.text
 
     def test_nothing_there(self, raw, found):
-        with pytest.raises(DataError, match="there is nothing of colmap under"):
+        with pytest.raises(DataError, match=r"there is nothing of colmap under"):
             found("colmap")
 
     def test_pycolmap_is_looked_for_before_anything_is_read(self, raw, tmp_path, monkeypatch, capsys):
