@@ -20,7 +20,7 @@ class Scene(NamedTuple):
 def draw_scene(num_images: int, num_points: int, seed: int = 0) -> Scene:
     """Cameras stand on a circle, crowded at popular places; a point is seen by cameras within some tens of degrees.
 
-    Track lengths are 2 + a log-normal tail (median 6, mean 10, the longest several hundred). Images differ in how many
+    Track lengths are 2 + a log-normal tail (median 5, mean 10, the longest several hundred). Images differ in how many
     points they see by two orders of magnitude. Both are so in reconstructions of photo collections.
     """
     rng = np.random.default_rng(seed)

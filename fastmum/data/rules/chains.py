@@ -1,7 +1,7 @@
 """Sequences of images out of an unordered collection, from the overlap of its images.
 
-Two rules of the paper and what the authors' released scripts do in the place of the first. Every rule returns arrays of
-image numbers; equal candidates are decided by the lower number, so a result depends on the overlap and the seed alone.
+Two rules of the paper, and what the authors' released script does in the place of the first. Each returns arrays of
+image numbers. Of equal candidates the lower number wins, so a result depends on the scene and the seed alone.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def _chain_from(anchor: int, ranked: list[np.ndarray], length: int) -> np.ndarra
     chain = [anchor]
     unused[anchor] = False
     while len(chain) < length:
-        free = unused[ranked[chain[-1]]]
-        first = free.argmax() if len(free) else 0
-        if not len(free) or not free[first]:
+        neighbours = ranked[chain[-1]]  # not empty: whoever is reached has been reached from one
+        best = neighbours[unused[neighbours].argmax()]
+        if not unused[best]:
             break
-        chain.append(ranked[chain[-1]][first])
-        unused[chain[-1]] = False
+        chain.append(best)
+        unused[best] = False
     return np.array(chain, np.int32)
 
 

@@ -178,6 +178,12 @@ class TestAnyModel:
         made = found("colmap", sequences=30, rule="released", length=2)
         assert {letters(f) for f in made.sequences.values()} == {"ab", "ba", "ca", "dc"}
 
+    def test_released_angle_takes_models_whole(self, raw, add, found):
+        write_text_model(raw / "tour", TOUR)
+        add(*(f"tour/{name}" for name in TOUR))
+        made = found("colmap", chain="angle", rule="released", min_views=5)
+        assert made.sequences == {"tour/000": [f"tour/{name}" for name in TOUR]}
+
     def test_models_by_pattern_and_images_by_folder(self, raw, add, found, caplog):
         for scene in ("one", "two"):
             write_text_model(raw / "models" / scene / "sparse/0", TOUR)
