@@ -99,6 +99,12 @@ class TestMegaDepth:
         assert "not there: 0022" in caplog.text
         assert "1 of 5 images of the COLMAP model are not in" in caplog.text
 
+    @pytest.mark.parametrize("rule", ["paper", "released"])
+    def test_a_scene_without_its_images_gives_none(self, raw, found, rule):
+        for image in (raw / "Undistorted_SfM/0015/images").iterdir():
+            image.unlink()
+        assert {name[:4] for name in found("megadepth", rule=rule, sequences=9, length=3).sequences} == {"0000"}
+
     def test_same_bytes_whatever_the_workers(self, raw, tmp_path):
         made = []
         for workers in (1, 2, 2):

@@ -49,3 +49,8 @@ def test_order_of_observations_does_not_matter(scene, random):
     shuffled = random.sample(observations, len(observations))
     for a, b in zip(overlap_of(num_images, observations), overlap_of(num_images, shuffled), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_a_scene_without_images_or_points():
+    assert overlap_of(0, []).num_images == 0
+    assert overlap_of(2, []).points.tolist() == [0, 0]
