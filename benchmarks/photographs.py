@@ -1,4 +1,4 @@
-"""Files to decode: photographs at the sizes of thumbnails and of video."""
+"""Files to decode: photographs at the sizes of thumbnails, of video and of cameras."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def small_files(folder: Path, count: int = 192) -> list[Path]:
     return _save(folder / "small", (427, 320), count, quality=92)
 
 
-def large_files(folder: Path, count: int = 24) -> list[Path]:
-    """JPEGs of 1920 x 1080: skimage's photographs enlarged, with the noise of a camera; about 0.5 MB each."""
-    return _save(folder / "large", (1920, 1080), count, quality=90)
+def large_files(folder: Path, size: tuple[int, int], count: int = 24) -> list[Path]:
+    """JPEGs of a width and height: skimage's photographs enlarged, with a camera's noise; 0.5 MB each at 1920 x 1080."""
+    return _save(folder / f"{size[0]}x{size[1]}", size, count, quality=90)
 
 
 def _save(folder: Path, size: tuple[int, int], count: int, quality: int) -> list[Path]:

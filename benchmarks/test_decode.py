@@ -23,11 +23,15 @@ SIZE, BATCH, WORKERS, ROUNDS = 256, 96, 2, 5
 DECODERS = ["pillow"] + ["dali_cpu"] * (importlib.util.find_spec("nvidia.dali") is not None)
 
 
-@pytest.fixture(scope="module", params=["small", "large"])
+@pytest.fixture(scope="module", params=["320 pixels", "1920 x 1080", "3840 x 2160"])
 def files(request, tmp_path_factory) -> list[Path]:
-    make = {"small": photographs.small_files, "large": photographs.large_files}[request.param]
-    found = make(tmp_path_factory.mktemp("photographs"))
-    return found * (384 // len(found) if request.param == "small" else 4)  # whole batches
+    folder = tmp_path_factory.mktemp("photographs")
+    match request.param:
+        case "320 pixels":
+            return photographs.small_files(folder, count=192) * 2
+        case "1920 x 1080":
+            return photographs.large_files(folder, (1920, 1080), count=24) * 4
+    return photographs.large_files(folder, (3840, 2160), count=8) * 12
 
 
 def test_images_per_cpu_second(benchmark, files, tmp_path):

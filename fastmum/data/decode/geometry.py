@@ -17,7 +17,10 @@ _TO_UPRIGHT = {
     7: (True, True, True),
     8: (True, False, True),
 }
-MAX_SCALE = 8  # of JPEG's scaled decoding: 8 x 8 pixels become one
+JPEG_SCALES = (8, 4, 2)  # of JPEG's scaled decoding: 8 x 8 pixels become one ...
+# Pixels that scaled decoding must leave for each of the frame's, a side: with 2 the frame is on average 0.75 grey levels
+# from that of a full decoding (18 photographs; the worst 1.8), with 1 it is 1.6 (3.6), visibly sharper.
+KEPT = 2
 
 
 def stored_box(box: Box, orientation: int, width: int, height: int) -> Box:
@@ -52,10 +55,6 @@ def upright(frame: Tensor, orientation: int, flip: bool) -> Tensor:
     return frame.transpose(0, 1) if swap else frame
 
 
-def jpeg_scale(box: Box, size: int) -> int:
-    """The largest fraction 1, 2, 4 or 8 at which a JPEG may be decoded so that the box still has `size` pixels a side."""
-    side = min(box[2] - box[0], box[3] - box[1])
-    scale = 1
-    while scale < MAX_SCALE and side >= 2 * scale * size:
-        scale *= 2
-    return scale
+def jpeg_scale(width: int, height: int, size: int) -> int:
+    """What part of its size a JPEG may be decoded at, 1, 2, 4 or 8, for a frame of `size` pixels from this region."""
+    return next((scale for scale in JPEG_SCALES if min(width, height) >= KEPT * scale * size), 1)

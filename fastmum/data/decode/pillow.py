@@ -23,8 +23,8 @@ from fastmum.data.decode.resize import resize
 class PillowDecoder:
     """Decodes in the calling threads: Pillow and torch release Python's lock while they work.
 
-    Large JPEGs are decoded at a half, a quarter or an eighth of their size where the crop keeps at least the pixels of
-    the frame. Only other images are kept in memory, since a frame must not depend on what else was decoded before.
+    Large JPEGs are decoded at a half, a quarter or an eighth of their size where the crop allows it. They are never kept
+    in memory, since a frame must not depend on what was decoded before.
 
     Args:
         size: side of a frame in pixels.
@@ -57,19 +57,19 @@ class PillowDecoder:
         whole = self._cache.get(file)
         if whole is None:
             header = read_header(read_file(file))
-            if self._may_scale(header) or not self._cache.has_room(3 * header.width * header.height):
+            if self._scalable(header) or not self._cache.has_room(3 * header.width * header.height):
                 return self._decode_region(header, crop, flip)
             whole = _Whole(np.array(_rgb(header.image)), header.orientation, header.width, header.height)
             self._cache.put(file, whole)
         left, top, right, bottom = _stored_box(crop, whole)
         return upright(resize(whole.pixels[top:bottom, left:right], self.size), whole.orientation, flip)
 
-    def _may_scale(self, header: Header) -> bool:
-        return header.image.format in ("JPEG", "MPO") and min(header.image.size) >= 2 * self.size
+    def _scalable(self, header: Header) -> bool:
+        return header.image.format in ("JPEG", "MPO") and jpeg_scale(*header.image.size, self.size) > 1
 
     def _decode_region(self, header: Header, crop: np.ndarray, flip: bool) -> Tensor:
         box = _stored_box(crop, header)
-        scale = jpeg_scale(box, self.size) if self._may_scale(header) else 1
+        scale = jpeg_scale(box[2] - box[0], box[3] - box[1], self.size) if self._scalable(header) else 1
         if scale > 1:
             frame = self._decode_scaled(header.image, box, scale)
         else:
