@@ -89,7 +89,7 @@ def build(
         nonlocal empty
         bar = tqdm(total=len(parts), unit="part", desc=name, disable=not progress, dynamic_ncols=True)
         with bar, logging_redirect_tqdm() if progress else contextlib.nullcontext():
-            for found in _in_order(builder, root, parts, asked, workers):
+            for found in _in_order(name, root, parts, asked, workers):
                 empty += not found
                 yield from found
                 bar.update()
@@ -103,14 +103,13 @@ def build(
 
 
 def _in_order(
-    builder: Builder, root: Path, parts: Sequence[str], options: Options, workers: int
+    name: str, root: Path, parts: Sequence[str], options: Options, workers: int
 ) -> Iterator[list[SequenceRecord]]:
     """Sequences of every part, in the order of the parts."""
     if workers <= 1 or len(parts) == 1:
         for part in parts:
-            yield _read(builder, root, part, options)
+            yield _read(BUILDERS[name], root, part, options)
         return
-    name = next(name for name, known in BUILDERS.items() if known is builder)
     pool = ProcessPoolExecutor(
         min(workers, len(parts)), multiprocessing.get_context("spawn"), _begin_worker, (name, root, options)
     )
@@ -129,7 +128,11 @@ def _in_order(
 
 
 def _read(builder: Builder, root: Path, part: str, options: Options) -> list[SequenceRecord]:
-    return list(builder.sequences(root, part, options))
+    try:
+        return list(builder.sequences(root, part, options))
+    except OSError as error:
+        named = f" '{error.filename}'" if error.filename else ""
+        raise DataError(f"'{part}' cannot be read:{named} {error.strerror or error}") from None
 
 
 _work_of: tuple[Builder, Path, Options]  # of a worker process

@@ -14,6 +14,7 @@ are shared by all processes that have opened it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import mmap
@@ -81,22 +82,27 @@ def write_manifest(
         ManifestError: no sequence at all, one that is not well formed (named), or a file that cannot be written.
     """
     out = Path(out)
-    try:
-        with _Spool(out.parent) as spool:
-            for record in records:
+    with _Spool(out.parent) as spool:
+        for record in records:  # an error in here is not one of writing
+            with _writing(out):
                 spool.add(record, record.dataset or dataset)
-            if not spool.sequences:
-                raise ManifestError(f"there is no sequence to write into '{out}'")
-            table = spool.batch()
-            counts = Counts(len(spool.sequences), table.num_rows)
+        if not spool.sequences:
+            raise ManifestError(f"there is no sequence to write into '{out}'")
+        with _writing(out):
+            batch = spool.batch()
+            counts = Counts(len(spool.sequences), batch.num_rows)
             content = metadata | {"root": str(root), "counts": counts._asdict()}
-            schema = table.schema.with_metadata(
-                {VERSION_KEY: str(VERSION), METADATA_KEY: json.dumps(content, sort_keys=True)}
-            )
-            _write_whole(out, table.replace_schema_metadata(schema.metadata))
+            keys = {VERSION_KEY: str(VERSION), METADATA_KEY: json.dumps(content, sort_keys=True)}
+            _write_whole(out, batch.replace_schema_metadata(keys))
+    return counts
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ManifestError(f"'{out}' cannot be written ({error.strerror or error})") from None
-    return counts
 
 
 def _write_whole(out: Path, batch: pa.RecordBatch) -> None:

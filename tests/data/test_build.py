@@ -32,6 +32,14 @@ def test_the_data_sets_of_the_paper_and_the_general_ones():
     assert list(BUILDERS) == [*paper, "folder", "colmap", "video"]
 
 
+def test_every_builder_is_in_the_documentation(request):
+    text = (request.config.rootpath / "docs/data.md").read_text()
+    table = {line.split("|")[1].strip(" `"): line for line in text.splitlines() if line.startswith("| `")}
+    for name, builder in BUILDERS.items():
+        assert name in table
+        assert (builder.released is None) == ("| the same |" in table[name])
+
+
 def test_a_manifest_says_how_it_was_made(rooms, tmp_path, capsys):
     out = tmp_path / "deep/er/m.arrow"
     assert main(["folder", "--root", str(rooms), "--out", str(out), "--seed", "3", "--min-frames", "2"]) == 0
