@@ -95,5 +95,7 @@ def agree_with_reference(loader: Loader, files: list[Path], plan: StepPlan) -> N
 def cpu_seconds(reference) -> float:
     """CPU time of this process with all its threads, and of the reference's worker processes."""
     workers = getattr(reference._iterator, "_workers", [])
-    ticks = sum(sum(map(int, Path(f"/proc/{w.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) for w in workers)
+    ticks = sum(
+        sum(map(int, Path(f"/proc/{w.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) for w in workers
+    )
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")

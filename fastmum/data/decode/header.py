@@ -57,6 +57,10 @@ def read_header(data: bytes) -> Header:
     Raises:
         FrameError: not an image, cut short, or of more pixels than Pillow deems safe.
     """
+    if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(
+        data
+    ):  # WebP, which says how long it is
+        raise FrameError("truncated")
     file = io.BytesIO(data)
     try:
         image = Image.open(file)
@@ -74,13 +78,8 @@ def read_header(data: bytes) -> Header:
 
 
 def _is_cut_short(format: str | None, data: bytes, position: int) -> bool:
-    match format:
-        case "JPEG" | "MPO":
-            # Cameras append data of their own, so the end marker need not be last; thumbnails, which have one too, lie
-            # before the scan, where Pillow stops reading.
-            return data.rfind(b"\xff\xd9", position) < 0
-        case "PNG":
-            return data.rfind(b"IEND") < 0
-        case "WEBP":
-            return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return False
+    if format in ("JPEG", "MPO"):
+        # Cameras append data of their own, so the end marker need not be last; thumbnails, which have one too, lie before
+        # the scan, where Pillow stops reading.
+        return data.rfind(b"\xff\xd9", position) < 0
+    return format == "PNG" and data.rfind(b"IEND") < 0
