@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +124,7 @@ def _made_from(manifest: Path, folder: Path, options: dict) -> bool:
         about = Manifest.open(manifest).metadata
     except ManifestError:
         return False
-    return (about["source"], about["options"]) == (str(folder.absolute()), options)
+    return (about["source"], about["options"]) == (os.path.abspath(folder), options)
 
 
 def _scenes_manifest(config: Config, out: Path) -> Path:
