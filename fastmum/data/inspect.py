@@ -134,12 +134,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             if len(missing.files) > NAMED:
                 print("  ...")
             return int(bool(missing.files))
+        sys.stdout.flush()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads has seen enough, such as `head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it when it ends)
     return 0
 
 

@@ -1,5 +1,8 @@
 """What `python -m fastmum.data.inspect` prints, finds missing and draws."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -103,6 +106,14 @@ def test_a_sheet_is_written(rooms, tmp_path, capsys):
     assert main([str(rooms), "--sheet", str(tmp_path / "s.jpg"), "--sequences", "2"]) == 0
     with Image.open(tmp_path / "s.jpg") as image:
         assert image.size == (12 * 98 - 2, 2 * (16 + 98 + 2))
+
+
+def test_a_reader_may_close_the_pipe(rooms):
+    command = [sys.executable, "-m", "fastmum.data.inspect", str(rooms)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # long before the interpreter has started
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
 
 
 @pytest.mark.parametrize(

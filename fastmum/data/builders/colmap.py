@@ -65,7 +65,7 @@ BUILDER = Builder(
         "chain": Option("overlap", "the rule that forms sequences", choices=("overlap", "angle")),
         "images": Option("images", "folder of the images, seen from the model's folder or one above it"),
         "models": Option("*", "pattern that the folders of models must match, such as '*/sparse/0'"),
-        "min_views": Option(None, "shorter ones are left out (default 2; angle 24, released 12)", kind=int, least=1),
+        "min_frames": Option(None, "shorter ones are left out (default 2; angle 24, released 12)", kind=int, least=1),
         **reconstruction.OVERLAP_OPTIONS,
         **reconstruction.ANGLE_OPTIONS,
         **reconstruction.COMMON_OPTIONS,

@@ -49,7 +49,7 @@ BUILDER = Builder(
     begin=reconstruction.begin,
     options={
         **reconstruction.OVERLAP_OPTIONS,
-        "min_views": Option(reconstruction.SHORTEST, "shorter sequences are left out", least=1),
+        "min_frames": Option(reconstruction.SHORTEST, "shorter sequences are left out", least=1),
         "exclude": Option("", "scenes to leave out, with commas between; 0015,0022 are those of MegaDepth-1500"),
         **reconstruction.COMMON_OPTIONS,
     },

@@ -61,7 +61,7 @@ BUILDER = Builder(
     sequences=sequences,
     begin=begin,
     options={
-        "min_views": Option(None, "shorter sequences are left out (default 24; released 12)", kind=int, least=1),
+        "min_frames": Option(None, "shorter sequences are left out (default 24; released 12)", kind=int, least=1),
         **reconstruction.ANGLE_OPTIONS,
         **reconstruction.COMMON_OPTIONS,
     },

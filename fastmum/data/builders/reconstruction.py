@@ -89,7 +89,7 @@ def overlap_sequences(
     else:
         model = model.select(present)
         found = chains.overlap_chains(_overlap(model), rng, options.sequences, options.length)
-        found = [chain for chain in found if len(chain) >= (options.min_views or SHORTEST)]
+        found = [chain for chain in found if len(chain) >= (options.min_frames or SHORTEST)]
     yield from _records(part, prefix, model, found, options)
 
 
@@ -99,13 +99,13 @@ def angle_sequences(
     """MegaScenes' rule. The released script never calls it: its sequences are whole models."""
     model = model.select(present)
     if options.rule == "released":
-        whole = len(model.names) >= (options.min_views or RELEASED_MIN_IMAGES)
+        whole = len(model.names) >= (options.min_frames or RELEASED_MIN_IMAGES)
         found = [np.arange(len(model.names))] if whole else []
     else:
         found = chains.angle_chains(
             _overlap(model),
             model.poses[:, :3, :3],
-            options.min_views or chains.MIN_VIEWS,
+            options.min_frames or chains.MIN_VIEWS,
             options.min_overlap,
             options.min_angle,
         )

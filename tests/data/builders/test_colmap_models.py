@@ -93,7 +93,7 @@ class TestMegaDepth:
         assert found("megadepth", poses=False).poses("0000/000")[0] is None
 
     def test_short_chains_and_scenes_are_left_out(self, found, caplog):
-        made = found("megadepth", sequences=40, min_views=4, exclude="0015, 0022")
+        made = found("megadepth", sequences=40, min_frames=4, exclude="0015, 0022")
         assert {letters(frames) for frames in made.sequences.values()} == {"abcd", "bacd", "dcab"}
         assert "1 scenes have no folder sparse-txt" in caplog.text
         assert "not there: 0022" in caplog.text
@@ -130,7 +130,7 @@ class TestMegaScenes:
         add(*(f"images/001/234/{name}" for name in in_category), *(f"images/001/234/{name}" for name in CROWD))
 
     def test_chain(self, found):
-        made = found("megascenes", min_views=4)
+        made = found("megascenes", min_frames=4)
         prefix = "images/001/234/commons/Tower/0/pictures"
         assert made.sequences == {"001/234/0/000": [f"{prefix}/{name}" for name in TOUR_BY_NAME]}
 
@@ -141,7 +141,7 @@ class TestMegaScenes:
     def test_missing_images_take_no_part(self, raw, found):
         (raw / "images/001/234/commons/Tower/0/pictures/a.jpg").unlink()
         # From s: b; from b (8 points): c, which turns by 25 degrees.
-        assert letters(found("megascenes", min_views=3).sequences["001/234/0/000"]) == "sbc"
+        assert letters(found("megascenes", min_frames=3).sequences["001/234/0/000"]) == "sbc"
 
     def test_released_takes_models_of_twelve_images_whole(self, raw, add, found):
         with pytest.raises(DataError, match=r"nothing under .* makes a sequence of megascenes"):
@@ -164,14 +164,14 @@ class TestAnyModel:
     def test_images_are_found_beside_or_above_the_model(self, raw, add, found, model):
         write_text_model(raw / "tour" / model, TOUR) if model != "." else write_text_model(raw / "tour", TOUR)
         add(*(f"tour/images/{name}" for name in TOUR))
-        made = found("colmap", chain="angle", min_views=3)
+        made = found("colmap", chain="angle", min_frames=3)
         name = "tour/000" if model == "." else f"tour/{model}/000"
         assert made.sequences == {name: [f"tour/images/{name}" for name in TOUR_BY_NAME]}
 
     def test_the_root_may_be_a_model_with_its_images(self, raw, add, tmp_path):
         write_text_model(raw / "tour", TOUR)
         add(*(f"tour/{name}" for name in TOUR))
-        build("colmap", raw / "tour", tmp_path / "out.arrow", chain="angle", min_views=3)
+        build("colmap", raw / "tour", tmp_path / "out.arrow", chain="angle", min_frames=3)
         manifest = Manifest.open(tmp_path / "out.arrow")
         assert manifest.sequence_name(0) == "tour/000"
         assert [file.name for file in manifest.files(range(4))] == TOUR_BY_NAME
@@ -187,7 +187,7 @@ class TestAnyModel:
     def test_released_angle_takes_models_whole(self, raw, add, found):
         write_text_model(raw / "tour", TOUR)
         add(*(f"tour/{name}" for name in TOUR))
-        made = found("colmap", chain="angle", rule="released", min_views=5)
+        made = found("colmap", chain="angle", rule="released", min_frames=5)
         assert made.sequences == {"tour/000": [f"tour/{name}" for name in TOUR]}
 
     def test_models_by_pattern_and_images_by_folder(self, raw, add, found, caplog):
@@ -195,7 +195,7 @@ class TestAnyModel:
             write_text_model(raw / "models" / scene / "sparse/0", TOUR)
             write_text_model(raw / "models" / scene / "dense/sparse", TOUR)
         add(*(f"photos/one/{name}" for name in TOUR))
-        made = found("colmap", chain="angle", min_views=3, models="*/sparse/0", images="photos/one")
+        made = found("colmap", chain="angle", min_frames=3, models="*/sparse/0", images="photos/one")
         assert list(made.sequences) == ["models/one/sparse/0/000", "models/two/sparse/0/000"]
         assert made.sequences["models/two/sparse/0/000"] == [f"photos/one/{name}" for name in TOUR_BY_NAME]
         with pytest.raises(DataError, match=r"nothing under .* makes a sequence of colmap"):
@@ -221,7 +221,7 @@ class TestAnyModel:
                 for link, target in (("images", "images"), ("model", kind)):
                     (raw / scene / link).unlink(missing_ok=True)
                     (raw / scene / link).symlink_to(shared / "data/colmap" / scene / target)
-            made.append(found("colmap", chain=chain, min_views=4, sequences=25).sequences)
+            made.append(found("colmap", chain=chain, min_frames=4, sequences=25).sequences)
         assert made[0] == made[1]
         assert {name.split("/")[0] for name in made[0]} == {"door_lund", "fox"}
         for name, frames in made[0].items():
