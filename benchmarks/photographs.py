@@ -20,7 +20,7 @@ def small_files(folder: Path, count: int = 192) -> list[Path]:
 
 
 def large_files(folder: Path, size: tuple[int, int], count: int = 24) -> list[Path]:
-    """JPEGs of a width and height: skimage's photographs enlarged, with a camera's noise; 0.5 MB each at 1920 x 1080."""
+    """JPEGs of a width and height: skimage's photographs enlarged, with a camera's noise; 0.5 MB at 1920 x 1080."""
     return _save(folder / f"{size[0]}x{size[1]}", size, count, quality=90)
 
 

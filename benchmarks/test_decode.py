@@ -36,7 +36,6 @@ def files(request, tmp_path_factory) -> list[Path]:
 
 def test_images_per_cpu_second(benchmark, files, tmp_path):
     """Every round runs each of them over the same files; the median of the rounds counts."""
-    torch.set_num_threads(1)
     plans = whole_batches(len(files))
     reference = image_loader.loader(files, SIZE, BATCH, WORKERS)
     manifests = open_manifest(tmp_path, files)

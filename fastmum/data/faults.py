@@ -24,8 +24,8 @@ NAMED = 3  # files named in messages
 class Faults:
     """Counts bad frames and stops a run that has too many; may be used by several threads.
 
-    A data set stops the run when more than 5 % of its frames are bad: exactly so once all were read, and before that when
-    the share among those read is above 5 % by three standard errors. Fewer than 20 frames never do.
+    A data set stops the run when more than 5 % of its frames are bad: exactly so once all were read, and before that
+    when the share among those read is above 5 % by three standard errors. Fewer than 20 frames never do.
 
     Args:
         manifests: the frames are rows of.
@@ -85,7 +85,7 @@ class Faults:
         """Rows that may take the place of a bad one, in an order that depends on the arguments alone.
 
         First the other frames of its sequence from there on, those not in `taken` before those that are; then the
-        sequences that follow in its data set, which is where single images find theirs. Known bad frames are passed over.
+        sequences that follow in its data set, where single images find theirs. Known bad frames are passed over.
         """
         manifests = self.manifests
         own = int(manifests.sequence_of(row))

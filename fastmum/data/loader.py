@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,10 +78,13 @@ class Loader:
                 start = time.perf_counter()
                 batch = ahead.popleft().result()
                 self.wait_seconds += time.perf_counter() - start
-                yield batch
-                in_use.add(batch)
+                try:
+                    yield batch
+                finally:  # also where the caller stops in the middle
+                    in_use.add(batch)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            in_use.wait()
 
     def load(self, plan: StepPlan) -> Batch:
         """Decode one plan in the calling thread.
@@ -94,11 +98,14 @@ class Loader:
         for i, reason in bad.items():
             self.faults.add(int(plan.rows[i]), files[i], reason)
         taken = set(plan.rows.tolist())
+        others = {}
         for i in bad:
-            frames[i], row = self._replacement(plan, i, taken)
+            others[i], row = self._replacement(plan, i, taken)
             taken.add(row)
-        if bad and frames.is_cuda:
-            torch.cuda.current_stream(frames.device).synchronize()  # whoever trains on them does so on another stream
+        for i, frame in others.items():
+            frames[i] = frame
+        if others and frames.is_cuda:
+            torch.cuda.current_stream(frames.device).synchronize()  # those who train on them use another stream
         return Batch(frames, tuple(plan.lengths.tolist()))
 
     def _replacement(self, plan: StepPlan, index: int, taken: set[int]) -> tuple[Tensor, int]:
@@ -107,7 +114,7 @@ class Loader:
         for row in self.faults.replacements(int(plan.rows[index]), taken):
             files = self.manifests.files([row])
             frames, bad = self.decoder.decode(files, plan.crops[same], plan.flips[same])
-            self.faults.read(plan.rows[same] * 0 + row)
+            self.faults.read(np.array([row]))
             if not bad:
                 return frames[0], row
             self.faults.add(row, files[0], bad[0])
@@ -136,4 +143,10 @@ class _InUse:
         event.record(torch.cuda.current_stream(batch.frames.device))
         self._batches.append((batch, event))
         while self._batches and self._batches[0][1].query():
+            self._batches.popleft()
+
+    def wait(self) -> None:
+        """Let go of all batches as soon as that is safe."""
+        while self._batches:
+            self._batches[0][1].synchronize()
             self._batches.popleft()

@@ -2,6 +2,8 @@
 
 import threading
 import time
+import weakref
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from fastmum.data.crops import draw_crops, whole_frames
 from fastmum.data.decode import make_decoder
 from fastmum.data.errors import DataError
-from fastmum.data.loader import Loader
+from fastmum.data.loader import Batch, Loader, _InUse
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlan
 
@@ -155,3 +157,45 @@ def test_threads_count_each_bad_frame_once(manifests, decoder):
     plans = [plan_of(np.random.default_rng(step).permutation(24), [24], step) for step in range(20)]
     list(loader.batches(plans))
     assert loader.faults.counts == {"scenes": 1}
+
+
+class FakeEvent:
+    """A CUDA event whose work is done when the test says so."""
+
+    all: ClassVar[list] = []
+
+    def __init__(self):
+        self.done = False
+        self.all.append(self)
+
+    def record(self, stream):
+        assert stream == "the stream"
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.done = True
+
+
+def test_the_memory_of_a_gpu_batch_is_kept_until_the_work_on_it_is_done(monkeypatch):
+    monkeypatch.setattr(FakeEvent, "all", [])
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
+
+    class Frames:
+        is_cuda, device = True, "cuda:0"
+
+    in_use, alive = _InUse(), []
+    for _ in range(3):
+        frames = Frames()
+        alive.append(weakref.ref(frames))
+        in_use.add(Batch(frames, ()))
+    del frames
+    assert [ref() is not None for ref in alive] == [True] * 3
+    FakeEvent.all[0].done = True
+    in_use.add(Batch(Frames(), ()))
+    assert [ref() is not None for ref in alive] == [False, True, True]
+    in_use.wait()
+    assert [ref() is not None for ref in alive] == [False] * 3
+    assert all(event.done for event in FakeEvent.all[1:])

@@ -19,6 +19,7 @@ from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 
 from fastmum.data.crops import crop_box
 from fastmum.data.decode.decoder import Decoded
+from fastmum.data.decode.geometry import UPRIGHT, place
 from fastmum.data.decode.graph import Pipeline, define_pipeline
 from fastmum.data.decode.header import FrameError, read_file, read_header
 from fastmum.data.decode.pillow import PillowDecoder
@@ -68,14 +69,13 @@ class DaliCpuDecoder:
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
         frames = torch.empty(len(files), self.size, self.size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
-        bad = {}
+        out, bad = frames.numpy(), {}
         for begin in range(0, len(files), CPU_RUN):
             part = slice(begin, begin + CPU_RUN)
             regions, failed = self._runner.run(files[part], crops[part], None, max_frames=CPU_RUN)
             bad |= {begin + i: reason for i, reason in failed.items()}
             for i, flip in enumerate(flips[part].tolist()):
-                frame = resize(regions.at(i), self.size)
-                frames[begin + i] = frame.flip(1) if flip else frame
+                place(resize(regions.at(i), self.size), out[begin + i], UPRIGHT, flip)
         return Decoded(frames, bad)
 
 
@@ -106,7 +106,7 @@ class DaliGpuDecoder:
 
 
 class _Runner:
-    """Runs pipelines on files: as many pipelines as threads call at once, and none is lost to a file it cannot decode."""
+    """Runs pipelines on files: as many as threads call at once; no batch is lost to a file that DALI cannot decode."""
 
     def __init__(self, size: int, define: Callable[[int], Pipeline]) -> None:
         self.size = size
@@ -197,6 +197,7 @@ class _Runner:
         return Encoded(np.frombuffer(data, np.uint8), (left, top, right - left, bottom - top))
 
     def _encode_with_pillow(self, file: Path, crop: np.ndarray) -> Encoded:
-        frame = self._pillow.frame(file, crop, flip=False).numpy()
+        frame = np.empty((self.size, self.size, 3), np.uint8)
+        self._pillow.decode_to(frame, file, crop, flip=False)
         header = b"P6 %d %d 255\n" % (self.size, self.size)
         return Encoded(np.frombuffer(header + frame.tobytes(), np.uint8), (0, 0, self.size, self.size))

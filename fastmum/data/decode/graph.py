@@ -25,8 +25,8 @@ class Nodes(NamedTuple):
 def frame_nodes(device: GraphDevice, size: int) -> Nodes:
     """Define the graph in the current pipeline.
 
-    Inputs, a batch each: `encoded` (n,) uint8, the bytes of a file; `anchor` and `shape` (2,) int32, left and top, width and
-    height of the region in the upright image; `mirror` () int32, for frames alone.
+    Inputs, a batch each: `encoded` (n,) uint8, the bytes of a file; `anchor` and `shape` (2,) int32, left and top,
+    width and height of the region in the upright image; `mirror` () int32, for frames alone.
     """
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)

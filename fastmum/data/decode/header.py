@@ -79,7 +79,7 @@ def read_header(data: bytes) -> Header:
 
 def _is_cut_short(format: str | None, data: bytes, position: int) -> bool:
     if format in ("JPEG", "MPO"):
-        # Cameras append data of their own, so the end marker need not be last; thumbnails, which have one too, lie before
-        # the scan, where Pillow stops reading.
+        # Cameras append data of their own, so the end marker need not be last; thumbnails, which have one too, lie
+        # before the scan, where Pillow stops reading.
         return data.rfind(b"\xff\xd9", position) < 0
     return format == "PNG" and data.rfind(b"IEND") < 0

@@ -11,11 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fastmum.data.crops import crop_box
 from fastmum.data.decode.decoder import Decoded
-from fastmum.data.decode.geometry import Box, jpeg_scale, stored_box, upright
+from fastmum.data.decode.geometry import Box, jpeg_scale, place, stored_box
 from fastmum.data.decode.header import FrameError, Header, read_file, read_header
 from fastmum.data.decode.resize import resize
 
@@ -23,8 +22,8 @@ from fastmum.data.decode.resize import resize
 class PillowDecoder:
     """Decodes in the calling threads: Pillow and torch release Python's lock while they work.
 
-    Large JPEGs are decoded at a half, a quarter or an eighth of their size where the crop allows it. They are never kept
-    in memory, since a frame must not depend on what was decoded before.
+    Large JPEGs are decoded at a half, a quarter or an eighth of their size where the crop allows it. They are never
+    kept in memory, since a frame must not depend on what was decoded before.
 
     Args:
         size: side of a frame in pixels.
@@ -40,16 +39,16 @@ class PillowDecoder:
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
         frames = torch.empty(len(files), self.size, self.size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
-        bad = {}
+        out, bad = frames.numpy(), {}
         for i, (file, crop, flip) in enumerate(zip(files, crops, flips.tolist(), strict=True)):
             try:
-                frames[i] = self.frame(file, crop, flip)
+                self.decode_to(out[i], file, crop, flip)
             except FrameError as error:
                 bad[i] = str(error)
         return Decoded(frames, bad)
 
-    def frame(self, file: Path, crop: np.ndarray, flip: bool) -> Tensor:
-        """One frame, (size, size, 3) uint8; a view whose memory need not be dense.
+    def decode_to(self, out: np.ndarray, file: Path, crop: np.ndarray, flip: bool) -> None:
+        """Decode one frame to `out` (size, size, 3) uint8.
 
         Raises:
             FrameError: a file that cannot be decoded.
@@ -58,32 +57,33 @@ class PillowDecoder:
         if whole is None:
             header = read_header(read_file(file))
             if self._scalable(header) or not self._cache.has_room(3 * header.width * header.height):
-                return self._decode_region(header, crop, flip)
+                self._decode_region(out, header, crop, flip)
+                return
             whole = _Whole(np.array(_rgb(header.image)), header.orientation, header.width, header.height)
             self._cache.put(file, whole)
         left, top, right, bottom = _stored_box(crop, whole)
-        return upright(resize(whole.pixels[top:bottom, left:right], self.size), whole.orientation, flip)
+        place(resize(whole.pixels[top:bottom, left:right], self.size), out, whole.orientation, flip)
 
     def _scalable(self, header: Header) -> bool:
         return header.image.format in ("JPEG", "MPO") and jpeg_scale(*header.image.size, self.size) > 1
 
-    def _decode_region(self, header: Header, crop: np.ndarray, flip: bool) -> Tensor:
+    def _decode_region(self, out: np.ndarray, header: Header, crop: np.ndarray, flip: bool) -> None:
         box = _stored_box(crop, header)
         scale = jpeg_scale(box[2] - box[0], box[3] - box[1], self.size) if self._scalable(header) else 1
         if scale > 1:
             frame = self._decode_scaled(header.image, box, scale)
         else:
             frame = resize(np.array(_rgb(header.image, box)), self.size)
-        return upright(frame, header.orientation, flip)
+        place(frame, out, header.orientation, flip)
 
-    def _decode_scaled(self, image: Image.Image, box: Box, scale: int) -> Tensor:
+    def _decode_scaled(self, image: Image.Image, box: Box, scale: int) -> np.ndarray:
         image.draft(None, (image.width // scale, image.height // scale))
         # The box now has fractions of pixels, which only Pillow's own resizing knows.
         left, top, right, bottom = (side / scale for side in box)
         outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
         inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
         frame = _rgb(image, outer).resize((self.size, self.size), Image.Resampling.BICUBIC, box=inner)
-        return torch.from_numpy(np.array(frame))
+        return np.asarray(frame)
 
 
 class _Whole(NamedTuple):

@@ -1,6 +1,8 @@
 """What is in the files: every kind of image, every orientation, every way of being broken; all decoders alike."""
 
+import os
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -225,3 +227,32 @@ def test_decoders_agree_on_photographs(request, tmp_path, draw, distance, plainl
         for f, frame, crop, flip in zip(files, dali.frames, crops, flips, strict=True)
     }
     assert max(plain.values()) < 0.5, plain
+
+
+def test_decoding_stays_in_its_thread(tmp_path, decoder_name, photograph, draw):
+    """Pools of threads that torch or DALI start for each thread of the loader would spin beside the training."""
+    files = [tmp_path / "a.jpg", tmp_path / "b.png"] * 4
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    photograph.resize((1200, 900)).save(files[0], exif=exif)
+    photograph.save(files[1])
+    decoder = make_decoder(decoder_name, 256, cache_bytes=10**7)
+    crops, flips = draw(8)
+    decoder.decode(files, crops, flips)  # DALI's one thread a pipeline starts here
+    counts = []
+
+    def work():
+        counts.append(len(os.listdir("/proc/self/task")))
+        for _ in range(3):
+            decoder.decode(files, crops, flips)
+        counts.append(len(os.listdir("/proc/self/task")))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert counts[0] == counts[1]
