@@ -8,11 +8,12 @@ import torch
 
 from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
-from fastmum.data.decode import Decoder
+from fastmum.data.build import build
+from fastmum.data.decode import PillowDecoder
 from fastmum.data.loader import Loader
+from fastmum.data.manifest import Manifests
 from fastmum.data.plan import StepPlanner
 from fastmum.data.scenes import ensure_scenes
-from fastmum.data.sequences import find_sequences
 from fastmum.training.optim import build_optimizer
 
 FRAMES, SIZE, VIEWS = 32, 128, 4
@@ -41,11 +42,13 @@ def scenes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("cache", [0, 10**9], ids=["decoded each time", "decoded once"])
-def test_loading(benchmark, scenes, cache):
-    planner = StepPlanner(find_sequences(scenes), 0, FRAMES, (2, 8))
-    loader = Loader(Decoder(SIZE, cache), workers=2)
+def test_loading(benchmark, scenes, cache, tmp_path):
+    build("folder", scenes, tmp_path / "scenes.arrow")
+    manifests = Manifests([tmp_path / "scenes.arrow"])
+    planner = StepPlanner(manifests, frames_per_gpu=FRAMES, views=(2, 8))
+    loader = Loader(PillowDecoder(SIZE, cache), manifests, workers=2)
     plans = [planner.plan(step) for step in range(8)]
-    benchmark.extra_info["frames"] = sum(len(plan.files) for plan in plans)
+    benchmark.extra_info["frames"] = sum(len(plan.rows) for plan in plans)
     benchmark.pedantic(lambda: list(loader.batches(plans)), rounds=5, warmup_rounds=1)
 
 

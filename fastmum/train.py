@@ -20,9 +20,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmum.attention import AttentionError, choose_backend
 from fastmum.config import Config, ConfigError, describe_keys, load_config
-from fastmum.data.decode import Decoder
+from fastmum.data.decode import make_decoder
+from fastmum.data.errors import DataError
 from fastmum.data.loader import Loader
-from fastmum.data.sequences import DataError
 from fastmum.data.sources import open_sources
 from fastmum.model.mum import MuM
 from fastmum.training.checkpoint import (
@@ -77,15 +77,14 @@ def train(config: Config) -> int:
     compile_model(model, config.model.compile, steps - start)
     if device.type == "cpu":
         keep_freed_memory()
-    sources = open_sources(config)
-    decoder = Decoder(config.data.image_size, cache_bytes=int(config.data.cache_gb * 1e9))
-    loader = Loader(decoder, config.data.workers, pin_memory=device.type == "cuda")
-    evaluation = Evaluation(sources.held_out, sources.shown, loader, config, device)
-    try:
+    with _writing_to(run):
         run.root.mkdir(parents=True, exist_ok=True)
+    decoder = make_decoder(config.data.decoder, config.data.image_size, device, int(config.data.cache_gb * 1e9))
+    sources = open_sources(config, run.root, resumed=start > 0)
+    loader = Loader(decoder, sources.manifests, config.data.workers, run.bad_frames)
+    evaluation = Evaluation(sources, loader, config, device)
+    with _writing_to(run):
         run.config.write_text(config.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"run.dir is '{run.root}', but cannot be written ({error.strerror})") from None
     set_aside_after(run.checkpoints, start)
     telemetry = Telemetry(run, start)
 
@@ -109,7 +108,8 @@ def train(config: Config) -> int:
             meter.add(loss, len(batch.frames))
 
             if logs:
-                values = meter.read() | {"lr": rate, "grad_norm": norm.item(), "bad_frames": len(loader.bad_files)}
+                values = meter.read() | {"lr": rate, "grad_norm": norm.item(), "bad_frames": loader.faults.total}
+                values |= {f"bad_frames/{name}": count for name, count in loader.faults.counts.items()}
                 _check_finite(done, values, config)
                 if evaluates:
                     with meter.paused():
@@ -147,6 +147,14 @@ def build_model(config: Config, device: torch.device) -> MuM:
     model = MuM(config.model_config).to(device)
     model.attention, model.recompute = backend.name, config.model.recompute
     return model
+
+
+@contextlib.contextmanager
+def _writing_to(run: RunDir) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run.dir is '{run.root}', but cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager

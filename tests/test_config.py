@@ -28,6 +28,14 @@ def test_what_is_printed_can_be_read_again(file):
     assert load_config(file(config.to_yaml())) == config
 
 
+def test_weights_are_a_table_of_the_users_own_keys(file):
+    path = file("data: {weights: {co3d: 2, dl3dv: 1}, manifests: [a.arrow]}\n")
+    config = load_config(path, ["data.weights.co3d=0.5", "data.weights={imagenet: 3}"])
+    assert config.data.weights == {"co3d": 0.5, "dl3dv": 1, "imagenet": 3}
+    assert config.data.manifests == ["a.arrow"]
+    assert load_config(file(config.to_yaml())) == config
+
+
 def test_an_empty_section_is_no_error(file):
     assert load_config(file("train:\ndata:\n  scenes:\n")) == load_config(None)
 
@@ -68,6 +76,11 @@ def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
         ("data.views=[1,2", "not valid YAML"),
         ("data.views=[2,500]", "at most data.frames_per_batch"),
         ("data.image_size=250", "multiple of the patch size 16"),
+        ("data.weights={a: -1}", "data.weights.a is -1"),
+        ("data.weights=3", "'data.weights' in the command line is 3, but must be dict"),
+        ("data.weights={a: b}", "'data.weights'"),
+        ("data.manifests=3", "must be list"),
+        ("data.imagenet_share=2", "data.imagenet_share is 2"),
         ("data.crop_scale=[0.2,2]", "data.crop_scale"),
         ("model.preset=huge", "mum_vitl16, mum_vitl16_released, mum_vitb16, mum_tiny"),
         ("model.embed_dim=100", "model.embed_dim is 100"),

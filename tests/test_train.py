@@ -1,8 +1,10 @@
 """Whole runs through the command line, on a folder of small images."""
 
+import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +13,14 @@ import time
 import pytest
 import torch
 
+from fastmum.data.build import build
 from fastmum.train import main
 from fastmum.training.telemetry import read_metrics
+
+needs_dali = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
+    reason="DALI is not installed: pip install 'fastmum[dali]'",
+)
 
 SMALL = [
     "model.preset=mum_tiny", "model.embed_dim=32", "model.depth=1", "model.num_heads=2", "model.decoder_embed_dim=32",
@@ -102,6 +110,33 @@ def test_stopped_from_outside_it_saves_and_goes_on(image_folder, tmp_path, numbe
     assert [s for s, _, _ in losses(tmp_path / "run")] == [*range(3, steps, 3), steps]
 
 
+@pytest.mark.parametrize("mode", ["paper", "balanced"])
+@pytest.mark.parametrize("decoder", ["pillow", pytest.param("dali_cpu", marks=needs_dali)])
+def test_manifests_in_every_mode(image_folder, tmp_path, mode, decoder):
+    """Two data sets of sequences by weight, and single images."""
+    build("folder", image_folder, tmp_path / "a.arrow", dataset="a")
+    build("folder", image_folder, tmp_path / "b.arrow", dataset="b")
+    build("folder", image_folder, tmp_path / "images.arrow", dataset="images", single=True)
+    manifests = f"data.manifests=[{tmp_path}/a.arrow,{tmp_path}/b.arrow,{tmp_path}/images.arrow]"
+    more = ("data.root=null", manifests, "data.weights={a: 2}", f"data.mode={mode}", f"data.decoder={decoder}")
+    assert main(words(image_folder, tmp_path / "run", *more, "data.imagenet_share=0.5")) == 0
+    assert [s for s, _, _ in losses(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_a_resumed_run_sees_the_images_that_it_began_with(image_folder, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert main(words(image_folder, whole)) == 0
+    assert main(words(image_folder, resumed)) == 0
+    for step in (6, 8):
+        (resumed / f"checkpoints/step_{step:07d}.pt").unlink()
+    for scene in range(4, 9):
+        shutil.copytree(image_folder / "scene0", image_folder / f"scene{scene}")
+    assert main(words(image_folder, resumed)) == 0
+    assert losses(resumed) == losses(whole)
+    assert main(words(image_folder, tmp_path / "new")) == 0
+    assert losses(tmp_path / "new") != losses(whole)
+
+
 def test_a_finished_run_is_left_alone(image_folder, tmp_path, caplog):
     main(words(image_folder, tmp_path / "run"))
     before = losses(tmp_path / "run")
@@ -148,16 +183,31 @@ def test_without_held_out_scenes_there_is_still_a_picture(image_folder, tmp_path
 
 
 def test_broken_images_are_counted_and_do_not_stop_a_run(image_folder, tmp_path):
+    broken = image_folder / "scene0/2.png"
+    broken.write_bytes(b"broken")
+    assert main(words(image_folder, tmp_path / "run")) == 0
+    last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    assert (last["bad_frames"], last["bad_frames/folder"]) == (1, 1)
+    assert (tmp_path / "run/bad_frames.log").read_text().startswith(f"folder\t{broken}\t")
+
+
+def test_a_data_set_of_broken_images_stops_the_run(image_folder, tmp_path, capsys):
     for scene in image_folder.iterdir():
         (scene / "2.png").write_bytes(b"broken")
-    assert main(words(image_folder, tmp_path / "run")) == 0
-    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["bad_frames"] >= 1
+    assert main(words(image_folder, tmp_path / "run")) == 2
+    assert "frames of the data set 'folder' cannot be decoded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["data.root=/nowhere"], "data.root is '/nowhere'"),
+        (["data.image_root=/nowhere"], "data.image_root is '/nowhere'"),
+        (["data.root=null", "data.manifests=[/nowhere.arrow]"], "there is no manifest '/nowhere.arrow'"),
+        (["data.weights={fodler: 2}"], "'fodler'"),
+        (["data.mode=full"], "data.mode is 'full', but must be one of packed, balanced, paper"),
+        (["data.decoder=gpu"], "data.decoder is 'gpu', but must be one of auto, dali, dali_cpu, pillow"),
+        (["data.views=[7,8]", "data.frames_per_batch=8"], "data.root: nothing under"),
         (["train.stpes=3"], "nearest valid key is 'train.steps'"),
         (["--config", "nowhere.yaml"], "configuration file 'nowhere.yaml' does not exist"),
         (["train.device=tpu9"], "train.device is 'tpu9'"),

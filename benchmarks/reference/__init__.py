@@ -1,1 +1,1 @@
-"""What fastmum is compared with: the released model and its training step in plain PyTorch, sharing no code with it."""
+"""What fastmum is compared with: the released model, its step and its data pipeline in plain code of their own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -82,7 +82,7 @@ def _read(file: Path) -> DictConfig:
 
 def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
     keys = {key.name: key for key in describe_keys()}
-    for name, value in _leaves(given):
+    for name, value in _leaves(given, tables={name for name, key in keys.items() if isinstance(key.default, dict)}):
         if name in _sections():
             if value is None:  # a section whose keys are all commented out
                 continue
@@ -99,10 +99,11 @@ def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
     return config
 
 
-def _leaves(given: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(given: DictConfig, tables: Set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys and values; what `tables` names holds keys of the user's own and stays whole."""
     for name, value in OmegaConf.to_container(given, resolve=False).items():
-        if isinstance(value, dict):
-            yield from _leaves(OmegaConf.create(value), f"{prefix}{name}.")
+        if isinstance(value, dict) and f"{prefix}{name}" not in tables:
+            yield from _leaves(OmegaConf.create(value), tables, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -130,7 +131,7 @@ def _check_values(config: Config) -> None:
     for key, pair in low_high.items():
         if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
             raise ConfigError(f"{key} is {pair}, but must be [fewest, most] with 0 < fewest <= most")
-    own_data = data.root is not None  # the embedded scenes are then not rendered
+    own_data = data.root is not None or data.manifests  # the embedded scenes are then not rendered
     rules = [
         ("data.views", data.views, data.views[1] <= data.frames_per_batch, "at most data.frames_per_batch"),
         ("data.crop_scale", data.crop_scale, data.crop_scale[1] <= 1, "at most 1"),
@@ -138,7 +139,8 @@ def _check_values(config: Config) -> None:
          f"a positive multiple of the patch size {sizes.patch_size}"),
         ("data.flip", data.flip, 0 <= data.flip <= 1, "between 0 and 1"),
         ("data.held_out", data.held_out, 0 <= data.held_out < 1, "at least 0 and below 1"),
-        ("data.image_share", data.image_share, 0 <= data.image_share <= 1, "between 0 and 1"),
+        ("data.imagenet_share", data.imagenet_share, 0 <= data.imagenet_share <= 1, "between 0 and 1"),
+        *((f"data.weights.{name}", weight, weight >= 0, "at least 0") for name, weight in data.weights.items()),
         ("data.workers", data.workers, data.workers >= 1, "at least 1"),
         ("data.cache_gb", data.cache_gb, data.cache_gb >= 0, "at least 0"),
         ("data.scenes.count", data.scenes.count, own_data or data.scenes.count >= 2, "at least 2, as one is held out"),

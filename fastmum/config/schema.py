@@ -19,8 +19,8 @@ class ConfigError(ValueError):
 
 
 def _key(default: Any, meaning: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"meaning": meaning})
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"meaning": meaning})
     return field(default=default, metadata={"meaning": meaning})
 
 
@@ -52,7 +52,7 @@ class ModelSection:
 
 @dataclass
 class ScenesSection:
-    """The embedded scenes, rendered where there is no data.root."""
+    """The embedded scenes, rendered where there are neither data.root nor data.manifests."""
 
     count: int = _key(20, "embedded scenes to render, those held out included")
     views: int = _key(24, "views of each")
@@ -64,18 +64,26 @@ class ScenesSection:
 class DataSection:
     """What is trained on, and the sampling (supplement, "Sampling"; crops from the released code)."""
 
-    root: str | None = _key(None, "folder; every sub-folder with images is a sequence. Empty: the embedded scenes")
-    image_root: str | None = _key(None, "folder of single images (ImageNet-1K in the paper), at any depth")
-    image_share: float = _key(0.1, "share of batches that are single images; only with image_root")
+    manifests: list[str] = _key([], "files of sequences, built by python -m fastmum.data.build")
+    weights: dict[str, float] = _key({}, "how often data sets are drawn, {co3d: 2}; 1 for those not named, 0 for never")
+    root: str | None = _key(
+        None, "folder; every sub-folder with images is a sequence. Without it and manifests: the embedded scenes"
+    )
+    image_root: str | None = _key(None, "folder of single images, at any depth")
+    imagenet_share: float = _key(0.1, "share of single images (ImageNet-1K in the paper), where there are any")
+    mode: str = _key(
+        "packed", "paper: one number of views a batch; packed: full batches; balanced: and of equal cost on every GPU"
+    )
     image_size: int = _key(256, "side of a training frame in pixels")
-    views: list[int] = _key([2, 24], "fewest and most views of a sequence; their number is drawn uniformly")
-    frames_per_batch: int = _key(96, "sequences are packed while their frames do not exceed this")
+    views: list[int] = _key([2, 24], "fewest and most views of a sequence, drawn as often as the paper draws them")
+    frames_per_batch: int = _key(96, "frames of a step on each device; in the mode paper, at most")
     crop_scale: list[float] = _key([0.2, 1.0], "share of a frame's area that a random crop keeps")
     crop_aspect: list[float] = _key([0.75, 1.3333333], "aspect ratio of a random crop")
     flip: float = _key(0.5, "probability of a horizontal flip, drawn for each frame")
     held_out: float = _key(0.1, "share of sequences kept from training and evaluated on")
+    decoder: str = _key("auto", "auto, dali (on the GPU), dali_cpu or pillow")
     workers: int = _key(2, "threads that decode images")
-    cache_gb: float = _key(1.0, "memory for decoded images in GB; saves decoding where a data set fits")
+    cache_gb: float = _key(1.0, "memory for decoded images in GB, of pillow; saves decoding where a data set fits")
     scenes: ScenesSection = field(default_factory=ScenesSection)
 
 

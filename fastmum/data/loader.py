@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,21 +11,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastmum.data.decode import Decoder
-from fastmum.data.plan import Crop, StepPlan
-from fastmum.data.sequences import DataError
-
-log = logging.getLogger(__name__)
+from fastmum.data.errors import DataError
+from fastmum.data.faults import Faults
+from fastmum.data.manifest import Manifests
+from fastmum.data.plan import StepPlan
 
 
 class Batch(NamedTuple):
     """What a step trains on.
 
     Args:
-        frames: (F, size, size, 3) uint8 on the CPU, sequences one behind another.
+        frames: (F, size, size, 3) uint8, sequences one behind another; on the GPU if the decoder works there.
         lengths: frames of every sequence.
     """
 
@@ -37,25 +35,37 @@ class Batch(NamedTuple):
 class Loader:
     """Decodes plans ahead of time, in order.
 
-    Pillow releases Python's lock while it decodes and resizes, so threads are enough, and the cache is shared.
+    Decoders release Python's lock where they read, decode and resize, so threads are enough, and share what they keep.
 
     Args:
-        decoder: decodes one frame.
+        decoder: decodes the frames of a plan.
+        manifests: the plans' rows are of.
         workers: threads, each with a whole batch at a time.
-        pin_memory: hand out page-locked memory, from which copies to a GPU are asynchronous.
+        bad_frames: file that lists the frames that cannot be decoded.
+
+    Attributes:
+        wait_seconds: time that callers of `batches` have waited for a batch.
+        faults: the frames that cannot be decoded.
     """
 
-    def __init__(self, decoder: Decoder, workers: int, pin_memory: bool = False) -> None:
+    def __init__(self, decoder: Decoder, manifests: Manifests, workers: int, bad_frames: Path | None = None) -> None:
         self.decoder = decoder
+        self.manifests = manifests
         self.workers = workers
-        self.pin_memory = pin_memory
         self.wait_seconds = 0.0
-        self.bad_files: set[Path] = set()
+        self.faults = Faults(manifests, bad_frames)
 
     def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
-        """Decoded batches in the order of the plans; `wait_seconds` grows while the caller waits for one."""
+        """Decoded batches in the order of the plans; as many batches as workers are decoded ahead.
+
+        On a GPU a batch may be used on the stream that is current when the next one is asked for.
+
+        Raises:
+            DataError: as `load`, in place of the batch.
+        """
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         ahead: deque[Future[Batch]] = deque()
+        in_use = _InUse()
         plans = iter(plans)
         try:
             while True:
@@ -68,32 +78,75 @@ class Loader:
                 start = time.perf_counter()
                 batch = ahead.popleft().result()
                 self.wait_seconds += time.perf_counter() - start
-                yield batch
+                try:
+                    yield batch
+                finally:  # also where the caller stops in the middle
+                    in_use.add(batch)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            in_use.wait()
 
     def load(self, plan: StepPlan) -> Batch:
         """Decode one plan in the calling thread.
 
         Raises:
-            DataError: a sequence of which no frame can be read.
+            DataError: a frame that cannot be replaced, or too many that had to be.
         """
-        size = self.decoder.size
-        frames = torch.empty(len(plan.files), size, size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
-        out = frames.numpy()
-        for i, (file, spare, crop) in enumerate(zip(plan.files, plan.spare, plan.crops, strict=True)):
-            out[i] = self._frame(file, spare, crop)
-        return Batch(frames, plan.lengths)
+        files = self.manifests.files(plan.rows)
+        frames, bad = self.decoder.decode(files, plan.crops, plan.flips)
+        self.faults.read(plan.rows)
+        for i, reason in bad.items():
+            self.faults.add(int(plan.rows[i]), files[i], reason)
+        taken = set(plan.rows.tolist())
+        others = {}
+        for i in bad:
+            others[i], row = self._replacement(plan, i, taken)
+            taken.add(row)
+        for i, frame in others.items():
+            frames[i] = frame
+        if others and frames.is_cuda:
+            torch.cuda.current_stream(frames.device).synchronize()  # those who train on them use another stream
+        return Batch(frames, tuple(plan.lengths.tolist()))
 
-    def _frame(self, file: Path, spare: tuple[Path, ...], crop: Crop) -> np.ndarray:
-        """The frame, or the next of its sequence that can be read."""
-        begin = spare.index(file)
-        for candidate in spare[begin:] + spare[:begin]:
-            try:
-                return self.decoder.frame(candidate, crop)
-            # Pillow reports broken files with these; SyntaxError is its PNG reader's.
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                if candidate not in self.bad_files:
-                    self.bad_files.add(candidate)
-                    log.warning("'%s' cannot be read and is replaced by another frame: %s", candidate, error)
-        raise DataError(f"no image in '{file.parent}' can be read; remove the folder or restore its files")
+    def _replacement(self, plan: StepPlan, index: int, taken: set[int]) -> tuple[Tensor, int]:
+        """Another frame with the same crop and flip, and its row."""
+        same = slice(index, index + 1)
+        for row in self.faults.replacements(int(plan.rows[index]), taken):
+            files = self.manifests.files([row])
+            frames, bad = self.decoder.decode(files, plan.crops[same], plan.flips[same])
+            self.faults.read(np.array([row]))
+            if not bad:
+                return frames[0], row
+            self.faults.add(row, files[0], bad[0])
+        file = self.manifests.file(int(plan.rows[index]))
+        raise DataError(
+            f"'{file}' cannot be decoded, nor can any other frame of its sequence or of the next ones; "
+            "restore the files, or leave the data set out"
+        )
+
+
+class _InUse:
+    """Batches on a GPU whose memory must not be used again yet.
+
+    DALI takes the memory of a batch back as soon as nothing in Python refers to it, although the work on it that the
+    caller has queued may still lie ahead.
+    """
+
+    def __init__(self) -> None:
+        self._batches: deque[tuple[Batch, torch.cuda.Event]] = deque()
+
+    def add(self, batch: Batch) -> None:
+        """Keep a batch until the work that is queued on the current stream is done."""
+        if not batch.frames.is_cuda:
+            return
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(batch.frames.device))
+        self._batches.append((batch, event))
+        while self._batches and self._batches[0][1].query():
+            self._batches.popleft()
+
+    def wait(self) -> None:
+        """Let go of all batches as soon as that is safe."""
+        while self._batches:
+            self._batches[0][1].synchronize()
+            self._batches.popleft()

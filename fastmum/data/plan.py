@@ -1,135 +1,232 @@
-"""Which frames a step trains on, and how each is cropped and flipped: the paper's sampling.
+"""Which frames a step trains on, in which sequences, and how each is cropped and flipped.
 
-A plan is a pure function of (seed, rank, step): resuming a run needs the number of the step and nothing else, and
-whoever decodes the frames, the batch is the same.
+A plan is a pure function of (seed, step, rank, world size): resuming a run needs the number of the step and nothing
+else, no rank has to hear of another, and whoever decodes the frames, the batch is the same.
 
-The rule (supplement, "Sampling"; augmentation from the released code): with the probability `image_share` a batch of
-single images; otherwise one number of views S, uniform in a range, and sequences drawn uniformly until the next would
-exceed the frames of a batch, S frames without replacement from each. Every frame gets its own random crop and flip.
+Modes:
+    paper: with the probability `imagenet_share` a batch of single images; otherwise one number of views S, uniform,
+        and floor(frames / S) sequences (supplement, "Sampling"). Independently on every rank.
+    packed: exactly full batches of sequences of many lengths, with the share of frames in sequences of S views that the
+        paper's sampler has (`packing`), and single images as `imagenet_share` of the frames.
+    balanced: packed, and the cost of attention is level over ranks and steps (`balance`).
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.data.sequences import Sequences
+from fastmum.data.balance import PAPER_FRAMES, SHARES_MISSED, fill_rank
+from fastmum.data.crops import draw_crops
+from fastmum.data.errors import DataError
+from fastmum.data.manifest import Manifests
+from fastmum.data.mixture import Mixture, SequenceIndex
 
-CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after ten, and takes the centre
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """What one rank decodes for one step.
-
-    Args:
-        files: F image files, sequence by sequence.
-        spare: for each of them, files to take another from when it cannot be read: those of its sequence.
-        lengths: frames of every sequence; their sum is F.
-        crops: what to keep of each frame.
-    """
-
-    files: tuple[Path, ...]
-    spare: tuple[tuple[Path, ...], ...]
-    lengths: tuple[int, ...]
-    crops: tuple[Crop, ...]
+MODES = ("packed", "balanced", "paper")
 
 
-@dataclass(frozen=True)
-class Crop:
-    """A crop that does not know the frame's size yet.
+class StepPlan(NamedTuple):
+    """What one rank decodes for one step, longest sequence first.
 
     Args:
-        areas: (attempts,) share of the frame's area.
-        aspects: (attempts,) width over height.
-        corner: (2,) where in the room that is left, x and y, each in [0, 1).
-        flip: mirrored left to right.
+        rows: (F,) int64, frames by their row in the manifests, sequence by sequence.
+        lengths: (n,) int64, frames of every sequence; their sum is F.
+        crops: (F, CROP_WIDTH) float32, for `crops.crop_boxes`.
+        flips: (F,) bool, mirrored left to right.
     """
 
-    areas: np.ndarray
-    aspects: np.ndarray
-    corner: np.ndarray
-    flip: bool
-
-    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) in pixels of a frame of this size; the first attempt that fits in it."""
-        for area, aspect in zip(self.areas, self.aspects, strict=True):
-            w = round(math.sqrt(width * height * area * aspect))
-            h = round(math.sqrt(width * height * area / aspect))
-            if 0 < w <= width and 0 < h <= height:
-                left = int(self.corner[0] * (width - w + 1))
-                top = int(self.corner[1] * (height - h + 1))
-                return left, top, left + w, top + h
-        return centre_box(width, height, self.aspects.min(), self.aspects.max())
+    rows: np.ndarray
+    lengths: np.ndarray
+    crops: np.ndarray
+    flips: np.ndarray
 
 
-def whole_frame() -> Crop:
-    """The largest square in the middle of a frame, not flipped."""
-    return Crop(np.ones(1), np.ones(1), np.zeros(2), flip=False)
-
-
-def centre_box(width: int, height: int, min_aspect: float = 1.0, max_aspect: float = 1.0) -> tuple[int, int, int, int]:
-    """The largest box in the middle of a frame whose aspect ratio lies within bounds."""
-    w = min(width, round(height * max_aspect))
-    h = min(height, round(width / min_aspect))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-@dataclass(frozen=True)
 class StepPlanner:
-    """Draws plans. Sequences with fewer frames than the number of views drawn are passed over for that batch.
+    """Draws plans.
+
+    Data sets all of whose sequences are one frame (ImageNet) are the single images; without such a set their share is
+    0, and with nothing else it is 1. Lengths that no sequence has, or that do not fit in a batch, are left out and the
+    shares of the others grow. What a person may want to know of that is in `notes`.
 
     Args:
-        sequences: multi-view sequences.
-        seed: of the run.
-        frames_per_batch: most frames of a plan.
+        manifests: paths of manifests, or manifests opened.
+        weights: of data sets by name, 1 for those not named. Multi-view sets share the frames of sequences by them,
+            sets of single images the frames of single images; 0 leaves a set out.
+        frames_per_gpu: frames of a plan; in the mode `paper`, the most.
         views: fewest and most views of a sequence.
-        images: single images, and `image_share`, the share of batches that are drawn from them.
-        crop_scale, crop_aspect: ranges of the random crop's area and aspect ratio.
+        imagenet_share: share of single images among frames; in the mode `paper`, among batches.
+        mode: one of `MODES`.
+        seed: of the run.
+        world_size: number of ranks.
+        crop_scale, crop_aspect: ranges of the random crop's area, as a share of the image's, and of width over height.
         flip: probability of a flip.
+        exclude: numbers of sequences never to draw from (held out).
+        only: numbers of the sequences to draw from; none: all.
+
+    Attributes:
+        notes: one line each on what differs from what was asked for.
+        length_shares: expected share of frames in sequences of each length, by length; 0 stands for single images.
+        dataset_shares: expected share of frames of each data set, by name.
+
+    Raises:
+        DataError: settings that cannot be met, manifests that cannot be read.
     """
 
-    sequences: Sequences
-    seed: int
-    frames_per_batch: int
-    views: tuple[int, int]
-    images: Sequences | None = None
-    image_share: float = 0.0
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    def __init__(
+        self,
+        manifests: Manifests | Sequence[Path | str],
+        weights: Mapping[str, float] | None = None,
+        frames_per_gpu: int = PAPER_FRAMES,
+        views: tuple[int, int] = (2, 24),
+        imagenet_share: float = 0.1,
+        mode: str = "packed",
+        seed: int = 0,
+        world_size: int = 1,
+        *,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        exclude: Iterable[int] | None = None,
+        only: Iterable[int] | None = None,
+    ) -> None:
+        _check(frames_per_gpu, views, imagenet_share, mode, world_size)
+        self.manifests = manifests if hasattr(manifests, "starts") else Manifests(manifests)
+        self.frames_per_gpu = frames_per_gpu
+        self.mode = mode
+        self.seed = seed
+        self.world_size = world_size
+        self.crop_scale, self.crop_aspect, self.flip = crop_scale, crop_aspect, flip
+
+        names, starts = self.manifests.datasets, self.manifests.starts
+        keep = _kept(len(starts) - 1, exclude, only)
+        index = SequenceIndex(starts, self.manifests.dataset_of, len(names), max(views[1], 2), keep)
+        self._mixture = Mixture(index, names, weights, views[0])
+        self.notes = self._mixture.notes
+        self.imagenet_share = self._share_of_singles(imagenet_share)
+        self._sizes = self._lengths_there_are(views)
+        single, shares = self._paper_shares() if mode == "paper" else self._fill(views)
+        by_length = zip(self._sizes.tolist(), ((1 - single) * shares).tolist(), strict=True)
+        self.length_shares = {0: single} | dict(by_length)
+        self.dataset_shares = self._mixture.dataset_shares(
+            single, self._mixture.settle(self._sizes, shares, level=mode != "paper")
+        )
+
+    def _share_of_singles(self, share: float) -> float:
+        if not len(self._mixture.multiple):
+            return 1.0
+        if len(self._mixture.singles):
+            if share == 0:
+                self.notes.append("single images are never drawn: data.imagenet_share is 0")
+            return share
+        if share:
+            self.notes.append(f"there are no single images, so data.imagenet_share is 0 and not {share:g}")
+        return 0.0
+
+    def _lengths_there_are(self, views: tuple[int, int]) -> np.ndarray:
+        eligible = self._mixture.index.eligible[self._mixture.multiple].any(axis=0)
+        sizes = views[0] + np.flatnonzero(eligible[views[0] : min(views[1], self.frames_per_gpu) + 1])
+        if self.imagenet_share < 1 and not len(sizes):
+            raise DataError(f"data.frames_per_batch is {self.frames_per_gpu}, but sequences have at least {views[0]} "
+                            "views (data.views)")  # fmt: skip
+        if len(sizes) and sizes[-1] < views[1]:
+            self.notes.append(f"sequences have at most {sizes[-1]} views instead of {views[1]} (data.views): none is "
+                              "longer, or a batch has no room for it")  # fmt: skip
+        return sizes
+
+    def _paper_shares(self) -> tuple[float, np.ndarray]:
+        """Expected share of frames of single images, and of each length among those of sequences."""
+        frames = self.frames_per_gpu // self._sizes * self._sizes
+        singles = self.imagenet_share * self.frames_per_gpu
+        sequences = (1 - self.imagenet_share) * frames.mean() if len(frames) else 0.0
+        return singles / (singles + sequences), frames / max(frames.sum(), 1)
+
+    def _fill(self, views: tuple[int, int]) -> tuple[float, np.ndarray]:
+        """Find how to fill batches exactly; the shares that this gives, as in `_paper_shares`."""
+        filling = fill_rank(self.frames_per_gpu, self._sizes, self.imagenet_share, level=self.mode == "balanced")
+        if filling is None:
+            raise DataError(
+                f"sequences of {views[0]} to {views[1]} views (data.views) cannot fill {self.frames_per_gpu} frames "
+                f"(data.frames_per_batch) exactly with {self.imagenet_share:.0%} single images (data.imagenet_share): "
+                "change one of them, or take data.mode=paper, which leaves part of a batch empty"
+            )
+        if filling.distance > SHARES_MISSED:
+            self.notes.append(
+                f"full batches of {self.frames_per_gpu} frames (data.frames_per_batch) cannot have the paper's shares "
+                f"of lengths: the total variation between them is {filling.distance:.2f}"
+            )
+        self.filling = filling
+        return self.imagenet_share, filling.shares(self._sizes)
 
     def plan(self, step: int, rank: int = 0) -> StepPlan:
-        """The plan of a step, the same whenever it is asked for."""
-        rng = np.random.default_rng((self.seed, rank, step))
-        if self.images is not None and rng.random() < self.image_share:
-            pool, views = self.images, 1
+        """The plan of a step and rank, the same whenever it is asked for."""
+        parts = [self._part(*stream) for stream in self._streams(step, rank)]
+        rows, lengths, crops, flips = (np.concatenate(column) for column in zip(*parts, strict=True))
+        # Longest first: what takes longest should be started first, and equal lengths are computed in one go.
+        order = np.argsort(-np.repeat(lengths, lengths), kind="stable")
+        return StepPlan(rows[order], -np.sort(-lengths), crops[order], flips[order])
+
+    def lengths(self, step: int, rank: int = 0) -> np.ndarray:
+        """The lengths of a plan alone, in a fraction of the time."""
+        drawn = [self._draw_lengths(*stream)[0] for stream in self._streams(step, rank)]
+        return -np.sort(-np.concatenate(drawn))
+
+    def _streams(self, step: int, rank: int) -> Iterator[tuple[np.random.Generator, bool]]:
+        """Of every unit of a rank: its random numbers, and whether it takes the greater of the two totals."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is not one of {self.world_size}")
+        # Streams of a step: 0 is common to the ranks, the others are those of ranks or units.
+        if self.mode == "paper":
+            yield np.random.default_rng((self.seed, step, rank + 1)), False
+            return
+        units = self.frames_per_gpu // self.filling.frames
+        chance = self.filling.totals.chances[1]
+        offset = np.random.default_rng((self.seed, step, 0)).random()
+        for unit in range(rank * units, (rank + 1) * units):
+            # Systematic sampling: of the units of a step the right number, to within one.
+            second = int(offset + (unit + 1) * chance) > int(offset + unit * chance)
+            yield np.random.default_rng((self.seed, step, unit + 1)), second
+
+    def _draw_lengths(self, rng: np.random.Generator, second: bool) -> tuple[np.ndarray, int]:
+        """Lengths, single images last, and the number of these."""
+        if self.mode != "paper":
+            lengths = self.filling.draw(second, rng)
+            singles = self.filling.frames - self.filling.totals.frames[second]
+        elif rng.random() < self.imagenet_share:
+            lengths, singles = np.empty(0, np.int64), self.frames_per_gpu
         else:
-            longest = max(map(len, self.sequences.frames))
-            pool, views = self.sequences, int(rng.integers(self.views[0], min(self.views[1], longest) + 1))
-        long_enough = [frames for frames in pool.frames if len(frames) >= views]
-        files, spare = [], []
-        for _ in range(self.frames_per_batch // views):
-            frames = long_enough[rng.integers(len(long_enough))]
-            files += [frames[i] for i in rng.choice(len(frames), size=views, replace=False)]
-            spare += [frames if len(frames) > 1 else frames + self._others(pool, rng)] * views
-        crops = tuple(self._crop(rng) for _ in files)
-        return StepPlan(tuple(files), tuple(spare), (views,) * (len(files) // views), crops)
+            size = rng.choice(self._sizes)
+            lengths, singles = np.full(self.frames_per_gpu // size, size), 0
+        return np.concatenate([lengths, np.ones(singles, np.int64)]), singles
 
-    @staticmethod
-    def _others(pool: Sequences, rng: np.random.Generator) -> tuple[Path, ...]:
-        # A single image has no neighbours to be replaced by.
-        return tuple(pool.frames[i][0] for i in rng.integers(len(pool), size=4))
+    def _part(self, rng: np.random.Generator, second: bool) -> StepPlan:
+        lengths, singles = self._draw_lengths(rng, second)
+        sequences = self._mixture.draw(lengths, singles, rng)
+        rows = self._mixture.index.rows(sequences, lengths, rng)
+        crops = draw_crops(rng, len(rows), self.crop_scale, self.crop_aspect)
+        return StepPlan(rows, lengths, crops, rng.random(len(rows)) < self.flip)
 
-    def _crop(self, rng: np.random.Generator) -> Crop:
-        low, high = np.log(self.crop_aspect)
-        return Crop(
-            areas=rng.uniform(*self.crop_scale, size=CROP_ATTEMPTS),
-            aspects=np.exp(rng.uniform(low, high, size=CROP_ATTEMPTS)),
-            corner=rng.random(2),
-            flip=bool(rng.random() < self.flip),
-        )
+
+def _check(frames_per_gpu: int, views: tuple[int, int], share: float, mode: str, world_size: int) -> None:
+    if mode not in MODES:
+        raise DataError(f"data.mode is '{mode}', but must be one of {', '.join(MODES)}")
+    if frames_per_gpu < 1 or world_size < 1:
+        raise DataError(f"data.frames_per_batch is {frames_per_gpu} on {world_size} ranks; both must be at least 1")
+    if not 1 <= views[0] <= views[1]:
+        raise DataError(f"data.views is {views[0]} to {views[1]}; the fewest must be at least 1 and at most the most")
+    if not 0 <= share <= 1:
+        raise DataError(f"data.imagenet_share is {share}, but must lie between 0 and 1")
+
+
+def _kept(count: int, exclude: Iterable[int] | None, only: Iterable[int] | None) -> np.ndarray | None:
+    """(count,) bool, sequences to draw from; none: all."""
+    if exclude is None and only is None:
+        return None
+    keep = np.full(count, only is None)
+    if only is not None:
+        keep[np.asarray(list(only), np.int64)] = True
+    if exclude is not None:
+        keep[np.asarray(list(exclude), np.int64)] = False
+    return keep

@@ -8,9 +8,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastmum.config import Config
+from fastmum.data.crops import whole_frames
 from fastmum.data.loader import Batch, Loader
-from fastmum.data.plan import StepPlan, StepPlanner, whole_frame
-from fastmum.data.sequences import Sequences
+from fastmum.data.plan import StepPlan
+from fastmum.data.sources import Sources
 from fastmum.model.masking import seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 from fastmum.training.compile import eager
@@ -40,17 +41,16 @@ class Evaluation:
     """Evaluates on the same batches with the same masks every time; their frames are decoded once and kept.
 
     Args:
-        held_out: planner of the held-out sequences, None where nothing is held out.
-        shown: sequences to draw pictures from.
+        sources: of the run; nothing may be held out.
+        loader: decodes their frames.
+        config, device: of the run.
     """
 
-    def __init__(
-        self, held_out: StepPlanner | None, shown: Sequences, loader: Loader, config: Config, device: torch.device
-    ) -> None:
+    def __init__(self, sources: Sources, loader: Loader, config: Config, device: torch.device) -> None:
         self.config, self.device = config, device
-        plans = [held_out.plan(i) for i in range(config.train.eval_batches)] if held_out else []
+        plans = [sources.held_out.plan(i) for i in range(config.train.eval_batches)] if sources.held_out else []
         self._batches = [loader.load(plan) for plan in plans]
-        self._picture = loader.load(_picture_plan(shown, config.data.frames_per_batch))
+        self._picture = loader.load(_picture_plan(sources, config.data.frames_per_batch))
 
     @property
     def has_held_out(self) -> bool:
@@ -71,7 +71,8 @@ class Evaluation:
         """Originals, masked frames and predictions of a few sequences."""
         batch = self._picture
         output = self._output(model, batch, 0)
-        return draw_reconstruction(batch.frames, batch.lengths, output.masked_ids.cpu(), output.pred.float().cpu())
+        frames, masked_ids, pred = batch.frames.cpu(), output.masked_ids.cpu(), output.pred.float().cpu()
+        return draw_reconstruction(frames, batch.lengths, masked_ids, pred)
 
     def _output(self, model: MuM, batch: Batch, index: int) -> MuMOutput:
         noise = noise_for(self.config, EVAL_SEED, index, len(batch.frames))
@@ -79,15 +80,14 @@ class Evaluation:
             return forward(model, batch, noise, self.config, self.device)
 
 
-def _picture_plan(shown: Sequences, max_frames: int) -> StepPlan:
+def _picture_plan(sources: Sources, max_frames: int) -> StepPlan:
     """A few views of a few sequences, neighbours of one another, whole."""
+    shown, starts = sources.shown, sources.manifests.starts
     which = np.linspace(0, len(shown) - 1, min(PICTURE_SEQUENCES, len(shown))).round().astype(int)
     views = max(1, min(PICTURE_VIEWS, max_frames // len(which)))
     picked = []
-    for i in which:
-        frames = shown.frames[i]
-        stride = max(1, len(frames) // (2 * views))
-        picked.append(frames[: views * stride : stride])
-    files = tuple(file for frames in picked for file in frames)
-    spare = tuple(shown.frames[i] for i, frames in zip(which, picked, strict=True) for _ in frames)
-    return StepPlan(files, spare, tuple(map(len, picked)), tuple(whole_frame() for _ in files))
+    for first, end in zip(starts[shown[which]].tolist(), starts[shown[which] + 1].tolist(), strict=True):
+        stride = max(1, (end - first) // (2 * views))
+        picked.append(np.arange(first, end)[: views * stride : stride])
+    rows, lengths = np.concatenate(picked), np.array([len(rows) for rows in picked])
+    return StepPlan(rows, lengths, whole_frames(len(rows)), np.zeros(len(rows), bool))

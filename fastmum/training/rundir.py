@@ -26,6 +26,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def bad_frames(self) -> Path:
+        """A line for each frame that cannot be decoded."""
+        return self.root / "bad_frames.log"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of the newest checkpoints."""
         return self.root / "checkpoints"

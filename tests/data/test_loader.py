@@ -1,147 +1,201 @@
-"""Decoding frames: geometry, file kinds, broken files, order and waiting."""
+"""Batches: order, waiting, bad frames, and an end without leftovers."""
 
-import logging
 import threading
 import time
+import weakref
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from fastmum.data.decode import Decoder, read_image
-from fastmum.data.loader import Loader
-from fastmum.data.plan import Crop, StepPlan, StepPlanner, whole_frame
-from fastmum.data.sequences import DataError, find_sequences
+from fastmum.data.crops import draw_crops, whole_frames
+from fastmum.data.decode import make_decoder
+from fastmum.data.errors import DataError
+from fastmum.data.loader import Batch, Loader, _InUse
+from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
+from fastmum.data.plan import StepPlan
 
-
-def gradient(width=40, height=30):
-    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))
+SIZE = 32
 
 
-def box_crop(box_share, corner, flip=False):
-    return Crop(np.array([box_share]), np.array([1.0]), np.array(corner), flip)
+@pytest.fixture
+def manifests(image_folder) -> Manifests:
+    """The folder's four scenes of six frames each, as one data set."""
+    scenes = sorted(image_folder.iterdir())
+    records = [SequenceRecord(s.name, [f"{s.name}/{f.name}" for f in sorted(s.iterdir())]) for s in scenes]
+    write_manifest(image_folder / "scenes.arrow", records, dataset="scenes", root=image_folder, metadata={})
+    return Manifests([image_folder / "scenes.arrow"])
 
 
-def test_a_crop_shows_its_part_of_the_image(tmp_path):
-    gradient(64, 64).save(tmp_path / "a.png")
-    decoder = Decoder(16)
-    corner = decoder.frame(tmp_path / "a.png", box_crop(0.25, (0.0, 0.0)))
-    assert corner.shape == (16, 16, 3)
-    assert corner[..., 0].max() < 135, "the left half is the dark half of the first channel"
-    right = decoder.frame(tmp_path / "a.png", box_crop(0.25, (0.999, 0.0)))
-    assert right[..., 0].min() > 120
-    flipped = decoder.frame(tmp_path / "a.png", box_crop(0.25, (0.999, 0.0), flip=True))
-    assert np.array_equal(flipped, right[:, ::-1])
+@pytest.fixture(params=["pillow", "dali_cpu"])
+def decoder(request):
+    if request.param == "dali_cpu":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    return make_decoder(request.param, SIZE)
 
 
-KINDS = {
-    ".png": ["L", "P", "RGBA", "LA", "1", "I;16"],
-    ".jpg": ["L", "CMYK", "1"],
-    ".webp": ["L", "RGBA"],
-    ".tif": ["L", "P", "RGBA", "CMYK", "I;16"],
-}
+def plan_of(rows, lengths, seed=0) -> StepPlan:
+    rng = np.random.default_rng(seed)
+    crops = draw_crops(rng, len(rows), (0.2, 1.0), (3 / 4, 4 / 3))
+    return StepPlan(np.array(rows), np.array(lengths), crops, rng.random(len(rows)) < 0.5)
 
 
-@pytest.mark.parametrize(("suffix", "mode"), [(suffix, mode) for suffix, modes in KINDS.items() for mode in modes])
-def test_kinds_of_images(tmp_path, mode, suffix):
-    path = tmp_path / f"a{suffix}"
-    image = Image.fromarray(np.asarray(gradient().convert("L")).astype(np.uint16) * 257) if mode == "I;16" else (
-        gradient().convert(mode))  # fmt: skip
-    image.save(path)
-    out = read_image(path)
-    assert (out.mode, out.size) == ("RGB", (40, 30))
-    grey = np.asarray(gradient().convert("L"), dtype=float)
-    error = np.abs(np.asarray(out.convert("L"), dtype=float) - grey).mean()
-    assert error < (130 if mode == "1" else 16), f"{mode} in {suffix}: {error}"
+def whole(rows) -> StepPlan:
+    return StepPlan(np.array(rows), np.array([len(rows)]), whole_frames(len(rows)), np.zeros(len(rows), bool))
 
 
-def test_a_rotated_photograph_is_turned_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    gradient(40, 30).save(tmp_path / "a.jpg", exif=exif)
-    assert read_image(tmp_path / "a.jpg").size == (30, 40)
+def decode_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("decode")]
 
 
-def test_the_cache_changes_nothing_and_keeps_to_its_room(image_folder, monkeypatch):
-    files = [f for frames in find_sequences(image_folder).frames for f in frames]
-    reads = []
-    monkeypatch.setattr("fastmum.data.decode.read_image", lambda file: reads.append(file) or read_image(file))
-    one_image = 48 * 40 * 4
-    plain, roomy, tight = (Decoder(32, room) for room in (0, 100 * one_image, 5 * one_image))
-    for decoder in (roomy, tight):
-        for _ in range(2):
-            for file in files:
-                assert np.array_equal(decoder.frame(file, whole_frame()), plain.frame(file, whole_frame()))
-    by_plain = 4 * len(files)
-    assert len(reads) - by_plain == len(files) + (2 * len(files) - 5)
-
-
-def test_batches_come_in_order_and_equal_those_decoded_alone(image_folder):
-    planner = StepPlanner(find_sequences(image_folder), 0, 12, (2, 5))
-    plans = [planner.plan(step) for step in range(9)]
-    loader = Loader(Decoder(32), workers=3)
+def test_batches_come_in_order_and_equal_those_decoded_alone(manifests, decoder):
+    plans = [plan_of(np.random.default_rng(step).permutation(24)[:5], [3, 2], step) for step in range(9)]
+    loader = Loader(decoder, manifests, workers=3)
     batches = list(loader.batches(plans))
     assert len(batches) == 9
     for plan, batch in zip(plans, batches, strict=True):
-        assert batch.lengths == plan.lengths
-        assert batch.frames.shape == (sum(plan.lengths), 32, 32, 3)
+        assert batch.lengths == (3, 2)
+        assert batch.frames.shape == (5, SIZE, SIZE, 3)
+        assert batch.frames.is_contiguous()
         assert torch.equal(batch.frames, loader.load(plan).frames)
+    assert not decode_threads()
 
 
-def test_few_batches_are_decoded_ahead_and_waiting_is_counted(image_folder):
-    planner = StepPlanner(find_sequences(image_folder), 0, 4, (2, 2))
+def test_few_batches_are_decoded_ahead_and_waiting_is_counted(manifests, decoder, monkeypatch):
     asked = []
 
     def plans():
         for step in range(50):
             asked.append(step)
-            yield planner.plan(step)
+            yield plan_of([0, 1, 2, 3], [4], step)
 
-    loader = Loader(Decoder(32), workers=2)
-    slow, frame = threading.Event(), loader.decoder.frame
-    loader.decoder.frame = lambda file, crop: (time.sleep(0.005), frame(file, crop))[1]
+    decode = decoder.decode
+    monkeypatch.setattr(decoder, "decode", lambda *args: (time.sleep(0.02), decode(*args))[1])
+    loader = Loader(decoder, manifests, workers=2)
     batches = loader.batches(plans())
     next(batches)
-    assert len(asked) <= 4
+    assert len(asked) == 3, "the one handed out and two ahead"
     assert loader.wait_seconds > 0.01
     batches.close()
-    slow.set()
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode")], "no thread is left behind"
+    assert not decode_threads(), "no thread is left behind"
 
 
-def plan_of(files):
-    return StepPlan(tuple(files), (tuple(files),) * len(files), (len(files),), tuple(whole_frame() for _ in files))
+def test_an_interrupt_leaves_no_thread_behind(manifests, decoder):
+    loader = Loader(decoder, manifests, workers=2)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (the loop is what is interrupted)
+        for _ in loader.batches(plan_of([0, 1], [2], step) for step in range(50)):
+            raise KeyboardInterrupt
+    assert not decode_threads()
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "missing"])
-def test_a_broken_image_is_replaced_by_its_neighbour_and_said_once(image_folder, caplog, kind):
-    files = sorted((image_folder / "scene0").iterdir())
-    whole = files[2].read_bytes()
-    match kind:
-        case "empty":
-            files[2].write_bytes(b"")
-        case "text":
-            files[2].write_text("not an image")
-        case "truncated":
-            files[2].write_bytes(whole[: len(whole) // 2])
+@pytest.mark.parametrize("how", ["missing", "empty", "text", "truncated"])
+def test_a_broken_frame_is_replaced_by_another_of_its_sequence(manifests, decoder, image_folder, tmp_path, how):
+    file = manifests.file(8)
+    whole_file = file.read_bytes()
+    match how:
         case "missing":
-            files[2].unlink()
-    loader = Loader(Decoder(32), workers=1)
-    with caplog.at_level(logging.WARNING):
-        first, second = loader.load(plan_of(files)), loader.load(plan_of(files))
-    assert torch.equal(first.frames[2], first.frames[3])
-    assert torch.equal(first.frames, second.frames)
-    assert loader.bad_files == {files[2]}
-    assert caplog.text.count("cannot be read and is replaced") == 1
-    assert str(files[2]) in caplog.text
+            file.unlink()
+        case "empty":
+            file.write_bytes(b"")
+        case "text":
+            file.write_text("not an image")
+        case "truncated":
+            file.write_bytes(whole_file[: len(whole_file) // 2])
+    loader = Loader(decoder, manifests, 2, bad_frames=tmp_path / "bad_frames.log")
+    plan = plan_of([7, 8, 9, 0, 1], [3, 2])
+    expected = loader.load(plan._replace(rows=np.array([7, 10, 9, 0, 1]))).frames
+    for batch in loader.batches([plan] * 5):
+        assert torch.equal(batch.frames, expected), "the next that the batch has not, with the same crop and flip"
+    assert loader.faults.counts == {"scenes": 1}
+    assert [line.split("\t")[1] for line in (tmp_path / "bad_frames.log").read_text().splitlines()] == [str(file)]
 
 
-def test_a_scene_without_a_readable_image_stops_the_run_and_is_named(image_folder):
-    files = sorted((image_folder / "scene0").iterdir())
-    for file in files:
-        file.write_bytes(b"")
-    loader = Loader(Decoder(32), workers=1)
-    with pytest.raises(DataError, match=r"no image in '.*scene0' can be read"):
-        next(loader.batches([plan_of(files)]))
+def test_broken_neighbours_are_replaced_by_different_frames(manifests, decoder):
+    loader = Loader(decoder, manifests, workers=1)
+    intact = {row: loader.load(whole([row])).frames[0] for row in range(6)}
+    for row in (1, 2, 3):
+        manifests.file(row).unlink()
+    frames = loader.load(whole([0, 1, 2])).frames
+    for frame, row in zip(frames, (0, 4, 5), strict=True):
+        assert torch.equal(frame, intact[row])
+    assert loader.faults.counts == {"scenes": 3}, "one was found while looking for another"
+
+
+def test_a_broken_sequence_is_replaced_by_the_next(manifests, decoder):
+    loader = Loader(decoder, manifests, workers=1)
+    expected = loader.load(whole([12, 13, 14])).frames
+    for row in range(6, 12):
+        manifests.file(row).unlink()
+    assert torch.equal(loader.load(whole([6, 7, 8])).frames, expected)
+
+
+def test_a_data_set_without_a_readable_frame_stops_and_is_named(manifests, decoder):
+    for row in range(24):
+        manifests.file(row).write_bytes(b"")
+    loader = Loader(decoder, manifests, workers=2)
+    with pytest.raises(
+        DataError, match=r"data set 'scenes' cannot be decoded, such as '.*scene\d/\d.png'|nor can any other"
+    ):
+        list(loader.batches([plan_of([0, 6], [1, 1])] * 9))
+    assert not decode_threads()
+
+
+def test_more_than_five_per_cent_stop_the_loop(manifests, decoder, tmp_path):
+    for row in (3, 9, 15):
+        manifests.file(row).unlink()
+    loader = Loader(decoder, manifests, 2, bad_frames=tmp_path / "bad_frames.log")
+    with pytest.raises(DataError, match=r"[23] of 24 frames of the data set 'scenes' cannot be decoded"):
+        for _ in loader.batches([whole(range(24))] * 3):
+            pass
+    assert not decode_threads()
+
+
+def test_threads_count_each_bad_frame_once(manifests, decoder):
+    manifests.file(5).unlink()
+    loader = Loader(decoder, manifests, workers=4)
+    plans = [plan_of(np.random.default_rng(step).permutation(24), [24], step) for step in range(20)]
+    list(loader.batches(plans))
+    assert loader.faults.counts == {"scenes": 1}
+
+
+class FakeEvent:
+    """A CUDA event whose work is done when the test says so."""
+
+    all: ClassVar[list] = []
+
+    def __init__(self):
+        self.done = False
+        self.all.append(self)
+
+    def record(self, stream):
+        assert stream == "the stream"
+
+    def query(self):
+        return self.done
+
+    def synchronize(self):
+        self.done = True
+
+
+def test_the_memory_of_a_gpu_batch_is_kept_until_the_work_on_it_is_done(monkeypatch):
+    monkeypatch.setattr(FakeEvent, "all", [])
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
+
+    class Frames:
+        is_cuda, device = True, "cuda:0"
+
+    in_use, alive = _InUse(), []
+    for _ in range(3):
+        frames = Frames()
+        alive.append(weakref.ref(frames))
+        in_use.add(Batch(frames, ()))
+    del frames
+    assert [ref() is not None for ref in alive] == [True] * 3
+    FakeEvent.all[0].done = True
+    in_use.add(Batch(Frames(), ()))
+    assert [ref() is not None for ref in alive] == [False, True, True]
+    in_use.wait()
+    assert [ref() is not None for ref in alive] == [False] * 3
+    assert all(event.done for event in FakeEvent.all[1:])

@@ -1,0 +1,100 @@
+"""Decoding to 256 pixels: images per second of CPU time, the decoders and the reference's pipeline in turn."""
+
+import importlib.util
+import os
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import photographs
+from benchmarks.reference import image_loader
+from fastmum.data.crops import crop_box, draw_crops
+from fastmum.data.decode import make_decoder
+from fastmum.data.loader import Loader
+from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
+from fastmum.data.plan import StepPlan
+
+SIZE, BATCH, WORKERS, ROUNDS = 256, 96, 2, 5
+DECODERS = ["pillow"] + ["dali_cpu"] * (importlib.util.find_spec("nvidia.dali") is not None)
+
+
+@pytest.fixture(scope="module", params=["320 pixels", "1920 x 1080", "3840 x 2160"])
+def files(request, tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("photographs")
+    match request.param:
+        case "320 pixels":
+            return photographs.small_files(folder, count=192) * 2
+        case "1920 x 1080":
+            return photographs.large_files(folder, (1920, 1080), count=24) * 4
+    return photographs.large_files(folder, (3840, 2160), count=8) * 12
+
+
+def test_images_per_cpu_second(benchmark, files, tmp_path):
+    """Every round runs each of them over the same files; the median of the rounds counts."""
+    plans = whole_batches(len(files))
+    reference = image_loader.loader(files, SIZE, BATCH, WORKERS)
+    manifests = open_manifest(tmp_path, files)
+    runs = {"reference": lambda: sum(map(len, reference))}
+    for name in DECODERS:
+        loader = Loader(make_decoder(name, SIZE), manifests, WORKERS)
+        agree_with_reference(loader, files, plans[0])
+        runs[name] = lambda loader=loader: sum(len(batch.frames) for batch in loader.batches(plans))
+    speeds = {name: [] for name in runs}
+
+    def a_round():
+        for name, run in runs.items():
+            start = cpu_seconds(reference)
+            frames = run()
+            speeds[name].append(frames / (cpu_seconds(reference) - start))
+
+    benchmark.pedantic(a_round, rounds=ROUNDS, warmup_rounds=1)
+    for name, values in speeds.items():
+        values = values[1:]  # without the warm-up
+        benchmark.extra_info[name] = f"{median(values):.0f}/s, {median(values) / median(speeds['reference'][1:]):.2f} x"
+
+
+def whole_batches(num_files: int) -> list[StepPlan]:
+    """Plans that take the files in turn."""
+    rng = np.random.default_rng(0)
+    return [
+        StepPlan(
+            np.arange(begin, begin + BATCH),
+            np.array([BATCH]),
+            draw_crops(rng, BATCH, (0.2, 1.0), (3 / 4, 4 / 3)),
+            rng.random(BATCH) < 0.5,
+        )
+        for begin in range(0, num_files, BATCH)
+    ]
+
+
+def open_manifest(folder: Path, files: list[Path]) -> Manifests:
+    links = [folder / f"{i}.jpg" for i in range(len(files))]
+    for link, file in zip(links, files, strict=True):
+        link.symlink_to(file)
+    record = SequenceRecord("all", [link.name for link in links])
+    write_manifest(folder / "files.arrow", [record], dataset="photographs", root=folder, metadata={})
+    return Manifests([folder / "files.arrow"])
+
+
+def agree_with_reference(loader: Loader, files: list[Path], plan: StepPlan) -> None:
+    """What is faster must be the same: at most 2 grey levels apart on average."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (image_loader.MEAN, image_loader.STD))
+    for row, frame, crop, flip in zip(plan.rows, loader.load(plan).frames, plan.crops, plan.flips, strict=True):
+        with Image.open(files[row]) as image:
+            theirs = image_loader.transform(image.convert("RGB"), crop_box(crop, *image.size), flip, SIZE)
+        theirs = ((theirs * std + mean) * 255).permute(1, 2, 0)
+        assert (frame - theirs).abs().mean() < 2, files[row]
+
+
+def cpu_seconds(reference) -> float:
+    """CPU time of this process with all its threads, and of the reference's worker processes."""
+    workers = getattr(reference._iterator, "_workers", [])
+    ticks = sum(
+        sum(map(int, Path(f"/proc/{w.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) for w in workers
+    )
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")

@@ -1,0 +1,58 @@
+"""Any folders of images: every folder that holds some is a sequence, in natural order."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import natsort
+
+from fastmum.data.builders.base import Builder, Option, Options
+from fastmum.data.builders.listing import images_in, is_image
+from fastmum.data.manifest import SequenceRecord
+
+log = logging.getLogger(__name__)
+
+# Folders that lie beside a scene's photographs and hold something else than photographs.
+OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normals"})
+
+
+def parts(root: Path, options: Options) -> list[str]:
+    """Every folder at or below the root that holds images, '.' for the root itself.
+
+    Hidden folders and those named after depth, masks or normals are passed over, which is logged.
+    """
+    found, passed = [], 0
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        other = [name for name in subfolders if name.lower() in OTHER_FOLDERS]
+        passed += len(other)
+        subfolders[:] = natsort.natsorted(n for n in subfolders if n not in other and not n.startswith("."))
+        if any(map(is_image, files)):
+            found.append(Path(folder).relative_to(root).as_posix())
+    if passed:
+        log.info("%d folders of depth, masks or normals under %s are not read", passed, root)
+    return found
+
+
+def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The folder as a sequence, or each of its images as one."""
+    prefix = "" if part == "." else f"{part}/"
+    frames = [prefix + name for name in images_in(root / part)]
+    if options.single:
+        yield from (SequenceRecord(frame, [frame]) for frame in frames)
+    elif len(frames) >= options.min_frames:
+        yield SequenceRecord(root.resolve().name if part == "." else part, frames)
+
+
+BUILDER = Builder(
+    layout="any folders of images; depth, mask and normal folders are passed over",
+    paper="every folder with images is a sequence, in natural order",
+    parts=parts,
+    sequences=sequences,
+    options={
+        "min_frames": Option(1, "shorter sequences are left out", least=1),
+        "single": Option(False, "every image is a sequence of its own"),
+    },
+)

@@ -1,0 +1,150 @@
+"""What full and level batches gain: the modes of the sampler side by side, for any number of ranks, by simulation.
+
+    python -m fastmum.data.plan_table
+
+A synchronous step takes as long as its costliest rank, and a rank's time is taken proportional to the floating-point
+operations of the model. The plans are the real ones; the time is not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmum.data.balance import PAPER_FRAMES
+from fastmum.data.errors import DataError
+from fastmum.data.plan import StepPlanner
+from fastmum.model.config import MLP_RATIO, PRESETS, ModelConfig
+
+IMAGE_SIZE, VISIBLE = 256, 0.25  # pixels and share of patches that the encoder sees (supplement)
+MODES = ("paper", "packed", "balanced")
+RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class LongSequences:
+    """In place of manifests, for lengths alone: a sequence of `views` frames and a single image."""
+
+    views: int
+    datasets: tuple[str, ...] = ("sequences", "images")
+
+    @property
+    def starts(self) -> np.ndarray:
+        """As of `Manifests`."""
+        return np.array([0, self.views, self.views + 1])
+
+    @property
+    def dataset_of(self) -> np.ndarray:
+        """As of `Manifests`."""
+        return np.array([0, 1])
+
+
+class Cost(NamedTuple):
+    """Floating-point operations of a forward pass; backward takes twice as many everywhere.
+
+    Args:
+        frame: of a frame by itself.
+        pair: of the attention of one frame to one frame of its sequence in all global blocks.
+    """
+
+    frame: float
+    pair: float
+
+
+class Row(NamedTuple):
+    """One number of ranks under one mode, means over steps.
+
+    Args:
+        ranks, mode: which.
+        fill: share of the frames that a step could hold.
+        imbalance: cost of attention, sum of S squared, of the costliest rank over the mean of the ranks.
+        speed: frames a second relative to the paper's sampler.
+    """
+
+    ranks: int
+    mode: str
+    fill: float
+    imbalance: float
+    speed: float
+
+
+def operations(config: ModelConfig, image_size: int = IMAGE_SIZE) -> Cost:
+    """Operations of the model's matrix products: projections and MLP of every token, and attention."""
+    patches = (image_size // config.patch_size) ** 2
+    projections = 2 * (4 + 2 * MLP_RATIO)  # query, key, value, output; up and down; an addition and a multiplication
+
+    def block(tokens: int, width: int) -> float:
+        return projections * tokens * width**2
+
+    def attention(tokens: int, width: int) -> float:
+        return 4 * tokens**2 * width
+
+    visible = int(patches * VISIBLE)
+    encoder = config.depth * (block(visible, config.embed_dim) + attention(visible, config.embed_dim))
+    width, depth = config.decoder_embed_dim, config.decoder_depth
+    decoder = depth * block(patches, width) + depth / 2 * attention(patches, width)
+    return Cost(encoder + decoder, depth / 2 * attention(patches, width))
+
+
+def draw(planner: StepPlanner, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames and sum of S squared of every rank in every step, both (steps, ranks)."""
+    lengths = [[planner.lengths(step, rank) for rank in range(planner.world_size)] for step in range(steps)]
+    frames = np.array([[part.sum() for part in step] for step in lengths])
+    return frames, np.array([[(part**2).sum() for part in step] for step in lengths])
+
+
+def table(
+    ranks: tuple[int, ...],
+    steps: int,
+    cost: Cost,
+    frames_per_gpu: int = PAPER_FRAMES,
+    views: tuple[int, int] = (2, 24),
+    imagenet_share: float = 0.1,
+    seed: int = 0,
+) -> list[Row]:
+    """Rows for every number of ranks and every mode, the paper's first."""
+    sequences = LongSequences(max(views[1], 2))
+    drawn = {
+        mode: draw(StepPlanner(sequences, None, frames_per_gpu, views, imagenet_share, mode, seed, max(ranks)), steps)
+        for mode in MODES
+    }
+    rows = []
+    for count in ranks:
+        paper = None
+        for mode in MODES:
+            # What a rank draws does not depend on how many others there are.
+            frames, squares = (values[:, :count] for values in drawn[mode])
+            rate = float(frames.sum() / (frames * cost.frame + squares * cost.pair).max(axis=1).sum())
+            paper = paper or rate
+            imbalance = float((squares.max(axis=1) / squares.mean(axis=1)).mean())
+            rows.append(Row(count, mode, float(frames.mean()) / frames_per_gpu, imbalance, rate / paper))
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table as Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m fastmum.data.plan_table", description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=300, help="steps to draw (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="numbers of ranks (default: 1 to 256)")
+    parser.add_argument("--frames-per-gpu", type=int, default=PAPER_FRAMES, help="default: %(default)s")
+    parser.add_argument("--views", type=int, nargs=2, default=(2, 24), help="fewest and most (default: 2 24)")
+    parser.add_argument("--imagenet-share", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--preset", choices=PRESETS, default="mum_vitl16", help="model (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    cost = operations(PRESETS[args.preset])
+    try:
+        rows = table(tuple(args.ranks), args.steps, cost, args.frames_per_gpu, tuple(args.views), args.imagenet_share)
+    except DataError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"Forward: {cost.frame / 1e9:.1f} GFLOP a frame, and {cost.pair / 1e9:.2f} for each frame of its sequence.\n")
+    print("| ranks | mode | frames filled | attention, costliest rank / mean | frames/s, paper = 1 |")
+    print("|---|---|---|---|---|")
+    for row in rows:
+        print(f"| {row.ranks} | {row.mode} | {row.fill:.1%} | {row.imbalance:.3f} | {row.speed:.3f} |")
+
+
+if __name__ == "__main__":
+    main()

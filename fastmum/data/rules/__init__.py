@@ -1,0 +1,1 @@
+"""How sequences are formed: pure functions of what a data set says about its frames."""

@@ -1,0 +1,160 @@
+"""Sequences of images out of an unordered collection, from the overlap of its images.
+
+Two rules of the paper, and what the authors' released script does in the place of the first. Each returns arrays of
+image numbers. Of equal candidates the lower number wins, so a result depends on the scene and the seed alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastmum.data.rules.overlap import Overlap
+
+# Released MegaDepth script: an anchor and its 255 nearest. The paper bounds no chain, so its rule takes this bound too.
+CHAIN_LENGTH = 256
+# Supplement A, "Data sequences".
+CHAINS_PER_SCENE = 1000
+MIN_VIEWS = 24
+# Rule of MegaScenes, after CroCo v2: least share of the current image's points, least turn of the camera in degrees.
+MIN_OVERLAP = 0.10
+MIN_ANGLE = 10.0
+
+
+def overlap_chains(
+    overlap: Overlap,
+    rng: np.random.Generator,
+    sequences: int = CHAINS_PER_SCENE,
+    length: int = CHAIN_LENGTH,
+) -> list[np.ndarray]:
+    """MegaDepth's rule: from a random anchor to the image of most overlap with the last, for as long as there is any.
+
+    No image comes twice in a chain. Anchors are drawn with replacement from the images that share points with another;
+    the same anchor gives the same chain.
+
+    Args:
+        overlap: of the scene.
+        rng: draws the anchors.
+        sequences: chains; none where no two images share a point.
+        length: most images of a chain.
+
+    Returns:
+        Image numbers (2..length,) int32 of each chain.
+    """
+    linked = np.flatnonzero(np.diff(overlap.starts))
+    if not len(linked):
+        return []
+    anchors = rng.choice(linked, size=sequences)
+    ranked = [overlap.ranked(i) for i in range(overlap.num_images)]
+    chains = {anchor: _chain_from(anchor, ranked, length) for anchor in np.unique(anchors)}
+    return [chains[anchor] for anchor in anchors]
+
+
+def _chain_from(anchor: int, ranked: list[np.ndarray], length: int) -> np.ndarray:
+    unused = np.ones(len(ranked), bool)
+    chain = [anchor]
+    unused[anchor] = False
+    while len(chain) < length:
+        neighbours = ranked[chain[-1]]  # not empty: whoever is reached has been reached from one
+        best = neighbours[unused[neighbours].argmax()]
+        if not unused[best]:
+            break
+        chain.append(best)
+        unused[best] = False
+    return np.array(chain, np.int32)
+
+
+def nearest_of_anchor(
+    overlap: Overlap,
+    rng: np.random.Generator,
+    sequences: int = CHAINS_PER_SCENE,
+    length: int = CHAIN_LENGTH,
+    present: np.ndarray | None = None,
+) -> list[np.ndarray]:
+    """The released script in place of MegaDepth's rule: a random anchor and the images of most overlap with it.
+
+    Images of no overlap fill up (in the order of their numbers), so that the length is exact; a scene with fewer images
+    gives nothing. The anchor is drawn from all images: one whose file is missing costs a sequence.
+
+    Args:
+        overlap: of the scene.
+        rng: draws the anchors.
+        sequences: anchors drawn.
+        length: images of a sequence.
+        present: (n,) bool, whose file is there; default all.
+
+    Returns:
+        Image numbers (length,) int32 of each sequence, the anchor first.
+    """
+    present = np.ones(overlap.num_images, bool) if present is None else present
+    if present.sum() < length:
+        return []
+    anchors = rng.integers(overlap.num_images, size=sequences)
+    found = {anchor: _nearest(anchor, overlap, length, present) for anchor in np.unique(anchors[present[anchors]])}
+    return [found[anchor] for anchor in anchors if present[anchor]]
+
+
+def _nearest(anchor: int, overlap: Overlap, length: int, present: np.ndarray) -> np.ndarray:
+    neighbours = overlap.ranked(anchor)
+    neighbours = neighbours[present[neighbours]]
+    others = present.copy()
+    others[neighbours] = False
+    others[anchor] = False
+    order = np.concatenate([[anchor], neighbours, np.flatnonzero(others)])
+    return order[:length].astype(np.int32)
+
+
+def angle_chains(
+    overlap: Overlap,
+    rotations: np.ndarray,
+    min_views: int = MIN_VIEWS,
+    min_overlap: float = MIN_OVERLAP,
+    min_angle: float = MIN_ANGLE,
+) -> list[np.ndarray]:
+    """MegaScenes' rule: chains of images that overlap and whose cameras turn.
+
+    A chain starts from the unused image that sees most points. The next image is the unused one of the largest
+    overlap x 4 cos(t) (1 - cos(t)), where t is the angle between the rotations of the two cameras, of those with
+    overlap >= `min_overlap` and t >= `min_angle`. Images of a chain that is too short become free for later chains, as
+    in the released code, but do not start one again.
+
+    Args:
+        overlap: of the scene.
+        rotations: (n, 3, 3) world-to-camera.
+        min_views: shorter chains are dropped.
+        min_overlap: shared points / points of the current image.
+        min_angle: degrees.
+
+    Returns:
+        Image numbers (>= min_views,) int32 of each chain, in the order they are found.
+    """
+    flat = np.ascontiguousarray(rotations, np.float64).reshape(-1, 9)
+    unused = np.ones(overlap.num_images, bool)
+    chains = []
+    for seed in np.argsort(-overlap.points, kind="stable"):
+        if not unused[seed]:
+            continue
+        chain = [int(seed)]
+        unused[seed] = False
+        while (best := _next_view(overlap, chain[-1], flat, unused, min_overlap, min_angle)) is not None:
+            chain.append(best)
+            unused[best] = False
+        if len(chain) >= min_views:
+            chains.append(np.array(chain, np.int32))
+        else:
+            unused[chain] = True
+    return chains
+
+
+def _next_view(
+    overlap: Overlap, current: int, flat: np.ndarray, unused: np.ndarray, min_overlap: float, min_angle: float
+) -> int | None:
+    neighbours, share = overlap.row(current)
+    keep = unused[neighbours] & (share >= min_overlap)
+    neighbours, share = neighbours[keep], share[keep]
+    # trace(R_j R_i^T) is the sum of products of the entries, and 1 + 2 cos(t).
+    cosine = np.clip((flat[neighbours] @ flat[current] - 1) / 2, -1, 1)
+    turned = np.degrees(np.arccos(cosine)) >= min_angle
+    if not turned.any():
+        return None
+    score = np.where(turned, share * 4 * cosine * (1 - cosine), -np.inf)
+    return int(neighbours[score.argmax()])

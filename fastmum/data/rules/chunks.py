@@ -1,0 +1,20 @@
+"""Cutting a scene of numbered frames into sequences."""
+
+from __future__ import annotations
+
+# "We find that a chunk size of 100 frames usually works fine" (supplement, "Data sequences").
+CHUNK = 100
+
+
+def cut_into_chunks(num_frames: int, size: int = CHUNK, last_takes_rest: bool = False) -> list[range]:
+    """Consecutive ranges that cover 0 .. num_frames - 1.
+
+    Args:
+        num_frames: of the scene; 0 gives no range.
+        size: frames of a chunk.
+        last_takes_rest: the rest that does not fill a chunk belongs to the last one (the released scripts), which so
+            has up to 2 size - 1 frames; otherwise it is a shorter chunk of its own.
+    """
+    count = max(1, num_frames // size) if last_takes_rest else -(-num_frames // size)
+    ends = [i * size for i in range(1, count)] + [num_frames]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False) if start < end]

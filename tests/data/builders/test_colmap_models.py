@@ -1,0 +1,229 @@
+"""The builders of COLMAP models on miniatures, their sequences computed by hand, and on real models."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from colmap_files import View, convert_to_binary, write_text_model
+
+from fastmum.data.build import build, main
+from fastmum.data.errors import DataError
+from fastmum.data.manifest import Manifest
+
+pytest.importorskip("pycolmap")
+
+# Shared points: ab 3, ac 2, bc 2, cd 1, and e, whose file is missing in tests, shares most.
+CROWD = {
+    "a.jpg": View((1, 2, 3, 4)),
+    "b.jpg": View((1, 2, 3, 5), 90),
+    "e.jpg": View((1, 2, 3, 4, 5, 6)),
+    "c.jpg": View((3, 4, 5, 6)),
+    "d.jpg": View((6,)),
+}
+CHAINS = {"a": "abcd", "b": "bacd", "c": "cab", "d": "dcab"}
+
+# From s (20 points): a scores 4/20 x 4 cos 60 (1 - cos 60) = .2, b 8/20 x .464 = .186, c turns by less than 10 degrees,
+# and d shares less than a tenth. From a: c shares all four. From c (18 points): b shares 8. d is left alone.
+TOUR = {
+    "b.jpg": View(tuple(range(4, 12)), 30),
+    "s.jpg": View(tuple(range(20))),
+    "a.jpg": View((0, 1, 2, 3), 60),
+    "d.jpg": View((19, 30, 31), 60),
+    "c.jpg": View(tuple(range(18)), 5),
+}
+TOUR_BY_NAME = ["s.jpg", "a.jpg", "c.jpg", "b.jpg"]
+
+
+def letters(frames):
+    return "".join(Path(frame).stem for frame in frames)
+
+
+class TestMegaDepth:
+    @pytest.fixture(autouse=True)
+    def scenes(self, raw, add):
+        for scene in ("0000", "0015"):
+            write_text_model(raw / f"Undistorted_SfM/{scene}/sparse-txt", CROWD)
+            add(*(f"Undistorted_SfM/{scene}/images/{name}.jpg" for name in "abcd"))
+        add("Undistorted_SfM/0001/images/a.jpg")  # could not be undistorted
+
+    def test_chains(self, found):
+        made = found("megadepth", sequences=30)
+        assert Counter(name.split("/")[0] for name in made.sequences) == {"0000": 30, "0015": 30}
+        for name, frames in made.sequences.items():
+            assert all(frame.startswith(f"Undistorted_SfM/{name[:4]}/images/") for frame in frames)
+            assert letters(frames) == CHAINS[letters(frames)[0]]
+        assert {letters(frames)[0] for frames in made.sequences.values()} == set("abcd")
+
+    def test_a_thousand_a_scene(self, found):
+        made = found("megadepth")
+        assert Counter(name.split("/")[0] for name in made.sequences) == {"0000": 1000, "0015": 1000}
+        assert made.manifest.metadata["rule"] == "paper"
+        assert made.manifest.metadata["options"]["sequences"] == 1000
+
+    def test_scenes_draw_apart_and_by_the_seed(self, found):
+        def anchors(made):
+            drawn = {"0000": "", "0015": ""}
+            for name, frames in made.sequences.items():
+                drawn[name[:4]] += letters(frames)[0]
+            return drawn
+
+        first, second = anchors(found("megadepth", sequences=30)), anchors(found("megadepth", sequences=30, seed=1))
+        assert len({*first.values(), *second.values()}) == 4
+        assert anchors(found("megadepth", sequences=30, exclude="0000"))["0015"] == first["0015"]
+
+    def test_released(self, found):
+        # Four of five images are there, so a draw of the fifth is lost; from d, which shares with c, the order is a, b.
+        made = found("megadepth", rule="released", sequences=50, length=4)
+        nearest = {"a": "abcd", "b": "bacd", "c": "cabd", "d": "dcab"}
+        assert 50 < len(made.sequences) < 100
+        assert all(letters(frames) == nearest[letters(frames)[0]] for frames in made.sequences.values())
+        with pytest.raises(DataError, match=r"nothing under .* makes a sequence of megadepth"):
+            found("megadepth", rule="released")  # no scene of 256 images
+
+    def test_cameras(self, found):
+        made = found("megadepth", sequences=30)
+        name = next(name for name, frames in made.sequences.items() if letters(frames) == "abcd")
+        assert made.poses(name)[0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]
+        assert made.poses(name)[1] == pytest.approx(
+            np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, 1], [0, 0, 0, 1]]), abs=1e-6
+        )
+        assert made.intrinsics(name)[0].tolist() == [500, 510, 320, 240]
+        assert found("megadepth", poses=False).poses("0000/000")[0] is None
+
+    def test_short_chains_and_scenes_are_left_out(self, found, caplog):
+        made = found("megadepth", sequences=40, min_frames=4, exclude="0015, 0022")
+        assert {letters(frames) for frames in made.sequences.values()} == {"abcd", "bacd", "dcab"}
+        assert "1 scenes have no folder sparse-txt" in caplog.text
+        assert "not there: 0022" in caplog.text
+        assert "1 of 5 images of the COLMAP model are not in" in caplog.text
+
+    @pytest.mark.parametrize("rule", ["paper", "released"])
+    def test_a_scene_without_its_images_gives_none(self, raw, found, rule):
+        for image in (raw / "Undistorted_SfM/0015/images").iterdir():
+            image.unlink()
+        assert {name[:4] for name in found("megadepth", rule=rule, sequences=9, length=3).sequences} == {"0000"}
+
+    def test_same_bytes_whatever_the_workers(self, raw, tmp_path):
+        made = []
+        for workers in (1, 2, 2):
+            build("megadepth", raw, tmp_path / "out.arrow", sequences=20, workers=workers)
+            made.append((tmp_path / "out.arrow").read_bytes())
+        assert made[0] == made[1] == made[2]
+
+    def test_a_broken_model_stops_the_build_or_is_left_out(self, raw, found, tmp_path, caplog):
+        (raw / "Undistorted_SfM/0015/sparse-txt/images.txt").unlink()
+        with pytest.raises(DataError, match=r"0015/sparse-txt' is not whole: images.txt.*\(--broken skip leaves"):
+            found("megadepth")
+        assert not (tmp_path / "megadepth.arrow").exists()
+        assert {name[:4] for name in found("megadepth", broken="skip").sequences} == {"0000"}
+        assert "left out: the COLMAP model" in caplog.text
+
+
+class TestMegaScenes:
+    @pytest.fixture(autouse=True)
+    def scenes(self, raw, add):
+        in_category = {f"commons/Tower/0/pictures/{name}": view for name, view in TOUR.items()}
+        convert_to_binary(write_text_model(raw / "reconstruct/001/234/colmap/0", in_category), rigs=False)
+        convert_to_binary(write_text_model(raw / "reconstruct/001/234/colmap/1", CROWD), rigs=False)
+        add(*(f"images/001/234/{name}" for name in in_category), *(f"images/001/234/{name}" for name in CROWD))
+
+    def test_chain(self, found):
+        made = found("megascenes", min_frames=4)
+        prefix = "images/001/234/commons/Tower/0/pictures"
+        assert made.sequences == {"001/234/0/000": [f"{prefix}/{name}" for name in TOUR_BY_NAME]}
+
+    def test_under_24_views_are_left_out(self, found):
+        with pytest.raises(DataError, match=r"nothing under .* makes a sequence of megascenes"):
+            found("megascenes")
+
+    def test_missing_images_take_no_part(self, raw, found):
+        (raw / "images/001/234/commons/Tower/0/pictures/a.jpg").unlink()
+        # From s: b; from b (8 points): c, which turns by 25 degrees.
+        assert letters(found("megascenes", min_frames=3).sequences["001/234/0/000"]) == "sbc"
+
+    def test_released_takes_models_of_twelve_images_whole(self, raw, add, found):
+        with pytest.raises(DataError, match=r"nothing under .* makes a sequence of megascenes"):
+            found("megascenes", rule="released")
+        views = {f"{i}.jpg": View((i,)) for i in range(12)}
+        convert_to_binary(write_text_model(raw / "reconstruct/000/007/sparses/3", views))
+        add(*(f"images/000/007/{name}" for name in views))
+        made = found("megascenes", rule="released")
+        assert made.sequences == {"000/007/3/000": [f"images/000/007/{name}" for name in views]}
+
+    def test_zips_must_be_unpacked(self, tmp_path, raw):
+        (raw / "reconstruct").rename(tmp_path / "elsewhere")
+        (raw / "reconstruct.zip").touch()
+        with pytest.raises(DataError, match="must be unpacked first: unzip"):
+            build("megascenes", raw, tmp_path / "out.arrow")
+
+
+class TestAnyModel:
+    @pytest.mark.parametrize("model", ["sparse/0", "sparse", "."])
+    def test_images_are_found_beside_or_above_the_model(self, raw, add, found, model):
+        write_text_model(raw / "tour" / model, TOUR) if model != "." else write_text_model(raw / "tour", TOUR)
+        add(*(f"tour/images/{name}" for name in TOUR))
+        made = found("colmap", chain="angle", min_frames=3)
+        name = "tour/000" if model == "." else f"tour/{model}/000"
+        assert made.sequences == {name: [f"tour/images/{name}" for name in TOUR_BY_NAME]}
+
+    def test_the_root_may_be_a_model_with_its_images(self, raw, add, tmp_path):
+        write_text_model(raw / "tour", TOUR)
+        add(*(f"tour/{name}" for name in TOUR))
+        build("colmap", raw / "tour", tmp_path / "out.arrow", chain="angle", min_frames=3)
+        manifest = Manifest.open(tmp_path / "out.arrow")
+        assert manifest.sequence_name(0) == "tour/000"
+        assert [file.name for file in manifest.files(range(4))] == TOUR_BY_NAME
+
+    def test_overlap_is_the_default(self, raw, add, found):
+        write_text_model(raw / "crowd/sparse/0", CROWD)
+        add(*(f"crowd/images/{name}.jpg" for name in "abcd"))
+        made = found("colmap", sequences=30)
+        assert {letters(f)[0]: letters(f) for f in made.sequences.values()} == CHAINS
+        made = found("colmap", sequences=30, rule="released", length=2)
+        assert {letters(f) for f in made.sequences.values()} == {"ab", "ba", "ca", "dc"}
+
+    def test_released_angle_takes_models_whole(self, raw, add, found):
+        write_text_model(raw / "tour", TOUR)
+        add(*(f"tour/{name}" for name in TOUR))
+        made = found("colmap", chain="angle", rule="released", min_frames=5)
+        assert made.sequences == {"tour/000": [f"tour/{name}" for name in TOUR]}
+
+    def test_models_by_pattern_and_images_by_folder(self, raw, add, found, caplog):
+        for scene in ("one", "two"):
+            write_text_model(raw / "models" / scene / "sparse/0", TOUR)
+            write_text_model(raw / "models" / scene / "dense/sparse", TOUR)
+        add(*(f"photos/one/{name}" for name in TOUR))
+        made = found("colmap", chain="angle", min_frames=3, models="*/sparse/0", images="photos/one")
+        assert list(made.sequences) == ["models/one/sparse/0/000", "models/two/sparse/0/000"]
+        assert made.sequences["models/two/sparse/0/000"] == [f"photos/one/{name}" for name in TOUR_BY_NAME]
+        with pytest.raises(DataError, match=r"nothing under .* makes a sequence of colmap"):
+            found("colmap", models="models/one/sparse/0")
+        assert "name it with --images" in caplog.text
+
+    def test_nothing_there(self, raw, found):
+        with pytest.raises(DataError, match=r"there is nothing of colmap under"):
+            found("colmap")
+
+    def test_pycolmap_is_looked_for_before_anything_is_read(self, raw, tmp_path, monkeypatch, capsys):
+        write_text_model(raw / "tour", TOUR)
+        monkeypatch.setitem(sys.modules, "pycolmap", None)
+        assert main(["colmap", "--root", str(raw), "--out", str(tmp_path / "out.arrow")]) == 2
+        assert "pip install 'fastmum[colmap]'" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("chain", ["overlap", "angle"])
+    def test_real_models_give_the_same_as_text_and_binary(self, shared, raw, found, chain):
+        made = []
+        for kind in ("sparse", "sparse_txt"):
+            for scene in ("door_lund", "fox"):
+                (raw / scene).mkdir(exist_ok=True)
+                for link, target in (("images", "images"), ("model", kind)):
+                    (raw / scene / link).unlink(missing_ok=True)
+                    (raw / scene / link).symlink_to(shared / "data/colmap" / scene / target)
+            made.append(found("colmap", chain=chain, min_frames=4, sequences=25).sequences)
+        assert made[0] == made[1]
+        assert {name.split("/")[0] for name in made[0]} == {"door_lund", "fox"}
+        for name, frames in made[0].items():
+            assert len(frames) == len(set(frames)) >= 4
+            assert all((raw / frame).is_file() for frame in frames), name

@@ -1,0 +1,100 @@
+"""The DALI graph: complete on the CPU, and the same on the GPU as far as that can be known without one."""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+from fastmum.data.crops import crop_boxes  # noqa: E402
+from fastmum.data.decode import make_decoder  # noqa: E402
+from fastmum.data.decode.dali import CPU_RUN, DaliCpuDecoder  # noqa: E402
+from fastmum.data.decode.graph import define_pipeline, frame_nodes  # noqa: E402
+
+SIZE = 64
+
+
+@pytest.fixture
+def files(tmp_path, photograph):
+    files = [tmp_path / f"{i}.{suffix}" for i, suffix in enumerate(["jpg", "png", "webp"] * 3)]
+    for i, file in enumerate(files):
+        photograph.rotate(30 * i).save(file)
+    return files
+
+
+def test_the_graph_to_its_end_makes_the_frames_that_the_decoder_makes(files, photograph, draw, distance):
+    """The GPU resizes and flips in the graph, the CPU decoder after it."""
+    crops, flips = draw(len(files))
+    boxes = crop_boxes(crops, np.array([photograph.size] * len(files)))
+    pipeline = define_pipeline("cpu", SIZE, "frames", max_frames=16, threads=1, device_id=None)
+    (output,) = pipeline.run(
+        encoded=[np.frombuffer(file.read_bytes(), np.uint8) for file in files],
+        anchor=boxes[:, :2].astype(np.int32),
+        shape=(boxes[:, 2:] - boxes[:, :2]).astype(np.int32),
+        mirror=flips.astype(np.int32),
+    )
+    in_graph = torch.from_dlpack(output.as_tensor())
+    frames, bad = make_decoder("dali_cpu", SIZE).decode(files, crops, flips)
+    assert not bad
+    assert in_graph.shape == frames.shape == (9, SIZE, SIZE, 3)
+    for ours, theirs in zip(frames, in_graph, strict=True):
+        assert distance(ours, theirs) < 0.5
+
+
+def description(node) -> list:
+    """A node and those before it, as if all were on the CPU, without the places in the source."""
+    lines = [line for line in str(node.source.spec).splitlines() if "_origin" not in line]
+    return [re.sub("gpu|mixed", "cpu", "\n".join(lines)), [description(n) for n in node.source.inputs]]
+
+
+def test_the_graphs_of_gpu_and_cpu_differ_in_the_device_alone():
+    nodes = {}
+    for device in ("cpu", "gpu"):
+        with dali.Pipeline(batch_size=4, num_threads=1, device_id=None):
+            nodes[device] = frame_nodes(device, SIZE)
+    assert (nodes["cpu"].regions.device, nodes["cpu"].frames.device) == ("cpu", "cpu")
+    assert (nodes["gpu"].regions.device, nodes["gpu"].frames.device) == ("gpu", "gpu")
+    described = description(nodes["cpu"].frames)
+    assert described == description(nodes["gpu"].frames)
+    assert [word in str(described) for word in ("Flip", "Resize", "antialias: True", "ImageSlice", "mirror")] == [
+        True
+    ] * 5
+
+
+def test_the_graph_of_the_gpu_can_be_written_down_without_one():
+    pipeline = define_pipeline("gpu", SIZE, "frames", max_frames=96, threads=4, device_id=None)
+    graph = pipeline.serialize()
+    for word in (b"mixed", b"Resize", b"Flip", b"encoded", b"anchor", b"shape", b"mirror"):
+        assert word in graph
+
+
+def test_runs_of_every_length_and_several_threads(tmp_path, photograph, draw):
+    photograph.save(tmp_path / "a.jpg")
+    decoder = make_decoder("dali_cpu", SIZE)
+    counts = [1, CPU_RUN - 1, CPU_RUN, CPU_RUN + 1, 3 * CPU_RUN]
+    crops, flips = draw(max(counts))
+    longest = decoder.decode([tmp_path / "a.jpg"] * max(counts), crops, flips).frames
+
+    def decode(n):
+        return n, decoder.decode([tmp_path / "a.jpg"] * n, crops[:n], flips[:n]).frames
+
+    with ThreadPoolExecutor(3) as pool:
+        for n, frames in pool.map(decode, counts * 2):
+            assert torch.equal(frames, longest[:n])
+
+
+def test_a_dali_that_fails_on_everything_is_an_error_and_not_a_silent_pillow(files, draw, monkeypatch):
+    decoder = DaliCpuDecoder(SIZE)
+
+    class Broken:
+        max_batch_size = CPU_RUN
+
+        def run(self, **inputs):
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(decoder._runner, "_define", lambda max_frames: Broken())
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decoder.decode(files, *draw(len(files)))

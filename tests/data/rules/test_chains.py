@@ -1,0 +1,157 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastmum.data.rules.chains import angle_chains, nearest_of_anchor, overlap_chains
+from fastmum.data.rules.overlap import count_shared
+
+scenes = st.lists(st.sets(st.integers(0, 15)), min_size=1, max_size=10)
+# Multiples of 7 degrees up to 343: no two cameras differ by the 10 degrees where rounding would decide.
+headings = st.lists(st.integers(0, 49).map(lambda k: 7 * k), min_size=10, max_size=10)
+
+
+def overlap_of(seen):
+    pairs = np.array([(i, p) for i, points in enumerate(seen) for p in points], np.int64).reshape(-1, 2)
+    return count_shared(*pairs.T, len(seen))
+
+
+def turns(degrees):
+    t = np.radians(degrees)
+    zero, one = np.zeros(len(t)), np.ones(len(t))
+    return np.array([[np.cos(t), zero, np.sin(t)], [zero, one, zero], [-np.sin(t), zero, np.cos(t)]]).transpose(2, 0, 1)
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def as_lists(chains):
+    return [chain.tolist() for chain in chains]
+
+
+# Shared points: 01 3, 02 2, 12 2, 23 1; image 4 is alone.
+FIVE = [{1, 2, 3, 4}, {1, 2, 3, 5}, {3, 4, 5, 6}, {6}, {9}]
+FROM = {0: [0, 1, 2, 3], 1: [1, 0, 2, 3], 2: [2, 0, 1], 3: [3, 2, 0, 1]}
+
+
+def test_chains_of_overlap_by_hand():
+    chains = as_lists(overlap_chains(overlap_of(FIVE), rng(), sequences=40))
+    assert len(chains) == 40
+    assert {chain[0]: chain for chain in chains} == FROM
+
+
+def test_chains_of_overlap_stop_at_their_length():
+    assert {len(chain) for chain in overlap_chains(overlap_of(FIVE), rng(), 20, length=2)} == {2}
+
+
+def test_no_chain_where_nothing_is_shared():
+    assert overlap_chains(overlap_of([{1}, {2}, set()]), rng()) == []
+    assert overlap_chains(overlap_of([set()]), rng()) == []
+
+
+@given(scenes, st.integers(2, 12))
+def test_chains_of_overlap_equal_the_rule_on_sets(seen, length):
+    for chain in overlap_chains(overlap_of(seen), rng(), 5, length):
+        expected = [int(chain[0])]
+        while len(expected) < length:
+            last = seen[expected[-1]]
+            left = [j for j in range(len(seen)) if j not in expected and last & seen[j]]
+            if not left:
+                break
+            expected.append(max(left, key=lambda j: (len(last & seen[j]) / len(last), -j)))
+        assert chain.tolist() == expected
+        assert len(chain) >= 2
+
+
+def test_anchors_are_spread_evenly():
+    anchors = [chain[0] for chain in overlap_chains(overlap_of(FIVE), rng(), 4000)]
+    assert np.bincount(anchors, minlength=5) == pytest.approx([1000, 1000, 1000, 1000, 0], abs=100)
+
+
+def test_nearest_of_an_anchor_by_hand():
+    # Of 4, which shares nothing: all the others in their order.
+    nearest = {0: [0, 1, 2, 3], 1: [1, 0, 2, 3], 2: [2, 0, 1, 3], 3: [3, 2, 0, 1], 4: [4, 0, 1, 2]}
+    found = as_lists(nearest_of_anchor(overlap_of(FIVE), rng(), 60, length=4))
+    assert len(found) == 60
+    assert {sequence[0]: sequence for sequence in found} == nearest
+
+
+def test_missing_files_cost_the_released_script_sequences():
+    present = np.array([True, False, True, True, True])
+    found = as_lists(nearest_of_anchor(overlap_of(FIVE), rng(), 60, 4, present))
+    assert 30 < len(found) < 60
+    nearest = {0: [0, 2, 3, 4], 2: [2, 0, 3, 4], 3: [3, 2, 0, 4], 4: [4, 0, 2, 3]}
+    assert {sequence[0]: sequence for sequence in found} == nearest
+
+
+def test_a_scene_too_small_gives_the_released_script_nothing():
+    assert nearest_of_anchor(overlap_of(FIVE), rng(), 10, length=6) == []
+    assert nearest_of_anchor(overlap_of(FIVE), rng(), 10, 5, np.array([True, True, True, True, False])) == []
+
+
+@given(scenes, st.integers(2, 10))
+def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length):
+    for sequence in nearest_of_anchor(overlap_of(seen), rng(), 5, length):
+        anchor = int(sequence[0])
+        others = sorted((j for j in range(len(seen)) if j != anchor), key=lambda j: (-len(seen[anchor] & seen[j]), j))
+        assert sequence.tolist() == [anchor, *others][:length]
+
+
+# From 0 (20 points): 1 scores 4/20 x 4 x .5 x .5 = .2, 2 scores 8/20 x .464 = .186, 3 turns by less than 10 degrees,
+# 4 overlaps by less than .1. From 1 (4 points): 3 shares all. From 3 (18 points): 2 shares 8.
+VIEWS = [set(range(20)), {0, 1, 2, 3}, set(range(4, 12)), set(range(18)), {19, 30, 31}]
+HEADINGS = [0, 60, 30, 5, 60]
+
+
+def test_chain_of_angles_by_hand():
+    assert as_lists(angle_chains(overlap_of(VIEWS), turns(HEADINGS), min_views=4)) == [[0, 1, 3, 2]]
+    assert angle_chains(overlap_of(VIEWS), turns(HEADINGS)) == []  # the paper drops those under 24
+
+
+def test_bounds_of_the_rule_are_inclusive():
+    overlap, cameras = overlap_of([set(range(10)), {0, *range(20, 29)}]), turns([0, 10])  # a tenth, either way
+    assert as_lists(angle_chains(overlap, cameras, 2, min_overlap=0.10, min_angle=10 - 1e-9)) == [[0, 1]]
+    assert angle_chains(overlap, cameras, 2, min_overlap=0.10, min_angle=10 + 1e-9) == []
+    assert angle_chains(overlap, cameras, 2, min_overlap=0.11, min_angle=10 - 1e-9) == []
+
+
+def test_images_of_a_short_chain_are_free_again():
+    # Image 2 is within reach of 3, and 1 of 2; seen from 1, which has 100 points, 2 is not.
+    seen = [set(range(101)), set(range(81, 181)), {*range(176, 181), *range(200, 205)}, set(range(200, 230))]
+    overlap, cameras = overlap_of(seen), turns([0, 30, 60, 90])
+    assert as_lists(angle_chains(overlap, cameras, 2)) == [[0, 1], [3, 2]]
+    assert as_lists(angle_chains(overlap, cameras, 3)) == [[3, 2, 1, 0]]
+
+
+@given(scenes, headings, st.integers(1, 4))
+def test_chains_of_angles_follow_the_rule_on_sets(seen, degrees, min_views):
+    degrees = degrees[: len(seen)]
+    chains = as_lists(angle_chains(overlap_of(seen), turns(degrees), min_views))
+    used = set()
+
+    def scores(i, barred):
+        result = {}
+        for j in range(len(seen)):
+            turn = abs(degrees[i] - degrees[j])
+            turn = min(turn, 360 - turn)
+            if j != i and j not in barred and turn >= 10 and seen[i] and len(seen[i] & seen[j]) / len(seen[i]) >= 0.1:
+                cosine = math.cos(math.radians(turn))
+                result[j] = len(seen[i] & seen[j]) / len(seen[i]) * 4 * cosine * (1 - cosine)
+        return result
+
+    for chain in chains:
+        assert len(chain) >= min_views
+        assert not used & set(chain)
+        for k, (i, j) in enumerate(pairwise(chain)):
+            left = scores(i, used | set(chain[: k + 1]))
+            assert left[j] == pytest.approx(max(left.values()), abs=1e-9)
+        assert not scores(chain[-1], used | set(chain))
+        used |= set(chain)
+    if min_views == 1:
+        assert used == set(range(len(seen)))
+        starts = [len(seen[chain[0]]) for chain in chains]
+        assert starts == sorted(starts, reverse=True)

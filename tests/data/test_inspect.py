@@ -1,0 +1,134 @@
+"""What `python -m fastmum.data.inspect` prints, finds missing and draws."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmum.data.build import build
+from fastmum.data.contact_sheet import COLUMNS, MISSING, contact_sheet
+from fastmum.data.inspect import find_missing, main, summary
+from fastmum.data.manifest import Manifest, SequenceRecord, write_manifest
+
+
+@pytest.fixture
+def rooms(image_folder, tmp_path):
+    """Four sequences of six images."""
+    build("folder", image_folder, tmp_path / "rooms.arrow")
+    return tmp_path / "rooms.arrow"
+
+
+def lengths_manifest(out, *lengths, **more):
+    records = [SequenceRecord(f"s{i}", [f"s{i}/{j}.jpg" for j in range(n)]) for i, n in enumerate(lengths)]
+    write_manifest(out, records, dataset="rooms", root="/data", metadata=more)
+    return Manifest.open(out)
+
+
+def test_the_summary(tmp_path):
+    manifest = lengths_manifest(tmp_path / "m", 1, 3, 24, 30, 49, 1500, builder="x", rule="paper", options={"chunk": 9})
+    lines = list(summary(manifest))
+    text = "\n".join(lines)
+    assert "6 sequences, 1607 frames" in lines[0]
+    assert "root: /data" in lines
+    assert "builder: x, rule: paper" in lines
+    assert "options: chunk 9" in lines
+    assert "pose known: 0 frames (0.0%)" in lines
+    assert [line.split() for line in lines if line.startswith("rooms")] == [["rooms", "6", "1607", "1", "27", "1500"]]
+    histogram = dict(line.split()[:2] for line in text[text.index("   frames  sequences") :].splitlines()[1:-1])
+    assert histogram == {"1": "1", "2-3": "1", "4-7": "0", "8-15": "0", "16-23": "0", "24-49": "3", "50-99": "0",
+                         "100-199": "0", "200-499": "0", "500-999": "0"}  # fmt: skip
+    assert lines[-1].split()[:3] == ["1000", "on", "1"]
+
+
+def test_known_poses_are_counted(tmp_path):
+    pose = np.tile(np.eye(4, dtype=np.float32), (3, 1, 1))
+    pose[1] = np.nan
+    records = [SequenceRecord("a", ["0", "1", "2"], pose), SequenceRecord("b", ["3"])]
+    write_manifest(tmp_path / "m", records, dataset="d", root="/data", metadata={})
+    assert "pose known: 2 frames (50.0%)" in list(summary(Manifest.open(tmp_path / "m")))
+
+
+def test_every_image_is_looked_for_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("0", "1", "more"):
+        (tmp_path / "a" / name).touch()
+    records = [
+        SequenceRecord("x", ["a/0", "a/1", "a/2"]),
+        SequenceRecord("y", ["a/2", "a/0"]),
+        SequenceRecord("z", ["b/0"]),
+    ]
+    write_manifest(tmp_path / "m", records, dataset="d", root=tmp_path, metadata={})
+    manifest = Manifest.open(tmp_path / "m")
+    assert {folder.name: sorted(names) for folder, names in manifest.images()} == {"a": ["0", "1", "2"], "b": ["0"]}
+    missing = find_missing(manifest)
+    assert missing.images == 4
+    assert sorted(missing.files) == [tmp_path / "a/2", tmp_path / "b/0"]
+
+
+def test_missing_files_are_named_and_change_the_exit_code(rooms, image_folder, capsys):
+    assert main([str(rooms), "--check"]) == 0
+    assert "missing: 0 of 24 images" in capsys.readouterr().out
+    for scene in range(2):
+        for file in (image_folder / f"scene{scene}").iterdir():
+            file.unlink()
+    assert main([str(rooms), "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "missing: 12 of 24 images" in out
+    assert f"  {image_folder}/scene0/0.png" in out
+    assert "  ..." in out
+
+
+def test_the_sheet_shows_what_is_there(rooms, image_folder, tmp_path):
+    sheet = np.asarray(contact_sheet(Manifest.open(rooms), tile=32), dtype=float)
+    assert sheet.shape[1] == COLUMNS * 34 - 2
+    assert len(sheet) == 4 * (16 + 34 + 2), "four sequences of at most six frames, a line each"
+    again = np.asarray(contact_sheet(Manifest.open(rooms), tile=32), dtype=float)
+    assert np.array_equal(sheet, again)
+    assert not np.array_equal(sheet, np.asarray(contact_sheet(Manifest.open(rooms), tile=32, seed=1))[: len(sheet)])
+    thumbnails = []
+    for file in sorted((image_folder / "scene0").iterdir()):
+        with Image.open(file) as image:
+            thumbnails.append(np.asarray(image.crop((4, 0, 44, 40)).resize((32, 32)), dtype=float))
+    first = sheet[16:48, :32]
+    assert min(np.abs(first - thumbnail).mean() for thumbnail in thumbnails) < 4
+
+
+def test_the_sheet_marks_what_cannot_be_read(rooms, image_folder):
+    for file in image_folder.rglob("*.png"):
+        file.write_bytes(b"broken")
+    sheet = np.asarray(contact_sheet(Manifest.open(rooms), tile=32))
+    assert (sheet[16:48, :32] == MISSING).all()
+
+
+def test_a_sheet_is_written(rooms, tmp_path, capsys):
+    assert main([str(rooms), "--sheet", str(tmp_path / "s.jpg"), "--sequences", "2"]) == 0
+    with Image.open(tmp_path / "s.jpg") as image:
+        assert image.size == (12 * 98 - 2, 2 * (16 + 98 + 2))
+
+
+def test_a_reader_may_close_the_pipe(rooms):
+    command = [sys.executable, "-m", "fastmum.data.inspect", str(rooms)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # long before the interpreter has started
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere.arrow"], "there is no manifest 'nowhere.arrow'"),
+        (["--sheet", "/proc/s.jpg"], "--sheet '/proc/s.jpg' cannot be written"),
+        (["--sheet", "s.doc"], "its name ends in .jpg or .png"),
+        (["--sequences", "0"], "--sequences is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_what_cannot_work_is_one_line(rooms, capsys, words, message):
+    assert main([*([] if words[0].startswith("nowhere") else [str(rooms)]), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
