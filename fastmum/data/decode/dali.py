@@ -30,7 +30,7 @@ TensorList = TensorListCPU | TensorListGPU
 log = logging.getLogger(__name__)
 
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})  # DALI's that are tested here to equal Pillow's
-CPU_RUN = 32  # most frames of a run on the CPU: bounds the memory for regions of large images
+CPU_RUN = 8  # most frames of a run on the CPU: bounds the memory for regions of large images
 GPU_THREADS = 4  # of each pipeline, for the part of JPEG decoding that stays on the CPU
 
 

@@ -14,5 +14,5 @@ def resize(region: np.ndarray, size: int) -> np.ndarray:
     third to a sixth of Pillow's time. It stays in the calling thread. Other operations of torch would not, and are kept
     out of decoding: in threads of Python's, each brings a pool of threads of its own, which spin beside the training.
     """
-    pixels = torch.from_numpy(np.ascontiguousarray(region)).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last
+    pixels = torch.from_numpy(np.ascontiguousarray(region))[None].permute(0, 3, 1, 2)  # channels last in memory
     return interpolate(pixels, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
