@@ -55,8 +55,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
     if len(k) != len(v):
         raise ValueError(f"k has {len(k)} tokens and v {len(v)}, but each key has a value")
     for name, cu, longest, tokens in (
-        ("cu_seqlens_q", spans.cu_q, spans.max_q, len(q)),
         ("cu_seqlens", spans.cu_k, spans.max_k, len(k)),
+        ("cu_seqlens_q", spans.cu_q, spans.max_q, len(q)),
     ):
         if cu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} has dtype {cu.dtype}, but must be int32 or int64")
@@ -68,4 +68,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
             if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
                 raise ValueError(f"{name} must rise from 0 to the number of tokens, {tokens}, but is {ends}")
             if (there := max(b - a for a, b in pairwise(ends))) > longest:
-                raise ValueError(f"{name} has a span of {there} tokens, but max_seqlen says {longest} at most")
+                bound = "max_seqlen" + name.removeprefix("cu_seqlens")
+                raise ValueError(f"{name} has a span of {there} tokens, but {bound} says {longest} at most")
