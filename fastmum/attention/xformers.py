@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def _forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> Tensor:
     from xformers.ops import memory_efficient_attention_forward
 
-    return memory_efficient_attention_forward(q[None], k[None], v[None], attn_bias=_mask(pairs, q, k))[0]
+    out = memory_efficient_attention_forward(q[None], k[None], v[None], attn_bias=_mask(pairs, q, k))
+    return out[0].contiguous()
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> tuple[Tensor, Tensor, Tensor]:
