@@ -136,7 +136,7 @@ def test_broken_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("flash_attn", "flash_attn_4"):
-        with pytest.raises(AttentionError, match="is installed but cannot be imported .*_ZN3c10.*pip install"):
+        with pytest.raises(AttentionError, match=r"is installed but cannot be imported .*_ZN3c10.*pip install"):
             choose_backend(name, "cuda")
 
 
@@ -154,7 +154,9 @@ def test_flash_attn_4_needs_hopper(monkeypatch: pytest.MonkeyPatch, capability: 
     if capability[0] >= 9:
         assert choose_backend("flash_attn_4", "cuda").name == "flash_attn_4"
     else:
-        with pytest.raises(AttentionError, match=f"sm_90 and later only, and this is sm_{capability[0]}{capability[1]};"):
+        with pytest.raises(
+            AttentionError, match=f"sm_90 and later only, and this is sm_{capability[0]}{capability[1]};"
+        ):
             choose_backend("flash_attn_4", "cuda")
 
 
@@ -362,7 +364,11 @@ def test_other_gpus_keep_torchs_kernels(
     [((9, 0), "flash_attn_interface", "FA3"), ((10, 0), "flash_attn.cute.interface", "FA4")],
 )
 def test_kernels_that_torch_cannot_use(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], module: str, name: str
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    module: str,
+    name: str,
 ) -> None:
     """torch's own activation refuses a module without kernels: it is said, and training goes on."""
     packages.install(monkeypatch, module)
@@ -421,5 +427,5 @@ def test_xformers_refuses_spans_on_one_side(
     monkeypatch: pytest.MonkeyPatch, queries: list[int], keys: list[int]
 ) -> None:
     packages.install_xformers(monkeypatch)
-    with pytest.raises(ValueError, match="xformers needs keys for every span of queries .* use 'sdpa'"):
+    with pytest.raises(ValueError, match=r"xformers needs keys for every span of queries .* use 'sdpa'"):
         by_xformers(problem(keys, 2, 16, queries=queries))

@@ -356,7 +356,12 @@ def test_wrong_arguments_are_named() -> None:
         ((x, x, x, cu[None], 4), {}, ValueError, r"^cu_seqlens has shape \(1, 3\)"),
         ((x, x, x, cu - 1, 4), {}, ValueError, "^cu_seqlens must rise from 0 to the number of tokens, 6"),
         ((x, x, x, torch.tensor([0, 7, 6]), 7), {}, ValueError, r"^cu_seqlens must rise from 0 .*is \[0, 7, 6\]"),
-        ((x, x, x, torch.tensor([0, 2, 5]), 4), {}, ValueError, "^cu_seqlens must rise from 0 to the number of tokens, 6"),
+        (
+            (x, x, x, torch.tensor([0, 2, 5]), 4),
+            {},
+            ValueError,
+            "^cu_seqlens must rise from 0 to the number of tokens, 6",
+        ),
         ((x, x, x, cu, 3), {}, ValueError, "^cu_seqlens has a span of 4 tokens, but max_seqlen says 3"),
         ((x[:4], x, x, cu, 4), {}, ValueError, "cu_seqlens_q must rise from 0 to the number of tokens, 4"),
         ((x[:4], x, x, cu, 4), {"cu_seqlens_q": cu[:2]}, ValueError, r"cu_seqlens_q has shape \(2,\)"),
