@@ -196,6 +196,8 @@ def test_call(
     assert [call[x] is y for x, y in zip(names, (q, k, v), strict=False)] == [True] * 3
     for cu in names[3:5]:
         assert (call[cu].device, call[cu].dtype, call[cu].shape) == (CUDA, torch.int32, (4,))
+    if cu_dtype == torch.int32:  # nothing to convert
+        assert [call[x] is y for x, y in zip(names[3:5], (cu_q, cu_k), strict=True)] == [True] * 2
     assert [call[x] for x in names[5:]] == [5, 9]
     assert all(type(call[x]) is int for x in names[5:])
     assert out is (result[0] if isinstance(result, tuple) else result)
