@@ -18,6 +18,18 @@ class AttentionError(RuntimeError):
     """A backend that cannot be used here; the message is one line for the user."""
 
 
+def is_installed(package: str) -> bool:
+    """Whether there is a module of that name.
+
+    Raises:
+        ImportError: the parent of a dotted name is there and cannot be imported.
+    """
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # no parent
+        return False
+
+
 class Backend(ABC):
     """One way to compute ragged attention.
 
@@ -40,13 +52,13 @@ class Backend(ABC):
         return self.why_no_package()
 
     def why_no_package(self) -> str | None:
-        """Why its package cannot be used, None where it can; nothing is imported."""
+        """Why its package cannot be used, None where it can; nothing is imported but the parents of a dotted name."""
         if self.package is None:
             return None
         try:
-            found = importlib.util.find_spec(self.package) is not None
-        except ModuleNotFoundError:  # the parent of a dotted name
-            found = False
+            found = is_installed(self.package)
+        except ImportError as error:  # built for another torch or CUDA
+            return f"the package '{self.package}' is installed but cannot be imported ({error}): {self.install}"
         return None if found else f"the package '{self.package}' is not installed: {self.install}"
 
     def plan(self, spans: Spans, device: torch.device) -> Plan:

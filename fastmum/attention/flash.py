@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from fastmum.attention.backend import Backend
+from fastmum.attention.backend import Backend, is_installed
 from fastmum.attention.spans import Spans
 
 log = logging.getLogger(__name__)
@@ -44,7 +43,7 @@ def _activate_newest(device: torch.device) -> None:
         return
     name, package = wanted
     try:
-        if importlib.util.find_spec(package) is None:
+        if not is_installed(package):
             return
         attention.activate_flash_attention_impl(name)
     except (ImportError, RuntimeError, ValueError) as error:

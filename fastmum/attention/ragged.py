@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -38,13 +40,13 @@ def ragged_attention(
         TypeError, ValueError: an argument that does not fit, named with what came and what is allowed.
     """
     cu_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
-    _check(q, k, v, cu_q, cu_seqlens)
-    spans = Spans(cu_q.int(), cu_seqlens.int(), max_seqlen if max_seqlen_q is None else max_seqlen_q, max_seqlen)
+    spans = Spans(cu_q, cu_seqlens, max_seqlen if max_seqlen_q is None else max_seqlen_q, max_seqlen)
+    _check(q, k, v, spans)
     chosen = choose_backend(backend, q.device)
     return chosen.attend(q, k, v, chosen.plan(spans, q.device))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim != 3 or x.shape[1:] != q.shape[1:]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but q, k and v must be (T, heads, width) alike")
@@ -52,13 +54,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> None:
             raise TypeError(f"{name} has dtype {x.dtype}, but q, k and v must be of one floating-point dtype")
     if len(k) != len(v):
         raise ValueError(f"k has {len(k)} tokens and v {len(v)}, but each key has a value")
-    for name, cu, tokens in (("cu_seqlens_q", cu_q, len(q)), ("cu_seqlens", cu_k, len(k))):
+    for name, cu, longest, tokens in (
+        ("cu_seqlens", spans.cu_k, spans.max_k, len(k)),
+        ("cu_seqlens_q", spans.cu_q, spans.max_q, len(q)),
+    ):
         if cu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} has dtype {cu.dtype}, but must be int32 or int64")
-        if cu.ndim != 1 or len(cu) != len(cu_k) or len(cu) < 2:
+        if cu.ndim != 1 or len(cu) != len(spans.cu_k) or len(cu) < 2:
             raise ValueError(f"{name} has shape {tuple(cu.shape)}, but must be (n + 1,) for n spans, n at least 1")
         # Reading it on a GPU would wait for the device; compiled code cannot look at it at all.
         if cu.device.type == "cpu" and not torch.compiler.is_compiling():
             ends = cu.tolist()
             if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
                 raise ValueError(f"{name} must rise from 0 to the number of tokens, {tokens}, but is {ends}")
+            if (there := max(b - a for a, b in pairwise(ends))) > longest:
+                bound = "max_seqlen" + name.removeprefix("cu_seqlens")
+                raise ValueError(f"{name} has a span of {there} tokens, but {bound} says {longest} at most")

@@ -42,6 +42,7 @@ class Spans:
         return cls(cu_frames * queries, cu_frames * keys, views * queries, views * keys)
 
     def to(self, device: torch.device) -> Spans:
-        """The same on a device; the copy to a GPU does not wait for it."""
-        cu_q, cu_k = (x.to(device, torch.int32, non_blocking=True) for x in (self.cu_q, self.cu_k))
+        """The same on a device; the copy to a GPU does not wait for it, the copy from one must: it is read at once."""
+        wait = device.type == "cpu"
+        cu_q, cu_k = (x.to(device, torch.int32, non_blocking=not wait) for x in (self.cu_q, self.cu_k))
         return Spans(cu_q, cu_k, self.max_q, self.max_k)

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 def _forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> Tensor:
     from xformers.ops import memory_efficient_attention_forward
 
-    return memory_efficient_attention_forward(q[None], k[None], v[None], attn_bias=_mask(pairs, q.device))[0]
+    out = memory_efficient_attention_forward(q[None], k[None], v[None], attn_bias=_mask(pairs, q, k))
+    return out[0].contiguous()
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> tuple[Tensor, Tensor, Tensor]:
     from xformers.ops import memory_efficient_attention_backward, memory_efficient_attention_forward_requires_grad
 
-    mask = _mask(pairs, q.device)
+    mask = _mask(pairs, q, k)
     inputs = q[None], k[None], v[None]
     # The shape of the log-sum-exp depends on the lengths, so it cannot be handed on: it is computed again.
     out, lse = memory_efficient_attention_forward_requires_grad(*inputs, attn_bias=mask)
@@ -33,9 +34,11 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) 
     return tuple(x[0].contiguous() for x in grads)
 
 
-def _mask(pairs: list[Pair], device: torch.device) -> BlockDiagonalMask:
+def _mask(pairs: list[Pair], q: Tensor, k: Tensor) -> BlockDiagonalMask:
     queries, keys = (tuple(span.stop - span.start for span in spans) for spans in zip(*pairs, strict=True))
-    return _mask_of_lengths(queries, keys, device)
+    if (sum(queries), sum(keys)) != (len(q), len(k)):  # blocks lie one behind another, so it would take wrong tokens
+        raise ValueError("xformers needs keys for every span of queries and queries for every span of keys; use 'sdpa'")
+    return _mask_of_lengths(queries, keys, q.device)
 
 
 @lru_cache(maxsize=4)  # of a batch there are two: all queries, and the masked ones of the last block

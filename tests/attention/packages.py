@@ -1,0 +1,214 @@
+"""Stand-ins for the attention packages, with the signatures of the real functions: a wrong argument fails here too.
+
+Signatures of flash-attn 2.8.4, flash-attn-4 of the same repository, and xformers 0.0.35.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from inspect import signature
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> None:
+    """Put a module of that name, with its parents, in the place of whatever is installed."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        part = ".".join(parts[:i])
+        if not isinstance(sys.modules.get(part), StandIn):
+            module = StandIn(part)
+            module.__spec__ = importlib.machinery.ModuleSpec(part, None, is_package=True)
+            monkeypatch.setitem(sys.modules, part, module)
+            if i > 1:
+                monkeypatch.setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], module, raising=False)
+    for member, value in members.items():
+        monkeypatch.setattr(sys.modules[name], member, value, raising=False)
+
+
+class StandIn(ModuleType):
+    """A module that no file holds."""
+
+
+class Recorded:
+    """Calls of a function, its arguments by name; what it returns is passed on."""
+
+    def __init__(self, like: Callable[..., object], result: Callable[..., object] | None = None) -> None:
+        self.calls: list[dict[str, object]] = []
+        self.results: list[object] = []
+        self._like, self._result = like, result or like
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        bound = signature(self._like).bind(*args, **kwargs)
+        self.calls.append(dict(bound.arguments))
+        bound.apply_defaults()
+        self.results.append(self._result(*bound.args, **bound.kwargs))
+        return self.results[-1]
+
+
+def flash_attn_2(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    alibi_slopes=None,
+    deterministic=False,
+    return_attn_probs=False,
+    block_table=None,
+) -> Tensor:
+    """`flash_attn.flash_attn_varlen_func`, version 2."""
+    return torch.empty_like(q)
+
+
+def flash_attn_4(
+    q,
+    k,
+    v,
+    qv=None,
+    cu_seqlens_q=None,
+    cu_seqlens_k=None,
+    max_seqlen_q=None,
+    max_seqlen_k=None,
+    min_seqlen_k=None,
+    seqused_q=None,
+    seqused_k=None,
+    gather_kv_indices=None,
+    page_table=None,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    learnable_sink=None,
+    softcap=0.0,
+    num_splits=1,
+    pack_gqa=None,
+    deterministic=False,
+    score_mod=None,
+    score_mod_bwd=None,
+    mask_mod=None,
+    block_sparse_tensors=None,
+    aux_tensors=None,
+    aux_scalars=None,
+    return_lse=False,
+    scheduler_metadata=None,
+    seqlen_k_per_split=None,
+    disable_scheduler_metadata=False,
+) -> tuple[Tensor, None]:
+    """`flash_attn.cute.flash_attn_varlen_func`; the log-sum-exp is None where nobody asked for it."""
+    return torch.empty_like(q), None
+
+
+# xformers, computing with plain products -----------------------------------------------------------------------------
+
+
+@dataclass
+class BlockDiagonalMask:
+    """`xformers.ops.fmha.attn_bias.BlockDiagonalMask`."""
+
+    queries: list[int]
+    keys: list[int]
+    device: torch.device
+
+    @classmethod
+    def from_seqlens(
+        cls,
+        q_seqlen: Sequence[int],
+        kv_seqlen: Sequence[int] | None = None,
+        *,
+        device: torch.device | None = None,
+    ) -> BlockDiagonalMask:
+        kv_seqlen = q_seqlen if kv_seqlen is None else kv_seqlen
+        assert isinstance(q_seqlen, list)
+        assert isinstance(kv_seqlen, list)
+        assert len(q_seqlen) == len(kv_seqlen)
+        return cls(q_seqlen, kv_seqlen, device)
+
+    def allowed(self) -> Tensor:
+        """(T_q, T_k), true within blocks."""
+        return torch.block_diag(
+            *(torch.ones(q, k) for q, k in zip(self.queries, self.keys, strict=True)),
+        ).bool()
+
+
+def _checked(function: Callable[..., object]) -> Callable[..., object]:
+    """As xformers checks: one batch of (tokens, heads, width), of as many tokens as the mask has."""
+
+    @wraps(function)
+    def checked(*args: object, **kwargs: object) -> object:
+        arguments = signature(function).bind(*args, **kwargs).arguments
+        mask = arguments["attn_bias"]
+        assert isinstance(mask, BlockDiagonalMask)
+        for name, tokens in (("query", mask.queries), ("key", mask.keys), ("value", mask.keys), ("grad", mask.queries)):
+            if name in arguments:
+                x = arguments[name]
+                assert x.ndim == 4
+                assert x.shape[:2] == (1, sum(tokens)), name
+                assert x.device == mask.device
+                assert x.dtype == arguments["query"].dtype
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _scores(query: Tensor, key: Tensor, mask: BlockDiagonalMask) -> Tensor:
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    return scores.masked_fill(~mask.allowed(), -torch.inf)
+
+
+@_checked
+def memory_efficient_attention_forward(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+) -> Tensor:
+    """`xformers.ops.memory_efficient_attention_forward`."""
+    return torch.einsum("bhqk,bkhd->bqhd", _scores(query, key, attn_bias).softmax(-1), value)
+
+
+@_checked
+def memory_efficient_attention_forward_requires_grad(
+    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
+) -> tuple[Tensor, Tensor]:
+    """`xformers.ops.memory_efficient_attention_forward_requires_grad` -> out, log-sum-exp (1, h, T_q)."""
+    scores = _scores(query, key, attn_bias)
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value), scores.logsumexp(-1)
+
+
+@_checked
+def memory_efficient_attention_backward(
+    grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`xformers.ops.memory_efficient_attention_backward`, from the log-sum-exp as the real one."""
+    P = (_scores(query, key, attn_bias) - lse[..., None]).exp()
+    dP = torch.einsum("bqhd,bkhd->bhqk", grad, value)
+    dS = P * (dP - (grad * output).sum(-1).mT[..., None]) / query.shape[-1] ** 0.5
+    return (
+        torch.einsum("bhqk,bkhd->bqhd", dS, key),
+        torch.einsum("bhqk,bqhd->bkhd", dS, query),
+        torch.einsum("bhqk,bqhd->bkhd", P, grad),
+    )
+
+
+def install_xformers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorded]:
+    """All that fastmum calls of xformers; the calls of each by name."""
+    functions = (
+        memory_efficient_attention_forward,
+        memory_efficient_attention_forward_requires_grad,
+        memory_efficient_attention_backward,
+    )
+    recorded = {function.__name__: Recorded(function) for function in functions}
+    install(monkeypatch, "xformers.ops", **recorded)
+    install(monkeypatch, "xformers.ops.fmha.attn_bias", BlockDiagonalMask=BlockDiagonalMask)
+    return recorded
