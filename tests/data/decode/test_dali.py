@@ -98,3 +98,25 @@ def test_a_dali_that_fails_on_everything_is_an_error_and_not_a_silent_pillow(fil
     monkeypatch.setattr(decoder._runner, "_define", lambda max_frames: Broken())
     with pytest.raises(RuntimeError, match="out of memory"):
         decoder.decode(files, *draw(len(files)))
+
+
+def test_the_output_of_a_run_outlives_the_next_run(files):
+    """It is handed over without a copy."""
+    pipeline = define_pipeline("cpu", SIZE, "frames", max_frames=4, threads=1, device_id=None)
+    assert pipeline.exec_dynamic
+
+    def run(file):
+        output = pipeline.run(
+            encoded=[np.frombuffer(file.read_bytes(), np.uint8)],
+            anchor=np.zeros((1, 2), np.int32),
+            shape=np.full((1, 2), 100, np.int32),
+            mirror=np.zeros(1, np.int32),
+        )[0]
+        return torch.from_dlpack(output.as_tensor())
+
+    first = run(files[0])
+    before = first.clone()
+    for file in files[1:]:
+        run(file)
+    assert torch.equal(first, before)
+    assert not torch.equal(run(files[1]), before)
