@@ -12,6 +12,15 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastmum/__init__.py").read_text(), re.M).group(1)
 
+EXTRAS = {
+    "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
+    "colmap": ["pycolmap>=3.12", "scipy>=1.12"],
+    "video": ["av>=14"],
+    "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
+    "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
+    "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
+}
+
 setup(
     name="fastmum",
     version=VERSION,
@@ -32,19 +41,22 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "natsort>=8.4",
+        "pyarrow>=16",
         "platformdirs>=4.2",
         # Its wheel carries the photographs that the embedded scenes are textured with.
         "scikit-image>=0.24",
     ],
     extras_require={
-        "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
-        "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
+        **EXTRAS,
         "dev": [
+            # What can be tested without a GPU.
+            *EXTRAS["dali"],
+            *EXTRAS["colmap"],
+            *EXTRAS["video"],
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",
             "ruff>=0.6",
-            "scipy>=1.12",
             "setuptools>=77",
         ],
     },

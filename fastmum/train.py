@@ -140,7 +140,7 @@ def build_model(config: Config, device: torch.device) -> MuM:
         ConfigError: `model.attention` cannot be used there.
     """
     try:
-        backend = choose_backend(config.model.attention, device)
+        backend = choose_backend(config.model.attention, device, PRECISION[config.train.precision])
     except AttentionError as error:
         raise ConfigError(f"model.attention: {error}") from None
     log.info("attention across frames: %s", backend.name)

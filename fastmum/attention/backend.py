@@ -30,6 +30,9 @@ def is_installed(package: str) -> bool:
         return False
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 class Backend(ABC):
     """One way to compute ragged attention.
 
@@ -39,11 +42,19 @@ class Backend(ABC):
         name: as in `model.attention`.
         package: module that it needs, or None.
         install: how to get it.
+        dtypes: that its kernels compute in, None for all.
     """
 
     name: ClassVar[str]
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
     package: ClassVar[str | None] = None
     install: ClassVar[str] = ""
+
+    def why_not_dtype(self, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot compute in `dtype`, None where it can."""
+        if self.dtypes is None or dtype in self.dtypes:
+            return None
+        return f"it computes in bfloat16 and float16, and this is {str(dtype).removeprefix('torch.')}"
 
     def why_not(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device`, with the remedy; None where it can."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastmum.attention.backend import AttentionError, Backend
+from fastmum.attention.backend import HALF, AttentionError, Backend
 from fastmum.attention.flash import Flash
 from fastmum.attention.flash_attn import FlashAttn2
 from fastmum.attention.flash_attn_4 import FlashAttn4
@@ -15,21 +15,26 @@ from fastmum.attention.xformers import Xformers
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Flash(), FlashAttn2(), FlashAttn4(), Xformers(), Sdpa(), Flex())
 }
-AUTO = {"cuda": "flash"}  # everything else: sdpa
 
 
-def choose_backend(name: str = "auto", device: torch.device | str = "cpu") -> Backend:
-    """The backend of that name; "auto" is `flash` on CUDA and `sdpa` elsewhere.
+def choose_backend(
+    name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> Backend:
+    """The backend of that name; "auto" is `flash` on CUDA in bfloat16 and float16, and `sdpa` else.
+
+    Args:
+        name: "auto" or a key of `BACKENDS`.
+        device, dtype: of queries, keys and values.
 
     Raises:
-        AttentionError: no such backend, or it cannot run on `device`; the message says why and what to do.
+        AttentionError: no such backend, or it cannot do that; the message says why and what to do.
     """
     device = torch.device(device)
     if name == "auto":
-        name = AUTO.get(device.type, "sdpa")
+        name = "flash" if device.type == "cuda" and dtype in HALF else "sdpa"
     if name not in BACKENDS:
         raise AttentionError(f"attention backend '{name}' is unknown; one of auto, {', '.join(BACKENDS)} is allowed")
-    reason = BACKENDS[name].why_not(device)
+    reason = BACKENDS[name].why_not(device) or BACKENDS[name].why_not_dtype(dtype)
     if reason is not None:
         raise AttentionError(f"attention backend '{name}' cannot be used: {reason}; 'auto' takes what is there")
     return BACKENDS[name]

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastmum.attention.backend import Backend, is_installed
+from fastmum.attention.backend import HALF, Backend, is_installed
 from fastmum.attention.spans import Spans
 
 log = logging.getLogger(__name__)
@@ -18,6 +18,7 @@ class Flash(Backend):
     """`torch.nn.attention.varlen.varlen_attn`, the default on CUDA."""
 
     name = "flash"
+    dtypes = HALF
     package = "torch.nn.attention.varlen"
     install = "it comes with torch 2.10 and later"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmum.attention.backend import Backend
+from fastmum.attention.backend import HALF, Backend
 from fastmum.attention.spans import Spans
 
 
@@ -12,6 +12,7 @@ class FlashAttn2(Backend):
     """`flash_attn.flash_attn_varlen_func`."""
 
     name = "flash_attn"
+    dtypes = HALF
     package = "flash_attn.flash_attn_interface"
     install = "pip install 'fastmum[flash]' builds it from source, which needs nvcc"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmum.attention.backend import Backend
+from fastmum.attention.backend import HALF, Backend
 from fastmum.attention.spans import Spans
 
 
@@ -13,6 +13,7 @@ class FlashAttn4(Backend):
     """`flash_attn.cute.flash_attn_varlen_func`."""
 
     name = "flash_attn_4"
+    dtypes = HALF
     package = "flash_attn.cute"
     install = "pip install 'fastmum[flash4]'"
 

@@ -42,7 +42,7 @@ def ragged_attention(
     cu_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     spans = Spans(cu_q, cu_seqlens, max_seqlen if max_seqlen_q is None else max_seqlen_q, max_seqlen)
     _check(q, k, v, spans)
-    chosen = choose_backend(backend, q.device)
+    chosen = choose_backend(backend, q.device, q.dtype)
     return chosen.attend(q, k, v, chosen.plan(spans, q.device))
 
 

@@ -10,7 +10,7 @@ n sequences packed one behind another, T = F * (1 + P) packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastmum.attention import Plan, Spans, choose_backend, dense_attention
+from fastmum.attention import Spans, choose_backend, dense_attention
 from fastmum.kernels import patch_loss, scatter_tokens
 from fastmum.model.block import Asking, Block, Context, packed
 from fastmum.model.config import ModelConfig
@@ -45,15 +45,15 @@ class MuMOutput(NamedTuple):
 
 
 class Views(NamedTuple):
-    """Which tokens see each other across frames, as the attention backend wants to know it.
+    """Attention across the frames of each sequence: q, k, v -> output, by the backend and its plan for the batch.
 
     Args:
         all: every token asks.
         masked: the masked patches ask, as in the last block.
     """
 
-    all: Plan
-    masked: Plan
+    all: Callable[[Tensor, Tensor, Tensor], Tensor]
+    masked: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class MuM(Encoder):
@@ -111,13 +111,15 @@ class MuM(Encoder):
         self, lengths: Tensor, num_frames: int, num_patches: int, masked: int, max_views: int, device: torch.device
     ) -> Views:
         """Everything that depends on the lengths: made here, on the host, so that what follows never changes shape."""
-        backend = choose_backend(self.attention, device)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.mask_token.dtype
+        backend = choose_backend(self.attention, device, dtype)
         tokens = 1 + num_patches
-        plans = (
+        plans = [
             backend.plan(Spans.of_frames(lengths, num_frames, queries, tokens, max_views), device)
             for queries in (tokens, masked)
-        )
-        return Views(*plans)
+        ]
+        return Views(*(partial(backend.attend, plan=plan) for plan in plans))
 
     def _autoencode(self, pixels: Pixels, noise: Tensor, visible: int, views: Views) -> MuMOutput:
         """The whole of the computation: static in shape, no Python that depends on data."""
@@ -140,13 +142,12 @@ class MuM(Encoder):
         positions = torch.arange(-1, num_patches, device=x_TE.device).repeat(num_frames)
         sin, cos = self.rope_embed_decoder.tables(*grid)
         within_frame = partial(dense_attention, span=1 + num_patches)
-        backend = choose_backend(self.attention, x_TE.device)
         frame = Context(within_frame, positions, sin, cos, special="keep")
         # The released model zeroes q and k of CLS in global blocks; its weights expect that.
-        scene = Context(partial(backend.attend, plan=views.all), positions, sin, cos, special="zero")
+        scene = Context(views.all, positions, sin, cos, special="zero")
         # Nothing but masked patches is looked at behind the last block.
         asking = Asking(masked_ids, masked_ids.flatten())
-        last = replace(scene, attend=partial(backend.attend, plan=views.masked), asking=asking)
+        last = replace(scene, attend=views.masked, asking=asking)
         final = len(self.decoder_global_blocks) - 1
         for i, blocks in enumerate(zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True)):
             frame_block, global_block = blocks

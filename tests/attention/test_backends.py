@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 TORCHS_OWN = {"flash": "torch.nn.attention.varlen", "flex": "torch.nn.attention.flex_attention"}
 PACKAGE = {"flash_attn": "flash_attn", "flash_attn_4": "flash_attn", "xformers": "xformers", **TORCHS_OWN}
-NO_EXTRA = pytest.mark.xfail(strict=True, reason="setup.py has no such extra yet")
 QUERIES, KEYS = [3, 1, 5], [5, 1, 9]
 
 
@@ -116,8 +115,8 @@ def test_absent_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     "name",
     [
         "flash_attn",
-        pytest.param("flash_attn_4", marks=NO_EXTRA),
-        pytest.param("xformers", marks=NO_EXTRA),
+        "flash_attn_4",
+        "xformers",
     ],
 )
 def test_remedy_is_an_extra_that_exists(name: str) -> None:
@@ -381,3 +380,12 @@ def test_the_cpu_activates_nothing(monkeypatch: pytest.MonkeyPatch, activated: l
     packages.install(monkeypatch, "flash_attn_interface")
     BACKENDS["flash"].plan(Spans(cumulated(QUERIES), cumulated(KEYS), 5, 9), CPU)
     assert activated == []
+
+
+@pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
+def test_float32_is_not_for_flash(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(type(BACKENDS[name]), "why_not", lambda _self, _device: None)
+    assert choose_backend("auto", "cuda", torch.float32).name == "sdpa"
+    assert choose_backend(name, "cuda", torch.bfloat16).name == name
+    with pytest.raises(AttentionError, match="computes in bfloat16 and float16, and this is float32"):
+        choose_backend(name, "cuda", torch.float32)

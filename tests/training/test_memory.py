@@ -16,7 +16,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 torch.ones(1 << 24, dtype=torch.uint8)
 before = faults()
-for _ in range(20):
+for _ in range(60):
     torch.ones(1 << 26, dtype=torch.uint8)
 print(faults() - before)
 """
@@ -29,8 +29,8 @@ def test_pages_are_not_taken_away():
         command = [sys.executable, "-c", PROGRAM, choice]
         faults[choice] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     pages = (1 << 26) // 4096
-    assert faults["give"] > 10 * pages, "without being told, the library gives every tensor back"
-    assert faults["keep"] < 6 * pages, "a few until the heap is large enough, then none"
+    assert faults["give"] > 50 * pages, "without being told, the library gives every tensor back"
+    assert faults["keep"] < 10 * pages, "a few until the heap is large enough, then none"
 
 
 def test_other_systems_are_left_alone(monkeypatch):
