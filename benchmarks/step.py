@@ -190,15 +190,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    comparison.check()
-    for _ in range(args.rounds):
-        comparison.reference()
-        comparison.fastmum()
-    print(comparison.table())
-    if args.profile:
-        tables = [contestant.profile() for contestant in (comparison.reference, comparison.fastmum)]
-        args.profile.write_text("\n".join(tables), encoding="utf-8")
-    comparison.close()
+    try:
+        comparison.check()
+        for _ in range(args.rounds):
+            comparison.reference()
+            comparison.fastmum()
+        print(comparison.table())
+        if args.profile:
+            tables = [contestant.profile() for contestant in (comparison.reference, comparison.fastmum)]
+            args.profile.write_text("\n".join(tables), encoding="utf-8")
+    except AssertionError as error:
+        print(f"error: the two disagree, so there is nothing to time: {error}", file=sys.stderr)
+        return 2
+    finally:
+        comparison.close()
     return 0
 
 

@@ -12,7 +12,7 @@ PATCHES, VISIBLE = 256, 64
 
 
 def test_ragged_batches_cost_what_their_operations_cost(benchmark, capsys):
-    problem = make_problem(FRAMES, FRAMES, ["model.preset=mum_vitl16"])
+    problem = make_problem(FRAMES, FRAMES, ["model.preset=mum_vitl16", "model.compile=off"])
     lengths = [EQUAL, *RAGGED]
     steps = fastmum_steps(problem, lengths)
     for step in steps:

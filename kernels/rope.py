@@ -90,7 +90,11 @@ def rope_qk(
     if inplace:
         if qkv.stride(1) != 1:
             raise ValueError(f"qkv has strides {qkv.stride()}, but in place its rows must be contiguous")
-        return _RotateInPlace.apply(qkv, positions, sin, cos, rotated, special == "zero")
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            return _RotateInPlace.apply(qkv, positions, sin, cos, rotated, special == "zero")
+        # The compiler does not take an autograd function that marks what it changed where no gradient is recorded.
+        _rope_qk_(qkv, positions, sin, cos, rotated, special == "zero", False)
+        return qkv
     return _rope_qk(qkv, positions, sin, cos, rotated, special == "zero", False)
 
 

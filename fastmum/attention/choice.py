@@ -29,7 +29,12 @@ def choose_backend(
     Raises:
         AttentionError: no such backend, or it cannot do that; the message says why and what to do.
     """
-    device = torch.device(device)
+    return BACKENDS[_usable(name, str(device), str(dtype).removeprefix("torch."))]
+
+
+@torch.compiler.assume_constant_result  # the compiler need not follow how packages are found
+def _usable(name: str, device: str, dtype: str) -> str:
+    device, dtype = torch.device(device), getattr(torch, dtype)
     if name == "auto":
         name = "flash" if device.type == "cuda" and dtype in HALF else "sdpa"
     if name not in BACKENDS:
@@ -37,4 +42,4 @@ def choose_backend(
     reason = BACKENDS[name].why_not(device) or BACKENDS[name].why_not_dtype(dtype)
     if reason is not None:
         raise AttentionError(f"attention backend '{name}' cannot be used: {reason}; 'auto' takes what is there")
-    return BACKENDS[name]
+    return name

@@ -18,7 +18,12 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
 
     Returns:
         (T, h, d), contiguous.
+
+    Raises:
+        ValueError: a span that does not divide T.
     """
+    if span < 1 or len(q) % span:
+        raise ValueError(f"span is {span}, but must divide the number of tokens, {len(q)}")
     if by_products(q):
         ends = torch.arange(0, len(q) + 1, span, dtype=torch.int32)
         return attention_by_spans(q, k, v, ends, ends)

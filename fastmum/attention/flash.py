@@ -33,6 +33,7 @@ class Flash(Backend):
         return varlen_attn(q, k, v, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
 
 
+@torch.compiler.assume_constant_result
 @lru_cache
 def _activate_newest(device: torch.device) -> None:
     """Put FlashAttention 3 (Hopper) or 4 (Blackwell) in the place of torch's own, where its package is installed."""

@@ -47,6 +47,12 @@ def ragged_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, spans: Spans) -> None:
+    tensors = {"q": q, "k": k, "v": v, "cu_seqlens": spans.cu_k, "cu_seqlens_q": spans.cu_q}
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}, but must be a tensor")
+        if name in ("k", "v") and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q on {q.device}, but q, k and v must be on one device")
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim != 3 or x.shape[1:] != q.shape[1:]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but q, k and v must be (T, heads, width) alike")

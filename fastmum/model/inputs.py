@@ -100,10 +100,13 @@ def check_max_views(max_views: int | None, lengths: Tensor, num_frames: int) -> 
     """Take the bound on the frames of a sequence; without one it is the number of frames.
 
     Raises:
+        TypeError: not an integer.
         ValueError: a sequence is longer.
     """
     if max_views is None:
         return num_frames
+    if not hasattr(max_views, "__index__"):
+        raise TypeError(f"max_views is {max_views!r}, but must be an integer or None")
     if not torch.compiler.is_compiling() and max_views < int(lengths.max()):
         raise ValueError(f"max_views is {max_views}, but a sequence has {int(lengths.max())} frames")
     return max_views

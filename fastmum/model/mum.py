@@ -63,6 +63,7 @@ class MuM(Encoder):
     """
 
     attention = "auto"
+    compiled_autoencode: Callable[..., MuMOutput] | None = None  # `_autoencode`, where all of it is compiled
 
     def _build(self, config: ModelConfig) -> None:
         super()._build(config)
@@ -88,7 +89,8 @@ class MuM(Encoder):
         Args:
             frames: (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8, normalised inside.
             lengths: frames of each sequence, (n,) integers that sum to F; sequences lie one behind another. A list or
-                a tensor on the CPU, so that reading it does not wait for the device.
+                a tensor on the CPU, so that reading it does not wait for the device. A tensor may be padded with zeros;
+                where this function itself is compiled, its values are not checked.
             mask_ratio: share of masked patches; int(P * (1 - mask_ratio)) of every frame stay visible.
             noise: (F, P) uniform; the smallest of a row are visible, ties by index. None draws it.
             max_views: no sequence of any batch is longer; None: F. It bounds what attention kernels launch.
@@ -105,6 +107,8 @@ class MuM(Encoder):
             noise = torch.rand(num_frames, num_patches, device=frames.device)
         noise = check_noise(noise, num_frames, num_patches)
         views = self._views(lengths, num_frames, num_patches, num_patches - visible, max_views, frames.device)
+        if self.compiled_autoencode is not None:
+            return self.compiled_autoencode(self, pixels, noise, visible, views)
         return self._autoencode(pixels, noise, visible, views)
 
     def _views(

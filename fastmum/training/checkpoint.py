@@ -129,5 +129,8 @@ def restore(content: dict[str, Any], model: MuM, optimizer: AdamW) -> None:
     # The configuration decides these, not the checkpoint: a resumed run may change them.
     configured = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(content["optimizer"])
+    for weight, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):  # in the layout of their weight, whoever wrote them
+            state[name] = torch.empty_like(weight).copy_(state[name])
     for group, values in zip(optimizer.param_groups, configured, strict=True):
         group.update(values)

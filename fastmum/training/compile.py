@@ -12,6 +12,7 @@ import torch
 import torch._dynamo
 
 from fastmum.config.schema import COMPILE_MODES
+from fastmum.model.block import Block
 from fastmum.model.mum import MuM
 
 log = logging.getLogger(__name__)
@@ -53,18 +54,34 @@ def compile_model(model: MuM, mode: str, steps: int, backend: str | Callable = "
     if chosen != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     if chosen == "block":
-        for block in (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks):
+        for block in _blocks(model):
             block.compile(fullgraph=True, backend=backend)
     elif chosen == "full":
-        model._autoencode = torch.compile(model._autoencode, fullgraph=True, backend=backend)
+        model.compiled_autoencode = torch.compile(MuM._autoencode, fullgraph=True, backend=backend)
     return chosen
 
 
 @contextmanager
-def eager() -> Iterator[None]:
-    """Run compiled regions as they are written: evaluation has sizes of its own, and is not worth compiling for."""
-    with torch.compiler.set_stance("force_eager"):
+def eager(model: MuM) -> Iterator[None]:
+    """Run the regions of a model as they are written: evaluation has sizes of its own, not worth compiling for.
+
+    Attention that is compiled by itself (`flex`) stays so: as written, it would hold the scores of all tokens at once.
+    """
+    blocks = [(block, block._compiled_call_impl) for block in _blocks(model)]
+    whole = model.compiled_autoencode
+    for block, _ in blocks:
+        block._compiled_call_impl = None
+    model.compiled_autoencode = None
+    try:
         yield
+    finally:
+        for block, compiled in blocks:
+            block._compiled_call_impl = compiled
+        model.compiled_autoencode = whole
+
+
+def _blocks(model: MuM) -> tuple[Block, ...]:
+    return (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks)
 
 
 def has_cpp_compiler() -> bool:

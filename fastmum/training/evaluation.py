@@ -76,7 +76,7 @@ class Evaluation:
 
     def _output(self, model: MuM, batch: Batch, index: int) -> MuMOutput:
         noise = noise_for(self.config, EVAL_SEED, index, len(batch.frames))
-        with eager():
+        with eager(model):
             return forward(model, batch, noise, self.config, self.device)
 
 

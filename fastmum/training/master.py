@@ -3,7 +3,7 @@
 Under autocast every step casts every matrix to bfloat16, and every gradient back: 12 bytes a parameter that compute
 nothing, and take a quarter as long as the matrix products on a CPU. Here the model holds the matrices in bfloat16,
 their gradients are bfloat16, and the optimiser keeps the float32 master of each and renews both in one pass. The
-numbers are those of autocast, bit for bit: it is the same rounding, done once.
+numbers are those of autocast, bit for bit, with one backward pass a step: it is the same rounding, done once.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class MasterWeights:
             if isinstance(module, MATRICES) and module.weight.dtype != dtype:
                 self._masters[f"{name}.weight"] = module.weight.detach()
                 module.weight.data = module.weight.detach().to(dtype)
+        model.register_load_state_dict_post_hook(self._renew)
 
     def named(self) -> list[tuple[str, nn.Parameter, Tensor | None]]:
         """Name, parameter of the model and master, None where the parameter is float32 itself."""
@@ -40,7 +41,12 @@ class MasterWeights:
         return state | {name: master.contiguous() for name, master in self._masters.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take weights, as the model's own `load_state_dict` does."""
+        """Take weights, unrounded; the model's own `load_state_dict` knows them only as it computes with them."""
         self.model.load_state_dict(state)  # rounds, and complains about what does not fit
         for name, master in self._masters.items():
             master.copy_(state[name])
+
+    def _renew(self, model: nn.Module, _incompatible: object) -> None:
+        """Masters of weights that were loaded behind our back."""
+        for name, master in self._masters.items():
+            master.copy_(model.get_parameter(name))

@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, optim: OptimSection, dtype: torch.dtype = 
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW on float32 weights; the model's bfloat16 copies of them are renewed on the way.
+    """Fused AdamW on float32 weights; the model's bfloat16 copies of them are renewed on the way.
 
     One pass over pieces that stay in the cache: the gradient is widened, the master updated, the copy rounded. State
     and its layout are those of `torch.optim.AdamW`.
@@ -103,7 +103,7 @@ class Piece(NamedTuple):
         """The same elements of another tensor with the same shape, (stop - start,)."""
         if like.stride() != self.tensor.stride():
             raise RuntimeError(
-                f"strides {like.stride()} of a gradient differ from {self.tensor.stride()} of its weight"
+                f"strides {like.stride()} of a gradient or moment differ from {self.tensor.stride()} of its weight"
             )
         return like.as_strided((self.stop - self.start,), (1,), like.storage_offset() + self.start)
 

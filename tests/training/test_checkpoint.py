@@ -43,6 +43,33 @@ def test_everything_comes_back(tmp_path, trained):
     torch.testing.assert_close(other_optimizer.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_another_precision_goes_on_with_the_same_weights(tmp_path, tiny, before, after):
+    optimizer = build_optimizer(tiny, OptimSection(), before)
+    save_checkpoint(tmp_path, 1, tiny, optimizer, {}, keep=1)
+    state = optimizer.weights.state_dict()
+    other = MuM(tiny.config)
+    resumed = build_optimizer(other, OptimSection(), after)
+    restore(load_newest(tmp_path), other, resumed)
+    torch.testing.assert_close(resumed.weights.state_dict(), state, rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        other(torch.randn(2, 3, 32, 32), [2], 0.5).loss.backward()
+    resumed.step()
+
+
+def test_moments_in_another_memory_layout_are_taken(tmp_path, trained):
+    model, optimizer = trained
+    save(tmp_path, trained, 5)
+    content = load_newest(tmp_path)
+    for state in content["optimizer"]["state"].values():
+        state["exp_avg"] = state["exp_avg"].contiguous()
+    other = build_optimizer(model, OptimSection())
+    restore(content, model, other)
+    torch.testing.assert_close(other.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+    model(torch.randn(2, 3, 32, 32), [2], 0.5).loss.backward()
+    other.step()
+
+
 def test_the_configuration_decides_the_decay_of_a_resumed_run(tmp_path, trained):
     save(tmp_path, trained, 5)
     other = build_optimizer(trained[0], OptimSection(weight_decay=0.2))

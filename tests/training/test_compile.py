@@ -53,7 +53,7 @@ def loss_and_gradients(model: MuM, seed: int) -> tuple[torch.Tensor, dict[str, t
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(frames, lengths, 0.5, noise).loss
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad()
     return loss.detach(), gradients
 
@@ -109,9 +109,52 @@ def test_evaluation_compiles_nothing(tiny, compiler):
     counter = CompileCounterWithBackend("eager")
     compile_model(tiny, "block", steps=1, backend=counter)
     frames, lengths, noise = batch(0)
-    with eager(), torch.no_grad():
+    with eager(tiny), torch.no_grad():
         tiny(frames, lengths, 0.5, noise)
     assert counter.frame_count == 0
+    tiny(frames, lengths, 0.5, noise)
+    assert counter.frame_count > 0, "afterwards they are compiled as before"
+
+
+def test_what_else_is_compiled_stays_so_in_evaluation(tiny):
+    """FlexAttention as written would hold the scores of all tokens with all tokens."""
+    counter = CompileCounterWithBackend("eager")
+    double = torch.compile(lambda x: 2 * x, backend=counter)
+    with eager(tiny):
+        double(torch.ones(3))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("mode", REGIONS)
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_compiled_regions_run_without_gradients(small, compiler, mode, guard):
+    plain = copy.deepcopy(small)
+    compile_model(small, mode, steps=1, backend="aot_eager")
+    frames, lengths, noise = batch(0)
+    with guard():
+        torch.testing.assert_close(small(frames, lengths, 0.5, noise).loss, plain(frames, lengths, 0.5, noise).loss)
+
+
+def test_a_frozen_encoder_compiles(small, compiler):
+    plain = copy.deepcopy(small)
+    for model in (small, plain):
+        for parameter in (*model.blocks.parameters(), *model.patch_embed.parameters(), model.cls_token):
+            parameter.requires_grad_(False)
+    compile_model(small, "block", steps=1, backend="aot_eager")
+    assert_same(loss_and_gradients(small, 0), loss_and_gradients(plain, 0))
+
+
+@pytest.mark.parametrize("mode", REGIONS)
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own(tiny, compiler, mode):
+    compile_model(tiny, mode, steps=1, backend="eager")
+    frames, lengths, noise = batch(0)
+    before = tiny(frames, lengths, 0.5, noise).pred
+    twin = copy.deepcopy(tiny)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(frames, lengths, 0.5, noise).pred.any()
+    assert torch.equal(tiny(frames, lengths, 0.5, noise).pred, before)
 
 
 @pytest.mark.parametrize(

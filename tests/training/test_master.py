@@ -92,3 +92,9 @@ def test_a_gradient_in_another_layout_is_refused():
     piece = optim.Piece(torch.zeros(4, 6), 0, 24)
     with pytest.raises(RuntimeError, match="strides"):
         piece.of(torch.zeros(6, 4).t())
+
+
+def test_weights_loaded_into_the_model_reach_the_masters(tiny):
+    weights = MasterWeights(tiny, torch.bfloat16)
+    tiny.load_state_dict({name: torch.ones_like(value) for name, value in tiny.state_dict().items()})
+    assert all((value == 1).all() for value in weights.state_dict().values())
