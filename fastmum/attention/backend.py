@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmum.attention.spans import Spans
 
+HALF = (torch.bfloat16, torch.float16)  # what FlashAttention's kernels compute in
 Plan = object  # what a backend makes of spans: spans on its device, a mask, ...
 
 
@@ -30,9 +31,6 @@ def is_installed(package: str) -> bool:
         return False
 
 
-HALF = (torch.bfloat16, torch.float16)
-
-
 class Backend(ABC):
     """One way to compute ragged attention.
 
@@ -50,12 +48,6 @@ class Backend(ABC):
     package: ClassVar[str | None] = None
     install: ClassVar[str] = ""
 
-    def why_not_dtype(self, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot compute in `dtype`, None where it can."""
-        if self.dtypes is None or dtype in self.dtypes:
-            return None
-        return f"it computes in bfloat16 and float16, and this is {str(dtype).removeprefix('torch.')}"
-
     def why_not(self, device: torch.device) -> str | None:
         """Why this backend cannot run on `device`, with the remedy; None where it can."""
         if device.type != "cuda":
@@ -71,6 +63,12 @@ class Backend(ABC):
         except ImportError as error:  # built for another torch or CUDA
             return f"the package '{self.package}' is installed but cannot be imported ({error}): {self.install}"
         return None if found else f"the package '{self.package}' is not installed: {self.install}"
+
+    def why_not_dtype(self, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot compute in `dtype`, None where it can."""
+        if self.dtypes is None or dtype in self.dtypes:
+            return None
+        return f"it computes in bfloat16 and float16, and this is {str(dtype).removeprefix('torch.')}"
 
     def plan(self, spans: Spans, device: torch.device) -> Plan:
         """What `attend` needs to know about the spans."""

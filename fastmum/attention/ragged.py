@@ -27,7 +27,7 @@ def ragged_attention(
     Args:
         q, k, v: (T, h, d) of one floating-point dtype, any strides.
         cu_seqlens: (n + 1,) int32 or int64, where spans begin and end: 0, L_0, L_0 + L_1, ..., T. Spans may be empty.
-            On the device of q or on the CPU; `sdpa` and `xformers` read it on the CPU.
+            On the device of q or on the CPU; `sdpa`, `xformers` and `flex` read it on the CPU.
         max_seqlen: no span is longer.
         backend: "auto" or a name of `BACKENDS`.
         cu_seqlens_q, max_seqlen_q: spans of queries, where q has (T_q, h, d) with fewer tokens than k and v.
