@@ -64,7 +64,7 @@ class Faults:
         """Note a bad frame, which must have been given to `read`.
 
         Raises:
-            DataError: too many frames of its data set are bad, or the log cannot be written.
+            DataError: the log cannot be written.
         """
         with self._lock:
             if row in self._bad:
@@ -79,7 +79,18 @@ class Faults:
                 log.warning("'%s' cannot be decoded and is replaced by another frame: %s", file, reason)
             if self._log:
                 self._log.write(name, file, reason)
-            self._check(number)
+
+    def check(self) -> None:
+        """To be called once the bad ones among the frames given to `read` were given to `add`.
+
+        Good frames can stop a run too: they take away the doubt about the share among those not yet read.
+
+        Raises:
+            DataError: too many frames of a data set are bad.
+        """
+        with self._lock:
+            for number in self._first:
+                self._check(number)
 
     def replacements(self, row: int, taken: set[int]) -> Iterator[int]:
         """Rows that may take the place of a bad one, in an order that depends on the arguments alone.

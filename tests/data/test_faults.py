@@ -31,6 +31,7 @@ def manifests_of(tmp_path):
 def fail(faults, rows, reason="truncated"):
     for row in rows:
         faults.add(row, faults.manifests.file(row), reason)
+    faults.check()
 
 
 def test_frames_are_counted_once_by_data_set(manifests_of, caplog):
@@ -104,6 +105,36 @@ def test_more_than_five_per_cent_of_a_data_set_stop_the_run(manifests_of, tmp_pa
 )
 def test_where_the_limit_is(manifests_of, length, read, limit):
     assert stops_at(Faults(manifests_of(a=[length])), range(read), range(min(read, 600))) == limit
+
+
+def test_good_frames_can_settle_the_verdict(manifests_of):
+    """11 of 180 may be chance while 20 are unread; 11 of 200 are more than 5 %."""
+    faults = Faults(manifests_of(a=[200], b=[200]))
+    faults.read(np.arange(180))
+    fail(faults, range(11))
+    faults.read(np.arange(200, 400))
+    faults.check()
+    faults.read(np.arange(180, 200))
+    with pytest.raises(DataError, match="11 of 200 frames of the data set 'a'"):
+        faults.check()
+
+
+@pytest.mark.parametrize("bad", [10, 11])
+def test_the_verdict_over_all_frames_is_exact_in_every_order(manifests_of, bad):
+    """10 of 200 are 5 %, and never stop once the last was read; 11 always have stopped by then."""
+    manifests = manifests_of(a=[200])
+    for seed in range(20):
+        faults, order = Faults(manifests), np.random.default_rng(seed).permutation(200)
+        broken = set(np.random.default_rng((seed, 1)).permutation(200)[:bad].tolist())
+        stopped = None
+        for begin in range(0, 200, 20):
+            rows = order[begin : begin + 20]
+            faults.read(rows)
+            try:
+                fail(faults, broken.intersection(rows.tolist()))
+            except DataError:
+                stopped = begin + 20
+        assert (stopped == 200) == (bad == 11)
 
 
 def test_a_share_of_four_per_cent_hardly_ever_stops_a_run_and_ten_per_cent_soon_do(manifests_of):

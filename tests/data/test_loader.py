@@ -151,6 +151,15 @@ def test_more_than_five_per_cent_stop_the_loop(manifests, decoder, tmp_path):
     assert not decode_threads()
 
 
+def test_a_good_batch_can_be_the_one_that_stops(manifests, decoder):
+    for row in (3, 4):
+        manifests.file(row).unlink()
+    loader = Loader(decoder, manifests, workers=1)
+    loader.load(whole(range(20)))
+    with pytest.raises(DataError, match="2 of 24 frames of the data set 'scenes' cannot be decoded"):
+        loader.load(whole(range(20, 24)))
+
+
 def test_threads_count_each_bad_frame_once(manifests, decoder):
     manifests.file(5).unlink()
     loader = Loader(decoder, manifests, workers=4)
