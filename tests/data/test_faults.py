@@ -68,6 +68,56 @@ def test_every_bad_frame_is_listed_once_even_over_runs_and_processes(manifests_o
     assert lines == [[manifests.datasets[row >= 500], str(manifests.file(row)), "truncated"] for row in (1, 700, 2, 3)]
 
 
+def test_a_resumed_run_goes_on_counting(manifests_of, tmp_path):
+    manifests, log = manifests_of(a=[500], b=[500], c=[500]), tmp_path / "bad_frames.log"
+    before = Faults(manifests, log)
+    before.read(np.arange(1000))
+    fail(before, [1, 2, 700])
+    with open(log, "a") as lines:
+        lines.write("a set of another run\t/images/0.jpg\tempty\n")
+    resumed = Faults(manifests, log)
+    assert resumed.counts == before.counts == {"a": 2, "b": 1}
+    resumed.read(np.arange(1500))
+    fail(resumed, [2, 3, 700, 1200])
+    assert resumed.counts == {"a": 3, "b": 1, "c": 1}, "those found again count once"
+    assert resumed.total == 5
+    assert Faults(manifests, log).counts == resumed.counts
+
+
+def test_frames_found_before_a_run_was_resumed_do_not_count_against_those_read_since(manifests_of, tmp_path):
+    manifests, log = manifests_of(a=[500]), tmp_path / "bad_frames.log"
+    before = Faults(manifests, log)
+    before.read(np.arange(500))
+    fail(before, range(25))
+    resumed = Faults(manifests, log)
+    resumed.read(np.arange(20, 50))
+    fail(resumed, [20])
+    assert resumed.total == 25
+
+
+def test_a_file_of_two_data_sets_is_bad_in_both(tmp_path):
+    paths = []
+    for name in ("a", "b"):
+        paths.append(tmp_path / f"{name}.arrow")
+        write_manifest(paths[-1], [SequenceRecord("s", ["0.jpg"])], dataset=name, root=tmp_path, metadata={})
+    faults = Faults(Manifests(paths), tmp_path / "bad_frames.log")
+    faults.read(np.arange(2))
+    fail(faults, [0, 1])
+    assert faults.counts == Faults(faults.manifests, tmp_path / "bad_frames.log").counts == {"a": 1, "b": 1}
+
+
+def test_a_log_that_cannot_be_read_is_named(manifests_of, tmp_path, monkeypatch):
+    (tmp_path / "bad_frames.log").write_text("")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    manifests = manifests_of(a=[5])
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match=r"bad_frames.log' cannot be read \(Permission denied\)"):
+        Faults(manifests, tmp_path / "bad_frames.log")
+
+
 def stops_at(faults, read, bad):
     """How many of the bad rows are noted before the run stops."""
     faults.read(np.asarray(read))
