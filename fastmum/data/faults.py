@@ -34,13 +34,15 @@ class Faults:
         manifests: the frames are rows of.
         log_file: gets a line for each bad frame: data set, file, reason. Those that it lists already, from before a run
             was resumed, are counted and not repeated.
+        held_out: (sequences,) bool; what is held out and what is not never replace each other. None: nothing is.
 
     Raises:
         DataError: the log cannot be read.
     """
 
-    def __init__(self, manifests: Manifests, log_file: Path | None = None) -> None:
+    def __init__(self, manifests: Manifests, log_file: Path | None = None, held_out: np.ndarray | None = None) -> None:
         self.manifests = manifests
+        self.held_out = np.zeros(manifests.num_sequences, bool) if held_out is None else held_out
         sets = len(manifests.datasets)
         self._log = _LogFile(log_file) if log_file is not None else None
         self._earlier = frozenset(self._log.listed) if self._log else frozenset()
@@ -110,13 +112,15 @@ class Faults:
         """Rows that may take the place of a bad one, in an order that depends on the arguments alone.
 
         First the other frames of its sequence from there on, those not in `taken` before those that are; then the
-        sequences that follow in its data set, where single images find theirs. Known bad frames are passed over.
+        sequences that follow in its data set and are held out as it is, where single images find theirs. Known bad
+        frames are passed over.
         """
         manifests = self.manifests
         own = int(manifests.sequence_of(row))
-        same_set = np.flatnonzero(manifests.dataset_of == manifests.dataset_of[own])
-        place = int(np.searchsorted(same_set, own))
-        for sequence in np.roll(same_set, -place)[:MAX_SEQUENCES].tolist():
+        alike = (manifests.dataset_of == manifests.dataset_of[own]) & (self.held_out == self.held_out[own])
+        sequences = np.flatnonzero(alike)
+        place = int(np.searchsorted(sequences, own))
+        for sequence in np.roll(sequences, -place)[:MAX_SEQUENCES].tolist():
             first, last = manifests.starts[sequence : sequence + 2].tolist()
             rows = [first + (row - first + i) % (last - first) for i in range(last - first)]
             for candidate in sorted(rows, key=taken.__contains__):

@@ -42,18 +42,26 @@ class Loader:
         manifests: the plans' rows are of.
         workers: threads, each with a whole batch at a time.
         bad_frames: file that lists the frames that cannot be decoded.
+        held_out: (sequences,) bool, see `Faults`.
 
     Attributes:
         wait_seconds: time that callers of `batches` have waited for a batch.
         faults: the frames that cannot be decoded.
     """
 
-    def __init__(self, decoder: Decoder, manifests: Manifests, workers: int, bad_frames: Path | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        manifests: Manifests,
+        workers: int,
+        bad_frames: Path | None = None,
+        held_out: np.ndarray | None = None,
+    ) -> None:
         self.decoder = decoder
         self.manifests = manifests
         self.workers = workers
         self.wait_seconds = 0.0
-        self.faults = Faults(manifests, bad_frames)
+        self.faults = Faults(manifests, bad_frames, held_out)
 
     def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
         """Decoded batches in the order of the plans; as many batches as workers are decoded ahead.
@@ -123,7 +131,7 @@ class Loader:
                 return frames[0], row
         file = self.manifests.file(int(plan.rows[index]))
         raise DataError(
-            f"'{file}' cannot be decoded, nor can any other frame of its sequence or of the next ones; "
+            f"'{file}' cannot be decoded, nor can any other frame of its sequence or of those that may replace it; "
             "restore the files, or leave the data set out"
         )
 

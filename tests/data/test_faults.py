@@ -217,6 +217,15 @@ def test_replacements_are_neighbours_that_the_batch_has_not(manifests_of):
     assert list(faults.replacements(5, taken={5, 6, 8}))[:2] == [3, 4]
 
 
+def test_what_is_held_out_and_what_is_not_never_replace_each_other(manifests_of):
+    held_out = np.array([False, True, False, True, False, True, True])
+    faults = Faults(manifests_of(a=[2] * 5, imagenet=[1, 1]), held_out=held_out)
+    assert list(faults.replacements(0, {0})) == [1, 4, 5, 8, 9]
+    assert list(faults.replacements(3, {2, 3})) == [2, 7, 6], "a duplicate in the sequence before another sequence"
+    assert list(faults.replacements(8, {8})) == [9, 0, 1, 4, 5]
+    assert list(faults.replacements(10, {10})) == [11]
+
+
 def test_single_images_are_replaced_by_the_next_of_their_set(manifests_of):
     faults = Faults(manifests_of(a=[5], imagenet=[1] * 50))
     assert list(faults.replacements(20, taken={20})) == [21, 22, 23]
