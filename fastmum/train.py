@@ -81,7 +81,7 @@ def train(config: Config) -> int:
         run.root.mkdir(parents=True, exist_ok=True)
     decoder = make_decoder(config.data.decoder, config.data.image_size, device, int(config.data.cache_gb * 1e9))
     sources = open_sources(config, run.root, resumed=start > 0)
-    loader = Loader(decoder, sources.manifests, config.data.workers, run.bad_frames)
+    loader = Loader(decoder, sources.manifests, config.data.workers, run.bad_frames, sources.is_held_out)
     evaluation = Evaluation(sources, loader, config, device)
     with _writing_to(run):
         run.config.write_text(config.to_yaml(), encoding="utf-8")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastmum.data.build import build
+from fastmum.data.loader import Loader
 from fastmum.train import main
 from fastmum.training.telemetry import read_metrics
 
@@ -189,6 +190,24 @@ def test_broken_images_are_counted_and_do_not_stop_a_run(image_folder, tmp_path)
     last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
     assert (last["bad_frames"], last["bad_frames/folder"]) == (1, 1)
     assert (tmp_path / "run/bad_frames.log").read_text().startswith(f"folder\t{broken}\t")
+
+
+def test_a_resumed_run_goes_on_counting_broken_images(image_folder, tmp_path):
+    broken = image_folder / "scene0/2.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(b"broken")
+    assert main(words(image_folder, tmp_path / "run")) == 0
+    broken.write_bytes(whole)
+    assert main(words(image_folder, tmp_path / "run", "train.steps=10")) == 0
+    assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["bad_frames/folder"] == 1
+
+
+def test_replacements_keep_to_the_split_of_the_run(image_folder, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("fastmum.train.Loader", lambda *args: seen.append(Loader(*args)) or seen[-1])
+    assert main(words(image_folder, tmp_path / "run")) == 0
+    (loader,) = seen
+    assert loader.faults.held_out.sum() == 1
 
 
 def test_a_data_set_of_broken_images_stops_the_run(image_folder, tmp_path, capsys):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -19,6 +21,7 @@ MIN_FRAMES = 20  # of a data set that must have been read before it can stop a r
 STANDARD_ERRORS = 3.0  # by which the share must be above MAX_SHARE while part of the data set has not been read
 MAX_SEQUENCES = 4  # to look for a replacement in: the frame's own and those behind it
 NAMED = 3  # files named in messages
+ENCODING = {"encoding": "utf-8", "errors": "surrogateescape"}  # of the log: names of files may be any bytes
 
 
 class Faults:
@@ -29,28 +32,39 @@ class Faults:
 
     Args:
         manifests: the frames are rows of.
-        log_file: gets a line for each bad frame: data set, file, reason. Lines of earlier runs are kept, not repeated.
+        log_file: gets a line for each bad frame: data set, file, reason. Those that it lists already, from before a run
+            was resumed, are counted and not repeated.
+        held_out: (sequences,) bool; what is held out and what is not never replace each other. None: nothing is.
 
-    Attributes:
-        counts: bad frames found by this process, by data set; only those that have any.
+    Raises:
+        DataError: the log cannot be read.
     """
 
-    def __init__(self, manifests: Manifests, log_file: Path | None = None) -> None:
+    def __init__(self, manifests: Manifests, log_file: Path | None = None, held_out: np.ndarray | None = None) -> None:
         self.manifests = manifests
-        self.counts: dict[str, int] = {}
+        self.held_out = np.zeros(manifests.num_sequences, bool) if held_out is None else held_out
         sets = len(manifests.datasets)
         self._log = _LogFile(log_file) if log_file is not None else None
+        self._earlier = frozenset(self._log.listed) if self._log else frozenset()
+        listed = Counter(dataset for dataset, _ in self._earlier)
+        self._counts = {name: listed[name] for name in manifests.datasets if listed[name]}
         self._lock = threading.Lock()
         self._bad: set[int] = set()
+        self._found = np.zeros(sets, np.int64)  # by this process, as `_read` is: their quotient is the share
         self._first: dict[int, list[Path]] = {}
         self._total = np.bincount(manifests.dataset_of, np.diff(manifests.starts), minlength=sets)
         self._read = np.zeros(sets, np.int64)
         self._was_read = np.zeros(manifests.num_frames, bool)  # pages that are not touched take no memory
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Bad frames by data set, only those that have any: found by this process, or listed before it began."""
+        return dict(self._counts)
+
+    @property
     def total(self) -> int:
         """Bad frames of all data sets."""
-        return len(self._bad)
+        return sum(self.counts.values())
 
     def read(self, rows: np.ndarray) -> None:
         """Note that an attempt was made to decode these frames, and that those not given to `add` were good."""
@@ -64,7 +78,7 @@ class Faults:
         """Note a bad frame, which must have been given to `read`.
 
         Raises:
-            DataError: too many frames of its data set are bad, or the log cannot be written.
+            DataError: the log cannot be written.
         """
         with self._lock:
             if row in self._bad:
@@ -72,26 +86,41 @@ class Faults:
             self._bad.add(row)
             number = int(self.manifests.dataset_of[self.manifests.sequence_of(row)])
             name = self.manifests.datasets[number]
-            self.counts[name] = self.counts.get(name, 0) + 1
+            self._found[number] += 1
+            if (name, str(file)) not in self._earlier:
+                self._counts[name] = self._counts.get(name, 0) + 1
             first = self._first.setdefault(number, [])
             if len(first) < NAMED:
                 first.append(file)
                 log.warning("'%s' cannot be decoded and is replaced by another frame: %s", file, reason)
             if self._log:
                 self._log.write(name, file, reason)
-            self._check(number)
+
+    def check(self) -> None:
+        """To be called once the bad ones among the frames given to `read` were given to `add`.
+
+        Good frames can stop a run too: they take away the doubt about the share among those not yet read.
+
+        Raises:
+            DataError: too many frames of a data set are bad.
+        """
+        with self._lock:
+            for number in self._first:
+                self._check(number)
 
     def replacements(self, row: int, taken: set[int]) -> Iterator[int]:
         """Rows that may take the place of a bad one, in an order that depends on the arguments alone.
 
         First the other frames of its sequence from there on, those not in `taken` before those that are; then the
-        sequences that follow in its data set, where single images find theirs. Known bad frames are passed over.
+        sequences that follow in its data set and are held out as it is, where single images find theirs. Known bad
+        frames are passed over.
         """
         manifests = self.manifests
         own = int(manifests.sequence_of(row))
-        same_set = np.flatnonzero(manifests.dataset_of == manifests.dataset_of[own])
-        place = int(np.searchsorted(same_set, own))
-        for sequence in np.roll(same_set, -place)[:MAX_SEQUENCES].tolist():
+        alike = (manifests.dataset_of == manifests.dataset_of[own]) & (self.held_out == self.held_out[own])
+        sequences = np.flatnonzero(alike)
+        place = int(np.searchsorted(sequences, own))
+        for sequence in np.roll(sequences, -place)[:MAX_SEQUENCES].tolist():
             first, last = manifests.starts[sequence : sequence + 2].tolist()
             rows = [first + (row - first + i) % (last - first) for i in range(last - first)]
             for candidate in sorted(rows, key=taken.__contains__):
@@ -99,7 +128,7 @@ class Faults:
                     yield candidate
 
     def _check(self, number: int) -> None:
-        bad, read, total = self.counts[self.manifests.datasets[number]], int(self._read[number]), self._total[number]
+        bad, read, total = self._found[number], self._read[number], self._total[number]
         unread = 1 - read / total
         error = np.sqrt(MAX_SHARE * (1 - MAX_SHARE) * read * unread)
         if read < MIN_FRAMES or bad <= MAX_SHARE * read + STANDARD_ERRORS * error:
@@ -114,22 +143,41 @@ class Faults:
 
 
 class _LogFile:
-    """A file of bad frames that names each once, whichever process found it."""
+    """A file of bad frames that names each once for a data set, whichever process found it.
+
+    Attributes:
+        listed: data set and file of every line that was seen.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listed: set[tuple[str, str]] = set()
         self._read_until = 0
-        self._listed: set[str] = set()
+        if not path.is_file():
+            return
+        try:
+            with open(path, **ENCODING) as lines:
+                self._read(lines)
+        except OSError as error:
+            raise DataError(f"'{path}' cannot be read ({error.strerror or error})") from None
 
     def write(self, dataset: str, file: Path, reason: str) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+", encoding="utf-8", errors="surrogateescape") as out:
+            with open(self.path, "a+", **ENCODING) as out:
                 out.seek(self._read_until)
-                self._listed.update(line.split("\t")[1] for line in out if line.count("\t") >= 2)
-                if str(file) not in self._listed:
-                    self._listed.add(str(file))
+                self._read(out)  # what other processes wrote
+                if (dataset, str(file)) not in self.listed:
+                    self.listed.add((dataset, str(file)))
                     out.write(f"{dataset}\t{file}\t{' '.join(reason.split())}\n")
                 self._read_until = out.tell()
         except OSError as error:
             raise DataError(f"'{self.path}' cannot be written ({error.strerror or error})") from None
+
+    def _read(self, lines: TextIO) -> None:
+        """Take in the lines from there on."""
+        while line := lines.readline():  # iterating would make tell() an error
+            if line.count("\t") >= 2:
+                dataset, file, _ = line.split("\t", 2)
+                self.listed.add((dataset, file))
+        self._read_until = lines.tell()

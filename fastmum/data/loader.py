@@ -42,18 +42,26 @@ class Loader:
         manifests: the plans' rows are of.
         workers: threads, each with a whole batch at a time.
         bad_frames: file that lists the frames that cannot be decoded.
+        held_out: (sequences,) bool, see `Faults`.
 
     Attributes:
         wait_seconds: time that callers of `batches` have waited for a batch.
         faults: the frames that cannot be decoded.
     """
 
-    def __init__(self, decoder: Decoder, manifests: Manifests, workers: int, bad_frames: Path | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        manifests: Manifests,
+        workers: int,
+        bad_frames: Path | None = None,
+        held_out: np.ndarray | None = None,
+    ) -> None:
         self.decoder = decoder
         self.manifests = manifests
         self.workers = workers
         self.wait_seconds = 0.0
-        self.faults = Faults(manifests, bad_frames)
+        self.faults = Faults(manifests, bad_frames, held_out)
 
     def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
         """Decoded batches in the order of the plans; as many batches as workers are decoded ahead.
@@ -94,9 +102,7 @@ class Loader:
         """
         files = self.manifests.files(plan.rows)
         frames, bad = self.decoder.decode(files, plan.crops, plan.flips)
-        self.faults.read(plan.rows)
-        for i, reason in bad.items():
-            self.faults.add(int(plan.rows[i]), files[i], reason)
+        self._note(plan.rows, files, bad)
         taken = set(plan.rows.tolist())
         others = {}
         for i in bad:
@@ -108,19 +114,24 @@ class Loader:
             torch.cuda.current_stream(frames.device).synchronize()  # those who train on them use another stream
         return Batch(frames, tuple(plan.lengths.tolist()))
 
+    def _note(self, rows: np.ndarray, files: list[Path], bad: dict[int, str]) -> None:
+        self.faults.read(rows)
+        for i, reason in bad.items():
+            self.faults.add(int(rows[i]), files[i], reason)
+        self.faults.check()
+
     def _replacement(self, plan: StepPlan, index: int, taken: set[int]) -> tuple[Tensor, int]:
         """Another frame with the same crop and flip, and its row."""
         same = slice(index, index + 1)
         for row in self.faults.replacements(int(plan.rows[index]), taken):
             files = self.manifests.files([row])
             frames, bad = self.decoder.decode(files, plan.crops[same], plan.flips[same])
-            self.faults.read(np.array([row]))
+            self._note(np.array([row]), files, bad)
             if not bad:
                 return frames[0], row
-            self.faults.add(row, files[0], bad[0])
         file = self.manifests.file(int(plan.rows[index]))
         raise DataError(
-            f"'{file}' cannot be decoded, nor can any other frame of its sequence or of the next ones; "
+            f"'{file}' cannot be decoded, nor can any other frame of its sequence or of those that may replace it; "
             "restore the files, or leave the data set out"
         )
 

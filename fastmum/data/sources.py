@@ -31,12 +31,14 @@ class Sources(NamedTuple):
         training: draws from everything that is not held out.
         held_out: draws from what is, None where nothing is.
         shown: numbers of the held-out sequences, or of those of training where nothing is held out.
+        is_held_out: (sequences,) bool.
     """
 
     manifests: Manifests
     training: StepPlanner
     held_out: StepPlanner | None
     shown: np.ndarray
+    is_held_out: np.ndarray
 
 
 def open_sources(config: Config, folder: Path, resumed: bool = False) -> Sources:
@@ -80,9 +82,11 @@ def open_sources(config: Config, folder: Path, resumed: bool = False) -> Sources
         "training on %d sequences (%d frames), held out: %d (%d frames)",
         len(lengths) - len(held), manifests.num_frames - lengths[held].sum(), len(held), lengths[held].sum(),
     )  # fmt: skip
+    is_held_out = np.isin(np.arange(manifests.num_sequences), held)
     if not len(held):
-        return Sources(manifests, training, None, shown=np.arange(manifests.num_sequences))
-    return Sources(manifests, training, planner(imagenet_share=0.0, seed=HELD_OUT_SEED, only=held), shown=held)
+        return Sources(manifests, training, None, np.arange(manifests.num_sequences), is_held_out)
+    evaluation = planner(imagenet_share=0.0, seed=HELD_OUT_SEED, only=held)
+    return Sources(manifests, training, evaluation, held, is_held_out)
 
 
 def _drawn(manifests: Manifests, weights: dict[str, float]) -> np.ndarray:

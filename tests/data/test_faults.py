@@ -31,6 +31,7 @@ def manifests_of(tmp_path):
 def fail(faults, rows, reason="truncated"):
     for row in rows:
         faults.add(row, faults.manifests.file(row), reason)
+    faults.check()
 
 
 def test_frames_are_counted_once_by_data_set(manifests_of, caplog):
@@ -65,6 +66,56 @@ def test_every_bad_frame_is_listed_once_even_over_runs_and_processes(manifests_o
     fail(later, [700, 3])
     lines = [line.split("\t") for line in log.read_text().splitlines()]
     assert lines == [[manifests.datasets[row >= 500], str(manifests.file(row)), "truncated"] for row in (1, 700, 2, 3)]
+
+
+def test_a_resumed_run_goes_on_counting(manifests_of, tmp_path):
+    manifests, log = manifests_of(a=[500], b=[500], c=[500]), tmp_path / "bad_frames.log"
+    before = Faults(manifests, log)
+    before.read(np.arange(1000))
+    fail(before, [1, 2, 700])
+    with open(log, "a") as lines:
+        lines.write("a set of another run\t/images/0.jpg\tempty\n")
+    resumed = Faults(manifests, log)
+    assert resumed.counts == before.counts == {"a": 2, "b": 1}
+    resumed.read(np.arange(1500))
+    fail(resumed, [2, 3, 700, 1200])
+    assert resumed.counts == {"a": 3, "b": 1, "c": 1}, "those found again count once"
+    assert resumed.total == 5
+    assert Faults(manifests, log).counts == resumed.counts
+
+
+def test_frames_found_before_a_run_was_resumed_do_not_count_against_those_read_since(manifests_of, tmp_path):
+    manifests, log = manifests_of(a=[500]), tmp_path / "bad_frames.log"
+    before = Faults(manifests, log)
+    before.read(np.arange(500))
+    fail(before, range(25))
+    resumed = Faults(manifests, log)
+    resumed.read(np.arange(20, 50))
+    fail(resumed, [20])
+    assert resumed.total == 25
+
+
+def test_a_file_of_two_data_sets_is_bad_in_both(tmp_path):
+    paths = []
+    for name in ("a", "b"):
+        paths.append(tmp_path / f"{name}.arrow")
+        write_manifest(paths[-1], [SequenceRecord("s", ["0.jpg"])], dataset=name, root=tmp_path, metadata={})
+    faults = Faults(Manifests(paths), tmp_path / "bad_frames.log")
+    faults.read(np.arange(2))
+    fail(faults, [0, 1])
+    assert faults.counts == Faults(faults.manifests, tmp_path / "bad_frames.log").counts == {"a": 1, "b": 1}
+
+
+def test_a_log_that_cannot_be_read_is_named(manifests_of, tmp_path, monkeypatch):
+    (tmp_path / "bad_frames.log").write_text("")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    manifests = manifests_of(a=[5])
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match=r"bad_frames.log' cannot be read \(Permission denied\)"):
+        Faults(manifests, tmp_path / "bad_frames.log")
 
 
 def stops_at(faults, read, bad):
@@ -106,6 +157,36 @@ def test_where_the_limit_is(manifests_of, length, read, limit):
     assert stops_at(Faults(manifests_of(a=[length])), range(read), range(min(read, 600))) == limit
 
 
+def test_good_frames_can_settle_the_verdict(manifests_of):
+    """11 of 180 may be chance while 20 are unread; 11 of 200 are more than 5 %."""
+    faults = Faults(manifests_of(a=[200], b=[200]))
+    faults.read(np.arange(180))
+    fail(faults, range(11))
+    faults.read(np.arange(200, 400))
+    faults.check()
+    faults.read(np.arange(180, 200))
+    with pytest.raises(DataError, match="11 of 200 frames of the data set 'a'"):
+        faults.check()
+
+
+@pytest.mark.parametrize("bad", [10, 11])
+def test_the_verdict_over_all_frames_is_exact_in_every_order(manifests_of, bad):
+    """10 of 200 are 5 %, and never stop once the last was read; 11 always have stopped by then."""
+    manifests = manifests_of(a=[200])
+    for seed in range(20):
+        faults, order = Faults(manifests), np.random.default_rng(seed).permutation(200)
+        broken = set(np.random.default_rng((seed, 1)).permutation(200)[:bad].tolist())
+        stopped = None
+        for begin in range(0, 200, 20):
+            rows = order[begin : begin + 20]
+            faults.read(rows)
+            try:
+                fail(faults, broken.intersection(rows.tolist()))
+            except DataError:
+                stopped = begin + 20
+        assert (stopped == 200) == (bad == 11)
+
+
 def test_a_share_of_four_per_cent_hardly_ever_stops_a_run_and_ten_per_cent_soon_do(manifests_of):
     manifests = manifests_of(a=[20_000])
 
@@ -134,6 +215,15 @@ def test_replacements_are_neighbours_that_the_batch_has_not(manifests_of):
     faults.read(np.array([7]))
     fail(faults, [7])
     assert list(faults.replacements(5, taken={5, 6, 8}))[:2] == [3, 4]
+
+
+def test_what_is_held_out_and_what_is_not_never_replace_each_other(manifests_of):
+    held_out = np.array([False, True, False, True, False, True, True])
+    faults = Faults(manifests_of(a=[2] * 5, imagenet=[1, 1]), held_out=held_out)
+    assert list(faults.replacements(0, {0})) == [1, 4, 5, 8, 9]
+    assert list(faults.replacements(3, {2, 3})) == [2, 7, 6], "a duplicate in the sequence before another sequence"
+    assert list(faults.replacements(8, {8})) == [9, 0, 1, 4, 5]
+    assert list(faults.replacements(10, {10})) == [11]
 
 
 def test_single_images_are_replaced_by_the_next_of_their_set(manifests_of):

@@ -130,6 +130,23 @@ def test_a_broken_sequence_is_replaced_by_the_next(manifests, decoder):
     assert torch.equal(loader.load(whole([6, 7, 8])).frames, expected)
 
 
+def test_a_broken_sequence_is_not_replaced_by_a_held_out_one(manifests, decoder):
+    loader = Loader(decoder, manifests, 1, held_out=np.array([False, False, True, False]))
+    expected = loader.load(whole([18, 19, 20])).frames
+    for row in range(6, 12):
+        manifests.file(row).unlink()
+    assert torch.equal(loader.load(whole([6, 7, 8])).frames, expected)
+
+
+def test_the_last_readable_frame_of_a_sequence_stands_for_all(manifests, decoder):
+    loader = Loader(decoder, manifests, workers=1)
+    expected = loader.load(whole([9])).frames[0]
+    for row in (6, 7, 8, 10, 11):
+        manifests.file(row).unlink()
+    for frame in loader.load(whole([9, 6, 11])).frames:
+        assert torch.equal(frame, expected)
+
+
 def test_a_data_set_without_a_readable_frame_stops_and_is_named(manifests, decoder):
     for row in range(24):
         manifests.file(row).write_bytes(b"")
@@ -149,6 +166,15 @@ def test_more_than_five_per_cent_stop_the_loop(manifests, decoder, tmp_path):
         for _ in loader.batches([whole(range(24))] * 3):
             pass
     assert not decode_threads()
+
+
+def test_a_good_batch_can_be_the_one_that_stops(manifests, decoder):
+    for row in (3, 4):
+        manifests.file(row).unlink()
+    loader = Loader(decoder, manifests, workers=1)
+    loader.load(whole(range(20)))
+    with pytest.raises(DataError, match="2 of 24 frames of the data set 'scenes' cannot be decoded"):
+        loader.load(whole(range(20, 24)))
 
 
 def test_threads_count_each_bad_frame_once(manifests, decoder):

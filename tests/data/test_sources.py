@@ -26,7 +26,7 @@ def drawn(planner, steps=200):
 def test_what_is_held_out_is_evaluated_and_never_trained_on(image_folder, tmp_path):
     found = sources(tmp_path, f"data.root={image_folder}", "data.held_out=0.5")
     assert len(found.shown) == 2
-    assert drawn(found.held_out) == set(found.shown.tolist())
+    assert drawn(found.held_out) == set(found.shown.tolist()) == set(np.flatnonzero(found.is_held_out).tolist())
     assert drawn(found.training) == set(range(4)) - set(found.shown.tolist())
 
 

@@ -114,6 +114,7 @@ class _Runner:
         self._pillow = PillowDecoder(size)
         self._for_pillow: set[Path] = set()  # files that DALI has failed on
         self._idle: list[Pipeline] = []
+        self._room = 0  # most frames asked for: a replacement's run of one must not leave a pipeline that small
         self._lock = threading.Lock()
 
     def run(
@@ -164,9 +165,10 @@ class _Runner:
     def _pipeline(self, max_frames: int) -> Iterator[Pipeline]:
         """A pipeline for the calling thread alone; one that fails is given up, its state being unknown."""
         with self._lock:
+            self._room = max(self._room, max_frames)
             pipeline = self._idle.pop() if self._idle else None
         if pipeline is None or pipeline.max_batch_size < max_frames:
-            pipeline = self._define(max_frames)
+            pipeline = self._define(self._room)
         yield pipeline
         with self._lock:
             self._idle.append(pipeline)

@@ -1,6 +1,7 @@
 """What can be known of an image file before it is decoded: its size, its orientation, and whether it is whole.
 
-Every decoder begins here, so that all of them agree on which files are broken.
+Every decoder begins here, so that all agree on files that are missing, cut short or no images; of JPEGs with garbage
+inside the scan, Pillow refuses some that DALI decodes.
 """
 
 from __future__ import annotations
@@ -57,9 +58,8 @@ def read_header(data: bytes) -> Header:
     Raises:
         FrameError: not an image, cut short, or of more pixels than Pillow deems safe.
     """
-    if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(
-        data
-    ):  # WebP, which says how long it is
+    webp_length = int.from_bytes(data[4:8], "little") + 8
+    if data.startswith(b"RIFF") and webp_length > len(data):
         raise FrameError("truncated")
     file = io.BytesIO(data)
     try:

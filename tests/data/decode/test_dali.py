@@ -11,7 +11,7 @@ dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 from fastmum.data.crops import crop_boxes  # noqa: E402
 from fastmum.data.decode import make_decoder  # noqa: E402
-from fastmum.data.decode.dali import CPU_RUN, DaliCpuDecoder  # noqa: E402
+from fastmum.data.decode.dali import CPU_RUN, DaliCpuDecoder, _Runner  # noqa: E402
 from fastmum.data.decode.graph import define_pipeline, frame_nodes  # noqa: E402
 
 SIZE = 64
@@ -84,6 +84,22 @@ def test_runs_of_every_length_and_several_threads(tmp_path, photograph, draw):
     with ThreadPoolExecutor(3) as pool:
         for n, frames in pool.map(decode, counts * 2):
             assert torch.equal(frames, longest[:n])
+
+
+def test_pipelines_have_room_for_the_largest_run_so_far():
+    made = []
+
+    class Fake:
+        def __init__(self, max_frames):
+            self.max_batch_size = max_frames
+            made.append(max_frames)
+
+    runner = _Runner(SIZE, Fake)
+    with runner._pipeline(96), runner._pipeline(1):  # a replacement while another thread decodes a batch
+        pass
+    with runner._pipeline(96), runner._pipeline(96):
+        pass
+    assert made == [96, 96]
 
 
 def test_a_dali_that_fails_on_everything_is_an_error_and_not_a_silent_pillow(files, draw, monkeypatch):
