@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,8 +35,8 @@ class Built(NamedTuple):
 
     Args:
         counts: of the manifest.
-        parts: of the data set, and how many of them gave no sequence.
-        empty: how many.
+        parts: of the data set.
+        empty: parts that gave no sequence.
     """
 
     counts: Counts
@@ -141,7 +142,14 @@ _work_of: tuple[Builder, Path, Options]  # of a worker process
 def _begin_worker(name: str, root: Path, options: Options) -> None:
     global _work_of
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _work_of = BUILDERS[name], root, options
+
+
+def _leave_with_parent() -> None:
+    # A parent that is killed ends nobody, and a worker would wait for its next part for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(part: str) -> list[SequenceRecord]:
