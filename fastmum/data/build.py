@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 AHEAD = 4  # parts a worker that may wait for their turn: bounds the memory, keeps every worker busy
 
 
+class NoSequenceError(DataError):
+    """A data set whose parts are there, but make no sequence."""
+
+
 class Built(NamedTuple):
     """What came of a build.
 
@@ -70,6 +74,7 @@ def build(
         options: the builder's own, those not given as its defaults.
 
     Raises:
+        NoSequenceError: there are parts, but they make no sequence, such as for `min_frames`.
         DataError: folders or files that are missing or not as the layout says, packages that are not installed.
     """
     builder, root, out = BUILDERS[name], _folder(root), _file(out)
@@ -95,7 +100,11 @@ def build(
                 yield from found
                 bar.update()
         if empty == len(parts):
-            raise DataError(f"nothing under '{root}' makes a sequence of {name}; expected: {builder.layout}")
+            least = values.get("min_frames") or 1
+            short = f" of at least {least} frames (--min-frames)" if least > 1 else ""
+            raise NoSequenceError(
+                f"nothing under '{root}' makes a sequence of {name}{short}; expected: {builder.layout}"
+            )
 
     seen_root = _seen_from(out.parent, frame_root)
     with contextlib.closing(records()) as found:  # an error ends the bar and the workers at once
@@ -232,6 +241,9 @@ def _check(values: dict[str, Any], builder: Builder) -> None:
     for key, bound in least.items():
         if values[key] is not None and values[key] < bound:
             raise DataError(f"--{key.replace('_', '-')} is {values[key]}, but must be at least {bound}")
+    for key, option in builder.options.items():
+        if option.most is not None and values[key] is not None and values[key] > option.most:
+            raise DataError(f"--{key.replace('_', '-')} is {values[key]}, but must be at most {option.most}")
 
 
 def _terminated(number: int, _: object) -> NoReturn:

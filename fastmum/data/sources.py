@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmum.config import Config
-from fastmum.data.build import build
+from fastmum.data.build import NoSequenceError, build
 from fastmum.data.builders.listing import images_in
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, ManifestError, Manifests, SequenceRecord, write_manifest
@@ -82,7 +82,13 @@ def open_sources(config: Config, folder: Path, resumed: bool = False) -> Sources
     )  # fmt: skip
     if not len(held):
         return Sources(manifests, training, None, shown=np.arange(manifests.num_sequences))
-    return Sources(manifests, training, planner(imagenet_share=0.0, seed=HELD_OUT_SEED, only=held), shown=held)
+    evaluated = functools.partial(planner, imagenet_share=0.0, seed=HELD_OUT_SEED, only=held)
+    try:
+        held_out_planner = evaluated()
+    except DataError as error:  # what is held out has fewer lengths than what is trained on
+        held_out_planner = evaluated(mode="paper")
+        log.warning("held-out sequences are evaluated as with data.mode=paper: %s", error)
+    return Sources(manifests, training, held_out_planner, shown=held)
 
 
 def _drawn(manifests: Manifests, weights: dict[str, float]) -> np.ndarray:
@@ -114,6 +120,11 @@ def _folder_manifest(key: str, root: str, out: Path, dataset: str, options: dict
         return out
     try:
         build("folder", folder, out, dataset=dataset, **options)
+    except NoSequenceError:
+        raise DataError(
+            f"{key}: no folder under '{folder}' has {options['min_frames']} images (data.views[0]); "
+            "images that are no sequences go into data.image_root"
+        ) from None
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
     return out

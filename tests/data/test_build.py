@@ -106,7 +106,10 @@ def test_an_error_in_a_part_reaches_the_user_and_leaves_nothing(tmp_path, worker
         (["--seed", "-1"], "--seed is -1, but must be at least 0"),
         (["--workers", "-1"], "--workers is -1, but must be at least 0"),
         (["--min-frames", "0"], "--min-frames is 0, but must be at least 1"),
-        (["--min-frames", "9"], "nothing under 'raw' makes a sequence of folder; expected: any folders of images"),
+        (
+            ["--min-frames", "9"],
+            "nothing under 'raw' makes a sequence of folder of at least 9 frames (--min-frames); expected: any folders of images",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_line(rooms, tmp_path, capsys, monkeypatch, words, message):
@@ -127,6 +130,11 @@ def test_another_layout_names_the_one_expected(tmp_path, capsys, name):
     assert error.startswith("error: ")
     assert BUILDERS[name].layout in error
     assert error.count("\n") == 1
+
+
+def test_a_bound_above_is_one_too(tmp_path, capsys):
+    assert main(["video", "--root", str(tmp_path), "--out", str(tmp_path / "m"), "--quality", "500"]) == 2
+    assert capsys.readouterr().err == "error: --quality is 500, but must be at most 95\n"
 
 
 def test_help_lists_data_sets_layouts_and_rules(capsys, monkeypatch):
