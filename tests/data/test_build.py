@@ -108,7 +108,7 @@ def test_an_error_in_a_part_reaches_the_user_and_leaves_nothing(tmp_path, worker
         (["--min-frames", "0"], "--min-frames is 0, but must be at least 1"),
         (
             ["--min-frames", "9"],
-            "nothing under 'raw' makes a sequence of folder of at least 9 frames (--min-frames); expected: any folders of images",
+            "nothing under 'raw' makes a sequence of folder of at least 9 frames (--min-frames); expected: any",
         ),
     ],
 )
