@@ -78,7 +78,7 @@ def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
         ("data.image_size=250", "multiple of the patch size 16"),
         ("data.weights={a: -1}", "data.weights.a is -1"),
         ("data.weights=3", "'data.weights' in the command line is 3, but must be dict"),
-        ("data.weights={a: b}", "'data.weights'"),
+        ("data.weights={a: b}", "'data.weights.a' in the command line is 'b', but must be a number"),
         ("data.manifests=3", "must be list"),
         ("data.imagenet_share=2", "data.imagenet_share is 2"),
         ("data.crop_scale=[0.2,2]", "data.crop_scale"),

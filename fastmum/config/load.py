@@ -94,7 +94,12 @@ def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
             value = "on" if value else "off"  # YAML takes these words for booleans
         try:
             config = OmegaConf.merge(config, _nested(name, value))
-        except OmegaConfBaseException:
+        except OmegaConfBaseException as error:
+            if isinstance(value, dict) and error.full_key != name:  # a key of the user's own
+                raise ConfigError(
+                    f"'{error.full_key}' in {source} is {OmegaConf.select(given, error.full_key)!r}, "
+                    "but must be a number"
+                ) from None
             raise ConfigError(f"'{name}' in {source} is {value!r}, but must be {keys[name].kind}") from None
     return config
 

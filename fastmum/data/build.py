@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,13 +30,17 @@ log = logging.getLogger(__name__)
 AHEAD = 4  # parts a worker that may wait for their turn: bounds the memory, keeps every worker busy
 
 
+class NoSequenceError(DataError):
+    """A data set whose parts are there, but make no sequence."""
+
+
 class Built(NamedTuple):
     """What came of a build.
 
     Args:
         counts: of the manifest.
-        parts: of the data set, and how many of them gave no sequence.
-        empty: how many.
+        parts: of the data set.
+        empty: parts that gave no sequence.
     """
 
     counts: Counts
@@ -69,6 +74,7 @@ def build(
         options: the builder's own, those not given as its defaults.
 
     Raises:
+        NoSequenceError: there are parts, but they make no sequence, such as for `min_frames`.
         DataError: folders or files that are missing or not as the layout says, packages that are not installed.
     """
     builder, root, out = BUILDERS[name], _folder(root), _file(out)
@@ -94,7 +100,11 @@ def build(
                 yield from found
                 bar.update()
         if empty == len(parts):
-            raise DataError(f"nothing under '{root}' makes a sequence of {name}; expected: {builder.layout}")
+            least = values.get("min_frames") or 1
+            short = f" of at least {least} frames (--min-frames)" if least > 1 else ""
+            raise NoSequenceError(
+                f"nothing under '{root}' makes a sequence of {name}{short}; expected: {builder.layout}"
+            )
 
     seen_root = _seen_from(out.parent, frame_root)
     with contextlib.closing(records()) as found:  # an error ends the bar and the workers at once
@@ -141,7 +151,14 @@ _work_of: tuple[Builder, Path, Options]  # of a worker process
 def _begin_worker(name: str, root: Path, options: Options) -> None:
     global _work_of
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _work_of = BUILDERS[name], root, options
+
+
+def _leave_with_parent() -> None:
+    # A parent that is killed ends nobody, and a worker would wait for its next part for ever.
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(part: str) -> list[SequenceRecord]:
@@ -224,6 +241,9 @@ def _check(values: dict[str, Any], builder: Builder) -> None:
     for key, bound in least.items():
         if values[key] is not None and values[key] < bound:
             raise DataError(f"--{key.replace('_', '-')} is {values[key]}, but must be at least {bound}")
+    for key, option in builder.options.items():
+        if option.most is not None and values[key] is not None and values[key] > option.most:
+            raise DataError(f"--{key.replace('_', '-')} is {values[key]}, but must be at most {option.most}")
 
 
 def _terminated(number: int, _: object) -> NoReturn:

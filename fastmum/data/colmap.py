@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
+import threading
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -144,8 +146,13 @@ def import_pycolmap() -> ModuleType:
     Raises:
         DataError: it is not installed.
     """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         import pycolmap
     except ImportError as error:
         raise DataError("reading COLMAP models needs pycolmap: pip install 'fastmum[colmap]'") from error
+    if threading.current_thread() is threading.main_thread():  # no other may
+        for number, handler in handlers.items():  # its import puts one of its own in place, which ends in a crash
+            if handler is not None:
+                signal.signal(number, handler)
     return pycolmap

@@ -1,4 +1,4 @@
-"""Look into a manifest: `python -m fastmum.data.inspect FILE [--check] [--sheet OUT.jpg]`."""
+"""Look into a manifest: `python -m fastmum.data.inspect FILE [--check] [--sheet PATH | --no-sheet]`."""
 
 from __future__ import annotations
 
@@ -97,7 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="the manifest")
     parser.add_argument("--check", action="store_true", help="look for missing files; exit code 1 if there are any")
-    parser.add_argument("--sheet", type=Path, metavar="OUT.jpg", help="write a contact sheet of sampled sequences")
+    sheet = parser.add_mutually_exclusive_group()
+    sheet.add_argument(
+        "--sheet", type=Path, metavar="PATH",
+        help="where to write the contact sheet of sampled sequences (default: <stem of FILE>_sheet.jpg beside FILE)",
+    )  # fmt: skip
+    sheet.add_argument("--no-sheet", action="store_true", help="write none")
     parser.add_argument("--sequences", type=int, default=12, metavar="N", help="on the sheet (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sheet's samples (default %(default)s)")
     return parser
@@ -111,7 +116,9 @@ def _write_sheet(manifest: Manifest, file: Path, sequences: int, seed: int) -> N
         contact_sheet(manifest, sequences, seed).save(file, quality=85)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"--sheet '{file}' cannot be written ({reason}); its name ends in .jpg or .png") from None
+        raise DataError(
+            f"--sheet '{file}' cannot be written ({reason}); its name ends in .jpg or .png (--no-sheet writes none)"
+        ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,9 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise DataError(f"--{name} is {value}, but must be at least {least}")
         manifest = Manifest.open(args.file)
         print("\n".join(summary(manifest)))
-        if args.sheet:
-            _write_sheet(manifest, args.sheet, args.sequences, args.seed)
-            print(f"\ncontact sheet: {args.sheet}")
+        if not args.no_sheet:
+            sheet = args.sheet or args.file.with_name(f"{args.file.stem}_sheet.jpg")
+            _write_sheet(manifest, sheet, args.sequences, args.seed)
+            print(f"\ncontact sheet: {sheet}")
         if args.check:
             missing = find_missing(manifest, progress=True)
             print(f"\nmissing: {len(missing.files)} of {missing.images} images")

@@ -91,6 +91,8 @@ class Mixture:
         self.notes: list[str] = []
         self._names = names
         given = _by_name(names, weights)
+        if not given.any():
+            raise DataError("data.weights is 0 for every data set, so there is nothing to draw from; raise one of them")
         used = (given > 0) & (index.eligible[:, 1] > 0)
         single = used & (index.eligible[:, 2] == 0)
         long_enough = index.eligible[:, least] > 0
@@ -102,13 +104,14 @@ class Mixture:
         self._single_weights = given[self.singles] / given[self.singles].sum() if len(self.singles) else np.empty(0)
         self._weights = given[self.multiple] / given[self.multiple].sum() if len(self.multiple) else np.empty(0)
 
-    def settle(self, sizes: np.ndarray, shares: np.ndarray, level: bool) -> np.ndarray:
+    def settle(self, sizes: np.ndarray, shares: np.ndarray, level: bool, drawn: bool = True) -> np.ndarray:
         """Fix how often each data set is drawn for each length.
 
         Args:
             sizes: (n,) lengths that occur, ascending.
             shares: (n,) expected share of each among the frames of sequences.
             level: give every data set its weight of the frames (`by_frames`), not of the draws (`by_weight`).
+            drawn: whether sequences are drawn at all; a share of none is not told.
 
         Returns:
             (multiple,) expected share of each data set among the frames of sequences.
@@ -118,7 +121,7 @@ class Mixture:
         self._sizes, self._chances, self._single_chances = sizes, _cumulative(table), _cumulative(self._single_weights)
         got = shares @ table
         for i, share, weight in zip(self.multiple, got, self._weights, strict=True):
-            if len(sizes) and abs(share - weight) > WEIGHT_MISSED * weight:
+            if drawn and len(sizes) and abs(share - weight) > WEIGHT_MISSED * weight:
                 self.notes.append(f"data set '{self._names[i]}' gets {share:.1%} of the frames of sequences and not "
                                   f"{weight:.1%} as its weight says: many of its sequences are short")  # fmt: skip
         return got

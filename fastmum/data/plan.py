@@ -92,7 +92,7 @@ class StepPlanner:
         exclude: Iterable[int] | None = None,
         only: Iterable[int] | None = None,
     ) -> None:
-        _check(frames_per_gpu, views, imagenet_share, mode, world_size)
+        _check(frames_per_gpu, views, imagenet_share, mode, seed, world_size)
         self.manifests = manifests if hasattr(manifests, "starts") else Manifests(manifests)
         self.frames_per_gpu = frames_per_gpu
         self.mode = mode
@@ -111,15 +111,16 @@ class StepPlanner:
         by_length = zip(self._sizes.tolist(), ((1 - single) * shares).tolist(), strict=True)
         self.length_shares = {0: single} | dict(by_length)
         self.dataset_shares = self._mixture.dataset_shares(
-            single, self._mixture.settle(self._sizes, shares, level=mode != "paper")
+            single, self._mixture.settle(self._sizes, shares, level=mode != "paper", drawn=single < 1)
         )
 
     def _share_of_singles(self, share: float) -> float:
         if not len(self._mixture.multiple):
             return 1.0
         if len(self._mixture.singles):
-            if share == 0:
-                self.notes.append("single images are never drawn: data.imagenet_share is 0")
+            if share in (0, 1):
+                never = "sequences" if share else "single images"
+                self.notes.append(f"{never} are never drawn: data.imagenet_share is {share:g}")
             return share
         if share:
             self.notes.append(f"there are no single images, so data.imagenet_share is 0 and not {share:g}")
@@ -209,11 +210,15 @@ class StepPlanner:
         return StepPlan(rows, lengths, crops, rng.random(len(rows)) < self.flip)
 
 
-def _check(frames_per_gpu: int, views: tuple[int, int], share: float, mode: str, world_size: int) -> None:
+def _check(frames_per_gpu: int, views: Sequence[int], share: float, mode: str, seed: int, world_size: int) -> None:
     if mode not in MODES:
         raise DataError(f"data.mode is '{mode}', but must be one of {', '.join(MODES)}")
     if frames_per_gpu < 1 or world_size < 1:
         raise DataError(f"data.frames_per_batch is {frames_per_gpu} on {world_size} ranks; both must be at least 1")
+    if seed < 0:
+        raise DataError(f"run.seed is {seed}, but must be at least 0")
+    if len(views) != 2:
+        raise DataError(f"data.views is {views}, but must be two numbers, the fewest and the most")
     if not 1 <= views[0] <= views[1]:
         raise DataError(f"data.views is {views[0]} to {views[1]}; the fewest must be at least 1 and at most the most")
     if not 0 <= share <= 1:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmum.config import Config
-from fastmum.data.build import build
+from fastmum.data.build import NoSequenceError, build
 from fastmum.data.builders.listing import images_in
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, ManifestError, Manifests, SequenceRecord, write_manifest
@@ -85,7 +85,12 @@ def open_sources(config: Config, folder: Path, resumed: bool = False) -> Sources
     is_held_out = np.isin(np.arange(manifests.num_sequences), held)
     if not len(held):
         return Sources(manifests, training, None, np.arange(manifests.num_sequences), is_held_out)
-    evaluation = planner(imagenet_share=0.0, seed=HELD_OUT_SEED, only=held)
+    evaluated = functools.partial(planner, imagenet_share=0.0, seed=HELD_OUT_SEED, only=held)
+    try:
+        evaluation = evaluated()
+    except DataError as error:  # what is held out has fewer lengths than what is trained on
+        evaluation = evaluated(mode="paper")
+        log.warning("held-out sequences are evaluated as with data.mode=paper: %s", error)
     return Sources(manifests, training, evaluation, held, is_held_out)
 
 
@@ -118,6 +123,11 @@ def _folder_manifest(key: str, root: str, out: Path, dataset: str, options: dict
         return out
     try:
         build("folder", folder, out, dataset=dataset, **options)
+    except NoSequenceError:
+        raise DataError(
+            f"{key}: no folder under '{folder}' has {options['min_frames']} images (data.views[0]); "
+            "images that are no sequences go into data.image_root"
+        ) from None
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
     return out

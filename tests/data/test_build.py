@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from colmap_files import View, write_text_model
 
 from fastmum.data.build import build, main
 from fastmum.data.builders import BUILDERS
@@ -105,7 +106,10 @@ def test_an_error_in_a_part_reaches_the_user_and_leaves_nothing(tmp_path, worker
         (["--seed", "-1"], "--seed is -1, but must be at least 0"),
         (["--workers", "-1"], "--workers is -1, but must be at least 0"),
         (["--min-frames", "0"], "--min-frames is 0, but must be at least 1"),
-        (["--min-frames", "9"], "nothing under 'raw' makes a sequence of folder; expected: any folders of images"),
+        (
+            ["--min-frames", "9"],
+            "nothing under 'raw' makes a sequence of folder of at least 9 frames (--min-frames); expected: any",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_line(rooms, tmp_path, capsys, monkeypatch, words, message):
@@ -128,6 +132,11 @@ def test_another_layout_names_the_one_expected(tmp_path, capsys, name):
     assert error.count("\n") == 1
 
 
+def test_a_bound_above_is_one_too(tmp_path, capsys):
+    assert main(["video", "--root", str(tmp_path), "--out", str(tmp_path / "m"), "--quality", "500"]) == 2
+    assert capsys.readouterr().err == "error: --quality is 500, but must be at most 95\n"
+
+
 def test_help_lists_data_sets_layouts_and_rules(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit, match="0"):
@@ -148,27 +157,38 @@ def test_an_option_of_another_builder_is_refused(rooms, tmp_path):
         build("folder", rooms, tmp_path / "m", chunk=3)
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_from_outside_it_leaves_what_was_there(tmp_path, number, workers):
-    """Writing is slowed down so that the signal comes in the middle of it."""
-    out = tmp_path / "m.arrow"
-    out.write_text("older")
+def slow_build(tmp_path, name, workers):
+    """A build in a process of its own, in the middle of writing."""
+    if name == "colmap":
+        pytest.importorskip("pycolmap")
     script = (
         "import signal, sys, time; from fastmum.data import build, manifest\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "add = manifest._Spool.add\n"
         "manifest._Spool.add = lambda *a: (add(*a), print('added', flush=True), time.sleep(60))\n"
-        f"sys.exit(build.main(['folder', '--root', sys.argv[1], '--out', sys.argv[2], '--workers', '{workers}']))"
+        f"sys.exit(build.main(['{name}', '--root', sys.argv[1], '--out', sys.argv[2], '--workers', '{workers}']))"
     )
     for scene in range(3):
-        (tmp_path / f"frames/{scene}").mkdir(parents=True)
-        (tmp_path / f"frames/{scene}/0.jpg").touch()
+        folder = tmp_path / f"frames/{scene}"
+        write_text_model(folder, {f"{i}.jpg": View((1, 2)) for i in range(2)})
+        for i in range(2):
+            (folder / f"{i}.jpg").touch()
     process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "frames"), str(out)],
+        [sys.executable, "-c", script, str(tmp_path / "frames"), str(tmp_path / "m.arrow")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "added\n"
+    return process
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["folder", "colmap"])
+def test_stopped_from_outside_it_leaves_what_was_there(tmp_path, number, workers, name):
+    """Also with pycolmap, whose import takes the signals for itself."""
+    out = tmp_path / "m.arrow"
+    out.write_text("older")
+    process = slow_build(tmp_path, name, workers)
     process.send_signal(number)
     began = time.monotonic()
     _, errors = process.communicate(timeout=50)
@@ -178,6 +198,14 @@ def test_stopped_from_outside_it_leaves_what_was_there(tmp_path, number, workers
     assert time.monotonic() - began < 50
     assert out.read_text() == "older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["frames", "m.arrow"]
+
+
+def test_workers_leave_when_the_build_is_killed(tmp_path):
+    """They hold the pipe that they inherited, which ends with the last of them."""
+    process = slow_build(tmp_path, "folder", 2)
+    process.kill()
+    process.communicate(timeout=50)
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_poses_survive_the_way_through_processes(tmp_path):

@@ -106,6 +106,15 @@ def test_a_sheet_is_written(rooms, tmp_path, capsys):
     assert main([str(rooms), "--sheet", str(tmp_path / "s.jpg"), "--sequences", "2"]) == 0
     with Image.open(tmp_path / "s.jpg") as image:
         assert image.size == (12 * 98 - 2, 2 * (16 + 98 + 2))
+    assert f"contact sheet: {tmp_path / 's.jpg'}" in capsys.readouterr().out
+
+
+def test_a_sheet_lies_beside_the_manifest_unless_it_is_not_wanted(rooms, tmp_path, capsys):
+    assert main([str(rooms), "--no-sheet"]) == 0
+    assert "contact sheet" not in capsys.readouterr().out
+    assert not (tmp_path / "rooms_sheet.jpg").exists()
+    assert main([str(rooms)]) == 0
+    assert (tmp_path / "rooms_sheet.jpg").stat().st_size > 0
 
 
 def test_a_reader_may_close_the_pipe(rooms):

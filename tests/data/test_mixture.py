@@ -82,7 +82,7 @@ def test_weights_that_cannot_be_met_are_told():
         ({"c": 1.0}, r"data.weights names 'c', but the data sets are a, b"),
         ({"a": -1.0}, r"data.weights.a is -1"),
         ({"a": float("nan")}, r"data.weights.a is nan"),
-        ({"a": 0.0, "b": 0.0}, r"no sequence of at least 2 frames"),
+        ({"a": 0.0, "b": 0.0}, r"data.weights is 0 for every data set"),
     ],
 )
 def test_wrong_weights_are_one_line(weights, message):

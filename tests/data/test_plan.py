@@ -253,3 +253,17 @@ def test_manifests_are_opened_by_path(tmp_path):
     assert same(planner.plan(1), StepPlanner(Catalogue(a=[30] * 4, images=[1] * 9)).plan(1))
     assert planner.manifests.file(planner.plan(1).rows[0]).suffix == ".jpg"
     assert same(pickle.loads(pickle.dumps(planner)).plan(1), planner.plan(1))
+
+
+def test_without_sequences_only_that_is_said():
+    planner = StepPlanner(Catalogue(a=[24], short=[3], images=[1]), imagenet_share=1.0)
+    assert planner.notes == ["sequences are never drawn: data.imagenet_share is 1"]
+    assert set(planner.lengths(0).tolist()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"seed": -1}, "run.seed is -1"), ({"views": (2, 3, 4)}, r"data.views is \(2, 3, 4\)")]
+)
+def test_a_seed_and_views_that_are_none_are_refused(settings, message):
+    with pytest.raises(DataError, match=message):
+        StepPlanner(Catalogue(a=[24]), **settings)

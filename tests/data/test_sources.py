@@ -9,7 +9,9 @@ import pytest
 from fastmum.config import load_config
 from fastmum.data.build import build
 from fastmum.data.errors import DataError
+from fastmum.data.manifest import SequenceRecord, write_manifest
 from fastmum.data.sources import open_sources
+from fastmum.data.split import held_out
 
 SETTINGS = ["data.views=[2,3]", "data.frames_per_batch=6", "data.held_out=0.3"]
 
@@ -91,6 +93,19 @@ def test_embedded_scenes_become_a_manifest_of_as_many_as_asked_for(tmp_path, mon
     assert found.manifests.file(11) == tmp_path / "cache/scene_0002/003.png"
 
 
+def test_held_out_sequences_that_cannot_fill_a_batch_are_evaluated_as_in_the_paper(tmp_path, caplog):
+    """24 frames are 5 + 5 + 7 + 7, but no number of sequences of 5."""
+    records = [SequenceRecord(f"s{i}", [f"{i}/{j}.jpg" for j in range(7)]) for i in range(20)]
+    (held,) = held_out([record.name for record in records], 0.01)
+    records[held] = records[held]._replace(frames=records[held].frames[:5])
+    write_manifest(tmp_path / "m.arrow", records, dataset="d", root=tmp_path, metadata={})
+    words = ["data.views=[5,7]", "data.frames_per_batch=24", "data.held_out=0.01", "data.imagenet_share=0"]
+    found = sources(tmp_path, f"data.manifests=[{tmp_path}/m.arrow]", *words)
+    assert found.training.mode == "packed"
+    assert found.held_out.plan(0).lengths.tolist() == [5] * 4
+    assert "evaluated as with data.mode=paper" in caplog.text
+
+
 def test_nothing_held_out_is_said(image_folder, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         found = sources(tmp_path, f"data.root={image_folder}", "data.held_out=0")
@@ -106,7 +121,7 @@ def test_nothing_held_out_is_said(image_folder, tmp_path, caplog):
         (["data.root=nowhere"], "data.root is 'nowhere', but there is no such folder"),
         (["data.manifests=[nowhere.arrow]"], "there is no manifest 'nowhere.arrow'"),
         (["data.weights={sclaes: 1}"], "'sclaes'"),
-        (["data.views=[7,8]", "data.frames_per_batch=8"], "data.root: nothing under"),
+        (["data.views=[7,8]", "data.frames_per_batch=8"], "has 7 images (data.views[0]); images that are no"),
     ],
 )
 def test_what_cannot_be_opened_is_one_line(image_folder, tmp_path, words, message):

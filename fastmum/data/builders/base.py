@@ -28,6 +28,7 @@ class Option(NamedTuple):
         meaning: one line for `--help`.
         kind: type of a given value; None is that of the default.
         least: smallest value allowed.
+        most: largest value allowed.
         choices: values allowed, none for any.
     """
 
@@ -35,6 +36,7 @@ class Option(NamedTuple):
     meaning: str
     kind: Callable[[str], Any] | None = None
     least: float | None = None
+    most: float | None = None
     choices: tuple[Any, ...] = ()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,9 +22,15 @@ from fastmum.data.rules.chunks import CHUNK
 if TYPE_CHECKING:
     from PIL import Image
 
+log = logging.getLogger(__name__)
+
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"})
 SETTINGS = "settings.json"  # of a folder of frames: what they were made from and how
 FPS = 5.0  # a chunk of 100 frames is then 20 s of video
+
+
+class UnreadableVideoError(DataError):
+    """A video that has no pictures or cannot be decoded."""
 
 
 def frame_folder(root: Path, options: Options) -> Path:
@@ -59,7 +66,13 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     folder = frame_folder(root, options) / part
     wanted = _settings(root / part, options)
     if _read_settings(folder) != wanted:
-        _extract(root / part, folder, wanted)
+        try:
+            _extract(root / part, folder, wanted)
+        except UnreadableVideoError as error:
+            if options.broken == "stop":
+                raise DataError(f"{error} (--broken skip leaves such videos out)") from error
+            log.warning("left out: %s", error)
+            return
     yield from chunks(SequenceRecord(part, [f"{part}/{name}" for name in images_in(folder)]), options, released=CHUNK)
 
 
@@ -103,7 +116,7 @@ def _frames(video: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Image.
     try:
         with av.open(str(video)) as container:
             if not container.streams.video:
-                raise DataError(f"'{video}' has no pictures; remove it")
+                raise UnreadableVideoError(f"'{video}' has no pictures; remove it")
             container.streams.video[0].thread_type = "AUTO"
             chosen, begin = 0, None
             for number, frame in enumerate(container.decode(video=0)):
@@ -118,7 +131,7 @@ def _frames(video: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Image.
                     chosen += 1
                     yield number, _upright(frame, settings["short_side"])
     except av.error.FFmpegError as error:
-        raise DataError(f"'{video}' cannot be decoded ({error.strerror}); repair or remove it") from None
+        raise UnreadableVideoError(f"'{video}' cannot be decoded ({error.strerror}); repair or remove it") from None
 
 
 def _upright(frame: Any, short_side: int) -> Image.Image:
@@ -143,7 +156,8 @@ BUILDER = Builder(
         "fps": Option(None, f"frames to take a second (default {FPS:g})", kind=float, least=1e-3),
         "every": Option(None, "take every N-th frame instead", kind=int, least=1),
         "short_side": Option(0, "shrink frames to this shorter side in pixels, 0: as they are", least=0),
-        "quality": Option(92, "of the JPEG files", least=1),
+        "quality": Option(92, "of the JPEG files", least=1, most=95),
+        "broken": Option("stop", "what to do about a video that cannot be read", choices=("stop", "skip")),
         **CHUNK_OPTIONS,
     },
 )

@@ -116,5 +116,6 @@ def test_what_is_no_video_is_named(film, add, found, raw):
     with pytest.raises(DataError, match=r"b\.mp4' cannot be decoded .*repair or remove it") as caught:
         found("video", every=1)
     assert "\n" not in str(caught.value)
+    assert found("video", every=1, broken="skip").lengths == {"a.mp4/000": 10}
     with pytest.raises(DataError, match="--every and --fps are both given"):
         found("video", every=1, fps=2.0)
