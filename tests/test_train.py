@@ -226,7 +226,7 @@ def test_a_data_set_of_broken_images_stops_the_run(image_folder, tmp_path, capsy
         (["data.weights={fodler: 2}"], "'fodler'"),
         (["data.mode=full"], "data.mode is 'full', but must be one of packed, balanced, paper"),
         (["data.decoder=gpu"], "data.decoder is 'gpu', but must be one of auto, dali, dali_cpu, pillow"),
-        (["data.views=[7,8]", "data.frames_per_batch=8"], "data.root: nothing under"),
+        (["data.views=[7,8]", "data.frames_per_batch=8"], "data.root: no folder under"),
         (["train.stpes=3"], "nearest valid key is 'train.steps'"),
         (["--config", "nowhere.yaml"], "configuration file 'nowhere.yaml' does not exist"),
         (["train.device=tpu9"], "train.device is 'tpu9'"),
