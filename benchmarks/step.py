@@ -41,14 +41,12 @@ class Problem(NamedTuple):
         pixels: (F, H, W, 3) uint8.
         noise: (F, P), of the masks.
         model: its weights are those of both.
-        views: S.
     """
 
     config: Config
     pixels: Tensor
     noise: Tensor
     model: MuM
-    views: int
 
 
 class Comparison:
@@ -119,12 +117,12 @@ def make_problem(frames: int, views: int, settings: Sequence[str]) -> Problem:
     torch.manual_seed(config.run.seed)
     pixels = torch.randint(0, 256, (frames, size, size, 3), dtype=torch.uint8)
     noise = noise_for(config, config.run.seed, 0, frames)
-    return Problem(config, pixels, noise, build_model(config, torch.device("cpu")), views)
+    return Problem(config, pixels, noise, build_model(config, torch.device("cpu")))
 
 
 def build_reference(frames: int, views: int, settings: Sequence[str]) -> Contestant:
     """The step of the released model in plain PyTorch."""
-    config, pixels, noise, ours, _ = make_problem(frames, views, settings)
+    config, pixels, noise, ours = make_problem(frames, views, settings)
     model = ReferenceMuM(**asdict(config.model_config))
     model.load_state_dict(ours.state_dict())
     del ours
@@ -151,7 +149,7 @@ def fastmum_steps(problem: Problem, lengths: Sequence[tuple[int, ...]]) -> list[
 
     They share the model and its optimiser. There is no norm to compute.
     """
-    config, pixels, noise, model, _ = problem
+    config, pixels, noise, model = problem
     keep_freed_memory()
     optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
     compile_model(model, config.model.compile, config.train.steps)

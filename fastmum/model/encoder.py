@@ -38,10 +38,15 @@ class PatchEmbed(nn.Module):
     def forward(self, pixels: Pixels, ids: Tensor) -> Tensor:
         """Patches `ids` (F, K) -> (F, K, D)."""
         weight = self.proj.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        dtype = compute_dtype(weight)
         patches = gather_patches(pixels.frames, ids, pixels.mean, pixels.std, pixels.patch_size, dtype)
         return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """What products with a parameter are computed in: autocast's choice where it is on, else the parameter's own."""
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
 
 
 def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:

@@ -51,17 +51,14 @@ def step_flops(config: ModelConfig, num_patches: int, visible: int, lengths: Seq
     # Forward, and for the gradients of inputs and of weights; pixels need no gradient.
     linear = 3 * (encoder + frame_blocks + global_blocks + last_block + ends) + 2 * F * K * 2 * pixels * D
 
-    # Scores and weighted values, 2 * Lq * Lk * width each; twice each in the backward pass.
-    attention = (
-        3
-        * 4
-        * (
-            config.depth * F * (1 + K) ** 2 * D
-            + pairs * F * (1 + P) ** 2 * E
-            + (pairs - 1) * squares * (1 + P) ** 2 * E
-            + squares * M * (1 + P) * E
-        )
+    # Lq * Lk * width of all spans. Scores and weighted values take 2 of each, and twice that in the backward pass.
+    seen = (
+        config.depth * F * (1 + K) ** 2 * D
+        + pairs * F * (1 + P) ** 2 * E
+        + (pairs - 1) * squares * (1 + P) ** 2 * E
+        + squares * M * (1 + P) * E
     )
+    attention = 3 * 4 * seen
     return Flops(linear, attention)
 
 

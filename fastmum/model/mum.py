@@ -22,7 +22,7 @@ from fastmum.attention import Spans, choose_backend, dense_attention
 from fastmum.kernels import patch_loss, scatter_tokens
 from fastmum.model.block import Asking, Block, Context, packed
 from fastmum.model.config import ModelConfig
-from fastmum.model.encoder import Encoder
+from fastmum.model.encoder import Encoder, compute_dtype
 from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_max_views, check_noise
 from fastmum.model.masking import num_visible, split_by_noise
 from fastmum.model.rope import AxialRope
@@ -115,9 +115,7 @@ class MuM(Encoder):
         self, lengths: Tensor, num_frames: int, num_patches: int, masked: int, max_views: int, device: torch.device
     ) -> Views:
         """Everything that depends on the lengths: made here, on the host, so that what follows never changes shape."""
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.mask_token.dtype
-        backend = choose_backend(self.attention, device, dtype)
+        backend = choose_backend(self.attention, device, compute_dtype(self.mask_token))
         tokens = 1 + num_patches
         plans = [
             backend.plan(Spans.of_frames(lengths, num_frames, queries, tokens, max_views), device)
