@@ -19,6 +19,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
+    "wandb": ["wandb>=0.18"],
 }
 
 setup(
@@ -53,6 +54,7 @@ setup(
             *EXTRAS["dali"],
             *EXTRAS["colmap"],
             *EXTRAS["video"],
+            *EXTRAS["wandb"],
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",
