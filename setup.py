@@ -38,6 +38,7 @@ setup(
         "omegaconf>=2.3",
         "pillow>=10.3",
         "safetensors>=0.4.3",
+        "xxhash>=3",
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "natsort>=8.4",
