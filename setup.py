@@ -19,6 +19,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
+    "wandb": ["wandb>=0.18"],
 }
 
 setup(
@@ -38,6 +39,7 @@ setup(
         "omegaconf>=2.3",
         "pillow>=10.3",
         "safetensors>=0.4.3",
+        "xxhash>=3",
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "natsort>=8.4",
@@ -53,6 +55,7 @@ setup(
             *EXTRAS["dali"],
             *EXTRAS["colmap"],
             *EXTRAS["video"],
+            *EXTRAS["wandb"],
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",
