@@ -25,9 +25,10 @@ from fastmum.data.loader import Batch
 from fastmum.model.mum import MuM
 from fastmum.train import PRECISION, build_model
 from fastmum.training.compile import compile_model
-from fastmum.training.evaluation import forward, noise_for
+from fastmum.training.feed import noise_for
 from fastmum.training.memory import keep_freed_memory
 from fastmum.training.optim import build_optimizer
+from fastmum.training.step import forward
 
 PHASES = ("forward", "backward", "norm", "optimizer")
 AGREEMENT = {"bf16": 1e-3, "fp32": 1e-4}  # largest relative difference of the losses of the first steps

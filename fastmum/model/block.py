@@ -107,6 +107,8 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
+    compiled_compute: Callable[..., Tensor] | None = None  # `_compute`, where it is compiled
+
     def __init__(self, dim: int, num_heads: int, norm_eps: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
@@ -116,6 +118,11 @@ class Block(nn.Module):
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
         """(T, D) -> (T, D), or the tokens of `context.asking` alone."""
+        # Compiled without the hooks around it: FSDP gathers weights there.
+        compute = self.compiled_compute or Block._compute
+        return compute(self, x_TD, context)
+
+    def _compute(self, x_TD: Tensor, context: Context) -> Tensor:
         attended = self.attn(self.norm1(x_TD), context)
         x_TD = (x_TD if context.asking is None else context.asking.take(x_TD)) + attended
         return x_TD + self.mlp(self.norm2(x_TD))

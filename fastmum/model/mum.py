@@ -95,8 +95,7 @@ class MuM(Encoder):
             mask_ratio: share of masked patches; int(P * (1 - mask_ratio)) of every frame stay visible.
             noise: (F, P) uniform; the smallest of a row are visible, ties by index. None draws it.
             max_views: no sequence of any batch is longer; None: F. It bounds what attention kernels launch.
-            reduction: "mean": one loss; "none": that of every frame. All have as many masked patches, so one is the mean
-                of the others.
+            reduction: "mean": one loss; "none": that of every frame, which all have as many masked patches.
 
         Raises:
             TypeError, ValueError: an argument that does not fit, named with what came and what is allowed.

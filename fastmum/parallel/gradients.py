@@ -7,7 +7,7 @@ by block keeps this overlap. Weights that are shared out (`shard`) arrive summed
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -28,8 +28,8 @@ def local(tensor: Tensor) -> Tensor:
 class Gradients:
     """Where the gradients of a model's parameters are.
 
-    A single device with a single batch a step leaves them with the parameters, in their dtype. Otherwise they are summed
-    in float32; what is sent is `reduce_dtype`. The sums have no share in them: the loss of each batch is scaled by its
+    A single device with a single batch a step leaves them with the parameters, in their dtype. Otherwise they are
+    summed in float32; what is sent is `reduce_dtype`. Sums are not averaged: the loss of each batch was scaled by its
     share of the step beforehand.
 
     Args:
@@ -40,7 +40,11 @@ class Gradients:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], world: World, batches: int = 1, reduce_dtype: torch.dtype = torch.float32
+        self,
+        parameters: Iterable[nn.Parameter],
+        world: World,
+        batches: int = 1,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._parameters = list(parameters)
         self._world = world
@@ -60,10 +64,10 @@ class Gradients:
         self._last = last
 
     def finish(self) -> None:
-        """Wait (on the device) for what is under way; sums are then complete. Called once after the last backward pass."""
+        """Wait, on the device, for what is under way; after the last backward pass. Sums are then complete."""
         self._send()
         for bucket in self._buckets:
-            bucket.finish(send=True)
+            bucket.finish()
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
         """This device's part of the sum, None where nothing flowed into it."""
@@ -93,7 +97,7 @@ class Gradients:
         for bucket in self._buckets:
             bucket.clear()
 
-    def _take(self, bucket: _Bucket):
+    def _take(self, bucket: _Bucket) -> Callable[[nn.Parameter], None]:
         def hook(parameter: nn.Parameter) -> None:
             bucket.add(parameter)
             if self._last:
@@ -156,16 +160,15 @@ class _Bucket:
             self._wire = self.sum.to(self._sent_as)
             self._work = dist.all_reduce(self._wire, async_op=True)
 
-    def finish(self, send: bool) -> None:
-        if self._work is None:
-            return
-        self._work.wait()
-        if self._wire is not self.sum:
-            self.sum.copy_(self._wire)
-        self._work = self._wire = None
+    def finish(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            if self._wire is not self.sum:
+                self.sum.copy_(self._wire)
+            self._work = self._wire = None
 
 
-def _split(parameters: list[nn.Parameter], device: torch.device) -> Iterable[list[nn.Parameter]]:
+def _split(parameters: list[nn.Parameter], device: torch.device) -> Iterator[list[nn.Parameter]]:
     limit, some, size = BUCKET.get(device.type, BUCKET["cuda"]), [], 0
     for p in parameters:
         if some and size + p.numel() > limit:

@@ -6,7 +6,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -53,7 +53,7 @@ class World(Place):
         background: one for the thread that writes checkpoints.
     """
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     store: dist.Store | None = None
     control: dist.ProcessGroup | None = None
     background: dist.ProcessGroup | None = None
