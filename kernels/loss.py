@@ -180,7 +180,7 @@ def _launch(
     norm_pix: bool,
     eps: float,
 ) -> None:
-    """Fill `out` with the patches' shares of their frames' losses, or, given those of losses, the gradient of `pred`."""
+    """Fill `out` with the shares of patches in their frame's loss, or with the gradient of `pred`."""
     F, H, W, C = frames.shape
     p, M = patch_size, ids.shape[1]
     ROWS, COLS = power_of_2(p), power_of_2(p * C)
