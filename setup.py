@@ -19,7 +19,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
-    "wandb": ["wandb>=0.18"],
+    "wandb": ["wandb>=0.31"],
 }
 
 setup(
