@@ -14,6 +14,15 @@ from fastmum.report.scale import Scale, scale_for, write_ticks
 WIDTH, HEIGHT = 640, 270  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 10, 34  # of the plane in it
 MAX_POINTS = 500  # of a line: more than a screen shows
+MAX_DOTS = 40  # of a line: more of them hide it
+
+
+# Once in a page. A dot more than the plane, so that none is cut at its edge.
+PLANE = (
+    '<svg class="defs"><clipPath id="plane">'
+    f'<rect x="{LEFT - 5}" y="{TOP - 5}" width="{WIDTH - LEFT - RIGHT + 10}" height="{HEIGHT - TOP - BOTTOM + 10}"/>'
+    "</clipPath></svg>"
+)
 
 
 @dataclass(frozen=True)
@@ -24,9 +33,10 @@ class Line:
         label: in the legend.
         points: by x.
         color: a CSS colour.
-        dots: whether the points are marked: those of measurements far apart.
+        dots: whether the points are marked, where there are few of them: those of measurements far apart.
         dashed: whether the line is.
         detail: most points; lines with more are drawn as the mean of neighbours within a band of their range.
+        band: whether there is that band.
     """
 
     label: str
@@ -35,6 +45,7 @@ class Line:
     dots: bool = False
     dashed: bool = False
     detail: int = MAX_POINTS
+    band: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,8 @@ class Chart:
         percent: whether values are shares.
         from_zero: whether the axis of values begins at 0.
         log: whether it is logarithmic.
+        counts: whether values are whole.
+        settling: share of every line, from its beginning, that may lie outside of the picture.
     """
 
     title: str
@@ -58,15 +71,27 @@ class Chart:
     percent: bool = False
     from_zero: bool = False
     log: bool = False
+    counts: bool = False
+    settling: float = 0.0
 
     def html(self) -> str:
         """A figure: title, legend, drawing, and the numbers for the script."""
         lines = [(line, thin(line.points, line.detail)) for line in self.lines if line.points]
         x = _plain_scale([point[0] for _, points in lines for point in points])
-        values = [value for _, points in lines for point in points for value in point[2:]]
+        values = [
+            value
+            for line, points in lines
+            for point in _settled(points, self.settling)
+            for value in (point[2:] if line.band else point[1:2])
+        ]
         y = scale_for(values, HEIGHT - BOTTOM, TOP, self.from_zero, self.log)
-        drawn = [_axes(x, y, self.x_label, self.percent), *(_draw(line, points, x, y) for line, points in lines)]
-        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
+        drawn = [
+            _axes(x, y, self.x_label, self.percent, self.counts),
+            *(_draw(line, points, x, y) for line, points in lines),
+        ]
+        clipped = any(point[1] > y.high for _, points in lines for point in points)
+        note = "; ".join(part for part in (self.note, "begins above the picture" if clipped else "") if part)
+        note = f'<p class="note">{html.escape(note)}</p>' if note else ""
         legend = _legend([line for line, _ in lines]) if len(lines) > 1 else ""
         return (
             f'<figure class="chart"><figcaption><h3>{html.escape(self.title)}</h3>{note}{legend}</figcaption>'
@@ -109,15 +134,20 @@ def thin(points: list[Point], most: int) -> list[Thinned]:
     return thinned
 
 
+def _settled(points: list[Thinned], settling: float) -> list[Thinned]:
+    first, last = points[0][0], points[-1][0]
+    return [point for point in points if point[0] >= first + settling * (last - first)]
+
+
 def _plain_scale(values: list[float]) -> Scale:
     low, high = min(values), max(values)
     low = 0.0 if low < 0.2 * high else low  # runs begin at 0
     return Scale(low, high if high > low else low + 1, LEFT, WIDTH - RIGHT)
 
 
-def _axes(x: Scale, y: Scale, x_label: str, percent: bool) -> str:
+def _axes(x: Scale, y: Scale, x_label: str, percent: bool, counts: bool) -> str:
     parts = []
-    ticks = y.ticks()
+    ticks = [tick for tick in y.ticks() if tick == int(tick) or not counts]
     for tick, label in zip(ticks, write_ticks(ticks, percent), strict=True):
         at = f"{y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
@@ -136,15 +166,15 @@ def _draw(line: Line, points: list[Thinned], x: Scale, y: Scale) -> str:
     shown = [point for point in points if point[2] > 0 or not y.log]
     middle = [(x(a), y(b)) for a, b, _, _ in shown]
     parts = []
-    if any(low < high for _, _, low, high in shown):
+    if line.band and any(low < high for _, _, low, high in shown):
         around = [(x(a), y(high)) for a, _, _, high in shown] + [(x(a), y(low)) for a, _, low, _ in reversed(shown)]
         parts.append(f'<path class="band" d="{_path(around)}Z" fill="{line.color}"/>')
     dashes = ' stroke-dasharray="6 4"' if line.dashed else ""
     if len(middle) > 1:
         parts.append(f'<path class="line" d="{_path(middle)}" stroke="{line.color}"{dashes}/>')
-    marked = middle if line.dots or len(middle) == 1 else []
+    marked = middle if (line.dots and len(middle) <= MAX_DOTS) or len(middle) == 1 else []
     parts += [f'<circle class="dot" cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{line.color}"/>' for a, b in marked]
-    return "".join(parts)
+    return f'<g clip-path="url(#plane)">{"".join(parts)}</g>'
 
 
 def _path(points: Iterable[Point]) -> str:

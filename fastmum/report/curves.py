@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from fastmum.report.chart import Chart, Line
 from fastmum.report.run import Point, Run
 
-COLORS = [f"var(--series-{n})" for n in range(1, 9)]  # page.css; told apart by people of every colour vision
+COLORS = [f"var(--series-{n})" for n in range(1, 7)]  # page.css; told apart by people of every colour vision
 SINGLE = "var(--series-2)"  # of single images, beside the ramp of sequences
 VIEWS = "loss/views_"
 MAX_GROUPS = 7  # of numbers of views
 VIEWS_DETAIL = 120  # points of their lines, which are noisy: a mean over more steps each
+SETTLING = 0.05  # of a run: the loss falls so far there that all the rest would be flat beside it
 RECENT = 10  # the part of a run, one in so many, that the loss against the views is taken from
 
 
@@ -64,7 +66,8 @@ def _loss(runs: list[Run]) -> Chart:
         lines.append(Line(run.label if several else "training", run.series("loss"), color(i)))
         held_color = color(i) if several else COLORS[1]
         lines.append(Line(held_out, run.series("held_out_loss"), held_color, dots=True, dashed=several))
-    return Chart("Loss", lines, "on masked patches; 1 is a model that knows no more than each patch's mean")
+    note = "on masked patches; 1 is a model that knows no more than each patch's mean"
+    return Chart("Loss", lines, note, settling=SETTLING)
 
 
 def _use(runs: list[Run]) -> Chart:
@@ -77,16 +80,26 @@ def _use(runs: list[Run]) -> Chart:
 def _views(run: Run) -> Chart:
     numbers = [int(name.removeprefix(VIEWS)) for name in run.names(VIEWS)]
     sequences = [S for S in numbers if S > 1]
-    lines = [Line("single images", run.series(f"{VIEWS}1"), SINGLE, detail=VIEWS_DETAIL)] if 1 in numbers else []
+    lines = (
+        [Line("single images", run.series(f"{VIEWS}1"), SINGLE, detail=VIEWS_DETAIL, band=False)]
+        if 1 in numbers
+        else []
+    )
     groups = _grouped(sequences)
     for i, group in enumerate(groups):
         share = round(100 * i / max(1, len(groups) - 1))
         label = f"{group[0]} views" if len(group) == 1 else f"{group[0]} to {group[-1]} views"
         points = _mean(run.series(f"{VIEWS}{S}") for S in group)
         lines.append(
-            Line(label, points, f"color-mix(in oklab, var(--ramp-1), var(--ramp-2) {share}%)", detail=VIEWS_DETAIL)
+            Line(
+                label,
+                points,
+                f"color-mix(in oklab, var(--ramp-1), var(--ramp-2) {share}%)",
+                detail=VIEWS_DETAIL,
+                band=False,
+            )
         )
-    return Chart("Loss by number of views", lines, "training")
+    return Chart("Loss by number of views", lines, "training", settling=SETTLING)
 
 
 def _profile(runs: list[Run]) -> Chart:
@@ -107,15 +120,15 @@ def _faults(runs: list[Run]) -> Chart:
         of_run = f"{run.label}: " if len(runs) > 1 else ""
         lines.append(Line(f"{of_run}skipped steps", run.series("skipped_steps"), color(i)))
         bad_color = color(i) if of_run else COLORS[1]
-        lines.append(Line(f"{of_run}bad frames", run.series("bad_frames"), bad_color, dashed=True))
-    return Chart("Skipped steps and bad frames", lines, "so far", from_zero=True)
+        lines.append(Line(f"{of_run}bad frames", run.series("bad_frames"), bad_color, dashed=bool(of_run)))
+    return Chart("Skipped steps and bad frames", lines, "so far", from_zero=True, counts=True)
 
 
 def _grouped(numbers: list[int]) -> list[list[int]]:
     """Numbers in order, in at most `MAX_GROUPS` groups of neighbours, as equal as can be."""
     count = min(MAX_GROUPS, len(numbers))
     bounds = [round(i * len(numbers) / count) for i in range(count + 1)] if count else []
-    return [numbers[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [numbers[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def _mean(series: Iterable[list[Point]]) -> list[Point]:

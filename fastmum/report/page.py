@@ -7,11 +7,12 @@ import statistics
 from datetime import UTC, datetime
 from importlib import resources
 
+from fastmum.report.chart import PLANE
 from fastmum.report.curves import charts, color
 from fastmum.report.pictures import reconstructions
 from fastmum.report.run import Run
 from fastmum.report.scale import write
-from fastmum.training.cost import PAPER_RUNS, SOURCE
+from fastmum.training.paper import PAPER_RUNS, SOURCE
 
 RECENT_LINES = 10  # of metrics.jsonl, that the speed in the summary is the median of
 LISTED = 200  # bad frames
@@ -34,7 +35,7 @@ def page(runs: list[Run]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_file('page.css')}</style></head>"
-        f"<body><main>{''.join(body)}</main><script>{_file('page.js')}</script></body></html>\n"
+        f"<body>{PLANE}<main>{''.join(body)}</main><script>{_file('page.js')}</script></body></html>\n"
     )
 
 
@@ -46,7 +47,8 @@ def _subtitle(runs: list[Run]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs of fastmum"
     run = runs[0]
-    return f'<span class="state">{_state(run)}</span> last line of metrics {_date(run.written)} · {html.escape(str(run.root))}'
+    where = html.escape(str(run.root))
+    return f'<span class="state">{_state(run)}</span> last line of metrics {_date(run.written)} · {where}'
 
 
 def _state(run: Run) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from fastmum.training.metrics import read_metrics
 from fastmum.training.rundir import RunDir
-from fastmum.training.telemetry import read_metrics
 
 Point = tuple[float, float]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def write_ticks(ticks: list[float], percent: bool = False) -> list[str]:
     shown = [tick / unit for tick in shown]
     if any(tick and abs(tick) < 1e-3 for tick in shown):
         return [f"{tick:.3g}".replace("e-0", "e-") for tick in shown]
-    steps = [abs(b - a) for a, b in zip(shown, shown[1:], strict=False)] or [1.0]
+    steps = [abs(b - a) for a, b in itertools.pairwise(shown)] or [1.0]
     decimals = max(0, -math.floor(math.log10(min(steps)) + 1e-9))
     return [f"{tick:,.{decimals}f}{name if tick else ''}{' %' if percent else ''}" for tick in shown]
 

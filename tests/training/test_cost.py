@@ -7,8 +7,9 @@ import torch
 
 from fastmum.model.config import PRESETS
 from fastmum.model.flops import step_flops
-from fastmum.training.cost import PAPER_RUNS, Cost, paper_line
+from fastmum.training.cost import Cost
 from fastmum.training.gpus import PEAKS, peak_flops
+from fastmum.training.paper import PAPER_RUNS, paper_line
 
 CPU = torch.device("cpu")
 TINY = PRESETS["mum_tiny"]

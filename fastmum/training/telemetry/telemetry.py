@@ -13,7 +13,7 @@ from PIL import Image
 from fastmum.config import Config
 from fastmum.training.rundir import RunDir
 from fastmum.training.telemetry.board import Board
-from fastmum.training.telemetry.metrics import Metrics
+from fastmum.training.telemetry.lines import Lines
 from fastmum.training.telemetry.weights_and_biases import WeightsAndBiases
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class Telemetry:
     """Writes metrics and pictures; a resumed run first drops what lies after the step that it resumes from.
 
-    No failure to write stops training: a full disk is one warning a file. Metrics wait in memory until there is room
+    No failure to write stops training: a full disk is one warning a file. Lines wait in memory until there is room
     again, pictures are left out.
 
     Args:
@@ -39,8 +39,8 @@ class Telemetry:
         self._pictures_fail = False
         project = config.telemetry.wandb if config else None
         services = [WeightsAndBiases(project, run, config)] if project else []  # first: nothing is written if it raises
-        self._sinks: list[Metrics | Board | WeightsAndBiases] = [
-            Metrics(run.metrics, step),
+        self._sinks: list[Lines | Board | WeightsAndBiases] = [
+            Lines(run.metrics, step),
             Board(run, step),
             *services,
         ]
@@ -60,7 +60,7 @@ class Telemetry:
         for path in (self._run.picture(step), self._run.newest_picture):
             self._save(path, picture)
         for sink in self._sinks:
-            if not isinstance(sink, Metrics):
+            if not isinstance(sink, Lines):
                 sink.picture(step, picture)
 
     def close(self) -> None:

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fastmum.config import Config, ConfigError
+from fastmum.training.metrics import finite
 from fastmum.training.rundir import RunDir
-from fastmum.training.telemetry.metrics import finite
 
 log = logging.getLogger(__name__)
 
