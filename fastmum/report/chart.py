@@ -115,8 +115,8 @@ class Chart:
                 for line, points in lines
             ],
         }
-        # "</" would end the element, whatever stands around it.
-        text = json.dumps(numbers, separators=(",", ":")).replace("</", "<\\/").replace("<!", "<\\u0021")
+        # "</script>" would end the element, whatever stands around it.
+        text = json.dumps(numbers, separators=(",", ":")).replace("<", "\\u003c")
         return f'<script type="application/json">{text}</script>'
 
 

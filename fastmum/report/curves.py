@@ -66,7 +66,7 @@ def _loss(runs: list[Run]) -> Chart:
         lines.append(Line(run.label if several else "training", run.series("loss"), color(i)))
         held_color = color(i) if several else COLORS[1]
         lines.append(Line(held_out, run.series("held_out_loss"), held_color, dots=True, dashed=several))
-    note = "on masked patches; 1 is a model that knows no more than each patch's mean"
+    note = "on masked patches; 1: of a model that knows each patch's mean alone"
     return Chart("Loss", lines, note, settling=SETTLING)
 
 
