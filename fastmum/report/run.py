@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -70,7 +72,7 @@ class Run:
     def series(self, name: str, x: str = "step") -> list[Point]:
         """The points (x, value) of a curve, of the lines that have both."""
         pairs = ((record.get(x), record.get(name)) for record in self.records)
-        return [(a, b) for a, b in pairs if isinstance(a, int | float) and isinstance(b, int | float)]
+        return [(a, b) for a, b in pairs if _is_number(a) and _is_number(b)]
 
     def last(self, name: str) -> float | None:
         """The newest value of a curve; None where there is none."""
@@ -87,9 +89,22 @@ def read_run(root: Path) -> Run:
     """Read the folder of a run.
 
     Raises:
-        ReportError: it is not there, or has no metrics yet.
+        ReportError: it is not there, cannot be read, or has no metrics yet.
     """
-    run = RunDir(root)
+    try:
+        return _read(RunDir(root))
+    except OSError as error:
+        raise ReportError(f"'{error.filename or root}' cannot be read ({error.strerror})") from None
+
+
+def with_labels(runs: list[Run]) -> list[Run]:
+    """The runs, those of one name called by their folders instead."""
+    names = [run.label for run in runs]
+    return [dataclasses.replace(run, label=str(run.root)) if names.count(run.label) > 1 else run for run in runs]
+
+
+def _read(run: RunDir) -> Run:
+    root = run.root
     if not root.is_dir():
         raise ReportError(f"there is no run '{root}'")
     if not run.metrics.is_file():
@@ -97,7 +112,7 @@ def read_run(root: Path) -> Run:
     records = [record for record in read_metrics(run.metrics) if isinstance(record.get("step"), int)]
     if not records:
         raise ReportError(f"'{run.metrics}' has no line yet; the first comes after train.log_every steps")
-    config = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
+    config = run.config.read_text(encoding="utf-8", errors="replace") if run.config.is_file() else ""
     bad = run.bad_frames.read_text(encoding="utf-8", errors="replace") if run.bad_frames.is_file() else ""
     name, steps = _name_and_steps(config)
     return Run(
@@ -111,12 +126,6 @@ def read_run(root: Path) -> Run:
         bad_frames=bad.splitlines(),
         written=_time(run.metrics),
     )
-
-
-def with_labels(runs: list[Run]) -> list[Run]:
-    """The runs, those of one name called by their folders instead."""
-    names = [run.label for run in runs]
-    return [dataclasses.replace(run, label=str(run.root)) if names.count(run.label) > 1 else run for run in runs]
 
 
 def _name_and_steps(config: str) -> tuple[str | None, int | None]:
@@ -140,10 +149,17 @@ def _pictures(run: RunDir) -> dict[int, Path]:
 def _checkpoints(folder: Path) -> list[Kept]:
     kept = []
     for path in folder.glob("step_*"):
-        if found := re.fullmatch(r"step_(\d+)(\.\w+)?", path.name):
-            files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            kept.append(Kept(int(found[1]), path.name, sum(file.stat().st_size for file in files), _time(path)))
+        found = re.fullmatch(r"step_(\d+)(\.\w+)?", path.name)
+        # A run that goes on removes old ones meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if found:
+                files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+                kept.append(Kept(int(found[1]), path.name, sum(file.stat().st_size for file in files), _time(path)))
     return sorted(kept, key=lambda checkpoint: checkpoint.step)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _time(path: Path) -> datetime:

@@ -274,6 +274,24 @@ def test_pictures_are_few_and_small(tmp_path):
     assert max(max(size) for size in sizes) <= MAX_SIDE
 
 
+def test_a_checkpoint_that_goes_away_meanwhile(tmp_path):
+    root = make_run(tmp_path / "run", [record(1)])
+    (root / "checkpoints").mkdir()
+    (root / "checkpoints/step_0000007.pt").symlink_to(tmp_path / "gone")
+    assert read_run(root).checkpoints == []
+
+
+def test_numbers_that_are_none_are_no_points(tmp_path):
+    root = make_run(
+        tmp_path / "run", [record(1, mfu=None), record(2)], tail='{"step": 3, "loss": NaN, "lr": Infinity}\n'
+    )
+    run = read_run(root)
+    assert run.step == 3
+    assert [step for step, _ in run.series("loss")] == [1, 2]
+    assert run.series("lr") == [(1, 1e-3), (2, 2e-3)]
+    assert run.series("mfu") == []
+
+
 def test_the_command(tmp_path, capsys):
     root = make_run(tmp_path / "run", [full(2), full(4)])
     assert main([str(root)]) == 0
@@ -290,10 +308,14 @@ def test_what_cannot_be_reported_on_is_one_line(tmp_path, capsys):
     begun = make_run(tmp_path / "begun", [])
     run = make_run(tmp_path / "run", [record(1)])
     nowhere = tmp_path / "no/page.html"
+    unreadable = make_run(tmp_path / "unreadable", [record(1)]) / "config.yaml"
+    unreadable.unlink()
+    unreadable.symlink_to("/proc/self/mem")  # reading it fails for every user
     for arguments, message in (
         ([tmp_path / "none"], f"there is no run '{tmp_path / 'none'}'"),
         ([run, empty], f"'{empty}' is no run: it has no metrics.jsonl"),
         ([begun], f"'{begun / 'metrics.jsonl'}' has no line yet; the first comes after train.log_every steps"),
+        ([unreadable.parent], f"'{unreadable.parent}' cannot be read (Input/output error)"),
         ([run, "--out", nowhere], f"'{nowhere}' cannot be written (No such file or directory)"),
     ):  # fmt: skip
         assert main([str(word) for word in arguments]) == 2

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmum.report.chart import thin
@@ -10,12 +10,14 @@ from fastmum.report.scale import scale_for, write, write_ticks
 NUMBERS = st.floats(-1e12, 1e12, allow_nan=False)
 
 
+@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=1), st.booleans())
 def test_all_values_lie_within_the_plane(values, from_zero):
     scale = scale_for(values, 100, 0, from_zero)
     assert all(-1e-6 <= scale(value) <= 100 + 1e-6 for value in values)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-9, 1e9), min_size=1))
 def test_so_they_do_on_a_logarithmic_one(values):
     scale = scale_for(values, 100, 0, log=True)
@@ -23,6 +25,7 @@ def test_so_they_do_on_a_logarithmic_one(values):
     assert 1 <= len(scale.ticks()) <= 8 or scale.high / scale.low < 2.5
 
 
+@settings(deadline=None)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(3, 8))
 def test_ticks_are_a_few_within_the_scale(low, width, count):
     scale = scale_for([low, low + width], 0, 1)
@@ -52,6 +55,7 @@ def test_labels_of_ticks():
     assert write_ticks([0, 1e-5, 2e-5]) == ["0", "1e-5", "2e-5"]
 
 
+@settings(deadline=None)
 @given(st.lists(NUMBERS, min_size=1, max_size=200), st.integers(1, 50))
 def test_thinned_points_are_means_of_all(values, most):
     points = list(enumerate(values))

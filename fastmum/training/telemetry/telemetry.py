@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Mapping
@@ -57,8 +58,10 @@ class Telemetry:
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """A reconstruction, as a file of its own, as the run's newest and for the services."""
+        content = io.BytesIO()
+        picture.save(content, "PNG")
         for path in (self._run.picture(step), self._run.newest_picture):
-            self._save(path, picture)
+            self._save(path, content.getvalue())
         for sink in self._sinks:
             if not isinstance(sink, Lines):
                 sink.picture(step, picture)
@@ -68,15 +71,15 @@ class Telemetry:
         for sink in self._sinks:
             sink.close()
 
-    def _save(self, path: Path, picture: Image.Image) -> None:
+    def _save(self, path: Path, content: bytes) -> None:
         partial = path.with_name(f"partial_{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(partial)
+            partial.write_bytes(content)
             os.replace(partial, path)  # the picture before stays until this one is whole
         except OSError as error:
             if not self._pictures_fail:
-                log.warning("%s cannot be written (%s); training goes on", path, error.strerror or error)
+                log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
             self._pictures_fail = True
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
