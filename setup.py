@@ -19,7 +19,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
-    "wandb": ["wandb>=0.18"],
+    "wandb": ["wandb>=0.31"],
 }
 
 setup(
@@ -31,6 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastmum", "fastmum.*"]), "fastmum.kernels"],
+    package_data={"fastmum.report": ["page.css", "page.js"]},
     package_dir={"fastmum": "fastmum", "fastmum.kernels": "kernels"},
     install_requires=[
         "torch>=2.10",
@@ -44,6 +45,7 @@ setup(
         "tqdm>=4.66",
         "natsort>=8.4",
         "pyarrow>=16",
+        "pyyaml>=6",
         "platformdirs>=4.2",
         # Its wheel carries the photographs that the embedded scenes are textured with.
         "scikit-image>=0.24",

@@ -7,8 +7,9 @@ import torch
 
 from fastmum.model.config import PRESETS
 from fastmum.model.flops import step_flops
-from fastmum.training.cost import PAPER_RUNS, Cost, paper_line
+from fastmum.training.cost import Cost
 from fastmum.training.gpus import PEAKS, peak_flops
+from fastmum.training.paper import PAPER_RUNS, paper_line
 
 CPU = torch.device("cpu")
 TINY = PRESETS["mum_tiny"]
@@ -171,10 +172,10 @@ def test_on_a_cpu_there_is_memory_and_no_mfu():
 
 def test_counting_a_step_takes_microseconds():
     cost, lengths = make(), [2] * 48
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone: others may keep the machine busy
     for _ in range(1000):
         cost.add(lengths)
-    assert (time.perf_counter() - began) / 1000 < 1e-4
+    assert (time.process_time() - began) / 1000 < 1e-4
 
 
 def test_the_papers_hours():

@@ -26,7 +26,7 @@ class Appender:
         self._path, self._end = path, end
         self._file: int | None = None
         self._waiting: deque[bytes] = deque()
-        self._failing = False
+        self._no_room_for = 0  # bytes; 0: nothing fails
         if path.exists():
             self._write_waiting()
 
@@ -53,7 +53,7 @@ class Appender:
             self._file = None
 
     def _write_waiting(self) -> None:
-        behind = len(self._waiting)
+        records, size = len(self._waiting), sum(map(len, self._waiting))
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,16 +63,17 @@ class Appender:
                 self._write(self._waiting[0])
                 self._waiting.popleft()
         except OSError as error:
-            if not self._failing:
+            if not self._no_room_for:
                 log.warning("%s cannot be written (%s); training goes on", self._path, error.strerror)
-            self._failing = True
+            self._no_room_for = max(1, sum(map(len, self._waiting)))
             if self._file is not None:
                 with contextlib.suppress(OSError):
                     self._cut()
         else:
-            if self._failing:
-                log.info("%s can be written again; %d records caught up", self._path, behind)
-            self._failing = False
+            # That a small record fits where a large one did not is no news.
+            if 0 < self._no_room_for <= size:
+                log.info("%s can be written again; %d records caught up", self._path, records)
+                self._no_room_for = 0
 
     def _cut(self) -> None:
         """Drop what lies behind the last whole record: a part of one, or what a resumed run does not keep."""

@@ -15,9 +15,9 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import image, scalar
 
+from fastmum.training.metrics import finite
 from fastmum.training.rundir import RunDir
 from fastmum.training.telemetry.appender import Appender
-from fastmum.training.telemetry.metrics import finite
 
 
 class Board:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from PIL import Image
 from fastmum.config import Config
 from fastmum.training.rundir import RunDir
 from fastmum.training.telemetry.board import Board
-from fastmum.training.telemetry.metrics import Metrics
+from fastmum.training.telemetry.lines import Lines
 from fastmum.training.telemetry.weights_and_biases import WeightsAndBiases
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 class Telemetry:
     """Writes metrics and pictures; a resumed run first drops what lies after the step that it resumes from.
 
-    No failure to write stops training: a full disk is one warning a file. Metrics wait in memory until there is room
+    No failure to write stops training: a full disk is one warning a file. Lines wait in memory until there is room
     again, pictures are left out.
 
     Args:
@@ -39,8 +40,8 @@ class Telemetry:
         self._pictures_fail = False
         project = config.telemetry.wandb if config else None
         services = [WeightsAndBiases(project, run, config)] if project else []  # first: nothing is written if it raises
-        self._sinks: list[Metrics | Board | WeightsAndBiases] = [
-            Metrics(run.metrics, step),
+        self._sinks: list[Lines | Board | WeightsAndBiases] = [
+            Lines(run.metrics, step),
             Board(run, step),
             *services,
         ]
@@ -57,10 +58,12 @@ class Telemetry:
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """A reconstruction, as a file of its own, as the run's newest and for the services."""
+        content = io.BytesIO()
+        picture.save(content, "PNG")
         for path in (self._run.picture(step), self._run.newest_picture):
-            self._save(path, picture)
+            self._save(path, content.getvalue())
         for sink in self._sinks:
-            if not isinstance(sink, Metrics):
+            if not isinstance(sink, Lines):
                 sink.picture(step, picture)
 
     def close(self) -> None:
@@ -68,15 +71,15 @@ class Telemetry:
         for sink in self._sinks:
             sink.close()
 
-    def _save(self, path: Path, picture: Image.Image) -> None:
+    def _save(self, path: Path, content: bytes) -> None:
         partial = path.with_name(f"partial_{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(partial)
+            partial.write_bytes(content)
             os.replace(partial, path)  # the picture before stays until this one is whole
         except OSError as error:
             if not self._pictures_fail:
-                log.warning("%s cannot be written (%s); training goes on", path, error.strerror or error)
+                log.warning("%s cannot be written (%s); training goes on", path, error.strerror)
             self._pictures_fail = True
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

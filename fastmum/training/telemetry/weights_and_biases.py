@@ -11,10 +11,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fastmum.config import Config, ConfigError
+from fastmum.training.metrics import finite
 from fastmum.training.rundir import RunDir
-from fastmum.training.telemetry.metrics import finite
 
 log = logging.getLogger(__name__)
+
+# Seconds that the service may hold up a run at its start, and at its end, where a preempted one has little time left.
+# What was not sent stays in the run's folder for `wandb sync`.
+INIT_TIMEOUT = 20
+FINISH_TIMEOUT = 20
 
 
 class WeightsAndBiases:
@@ -42,7 +47,7 @@ class WeightsAndBiases:
         self._attempt(lambda: self._begin(project, run, config))
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """A point of every curve that has one; the service keeps those it has, of steps that a resumed run repeats."""
+        """A point of every curve that has one. Of steps that a resumed run repeats, the service keeps those it has."""
         self._send(step, {name: value for name, value in values.items() if finite(value) is not None})
 
     def picture(self, step: int, picture: Image.Image) -> None:
@@ -64,12 +69,13 @@ class WeightsAndBiases:
             id=run.wandb_id.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(run.root),
+            settings=self._wandb.Settings(init_timeout=INIT_TIMEOUT, finish_timeout=FINISH_TIMEOUT),
             config=OmegaConf.to_container(OmegaConf.structured(config), resolve=True),
         )
 
     def _send(self, step: int, content: dict[str, Any] | Callable[[], dict[str, Any]]) -> None:
         run = self._run
-        if run is not None and step >= run.step:
+        if run is not None and step >= run.starting_step:
             self._attempt(lambda: run.log(content() if callable(content) else content, step=step))
 
     def _attempt(self, action: Callable[[], Any]) -> None:
