@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: which there are, which go, which are set aside. By content, never by name or time of a file."""
+"""Checkpoints in a folder: which there are, which go, which are set aside. Names and times of files mean nothing."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def save(team: Processes, folder: Path, strategy: str, seed: int, step: int) -> 
 def load(team: Processes, folder: Path, strategy: str) -> tuple[int, dict[str, Tensor]]:
     """Load the newest checkpoint over other values; its step and the whole tensors."""
     state = placed_state(team, strategy, seed=99)
-    before = {name: tensor for name, tensor in state.items()}
+    before = dict(state)
     about = load_newest(folder, state, CONFIG, team.group)
     assert all(state[name] is tensor for name, tensor in before.items())
     return about.step, {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
