@@ -15,7 +15,7 @@ PATIENCE = 60  # seconds that a job may take
 
 # Processes are forked from one that has imported everything, and has no threads yet.
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["states"])
+FORKSERVER.set_forkserver_preload(["fastmum.training.checkpoint"])
 
 
 class Processes(NamedTuple):
