@@ -110,14 +110,16 @@ def report(training: Training, folder: Path, rounds: int) -> Iterator[str]:
     usual = median(steps)
     for background in (True, False):
         checkpoints = Checkpoints(folder, keep=1, background=background)
-        first, *later = [write(training, checkpoints, number := number + 1) for _ in range(rounds + 1)]
-        stalls = [cost.stall for cost in later]
+        with timed(prepare := []):
+            checkpoints.prepare(training.state())
+        costs = [write(training, checkpoints, number := number + 1) for _ in range(rounds)]
+        stalls = [cost.stall for cost in costs]
         yield f"background={background}"
         yield f"  training waits                 {_spread(stalls)}, {median(stalls) / usual:.1%} of a step"
-        yield f"  for the first, buffers made    {first.stall:8.3f} s"
-        yield f"  asked for until there          {_spread([cost.total for cost in later])}"
+        yield f"  memory taken beforehand        {_spread(prepare)}"
+        yield f"  asked for until there          {_spread([cost.total for cost in costs])}"
         if background:
-            beside = [seconds for cost in later for seconds in cost.steps]
+            beside = [seconds for cost in costs for seconds in cost.steps]
             yield f"  steps beside                   {_spread(beside)}, {median(beside) / usual - 1:+.0%}"
         steps += [quiet() for _ in range(rounds)]
     yield f"step without one, all through    {_spread(steps)}"

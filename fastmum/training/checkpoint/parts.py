@@ -84,4 +84,6 @@ def _agreed(ranks: Ranks) -> Iterator[None]:
         yield
     except CheckpointException as error:  # it has reached all ranks
         rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise CheckpointError(f"rank {rank}: {reason(cause)}" if ranks.size > 1 else reason(cause)) from error

@@ -62,6 +62,14 @@ class Checkpoints:
         if self._ranks.rank == 0:
             remove_partial(folder)
 
+    def prepare(self, state: State) -> None:
+        """Take the memory for copies of such a state before training; else the first `save` does.
+
+        Raises:
+            RuntimeError: there is not so much.
+        """
+        self._snapshot.make_buffers(state)
+
     def save(self, step: int, state: State, about: Mapping[str, Any]) -> None:
         """Begin a checkpoint of the state as it is now; waits for the one before, if that is still being written.
 
@@ -148,8 +156,9 @@ class Checkpoints:
         self.failed += 1
         self._error = CheckpointError(
             f"checkpoint '{partial.with_suffix('')}' could not be written ({reason(error)}); free space or mend the "
-            "folder: the next checkpoint is tried anew"
+            "folder: the next one is tried anew"
         )
+        log.debug("while writing '%s'", partial, exc_info=error)
         if self._ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             log.error("%s, and training goes on", self._error)

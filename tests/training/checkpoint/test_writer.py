@@ -17,6 +17,7 @@ from fastmum.training.checkpoint import (
     read_weights,
     set_aside_after,
 )
+from fastmum.training.checkpoint.snapshot import Snapshot
 
 MODES = pytest.mark.parametrize("background", [True, False])
 
@@ -49,6 +50,30 @@ def test_everything_comes_back_into_the_live_tensors(tmp_path, background):
     assert (about.path, about.step, about.model_config) == (writer.newest, 5, CONFIG)
     assert about.values == {**ABOUT, "step": 5}
     assert about.tensors["meter.losses"] == ((25,), "float64")
+
+
+def test_memory_for_copies_is_taken_once():
+    snapshot = Snapshot(rank=0, size=1)
+    snapshot.make_buffers(full_state(1))
+    seen = []
+    for step in (1, 2):
+        state = full_state(step)
+        snapshot.begin(state)
+        snapshot.copy()
+        same(snapshot.parts, step)
+        assert all(part.stride() == state[name].stride() for name, part in snapshot.parts.items())
+        seen.append({name: part.data_ptr() for name, part in snapshot.parts.items()})
+    assert seen[0] == seen[1]
+
+
+def test_memory_taken_beforehand_is_used(tmp_path):
+    writer = Checkpoints(tmp_path, keep=2)
+    writer.prepare(full_state(1))
+    writer.save(2, full_state(2), ABOUT)
+    writer.close()
+    state = full_state(9)
+    load_newest(tmp_path, state, CONFIG)
+    same(state, 2)
 
 
 def test_parameters_that_ask_for_gradients(tmp_path):
@@ -194,6 +219,14 @@ def test_where_there_is_none(tmp_path):
     (tmp_path / "files").mkdir()
     with pytest.raises(CheckpointError, match="there is no checkpoint in"):
         load_checkpoint(tmp_path, full_state(1), CONFIG)
+
+
+def test_checkpoints_of_the_first_version_are_not_passed_over(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step_0000003.pt").touch()
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(CheckpointError, match=r"step_0000003.pt' is a checkpoint of fastmum 0.1, .*resume=never"):
+            load_newest(path, full_state(1), CONFIG)
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
