@@ -124,16 +124,9 @@ def own_parts(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Te
         load = loads.setdefault(copies, [0] * copies)
         holder = load.index(min(load))
         load[holder] += tensor.nbytes
-        local = local_part(tensor)
-        # A rank's share of a tensor with fewer rows than ranks can be empty.
-        if holder == ours and (local.numel() or not tensor.numel()):
-            parts[name] = local
+        if holder == ours:
+            parts[name] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return parts
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor; all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(name: str, tensor: Tensor, rank: int, size: int) -> tuple[int, int | None]:

@@ -61,7 +61,7 @@ def kill_while_writing(folder, times):
                 published = ours.recv()
         except EOFError:
             pass
-        partial += any(path.name.endswith(".partial") for path in folder.iterdir())
+        partial += any(not (path / "checkpoint.json").exists() for path in folder.iterdir())
         state = counting_state(-1)
         about = load_newest(folder, state, CONFIG)
         assert (about.step if about else 0) >= published
