@@ -40,7 +40,7 @@ def own_gradient(parameter: nn.Parameter) -> Tensor | None:
 class Optimizer(ABC):
     """AdamW: what its implementations have in common.
 
-    Biases, norms and other 1-D parameters do not decay. Of weights that are shared out (DTensors), devices update parts.
+    Biases, norms and other 1-D parameters do not decay. A device updates its parts of weights that are shared out.
 
     Args:
         masters: of the model.

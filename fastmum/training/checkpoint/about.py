@@ -65,7 +65,13 @@ class About:
         Raises:
             OSError: it cannot be written.
         """
-        content = _dump([FORMAT, self.step, self.values, self.tensors, self.files])
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "about": self.values,
+            "files": self.files,
+            "tensors": self.tensors,
+        }
         with open(self.path / MANIFEST, "w", encoding="utf-8") as file:
             file.write(_dump({"xxh3": _hash(content), "content": content}))
             file.flush()
@@ -80,23 +86,22 @@ class About:
         """
         try:
             outer = json.loads((path / MANIFEST).read_bytes())
-            if _hash(outer["content"]) != outer["xxh3"]:
+            content = outer["content"]
+            if _hash(content) != outer["xxh3"]:
                 raise UnreadableError(f"{MANIFEST} has other content than was written")
-            version, *rest = json.loads(outer["content"])
-            if version != FORMAT:
-                raise UnreadableError(f"its format is {version}, this fastmum reads {FORMAT}")
+            if content["format"] != FORMAT:
+                raise UnreadableError(f"its format is {content['format']}, this fastmum reads {FORMAT}")
         except UnreadableError as error:
             raise UnreadableError(f"checkpoint '{path}' cannot be read ({error})") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             why = reason(error) if isinstance(error, OSError) else "it is damaged"
             raise UnreadableError(f"checkpoint '{path}' cannot be read ({MANIFEST}: {why})") from None
-        step, values, tensors, files = rest
         return cls(
             path,
-            step,
-            values,
-            {name: TensorAbout(tuple(shape), dtype) for name, (shape, dtype) in tensors.items()},
-            {name: FileAbout(*file) for name, file in files.items()},
+            content["step"],
+            content["about"],
+            {name: TensorAbout(tuple(shape), dtype) for name, (shape, dtype) in content["tensors"].items()},
+            {name: FileAbout(*file) for name, file in content["files"].items()},
         )
 
     def check_model(self, configured: Mapping[str, Any]) -> None:
@@ -142,8 +147,8 @@ def _dump(content: Any) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
-def _hash(content: str) -> str:
-    return xxhash.xxh3_128_hexdigest(content.encode())
+def _hash(content: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(_dump(content).encode())
 
 
 def _some(names: list[str]) -> str:

@@ -42,14 +42,22 @@ class HashedFiles(FileSystem):
 
 
 class _HashedStream(io.IOBase):
+    """Keeps an error of writing to itself until it is flushed: torch.save would make another one of it."""
+
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash, self.size = file, xxhash.xxh3_128(), 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
         self.hash.update(data)
-        written = self.file.write(data)
-        self.size += written
-        return written
+        self.size += size
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return size
 
     def writable(self) -> bool:
         return True
@@ -61,12 +69,13 @@ class _HashedStream(io.IOBase):
         return self.file.fileno()
 
     def flush(self) -> None:
+        if self.error:
+            raise self.error
         if not self.file.closed:
             self.file.flush()
 
     def close(self) -> None:
         self.file.close()
-        super().close()
 
 
 def damage(path: Path, expected: FileAbout) -> str | None:

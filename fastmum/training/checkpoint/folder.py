@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: which there are, which go, which are set aside. By content, never by name or time."""
+"""Checkpoints in a folder: which there are, which go, which are set aside. Names and times of files mean nothing."""
 
 from __future__ import annotations
 
@@ -50,11 +50,15 @@ def _found(path: Path) -> Found:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename checkpoints of more steps than a run resumes from, and unreadable ones: another branch. For one rank."""
+    """Rename checkpoints of more steps than a run resumes from: they belong to another branch of it, or are damaged.
+
+    To be called by one rank, before there are `Checkpoints` in the folder.
+    """
     for found in find_checkpoints(folder):
         if found.about is None or found.about.step > step:
             found.path.rename(_free(found.path.with_name(found.path.name + ABANDONED)))
-            log.info("'%s' lies after the step that the run goes on from and was renamed", found.path)
+            why = "lies after the step that the run goes on from" if found.about else "cannot be read"
+            log.info("'%s' %s and was renamed", found.path, why)
 
 
 def free_name(folder: Path, step: int) -> Path:

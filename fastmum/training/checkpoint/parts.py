@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from fastmum.training.checkpoint.errors import CheckpointError, reason
 from fastmum.training.checkpoint.files import FileAbout, HashedFiles
 from fastmum.training.checkpoint.ranks import Ranks
-from fastmum.training.checkpoint.snapshot import local_part
 
 # One process without torch.distributed is what we ask for.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -67,10 +66,9 @@ def read_parts(path: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
     Raises:
         CheckpointError: a rank could not; on all ranks alike.
     """
-    wanted = {name: tensor.detach() for name, tensor in state.items() if local_part(tensor.detach()).numel()}
     with _agreed(ranks), torch.no_grad():
         dcp.load(
-            wanted,
+            {name: tensor.detach() for name, tensor in state.items()},
             storage_reader=dcp.FileSystemReader(path),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=ranks.group,
@@ -84,4 +82,6 @@ def _agreed(ranks: Ranks) -> Iterator[None]:
         yield
     except CheckpointException as error:  # it has reached all ranks
         rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise CheckpointError(f"rank {rank}: {reason(cause)}" if ranks.size > 1 else reason(cause)) from error

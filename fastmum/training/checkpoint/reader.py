@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,8 @@ def _newest(path: Path, use: Callable[[About], None], ranks: Ranks, remedy: str 
             return candidate.about
     if found:
         raise CheckpointError(f"no checkpoint in '{path}' can be read{remedy}")
+    if old := ranks.first(lambda: next(chain(path.glob("step_*.pt"), path.glob("checkpoints/step_*.pt")), None)):
+        raise CheckpointError(f"'{old}' is a checkpoint of fastmum 0.1, which this one cannot read{remedy}")
     return None
 
 

@@ -27,6 +27,7 @@ class Snapshot:
         self._buffers: dict[str, Tensor] = {}
         self._queued = threading.Event()  # nothing reads the live tensors, or what does is queued on the device
         self._queued.set()
+        self._state: Mapping[str, Tensor] = {}
         self._live: dict[str, Tensor] = {}
         self._side: torch.cuda.Stream | None = None
         self._before: torch.cuda.Event | None = None  # the copy must come after this
@@ -38,14 +39,30 @@ class Snapshot:
         return {name: self._buffers[name] for name in self._live}
 
     @torch.no_grad()
+    def make_buffers(self, state: Mapping[str, Tensor]) -> None:
+        """Take the memory that copies of this state need, which is slow the first time.
+
+        Raises:
+            RuntimeError: there is not so much.
+        """
+        for name, live in own_parts(state, self._rank, self._size).items():
+            if name not in self._buffers or self._buffers[name].shape != live.shape:
+                # In the layout of the live tensor, which is copied as it lies; pinned, for the device to write to.
+                self._buffers[name] = torch.empty_like(live, device="cpu", pin_memory=live.is_cuda).zero_()
+
+    @torch.no_grad()
     def begin(self, state: Mapping[str, Tensor]) -> None:
         """Fix what is copied: the state as it is now on the device. The last copy must be through.
 
         What else than the update may change, counters and what meters have added up, is set apart at once, without
         waiting for the device.
+
+        Raises:
+            TypeError: a tensor is neither replicated nor sharded.
         """
         parts = own_parts(state, self._rank, self._size)
         self._live = {name: part.clone() if _volatile(name, part) else part for name, part in parts.items()}
+        self._state = state
         device = next((part.device for part in parts.values() if part.is_cuda), None)
         if device:
             self._side = self._side or torch.cuda.Stream(device)
@@ -62,10 +79,7 @@ class Snapshot:
         """
         after = self._after
         try:
-            for name, live in self._live.items():
-                if name not in self._buffers or self._buffers[name].shape != live.shape:
-                    # In the layout of the live tensor, which is copied as it lies; pinned, for the device to write to.
-                    self._buffers[name] = torch.empty_like(live, device="cpu", pin_memory=live.is_cuda)
+            self.make_buffers(self._state)
             if after:
                 self._before.wait(self._side)
                 with torch.cuda.stream(self._side):
@@ -110,16 +124,9 @@ def own_parts(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Te
         load = loads.setdefault(copies, [0] * copies)
         holder = load.index(min(load))
         load[holder] += tensor.nbytes
-        local = local_part(tensor)
-        # A rank's share of a tensor with fewer rows than ranks can be empty.
-        if holder == ours and (local.numel() or not tensor.numel()):
-            parts[name] = local
+        if holder == ours:
+            parts[name] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return parts
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor; all of one that is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _copies(name: str, tensor: Tensor, rank: int, size: int) -> tuple[int, int | None]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ class Checkpoints:
         self._error: CheckpointError | None = None  # of the last checkpoint
         if self._ranks.rank == 0:
             remove_partial(folder)
+
+    def prepare(self, state: State) -> None:
+        """Take the memory for copies of such a state before training; else the first `save` does.
+
+        Raises:
+            RuntimeError: there is not so much.
+        """
+        self._snapshot.make_buffers(state)
 
     def save(self, step: int, state: State, about: Mapping[str, Any]) -> None:
         """Begin a checkpoint of the state as it is now; waits for the one before, if that is still being written.
@@ -121,13 +130,13 @@ class Checkpoints:
         partial = self._folder / f"step_{step:07d}{PARTIAL}"
         try:
             self._ranks.each(self._snapshot.copy)
+            if self._background:
+                _step_back()
             self._ranks.first(lambda: _make_empty(partial))
             written = write_parts(partial, state, self._snapshot.parts, self._ranks)
             every = self._ranks.each(lambda: _synced(partial, written))
             files = {name: about for files in every for name, about in files.items()}
-            self.newest = self._ranks.first(
-                lambda: self._publish(About(partial, step, values, tensors, files))
-            )  # fmt: skip
+            self.newest = self._ranks.first(lambda: self._publish(About(partial, step, values, tensors, files)))
             self._error = None
         except Exception as error:  # in a thread that no one looks at, and training goes on
             self._fail(partial, error)
@@ -147,11 +156,18 @@ class Checkpoints:
         self.failed += 1
         self._error = CheckpointError(
             f"checkpoint '{partial.with_suffix('')}' could not be written ({reason(error)}); free space or mend the "
-            "folder: the next checkpoint is tried anew"
+            "folder: the next one is tried anew"
         )
+        log.debug("while writing '%s'", partial, exc_info=error)
         if self._ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
             log.error("%s, and training goes on", self._error)
+
+
+def _step_back() -> None:
+    """Let training have the processor first, where threads have priorities of their own: Linux."""
+    with suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _make_empty(folder: Path) -> None:

@@ -47,12 +47,11 @@ def placed_state(team: Processes, strategy: str, seed: int) -> dict[str, Tensor]
     }
 
 
-def save(team: Processes, folder: Path, strategy: str, seed: int, step: int) -> list[str]:
-    """Write a checkpoint; its files' names."""
+def save(team: Processes, folder: Path, strategy: str, seed: int, step: int) -> None:
+    """Write a checkpoint."""
     writer = Checkpoints(folder, keep=3, group=team.group)
     writer.save(step, placed_state(team, strategy, seed), ABOUT)
     writer.close()
-    return sorted(path.name for path in writer.newest.iterdir())
 
 
 def load(team: Processes, folder: Path, strategy: str) -> tuple[int, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
+import multiprocessing
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -11,39 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 SIZE = 4
+PATIENCE = 60  # seconds that a job may take
 
-
-class Team:
-    """Four processes, of which the first 1, 2 or 4 do what a test wants."""
-
-    def __init__(self, folder: Path) -> None:
-        context = mp.get_context("spawn")
-        self._pipes, self._processes = [], []
-        for rank in range(SIZE):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, str(folder / "store"), theirs), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        for pipe in self._pipes:
-            pipe.recv()
-
-    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(ranks, *args)` in the first `size` processes; what each returned."""
-        for pipe in self._pipes[:size]:
-            pipe.send((size, function, args))
-        outcomes = []
-        for rank, pipe in enumerate(self._pipes[:size]):
-            assert pipe.poll(60), f"rank {rank} hangs"
-            outcomes.append(pipe.recv())
-        for rank, outcome in enumerate(outcomes):
-            assert not isinstance(outcome, Failure), f"rank {rank}: {outcome}"
-        return outcomes
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+# Processes are forked from one that has imported everything, and has no threads yet.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["fastmum.training.checkpoint"])
 
 
 class Processes(NamedTuple):
@@ -57,6 +29,39 @@ class Failure(str):
     """Traceback of an exception."""
 
 
+class Team:
+    """Four processes, of which the first 1, 2 or 4 do what a test wants."""
+
+    def __init__(self, folder: Path) -> None:
+        self._pipes, self._processes = [], []
+        for rank in range(SIZE):
+            ours, theirs = FORKSERVER.Pipe()
+            process = FORKSERVER.Process(target=_work, args=(rank, str(folder / "store"), theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            pipe.recv()
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(team, *args)` in the first `size` processes; what each returned."""
+        for pipe in self._pipes[:size]:
+            pipe.send((size, function, args))
+        outcomes = []
+        for rank, pipe in enumerate(self._pipes[:size]):
+            assert pipe.poll(PATIENCE), f"rank {rank} hangs"
+            outcomes.append(pipe.recv())
+        for rank, outcome in enumerate(outcomes):
+            assert not isinstance(outcome, Failure), f"rank {rank}: {outcome}"
+        return outcomes
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
 def _work(rank: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
@@ -64,7 +69,7 @@ def _work(rank: int, store: str, pipe: Connection) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE, timeout=timedelta(seconds=60)
+        "gloo", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE, timeout=timedelta(seconds=PATIENCE / 2)
     )
     teams = {size: Processes(dist.new_group(list(range(size)), backend="gloo"), {}) for size in (1, 2, 4)}
     for size in (2, 4):  # every process takes part in making every mesh
