@@ -13,8 +13,6 @@ set -euo pipefail
 gpus=${GPUS:-1} nodes=${NODES:-1} port=${PORT:-29500} restarts=${RESTARTS:-3} grace=${GRACE:-180}
 python=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
-# torchrun takes these from the environment; releases that do not know them pass over them.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace
 
 if [ "$nodes" -gt 1 ]; then
@@ -24,4 +22,4 @@ else
   meet=(--standalone)
 fi
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts="$restarts" \
-  "${meet[@]}" -m fastmum.train "$@"
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${meet[@]}" -m fastmum.train "$@"

@@ -32,7 +32,7 @@ def charts(runs: list[Run]) -> list[Chart]:
         _use(runs),
         _curve(runs, "Waiting for data", "data_wait", "share of the time of training", percent=True, from_zero=True),
         _curve(runs, "Memory", "memory_gb", "GB: CUDA: most allocated; CPU: resident", from_zero=True),
-        _curve(runs, "Checkpoints", "checkpoint_stall_s", "seconds that one kept training waiting", from_zero=True),
+        _curve(runs, "Waiting for checkpoints", "checkpoint_stall_s", "seconds since the last start", from_zero=True),
         _faults(runs),
     ]
     return [chart for chart in found if any(line.points for line in chart.lines)]
@@ -66,7 +66,7 @@ def _loss(runs: list[Run]) -> Chart:
         lines.append(Line(run.label if several else "training", run.series("loss"), color(i)))
         held_color = color(i) if several else COLORS[1]
         lines.append(Line(held_out, run.series("held_out_loss"), held_color, dots=True, dashed=several))
-    note = "on masked patches; 1: of a model that knows each patch's mean alone"
+    note = "on masked patches; 1: each patch's mean alone"
     return Chart("Loss", lines, note, settling=SETTLING)
 
 

@@ -82,8 +82,11 @@ def write_ticks(ticks: list[float], percent: bool = False) -> list[str]:
         ((u, n) for u, n in ((1e6, "M"), (1e3, "k")) if max(map(abs, shown), default=0) >= 10 * u), (1, "")
     )
     shown = [tick / unit for tick in shown]
-    if any(tick and abs(tick) < 1e-3 for tick in shown):
-        return [f"{tick:.3g}".replace("e-0", "e-") for tick in shown]
+    largest = max(map(abs, shown), default=0)
+    if 0 < largest < 1e-2:
+        unit = 10.0 ** math.floor(math.log10(largest))
+        name = f"e{math.floor(math.log10(largest))}"
+        shown = [tick / unit for tick in shown]
     steps = [abs(b - a) for a, b in itertools.pairwise(shown)] or [1.0]
     decimals = max(0, -math.floor(math.log10(min(steps)) + 1e-9))
     return [f"{tick:,.{decimals}f}{name if tick else ''}{' %' if percent else ''}" for tick in shown]

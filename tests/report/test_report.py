@@ -128,8 +128,8 @@ def test_a_whole_run(tmp_path):
     assert "partial-1" not in text
     assert titles(text) == [
         "Loss", "Loss by number of views", "Loss against number of views", "Learning rate", "Gradient norm",
-        "Throughput", "Throughput by time", "Model FLOP utilisation", "Waiting for data", "Memory", "Checkpoints",
-        "Skipped steps and bad frames",
+        "Throughput", "Throughput by time", "Model FLOP utilisation", "Waiting for data", "Memory",
+        "Waiting for checkpoints", "Skipped steps and bad frames",
     ]  # fmt: skip
     assert text.count("<img data-step") == 3
 

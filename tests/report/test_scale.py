@@ -53,6 +53,7 @@ def test_labels_of_ticks():
     assert write_ticks([0.0, 0.05, 0.1]) == ["0.00", "0.05", "0.10"]
     assert write_ticks([0.0, 0.1, 0.2], percent=True) == ["0 %", "10 %", "20 %"]
     assert write_ticks([0, 1e-5, 2e-5]) == ["0", "1e-5", "2e-5"]
+    assert write_ticks([0, 5e-5, 1e-4, 1.5e-4]) == ["0.0", "0.5e-4", "1.0e-4", "1.5e-4"]
 
 
 @settings(deadline=None)
