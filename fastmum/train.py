@@ -145,7 +145,8 @@ def _train(config: Config, world: World) -> int:
             rate = learning_rate(done - 1, steps, config.optim, start.frames_per_step)
             step.update(done, rate)
             stopped = agreement.largest(stop.signal or 0)
-            profiler.step(done)
+            with meter.paused():
+                profiler.step(done)
 
             evaluates = evaluation.has_held_out and _due(done, config.train.eval_every, steps)
             if evaluates or _due(done, config.train.log_every, steps):
