@@ -20,6 +20,7 @@ EXTRAS = {
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.31"],
+    "fp8": ["torchao>=0.12"],
 }
 
 setup(
@@ -58,6 +59,7 @@ setup(
             *EXTRAS["colmap"],
             *EXTRAS["video"],
             *EXTRAS["wandb"],
+            *EXTRAS["fp8"],
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",

@@ -17,6 +17,8 @@ INSTALL = (
     "build it from its source with its CUDA extensions (https://github.com/NVIDIA/apex), or take optim.optimizer=adamw"
 )
 
+NEEDED = "cuda"  # type of the device
+
 
 def find_fused_adam() -> type:
     """Apex's class.
@@ -66,7 +68,7 @@ class ApexAdamW(Optimizer):
 
     def __init__(self, masters: MasterWeights, optim: OptimSection, fused_adam: type) -> None:
         super().__init__(masters, optim)
-        if self.steps.device.type != "cuda":
+        if self.steps.device.type != NEEDED:
             raise ConfigError("optim.optimizer is apex, which needs a CUDA device: take optim.optimizer=adamw")
         self._parts = [local(w.master.detach()) for w in self.weights]
         groups = [

@@ -31,8 +31,13 @@ def check_fp8(device: torch.device) -> None:
             f"{key} {name} is sm_{found[0]}{found[1]}, and float8 products need sm_{CAPABILITY[0]}{CAPABILITY[1]} "
             "(RTX 4090, L40S, H100, H200) or later: take bf16"
         )
-    if importlib.util.find_spec("torchao") is None:
+    if not is_there():
         raise ConfigError(f"{key} the package 'torchao' is not installed: {INSTALL}")
+
+
+def is_there() -> bool:
+    """Whether torchao is installed."""
+    return importlib.util.find_spec("torchao") is not None
 
 
 def use_fp8(model: nn.Module, emulate: bool = False) -> int:
