@@ -14,7 +14,13 @@ from fastmum.training.metrics import read_metrics
 from fastmum.training.stop import REQUEUE
 
 KILLS = 20
-ENDLESS = ("train.steps=100000", "train.eval_every=100000", "train.picture_every=100000", "train.checkpoint_every=50")
+ENDLESS = (
+    "train.steps=100000",
+    "model.compile=off",
+    "train.eval_every=100000",
+    "train.picture_every=100000",
+    "train.checkpoint_every=50",
+)
 
 
 def run_main(rank, size, port, words, errors):
