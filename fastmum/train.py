@@ -11,6 +11,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from fastmum.training.bad_steps import BadSteps, TrainingError
 from fastmum.training.checkpoint import CheckpointError, Checkpoints, set_aside_after
 from fastmum.training.compile import compile_model
 from fastmum.training.cost import Cost, paper_line
-from fastmum.training.device import pick_device
+from fastmum.training.device import pick_device, pick_precision
 from fastmum.training.evaluation import Evaluation
 from fastmum.training.feed import Feed
 from fastmum.training.guard import Guard
@@ -68,6 +69,8 @@ def train(config: Config) -> int:
     """
     place = find_place()
     world = join(place, pick_device(config.train.device, place))
+    precision = pick_precision(config.train.precision, world.device)
+    config = replace(config, train=replace(config.train, precision=precision))
     with Watch(world, config.parallel.dead_after_s) as watch:
         try:
             code = _train(config, world)

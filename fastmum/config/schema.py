@@ -14,7 +14,7 @@ from fastmum.model.config import PRESETS, ModelConfig
 
 COMPILE_MODES = ("auto", "block", "full", "off")
 STRATEGIES = ("ddp", "fsdp2", "hsdp")
-PRECISIONS = ("bf16", "fp32", "fp8")
+PRECISIONS = ("bf16", "fp32", "fp8", "auto")
 REDUCE_DTYPES = ("fp32", "bf16")
 OPTIMIZERS = ("adamw", "apex")
 
@@ -114,7 +114,7 @@ class TrainSection:
 
     steps: int = _key(500_000, "optimiser steps of the whole run")
     device: str = _key("auto", "auto, cpu, cuda or cuda:N")
-    precision: str = _key("bf16", "bf16 (autocast), fp32, or fp8 (torchao, from sm_89 on)")
+    precision: str = _key("bf16", "bf16 (autocast), fp32, fp8 (torchao, from sm_89 on), or auto: bf16 where it is fast")
     threads: int = _key(0, "CPU threads of torch; 0: its own choice")
     log_every: int = _key(50, "steps between lines of metrics.jsonl")
     checkpoint_every: int = _key(1000, "steps between checkpoints")

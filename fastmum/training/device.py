@@ -1,13 +1,24 @@
-"""The device of a process."""
+"""The device of a process, and the precision that suits it."""
 
 from __future__ import annotations
 
+import logging
 import re
 
 import torch
 
 from fastmum.config import ConfigError
 from fastmum.parallel.world import Place
+
+log = logging.getLogger(__name__)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """What `train.precision` stands for: auto is bf16, but fp32 on CPUs whose products in bfloat16 are plain loops."""
+    slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if name == "bf16" and slow:
+        log.warning("products in bfloat16 are many times slower than in float32 on this CPU: try train.precision=fp32")
+    return name if name != "auto" else "fp32" if slow else "bf16"
 
 
 def pick_device(name: str, place: Place) -> torch.device:

@@ -15,6 +15,9 @@ from fastmum.training.stop import REQUEUE
 
 KILLS = 20
 ENDLESS = (
+    "train.steps=100000", "model.compile=off", "train.eval_every=100000", "train.picture_every=100000",
+    "train.checkpoint_every=50",
+)  # fmt: skip
     "train.steps=100000",
     "model.compile=off",
     "train.eval_every=100000",

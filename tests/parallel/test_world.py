@@ -10,7 +10,7 @@ from fastmum.config import ConfigError
 from fastmum.parallel.agree import Agreement
 from fastmum.parallel.watch import Watch
 from fastmum.parallel.world import Place, World, WorldError, find_place, join
-from fastmum.training.device import pick_device
+from fastmum.training.device import pick_device, pick_precision
 from fastmum.training.stop import REQUEUE, StopRequest, exit_code
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -59,6 +59,17 @@ def test_devices(monkeypatch):
         pick_device("cuda", Place(4, 8, 4, 8))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert pick_device("cuda", Place(5, 8, 1, 4)) == torch.device("cuda", 0), "srun shows each task its own alone"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_that_suits_the_device(monkeypatch, caplog, fast):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    cpu = torch.device("cpu")
+    assert pick_precision("auto", cpu) == ("bf16" if fast else "fp32")
+    assert pick_precision("auto", torch.device("cuda")) == "bf16"
+    assert not caplog.records
+    assert pick_precision("bf16", cpu) == "bf16"
+    assert bool(caplog.records) != fast
 
 
 def test_signals_are_remembered_and_handlers_come_back():
