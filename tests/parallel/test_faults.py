@@ -18,12 +18,6 @@ ENDLESS = (
     "train.steps=100000", "model.compile=off", "train.eval_every=100000", "train.picture_every=100000",
     "train.checkpoint_every=50",
 )  # fmt: skip
-    "train.steps=100000",
-    "model.compile=off",
-    "train.eval_every=100000",
-    "train.picture_every=100000",
-    "train.checkpoint_every=50",
-)
 
 
 def run_main(rank, size, port, words, errors):
