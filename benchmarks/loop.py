@@ -1,7 +1,7 @@
 """What the training loop costs beside forward, backward and update: `python -m benchmarks.loop [key.sub=value ...]`.
 
 A run as users start it, on the embedded scenes, of the quickstart's model unless told otherwise. On a CPU, where calls
-end when their work is done, the time of a step that is spent in none of the three is the loop's: data, verdict and norm,
+end when their work is done, the time of a step that is spent in none of the three is the loop's: data, verdict, norm,
 metrics, progress, collector. Evaluation, pictures and checkpoints come once, at the end, and are not counted.
 """
 
