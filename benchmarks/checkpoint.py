@@ -149,9 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="mum_vitl16", help="sizes of the model (%(default)s)")
     parser.add_argument("--frames", type=int, default=1, help="frames of a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="checkpoints of each kind (%(default)s)")
-    parser.add_argument(
-        "--threads", type=int, help="of torch (its own choice); one fewer than cores leaves one to write"
-    )
+    parser.add_argument("--threads", type=int, help="of torch (its own choice)")
     parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (the system's temporary one)")
     args = parser.parse_args(argv)
     for name in ("frames", "rounds"):

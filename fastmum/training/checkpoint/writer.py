@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -27,6 +28,8 @@ from fastmum.training.checkpoint.snapshot import Snapshot
 log = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
+
+PATIENCE = 60.0  # seconds that a process which ends without `close` gives the checkpoint that is being written
 
 
 class Checkpoints:
@@ -88,9 +91,10 @@ class Checkpoints:
             self._snapshot.begin(state)
             arguments = (step, dict(state), values, tensors)
             if self._background:
-                # A daemon: a process that is told to end does not wait for it, and loses no more than a partial folder.
                 self._writing = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
                 self._writing.start()
+                # A process that ends while another thread is inside torch crashes; one whose peer is dead must end.
+                atexit.register(self._writing.join, PATIENCE)
             else:
                 self._write(*arguments)
 
@@ -124,6 +128,7 @@ class Checkpoints:
     def _join(self) -> None:
         if self._writing:
             self._writing.join()
+            atexit.unregister(self._writing.join)
             self._writing = None
 
     def _write(self, step: int, state: State, values: dict[str, Any], tensors: dict[str, TensorAbout]) -> None:
@@ -165,9 +170,9 @@ class Checkpoints:
 
 
 def _step_back() -> None:
-    """Let training have the processor first, where threads have priorities of their own: Linux."""
+    """Let training have the processor first, but never starve: Linux, where threads have priorities of their own."""
     with suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
 
 
 def _make_empty(folder: Path) -> None:

@@ -136,6 +136,30 @@ def test_a_full_disk_costs_the_checkpoints_that_do_not_fit(small_disk):
     assert last == ["", 2, ["step_0000004"], 4, [[4.0]] * 5]
 
 
+ENDS = """
+import os, sys, time
+from pathlib import Path
+from states import ABOUT, full_state
+from fastmum.training.checkpoint import Checkpoints
+
+sync = os.fsync
+os.fsync = lambda file: (time.sleep(0.2), sync(file))  # a slow disk
+writer = Checkpoints(Path(sys.argv[1]), keep=1)
+writer.save(3, full_state(3), ABOUT)
+sys.exit(2)
+"""
+
+
+def test_a_process_that_ends_in_the_middle_finishes_it(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", ENDS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "")
+    state = full_state(9)
+    assert load_newest(tmp_path, state, CONFIG).step == 3
+    torch.testing.assert_close(state, full_state(3), rtol=0, atol=0)
+
+
 def write_with_little_room_on_rank_1(team, folder, strategy):
     """The last of three checkpoints, and the one between that rank 1 may not write: RLIMIT_FSIZE."""
     import torch.distributed as dist
