@@ -121,6 +121,7 @@ def _train(config: Config, world: World) -> int:
         run.checkpoints, config.train.keep_checkpoints, config.train.keep_every, config.train.checkpoint_async,
         world.background,
     )  # fmt: skip
+    checkpoints.prepare(optimizer.state() | guard.state() | meter.state())
     readout = Readout(step, guard, meter, cost, loader, checkpoints, BadSteps(config, run, world, feed, checkpoints))
     telemetry = Telemetry(run, start.step, config) if world.is_main else None
     profiler = StepProfiler(config.profile.window, run.root / "profile", world.device, start.step, world.rank)
