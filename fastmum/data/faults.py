@@ -156,7 +156,8 @@ class _LogFile:
         self.path = path
         self.listed: set[tuple[str, str]] = set()
         self._read_until = 0
-        self.catch_up()
+        if path.is_file():
+            self._take_in()
 
     def catch_up(self) -> None:
         """Take in what other processes wrote.
@@ -164,11 +165,14 @@ class _LogFile:
         Raises:
             DataError: the file cannot be read.
         """
+        if self.path.is_file() and self.path.stat().st_size > self._read_until:
+            self._take_in()
+
+    def _take_in(self) -> None:
         try:
-            if self.path.is_file() and self.path.stat().st_size > self._read_until:
-                with open(self.path, **ENCODING) as lines:
-                    lines.seek(self._read_until)
-                    self._read(lines)
+            with open(self.path, **ENCODING) as lines:
+                lines.seek(self._read_until)
+                self._read(lines)
         except OSError as error:
             raise DataError(f"'{self.path}' cannot be read ({error.strerror or error})") from None
 

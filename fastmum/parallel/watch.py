@@ -6,6 +6,7 @@ stop as soon as its signs are missing, and say which one it was, where it ran an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -53,6 +54,7 @@ class Watch:
             self._store.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
             self._store.set(f"left/{rank}", "")
             self._store.set(f"beat/{rank}", "0")
+            self._store.set("dead", "")  # before anyone can be missed: all wait for all below
             self._world.wait()
             self._thread.start()
         return self
@@ -81,7 +83,7 @@ class Watch:
         if self._store is None:
             return None
         self._handled.set()
-        self._found.wait(self._dead_after + 2 * self._dead_after / BEATS)
+        self._found.wait(2 * self._dead_after)
         return self._dead
 
     def _run(self) -> None:
@@ -93,7 +95,7 @@ class Watch:
             try:
                 self._store.set(f"beat/{self._world.rank}", str(count))
                 beats = self._store.multi_get([f"beat/{rank}" for rank in others])
-                reasons = self._store.multi_get([f"left/{rank}" for rank in others])
+                *reasons, dead = self._store.multi_get([*(f"left/{rank}" for rank in others), "dead"])
             except RuntimeError as error:
                 now = time.monotonic()
                 failing_since = failing_since or now
@@ -103,6 +105,9 @@ class Watch:
                     return
                 continue
             failing_since, now = None, time.monotonic()
+            if dead:  # another process has found it out
+                self._report(dead.decode())
+                return
             for rank, beat, reason in zip(others, beats, reasons, strict=True):
                 reason = reason.decode()
                 if reason == LEFT_WELL:
@@ -111,13 +116,18 @@ class Watch:
                     seen[rank] = beat, now
                 if reason or now - seen[rank][1] > self._dead_after:
                     name = self._store.get(f"name/{rank}").decode()
-                    self._report(f"{name} {'has stopped: ' + reason if reason else self._silence()}")
+                    self._report(f"{name} {'has stopped: ' + reason if reason else self._silence()}", tell=True)
                     return
 
     def _silence(self) -> str:
         return f"has died or hangs: no sign of life for {self._dead_after:g} s"
 
-    def _report(self, dead: str) -> None:
+    def _report(self, dead: str, tell: bool = False) -> None:
+        if tell:
+            # The store may end with this process: all are to read it first.
+            with contextlib.suppress(RuntimeError):
+                self._store.set("dead", dead)
+            self._over.wait(2 * self._dead_after / BEATS)
         self._dead = dead
         self._found.set()
         # The main thread may have seen its collective operation fail, and is about to say so itself.

@@ -72,6 +72,14 @@ def test_precision_that_suits_the_device(monkeypatch, caplog, fast):
     assert bool(caplog.records) != fast
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """As a terminal sets them; what is started in the background inherits that they are ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_signals_are_remembered_and_handlers_come_back():
     before = signal.getsignal(signal.SIGUSR1)
     with StopRequest() as stop:
