@@ -26,7 +26,7 @@ from fastmum.data.sources import Sources, open_sources
 from fastmum.model.mum import MuM
 from fastmum.parallel.agree import Agreement
 from fastmum.parallel.gradients import Gradients
-from fastmum.parallel.watch import Watch
+from fastmum.parallel.watch import Watch, is_of_processes
 from fastmum.parallel.world import World, WorldError, find_place, join
 from fastmum.training.bad_steps import BadSteps, TrainingError
 from fastmum.training.checkpoint import CheckpointError, Checkpoints, set_aside_after
@@ -75,10 +75,8 @@ def train(config: Config) -> int:
         try:
             code = _train(config, world)
             world.wait()
-        except (WorldError, CheckpointError, TrainingError):
-            raise
-        except RuntimeError as error:  # a collective operation fails when another process is gone
-            dead = watch.culprit()
+        except RuntimeError as error:
+            dead = watch.culprit() if is_of_processes(error) else None
             if dead is None:
                 raise
             raise PeerError(f"{dead}; the run goes on from its last checkpoint") from error

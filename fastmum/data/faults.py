@@ -65,11 +65,6 @@ class Faults:
                 listed = self._counts
             return {name: listed[name] for name in self.manifests.datasets if listed[name]}
 
-    @property
-    def total(self) -> int:
-        """Bad frames of all data sets."""
-        return sum(self.counts.values())
-
     def read(self, rows: np.ndarray) -> None:
         """Note that an attempt was made to decode these frames, and that those not given to `add` were good."""
         with self._lock:

@@ -47,7 +47,6 @@ class Gradients:
         reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         self._parameters = list(parameters)
-        self._world = world
         whole = [p for p in self._parameters if not isinstance(p, DTensor)]
         self._buckets: list[_Bucket] = []
         if world.size > 1 or batches > 1:
@@ -184,9 +183,11 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     """The norm of all of them together, 0-d float32."""
     if not tensors:
         return torch.zeros(())
-    # Another dtype than the tensors' own is ten times slower on the CPU; in bfloat16 a norm has three digits there.
-    dtype = torch.float32 if tensors[0].is_cuda else None
-    norms = torch._foreach_norm(tensors, 2, dtype)
+    norms = []
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # of mixed ones each would be a launch of its own
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        # Another dtype than their own is ten times slower on the CPU; in bfloat16 a norm has three digits there.
+        norms += torch._foreach_norm(alike, 2, torch.float32 if alike[0].is_cuda else None)
     return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 
 

@@ -24,10 +24,16 @@ log = logging.getLogger(__name__)
 BEATS = 10  # signs of life within the time after which a process counts as dead
 STORE_TIMEOUT = timedelta(seconds=20)
 LEFT_WELL = "done"
+STORE = "rank 0, or the launcher that holds the common store,"
+
+
+def is_of_processes(error: RuntimeError) -> bool:
+    """Whether an operation of several processes has failed, as it does when one of them is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo's own errors have no class, but its paths
 
 
 class Watch:
-    """Signs of life, as a thread of its own; while entered.
+    """Signs of life, by threads of its own; while entered.
 
     Only monotonic clocks and counts are compared, so that a jump of a machine's clock kills nobody. A process that was
     stopped for a while and goes on sees that the others have gone on too.
@@ -45,7 +51,10 @@ class Watch:
         self._over = threading.Event()
         self._found, self._handled = threading.Event(), threading.Event()
         self._dead: str | None = None
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._answers = 0  # of the store
+        self._threads = [
+            threading.Thread(target=run, name="watch", daemon=True) for run in (self._run, self._run_store)
+        ]
 
     def __enter__(self) -> Watch:
         if self._store is not None:
@@ -56,7 +65,8 @@ class Watch:
             self._store.set(f"beat/{rank}", "0")
             self._store.set("dead", "")  # before anyone can be missed: all wait for all below
             self._world.wait()
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
@@ -64,7 +74,8 @@ class Watch:
             return
         self._over.set()
         self._handled.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(self._dead_after)  # it may wait for a store that never answers
         if self._dead is None:  # else the others know, or the store is gone
             self.leave(LEFT_WELL if error is None else f"{kind.__name__}: {str(error).partition(chr(10))[0]}")
 
@@ -100,11 +111,11 @@ class Watch:
                 now = time.monotonic()
                 failing_since = failing_since or now
                 if now - failing_since > self._dead_after / 2:
-                    self._report("rank 0, or the launcher that holds the common store, cannot be reached "
-                                 f"({str(error).partition(chr(10))[0]})")  # fmt: skip
+                    self._report(f"{STORE} cannot be reached ({str(error).partition(chr(10))[0]})")
                     return
                 continue
             failing_since, now = None, time.monotonic()
+            self._answers += 1
             if dead:  # another process has found it out
                 self._report(dead.decode())
                 return
@@ -116,11 +127,23 @@ class Watch:
                     seen[rank] = beat, now
                 if reason or now - seen[rank][1] > self._dead_after:
                     name = self._store.get(f"name/{rank}").decode()
-                    self._report(f"{name} {'has stopped: ' + reason if reason else self._silence()}", tell=True)
+                    self._report(
+                        f"{name} {'has stopped: ' + reason if reason else 'has died or hangs: ' + self._silence()}",
+                        tell=True,
+                    )
                     return
 
+    def _run_store(self) -> None:
+        """Reading from a store whose process is stopped has no time limit."""
+        answers, silent = 0, 0
+        while not self._over.wait(self._dead_after / BEATS):  # counted, so that a time asleep is nobody's silence
+            answers, silent = self._answers, silent + 1 if answers == self._answers else 0
+            if silent > BEATS:
+                self._report(f"{STORE} does not answer: {self._silence()}")
+                return
+
     def _silence(self) -> str:
-        return f"has died or hangs: no sign of life for {self._dead_after:g} s"
+        return f"no sign of life for {self._dead_after:g} s"
 
     def _report(self, dead: str, tell: bool = False) -> None:
         if tell:

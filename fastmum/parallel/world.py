@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,15 +67,10 @@ class World(Place):
         if self.size == 1:
             return None
         work = dist.all_reduce(tensor, async_op=True)
-        return work.wait() and None if wait else work
-
-    def gather(self, value: Any) -> list[Any]:
-        """A small object of every process, in the order of ranks; on the CPU, all wait for all."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        if not wait:
+            return work
+        work.wait()
+        return None
 
     def wait(self) -> None:
         """Until all processes are here."""

@@ -18,6 +18,11 @@ from fastmum.parallel.world import World
 MOST_VIEWS = 256  # longer sequences are counted as this
 
 
+def no_losses(device: torch.device) -> Tensor:
+    """Losses of frames added up, and frames, by views of their sequence: none yet, (2, MOST_VIEWS + 1) float64."""
+    return torch.zeros(2, MOST_VIEWS + 1, dtype=torch.float64, device=device)
+
+
 class Meter:
     """Losses of all processes, by the number of views of a sequence.
 
@@ -28,8 +33,7 @@ class Meter:
 
     def __init__(self, world: World, loader: Loader) -> None:
         self._world, self._loader = world, loader
-        # Losses of frames added up, and frames, by views of their sequence; of this process.
-        self._totals = torch.zeros(2, MOST_VIEWS + 1, dtype=torch.float64, device=world.device)
+        self._totals = no_losses(world.device)  # of this process
         self._views = torch.arange(MOST_VIEWS + 1, device=world.device)
         self._frames, self._seconds, self._waited = 0, 0.0, loader.wait_seconds
         self._began = time.perf_counter()

@@ -15,7 +15,7 @@ from fastmum.config import Config, ConfigError
 from fastmum.parallel.world import World
 from fastmum.training.checkpoint import load_checkpoint, load_newest
 from fastmum.training.guard import Guard
-from fastmum.training.meter import MOST_VIEWS
+from fastmum.training.meter import no_losses
 from fastmum.training.optim import Optimizer
 from fastmum.training.rundir import RunDir
 
@@ -93,9 +93,8 @@ def about_checkpoint(config: Config, world: World, frames_per_step: int, cost: M
 
 
 def _empty_state() -> dict[str, Tensor]:
-    # Shapes of what `Meter` and `Guard` save.
-    totals = torch.zeros(2, MOST_VIEWS + 1, dtype=torch.float64)
-    return {"meter.totals": totals} | Guard(torch.device("cpu")).state()
+    cpu = torch.device("cpu")
+    return {"meter.totals": no_losses(cpu)} | Guard(cpu).state()
 
 
 def _frames_per_step(config: Config, world: World, before: int | None) -> int:

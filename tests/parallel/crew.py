@@ -1,18 +1,14 @@
-"""Processes that train together, started once and used by many tests: importing torch takes seconds."""
+"""Processes that train together."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Sequence
 
-SIZE = 4
-PATIENCE = 120  # seconds that a run may take
+from processes import Pool
 
-# Processes are forked from one that has imported everything, and has no threads yet.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["fastmum.train"])
+PATIENCE = 120  # seconds that a run may take
 
 # A run of the smallest model there is; a step has 24 frames, in four parts.
 SMALL = [
@@ -31,53 +27,39 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-class Crew:
-    """Four processes, of which the first 1, 2 or 4 do a run."""
+def environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun would put into it; nothing for a single process."""
+    if size == 1:
+        return {}
+    return {
+        "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+class Crew(Pool):
+    """Jobs are runs."""
 
     def __init__(self) -> None:
-        self._pipes, self.processes = [], []
-        for rank in range(SIZE):
-            ours, theirs = FORKSERVER.Pipe()
-            process = FORKSERVER.Process(target=_work, args=(rank, theirs), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self.processes.append(process)
+        super().__init__(PATIENCE, _places)
 
     def train(self, size: int, words: Sequence[str]) -> list[int | str]:
-        """What `train` returned in each process, or the error's words."""
-        port = free_port()
-        for pipe in self._pipes[:size]:
-            pipe.send((size, port, list(words)))
-        outcomes = []
-        for rank, pipe in enumerate(self._pipes[:size]):
-            assert pipe.poll(PATIENCE), f"rank {rank} hangs"
-            outcomes.append(pipe.recv())
-        return outcomes
-
-    def close(self) -> None:
-        """End the processes."""
-        for process in self.processes:
-            process.kill()
-            process.join()
+        """What `train` returned in each of so many processes, or the error's words."""
+        return self.run(size, _train, free_port(), list(words))
 
 
-def _work(rank: int, pipe: multiprocessing.connection.Connection) -> None:
-    import torch
+def _places(rank: int) -> dict[int, tuple[int, int]]:
+    return {size: (rank, size) for size in (1, 2, 4)}
 
+
+def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
     from fastmum.config import load_config
     from fastmum.train import train
 
-    torch.set_num_threads(1)
-    while True:
-        size, port, words = pipe.recv()
-        for name in ("RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-        if size > 1:
-            os.environ |= {
-                "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
-        try:
-            pipe.send(train(load_config(None, words)))
-        except Exception as error:
-            pipe.send(f"{type(error).__name__}: {error}")
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    os.environ |= environment(*place, port)
+    try:
+        return train(load_config(None, words))
+    except ValueError as error:  # of configuration or data
+        return f"{type(error).__name__}: {error}"

@@ -51,6 +51,34 @@ def test_bfloat16_gradients_are_summed_in_float32():
     assert ours.of(p).tolist() == [258.0] * 4
 
 
+def test_buckets_travel_while_the_backward_pass_goes_on(monkeypatch):
+    """The last layers' gradients are sent before those of the first are there, in one order, once a step."""
+
+    class Sent:
+        def wait(self) -> None:
+            pass
+
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(6)]
+    sent, arrived = [], []
+    monkeypatch.setitem(gradients.BUCKET, "cpu", 32)
+    monkeypatch.setattr(gradients.dist, "all_reduce", lambda wire, async_op: sent.append(len(arrived)) or Sent())
+    ours = Gradients([layer.weight for layer in layers], World(size=2), batches=2)
+    for layer in layers:
+        layer.weight.register_post_accumulate_grad_hook(lambda p: arrived.append(p))
+    x = torch.randn(3, 4)
+    for last in (False, True):
+        ours.next_batch(last)
+        y = x
+        for layer in layers:
+            y = layer(y)
+        y.sum().backward()
+        assert len(sent) == 3 * last, "nothing travels before the step's last batch"
+    # A bucket holds two layers; ours is the first hook, so that of the second layer is not yet counted.
+    assert sent == [7, 9, 11]
+    ours.finish()
+    assert len(sent) == 3
+
+
 def test_a_single_batch_stays_where_it_is(tiny):
     ours = Gradients(tiny.parameters(), World())
     tiny(torch.randn(2, 3, 32, 32), [2], 0.5).loss.backward()

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from crew import FORKSERVER, SMALL, free_port
+from crew import SMALL, environment, free_port
+from processes import FORKSERVER
 
 from fastmum.training.checkpoint import find_checkpoints
 from fastmum.training.metrics import read_metrics
@@ -26,11 +27,7 @@ def run_main(rank, size, port, words, errors):
     os.dup2(stream.fileno(), 2)
     os.dup2(stream.fileno(), 1)
     sys.stderr = sys.stdout = stream
-    if size > 1:
-        os.environ |= {
-            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
+    os.environ |= environment(rank, size, port)
     from fastmum.train import main
 
     os._exit(main(words))
@@ -98,6 +95,19 @@ def test_killed_at_20_random_moments_it_goes_on_bit_for_bit(start, tmp_path, bac
     process.join()
     assert process.exitcode == 0, (tmp_path / "words-0").read_text()
     assert losses(run) == losses(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_others_stop_when_the_first_process_is_gone_with_the_store(start, tmp_path, number):
+    processes = start(3, *ENDLESS, "parallel.dead_after_s=2", "data.frames_per_step=18")
+    wait_for(reached(tmp_path / "run", 3), "a step")
+    os.kill(processes[0].pid, number)
+    began = time.monotonic()
+    for rank in (1, 2):
+        processes[rank].join(timeout=60)
+        assert processes[rank].exitcode == 2, f"rank {rank} goes on"
+        assert "error: rank 0" in (tmp_path / f"words-{rank}").read_text()
+    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

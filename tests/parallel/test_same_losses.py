@@ -10,6 +10,7 @@ from fastmum.data.build import build
 from fastmum.data.manifest import Manifests
 from fastmum.data.plan import MODES, StepPlanner
 from fastmum.training.checkpoint import set_aside_after
+from fastmum.training.compile import has_cpp_compiler
 from fastmum.training.metrics import read_metrics
 
 STRATEGIES = {
@@ -62,6 +63,17 @@ def test_bfloat16(run, strategy):
     bf16 = ("train.precision=bf16", "parallel.reduce=bf16", "model.recompute=true")
     alone, together = run(f"bf16-{strategy}", 1, *bf16), run(f"bf16-2-{strategy}", 2, *bf16, *STRATEGIES[strategy])
     assert_same(together, alone, atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_cpp_compiler(), reason="Inductor needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_compiled(run, strategy):
+    """Whole where there is one process, block by block beside the sums of several."""
+    few = ("train.steps=5", "train.eval_every=5")
+    alone = run(f"compiled-{strategy}", 1, *few, "model.compile=full")
+    together = run(f"compiled-4-{strategy}", 4, *few, "model.compile=full", *STRATEGIES[strategy])
+    assert_same(together, alone)
 
 
 def test_another_number_of_processes_at_every_resume(run, folder):

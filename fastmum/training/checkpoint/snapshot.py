@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from fastmum.parallel.gradients import local
+
 
 class Snapshot:
     """What one rank contributes to a checkpoint, in buffers that are used again for the next.
@@ -125,7 +127,7 @@ def own_parts(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Te
         holder = load.index(min(load))
         load[holder] += tensor.nbytes
         if holder == ours:
-            parts[name] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            parts[name] = local(tensor)
     return parts
 
 

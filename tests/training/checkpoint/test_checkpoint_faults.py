@@ -12,8 +12,8 @@ import time
 
 import pytest
 import torch
+from processes import FORKSERVER
 from states import ABOUT, CONFIG, full_state, load, placed_state, save
-from team import FORKSERVER
 
 from fastmum.training.checkpoint import CheckpointError, Checkpoints, find_checkpoints, load_newest
 

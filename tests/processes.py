@@ -1,0 +1,71 @@
+"""Processes that are started once and do the jobs of many tests: importing torch takes seconds."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+SIZE = 4
+
+# Processes are forked from one that has imported everything, and has no threads yet.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["fastmum.train"])
+
+
+class Failure(str):
+    """Traceback of an exception."""
+
+
+class Pool:
+    """Four processes, of which the first 1, 2 or 4 do what a test wants.
+
+    Args:
+        patience: seconds that a job may take.
+        prepare: called in each with its rank and `args`; returns what jobs of so many processes are given.
+    """
+
+    def __init__(self, patience: float, prepare: Callable[..., Mapping[int, Any]], *args: Any) -> None:
+        self._patience, self._pipes, self._processes = patience, [], []
+        for rank in range(SIZE):
+            ours, theirs = FORKSERVER.Pipe()
+            process = FORKSERVER.Process(target=_work, args=(theirs, prepare, rank, *args), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        for pipe in self._pipes:
+            pipe.recv()
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(prepared, *args)` in the first `size` processes; what each returned."""
+        for pipe in self._pipes[:size]:
+            pipe.send((size, function, args))
+        outcomes = []
+        for rank, pipe in enumerate(self._pipes[:size]):
+            assert pipe.poll(self._patience), f"rank {rank} hangs"
+            outcomes.append(pipe.recv())
+        for rank, outcome in enumerate(outcomes):
+            assert not isinstance(outcome, Failure), f"rank {rank}: {outcome}"
+        return outcomes
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _work(pipe: Connection, prepare: Callable[..., Mapping[int, Any]], rank: int, *args: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    prepared = prepare(rank, *args)
+    pipe.send("ready")
+    while True:
+        size, function, words = pipe.recv()
+        try:
+            pipe.send(function(prepared[size], *words))
+        except BaseException:
+            pipe.send(Failure(traceback.format_exc()))
