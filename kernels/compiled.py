@@ -62,25 +62,28 @@ class Compiled(NamedTuple):
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:
     """Compile for compute capability `arch` (80, 90) and read what came of it."""
-    signature, constants, attributes = _specialise(launch)
+    signature, constants, attributes = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
     with triton.knobs.compilation.scope():
         # A cached cubin has the line numbers of the day it was made.
         triton.knobs.compilation.always_compile = True
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
-        sass = _tool("nvdisasm", "--print-line-info", "--print-code", cubin)
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    registers, local = resources(compiled.asm["cubin"])
+    sass = _tool("nvdisasm", compiled.asm["cubin"], "--print-line-info", "--print-code")
+    spills = local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
     return Compiled(registers, spills, compiled.metadata.shared, _accesses(sass))
 
 
-def _specialise(launch: Launch) -> tuple[dict, dict, dict]:
-    """Signature, constants and alignments, by Triton's rules for arguments of a call."""
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and its bytes of stack and local memory, where spilled registers go."""
+    usage = _tool("cuobjdump", cubin, "--dump-resource-usage")
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local
+
+
+def specialise(launch: Launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and alignments of a launch, by Triton's rules for arguments of a call."""
     signature, constants, attributes = {}, {}, {}
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     for param in launch.kernel.params:
@@ -124,6 +127,9 @@ def _source(path: str) -> list[str]:
     return Path(path).read_text().splitlines()
 
 
-def _tool(name: str, *args: str | Path) -> str:
+def _tool(name: str, cubin: bytes, *options: str) -> str:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout

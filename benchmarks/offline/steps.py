@@ -1,0 +1,252 @@
+"""The training steps that are costed: fastmum's, and the reference's, eager and compiled.
+
+All on fake tensors: weights, batch and gradients have shapes and no values. Attention is FlashAttention as PyTorch
+calls it on CUDA, in the frames by `scaled_dot_product_attention` and across them by `varlen_attn` (the backend `flash`).
+
+Memory is simulated: eager code holds what Python and autograd hold, a compiled graph what Inductor's planner lets live
+between its kernels; weights, masters, gradients and moments are in both. The allocator's rounding and cuBLAS's and
+Triton's workspaces are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import get_total_norm
+
+import fastmum.attention.dense
+from benchmarks.offline.absent_gpu import absent_gpu
+from benchmarks.offline.blocks import compile_blocks
+from benchmarks.offline.cubins import spilled_kernels
+from benchmarks.offline.gpus import Gpu
+from benchmarks.offline.inductor import compile_region
+from benchmarks.offline.kernel import NORM, OPTIMISER, Cost
+from benchmarks.offline.recorder import Recorder
+from benchmarks.reference.model import ReferenceMuM
+from benchmarks.reference.step import normalise
+from fastmum.attention import Spans
+from fastmum.attention.flash import Flash
+from fastmum.config.schema import OptimSection
+from fastmum.model.config import ModelConfig
+from fastmum.model.inputs import check_frames
+from fastmum.model.masking import num_visible
+from fastmum.model.mum import MuM, Views
+from fastmum.training import optim as optimizers
+
+MAX_VIEWS = 24  # of the paper's run: what attention kernels launch for
+MASK_RATIO = 0.75
+
+
+class Batch(NamedTuple):
+    """Frames of a step.
+
+    Args:
+        frames: F, in sequences of equal length.
+        views: S, frames of a sequence; divides F.
+        side: pixels of a frame's side.
+    """
+
+    frames: int
+    views: int
+    side: int = 256
+
+    @property
+    def sequences(self) -> int:
+        """Of the batch."""
+        return self.frames // self.views
+
+
+def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str) -> Cost:
+    """fastmum's step between two lines of its log, where no norm is computed.
+
+    Args:
+        config: sizes.
+        batch: the frames.
+        gpu: that it runs on.
+        mode: of `model.compile`, "block" or "full".
+    """
+    with _pretending(gpu, batch) as recorder:
+        with torch.device("meta"):
+            model = MuM(config)
+        with FakeTensorMode():
+            with recorder:
+                _place(model)
+                optimizer = optimizers.build_optimizer(model, OptimSection(), torch.bfloat16)
+                frames = torch.empty(batch.frames, batch.side, batch.side, 3, dtype=torch.uint8)
+                pixels = check_frames(frames, config.patch_size, config.in_chans)
+                patches = pixels.grid[0] * pixels.grid[1]
+                noise = torch.empty(batch.frames, patches)
+                _initialise(model, optimizer)
+                recorder.restart()
+            visible = num_visible(patches, MASK_RATIO)
+            args = (model, pixels, noise, visible, _views(batch, patches, visible))
+            if mode == "full":
+                return _compiled_step(MuM._autoencode, args, model, optimizer, recorder)
+
+            def loss() -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return model._autoencode(*args[1:]).loss
+
+            regions = compile_blocks(loss, recorder)
+            with regions.in_place():
+                return _eager_step(loss, model, optimizer, recorder, sources=regions.sources)
+
+
+def _views(batch: Batch, patches: int, visible: int) -> Views:
+    attend, lengths = Flash().attend, [batch.views] * batch.sequences
+    tokens = 1 + patches
+    spans = [
+        Spans.of_frames(lengths, batch.frames, queries, tokens, max(MAX_VIEWS, batch.views))
+        for queries in (tokens, patches - visible)
+    ]
+    return Views(*(partial(attend, plan=plan) for plan in spans))
+
+
+def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) -> Cost:
+    """The step of `benchmarks.reference`, in eager mode or with its model compiled as one region.
+
+    Args:
+        config, batch, gpu: as for `fastmum_cost`.
+        compiled: whether `torch.compile(model, fullgraph=True)` was called.
+    """
+    with _pretending(gpu, batch) as recorder:
+        with torch.device("meta"):
+            model = ReferenceMuM(
+                config.embed_dim,
+                config.depth,
+                config.num_heads,
+                config.decoder_embed_dim,
+                config.decoder_depth,
+                config.decoder_num_heads,
+                config.patch_size,
+                config.in_chans,
+                config.norm_eps,
+            )
+        with FakeTensorMode():
+            with recorder:
+                _place(model)
+                decayed, plain = ([p for p in model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
+                groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+                # What `build_optimizer` of the reference is on CUDA, where torch chooses the foreach implementation.
+                optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=True)
+                shape = (batch.sequences, batch.views, 3, batch.side, batch.side)
+                frames = torch.empty(shape, dtype=torch.uint8)
+                noise = torch.empty(batch.frames, (batch.side // config.patch_size) ** 2)
+                _initialise(model, optimizer)
+                recorder.restart()
+            norm = partial(get_total_norm, foreach=True)
+            if compiled:
+                with recorder:
+                    images = normalise(frames)
+                return _compiled_step(model, (images, MASK_RATIO, noise), model, optimizer, recorder, norm)
+
+            def loss() -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return model(normalise(frames), MASK_RATIO, noise).loss
+
+            return _eager_step(loss, model, optimizer, recorder, norm)
+
+
+Norm = Callable[[list[Tensor]], Tensor]
+
+
+def _compiled_step(
+    function: Callable,
+    args: tuple,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder,
+    norm: Norm | None = None,
+) -> Cost:
+    """A step whose loss is computed by one compiled region; what led to its arguments has been recorded."""
+    state = recorder.live
+    region = compile_region(function, args, recorder)
+    with recorder:
+        recorder.lived_with(region.forward.peak)
+        recorder.record(region.forward.kernels)
+        recorder.lived_with(region.backward.peak)
+        recorder.record(region.backward.kernels)
+        _update(model, optimizer, recorder, norm)
+    return _cost(recorder, state, region.sources)
+
+
+def _eager_step(
+    loss: Callable[[], Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recorder: Recorder,
+    norm: Norm | None = None,
+    sources: dict[str, str] | None = None,
+) -> Cost:
+    """A step whose kernels are launched one by one."""
+    state = recorder.live
+    with recorder:
+        loss().backward()
+        _update(model, optimizer, recorder, norm)
+    return _cost(recorder, state, sources or {})
+
+
+def _cost(recorder: Recorder, state: int, sources: dict[str, str]) -> Cost:
+    count, spilled = spilled_kernels(sources, recorder.launches, recorder.arch)
+    return Cost(tuple(recorder.kernels), recorder.peak, state, count, spilled)
+
+
+def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Make the moments, which live from the first step on."""
+    _give_gradients(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    model.zero_grad()
+
+
+def _give_gradients(model: nn.Module) -> None:
+    for p in model.parameters():
+        if p.grad is None:
+            p.grad = torch.empty_like(p)
+
+
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, norm: Norm | None) -> None:
+    """What follows the backward pass; where that was a compiled region, its gradients are made here."""
+    _give_gradients(model)
+    if norm is not None:
+        with recorder.counted_as(NORM):
+            norm([p.grad for p in model.parameters()])
+    with recorder.counted_as(OPTIMISER):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def _place(model: nn.Module) -> None:
+    """Fake memory for the parameters and buffers of a model on the meta device."""
+    for module in model.modules():
+        for table, wrap in ((module._parameters, nn.Parameter), (module._buffers, lambda x: x)):
+            for name, x in table.items():
+                if x is not None:
+                    table[name] = wrap(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype))
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`scaled_dot_product_attention` as it dispatches on CUDA."""
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+@contextmanager
+def _pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
+    """What asks for the device of a tensor is told what it would be told on that GPU."""
+    with (
+        absent_gpu(gpu),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _flash),
+        mock.patch.object(fastmum.attention.dense, "by_products", lambda q: False),
+        mock.patch.dict(optimizers.BUNDLE, cpu=optimizers.BUNDLE["cuda"]),
+    ):
+        yield Recorder(gpu.arch, batch.sequences)
