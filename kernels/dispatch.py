@@ -22,6 +22,7 @@ except ImportError:  # no Triton on this platform: the PyTorch implementations d
     triton = tl = None
 
 INTEGERS = (torch.int64, torch.int32)
+MULTIPROCESSORS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM), data sheets
 
 
 class Launch(NamedTuple):
@@ -114,6 +115,15 @@ def tile_bytes(device: torch.device) -> int:
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU, for kernels whose programs take many rows each."""
+    if _recorder is not None:
+        return MULTIPROCESSORS[_recorded_arch]
+    if device.type != "cuda":
+        return 2  # interpreted: few programs, but more than one
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -86,7 +86,7 @@ def absent_gpu(gpu: Gpu) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(CudaInterface, **interface))
         stack.enter_context(mock.patch.multiple(CudaInterface.Worker, **worker))
         # It would look for a driver that is really there.
-        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
+        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         triton.runtime.driver.set_active(_Driver(gpu.arch))
         try:
             _forget()

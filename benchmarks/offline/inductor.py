@@ -209,9 +209,12 @@ def _of_call(node: ir.ExternKernel, recorder: Recorder) -> list[Kernel]:
         op = node.op_overload
         args, kwargs = node.unflatten_args(inputs, node.constant_args)
         kwargs |= {k: v for k, v in node.kwargs.items() if k not in kwargs}
-    elif isinstance(node, ir.ExternKernelOut):
+    elif isinstance(node, (ir.ExternKernelOut, ir.ExternKernelAlloc)) and node.op_overload is not None:
         op = node.op_overload.overloadpacket.default
         args, kwargs = (*inputs, *node.constant_args), dict(node.kwargs)
+        # Arguments that are left out, such as the bias of a convolution, are at their end.
+        names = [argument.name for argument in op._schema.arguments]
+        kwargs = {name: None for name in names[len(args) :] if name == "bias"} | kwargs
     else:
         raise NotImplementedError(f"no cost is known of {type(node).__name__} {node.python_kernel_name}")
     args, kwargs = pytree.tree_map_only(torch.device, lambda _: DEVICE, (tuple(args), kwargs))

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.offline.kernel import Kernel
-from benchmarks.offline.operators import kernel_of_launch, kernels_of, tensors_of
+from benchmarks.offline.operators import kernel_of_launch, kernels_of, nbytes, tensors_of
 from fastmum.kernels.dispatch import Launch, recorded_launches
 
 
@@ -97,8 +97,18 @@ class Recorder(TorchDispatchMode):
                 with around:
                     OPDEFS[op._schema.name]._init_fn(*meta_args, **meta_kwargs)
             self.launches += launches
-            self._known[key] = [*map(kernel_of_launch, launches), *around.kernels]
+            kernels = [kernel_of_launch(launch) for launch in launches]
+            if op is torch.ops.fastmum.adamw_.default:
+                # Its tensors are addresses in a table.
+                moved = sum((1 + argument.is_write) * sum(map(nbytes, value)) for argument, value in _lists(op, args))
+                kernels = [kernel._replace(moved=moved // len(kernels)) for kernel in kernels]
+            self._known[key] = [*kernels, *around.kernels]
         return self._known[key]
+
+
+def _lists(op: OpOverload, args: Sequence) -> list[tuple[torch._C.Argument, list[Tensor]]]:
+    """Arguments that are lists of tensors."""
+    return [(a, value) for a, value in zip(op._schema.arguments, args, strict=False) if isinstance(value, list)]
 
 
 def _signature(x: Tensor) -> str:

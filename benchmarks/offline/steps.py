@@ -1,7 +1,7 @@
 """The training steps that are costed: fastmum's, and the reference's, eager and compiled.
 
 All on fake tensors: weights, batch and gradients have shapes and no values. Attention is FlashAttention as PyTorch
-calls it on CUDA, in the frames by `scaled_dot_product_attention` and across them by `varlen_attn` (the backend `flash`).
+calls it on CUDA, within frames by `scaled_dot_product_attention` and across them by `varlen_attn` (backend `flash`).
 
 Memory is simulated: eager code holds what Python and autograd hold, a compiled graph what Inductor's planner lets live
 between its kernels; weights, masters, gradients and moments are in both. The allocator's rounding and cuBLAS's and
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import get_total_norm
 
 import fastmum.attention.dense
+import fastmum.kernels.adamw
 from benchmarks.offline.absent_gpu import absent_gpu
 from benchmarks.offline.blocks import compile_blocks
 from benchmarks.offline.cubins import spilled_kernels
@@ -240,13 +241,24 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
 
 
+def _on_cuda(q: Tensor) -> bool:
+    """`by_products` there."""
+    return False
+
+
+def _in_triton(x: Tensor) -> bool:
+    """`use_triton` there."""
+    return True
+
+
 @contextmanager
 def _pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
     """What asks for the device of a tensor is told what it would be told on that GPU."""
     with (
         absent_gpu(gpu),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _flash),
-        mock.patch.object(fastmum.attention.dense, "by_products", lambda q: False),
+        mock.patch.object(fastmum.attention.dense, "by_products", _on_cuda),
+        mock.patch.object(fastmum.kernels.adamw, "use_triton", _in_triton),
         mock.patch.dict(optimizers.BUNDLE, cpu=optimizers.BUNDLE["cuda"]),
     ):
         yield Recorder(gpu.arch, batch.sequences)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmum.kernels import gather_tokens, rope_qk
+from fastmum.kernels import add_norm, bias_gelu, gather_tokens, rotary_projection
 from fastmum.model.config import MLP_RATIO
 
 
@@ -55,6 +55,12 @@ class Context:
     asking: Asking | None = None
 
 
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """What products with a parameter are computed in: autocast's choice where it is on, else the parameter's own."""
+    device = parameter.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
+
+
 def packed(x_FLD: Tensor) -> Tensor:
     """New tokens of every frame, (F, L, D), as (T, D) for a stack of blocks.
 
@@ -73,23 +79,27 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_TD: Tensor, context: Context) -> Tensor:
+        """Normed tokens (T, D) -> what attention adds to the stream, (T, D) or of the tokens that ask.
+
+        The bias of `proj` gets its gradient where the result is added, see `add_norm`.
+        """
+        weight, bias = (p.to(compute_dtype(p)) for p in (self.qkv.weight, self.qkv.bias))
+        x_TD = x_TD.to(weight.dtype)
         if context.asking is None:
-            qkv = self._rotate(self.qkv(x_TD), context.positions, context, "qkv")
-            q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+            q, k, v = self._project(x_TD, weight, bias, context.positions, context, "qkv")
         else:
             # Rows of the weight are q, k, v; splitting them is a view.
-            (w_q, w_kv), (b_q, b_kv) = (x.tensor_split([len(x) // 3]) for x in (self.qkv.weight, self.qkv.bias))
-            q = F.linear(context.asking.take(x_TD), w_q, b_q)
-            q = self._rotate(q, context.asking.positions, context, "q").unflatten(1, (self.num_heads, -1))
-            kv = self._rotate(F.linear(x_TD, w_kv, b_kv), context.positions, context, "kv")
-            k, v = kv.unflatten(1, (2, self.num_heads, -1)).unbind(1)
-        return self.proj(context.attend(q, k, v).flatten(1))
+            (w_q, w_kv), (b_q, b_kv) = (x.tensor_split([len(x) // 3]) for x in (weight, bias))
+            asking = context.asking
+            (q,) = self._project(asking.take(x_TD), w_q, b_q, asking.positions, context, "q")
+            k, v = self._project(x_TD, w_kv, b_kv, context.positions, context, "kv")
+        return F.linear(context.attend(q, k, v).flatten(1), self.proj.weight, self.proj.bias.detach())
 
-    def _rotate(self, x: Tensor, positions: Tensor, context: Context, parts: str) -> Tensor:
-        # In place: the linear layer's backward pass does not need its output.
-        return rope_qk(
-            x, positions, context.sin, context.cos, self.num_heads, context.special, inplace=True, parts=parts
-        )
+    def _project(
+        self, x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, context: Context, parts: str
+    ) -> tuple[Tensor, ...]:
+        heads, special = self.num_heads, context.special
+        return rotary_projection(x, weight, bias, positions, context.sin, context.cos, heads, special, parts)
 
 
 class Mlp(nn.Module):
@@ -101,11 +111,17 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_TD)))
+        """Normed tokens (T, D) -> what is added to the stream, (T, D); for the bias of `fc2` see `add_norm`."""
+        hidden = bias_gelu(F.linear(x_TD, self.fc1.weight, self.fc1.bias.detach()), self.fc1.bias)
+        return F.linear(hidden, self.fc2.weight, self.fc2.bias.detach())
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The sum that ends a block and the norm that begins the next are one operation, so blocks hand on both the stream
+    and its norm.
+    """
 
     def __init__(self, dim: int, num_heads: int, norm_eps: float) -> None:
         super().__init__()
@@ -114,8 +130,23 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim)
 
-    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        """(T, D) -> (T, D), or the tokens of `context.asking` alone."""
-        attended = self.attn(self.norm1(x_TD), context)
-        x_TD = (x_TD if context.asking is None else context.asking.take(x_TD)) + attended
-        return x_TD + self.mlp(self.norm2(x_TD))
+    def forward(
+        self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the stream.
+
+        Args:
+            x_TD: the stream, (T, D).
+            normed_TD: its `norm1`, (T, D).
+            context: who sees whom.
+            weight, bias: (D,) of the norm behind this block; its epsilon is this block's.
+
+        Returns:
+            The stream and its norm behind this block, (T, D) or the tokens of `context.asking` alone.
+        """
+        eps, dtype = self.norm2.eps, compute_dtype(self.norm2.weight)
+        attended = self.attn(normed_TD, context)
+        x_TD = x_TD if context.asking is None else context.asking.take(x_TD)
+        proj, norm, fc2 = self.attn.proj, self.norm2, self.mlp.fc2
+        x_TD, normed_TD = add_norm(x_TD, attended, proj.bias, norm.weight, norm.bias, eps, dtype)
+        return add_norm(x_TD, self.mlp(normed_TD), fc2.bias, weight, bias, eps, dtype)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-MATRICES = (nn.Linear, nn.Conv2d)  # modules whose weights autocast casts
+PRODUCTS = (nn.Linear, nn.Conv2d)  # modules whose weights and biases autocast casts
 
 
 class MasterWeights:
     """The float32 weights of a model, of which it computes with `dtype` copies.
 
     Args:
-        model: its matrices become `dtype`; everything else stays as it is.
+        model: its matrices and their biases become `dtype`; everything else stays as it is.
         dtype: torch.bfloat16, or torch.float32 for a model that needs no copies.
     """
 
@@ -26,9 +26,11 @@ class MasterWeights:
         self.model = model
         self._masters: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            if isinstance(module, MATRICES) and module.weight.dtype != dtype:
-                self._masters[f"{name}.weight"] = module.weight.detach()
-                module.weight.data = module.weight.detach().to(dtype)
+            if isinstance(module, PRODUCTS):
+                for key, p in module.named_parameters(prefix=name, recurse=False):
+                    if p.dtype != dtype:
+                        self._masters[key] = p.detach()
+                        p.data = p.detach().to(dtype)
         model.register_load_state_dict_post_hook(self._renew)
 
     def named(self) -> list[tuple[str, nn.Parameter, Tensor | None]]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmum.config.schema import OptimSection
+from fastmum.kernels.adamw import adamw_, advance_
 from fastmum.training.master import MasterWeights
 
 BASE_FRAMES = 256  # the base learning rate is for this many frames a step
-# Weights updated at once: what stays in a CPU's cache; few launches and little memory for widened gradients on a GPU.
-BUNDLE = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Weights updated at once: what stays in a CPU's cache; everything on a GPU, in one launch.
+BUNDLE = {"cpu": 1 << 20, "cuda": 1 << 62}
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32) -> AdamW:
@@ -56,7 +57,7 @@ class AdamW(torch.optim.AdamW):
             masters = [p for p in group["params"] if self._computed_with[id(p)].grad is not None]
             states = [self._state(p) for p in masters]
             if states:
-                torch._foreach_add_([state["step"] for state in states], 1)
+                advance_([state["step"] for state in states])
             for copied in (False, True):
                 some = [p for p in masters if (self._computed_with[id(p)] is not p) == copied]
                 for bundle in _bundles(some):
@@ -73,23 +74,18 @@ class AdamW(torch.optim.AdamW):
         parameters = [self._computed_with[id(piece.tensor)] for piece in bundle]
         states = [self.state[piece.tensor] for piece in bundle]
         masters = [piece.of(piece.tensor) for piece in bundle]
-        torch._fused_adamw_(
+        adamw_(
             masters,
-            [piece.of(p.grad).float() for piece, p in zip(bundle, parameters, strict=True)],
+            [piece.of(p.grad) for piece, p in zip(bundle, parameters, strict=True)],
             [piece.of(state["exp_avg"]) for piece, state in zip(bundle, states, strict=True)],
             [piece.of(state["exp_avg_sq"]) for piece, state in zip(bundle, states, strict=True)],
-            [],
+            [piece.of(p) for piece, p in zip(bundle, parameters, strict=True)] if copied else [],
             [state["step"] for state in states],
             lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
+            betas=group["betas"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
         )
-        if copied:
-            torch._foreach_copy_([piece.of(p) for piece, p in zip(bundle, parameters, strict=True)], masters)
 
 
 class Piece(NamedTuple):

@@ -45,12 +45,12 @@ def test_training_is_that_of_autocast_bit_for_bit(tiny, monkeypatch):
     torch.testing.assert_close(ours.weights.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
 
-def test_matrices_are_copies_and_the_rest_stays(tiny):
+def test_matrices_and_their_biases_are_copies_and_the_rest_stays(tiny):
     weights = MasterWeights(tiny, torch.bfloat16)
     for name, parameter, master in weights.named():
-        is_matrix = parameter.ndim > 1 and "token" not in name
-        assert parameter.dtype == (torch.bfloat16 if is_matrix else torch.float32), name
-        assert (master is not None) == is_matrix, name
+        is_copy = "token" not in name and "norm" not in name
+        assert parameter.dtype == (torch.bfloat16 if is_copy else torch.float32), name
+        assert (master is not None) == is_copy, name
     assert all(value.dtype == torch.float32 for value in weights.state_dict().values())
 
 

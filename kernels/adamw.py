@@ -1,0 +1,223 @@
+"""AdamW on many tensors in one launch, with the bfloat16 copies that a model computes with.
+
+Each value is read and written once: gradient, master, both moments, copy. Which tensor a program works on stands in a
+table of addresses, made on the host at every step because gradients move.
+
+The update is that of `torch.optim.AdamW`; where `found_inf` is set nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels.dispatch import ceil_div, jit, launch, tl, use_triton
+
+CHUNK = 1 << 16  # values of a program: few enough that 389 M spread evenly, many enough that the table stays small
+COLUMNS = 6  # of the table: master, gradient, both moments, copy, step
+
+
+def advance_(steps: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
+    """Count one step, unless `found_inf` (scalar, float32, 1.0 skips) is set: nothing waits for the device."""
+    torch._foreach_add_(list(steps), 1.0 if found_inf is None else 1.0 - found_inf)
+
+
+def adamw_(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of AdamW, in place.
+
+    Args:
+        masters, exp_avgs, exp_avg_sqs: float32, of the same strides, without gaps.
+        grads: of the same shapes and strides, all of one floating-point dtype.
+        copies: of the same shapes and strides, all of one dtype, which become the rounded masters; or none at all.
+        steps: scalars, float32, number of this step, from 1; `advance_` counts them.
+        lr, betas, weight_decay, eps: as in `torch.optim.AdamW`.
+        found_inf: scalar, float32, on the device of the masters: 1.0 skips everything.
+
+    Raises:
+        ValueError: lists of different lengths, or a tensor whose strides differ from its master's.
+        TypeError: dtypes that differ within a list.
+    """
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    if copies:
+        lists["copies"] = copies
+    for name, tensors in lists.items():
+        if len(tensors) != len(masters):
+            raise ValueError(f"{name} has {len(tensors)} tensors, but there are {len(masters)} masters")
+        if len({x.dtype for x in tensors}) > 1:
+            raise TypeError(f"{name} has dtypes {sorted({str(x.dtype) for x in tensors})}, but must have one")
+        if name == "steps":
+            continue
+        for x, master in zip(tensors, masters, strict=True):
+            if x.shape != master.shape or x.stride() != master.stride():
+                raise ValueError(
+                    f"{name} has a tensor of shape {tuple(x.shape)} and strides {x.stride()}, but its master has "
+                    f"{tuple(master.shape)} and {master.stride()}"
+                )
+    if masters:
+        args = *map(list, (masters, grads, exp_avgs, exp_avg_sqs, copies, steps)), lr, *betas, weight_decay, eps
+        # Nothing differentiates or compiles it: where PyTorch does it, the operator would only cost its dispatch.
+        (_adamw_ if use_triton(masters[0]) else _adamw_torch)(*args, found_inf)
+
+
+@torch.library.custom_op("fastmum::adamw_", mutates_args=("masters", "exp_avgs", "exp_avg_sqs", "copies"))
+def _adamw_(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    found_inf: Tensor | None,
+) -> None:
+    run = _adamw_triton if use_triton(masters[0]) else _adamw_torch
+    run(masters, grads, exp_avgs, exp_avg_sqs, copies, steps, lr, beta1, beta2, weight_decay, eps, found_inf)
+
+
+@_adamw_.register_fake
+def _(masters, grads, exp_avgs, exp_avg_sqs, copies, steps, lr, beta1, beta2, weight_decay, eps, found_inf):
+    return None
+
+
+def _adamw_torch(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    found_inf: Tensor | None,
+) -> None:
+    if found_inf is not None and found_inf.item():
+        return
+    torch._fused_adamw_(
+        masters,
+        [grad.to(master.dtype) for grad, master in zip(grads, masters, strict=True)],
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if copies:
+        torch._foreach_copy_(copies, masters)
+
+
+def _adamw_triton(
+    masters: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    found_inf: Tensor | None,
+) -> None:
+    device = masters[0].device
+    columns = (masters, grads, exp_avgs, exp_avg_sqs, copies or masters, steps)
+    chunks = [(i, n) for i, x in enumerate(masters) for n in range(ceil_div(x.numel(), CHUNK))]
+    if not chunks:
+        return
+    # One small copy to the device, from memory that it reads without waiting for the host.
+    words = [x.data_ptr() for row in zip(*columns, strict=True) for x in row]
+    addresses = [word for i, word in enumerate(words) if i % COLUMNS != COLUMNS - 1]
+    words += [x.numel() for x in masters] + [word for chunk in chunks for word in chunk]
+    table = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    typed = [torch.empty(0, dtype=x[0].dtype, device=device) for x in (grads, copies or masters)]
+    launch(
+        _adamw_kernel,
+        (len(chunks),),
+        *(table, *typed, found_inf, len(masters), lr, beta1, beta2, weight_decay, eps),
+        COPY=bool(copies),
+        ALIGN=16 if all(word % 16 == 0 for word in addresses) else 2,
+        CHUNK=CHUNK,
+        COLUMNS=COLUMNS,
+        BLOCK=1024,
+        num_warps=4,
+    )
+
+
+@jit(do_not_specialize=["tensors", "lr", "beta1", "beta2", "weight_decay", "eps"])
+def _adamw_kernel(
+    table_ptr,  # COLUMNS addresses of every tensor; its number of values; tensor and number of every chunk: int64
+    grad_ptr,  # no values: its dtype is that of the gradients
+    copy_ptr,  # the same for the copies
+    found_inf_ptr,  # scalar, or None
+    tensors,
+    lr,
+    beta1,
+    beta2,
+    weight_decay,
+    eps,
+    COPY: tl.constexpr,
+    ALIGN: tl.constexpr,  # bytes that divide all addresses
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if found_inf_ptr is not None:
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    chunks_ptr = table_ptr + tensors * (COLUMNS + 1)
+    tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
+    begin = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1) * CHUNK
+    row_ptr = table_ptr + tensor * COLUMNS
+    float_ptr: tl.constexpr = tl.pointer_type(tl.float32)
+    master_ptr = tl.multiple_of(tl.load(row_ptr).to(float_ptr), ALIGN)
+    grads_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
+    mean_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(float_ptr), ALIGN)
+    square_ptr = tl.multiple_of(tl.load(row_ptr + 3).to(float_ptr), ALIGN)
+    copies_ptr = tl.multiple_of(tl.load(row_ptr + 4).to(tl.pointer_type(copy_ptr.dtype.element_ty)), ALIGN)
+    step = tl.load(tl.load(row_ptr + 5).to(float_ptr))
+    numel = tl.load(table_ptr + tensors * COLUMNS + tensor)
+    correction1 = 1.0 - tl.exp(step * tl.log(beta1))
+    correction2 = tl.sqrt(1.0 - tl.exp(step * tl.log(beta2)))
+    for first in range(0, CHUNK, BLOCK):
+        at = begin + first + tl.arange(0, BLOCK)
+        inside = at < numel
+        grad = tl.load(grads_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        master = tl.load(master_ptr + at, mask=inside, other=0.0)
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        square = tl.load(square_ptr + at, mask=inside, other=0.0)
+        master -= lr * weight_decay * master
+        mean += (1.0 - beta1) * (grad - mean)
+        square = beta2 * square + (1.0 - beta2) * grad * grad
+        master -= lr / correction1 * mean / (tl.sqrt(square) / correction2 + eps)
+        tl.store(master_ptr + at, master, mask=inside)
+        tl.store(mean_ptr + at, mean, mask=inside)
+        tl.store(square_ptr + at, square, mask=inside)
+        if COPY:
+            tl.store(copies_ptr + at, master.to(copy_ptr.dtype.element_ty), mask=inside)
