@@ -4,7 +4,7 @@ One file an operation, from the public function down to the jitted kernel; `refe
 plain PyTorch, and shares no code with them. See docs/kernels.md.
 """
 
-from fastmum.kernels.activation import bias_gelu
+from fastmum.kernels.feedforward import mlp
 from fastmum.kernels.loss import patch_loss
 from fastmum.kernels.norm import add_norm
 from fastmum.kernels.patches import gather_patches
@@ -14,9 +14,9 @@ from fastmum.kernels.tokens import gather_tokens, scatter_tokens
 
 __all__ = [
     "add_norm",
-    "bias_gelu",
     "gather_patches",
     "gather_tokens",
+    "mlp",
     "patch_loss",
     "rope_qk",
     "rotary_projection",

@@ -188,7 +188,7 @@ def _adamw_kernel(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if found_inf_ptr is not None:
+    if found_inf_ptr is not None:  # noqa: SIM102 (Triton decides the outer one when it compiles)
         if tl.load(found_inf_ptr) != 0.0:
             return
     chunks_ptr = table_ptr + tensors * (COLUMNS + 1)

@@ -64,7 +64,7 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     """Compile for compute capability `arch` (80, 90) and read what came of it."""
     signature, constants, attributes = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     with triton.knobs.compilation.scope():
         # A cached cubin has the line numbers of the day it was made.
         triton.knobs.compilation.always_compile = True

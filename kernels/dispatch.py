@@ -33,6 +33,7 @@ class Launch(NamedTuple):
     args: tuple
     constants: dict[str, object]
     num_warps: int
+    num_stages: int
 
 
 _recorder: list[Launch] | None = None
@@ -77,14 +78,16 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
-def launch(kernel: Callable, grid: tuple[int, ...], *args: object, num_warps: int, **constants: object) -> None:
+def launch(
+    kernel: Callable, grid: tuple[int, ...], *args: object, num_warps: int, num_stages: int = 3, **constants: object
+) -> None:
     """Launch a jitted kernel on the device of its first argument; an empty grid is no launch."""
     if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, args, constants, num_warps))
+        _recorder.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
     elif 0 not in grid:
         device = args[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[grid](*args, num_warps=num_warps, **constants)
+            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
 @contextmanager

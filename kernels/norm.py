@@ -42,8 +42,8 @@ def add_norm(
     Args:
         x: (T, D) floating point, the stream of residuals.
         update: (T, D) floating point, output of a linear layer, with its bias.
-        update_bias: (D,) that bias, which `update` already holds. Only its gradient is made here, the sum of the
-            gradient of `update`; give it detached to the linear layer.
+        update_bias: (D,) that bias, in the dtype of `update`, which already holds it. Only its gradient is made here,
+            the sum of the gradient of `update`; give it detached to the linear layer.
         weight, bias: (D,) of the norm.
         eps: added to the variance.
         dtype: of the norm's output; None: that of `update`.
@@ -64,6 +64,8 @@ def add_norm(
         check_floating(name, vector, 1, "(D,)")
         if len(vector) != x.shape[1]:
             raise ValueError(f"{name} has {len(vector)} values, but x is {x.shape[1]} wide")
+    if update_bias.dtype != update.dtype:
+        raise TypeError(f"update_bias is {update_bias.dtype}, but update is {update.dtype}: it holds the bias")
     total, normed, _, _ = _add_norm(x, update, update_bias, weight, bias, eps, dtype or update.dtype)
     return total, normed
 
@@ -103,13 +105,12 @@ def _add_norm_backward(
     rstd: Tensor,
     weight: Tensor,
     update_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of update (empty where its dtype is x's: they are the same), weight, bias and update_bias."""
     grad_normed = grad_normed.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     if use_triton(total):
-        return _backward_triton(grad_total, grad_normed, total, mean, rstd, weight, update_dtype, bias_dtype)
+        return _backward_triton(grad_total, grad_normed, total, mean, rstd, weight, update_dtype)
     work, width = mean.dtype, total.shape[1]
     grad_x = torch.empty_like(total)
     grad_update = total.new_empty(total.shape if update_dtype != total.dtype else 0, dtype=update_dtype)
@@ -129,25 +130,24 @@ def _add_norm_backward(
         if update_dtype != total.dtype:
             grad_update[t] = grads[0]
     summed = grad_x if update_dtype == total.dtype else grad_update
-    grad_bias = summed.sum(0).to(bias_dtype)
-    return grad_x, grad_update, *(each.to(weight.dtype) for each in sums), grad_bias
+    return grad_x, grad_update, *(each.to(weight.dtype) for each in sums), summed.sum(0)
 
 
 @_add_norm_backward.register_fake
-def _(grad_total, grad_normed, total, mean, rstd, weight, update_dtype, bias_dtype):
+def _(grad_total, grad_normed, total, mean, rstd, weight, update_dtype):
     return (
         total.new_empty(total.shape),
         total.new_empty(total.shape if update_dtype != total.dtype else 0, dtype=update_dtype),
         *(total.new_empty(total.shape[1], dtype=weight.dtype) for _ in range(2)),
-        total.new_empty(total.shape[1], dtype=bias_dtype),
+        total.new_empty(total.shape[1], dtype=update_dtype),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    _, update, update_bias, weight, *_ = inputs
+    _, update, _, weight, *_ = inputs
     total, _, mean, rstd = output
     ctx.save_for_backward(total, mean, rstd, weight)
-    ctx.dtypes = update.dtype, update_bias.dtype
+    ctx.update_dtype = update.dtype
     ctx.set_materialize_grads(False)  # the last sum of a stack is not used
 
 
@@ -155,9 +155,9 @@ def _backward(ctx, grad_total, grad_normed, _mean, _rstd):
     total, mean, rstd, weight = ctx.saved_tensors
     if grad_normed is None:
         grad_normed = torch.zeros_like(total)
-    grads = _add_norm_backward(grad_total, grad_normed, total, mean, rstd, weight, *ctx.dtypes)
+    grads = _add_norm_backward(grad_total, grad_normed, total, mean, rstd, weight, ctx.update_dtype)
     grad_x, grad_update, grad_weight, grad_bias, grad_update_bias = grads
-    grad_update = grad_x if ctx.dtypes[0] == total.dtype else grad_update
+    grad_update = grad_x if ctx.update_dtype == total.dtype else grad_update
     return grad_x, grad_update, grad_update_bias, grad_weight, grad_bias, None, None
 
 
@@ -193,7 +193,6 @@ def _backward_triton(
     rstd: Tensor,
     weight: Tensor,
     update_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     T, D = total.shape
     same = update_dtype == total.dtype
@@ -206,16 +205,14 @@ def _backward_triton(
     launch(
         _add_norm_backward_kernel,
         (programs,),
-        *(grad_total, grad_normed, total, mean, rstd, weight.contiguous(), grad_x),
+        *(grad_normed, grad_total, total, mean, rstd, weight.contiguous(), grad_x),
         *(None if same else grad_update, partial, T, share),
         D=D,
         BLOCK_T=BLOCK_T,
         BLOCK_D=BLOCK_D,
         num_warps=8,
     )
-    # Autograd would round the sum of a bfloat16 gradient to bfloat16.
-    sums = finish_sums(partial, (weight.dtype, weight.dtype, bias_dtype), via=update_dtype)
-    return grad_x, grad_update, *sums
+    return grad_x, grad_update, *finish_sums(partial, (weight.dtype, weight.dtype, update_dtype))
 
 
 @jit(do_not_specialize=["T"])
@@ -256,8 +253,8 @@ def _add_norm_kernel(
 
 @jit(do_not_specialize=["T", "share"])
 def _add_norm_backward_kernel(
-    grad_total_ptr,  # (T, D), or None
     grad_normed_ptr,  # (T, D)
+    grad_total_ptr,  # (T, D), or None
     total_ptr,  # (T, D)
     mean_ptr,  # (T,)
     rstd_ptr,

@@ -1,6 +1,7 @@
 """The projection to queries, keys and values, rotated by the position of their token.
 
-Legend: T tokens, D width, h heads, d = D / h width of a head. Forward it is a matrix product and `rope_qk` in place.
+Legend: T tokens, D width, h heads, d = D / h width of a head. Forward it is a matrix product whose tiles are rotated
+before they leave the registers: a program has channels c of some heads and, beside them, their partners c + d/2.
 Attention's backward pass gives three gradients; one kernel rotates two of them back, packs all three for the matrix
 products that follow, and adds up the gradient of the bias on the way.
 """
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastmum.kernels.dispatch import ceil_div, check_range, jit, launch, power_of_2, tl, use_triton
-from fastmum.kernels.rope import _rope_qk_, _rotate_torch, check_rotation
+from fastmum.kernels.products import Tiles, fuses_products, tile_of
+from fastmum.kernels.rope import _rotate, _rotate_torch, check_rotation
 from fastmum.kernels.sums import finish_sums, row_split
 
 
@@ -57,9 +59,8 @@ class _RotaryProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, positions, sin, cos, heads, zero, parts):
-        packed = torch.addmm(bias, x, weight.t())
         rotated = len(parts.removesuffix("v"))
-        _rope_qk_(packed, positions, sin, cos, heads * rotated, zero, False)
+        packed = _rotary_linear(x, weight, bias, positions, sin, cos, heads * rotated, zero)
         ctx.save_for_backward(x, weight, positions, sin, cos)
         ctx.settings = rotated, zero
         return packed.unflatten(1, (len(parts), heads, -1)).unbind(1)
@@ -69,6 +70,24 @@ class _RotaryProjection(torch.autograd.Function):
         x, weight, positions, sin, cos = ctx.saved_tensors
         packed, grad_bias = _pack_rotated(list(grads), positions, sin, cos, *ctx.settings)
         return packed @ weight, packed.t() @ x, grad_bias, *(None,) * 6
+
+
+@torch.library.custom_op("fastmum::rotary_linear", mutates_args=())
+def _rotary_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
+) -> Tensor:
+    """x @ weight' + bias (T, n * D), its first `rotated` heads rotated."""
+    check_range("positions", positions, -1, len(sin))
+    if fuses_products(x):
+        return _rotary_linear_triton(x.contiguous(), weight.contiguous(), bias, positions, sin, cos, rotated, zero)
+    packed = torch.addmm(bias, x, weight.t())
+    _rotate(packed, packed, positions, sin, cos, rotated, zero, False)
+    return packed
+
+
+@_rotary_linear.register_fake
+def _(x, weight, bias, positions, sin, cos, rotated, zero):
+    return x.new_empty(len(x), len(weight))
 
 
 @torch.library.custom_op("fastmum::pack_rotated", mutates_args=())
@@ -95,6 +114,32 @@ def _(grads, positions, sin, cos, rotated, zero):
     T, heads, width = grads[0].shape
     packed = len(grads) * heads * width
     return grads[0].new_empty(T, packed), grads[0].new_empty(packed)
+
+
+def _rotary_linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
+) -> Tensor:
+    (T, C), width, half = x.shape, len(weight), sin.shape[1]
+    packed = torch.empty(T, width, dtype=x.dtype, device=x.device)
+    sin, cos = (table if table.stride(1) == 1 else table.contiguous() for table in (sin, cos))
+    heads, tiles = width // (2 * half), Tiles()
+    BLOCK_C = power_of_2(half)
+    BLOCK_H = max(1, tiles.BLOCK_N // (2 * BLOCK_C))
+    launch(
+        _rotary_linear_kernel,
+        tiles.grid(T, ceil_div(heads, BLOCK_H)),
+        *(x, weight, bias.contiguous(), positions.contiguous(), sin, cos, packed),
+        *(T, len(sin), sin.stride(0), cos.stride(0)),
+        N=width,
+        K=C,
+        ROTATED=rotated,
+        HALF=half,
+        ZERO=zero,
+        BLOCK_H=BLOCK_H,
+        BLOCK_C=BLOCK_C,
+        **{name: value for name, value in tiles.constants(C, x).items() if name != "BLOCK_N"},
+    )
+    return packed
 
 
 def _pack_triton(
@@ -129,6 +174,76 @@ def _pack_triton(
     )
     (grad_bias,) = finish_sums(partial, (out.dtype,))
     return grad_bias
+
+
+@jit(do_not_specialize=["M", "positions"])
+def _rotary_linear_kernel(
+    x_ptr,  # (M, K)
+    weight_ptr,  # (N, K)
+    bias_ptr,  # (N,)
+    positions_ptr,  # (M,)
+    sin_ptr,  # (positions, HALF), rows by the stride
+    cos_ptr,
+    packed_ptr,  # (M, N)
+    M,
+    positions,
+    stride_sin,
+    stride_cos,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROTATED: tl.constexpr,  # heads that are rotated
+    HALF: tl.constexpr,
+    ZERO: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    HEADS: tl.constexpr = N // (2 * HALF)
+    HALVES: tl.constexpr = BLOCK_H * BLOCK_C
+    row, column = tile_of(M, (HEADS + BLOCK_H - 1) // BLOCK_H, BLOCK_M, GROUP_M)
+    i, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    m = row * BLOCK_M + i
+    head, c = column * BLOCK_H + tl.arange(0, HALVES) // BLOCK_C, tl.arange(0, HALVES) % BLOCK_C
+    n, exists = head * (2 * HALF) + c, (head < HEADS) & (c < HALF)
+    # Two products of the same rows: channels c of the heads, and c + HALF.
+    x_at = x_ptr + row.to(tl.int64) * (BLOCK_M * K) + (i[:, None] * K + k[None, :])
+    weight_at = weight_ptr + (n[None, :] * K + k[:, None])
+    a, b = tl.zeros((BLOCK_M, HALVES), tl.float32), tl.zeros((BLOCK_M, HALVES), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        x_inside, weight_inside = (m < M)[:, None], exists[None, :]
+        if not EVEN_K:
+            rest = first + k < K
+            x_inside, weight_inside = x_inside & rest[None, :], weight_inside & rest[:, None]
+        x = tl.load(x_at, mask=x_inside, other=0.0)
+        weight_a = tl.load(weight_at, mask=weight_inside, other=0.0)
+        weight_b = tl.load(weight_at + HALF * K, mask=weight_inside, other=0.0)
+        if WIDEN:
+            x, weight_a, weight_b = x.to(tl.float32), weight_a.to(tl.float32), weight_b.to(tl.float32)
+        a = tl.dot(x, weight_a, a)
+        b = tl.dot(x, weight_b, b)
+        x_at += BLOCK_K
+        weight_at += BLOCK_K
+    dtype: tl.constexpr = packed_ptr.dtype.element_ty
+    a += tl.load(bias_ptr + n, mask=exists, other=0.0).to(tl.float32)[None, :]
+    b += tl.load(bias_ptr + n + HALF, mask=exists, other=0.0).to(tl.float32)[None, :]
+    a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+
+    position = tl.load(positions_ptr + m, mask=m < M, other=-1)
+    turned = (exists & (head < ROTATED))[None, :]
+    has_angle = ((position >= 0) & (position < positions))[:, None] & turned
+    # No position: the identity, or zero. A position that the table lacks: NaN, which is seen.
+    idle = tl.where(turned, tl.where(position == -1, 0.0 if ZERO else 1.0, float("nan"))[:, None], 1.0)
+    sin = tl.load(sin_ptr + position[:, None] * stride_sin + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + position[:, None] * stride_cos + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
+    cos = tl.where(has_angle, cos, idle)
+    inside = (m < M)[:, None] & exists[None, :]
+    start, at = row.to(tl.int64) * (BLOCK_M * N), i[:, None] * N + n[None, :]
+    tl.store(packed_ptr + start + at, (a * cos - b * sin).to(dtype), mask=inside)
+    tl.store(packed_ptr + start + at + HALF, (b * cos + a * sin).to(dtype), mask=inside)
 
 
 @jit(do_not_specialize=["T", "N", "share"])

@@ -32,26 +32,23 @@ def row_split(rows: int, rows_at_once: int, device: torch.device) -> tuple[int, 
     return max(1, ceil_div(rows, share)), share
 
 
-def finish_sums(partial: Tensor, dtypes: Sequence[torch.dtype], via: torch.dtype | None = None) -> list[Tensor]:
+def finish_sums(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Add partial sums.
 
     Args:
         partial: (n, programs, D) float32, of n sums.
         dtypes: of the n results.
-        via: what the last sum is rounded to first, where its result has a wider dtype.
 
     Returns:
         n vectors (D,).
     """
     count, programs, D = partial.shape
     outs = [torch.empty(D, dtype=dtype, device=partial.device) for dtype in dtypes]
-    rounded = torch.empty(0, dtype=via or dtypes[-1], device=partial.device)  # carries a dtype
     BLOCK_D = 64
     launch(
         _finish_kernel,
         (count, ceil_div(D, BLOCK_D)),
-        *(partial, outs[0], outs[1 % count], outs[2 % count], rounded, programs),
-        COUNT=count,
+        *(partial, outs[0], outs[1 % count], outs[2 % count], programs),
         D=D,
         BLOCK_P=64,
         BLOCK_D=BLOCK_D,
@@ -62,13 +59,11 @@ def finish_sums(partial: Tensor, dtypes: Sequence[torch.dtype], via: torch.dtype
 
 @jit(do_not_specialize=["programs"])
 def _finish_kernel(
-    partial_ptr,  # (COUNT, programs, D)
-    out0_ptr,  # (D,) each; those beyond COUNT are not touched
+    partial_ptr,  # (n, programs, D)
+    out0_ptr,  # (D,) each; those beyond n are not touched
     out1_ptr,
     out2_ptr,
-    rounded_ptr,  # no values: its dtype rounds the last sum
     programs,
-    COUNT: tl.constexpr,
     D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -81,8 +76,6 @@ def _finish_kernel(
         at = (which * programs + p)[:, None] * D + d[None, :]
         total += tl.load(partial_ptr + at, mask=(p < programs)[:, None] & (d < D)[None, :], other=0.0)
     value = tl.sum(total, axis=0)
-    if which == COUNT - 1:
-        value = value.to(rounded_ptr.dtype.element_ty).to(tl.float32)
     if which == 0:
         tl.store(out0_ptr + d, value.to(out0_ptr.dtype.element_ty), mask=d < D)
     elif which == 1:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmum.kernels import add_norm, bias_gelu, gather_tokens, rotary_projection
+from fastmum.kernels import add_norm, gather_tokens, mlp, rotary_projection
 from fastmum.model.config import MLP_RATIO
 
 
@@ -111,9 +111,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """Normed tokens (T, D) -> what is added to the stream, (T, D); for the bias of `fc2` see `add_norm`."""
-        hidden = bias_gelu(F.linear(x_TD, self.fc1.weight, self.fc1.bias.detach()), self.fc1.bias)
-        return F.linear(hidden, self.fc2.weight, self.fc2.bias.detach())
+        """Normed tokens (T, D) -> what is added to the stream, (T, D); the bias of `fc2` gets its gradient there."""
+        dtype = compute_dtype(self.fc1.weight)
+        layers = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        return mlp(x_TD.to(dtype), *(p.to(dtype) for p in layers))
 
 
 class Block(nn.Module):
@@ -147,6 +148,6 @@ class Block(nn.Module):
         eps, dtype = self.norm2.eps, compute_dtype(self.norm2.weight)
         attended = self.attn(normed_TD, context)
         x_TD = x_TD if context.asking is None else context.asking.take(x_TD)
-        proj, norm, fc2 = self.attn.proj, self.norm2, self.mlp.fc2
-        x_TD, normed_TD = add_norm(x_TD, attended, proj.bias, norm.weight, norm.bias, eps, dtype)
-        return add_norm(x_TD, self.mlp(normed_TD), fc2.bias, weight, bias, eps, dtype)
+        proj_bias, fc2_bias = (p.to(dtype) for p in (self.attn.proj.bias, self.mlp.fc2.bias))
+        x_TD, normed_TD = add_norm(x_TD, attended, proj_bias, self.norm2.weight, self.norm2.bias, eps)
+        return add_norm(x_TD, self.mlp(normed_TD), fc2_bias, weight, bias, eps)
