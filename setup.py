@@ -19,6 +19,8 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
+    "wandb": ["wandb>=0.31"],
+    "fp8": ["torchao>=0.12"],
 }
 
 setup(
@@ -30,6 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastmum", "fastmum.*"]), "fastmum.kernels"],
+    package_data={"fastmum.report": ["page.css", "page.js"]},
     package_dir={"fastmum": "fastmum", "fastmum.kernels": "kernels"},
     install_requires=[
         "torch>=2.10",
@@ -38,10 +41,12 @@ setup(
         "omegaconf>=2.3",
         "pillow>=10.3",
         "safetensors>=0.4.3",
+        "xxhash>=3",
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "natsort>=8.4",
         "pyarrow>=16",
+        "pyyaml>=6",
         "platformdirs>=4.2",
         # Its wheel carries the photographs that the embedded scenes are textured with.
         "scikit-image>=0.24",
@@ -53,6 +58,8 @@ setup(
             *EXTRAS["dali"],
             *EXTRAS["colmap"],
             *EXTRAS["video"],
+            *EXTRAS["wandb"],
+            *EXTRAS["fp8"],
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",

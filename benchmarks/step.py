@@ -21,13 +21,16 @@ from benchmarks.reference.model import ReferenceMuM
 from benchmarks.reference.step import build_optimizer as build_reference_optimizer
 from benchmarks.reference.step import train_step
 from fastmum.config import Config, ConfigError, load_config
-from fastmum.data.loader import Batch
 from fastmum.model.mum import MuM
-from fastmum.train import PRECISION, build_model
+from fastmum.parallel.gradients import Gradients
+from fastmum.parallel.world import World
 from fastmum.training.compile import compile_model
-from fastmum.training.evaluation import forward, noise_for
+from fastmum.training.feed import StepBatch, noise_for
+from fastmum.training.guard import Guard
 from fastmum.training.memory import keep_freed_memory
+from fastmum.training.model import PRECISION, build_model
 from fastmum.training.optim import build_optimizer
+from fastmum.training.step import forward
 
 PHASES = ("forward", "backward", "norm", "optimizer")
 AGREEMENT = {"bf16": 1e-3, "fp32": 1e-4}  # largest relative difference of the losses of the first steps
@@ -117,7 +120,7 @@ def make_problem(frames: int, views: int, settings: Sequence[str]) -> Problem:
     torch.manual_seed(config.run.seed)
     pixels = torch.randint(0, 256, (frames, size, size, 3), dtype=torch.uint8)
     noise = noise_for(config, config.run.seed, 0, frames)
-    return Problem(config, pixels, noise, build_model(config, torch.device("cpu")))
+    return Problem(config, pixels, noise, build_model(config, World()))
 
 
 def build_reference(frames: int, views: int, settings: Sequence[str]) -> Contestant:
@@ -147,29 +150,33 @@ def build_fastmum(frames: int, views: int, settings: Sequence[str]) -> Contestan
 def fastmum_steps(problem: Problem, lengths: Sequence[tuple[int, ...]]) -> list[Contestant]:
     """Steps as `fastmum.train` does them between two lines of its log, one for each way to cut the frames.
 
-    They share the model and its optimiser. There is no norm to compute.
+    They share the model and its optimiser.
     """
     config, pixels, noise, model = problem
     keep_freed_memory()
     optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
     compile_model(model, config.model.compile, config.train.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = config.optim.base_lr
+    gradients, guard = Gradients(model.parameters(), World()), Guard(pixels.device)
 
-    def contestant(batch: Batch) -> Contestant:
+    def contestant(of_sequences: tuple[int, ...]) -> Contestant:
+        views = torch.tensor(of_sequences).repeat_interleave(torch.tensor(of_sequences))
+        batch = StepBatch(pixels, of_sequences, noise, views, len(pixels))
+
         def step(lap: Lap) -> float:
-            loss = forward(model, batch, noise, config, pixels.device).loss
+            loss = forward(model, batch, config).loss.sum() / batch.step_frames
             lap("forward")
             loss.backward()
             lap("backward")
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            found_inf = guard.judge(1, loss.detach(), gradients.norm())
+            lap("norm")
+            optimizer.step(config.optim.base_lr, gradients.of, found_inf)
+            gradients.clear()
             lap("optimizer")
             return loss.item()
 
         return Contestant("fastmum", step)
 
-    return [contestant(Batch(pixels, of_sequences)) for of_sequences in lengths]
+    return [contestant(of_sequences) for of_sequences in lengths]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

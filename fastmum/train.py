@@ -6,165 +6,239 @@ import argparse
 import contextlib
 import gc
 import logging
-import math
-import re
+import os
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastmum.attention import AttentionError, choose_backend
 from fastmum.config import Config, ConfigError, describe_keys, load_config
 from fastmum.data.decode import make_decoder
 from fastmum.data.errors import DataError
 from fastmum.data.loader import Loader
-from fastmum.data.sources import open_sources
+from fastmum.data.sources import Sources, open_sources
 from fastmum.model.mum import MuM
-from fastmum.training.checkpoint import (
-    CheckpointError,
-    load_checkpoint,
-    load_newest,
-    restore,
-    save_checkpoint,
-    set_aside_after,
-)
+from fastmum.parallel.agree import Agreement
+from fastmum.parallel.gradients import Gradients
+from fastmum.parallel.watch import Watch
+from fastmum.parallel.world import World, WorldError, find_place, join
+from fastmum.training.bad_steps import BadSteps, TrainingError
+from fastmum.training.checkpoint import CheckpointError, Checkpoints, set_aside_after
 from fastmum.training.compile import compile_model
-from fastmum.training.evaluation import Evaluation, forward, noise_for
+from fastmum.training.cost import Cost, paper_line
+from fastmum.training.device import pick_device, pick_precision
+from fastmum.training.evaluation import Evaluation
+from fastmum.training.feed import Feed
+from fastmum.training.guard import Guard
 from fastmum.training.memory import keep_freed_memory
 from fastmum.training.meter import Meter
-from fastmum.training.optim import build_optimizer, learning_rate
+from fastmum.training.model import REDUCE, build_model, copies_dtype
+from fastmum.training.optim import build_optimizer
+from fastmum.training.profile import StepProfiler
+from fastmum.training.readout import Readout
+from fastmum.training.resume import Start, about_checkpoint, resume
 from fastmum.training.rundir import RunDir
-from fastmum.training.stop import StopRequest
+from fastmum.training.schedule import learning_rate
+from fastmum.training.step import Step
+from fastmum.training.stop import StopRequest, exit_code
 from fastmum.training.telemetry import Telemetry
 
 log = logging.getLogger("fastmum")
 
-PRECISION = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of the matrices that the model computes with
 SHOWN = ("loss", "held_out_loss", "frames_per_s")  # beside the progress bar
 
 
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the message is one line for the user."""
+class PeerError(RuntimeError):
+    """Another process has died; the message is one line for the user, and says which."""
 
 
 def train(config: Config) -> int:
-    """Do the whole of a run, or what is left of it.
+    """Do the whole of a run, or what is left of it; every process of the run calls it.
 
     Returns:
-        0, or the exit code of the signal that stopped the run after it saved.
+        0, or the exit code of the signal that stopped the run after it saved (`fastmum.training.stop`).
 
     Raises:
-        ConfigError, DataError, CheckpointError, TrainingError: as their one line says.
+        ConfigError, DataError, WorldError, CheckpointError, TrainingError, PeerError: as their one line says.
     """
-    device = _device(config.train.device)
+    place = find_place()
+    world = join(place, pick_device(config.train.device, place))
+    precision = pick_precision(config.train.precision, world.device)
+    config = replace(config, train=replace(config.train, precision=precision))
+    with Watch(world, config.parallel.dead_after_s) as watch:
+        try:
+            code = _train(config, world)
+            world.wait()
+        except (WorldError, CheckpointError, TrainingError):
+            raise
+        except RuntimeError as error:  # a collective operation fails when another process is gone
+            dead = watch.culprit()
+            if dead is None:
+                raise
+            raise PeerError(f"{dead}; the run goes on from its last checkpoint") from error
+    world.close()
+    return code
+
+
+def _train(config: Config, world: World) -> int:
     torch.manual_seed(config.run.seed)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
 
     run, steps = RunDir(Path(config.run.dir).expanduser()), config.train.steps
-    model = build_model(config, device)
-    optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
-    start, meter_state = _resume(config, run, model, optimizer)
-    if start >= steps:
-        log.info("nothing to do: the run in '%s' has done its %d steps; another run.dir starts anew", run.root, start)
+    model = build_model(config, world)
+    optimizer = build_optimizer(model, config.optim, copies_dtype(config, world))
+    start = resume(config, run, world, optimizer)
+    if start.step >= steps:
+        log.info(
+            "nothing to do: the run in '%s' has done its %d steps; another run.dir starts anew", run.root, start.step
+        )
         return 0
 
-    compile_model(model, config.model.compile, steps - start)
-    if device.type == "cpu":
-        keep_freed_memory()
-    with _writing_to(run):
-        run.root.mkdir(parents=True, exist_ok=True)
-    decoder = make_decoder(config.data.decoder, config.data.image_size, device, int(config.data.cache_gb * 1e9))
-    sources = open_sources(config, run.root, resumed=start > 0)
+    _compile(config, model, world, steps - start.step)
+    sources = _open_sources(config, run, world, start)
+    decoder = make_decoder(config.data.decoder, config.data.image_size, world.device, int(config.data.cache_gb * 1e9))
     loader = Loader(decoder, sources.manifests, config.data.workers, run.bad_frames, sources.is_held_out)
-    evaluation = Evaluation(sources, loader, config, device)
-    with _writing_to(run):
-        run.config.write_text(config.to_yaml(), encoding="utf-8")
-    set_aside_after(run.checkpoints, start)
-    telemetry = Telemetry(run, start)
+    feed = Feed(loader, sources.training, world, config)
+    evaluation = Evaluation(sources, loader, config, world)
+    gradients = Gradients(model.parameters(), world, feed.batches_per_step, REDUCE[config.parallel.reduce])
+    guard, meter = Guard(world.device), Meter(world, loader)
+    if start.state:
+        guard.load(start.state)
+        meter.load(start.state)
+    step = Step(model, optimizer, gradients, guard, meter, world, config)
+    cost = Cost(
+        config.model_config, config.data.image_size, config.model.mask_ratio, world.device, config.train.precision,
+        steps, start.step, world.size, start.device_seconds,
+    )  # fmt: skip
+    checkpoints = Checkpoints(
+        run.checkpoints, config.train.keep_checkpoints, config.train.keep_every, config.train.checkpoint_async,
+        world.background,
+    )  # fmt: skip
+    checkpoints.prepare(optimizer.state() | guard.state() | meter.state())
+    readout = Readout(step, guard, meter, cost, loader, checkpoints, BadSteps(config, run, world, feed, checkpoints))
+    telemetry = Telemetry(run, start.step, config) if world.is_main else None
+    profiler = StepProfiler(config.profile.window, run.root / "profile", world.device, start.step, world.rank)
+    progress = tqdm(
+        initial=start.step,
+        total=steps,
+        unit="step",
+        desc=config.run.name,
+        dynamic_ncols=True,
+        disable=not world.is_main,
+    )
+    agreement, batches = Agreement(world), feed.batches(start.step, steps)
+    log.info("%d frames a step; %s", start.frames_per_step, paper_line())
 
-    plans = (sources.training.plan(step) for step in range(start, steps))
-    meter = Meter(device, loader, meter_state)
-    progress = tqdm(initial=start, total=steps, unit="step", desc=config.run.name, dynamic_ncols=True)
-    with StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(telemetry), _quiet_collector():
-        for done, batch in enumerate(loader.batches(plans), start + 1):
-            rate = learning_rate(done - 1, steps, config.optim, config.data.frames_per_batch)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            noise = noise_for(config, config.run.seed, done - 1, len(batch.frames))
-            loss = forward(model, batch, noise, config, device).loss
-            loss.backward()
+    with (
+        StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(batches), _closing(telemetry),
+        profiler, _collector_off(),
+    ):  # fmt: skip
+        for done in range(start.step + 1, steps + 1):
+            for part in range(1, feed.batches_per_step + 1):
+                batch = next(batches)
+                step.accumulate(batch, last=part == feed.batches_per_step)
+                cost.add(batch.lengths)
+            checkpoints.before_update()
+            rate = learning_rate(done - 1, steps, config.optim, start.frames_per_step)
+            step.update(done, rate)
+            stopped = agreement.largest(stop.signal or 0)
+            with meter.paused():
+                profiler.step(done)
+
             evaluates = evaluation.has_held_out and _due(done, config.train.eval_every, steps)
-            logs = evaluates or _due(done, config.train.log_every, steps)
-            # Nothing is clipped, as in the released configuration: the norm is for the log alone.
-            norm = get_total_norm([p.grad for p in model.parameters()]) if logs else None
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            meter.add(loss, len(batch.frames))
-
-            if logs:
-                values = meter.read() | {"lr": rate, "grad_norm": norm.item(), "bad_frames": loader.faults.total}
-                values |= {f"bad_frames/{name}": count for name, count in loader.faults.counts.items()}
-                _check_finite(done, values, config)
+            if evaluates or _due(done, config.train.log_every, steps):
+                values = readout.values(done, rate)
                 if evaluates:
                     with meter.paused():
                         values["held_out_loss"] = evaluation.held_out_loss(model)
-                telemetry.log(done, values)
-                progress.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if k in values}, refresh=False)
+                if telemetry:
+                    telemetry.log(done, values)
+                progress.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if values.get(k) is not None}, refresh=False)
             if _due(done, config.train.picture_every, steps):
                 with meter.paused():
-                    telemetry.picture(done, evaluation.picture(model))
-            stopped = stop.signal
+                    picture = evaluation.picture(model)
+                    if telemetry:
+                        telemetry.picture(done, picture)
             if stopped or _due(done, config.train.checkpoint_every, steps):
                 with meter.paused():
-                    state = meter.state()
-                    _check_finite(done, {"loss": state["losses"], "weights": _weight_norm(model)}, config)
-                    save_checkpoint(run.checkpoints, done, model, optimizer, state, config.train.keep_checkpoints)
+                    state = optimizer.state() | guard.state() | meter.state()
+                    checkpoints.save(done, state, about_checkpoint(config, world, start.frames_per_step, cost.state()))
+            if done % config.train.collect_every == 0:
+                gc.collect()
             progress.update()
             if stopped:
-                log.warning("%s: saved at step %d; train.resume=auto goes on from there", stopped.name, done)
-                return 128 + stopped
+                checkpoints.close()
+                log.warning(
+                    "%s: saved at step %d; train.resume=auto goes on from there", signal.Signals(stopped).name, done
+                )
+                return exit_code(stopped)
+        agreement.finish()
+        checkpoints.close()
     log.info("done: %s", _summary(run, values))
     return 0
 
 
-def build_model(config: Config, device: torch.device) -> MuM:
-    """The model of a run on its device, not yet compiled.
+def _compile(config: Config, model: MuM, world: World, steps: int) -> None:
+    """Compile the model, and make the most of the device.
 
     Raises:
-        ConfigError: `model.attention` cannot be used there.
+        ConfigError: `train.cuda_graphs` cannot be used.
     """
     try:
-        backend = choose_backend(config.model.attention, device, PRECISION[config.train.precision])
-    except AttentionError as error:
-        raise ConfigError(f"model.attention: {error}") from None
-    log.info("attention across frames: %s", backend.name)
-    model = MuM(config.model_config).to(device)
-    model.attention, model.recompute = backend.name, config.model.recompute
-    return model
+        compile_model(
+            model, config.model.compile, steps, several_devices=world.size > 1, cuda_graphs=config.train.cuda_graphs
+        )
+    except ValueError as error:
+        raise ConfigError(f"train.cuda_graphs is true, but {error}") from None
+    if world.device.type == "cpu":
+        keep_freed_memory()
+
+
+def _open_sources(config: Config, run: RunDir, world: World, start: Start) -> Sources:
+    """Open what the run draws from, and write its configuration down; the first process makes what is missing.
+
+    Raises:
+        ConfigError, DataError: the folder cannot be written, the data cannot be used.
+    """
+    parts, sources = start.frames_per_step // config.data.frames_per_batch, None
+    if world.is_main:
+        try:
+            run.root.mkdir(parents=True, exist_ok=True)
+            sources = open_sources(config, run.root, start.step > 0, parts)
+            run.config.write_text(config.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"run.dir is '{run.root}', but cannot be written ({error.strerror})") from None
+        set_aside_after(run.checkpoints, start.step)
+    world.wait()
+    return sources or open_sources(config, run.root, True, parts)
 
 
 @contextlib.contextmanager
-def _writing_to(run: RunDir) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"run.dir is '{run.root}', but cannot be written ({error.strerror})") from None
-
-
-@contextlib.contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from looking again and again at what lives as long as the run."""
-    gc.collect()
-    gc.freeze()
+def _closing(telemetry: Telemetry | None) -> Iterator[None]:
     try:
         yield
     finally:
+        if telemetry:
+            telemetry.close()
+
+
+@contextlib.contextmanager
+def _collector_off() -> Iterator[None]:
+    """Python's garbage collector runs at fixed steps, on all processes at once, and passes over what lives on."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
         gc.unfreeze()
 
 
@@ -172,54 +246,10 @@ def _due(done: int, every: int, steps: int) -> bool:
     return done % every == 0 or done == steps
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"train.device is '{name}', but must be auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"train.device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _resume(
-    config: Config, run: RunDir, model: MuM, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, float] | None]:
-    """Steps done and the meter's state, from the checkpoint that `train.resume` asks for."""
-    match config.train.resume:
-        case "never":
-            run.set_aside()
-            content = None
-        case "auto":
-            content = load_newest(run.checkpoints)
-        case path:
-            content = load_checkpoint(Path(path).expanduser())
-    if content is None:
-        return 0, None
-    restore(content, model, optimizer)
-    log.info("resumed from %s at step %d", content["path"], content["step"])
-    return content["step"], content["meter"]
-
-
-def _weight_norm(model: MuM) -> float:
-    """Not finite when any weight is not."""
-    return get_total_norm(list(model.parameters())).item()
-
-
-def _check_finite(done: int, values: dict[str, float], config: Config) -> None:
-    """What is not finite must reach neither the log nor a checkpoint."""
-    bad = [name for name in ("loss", "grad_norm", "weights") if not math.isfinite(values.get(name, 0.0))]
-    if bad:
-        raise TrainingError(
-            f"{bad[0]} is {values[bad[0]]} at step {done}; a lower optim.base_lr (now {config.optim.base_lr:g}) or "
-            "train.precision=fp32 may help, and the run goes on from its last checkpoint"
-        )
-
-
 def _summary(run: RunDir, values: dict[str, float]) -> str:
     held_out = f", held-out loss {values['held_out_loss']:.3f}" if "held_out_loss" in values else ""
-    return f"loss {values['loss']:.3f}{held_out} (the patch mean alone scores 1.0); picture: {run.newest_picture}"
+    loss = "none" if values["loss"] is None else f"{values['loss']:.3f}"
+    return f"loss {loss}{held_out} (the patch mean alone scores 1.0); picture: {run.newest_picture}"
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -247,7 +277,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parse(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _log_to_stderr()
     try:
         config = load_config(args.config, args.overrides)
         if args.print_config:
@@ -257,9 +287,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
         return 130
-    except (ConfigError, DataError, CheckpointError, TrainingError) as error:
+    except (ConfigError, DataError, WorldError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except PeerError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)  # threads may wait for the dead process for as long as their timeouts say
+
+
+def _log_to_stderr() -> None:
+    """One process tells what happens; the others only what is wrong, and who they are."""
+    try:
+        rank = find_place().rank
+    except WorldError:
+        rank = 0  # train will say it
+    if rank == 0:
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+    else:
+        logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(message)s")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from fastmum.kernels.patches import gather_patches
 from fastmum.kernels.projection import rotary_projection
 from fastmum.kernels.rope import rope_qk
 from fastmum.kernels.tokens import gather_tokens, scatter_tokens
+from fastmum.kernels.total_norm import total_norm
 
 __all__ = [
     "add_norm",
@@ -21,4 +22,5 @@ __all__ = [
     "rope_qk",
     "rotary_projection",
     "scatter_tokens",
+    "total_norm",
 ]

@@ -1,7 +1,7 @@
 """AdamW on many tensors in one launch, with the bfloat16 copies that a model computes with.
 
-Each value is read and written once: gradient, master, both moments, copy. Which tensor a program works on stands in a
-table of addresses, made on the host at every step because gradients move.
+Each value is read and written once: gradient, master, both moments, copy. The table of addresses (`tables`) is made
+at every step because gradients move.
 
 The update is that of `torch.optim.AdamW`; where `found_inf` is set nothing changes.
 """
@@ -13,15 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import ceil_div, jit, launch, tl, use_triton
+from fastmum.kernels.dispatch import jit, launch, tl, use_triton
+from fastmum.kernels.tables import CHUNK, chunk_of, make_table
 
-CHUNK = 1 << 16  # values of a program: few enough that 389 M spread evenly, many enough that the table stays small
-COLUMNS = 6  # of the table: master, gradient, both moments, copy, step
-
-
-def advance_(steps: Sequence[Tensor], found_inf: Tensor | None = None) -> None:
-    """Count one step, unless `found_inf` (scalar, float32, 1.0 skips) is set: nothing waits for the device."""
-    torch._foreach_add_(list(steps), 1.0 if found_inf is None else 1.0 - found_inf)
+COLUMNS = 5  # of the table: master, gradient, both moments, copy
 
 
 def adamw_(
@@ -30,7 +25,7 @@ def adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     copies: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    step: Tensor,
     lr: float,
     betas: tuple[float, float],
     weight_decay: float,
@@ -43,7 +38,7 @@ def adamw_(
         masters, exp_avgs, exp_avg_sqs: float32, of the same strides, without gaps.
         grads: of the same shapes and strides, all of one floating-point dtype.
         copies: of the same shapes and strides, all of one dtype, which become the rounded masters; or none at all.
-        steps: scalars, float32, number of this step, from 1; `advance_` counts them.
+        step: scalar, float32, on the device of the masters: number of this step, from 1.
         lr, betas, weight_decay, eps: as in `torch.optim.AdamW`.
         found_inf: scalar, float32, on the device of the masters: 1.0 skips everything.
 
@@ -51,7 +46,7 @@ def adamw_(
         ValueError: lists of different lengths, or a tensor whose strides differ from its master's.
         TypeError: dtypes that differ within a list.
     """
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps}
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if copies:
         lists["copies"] = copies
     for name, tensors in lists.items():
@@ -59,8 +54,6 @@ def adamw_(
             raise ValueError(f"{name} has {len(tensors)} tensors, but there are {len(masters)} masters")
         if len({x.dtype for x in tensors}) > 1:
             raise TypeError(f"{name} has dtypes {sorted({str(x.dtype) for x in tensors})}, but must have one")
-        if name == "steps":
-            continue
         for x, master in zip(tensors, masters, strict=True):
             if x.shape != master.shape or x.stride() != master.stride():
                 raise ValueError(
@@ -68,7 +61,7 @@ def adamw_(
                     f"{tuple(master.shape)} and {master.stride()}"
                 )
     if masters:
-        args = *map(list, (masters, grads, exp_avgs, exp_avg_sqs, copies, steps)), lr, *betas, weight_decay, eps
+        args = *map(list, (masters, grads, exp_avgs, exp_avg_sqs, copies)), step, lr, *betas, weight_decay, eps
         # Nothing differentiates or compiles it: where PyTorch does it, the operator would only cost its dispatch.
         (_adamw_ if use_triton(masters[0]) else _adamw_torch)(*args, found_inf)
 
@@ -80,7 +73,7 @@ def _adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     copies: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -89,11 +82,11 @@ def _adamw_(
     found_inf: Tensor | None,
 ) -> None:
     run = _adamw_triton if use_triton(masters[0]) else _adamw_torch
-    run(masters, grads, exp_avgs, exp_avg_sqs, copies, steps, lr, beta1, beta2, weight_decay, eps, found_inf)
+    run(masters, grads, exp_avgs, exp_avg_sqs, copies, step, lr, beta1, beta2, weight_decay, eps, found_inf)
 
 
 @_adamw_.register_fake
-def _(masters, grads, exp_avgs, exp_avg_sqs, copies, steps, lr, beta1, beta2, weight_decay, eps, found_inf):
+def _(masters, grads, exp_avgs, exp_avg_sqs, copies, step, lr, beta1, beta2, weight_decay, eps, found_inf):
     return None
 
 
@@ -103,7 +96,7 @@ def _adamw_torch(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     copies: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -111,15 +104,13 @@ def _adamw_torch(
     eps: float,
     found_inf: Tensor | None,
 ) -> None:
-    if found_inf is not None and found_inf.item():
-        return
     torch._fused_adamw_(
         masters,
         [grad.to(master.dtype) for grad, master in zip(grads, masters, strict=True)],
         exp_avgs,
         exp_avg_sqs,
         [],
-        steps,
+        [step] * len(masters),
         lr=lr,
         beta1=beta1,
         beta2=beta2,
@@ -127,6 +118,7 @@ def _adamw_torch(
         eps=eps,
         amsgrad=False,
         maximize=False,
+        found_inf=found_inf,
     )
     if copies:
         torch._foreach_copy_(copies, masters)
@@ -138,7 +130,7 @@ def _adamw_triton(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     copies: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    step: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -147,22 +139,14 @@ def _adamw_triton(
     found_inf: Tensor | None,
 ) -> None:
     device = masters[0].device
-    columns = (masters, grads, exp_avgs, exp_avg_sqs, copies or masters, steps)
-    chunks = [(i, n) for i, x in enumerate(masters) for n in range(ceil_div(x.numel(), CHUNK))]
-    if not chunks:
-        return
-    # One small copy to the device, from memory that it reads without waiting for the host.
-    words = [x.data_ptr() for row in zip(*columns, strict=True) for x in row]
-    addresses = [word for i, word in enumerate(words) if i % COLUMNS != COLUMNS - 1]
-    words += [x.numel() for x in masters] + [word for chunk in chunks for word in chunk]
-    table = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    table = make_table((masters, grads, exp_avgs, exp_avg_sqs, copies or masters))
     typed = [torch.empty(0, dtype=x[0].dtype, device=device) for x in (grads, copies or masters)]
     launch(
         _adamw_kernel,
-        (len(chunks),),
-        *(table, *typed, found_inf, len(masters), lr, beta1, beta2, weight_decay, eps),
+        (table.chunks,),
+        *(table.words, *typed, step, found_inf, table.rows, lr, beta1, beta2, weight_decay, eps),
         COPY=bool(copies),
-        ALIGN=16 if all(word % 16 == 0 for word in addresses) else 2,
+        ALIGN=table.align,
         CHUNK=CHUNK,
         COLUMNS=COLUMNS,
         BLOCK=1024,
@@ -170,13 +154,14 @@ def _adamw_triton(
     )
 
 
-@jit(do_not_specialize=["tensors", "lr", "beta1", "beta2", "weight_decay", "eps"])
+@jit(do_not_specialize=["rows", "lr", "beta1", "beta2", "weight_decay", "eps"])
 def _adamw_kernel(
-    table_ptr,  # COLUMNS addresses of every tensor; its number of values; tensor and number of every chunk: int64
+    table_ptr,  # see `tables`
     grad_ptr,  # no values: its dtype is that of the gradients
     copy_ptr,  # the same for the copies
+    step_ptr,  # scalar
     found_inf_ptr,  # scalar, or None
-    tensors,
+    rows,
     lr,
     beta1,
     beta2,
@@ -191,18 +176,14 @@ def _adamw_kernel(
     if found_inf_ptr is not None:  # noqa: SIM102 (Triton decides the outer one when it compiles)
         if tl.load(found_inf_ptr) != 0.0:
             return
-    chunks_ptr = table_ptr + tensors * (COLUMNS + 1)
-    tensor = tl.load(chunks_ptr + 2 * tl.program_id(0))
-    begin = tl.load(chunks_ptr + 2 * tl.program_id(0) + 1) * CHUNK
-    row_ptr = table_ptr + tensor * COLUMNS
+    row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK)
     float_ptr: tl.constexpr = tl.pointer_type(tl.float32)
     master_ptr = tl.multiple_of(tl.load(row_ptr).to(float_ptr), ALIGN)
     grads_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
     mean_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(float_ptr), ALIGN)
     square_ptr = tl.multiple_of(tl.load(row_ptr + 3).to(float_ptr), ALIGN)
     copies_ptr = tl.multiple_of(tl.load(row_ptr + 4).to(tl.pointer_type(copy_ptr.dtype.element_ty)), ALIGN)
-    step = tl.load(tl.load(row_ptr + 5).to(float_ptr))
-    numel = tl.load(table_ptr + tensors * COLUMNS + tensor)
+    step = tl.load(step_ptr)
     correction1 = 1.0 - tl.exp(step * tl.log(beta1))
     correction2 = tl.sqrt(1.0 - tl.exp(step * tl.log(beta2)))
     for first in range(0, CHUNK, BLOCK):

@@ -10,6 +10,7 @@ for the backward pass to be scaled costs one more write and read of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def patch_loss(
     patch_size: int,
     norm_pix: bool = True,
     eps: float = 1e-6,
+    reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
     """Mean squared error between predictions and the patches they stand for: the training loss.
 
@@ -47,21 +49,26 @@ def patch_loss(
         frames, ids, mean, std, patch_size: as in `gather_patches`.
         norm_pix: whether the target is its patch's (x - mean) / sqrt(var + eps), with the unbiased variance.
         eps: added to the variance.
+        reduction: "mean" over all frames, or "none": the loss of every frame.
 
     Returns:
-        Scalar, float32 (float64 for float64 predictions): the mean over masked patches and their values, accumulated
-        in that dtype, always in the same order. The gradient flows to `pred` only.
+        Scalar, or (F,), float32 (float64 for float64 predictions): the mean over masked patches and their values,
+        accumulated in that dtype, always in the same order. The gradient flows to `pred` only.
 
     Raises:
-        TypeError, ValueError, IndexError: as in `gather_patches`, or `pred` of another dtype or shape.
+        TypeError, ValueError, IndexError: as in `gather_patches`, or `pred` of another dtype or shape, or an unknown
+            reduction.
     """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction is {reduction!r}, but must be 'mean' or 'none'")
     check_tensors(pred=pred, frames=frames, ids=ids)
     frames, gain, bias = check_pixels(frames, ids, mean, std, patch_size)
     expected = (*ids.shape, patch_size**2 * frames.shape[3])
     check_floating("pred", pred, 3, f"{expected}")
     if tuple(pred.shape) != expected or not pred.numel():
         raise ValueError(f"pred has shape {tuple(pred.shape)}, but ids and frames call for {expected}, not empty")
-    return _patch_loss(pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+    losses = _patch_loss(pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+    return losses.mean() if reduction == "mean" else losses
 
 
 @torch.library.custom_op("fastmum::patch_loss", mutates_args=())
@@ -79,22 +86,22 @@ def _patch_loss(
     if use_triton(pred):
         partial = torch.empty(ids.numel(), dtype=torch.float32, device=pred.device)
         _launch(partial, None, pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
-        return partial.sum()
-    sums = [
-        _difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps).square().sum()
+        return partial.view(ids.shape).sum(1)
+    means = [
+        _difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps).square_().mean((1, 2))
         for chunk in _chunks(pred, frames, ids)
     ]
-    return torch.stack(sums).sum() / pred.numel()
+    return torch.cat(means)
 
 
 @_patch_loss.register_fake
 def _(pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
-    return pred.new_empty((), dtype=torch.promote_types(pred.dtype, torch.float32))
+    return pred.new_empty(len(pred), dtype=torch.promote_types(pred.dtype, torch.float32))
 
 
 @torch.library.custom_op("fastmum::patch_loss_backward", mutates_args=())
 def _patch_loss_backward(
-    grad_loss: Tensor,
+    grad_losses: Tensor,
     pred: Tensor,
     frames: Tensor,
     ids: Tensor,
@@ -106,16 +113,16 @@ def _patch_loss_backward(
 ) -> Tensor:
     grad = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     if use_triton(pred):
-        _launch(grad, grad_loss, pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+        _launch(grad, grad_losses.contiguous(), pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
         return grad
-    scale = grad_loss * (2 / pred.numel())
-    for grad_part, *chunk in _chunks(grad, pred, frames, ids):
-        torch.mul(_difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps), scale, out=grad_part)
+    scale = (grad_losses * (2 / pred[0].numel()))[:, None, None]
+    for grad_part, scale_part, *chunk in _chunks(grad, scale, pred, frames, ids):
+        torch.mul(_difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps), scale_part, out=grad_part)
     return grad
 
 
 @_patch_loss_backward.register_fake
-def _(grad_loss, pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
+def _(grad_losses, pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
     return pred.new_empty(pred.shape)
 
 
@@ -124,8 +131,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(pred, frames, ids)
 
 
-def _backward(ctx, grad_loss):
-    grad = _patch_loss_backward(grad_loss, *ctx.saved_tensors, *ctx.settings)
+def _backward(ctx, grad_losses):
+    grad = _patch_loss_backward(grad_losses, *ctx.saved_tensors, *ctx.settings)
     return grad, *(None,) * (2 + len(ctx.settings))
 
 
@@ -163,7 +170,7 @@ def _difference_torch(
 
 def _launch(
     out: Tensor,
-    grad_loss: Tensor | None,
+    grad_losses: Tensor | None,
     pred: Tensor,
     frames: Tensor,
     ids: Tensor,
@@ -173,15 +180,15 @@ def _launch(
     norm_pix: bool,
     eps: float,
 ) -> None:
-    """Fill `out` with every patch's share of the loss, or with the gradient of `pred` where `grad_loss` is given."""
+    """Fill `out` with the shares of patches in their frame's loss, or with the gradient of `pred`."""
     F, H, W, C = frames.shape
     p, M = patch_size, ids.shape[1]
     ROWS, COLS = power_of_2(p), power_of_2(p * C)
     launch(
         _patch_loss_kernel,
         (F * M,),  # a patch a program; 32 of them on an SM have 70 kB in flight
-        *(out, grad_loss, pred.contiguous(), frames, ids.contiguous()),
-        *(M, W // p, (H // p) * (W // p), *frames.stride(), tuple(gain), tuple(bias), 1.0 / pred.numel(), eps),
+        *(out, grad_losses, pred.contiguous(), frames, ids.contiguous()),
+        *(M, W // p, (H // p) * (W // p), *frames.stride(), tuple(gain), tuple(bias), 1.0 / pred[0].numel(), eps),
         C=C,
         p=p,
         NORM_PIX=norm_pix,
@@ -195,7 +202,7 @@ def _launch(
 @jit(do_not_specialize=["M"])
 def _patch_loss_kernel(
     out_ptr,  # forward (F * M,); backward (F * M, p * p * C)
-    grad_loss_ptr,  # scalar in the backward pass, None in the forward pass
+    grad_losses_ptr,  # (F,) in the backward pass, None in the forward pass
     pred_ptr,  # (F * M, p * p * C)
     frames_ptr,  # (F, H, W, C) by the strides
     ids_ptr,  # (F * M,)
@@ -208,7 +215,7 @@ def _patch_loss_kernel(
     stride_c,
     gain,  # C floats
     bias,
-    inverse_count,  # 1 / (F * M * p * p * C)
+    inverse_count,  # 1 / (M * p * p * C)
     eps,
     C: tl.constexpr,
     p: tl.constexpr,
@@ -236,10 +243,10 @@ def _patch_loss_kernel(
 
     at = patch.to(tl.int64) * (p * p * C) + row[:, None] * (p * C) + col[None, :]
     difference = tl.load(pred_ptr + at, mask=inside, other=0.0).to(tl.float32) - target
-    if grad_loss_ptr is None:
+    if grad_losses_ptr is None:
         loss = tl.sum(difference * difference) * inverse_count
         tl.store(out_ptr + patch, tl.where(valid, loss, float("nan")))
     else:
-        scale = tl.load(grad_loss_ptr).to(tl.float32) * 2.0 * inverse_count
+        scale = tl.load(grad_losses_ptr + patch // M).to(tl.float32) * 2.0 * inverse_count
         grad = difference * tl.where(valid, scale, float("nan"))
         tl.store(out_ptr + at, grad.to(out_ptr.dtype.element_ty), mask=inside)

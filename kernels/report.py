@@ -115,13 +115,13 @@ def patch_loss_case(s: Sizes, dtype: torch.dtype, backward: bool) -> Case:
     frames, ids = meta(s.frames, s.side, s.side, 3, dtype=torch.uint8), meta(s.frames, s.masked, dtype=torch.int64)
     pred = meta(s.frames, s.masked, 3 * s.patch**2, dtype=dtype)
     out = meta(*(pred.shape if backward else (ids.numel(),)), dtype=dtype if backward else torch.float32)
-    grad_loss = meta(dtype=torch.float32) if backward else None
+    grad_losses = meta(s.frames, dtype=torch.float32) if backward else None
     return Case(
         f"patch_loss {'backward' if backward else 'forward'} {_short(dtype)}",
-        lambda: loss._launch(out, grad_loss, pred, frames, ids, GAIN, BIAS, s.patch, True, 1e-6),
+        lambda: loss._launch(out, grad_losses, pred, frames, ids, GAIN, BIAS, s.patch, True, 1e-6),
         ("pred", "frames", "out") if backward else ("pred", "frames"),
         pred.numel() * (1 + dtype.itemsize * (1 + backward)) + 8 * ids.numel(),
-        0 if backward else 2 * 4 * ids.numel(),
+        4 * s.frames if backward else 2 * 4 * ids.numel(),
     )
 
 

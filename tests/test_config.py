@@ -23,6 +23,18 @@ def test_defaults_then_file_then_command_line(file):
     assert config.train.keep_checkpoints == Config().train.keep_checkpoints
 
 
+def test_a_key_that_only_one_section_has_needs_no_section():
+    config = load_config(None, ["precision=fp32", "optimizer=apex", "strategy=fsdp2", "weights={co3d: 2}"])
+    assert (config.train.precision, config.optim.optimizer, config.parallel.strategy) == ("fp32", "apex", "fsdp2")
+    assert config.data.weights == {"co3d": 2}
+
+
+def test_steps_to_profile():
+    assert load_config(None, []).profile.window == range(0)
+    assert load_config(None, ["profile.steps=10-15"]).profile.window == range(10, 16)
+    assert load_config(None, ["profile.steps=7"]).profile.window == range(7, 8)
+
+
 def test_what_is_printed_can_be_read_again(file):
     config = load_config(None, ["run.name=a", "model.preset=mum_tiny", "model.depth=3"])
     assert load_config(file(config.to_yaml())) == config
@@ -85,7 +97,16 @@ def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
         ("model.preset=huge", "mum_vitl16, mum_vitl16_released, mum_vitb16, mum_tiny"),
         ("model.embed_dim=100", "model.embed_dim is 100"),
         ("model.mask_ratio=1", "model.mask_ratio"),
-        ("train.precision=fp16", "bf16 or fp32"),
+        ("train.precision=fp16", "train.precision is fp16, but must be one of bf16, fp32, fp8, auto"),
+        ("optimizer=adam", "optim.optimizer is adam, but must be one of adamw, apex"),
+        ("parallel.strategy=tp", "one of ddp, fsdp2, hsdp"),
+        ("parallel.reduce=fp16", "one of fp32, bf16"),
+        ("parallel.dead_after_s=0", "at least 1"),
+        ("data.frames_per_step=100", "a positive multiple of data.frames_per_batch (96)"),
+        ("profile.steps=5-2", "profile.steps is '5-2'"),
+        ("profile.steps=x", "profile.steps is 'x'"),
+        ("steps=3", "'steps' on the command line may be train.steps or profile.steps"),
+        ("train.max_bad_steps=0", "train.max_bad_steps is 0"),
         ("train.log_every=0", "train.log_every is 0"),
         ("run.dir=${run.foo}", "run.foo"),
         ("run.seed=-1", "run.seed is -1"),

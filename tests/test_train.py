@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -16,6 +17,9 @@ import torch
 from fastmum.data.build import build
 from fastmum.data.loader import Loader
 from fastmum.train import main
+from fastmum.training.checkpoint import find_checkpoints, read_weights
+from fastmum.training.step import forward
+from fastmum.training.stop import REQUEUE
 from fastmum.training.telemetry import read_metrics
 
 needs_dali = pytest.mark.skipif(
@@ -45,15 +49,21 @@ def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
     assert main(words(image_folder, run)) == 0
     records = read_metrics(run / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 9))
-    assert {"loss", "lr", "grad_norm", "frames_per_s", "data_wait"} <= records[0].keys()
+    assert {
+        "loss", "lr", "grad_norm", "frames_per_s", "tokens_per_s", "tflops", "mfu", "data_wait", "memory_gb",
+        "skipped_steps", "bad_frames", "gpu_hours", "gpu_hours_projected",
+    } <= records[0].keys()  # fmt: skip
+    by_views = [name for name in records[0] if name.startswith("loss/views_")]
+    assert by_views
+    assert (
+        min(records[0][name] for name in by_views) <= records[0]["loss"] <= max(records[0][name] for name in by_views)
+    )
     assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
     assert 0.5 < records[0]["loss"] < 2
     assert 0 <= records[0]["data_wait"] <= 1
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {"config.yaml", "reconstruction.png", "pictures/step_0000004.png", "pictures/step_0000008.png"} <= names
-    assert sorted(n for n in names if n.startswith("checkpoints/")) == [
-        f"checkpoints/step_000000{i}.pt" for i in (3, 6, 8)
-    ]
+    assert [found.about.step for found in find_checkpoints(run)] == [8, 6, 3]
     assert any("tfevents" in n for n in names)
     assert (run / "pictures/step_0000008.png").read_bytes() == (run / "reconstruction.png").read_bytes()
 
@@ -96,16 +106,18 @@ def test_killed_at_random_it_continues_as_if_nothing_had_happened(image_folder, 
     assert losses(killed) == losses(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_from_outside_it_saves_and_goes_on(image_folder, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE)]
+)
+def test_stopped_from_outside_it_saves_and_goes_on(image_folder, tmp_path, number, code):
     long = ("train.steps=400", "train.checkpoint_every=1000", "train.eval_every=400", "train.log_every=3")
     process = start(words(image_folder, tmp_path / "run", *long))
     wait_for_step(process, tmp_path / "run", 3)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, errors
+    assert process.returncode == code, errors
     assert "saved at step" in errors
-    saved = torch.load(next((tmp_path / "run/checkpoints").glob("*.pt")), weights_only=True)["step"]
+    saved = find_checkpoints(tmp_path / "run")[0].about.step
     steps = saved + 4
     assert main(words(image_folder, tmp_path / "run", *long, f"train.steps={steps}")) == 0
     assert [s for s, _, _ in losses(tmp_path / "run")] == [*range(3, steps, 3), steps]
@@ -129,7 +141,7 @@ def test_a_resumed_run_sees_the_images_that_it_began_with(image_folder, tmp_path
     assert main(words(image_folder, whole)) == 0
     assert main(words(image_folder, resumed)) == 0
     for step in (6, 8):
-        (resumed / f"checkpoints/step_{step:07d}.pt").unlink()
+        shutil.rmtree(resumed / f"checkpoints/step_{step:07d}")
     for scene in range(4, 9):
         shutil.copytree(image_folder / "scene0", image_folder / f"scene{scene}")
     assert main(words(image_folder, resumed)) == 0
@@ -155,7 +167,7 @@ def test_never_resuming_sets_the_old_run_aside(image_folder, tmp_path):
 
 def test_a_run_can_begin_from_a_checkpoint_of_another(image_folder, tmp_path):
     main(words(image_folder, tmp_path / "a"))
-    checkpoint = tmp_path / "a/checkpoints/step_0000003.pt"
+    checkpoint = tmp_path / "a/checkpoints/step_0000003"
     assert main(words(image_folder, tmp_path / "b", f"train.resume={checkpoint}")) == 0
     assert losses(tmp_path / "b") == losses(tmp_path / "a")[3:]
 
@@ -163,18 +175,62 @@ def test_a_run_can_begin_from_a_checkpoint_of_another(image_folder, tmp_path):
 def test_an_older_branch_is_not_mixed_with_the_checkpoints_after_it(image_folder, tmp_path):
     run = tmp_path / "run"
     main(words(image_folder, run))
-    early = tmp_path / "early.pt"
-    early.write_bytes((run / "checkpoints/step_0000003.pt").read_bytes())
+    early = shutil.copytree(run / "checkpoints/step_0000003", tmp_path / "early")
     assert main(words(image_folder, run, f"train.resume={early}", "train.steps=5", "train.keep_checkpoints=1")) == 0
-    assert [p.name for p in (run / "checkpoints").glob("*.pt")] == ["step_0000005.pt"]
-    assert (run / "checkpoints/step_0000008.pt.abandoned").exists()
+    assert [found.path.name for found in find_checkpoints(run)] == ["step_0000005"]
+    assert (run / "checkpoints/step_0000008.abandoned").exists()
 
 
-def test_weights_that_are_not_finite_are_not_saved(image_folder, tmp_path, capsys):
-    broken = ("optim.base_lr=1e30", "optim.warmup_steps=0", "train.log_every=8", "train.checkpoint_every=3")
-    assert main(words(image_folder, tmp_path / "run", *broken, "train.eval_every=8", "train.picture_every=8")) == 2
-    assert "a lower optim.base_lr" in capsys.readouterr().err
-    assert not list((tmp_path / "run/checkpoints").glob("*.pt"))
+def test_too_many_bad_steps_stop_the_run_and_their_checkpoints_are_set_aside(image_folder, tmp_path, capsys):
+    build("folder", image_folder, tmp_path / "a.arrow", dataset="a")
+    more = ("data.root=null", f"data.manifests=[{tmp_path}/a.arrow]", "optim.base_lr=1e30", "optim.warmup_steps=0",
+            "train.max_bad_steps=3", "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.log_every=8",
+            "train.eval_every=8")  # fmt: skip
+    assert main(words(image_folder, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert "not finite in 7 steps in a row (2 to 8; train.max_bad_steps is 3)" in error
+    assert "from a 100%" in error
+    assert f"The last good checkpoint is {tmp_path}/run/checkpoints/step_0000001:" in error
+    assert "a lower optim.base_lr" in error
+    assert [found.about.step for found in find_checkpoints(tmp_path / "run")] == [1]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("more", [(), ("data.frames_per_step=12",)], ids=["one batch", "two batches"])
+def test_a_bad_step_is_passed_over_and_counted(image_folder, tmp_path, monkeypatch, where, more):
+    """The weights after it are those of a run that had made no such update; the mean loss leaves it out."""
+    bad, poison = 5, {"loss": lambda loss: loss * math.nan, "gradient": Poison.apply}[where]
+    calls = []
+
+    def poisoned(model, batch, config):
+        calls.append(0)
+        output = forward(model, batch, config)
+        parts = 1 + len(more)
+        return output._replace(loss=poison(output.loss)) if len(calls) == bad * parts else output
+
+    monkeypatch.setattr("fastmum.training.step.forward", poisoned)
+    short = (*more, "train.steps=6", "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.eval_every=6")
+    assert main(words(image_folder, tmp_path / "run", *short)) == 0
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [r["skipped_steps"] for r in records] == [0, 0, 0, 0, 1, 1]
+    assert [r["loss"] is None for r in records] == [False] * 4 + [True, False]
+    before, after, next_one = (
+        read_weights(tmp_path / f"run/checkpoints/step_000000{step}").tensors for step in (4, 5, 6)
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(after[name], next_one[name]) for name in after)
+
+
+class Poison(torch.autograd.Function):
+    """The loss as it is, with a gradient that is not finite."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.inf
 
 
 def test_without_held_out_scenes_there_is_still_a_picture(image_folder, tmp_path):
@@ -232,8 +288,12 @@ def test_a_data_set_of_broken_images_stops_the_run(image_folder, tmp_path, capsy
         (["train.device=tpu9"], "train.device is 'tpu9'"),
         (["train.device=meta"], "train.device is 'meta'"),
         (["run.dir=/proc/nowhere"], "run.dir is '/proc/nowhere'"),
-        (["train.resume=/nowhere.pt"], "checkpoint '/nowhere.pt' does not exist"),
-        (["optim.base_lr=1e30", "optim.warmup_steps=0"], "a lower optim.base_lr"),
+        (["train.resume=/nowhere"], "'/nowhere' does not exist"),
+        (["train.resume=latest"], "does not exist"),
+        (["optim.base_lr=1e30", "optim.warmup_steps=0", "train.max_bad_steps=2"], "a lower optim.base_lr"),
+        (["train.precision=fp8"], "train.precision is fp8, but cpu devices have no float8 products"),
+        (["train.cuda_graphs=true"], "train.cuda_graphs is true, but CUDA graphs record what is compiled for CUDA"),
+        (["optim.optimizer=apex"], "optim.optimizer is apex, but NVIDIA's Apex is not installed"),
     ],
 )
 def test_what_cannot_work_is_one_line(image_folder, tmp_path, capsys, more, message):

@@ -98,8 +98,8 @@ class Recorder(TorchDispatchMode):
                     OPDEFS[op._schema.name]._init_fn(*meta_args, **meta_kwargs)
             self.launches += launches
             kernels = [kernel_of_launch(launch) for launch in launches]
-            if op is torch.ops.fastmum.adamw_.default:
-                # Its tensors are addresses in a table.
+            if op in (torch.ops.fastmum.adamw_.default, torch.ops.fastmum.total_norm.default):
+                # Their tensors are addresses in a table.
                 moved = sum((1 + argument.is_write) * sum(map(nbytes, value)) for argument, value in _lists(op, args))
                 kernels = [kernel._replace(moved=moved // len(kernels)) for kernel in kernels]
             self._known[key] = [*kernels, *around.kernels]

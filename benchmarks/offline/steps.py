@@ -40,7 +40,10 @@ from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import check_frames
 from fastmum.model.masking import num_visible
 from fastmum.model.mum import MuM, Views
+from fastmum.parallel.gradients import Gradients
+from fastmum.parallel.world import World
 from fastmum.training import optim as optimizers
+from fastmum.training.guard import Guard
 
 MAX_VIEWS = 24  # of the paper's run: what attention kernels launch for
 MASK_RATIO = 0.75
@@ -66,7 +69,7 @@ class Batch(NamedTuple):
 
 
 def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str) -> Cost:
-    """fastmum's step between two lines of its log, where no norm is computed.
+    """fastmum's step between two lines of its log.
 
     Args:
         config: sizes.
@@ -81,24 +84,33 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str) -> Cost
             with recorder:
                 _place(model)
                 optimizer = optimizers.build_optimizer(model, OptimSection(), torch.bfloat16)
+                gradients, guard = Gradients(model.parameters(), World()), Guard(torch.device("cpu"))
                 frames = torch.empty(batch.frames, batch.side, batch.side, 3, dtype=torch.uint8)
                 pixels = check_frames(frames, config.patch_size, config.in_chans)
                 patches = pixels.grid[0] * pixels.grid[1]
                 noise = torch.empty(batch.frames, patches)
-                _initialise(model, optimizer)
                 recorder.restart()
             visible = num_visible(patches, MASK_RATIO)
-            args = (model, pixels, noise, visible, _views(batch, patches, visible))
+            args = (model, pixels, noise, visible, _views(batch, patches, visible), "none")
+
+            def update() -> None:
+                with recorder.counted_as(NORM):
+                    norm = gradients.norm()
+                found_inf = guard.judge(1, torch.empty(()), norm)
+                with recorder.counted_as(OPTIMISER):
+                    optimizer.step(1e-4, gradients.of, found_inf)
+                gradients.clear()
+
             if mode == "full":
-                return _compiled_step(MuM._autoencode, args, model, optimizer, recorder)
+                return _compiled_step(MuM._autoencode, args, model, update, recorder)
 
             def loss() -> Tensor:
                 with torch.autocast("cpu", torch.bfloat16):
-                    return model._autoencode(*args[1:]).loss
+                    return model._autoencode(*args[1:]).loss.sum() / batch.frames
 
             regions = compile_blocks(loss, recorder)
             with regions.in_place():
-                return _eager_step(loss, model, optimizer, recorder, sources=regions.sources)
+                return _eager_step(loss, update, recorder, regions.sources)
 
 
 def _views(batch: Batch, patches: int, visible: int) -> Views:
@@ -141,31 +153,32 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
                 shape = (batch.sequences, batch.views, 3, batch.side, batch.side)
                 frames = torch.empty(shape, dtype=torch.uint8)
                 noise = torch.empty(batch.frames, (batch.side // config.patch_size) ** 2)
-                _initialise(model, optimizer)
+                _give_gradients(model)
+                optimizer.step()  # makes the moments
+                optimizer.zero_grad()
                 recorder.restart()
-            norm = partial(get_total_norm, foreach=True)
+
+            def update() -> None:
+                with recorder.counted_as(NORM):
+                    get_total_norm([p.grad for p in model.parameters()], foreach=True)
+                with recorder.counted_as(OPTIMISER):
+                    optimizer.step()
+                optimizer.zero_grad()
+
             if compiled:
                 with recorder:
                     images = normalise(frames)
-                return _compiled_step(model, (images, MASK_RATIO, noise), model, optimizer, recorder, norm)
+                return _compiled_step(model, (images, MASK_RATIO, noise), model, update, recorder)
 
             def loss() -> Tensor:
                 with torch.autocast("cpu", torch.bfloat16):
                     return model(normalise(frames), MASK_RATIO, noise).loss
 
-            return _eager_step(loss, model, optimizer, recorder, norm)
-
-
-Norm = Callable[[list[Tensor]], Tensor]
+            return _eager_step(loss, update, recorder)
 
 
 def _compiled_step(
-    function: Callable,
-    args: tuple,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recorder: Recorder,
-    norm: Norm | None = None,
+    function: Callable, args: tuple, model: nn.Module, update: Callable[[], None], recorder: Recorder
 ) -> Cost:
     """A step whose loss is computed by one compiled region; what led to its arguments has been recorded."""
     state = recorder.live
@@ -175,23 +188,19 @@ def _compiled_step(
         recorder.record(region.forward.kernels)
         recorder.lived_with(region.backward.peak)
         recorder.record(region.backward.kernels)
-        _update(model, optimizer, recorder, norm)
+        _give_gradients(model)
+        update()
     return _cost(recorder, state, region.sources)
 
 
 def _eager_step(
-    loss: Callable[[], Tensor],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recorder: Recorder,
-    norm: Norm | None = None,
-    sources: dict[str, str] | None = None,
+    loss: Callable[[], Tensor], update: Callable[[], None], recorder: Recorder, sources: dict[str, str] | None = None
 ) -> Cost:
     """A step whose kernels are launched one by one."""
     state = recorder.live
     with recorder:
         loss().backward()
-        _update(model, optimizer, recorder, norm)
+        update()
     return _cost(recorder, state, sources or {})
 
 
@@ -200,29 +209,10 @@ def _cost(recorder: Recorder, state: int, sources: dict[str, str]) -> Cost:
     return Cost(tuple(recorder.kernels), recorder.peak, state, count, spilled)
 
 
-def _initialise(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Make the moments, which live from the first step on."""
-    _give_gradients(model)
-    optimizer.step()
-    optimizer.zero_grad()
-    model.zero_grad()
-
-
 def _give_gradients(model: nn.Module) -> None:
+    """What a compiled region leaves behind; they take no memory beyond its peak."""
     for p in model.parameters():
-        if p.grad is None:
-            p.grad = torch.empty_like(p)
-
-
-def _update(model: nn.Module, optimizer: torch.optim.Optimizer, recorder: Recorder, norm: Norm | None) -> None:
-    """What follows the backward pass; where that was a compiled region, its gradients are made here."""
-    _give_gradients(model)
-    if norm is not None:
-        with recorder.counted_as(NORM):
-            norm([p.grad for p in model.parameters()])
-    with recorder.counted_as(OPTIMISER):
-        optimizer.step()
-    optimizer.zero_grad()
+        p.grad = torch.empty_like(p)
 
 
 def _place(model: nn.Module) -> None:

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastmum.attention import BACKENDS
-from fastmum.config.schema import COMPILE_MODES, Config, ConfigError
-from fastmum.model.masking import num_visible
+from fastmum.config.bounds import check_values
+from fastmum.config.schema import Config, ConfigError
 
 
 class Key(NamedTuple):
@@ -39,8 +38,9 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         key, equals, value = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{word}' on the command line is not of the form key.sub=value")
+        key = _with_section(key)
         try:
-            given = OmegaConf.from_dotlist([word])
+            given = OmegaConf.from_dotlist([f"{key}={value}"])
         except Exception:
             raise ConfigError(f"'{value}' for {key} on the command line is not valid YAML") from None
         config = _merge(config, given, source="the command line")
@@ -48,7 +48,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Confi
         typed = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    _check_values(typed)
+    check_values(typed)
     return typed
 
 
@@ -63,6 +63,17 @@ def describe_keys(section: type = Config, prefix: str = "") -> Iterator[Key]:
             hint = hints[entry.name]
             kind = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
             yield Key(name, kind, value, entry.metadata["meaning"])
+
+
+def _with_section(key: str) -> str:
+    """A key as it is, or the only one with this last name: `precision` is `train.precision`."""
+    names = [k.name for k in describe_keys()]
+    if key in names or key in _sections() or "." in key:
+        return key
+    found = [name for name in names if name.rpartition(".")[2] == key]
+    if len(found) > 1:
+        raise ConfigError(f"'{key}' on the command line may be {' or '.join(found)}: write the section too")
+    return found[0] if found else key
 
 
 def _read(file: Path) -> DictConfig:
@@ -122,57 +133,3 @@ def _nested(name: str, value: Any) -> dict[str, Any]:
 def _sections() -> list[str]:
     names = [key.name.rpartition(".")[0] for key in describe_keys()]
     return list(dict.fromkeys(names))
-
-
-def _check_values(config: Config) -> None:
-    """Bounds that a type cannot express.
-
-    Raises:
-        ConfigError: the first value out of bounds.
-    """
-    data, optim, train, model = config.data, config.optim, config.train, config.model
-    sizes = config.model_config
-    low_high = {"data.views": data.views, "data.crop_scale": data.crop_scale, "data.crop_aspect": data.crop_aspect}
-    for key, pair in low_high.items():
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-            raise ConfigError(f"{key} is {pair}, but must be [fewest, most] with 0 < fewest <= most")
-    own_data = data.root is not None or data.manifests  # the embedded scenes are then not rendered
-    rules = [
-        ("data.views", data.views, data.views[1] <= data.frames_per_batch, "at most data.frames_per_batch"),
-        ("data.crop_scale", data.crop_scale, data.crop_scale[1] <= 1, "at most 1"),
-        ("data.image_size", data.image_size, data.image_size > 0 and data.image_size % sizes.patch_size == 0,
-         f"a positive multiple of the patch size {sizes.patch_size}"),
-        ("data.flip", data.flip, 0 <= data.flip <= 1, "between 0 and 1"),
-        ("data.held_out", data.held_out, 0 <= data.held_out < 1, "at least 0 and below 1"),
-        ("data.imagenet_share", data.imagenet_share, 0 <= data.imagenet_share <= 1, "between 0 and 1"),
-        *((f"data.weights.{name}", weight, weight >= 0, "at least 0") for name, weight in data.weights.items()),
-        ("data.workers", data.workers, data.workers >= 1, "at least 1"),
-        ("data.cache_gb", data.cache_gb, data.cache_gb >= 0, "at least 0"),
-        ("data.scenes.count", data.scenes.count, own_data or data.scenes.count >= 2, "at least 2, as one is held out"),
-        ("data.scenes.views", data.scenes.views, own_data or data.scenes.views >= data.views[0],
-         "at least the fewest data.views"),
-        ("model.attention", model.attention, model.attention in ("auto", *BACKENDS),
-         f"one of auto, {', '.join(BACKENDS)}"),
-        ("model.compile", model.compile, model.compile in COMPILE_MODES, f"one of {', '.join(COMPILE_MODES)}"),
-        ("model.mask_ratio", model.mask_ratio, 0 < model.mask_ratio < 1, "between 0 and 1"),
-        ("optim.base_lr", optim.base_lr, optim.base_lr > 0, "positive"),
-        ("optim.betas", optim.betas, len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas),
-         "two numbers in [0, 1)"),
-        ("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "at least 0"),
-        ("optim.eps", optim.eps, optim.eps > 0, "positive"),
-        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
-        ("run.seed", config.run.seed, config.run.seed >= 0, "at least 0"),
-        ("train.threads", train.threads, train.threads >= 0, "at least 0"),
-        ("train.steps", train.steps, train.steps >= 1, "at least 1"),
-        ("train.precision", train.precision, train.precision in ("bf16", "fp32"), "bf16 or fp32"),
-        *((f"train.{name}", getattr(train, name), getattr(train, name) >= 1, "at least 1")
-          for name in ("log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_batches",
-                       "picture_every")),
-    ]  # fmt: skip
-    for key, value, fits, allowed in rules:
-        if not fits:
-            raise ConfigError(f"{key} is {value}, but must be {allowed}")
-    try:
-        num_visible((data.image_size // sizes.patch_size) ** 2, model.mask_ratio)
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from None

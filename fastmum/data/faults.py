@@ -45,9 +45,7 @@ class Faults:
         self.held_out = np.zeros(manifests.num_sequences, bool) if held_out is None else held_out
         sets = len(manifests.datasets)
         self._log = _LogFile(log_file) if log_file is not None else None
-        self._earlier = frozenset(self._log.listed) if self._log else frozenset()
-        listed = Counter(dataset for dataset, _ in self._earlier)
-        self._counts = {name: listed[name] for name in manifests.datasets if listed[name]}
+        self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._bad: set[int] = set()
         self._found = np.zeros(sets, np.int64)  # by this process, as `_read` is: their quotient is the share
@@ -58,8 +56,14 @@ class Faults:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Bad frames by data set, only those that have any: found by this process, or listed before it began."""
-        return dict(self._counts)
+        """Bad frames by data set, only those that have any: of all processes that share the log, or of this one."""
+        with self._lock:
+            if self._log:
+                self._log.catch_up()
+                listed = Counter(dataset for dataset, _ in self._log.listed)
+            else:
+                listed = self._counts
+            return {name: listed[name] for name in self.manifests.datasets if listed[name]}
 
     @property
     def total(self) -> int:
@@ -87,8 +91,7 @@ class Faults:
             number = int(self.manifests.dataset_of[self.manifests.sequence_of(row)])
             name = self.manifests.datasets[number]
             self._found[number] += 1
-            if (name, str(file)) not in self._earlier:
-                self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] += 1
             first = self._first.setdefault(number, [])
             if len(first) < NAMED:
                 first.append(file)
@@ -153,13 +156,25 @@ class _LogFile:
         self.path = path
         self.listed: set[tuple[str, str]] = set()
         self._read_until = 0
-        if not path.is_file():
-            return
+        if path.is_file():
+            self._take_in()
+
+    def catch_up(self) -> None:
+        """Take in what other processes wrote.
+
+        Raises:
+            DataError: the file cannot be read.
+        """
+        if self.path.is_file() and self.path.stat().st_size > self._read_until:
+            self._take_in()
+
+    def _take_in(self) -> None:
         try:
-            with open(path, **ENCODING) as lines:
+            with open(self.path, **ENCODING) as lines:
+                lines.seek(self._read_until)
                 self._read(lines)
         except OSError as error:
-            raise DataError(f"'{path}' cannot be read ({error.strerror or error})") from None
+            raise DataError(f"'{self.path}' cannot be read ({error.strerror or error})") from None
 
     def write(self, dataset: str, file: Path, reason: str) -> None:
         try:

@@ -28,6 +28,7 @@ TOLERANCE = 1e-8  # of shares of frames, their absolute differences added up
 BACKTRACKS = 30
 # Curvature added to Newton's problem: none, and where that has no solution, as little as can be computed.
 RIDGES = (0.0, 1e-3, 1e-2, 1e-1)
+ROUNDING = 1e-13  # of the value: near the end it falls by less than that, and how it is rounded differs by machine
 LARGEST_STEP = 3.0  # of a log weight: where the shares cannot be met, they diverge
 
 
@@ -192,7 +193,8 @@ def _newton(
             step *= min(1.0, LARGEST_STEP / np.abs(step).max())
             for shorter in range(BACKTRACKS):
                 trial = evaluate(x + step / 2**shorter)
-                if trial[0] <= value + 0.25 * (gradient @ step) / 2**shorter and trial[2].in_range(totals):
+                allowed = value + 0.25 * (gradient @ step) / 2**shorter + ROUNDING * max(1.0, abs(value))
+                if trial[0] <= allowed and trial[2].in_range(totals):
                     break
             else:
                 break

@@ -174,6 +174,12 @@ class StepPlanner:
         drawn = [self._draw_lengths(*stream)[0] for stream in self._streams(step, rank)]
         return -np.sort(-np.concatenate(drawn))
 
+    def step_frames(self, step: int) -> int:
+        """Frames of a step on all ranks together; in the mode `paper` it varies."""
+        if self.mode != "paper":
+            return self.frames_per_gpu * self.world_size
+        return sum(int(self.lengths(step, rank).sum()) for rank in range(self.world_size))
+
     def _streams(self, step: int, rank: int) -> Iterator[tuple[np.random.Generator, bool]]:
         """Of every unit of a rank: its random numbers, and whether it takes the greater of the two totals."""
         if not 0 <= rank < self.world_size:

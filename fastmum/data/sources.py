@@ -41,7 +41,7 @@ class Sources(NamedTuple):
     is_held_out: np.ndarray
 
 
-def open_sources(config: Config, folder: Path, resumed: bool = False) -> Sources:
+def open_sources(config: Config, folder: Path, resumed: bool = False, parts: int = 1) -> Sources:
     """Open the manifests of a run and hold some of their sequences out.
 
     Folders of images (`data.root`, `data.image_root`) and the embedded scenes, which are rendered where nothing else is
@@ -52,6 +52,7 @@ def open_sources(config: Config, folder: Path, resumed: bool = False) -> Sources
         config: of the run.
         folder: the run's, for manifests of its own.
         resumed: take the manifests that the run wrote when it began, so that it goes on with the same sequences.
+        parts: batches of `data.frames_per_batch` frames that a step of training has, on all processes together.
 
     Raises:
         DataError: a manifest or folder that is missing or holds no sequences, scenes that cannot be rendered, or
@@ -73,7 +74,7 @@ def open_sources(config: Config, folder: Path, resumed: bool = False) -> Sources
         crop_aspect=(data.crop_aspect[0], data.crop_aspect[1]),
         flip=data.flip,
     )
-    training = planner(imagenet_share=data.imagenet_share, seed=config.run.seed, exclude=held)
+    training = planner(imagenet_share=data.imagenet_share, seed=config.run.seed, world_size=parts, exclude=held)
     for note in training.notes:
         log.info("%s", note)
     if not len(held):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmum.kernels import add_norm, gather_tokens, mlp, rotary_projection
+from fastmum.kernels import add_norm, gather_tokens, mlp, rope_qk, rotary_projection
 from fastmum.model.config import MLP_RATIO
 
 
@@ -69,6 +69,20 @@ def packed(x_FLD: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(x_FLD, [x_FLD.shape[0] * x_FLD.shape[1], x_FLD.shape[2]])
 
 
+def is_plain(layer: nn.Linear) -> bool:
+    """Whether a layer multiplies by its weight as that is; in float8 it has products of its own."""
+    return type(layer) is nn.Linear
+
+
+def linear_but_bias_gradient(layer: nn.Linear, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's output, and its bias for `add_norm`, which makes that one's gradient (unless a float8 layer does)."""
+    dtype = compute_dtype(layer.weight)
+    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    if is_plain(layer):
+        return F.linear(x_TD, weight, bias.detach()), bias
+    return layer(x_TD), bias.detach()
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions, biases everywhere."""
 
@@ -78,28 +92,27 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_TD: Tensor, context: Context) -> Tensor:
-        """Normed tokens (T, D) -> what attention adds to the stream, (T, D) or of the tokens that ask.
-
-        The bias of `proj` gets its gradient where the result is added, see `add_norm`.
-        """
-        weight, bias = (p.to(compute_dtype(p)) for p in (self.qkv.weight, self.qkv.bias))
-        x_TD = x_TD.to(weight.dtype)
-        if context.asking is None:
-            q, k, v = self._project(x_TD, weight, bias, context.positions, context, "qkv")
+    def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """Normed tokens (T, D) -> what to add to the stream, (T, D) or of the tokens that ask; bias for `add_norm`."""
+        asking = context.asking
+        if asking is None:
+            q, k, v = self._project(x_TD, context.positions, context, "qkv")
         else:
-            # Rows of the weight are q, k, v; splitting them is a view.
-            (w_q, w_kv), (b_q, b_kv) = (x.tensor_split([len(x) // 3]) for x in (weight, bias))
-            asking = context.asking
-            (q,) = self._project(asking.take(x_TD), w_q, b_q, asking.positions, context, "q")
-            k, v = self._project(x_TD, w_kv, b_kv, context.positions, context, "kv")
-        return F.linear(context.attend(q, k, v).flatten(1), self.proj.weight, self.proj.bias.detach())
+            (q,) = self._project(asking.take(x_TD), asking.positions, context, "q")
+            k, v = self._project(x_TD, context.positions, context, "kv")
+        return linear_but_bias_gradient(self.proj, context.attend(q, k, v).flatten(1))
 
-    def _project(
-        self, x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, context: Context, parts: str
-    ) -> tuple[Tensor, ...]:
-        heads, special = self.num_heads, context.special
-        return rotary_projection(x, weight, bias, positions, context.sin, context.cos, heads, special, parts)
+    def _project(self, x_TD: Tensor, positions: Tensor, context: Context, parts: str) -> tuple[Tensor, ...]:
+        rotation = positions, context.sin, context.cos, self.num_heads, context.special
+        if parts == "qkv" and not is_plain(self.qkv):
+            # In place: the linear layer's backward pass does not need its output.
+            packed = rope_qk(self.qkv(x_TD), *rotation, inplace=True)
+            return packed.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        # Rows of the weight are q, k, v; a part of them is a view.
+        width = self.qkv.in_features
+        rows = slice(width if parts == "kv" else 0, width if parts == "q" else None)
+        weight, bias = (p[rows].to(compute_dtype(p)) for p in (self.qkv.weight, self.qkv.bias))
+        return rotary_projection(x_TD.to(weight.dtype), weight, bias, *rotation, parts)
 
 
 class Mlp(nn.Module):
@@ -110,11 +123,15 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
         self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Normed tokens (T, D) -> what is added to the stream, (T, D); the bias of `fc2` gets its gradient there."""
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed tokens (T, D) -> what is added to the stream, (T, D); bias for `add_norm`."""
+        if not (is_plain(self.fc1) and is_plain(self.fc2)):
+            return linear_but_bias_gradient(self.fc2, F.gelu(self.fc1(x_TD)))
         dtype = compute_dtype(self.fc1.weight)
-        layers = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        return mlp(x_TD.to(dtype), *(p.to(dtype) for p in layers))
+        weight1, bias1, weight2, bias2 = (
+            p.to(dtype) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        )
+        return mlp(x_TD.to(dtype), weight1, bias1, weight2, bias2), bias2
 
 
 class Block(nn.Module):
@@ -123,6 +140,8 @@ class Block(nn.Module):
     The sum that ends a block and the norm that begins the next are one operation, so blocks hand on both the stream
     and its norm.
     """
+
+    compiled_compute: Callable[..., tuple[Tensor, Tensor]] | None = None  # `_compute`, where it is compiled
 
     def __init__(self, dim: int, num_heads: int, norm_eps: float) -> None:
         super().__init__()
@@ -145,9 +164,14 @@ class Block(nn.Module):
         Returns:
             The stream and its norm behind this block, (T, D) or the tokens of `context.asking` alone.
         """
-        eps, dtype = self.norm2.eps, compute_dtype(self.norm2.weight)
-        attended = self.attn(normed_TD, context)
+        # Compiled without the hooks around it: FSDP gathers weights there.
+        compute = self.compiled_compute or Block._compute
+        return compute(self, x_TD, normed_TD, context, weight, bias)
+
+    def _compute(
+        self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        eps = self.norm2.eps
         x_TD = x_TD if context.asking is None else context.asking.take(x_TD)
-        proj_bias, fc2_bias = (p.to(dtype) for p in (self.attn.proj.bias, self.mlp.fc2.bias))
-        x_TD, normed_TD = add_norm(x_TD, attended, proj_bias, self.norm2.weight, self.norm2.bias, eps)
-        return add_norm(x_TD, self.mlp(normed_TD), fc2_bias, weight, bias, eps)
+        x_TD, normed_TD = add_norm(x_TD, *self.attn(normed_TD, context), self.norm2.weight, self.norm2.bias, eps)
+        return add_norm(x_TD, *self.mlp(normed_TD), weight, bias, eps)

@@ -107,8 +107,8 @@ def check_max_views(max_views: int | None, lengths: Tensor, num_frames: int) -> 
         return num_frames
     if not hasattr(max_views, "__index__"):
         raise TypeError(f"max_views is {max_views!r}, but must be an integer or None")
-    if not torch.compiler.is_compiling() and max_views < int(lengths.max()):
-        raise ValueError(f"max_views is {max_views}, but a sequence has {int(lengths.max())} frames")
+    if not torch.compiler.is_compiling() and max_views < (longest := max(lengths.tolist())):
+        raise ValueError(f"max_views is {max_views}, but a sequence has {longest} frames")
     return max_views
 
 

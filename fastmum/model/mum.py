@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class MuMOutput(NamedTuple):
     """What a forward pass returns.
 
     Args:
-        loss: scalar, float32.
+        loss: float32, a scalar, or (F,) where it was asked for frame by frame.
         pred: (F, M, 3*p*p), the patch-normalised pixels predicted for the masked patches, order (row, column, channel).
         visible_ids: (F, K) int64, ascending.
         masked_ids: (F, M) int64, ascending.
@@ -83,6 +83,7 @@ class MuM(Encoder):
         mask_ratio: float = 0.75,
         noise: Tensor | None = None,
         max_views: int | None = None,
+        reduction: Literal["mean", "none"] = "mean",
     ) -> MuMOutput:
         """Mask, encode, decode and compare.
 
@@ -94,6 +95,7 @@ class MuM(Encoder):
             mask_ratio: share of masked patches; int(P * (1 - mask_ratio)) of every frame stay visible.
             noise: (F, P) uniform; the smallest of a row are visible, ties by index. None draws it.
             max_views: no sequence of any batch is longer; None: F. It bounds what attention kernels launch.
+            reduction: "mean": one loss; "none": that of every frame, which all have as many masked patches.
 
         Raises:
             TypeError, ValueError: an argument that does not fit, named with what came and what is allowed.
@@ -108,8 +110,8 @@ class MuM(Encoder):
         noise = check_noise(noise, num_frames, num_patches)
         views = self._views(lengths, num_frames, num_patches, num_patches - visible, max_views, frames.device)
         if self.compiled_autoencode is not None:
-            return self.compiled_autoencode(self, pixels, noise, visible, views)
-        return self._autoencode(pixels, noise, visible, views)
+            return self.compiled_autoencode(self, pixels, noise, visible, views, reduction)
+        return self._autoencode(pixels, noise, visible, views, reduction)
 
     def _views(
         self, lengths: Tensor, num_frames: int, num_patches: int, masked: int, max_views: int, device: torch.device
@@ -123,12 +125,15 @@ class MuM(Encoder):
         ]
         return Views(*(partial(backend.attend, plan=plan) for plan in plans))
 
-    def _autoencode(self, pixels: Pixels, noise: Tensor, visible: int, views: Views) -> MuMOutput:
+    def _autoencode(
+        self, pixels: Pixels, noise: Tensor, visible: int, views: Views, reduction: Literal["mean", "none"]
+    ) -> MuMOutput:
         """The whole of the computation: static in shape, no Python that depends on data."""
         visible_ids, masked_ids = split_by_noise(noise, visible)
         _, encoded = self.encode(pixels, visible_ids)
         pred = self.decoder_pred(self.decode(encoded, visible_ids, masked_ids, views, pixels.grid))
-        loss = patch_loss(pred, pixels.frames, masked_ids, pixels.mean, pixels.std, pixels.patch_size)
+        target = pixels.frames, masked_ids, pixels.mean, pixels.std, pixels.patch_size
+        loss = patch_loss(pred, *target, reduction=reduction)
         return MuMOutput(loss, pred, visible_ids, masked_ids)
 
     def decode(

@@ -23,7 +23,14 @@ CPU_STEPS_TO_PAY = 100_000
 RECOMPILE_LIMIT = 64
 
 
-def compile_model(model: MuM, mode: str, steps: int, backend: str | Callable = "inductor") -> str:
+def compile_model(
+    model: MuM,
+    mode: str,
+    steps: int,
+    backend: str | Callable = "inductor",
+    several_devices: bool = False,
+    cuda_graphs: bool = False,
+) -> str:
     """Compile a model in place and say in the log what was done; every region must be one graph.
 
     Lengths that change from batch to batch compile nothing anew: regions are static in shape (see `MuM._views`).
@@ -34,12 +41,15 @@ def compile_model(model: MuM, mode: str, steps: int, backend: str | Callable = "
             "off" nothing; "auto" is "block" on CUDA, and on the CPU where a run is long enough to pay for it.
         steps: that the run has still to do.
         backend: of `torch.compile`.
+        several_devices: gradients are summed over devices while the backward pass goes on, which one graph for all of
+            it would not let them: "full" becomes "block".
+        cuda_graphs: record what is compiled as CUDA graphs.
 
     Returns:
         What was chosen: "block", "full" or "off".
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, or CUDA graphs where there are none.
     """
     if mode not in COMPILE_MODES:
         raise ValueError(f"compile mode is '{mode}', but must be one of {', '.join(COMPILE_MODES)}")
@@ -50,14 +60,22 @@ def compile_model(model: MuM, mode: str, steps: int, backend: str | Callable = "
     if chosen != "off" and not has_cpp_compiler():
         log.warning("no C++ compiler is found (g++, clang++ or $CXX), so nothing is compiled and the model runs eager")
         chosen = "off"
+    if chosen == "full" and several_devices:
+        log.warning("blocks are compiled, not the whole: gradients travel while the backward pass goes on")
+        chosen = "block"
+    if cuda_graphs and (chosen == "off" or not model.mask_token.is_cuda):
+        what = "nothing is compiled" if model.mask_token.is_cuda else "the model is not on a CUDA device"
+        raise ValueError(f"CUDA graphs record what is compiled for CUDA, and {what}")
     log.info("torch.compile: %s%s", chosen, f" (model.compile={mode})" if mode != chosen else "")
     if chosen != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    how = {"fullgraph": True, "backend": backend} | ({"options": {"triton.cudagraphs": True}} if cuda_graphs else {})
     if chosen == "block":
+        compute = torch.compile(Block._compute, **how)
         for block in _blocks(model):
-            block.compile(fullgraph=True, backend=backend)
+            block.compiled_compute = compute
     elif chosen == "full":
-        model.compiled_autoencode = torch.compile(MuM._autoencode, fullgraph=True, backend=backend)
+        model.compiled_autoencode = torch.compile(MuM._autoencode, **how)
     return chosen
 
 
@@ -67,16 +85,16 @@ def eager(model: MuM) -> Iterator[None]:
 
     Attention that is compiled by itself (`flex`) stays so: as written, it would hold the scores of all tokens at once.
     """
-    blocks = [(block, block._compiled_call_impl) for block in _blocks(model)]
+    blocks = [(block, block.compiled_compute) for block in _blocks(model)]
     whole = model.compiled_autoencode
     for block, _ in blocks:
-        block._compiled_call_impl = None
+        block.compiled_compute = None
     model.compiled_autoencode = None
     try:
         yield
     finally:
         for block, compiled in blocks:
-            block._compiled_call_impl = compiled
+            block.compiled_compute = compiled
         model.compiled_autoencode = whole
 
 

@@ -5,79 +5,82 @@ from __future__ import annotations
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from fastmum.config import Config
 from fastmum.data.crops import whole_frames
-from fastmum.data.loader import Batch, Loader
+from fastmum.data.loader import Loader
 from fastmum.data.plan import StepPlan
 from fastmum.data.sources import Sources
-from fastmum.model.masking import seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
+from fastmum.parallel.world import World
 from fastmum.training.compile import eager
+from fastmum.training.feed import StepBatch, noise_for
 from fastmum.training.pictures import draw_reconstruction
+from fastmum.training.step import forward
 
 EVAL_SEED = 0  # of the masks; not the run's, so that runs of different seeds can be compared
 PICTURE_SEQUENCES = 3
 PICTURE_VIEWS = 6
 
 
-def forward(model: MuM, batch: Batch, noise: Tensor, config: Config, device: torch.device) -> MuMOutput:
-    """The model on one batch, in the precision of the run; used by training and evaluation alike."""
-    frames, noise = (x.to(device, non_blocking=True) for x in (batch.frames, noise))
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
-        # The same for all batches of training; the picture may show more views.
-        max_views = max(config.data.views[1], *batch.lengths)
-        return model(frames, batch.lengths, config.model.mask_ratio, noise, max_views)
-
-
-def noise_for(config: Config, seed: int, step: int, num_frames: int) -> Tensor:
-    """Mask noise (F, P) for the frames of a run."""
-    patches = (config.data.image_size // config.model_config.patch_size) ** 2
-    return seeded_noise(seed, 0, step, num_frames, patches)
-
-
 class Evaluation:
     """Evaluates on the same batches with the same masks every time; their frames are decoded once and kept.
+
+    The processes share the batches between them. All call the same functions, since weights may be shared out.
 
     Args:
         sources: of the run; nothing may be held out.
         loader: decodes their frames.
-        config, device: of the run.
+        config: of the run.
+        world: of the processes.
     """
 
-    def __init__(self, sources: Sources, loader: Loader, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
-        plans = [sources.held_out.plan(i) for i in range(config.train.eval_batches)] if sources.held_out else []
-        self._batches = [loader.load(plan) for plan in plans]
-        self._picture = loader.load(_picture_plan(sources, config.data.frames_per_batch))
+    def __init__(self, sources: Sources, loader: Loader, config: Config, world: World) -> None:
+        self._config, self._world = config, world
+        count = config.train.eval_batches if sources.held_out else 0
+        rounds = -(-count // world.size)
+        # As many rounds for every process; who has no batch left takes the last one again, and does not count it.
+        self._batches = {
+            i: self._batch(loader, sources.held_out.plan(min(i, count - 1)), min(i, count - 1))
+            for i in range(world.rank, rounds * world.size, world.size)
+        }
+        self._count = count
+        self._picture = self._batch(loader, _picture_plan(sources, config.data.frames_per_batch), 0)
 
     @property
     def has_held_out(self) -> bool:
         """Whether there is a held-out loss."""
-        return bool(self._batches)
+        return self._count > 0
 
     @torch.no_grad()
     def held_out_loss(self, model: MuM) -> float:
         """Masked loss, averaged over frames."""
-        total, frames = 0.0, 0
-        for i, batch in enumerate(self._batches):
-            total += self._output(model, batch, i).loss.item() * len(batch.frames)
-            frames += len(batch.frames)
-        return total / frames
+        total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        for i, batch in self._batches.items():
+            losses = self._output(model, batch).loss.double()
+            if i < self._count:
+                total += torch.stack([losses.sum(), torch.ones_like(losses).sum()])
+        self._world.sum_(total)
+        loss, frames = total.tolist()
+        return loss / frames
 
     @torch.no_grad()
     def picture(self, model: MuM) -> Image.Image:
         """Originals, masked frames and predictions of a few sequences."""
         batch = self._picture
-        output = self._output(model, batch, 0)
+        output = self._output(model, batch)
         frames, masked_ids, pred = batch.frames.cpu(), output.masked_ids.cpu(), output.pred.float().cpu()
         return draw_reconstruction(frames, batch.lengths, masked_ids, pred)
 
-    def _output(self, model: MuM, batch: Batch, index: int) -> MuMOutput:
-        noise = noise_for(self.config, EVAL_SEED, index, len(batch.frames))
+    def _batch(self, loader: Loader, plan: StepPlan, index: int) -> StepBatch:
+        frames, lengths = loader.load(plan)
+        noise = noise_for(self._config, EVAL_SEED, index, len(frames))
+        views = torch.tensor(lengths).repeat_interleave(torch.tensor(lengths))
+        return StepBatch(frames, lengths, noise, views, len(frames))
+
+    def _output(self, model: MuM, batch: StepBatch) -> MuMOutput:
         with eager(model):
-            return forward(model, batch, noise, self.config, self.device)
+            return forward(model, batch.to(self._world.device), self._config)
 
 
 def _picture_plan(sources: Sources, max_frames: int) -> StepPlan:

@@ -8,10 +8,31 @@ numbers are those of autocast, bit for bit, with one backward pass a step: it is
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 PRODUCTS = (nn.Linear, nn.Conv2d)  # modules whose weights and biases autocast casts
+
+
+class Weight(NamedTuple):
+    """One weight of a model.
+
+    Args:
+        name: in the model's `state_dict`.
+        parameter: that the model computes with.
+        master: float32, that is learnt; the parameter itself where that is float32.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    master: Tensor
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the parameter is a rounded copy of the master."""
+        return self.master is not self.parameter
 
 
 class MasterWeights:
@@ -19,36 +40,32 @@ class MasterWeights:
 
     Args:
         model: its matrices and their biases become `dtype`; everything else stays as it is.
-        dtype: torch.bfloat16, or torch.float32 for a model that needs no copies.
+        dtype: torch.bfloat16, or torch.float32 for a model that needs no copies, such as one that FSDP shares out: its
+            own copies are made when they are gathered.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model = model
-        self._masters: dict[str, Tensor] = {}
+        masters: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if isinstance(module, PRODUCTS):
                 for key, p in module.named_parameters(prefix=name, recurse=False):
                     if p.dtype != dtype:
-                        self._masters[key] = p.detach()
+                        masters[key] = p.detach()
                         p.data = p.detach().to(dtype)
-        model.register_load_state_dict_post_hook(self._renew)
+        self.weights = [Weight(name, p, masters.get(name, p)) for name, p in model.named_parameters()]
+        model.register_load_state_dict_post_hook(self._renew_masters)
 
-    def named(self) -> list[tuple[str, nn.Parameter, Tensor | None]]:
-        """Name, parameter of the model and master, None where the parameter is float32 itself."""
-        return [(name, p, self._masters.get(name)) for name, p in self.model.named_parameters()]
+    @torch.no_grad()
+    def renew_copies(self) -> None:
+        """Round the masters into the parameters, after masters were loaded."""
+        for weight in self.weights:
+            if weight.is_copied:
+                weight.parameter.copy_(weight.master)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state of the model with its masters: float32, whatever it computes with."""
-        state = self.model.state_dict()
-        return state | {name: master.contiguous() for name, master in self._masters.items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take weights, unrounded; the model's own `load_state_dict` knows them only as it computes with them."""
-        self.model.load_state_dict(state)  # rounds, and complains about what does not fit
-        for name, master in self._masters.items():
-            master.copy_(state[name])
-
-    def _renew(self, model: nn.Module, _incompatible: object) -> None:
+    @torch.no_grad()
+    def _renew_masters(self, model: nn.Module, _incompatible: object) -> None:
         """Masters of weights that were loaded behind our back."""
-        for name, master in self._masters.items():
-            master.copy_(model.get_parameter(name))
+        for weight in self.weights:
+            if weight.is_copied:
+                weight.master.copy_(weight.parameter)

@@ -1,52 +1,91 @@
-"""The mean loss and the pace of training between two log steps."""
+"""The mean loss and the pace of training between two log steps, and the steps that were passed over.
+
+Everything is added up on the device; steps between log steps do not wait for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from fastmum.data.loader import Loader
+from fastmum.parallel.world import World
+
+MOST_VIEWS = 256  # longer sequences are counted as this
 
 
 class Meter:
-    """Adds losses up on the device, so that steps between log steps do not wait for it.
+    """Losses of all processes, by the number of views of a sequence.
 
     Args:
-        device: of the losses.
+        world: of the processes.
         loader: whose waiting time is reported.
-        state: of the run that is resumed, so that its first mean covers the same steps as without the break.
     """
 
-    def __init__(self, device: torch.device, loader: Loader, state: dict[str, float] | None = None) -> None:
-        self._loader = loader
-        self._losses = torch.zeros((), dtype=torch.float64, device=device)
-        self._steps = 0
-        if state:
-            self._losses += state["losses"]
-            self._steps = int(state["steps"])
+    def __init__(self, world: World, loader: Loader) -> None:
+        self._world, self._loader = world, loader
+        # Losses of frames added up, and frames, by views of their sequence; of this process.
+        self._totals = torch.zeros(2, MOST_VIEWS + 1, dtype=torch.float64, device=world.device)
+        self._views = torch.arange(MOST_VIEWS + 1, device=world.device)
         self._frames, self._seconds, self._waited = 0, 0.0, loader.wait_seconds
         self._began = time.perf_counter()
 
-    def add(self, loss: Tensor, frames: int) -> None:
-        """Count one step."""
-        self._losses += loss.detach()
-        self._steps += 1
+    def totals_of(self, losses: Tensor, views: Tensor) -> Tensor:
+        """What a batch adds to the totals.
+
+        Args:
+            losses: (F,) of frames.
+            views: (F,) int64, frames of the sequence that each belongs to.
+        """
+        # A product adds up in the same order every time; index_add on CUDA does not.
+        which = (views.clamp(max=MOST_VIEWS)[:, None] == self._views).double()
+        return torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)]) @ which
+
+    def add(self, totals: Tensor, found_inf: Tensor, frames: int) -> None:
+        """Count a step of this process.
+
+        Args:
+            totals: sum of `totals_of` its batches.
+            found_inf: 0-d, 1 where the step was passed over: it is then not part of the mean.
+            frames: of all processes.
+        """
+        self._totals += torch.where(found_inf > 0, 0.0, totals)
         self._frames += frames
 
-    def read(self) -> dict[str, float]:
-        """Mean loss, frames a second and the share of time that training waited for data; starts anew."""
-        values = {"loss": self._losses.item() / self._steps}
-        seconds = self._seconds + time.perf_counter() - self._began
-        values["frames_per_s"] = self._frames / seconds
-        values["data_wait"] = (self._loader.wait_seconds - self._waited) / seconds
-        self._losses.zero_()
-        self._steps, self._frames, self._seconds, self._waited = 0, 0, 0.0, self._loader.wait_seconds
+    def read(self, *others: Tensor) -> tuple[dict[str, float | None], float, int, list[list[float]]]:
+        """The only wait for the device; starts anew.
+
+        Args:
+            others: small tensors to read in the same transfer, the same on all processes.
+
+        Returns:
+            "loss", the mean over frames, and "loss/views_<S>" where there were any; None where all steps were passed
+            over. "frames_per_s" of all processes, and "data_wait", the share of time that this one waited for data.
+            Then seconds of training and frames that all this covers, and what was in the others.
+        """
+        totals = self._summed()
+        values = torch.cat([totals.flatten(), *(x.double().flatten() for x in others)]).tolist()
+        columns = totals.shape[1]
+        losses, frames, rest = values[:columns], values[columns : 2 * columns], values[2 * columns :]
+        counted = sum(frames)
+        metrics: dict[str, float | None] = {"loss": sum(losses) / counted if counted else None}
+        metrics |= {
+            f"loss/views_{views}": loss / count
+            for views, (loss, count) in enumerate(zip(losses, frames, strict=True))
+            if count
+        }
+        seconds, seen = self._seconds + time.perf_counter() - self._began, self._frames
+        metrics["frames_per_s"] = seen / seconds
+        metrics["data_wait"] = (self._loader.wait_seconds - self._waited) / seconds
+        self._totals.zero_()
+        self._frames, self._seconds, self._waited = 0, 0.0, self._loader.wait_seconds
         self._began = time.perf_counter()
-        return values
+        lists = [[rest.pop(0) for _ in range(x.numel())] for x in others]
+        return metrics, seconds, seen, lists
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -57,6 +96,16 @@ class Meter:
         finally:
             self._began = time.perf_counter()
 
-    def state(self) -> dict[str, float]:
-        """What a resumed run needs to continue the mean."""
-        return {"losses": self._losses.item(), "steps": self._steps}
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs to continue the mean, of all processes together."""
+        return {"meter.totals": self._summed()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue the mean; the first process takes what all had."""
+        if self._world.is_main:
+            self._totals.copy_(state["meter.totals"])
+
+    def _summed(self) -> Tensor:
+        totals = self._totals.clone()
+        self._world.sum_(totals)
+        return totals

@@ -1,99 +1,158 @@
-"""Optimiser and learning rate: AdamW, linear scaling, warm-up and half a cosine (facts of the paper's run)."""
+"""AdamW on float32 masters, which renews the model's copies on the way and can pass over a step on the device."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmum.config.schema import OptimSection
-from fastmum.kernels.adamw import adamw_, advance_
-from fastmum.training.master import MasterWeights
+from fastmum.kernels.adamw import adamw_
+from fastmum.parallel.gradients import local
+from fastmum.training.master import MasterWeights, Weight
 
-BASE_FRAMES = 256  # the base learning rate is for this many frames a step
 # Weights updated at once: what stays in a CPU's cache; everything on a GPU, in one launch.
 BUNDLE = {"cpu": 1 << 20, "cuda": 1 << 62}
 
+GradientOf = Callable[[nn.Parameter], Tensor | None]
 
-def build_optimizer(model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32) -> AdamW:
-    """AdamW for a model that computes with matrices of `dtype`; bfloat16 converts them, see `MasterWeights`."""
+
+def build_optimizer(model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32) -> Optimizer:
+    """The optimiser of a model that computes with matrices of `dtype`; bfloat16 converts them, see `MasterWeights`.
+
+    Raises:
+        ConfigError: NVIDIA's Apex is asked for and is not there.
+    """
+    if optim.optimizer == "apex":
+        from fastmum.training.apex import ApexAdamW, find_fused_adam
+
+        return ApexAdamW(MasterWeights(model, dtype), optim, find_fused_adam())
     return AdamW(MasterWeights(model, dtype), optim)
 
 
-class AdamW(torch.optim.AdamW):
-    """Fused AdamW on float32 weights; the model's bfloat16 copies of them are renewed on the way.
+def own_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """Where the gradient of a parameter is when nobody sums it up."""
+    return None if parameter.grad is None else local(parameter.grad)
 
-    One pass over pieces that stay in the cache: the gradient is widened, the master updated, the copy rounded. State
-    and its layout are those of `torch.optim.AdamW`.
+
+class Optimizer(ABC):
+    """AdamW: what its implementations have in common.
+
+    Biases, norms and other 1-D parameters do not decay. A device updates its parts of weights that are shared out.
 
     Args:
-        weights: of the model.
-        optim: settings; the rate is set before each step.
+        masters: of the model.
+        optim: settings.
+
+    Attributes:
+        steps: 0-d float32 on the device, updates that were made.
+        moments: Adam's two averages of every weight, shared out and laid out in memory as it is.
     """
 
-    def __init__(self, weights: MasterWeights, optim: OptimSection) -> None:
-        self.weights = weights
-        named = [(p, p if master is None else master) for _, p, master in weights.named()]
-        self._computed_with = {id(master): p for p, master in named}
-        masters = [master for _, master in named]
-        # Biases, norms and other 1-D parameters do not decay.
-        groups = [
-            {"params": [p for p in masters if p.ndim > 1], "weight_decay": optim.weight_decay},
-            {"params": [p for p in masters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        super().__init__(groups, lr=0.0, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+    def __init__(self, masters: MasterWeights, optim: OptimSection) -> None:
+        self.masters, self.optim = masters, optim
+        self.weights = masters.weights
+        self.moments = {w.name: (_zeros_like(w.master), _zeros_like(w.master)) for w in self.weights}
+        self.steps = torch.zeros((), device=self.weights[0].master.device)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget the gradients of the model."""
-        self.weights.model.zero_grad(set_to_none)
+    @abstractmethod
+    def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
+        """One update.
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """One update by the gradients of the model's parameters; one that has none is passed over."""
-        for group in self.param_groups:
-            masters = [p for p in group["params"] if self._computed_with[id(p)].grad is not None]
-            states = [self._state(p) for p in masters]
-            if states:
-                advance_([state["step"] for state in states])
-            for copied in (False, True):
-                some = [p for p in masters if (self._computed_with[id(p)] is not p) == copied]
-                for bundle in _bundles(some):
-                    self._update(bundle, group, copied)
+        Args:
+            rate: the learning rate.
+            gradient: of a parameter; it is passed over where that is None.
+            found_inf: 0-d float32 on the device, 1 where nothing is to be updated. The device alone looks at it.
+        """
 
-    def _state(self, master: Tensor) -> dict[str, Tensor]:
-        state = self.state[master]
-        if not state:
-            state["step"] = torch.zeros((), device=master.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+    def decay(self, weight: Weight) -> float:
+        """The weight decay of a weight."""
+        return self.optim.weight_decay if weight.master.ndim > 1 else 0.0
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is learnt, by name, to save and to fill in place: weights in float32, moments, number of updates."""
+        state = {"optimizer.steps": self.steps}
+        for weight in self.weights:
+            state[f"model.{weight.name}"] = weight.master.detach()
+            state[f"exp_avg.{weight.name}"], state[f"exp_avg_sq.{weight.name}"] = self.moments[weight.name]
         return state
 
-    def _update(self, bundle: list[Piece], group: dict[str, Any], copied: bool) -> None:
-        parameters = [self._computed_with[id(piece.tensor)] for piece in bundle]
-        states = [self.state[piece.tensor] for piece in bundle]
-        masters = [piece.of(piece.tensor) for piece in bundle]
+    def loaded(self) -> None:
+        """To be called after `state` was filled."""
+        self.masters.renew_copies()
+
+
+class AdamW(Optimizer):
+    """AdamW of `fastmum.kernels`, on a CPU in pieces that stay in the cache."""
+
+    @torch.no_grad()
+    def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
+        updates = [
+            _Update(*(local(x) for x in (w.master.detach(), *self.moments[w.name])), grad, w, self.decay(w))
+            for w in self.weights
+            if (grad := gradient(w.parameter)) is not None
+        ]
+        self.steps += 1 if found_inf is None else 1 - found_inf
+        for alike in _alike(updates):
+            for bundle in _bundles([update.master for update in alike]):
+                self._update([(piece, alike[piece.index]) for piece in bundle], rate, found_inf)
+
+    def _update(self, bundle: list[tuple[Piece, _Update]], rate: float, found_inf: Tensor | None) -> None:
+        masters = [piece.of(update.master) for piece, update in bundle]
         adamw_(
             masters,
-            [piece.of(p.grad) for piece, p in zip(bundle, parameters, strict=True)],
-            [piece.of(state["exp_avg"]) for piece, state in zip(bundle, states, strict=True)],
-            [piece.of(state["exp_avg_sq"]) for piece, state in zip(bundle, states, strict=True)],
-            [piece.of(p) for piece, p in zip(bundle, parameters, strict=True)] if copied else [],
-            [state["step"] for state in states],
-            lr=group["lr"],
-            betas=group["betas"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
+            [piece.of(update.gradient) for piece, update in bundle],
+            [piece.of(update.exp_avg) for piece, update in bundle],
+            [piece.of(update.exp_avg_sq) for piece, update in bundle],
+            [piece.of(update.weight.parameter) for piece, update in bundle if update.weight.is_copied],
+            self.steps,
+            lr=rate,
+            betas=(self.optim.betas[0], self.optim.betas[1]),
+            weight_decay=bundle[0][1].decay,
+            eps=self.optim.eps,
+            found_inf=found_inf,
         )
 
 
+class _Update(NamedTuple):
+    """What is updated, this device's part of it, by which gradient."""
+
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    gradient: Tensor
+    weight: Weight
+    decay: float
+
+
+def _alike(updates: list[_Update]) -> list[list[_Update]]:
+    """Those that can be updated together: of the same decay, with a copy or without, of one dtype of gradients."""
+    groups: dict[tuple, list[_Update]] = {}
+    for update in updates:
+        key = update.decay, update.weight.is_copied, update.gradient.dtype
+        groups.setdefault(key, []).append(update)
+    return list(groups.values())
+
+
+def _zeros_like(master: Tensor) -> Tensor:
+    return torch.zeros_like(master.detach())
+
+
 class Piece(NamedTuple):
-    """Elements [start, stop) of a tensor, in the order of its memory."""
+    """Elements [start, stop) of a tensor, in the order of its memory.
+
+    Args:
+        tensor: with the layout that others must have.
+        index: of the tensor in its list.
+    """
 
     tensor: Tensor
     start: int
     stop: int
+    index: int = 0
 
     def of(self, like: Tensor) -> Tensor:
         """The same elements of another tensor with the same shape, (stop - start,)."""
@@ -107,28 +166,16 @@ class Piece(NamedTuple):
 def _bundles(tensors: list[Tensor]) -> Iterator[list[Piece]]:
     """All elements of the tensors in lists of pieces, each list of as many elements but the last."""
     bundle: list[Piece] = []
-    for tensor in tensors:
+    for index, tensor in enumerate(tensors):
         limit = BUNDLE.get(tensor.device.type, BUNDLE["cuda"])
         start = 0
         while start < tensor.numel():
             room = limit - sum(piece.stop - piece.start for piece in bundle)
             stop = min(tensor.numel(), start + room)
-            bundle.append(Piece(tensor, start, stop))
+            bundle.append(Piece(tensor, start, stop, index))
             start = stop
             if room == stop - bundle[-1].start:
                 yield bundle
                 bundle = []
     if bundle:
         yield bundle
-
-
-def learning_rate(step: int, steps: int, optim: OptimSection, frames_per_step: int) -> float:
-    """The rate of step `step`, counted from 0: linear up to the peak over the warm-up, then half a cosine to 0.
-
-    The peak is `base_lr` * frames_per_step / 256.
-    """
-    peak = optim.base_lr * frames_per_step / BASE_FRAMES
-    if step < optim.warmup_steps:
-        return peak * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))

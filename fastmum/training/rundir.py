@@ -41,6 +41,16 @@ class RunDir:
         return self.root / "tensorboard"
 
     @property
+    def wandb_id(self) -> Path:
+        """Which run of Weights & Biases this one is."""
+        return self.root / "wandb_id"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of the traces that `profile.steps` asks for."""
+        return self.root / "profile"
+
+    @property
     def newest_picture(self) -> Path:
         """The newest reconstruction; at the end, that of the trained model."""
         return self.root / "reconstruction.png"

@@ -43,6 +43,25 @@ def test_loss_and_gradient(backend: str, size: tuple[int, ...], dtype: torch.dty
     assert_close(grad, true_grad, plain_grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_loss_of_every_frame(backend: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Each by the reference on that frame alone, and with a weight of its own."""
+    pred, frames, ids = problem(*size, dtype)
+    p, weights = size[3], torch.rand(size[0], device=DEVICE) + 0.5
+
+    def one_by_one(x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([reference.patch_loss(*(y[i : i + 1] for y in (x, frames, ids)), MEAN, STD, p)
+                            for i in range(len(x))])  # fmt: skip
+
+    losses, grad = gradients(lambda x: patch_loss(x, frames, ids, MEAN, STD, p, reduction="none"), [pred], weights)
+    _, plain_grad = gradients(one_by_one, [pred], weights)
+    truth, true_grad = gradients(one_by_one, [pred.double()], weights)
+    assert (losses.dtype, losses.shape) == (torch.float32, (size[0],))
+    assert relative(losses, truth) <= 1e-5
+    assert_close(grad, true_grad, plain_grad)
+
+
 def test_float64_and_floating_point_frames(backend: str) -> None:
     pred, frames, ids = torch.randn(2, 3, 192).double(), torch.randn(2, 3, 24, 16), split_ids(2, 6, 3)[1].cpu()
     args = (ids, (0.0,) * 3, (1.0,) * 3, 8)
@@ -113,8 +132,8 @@ def test_operator_contract(backend: str) -> None:
     pred, frames, ids = problem(2, 2, 3, 8, 4, torch.float32)
     settings = ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 8, True, 1e-6)
     torch.library.opcheck(torch.ops.fastmum.patch_loss.default, (pred.requires_grad_(), frames, ids, *settings))
-    grad_loss = torch.ones((), device=DEVICE)
-    args = (grad_loss, pred.detach(), frames, ids, *settings)
+    grad_losses = torch.ones(2, device=DEVICE)
+    args = (grad_losses, pred.detach(), frames, ids, *settings)
     torch.library.opcheck(torch.ops.fastmum.patch_loss_backward.default, args)
 
 
@@ -144,6 +163,7 @@ def test_compiles_in_one_graph(autocast: bool) -> None:
         ({"pred": torch.zeros(2, 0, 768), "ids": torch.zeros(2, 0, dtype=torch.int64)}, ValueError, "not empty"),
         ({"ids": torch.full((2, 1), 9)}, IndexError, "holds 9"),
         ({"frames": torch.zeros(2, 32, 32, 3, dtype=torch.int16)}, TypeError, "uint8 or floating"),
+        ({"reduction": "sum"}, ValueError, "'mean' or 'none'"),
     ],
 )
 def test_refuses(change: dict, error: type[Exception], message: str) -> None:

@@ -101,7 +101,7 @@ def small_calls() -> list[tuple[str, Case, Callable[[], object]]]:
         (
             "patch_loss_backward",
             patch_loss_case(s, fp32, backward=True),
-            lambda: ops.patch_loss_backward(torch.ones((), device=DEVICE), pred, frames, masked_ids, *settings),
+            lambda: ops.patch_loss_backward(torch.ones(s.frames, device=DEVICE), pred, frames, masked_ids, *settings),
         ),
         (
             "scatter_tokens",

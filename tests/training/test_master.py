@@ -32,44 +32,55 @@ def test_training_is_that_of_autocast_bit_for_bit(tiny, monkeypatch):
     ]
     theirs = torch.optim.AdamW(groups, betas=tuple(settings.betas), eps=settings.eps, fused=True)
     for seed in range(4):
-        for optimizer in (ours, theirs):
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-2 / (1 + seed)
+        rate = 1e-2 / (1 + seed)
+        for group in theirs.param_groups:
+            group["lr"] = rate
         losses = [loss_of(model, seed) for model in (tiny, plain)]
         assert torch.equal(*losses)
-        for loss, optimizer in zip(losses, (ours, theirs), strict=True):
+        for loss in losses:
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert all(p.grad is None for p in tiny.parameters())
-    torch.testing.assert_close(ours.weights.state_dict(), plain.state_dict(), rtol=0, atol=0)
+        ours.step(rate)
+        theirs.step()
+        for model in (tiny, plain):
+            model.zero_grad()
+    assert_same_weights(ours.masters, plain.state_dict())
+    for weight, p in zip(ours.weights, plain.parameters(), strict=True):
+        state = theirs.state[p]
+        assert ours.steps == state["step"]
+        moments = dict(zip(("exp_avg", "exp_avg_sq"), ours.moments[weight.name], strict=True))
+        torch.testing.assert_close(moments, {name: state[name] for name in moments}, rtol=0, atol=0)
+
+
+def assert_same_weights(masters, state):
+    assert {w.name for w in masters.weights} == state.keys() - {name for name, _ in masters.model.named_buffers()}
+    for weight in masters.weights:
+        torch.testing.assert_close(weight.master.detach(), state[weight.name], rtol=0, atol=0)
 
 
 def test_matrices_and_their_biases_are_copies_and_the_rest_stays(tiny):
     weights = MasterWeights(tiny, torch.bfloat16)
-    for name, parameter, master in weights.named():
-        is_copy = "token" not in name and "norm" not in name
-        assert parameter.dtype == (torch.bfloat16 if is_copy else torch.float32), name
-        assert (master is not None) == is_copy, name
-    assert all(value.dtype == torch.float32 for value in weights.state_dict().values())
+    for weight in weights.weights:
+        is_copy = "token" not in weight.name and "norm" not in weight.name
+        assert weight.parameter.dtype == (torch.bfloat16 if is_copy else torch.float32), weight.name
+        assert weight.is_copied == is_copy, weight.name
+        assert weight.master.dtype == torch.float32, weight.name
 
 
 def test_a_state_comes_back_whole(tiny):
     before = copy.deepcopy(tiny.state_dict())
     weights = MasterWeights(tiny, torch.bfloat16)
-    state = copy.deepcopy(weights.state_dict())
-    torch.testing.assert_close(state, before, rtol=0, atol=0)
+    assert_same_weights(weights, before)
     with torch.no_grad():
-        for _, parameter, master in weights.named():
-            (parameter if master is None else master).zero_()
-    weights.load_state_dict(state)
-    torch.testing.assert_close(weights.state_dict(), before, rtol=0, atol=0)
-    name, parameter, master = next(entry for entry in weights.named() if entry[2] is not None)
-    assert torch.equal(parameter, master.bfloat16()), name
+        for weight in weights.weights:
+            weight.master.zero_()
+            weight.master.copy_(before[weight.name])
+    weights.renew_copies()
+    assert_same_weights(weights, before)
+    assert all(torch.equal(w.parameter, w.master.to(w.parameter.dtype)) for w in weights.weights)
 
 
 def test_in_float32_nothing_is_copied(tiny):
-    assert all(master is None for _, _, master in MasterWeights(tiny, torch.float32).named())
+    assert not any(weight.is_copied for weight in MasterWeights(tiny, torch.float32).weights)
 
 
 @settings(deadline=None)
@@ -97,4 +108,4 @@ def test_a_gradient_in_another_layout_is_refused():
 def test_weights_loaded_into_the_model_reach_the_masters(tiny):
     weights = MasterWeights(tiny, torch.bfloat16)
     tiny.load_state_dict({name: torch.ones_like(value) for name, value in tiny.state_dict().items()})
-    assert all((value == 1).all() for value in weights.state_dict().values())
+    assert all((weight.master == 1).all() for weight in weights.weights)

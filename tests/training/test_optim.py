@@ -5,7 +5,8 @@ import torch
 
 from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
-from fastmum.training.optim import build_optimizer, learning_rate
+from fastmum.training.optim import build_optimizer
+from fastmum.training.schedule import learning_rate
 
 
 def test_warm_up_then_half_a_cosine():
@@ -29,25 +30,34 @@ def test_no_warm_up():
 
 
 def test_decay_of_matrices_only(tiny):
-    decayed, plain = build_optimizer(tiny, OptimSection()).param_groups
-    assert decayed["weight_decay"] == 0.05
-    assert plain["weight_decay"] == 0
-    assert decayed["betas"] == (0.9, 0.95)
-    assert all(p.ndim > 1 for p in decayed["params"])
-    assert all(p.ndim == 1 for p in plain["params"])
-    assert len(decayed["params"]) + len(plain["params"]) == len(list(tiny.parameters()))
+    optimizer = build_optimizer(tiny, OptimSection())
+    assert len(optimizer.weights) == len(list(tiny.parameters()))
+    assert all(optimizer.decay(w) == (0.05 if w.parameter.ndim > 1 else 0) for w in optimizer.weights)
 
 
 def test_one_step_by_hand():
     layer = torch.nn.Linear(2, 2)
     before = layer.weight.detach().clone()
     optimizer = build_optimizer(layer, OptimSection(eps=0.0))
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
     layer.weight.grad, layer.bias.grad = torch.ones(2, 2), torch.ones(2)
-    optimizer.step()
+    optimizer.step(0.1)
     # The first step of Adam is the sign of the gradient.
     torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.1 * 0.05) - 0.1)
+
+
+def test_a_step_that_is_passed_over_changes_nothing(tiny):
+    optimizer = build_optimizer(tiny, OptimSection(), torch.bfloat16)
+    for weight in optimizer.weights:
+        weight.parameter.grad = torch.ones_like(weight.parameter)
+    optimizer.step(1e-3, found_inf=torch.zeros(()))
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    copies = [p.detach().clone() for p in tiny.parameters()]
+    for weight in optimizer.weights:
+        weight.parameter.grad.fill_(math.nan)
+    optimizer.step(1e-3, found_inf=torch.ones(()))
+    torch.testing.assert_close(optimizer.state(), before, rtol=0, atol=0)
+    torch.testing.assert_close(list(tiny.parameters()), copies, rtol=0, atol=0)
+    assert optimizer.steps == 1
 
 
 def test_one_batch_is_learnt_by_heart():
@@ -59,12 +69,10 @@ def test_one_batch_is_learnt_by_heart():
     optimizer = build_optimizer(model, OptimSection())
     losses = []
     for _ in range(80):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3
         loss = model(frames, [2, 2], 0.75, noise).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(1e-3)
+        model.zero_grad()
         losses.append(loss.item())
     assert losses[0] > 0.95, "an untrained model knows no more than the patch mean"
     assert losses[-1] < 0.5

@@ -1,0 +1,25 @@
+"""Checkpoints: written in the background, whole or not there, verified when read, resharded freely.
+
+A checkpoint is a folder with the files of `torch.distributed.checkpoint` and a manifest, `checkpoint.json`. It holds a
+flat state: names -> tensors, of all ranks together.
+"""
+
+from fastmum.training.checkpoint.about import About
+from fastmum.training.checkpoint.errors import CheckpointError
+from fastmum.training.checkpoint.folder import Found, find_checkpoints, set_aside_after
+from fastmum.training.checkpoint.reader import Weights, load_checkpoint, load_newest, read_weights
+from fastmum.training.checkpoint.writer import Checkpoints, State
+
+__all__ = [
+    "About",
+    "CheckpointError",
+    "Checkpoints",
+    "Found",
+    "State",
+    "Weights",
+    "find_checkpoints",
+    "load_checkpoint",
+    "load_newest",
+    "read_weights",
+    "set_aside_after",
+]

@@ -1,0 +1,88 @@
+"""What GPUs can do at most: the dense peaks that the manufacturer publishes, by the name that the driver gives."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Peak(NamedTuple):
+    """Most operations a second on dense matrices, in TFLOP/s; None where the device has no such units.
+
+    Args:
+        bf16: products of bfloat16, summed in float32.
+        tf32: products of float32 rounded to TF32.
+        fp32: float32, without tensor cores.
+        fp8: products of 8-bit floats, summed in float32.
+        source: of the numbers. Sheets that give them for 2:4 sparsity alone are halved.
+    """
+
+    bf16: float
+    tf32: float
+    fp32: float
+    fp8: float | None
+    source: str
+
+
+_A100 = Peak(312, 156, 19.5, None, "NVIDIA A100 Tensor Core GPU datasheet")
+_H100 = Peak(989.4, 494.7, 66.9, 1978.9, "NVIDIA H100 Tensor Core GPU Architecture, v1.04, table 2 (SXM5)")
+_HOPPER_NVL = Peak(835.5, 417.5, 60, 1670.5, "NVIDIA H100 NVL and H200 NVL datasheets, halved")
+
+PEAKS: dict[str, Peak] = {
+    "a10": Peak(125, 62.5, 31.2, None, "NVIDIA A10 datasheet"),
+    "a30": Peak(165, 82, 10.3, None, "NVIDIA A30 datasheet"),
+    "a40": Peak(149.7, 74.8, 37.4, None, "NVIDIA A40 datasheet"),
+    # The same on its SXM and PCIe boards, and on the A800, whose links alone are slower.
+    "a100": _A100,
+    "a100 pcie": _A100,
+    "a800": _A100,
+    "a800 pcie": _A100,
+    "b200": Peak(2250, 1125, 75, 4500, "NVIDIA HGX B200 datasheet, an eighth of a board, halved"),
+    "gb200": Peak(2500, 1250, 80, 5000, "NVIDIA GB200 NVL72 datasheet, a 72nd of a rack, halved"),
+    "gh200": _H100,
+    "h100": _H100,
+    "h100 nvl": _HOPPER_NVL,
+    "h100 pcie": Peak(756, 378, 51.2, 1513, "NVIDIA H100 Tensor Core GPU Architecture, v1.04, table 2 (PCIe)"),
+    "h200": _H100,
+    "h200 nvl": _HOPPER_NVL,
+    "h800": _H100,
+    "l4": Peak(121, 60, 30.3, 242.5, "NVIDIA L4 datasheet, halved"),
+    "l40": Peak(181.05, 90.5, 90.5, 362, "NVIDIA L40 datasheet"),
+    "l40s": Peak(362.05, 183, 91.6, 733, "NVIDIA L40S datasheet"),
+    "rtx 3090": Peak(71, 35.6, 35.6, None, "NVIDIA Ampere GA102 GPU Architecture, appendix"),
+    "rtx 4090": Peak(165.2, 82.6, 82.6, 330.3, "NVIDIA Ada GPU Architecture, v2, appendix A"),
+    "rtx 5090": Peak(209.5, 104.8, 104.8, 419, "NVIDIA RTX Blackwell GPU Architecture, appendix A"),
+    "rtx 6000 ada generation": Peak(364.2, 182.1, 91.1, 728.5, "NVIDIA Ada GPU Architecture, v2, appendix"),
+    "rtx a6000": Peak(154.8, 77.4, 38.7, None, "NVIDIA Ampere GA102 GPU Architecture, appendix"),
+}
+
+# What says nothing about speed: makers, memory, the socket of the boards that are the default of their kind.
+_SILENT = re.compile(r"nvidia|tesla|geforce|\d+gb?|hbm\d\w*|sxm\d?")
+
+
+def peak_of(name: str) -> Peak | None:
+    """The peaks of a GPU.
+
+    Args:
+        name: as `torch.cuda.get_device_name` gives it, such as "NVIDIA A100-SXM4-80GB".
+
+    Returns:
+        None for devices that are not in the table, such as parts (MIG) and laptop versions of those that are.
+    """
+    words = [word for word in re.split(r"[\s-]+", name.lower()) if word and not _SILENT.fullmatch(word)]
+    return PEAKS.get(" ".join(words))
+
+
+def peak_flops(name: str, precision: str) -> float | None:
+    """Operations a second at most.
+
+    Args:
+        name: of the GPU, as `torch.cuda.get_device_name` gives it.
+        precision: bf16, tf32, fp32 or fp8.
+
+    Returns:
+        FLOP/s of dense products; None where they are not known.
+    """
+    peak = peak_of(name)
+    rate = getattr(peak, precision) if peak else None
+    return rate and rate * 1e12
