@@ -43,7 +43,7 @@ class Compiled(NamedTuple):
 
     Args:
         registers: of a thread.
-        spills: bytes of stack and local memory of a thread, plus instructions that use them.
+        spills: bytes of registers that a thread stores to local memory and loads from there.
         shared: bytes of shared memory of a program.
         accesses: number of instructions by (tensor, bytes of a thread).
     """
@@ -69,17 +69,21 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
         # A cached cubin has the line numbers of the day it was made.
         triton.knobs.compilation.always_compile = True
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, local = resources(compiled.asm["cubin"])
+    usage = _tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
     sass = _tool("nvdisasm", compiled.asm["cubin"], "--print-line-info", "--print-code")
-    spills = local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Compiled(registers, spills, compiled.metadata.shared, _accesses(sass))
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    return Compiled(registers, spills(compiled.asm["ptx"]), compiled.metadata.shared, _accesses(sass))
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and its bytes of stack and local memory, where spilled registers go."""
-    usage = _tool("cuobjdump", cubin, "--dump-resource-usage")
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+def spills(ptx: str) -> int:
+    """Bytes of registers that the assembler spills, stores and loads; arrays on the stack, as of sines, are none."""
+    target = re.search(r"^\.target (\w+)", ptx, re.M).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [_path("ptxas"), "--verbose", f"--gpu-name={target}", "--output-file=/dev/null", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill", said)))
 
 
 def specialise(launch: Launch) -> tuple[dict, dict, dict]:
@@ -128,8 +132,11 @@ def _source(path: str) -> list[str]:
 
 
 def _tool(name: str, cubin: bytes, *options: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([_path(name), *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _path(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.dispatch import ceil_div, check_floating, check_tensors, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.products import Tiles, fuses_products, product_tile, tile_of
@@ -90,6 +91,11 @@ def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor) -> tuple
 @_linear_gelu_backward.register_fake
 def _(grad, weight, hidden):
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[1])
+
+
+@register_flop_formula([torch.ops.fastmum.linear_gelu, torch.ops.fastmum.linear_gelu_backward])
+def _(x_shape, weight_shape, *_, **__):
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
 
 
 def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

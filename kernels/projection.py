@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.dispatch import ceil_div, check_range, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.products import Tiles, fuses_products, tile_of
@@ -88,6 +89,11 @@ def _rotary_linear(
 @_rotary_linear.register_fake
 def _(x, weight, bias, positions, sin, cos, rotated, zero):
     return x.new_empty(len(x), len(weight))
+
+
+@register_flop_formula(torch.ops.fastmum.rotary_linear)
+def _(x_shape, weight_shape, *_, **__):
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
 
 
 @torch.library.custom_op("fastmum::pack_rotated", mutates_args=())

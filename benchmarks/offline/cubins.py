@@ -15,7 +15,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime import triton_heuristics
 from tqdm import tqdm
 
-from fastmum.kernels.compiled import compile_launch, resources, specialise
+from fastmum.kernels.compiled import compile_launch, specialise, spills
 from fastmum.kernels.dispatch import Launch
 
 
@@ -61,7 +61,6 @@ def _spills(code: str) -> bool:
     with mock.patch.object(triton_heuristics.triton, "compile", keep):
         for config in autotuner.configs:
             autotuner._precompile_config(config)
-            _, local = resources(binaries[-1].asm["cubin"])
-            if not local:
+            if not spills(binaries[-1].asm["ptx"]):
                 return False
     return True

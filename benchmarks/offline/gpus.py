@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-REACHED_PEAK = 0.7  # of the operations' peak: what good matrix products sustain (the issue's convention)
-REACHED_BANDWIDTH = 0.85  # of the memory's: what streaming kernels sustain (the same)
-LEAST_SECONDS = 3e-6  # of any kernel: launch and drain (the same)
+REACHED_PEAK = 0.7  # of the operations' peak: what good matrix products sustain (a convention)
+REACHED_BANDWIDTH = 0.85  # of the memory's: what streaming kernels sustain (a convention)
+LEAST_SECONDS = 3e-6  # of any kernel: launch and drain (a convention)
 
 
 class Gpu(NamedTuple):
