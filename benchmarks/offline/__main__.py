@@ -32,6 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--compile", choices=("full", "block"), default="full", help="what fastmum compiles, as model.compile (full)"
     )
     parser.add_argument(
+        "--recompute",
+        choices=("mlp", "none"),
+        default="mlp",
+        help="what fastmum computes again in the backward pass, as model.recompute (mlp, its choice on CUDA)",
+    )
+    parser.add_argument(
         "--side",
         action="append",
         choices=("fastmum", "reference", "reference_compiled"),
@@ -55,13 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu, batch = GPUS[args.gpu], Batch(args.frames, args.views)
     logging.disable(logging.WARNING)  # of compilers that miss a GPU
     with contextlib.redirect_stdout(sys.stderr):  # and of those that print
-        costs = report.measure(PRESETS[args.model], batch, gpu, args.compile, args.side or report.SIDES)
+        costs = report.measure(PRESETS[args.model], batch, gpu, args.compile, args.recompute, args.side or report.SIDES)
     summaries = {side: cost.summary(gpu) for side, cost in costs.items()}
     if args.json:
         header = {"what": "predictions by formula, nothing measured", "gpu": gpu.name, "model": args.model}
-        print(json.dumps(header | {"frames": args.frames, "views": args.views, "compile": args.compile} | summaries))
+        print(
+            json.dumps(
+                header
+                | {"frames": args.frames, "views": args.views, "compile": args.compile, "recompute": args.recompute}
+                | summaries
+            )
+        )
     else:
-        print(report.table(summaries, gpu, f"{args.model}, {args.frames} frames, compile={args.compile}"))
+        print(
+            report.table(
+                summaries,
+                gpu,
+                f"{args.model}, {args.frames} frames, compile={args.compile}, recompute={args.recompute}",
+            )
+        )
     return 0
 
 

@@ -15,7 +15,12 @@ SIDES = ("fastmum", "reference", "reference_compiled")
 
 
 def measure(
-    config: ModelConfig, batch: Batch, gpu: Gpu, mode: str = "full", sides: Sequence[str] = SIDES
+    config: ModelConfig,
+    batch: Batch,
+    gpu: Gpu,
+    mode: str = "full",
+    recompute: str = "mlp",
+    sides: Sequence[str] = SIDES,
 ) -> dict[str, Cost]:
     """The predicted cost of a step of every side.
 
@@ -24,10 +29,11 @@ def measure(
         batch: frames of a step.
         gpu: that it runs on.
         mode: what fastmum compiles, "full" or "block".
+        recompute: what it computes again in the backward pass, "mlp" or "none".
         sides: some of `SIDES`.
     """
     ways = {
-        "fastmum": lambda: fastmum_cost(config, batch, gpu, mode),
+        "fastmum": lambda: fastmum_cost(config, batch, gpu, mode, recompute),
         "reference": lambda: reference_cost(config, batch, gpu, compiled=False),
         "reference_compiled": lambda: reference_cost(config, batch, gpu, compiled=True),
     }

@@ -68,7 +68,7 @@ class Batch(NamedTuple):
         return self.frames // self.views
 
 
-def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str) -> Cost:
+def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompute: str = "mlp") -> Cost:
     """fastmum's step between two lines of its log.
 
     Args:
@@ -76,10 +76,12 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str) -> Cost
         batch: the frames.
         gpu: that it runs on.
         mode: of `model.compile`, "block" or "full".
+        recompute: as `model.recompute`, "none" or "mlp".
     """
     with _pretending(gpu, batch) as recorder:
         with torch.device("meta"):
             model = MuM(config)
+        model.set_recompute(recompute)
         with FakeTensorMode():
             with recorder:
                 _place(model)

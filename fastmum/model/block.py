@@ -116,7 +116,12 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an exact (erf) GELU between."""
+    """Two linear layers with an exact (erf) GELU between.
+
+    `keep` says what the backward pass finds, see `fastmum.kernels.mlp`.
+    """
+
+    keep: Literal["all", "hidden", "input"] = "all"
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -131,7 +136,7 @@ class Mlp(nn.Module):
         weight1, bias1, weight2, bias2 = (
             p.to(dtype) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         )
-        return mlp(x_TD.to(dtype), weight1, bias1, weight2, bias2), bias2
+        return mlp(x_TD.to(dtype), weight1, bias1, weight2, bias2, self.keep), bias2
 
 
 class Block(nn.Module):

@@ -20,6 +20,8 @@ from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import Pixels, check_frames
 from fastmum.model.rope import AxialRope
 
+RECOMPUTE = ("none", "mlp", "blocks")
+
 
 class PatchEmbed(nn.Module):
     """The convolution of the released model, computed as a matrix product on the patches that are wanted.
@@ -49,12 +51,9 @@ def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str,
 
 
 class Encoder(nn.Module):
-    """ViT encoder with the interface that users of DINOv2 and DINOv3 know; `MuM` adds the decoder.
+    """ViT encoder with the interface that users of DINOv2 and DINOv3 know; `MuM` adds the decoder."""
 
-    With `recompute` set, the backward pass computes the inside of every block again instead of keeping it.
-    """
-
-    recompute = False
+    recompute = "none"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,6 +69,22 @@ class Encoder(nn.Module):
             Block(config.embed_dim, config.num_heads, config.norm_eps) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+
+    def set_recompute(self, what: str) -> None:
+        """What the backward pass computes again instead of keeping it, in place; the results are the same.
+
+        Args:
+            what: one of `RECOMPUTE`: "none"; "mlp", inside the MLPs: what the GELU gives, and, where there are many
+                tokens (the decoder), what it is given too, at 5 % more operations; "blocks", all inside of blocks.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute is '{what}', but must be one of {', '.join(RECOMPUTE)}")
+        self.recompute = what
+        for block in self.blocks:
+            block.mlp.keep = "hidden" if what == "mlp" else "all"
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -107,7 +122,7 @@ class Encoder(nn.Module):
         normed_TD, kept = norms[0](x_TD).to(compute_dtype(norms[0].weight)), []
         for i, ((block, context), norm) in enumerate(zip(stack, norms[1:], strict=True)):
             args = x_TD, normed_TD, context, norm.weight, norm.bias
-            if self.recompute and torch.is_grad_enabled():
+            if self.recompute == "blocks" and torch.is_grad_enabled():
                 # Nothing in a block is random.
                 x_TD, normed_TD = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:

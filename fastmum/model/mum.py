@@ -76,6 +76,11 @@ class MuM(Encoder):
         self.decoder_norm = nn.LayerNorm(width, eps=eps)
         self.decoder_pred = nn.Linear(width, config.in_chans * config.patch_size**2)
 
+    def set_recompute(self, what: str) -> None:
+        super().set_recompute(what)
+        for block in (*self.decoder_frame_blocks, *self.decoder_global_blocks):
+            block.mlp.keep = "input" if what == "mlp" else "all"
+
     def forward(
         self,
         frames: Tensor,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEVICE, assert_close, guarded, strided
+from support import DEVICE, assert_close, guarded, relative, strided
 
 from fastmum.kernels import add_norm, reference
 
@@ -39,6 +39,16 @@ def torch_plain(x, update, update_bias, weight, bias):
     return total, torch.nn.functional.layer_norm(total, weight.shape, weight, bias).to(update.dtype)
 
 
+def assert_all_close(ours: list, truth: list, usual: list, dtype: torch.dtype) -> None:
+    """Outputs and gradients; those of x and weight are float32, found from a norm that was rounded to `dtype`."""
+    for i, (value, true, of_torch) in enumerate(zip(ours, truth, usual, strict=True)):
+        if dtype == torch.bfloat16 and i in (2, 5):
+            # A gradient that comes in bfloat16 is as far from the truth: 1.7e-3.
+            assert relative(value, true) < {2: 1e-3, 5: torch.finfo(dtype).eps}[i]
+        else:
+            assert_close(value, true, of_torch)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
 def test_sum_and_norm(backend: str, size: tuple[int, int], dtype: torch.dtype) -> None:
@@ -48,9 +58,9 @@ def test_sum_and_norm(backend: str, size: tuple[int, int], dtype: torch.dtype) -
     truth = results(plain, [y.double() for y in inputs], [y.double() for y in weights])
     usual = results(torch_plain, inputs, weights)
     if size[1] == 1:  # the norm of one value is its bias, and rounding errors are all there is of some gradients
-        ours, truth, usual = ([x[i] for i in (0, 1, 4, 6)] for x in (ours, truth, usual))
-    for value, true, of_torch in zip(ours, truth, usual, strict=True):
-        assert_close(value, true, of_torch)
+        for x in (ours, truth, usual):
+            x[2], x[3], x[5] = x[0], x[0], x[0]
+    assert_all_close(ours, truth, usual, dtype)
     assert ours[1].dtype == dtype
 
 
@@ -62,12 +72,11 @@ def test_one_output_is_not_used(backend: str, dtype: torch.dtype, used: int) -> 
     weights = [torch.randn(13, 64, device=DEVICE).to(dtype) for _ in range(2)]
     leaves = [y.detach().requires_grad_() for y in inputs]
     out = add_norm(*leaves)[used]
-    ours = torch.autograd.grad((out * weights[used].to(out.dtype)).sum(), leaves, allow_unused=True)
+    grads = torch.autograd.grad((out * weights[used].to(out.dtype)).sum(), leaves, allow_unused=True)
     weights[1 - used] = torch.zeros_like(weights[used])
-    truth = results(plain, [y.double() for y in inputs], [y.double() for y in weights])[2:]
-    usual = results(torch_plain, inputs, weights)[2:]
-    for value, true, of_torch in zip(ours, truth, usual, strict=True):
-        assert_close(value, true, of_torch)
+    truth = results(plain, [y.double() for y in inputs], [y.double() for y in weights])
+    usual = results(torch_plain, inputs, weights)
+    assert_all_close([*truth[:2], *grads], truth, [*truth[:2], *usual[2:]], dtype)
 
 
 def test_not_contiguous_and_another_dtype(backend: str) -> None:
@@ -95,6 +104,21 @@ def test_a_constant_row_has_no_variance(backend: str) -> None:
     assert torch.equal(normed[1], bias)
 
 
+@pytest.mark.parametrize("least", [0.0, -1e-6, 1e-4])
+def test_a_weight_that_is_nearly_0_gives_no_infinite_gradient(backend: str, least: float) -> None:
+    inputs = [y.clone() for y in problem(13, 64, torch.bfloat16)]
+    inputs[3][::2] = least
+    weights = [torch.randn(13, 64, device=DEVICE).bfloat16() for _ in range(2)]
+    ours = results(add_norm, inputs, weights)
+    usual = results(torch_plain, inputs, weights)
+    truth = results(plain, [y.double() for y in inputs], [y.double() for y in weights])
+    assert all(x.isfinite().all() for x in ours)
+    assert relative(ours[2], truth[2]) < 0.1
+    for x in (ours, truth, usual):
+        x[2], x[3], x[4], x[5] = x[0], x[0], x[0], x[5][1::2]  # of the other weights
+    assert_all_close(ours, truth, usual, torch.bfloat16)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 70), st.integers(2, 300))
 def test_any_shape(T: int, D: int) -> None:
@@ -119,10 +143,10 @@ def test_the_same_twice(backend: str) -> None:
 def test_operator_contracts(backend: str, dtype: torch.dtype) -> None:
     inputs = [y.clone().requires_grad_() for y in problem(7, 32, dtype)]
     torch.library.opcheck(torch.ops.fastmum.add_norm.default, (*inputs, 1e-5, dtype))
-    x, update, _, weight, _ = (y.detach() for y in inputs)
-    statistics = torch.randn(7, 1, device=DEVICE), torch.rand(7, 1, device=DEVICE)
+    x, update, _, weight, bias = (y.detach() for y in inputs)
+    rstd = torch.rand(7, 1, device=DEVICE)
     for grad_total in (x.clone(), None):
-        args = grad_total, update, x, *statistics, weight, dtype
+        args = grad_total, update, update.clone(), rstd, weight, bias, torch.float32, dtype
         torch.library.opcheck(torch.ops.fastmum.add_norm_backward.default, args)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fastmum.attention import Spans
 from fastmum.model.block import Asking
+from fastmum.model.encoder import RECOMPUTE
 from fastmum.model.masking import seeded_noise
 
 
@@ -75,8 +76,8 @@ def test_a_block_that_some_ask_returns_their_tokens(tiny):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recomputation_changes_no_result_and_keeps_less(tiny, autocast):
     kept, results = {}, {}
-    for recompute in (False, True):
-        tiny.recompute = recompute
+    for recompute in RECOMPUTE:
+        tiny.set_recompute(recompute)
         sizes = {}
 
         def pack(x, sizes=sizes):
@@ -90,5 +91,12 @@ def test_recomputation_changes_no_result_and_keeps_less(tiny, autocast):
             loss = tiny(frames(6), [2, 4], 0.5, noise(6)).loss
         kept[recompute] = sum(sizes.values())
         results[recompute] = [loss, *torch.autograd.grad(loss, list(tiny.parameters()))]
-    assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
-    assert kept[True] < 0.6 * kept[False]  # weights and what lies between blocks are kept by both
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results.values(), strict=True))
+    # Weights and what lies between blocks are kept by all.
+    assert kept["mlp"] < 0.95 * kept["none"]
+    assert kept["blocks"] < 0.6 * kept["none"]
+
+
+def test_recomputation_of_something_else_is_refused(tiny):
+    with pytest.raises(ValueError, match="recompute is 'all', but must be one of none, mlp, blocks"):
+        tiny.set_recompute("all")
