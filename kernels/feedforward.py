@@ -166,7 +166,9 @@ def _backward_triton(
     grad: Tensor, weight: Tensor, hidden: Tensor | None, first: tuple[Tensor, Tensor, Tensor] | None, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Either hidden was kept, or what it is made of is `first`: x, weight and bias of the first layer."""
-    (T, D), N, tiles = grad.shape, weight.shape[1], Tiles()
+    (T, D), N = grad.shape, weight.shape[1]
+    # Two products hold twice the registers.
+    tiles = Tiles() if first is None else Tiles(BLOCK_N=64)
     grad_hidden = torch.empty(T, N, dtype=grad.dtype, device=grad.device)
     active = torch.empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
     partial = torch.empty(1, ceil_div(T, tiles.BLOCK_M), N, dtype=torch.float32, device=grad.device)

@@ -140,7 +140,8 @@ def kernel_of_launch(launch: Launch) -> Kernel:
     partial = PARTIAL.get(name)
     skipped, extra = partial(arguments) if partial else ((), 0)
     moved = extra + sum(nbytes(x) for key, x in tensors.items() if key not in skipped)
-    flops = 2 * arguments["M"] * arguments["N"] * arguments["K"] if "K" in arguments and "M" in arguments else 0
+    products = (1 + ("weight1_ptr" in tensors)) if "K" in arguments and "M" in arguments else 0
+    flops = products * 2 * arguments["M"] * arguments["N"] * arguments["K"] if products else 0
     return Kernel(name, OURS + name.strip("_").removesuffix("_kernel"), flops, moved)
 
 
