@@ -167,8 +167,8 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Either hidden was kept, or what it is made of is `first`: x, weight and bias of the first layer."""
     (T, D), N = grad.shape, weight.shape[1]
-    # Two products hold twice the registers.
-    tiles = Tiles() if first is None else Tiles(BLOCK_N=64)
+    # What is computed again takes registers.
+    tiles = Tiles(BLOCK_M=64) if again else Tiles()
     grad_hidden = torch.empty(T, N, dtype=grad.dtype, device=grad.device)
     active = torch.empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
     partial = torch.empty(1, ceil_div(T, tiles.BLOCK_M), N, dtype=torch.float32, device=grad.device)
@@ -280,12 +280,14 @@ def _linear_gelu_backward_kernel(
     acc = product_tile(grad_ptr, weight_ptr, row, n, M, n < N, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
     if hidden_ptr is not None:
         hidden = tl.load(hidden_ptr + start + at, mask=inside, other=0.0)
-        if active_ptr is not None:
-            tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(dtype), mask=inside)
     grad_hidden = (acc * _gelu_slope(hidden.to(tl.float32))).to(dtype)
     tl.store(grad_hidden_ptr + start + at, grad_hidden, mask=inside)
     # Rows beyond M are 0: their gradients were loaded as that.
     tl.store(partial_ptr + row.to(tl.int64) * N + n, tl.sum(grad_hidden.to(tl.float32), axis=0), mask=n < N)
+    if hidden_ptr is not None and active_ptr is not None:
+        # Last, and read again from the cache: registers are scarce before.
+        hidden = tl.load(hidden_ptr + start + at, mask=inside, other=0.0)
+        tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(dtype), mask=inside)
 
 
 @jit(do_not_specialize=["T", "share"])
