@@ -43,10 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("fastmum", "reference", "reference_compiled"),
         help="cost this one only; repeatable (all three)",
     )
+    parser.add_argument(
+        "--record", action="store_true", help="write the figures of all GPUs to the record of the tests"
+    )
     parser.add_argument("--json", action="store_true", help="JSON on standard output instead of the table")
     args = parser.parse_args(argv)
     if min(args.frames, args.views) < 1 or args.frames % args.views:
         return _refuse(f"--frames is {args.frames}, but must be a positive multiple of --views, which is {args.views}")
+    if args.record and args != parser.parse_args(["--record"]):
+        return _refuse("--record takes no other option: what is recorded is the default step on every GPU")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return _refuse("TRITON_INTERPRET is set, but kernels are compiled here: unset it")
 
@@ -58,28 +63,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if args.model not in PRESETS:
         return _refuse(f"--model is '{args.model}', but must be one of {', '.join(PRESETS)}")
-    gpu, batch = GPUS[args.gpu], Batch(args.frames, args.views)
     logging.disable(logging.WARNING)  # of compilers that miss a GPU
-    with contextlib.redirect_stdout(sys.stderr):  # and of those that print
-        costs = report.measure(PRESETS[args.model], batch, gpu, args.compile, args.recompute, args.side or report.SIDES)
-    summaries = {side: cost.summary(gpu) for side, cost in costs.items()}
-    if args.json:
-        header = {"what": "predictions by formula, nothing measured", "gpu": gpu.name, "model": args.model}
-        print(
-            json.dumps(
-                header
-                | {"frames": args.frames, "views": args.views, "compile": args.compile, "recompute": args.recompute}
-                | summaries
-            )
-        )
+    found = {}
+    for name in GPUS if args.record else [args.gpu]:
+        with contextlib.redirect_stdout(sys.stderr):  # of compilers that print
+            costs = report.measure(
+                PRESETS[args.model], Batch(args.frames, args.views), GPUS[name], args.compile, args.recompute,
+                args.side or report.SIDES,
+            )  # fmt: skip
+        found[name] = {side: cost.summary(GPUS[name]) for side, cost in costs.items()}
+    settings = {key: getattr(args, key) for key in ("model", "frames", "views", "compile", "recompute")}
+    if args.record:
+        report.record(found)
+    elif args.json:
+        header = {"what": "predictions by formula, nothing measured", "gpu": GPUS[args.gpu].name}
+        print(json.dumps(header | settings | found[args.gpu]))
     else:
-        print(
-            report.table(
-                summaries,
-                gpu,
-                f"{args.model}, {args.frames} frames, compile={args.compile}, recompute={args.recompute}",
-            )
-        )
+        title = ", ".join(f"{key} {value}" for key, value in settings.items())
+        print(report.table(found[args.gpu], GPUS[args.gpu], title))
     return 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -12,6 +14,8 @@ from benchmarks.offline.steps import Batch, fastmum_cost, reference_cost
 from fastmum.model.config import ModelConfig
 
 SIDES = ("fastmum", "reference", "reference_compiled")
+RECORD = Path(__file__).with_name("record.json")  # tests hold the figures to it
+RECORDED = ("flops", "bytes", "launches", "peak_bytes", "predicted_ms")
 
 
 def measure(
@@ -38,6 +42,15 @@ def measure(
         "reference_compiled": lambda: reference_cost(config, batch, gpu, compiled=True),
     }
     return {side: ways[side]() for side in tqdm(sides, desc="lowering", unit="side")}
+
+
+def record(found: dict[str, dict[str, dict]]) -> None:
+    """Write summaries by GPU and side as what tests allow from now on."""
+    kept = {
+        gpu: {side: {key: summary[key] for key in RECORDED} for side, summary in sides.items()}
+        for gpu, sides in found.items()
+    }
+    RECORD.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def table(summaries: dict[str, dict], gpu: Gpu, title: str) -> str:
