@@ -35,9 +35,7 @@ class _Planner(DefaultSavePlanner):
         return self._parts[index.fqn]
 
 
-def write_parts(
-    path: Path, state: State, parts: Mapping[str, Tensor], ranks: Ranks
-) -> dict[str, FileAbout]:
+def write_parts(path: Path, state: State, parts: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileAbout]:
     """Write the parts of all ranks and put them on disk; returns the files that this rank wrote.
 
     Args:
