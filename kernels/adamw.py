@@ -158,6 +158,7 @@ def _adamw_triton(
         *(table.words, typed, step, found_inf, table.rows, lr, beta1, beta2, weight_decay, eps),
         SPLIT=bool(rests),
         ALIGN=table.align,
+        DIVISOR=table.divisor,
         CHUNK=CHUNK,
         COLUMNS=COLUMNS,
         BLOCK=1024,
@@ -179,6 +180,7 @@ def _adamw_kernel(
     eps,
     SPLIT: tl.constexpr,  # whether weights are halves
     ALIGN: tl.constexpr,  # bytes that divide all addresses
+    DIVISOR: tl.constexpr,  # of the numbers of values
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -186,7 +188,7 @@ def _adamw_kernel(
     if found_inf_ptr is not None:  # noqa: SIM102 (Triton decides the outer one when it compiles)
         if tl.load(found_inf_ptr) != 0.0:
             return
-    row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK)
+    row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK, DIVISOR)
     float_ptr: tl.constexpr = tl.pointer_type(tl.float32)
     # Halves by their bits.
     weight_type: tl.constexpr = tl.pointer_type(tl.int16 if SPLIT else tl.float32)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from support import DEVICE, relative
@@ -151,3 +156,37 @@ def test_refuses(change: dict, error: type[Exception], message: str) -> None:
     args = {name: zeros() for name in names} | {"rests": [], "step": torch.ones(())}
     with pytest.raises(error, match=message):
         adamw_(**args | change, **SETTINGS)
+
+
+COMPILED = """
+import json, torch
+from fastmum.kernels import adamw
+from fastmum.kernels.compiled import compile_launch
+from fastmum.kernels.dispatch import recorded_launches
+def make(dtype):
+    return [torch.empty(1 << 16, dtype=getattr(torch, dtype), device="meta")]
+for split in (True, False):
+    lists = [make("bfloat16" if split else "float32"), make("bfloat16"), make("float32"), make("float32"), make("int16")]
+    with recorded_launches(90) as launches:
+        adamw._adamw_triton(
+            *lists[: 4 + split], *([[]] * (not split)), torch.empty((), device="meta"), 1e-3, 0.9, 0.95, 0.05, 1e-8, None
+        )
+    compiled = compile_launch(launches[0], 90)
+    print(json.dumps([compiled.spills, [[name, width, n] for (name, width), n in compiled.accesses.items()]]))
+"""
+
+
+def test_values_travel_16_bytes_at_a_time() -> None:
+    """Where the numbers of values are multiples of 16, as all of the paper's model are."""
+    pytest.importorskip("triton")
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
+    result = subprocess.run([sys.executable, "-c", COMPILED], env=clean, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        spills, accesses = json.loads(line)
+        assert spills == 0
+        assert {width for name, width, _ in accesses if name not in ("table", "row", "step")} == {16}
+        # Of 8 values a thread: moments and weights, whole or halves, are read and written, the gradient is read.
+        assert sum(n for _, width, n in accesses if width == 16) == 2 * 3 * 2 + 1
