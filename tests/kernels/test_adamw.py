@@ -164,13 +164,12 @@ from fastmum.kernels import adamw
 from fastmum.kernels.compiled import compile_launch
 from fastmum.kernels.dispatch import recorded_launches
 def make(dtype):
-    return [torch.empty(1 << 16, dtype=getattr(torch, dtype), device="meta")]
-for split in (True, False):
-    lists = [make("bfloat16" if split else "float32"), make("bfloat16"), make("float32"), make("float32"), make("int16")]
+    return [torch.empty(1 << 16, dtype=dtype, device="meta")]
+half, float32, step = torch.bfloat16, torch.float32, torch.empty((), device="meta")
+for weight, rests in ((half, make(torch.int16)), (float32, [])):
     with recorded_launches(90) as launches:
-        adamw._adamw_triton(
-            *lists[: 4 + split], *([[]] * (not split)), torch.empty((), device="meta"), 1e-3, 0.9, 0.95, 0.05, 1e-8, None
-        )
+        lists = make(weight), make(half), make(float32), make(float32), rests
+        adamw._adamw_triton(*lists, step, 1e-3, 0.9, 0.95, 0.05, 1e-8, None)
     compiled = compile_launch(launches[0], 90)
     print(json.dumps([compiled.spills, [[name, width, n] for (name, width), n in compiled.accesses.items()]]))
 """
