@@ -47,7 +47,7 @@ def build_model(config: Config, world: World) -> MuM:
     return model
 
 
-def copies_dtype(config: Config, world: World) -> torch.dtype:
-    """What the optimiser makes copies of its weights in; FSDP makes its own when it gathers them."""
+def matrix_dtype(config: Config, world: World) -> torch.dtype:
+    """In what the model holds its matrices; under FSDP they are rounded whenever they are gathered."""
     shared_out = world.size > 1 and config.parallel.strategy != "ddp"
     return torch.float32 if shared_out else PRECISION[config.train.precision]
