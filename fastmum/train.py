@@ -38,7 +38,7 @@ from fastmum.training.feed import Feed
 from fastmum.training.guard import Guard
 from fastmum.training.memory import keep_freed_memory
 from fastmum.training.meter import Meter
-from fastmum.training.model import REDUCE, build_model, copies_dtype
+from fastmum.training.model import REDUCE, build_model, matrix_dtype
 from fastmum.training.optim import build_optimizer
 from fastmum.training.profile import StepProfiler
 from fastmum.training.readout import Readout
@@ -91,7 +91,7 @@ def _train(config: Config, world: World) -> int:
 
     run, steps = RunDir(Path(config.run.dir).expanduser()), config.train.steps
     model = build_model(config, world)
-    optimizer = build_optimizer(model, config.optim, copies_dtype(config, world))
+    optimizer = build_optimizer(model, config.optim, matrix_dtype(config, world))
     start = resume(config, run, world, optimizer)
     if start.step >= steps:
         log.info(

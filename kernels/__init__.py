@@ -4,9 +4,23 @@ One file an operation, from the public function down to the jitted kernel; `refe
 plain PyTorch, and shares no code with them. See docs/kernels.md.
 """
 
+from fastmum.kernels.feedforward import mlp
 from fastmum.kernels.loss import patch_loss
+from fastmum.kernels.norm import add_norm
 from fastmum.kernels.patches import gather_patches
+from fastmum.kernels.projection import rotary_projection
 from fastmum.kernels.rope import rope_qk
 from fastmum.kernels.tokens import gather_tokens, scatter_tokens
+from fastmum.kernels.total_norm import total_norm
 
-__all__ = ["gather_patches", "gather_tokens", "patch_loss", "rope_qk", "scatter_tokens"]
+__all__ = [
+    "add_norm",
+    "gather_patches",
+    "gather_tokens",
+    "mlp",
+    "patch_loss",
+    "rope_qk",
+    "rotary_projection",
+    "scatter_tokens",
+    "total_norm",
+]

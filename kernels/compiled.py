@@ -43,7 +43,7 @@ class Compiled(NamedTuple):
 
     Args:
         registers: of a thread.
-        spills: bytes of stack and local memory of a thread, plus instructions that use them.
+        spills: bytes of registers that a thread stores to local memory and loads from there.
         shared: bytes of shared memory of a program.
         accesses: number of instructions by (tensor, bytes of a thread).
     """
@@ -62,25 +62,32 @@ class Compiled(NamedTuple):
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:
     """Compile for compute capability `arch` (80, 90) and read what came of it."""
-    signature, constants, attributes = _specialise(launch)
+    signature, constants, attributes = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     with triton.knobs.compilation.scope():
         # A cached cubin has the line numbers of the day it was made.
         triton.knobs.compilation.always_compile = True
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "--dump-resource-usage", cubin)
-        sass = _tool("nvdisasm", "--print-line-info", "--print-code", cubin)
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK", "LOCAL"))
-    spills = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", sass))
-    return Compiled(registers, spills, compiled.metadata.shared, _accesses(sass))
+    usage = _tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
+    sass = _tool("nvdisasm", compiled.asm["cubin"], "--print-line-info", "--print-code")
+    registers = int(re.search(r"REG:(\d+)", usage).group(1))
+    return Compiled(registers, spills(compiled.asm["ptx"]), compiled.metadata.shared, _accesses(sass))
 
 
-def _specialise(launch: Launch) -> tuple[dict, dict, dict]:
-    """Signature, constants and alignments, by Triton's rules for arguments of a call."""
+def spills(ptx: str) -> int:
+    """Bytes of registers that the assembler spills, stores and loads; arrays on the stack, as of sines, are none."""
+    target = re.search(r"^\.target (\w+)", ptx, re.M).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [_path("ptxas"), "--verbose", f"--gpu-name={target}", "--output-file=/dev/null", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+
+
+def specialise(launch: Launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and alignments of a launch, by Triton's rules for arguments of a call."""
     signature, constants, attributes = {}, {}, {}
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     for param in launch.kernel.params:
@@ -124,6 +131,12 @@ def _source(path: str) -> list[str]:
     return Path(path).read_text().splitlines()
 
 
-def _tool(name: str, *args: str | Path) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / name
-    return subprocess.run([tool, *args], capture_output=True, text=True, check=True).stdout
+def _tool(name: str, cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_path(name), *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _path(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends/nvidia/bin" / name

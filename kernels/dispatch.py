@@ -22,6 +22,7 @@ except ImportError:  # no Triton on this platform: the PyTorch implementations d
     triton = tl = None
 
 INTEGERS = (torch.int64, torch.int32)
+MULTIPROCESSORS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM), data sheets
 
 
 class Launch(NamedTuple):
@@ -32,6 +33,7 @@ class Launch(NamedTuple):
     args: tuple
     constants: dict[str, object]
     num_warps: int
+    num_stages: int
 
 
 _recorder: list[Launch] | None = None
@@ -76,14 +78,16 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
-def launch(kernel: Callable, grid: tuple[int, ...], *args: object, num_warps: int, **constants: object) -> None:
+def launch(
+    kernel: Callable, grid: tuple[int, ...], *args: object, num_warps: int, num_stages: int = 3, **constants: object
+) -> None:
     """Launch a jitted kernel on the device of its first argument; an empty grid is no launch."""
     if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, args, constants, num_warps))
+        _recorder.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
     elif 0 not in grid:
         device = args[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[grid](*args, num_warps=num_warps, **constants)
+            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
 
 
 @contextmanager
@@ -114,6 +118,15 @@ def tile_bytes(device: torch.device) -> int:
 def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
     return 10 * major + minor
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU, for kernels whose programs take many rows each."""
+    if _recorder is not None:
+        return MULTIPROCESSORS[_recorded_arch]
+    if device.type != "cuda":
+        return 2  # interpreted: few programs, but more than one
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -135,3 +135,61 @@ def rope_qk(
     qk, v = qkv.view(T, len(parts), num_heads, -1).split([rotated, len(parts) - rotated], dim=1)
     rotated = qk * cos_T11d + rotate_half(qk) * sin_T11d
     return torch.cat([rotated.to(qkv.dtype), v], dim=1).view_as(qkv)
+
+
+def add_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor]:
+    """x + update (T, D), and its layer norm with a weight and a bias (D,)."""
+    total = x + update
+    centred = total - total.mean(-1, keepdim=True)
+    return total, centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x times the share of the normal distribution below it."""
+    return 0.5 * x * (1 + torch.erf(x / 2**0.5))
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """Two linear layers, (N, D) and (D, N), with a GELU between them: (T, D) -> (T, D)."""
+    return gelu(x @ weight1.t() + bias1) @ weight2.t() + bias2
+
+
+def rotary_projection(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    positions: Tensor,
+    sin: Tensor,
+    cos: Tensor,
+    num_heads: int,
+    special: str = "keep",
+    parts: str = "qkv",
+) -> tuple[Tensor, ...]:
+    """x @ weight' + bias, rotated as in `rope_qk`, as one (T, heads, D / heads) tensor for each of the parts."""
+    packed = rope_qk(x @ weight.t() + bias, positions, sin, cos, num_heads, special, parts)
+    return packed.view(len(x), len(parts), num_heads, -1).unbind(1)
+
+
+def nearest_bfloat16(x: Tensor) -> Tensor:
+    """The values of bfloat16, of 8 binary digits and at least 2^-133 apart, nearest to `x`; halfway away from zero."""
+    unit = torch.ldexp(torch.ones_like(x), (torch.frexp(x).exponent - 8).clamp(min=-133))
+    nearest = (x.abs() / unit + 0.5).floor() * unit
+    return nearest.copysign(x).to(torch.bfloat16)
+
+
+def adamw(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step number `step`, from 1, of AdamW (Loshchilov and Hutter, algorithm 2): weight and both moments."""
+    exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
+    exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad * grad
+    mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
+    return weight - lr * (weight_decay * weight + mean / (square.sqrt() + eps)), exp_avg, exp_avg_sq

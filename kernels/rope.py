@@ -64,11 +64,32 @@ def rope_qk(
         ValueError: a shape that does not fit, tensors on different devices, an unknown `special` or `parts`.
         IndexError: positions out of range, on the CPU.
     """
-    check_tensors(qkv=qkv, positions=positions, sin=sin, cos=cos)
+    check_floating("qkv", qkv, 2, f"(T, {len(parts)} * D)")
+    check_tensors(qkv=qkv, positions=positions)
+    sin, cos = check_rotation(*qkv.shape, positions, sin, cos, num_heads, special, parts)
+    rotated = num_heads * len(parts.removesuffix("v"))
+    if inplace:
+        if qkv.stride(1) != 1:
+            raise ValueError(f"qkv has strides {qkv.stride()}, but in place its rows must be contiguous")
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            return _RotateInPlace.apply(qkv, positions, sin, cos, rotated, special == "zero")
+        # The compiler does not take an autograd function that marks what it changed where no gradient is recorded.
+        _rope_qk_(qkv, positions, sin, cos, rotated, special == "zero", False)
+        return qkv
+    return _rope_qk(qkv, positions, sin, cos, rotated, special == "zero", False)
+
+
+def check_rotation(
+    T: int, width: int, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, special: str, parts: str
+) -> tuple[Tensor, Tensor]:
+    """Check what `rope_qk` takes beside the (T, width) tensor that it rotates.
+
+    Returns:
+        sin, cos: (N, D / heads / 2) each, the first half of the tables: the second repeats it.
+    """
+    check_tensors(positions=positions, sin=sin, cos=cos)
     if parts not in PARTS:
         raise ValueError(f"parts is {parts!r}, but must be one of {', '.join(PARTS)}")
-    check_floating("qkv", qkv, 2, f"(T, {len(parts)} * D)")
-    T, width = qkv.shape
     if num_heads < 1 or width % (2 * len(parts) * num_heads):
         raise ValueError(f"qkv is {width} wide, but must be {len(parts)} x {num_heads} heads x an even head width")
     if positions.dtype not in INTEGERS:
@@ -84,18 +105,7 @@ def rope_qk(
         )
     if special not in SPECIAL:
         raise ValueError(f"special is {special!r}, but must be one of {', '.join(SPECIAL)}")
-    # The second half of a table repeats the first.
-    sin, cos = sin.detach()[:, : head // 2], cos.detach()[:, : head // 2]
-    rotated = num_heads * len(parts.removesuffix("v"))
-    if inplace:
-        if qkv.stride(1) != 1:
-            raise ValueError(f"qkv has strides {qkv.stride()}, but in place its rows must be contiguous")
-        if torch.is_grad_enabled() and qkv.requires_grad:
-            return _RotateInPlace.apply(qkv, positions, sin, cos, rotated, special == "zero")
-        # The compiler does not take an autograd function that marks what it changed where no gradient is recorded.
-        _rope_qk_(qkv, positions, sin, cos, rotated, special == "zero", False)
-        return qkv
-    return _rope_qk(qkv, positions, sin, cos, rotated, special == "zero", False)
+    return sin.detach()[:, : head // 2], cos.detach()[:, : head // 2]
 
 
 class _RotateInPlace(torch.autograd.Function):

@@ -136,17 +136,18 @@ def test_manifests_in_every_mode(image_folder, tmp_path, mode, decoder):
     assert [s for s, _, _ in losses(tmp_path / "run")] == list(range(1, 9))
 
 
-def test_a_resumed_run_sees_the_images_that_it_began_with(image_folder, tmp_path):
+@pytest.mark.parametrize("precision", ["train.precision=fp32", "train.precision=bf16"])
+def test_a_resumed_run_sees_the_images_that_it_began_with(image_folder, tmp_path, precision):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    assert main(words(image_folder, whole)) == 0
-    assert main(words(image_folder, resumed)) == 0
+    assert main(words(image_folder, whole, precision)) == 0
+    assert main(words(image_folder, resumed, precision)) == 0
     for step in (6, 8):
         shutil.rmtree(resumed / f"checkpoints/step_{step:07d}")
     for scene in range(4, 9):
         shutil.copytree(image_folder / "scene0", image_folder / f"scene{scene}")
-    assert main(words(image_folder, resumed)) == 0
+    assert main(words(image_folder, resumed, precision)) == 0
     assert losses(resumed) == losses(whole)
-    assert main(words(image_folder, tmp_path / "new")) == 0
+    assert main(words(image_folder, tmp_path / "new", precision)) == 0
     assert losses(tmp_path / "new") != losses(whole)
 
 

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from fastmum.attention import BACKENDS
-from fastmum.config.schema import COMPILE_MODES, OPTIMIZERS, PRECISIONS, REDUCE_DTYPES, STRATEGIES, Config, ConfigError
+from fastmum.config.schema import (
+    COMPILE_MODES,
+    OPTIMIZERS,
+    PRECISIONS,
+    RECOMPUTE_MODES,
+    REDUCE_DTYPES,
+    STRATEGIES,
+    Config,
+    ConfigError,
+)
 from fastmum.model.masking import num_visible
 
 
@@ -21,6 +30,7 @@ def check_values(config: Config) -> None:
             raise ConfigError(f"{key} is {pair}, but must be [fewest, most] with 0 < fewest <= most")
     choices = [
         ("model.compile", model.compile, COMPILE_MODES),
+        ("model.recompute", model.recompute, RECOMPUTE_MODES),
         ("model.attention", model.attention, ("auto", *BACKENDS)),
         ("optim.optimizer", optim.optimizer, OPTIMIZERS),
         ("train.precision", train.precision, PRECISIONS),

@@ -13,6 +13,7 @@ from fastmum.attention import BACKENDS
 from fastmum.model.config import PRESETS, ModelConfig
 
 COMPILE_MODES = ("auto", "block", "full", "off")
+RECOMPUTE_MODES = ("auto", "none", "mlp", "blocks")
 STRATEGIES = ("ddp", "fsdp2", "hsdp")
 PRECISIONS = ("bf16", "fp32", "fp8", "auto")
 REDUCE_DTYPES = ("fp32", "bf16")
@@ -52,7 +53,11 @@ class ModelSection:
     mask_ratio: float = _key(0.75, "share of masked patches in every frame")
     attention: str = _key("auto", f"backend of attention across frames: auto, {', '.join(BACKENDS)}")
     compile: str = _key("auto", f"torch.compile: {', '.join(COMPILE_MODES)}; block: each kind of block, full: all")
-    recompute: bool = _key(False, "compute the blocks' activations again in the backward pass: less memory, more time")
+    recompute: str = _key(
+        "auto",
+        f"what is computed again in the backward pass, for less memory: {', '.join(RECOMPUTE_MODES)}; mlp: inside the "
+        "MLPs, blocks: all inside of blocks; auto: mlp on CUDA, none on the CPU",
+    )
 
 
 @dataclass

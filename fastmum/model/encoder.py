@@ -5,7 +5,7 @@ Legend: F frames, H W pixels, P patches of a frame, K visible ones, D width, T =
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import partial
 
 import torch
@@ -15,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmum.attention import dense_attention
 from fastmum.kernels import gather_patches
-from fastmum.model.block import Block, Context, packed
+from fastmum.model.block import Block, Context, compute_dtype, packed
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import Pixels, check_frames
 from fastmum.model.rope import AxialRope
+
+RECOMPUTE = ("none", "mlp", "blocks")
 
 
 class PatchEmbed(nn.Module):
@@ -43,24 +45,15 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
-def compute_dtype(parameter: Tensor) -> torch.dtype:
-    """What products with a parameter are computed in: autocast's choice where it is on, else the parameter's own."""
-    device = parameter.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else parameter.dtype
-
-
 def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
     # safetensors takes contiguous tensors only.
     state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
 
 
 class Encoder(nn.Module):
-    """ViT encoder with the interface that users of DINOv2 and DINOv3 know; `MuM` adds the decoder.
+    """ViT encoder with the interface that users of DINOv2 and DINOv3 know; `MuM` adds the decoder."""
 
-    With `recompute` set, the backward pass computes the inside of every block again instead of keeping it.
-    """
-
-    recompute = False
+    recompute = "none"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,6 +69,22 @@ class Encoder(nn.Module):
             Block(config.embed_dim, config.num_heads, config.norm_eps) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+
+    def set_recompute(self, what: str) -> None:
+        """What the backward pass computes again instead of keeping it, in place; the results are the same.
+
+        Args:
+            what: one of `RECOMPUTE`: "none"; "mlp", inside the MLPs: what the GELU gives, and, where there are many
+                tokens (the decoder), what it is given too, at 5 % more operations; "blocks", all inside of blocks.
+
+        Raises:
+            ValueError: it is another.
+        """
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute is '{what}', but must be one of {', '.join(RECOMPUTE)}")
+        self.recompute = what
+        for block in self.blocks:
+            block.mlp.keep = "hidden" if what == "mlp" else "all"
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -95,18 +104,32 @@ class Encoder(nn.Module):
             elif isinstance(module, (nn.LayerNorm, nn.Conv2d)):
                 module.reset_parameters()
 
-    def encode(self, pixels: Pixels, ids: Tensor) -> Tensor:
-        """Patches `ids` (F, K) of each frame -> tokens before the last norm, (F, 1 + K, D), CLS first."""
+    def encode(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Patches `ids` (F, K) of each frame -> tokens before and behind the last norm, (F, 1 + K, D), CLS first."""
         x_TD, context = self._embed(pixels, ids)
-        for block in self.blocks:
-            x_TD = self._run(block, x_TD, context)
-        return x_TD.unflatten(0, (len(ids), -1))
+        x_TD, normed_TD, _ = self._run(x_TD, [(block, context) for block in self.blocks], self.norm)
+        return x_TD.unflatten(0, (len(ids), -1)), normed_TD.unflatten(0, (len(ids), -1))
 
-    def _run(self, block: Block, x_TD: Tensor, context: Context) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            # Nothing in a block is random.
-            return checkpoint(block, x_TD, context, use_reentrant=False, preserve_rng_state=False)
-        return block(x_TD, context)
+    def _run(
+        self, x_TD: Tensor, stack: Sequence[tuple[Block, Context]], last: nn.LayerNorm, keep: Container[int] = ()
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Send tokens through blocks: each takes its norm from the one before, and `last` follows them all.
+
+        Returns:
+            The stream behind the blocks and its norm, (T, D) both, and the stream behind the blocks number `keep`.
+        """
+        norms = [*(block.norm1 for block, _ in stack), last]
+        normed_TD, kept = norms[0](x_TD).to(compute_dtype(norms[0].weight)), []
+        for i, ((block, context), norm) in enumerate(zip(stack, norms[1:], strict=True)):
+            args = x_TD, normed_TD, context, norm.weight, norm.bias
+            if self.recompute == "blocks" and torch.is_grad_enabled():
+                # Nothing in a block is random.
+                x_TD, normed_TD = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_TD, normed_TD = block(*args)
+            if i in keep:
+                kept.append(x_TD)
+        return x_TD, normed_TD, kept
 
     def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Context]:
         patches = self.patch_embed(pixels, ids)
@@ -134,8 +157,7 @@ class Encoder(nn.Module):
         Returns:
             "x_norm_clstoken" (F, D) and "x_norm_patchtokens" (F, P, D), normed; "x_prenorm" (F, 1 + P, D).
         """
-        x = self.encode(*self._all_patches(images, "images"))
-        normed = self.norm(x)
+        x, normed = self.encode(*self._all_patches(images, "images"))
         return {"x_norm_clstoken": normed[:, 0], "x_norm_patchtokens": normed[:, 1:], "x_prenorm": x}
 
     def get_intermediate_layers(
@@ -167,11 +189,8 @@ class Encoder(nn.Module):
             raise ValueError(f"n is {n}, but the encoder has {depth} blocks: {allowed} is allowed")
         pixels, ids = self._all_patches(x, "x")
         x_TD, context = self._embed(pixels, ids)
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            x_TD = block(x_TD, context)
-            if i in wanted:
-                outputs.append(x_TD.unflatten(0, (len(ids), -1)))
+        _, _, kept = self._run(x_TD, [(block, context) for block in self.blocks], self.norm, keep=wanted)
+        outputs = [x_TD.unflatten(0, (len(ids), -1)) for x_TD in kept]
         if norm:
             outputs = [self.norm(out) for out in outputs]
         patches = [out[:, 1:] for out in outputs]

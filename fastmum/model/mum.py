@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fastmum.attention import Spans, choose_backend, dense_attention
 from fastmum.kernels import patch_loss, scatter_tokens
-from fastmum.model.block import Asking, Block, Context, packed
+from fastmum.model.block import Asking, Block, Context, compute_dtype, packed
 from fastmum.model.config import ModelConfig
-from fastmum.model.encoder import Encoder, compute_dtype
+from fastmum.model.encoder import Encoder
 from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_max_views, check_noise
 from fastmum.model.masking import num_visible, split_by_noise
 from fastmum.model.rope import AxialRope
@@ -75,6 +75,11 @@ class MuM(Encoder):
         self.decoder_global_blocks = nn.ModuleList(Block(width, heads, eps) for _ in range(config.decoder_depth // 2))
         self.decoder_norm = nn.LayerNorm(width, eps=eps)
         self.decoder_pred = nn.Linear(width, config.in_chans * config.patch_size**2)
+
+    def set_recompute(self, what: str) -> None:
+        super().set_recompute(what)
+        for block in (*self.decoder_frame_blocks, *self.decoder_global_blocks):
+            block.mlp.keep = "input" if what == "mlp" else "all"
 
     def forward(
         self,
@@ -130,9 +135,8 @@ class MuM(Encoder):
     ) -> MuMOutput:
         """The whole of the computation: static in shape, no Python that depends on data."""
         visible_ids, masked_ids = split_by_noise(noise, visible)
-        encoded = self.norm(self.encode(pixels, visible_ids))
-        decoded = self.decode(encoded, visible_ids, masked_ids, views, pixels.grid)
-        pred = self.decoder_pred(self.decoder_norm(decoded))
+        _, encoded = self.encode(pixels, visible_ids)
+        pred = self.decoder_pred(self.decode(encoded, visible_ids, masked_ids, views, pixels.grid))
         target = pixels.frames, masked_ids, pixels.mean, pixels.std, pixels.patch_size
         loss = patch_loss(pred, *target, reduction=reduction)
         return MuMOutput(loss, pred, visible_ids, masked_ids)
@@ -140,7 +144,7 @@ class MuM(Encoder):
     def decode(
         self, encoded: Tensor, visible_ids: Tensor, masked_ids: Tensor, views: Views, grid: tuple[int, int]
     ) -> Tensor:
-        """Visible tokens (F, 1 + K, D), CLS first -> tokens of the masked patches (F, M, E) before the last norm."""
+        """Visible tokens (F, 1 + K, D), CLS first -> normed tokens of the masked patches (F, M, E)."""
         num_frames, num_patches = len(encoded), grid[0] * grid[1]
         # As in the encoder, the residual stream keeps the parameters' precision under autocast.
         embedded = self.decoder_embed(encoded).to(self.mask_token.dtype)
@@ -155,9 +159,9 @@ class MuM(Encoder):
         # Nothing but masked patches is looked at behind the last block.
         asking = Asking(masked_ids, masked_ids.flatten())
         last = replace(scene, attend=views.masked, asking=asking)
-        final = len(self.decoder_global_blocks) - 1
-        for i, blocks in enumerate(zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True)):
-            frame_block, global_block = blocks
-            x_TE = self._run(frame_block, x_TE, frame)
-            x_TE = self._run(global_block, x_TE, last if i == final else scene)
-        return x_TE.unflatten(0, (num_frames, -1))
+        stack = []
+        for frame_block, global_block in zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True):
+            stack += [(frame_block, frame), (global_block, scene)]
+        stack[-1] = (stack[-1][0], last)
+        _, normed_TE, _ = self._run(x_TE, stack, self.decoder_norm)
+        return normed_TE.unflatten(0, (num_frames, -1))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fastmum.kernels import total_norm
 from fastmum.parallel.world import World
 
 # Values of a bucket: enough for full bandwidth, few enough that the last one, which nothing hides, is short.
@@ -81,13 +82,13 @@ class Gradients:
         for p in self._parameters:
             if p.grad is not None:
                 (parts if isinstance(p, DTensor) else whole).append(local(p.grad))
-        norms = _norms(whole)
+        norm = total_norm(whole)
         if parts:
             # Devices of one group have different parts; groups have the same.
-            squares = _norms(parts).square_()
+            squares = total_norm(parts).square_()
             dist.all_reduce(squares, group=_shard_group(self._parameters))
-            norms = (norms.square() + squares).sqrt()
-        return norms
+            norm = (norm.square() + squares).sqrt()
+        return norm
 
     def clear(self) -> None:
         """Forget the gradients of the step."""
@@ -177,18 +178,6 @@ def _split(parameters: list[nn.Parameter], device: torch.device) -> Iterator[lis
         size += p.numel()
     if some:
         yield some
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """The norm of all of them together, 0-d float32."""
-    if not tensors:
-        return torch.zeros(())
-    norms = []
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # of mixed ones each would be a launch of its own
-        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-        # Another dtype than their own is ten times slower on the CPU; in bfloat16 a norm has three digits there.
-        norms += torch._foreach_norm(alike, 2, torch.float32 if alike[0].is_cuda else None)
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 
 
 def _shard_group(parameters: list[nn.Parameter]) -> dist.ProcessGroup:

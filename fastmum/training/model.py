@@ -36,7 +36,10 @@ def build_model(config: Config, world: World) -> MuM:
     if config.train.precision == "fp8":
         check_fp8(world.device)
     model = MuM(config.model_config).to(world.device)
-    model.attention, model.recompute = backend.name, config.model.recompute
+    model.attention, recompute = backend.name, config.model.recompute
+    if recompute == "auto":
+        recompute = "mlp" if world.device.type == "cuda" else "none"
+    model.set_recompute(recompute)
     if config.train.precision == "fp8":
         log.info("float8 products in %d linear layers", use_fp8(model))
     make_same(model, world)
@@ -44,7 +47,7 @@ def build_model(config: Config, world: World) -> MuM:
     return model
 
 
-def copies_dtype(config: Config, world: World) -> torch.dtype:
-    """What the optimiser makes copies of its weights in; FSDP makes its own when it gathers them."""
+def matrix_dtype(config: Config, world: World) -> torch.dtype:
+    """In what the model holds its matrices; under FSDP they are rounded whenever they are gathered."""
     shared_out = world.size > 1 and config.parallel.strategy != "ddp"
     return torch.float32 if shared_out else PRECISION[config.train.precision]

@@ -19,6 +19,12 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Errors in bfloat16 are compared with errors: chance decides nothing."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` in the host wrappers returns NaN: what a kernel leaves unwritten shows."""
     plain = torch.empty

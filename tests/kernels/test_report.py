@@ -55,11 +55,11 @@ def test_bytes_are_the_least(rows: list[dict]) -> None:
 
 SPECIALISATIONS = """
 from fastmum.kernels import report
-from fastmum.kernels.compiled import _specialise
+from fastmum.kernels.compiled import specialise
 for frames in (1, 2, 15, 16, 96):
     for sizes in ("PAPER", "ENCODER", "RELEASED"):
         setattr(report, sizes, getattr(report, sizes)._replace(frames=frames))
-    print([_specialise(report.record(case, 90)) for case in report.cases()])
+    print([specialise(report.record(case, 90)) for case in report.cases()])
 """
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fastmum.attention import Spans
 from fastmum.model.block import Asking
+from fastmum.model.encoder import RECOMPUTE
 from fastmum.model.masking import seeded_noise
 
 
@@ -53,32 +54,30 @@ def test_a_block_that_some_ask_returns_their_tokens(tiny):
     block = tiny.decoder_global_blocks[-1]
     block.register_forward_pre_hook(lambda _module, args: captured.append(args))
     tiny(frames(4), [1, 3], 0.5, noise(4))
-    x, context = captured[0]
+    x, normed, context, *norm = captured[0]
     assert isinstance(context.asking, Asking)
-    x = x.detach().requires_grad_()
-    some = block(x, context)
+    x, normed = (y.detach().requires_grad_() for y in (x, normed))
+    some = block(x, normed, context, *norm)
     everyone = Spans.of_frames([1, 3], 4, 7, 7, 4)
     backend = context.attend.func.__self__
     whole_context = type(context)(
         lambda q, k, v: backend.attend(q, k, v, everyone), context.positions, context.sin, context.cos, context.special
     )
-    whole = context.asking.take(block(x, whole_context))
-    torch.testing.assert_close(some, whole, rtol=1e-5, atol=1e-6)
-    weight = torch.randn_like(some)
-    parameters = [x, *block.parameters()]
-    for a, b in zip(
-        torch.autograd.grad((some * weight).sum(), parameters),
-        torch.autograd.grad((whole * weight).sum(), parameters),
-        strict=True,
-    ):
+    whole = [context.asking.take(y) for y in block(x, normed, whole_context, *norm)]
+    torch.testing.assert_close(list(some), whole, rtol=1e-5, atol=1e-6)
+    weights = [torch.randn_like(y) for y in some]
+    # `norm1` made what the block is given.
+    parameters = [x, normed, *norm, *(p for name, p in block.named_parameters() if not name.startswith("norm1"))]
+    losses = (sum((y * weight).sum() for y, weight in zip(ys, weights, strict=True)) for ys in (some, whole))
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in losses), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_recomputation_changes_no_result_and_keeps_less(tiny, autocast):
     kept, results = {}, {}
-    for recompute in (False, True):
-        tiny.recompute = recompute
+    for recompute in RECOMPUTE:
+        tiny.set_recompute(recompute)
         sizes = {}
 
         def pack(x, sizes=sizes):
@@ -92,5 +91,12 @@ def test_recomputation_changes_no_result_and_keeps_less(tiny, autocast):
             loss = tiny(frames(6), [2, 4], 0.5, noise(6)).loss
         kept[recompute] = sum(sizes.values())
         results[recompute] = [loss, *torch.autograd.grad(loss, list(tiny.parameters()))]
-    assert all(torch.equal(a, b) for a, b in zip(*results.values(), strict=True))
-    assert kept[True] < 0.6 * kept[False]  # weights and what lies between blocks are kept by both
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results.values(), strict=True))
+    # Weights and what lies between blocks are kept by all.
+    assert kept["mlp"] < 0.95 * kept["none"]
+    assert kept["blocks"] < 0.6 * kept["none"]
+
+
+def test_recomputation_of_something_else_is_refused(tiny):
+    with pytest.raises(ValueError, match="recompute is 'all', but must be one of none, mlp, blocks"):
+        tiny.set_recompute("all")

@@ -60,7 +60,7 @@ def test_as_one_process_with_the_same_global_batch(run, size, strategy, mode):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_bfloat16(run, strategy):
-    bf16 = ("train.precision=bf16", "parallel.reduce=bf16", "model.recompute=true")
+    bf16 = ("train.precision=bf16", "parallel.reduce=bf16", "model.recompute=blocks")
     alone, together = run(f"bf16-{strategy}", 1, *bf16), run(f"bf16-2-{strategy}", 2, *bf16, *STRATEGIES[strategy])
     assert_same(together, alone, atol=2e-3)
 

@@ -71,7 +71,7 @@ def assert_same(ours: tuple, theirs: tuple) -> None:
 )
 def test_random_lengths_compile_each_region_once(small, compiler, mode, recompute, batches):
     plain = copy.deepcopy(small)
-    small.recompute = recompute
+    small.set_recompute("blocks" if recompute else "none")
     counter = CompileCounterWithBackend("aot_eager")
     assert compile_model(small, mode, steps=1, backend=counter) == mode
     for seed in range(batches):

@@ -1,0 +1,93 @@
+"""Predict what a training step costs on a GPU, without one, for fastmum and for the reference.
+
+    python -m benchmarks.offline --gpu a100 --frames 96
+
+Nothing is timed: operations, bytes and launches are counted in what PyTorch and Inductor would launch, times are the
+roofline of every kernel, max(operations / (0.7 peak), bytes / (0.85 bandwidth), 3 us), and all of it is a prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.offline",
+        description=__doc__.strip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--gpu", choices=("a100", "h100", "h200"), default="a100", help="the GPU (a100)")
+    parser.add_argument("--frames", type=int, default=96, help="frames of a step (96)")
+    parser.add_argument("--views", type=int, default=12, help="frames of a sequence (12)")
+    parser.add_argument("--model", default="mum_vitl16", help="preset of the model (mum_vitl16)")
+    parser.add_argument(
+        "--compile", choices=("full", "block"), default="full", help="what fastmum compiles, as model.compile (full)"
+    )
+    parser.add_argument(
+        "--recompute",
+        choices=("mlp", "none"),
+        default="mlp",
+        help="what fastmum computes again in the backward pass, as model.recompute (mlp, its choice on CUDA)",
+    )
+    parser.add_argument(
+        "--side",
+        action="append",
+        choices=("fastmum", "reference", "reference_compiled"),
+        help="cost this one only; repeatable (all three)",
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the figures of all GPUs to the record of the tests"
+    )
+    parser.add_argument("--json", action="store_true", help="JSON on standard output instead of the table")
+    args = parser.parse_args(argv)
+    if min(args.frames, args.views) < 1 or args.frames % args.views:
+        return _refuse(f"--frames is {args.frames}, but must be a positive multiple of --views, which is {args.views}")
+    if args.record and args != parser.parse_args(["--record"]):
+        return _refuse("--record takes no other option: what is recorded is the default step on every GPU")
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return _refuse("TRITON_INTERPRET is set, but kernels are compiled here: unset it")
+
+    # Slow to import, and after the check of the environment: Triton reads it once.
+    from benchmarks.offline import report
+    from benchmarks.offline.gpus import GPUS
+    from benchmarks.offline.steps import Batch
+    from fastmum.model.config import PRESETS
+
+    if args.model not in PRESETS:
+        return _refuse(f"--model is '{args.model}', but must be one of {', '.join(PRESETS)}")
+    logging.disable(logging.WARNING)  # of compilers that miss a GPU
+    found = {}
+    for name in GPUS if args.record else [args.gpu]:
+        with contextlib.redirect_stdout(sys.stderr):  # of compilers that print
+            costs = report.measure(
+                PRESETS[args.model], Batch(args.frames, args.views), GPUS[name], args.compile, args.recompute,
+                args.side or report.SIDES,
+            )  # fmt: skip
+        found[name] = {side: cost.summary(GPUS[name]) for side, cost in costs.items()}
+    settings = {key: getattr(args, key) for key in ("model", "frames", "views", "compile", "recompute")}
+    if args.record:
+        report.record(found)
+    elif args.json:
+        header = {"what": "predictions by formula, nothing measured", "gpu": GPUS[args.gpu].name}
+        print(json.dumps(header | settings | found[args.gpu]))
+    else:
+        title = ", ".join(f"{key} {value}" for key, value in settings.items())
+        print(report.table(found[args.gpu], GPUS[args.gpu], title))
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

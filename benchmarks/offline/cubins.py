@@ -1,0 +1,66 @@
+"""Triton code, Inductor's and ours, compiled to machine code for a GPU that is not there.
+
+Inductor offers several configurations of a kernel and drops, where it runs, those that spill registers. A kernel
+counts as spilled when every one does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from unittest import mock
+
+import triton
+from torch._inductor.codecache import PyCodeCache
+from torch._inductor.runtime import triton_heuristics
+from tqdm import tqdm
+
+from fastmum.kernels.compiled import compile_launch, specialise, spills
+from fastmum.kernels.dispatch import Launch
+
+
+def spilled_kernels(sources: dict[str, str], launches: Sequence[Launch], arch: int) -> tuple[int, list[str]]:
+    """Compile everything.
+
+    Args:
+        sources: Inductor's code of a kernel, called `triton_` in it, by name.
+        launches: of our own kernels.
+        arch: compute capability; Inductor's code already knows its own.
+
+    Returns:
+        Number of kernels, and the names of those that spill in every configuration.
+    """
+    ours = {_identity(launch): launch for launch in launches}
+    distinct = {hashlib.sha256(code.encode()).hexdigest(): (name, code) for name, code in sources.items()}
+    spilled = []
+    with tqdm(total=len(ours) + len(distinct), desc="Triton kernels", unit="kernel", leave=False) as progress:
+        for name, code in distinct.values():
+            if _spills(code):
+                spilled.append(name)
+            progress.update()
+        for launch in ours.values():
+            if compile_launch(launch, arch).spills:
+                spilled.append(launch.kernel.__name__)
+            progress.update()
+    return len(ours) + len(distinct), spilled
+
+
+def _identity(launch: Launch) -> str:
+    return repr((launch.kernel.__name__, launch.num_warps, specialise(launch)))
+
+
+def _spills(code: str) -> bool:
+    binaries = []
+    compile_source = triton.compile
+
+    def keep(*args: object, **kwargs: object) -> object:
+        binaries.append(compile_source(*args, **kwargs))
+        return binaries[-1]
+
+    autotuner = PyCodeCache.load(code).triton_
+    with mock.patch.object(triton_heuristics.triton, "compile", keep):
+        for config in autotuner.configs:
+            autotuner._precompile_config(config)
+            if not spills(binaries[-1].asm["ptx"]):
+                return False
+    return True

@@ -1,0 +1,127 @@
+"""Everything that a piece of Python would launch, written down as it runs on fake tensors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.offline.kernel import Kernel
+from benchmarks.offline.operators import kernel_of_launch, kernels_of, nbytes, tensors_of
+from fastmum.kernels.dispatch import Launch, recorded_launches
+
+
+class Recorder(TorchDispatchMode):
+    """Records kernels, and the memory of the tensors that are made under it and live.
+
+    Tensors are let go as Python and autograd let them go, so that `peak` is what eager PyTorch would hold, without
+    what its allocator rounds up.
+
+    Args:
+        arch: compute capability.
+        sequences: equal spans of ragged attention.
+    """
+
+    def __init__(self, arch: int, sequences: int) -> None:
+        super().__init__()
+        self.arch, self.sequences = arch, sequences
+        self.kernels: list[Kernel] = []
+        self.launches: list[Launch] = []  # of our own kernels, each kind once
+        self.live = self.peak = 0
+        self._kind: str | None = None
+        self._alive: dict[int, int] = {}
+        self._known: dict[object, list[Kernel]] = {}
+
+    def __torch_dispatch__(
+        self, op: OpOverload, types: object, args: Sequence = (), kwargs: dict | None = None
+    ) -> object:
+        kwargs = kwargs or {}
+        out = op(*args, **kwargs)
+        self._hold(out)
+        if op.namespace == "fastmum":
+            self.record(self._of_fastmum(op, args, kwargs))
+        else:
+            self.record(kernels_of(op, args, kwargs, out, self.sequences))
+        return out
+
+    def record(self, kernels: Sequence[Kernel]) -> None:
+        """Write down kernels in the class of the phase, if there is one."""
+        self.kernels += kernels if self._kind is None else [k._replace(kind=self._kind) for k in kernels]
+
+    @contextmanager
+    def counted_as(self, kind: str) -> Iterator[None]:
+        """Within it everything belongs to one class."""
+        self._kind, before = kind, self._kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    def restart(self) -> None:
+        """Forget kernels and the peak; what lives, lives."""
+        self.kernels, self.peak = [], self.live
+
+    def lived_with(self, transient: int) -> None:
+        """So much more was in use for a moment."""
+        self.peak = max(self.peak, self.live + transient)
+
+    def _hold(self, out: object) -> None:
+        for x in tensors_of(out):
+            storage = x.untyped_storage()
+            key = storage._cdata
+            if key not in self._alive and x.device.type != "meta":
+                self._alive[key] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self._let_go, key)
+        self.peak = max(self.peak, self.live)
+
+    def _let_go(self, key: int) -> None:
+        self.live -= self._alive.pop(key)
+
+    def _of_fastmum(self, op: OpOverload, args: Sequence, kwargs: dict) -> list[Kernel]:
+        """The launches of the host wrapper, which runs without data."""
+        key = (op, repr(pytree.tree_map_only(Tensor, _signature, (args, kwargs))))
+        if key not in self._known:
+            with unset_fake_temporarily(), recorded_launches(self.arch) as launches:
+                # What PyTorch does around the kernels is recorded as well.
+                around = Recorder(self.arch, self.sequences)
+                meta_args, meta_kwargs = _meta((args, kwargs))
+                with around:
+                    OPDEFS[op._schema.name]._init_fn(*meta_args, **meta_kwargs)
+            self.launches += launches
+            kernels = [kernel_of_launch(launch) for launch in launches]
+            if op in (torch.ops.fastmum.adamw_.default, torch.ops.fastmum.total_norm.default):
+                # Their tensors are addresses in a table.
+                moved = sum((1 + argument.is_write) * sum(map(nbytes, value)) for argument, value in _lists(op, args))
+                kernels = [kernel._replace(moved=moved // len(kernels)) for kernel in kernels]
+            self._known[key] = [*kernels, *around.kernels]
+        return self._known[key]
+
+
+def _lists(op: OpOverload, args: Sequence) -> list[tuple[torch._C.Argument, list[Tensor]]]:
+    """Arguments that are lists of tensors."""
+    return [(a, value) for a, value in zip(op._schema.arguments, args, strict=False) if isinstance(value, list)]
+
+
+def _signature(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} {x.stride()}"
+
+
+def _meta(tree: object) -> tuple:
+    """The same arguments without memory; the same tensor stays the same."""
+    made: dict[int, Tensor] = {}
+
+    def convert(x: Tensor) -> Tensor:
+        if id(x) not in made:
+            made[id(x)] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return made[id(x)]
+
+    return pytree.tree_map_only(Tensor, convert, tree)

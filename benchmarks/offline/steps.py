@@ -1,0 +1,256 @@
+"""The training steps that are costed: fastmum's, and the reference's, eager and compiled.
+
+All on fake tensors: weights, batch and gradients have shapes and no values. Attention is FlashAttention as PyTorch
+calls it on CUDA, within frames by `scaled_dot_product_attention` and across them by `varlen_attn` (backend `flash`).
+
+Memory is simulated: eager code holds what Python and autograd hold, a compiled graph what Inductor's planner lets live
+between its kernels; weights, masters, gradients and moments are in both. The allocator's rounding and cuBLAS's and
+Triton's workspaces are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import get_total_norm
+
+import fastmum.attention.dense
+import fastmum.kernels.adamw
+from benchmarks.offline.absent_gpu import absent_gpu
+from benchmarks.offline.blocks import compile_blocks
+from benchmarks.offline.cubins import spilled_kernels
+from benchmarks.offline.gpus import Gpu
+from benchmarks.offline.inductor import compile_region
+from benchmarks.offline.kernel import NORM, OPTIMISER, Cost
+from benchmarks.offline.recorder import Recorder
+from benchmarks.reference.model import ReferenceMuM
+from benchmarks.reference.step import normalise
+from fastmum.attention import Spans
+from fastmum.attention.flash import Flash
+from fastmum.config.schema import OptimSection
+from fastmum.model.config import ModelConfig
+from fastmum.model.inputs import check_frames
+from fastmum.model.masking import num_visible
+from fastmum.model.mum import MuM, Views
+from fastmum.parallel.gradients import Gradients
+from fastmum.parallel.world import World
+from fastmum.training import optim as optimizers
+from fastmum.training.guard import Guard
+
+MAX_VIEWS = 24  # of the paper's run: what attention kernels launch for
+MASK_RATIO = 0.75
+
+
+class Batch(NamedTuple):
+    """Frames of a step.
+
+    Args:
+        frames: F, in sequences of equal length.
+        views: S, frames of a sequence; divides F.
+        side: pixels of a frame's side.
+    """
+
+    frames: int
+    views: int
+    side: int = 256
+
+    @property
+    def sequences(self) -> int:
+        """Of the batch."""
+        return self.frames // self.views
+
+
+def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompute: str = "mlp") -> Cost:
+    """fastmum's step between two lines of its log.
+
+    Args:
+        config: sizes.
+        batch: the frames.
+        gpu: that it runs on.
+        mode: of `model.compile`, "block" or "full".
+        recompute: as `model.recompute`, "none" or "mlp".
+    """
+    with _pretending(gpu, batch) as recorder:
+        with torch.device("meta"):
+            model = MuM(config)
+        model.set_recompute(recompute)
+        with FakeTensorMode():
+            with recorder:
+                _place(model)
+                optimizer = optimizers.build_optimizer(model, OptimSection(), torch.bfloat16)
+                gradients, guard = Gradients(model.parameters(), World()), Guard(torch.device("cpu"))
+                frames = torch.empty(batch.frames, batch.side, batch.side, 3, dtype=torch.uint8)
+                pixels = check_frames(frames, config.patch_size, config.in_chans)
+                patches = pixels.grid[0] * pixels.grid[1]
+                noise = torch.empty(batch.frames, patches)
+                recorder.restart()
+            visible = num_visible(patches, MASK_RATIO)
+            args = (model, pixels, noise, visible, _views(batch, patches, visible), "none")
+
+            def update() -> None:
+                with recorder.counted_as(NORM):
+                    norm = gradients.norm()
+                found_inf = guard.judge(1, torch.empty(()), norm)
+                with recorder.counted_as(OPTIMISER):
+                    optimizer.step(1e-4, gradients.of, found_inf)
+                gradients.clear()
+
+            if mode == "full":
+                return _compiled_step(MuM._autoencode, args, model, update, recorder)
+
+            def loss() -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return model._autoencode(*args[1:]).loss.sum() / batch.frames
+
+            regions = compile_blocks(loss, recorder)
+            with regions.in_place():
+                return _eager_step(loss, update, recorder, regions.sources)
+
+
+def _views(batch: Batch, patches: int, visible: int) -> Views:
+    attend, lengths = Flash().attend, [batch.views] * batch.sequences
+    tokens = 1 + patches
+    spans = [
+        Spans.of_frames(lengths, batch.frames, queries, tokens, max(MAX_VIEWS, batch.views))
+        for queries in (tokens, patches - visible)
+    ]
+    return Views(*(partial(attend, plan=plan) for plan in spans))
+
+
+def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) -> Cost:
+    """The step of `benchmarks.reference`, in eager mode or with its model compiled as one region.
+
+    Args:
+        config, batch, gpu: as for `fastmum_cost`.
+        compiled: whether `torch.compile(model, fullgraph=True)` was called.
+    """
+    with _pretending(gpu, batch) as recorder:
+        with torch.device("meta"):
+            model = ReferenceMuM(
+                config.embed_dim,
+                config.depth,
+                config.num_heads,
+                config.decoder_embed_dim,
+                config.decoder_depth,
+                config.decoder_num_heads,
+                config.patch_size,
+                config.in_chans,
+                config.norm_eps,
+            )
+        with FakeTensorMode():
+            with recorder:
+                _place(model)
+                decayed, plain = ([p for p in model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
+                groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+                # What `build_optimizer` of the reference is on CUDA, where torch chooses the foreach implementation.
+                optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=True)
+                shape = (batch.sequences, batch.views, 3, batch.side, batch.side)
+                frames = torch.empty(shape, dtype=torch.uint8)
+                noise = torch.empty(batch.frames, (batch.side // config.patch_size) ** 2)
+                _give_gradients(model)
+                optimizer.step()  # makes the moments
+                optimizer.zero_grad()
+                recorder.restart()
+
+            def update() -> None:
+                with recorder.counted_as(NORM):
+                    get_total_norm([p.grad for p in model.parameters()], foreach=True)
+                with recorder.counted_as(OPTIMISER):
+                    optimizer.step()
+                optimizer.zero_grad()
+
+            if compiled:
+                with recorder:
+                    images = normalise(frames)
+                return _compiled_step(model, (images, MASK_RATIO, noise), model, update, recorder)
+
+            def loss() -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return model(normalise(frames), MASK_RATIO, noise).loss
+
+            return _eager_step(loss, update, recorder)
+
+
+def _compiled_step(
+    function: Callable, args: tuple, model: nn.Module, update: Callable[[], None], recorder: Recorder
+) -> Cost:
+    """A step whose loss is computed by one compiled region; what led to its arguments has been recorded."""
+    state = recorder.live
+    region = compile_region(function, args, recorder)
+    with recorder:
+        recorder.lived_with(region.forward.peak)
+        recorder.record(region.forward.kernels)
+        recorder.lived_with(region.backward.peak)
+        recorder.record(region.backward.kernels)
+        _give_gradients(model)
+        update()
+    return _cost(recorder, state, region.sources)
+
+
+def _eager_step(
+    loss: Callable[[], Tensor], update: Callable[[], None], recorder: Recorder, sources: dict[str, str] | None = None
+) -> Cost:
+    """A step whose kernels are launched one by one."""
+    state = recorder.live
+    with recorder:
+        loss().backward()
+        update()
+    return _cost(recorder, state, sources or {})
+
+
+def _cost(recorder: Recorder, state: int, sources: dict[str, str]) -> Cost:
+    count, spilled = spilled_kernels(sources, recorder.launches, recorder.arch)
+    return Cost(tuple(recorder.kernels), recorder.peak, state, count, spilled)
+
+
+def _give_gradients(model: nn.Module) -> None:
+    """What a compiled region leaves behind; they take no memory beyond its peak."""
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+
+
+def _place(model: nn.Module) -> None:
+    """Fake memory for the parameters and buffers of a model on the meta device."""
+    for module in model.modules():
+        for table, wrap in ((module._parameters, nn.Parameter), (module._buffers, lambda x: x)):
+            for name, x in table.items():
+                if x is not None:
+                    table[name] = wrap(torch.empty_strided(x.shape, x.stride(), dtype=x.dtype))
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`scaled_dot_product_attention` as it dispatches on CUDA."""
+    if torch.is_autocast_enabled("cpu"):
+        q, k, v = (x.to(torch.bfloat16) for x in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+
+
+def _on_cuda(q: Tensor) -> bool:
+    """`by_products` there."""
+    return False
+
+
+def _in_triton(x: Tensor) -> bool:
+    """`use_triton` there."""
+    return True
+
+
+@contextmanager
+def _pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
+    """What asks for the device of a tensor is told what it would be told on that GPU."""
+    with (
+        absent_gpu(gpu),
+        mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _flash),
+        mock.patch.object(fastmum.attention.dense, "by_products", _on_cuda),
+        mock.patch.object(fastmum.kernels.adamw, "use_triton", _in_triton),
+        mock.patch.dict(optimizers.BUNDLE, cpu=optimizers.BUNDLE["cuda"]),
+    ):
+        yield Recorder(gpu.arch, batch.sequences)

@@ -1,0 +1,221 @@
+"""AdamW on many tensors in one launch: float32 weights, or bfloat16 weights and what they lack (`halves`).
+
+Each value is read and written once: gradient, weight, both moments, rest. The table of addresses (`tables`) is made
+at every step because gradients move.
+
+The update is that of `torch.optim.AdamW`; where `found_inf` is set nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels.dispatch import jit, launch, tl, use_triton
+from fastmum.kernels.halves import join, join_bits, split_, split_bits
+from fastmum.kernels.tables import CHUNK, chunk_of, make_table
+
+COLUMNS = 5  # of the table: weight, gradient, both moments, rest
+
+
+def adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    rests: Sequence[Tensor],
+    step: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One step of AdamW, in place.
+
+    Args:
+        weights: float32, or the bfloat16 halves of float32 weights, without gaps.
+        grads: of the same shapes and strides, all of one floating-point dtype.
+        exp_avgs, exp_avg_sqs: of the same shapes and strides, float32.
+        rests: int16, of the same shapes and strides: the other halves of bfloat16 weights; none of float32 ones.
+        step: scalar, float32, on the device of the weights: number of this step, from 1.
+        lr, betas, weight_decay, eps: as in `torch.optim.AdamW`.
+        found_inf: scalar, float32, on the device of the weights: 1.0 skips everything.
+
+    Raises:
+        ValueError: lists of different lengths, or a tensor whose strides differ from its weight's.
+        TypeError: another dtype than these, or several within a list.
+    """
+    lists = {  # and their dtype
+        "weights": (weights, torch.bfloat16 if rests else torch.float32),
+        "grads": (grads, None),
+        "exp_avgs": (exp_avgs, torch.float32),
+        "exp_avg_sqs": (exp_avg_sqs, torch.float32),
+    }
+    if rests:
+        lists["rests"] = rests, torch.int16
+    for name, (tensors, dtype) in lists.items():
+        if len(tensors) != len(weights):
+            raise ValueError(f"{name} has {len(tensors)} tensors, but there are {len(weights)} weights")
+        found = {x.dtype for x in tensors}
+        if len(found) > 1:
+            raise TypeError(f"{name} has dtypes {sorted(map(str, found))}, but must have one")
+        if dtype and found - {dtype}:
+            beside = f" {'with' if rests else 'without'} rests" if name == "weights" else ""
+            raise TypeError(f"{name} has dtype {found.pop()}, but must have {dtype}{beside}")
+        for x, weight in zip(tensors, weights, strict=True):
+            if x.shape != weight.shape or x.stride() != weight.stride():
+                raise ValueError(
+                    f"{name} has a tensor of shape {tuple(x.shape)} and strides {x.stride()}, but its weight has "
+                    f"{tuple(weight.shape)} and {weight.stride()}"
+                )
+    if weights:
+        args = *map(list, (weights, grads, exp_avgs, exp_avg_sqs, rests)), step, lr, *betas, weight_decay, eps
+        # Nothing differentiates or compiles it: where PyTorch does it, the operator would only cost its dispatch.
+        (_adamw_ if use_triton(weights[0]) else _adamw_torch)(*args, found_inf)
+
+
+@torch.library.custom_op("fastmum::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "rests"))
+def _adamw_(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    rests: Sequence[Tensor],
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    found_inf: Tensor | None,
+) -> None:
+    run = _adamw_triton if use_triton(weights[0]) else _adamw_torch
+    run(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf)
+
+
+@_adamw_.register_fake
+def _(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf):
+    return None
+
+
+def _adamw_torch(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    rests: Sequence[Tensor],
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    found_inf: Tensor | None,
+) -> None:
+    masters = [join(*halves) for halves in zip(weights, rests, strict=True)] if rests else weights
+    torch._fused_adamw_(
+        masters,
+        [grad.to(torch.float32) for grad in grads],
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [step] * len(masters),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        found_inf=found_inf,
+    )
+    for master, weight, rest in zip(masters, weights, rests, strict=False):
+        split_(master, weight, rest)
+
+
+def _adamw_triton(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    rests: Sequence[Tensor],
+    step: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    found_inf: Tensor | None,
+) -> None:
+    table = make_table((weights, grads, exp_avgs, exp_avg_sqs, rests or weights))
+    typed = torch.empty(0, dtype=grads[0].dtype, device=weights[0].device)
+    launch(
+        _adamw_kernel,
+        (table.chunks,),
+        *(table.words, typed, step, found_inf, table.rows, lr, beta1, beta2, weight_decay, eps),
+        SPLIT=bool(rests),
+        ALIGN=table.align,
+        DIVISOR=table.divisor,
+        CHUNK=CHUNK,
+        COLUMNS=COLUMNS,
+        BLOCK=1024,
+        num_warps=4,
+    )
+
+
+@jit(do_not_specialize=["rows", "lr", "beta1", "beta2", "weight_decay", "eps"])
+def _adamw_kernel(
+    table_ptr,  # see `tables`
+    grad_ptr,  # no values: its dtype is that of the gradients
+    step_ptr,  # scalar
+    found_inf_ptr,  # scalar, or None
+    rows,
+    lr,
+    beta1,
+    beta2,
+    weight_decay,
+    eps,
+    SPLIT: tl.constexpr,  # whether weights are halves
+    ALIGN: tl.constexpr,  # bytes that divide all addresses
+    DIVISOR: tl.constexpr,  # of the numbers of values
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if found_inf_ptr is not None:  # noqa: SIM102 (Triton decides the outer one when it compiles)
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK, DIVISOR)
+    float_ptr: tl.constexpr = tl.pointer_type(tl.float32)
+    # Halves by their bits.
+    weight_type: tl.constexpr = tl.pointer_type(tl.int16 if SPLIT else tl.float32)
+    weight_ptr = tl.multiple_of(tl.load(row_ptr).to(weight_type), ALIGN)
+    grads_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
+    mean_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(float_ptr), ALIGN)
+    square_ptr = tl.multiple_of(tl.load(row_ptr + 3).to(float_ptr), ALIGN)
+    rest_ptr = tl.multiple_of(tl.load(row_ptr + 4).to(tl.pointer_type(tl.int16)), ALIGN)
+    step = tl.load(step_ptr)
+    correction1 = 1.0 - tl.exp(step * tl.log(beta1))
+    correction2 = tl.sqrt(1.0 - tl.exp(step * tl.log(beta2)))
+    for first in range(0, CHUNK, BLOCK):
+        at = begin + first + tl.arange(0, BLOCK)
+        inside = at < numel
+        grad = tl.load(grads_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + at, mask=inside, other=0)
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        square = tl.load(square_ptr + at, mask=inside, other=0.0)
+        if SPLIT:
+            weight = join_bits(weight, tl.load(rest_ptr + at, mask=inside, other=0))
+        weight -= lr * weight_decay * weight
+        mean += (1.0 - beta1) * (grad - mean)
+        square = beta2 * square + (1.0 - beta2) * grad * grad
+        weight -= lr / correction1 * mean / (tl.sqrt(square) / correction2 + eps)
+        if SPLIT:
+            weight, rest = split_bits(weight)
+            tl.store(rest_ptr + at, rest, mask=inside)
+        tl.store(weight_ptr + at, weight, mask=inside)
+        tl.store(mean_ptr + at, mean, mask=inside)
+        tl.store(square_ptr + at, square, mask=inside)

@@ -1,0 +1,322 @@
+"""Two linear layers with a GELU between them.
+
+Legend: T tokens, D width, N hidden width. The first product goes through the GELU before it leaves the registers, and
+in the backward pass the gradient of the second layer's input does: of the four passes over (T, N) values that the GELU
+takes by itself, and the one that sums its bias's gradient, one reading of `hidden` is left.
+
+What is not kept for the backward pass is computed there again: the second layer's input out of `hidden` as that passes
+by, and `hidden` itself by the first product once more, which then never reaches memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastmum.kernels.dispatch import ceil_div, check_floating, check_tensors, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.products import Tiles, fuses_products, product_tile, tile_of
+from fastmum.kernels.sums import finish_sums, row_split
+
+KEPT = ("all", "hidden", "input")
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: str = "all") -> Tensor:
+    """gelu(x @ weight1' + bias1) @ weight2' + bias2, with the exact (erf) GELU.
+
+    Args:
+        x: (T, D) floating point.
+        weight1, bias1: (N, D) and (N,), in the dtype of x.
+        weight2, bias2: (D, N) and (D,), in the dtype of x. No gradient flows to `bias2`: it is the sum of the gradient
+            that comes in, and whoever makes that sums it on the way, see `add_norm`.
+        keep: what the backward pass finds: "all"; "hidden", what goes into the GELU, (T, N), but not what comes out; or
+            nothing beside the "input".
+
+    Returns:
+        (T, D), in the dtype of x.
+
+    Raises:
+        TypeError: dtypes that differ.
+        ValueError: a shape that does not fit, tensors on different devices, or an unknown `keep`.
+    """
+    if keep not in KEPT:
+        raise ValueError(f"keep is {keep!r}, but must be one of {', '.join(KEPT)}")
+    tensors = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
+    check_tensors(**tensors)
+    check_floating("x", x, 2, "(T, D)")
+    if len({y.dtype for y in tensors.values()}) > 1:
+        raise TypeError(f"dtypes are {', '.join(f'{k} {y.dtype}' for k, y in tensors.items())}, but must be the same")
+    D, N = x.shape[1], weight1.shape[0]
+    for name, shape in {"weight1": (N, D), "bias1": (N,), "weight2": (D, N), "bias2": (D,)}.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, but must be {shape}")
+    return _Mlp.apply(x, weight1, bias1, weight2, bias2.detach(), keep)
+
+
+class _Mlp(torch.autograd.Function):
+    """What is fused in the backward pass is not what is fused in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, weight2, bias2, keep):
+        hidden, active = _linear_gelu(x, weight1, bias1, keep != "input")
+        kept = {"all": (hidden, active), "hidden": (hidden,), "input": (bias1,)}[keep]
+        ctx.save_for_backward(x, weight1, weight2, *kept)
+        ctx.keep = keep
+        return torch.addmm(bias2, active, weight2.t())
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight1, weight2, *kept = ctx.saved_tensors
+        grad = grad.contiguous()
+        if ctx.keep == "input":
+            grad_hidden, grad_bias1, active = _linear_gelu_again_backward(grad, weight2, x, weight1, *kept)
+        else:
+            grad_hidden, grad_bias1, active = _linear_gelu_backward(grad, weight2, kept[0], ctx.keep == "hidden")
+            active = kept[1] if ctx.keep == "all" else active
+        return grad_hidden @ weight1, grad_hidden.t() @ x, grad_bias1, grad.t() @ active, None, None
+
+
+@torch.library.custom_op("fastmum::linear_gelu", mutates_args=())
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """x @ weight' + bias before (empty where not kept) and behind the GELU, (T, N) both."""
+    if fuses_products(x):
+        return _linear_gelu_triton(x.contiguous(), weight.contiguous(), bias, keep)
+    hidden = torch.addmm(bias, x, weight.t())
+    return hidden if keep else hidden.new_empty(0), F.gelu(hidden)
+
+
+@_linear_gelu.register_fake
+def _(x, weight, bias, keep):
+    return x.new_empty((len(x), len(weight)) if keep else 0), x.new_empty(len(x), len(weight))
+
+
+@torch.library.custom_op("fastmum::linear_gelu_backward", mutates_args=())
+def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """grad (T, D) @ weight (D, N), through the GELU.
+
+    Returns:
+        The gradient of hidden (T, N), its sum over tokens (N,), and gelu(hidden), empty unless wanted `again`.
+    """
+    if fuses_products(grad):
+        return _backward_triton(grad.contiguous(), weight.contiguous(), hidden.contiguous(), None, again)
+    return _through_gelu(grad @ weight, hidden, again)
+
+
+@_linear_gelu_backward.register_fake
+def _(grad, weight, hidden, again):
+    return (
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty(hidden.shape[1]),
+        hidden.new_empty(hidden.shape if again else 0),
+    )
+
+
+@torch.library.custom_op("fastmum::linear_gelu_again_backward", mutates_args=())
+def _linear_gelu_again_backward(
+    grad: Tensor, weight: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where hidden = x @ weight1' + bias1 was not kept; gelu(hidden) is always wanted."""
+    if fuses_products(grad):
+        first = x.contiguous(), weight1.contiguous(), bias1.contiguous()
+        return _backward_triton(grad.contiguous(), weight.contiguous(), None, first, True)
+    return _through_gelu(grad @ weight, torch.addmm(bias1, x, weight1.t()), True)
+
+
+@_linear_gelu_again_backward.register_fake
+def _(grad, weight, x, weight1, bias1):
+    N = len(weight1)
+    return x.new_empty(len(x), N), x.new_empty(N), x.new_empty(len(x), N)
+
+
+@register_flop_formula([torch.ops.fastmum.linear_gelu, torch.ops.fastmum.linear_gelu_backward])
+def _(x_shape, weight_shape, *_, **__):
+    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@register_flop_formula(torch.ops.fastmum.linear_gelu_again_backward)
+def _(x_shape, weight_shape, *_, **__):
+    return 2 * 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+def _through_gelu(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What follows the product, where that is the library's."""
+    if use_triton(grad):
+        return _gelu_backward_triton(grad.contiguous(), hidden.contiguous(), again)
+    grad_hidden = torch.ops.aten.gelu_backward(grad, hidden)
+    return grad_hidden, grad_hidden.sum(0), F.gelu(hidden) if again else hidden.new_empty(0)
+
+
+def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    (T, D), N, tiles = x.shape, len(weight), Tiles()
+    active = torch.empty(T, N, dtype=x.dtype, device=x.device)
+    hidden = torch.empty((T, N) if keep else 0, dtype=x.dtype, device=x.device)
+    launch(
+        _linear_gelu_kernel,
+        tiles.grid(T, ceil_div(N, tiles.BLOCK_N)),
+        *(x, weight, bias.contiguous(), hidden if keep else None, active, T),
+        N=N,
+        K=D,
+        **tiles.constants(D, x),
+    )
+    return hidden, active
+
+
+def _backward_triton(
+    grad: Tensor, weight: Tensor, hidden: Tensor | None, first: tuple[Tensor, Tensor, Tensor] | None, again: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Either hidden was kept, or what it is made of is `first`: x, weight and bias of the first layer."""
+    (T, D), N = grad.shape, weight.shape[1]
+    # What is computed again takes registers.
+    tiles = Tiles(BLOCK_M=64) if again else Tiles()
+    grad_hidden = torch.empty(T, N, dtype=grad.dtype, device=grad.device)
+    active = torch.empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
+    partial = torch.empty(1, ceil_div(T, tiles.BLOCK_M), N, dtype=torch.float32, device=grad.device)
+    launch(
+        _linear_gelu_backward_kernel,
+        tiles.grid(T, ceil_div(N, tiles.BLOCK_N)),
+        *(grad, weight, hidden, *(first or (None, None, None))),
+        *(grad_hidden, active if again else None, partial, T),
+        N=N,
+        K=D,
+        **tiles.constants(D, grad),
+    )
+    return grad_hidden, *finish_sums(partial, (grad.dtype,)), active
+
+
+def _gelu_backward_triton(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    T, N = hidden.shape
+    grad_hidden = torch.empty(T, N, dtype=hidden.dtype, device=hidden.device)
+    active = torch.empty((T, N) if again else 0, dtype=hidden.dtype, device=hidden.device)
+    BLOCK_N = min(power_of_2(N), 256)
+    BLOCK_T = 2048 // BLOCK_N
+    columns = ceil_div(N, BLOCK_N)
+    # Programs side by side share the multiprocessors: the more columns, the fewer partial sums of each.
+    programs, share = row_split(T, BLOCK_T * max(1, columns // 2), grad.device)
+    partial = torch.empty(1, programs, N, dtype=torch.float32, device=grad.device)
+    launch(
+        _gelu_backward_kernel,
+        (columns, programs),
+        *(grad, hidden, grad_hidden, active if again else None, partial, T, share),
+        N=N,
+        BLOCK_T=BLOCK_T,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+    )
+    return grad_hidden, *finish_sums(partial, (hidden.dtype,)), active
+
+
+@jit()
+def _gelu(x):
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@jit()
+def _gelu_slope(x):
+    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # of the normal distribution
+    return below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@jit(do_not_specialize=["M"])
+def _linear_gelu_kernel(
+    x_ptr,  # (M, K)
+    weight_ptr,  # (N, K)
+    bias_ptr,  # (N,)
+    hidden_ptr,  # (M, N), or None
+    active_ptr,  # (M, N)
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row, column = tile_of(M, (N + BLOCK_N - 1) // BLOCK_N, BLOCK_M, GROUP_M)
+    i, n = tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = product_tile(x_ptr, weight_ptr, row, n, M, n < N, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
+    acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    inside = (row * BLOCK_M + i < M)[:, None] & (n < N)[None, :]
+    start, at = row.to(tl.int64) * (BLOCK_M * N), i[:, None] * N + n[None, :]
+    hidden = acc.to(active_ptr.dtype.element_ty)
+    if hidden_ptr is not None:
+        tl.store(hidden_ptr + start + at, hidden, mask=inside)
+    tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(hidden.dtype), mask=inside)
+
+
+@jit(do_not_specialize=["M"])
+def _linear_gelu_backward_kernel(
+    grad_ptr,  # (M, K)
+    weight_ptr,  # (K, N)
+    hidden_ptr,  # (M, N), or None where it is computed again
+    x_ptr,  # (M, K), for that
+    weight1_ptr,  # (N, K)
+    bias1_ptr,  # (N,)
+    grad_hidden_ptr,  # (M, N)
+    active_ptr,  # (M, N), or None
+    partial_ptr,  # (rows of tiles, N)
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    row, column = tile_of(M, (N + BLOCK_N - 1) // BLOCK_N, BLOCK_M, GROUP_M)
+    i, n = tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (row * BLOCK_M + i < M)[:, None] & (n < N)[None, :]
+    start, at = row.to(tl.int64) * (BLOCK_M * N), i[:, None] * N + n[None, :]
+    dtype: tl.constexpr = grad_hidden_ptr.dtype.element_ty
+    if hidden_ptr is None:
+        acc = product_tile(x_ptr, weight1_ptr, row, n, M, n < N, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
+        acc += tl.load(bias1_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        hidden = acc.to(dtype)
+        tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(dtype), mask=inside)
+    acc = product_tile(grad_ptr, weight_ptr, row, n, M, n < N, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
+    if hidden_ptr is not None:
+        hidden = tl.load(hidden_ptr + start + at, mask=inside, other=0.0)
+    grad_hidden = (acc * _gelu_slope(hidden.to(tl.float32))).to(dtype)
+    tl.store(grad_hidden_ptr + start + at, grad_hidden, mask=inside)
+    # Rows beyond M are 0: their gradients were loaded as that.
+    tl.store(partial_ptr + row.to(tl.int64) * N + n, tl.sum(grad_hidden.to(tl.float32), axis=0), mask=n < N)
+    if hidden_ptr is not None and active_ptr is not None:
+        # Last, and read again from the cache: registers are scarce before.
+        hidden = tl.load(hidden_ptr + start + at, mask=inside, other=0.0)
+        tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(dtype), mask=inside)
+
+
+@jit(do_not_specialize=["T", "share"])
+def _gelu_backward_kernel(
+    grad_ptr,  # (T, N)
+    hidden_ptr,  # (T, N)
+    grad_hidden_ptr,  # (T, N)
+    active_ptr,  # (T, N), or None
+    partial_ptr,  # (programs, N)
+    T,
+    share,  # rows of a program
+    N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, T)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    for first in range(begin, end, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        inside = (t < end)[:, None] & (n < N)[None, :]
+        at = t.to(tl.int64)[:, None] * N + n[None, :]
+        grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
+        hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        grad_hidden = (grad.to(tl.float32) * _gelu_slope(hidden)).to(grad.dtype)
+        tl.store(grad_hidden_ptr + at, grad_hidden, mask=inside)
+        if active_ptr is not None:
+            tl.store(active_ptr + at, _gelu(hidden).to(grad.dtype), mask=inside)
+        total += grad_hidden.to(tl.float32)
+    at = tl.program_id(1).to(tl.int64) * N + n
+    tl.store(partial_ptr + at, tl.sum(total, axis=0), mask=n < N)

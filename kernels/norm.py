@@ -1,0 +1,332 @@
+"""The residual sum and the layer norm behind it.
+
+Legend: T tokens, D width. The stream of residuals is float32, what products read and give may be bfloat16.
+
+Fuses sum, mean and variance, normalisation and rounding: the stream is read once and written once. The backward pass
+reads each tensor once, too: along rows for the gradient of the stream, down the columns for those of norm weight, norm
+bias, and of the bias of the linear layer whose output was added, which is the sum of a tensor that this kernel writes.
+
+The stream is not kept for the backward pass: the norm's output is, for the products behind it, and tells as much.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels.dispatch import (
+    ceil_div,
+    check_floating,
+    check_tensors,
+    jit,
+    launch,
+    power_of_2,
+    tile_bytes,
+    tl,
+    use_triton,
+)
+from fastmum.kernels.sums import finish_sums, row_split
+
+LEAST_WEIGHT = 1e-3  # of a norm: smaller ones are taken for it where the normalised stream is found from the output
+CHUNK_BYTES = 1 << 20  # of the stream that the CPU works on at once: temporaries stay in the cache
+
+
+def add_norm(
+    x: Tensor,
+    update: Tensor,
+    update_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + update, and its layer norm.
+
+    Args:
+        x: (T, D) floating point, the stream of residuals.
+        update: (T, D) floating point, output of a linear layer, with its bias.
+        update_bias: (D,) that bias, in the dtype of `update`, which already holds it. Only its gradient is made here,
+            the sum of the gradient of `update`; give it detached to the linear layer.
+        weight, bias: (D,) of the norm.
+        eps: added to the variance.
+        dtype: of the norm's output; None: that of `update`.
+
+    Returns:
+        sum (T, D) in the dtype of x, normed (T, D) in `dtype`. Arithmetic is in float32 at least. The backward pass
+        finds the normalised stream from `normed`: of weights that are nearly 0 the gradient is too small.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: a shape that does not fit, or tensors on different devices.
+    """
+    check_tensors(x=x, update=update, update_bias=update_bias, weight=weight, bias=bias)
+    check_floating("x", x, 2, "(T, D)")
+    check_floating("update", update, 2, "(T, D)")
+    if update.shape != x.shape or not x.shape[1]:
+        raise ValueError(f"update has shape {tuple(update.shape)} and x {tuple(x.shape)}, but both must be (T, D)")
+    for name, vector in {"update_bias": update_bias, "weight": weight, "bias": bias}.items():
+        check_floating(name, vector, 1, "(D,)")
+        if len(vector) != x.shape[1]:
+            raise ValueError(f"{name} has {len(vector)} values, but x is {x.shape[1]} wide")
+    if update_bias.dtype != update.dtype:
+        raise TypeError(f"update_bias is {update_bias.dtype}, but update is {update.dtype}: it holds the bias")
+    total, normed, _ = _add_norm(x, update, update_bias, weight, bias, eps, dtype or update.dtype)
+    return total, normed
+
+
+@torch.library.custom_op("fastmum::add_norm", mutates_args=())
+def _add_norm(
+    x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, update = x.contiguous(), update.contiguous()
+    if use_triton(x):
+        return _add_norm_triton(x, update, weight, bias, eps, dtype)
+    work = torch.promote_types(x.dtype, torch.float32)
+    total, normed = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
+    rstd = torch.empty(len(x), 1, dtype=work, device=x.device)
+    weight, bias = weight.to(work), bias.to(work)
+    step = max(1, CHUNK_BYTES // (x.shape[1] * work.itemsize))
+    for x_t, update_t, *outs in zip(*(y.split(step) for y in (x, update, total, normed, rstd)), strict=True):
+        total_t = torch.add(x_t, update_t, out=outs[0]).to(work)
+        normed_t, _, rstd_t = torch.native_layer_norm(total_t, x.shape[1:], weight, bias, eps)
+        outs[1].copy_(normed_t)
+        outs[2].copy_(rstd_t)
+    return total, normed, rstd
+
+
+@_add_norm.register_fake
+def _(x, update, update_bias, weight, bias, eps, dtype):
+    work = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), 1, dtype=work)
+
+
+@torch.library.custom_op("fastmum::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    normed: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    update_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of update (empty where its dtype is x's: they are the same), weight, bias and update_bias."""
+    grad_normed = grad_normed.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    if use_triton(normed):
+        return _backward_triton(grad_total, grad_normed, normed, rstd, weight, bias, dtype, update_dtype)
+    work, width = rstd.dtype, normed.shape[1]
+    grad_x = torch.empty(normed.shape, dtype=dtype, device=normed.device)
+    grad_update = normed.new_empty(normed.shape if update_dtype != dtype else 0, dtype=update_dtype)
+    sums = [torch.zeros(width, dtype=work, device=normed.device) for _ in range(2)]
+    wide_weight, wide_bias = weight.to(work), bias.to(work)
+    divisor = _divisor(wide_weight)
+    step = max(1, CHUNK_BYTES // (width * work.itemsize))
+    mean, one = (torch.full((step, 1), value, dtype=work, device=normed.device) for value in (0.0, 1.0))
+    for first in range(0, len(normed), step):
+        t = slice(first, first + step)
+        unit = normed[t].to(work).sub(wide_bias).div_(divisor)
+        rows = len(unit)
+        grads = torch.ops.aten.native_layer_norm_backward(
+            *(grad_normed[t].to(work), unit, [width], mean[:rows], one[:rows], wide_weight),
+            *(wide_weight, [True, True, True]),
+        )
+        for each, grad in zip(sums, grads[1:], strict=True):
+            each += grad
+        grads[0].mul_(rstd[t])
+        if grad_total is not None:
+            torch.add(grads[0], grad_total[t], out=grads[0])
+        grad_x[t] = grads[0]
+        if update_dtype != dtype:
+            grad_update[t] = grads[0]
+    summed = grad_x if update_dtype == dtype else grad_update
+    return grad_x, grad_update, *(each.to(weight.dtype) for each in sums), summed.sum(0)
+
+
+@_add_norm_backward.register_fake
+def _(grad_total, grad_normed, normed, rstd, weight, bias, dtype, update_dtype):
+    return (
+        normed.new_empty(normed.shape, dtype=dtype),
+        normed.new_empty(normed.shape if update_dtype != dtype else 0, dtype=update_dtype),
+        *(normed.new_empty(normed.shape[1], dtype=weight.dtype) for _ in range(2)),
+        normed.new_empty(normed.shape[1], dtype=update_dtype),
+    )
+
+
+def _divisor(weight: Tensor) -> Tensor:
+    """The weight, or the least one of its sign."""
+    return torch.where(weight < 0, -1.0, 1.0) * weight.abs().clamp(min=LEAST_WEIGHT)
+
+
+def _setup_context(ctx, inputs, output):
+    x, update, _, weight, bias, *_ = inputs
+    _, normed, rstd = output
+    ctx.save_for_backward(normed, rstd, weight, bias)
+    ctx.dtypes = x.dtype, update.dtype
+    ctx.set_materialize_grads(False)  # the last sum of a stack is not used
+
+
+def _backward(ctx, grad_total, grad_normed, _rstd):
+    normed, rstd, weight, bias = ctx.saved_tensors
+    dtype, update_dtype = ctx.dtypes
+    if grad_normed is None:
+        grad_normed = torch.zeros_like(normed)
+    grads = _add_norm_backward(grad_total, grad_normed, normed, rstd, weight, bias, dtype, update_dtype)
+    grad_x, grad_update, grad_weight, grad_bias, grad_update_bias = grads
+    return (
+        grad_x,
+        grad_x if update_dtype == dtype else grad_update,
+        grad_update_bias,
+        grad_weight,
+        grad_bias,
+        None,
+        None,
+    )
+
+
+_add_norm.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _add_norm_triton(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    T, D = x.shape
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rstd = torch.empty(T, 1, dtype=torch.float32, device=x.device)
+    BLOCK_D = power_of_2(D)
+    BLOCK_T = max(1, tile_bytes(x.device) // (BLOCK_D * x.element_size()))
+    launch(
+        _add_norm_kernel,
+        (ceil_div(T, BLOCK_T),),
+        *(x, update, weight.contiguous(), bias.contiguous(), total, normed, rstd, T, eps),
+        D=D,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+    )
+    return total, normed, rstd
+
+
+def _backward_triton(
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    normed: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    update_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, D = normed.shape
+    same = update_dtype == dtype
+    grad_x = torch.empty(normed.shape, dtype=dtype, device=normed.device)
+    grad_update = torch.empty(0 if same else normed.shape, dtype=update_dtype, device=normed.device)
+    BLOCK_D = power_of_2(D)
+    BLOCK_T = max(1, 2048 // BLOCK_D)  # three streams of as many values are in flight at once
+    programs, share = row_split(T, BLOCK_T, normed.device)
+    partial = torch.empty(3, programs, D, dtype=torch.float32, device=normed.device)
+    launch(
+        _add_norm_backward_kernel,
+        (programs,),
+        *(grad_normed, grad_total, normed.contiguous(), rstd, weight.contiguous(), bias.contiguous(), grad_x),
+        *(None if same else grad_update, partial, T, share),
+        LEAST=LEAST_WEIGHT,
+        D=D,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=8,
+    )
+    return grad_x, grad_update, *finish_sums(partial, (weight.dtype, weight.dtype, update_dtype))
+
+
+@jit(do_not_specialize=["T"])
+def _add_norm_kernel(
+    x_ptr,  # (T, D)
+    update_ptr,  # (T, D)
+    weight_ptr,  # (D,)
+    bias_ptr,
+    total_ptr,  # (T, D)
+    normed_ptr,  # (T, D)
+    rstd_ptr,  # (T,)
+    T,
+    eps,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.arange(0, BLOCK_D)
+    inside = (t < T)[:, None] & (d < D)[None, :]
+    at = t.to(tl.int64)[:, None] * D + d[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    update = tl.load(update_ptr + at, mask=inside, other=0.0)
+    rounded = (x.to(tl.float32) + update.to(tl.float32)).to(x.dtype)
+    tl.store(total_ptr + at, rounded, mask=inside)
+    total = rounded.to(tl.float32)
+    mean = tl.sum(total, axis=1) / D
+    centred = tl.where(inside, total - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / D + eps)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
+    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + t, rstd, mask=t < T)
+
+
+@jit(do_not_specialize=["T", "share"])
+def _add_norm_backward_kernel(
+    grad_normed_ptr,  # (T, D)
+    grad_total_ptr,  # (T, D), or None
+    normed_ptr,  # (T, D)
+    rstd_ptr,  # (T,)
+    weight_ptr,  # (D,)
+    bias_ptr,
+    grad_x_ptr,  # (T, D)
+    grad_update_ptr,  # (T, D), or None where it is the same
+    partial_ptr,  # (3, programs, D): weight, bias, bias of the update
+    T,
+    share,  # rows of a program
+    LEAST: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    begin = tl.program_id(0) * share
+    end = tl.minimum(begin + share, T)
+    d = tl.arange(0, BLOCK_D)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    inverse = tl.where(weight < 0, -1.0, 1.0) / tl.maximum(tl.abs(weight), LEAST)
+    sum_weight = tl.zeros((BLOCK_D,), tl.float32)
+    sum_bias = tl.zeros((BLOCK_D,), tl.float32)
+    sum_update = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(begin, end, BLOCK_T):
+        t = first + tl.arange(0, BLOCK_T)
+        inside = (t < end)[:, None] & (d < D)[None, :]
+        at = t.to(tl.int64)[:, None] * D + d[None, :]
+        normed = tl.load(normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        grad_normed = tl.load(grad_normed_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + t, mask=t < end, other=0.0)
+        unit = tl.where(inside, (normed - bias[None, :]) * inverse[None, :], 0.0)
+        weighted = grad_normed * weight[None, :]
+        along = tl.sum(weighted * unit, axis=1) / D
+        grad = (weighted - tl.sum(weighted, axis=1)[:, None] / D - unit * along[:, None]) * rstd[:, None]
+        if grad_total_ptr is not None:
+            grad += tl.load(grad_total_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        rounded = grad.to(grad_x_ptr.dtype.element_ty)
+        tl.store(grad_x_ptr + at, rounded, mask=inside)
+        if grad_update_ptr is not None:
+            update = rounded.to(grad_update_ptr.dtype.element_ty)
+            tl.store(grad_update_ptr + at, update, mask=inside)
+            sum_update += tl.sum(tl.where(inside, update.to(tl.float32), 0.0), axis=0)
+        else:
+            sum_update += tl.sum(tl.where(inside, rounded.to(tl.float32), 0.0), axis=0)
+        sum_weight += tl.sum(grad_normed * unit, axis=0)
+        sum_bias += tl.sum(grad_normed, axis=0)
+    programs = tl.num_programs(0)
+    at = tl.program_id(0) * D + d
+    tl.store(partial_ptr + at, sum_weight, mask=d < D)
+    tl.store(partial_ptr + programs * D + at, sum_bias, mask=d < D)
+    tl.store(partial_ptr + 2 * programs * D + at, sum_update, mask=d < D)

@@ -1,0 +1,107 @@
+"""The 2-norm of many tensors together, such as the gradients of a model: one launch a dtype, and one that ends it.
+
+Squares are added up in float32, chunk by chunk, always in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels.dispatch import check_tensors, jit, launch, tl, use_triton
+from fastmum.kernels.tables import CHUNK, chunk_of, make_table
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The square root of the sum of all squares.
+
+    Args:
+        tensors: floating point, on one device, without gaps in memory; none at all have norm 0.
+
+    Returns:
+        Scalar, float32. On the CPU the norm of a tensor is rounded to its dtype first.
+
+    Raises:
+        TypeError: a tensor that is not floating point.
+        ValueError: tensors on different devices.
+    """
+    check_tensors(**{f"tensors[{i}]": x for i, x in enumerate(tensors)})
+    for i, x in enumerate(tensors):
+        if not x.is_floating_point():
+            raise TypeError(f"tensors[{i}] has dtype {x.dtype}, but must be floating point")
+    return _total_norm(list(tensors)) if tensors else torch.zeros(())
+
+
+@torch.library.custom_op("fastmum::total_norm", mutates_args=())
+def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    alike: dict[torch.dtype, list[Tensor]] = {}
+    for x in tensors:
+        alike.setdefault(x.dtype, []).append(x)
+    if use_triton(tensors[0]):
+        return _total_norm_triton(list(alike.values()))
+    # Another dtype than the tensors' own is ten times slower on the CPU.
+    norms = [torch.stack(torch._foreach_norm(some, 2)).float() for some in alike.values()]
+    return torch.linalg.vector_norm(torch.cat(norms))
+
+
+@_total_norm.register_fake
+def _(tensors):
+    return tensors[0].new_empty((), dtype=torch.float32)
+
+
+def _total_norm_triton(groups: list[list[Tensor]]) -> Tensor:
+    device = groups[0][0].device
+    tables = [make_table([some]) for some in groups]
+    sums = torch.empty(sum(table.chunks for table in tables), dtype=torch.float32, device=device)
+    norm, begin = torch.empty((), dtype=torch.float32, device=device), 0
+    for some, table in zip(groups, tables, strict=True):
+        launch(
+            _squares_kernel,
+            (table.chunks,),
+            *(table.words, torch.empty(0, dtype=some[0].dtype, device=device), sums[begin:], table.rows),
+            ALIGN=table.align,
+            DIVISOR=table.divisor,
+            CHUNK=CHUNK,
+            BLOCK=2048,
+            num_warps=4,
+        )
+        begin += table.chunks
+    launch(_root_kernel, (1,), sums, norm, len(sums), BLOCK=1024, num_warps=8)
+    return norm
+
+
+@jit(do_not_specialize=["rows"])
+def _squares_kernel(
+    table_ptr,  # see `tables`: one column
+    like_ptr,  # no values: its dtype is that of the tensors
+    sums_ptr,  # (chunks,)
+    rows,
+    ALIGN: tl.constexpr,
+    DIVISOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row_ptr, begin, numel = chunk_of(table_ptr, rows, 1, CHUNK, DIVISOR)
+    x_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty)), ALIGN)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, CHUNK, BLOCK):
+        at = begin + first + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < numel, other=0.0).to(tl.float32)
+        total += x * x
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@jit(do_not_specialize=["n"])
+def _root_kernel(
+    sums_ptr,  # (n,)
+    norm_ptr,  # scalar
+    n,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(sums_ptr + at, mask=at < n, other=0.0)
+    tl.store(norm_ptr, tl.sqrt(tl.sum(total, axis=0)))
