@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmum.kernels import gather_tokens, rope_qk
 from fastmum.model.config import MLP_RATIO
+from fastmum.model.rope import rotate_rounded
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Attention(nn.Module):
         return self.proj(context.attend(q, k, v).flatten(1))
 
     def _rotate(self, x: Tensor, positions: Tensor, context: Context, parts: str) -> Tensor:
+        if context.sin.dtype.itemsize < x.dtype.itemsize:
+            return rotate_rounded(x, positions, context.sin, context.cos, self.num_heads, parts)
         # In place: the linear layer's backward pass does not need its output.
         return rope_qk(
             x, positions, context.sin, context.cos, self.num_heads, context.special, inplace=True, parts=parts
