@@ -155,7 +155,7 @@ def train_probes(
         total, since = total + losses.detach(), since + 1
         if step % settings.evaluate_every and step < settings.steps:
             continue
-        errors, warps = _test(stack.detach(), test, settings, device)
+        errors, warps = match_all(stack.detach(), test, settings, device)
         found = scores(errors, test.visible)
         history.append(Evaluated(step, (total / since).tolist(), found))
         probe = min(range(len(found)), key=lambda i: found[i].epe if isfinite(found[i].epe) else inf)
@@ -209,7 +209,7 @@ def _draw(data: Prepared, settings: ProbeSettings) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _test(stack: Tensor, data: Prepared, settings: ProbeSettings, device: torch.device) -> tuple[Tensor, Tensor]:
+def match_all(stack: Tensor, data: Prepared, settings: ProbeSettings, device: torch.device) -> tuple[Tensor, Tensor]:
     """Errors (Q, N, P) in pixels and warps (Q, N, P, 2) of all probes, on the CPU."""
     warps = []
     for pairs in data.batches(settings.batch):

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastmum.evaluate.pairs import Camera, Pair
 
 MAX_DEPTH_ERROR = 0.05  # |z_b - z| / z_b that still counts as the same surface: RoMa's `get_gt_warp`
-ALL_KNOWN = 1 - 1e-6  # share of a bilinear sample's weight on known depth
+KNOWN = 0.5  # least share of a bilinear sample's weight that is on known depth
 
 
 class Warp(NamedTuple):
@@ -42,9 +42,9 @@ def grid_points(rows: int, columns: int) -> Tensor:
 def true_warp(points: Tensor, a: Camera, b: Camera, T_b_a: Tensor) -> Warp:
     """The warp by geometry (RoMa's `get_gt_warp`): depth of A at the points, to the scene, into B.
 
-    A point is visible where depth of A is known all around it, it lies in front of B and inside of B's picture, and B's
-    depth there is the point's own within 5 %. Depth is sampled bilinearly, and only between known values, so that no
-    surface is invented at the edge of what was measured.
+    A point is visible where depth of A is known, it lies in front of B and inside of B's picture, and B's depth there is
+    the point's own within 5 %. Depth is sampled bilinearly; values that are unknown have no part in the mean, instead of
+    drawing it towards 0.
 
     Args:
         points: (N, 2) in A.
@@ -78,8 +78,8 @@ def pair_warp(pair: Pair, rows: int, columns: int) -> Warp:
 def _sample_depth(camera: Camera, points: Tensor) -> tuple[Tensor, Tensor]:
     """Depth at points (N,) float64, and whether it is known there."""
     depth = torch.from_numpy(camera.depth).double()
-    sampled, known = _sample(torch.stack([depth, (depth > 0).double()]), points[None])[:, 0]
-    return sampled, known > ALL_KNOWN
+    weighted, known = _sample(torch.stack([depth, (depth > 0).double()]), points[None])[:, 0]
+    return weighted / known.clamp(min=KNOWN), known >= KNOWN
 
 
 def _sample(maps_CHW: Tensor, points_hw2: Tensor) -> Tensor:
