@@ -86,7 +86,7 @@ def evaluate_attention(model: nn.Module, pairs: PairSet, size: int | None = None
         progress: whether to show bars.
 
     Returns:
-        "scores" and "per_pair_epe" of the best, "best" which it is, "blocks" the scores of each, of "mean" and 0, 1, ...
+        "scores" and "per_pair_epe" of the best, "best" which it is, "blocks" the scores of "mean" and of 0, 1, ...
 
     Raises:
         DataError: an encoder without decoder, or a set that cannot be read or does not fit it.

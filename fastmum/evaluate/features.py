@@ -58,7 +58,11 @@ class Prepared:
 
 
 def prepare(
-    encoder: nn.Module, pairs: PairSet, size: int | None = None, norm: Norm = "layernorm", batch: int = 8,
+    encoder: nn.Module,
+    pairs: PairSet,
+    size: int | None = None,
+    norm: Norm = "layernorm",
+    batch: int = 8,
     progress: bool = True,
 ) -> Prepared:
     """Encode the frames of a set and compute its true warps.
@@ -118,8 +122,8 @@ def patch_features(encoder: nn.Module, images: Tensor, norm: Norm = "layernorm")
     """Last-layer features of the patches of whole pictures.
 
     Args:
-        encoder: has `forward_features` with the keys of DINOv2 ("x_norm_patchtokens", "x_prenorm"): `Encoder`, `MuM` and
-            others of that interface; its device decides where they are computed.
+        encoder: has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm": `Encoder`, `MuM` and
+            others of that interface. Features are computed on its device.
         images: (F, H, W, 3) uint8.
         norm: "layernorm" behind the encoder's last norm, "raw" before it.
 
@@ -164,5 +168,3 @@ def _batches(frames: Sequence[Frame], size: int, batch: int, progress: bool, lab
             images = torch.stack([load_image(frame, size) for frame in frames[start : start + batch]])
             yield images
             bar.update(len(images))
-
-

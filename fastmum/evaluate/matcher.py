@@ -19,7 +19,7 @@ TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
 
 
 def cosine_logits(a: Tensor, b: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Cosine similarity of all patches of A to all of B, over the temperature: (..., P_a, D), (..., P_b, D) -> (..., P_a, P_b)."""
+    """Cosines of all patches of A (..., P_a, D) with all of B (..., P_b, D), over the temperature: (..., P_a, P_b)."""
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT / temperature
 
 

@@ -1,7 +1,7 @@
 """How far estimated warps are from the true ones.
 
-Errors are pixels of pictures of 448 x 448, whatever size was computed at (RoMa, section 4.1). Every pair counts alike: the
-mean over a pair's visible points, then over pairs.
+Errors are pixels of pictures of 448 x 448, whatever size was computed at (RoMa). Every pair counts alike: the mean goes
+over a pair's visible points, then over pairs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def pixel_errors(estimated: Tensor, true: Tensor) -> Tensor:
 
 
 def mean_of_visible(values: Tensor, visible: Tensor) -> Tensor:
-    """Means over the visible points of each pair, (..., N, P) and (N, P) bool -> (..., N); NaN where none is visible."""
+    """Means over each pair's visible points, (..., N, P) and (N, P) bool -> (..., N); NaN where none is visible."""
     return torch.where(visible, values, 0).sum(-1) / visible.sum(-1)
 
 

@@ -15,8 +15,8 @@ from fastmum.report.scale import write
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
 CAPTIONS = {
-    "matching": "B moved onto A by the best probe's warp, by the true one (white: not seen in B), and both pictures",
-    "cosine": "B moved onto A by the warp of cosine matching, by the true one (white: not seen in B), and both pictures",
+    "matching": "A, B moved onto A by the best probe's warp, the same by the true warp (white: not seen in B), B",
+    "cosine": "A, B moved onto A by cosine matching, the same by the true warp (white: not seen in B), B",
     "attention": (
         "attention of the framed patch of A to the patches of B in the decoder's global blocks, mean over heads; "
         "the cross is its true place"

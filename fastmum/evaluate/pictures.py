@@ -82,7 +82,8 @@ def _heat(image: Tensor, values_hw: Tensor) -> Image.Image:
     span = values_hw.max() - values_hw.min()
     share = ((values_hw - values_hw.min()) / span.clamp(min=1e-30)).numpy()
     bands = [np.interp(share, np.linspace(0, 1, len(HEAT)), channel) for channel in zip(*HEAT, strict=True)]
-    colours = Image.fromarray(np.stack(bands, -1).round().astype(np.uint8)).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
+    patches = Image.fromarray(np.stack(bands, -1).round().astype(np.uint8))
+    colours = patches.resize(image.shape[1::-1], Image.Resampling.BICUBIC)
     grey = image.float().mean(-1, keepdim=True).expand(-1, -1, 3)
     mixed = FAINT * grey + (1 - FAINT) * torch.from_numpy(np.array(colours)).float()
     return Image.fromarray(mixed.round().clamp(0, 255).to(torch.uint8).numpy())

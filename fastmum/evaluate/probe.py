@@ -147,7 +147,8 @@ def train_probes(
     history: list[Evaluated] = []
     best, least, kept = (0, 0), inf, (torch.empty(0), torch.empty(0))
     total, since = torch.zeros(len(rates), device=device), 0
-    bar = tqdm(_draw(train, settings), desc=f"{len(rates)} probes", unit="step", total=settings.steps, disable=not progress)
+    drawn, label = _draw(train, settings), f"{len(rates)} probes"
+    bar = tqdm(drawn, desc=label, unit="step", total=settings.steps, disable=not progress)
     for step, pairs in enumerate(bar, 1):
         losses = _losses(stack, train, pairs, settings.temperature, device)
         (gradient,) = torch.autograd.grad(losses.sum(), stack)
@@ -218,5 +219,3 @@ def match_all(stack: Tensor, data: Prepared, settings: ProbeSettings, device: to
         warps.append(decode(logits, data.grid).cpu())
     estimated = torch.cat(warps, dim=1)
     return pixel_errors(estimated, data.target), estimated
-
-

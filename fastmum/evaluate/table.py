@@ -23,8 +23,8 @@ SCORES = {
 }
 NONE = "–"
 NOTE = (
-    "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and 5 cm, "
-    "in percent. The paper's numbers are EPE, and recall on NAVI (linear probe: Table 4; cosine: supplement, Table 13)."
+    "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
+    "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine)."
 )
 
 

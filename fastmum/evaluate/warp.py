@@ -42,8 +42,8 @@ def grid_points(rows: int, columns: int) -> Tensor:
 def true_warp(points: Tensor, a: Camera, b: Camera, T_b_a: Tensor) -> Warp:
     """The warp by geometry (RoMa's `get_gt_warp`): depth of A at the points, to the scene, into B.
 
-    A point is visible where depth of A is known, it lies in front of B and inside of B's picture, and B's depth there is
-    the point's own within 5 %. Depth is sampled bilinearly; values that are unknown have no part in the mean, instead of
+    A point is visible where depth of A is known, it lies in front of B and inside of B's picture, and B's depth there
+    is the point's own within 5 %. Depth is sampled bilinearly; unknown values have no part in the mean, instead of
     drawing it towards 0.
 
     Args:

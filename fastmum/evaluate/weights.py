@@ -30,7 +30,9 @@ class Weights(NamedTuple):
     model: Encoder
 
 
-def load_weights(source: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int) -> Weights:
+def load_weights(
+    source: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
+) -> Weights:
     """Load weights, or make up some.
 
     Args:

@@ -42,10 +42,12 @@ def wall_pairs() -> PairSet:
 class ByColour(nn.Module):
     """Features that are waves of a patch's mean red and green: patches of one place on the wall have like features.
 
-    Before the norm, patches come behind CLS and four registers, as in DINOv2 with registers.
+    Before the norm, patches come behind CLS and four registers, as in DINOv2 with registers. With `noise`, as many
+    channels again are nothing but noise of that size, other in every picture.
     """
 
     patch_size = 4
+    noise = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,6 +58,8 @@ class ByColour(nn.Module):
         colours = images[:, :2].unfold(2, p, p).unfold(3, p, p).mean((-2, -1)).flatten(2).mT
         phases = colours[..., None] * self.waves
         patches = torch.cat([phases.sin(), phases.cos()], -1).flatten(2)
+        if self.noise:
+            patches = torch.cat([patches, self.noise * torch.randn_like(patches)], -1)
         others = torch.full_like(patches[:, :5], 7.0)
         return {"x_norm_patchtokens": patches, "x_prenorm": torch.cat([others, patches], 1)}
 

@@ -26,7 +26,13 @@ def test_perfect_warp_has_perfect_scores():
 
 @pytest.mark.parametrize(
     ("pixels", "expected"),
-    [(0.5, (100, 100, 100, 100)), (2, (100, 0, 100, 100)), (4, (100, 0, 0, 100)), (31, (100, 0, 0, 0)), (33, (0, 0, 0, 0))],
+    [
+        (0.5, (100, 100, 100, 100)),
+        (2, (100, 0, 100, 100)),
+        (4, (100, 0, 0, 100)),
+        (31, (100, 0, 0, 0)),
+        (33, (0, 0, 0, 0)),
+    ],
 )
 def test_shift_by_pixels_of_448(pixels, expected):
     true = torch.rand(2, 5, 2, dtype=torch.float64)

@@ -152,7 +152,7 @@ def quaternion(R: np.ndarray) -> list[float]:
 
 
 def navi(root: Path, count: int = 9) -> list[Shot]:
-    """One object: a piece of the wall at 0.4 m (a tenth of its distance) before nothing; pictures are wider than high."""
+    """One object: a piece of the wall at a tenth of its distance, before nothing; pictures are wider than high."""
     shots = [shot((0.03 * i, 0.02 * i, 0), (0.02 * i, -0.03 * i, 0.05 * i), (96, 64), 80) for i in range(count)]
     folder = root / "keywest_showpiece_cat/wild_set"
     annotations = []
@@ -273,7 +273,7 @@ def test_files_that_cannot_be_read(wall_file):
     with pytest.raises(DataError, match=r"depth '.*3_depth\.png' cannot be read"):
         pairs[1].b.read_camera()
     wall_file.write_text("{")
-    with pytest.raises(DataError, match="line 1 of .* is not JSON"):
+    with pytest.raises(DataError, match=r"line 1 of .* is not JSON"):
         open_pairs(str(wall_file))
 
 

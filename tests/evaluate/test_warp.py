@@ -109,7 +109,8 @@ def test_what_stands_in_front_hides():
     left = free.points[:, 0] < 18 / 64
     assert (free.visible & left).any()
     assert not (behind.visible & left).any()
-    assert torch.equal(behind.visible[~left & (free.points[:, 0] > 22 / 64)], free.visible[~left & (free.points[:, 0] > 22 / 64)])
+    right = free.points[:, 0] > 22 / 64
+    assert torch.equal(behind.visible[right], free.visible[right])
 
 
 def replace_depth(camera: Camera, depth: np.ndarray) -> Camera:

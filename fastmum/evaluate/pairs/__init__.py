@@ -43,12 +43,8 @@ SETS: dict[str, Layout] = {
         scenes.is_scenes,
     ),
     "motorcycle": Layout("Middlebury's stereo pair of that name, from scikit-image", motorcycle.stereo),
-    "pairs": Layout(
-        "pairs.jsonl: pictures, K, T_b_a and depth, a pair a line", None, jsonl.from_file, jsonl.is_jsonl
-    ),
-    "scannet": Layout(
-        "ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root, scannet.is_scannet
-    ),
+    "pairs": Layout("pairs.jsonl: pictures, K, T_b_a and depth, a pair a line", None, jsonl.from_file, jsonl.is_jsonl),
+    "scannet": Layout("ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root, scannet.is_scannet),
     "megadepth": Layout(
         "MegaDepth-1500 as LoFTR, DKM and RoMa have it", None, megadepth.from_root, megadepth.is_megadepth
     ),

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 
 from fastmum.data.errors import DataError
-from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose
+from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose, some
 from fastmum.evaluate.pairs.reading import frame_of, matrix, read_archive
 
 TEST_SCENES = ("0015", "0022")  # LoFTR's split
 # The scenes that LoFTR's five test files and the Image Matching Challenge 2021 take their pictures from.
 NOT_TRAINED_ON = (*TEST_SCENES, "0008", "0019", "0021", "0024", "0025", "0032", "0063", "1589")
 MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
-RANDOM_PAIRS = 1500  # drawn from a test scene's thousands where only DKM's files are there
+TRAIN_PAIRS = 50  # drawn from each file, which may list hundreds of thousands
+TEST_PAIRS = 1500  # drawn where only DKM's files are there, which list more
 SIZE = 448
 
 _LOFTR_TEST = ("", "megadepth_test_1500_scene_info", "index/megadepth_test_1500_scene_info")
@@ -50,8 +51,8 @@ def from_root(root: Path, part: str) -> PairSet:
     files = _information(root, part)
     if not files and part == "train":
         raise DataError(
-            f"'{root}' has no pairs of other scenes than {' and '.join(TEST_SCENES)} to train on (prep_scene_info/*.npy or "
-            "index/scene_info_0.1_0.7/*.npz); --train-data names another set"
+            f"'{root}' has no pairs of other scenes than {' and '.join(TEST_SCENES)} to train on "
+            "(prep_scene_info/*.npy or index/scene_info_0.1_0.7/*.npz); --train-data names another set"
         )
     if not files:
         raise DataError(
@@ -81,10 +82,9 @@ def _pairs(file: Path, root: Path, part: str) -> list[Pair]:
     try:
         indices, overlaps = _listed(information)
         if part == "train":
-            indices = indices[overlaps > MIN_OVERLAP]
-        elif file.suffix == ".npy" and len(indices) > RANDOM_PAIRS // len(TEST_SCENES):
-            picked = np.random.default_rng(0).choice(len(indices), RANDOM_PAIRS // len(TEST_SCENES), replace=False)
-            indices = indices[np.sort(picked)]
+            indices = some(indices[overlaps > MIN_OVERLAP], TRAIN_PAIRS)
+        elif file.suffix == ".npy":
+            indices = some(indices, TEST_PAIRS // len(TEST_SCENES))
         scene, folder = file.stem.partition("_")[0], _image_root(information["image_paths"], root, file)
         poses = information["poses"]
         frames: dict[int, Frame] = {}

@@ -1,8 +1,8 @@
 """NAVI, as Probe3D pairs and crops it.
 
-Layout (v1.0, v1.5): `<object>/wild_set/annotations.json`, `images/000.jpg`, `depth/000.png`; an annotation has `filename`,
-`image_size` (height, width) and `camera` with `q` (w, x, y, z), `t` (millimetres) and `focal_length` (pixels). A depth
-PNG holds inverse depth: millimetres are 655350 / count, 0 is background.
+Layout (v1.0, v1.5): `<object>/wild_set/annotations.json`, `images/000.jpg`, `depth/000.png`. An annotation has
+`filename`, `image_size` (height, width) and `camera` with `q` (w, x, y, z), `t` (millimetres) and `focal_length`
+(pixels). A depth PNG holds inverse depth: millimetres are 655350 / count, 0 is background.
 
 Probe3D: every fourth picture of the wild sets; its partner is another picture of the set at most 120 degrees away;
 both are cut to a square round the object.

@@ -16,10 +16,10 @@ from fastmum.data.errors import DataError
 
 
 class Camera(NamedTuple):
-    """What is known of a frame's geometry, in unit coordinates: (0, 0) is its upper left corner, (1, 1) its lower right.
+    """What is known of a frame's geometry, in unit coordinates: (0, 0) is the upper left corner, (1, 1) the lower right.
 
-    The centre of pixel (row i, column j) of a picture of H x W pixels lies at ((j + 0.5) / W, (i + 0.5) / H), so that the
-    same camera fits the picture, its depth and its patches at any resolution.
+    The centre of the pixel in row i, column j of H x W lies at ((j + 0.5) / W, (i + 0.5) / H), so that one camera fits
+    the picture, its depth and its patches at any resolution.
 
     Args:
         K: (3, 3) float64 intrinsics.
@@ -98,6 +98,13 @@ class PairSet:
     def both_ways(self) -> PairSet:
         """Every pair and its reverse."""
         return replace(self, pairs=[each for pair in self.pairs for each in (pair, pair.reversed())])
+
+
+def some(items: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """At most `count` rows at random, the same ones every time, in their order."""
+    if len(items) <= count:
+        return items
+    return items[np.sort(np.random.default_rng(seed).choice(len(items), count, replace=False))]
 
 
 def relative_pose(T_a: np.ndarray, T_b: np.ndarray) -> np.ndarray:

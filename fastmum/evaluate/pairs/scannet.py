@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmum.data.errors import DataError
-from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose
+from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose, some
 from fastmum.evaluate.pairs.reading import frame_of, image_size, matrix, read_archive, read_table
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 SIZE = 448
 UNIT = 1e-3  # metres a count of depth
 MIN_OVERLAP = 0.4  # score of training pairs, as in LoFTR's training
+TRAIN_PAIRS = 10  # drawn from each of 1,513 scenes: a pose is a file
 EVERY = 10  # of a video's frames in training pairs, as in RoMa's training
 
 _TEST = ("test.npz", "scannet_test_1500/test.npz", "index/scannet_test_1500/test.npz")
@@ -51,9 +52,7 @@ def from_root(root: Path, part: str) -> PairSet:
     if part == "train":
         indices = next((found for pattern in _TRAIN if (found := sorted(root.glob(pattern)))), [])
         if not indices:
-            raise DataError(
-                f"'{root}' has no training pairs ({' or '.join(_TRAIN)}); --train-data names another set"
-            )
+            raise DataError(f"'{root}' has no training pairs ({' or '.join(_TRAIN)}); --train-data names another set")
         scans = _Scans(root, _TRAIN_SCANS, None)
     else:
         indices = [root / name for name in _TEST if (root / name).is_file()][:1]
@@ -71,7 +70,8 @@ def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
         names = np.stack([names[key] for key in names.dtype.names], 1) if names.dtype.names else names.reshape(-1, 4)
         names = names.astype(np.int64)
         if part == "train":
-            names = names[(np.asarray(archive["score"]) > MIN_OVERLAP) & (names[:, 2:] % EVERY == 0).all(1)]
+            usable = (np.asarray(archive["score"]) > MIN_OVERLAP) & (names[:, 2:] % EVERY == 0).all(1)
+            names = some(names[usable], TRAIN_PAIRS)
     except (KeyError, ValueError, TypeError) as error:
         raise DataError(f"'{file}' is no list of ScanNet's pairs ({error!r} is missing or wrong)") from None
     pairs = []
@@ -111,16 +111,15 @@ class _Scans:
     def frame(self, scene: str, index: int) -> Frame:
         folder = self._folder(scene)
         image = folder / "color" / f"{index}.jpg"
-        return frame_of(
-            f"{scene}/{index}", image, folder / "depth" / f"{index}.png", self._camera(scene, image), UNIT
-        )
+        return frame_of(f"{scene}/{index}", image, folder / "depth" / f"{index}.png", self._camera(scene, image), UNIT)
 
     def _folder(self, scene: str) -> Path:
         if scene not in self._found:
             places = [self.root / folder / scene for folder in self.folders]
             found = next((place for place in places if place.is_dir()), None)
             if found is None:
-                raise DataError(f"'{scene}' is not in '{self.root}' (looked in {', '.join(filter(None, self.folders))})")
+                looked = ", ".join(filter(None, self.folders))
+                raise DataError(f"'{scene}' is neither in '{self.root}' nor below it in {looked}")
             self._found[scene] = found
         return self._found[scene]
 

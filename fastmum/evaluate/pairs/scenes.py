@@ -94,11 +94,8 @@ def _pairs(folder: Path, gaps: tuple[int, ...], stride: int) -> list[Pair]:
         ]
     except (KeyError, TypeError) as error:
         raise DataError(f"'{file}' is not a scene's cameras.json ({error!r} is missing or wrong)") from None
-    places = itertools.chain.from_iterable(
-        ((i, i + gap) for i in range(0, len(frames) - gap, stride)) for gap in gaps
-    )
+    places = itertools.chain.from_iterable(((i, i + gap) for i in range(0, len(frames) - gap, stride)) for gap in gaps)
     return [
         Pair(f"{folder.name}/{i:03d}-{j:03d}", folder.name, frames[i], frames[j], relative_pose(poses[i], poses[j]))
         for i, j in places
     ]
-
