@@ -21,6 +21,7 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.31"],
     "fp8": ["torchao>=0.12"],
+    "evaluate": ["h5py>=3.10"],
 }
 
 setup(
@@ -60,6 +61,7 @@ setup(
             *EXTRAS["video"],
             *EXTRAS["wandb"],
             *EXTRAS["fp8"],
+            *EXTRAS["evaluate"],
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",

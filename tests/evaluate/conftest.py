@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ from fastmum.evaluate.pairs import Frame, Pair, PairSet, relative_pose, unit_cam
 
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of two rendered scenes of 6 views at 96 pixels."""
+    """Folder of a rendered scene of 6 views at 96 pixels, and of its copy under another name."""
     cache = tmp_path_factory.mktemp("evaluated")
-    return ensure_scenes(2, 6, 96, 0, cache_dir=cache, workers=1, progress=False)
+    root = ensure_scenes(1, 6, 96, 0, cache_dir=cache, workers=1, progress=False)
+    shutil.copytree(root / "scene_0000", root / "scene_0001")
+    return root
 
 
 def wall_frame(name: str, camera: Shot) -> Frame:

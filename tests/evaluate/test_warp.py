@@ -54,9 +54,9 @@ def test_identity_for_one_camera_twice():
 
 def test_rendered_scenes_against_rays(rendered):
     """Rays cast through A's points and B's landing places must meet the same thing."""
-    folder = sorted(rendered.glob("scene_*"))[1]
+    folder = rendered / "scene_0000"
     cameras = json.loads((folder / "cameras.json").read_text())
-    scene, size = build_scene(cameras["seed"], 1), cameras["size"][0]
+    scene, size = build_scene(cameras["seed"], 0), cameras["size"][0]
     pairs = from_folders([folder], gaps=(1, 2), stride=2).pairs
     assert len(pairs) == 5
     errors, missed = [], []

@@ -16,7 +16,7 @@ from fastmum.data.errors import DataError
 
 
 class Camera(NamedTuple):
-    """What is known of a frame's geometry, in unit coordinates: (0, 0) is the upper left corner, (1, 1) the lower right.
+    """What is known of a frame's geometry, in unit coordinates: from (0, 0), upper left, to (1, 1), lower right.
 
     The centre of the pixel in row i, column j of H x W lies at ((j + 0.5) / W, (i + 0.5) / H), so that one camera fits
     the picture, its depth and its patches at any resolution.
