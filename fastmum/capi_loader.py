@@ -33,7 +33,7 @@ class VisionEncoder(nn.Module):
         self.embed_dim = encoder.config.embed_dim
 
     def forward(self, images: Tensor) -> tuple[Tensor, None, Tensor]:
-        """Normalised images (B, 3, H, W) -> CLS (B, D), no registers, patches (B, H / p, W / p, D), after the last norm."""
+        """Normalised images (B, 3, H, W) -> normed CLS (B, D), no registers, normed patches (B, H / p, W / p, D)."""
         features = self.encoder.forward_features(images)
         rows, columns = (side // self.patch_size for side in images.shape[2:])
         return features["x_norm_clstoken"], None, features["x_norm_patchtokens"].unflatten(1, (rows, columns))
