@@ -62,7 +62,7 @@ def extract(
         Tokens by names of images, in the order of the files.
 
     Raises:
-        FeaturesError: no image can be read, or the device's memory is too small.
+        FeaturesError: no image can be read, the device's memory is too small, or features are not finite.
         ValueError: layers that the encoder does not have.
     """
     sizing = sizing or Sizing(encoder.config.patch_size)
@@ -74,6 +74,11 @@ def extract(
         for files, frames in _decoded(_batches(placements, batch), placements, images):
             if len(files):
                 for file, cls, patch in zip(files, *_tokens(encoder, frames.to(device), layers, norm), strict=True):
+                    if not patch.isfinite().all():
+                        raise FeaturesError(
+                            f"features of '{images.name(file)}' are not finite: the weights are damaged, or "
+                            f"{patch.dtype} is too narrow for them"
+                        )
                     found[images.name(file)] = Tokens(cls, patch, placements[file])
             bar.update(len(files))
     if not found:

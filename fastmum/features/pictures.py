@@ -41,52 +41,57 @@ class Basis(NamedTuple):
     high: Tensor
 
     def colours(self, patch: Tensor) -> np.ndarray:
-        """Tokens (P, D) -> (P, 3) uint8."""
+        """Tokens (..., D) -> (..., 3) uint8."""
         values = (patch.float() - self.mean) @ self.directions
         shares = (values - self.low) / (self.high - self.low).clamp_min(1e-12)
         return (shares.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
 def fit_basis(patches: Sequence[Tensor]) -> Basis:
-    """The main directions of patch tokens, (P, D) each, by principal component analysis."""
-    every = -(-sum(map(len, patches)) // SAMPLES)
-    tokens = torch.cat([patch[::every].float() for patch in patches])
+    """The main directions of patch tokens, (..., D) each, by principal component analysis."""
+    every = -(-sum(patch[..., 0].numel() for patch in patches) // SAMPLES)
+    tokens = torch.cat([patch.flatten(0, -2)[::every].float() for patch in patches])
     mean = tokens.mean(0)
     centred = tokens - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
     directions = vectors[:, -COLOURS:].flip(1)
-    if directions.shape[1] < COLOURS:
-        directions = torch.nn.functional.pad(directions, (0, COLOURS - directions.shape[1]))
     values = centred @ directions
     # Of a direction and its opposite, the one along which values reach further.
     directions = directions * torch.where(values.amax(0) < -values.amin(0), -1.0, 1.0)
-    values = centred @ directions
-    low, high = (torch.from_numpy(np.quantile(values.numpy(), q, axis=0)).float() for q in SPREAD)
+    values = (centred @ directions).numpy()
+    low, high = (torch.from_numpy(np.quantile(values, q, axis=0)).float() for q in SPREAD)
     return Basis(mean, directions, low, high)
 
 
+def content(tokens: Tokens, patch_size: int) -> Tensor:
+    """Patch tokens as a map (rows, columns, D), of several layers the last, without those that see padding alone."""
+    place = tokens.placement
+    patch = tokens.patch if tokens.patch.ndim == 2 else tokens.patch[-1]
+    grid = patch.unflatten(0, (place.height // patch_size, place.width // patch_size))
+    return grid[: -(-place.content_height // patch_size), : -(-place.content_width // patch_size)]
+
+
 def draw(image: np.ndarray, patch: Tensor, placement: Placement, basis: Basis, patch_size: int) -> Image.Image:
-    """An image (H, W, 3) uint8 as the encoder saw it, and its tokens (P, D) beside it; padding is left away."""
-    grid = placement.height // patch_size, placement.width // patch_size
-    colours = basis.colours(patch).reshape(*grid, COLOURS).repeat(patch_size, 0).repeat(patch_size, 1)
-    rows, columns = placement.content_height, placement.content_width
-    gap = np.full((rows, GAP, 3), 255, np.uint8)
-    return Image.fromarray(np.concatenate([image[:rows, :columns], gap, colours[:rows, :columns]], axis=1))
+    """An image (H, W, 3) uint8 as the encoder saw it beside its map of tokens (rows, columns, D), without padding."""
+    height, width = placement.content_height, placement.content_width
+    colours = basis.colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)
+    gap = np.full((height, GAP, 3), 255, np.uint8)
+    return Image.fromarray(np.concatenate([image[:height, :width], gap, colours[:height, :width]], axis=1))
 
 
 def write_pictures(
     folder: Path, images: Images, features: Mapping[str, Tokens], patch_size: int, progress: bool = False
 ) -> None:
-    """Draw a picture of every image; of several layers the last.
+    """Draw a picture of every image.
 
     Raises:
         FeaturesError: they cannot be written.
     """
-    patches = {name: t.patch if t.patch.ndim == 2 else t.patch[-1] for name, t in features.items()}
-    basis = fit_basis(list(patches.values()))
+    maps = {name: content(tokens, patch_size) for name, tokens in features.items()}
+    basis = fit_basis(list(maps.values()))
     files = {images.name(file): file for file in images.files}
-    names = _file_names(patches)
-    for name, patch in tqdm(patches.items(), unit="image", desc="pictures", disable=not progress):
+    names = _file_names(maps)
+    for name, patch in tqdm(maps.items(), unit="image", desc="pictures", disable=not progress):
         placement = features[name].placement
         try:
             picture = draw(read_image(files[name], placement), patch, placement, basis, patch_size)

@@ -7,10 +7,10 @@ layers (n, D) and (n, P, D). What they are of, as JSON, is the metadata key `abo
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ ABOUT = "about"
 
 
 def check_file(file: Path, force: bool) -> None:
-    """Look whether features can be written to a file.
+    """Make the folder of a file, and look whether features can be written there.
 
     Raises:
         FeaturesError: another suffix, or it is there and not to be replaced.
@@ -36,9 +36,16 @@ def check_file(file: Path, force: bool) -> None:
         raise FeaturesError(f"--out is '{file}', but must end in {' or '.join(SUFFIXES)}")
     if file.is_dir() or (file.exists() and not force):
         raise FeaturesError(f"'{file}' is there already; --force replaces it, --out names another file")
-    parent = next(folder for folder in file.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise FeaturesError(f"'{file}' cannot be written: '{parent}' is not a folder that can be written to")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _partial(file).touch()
+        _partial(file).unlink()
+    except OSError as error:
+        raise FeaturesError(f"'{file}' cannot be written ({error.strerror})") from None
+
+
+def _partial(file: Path) -> Path:
+    return file.with_name(f"{file.name}.partial")
 
 
 def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[str, Any]) -> None:
@@ -59,7 +66,7 @@ def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[st
             ("cls", tokens.cls), ("patch", tokens.patch), ("placement", torch.tensor(tokens.placement)),
         )
     }  # fmt: skip
-    partial = file.with_name(f"{file.name}.partial")
+    partial = _partial(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -103,5 +110,5 @@ def read_features(file: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
         }, json.loads(about)
     except FileNotFoundError:
         raise FeaturesError(f"'{file}' does not exist") from None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise FeaturesError(f"'{file}' holds no features ({error})") from error
