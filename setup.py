@@ -22,6 +22,9 @@ EXTRAS = {
     "wandb": ["wandb>=0.31"],
     "fp8": ["torchao>=0.12"],
     "evaluate": ["h5py>=3.10"],
+    # The first with DINOv3.
+    "hf": ["transformers>=4.56"],
+    "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
 
 setup(
@@ -62,6 +65,8 @@ setup(
             *EXTRAS["wandb"],
             *EXTRAS["fp8"],
             *EXTRAS["evaluate"],
+            *EXTRAS["hf"],
+            *EXTRAS["onnx"],
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",

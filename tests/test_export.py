@@ -93,7 +93,9 @@ def test_what_is_there_stays_unless_told_otherwise(run, capsys):
     assert file.stat().st_size > 100_000
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name", ["released", "safetensors", "hf", pytest.param("onnx", marks=pytest.mark.slow)], ids=list(FORMATS)
+)
 def test_what_fails_leaves_what_was_there(run, name, monkeypatch, capsys):
     file = run / f"mum_0000007{FORMATS[name].suffix}"
     file.write_bytes(b"precious")
@@ -126,11 +128,16 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
 
 def test_a_checkpoint_of_something_else(tmp_path, tiny):
     writer = Checkpoints(tmp_path, keep=1)
-    for step, config, message in (
-        (1, {"depth": 2}, "does not hold a MuM"),
-        (2, dataclasses.asdict(tiny.config), "does not hold the model that it names: cls_token does not fit"),
-    ):
-        writer.save(step, {"model.weight": torch.zeros(3)}, {"model_config": config})
+    whole = {f"model.{name}": tensor for name, tensor in tiny.state_dict().items()}
+    for step, state, config, message in (
+        (1, {"model.weight": torch.zeros(3)}, {}, "does not hold a MuM: none of cls_token"),
+        (2, whole, {"depth": 2}, "does not hold a MuM of possible sizes"),
+        (
+            3, whole | {"model.cls_token": torch.zeros(1, 1, 31)}, dataclasses.asdict(tiny.config),
+            r"does not hold the model that it names: .* cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)",
+        ),
+    ):  # fmt: skip
+        writer.save(step, state, {"model_config": config})
         writer.wait()
         with pytest.raises(RuntimeError, match=message):
             export(tmp_path)

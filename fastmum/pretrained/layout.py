@@ -49,7 +49,7 @@ def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
     found = list(_candidates(tree))
     if not found:
         keys = some([str(name) for name in tree]) or "none"
-        raise WeightsError(f"'{path}' holds no MuM: none of {', '.join(ANCHORS)} is among its keys ({keys})")
+        raise WeightsError(f"'{path}' does not hold a MuM: none of {', '.join(ANCHORS)} is among its keys ({keys})")
     best = max(candidate.anchors for candidate in found)
     found = [candidate for candidate in found if candidate.anchors == best]
     names = ", ".join(f"'{candidate.name}'" for candidate in found)

@@ -105,7 +105,8 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     rope_dtype = _dtype(overrides["rope_dtype"], "rope_dtype") if overrides.get("rope_dtype") else _rope_dtype(state)
     state = state | _periods(state, config, rope_dtype, sizes)
     wanted = _empty(config, encoder_only).state_dict()
-    _check_fit(f"'{saved.path}' does not fit {_preset(config, encoder_only) or 'the model'}", state, wanted)
+    named = "the model that it names" if saved.sizes and not sizes else _preset(config, encoder_only) or "the model"
+    _check_fit(f"'{saved.path}' does not hold {named}", state, wanted)
     pretrained = Pretrained(saved.path, config, {n: state[n] for n in wanted}, encoder_only, rope_dtype, saved.step)
     log.info("'%s': %s", saved.path, pretrained.title)
     return pretrained

@@ -158,7 +158,7 @@ def test_a_mismatch_says_what_was_expected(tiny, save):
     with pytest.raises(MismatchError) as caught:
         fastmum.load_pretrained(file)
     assert str(caught.value) == (
-        f"'{file}' does not fit the model: it lacks blocks.1.mlp.fc1.bias [128]; has besides pos_embed; "
+        f"'{file}' does not hold the model: it lacks blocks.1.mlp.fc1.bias [128]; has besides pos_embed; "
         "has in other shapes norm.weight [31] (expected: [32])"
     )
 
@@ -206,7 +206,7 @@ def test_files_that_hold_no_mum(tiny, tmp_path, save):
         (save([1, 2], "list"), "holds a list, but a state dict is expected"),
         (
             save({"weight": torch.zeros(2)}, "other"),
-            r"holds no MuM: none of .* is among its keys \(weight\)",
+            r"does not hold a MuM: none of .* is among its keys \(weight\)",
         ),
         (save({"model": Custom()}, "custom"), r"holds test_load_pretrained.Custom beside tensors"),
     ):
