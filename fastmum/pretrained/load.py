@@ -103,7 +103,7 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     sizes = {name: overrides[name] for name in SIZES if name in overrides}
     config = _config(saved, state, sizes)
     rope_dtype = _dtype(overrides["rope_dtype"], "rope_dtype") if overrides.get("rope_dtype") else _rope_dtype(state)
-    state = state | _periods(state, config, rope_dtype, sizes)
+    state = state | _periods(state, config, rope_dtype, sizes, from_run=saved.path.is_dir())
     wanted = _empty(config, encoder_only).state_dict()
     named = "the model that it names" if saved.sizes and not sizes else _preset(config, encoder_only) or "the model"
     _check_fit(f"'{saved.path}' does not hold {named}", state, wanted)
@@ -169,14 +169,22 @@ def _rope_dtype(state: State) -> torch.dtype:
     return torch.bfloat16 if rounded and (others is None or others.dtype != torch.bfloat16) else torch.float32
 
 
-def _periods(state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any]) -> State:
-    """Periods that are computed instead of read: of heads that were given, and those that were rounded when saved."""
+def _periods(
+    state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any], from_run: bool
+) -> State:
+    """Periods that are computed instead of read: of heads that were given, and those that were rounded when saved.
+
+    A run saves what it learns, and so no periods at all.
+    """
     periods = {}
     for name, (width, heads) in PERIODS.items():
-        if name not in state:
+        if name not in state and not (from_run and (has_decoder(state) or not name.startswith(DECODER))):
             continue
         rope = AxialRope(getattr(config, width) // getattr(config, heads))
         rope.init_weights()
+        if name not in state:
+            periods[name] = rope.periods
+            continue
         dtype = rope_dtype if name.startswith("rope_embed.") else torch.float32
         narrower = state[name].dtype.itemsize < dtype.itemsize
         if heads in given or (narrower and torch.equal(rope.periods.to(state[name].dtype), state[name])):
