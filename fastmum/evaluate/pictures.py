@@ -19,6 +19,7 @@ from fastmum.model.mum import MuM
 GAP, LABEL = 4, 18  # pixels between pictures, height of a line of text
 QUERY, TRUTH = (255, 64, 64), (64, 224, 255)  # colours of the query patch and of its true match
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # from nothing to most attention
+SHOWN = 256  # pixels a side at least
 FAINT = 0.35  # brightness of the picture under the heat
 
 
@@ -28,18 +29,19 @@ def draw_warp(pair: Pair, points: Tensor, size: int) -> Image.Image:
     Args:
         pair: the pair.
         points: (P, 2) the warp at the patch centres of A, unit coordinates.
-        size: side of each picture in pixels.
+        size: side of each picture in pixels; small ones are drawn larger.
 
     Returns:
         Four squares with a line of text above each; what the true warp does not reach is white.
     """
+    size = max(size, SHOWN)
     side = round(len(points) ** 0.5)
     a, b = (load_image(frame, size) for frame in (pair.a, pair.b))
     moved = move(b, finer(points.view(side, side, 2).float(), size, size))
     truth = pair_warp(pair, size, size)
     true = move(b, truth.points.view(size, size, 2))
     true[~truth.visible.view(size, size)] = 255
-    return _row([("A", a), ("B moved onto A", moved), ("B moved by the true warp", true), ("B", b)])
+    return _row([("A", a), ("B moved onto A", moved), ("B by the true warp", true), ("B", b)])
 
 
 def draw_attention(model: MuM, pair: Pair, size: int) -> Image.Image:
@@ -50,29 +52,34 @@ def draw_attention(model: MuM, pair: Pair, size: int) -> Image.Image:
     Args:
         model: with its decoder.
         pair: the pair.
-        size: side of each picture in pixels.
+        size: side in pixels that the model sees; small pictures are drawn larger.
     """
-    images = [load_image(frame, size) for frame in (pair.a, pair.b)]
-    maps = attention_maps(model, torch.stack(images))[:, 0]
-    patch = patch_size(model)
-    side = size // patch
+    seen = torch.stack([load_image(frame, size) for frame in (pair.a, pair.b)])
+    maps = attention_maps(model, seen)[:, 0]
+    side = size // patch_size(model)
     truth = pair_warp(pair, side, side)
-    query = _query(images[0], truth.visible, patch)
+    query = _query(seen[0], truth.visible, side)
     place = truth.points[query] if truth.visible[query] else None
     rows_GP = torch.cat([maps[:, query], maps[:, query].mean(0, keepdim=True)])
-    row, column = divmod(query, side)
-    a = Image.fromarray(images[0].numpy())
-    box = [column * patch - 1, row * patch - 1, (column + 1) * patch, (row + 1) * patch]
-    ImageDraw.Draw(a).rectangle(box, outline=QUERY, width=2)
+    a, b = (load_image(frame, max(size, SHOWN)) for frame in (pair.a, pair.b))
     labels = [*(f"block {i}" for i in range(len(maps))), "mean"]
-    heats = [_cross(_heat(images[1], each.view(side, side)), place) for each in rows_GP]
-    return _row([("A, query", a), ("B", images[1]), *zip(labels, heats, strict=True)])
+    heats = [_cross(_heat(b, each.view(side, side)), place) for each in rows_GP]
+    return _row([("A, query", _framed(a, query, side)), ("B", b), *zip(labels, heats, strict=True)])
 
 
-def _query(image: Tensor, visible: Tensor, patch: int) -> int:
-    """The patch of most contrast, among the visible ones if there are any."""
-    size = len(image)
-    patches = image.float().mean(-1).view(size // patch, patch, size // patch, patch)
+def _framed(image: Tensor, query: int, side: int) -> Image.Image:
+    """A picture with a frame round one of side x side patches."""
+    framed, pixels = Image.fromarray(image.numpy()), len(image) / side
+    row, column = divmod(query, side)
+    box = [column * pixels - 1, row * pixels - 1, (column + 1) * pixels, (row + 1) * pixels]
+    ImageDraw.Draw(framed).rectangle(box, outline=QUERY, width=2)
+    return framed
+
+
+def _query(image: Tensor, visible: Tensor, side: int) -> int:
+    """The patch of most contrast of side x side, among the visible ones if there are any."""
+    patch = len(image) // side
+    patches = image.float().mean(-1).view(side, patch, side, patch)
     contrast = patches.var((1, 3)).flatten()
     return int(torch.where(visible, contrast, contrast - 1e9).argmax())
 

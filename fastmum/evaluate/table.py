@@ -53,11 +53,22 @@ class Table(NamedTuple):
 def table(records: Sequence[Record]) -> Table:
     """All results: a row for each matcher, set and weights, with the paper's number for the same matcher and set.
 
-    The paper's sets have a row also where nothing was evaluated on them.
+    The paper's sets have a row also where nothing was evaluated on them. First, for each set, what a warp scores that
+    leaves everything in place.
     """
     scores = [name for name in SCORES if name == "epe" or any(name in r.content["scores"] for r in records)]
     methods = list(dict.fromkeys(method for task in TASKS for method in PUBLISHED[task]))
-    rows = []
+    still = {r.content["set"]: r.content["no_motion"] for r in reversed(records) if "no_motion" in r.content}
+    rows = [
+        [
+            "no motion",
+            TITLES.get(name, name),
+            NONE,
+            *(_number(found.get(score)) for score in scores),
+            *[NONE] * len(methods),
+        ]
+        for name, found in still.items()
+    ]
     for task in TASKS:
         own = [record.content for record in records if record.content["task"] == task]
         sets = dict.fromkeys(content["set"] for content in own)

@@ -107,9 +107,9 @@ def test_pictures(tiny, wall_pairs):
     pair = wall_pairs.pairs[0]
     tiny.eval()
     picture = draw_attention(tiny, pair, 64)
-    assert picture.size == (4 * 64 + 3 * 4, 18 + 64)  # A, B, one block, mean
+    assert picture.size == (4 * 256 + 3 * 4, 18 + 256)  # A, B, one block, mean
     warp = draw_warp(pair, pair_warp(pair, 4, 4).points, 64)
-    assert warp.size == (4 * 64 + 3 * 4, 18 + 64)
-    moved, true = (torch.from_numpy(np.array(warp.crop((x, 18, x + 64, 82)))) for x in (68, 136))
+    assert warp.size == (4 * 256 + 3 * 4, 18 + 256)
+    moved, true = (torch.from_numpy(np.array(warp.crop((x, 18, x + 256, 274)))) for x in (260, 520))
     seen = (true < 255).any(-1)
     assert (moved.float() - true.float()).abs()[seen].mean() < 12

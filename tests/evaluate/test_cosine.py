@@ -13,7 +13,7 @@ from fastmum.evaluate.features import load_image, patch_features, prepare
 from fastmum.evaluate.pairs import Frame, Pair, PairSet, relative_pose, unit_camera
 from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.recall import best_matches, object_recall
-from fastmum.evaluate.warp import pair_warp
+from fastmum.evaluate.warp import grid_points, pair_warp
 
 
 def test_features_of_an_encoder_and_of_one_with_registers(tiny, by_colour):
@@ -48,6 +48,9 @@ def test_features_by_place_match_and_others_do_not(wall_pairs, by_colour):
     assert set(numbers["per_pair_epe"]) == {pair.name for pair in wall_pairs.pairs}
     assert np.mean(list(numbers["per_pair_epe"].values())) == pytest.approx(numbers["scores"]["epe"])
     assert result.warps.shape == (5, 256, 2)
+    moves = [pair_warp(pair, 16, 16) for pair in wall_pairs.pairs]
+    still = [(warp.points - grid_points(16, 16)).norm(dim=1)[warp.visible].mean().item() * 448 for warp in moves]
+    assert numbers["no_motion"]["epe"] == pytest.approx(np.mean(still))
     with torch.no_grad():
         by_colour.waves.zero_()  # every patch alike
     assert evaluate_cosine(by_colour, wall_pairs, 64, progress=False).numbers["scores"]["epe"] > 80

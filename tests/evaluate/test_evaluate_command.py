@@ -58,6 +58,7 @@ def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
     assert named["linear probe", "MegaDepth"]["paper: MuM"] == "10.2"
     assert named["cosine", "NAVI"]["paper: DINOv3"] == "62.8"
     assert named["linear probe", "wall"]["EPE ↓"] == f"{matching['scores']['epe']:.1f}"
+    assert named["no motion", "wall"]["EPE ↓"] == f"{matching['no_motion']['epe']:.1f}"
 
     page = (out / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3
