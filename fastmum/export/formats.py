@@ -20,7 +20,9 @@ from fastmum.pretrained import Pretrained, build, read_pretrained
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # norm of the features' difference over their norm, both in float32
+# Norm of the features' difference over their norm, by what positions are computed in: sums in another order change
+# features in float32 a little, and now and then round a bfloat16 the other way.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 class Format(NamedTuple):
@@ -151,7 +153,7 @@ def _compare(written: Path, kind: Format, source: Pretrained) -> str:
     with torch.inference_mode():
         ours = build(source).forward_features(images)["x_norm_patchtokens"]
     difference = ((theirs - ours).norm() / ours.norm()).item()
-    if not difference < TOLERANCE:
+    if not difference < TOLERANCE[source.rope_dtype]:
         raise ExportError(f"{package} computes other features from what was written: they differ by {difference:.1e}")
     return f"features of {package} agree to {difference:.0e}"
 
