@@ -7,18 +7,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastmum import PRESETS, MuM
+from fastmum.config.schema import OptimSection
 from fastmum.export import FORMATS, export, main, released_state
 from fastmum.model.encoder import Encoder
 from fastmum.training.checkpoint import Checkpoints
+from fastmum.training.optim import build_optimizer
 
 
 @pytest.fixture
 def run(tmp_path, tiny):
-    """A run with checkpoints of the steps 3 and 7, whose weights are those of `tiny`."""
+    """A run with checkpoints of the steps 3 and 7, whose weights are those of `tiny`, as training saves them."""
     folder = tmp_path / "run"
     writer = Checkpoints(folder / "checkpoints", keep=2)
-    state = {f"model.{name}": tensor for name, tensor in tiny.state_dict(keep_vars=True).items()}
-    state |= {f"exp_avg.{name}": torch.zeros_like(p) for name, p in tiny.named_parameters()}
+    state = build_optimizer(tiny, OptimSection()).state()
     for step in (3, 7):
         writer.save(step, state, {"model_config": dataclasses.asdict(tiny.config)})
     writer.close()

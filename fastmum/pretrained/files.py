@@ -27,12 +27,14 @@ class Saved(NamedTuple):
         tree: names -> tensors, or further such mappings; other things may lie among them.
         sizes: fields of `ModelConfig` that it states itself; None: it says nothing.
         step: of the run that wrote it, where it says so.
+        learnt_only: it holds what is learnt, without the buffers of a state dict.
     """
 
     path: Path
     tree: Mapping[str, Any]
     sizes: Mapping[str, Any] | None = None
     step: int | None = None
+    learnt_only: bool = False
 
 
 def read_saved(path: Path) -> Saved:
@@ -62,7 +64,7 @@ def _read_run(path: Path) -> Saved:
         about, tensors = read_weights(path)
     except CheckpointError as error:
         raise WeightsError(str(error)) from None
-    return Saved(about.path, tensors, about.values.get("model_config"), about.step)
+    return Saved(about.path, tensors, about.values.get("model_config"), about.step, learnt_only=True)
 
 
 def _read_safetensors(path: Path) -> Saved:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,8 +103,9 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     sizes = {name: overrides[name] for name in SIZES if name in overrides}
     config = _config(saved, state, sizes)
     rope_dtype = _dtype(overrides["rope_dtype"], "rope_dtype") if overrides.get("rope_dtype") else _rope_dtype(state)
-    state = state | _periods(state, config, rope_dtype, sizes)
     wanted = _empty(config, encoder_only).state_dict()
+    absent = [name for name in PERIODS if saved.learnt_only and name in wanted and name not in state]
+    state = state | _periods(state, config, rope_dtype, sizes, absent)
     named = "the model that it names" if saved.sizes and not sizes else _preset(config, encoder_only) or "the model"
     _check_fit(f"'{saved.path}' does not hold {named}", state, wanted)
     pretrained = Pretrained(saved.path, config, {n: state[n] for n in wanted}, encoder_only, rope_dtype, saved.step)
@@ -169,17 +170,20 @@ def _rope_dtype(state: State) -> torch.dtype:
     return torch.bfloat16 if rounded and (others is None or others.dtype != torch.bfloat16) else torch.float32
 
 
-def _periods(state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any]) -> State:
-    """Periods that are computed instead of read: of heads that were given, and those that were rounded when saved."""
+def _periods(
+    state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any], absent: Sequence[str]
+) -> State:
+    """Periods that are computed instead of read: absent ones, of heads that were given, and rounded when saved."""
     periods = {}
     for name, (width, heads) in PERIODS.items():
-        if name not in state:
+        if name not in state and name not in absent:
             continue
         rope = AxialRope(getattr(config, width) // getattr(config, heads))
         rope.init_weights()
         dtype = rope_dtype if name.startswith("rope_embed.") else torch.float32
-        narrower = state[name].dtype.itemsize < dtype.itemsize
-        if heads in given or (narrower and torch.equal(rope.periods.to(state[name].dtype), state[name])):
+        saved = state.get(name, rope.periods)
+        narrower = saved.dtype.itemsize < dtype.itemsize
+        if name in absent or heads in given or (narrower and torch.equal(rope.periods.to(saved.dtype), saved)):
             periods[name] = rope.periods
     return periods
 
