@@ -132,7 +132,7 @@ def test_a_checkpoint_of_something_else(tmp_path, tiny):
     whole = {f"model.{name}": tensor for name, tensor in tiny.state_dict().items()}
     for step, state, config, message in (
         (1, {"model.weight": torch.zeros(3)}, {}, "does not hold a MuM: none of cls_token"),
-        (2, whole, {"depth": 2}, "does not hold a MuM of possible sizes"),
+        (2, whole, {"depth": 0}, "does not hold a MuM of possible sizes .depth is 0"),
         (
             3, whole | {"model.cls_token": torch.zeros(1, 1, 31)}, dataclasses.asdict(tiny.config),
             r"does not hold the model that it names: .* cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)",

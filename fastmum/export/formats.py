@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmum.export.dinov3 import dinov3_features, write_dinov3
+from fastmum.export.dinov3_folder import dinov3_features, write_dinov3
 from fastmum.export.errors import ExportError
 from fastmum.export.onnx_file import check_onnx, onnx_features, write_onnx
 from fastmum.export.released import write_released, write_safetensors
@@ -177,9 +177,10 @@ def _what(kind: Format) -> str:
 
 def _default(source: Pretrained, part: str, suffix: str) -> Path:
     """In the folder of a run, named after the step; beside a file, named after it."""
-    if not source.path.is_dir():
-        return source.path.with_name(f"{source.path.stem}{part}{suffix}")
-    folder = source.path.absolute().parent
+    path = source.path.absolute()
+    if source.step is None or path.is_file():
+        return source.path.with_name(f"{path.name if path.is_dir() else path.stem}{part}{suffix}")
+    folder = path.parent
     folder = folder.parent if folder.name == "checkpoints" else folder
     return folder / f"mum_{source.step:07d}{part}{suffix}"
 

@@ -63,7 +63,8 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
 
     Args:
         path: a run, a folder of checkpoints, a checkpoint, a file of torch.save (the released ones, or what
-            `fastmum.export` writes) or of safetensors. It is told apart by what is in it, not by its name.
+            `fastmum.export` writes) or of safetensors, a folder of transformers with such an encoder. It is told apart
+            by what is in it, not by its name.
         overrides: fields of `ModelConfig` that the weights do not tell (`norm_eps`, `decoder_num_heads`), and
             encoder_only: True leaves the decoder away, False demands one; default: what is there.
             rope_dtype: in which the encoder computes positions, torch.float32 or torch.bfloat16 (or their names).
@@ -157,9 +158,8 @@ def _is_encoder_only(saved: Saved, state: State, wanted: bool | None) -> bool:
 
 
 def _config(saved: Saved, state: State, given: Mapping[str, Any]) -> ModelConfig:
-    sizes = sizes_by_shape(state) if saved.sizes is None else saved.sizes
     try:
-        return ModelConfig(**{**sizes, **given})
+        return ModelConfig(**{**sizes_by_shape(state), **saved.sizes, **given})
     except (TypeError, ValueError) as error:
         raise WeightsError(f"'{saved.path}' does not hold a MuM of possible sizes ({error})") from None
 
