@@ -7,18 +7,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastmum import PRESETS, MuM
+from fastmum.config.schema import OptimSection
 from fastmum.export import FORMATS, export, main, released_state
 from fastmum.model.encoder import Encoder
 from fastmum.training.checkpoint import Checkpoints
+from fastmum.training.optim import build_optimizer
 
 
 @pytest.fixture
 def run(tmp_path, tiny):
-    """A run with checkpoints of the steps 3 and 7, whose weights are those of `tiny`."""
+    """A run with checkpoints of the steps 3 and 7, whose weights are those of `tiny`, as training saves them."""
     folder = tmp_path / "run"
     writer = Checkpoints(folder / "checkpoints", keep=2)
-    state = {f"model.{name}": tensor for name, tensor in tiny.state_dict(keep_vars=True).items()}
-    state |= {f"exp_avg.{name}": torch.zeros_like(p) for name, p in tiny.named_parameters()}
+    state = build_optimizer(tiny, OptimSection()).state()
     for step in (3, 7):
         writer.save(step, state, {"model_config": dataclasses.asdict(tiny.config)})
     writer.close()
@@ -131,7 +132,7 @@ def test_a_checkpoint_of_something_else(tmp_path, tiny):
     whole = {f"model.{name}": tensor for name, tensor in tiny.state_dict().items()}
     for step, state, config, message in (
         (1, {"model.weight": torch.zeros(3)}, {}, "does not hold a MuM: none of cls_token"),
-        (2, whole, {"depth": 2}, "does not hold a MuM of possible sizes"),
+        (2, whole, {"depth": 0}, "does not hold a MuM of possible sizes .depth is 0"),
         (
             3, whole | {"model.cls_token": torch.zeros(1, 1, 31)}, dataclasses.asdict(tiny.config),
             r"does not hold the model that it names: .* cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)",

@@ -39,24 +39,24 @@ class EncoderGraph(nn.Module):
         return x_FLD[:, 0], x_FLD[:, 1:]
 
     def _attend(self, block: Block, x_FLD: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-        qkv = block.attn.qkv(x_FLD).unflatten(2, (3, block.attn.num_heads, -1))
-        q_FhLd, k_FhLd, v_FhLd = qkv.permute(2, 0, 3, 1, 4)
-        q_FhLd, k_FhLd = (self._rotate(x, sin, cos) for x in (q_FhLd, k_FhLd))
-        return block.attn.proj(F.scaled_dot_product_attention(q_FhLd, k_FhLd, v_FhLd).transpose(1, 2).flatten(2))
+        qkv = block.attn.qkv(x_FLD).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_FhLd, k_FhLd = self._rotate(qkv[:2], sin, cos)
+        return block.attn.proj(F.scaled_dot_product_attention(q_FhLd, k_FhLd, qkv[2]).transpose(1, 2).flatten(2))
 
     def _tables(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """As `AxialRope.tables`, (P, d) each."""
+        """As `AxialRope.tables`, with a first row that does not rotate CLS, (L, d) each."""
         r, periods = self._round, self.encoder.rope_embed.periods.float()
         y, x = (r(r(r(torch.arange(n) + 0.5) / n) * 2 - 1) for n in (rows, columns))
         coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
         angles = r(r(2 * math.pi * coords[:, :, None]) / periods).flatten(1).tile(2)
+        angles = torch.cat([torch.zeros(1, angles.shape[1]), angles])
         return r(angles.sin()), r(angles.cos())
 
-    def _rotate(self, x_FhLd: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-        r = self._round
-        cls, x = r(x_FhLd).split_with_sizes([1, x_FhLd.shape[2] - 1], dim=2)
+    def _rotate(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        r, x = self._round, self._round(x)
         first, second = x.chunk(2, dim=-1)
-        return torch.cat([cls, r(r(x * cos) + r(torch.cat([-second, first], dim=-1) * sin))], dim=2)
+        return r(r(x * cos) + r(torch.cat([-second, first], dim=-1) * sin))
 
     def _round(self, x: Tensor) -> Tensor:
-        return x.to(self.encoder.rope_embed.periods.dtype).float()
+        dtype = self.encoder.rope_embed.periods.dtype
+        return x if dtype == torch.float32 else x.to(dtype).float()

@@ -127,8 +127,10 @@ def find_images(words: Iterable[str | os.PathLike[str]]) -> Images:
 
 def _found(word: str) -> list[str]:
     if os.path.isdir(word):
-        inside = (os.path.join(folder, name) for folder, _, names in os.walk(word) for name in names if is_image(name))
-        found = natsort.natsorted(inside)
+        folders = os.walk(word, followlinks=True)
+        found = natsort.natsorted(
+            os.path.join(at, name) for at, _, names in folders for name in names if is_image(name)
+        )
     elif os.path.exists(word):
         return [word]
     elif glob.has_magic(word):

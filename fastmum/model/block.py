@@ -87,7 +87,7 @@ class Attention(nn.Module):
         return self.proj(context.attend(q, k, v).flatten(1))
 
     def _rotate(self, x: Tensor, positions: Tensor, context: Context, parts: str) -> Tensor:
-        if context.sin.dtype.itemsize < x.dtype.itemsize:
+        if context.sin.itemsize < 4 <= x.itemsize:  # as the released encoder by itself
             return rotate_rounded(x, positions, context.sin, context.cos, self.num_heads, parts)
         # In place: the linear layer's backward pass does not need its output.
         return rope_qk(

@@ -8,15 +8,17 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
 from fastmum.pretrained.errors import WeightsError, some
 from fastmum.training.checkpoint import CheckpointError, read_weights
 
-KINDS = "a run, a folder of checkpoints, a checkpoint, a file of torch.save or of safetensors"
+KINDS = "a run, a folder of checkpoints, a checkpoint, a file of torch.save or of safetensors, a folder of transformers"
 
 
 class Saved(NamedTuple):
@@ -25,14 +27,16 @@ class Saved(NamedTuple):
     Args:
         path: the file, or the checkpoint that was chosen.
         tree: names -> tensors, or further such mappings; other things may lie among them.
-        sizes: fields of `ModelConfig` that it states itself; None: it says nothing.
+        sizes: fields of `ModelConfig` that it states itself.
         step: of the run that wrote it, where it says so.
+        learnt_only: it holds what is learnt, without the buffers of a state dict.
     """
 
     path: Path
     tree: Mapping[str, Any]
-    sizes: Mapping[str, Any] | None = None
+    sizes: Mapping[str, Any] = MappingProxyType({})
     step: int | None = None
+    learnt_only: bool = False
 
 
 def read_saved(path: Path) -> Saved:
@@ -42,7 +46,7 @@ def read_saved(path: Path) -> Saved:
         WeightsError: nothing is there, or nothing of the kinds that can be read.
     """
     if path.is_dir():
-        return _read_run(path)
+        return _read_dinov3(path) if is_dinov3(path) else _read_run(path)
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -62,7 +66,20 @@ def _read_run(path: Path) -> Saved:
         about, tensors = read_weights(path)
     except CheckpointError as error:
         raise WeightsError(str(error)) from None
-    return Saved(about.path, tensors, about.values.get("model_config"), about.step)
+    return Saved(about.path, tensors, about.values.get("model_config", {}), about.step, learnt_only=True)
+
+
+def _read_dinov3(path: Path) -> Saved:
+    weights = path / "model.safetensors"
+    if not weights.exists():
+        raise WeightsError(f"'{path}' has a config.json, but no model.safetensors")
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+        state, sizes = from_dinov3(_read_safetensors(weights).tree, config)
+    except (KeyError, RuntimeError, TypeError) as error:
+        what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
+        raise WeightsError(f"'{path}' does not hold an encoder of fastmum ({what})") from None
+    return Saved(path, state, sizes)
 
 
 def _read_safetensors(path: Path) -> Saved:
@@ -73,7 +90,7 @@ def _read_safetensors(path: Path) -> Saved:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"'{path}' cannot be read ({error})") from None
     try:
-        sizes = json.loads(metadata["model_config"]) if "model_config" in metadata else None
+        sizes = json.loads(metadata["model_config"]) if "model_config" in metadata else {}
         step = int(metadata["step"]) if "step" in metadata else None
     except ValueError as error:
         raise WeightsError(f"the metadata of '{path}' cannot be read ({error})") from None

@@ -118,7 +118,11 @@ def sizes_by_shape(state: Mapping[str, Tensor]) -> dict[str, int]:
         "decoder_num_heads": _heads(told["decoder_embed_dim"], state.get("rope_embed_decoder.periods")),
     }
     told = {name: size for name, size in told.items() if size is not None}
-    return _likeliest(told) | told
+    sizes = _likeliest(told) | told
+    for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
+        if sizes[width] % (4 * sizes[heads]):  # the periods are absent, and the preset's heads do not fit
+            sizes[heads] = 1
+    return sizes
 
 
 def _likeliest(told: Mapping[str, int]) -> dict[str, Any]:

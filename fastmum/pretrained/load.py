@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,8 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
 
     Args:
         path: a run, a folder of checkpoints, a checkpoint, a file of torch.save (the released ones, or what
-            `fastmum.export` writes) or of safetensors. It is told apart by what is in it, not by its name.
+            `fastmum.export` writes) or of safetensors, a folder of transformers with such an encoder. It is told apart
+            by what is in it, not by its name.
         overrides: fields of `ModelConfig` that the weights do not tell (`norm_eps`, `decoder_num_heads`), and
             encoder_only: True leaves the decoder away, False demands one; default: what is there.
             rope_dtype: in which the encoder computes positions, torch.float32 or torch.bfloat16 (or their names).
@@ -103,8 +104,9 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     sizes = {name: overrides[name] for name in SIZES if name in overrides}
     config = _config(saved, state, sizes)
     rope_dtype = _dtype(overrides["rope_dtype"], "rope_dtype") if overrides.get("rope_dtype") else _rope_dtype(state)
-    state = state | _periods(state, config, rope_dtype, sizes, from_run=saved.path.is_dir())
     wanted = _empty(config, encoder_only).state_dict()
+    absent = [name for name in PERIODS if saved.learnt_only and name in wanted and name not in state]
+    state = state | _periods(state, config, rope_dtype, sizes, absent)
     named = "the model that it names" if saved.sizes and not sizes else _preset(config, encoder_only) or "the model"
     _check_fit(f"'{saved.path}' does not hold {named}", state, wanted)
     pretrained = Pretrained(saved.path, config, {n: state[n] for n in wanted}, encoder_only, rope_dtype, saved.step)
@@ -156,9 +158,8 @@ def _is_encoder_only(saved: Saved, state: State, wanted: bool | None) -> bool:
 
 
 def _config(saved: Saved, state: State, given: Mapping[str, Any]) -> ModelConfig:
-    sizes = sizes_by_shape(state) if saved.sizes is None else saved.sizes
     try:
-        return ModelConfig(**{**sizes, **given})
+        return ModelConfig(**{**sizes_by_shape(state), **saved.sizes, **given})
     except (TypeError, ValueError) as error:
         raise WeightsError(f"'{saved.path}' does not hold a MuM of possible sizes ({error})") from None
 
@@ -170,24 +171,19 @@ def _rope_dtype(state: State) -> torch.dtype:
 
 
 def _periods(
-    state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any], from_run: bool
+    state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any], absent: Sequence[str]
 ) -> State:
-    """Periods that are computed instead of read: of heads that were given, and those that were rounded when saved.
-
-    A run saves what it learns, and so no periods at all.
-    """
+    """Periods that are computed instead of read: absent ones, of heads that were given, and rounded when saved."""
     periods = {}
     for name, (width, heads) in PERIODS.items():
-        if name not in state and not (from_run and (has_decoder(state) or not name.startswith(DECODER))):
+        if name not in state and name not in absent:
             continue
         rope = AxialRope(getattr(config, width) // getattr(config, heads))
         rope.init_weights()
-        if name not in state:
-            periods[name] = rope.periods
-            continue
         dtype = rope_dtype if name.startswith("rope_embed.") else torch.float32
-        narrower = state[name].dtype.itemsize < dtype.itemsize
-        if heads in given or (narrower and torch.equal(rope.periods.to(state[name].dtype), state[name])):
+        saved = state.get(name, rope.periods)
+        narrower = saved.dtype.itemsize < dtype.itemsize
+        if name in absent or heads in given or (narrower and torch.equal(rope.periods.to(saved.dtype), saved)):
             periods[name] = rope.periods
     return periods
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmum import load_pretrained
-from fastmum.export import ExportError, dinov3, export, main
+from fastmum.export import ExportError, dinov3_folder, export, main
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,8 +85,8 @@ def test_an_earlier_export_is_replaced_by_force_and_nothing_else(folder, weights
 
 def test_an_export_that_computes_something_else_is_not_kept(weights, monkeypatch):
     wrong = {"layer_norm_eps": 0.1, "model_type": "dinov3_vit"}
-    right = dinov3.dinov3_config
-    monkeypatch.setattr(dinov3, "dinov3_config", lambda config: right(config) | wrong)
+    right = dinov3_folder.dinov3_config
+    monkeypatch.setattr(dinov3_folder, "dinov3_config", lambda *sizes: right(*sizes) | wrong)
     with pytest.raises(ExportError, match=r"transformers .* computes other features from what was written"):
         export(weights, "hf")
     assert sorted(file.name for file in weights.parent.iterdir()) == ["weights.pth"]

@@ -12,21 +12,32 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import fastmum
+from fastmum.config.schema import OptimSection
 from fastmum.export import export
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.pretrained import MismatchError, WeightsError, read_pretrained
 from fastmum.training.checkpoint import Checkpoints
+from fastmum.training.optim import build_optimizer
 
 
 @pytest.fixture
 def run(tmp_path, tiny):
-    """A run with a checkpoint of step 7, whose weights are those of `tiny`."""
+    """A run with a checkpoint of step 7, whose weights are those of `tiny`, as training saves them."""
     writer = Checkpoints(tmp_path / "run/checkpoints", keep=1)
-    state = {f"model.{name}": tensor for name, tensor in tiny.state_dict(keep_vars=True).items()}
-    writer.save(7, state, {"model_config": dataclasses.asdict(tiny.config)})
+    writer.save(7, build_optimizer(tiny, OptimSection()).state(), {"model_config": dataclasses.asdict(tiny.config)})
     writer.close()
     return tmp_path / "run"
+
+
+def test_a_run_that_lacks_what_is_learnt(tmp_path, tiny):
+    writer = Checkpoints(tmp_path, keep=1)
+    state = build_optimizer(tiny, OptimSection()).state()
+    del state["model.norm.weight"]
+    writer.save(1, state, {"model_config": dataclasses.asdict(tiny.config)})
+    writer.close()
+    with pytest.raises(MismatchError, match=r"does not hold the model that it names: it lacks norm.weight \[32\]$"):
+        fastmum.load_pretrained(tmp_path)
 
 
 def assert_same(model, tiny, of=MuM):
