@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import h5py
@@ -16,6 +17,7 @@ from fastmum.data.errors import DataError
 from fastmum.evaluate.features import load_image
 from fastmum.evaluate.pairs import SETS, open_pairs
 from fastmum.evaluate.pairs.jsonl import split
+from fastmum.evaluate.pairs.reading import read_depth
 from fastmum.evaluate.warp import grid_points, pair_warp
 
 
@@ -256,6 +258,8 @@ def spoil(file: Path, **changes) -> None:
         ({"K_a": [[1, 0], [0, 1]]}, r"K_a in line 3 .* 3 x 3"),
         ({"T_b_a": [[float("nan")] * 4] * 4}, r"T_b_a in line 3 .* finite"),
         ({"image_b": "nothing.png"}, r"'nothing.png', named in"),
+        ({"image_b": 7}, r"7, named in '.*', is not a path"),
+        ({"depth_unit": "millimetres"}, r"depth_unit in line 3 of '.*' must be a finite number"),
     ],
 )
 def test_records_that_cannot_be_used(wall_file, changes, message):
@@ -275,6 +279,20 @@ def test_files_that_cannot_be_read(wall_file):
     wall_file.write_text("{")
     with pytest.raises(DataError, match=r"line 1 of .* is not JSON"):
         open_pairs(str(wall_file))
+
+
+def test_depth_of_other_kinds(tmp_path, monkeypatch):
+    np.save(tmp_path / "d.npy", np.array([[1.0, np.nan], [-1.0, np.inf]]))
+    assert read_depth(tmp_path / "d.npy", 2.0).tolist() == [[2, 0], [0, 0]]
+    np.save(tmp_path / "d.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"d.npy' has shape \(3,\)"):
+        read_depth(tmp_path / "d.npy")
+    with pytest.raises(DataError, match=r"ends in '.exr', but one of .png, .npy, .h5"):
+        read_depth(tmp_path / "d.exr")
+    write_h5(tmp_path / "d.h5", np.ones((2, 2)))
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(DataError, match=r"^depth '.*d.h5' needs h5py: pip install 'fastmum\[evaluate\]'$"):
+        read_depth(tmp_path / "d.h5")
 
 
 @pytest.mark.parametrize(
@@ -297,6 +315,23 @@ def test_folders_that_hold_something_else(tmp_path, kind):
     with pytest.raises(DataError, match=str(tmp_path)):
         open_pairs(f"{kind}:{tmp_path}")
     with pytest.raises(DataError, match="no set of pairs that is known"):
+        open_pairs(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "no annotation of NAVI"),
+        ("cat/wild_set/annotations.json", '[{"filename": "0", "camera": {}, "image_size": [1]}]', "no annotation"),
+        ("scene_0000/cameras.json", '{"depth_unit": "x"}', "not a scene's cameras.json"),
+        ("scene_0000/cameras.json", "{", "cannot be read"),
+    ],
+)
+def test_cameras_that_are_none(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(DataError, match=message):
         open_pairs(str(tmp_path))
 
 

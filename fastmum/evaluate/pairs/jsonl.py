@@ -91,7 +91,7 @@ def _pair(line: str, file: Path, number: int) -> Pair | None:
         raise DataError(f"{where} lacks {', '.join(missing) if isinstance(record, dict) else 'a record'}")
     if not record.get("depth_a") or not record.get("depth_b"):
         return None
-    unit = float(record.get("depth_unit", 1e-3))
+    unit = float(matrix(record.get("depth_unit", 1e-3), (), f"depth_unit in {where}"))
     a, b = (
         frame_of(
             record[f"image_{side}"],
@@ -107,7 +107,9 @@ def _pair(line: str, file: Path, number: int) -> Pair | None:
     return Pair(name, scene, a, b, matrix(record["T_b_a"], (4, 4), f"T_b_a in {where}"))
 
 
-def _find(name: str, file: Path) -> Path:
+def _find(name: object, file: Path) -> Path:
+    if not isinstance(name, str):
+        raise DataError(f"{name!r}, named in '{file}', is not a path")
     folders = [file.absolute().parent, *file.absolute().parent.parents][:PARENTS]
     for folder in folders:
         if (folder / name).is_file():

@@ -65,7 +65,9 @@ def _pairs(file: Path, rng: np.random.Generator) -> list[Pair]:
     folder, name = file.parent, file.parent.parent.name
     try:
         views = [_view(annotation, folder, f"'{file}'") for annotation in read_json(file)]
-    except (KeyError, TypeError, AttributeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f"'{file}' is no annotation of NAVI ({error!r} is missing or wrong)") from None
     pairs = []
     for i, view in enumerate(views):

@@ -75,6 +75,8 @@ def read_depth(file: Path, unit: float = 1.0) -> np.ndarray:
         raise DataError(f"depth '{file}' ends in '{file.suffix}', but one of {', '.join(readers)} is expected")
     try:
         stored = readers[file.suffix](file)
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, SyntaxError) as error:
         raise _unreadable("depth", file, error) from None
     if stored.ndim != 2:
@@ -135,13 +137,13 @@ def matrix(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
     Raises:
         DataError: it is something else; the message begins with `what`.
     """
-    expected = " x ".join(map(str, shape))
+    expected = f"{' x '.join(map(str, shape))} finite numbers" if shape else "a finite number"
     try:
         found = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
-        raise DataError(f"{what} must be {expected} finite numbers") from None
+        raise DataError(f"{what} must be {expected}") from None
     if found.shape != shape or not np.isfinite(found).all():
-        raise DataError(f"{what} must be {expected} finite numbers, but has shape {found.shape}")
+        raise DataError(f"{what} must be {expected}, but is of shape {found.shape}")
     return found
 
 

@@ -92,7 +92,9 @@ def _pairs(folder: Path, gaps: tuple[int, ...], stride: int) -> list[Pair]:
             )
             for entry in entries
         ]
-    except (KeyError, TypeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"'{file}' is not a scene's cameras.json ({error!r} is missing or wrong)") from None
     places = itertools.chain.from_iterable(((i, i + gap) for i in range(0, len(frames) - gap, stride)) for gap in gaps)
     return [
