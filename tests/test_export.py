@@ -116,6 +116,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     for words, message in (
         ([str(tmp_path / "nothing")], f"'{tmp_path}/nothing' does not exist"),
         ([str(tmp_path / "empty")], f"there is no checkpoint in '{tmp_path}/empty'"),
+        ([str(run), "--format", "none"], f"the format is 'none', but must be one of {', '.join(FORMATS)}"),
         ([str(run), "--out", str(run)], f"--out is '{run}', but that is a folder; name a file"),
         ([str(run), "--out", "/proc/none/a.pth"], "'/proc/none/a.pth' cannot be written (No such file or directory)"),
     ):

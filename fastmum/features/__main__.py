@@ -133,9 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     first = next(iter(features.values()))
-    print(
-        f"{args.out}: {len(features)} images, {list(first.patch.shape)} patch tokens of the first, {first.patch.dtype}"
-    )
+    print(f"{args.out}: {len(features)} images, patch tokens of the first: {list(first.patch.shape)}")
     if folder:
         print(f"pictures: {folder}")
     if images.skipped:

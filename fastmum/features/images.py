@@ -13,11 +13,13 @@ from typing import Literal, NamedTuple
 import natsort
 import numpy as np
 
-from fastmum.data.builders.listing import is_image
+from fastmum.data.builders.folder import image_folders
+from fastmum.data.builders.listing import images_in
 from fastmum.data.decode.geometry import place
 from fastmum.data.decode.header import FrameError, read_file, read_header
 from fastmum.data.decode.pillow import rgb
 from fastmum.data.decode.resize import resize
+from fastmum.data.errors import DataError
 from fastmum.features.errors import FeaturesError
 from fastmum.model.inputs import IMAGENET_MEAN
 
@@ -113,7 +115,9 @@ class Images:
 
 
 def find_images(words: Iterable[str | os.PathLike[str]]) -> Images:
-    """Image files by folders, with all that is in them, by their own names, or by patterns such as "scenes/**/*.jpg".
+    """Image files by folders, by their own names, or by patterns such as "scenes/**/*.jpg".
+
+    Of a folder, all images in it are taken, but not those in hidden folders and those of depth, masks and normals.
 
     Raises:
         FeaturesError: a word that stands for no image.
@@ -127,10 +131,11 @@ def find_images(words: Iterable[str | os.PathLike[str]]) -> Images:
 
 def _found(word: str) -> list[str]:
     if os.path.isdir(word):
-        folders = os.walk(word, followlinks=True)
-        found = natsort.natsorted(
-            os.path.join(at, name) for at, _, names in folders for name in names if is_image(name)
-        )
+        try:
+            folders = [Path(word, folder) for folder in image_folders(Path(word))]
+            found = [os.path.join(folder, name) for folder in folders for name in images_in(folder)]
+        except DataError as error:
+            raise FeaturesError(str(error)) from None
     elif os.path.exists(word):
         return [word]
     elif glob.has_magic(word):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastmum.training.checkpoint import CheckpointError
+
 NAMED = 10  # keys listed in a message
 
 
-class WeightsError(RuntimeError):
-    """Weights that cannot be used; the message is one line for the user."""
+class WeightsError(CheckpointError):
+    """Weights that cannot be used, of a checkpoint or otherwise; the message is one line for the user."""
 
 
 class MismatchError(WeightsError):

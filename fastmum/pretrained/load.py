@@ -182,10 +182,16 @@ def _periods(
         rope.init_weights()
         dtype = rope_dtype if name.startswith("rope_embed.") else torch.float32
         saved = state.get(name, rope.periods)
-        narrower = saved.dtype.itemsize < dtype.itemsize
-        if name in absent or heads in given or (narrower and torch.equal(rope.periods.to(saved.dtype), saved)):
+        rounded = saved.dtype.itemsize < dtype.itemsize and _is_rounded(saved, rope.periods)
+        if name in absent or heads in given or rounded:
             periods[name] = rope.periods
     return periods
+
+
+def _is_rounded(saved: Tensor, exact: Tensor) -> bool:
+    """Whether periods are what is left of others in a narrower dtype, in which their exponents were rounded, too."""
+    tolerance = 2 * torch.finfo(saved.dtype).eps
+    return saved.shape == exact.shape and torch.allclose(saved.float(), exact, rtol=tolerance, atol=0)
 
 
 def _preset(config: ModelConfig, encoder_only: bool) -> str | None:

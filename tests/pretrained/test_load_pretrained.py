@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import fastmum
+from fastmum import ModelConfig
 from fastmum.config.schema import OptimSection
 from fastmum.export import export
 from fastmum.model.encoder import Encoder
@@ -132,6 +133,22 @@ def test_half_precision_weights_become_float32_and_periods_exact(tiny, save):
         model = fastmum.load_pretrained(save({k: v.to(dtype) for k, v in tiny.state_dict().items()}))
         assert torch.equal(model.rope_embed.periods, tiny.rope_embed.periods)
         assert torch.equal(model.norm.weight, tiny.norm.weight)
+
+
+@pytest.mark.parametrize("head_width", [16, 24, 32, 48, 64, 80])
+def test_periods_that_were_computed_in_bfloat16_become_exact(head_width, save):
+    encoder = Encoder(ModelConfig(head_width, 1, 1, 32, 2, 2))
+    exponent = 2 * torch.arange(head_width // 4, dtype=torch.bfloat16) / (head_width // 2)
+    state = encoder.state_dict() | {"rope_embed.periods": 100.0**exponent}  # as the released encoder by itself does
+    assert state["rope_embed.periods"].dtype == torch.bfloat16
+    file = save(state)
+    assert torch.equal(fastmum.load_pretrained(file).rope_embed.periods, state["rope_embed.periods"])
+    exact = fastmum.load_pretrained(file, rope_dtype="float32").rope_embed.periods
+    assert torch.equal(exact, encoder.rope_embed.periods)
+    # Those of another base are not ours.
+    other = save(state | {"rope_embed.periods": 1000.0**exponent})
+    kept = fastmum.load_pretrained(other, rope_dtype="float32").rope_embed.periods
+    assert torch.equal(kept, (1000.0**exponent).float())
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
