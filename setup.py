@@ -21,6 +21,10 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.31"],
     "fp8": ["torchao>=0.12"],
+    "evaluate": ["h5py>=3.10"],
+    # The first with DINOv3.
+    "hf": ["transformers>=4.56"],
+    "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
 
 setup(
@@ -60,6 +64,9 @@ setup(
             *EXTRAS["video"],
             *EXTRAS["wandb"],
             *EXTRAS["fp8"],
+            *EXTRAS["evaluate"],
+            *EXTRAS["hf"],
+            *EXTRAS["onnx"],
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastmum.model.config import PRESETS, ModelConfig
     from fastmum.model.mum import MuM, MuMOutput
+    from fastmum.pretrained import load_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "ModelConfig", "MuM", "MuMOutput"]
+__all__ = ["PRESETS", "ModelConfig", "MuM", "MuMOutput", "load_pretrained"]
 
 _HOME = {
     "ModelConfig": "fastmum.model.config",
     "PRESETS": "fastmum.model.config",
     "MuM": "fastmum.model.mum",
     "MuMOutput": "fastmum.model.mum",
+    "load_pretrained": "fastmum.pretrained",
 }
 
 

@@ -7,18 +7,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fastmum import PRESETS, MuM
+from fastmum.config.schema import OptimSection
 from fastmum.export import FORMATS, export, main, released_state
 from fastmum.model.encoder import Encoder
 from fastmum.training.checkpoint import Checkpoints
+from fastmum.training.optim import build_optimizer
 
 
 @pytest.fixture
 def run(tmp_path, tiny):
-    """A run with checkpoints of the steps 3 and 7, whose weights are those of `tiny`."""
+    """A run with checkpoints of the steps 3 and 7, whose weights are those of `tiny`, as training saves them."""
     folder = tmp_path / "run"
     writer = Checkpoints(folder / "checkpoints", keep=2)
-    state = {f"model.{name}": tensor for name, tensor in tiny.state_dict(keep_vars=True).items()}
-    state |= {f"exp_avg.{name}": torch.zeros_like(p) for name, p in tiny.named_parameters()}
+    state = build_optimizer(tiny, OptimSection()).state()
     for step in (3, 7):
         writer.save(step, state, {"model_config": dataclasses.asdict(tiny.config)})
     writer.close()
@@ -93,7 +94,9 @@ def test_what_is_there_stays_unless_told_otherwise(run, capsys):
     assert file.stat().st_size > 100_000
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name", ["released", "safetensors", "hf", pytest.param("onnx", marks=pytest.mark.slow)], ids=list(FORMATS)
+)
 def test_what_fails_leaves_what_was_there(run, name, monkeypatch, capsys):
     file = run / f"mum_0000007{FORMATS[name].suffix}"
     file.write_bytes(b"precious")
@@ -113,6 +116,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     for words, message in (
         ([str(tmp_path / "nothing")], f"'{tmp_path}/nothing' does not exist"),
         ([str(tmp_path / "empty")], f"there is no checkpoint in '{tmp_path}/empty'"),
+        ([str(run), "--format", "none"], f"the format is 'none', but must be one of {', '.join(FORMATS)}"),
         ([str(run), "--out", str(run)], f"--out is '{run}', but that is a folder; name a file"),
         ([str(run), "--out", "/proc/none/a.pth"], "'/proc/none/a.pth' cannot be written (No such file or directory)"),
     ):
@@ -126,11 +130,16 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
 
 def test_a_checkpoint_of_something_else(tmp_path, tiny):
     writer = Checkpoints(tmp_path, keep=1)
-    for step, config, message in (
-        (1, {"depth": 2}, "does not hold a MuM"),
-        (2, dataclasses.asdict(tiny.config), "does not hold the model that it names: cls_token does not fit"),
-    ):
-        writer.save(step, {"model.weight": torch.zeros(3)}, {"model_config": config})
+    whole = {f"model.{name}": tensor for name, tensor in tiny.state_dict().items()}
+    for step, state, config, message in (
+        (1, {"model.weight": torch.zeros(3)}, {}, "does not hold a MuM: none of cls_token"),
+        (2, whole, {"depth": 0}, "does not hold a MuM of possible sizes .depth is 0"),
+        (
+            3, whole | {"model.cls_token": torch.zeros(1, 1, 31)}, dataclasses.asdict(tiny.config),
+            r"does not hold the model that it names: .* cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)",
+        ),
+    ):  # fmt: skip
+        writer.save(step, state, {"model_config": config})
         writer.wait()
         with pytest.raises(RuntimeError, match=message):
             export(tmp_path)

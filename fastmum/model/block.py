@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmum.kernels import add_norm, gather_tokens, mlp, rope_qk, rotary_projection
 from fastmum.model.config import MLP_RATIO
+from fastmum.model.rope import rotate_rounded
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,20 @@ class Attention(nn.Module):
         return linear_but_bias_gradient(self.proj, context.attend(q, k, v).flatten(1))
 
     def _project(self, x_TD: Tensor, positions: Tensor, context: Context, parts: str) -> tuple[Tensor, ...]:
-        rotation = positions, context.sin, context.cos, self.num_heads, context.special
+        rotation = positions, context.sin, context.cos, self.num_heads
         if parts == "qkv" and not is_plain(self.qkv):
             # In place: the linear layer's backward pass does not need its output.
-            packed = rope_qk(self.qkv(x_TD), *rotation, inplace=True)
+            packed = rope_qk(self.qkv(x_TD), *rotation, context.special, inplace=True)
             return packed.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         # Rows of the weight are q, k, v; a part of them is a view.
         width = self.qkv.in_features
         rows = slice(width if parts == "kv" else 0, width if parts == "q" else None)
         weight, bias = (p[rows].to(compute_dtype(p)) for p in (self.qkv.weight, self.qkv.bias))
-        return rotary_projection(x_TD.to(weight.dtype), weight, bias, *rotation, parts)
+        x_TD = x_TD.to(weight.dtype)
+        if context.sin.itemsize < 4 <= x_TD.itemsize:  # as the released encoder by itself
+            packed = rotate_rounded(F.linear(x_TD, weight, bias), *rotation, parts)
+            return packed.unflatten(1, (len(parts), self.num_heads, -1)).unbind(1)
+        return rotary_projection(x_TD, weight, bias, *rotation, context.special, parts)
 
 
 class Mlp(nn.Module):

@@ -3,6 +3,9 @@
 A patch in row i of h, column j of w has the coordinates 2(i + 0.5)/h - 1 and 2(j + 0.5)/w - 1. Each is turned
 into angles 2 pi * coordinate / period with the periods base**(2k / (d/2)), k < d/4, d the width of a head. The
 d/4 row angles and d/4 column angles stand side by side, twice, so that channel c is rotated with channel c + d/2.
+
+The released encoder by itself has its periods in bfloat16 and computes positions in it, up to the rotated q and k; the
+released encoder with its decoder does so in float32. The dtype of the periods tells which: `rope.to(torch.bfloat16)`.
 """
 
 from __future__ import annotations
@@ -34,12 +37,36 @@ class AxialRope(nn.Module):
         """Sines and cosines of every patch position.
 
         Returns:
-            sin, cos: (rows * columns, head_dim) each, in the dtype of the periods (float32), patches row by row.
+            sin, cos: (rows * columns, head_dim) each, in the dtype of the periods, as every step on the way to them;
+                patches row by row.
         """
         dtype, device = self.periods.dtype, self.periods.device
-        y = (torch.arange(rows, dtype=dtype, device=device) + 0.5) / rows * 2 - 1
-        x = (torch.arange(columns, dtype=dtype, device=device) + 0.5) / columns * 2 - 1
+        y = torch.arange(0.5, rows, dtype=dtype, device=device) / rows * 2 - 1
+        x = torch.arange(0.5, columns, dtype=dtype, device=device) / columns * 2 - 1
         coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
         angles = 2 * math.pi * coords[:, :, None] / self.periods  # (N, 2, d/4)
         angles = angles.flatten(1).tile(2)  # (N, d)
         return angles.sin(), angles.cos()
+
+
+def rotate_rounded(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, parts: str) -> Tensor:
+    """What `rope_qk` computes, in the dtype of the tables as the released encoder by itself does.
+
+    q and k are rounded to it, those of CLS too, and so are both products and their sum. v stays as it is.
+
+    Args:
+        qkv, positions, num_heads, parts: as in `fastmum.kernels.rope_qk`; tokens without a position are kept.
+        sin, cos: (N, d) tables.
+
+    Returns:
+        A new tensor like `qkv`.
+    """
+    heads = qkv.unflatten(1, (-1, sin.shape[1]))
+    turned, rest = heads.tensor_split([num_heads * len(parts.removesuffix("v"))], dim=1)
+    # One more row, which position -1 takes: no rotation.
+    sin, cos = torch.cat([sin, sin.new_zeros(1, sin.shape[1])]), torch.cat([cos, cos.new_ones(1, cos.shape[1])])
+    sin, cos = (table[positions][:, None] for table in (sin, cos))
+    turned = turned.to(sin.dtype)
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.cat([turned.to(qkv.dtype), rest], dim=1).flatten(1)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import html
 import statistics
-from datetime import UTC, datetime
-from importlib import resources
 
-from fastmum.report.chart import PLANE
 from fastmum.report.curves import charts, color
+from fastmum.report.document import date, document, table
 from fastmum.report.pictures import reconstructions
 from fastmum.report.run import Run
 from fastmum.report.scale import write
@@ -29,18 +27,8 @@ def page(runs: list[Run]) -> str:
         f'<div class="grid">{"".join(chart.html() for chart in charts(runs))}</div>',
         "".join(reconstructions(run) for run in runs),
         *(_details(run, of_run="" if single else f" of {run.label}") for run in runs),
-        f"<footer>written by fastmum, {_date(datetime.now(UTC))}</footer>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_file('page.css')}</style></head>"
-        f"<body>{PLANE}<main>{''.join(body)}</main><script>{_file('page.js')}</script></body></html>\n"
-    )
-
-
-def _file(name: str) -> str:
-    return resources.files("fastmum.report").joinpath(name).read_text(encoding="utf-8")
+    return document(title, body)
 
 
 def _subtitle(runs: list[Run]) -> str:
@@ -48,15 +36,11 @@ def _subtitle(runs: list[Run]) -> str:
         return f"{len(runs)} runs of fastmum"
     run = runs[0]
     where = html.escape(str(run.root))
-    return f'<span class="state">{_state(run)}</span> last line of metrics {_date(run.written)} · {where}'
+    return f'<span class="state">{_state(run)}</span> last line of metrics {date(run.written)} · {where}'
 
 
 def _state(run: Run) -> str:
     return "finished" if run.finished else "not finished"
-
-
-def _date(time: datetime) -> str:
-    return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
 def _speed(run: Run) -> float | None:
@@ -116,7 +100,7 @@ def _table_of_runs(runs: list[Run]) -> str:
         for i, run in enumerate(runs)
     ]
     names = ["run", "state", "step", "loss", "held out", "frames/s", "MFU", "device-hours", "projected"]
-    return f"<section>{_table(names, rows)}</section>"
+    return f"<section>{table(names, rows)}</section>"
 
 
 def _cost(runs: list[Run]) -> str:
@@ -163,10 +147,10 @@ def _checkpoints(run: Run) -> str:
     if not run.checkpoints:
         return "<p>None is kept.</p>"
     rows = [
-        [f"{kept.step:,}", html.escape(kept.name), f"{kept.size / 1e6:,.1f} MB", _date(kept.written)]
+        [f"{kept.step:,}", html.escape(kept.name), f"{kept.size / 1e6:,.1f} MB", date(kept.written)]
         for kept in reversed(run.checkpoints)
     ]
-    return _table(["step", "name", "size", "written"], rows)
+    return table(["step", "name", "size", "written"], rows)
 
 
 def _faults(run: Run) -> str:
@@ -178,7 +162,7 @@ def _faults(run: Run) -> str:
         before, from_step = count, step
     if not rows:
         return "<p>No step was skipped: every loss and gradient was finite.</p>"
-    return _table(["steps", "skipped, as loss or gradient was not finite"], rows)
+    return table(["steps", "skipped, as loss or gradient was not finite"], rows)
 
 
 def _bad_frames(run: Run) -> str:
@@ -189,11 +173,5 @@ def _bad_frames(run: Run) -> str:
     listed = "\n".join(run.bad_frames[:LISTED])
     more = len(run.bad_frames) - LISTED
     end = f"\n… and {more:,} more in bad_frames.log" if more > 0 else ""
-    table = _table(["data set", "bad frames"], counts) if counts else ""
-    return f"{table}<pre>{html.escape(listed + end)}</pre>"
-
-
-def _table(names: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    counted = table(["data set", "bad frames"], counts) if counts else ""
+    return f"{counted}<pre>{html.escape(listed + end)}</pre>"

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from fastmum.report.document import embed
 from fastmum.report.run import Run
 
 MOST = 24  # pictures of a page, from the first to the last
-MAX_SIDE = 1280  # pixels of one
-QUALITY = 85  # of JPEG
 
 
 def reconstructions(run: Run) -> str:
     """A picture with a slider through those of a run; empty where it has none that can be read."""
     steps = list(run.pictures)
     picked = np.unique(np.linspace(0, len(steps) - 1, min(MOST, len(steps))).round().astype(int)) if steps else []
-    shown = [(steps[i], embedded) for i in picked if (embedded := _embed(run.pictures[steps[i]]))]
+    shown = [(steps[i], embedded) for i in picked if (embedded := embed(run.pictures[steps[i]]))]
     if not shown:
         return ""
     last_step, last = shown[-1]
@@ -38,16 +33,3 @@ def reconstructions(run: Run) -> str:
         f'</figcaption><div class="stage"><img src="{last}" alt="reconstruction after {last_step:,} steps"></div>'
         f"{slider if len(shown) > 1 else ''}</figure>"
     )
-
-
-def _embed(path: Path) -> str | None:
-    """A picture as a data URL, downscaled; None for a file that is no picture (yet)."""
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except OSError:
-        return None
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=QUALITY, subsampling=0)
-    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from fastmum.report.__main__ import main
+from fastmum.report.document import MAX_SIDE
 from fastmum.report.page import page
-from fastmum.report.pictures import MAX_SIDE, MOST
+from fastmum.report.pictures import MOST
 from fastmum.report.run import ReportError, read_run, with_labels
 
 CONFIG = "run:\n  name: {name}\ntrain:\n  steps: {steps}\n"

@@ -20,6 +20,11 @@ OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normal
 
 
 def parts(root: Path, options: Options) -> list[str]:
+    """The sequences are the folders with images."""
+    return image_folders(root)
+
+
+def image_folders(root: Path) -> list[str]:
     """Every folder at or below the root that holds images, '.' for the root itself.
 
     Hidden folders and those named after depth, masks or normals are passed over, which is logged.

@@ -59,7 +59,7 @@ class PillowDecoder:
             if self._scalable(header) or not self._cache.has_room(3 * header.width * header.height):
                 self._decode_region(out, header, crop, flip)
                 return
-            whole = _Whole(np.array(_rgb(header.image)), header.orientation, header.width, header.height)
+            whole = _Whole(np.array(rgb(header.image)), header.orientation, header.width, header.height)
             self._cache.put(file, whole)
         left, top, right, bottom = _stored_box(crop, whole)
         place(resize(whole.pixels[top:bottom, left:right], self.size), out, whole.orientation, flip)
@@ -73,7 +73,7 @@ class PillowDecoder:
         if scale > 1:
             frame = self._decode_scaled(header.image, box, scale)
         else:
-            frame = resize(np.array(_rgb(header.image, box)), self.size)
+            frame = resize(np.array(rgb(header.image, box)), self.size)
         place(frame, out, header.orientation, flip)
 
     def _decode_scaled(self, image: Image.Image, box: Box, scale: int) -> np.ndarray:
@@ -82,7 +82,7 @@ class PillowDecoder:
         left, top, right, bottom = (side / scale for side in box)
         outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
         inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
-        frame = _rgb(image, outer).resize((self.size, self.size), Image.Resampling.BICUBIC, box=inner)
+        frame = rgb(image, outer).resize((self.size, self.size), Image.Resampling.BICUBIC, box=inner)
         return np.asarray(frame)
 
 
@@ -99,7 +99,7 @@ def _stored_box(crop: np.ndarray, image: Header | _Whole) -> Box:
     return stored_box(crop_box(crop, image.width, image.height), image.orientation, image.width, image.height)
 
 
-def _rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
+def rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
     """Decode an image, or a box of it, as 8-bit RGB.
 
     Raises:

@@ -1,0 +1,62 @@
+"""Models of fastmum for the evaluations of facebookresearch/capi, which import the file that `model_path` names.
+
+From a checkout of CAPI, in an environment where fastmum is installed; `python -m fastmum.capi_loader` prints where
+this file lies:
+
+    python eval_segmentation.py model_path=$(python -m fastmum.capi_loader) \
+        model_loader_kwargs.pretrained_weights=runs/mine output_dir=out train_dataset_name=... test_dataset_name=...
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmum.model.encoder import Encoder
+from fastmum.pretrained import load_pretrained
+
+
+class VisionEncoder(nn.Module):
+    """An encoder with the interface that CAPI expects.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        embed_dim: width of a token.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.patch_size = encoder.config.patch_size
+        self.embed_dim = encoder.config.embed_dim
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None, Tensor]:
+        """Normalised images (B, 3, H, W) -> normed CLS (B, D), no registers, normed patches (B, H / p, W / p, D)."""
+        features = self.encoder.forward_features(images)
+        rows, columns = (side // self.patch_size for side in images.shape[2:])
+        return features["x_norm_clstoken"], None, features["x_norm_patchtokens"].unflatten(1, (rows, columns))
+
+
+def __model_loader__(pretrained_weights: str, device: str | None = None, **overrides: Any) -> VisionEncoder:  # noqa: N807
+    """The function that CAPI calls with its `model_loader_kwargs`.
+
+    Args:
+        pretrained_weights: whatever `fastmum.load_pretrained` reads.
+        device: default: the GPU where there is one.
+        overrides: of `fastmum.load_pretrained`.
+
+    Returns:
+        The encoder in eval mode, on the device.
+
+    Raises:
+        WeightsError: as `fastmum.load_pretrained`.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = load_pretrained(pretrained_weights, encoder_only=True, device=device, **overrides)
+    return VisionEncoder(encoder).eval()
+
+
+if __name__ == "__main__":
+    print(__file__)

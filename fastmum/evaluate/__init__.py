@@ -1,0 +1,27 @@
+"""Evaluations of what an encoder knows about correspondence: docs/evaluation.md.
+
+`evaluate_matching` trains linear probes for dense matching, `evaluate_cosine` matches features as they are,
+`evaluate_attention` reads matches off the decoder's attention. `open_pairs` opens what they are measured on;
+`python -m fastmum.evaluate --help` does it all from the command line.
+"""
+
+from fastmum.evaluate.attention import attention_maps, evaluate_attention
+from fastmum.evaluate.cosine import evaluate_cosine
+from fastmum.evaluate.matching import evaluate_matching
+from fastmum.evaluate.pairs import Camera, Frame, Pair, PairSet, open_pairs
+from fastmum.evaluate.probe import ProbeSettings
+from fastmum.evaluate.result import Result
+
+__all__ = [
+    "Camera",
+    "Frame",
+    "Pair",
+    "PairSet",
+    "ProbeSettings",
+    "Result",
+    "attention_maps",
+    "evaluate_attention",
+    "evaluate_cosine",
+    "evaluate_matching",
+    "open_pairs",
+]

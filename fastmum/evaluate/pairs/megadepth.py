@@ -1,0 +1,129 @@
+"""MegaDepth-1500 in the layouts of LoFTR, DKM and RoMa.
+
+Pictures and depth lie under `Undistorted_SfM/` and `phoenix/`, in the root or in its `train/` or `test/`. What pairs
+there are, and their cameras, say files of scene information:
+
+- LoFTR: `0015_0.1_0.3.npz` and its four siblings of scenes 0015 and 0022, in the root or in
+  `megadepth_test_1500_scene_info/`; for training `index/scene_info_0.1_0.7/<scene>_*.npz`. Keys: image_paths,
+  depth_paths, intrinsics, poses (world to camera), pair_infos ((i, j), overlap, central matches).
+- DKM and RoMa: `prep_scene_info/<scene>.npy`. The same, but pairs (N, 2) and overlaps (N,).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmum.data.errors import DataError
+from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose, some
+from fastmum.evaluate.pairs.reading import frame_of, matrix, read_archive
+
+TEST_SCENES = ("0015", "0022")  # LoFTR's split
+# The scenes that LoFTR's five test files and the Image Matching Challenge 2021 take their pictures from.
+NOT_TRAINED_ON = (*TEST_SCENES, "0008", "0019", "0021", "0024", "0025", "0032", "0063", "1589")
+MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
+TRAIN_PAIRS = 50  # drawn from each file, which may list hundreds of thousands
+TEST_PAIRS = 1500  # drawn where only DKM's files are there, which list more
+SIZE = 448
+
+_LOFTR_TEST = ("", "megadepth_test_1500_scene_info", "index/megadepth_test_1500_scene_info")
+_LOFTR_TRAIN = ("index/scene_info_0.1_0.7", "scene_info_0.1_0.7")
+_IMAGE_ROOTS = ("", "test", "train", "..")
+
+
+def is_megadepth(root: Path) -> bool:
+    """Whether a folder holds scene information of MegaDepth."""
+    return root.is_dir() and bool(_information(root, "test"))
+
+
+def from_root(root: Path, part: str) -> PairSet:
+    """The 1,500 pairs, or pairs of all other scenes.
+
+    Args:
+        root: the folder.
+        part: "train", or "test" and "all", which here are the same.
+
+    Raises:
+        DataError: nothing of that part is there, or a file of scene information cannot be read.
+    """
+    files = _information(root, part)
+    if not files and part == "train":
+        raise DataError(
+            f"'{root}' has no pairs of other scenes than {' and '.join(TEST_SCENES)} to train on "
+            "(prep_scene_info/*.npy or index/scene_info_0.1_0.7/*.npz); --train-data names another set"
+        )
+    if not files:
+        raise DataError(
+            f"'{root}' holds no MegaDepth-1500: neither 0015_0.1_0.3.npz and its siblings (also in "
+            "megadepth_test_1500_scene_info/) nor prep_scene_info/0015.npy"
+        )
+    return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], SIZE)
+
+
+def _information(root: Path, part: str) -> list[Path]:
+    """Files of scene information, LoFTR's where both are there."""
+    if part != "train":
+        for folder in _LOFTR_TEST:
+            found = sorted(file for scene in TEST_SCENES for file in (root / folder).glob(f"{scene}_*.npz"))
+            if found:
+                return found
+        return [file for scene in TEST_SCENES if (file := root / "prep_scene_info" / f"{scene}.npy").is_file()]
+    for pattern in (*(f"{folder}/*.npz" for folder in _LOFTR_TRAIN), "prep_scene_info/*.npy"):
+        found = sorted(file for file in root.glob(pattern) if file.stem.partition("_")[0] not in NOT_TRAINED_ON)
+        if found:
+            return found
+    return []
+
+
+def _pairs(file: Path, root: Path, part: str) -> list[Pair]:
+    information = read_archive(file)
+    try:
+        indices, overlaps = _listed(information)
+        if part == "train":
+            indices = some(indices[overlaps > MIN_OVERLAP], TRAIN_PAIRS)
+        elif file.suffix == ".npy":
+            indices = some(indices, TEST_PAIRS // len(TEST_SCENES))
+        scene, folder = file.stem.partition("_")[0], _image_root(information["image_paths"], root, file)
+        poses = information["poses"]
+        frames: dict[int, Frame] = {}
+        pairs = []
+        for i, j in indices.tolist():
+            for index in (i, j):
+                if index not in frames:
+                    frames[index] = _frame(information, index, folder, file)
+            T_a, T_b = (matrix(poses[index], (4, 4), f"pose {index} in '{file}'") for index in (i, j))
+            pairs.append(Pair(f"{file.stem}/{i}-{j}", scene, frames[i], frames[j], relative_pose(T_a, T_b)))
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"'{file}' is no scene information of MegaDepth ({error!r} is missing or wrong)") from None
+    return pairs
+
+
+def _listed(information: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of image numbers (N, 2) and their overlaps (N,)."""
+    if "pair_infos" in information:
+        listed = information["pair_infos"]
+        indices, overlaps = [tuple(each[0]) for each in listed], [float(each[1]) for each in listed]
+    else:
+        indices, overlaps = information["pairs"], information["overlaps"]
+    return np.asarray(indices, np.int64).reshape(-1, 2), np.asarray(overlaps, np.float64)
+
+
+def _frame(information: dict[str, Any], index: int, folder: Path, file: Path) -> Frame:
+    image, depth = str(information["image_paths"][index]), str(information["depth_paths"][index])
+    K = matrix(information["intrinsics"][index], (3, 3), f"intrinsics {index} in '{file}'")
+    return frame_of(image, folder / image, folder / depth, K)
+
+
+def _image_root(image_paths: Any, root: Path, file: Path) -> Path:
+    """The folder that the paths of a file are relative to."""
+    first = next((str(path) for path in image_paths if path is not None), None)
+    if first is None:
+        raise DataError(f"'{file}' names no pictures")
+    for folder in _IMAGE_ROOTS:
+        if (root / folder / first).is_file():
+            return root / folder
+    raise DataError(f"'{first}', named in '{file}', is not under '{root}', nor in its test/ or train/")

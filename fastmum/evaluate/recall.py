@@ -1,0 +1,94 @@
+"""Recall of correspondences on objects, after Probe3D (El Banani et al., 2024): Table 13, column NAVI.
+
+Features are brought to a quarter of the picture's side; each point of A on the object takes its nearest of B by cosine
+distance; the 1,000 that stand out most against their second nearest are kept; a match is right if the points that it
+joins lie within 1, 2 or 5 cm of each other in space.
+
+Legend: D width, h w the finer grid, N and M points on the object in A and B.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastmum.evaluate.features import Norm, check_size, load_image, patch_features, patch_size
+from fastmum.evaluate.pairs import Camera, Pair, PairSet
+from fastmum.evaluate.warp import grid_points
+
+# `navi_correspondence.yaml` and `evaluate_navi_correspondence.py` of Probe3D.
+SCALE = 4
+MATCHES = 1000
+WITHIN = (0.01, 0.02, 0.05)  # metres
+CHUNK = 4096  # points of A compared at a time
+
+
+def object_recall(
+    encoder: nn.Module, pairs: PairSet, norm: Norm, size: int | None = None, progress: bool = True
+) -> dict[str, float]:
+    """Percentage of kept matches that are right, mean over pairs.
+
+    Args:
+        encoder: see `patch_features`.
+        pairs: of objects.
+        norm: which features.
+        size: side of the pictures in pixels; None: the set's own.
+        progress: whether to show a bar.
+
+    Returns:
+        "recall_1cm", "recall_2cm", "recall_5cm", their mean "recall", and the number of "pairs".
+
+    Raises:
+        DataError: a frame that cannot be read, or a size that does not fit the encoder.
+    """
+    size = check_size(encoder, size or pairs.size)
+    bar = tqdm(pairs.pairs, desc=f"recall on {pairs.name}, {norm}", unit="pair", disable=not progress, leave=False)
+    recalls = torch.stack([_pair_recall(encoder, pair, norm, size) for pair in bar]).mean(0)
+    named = {f"recall_{round(100 * bound)}cm": value for bound, value in zip(WITHIN, recalls.tolist(), strict=True)}
+    return {"recall": recalls.mean().item(), **named, "pairs": len(pairs.pairs)}
+
+
+@torch.no_grad()
+def _pair_recall(encoder: nn.Module, pair: Pair, norm: Norm, size: int) -> Tensor:
+    """Percentages within each distance, (3,) float64."""
+    side, fine = size // patch_size(encoder), size // SCALE
+    images = torch.stack([load_image(frame, size) for frame in (pair.a, pair.b)])
+    maps = patch_features(encoder, images, norm).mT.unflatten(2, (side, side))
+    grown = F.interpolate(maps, (fine, fine), mode="bicubic", align_corners=False).flatten(2).mT
+    points_a, points_b = (_surface(frame.read_camera(), fine) for frame in (pair.a, pair.b))
+    seen_a, seen_b = points_a[:, 2] > 0, points_b[:, 2] > 0
+    a, b = grown[0][seen_a.to(grown.device)], grown[1][seen_b.to(grown.device)]
+    first, second = best_matches(a, b, MATCHES)
+    T = torch.from_numpy(pair.T_b_a)
+    moved = points_a[seen_a][first.cpu()] @ T[:3, :3].T + T[:3, 3]
+    distance = (moved - points_b[seen_b][second.cpu()]).norm(dim=1)
+    return torch.stack([100 * (distance < bound).double().mean() for bound in WITHIN])
+
+
+def best_matches(a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Matches that pass the ratio test best.
+
+    Args:
+        a, b: features (N, D) and (M, D).
+        count: of the matches kept, at most.
+
+    Returns:
+        Numbers into a and b; the weight of a match is 1 - d1 / d2, d the cosine distances of the two nearest.
+    """
+    a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    nearest = [(1 - part @ b.T).topk(min(2, len(b)), largest=False) for part in a.split(CHUNK)]
+    distances = torch.cat([each.values for each in nearest]).clamp(min=1e-9)
+    weights = 1 - distances[:, 0] / distances[:, -1]
+    kept = weights.topk(min(count, len(weights))).indices
+    return kept, torch.cat([each.indices for each in nearest])[kept, 0]
+
+
+def _surface(camera: Camera, side: int) -> Tensor:
+    """Points in the camera's axes at the cells of a grid, (side * side, 3) float64; z is 0 off the object."""
+    points = grid_points(side, side)
+    depth = torch.from_numpy(camera.depth).double()
+    rows, columns = ((points[:, i] * n).long() for i, n in ((1, depth.shape[0]), (0, depth.shape[1])))
+    rays = torch.cat([points, torch.ones_like(points[:, :1])], 1) @ torch.linalg.inv(torch.from_numpy(camera.K)).T
+    return rays * depth[rows, columns][:, None]

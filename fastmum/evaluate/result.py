@@ -1,0 +1,41 @@
+"""What an evaluation gives."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmum.evaluate.features import Prepared
+from fastmum.evaluate.metrics import pair_epe, pixel_errors, scores
+from fastmum.evaluate.warp import grid_points
+
+
+class Result(NamedTuple):
+    """What an evaluation gives.
+
+    Args:
+        numbers: for JSON; "scores" are those of the table, "no_motion" those of a warp that leaves everything in place.
+        warps: (N, P, 2) estimated at the patch centres of every pair's first frame, unit coordinates; None where the
+            evaluation estimates none.
+        size: side of the pictures in pixels.
+    """
+
+    numbers: dict[str, Any]
+    warps: Tensor | None
+    size: int
+
+
+def measured(warps: Tensor, data: Prepared) -> dict[str, Any]:
+    """Scores of warps (N, P, 2) over a set, those of no motion at all, and the end-point error of each pair."""
+    still = grid_points(*data.grid).expand_as(data.target)
+    errors, errors_still = (pixel_errors(points, data.target) for points in (warps, still))
+    found, found_still = scores(torch.stack([errors, errors_still]), data.visible)
+    names = [pair.name for pair in data.pairs.pairs]
+    return {
+        "scores": found.as_dict(),
+        "no_motion": found_still.as_dict(),
+        "per_pair_epe": dict(zip(names, pair_epe(errors, data.visible), strict=True)),
+        "visible_share": data.visible.double().mean().item(),
+    }

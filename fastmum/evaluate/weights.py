@@ -1,0 +1,110 @@
+"""The model that `--weights` names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import fastmum
+from fastmum.model.config import PRESETS
+from fastmum.model.encoder import Encoder
+from fastmum.model.mum import MuM
+from fastmum.pretrained.errors import WeightsError
+
+RANDOM = "random:"
+
+
+class Weights(NamedTuple):
+    """A model to evaluate.
+
+    Args:
+        name: short, for tables and files.
+        model: in eval mode.
+    """
+
+    name: str
+    model: Encoder
+
+
+def load_weights(
+    source: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
+) -> Weights:
+    """Load weights, or make up some.
+
+    Args:
+        source: what `fastmum.load_pretrained` takes, or random:PRESET, an untrained model to compare with.
+        name: for tables; None: after the source.
+        device: to put it on.
+        overrides: for `fastmum.load_pretrained`.
+        seed: of an untrained model.
+
+    Raises:
+        WeightsError: they cannot be loaded, or no such preset.
+    """
+    if not source.startswith(RANDOM):
+        model = fastmum.load_pretrained(source, device=device, **overrides)
+        return Weights(name or _name(Path(source)), model)
+    preset = source.removeprefix(RANDOM)
+    if preset not in PRESETS:
+        raise WeightsError(f"there is no preset '{preset}' for --weights {RANDOM}PRESET: one of {', '.join(PRESETS)}")
+    if overrides:
+        raise WeightsError(f"--override changes weights that are loaded, but '{source}' is made up: leave it out")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MuM(PRESETS[preset])
+    return Weights(name or f"untrained {preset}", model.to(device).eval())
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that `--device` names; auto is a GPU where there is one.
+
+    Raises:
+        WeightsError: there is no such device.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise WeightsError(f"--device is '{name}', but must be auto, cpu, cuda or cuda:N")
+    there = torch.cuda.device_count()
+    device = torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise WeightsError(f"--device is '{name}', but torch sees {there} CUDA devices")
+    return device
+
+
+def _name(source: Path) -> str:
+    """After the run and the checkpoint, or after the file."""
+    path = source.expanduser().absolute()
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name} {path.name}"
+    if path.name == "checkpoints":
+        return path.parent.name
+    return path.stem if path.is_file() else path.name
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE words as overrides: whole numbers, numbers, true and false, else text.
+
+    Raises:
+        WeightsError: a word without "=".
+    """
+    overrides = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise WeightsError(f"--override '{word}' must be KEY=VALUE")
+        overrides[key] = _value(value)
+    return overrides
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,62 @@
+"""The encoder in operators that every exporter and runtime knows, none of `fastmum.kernels`.
+
+Legend: F frames, L tokens of a frame, P of them patches, D width, h heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmum.model.block import Block
+from fastmum.model.encoder import Encoder
+
+
+class EncoderGraph(nn.Module):
+    """An encoder's `forward_features` of normalised images, static but for the number of images and their sides.
+
+    It holds the encoder's own modules. Where that computes positions in bfloat16, so does this: rounded after every
+    operation in float32, which runtimes without arithmetic in bfloat16 can do.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(F, 3, H, W) float32, ImageNet-normalised -> normed CLS (F, D) and patch tokens (F, P, D)."""
+        encoder, side = self.encoder, self.encoder.config.patch_size
+        patches = encoder.patch_embed.proj(images).flatten(2).mT
+        x_FLD = torch.cat([encoder.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
+        sin, cos = self._tables(images.shape[2] // side, images.shape[3] // side)
+        for block in encoder.blocks:
+            x_FLD = x_FLD + self._attend(block, block.norm1(x_FLD), sin, cos)
+            x_FLD = x_FLD + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x_FLD))))
+        x_FLD = encoder.norm(x_FLD)
+        return x_FLD[:, 0], x_FLD[:, 1:]
+
+    def _attend(self, block: Block, x_FLD: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        qkv = block.attn.qkv(x_FLD).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_FhLd, k_FhLd = self._rotate(qkv[:2], sin, cos)
+        return block.attn.proj(F.scaled_dot_product_attention(q_FhLd, k_FhLd, qkv[2]).transpose(1, 2).flatten(2))
+
+    def _tables(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """As `AxialRope.tables`, with a first row that does not rotate CLS, (L, d) each."""
+        r, periods = self._round, self.encoder.rope_embed.periods.float()
+        y, x = (r(r(r(torch.arange(n) + 0.5) / n) * 2 - 1) for n in (rows, columns))
+        coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+        angles = r(r(2 * math.pi * coords[:, :, None]) / periods).flatten(1).tile(2)
+        angles = torch.cat([torch.zeros(1, angles.shape[1]), angles])
+        return r(angles.sin()), r(angles.cos())
+
+    def _rotate(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        r, x = self._round, self._round(x)
+        first, second = x.chunk(2, dim=-1)
+        return r(r(x * cos) + r(torch.cat([-second, first], dim=-1) * sin))
+
+    def _round(self, x: Tensor) -> Tensor:
+        dtype = self.encoder.rope_embed.periods.dtype
+        return x if dtype == torch.float32 else x.to(dtype).float()

@@ -1,0 +1,136 @@
+"""An encoder as transformers' `DINOv3ViTModel`, and back: the same computation under other names.
+
+It has q, k and v apart, and besides registers, of which there are none here, and LayerScale, which is 1 here. Names are
+those of the published DINOv3 folders, which all versions of transformers with this model (4.56 on) read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmum.model.config import MLP_RATIO, ModelConfig
+from fastmum.model.rope import BASE, AxialRope
+from fastmum.pretrained.errors import WeightsError
+
+MODEL_TYPE = "dinov3_vit"
+CLS = "embeddings.cls_token"
+NAMES = {
+    "cls_token": CLS,
+    "patch_embed.proj": "embeddings.patch_embeddings",
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.up_proj",
+    "mlp.fc2": "mlp.down_proj",
+}
+QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+SCALED = {"attn.proj": "layer_scale1.lambda1", "mlp.fc2": "layer_scale2.lambda1"}
+# What decides over the computation, and must be so.
+FIXED = {"num_register_tokens": 0, "use_gated_mlp": False, "hidden_act": "gelu", "rope_theta": BASE}
+
+
+def dinov3_config(config: ModelConfig, image_size: int) -> dict[str, Any]:
+    """Content of `config.json`.
+
+    Args:
+        config: sizes of the encoder.
+        image_size: in pixels, of images that nobody resizes otherwise; the model takes any.
+    """
+    return {
+        "architectures": ["DINOv3ViTModel"],
+        "model_type": MODEL_TYPE,
+        "patch_size": config.patch_size,
+        "num_channels": config.in_chans,
+        "image_size": image_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": MLP_RATIO * config.embed_dim,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.norm_eps,
+        **FIXED,
+        **dict.fromkeys(("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"), True),
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "attention_dropout": 0.0,
+        **dict.fromkeys(("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"), None),
+        "dtype": "float32",
+    }
+
+
+def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of an encoder under the names of a `DINOv3ViTModel`, float32."""
+    return dict(_renamed(state))
+
+
+def _renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    width = state["cls_token"].shape[2]
+    # It has both, but uses none of either here.
+    yield "embeddings.mask_token", torch.zeros(1, 1, width)
+    yield "embeddings.register_tokens", torch.zeros(1, 0, width)
+    for name, tensor in state.items():
+        if name == "rope_embed.periods":
+            continue  # computed from rope_theta
+        name = re.sub(r"^blocks\.", "layer.", name)
+        if ".attn.qkv." in name:
+            for part, rows in zip(QKV, tensor.float().chunk(3), strict=True):
+                yield name.replace("attn.qkv", part), rows.clone()
+            continue
+        for ours, theirs in NAMES.items():
+            name = name.replace(ours, theirs)
+        yield name, tensor.float().contiguous()
+        if found := re.fullmatch(r"(layer\.\d+)\.norm([12])\.weight", name):
+            yield f"{found[1]}.layer_scale{found[2]}.lambda1", torch.ones(width)
+
+
+def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of an encoder from that of a `DINOv3ViTModel` and the content of its `config.json`.
+
+    LayerScale is multiplied into the layer before it; biases that are absent are 0.
+
+    Returns:
+        The state dict, and what it does not tell, fields of `ModelConfig`.
+
+    Raises:
+        WeightsError: a model that computes something else.
+    """
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise WeightsError(f"{key} is {config[key]}, but an encoder of fastmum has {value}")
+    theirs = {re.sub(r"^model\.layer\.", "layer.", name): tensor for name, tensor in tensors.items()}
+    theirs.pop("embeddings.mask_token", None)
+    theirs.pop("embeddings.register_tokens", None)
+    rope = AxialRope(theirs[CLS].shape[2] // config["num_attention_heads"])
+    rope.init_weights()
+    state = {"rope_embed.periods": rope.periods}
+    scales = {name: theirs.pop(name) for name in list(theirs) if name.endswith(".lambda1")}
+    for name in list(theirs):
+        if f".{QKV[0]}." in name:
+            q, k, v = (theirs.pop(name.replace(QKV[0], part), None) for part in QKV)
+            state[_ours(name.replace(QKV[0], "attn.qkv"))] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
+    for name, tensor in theirs.items():
+        name = _ours(name)
+        for layer, scale in SCALED.items():
+            if f".{layer}." in name:
+                factor = scales[f"layer.{name.split('.')[1]}.{scale}"]
+                tensor = tensor * (factor[:, None] if tensor.ndim == 2 else factor)
+        state[name] = tensor
+    return state, {"norm_eps": config["layer_norm_eps"]}
+
+
+def _ours(name: str) -> str:
+    for ours, theirs in NAMES.items():
+        name = name.replace(theirs, ours)
+    return re.sub(r"^layer\.", "blocks.", name)
+
+
+def is_dinov3(folder: Path) -> bool:
+    """Whether a folder is one that transformers reads, of this kind of model."""
+    try:
+        return json.loads((folder / "config.json").read_bytes()).get("model_type") == MODEL_TYPE
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,93 @@
+"""Pairs in front of a wall, a rendered scene, and an encoder that sees colours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plane_world import Shot, walk
+from torch import Tensor, nn
+
+from fastmum.data.scenes import ensure_scenes
+from fastmum.evaluate.pairs import Frame, Pair, PairSet, relative_pose, unit_camera
+
+
+@pytest.fixture(scope="session")
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a rendered scene of 6 views at 96 pixels, and of its copy under another name."""
+    cache = tmp_path_factory.mktemp("evaluated")
+    root = ensure_scenes(1, 6, 96, 0, cache_dir=cache, workers=1, progress=False)
+    shutil.copytree(root / "scene_0000", root / "scene_0001")
+    return root
+
+
+def wall_frame(name: str, camera: Shot) -> Frame:
+    return Frame(name, camera.image, lambda: unit_camera(camera.K, camera.size, camera.depth()))
+
+
+@pytest.fixture
+def wall_pairs() -> PairSet:
+    """Five pairs of neighbours along the wall, of 64 x 48 pixels."""
+    shots = walk(6)
+    frames = [wall_frame(f"{i}.png", camera) for i, camera in enumerate(shots)]
+    pairs = [
+        Pair(f"{i}-{i + 1}", "wall", frames[i], frames[i + 1], relative_pose(shots[i].T, shots[i + 1].T))
+        for i in range(5)
+    ]
+    return PairSet("wall", pairs, 64)
+
+
+class ByColour(nn.Module):
+    """Features that are waves of a patch's mean red and green: patches of one place on the wall have like features.
+
+    Before the norm, patches come behind CLS and four registers, as in DINOv2 with registers. With `noise`, as many
+    channels again are nothing but noise of that size, other in every picture.
+    """
+
+    patch_size = 4
+    noise = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waves = nn.Parameter(torch.linspace(-8, 8, 16))
+
+    def forward_features(self, images: Tensor) -> dict[str, Tensor]:
+        p = self.patch_size
+        colours = images[:, :2].unfold(2, p, p).unfold(3, p, p).mean((-2, -1)).flatten(2).mT
+        phases = colours[..., None] * self.waves
+        patches = torch.cat([phases.sin(), phases.cos()], -1).flatten(2)
+        if self.noise:
+            patches = torch.cat([patches, self.noise * torch.randn_like(patches)], -1)
+        others = torch.full_like(patches[:, :5], 7.0)
+        return {"x_norm_patchtokens": patches, "x_prenorm": torch.cat([others, patches], 1)}
+
+
+@pytest.fixture
+def by_colour() -> ByColour:
+    return ByColour()
+
+
+@pytest.fixture
+def wall_file(tmp_path: Path) -> Path:
+    """The same wall as a pairs.jsonl with pictures and depth in millimetres: 8 pairs of 16 cameras."""
+    folder = tmp_path / "wall"
+    folder.mkdir()
+    shots = walk(16)
+    for i, camera in enumerate(shots):
+        camera.image().save(folder / f"{i}.png")
+        Image.fromarray(np.rint(camera.depth() * 1000).astype(np.uint16)).save(folder / f"{i}_depth.png")
+    lines = []
+    for i in range(0, 16, 2):
+        a, b = shots[i], shots[i + 1]
+        record = {"id": f"pair {i}", "image_a": f"{i}.png", "image_b": f"{i + 1}.png"}
+        record |= {"depth_a": f"{i}_depth.png", "depth_b": f"{i + 1}_depth.png"}
+        record |= {"K_a": a.K.tolist(), "K_b": b.K.tolist(), "T_b_a": relative_pose(a.T, b.T).tolist()}
+        lines.append(json.dumps(record))
+    file = folder / "pairs.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    return file

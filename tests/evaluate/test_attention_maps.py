@@ -1,0 +1,115 @@
+"""Attention maps are the attention that the model computes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fastmum import ModelConfig, MuM
+from fastmum.attention import ragged_attention
+from fastmum.data.errors import DataError
+from fastmum.evaluate import attention_maps, evaluate_attention
+from fastmum.evaluate.attention import Recorder
+from fastmum.evaluate.pairs import PairSet
+from fastmum.evaluate.pictures import draw_attention, draw_warp
+from fastmum.evaluate.warp import pair_warp
+from fastmum.model.encoder import Encoder
+from fastmum.model.mum import Views
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (4, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def plain(q, k):
+    """Softmax of every query over all keys of one pair, mean over heads."""
+    logits = torch.stack([q[:, h] @ k[:, h].T for h in range(q.shape[1])]) * q.shape[2] ** -0.5
+    return logits.softmax(-1).mean(0)
+
+
+@pytest.mark.parametrize("cls_asks", [True, False])
+def test_recorder_is_attention_and_keeps_its_rows(cls_asks):
+    patches, pairs, heads, width = 6, 3, 2, 8
+    per_frame = patches + cls_asks
+    q = torch.randn(pairs * 2 * per_frame, heads, width)
+    k, v = torch.randn(2, pairs * 2 * (1 + patches), heads, width)
+    recorder = Recorder(pairs, patches)
+    out = recorder(q, k, v)
+    ends_k, ends_q = (torch.arange(pairs + 1, dtype=torch.int32) * 2 * n for n in (1 + patches, per_frame))
+    expected = ragged_attention(q, k, v, ends_k, 2 * (1 + patches), cu_seqlens_q=ends_q, max_seqlen_q=2 * per_frame)
+    assert torch.equal(out, expected)
+    (maps,) = recorder.maps
+    for i in range(pairs):
+        q_i, k_i = q.unflatten(0, (pairs, -1))[i], k.unflatten(0, (pairs, -1))[i]
+        rows, columns = slice(int(cls_asks), per_frame), slice(2 + patches, None)
+        assert torch.allclose(maps[i], plain(q_i, k_i)[rows, columns], atol=1e-6)
+
+
+def test_maps_of_a_model(tiny, images):
+    tiny.eval()
+    maps = attention_maps(tiny, images)
+    assert maps.shape == (1, 2, 6, 6)
+    assert (maps >= 0).all()
+    assert (maps.sum(-1) < 1).all()
+    assert torch.allclose(attention_maps(tiny, images[:2]), maps[:, :1], atol=1e-6)  # pairs do not see each other
+    twice = attention_maps(tiny, images[[0, 0]])
+    assert (twice.sum(-1) < 0.5).all()  # as much goes to the frame itself, and some to CLS
+
+
+def test_recording_changes_nothing(tiny, images):
+    """The decoder's output with recorders is that with the model's own attention."""
+    tiny.eval()
+    with torch.no_grad():
+        features = tiny.forward_features(images)
+        encoded = torch.cat([features["x_norm_clstoken"][:, None], features["x_norm_patchtokens"]], 1)
+        ids = torch.arange(6).repeat(4, 1)
+        recorder = Recorder(2, 6)
+        recorded = tiny.decode(encoded, ids, ids, Views(recorder, recorder), (2, 3))
+        own = tiny._views(torch.tensor([2, 2]), 4, 6, 6, 2, images.device)
+        assert torch.allclose(recorded, tiny.decode(encoded, ids, ids, own, (2, 3)), atol=1e-5)
+
+
+def test_matching_by_attention(wall_pairs):
+    torch.manual_seed(0)
+    model = MuM(ModelConfig(32, 2, 2, 32, 4, 2)).eval()
+    result = evaluate_attention(model, wall_pairs.first(3), 64, progress=False)
+    blocks = result.numbers["blocks"]
+    assert list(blocks) == ["mean", "0", "1"]
+    assert result.numbers["scores"]["epe"] == pytest.approx(min(block["epe"] for block in blocks.values()))
+    assert result.warps.shape == (3, 16, 2)
+
+
+def test_attention_on_the_true_place_matches(wall_pairs, monkeypatch, tiny):
+    """Were all attention on the true match, the matcher would be right to half a patch."""
+    pairs = iter(wall_pairs.pairs[:2])
+
+    def true_maps(model, images):
+        maps = []
+        for pair in (next(pairs) for _ in range(len(images) // 2)):
+            warp = pair_warp(pair, 4, 4)
+            cells = (warp.points.clamp(0, 0.999) * 4).long()
+            maps.append(torch.nn.functional.one_hot(cells[:, 1] * 4 + cells[:, 0], 16).float())
+        return torch.stack(maps)[None]
+
+    monkeypatch.setattr("fastmum.evaluate.attention.attention_maps", true_maps)
+    result = evaluate_attention(tiny, PairSet("wall", wall_pairs.pairs[:2], 64), 64, progress=False)
+    assert result.numbers["scores"]["epe"] < 448 / 4 * 0.71
+
+
+def test_an_encoder_has_no_attention_across_views(wall_pairs):
+    with pytest.raises(DataError, match="decoder"):
+        evaluate_attention(Encoder(ModelConfig(32, 2, 2, 32, 2, 2)), wall_pairs, 64, progress=False)
+
+
+def test_pictures(tiny, wall_pairs):
+    pair = wall_pairs.pairs[0]
+    tiny.eval()
+    picture = draw_attention(tiny, pair, 64)
+    assert picture.size == (4 * 256 + 3 * 4, 18 + 256)  # A, B, one block, mean
+    warp = draw_warp(pair, pair_warp(pair, 4, 4).points, 64)
+    assert warp.size == (4 * 256 + 3 * 4, 18 + 256)
+    moved, true = (torch.from_numpy(np.array(warp.crop((x, 18, x + 256, 274)))) for x in (260, 520))
+    seen = (true < 255).any(-1)
+    assert (moved.float() - true.float()).abs()[seen].mean() < 12

@@ -1,0 +1,152 @@
+"""The command line, from weights to a page."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from fastmum import PRESETS, MuM
+from fastmum.evaluate.__main__ import main
+from fastmum.evaluate.folder import read, save
+from fastmum.evaluate.published import PUBLISHED
+from fastmum.evaluate.table import table
+
+QUICK = ["--size", "64", "--pictures", "1", "--device", "cpu"]
+PROBES = ["--steps", "6", "--every", "3", "--batch", "2", "--learning-rates", "1e-3", "1e-2", "--weight-decays", "0"]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file of weights, with the decoder and without."""
+    torch.manual_seed(1)
+    state = MuM(PRESETS["mum_tiny"]).state_dict()
+    file = tmp_path / "small.pth"
+    torch.save(state, file)
+    decoder = ("decoder", "mask_token", "rope_embed_decoder")
+    torch.save({k: v for k, v in state.items() if not k.startswith(decoder)}, tmp_path / "encoder.pth")
+    return file
+
+
+def run(task, weights, data, out, *words):
+    return main([task, "--weights", str(weights), "--data", str(data), "--out", str(out), *QUICK, *words])
+
+
+def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
+    out = tmp_path / "results"
+    assert run("matching", weights, wall_file, out, *PROBES) == 0
+    assert run("cosine", weights, wall_file, out, "--name", "mine & yours") == 0
+    assert run("attention", "random:mum_tiny", wall_file, out, "--max-pairs", "3") == 0
+    printed = capsys.readouterr().out
+    records = {record.content["task"]: record for record in read(out)}
+    matching, cosine, attention = (records[task].content for task in ("matching", "cosine", "attention"))
+    assert (matching["weights"], cosine["weights"]) == ("small", "mine & yours")
+    assert attention["weights"] == "untrained mum_tiny"
+    assert [each["pairs"] for each in (matching, cosine, attention)] == [4, 8, 3]  # half is trained on
+    assert all(each["set"] == "wall" for each in (matching, cosine, attention))
+    assert [each["step"] for each in matching["probes"][0]["evaluations"]] == [3, 6]
+    assert matching["settings"]["train_pairs"] == 4
+    assert all(len(record.pictures) == 1 for record in records.values())
+    for name in ("epe", "robustness", "pck1", "pck3", "pck5"):
+        assert 0 <= matching["scores"][name] < 1000
+
+    text = (out / "table.md").read_text()
+    assert text in printed
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    named = {(row[0], row[1]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    assert named["linear probe", "MegaDepth"]["paper: MuM"] == "10.2"
+    assert named["cosine", "NAVI"]["paper: DINOv3"] == "62.8"
+    assert named["linear probe", "wall"]["EPE ↓"] == f"{matching['scores']['epe']:.1f}"
+    assert named["no motion", "wall"]["EPE ↓"] == f"{matching['no_motion']['epe']:.1f}"
+
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3
+    assert "mine &amp; yours" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing from elsewhere
+    assert "</html>" in page
+
+
+def test_the_same_again_replaces(weights, wall_file, tmp_path):
+    out = tmp_path / "results"
+    assert run("cosine", weights, wall_file, out) == 0
+    first = read(out)[0].content
+    assert run("cosine", weights, wall_file, out, "--pictures", "0") == 0
+    (record,) = read(out)
+    assert record.content["scores"] == first["scores"]
+    assert record.pictures == []
+
+
+def test_training_elsewhere_tests_on_all(weights, wall_file, rendered, tmp_path):
+    assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", str(rendered)) == 0
+    (record,) = read(tmp_path / "out")
+    assert record.content["pairs"] == 8
+    assert record.content["settings"]["train_set"] == "scenes"
+
+
+def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
+    found = []
+    for i, seed in enumerate(("0", "0", "1")):
+        out = tmp_path / str(i)
+        assert run("matching", "random:mum_tiny", wall_file, out, *PROBES, "--seed", seed, "--pictures", "0") == 0
+        found.append(read(out)[0].content["probes"])
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--weights", "random:mum_huge"], "no preset 'mum_huge'"),
+        (["--weights", "random:mum_tiny", "--override", "depth=3"], "leave it out"),
+        (["--weights", "small.pth", "--override", "depth"], "KEY=VALUE"),
+        (["--weights", "small.pth", "--override", "deepth=3"], "nearest is 'depth'"),
+        (["--data", "nowhere"], "there is no 'nowhere'"),
+        (["--size", "50"], "multiple of the patch size 16"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--learning-rates", "-1"], "learning_rates"),
+        (["--max-pairs", "0"], "--max-pairs is 0"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+        (["--out", "small.pth"], "--out 'small.pth' cannot be written to"),
+    ],
+)
+def test_mistakes_are_one_line(weights, wall_file, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    base = ["matching", "--weights", "small.pth", "--data", str(wall_file), "--out", "out", *QUICK, *PROBES]
+    assert main([*base, *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_attention_needs_a_decoder(weights, wall_file, tmp_path, capsys):
+    assert run("attention", tmp_path / "encoder.pth", wall_file, tmp_path / "out") == 2
+    assert "decoder" in capsys.readouterr().err
+    assert run("cosine", tmp_path / "encoder.pth", wall_file, tmp_path / "out") == 0
+
+
+def test_help_names_every_kind_of_data(capsys):
+    with pytest.raises(SystemExit):
+        main(["matching", "--help"])
+    text = capsys.readouterr().out
+    for word in ("scenes", "motorcycle", "megadepth", "scannet", "navi", "pairs.jsonl", "random:PRESET"):
+        assert word in text
+
+
+def test_foreign_files_are_told(tmp_path, weights, wall_file, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/other.json").write_text("[]")
+    assert run("cosine", weights, wall_file, tmp_path / "out") == 2
+    assert "other.json' is no result of fastmum.evaluate" in capsys.readouterr().err
+
+
+def test_table_of_the_papers_sets(tmp_path):
+    scores = {"epe": 12.34, "robustness": 90.0, "pck1": 1.0, "pck3": 2.0, "pck5": None}
+    content = {"task": "matching", "set": "megadepth", "weights": "ours", "scores": scores}
+    results = table([save(tmp_path, content, [])])
+    row = next(row for row in results.rows if row[2] == "ours")
+    cells = dict(zip(results.names, row, strict=True))
+    assert (cells["EPE ↓"], cells["PCK@5 ↑"], cells["paper: MuM"]) == ("12.3", "–", "10.2")
+    assert sum(row[1] == "MegaDepth" for row in results.rows) == 1
+    for task, methods in PUBLISHED.items():
+        assert all(set(values) <= {"megadepth", "scannet", "navi"} for values in methods.values()), task

@@ -1,0 +1,344 @@
+"""Miniatures of the real layouts, written from a wall whose warps are known: what is opened must warp truly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from plane_world import Shot, exact, shot, walk
+
+from fastmum.data.errors import DataError
+from fastmum.evaluate.features import load_image
+from fastmum.evaluate.pairs import SETS, open_pairs
+from fastmum.evaluate.pairs.jsonl import split
+from fastmum.evaluate.pairs.reading import read_depth
+from fastmum.evaluate.warp import grid_points, pair_warp
+
+
+def check(pair, a: Shot, b: Shot, bound: float = 0.3) -> None:
+    """The pair's warp is the wall's, to `bound` pixels of 448."""
+    warp = pair_warp(pair, 8, 8)
+    error = np.abs(warp.points.numpy() - exact(a, b, grid_points(8, 8).numpy()))[warp.visible.numpy()] * 448
+    assert warp.visible.double().mean() > 0.3
+    assert error.max() < bound
+    for frame, camera in ((pair.a, a), (pair.b, b)):
+        assert np.abs(np.asarray(frame.read_image(), int) - np.asarray(camera.image(), int)).mean() < 6  # JPEG
+
+
+def save(camera: Shot, image: Path, depth: Path, write_depth) -> None:
+    image.parent.mkdir(parents=True, exist_ok=True)
+    depth.parent.mkdir(parents=True, exist_ok=True)
+    camera.image().save(image, quality=95)
+    write_depth(depth, camera.depth())
+
+
+def write_h5(file: Path, depth: np.ndarray) -> None:
+    with h5py.File(file, "w") as archive:
+        archive["depth"] = depth
+
+
+def millimetres(file: Path, depth: np.ndarray) -> None:
+    Image.fromarray(np.rint(1000 * depth).astype(np.uint16)).save(file)
+
+
+def objects(values: list) -> np.ndarray:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+def megadepth(root: Path, scene: str, shots: list[Shot]) -> dict:
+    """Pictures and depth of a scene, and its scene information without pairs; picture 0 is missing, as many are."""
+    images, depths = [None], [None]
+    for i, camera in enumerate(shots[1:], 1):
+        images.append(f"Undistorted_SfM/{scene}/images/{i}_o.jpg")
+        depths.append(f"phoenix/S6/zl548/MegaDepth_v1/{scene}/dense0/depths/{i}_o.h5")
+        save(camera, root / images[-1], root / depths[-1], write_h5)
+    poses, intrinsics = ([None, *(getattr(camera, name) for camera in shots[1:])] for name in ("T", "K"))
+    named = {"image_paths": images, "depth_paths": depths, "poses": poses, "intrinsics": intrinsics}
+    return {name: objects(values) for name, values in named.items()}
+
+
+@pytest.mark.parametrize("folder", ["", "megadepth_test_1500_scene_info"])
+@pytest.mark.parametrize("images", ["", "test"])
+def test_megadepth_of_loftr(tmp_path, folder, images):
+    shots = walk(5)
+    for scene in ("0015", "0022"):
+        information = megadepth(tmp_path / images, scene, shots)
+        infos = objects([((1, 2), 0.2, np.zeros((0, 4))), ((4, 3), 0.25, np.zeros((0, 4)))])
+        (tmp_path / folder).mkdir(exist_ok=True)
+        np.savez(tmp_path / folder / f"{scene}_0.1_0.3.npz", **information, pair_infos=infos)
+    pairs = open_pairs(str(tmp_path))
+    assert (pairs.name, pairs.size, len(pairs.pairs)) == ("megadepth", 448, 4)
+    assert {pair.scene for pair in pairs.pairs} == {"0015", "0022"}
+    check(pairs.pairs[0], shots[1], shots[2])
+    check(pairs.pairs[1], shots[4], shots[3])
+    with pytest.raises(DataError, match="--train-data"):
+        open_pairs(str(tmp_path), "train")
+
+
+def test_megadepth_of_dkm(tmp_path):
+    shots = walk(4)
+    (tmp_path / "prep_scene_info").mkdir()
+    for scene in ("0015", "0003", "0008"):
+        information = megadepth(tmp_path, scene, shots)
+        information |= {"pairs": np.array([[1, 2], [2, 3], [3, 1]]), "overlaps": np.array([0.5, 0.005, 0.2])}
+        np.save(tmp_path / "prep_scene_info" / f"{scene}.npy", information)
+    test, train = (open_pairs(f"megadepth:{tmp_path}", part) for part in ("test", "train"))
+    assert [pair.name for pair in test.pairs] == ["0015/1-2", "0015/2-3", "0015/3-1"]
+    assert [pair.name for pair in train.pairs] == ["0003/1-2", "0003/3-1"]  # not too little overlap, not a test scene
+    check(train.pairs[1], shots[3], shots[1])
+
+
+def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
+    for index, camera in shots.items():
+        save(camera, scene / f"color/{index}.jpg", scene / f"depth/{index}.png", millimetres)
+        (scene / "pose").mkdir(exist_ok=True)
+        np.savetxt(scene / f"pose/{index}.txt", camera.T_world)
+    (scene / "intrinsic").mkdir()
+    for name, K in (("color", next(iter(shots.values())).K), ("depth", K_depth)):
+        padded = np.eye(4)
+        padded[:3, :3] = K
+        np.savetxt(scene / f"intrinsic/intrinsic_{name}.txt", padded)
+
+
+@pytest.mark.parametrize("folder", ["scans_test", "", "test"])
+def test_scannet_of_roma(tmp_path, folder):
+    shots = walk(4)
+    scannet(tmp_path / folder / "scene0707_00", dict(zip((0, 15, 30, 45), shots, strict=True)), np.diag([20, 20, 1]))
+    lost = tmp_path / folder / "scene0707_00/pose/45.txt"
+    np.savetxt(lost, np.full((4, 4), -np.inf))
+    names = np.array([[707, 0, 15, 30], [707, 0, 0, 45], [707, 0, 30, 0]])
+    np.savez(tmp_path / "test.npz", name=names, rel_pose=np.zeros((3, 12)))
+    pairs = open_pairs(str(tmp_path))
+    assert (pairs.name, [pair.name for pair in pairs.pairs]) == ("scannet", ["scene0707_00/15-30", "scene0707_00/30-0"])
+    check(pairs.pairs[0], shots[1], shots[2])
+    check(pairs.pairs[1], shots[2], shots[0])
+    with pytest.raises(DataError, match="--train-data"):
+        open_pairs(str(tmp_path), "train")
+
+
+def test_scannet_of_loftr_with_intrinsics_of_depth(tmp_path):
+    """Pictures in the size of depth take the intrinsics of depth, which LoFTR keeps for all scenes in one file."""
+    shots = walk(2)
+    scene = tmp_path / "scannet_test_1500/scene0708_01"
+    scannet(scene, {0: shots[0], 100: shots[1]}, np.eye(3))
+    (scene / "intrinsic/intrinsic_depth.txt").unlink()
+    np.savetxt(scene / "intrinsic/intrinsic_color.txt", np.diag([2, 2, 1, 1]) @ np.pad(shots[0].K, (0, 1)))
+    np.savez(tmp_path / "scannet_test_1500/test.npz", name=np.array([[708, 1, 0, 100]]))
+    np.savez(tmp_path / "scannet_test_1500/intrinsics.npz", scene0708_01=shots[0].K)
+    check(open_pairs(str(tmp_path)).pairs[0], *shots)
+
+
+def test_scannet_training_pairs(tmp_path):
+    shots = walk(3)
+    scannet(tmp_path / "scans/scans_train/scene0001_00", dict(zip((0, 10, 25), shots, strict=True)), np.eye(3))
+    (tmp_path / "scannet_indices").mkdir()
+    names = np.array([[1, 0, 0, 10], [1, 0, 10, 25], [1, 0, 10, 0]])
+    np.savez(tmp_path / "scannet_indices/scene0001_00.npz", name=names, score=np.array([0.6, 0.6, 0.2]))
+    np.savez(tmp_path / "test.npz", name=np.zeros((0, 4), int))
+    train = open_pairs(f"scannet:{tmp_path}", "train")
+    assert [pair.name for pair in train.pairs] == ["scene0001_00/0-10"]
+    check(train.pairs[0], *shots[:2])
+
+
+def quaternion(R: np.ndarray) -> list[float]:
+    w = np.sqrt(1 + np.trace(R)) / 2
+    return [2 * w, *(2 * np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / (4 * w))]
+
+
+def navi(root: Path, count: int = 9) -> list[Shot]:
+    """One object: a piece of the wall at a tenth of its distance, before nothing; pictures are wider than high."""
+    shots = [shot((0.03 * i, 0.02 * i, 0), (0.02 * i, -0.03 * i, 0.05 * i), (96, 64), 80) for i in range(count)]
+    folder = root / "keywest_showpiece_cat/wild_set"
+    annotations = []
+    for i, camera in enumerate(shots):
+        depth = 100 * camera.depth()  # millimetres: the world is shrunk to a tenth
+        y, x = np.mgrid[:64, :96]
+        depth[(np.abs(x - 50) > 14) | (np.abs(y - 30) > 18)] = 0
+        counts = np.where(depth > 0, np.rint(655350 / np.maximum(depth, 1)), 0).astype(np.uint16)
+        save(camera, folder / f"images/{i:03d}.jpg", folder / f"depth/{i:03d}.png",
+             lambda file, _, counts=counts: Image.fromarray(counts).save(file))  # fmt: skip
+        R, t = camera.T[:3, :3], 100 * camera.T[:3, 3]
+        annotations.append({
+            "object_id": "keywest_showpiece_cat", "filename": f"{i:03d}.jpg", "image_size": [64, 96],
+            "camera": {"q": quaternion(R), "t": t.tolist(), "focal_length": 80.0, "camera_model": "pixel_5"},
+        })  # fmt: skip
+    (folder / "annotations.json").write_text(json.dumps(annotations))
+    return shots
+
+
+def test_navi(tmp_path):
+    shots = navi(tmp_path)
+    pairs = open_pairs(str(tmp_path))
+    assert (pairs.name, pairs.size, pairs.objects) == ("navi", 512, True)
+    assert [Path(pair.a.key).name for pair in pairs.pairs] == ["000.jpg", "004.jpg", "008.jpg"]
+    for pair in pairs.pairs:
+        assert pair.a.read_image().size == (37, 37)  # the object is 29 x 37 pixels
+        ends = [shots[int(Path(frame.key).stem)] for frame in (pair.a, pair.b)]
+        warp = pair_warp(pair, 8, 8)
+        # Unit coordinates of the cut, 37 pixels a side round (50.5, 30.5), in those of the whole picture.
+        corner, side = np.array([32, 12]), 37
+        whole = (corner + side * grid_points(8, 8).numpy()) / [96, 64]
+        truth = (exact(*ends, whole) * [96, 64] - corner) / side
+        seen = warp.visible.numpy()
+        assert seen.any()
+        assert np.abs(warp.points.numpy() - truth)[seen].max() * 37 < 0.3
+    assert [pair.b.key for pair in open_pairs(str(tmp_path)).pairs] == [pair.b.key for pair in pairs.pairs]
+
+
+def test_pairs_in_a_text_file(wall_file):
+    shots = walk(16)
+    for name in (str(wall_file), str(wall_file.parent), f"pairs:{wall_file}"):
+        pairs = open_pairs(name)
+        assert (pairs.name, len(pairs.pairs)) == ("wall", 8)
+    check(pairs.pairs[3], shots[6], shots[7])
+    parts = [open_pairs(name, part).pairs for part in ("test", "train")]
+    keys = [{frame.key for pair in part for frame in (pair.a, pair.b)} for part in parts]
+    assert [len(part) for part in parts] == [4, 4]
+    assert not keys[0] & keys[1]
+
+
+def test_pairs_without_depth_are_passed_over(wall_file, caplog):
+    lines = wall_file.read_text().splitlines()
+    record = json.loads(lines[0]) | {"depth_b": None}
+    wall_file.write_text("\n".join([json.dumps(record), *lines[1:]]))
+    assert len(open_pairs(str(wall_file)).pairs) == 7
+    assert "1 of 8 pairs have no depth" in caplog.text
+
+
+def test_pairs_that_share_pictures_stay_together(wall_pairs):
+    test, train = split(wall_pairs.pairs)
+    assert (len(test), len(train)) == (5, 0)
+    apart = [wall_pairs.pairs[0], wall_pairs.pairs[2], wall_pairs.pairs[4]]
+    assert [len(part) for part in split(apart)] == [2, 1]
+
+
+def test_project_pairs(shared):
+    """The project's own set: real pictures, metric depth."""
+    pairs = open_pairs(str(shared / "data/pairs/pairs.jsonl"))
+    assert len(pairs.pairs) == 16
+    shares = [pair_warp(pair, 14, 14).visible.double().mean().item() for pair in pairs.pairs]
+    assert min(shares) > 0.02
+    assert np.mean(shares) > 0.15
+
+
+def test_rendered_scenes_are_split_by_scene(rendered):
+    test, train, everything = (open_pairs(str(rendered), part) for part in ("test", "train", "all"))
+    assert {pair.scene for pair in test.pairs} == {"scene_0001"}
+    assert {pair.scene for pair in train.pairs} == {"scene_0000"}
+    assert len(everything.pairs) == len(test.pairs) + len(train.pairs)
+    assert load_image(test.pairs[0].a, 96).shape == (96, 96, 3)
+
+
+def test_some_pairs_of_a_set(wall_pairs):
+    assert [pair.name for pair in wall_pairs.first(2).pairs] == ["0-1", "4-5"]
+    assert wall_pairs.first(9) is wall_pairs.first(None) is wall_pairs
+    both = wall_pairs.both_ways().pairs
+    assert len(both) == 10
+    assert torch.equal(torch.from_numpy(both[0].T_b_a @ both[1].T_b_a).round(decimals=9), torch.eye(4).double())
+
+
+def spoil(file: Path, **changes) -> None:
+    lines = file.read_text().splitlines()
+    record = json.loads(lines[2]) | changes
+    file.write_text("\n".join([*lines[:2], json.dumps({k: v for k, v in record.items() if v != "drop"}), *lines[3:]]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"K_a": "drop"}, r"line 3 of '.*' lacks K_a"),
+        ({"K_a": [[1, 0], [0, 1]]}, r"K_a in line 3 .* 3 x 3"),
+        ({"T_b_a": [[float("nan")] * 4] * 4}, r"T_b_a in line 3 .* finite"),
+        ({"image_b": "nothing.png"}, r"'nothing.png', named in"),
+        ({"image_b": 7}, r"7, named in '.*', is not a path"),
+        ({"depth_unit": "millimetres"}, r"depth_unit in line 3 of '.*' must be a finite number"),
+    ],
+)
+def test_records_that_cannot_be_used(wall_file, changes, message):
+    spoil(wall_file, **changes)
+    with pytest.raises(DataError, match=message):
+        open_pairs(str(wall_file))
+
+
+def test_files_that_cannot_be_read(wall_file):
+    pairs = open_pairs(str(wall_file)).pairs
+    (wall_file.parent / "0.png").write_bytes(b"no picture")
+    (wall_file.parent / "3_depth.png").write_bytes(b"no depth")
+    with pytest.raises(DataError, match=r"image '.*0\.png' cannot be read"):
+        load_image(pairs[0].a, 32)
+    with pytest.raises(DataError, match=r"depth '.*3_depth\.png' cannot be read"):
+        pairs[1].b.read_camera()
+    wall_file.write_text("{")
+    with pytest.raises(DataError, match=r"line 1 of .* is not JSON"):
+        open_pairs(str(wall_file))
+
+
+def test_depth_of_other_kinds(tmp_path, monkeypatch):
+    np.save(tmp_path / "d.npy", np.array([[1.0, np.nan], [-1.0, np.inf]]))
+    assert read_depth(tmp_path / "d.npy", 2.0).tolist() == [[2, 0], [0, 0]]
+    np.save(tmp_path / "d.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"d.npy' has shape \(3,\)"):
+        read_depth(tmp_path / "d.npy")
+    with pytest.raises(DataError, match=r"ends in '.exr', but one of .png, .npy, .h5"):
+        read_depth(tmp_path / "d.exr")
+    write_h5(tmp_path / "d.h5", np.ones((2, 2)))
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(DataError, match=r"^depth '.*d.h5' needs h5py: pip install 'fastmum\[evaluate\]'$"):
+        read_depth(tmp_path / "d.h5")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "there is no 'nowhere'"),
+        ("megadepth", "write megadepth:/path"),
+        ("motorcycle:/x", "write motorcycle"),
+        ("scenes:/nowhere", "there is no '/nowhere'"),
+    ],
+)
+def test_names_that_name_nothing(name, message):
+    with pytest.raises(DataError, match=message):
+        open_pairs(name)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, layout in SETS.items() if layout.open])
+def test_folders_that_hold_something_else(tmp_path, kind):
+    (tmp_path / "readme.txt").touch()
+    with pytest.raises(DataError, match=str(tmp_path)):
+        open_pairs(f"{kind}:{tmp_path}")
+    with pytest.raises(DataError, match="no set of pairs that is known"):
+        open_pairs(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "no annotation of NAVI"),
+        ("cat/wild_set/annotations.json", '[{"filename": "0", "camera": {}, "image_size": [1]}]', "no annotation"),
+        ("scene_0000/cameras.json", '{"depth_unit": "x"}', "not a scene's cameras.json"),
+        ("scene_0000/cameras.json", "{", "cannot be read"),
+    ],
+)
+def test_cameras_that_are_none(tmp_path, name, content, message):
+    file = tmp_path / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(DataError, match=message):
+        open_pairs(str(tmp_path))
+
+
+def test_scene_information_that_is_none(tmp_path):
+    (tmp_path / "0015_0.1_0.3.npz").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"0015_0.1_0.3.npz' cannot be read"):
+        open_pairs(str(tmp_path))
+    np.savez(tmp_path / "0015_0.1_0.3.npz", poses=np.zeros(3))
+    with pytest.raises(DataError, match="no scene information of MegaDepth"):
+        open_pairs(str(tmp_path))

@@ -1,0 +1,138 @@
+"""Probes are trained as they would be one by one, and learn what there is to learn."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmum.evaluate.cosine import cosine_warps
+from fastmum.evaluate.features import Prepared
+from fastmum.evaluate.matcher import cosine_logits, nearest_patch
+from fastmum.evaluate.metrics import pixel_errors, scores
+from fastmum.evaluate.pairs import PairSet
+from fastmum.evaluate.probe import BatchedAdamW, ProbeSettings, match_all, matching_losses, project, train_probes
+from fastmum.evaluate.warp import grid_points
+
+CPU = torch.device("cpu")
+GRID = (5, 6)
+
+
+def hidden_signal(wall: PairSet, pairs: int, seed: int) -> Prepared:
+    """B is a permutation of A's patches; eight of 32 channels say which is which, under louder noise in the others."""
+    rng = torch.Generator().manual_seed(seed)
+    patches = GRID[0] * GRID[1]
+    mix = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(99)))[0]
+    features, targets = [], []
+    for _ in range(pairs):
+        signal, order = torch.randn(patches, 8, generator=rng), torch.randperm(patches, generator=rng)
+        for each in (signal, signal[order]):
+            features.append(torch.cat([each, 3 * torch.randn(patches, 24, generator=rng)], 1) @ mix)
+        targets.append(grid_points(*GRID)[order.argsort()])
+    visible = torch.rand(pairs, patches, generator=rng) > 0.2
+    first = torch.arange(0, 2 * pairs, 2)
+    return Prepared(wall, torch.stack(features), first, first + 1, torch.stack(targets), visible, GRID)
+
+
+@pytest.fixture
+def data(wall_pairs):
+    return hidden_signal(wall_pairs, 40, 0), hidden_signal(wall_pairs, 10, 1)
+
+
+def epe(data, stack):
+    errors, _ = match_all(stack, data, ProbeSettings(), CPU)
+    return [each.epe for each in scores(errors, data.visible)]
+
+
+def test_a_probe_beats_random_projections_and_cosine_matching(data):
+    train, test = data
+    settings = ProbeSettings(steps=200, evaluate_every=50, learning_rates=(1e-5, 1e-2), weight_decays=(0.0, 0.1))
+    trained = train_probes(train, test, settings, CPU, progress=False)
+    (error,) = scores(pixel_errors(trained.warps, test.target)[None], test.visible)
+    random = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(5))
+    chance = epe(test, random)
+    plain = scores(pixel_errors(cosine_warps(test, 0.1, CPU), test.target)[None], test.visible)[0].epe
+    assert error.epe < 0.3 * min(*chance, plain)
+    assert settings.probes()[trained.best[0]][0] == 1e-2
+    # What is reported is the least of all that was evaluated, and the weights that are kept give it again.
+    history = [each.scores[i].epe for each in trained.history for i in range(4)]
+    assert error.epe == pytest.approx(min(history))
+    assert epe(test, trained.weights[None])[0] == pytest.approx(error.epe, rel=1e-4)
+    assert [each.step for each in trained.history] == [50, 100, 150, 200]
+    assert trained.history[-1].losses[2] < trained.history[0].losses[2]
+
+
+def test_probes_side_by_side_are_those_alone(data):
+    train, test = data
+    rates, decays = (1e-3, 1e-2), (0.0, 0.5)
+    common = {"steps": 7, "evaluate_every": 3, "batch": 4}
+    together = train_probes(
+        train, test, ProbeSettings(**common, learning_rates=rates, weight_decays=decays), CPU, progress=False
+    )
+    assert [each.step for each in together.history] == [3, 6, 7]
+    for i, (rate, decay) in enumerate((rate, decay) for rate in rates for decay in decays):
+        alone = train_probes(
+            train, test, ProbeSettings(**common, learning_rates=(rate,), weight_decays=(decay,)), CPU, progress=False
+        )
+        for one, all_ in zip(alone.history, together.history, strict=True):
+            assert one.losses[0] == pytest.approx(all_.losses[i], rel=1e-4)
+            assert one.scores[0].epe == pytest.approx(all_.scores[i].epe, rel=1e-2)
+
+
+def test_batched_adamw_is_adamw():
+    stack = torch.randn(3, 4, 5, dtype=torch.float64)
+    rates, decays = [1e-3, 1e-2, 0.1], [0.0, 0.3, 1.0]
+    ours = BatchedAdamW(stack.clone(), rates, decays)
+    params = [torch.nn.Parameter(each.clone()) for each in stack]
+    theirs = [torch.optim.AdamW([p], lr=r, weight_decay=w) for p, r, w in zip(params, rates, decays, strict=True)]
+    for _ in range(12):
+        gradient = torch.randn_like(stack)
+        ours.step(gradient)
+        for parameter, optimizer, each in zip(params, theirs, gradient, strict=True):
+            parameter.grad = each.clone()
+            optimizer.step()
+        assert torch.allclose(ours.stack, torch.stack([p.detach() for p in params]), rtol=1e-9, atol=1e-12)
+
+
+def test_loss_is_cross_entropy_over_visible_patches():
+    logits, target = torch.randn(2, 3, 7, 9, dtype=torch.float64), torch.randint(0, 9, (3, 7))
+    visible = torch.rand(3, 7) > 0.4
+    visible[0, 0] = True
+    expected = [F.cross_entropy(each[visible], target[visible]) for each in logits]
+    assert torch.allclose(matching_losses(logits, target, visible), torch.stack(expected))
+
+
+def test_identity_is_cosine_matching(data):
+    _, test = data
+    a, b = test.of(torch.arange(3), CPU)
+    stack = torch.eye(32)[None]
+    assert torch.allclose(cosine_logits(project(stack, a), project(stack, b))[0], cosine_logits(a, b), atol=1e-5)
+    right = nearest_patch(test.target, GRID)
+    assert torch.equal(grid_points(*GRID)[right], test.target)
+
+
+def test_divergence_is_told(data):
+    train, test = data
+    broken = Prepared(
+        train.pairs, train.features * math.nan, train.first, train.second, train.target, train.visible, GRID
+    )
+    settings = ProbeSettings(steps=2, evaluate_every=1, learning_rates=(1e-3,), weight_decays=(0.0,))
+    with pytest.raises(FloatingPointError, match="diverged"):
+        train_probes(broken, test, settings, CPU, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rates": ()}, "learning_rates"),
+        ({"learning_rates": (0.0,)}, "positive"),
+        ({"weight_decays": (-0.1,)}, "at least 0"),
+        ({"temperature": 0.0}, "temperature"),
+    ],
+)
+def test_settings_that_cannot_be(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        ProbeSettings(**wrong)

@@ -1,0 +1,94 @@
+"""Folders of transformers' DINOv3 models, there and back."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fastmum
+from fastmum import ModelConfig, MuM
+from fastmum.export import export
+from fastmum.pretrained import MismatchError, WeightsError
+from fastmum.pretrained.dinov3 import from_dinov3, to_dinov3
+
+
+@pytest.fixture
+def folder(tiny, save):
+    """The encoder of `tiny`, with another epsilon than shapes let one expect."""
+    return export(save(tiny.state_dict()), "hf", norm_eps=1e-6).file
+
+
+def test_there_and_back(folder, tiny):
+    encoder = fastmum.load_pretrained(folder)
+    assert encoder.config.norm_eps == 1e-6
+    assert encoder.config.num_heads == tiny.config.num_heads
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, tiny.state_dict()[name]), name
+    again = export(folder, "safetensors").file
+    assert again == folder.with_name(f"{folder.name}.safetensors")
+    assert dataclasses.asdict(fastmum.load_pretrained(again).config)["norm_eps"] == 1e-6
+
+
+def edit(folder, **change):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+
+
+def test_layer_scale_and_absent_biases_of_others(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, layerscale_value=0.3,
+        pos_embed_rescale=None,
+    )  # fmt: skip
+    theirs = transformers.DINOv3ViTModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "mask_token" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        ours = fastmum.load_pretrained(tmp_path / "theirs").forward_features(images)
+        output = theirs(images)
+    torch.testing.assert_close(ours["x_norm_patchtokens"], output.last_hidden_state[:, 1:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours["x_norm_clstoken"], output.pooler_output, rtol=0, atol=1e-4)
+
+
+def test_every_weight_has_one_name_there():
+    state = MuM(ModelConfig(32, 3, 2, 32, 2, 2)).state_dict()
+    encoder = {name: t for name, t in state.items() if not name.startswith(("decoder", "mask", "rope_embed_decoder"))}
+    theirs = to_dinov3(encoder)
+    learnt = sum(t.numel() for name, t in encoder.items() if "periods" not in name)
+    besides = sum(t.numel() for name, t in theirs.items() if "lambda1" in name or "mask_token" in name)
+    assert sum(t.numel() for t in theirs.values()) == learnt + besides
+    again, _ = from_dinov3(theirs, {"num_attention_heads": 2, "layer_norm_eps": 1e-5})
+    assert again.keys() == encoder.keys()
+
+
+def test_what_is_no_encoder_of_ours(folder):
+    for change, words in (
+        ({"num_register_tokens": 4}, "num_register_tokens is 4, but an encoder of fastmum has 0"),
+        ({"use_gated_mlp": True}, "use_gated_mlp is True"),
+        ({"rope_theta": 10.0}, r"rope_theta is 10.0, but an encoder of fastmum has 100.0"),
+    ):
+        before = (folder / "config.json").read_text()
+        edit(folder, **change)
+        with pytest.raises(WeightsError, match=words) as caught:
+            fastmum.load_pretrained(folder)
+        assert str(folder) in str(caught.value)
+        (folder / "config.json").write_text(before)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["layer.1.norm2.bias"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(MismatchError, match=r"lacks blocks.1.norm2.bias \[32\]"):
+        fastmum.load_pretrained(folder)
+    del tensors["embeddings.cls_token"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"does not hold an encoder of fastmum .KeyError: 'embeddings.cls_token'"):
+        fastmum.load_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"has a config.json, but no model.safetensors"):
+        fastmum.load_pretrained(folder)
