@@ -1,6 +1,6 @@
-"""AdamW on many tensors in one launch, with the bfloat16 copies that a model computes with.
+"""AdamW on many tensors in one launch: float32 weights, or bfloat16 weights and what they lack (`halves`).
 
-Each value is read and written once: gradient, master, both moments, copy. The table of addresses (`tables`) is made
+Each value is read and written once: gradient, weight, both moments, rest. The table of addresses (`tables`) is made
 at every step because gradients move.
 
 The update is that of `torch.optim.AdamW`; where `found_inf` is set nothing changes.
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from fastmum.kernels.dispatch import jit, launch, tl, use_triton
+from fastmum.kernels.halves import join, join_bits, split_, split_bits
 from fastmum.kernels.tables import CHUNK, chunk_of, make_table
 
-COLUMNS = 5  # of the table: master, gradient, both moments, copy
+COLUMNS = 5  # of the table: weight, gradient, both moments, rest
 
 
 def adamw_(
-    masters: Sequence[Tensor],
+    weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor],
+    rests: Sequence[Tensor],
     step: Tensor,
     lr: float,
     betas: tuple[float, float],
@@ -35,44 +36,54 @@ def adamw_(
     """One step of AdamW, in place.
 
     Args:
-        masters, exp_avgs, exp_avg_sqs: float32, of the same strides, without gaps.
+        weights: float32, or the bfloat16 halves of float32 weights, without gaps.
         grads: of the same shapes and strides, all of one floating-point dtype.
-        copies: of the same shapes and strides, all of one dtype, which become the rounded masters; or none at all.
-        step: scalar, float32, on the device of the masters: number of this step, from 1.
+        exp_avgs, exp_avg_sqs: of the same shapes and strides, float32.
+        rests: int16, of the same shapes and strides: the other halves of bfloat16 weights; none of float32 ones.
+        step: scalar, float32, on the device of the weights: number of this step, from 1.
         lr, betas, weight_decay, eps: as in `torch.optim.AdamW`.
-        found_inf: scalar, float32, on the device of the masters: 1.0 skips everything.
+        found_inf: scalar, float32, on the device of the weights: 1.0 skips everything.
 
     Raises:
-        ValueError: lists of different lengths, or a tensor whose strides differ from its master's.
-        TypeError: dtypes that differ within a list.
+        ValueError: lists of different lengths, or a tensor whose strides differ from its weight's.
+        TypeError: another dtype than these, or several within a list.
     """
-    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    if copies:
-        lists["copies"] = copies
-    for name, tensors in lists.items():
-        if len(tensors) != len(masters):
-            raise ValueError(f"{name} has {len(tensors)} tensors, but there are {len(masters)} masters")
-        if len({x.dtype for x in tensors}) > 1:
-            raise TypeError(f"{name} has dtypes {sorted({str(x.dtype) for x in tensors})}, but must have one")
-        for x, master in zip(tensors, masters, strict=True):
-            if x.shape != master.shape or x.stride() != master.stride():
+    lists = {  # and their dtype
+        "weights": (weights, torch.bfloat16 if rests else torch.float32),
+        "grads": (grads, None),
+        "exp_avgs": (exp_avgs, torch.float32),
+        "exp_avg_sqs": (exp_avg_sqs, torch.float32),
+    }
+    if rests:
+        lists["rests"] = rests, torch.int16
+    for name, (tensors, dtype) in lists.items():
+        if len(tensors) != len(weights):
+            raise ValueError(f"{name} has {len(tensors)} tensors, but there are {len(weights)} weights")
+        found = {x.dtype for x in tensors}
+        if len(found) > 1:
+            raise TypeError(f"{name} has dtypes {sorted(map(str, found))}, but must have one")
+        if dtype and found - {dtype}:
+            beside = f" {'with' if rests else 'without'} rests" if name == "weights" else ""
+            raise TypeError(f"{name} has dtype {found.pop()}, but must have {dtype}{beside}")
+        for x, weight in zip(tensors, weights, strict=True):
+            if x.shape != weight.shape or x.stride() != weight.stride():
                 raise ValueError(
-                    f"{name} has a tensor of shape {tuple(x.shape)} and strides {x.stride()}, but its master has "
-                    f"{tuple(master.shape)} and {master.stride()}"
+                    f"{name} has a tensor of shape {tuple(x.shape)} and strides {x.stride()}, but its weight has "
+                    f"{tuple(weight.shape)} and {weight.stride()}"
                 )
-    if masters:
-        args = *map(list, (masters, grads, exp_avgs, exp_avg_sqs, copies)), step, lr, *betas, weight_decay, eps
+    if weights:
+        args = *map(list, (weights, grads, exp_avgs, exp_avg_sqs, rests)), step, lr, *betas, weight_decay, eps
         # Nothing differentiates or compiles it: where PyTorch does it, the operator would only cost its dispatch.
-        (_adamw_ if use_triton(masters[0]) else _adamw_torch)(*args, found_inf)
+        (_adamw_ if use_triton(weights[0]) else _adamw_torch)(*args, found_inf)
 
 
-@torch.library.custom_op("fastmum::adamw_", mutates_args=("masters", "exp_avgs", "exp_avg_sqs", "copies"))
+@torch.library.custom_op("fastmum::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "rests"))
 def _adamw_(
-    masters: Sequence[Tensor],
+    weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor],
+    rests: Sequence[Tensor],
     step: Tensor,
     lr: float,
     beta1: float,
@@ -81,21 +92,21 @@ def _adamw_(
     eps: float,
     found_inf: Tensor | None,
 ) -> None:
-    run = _adamw_triton if use_triton(masters[0]) else _adamw_torch
-    run(masters, grads, exp_avgs, exp_avg_sqs, copies, step, lr, beta1, beta2, weight_decay, eps, found_inf)
+    run = _adamw_triton if use_triton(weights[0]) else _adamw_torch
+    run(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf)
 
 
 @_adamw_.register_fake
-def _(masters, grads, exp_avgs, exp_avg_sqs, copies, step, lr, beta1, beta2, weight_decay, eps, found_inf):
+def _(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf):
     return None
 
 
 def _adamw_torch(
-    masters: Sequence[Tensor],
+    weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor],
+    rests: Sequence[Tensor],
     step: Tensor,
     lr: float,
     beta1: float,
@@ -104,9 +115,10 @@ def _adamw_torch(
     eps: float,
     found_inf: Tensor | None,
 ) -> None:
+    masters = [join(*halves) for halves in zip(weights, rests, strict=True)] if rests else weights
     torch._fused_adamw_(
         masters,
-        [grad.to(master.dtype) for grad, master in zip(grads, masters, strict=True)],
+        [grad.to(torch.float32) for grad in grads],
         exp_avgs,
         exp_avg_sqs,
         [],
@@ -120,16 +132,16 @@ def _adamw_torch(
         maximize=False,
         found_inf=found_inf,
     )
-    if copies:
-        torch._foreach_copy_(copies, masters)
+    for master, weight, rest in zip(masters, weights, rests, strict=False):
+        split_(master, weight, rest)
 
 
 def _adamw_triton(
-    masters: Sequence[Tensor],
+    weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor],
+    rests: Sequence[Tensor],
     step: Tensor,
     lr: float,
     beta1: float,
@@ -138,15 +150,15 @@ def _adamw_triton(
     eps: float,
     found_inf: Tensor | None,
 ) -> None:
-    device = masters[0].device
-    table = make_table((masters, grads, exp_avgs, exp_avg_sqs, copies or masters))
-    typed = [torch.empty(0, dtype=x[0].dtype, device=device) for x in (grads, copies or masters)]
+    table = make_table((weights, grads, exp_avgs, exp_avg_sqs, rests or weights))
+    typed = torch.empty(0, dtype=grads[0].dtype, device=weights[0].device)
     launch(
         _adamw_kernel,
         (table.chunks,),
-        *(table.words, *typed, step, found_inf, table.rows, lr, beta1, beta2, weight_decay, eps),
-        COPY=bool(copies),
+        *(table.words, typed, step, found_inf, table.rows, lr, beta1, beta2, weight_decay, eps),
+        SPLIT=bool(rests),
         ALIGN=table.align,
+        DIVISOR=table.divisor,
         CHUNK=CHUNK,
         COLUMNS=COLUMNS,
         BLOCK=1024,
@@ -158,7 +170,6 @@ def _adamw_triton(
 def _adamw_kernel(
     table_ptr,  # see `tables`
     grad_ptr,  # no values: its dtype is that of the gradients
-    copy_ptr,  # the same for the copies
     step_ptr,  # scalar
     found_inf_ptr,  # scalar, or None
     rows,
@@ -167,8 +178,9 @@ def _adamw_kernel(
     beta2,
     weight_decay,
     eps,
-    COPY: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether weights are halves
     ALIGN: tl.constexpr,  # bytes that divide all addresses
+    DIVISOR: tl.constexpr,  # of the numbers of values
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -176,13 +188,15 @@ def _adamw_kernel(
     if found_inf_ptr is not None:  # noqa: SIM102 (Triton decides the outer one when it compiles)
         if tl.load(found_inf_ptr) != 0.0:
             return
-    row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK)
+    row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK, DIVISOR)
     float_ptr: tl.constexpr = tl.pointer_type(tl.float32)
-    master_ptr = tl.multiple_of(tl.load(row_ptr).to(float_ptr), ALIGN)
+    # Halves by their bits.
+    weight_type: tl.constexpr = tl.pointer_type(tl.int16 if SPLIT else tl.float32)
+    weight_ptr = tl.multiple_of(tl.load(row_ptr).to(weight_type), ALIGN)
     grads_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
     mean_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(float_ptr), ALIGN)
     square_ptr = tl.multiple_of(tl.load(row_ptr + 3).to(float_ptr), ALIGN)
-    copies_ptr = tl.multiple_of(tl.load(row_ptr + 4).to(tl.pointer_type(copy_ptr.dtype.element_ty)), ALIGN)
+    rest_ptr = tl.multiple_of(tl.load(row_ptr + 4).to(tl.pointer_type(tl.int16)), ALIGN)
     step = tl.load(step_ptr)
     correction1 = 1.0 - tl.exp(step * tl.log(beta1))
     correction2 = tl.sqrt(1.0 - tl.exp(step * tl.log(beta2)))
@@ -190,15 +204,18 @@ def _adamw_kernel(
         at = begin + first + tl.arange(0, BLOCK)
         inside = at < numel
         grad = tl.load(grads_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        master = tl.load(master_ptr + at, mask=inside, other=0.0)
+        weight = tl.load(weight_ptr + at, mask=inside, other=0)
         mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
         square = tl.load(square_ptr + at, mask=inside, other=0.0)
-        master -= lr * weight_decay * master
+        if SPLIT:
+            weight = join_bits(weight, tl.load(rest_ptr + at, mask=inside, other=0))
+        weight -= lr * weight_decay * weight
         mean += (1.0 - beta1) * (grad - mean)
         square = beta2 * square + (1.0 - beta2) * grad * grad
-        master -= lr / correction1 * mean / (tl.sqrt(square) / correction2 + eps)
-        tl.store(master_ptr + at, master, mask=inside)
+        weight -= lr / correction1 * mean / (tl.sqrt(square) / correction2 + eps)
+        if SPLIT:
+            weight, rest = split_bits(weight)
+            tl.store(rest_ptr + at, rest, mask=inside)
+        tl.store(weight_ptr + at, weight, mask=inside)
         tl.store(mean_ptr + at, mean, mask=inside)
         tl.store(square_ptr + at, square, mask=inside)
-        if COPY:
-            tl.store(copies_ptr + at, master.to(copy_ptr.dtype.element_ty), mask=inside)

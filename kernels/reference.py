@@ -170,6 +170,13 @@ def rotary_projection(
     return packed.view(len(x), len(parts), num_heads, -1).unbind(1)
 
 
+def nearest_bfloat16(x: Tensor) -> Tensor:
+    """The values of bfloat16, of 8 binary digits and at least 2^-133 apart, nearest to `x`; halfway away from zero."""
+    unit = torch.ldexp(torch.ones_like(x), (torch.frexp(x).exponent - 8).clamp(min=-133))
+    nearest = (x.abs() / unit + 0.5).floor() * unit
+    return nearest.copysign(x).to(torch.bfloat16)
+
+
 def adamw(
     weight: Tensor,
     grad: Tensor,

@@ -25,12 +25,15 @@ class Table(NamedTuple):
         rows: of tensors.
         chunks: of all rows: programs to launch.
         align: bytes that divide all addresses, 16 or 2.
+        divisor: 16 where it divides the number of values of every row, else 1: without it the compiler cannot know that
+            the values of a wide access are all inside or all outside, and makes them one by one.
     """
 
     words: Tensor
     rows: int
     chunks: int
     align: int
+    divisor: int
 
 
 def make_table(columns: Sequence[Sequence[Tensor]]) -> Table:
@@ -45,12 +48,14 @@ def make_table(columns: Sequence[Sequence[Tensor]]) -> Table:
     addresses = [x.data_ptr() for row in zip(*columns, strict=True) for x in row]
     words = addresses + [x.numel() for x in first] + [word for chunk in chunks for word in chunk]
     table = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    return Table(table, len(first), len(chunks), 16 if all(word % 16 == 0 for word in addresses) else 2)
+    align = 16 if all(address % 16 == 0 for address in addresses) else 2
+    return Table(table, len(first), len(chunks), align, 16 if all(x.numel() % 16 == 0 for x in first) else 1)
 
 
 @jit()
-def chunk_of(table_ptr, rows, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+def chunk_of(table_ptr, rows, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DIVISOR: tl.constexpr):
     """Of this program: where the addresses of its row are, its first value, and the row's number of values."""
     chunk_ptr = table_ptr + rows * (COLUMNS + 1) + 2 * tl.program_id(0)
     row, number = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
-    return table_ptr + row * COLUMNS, number * CHUNK, tl.load(table_ptr + rows * COLUMNS + row)
+    numel = tl.multiple_of(tl.load(table_ptr + rows * COLUMNS + row), DIVISOR)
+    return table_ptr + row * COLUMNS, number * CHUNK, numel

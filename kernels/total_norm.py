@@ -62,6 +62,7 @@ def _total_norm_triton(groups: list[list[Tensor]]) -> Tensor:
             (table.chunks,),
             *(table.words, torch.empty(0, dtype=some[0].dtype, device=device), sums[begin:], table.rows),
             ALIGN=table.align,
+            DIVISOR=table.divisor,
             CHUNK=CHUNK,
             BLOCK=2048,
             num_warps=4,
@@ -78,10 +79,11 @@ def _squares_kernel(
     sums_ptr,  # (chunks,)
     rows,
     ALIGN: tl.constexpr,
+    DIVISOR: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row_ptr, begin, numel = chunk_of(table_ptr, rows, 1, CHUNK)
+    row_ptr, begin, numel = chunk_of(table_ptr, rows, 1, CHUNK, DIVISOR)
     x_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty)), ALIGN)
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, CHUNK, BLOCK):

@@ -70,7 +70,8 @@ class ApexAdamW(Optimizer):
         super().__init__(masters, optim)
         if self.steps.device.type != NEEDED:
             raise ConfigError("optim.optimizer is apex, which needs a CUDA device: take optim.optimizer=adamw")
-        self._parts = [local(w.master.detach()) for w in self.weights]
+        # Apex wants float32 weights: those that are kept in halves are whole only during an update.
+        self._parts = [_empty(self.steps) if w.rest is not None else local(w.master) for w in self.weights]
         groups = [
             {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if self.decay(w) == decay],
              "weight_decay": decay}
@@ -90,6 +91,8 @@ class ApexAdamW(Optimizer):
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
         found_inf = torch.zeros_like(self.steps) if found_inf is None else found_inf
         for part, weight in zip(self._parts, self.weights, strict=True):
+            if weight.rest is not None:
+                part.data = weight.master
             grad = gradient(weight.parameter)
             part.grad = None if grad is None else grad.float()
         for group in self._apex.param_groups:
@@ -100,8 +103,13 @@ class ApexAdamW(Optimizer):
         self.steps += 1 - found_inf
         for part, weight in zip(self._parts, self.weights, strict=True):
             part.grad = None
-            if weight.is_copied:
-                weight.parameter.copy_(part)
+            if weight.rest is not None:
+                weight.stored.fill_(part)
+                part.data = _empty(self.steps)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(0)
 
 
 class _Verdict:

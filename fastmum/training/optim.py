@@ -1,4 +1,4 @@
-"""AdamW on float32 masters, which renews the model's copies on the way and can pass over a step on the device."""
+"""AdamW on float32 weights, whole or in halves, that can pass over a step on the device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmum.config.schema import OptimSection
 from fastmum.kernels.adamw import adamw_
+from fastmum.kernels.halves import Halves
 from fastmum.parallel.gradients import local
 from fastmum.training.master import MasterWeights, Weight
 
@@ -21,7 +22,7 @@ GradientOf = Callable[[nn.Parameter], Tensor | None]
 
 
 def build_optimizer(model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32) -> Optimizer:
-    """The optimiser of a model that computes with matrices of `dtype`; bfloat16 converts them, see `MasterWeights`.
+    """The optimiser of a model that computes with matrices of `dtype`; bfloat16 splits them, see `MasterWeights`.
 
     Raises:
         ConfigError: NVIDIA's Apex is asked for and is not there.
@@ -55,8 +56,8 @@ class Optimizer(ABC):
     def __init__(self, masters: MasterWeights, optim: OptimSection) -> None:
         self.masters, self.optim = masters, optim
         self.weights = masters.weights
-        self.moments = {w.name: (_zeros_like(w.master), _zeros_like(w.master)) for w in self.weights}
-        self.steps = torch.zeros((), device=self.weights[0].master.device)
+        self.moments = {w.name: (_zeros_like(w.parameter), _zeros_like(w.parameter)) for w in self.weights}
+        self.steps = torch.zeros((), device=self.weights[0].parameter.device)
 
     @abstractmethod
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
@@ -70,19 +71,15 @@ class Optimizer(ABC):
 
     def decay(self, weight: Weight) -> float:
         """The weight decay of a weight."""
-        return self.optim.weight_decay if weight.master.ndim > 1 else 0.0
+        return self.optim.weight_decay if weight.parameter.ndim > 1 else 0.0
 
-    def state(self) -> dict[str, Tensor]:
-        """All that is learnt, by name, to save and to fill in place: weights in float32, moments, number of updates."""
-        state = {"optimizer.steps": self.steps}
+    def state(self) -> dict[str, Tensor | Halves]:
+        """All that is learnt, by name and live, to save and to fill in place: weights, moments, number of updates."""
+        state: dict[str, Tensor | Halves] = {"optimizer.steps": self.steps}
         for weight in self.weights:
-            state[f"model.{weight.name}"] = weight.master.detach()
+            state[f"model.{weight.name}"] = weight.stored
             state[f"exp_avg.{weight.name}"], state[f"exp_avg_sq.{weight.name}"] = self.moments[weight.name]
         return state
-
-    def loaded(self) -> None:
-        """To be called after `state` was filled."""
-        self.masters.renew_copies()
 
 
 class AdamW(Optimizer):
@@ -91,23 +88,22 @@ class AdamW(Optimizer):
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
         updates = [
-            _Update(*(local(x) for x in (w.master.detach(), *self.moments[w.name])), grad, w, self.decay(w))
+            _Update(*(local(x) for x in (w.parameter.detach(), *self.moments[w.name])), grad, w.rest, self.decay(w))
             for w in self.weights
             if (grad := gradient(w.parameter)) is not None
         ]
         self.steps += 1 if found_inf is None else 1 - found_inf
         for alike in _alike(updates):
-            for bundle in _bundles([update.master for update in alike]):
+            for bundle in _bundles([update.weight for update in alike]):
                 self._update([(piece, alike[piece.index]) for piece in bundle], rate, found_inf)
 
     def _update(self, bundle: list[tuple[Piece, _Update]], rate: float, found_inf: Tensor | None) -> None:
-        masters = [piece.of(update.master) for piece, update in bundle]
         adamw_(
-            masters,
+            [piece.of(update.weight) for piece, update in bundle],
             [piece.of(update.gradient) for piece, update in bundle],
             [piece.of(update.exp_avg) for piece, update in bundle],
             [piece.of(update.exp_avg_sq) for piece, update in bundle],
-            [piece.of(update.weight.parameter) for piece, update in bundle if update.weight.is_copied],
+            [piece.of(update.rest) for piece, update in bundle if update.rest is not None],
             self.steps,
             lr=rate,
             betas=(self.optim.betas[0], self.optim.betas[1]),
@@ -120,25 +116,25 @@ class AdamW(Optimizer):
 class _Update(NamedTuple):
     """What is updated, this device's part of it, by which gradient."""
 
-    master: Tensor
+    weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     gradient: Tensor
-    weight: Weight
+    rest: Tensor | None
     decay: float
 
 
 def _alike(updates: list[_Update]) -> list[list[_Update]]:
-    """Those that can be updated together: of the same decay, with a copy or without, of one dtype of gradients."""
+    """Those that can be updated together: of the same decay, whole or halves, of one dtype of gradients."""
     groups: dict[tuple, list[_Update]] = {}
     for update in updates:
-        key = update.decay, update.weight.is_copied, update.gradient.dtype
+        key = update.decay, update.weight.dtype, update.gradient.dtype
         groups.setdefault(key, []).append(update)
     return list(groups.values())
 
 
-def _zeros_like(master: Tensor) -> Tensor:
-    return torch.zeros_like(master.detach())
+def _zeros_like(weight: Tensor) -> Tensor:
+    return torch.zeros_like(weight.detach(), dtype=torch.float32)
 
 
 class Piece(NamedTuple):

@@ -60,7 +60,6 @@ def resume(config: Config, run: RunDir, world: World, optimizer: Optimizer) -> S
             about = load_checkpoint(Path(path).expanduser(), state, sizes, world.control)
     if about is None:
         return Start(0, _frames_per_step(config, world, None), 0.0, {})
-    optimizer.loaded()
     values = about.values
     log.info(
         "resumed from %s at step %d (%s, %d processes)",

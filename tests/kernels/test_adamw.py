@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from support import DEVICE, relative
 
 from fastmum.kernels import reference
 from fastmum.kernels.adamw import adamw_
+from fastmum.kernels.halves import Halves, join
 from fastmum.kernels.tables import CHUNK
 
 SHAPES = [(1,), (37, 5), (2, 3, 4, 4), (CHUNK + 3,), (7,)]
@@ -16,51 +22,73 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.05, "eps": 1e-8}
 
 
 class Weights:
-    """Masters with everything that belongs to them; the fourth axis of the third lies outermost in memory."""
+    """Weights with everything that belongs to them; the second axis of the third lies innermost in memory."""
 
-    def __init__(self, grad_dtype: torch.dtype, copy_dtype: torch.dtype | None) -> None:
+    def __init__(self, grad_dtype: torch.dtype, split: bool) -> None:
         def filled(make) -> list[torch.Tensor]:
             made = [make(shape, device=DEVICE) for shape in SHAPES]
             made[2] = made[2].to(memory_format=torch.channels_last)
             return made
 
-        self.masters = filled(torch.randn)
+        self.weights, self.rests = filled(torch.randn), []
+        if split:
+            self.weights, self.rests = map(list, zip(*map(Halves.of, self.weights), strict=True))
         self.grads = [x.to(grad_dtype) for x in filled(torch.randn)]
         self.exp_avgs, self.exp_avg_sqs = filled(torch.randn), [0.1 + x for x in filled(torch.rand)]
-        self.copies = [] if copy_dtype is None else [x.to(copy_dtype) for x in self.masters]
         self.step = torch.tensor(float(STEP), device=DEVICE)
 
     def update(self, found_inf: torch.Tensor | None = None) -> None:
-        lists = self.masters, self.grads, self.exp_avgs, self.exp_avg_sqs, self.copies
+        lists = self.weights, self.grads, self.exp_avgs, self.exp_avg_sqs, self.rests
         adamw_(*lists, self.step, **SETTINGS, found_inf=found_inf)
 
     def all(self) -> list[torch.Tensor]:
-        return [*self.masters, *self.exp_avgs, *self.exp_avg_sqs, *self.copies, self.step]
+        return [*self.weights, *self.exp_avgs, *self.exp_avg_sqs, *self.rests, self.step]
+
+    def masters(self) -> list[torch.Tensor]:
+        return [join(*halves) for halves in zip(self.weights, self.rests, strict=True)] if self.rests else self.weights
 
 
 @pytest.mark.parametrize("skips", [None, False])
 @pytest.mark.parametrize(
-    ("grad_dtype", "copy_dtype"),
-    [(torch.bfloat16, torch.bfloat16), (torch.float32, None), (torch.float32, torch.bfloat16)],
+    ("grad_dtype", "split"), [(torch.bfloat16, True), (torch.float32, False), (torch.float32, True)]
 )
-def test_a_step(backend: str, grad_dtype: torch.dtype, copy_dtype: torch.dtype | None, skips: bool | None) -> None:
-    weights = Weights(grad_dtype, copy_dtype)
+def test_a_step(backend: str, grad_dtype: torch.dtype, split: bool, skips: bool | None) -> None:
+    weights = Weights(grad_dtype, split)
     truth = [
         reference.adamw(*(x.double() for x in state), step=STEP, **SETTINGS)
-        for state in zip(weights.masters, weights.grads, weights.exp_avgs, weights.exp_avg_sqs, strict=True)
+        for state in zip(weights.masters(), weights.grads, weights.exp_avgs, weights.exp_avg_sqs, strict=True)
     ]
     weights.update(None if skips is None else torch.zeros((), device=DEVICE))
+    masters = weights.masters()
     for i, (master, exp_avg, exp_avg_sq) in enumerate(truth):
-        assert relative(weights.masters[i], master) < 1e-6
+        assert relative(masters[i], master) < 1e-6
         assert relative(weights.exp_avgs[i], exp_avg) < 1e-6
         assert relative(weights.exp_avg_sqs[i], exp_avg_sq) < 1e-6
     assert weights.step == STEP
-    for copy, master in zip(weights.copies, weights.masters, strict=False):
-        assert torch.equal(copy, master.to(copy_dtype))
+    if split:
+        assert all(torch.equal(x, reference.nearest_bfloat16(y)) for x, y in zip(weights.weights, masters, strict=True))
+
+
+def test_halves_and_whole_weights_learn_the_same_bit_for_bit(backend: str) -> None:
+    whole, halves = Weights(torch.bfloat16, False), Weights(torch.bfloat16, True)
+    halves.weights, halves.rests = map(list, zip(*map(Halves.of, whole.weights), strict=True))
+    for name in ("grads", "exp_avgs", "exp_avg_sqs"):
+        setattr(halves, name, [x.clone() for x in getattr(whole, name)])
+    for weights in (whole, halves):
+        weights.update()
+    assert all(torch.equal(x, y) for x, y in zip(whole.masters(), halves.masters(), strict=True))
+
+
+def test_a_weight_that_becomes_nan_is_seen(backend: str) -> None:
+    weights = Weights(torch.float32, True)
+    weights.grads[1].fill_(float("nan"))
+    weights.update()
+    assert weights.weights[1].isnan().all()
+    assert weights.masters()[1].isnan().all()
 
 
 def test_an_infinite_gradient_changes_nothing(backend: str) -> None:
-    weights = Weights(torch.bfloat16, torch.bfloat16)
+    weights = Weights(torch.bfloat16, True)
     weights.grads[1].fill_(float("inf"))
     before = [x.clone() for x in weights.all()]
     weights.update(torch.ones((), device=DEVICE))
@@ -68,9 +96,9 @@ def test_an_infinite_gradient_changes_nothing(backend: str) -> None:
 
 
 def test_tensors_that_are_not_aligned(backend: str) -> None:
-    expected = Weights(torch.bfloat16, torch.bfloat16)
-    weights = Weights(torch.bfloat16, torch.bfloat16)
-    for name in ("masters", "grads", "exp_avgs", "exp_avg_sqs", "copies"):
+    expected = Weights(torch.bfloat16, True)
+    weights = Weights(torch.bfloat16, True)
+    for name in ("weights", "grads", "exp_avgs", "exp_avg_sqs", "rests"):
         moved = []
         for x in getattr(expected, name):
             memory = torch.zeros(x.numel() + 1, dtype=x.dtype, device=DEVICE)
@@ -83,10 +111,10 @@ def test_tensors_that_are_not_aligned(backend: str) -> None:
 
 def test_neighbours_in_memory_stay(backend: str) -> None:
     memory = torch.ones(20, device=DEVICE)
-    master = memory[4:11]
+    weight = memory[4:11]
     zeros = [torch.zeros(7, device=DEVICE) for _ in range(2)]
     adamw_(
-        [master],
+        [weight],
         [torch.ones(7, device=DEVICE)],
         [zeros[0]],
         [zeros[1]],
@@ -94,7 +122,7 @@ def test_neighbours_in_memory_stay(backend: str) -> None:
         torch.ones((), device=DEVICE),
         **SETTINGS,
     )
-    assert (master != 1).all()
+    assert (weight != 1).all()
     assert (memory[:4] == 1).all()
     assert (memory[11:] == 1).all()
 
@@ -103,20 +131,62 @@ def test_nothing_to_do(backend: str) -> None:
     adamw_([], [], [], [], [], torch.ones(()), **SETTINGS)
 
 
+HALVES = [torch.zeros(3, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.bfloat16)]
+SHORTS = [x.short() for x in HALVES]
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"grads": [torch.zeros(3)]}, ValueError, "grads has 1 tensors"),
         ({"grads": [torch.zeros(3), torch.zeros(4, 2).bfloat16()]}, TypeError, "must have one"),
         ({"exp_avgs": [torch.zeros(3), torch.zeros(2, 4).t()]}, ValueError, "strides"),
-        ({"copies": [torch.zeros(2), torch.zeros(4, 2)]}, ValueError, r"copies has a tensor of shape \(2,\)"),
+        ({"exp_avgs": [torch.zeros(3).double(), torch.zeros(4, 2).double()]}, TypeError, "must have torch.float32"),
+        ({"rests": SHORTS}, TypeError, "weights has dtype torch.float32, but must have torch.bfloat16 with rests"),
+        ({"weights": HALVES}, TypeError, "weights has dtype torch.bfloat16, but must have torch.float32 without rests"),
+        ({"weights": HALVES, "rests": HALVES}, TypeError, "rests has dtype torch.bfloat16"),
+        ({"weights": HALVES, "rests": [SHORTS[0][:2], SHORTS[1]]}, ValueError, r"rests has a tensor of shape \(2,\)"),
     ],
 )
 def test_refuses(change: dict, error: type[Exception], message: str) -> None:
     def zeros() -> list[torch.Tensor]:
         return [torch.zeros(3), torch.zeros(4, 2)]
 
-    names = ("masters", "grads", "exp_avgs", "exp_avg_sqs")
-    args = {name: zeros() for name in names} | {"copies": [], "step": torch.ones(())}
+    names = ("weights", "grads", "exp_avgs", "exp_avg_sqs")
+    args = {name: zeros() for name in names} | {"rests": [], "step": torch.ones(())}
     with pytest.raises(error, match=message):
         adamw_(**args | change, **SETTINGS)
+
+
+COMPILED = """
+import json, torch
+from fastmum.kernels import adamw
+from fastmum.kernels.compiled import compile_launch
+from fastmum.kernels.dispatch import recorded_launches
+def make(dtype):
+    return [torch.empty(1 << 16, dtype=getattr(torch, dtype), device="meta")]
+for split in (True, False):
+    lists = [make("bfloat16" if split else "float32"), make("bfloat16"), make("float32"), make("float32"), make("int16")]
+    with recorded_launches(90) as launches:
+        adamw._adamw_triton(
+            *lists[: 4 + split], *([[]] * (not split)), torch.empty((), device="meta"), 1e-3, 0.9, 0.95, 0.05, 1e-8, None
+        )
+    compiled = compile_launch(launches[0], 90)
+    print(json.dumps([compiled.spills, [[name, width, n] for (name, width), n in compiled.accesses.items()]]))
+"""
+
+
+def test_values_travel_16_bytes_at_a_time() -> None:
+    """Where the numbers of values are multiples of 16, as all of the paper's model are."""
+    pytest.importorskip("triton")
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
+    result = subprocess.run([sys.executable, "-c", COMPILED], env=clean, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        spills, accesses = json.loads(line)
+        assert spills == 0
+        assert {width for name, width, _ in accesses if name not in ("table", "row", "step")} == {16}
+        # Of 8 values a thread: moments and weights, whole or halves, are read and written, the gradient is read.
+        assert sum(n for _, width, n in accesses if width == 16) == 2 * 3 * 2 + 1

@@ -4,11 +4,11 @@ A checkpoint is a folder with the files of `torch.distributed.checkpoint` and a 
 flat state: names -> tensors, of all ranks together.
 """
 
-from fastmum.training.checkpoint.about import About
+from fastmum.training.checkpoint.about import About, State
 from fastmum.training.checkpoint.errors import CheckpointError
 from fastmum.training.checkpoint.folder import Found, find_checkpoints, set_aside_after
 from fastmum.training.checkpoint.reader import Weights, load_checkpoint, load_newest, read_weights
-from fastmum.training.checkpoint.writer import Checkpoints, State
+from fastmum.training.checkpoint.writer import Checkpoints
 
 __all__ = [
     "About",

@@ -13,12 +13,15 @@ import torch
 import xxhash
 from torch import Tensor
 
+from fastmum.kernels.halves import Halves
 from fastmum.training.checkpoint.errors import CheckpointError, UnreadableError, reason
 from fastmum.training.checkpoint.files import FileAbout
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
 NAMED = 5  # tensors listed in a message
+
+State = Mapping[str, Tensor | Halves]  # what is kept in halves is a float32 tensor in every checkpoint
 
 
 class TensorAbout(NamedTuple):
@@ -28,8 +31,8 @@ class TensorAbout(NamedTuple):
     dtype: str
 
     @classmethod
-    def of(cls, tensor: Tensor) -> TensorAbout:
-        """Those of a tensor, sharded or not."""
+    def of(cls, tensor: Tensor | Halves) -> TensorAbout:
+        """Those of a tensor, sharded, in halves or neither."""
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
     def empty(self) -> Tensor:
@@ -121,7 +124,7 @@ class About:
                 "choose another run.dir, or train.resume=never to set the old run aside"
             )
 
-    def check_tensors(self, state: Mapping[str, Tensor]) -> None:
+    def check_tensors(self, state: State) -> None:
         """Compare names and shapes; a dtype that differs is converted when loading.
 
         Raises:

@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from fastmum.kernels.halves import Halves
+from fastmum.training.checkpoint.about import State
 from fastmum.training.checkpoint.errors import CheckpointError, reason
 from fastmum.training.checkpoint.files import FileAbout, HashedFiles
 from fastmum.training.checkpoint.ranks import Ranks
@@ -33,9 +35,7 @@ class _Planner(DefaultSavePlanner):
         return self._parts[index.fqn]
 
 
-def write_parts(
-    path: Path, state: Mapping[str, Tensor], parts: Mapping[str, Tensor], ranks: Ranks
-) -> dict[str, FileAbout]:
+def write_parts(path: Path, state: State, parts: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileAbout]:
     """Write the parts of all ranks and put them on disk; returns the files that this rank wrote.
 
     Args:
@@ -51,7 +51,7 @@ def write_parts(
     writer.fs = files
     with _agreed(ranks), torch.no_grad():
         dcp.save(
-            {name: state[name] for name in parts},
+            {name: copy if isinstance(state[name], Halves) else state[name] for name, copy in parts.items()},
             storage_writer=writer,
             planner=_Planner(parts),
             process_group=ranks.group,
@@ -60,20 +60,31 @@ def write_parts(
     return files.written
 
 
-def read_parts(path: Path, state: Mapping[str, Tensor], ranks: Ranks) -> None:
+def read_parts(path: Path, state: State, ranks: Ranks) -> None:
     """Fill the tensors of `state`, however they are sharded, from a checkpoint.
 
     Raises:
         CheckpointError: a rank could not; on all ranks alike.
     """
+    whole = {name: _whole(tensor) for name, tensor in state.items()}
     with _agreed(ranks), torch.no_grad():
         dcp.load(
-            {name: tensor.detach() for name, tensor in state.items()},
+            whole,
             storage_reader=dcp.FileSystemReader(path),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=ranks.group,
             no_dist=ranks.group is None,
         )
+        for name, tensor in state.items():
+            if isinstance(tensor, Halves):
+                tensor.fill_(whole[name].to(tensor.parameter.device))
+
+
+def _whole(tensor: Tensor | Halves) -> Tensor:
+    """Where to read a tensor to: the memory of one in halves has no room for it as it is in the file."""
+    if isinstance(tensor, Halves):
+        return torch.empty_like(tensor.parameter, dtype=torch.float32, device="cpu")
+    return tensor.detach()
 
 
 @contextmanager

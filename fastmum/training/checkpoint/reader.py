@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmum.training.checkpoint.about import About
+from fastmum.training.checkpoint.about import About, State
 from fastmum.training.checkpoint.errors import CheckpointError, UnreadableError
 from fastmum.training.checkpoint.files import damage
 from fastmum.training.checkpoint.folder import find_checkpoints
@@ -36,7 +36,7 @@ class Weights(NamedTuple):
 
 
 def load_newest(
-    path: Path, state: Mapping[str, Tensor], model_config: Mapping[str, Any], group: dist.ProcessGroup | None = None
+    path: Path, state: State, model_config: Mapping[str, Any], group: dist.ProcessGroup | None = None
 ) -> About | None:
     """Fill `state` in place from the newest checkpoint that is whole; None where there is none at all.
 
@@ -60,7 +60,7 @@ def load_newest(
 
 
 def load_checkpoint(
-    path: Path, state: Mapping[str, Tensor], model_config: Mapping[str, Any], group: dist.ProcessGroup | None = None
+    path: Path, state: State, model_config: Mapping[str, Any], group: dist.ProcessGroup | None = None
 ) -> About:
     """As `load_newest`, where there must be one.
 
@@ -118,7 +118,7 @@ def _newest(path: Path, use: Callable[[About], None], ranks: Ranks, remedy: str 
     return None
 
 
-def _read(about: About, state: Mapping[str, Tensor], ranks: Ranks) -> None:
+def _read(about: About, state: State, ranks: Ranks) -> None:
     """Compare all files with the manifest, each rank some of them, then fill `state`."""
     share = sorted(about.files, key=lambda name: about.files[name].size)[ranks.rank :: ranks.size]
 

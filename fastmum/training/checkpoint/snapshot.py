@@ -1,18 +1,21 @@
 """Copies of a running state on the CPU, made while training goes on.
 
 Only the optimiser's update changes weights and moments. So they are copied during the next step's forward and backward
-pass, by another thread and on CUDA by another stream, and the update after those waits for the copy.
+pass, by another thread and on CUDA by another stream, and the update after those waits for the copy. Tensors kept in
+halves are joined then, one after another.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from fastmum.kernels.halves import Halves
+from fastmum.training.checkpoint.about import State
 
 
 class Snapshot:
@@ -27,8 +30,8 @@ class Snapshot:
         self._buffers: dict[str, Tensor] = {}
         self._queued = threading.Event()  # nothing reads the live tensors, or what does is queued on the device
         self._queued.set()
-        self._state: Mapping[str, Tensor] = {}
-        self._live: dict[str, Tensor] = {}
+        self._state: State = {}
+        self._live: dict[str, Tensor | Halves] = {}
         self._side: torch.cuda.Stream | None = None
         self._before: torch.cuda.Event | None = None  # the copy must come after this
         self._after: torch.cuda.Event | None = None  # and the next update after this
@@ -39,7 +42,7 @@ class Snapshot:
         return {name: self._buffers[name] for name in self._live}
 
     @torch.no_grad()
-    def make_buffers(self, state: Mapping[str, Tensor]) -> None:
+    def make_buffers(self, state: State) -> None:
         """Take the memory that copies of this state need, which is slow the first time.
 
         Raises:
@@ -48,10 +51,12 @@ class Snapshot:
         for name, live in own_parts(state, self._rank, self._size).items():
             if name not in self._buffers or self._buffers[name].shape != live.shape:
                 # In the layout of the live tensor, which is copied as it lies; pinned, for the device to write to.
-                self._buffers[name] = torch.empty_like(live, device="cpu", pin_memory=live.is_cuda).zero_()
+                like = _like(live)
+                buffer = torch.empty_like(like, dtype=live.dtype, device="cpu", pin_memory=like.is_cuda)
+                self._buffers[name] = buffer.zero_()
 
     @torch.no_grad()
-    def begin(self, state: Mapping[str, Tensor]) -> None:
+    def begin(self, state: State) -> None:
         """Fix what is copied: the state as it is now on the device. The last copy must be through.
 
         What else than the update may change, counters and what meters have added up, is set apart at once, without
@@ -63,7 +68,7 @@ class Snapshot:
         parts = own_parts(state, self._rank, self._size)
         self._live = {name: part.clone() if _volatile(name, part) else part for name, part in parts.items()}
         self._state = state
-        device = next((part.device for part in parts.values() if part.is_cuda), None)
+        device = next((like.device for like in map(_like, parts.values()) if like.is_cuda), None)
         if device:
             self._side = self._side or torch.cuda.Stream(device)
             self._before, self._after = torch.cuda.Event(), torch.cuda.Event()
@@ -94,7 +99,7 @@ class Snapshot:
 
     def _copy(self) -> None:
         for name, live in self._live.items():
-            self._buffers[name].copy_(live, non_blocking=True)
+            self._buffers[name].copy_(live.join() if isinstance(live, Halves) else live, non_blocking=True)
 
     def before_update(self) -> None:
         """Let what comes next change the state: waits for the copy, on CUDA on the device instead of here."""
@@ -104,11 +109,16 @@ class Snapshot:
             self._after = None
 
 
-def _volatile(name: str, part: Tensor) -> bool:
-    return part.ndim == 0 or name.startswith("meter.")
+def _volatile(name: str, part: Tensor | Halves) -> bool:
+    return isinstance(part, Tensor) and (part.ndim == 0 or name.startswith("meter."))
 
 
-def own_parts(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+def _like(part: Tensor | Halves) -> Tensor:
+    """One with the device and the layout of a part."""
+    return part.parameter if isinstance(part, Halves) else part
+
+
+def own_parts(state: State, rank: int, size: int) -> dict[str, Tensor | Halves]:
     """Local parts that this rank writes. Parts that several ranks have are dealt out so that each writes as much.
 
     Needs no communication: names and global shapes are the same everywhere.
@@ -119,17 +129,23 @@ def own_parts(state: Mapping[str, Tensor], rank: int, size: int) -> dict[str, Te
     loads: dict[int, list[int]] = {}  # number of copies of a part -> bytes dealt to the holder of each copy
     parts = {}
     for name in sorted(state):
-        tensor = state[name].detach()
+        tensor = state[name]
         copies, ours = _copies(name, tensor, rank, size)
         load = loads.setdefault(copies, [0] * copies)
         holder = load.index(min(load))
         load[holder] += tensor.nbytes
         if holder == ours:
-            parts[name] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            parts[name] = _own(tensor)
     return parts
 
 
-def _copies(name: str, tensor: Tensor, rank: int, size: int) -> tuple[int, int | None]:
+def _own(tensor: Tensor | Halves) -> Tensor | Halves:
+    if isinstance(tensor, Halves):
+        return tensor
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _copies(name: str, tensor: Tensor | Halves, rank: int, size: int) -> tuple[int, int | None]:
     """How many ranks hold the same part as this one, and this one's number among them."""
     if not isinstance(tensor, DTensor):
         return size, rank

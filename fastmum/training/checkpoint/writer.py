@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor
 
-from fastmum.training.checkpoint.about import About, TensorAbout
+from fastmum.training.checkpoint.about import About, State, TensorAbout
 from fastmum.training.checkpoint.errors import CheckpointError, reason
 from fastmum.training.checkpoint.files import FileAbout, sync_folder
 from fastmum.training.checkpoint.folder import PARTIAL, find_checkpoints, free_name, prune, remove_partial
@@ -26,8 +25,6 @@ from fastmum.training.checkpoint.ranks import Ranks
 from fastmum.training.checkpoint.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
-
-State = Mapping[str, Tensor]
 
 PATIENCE = 60.0  # seconds that a process which ends without `close` gives the checkpoint that is being written
 
@@ -80,8 +77,8 @@ class Checkpoints:
 
         Args:
             step: optimiser steps done.
-            state: tensors and DTensors; those that are not sharded are the same on every rank. What is neither 0-d nor
-                called `meter.*` changes only behind `before_update`.
+            state: tensors, DTensors and halves; those that are not sharded are the same on every rank. What is neither
+                0-d nor called `meter.*` changes only behind `before_update`.
             about: JSON; `model_config` at least.
         """
         with self._stalling():
