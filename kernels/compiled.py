@@ -1,8 +1,8 @@
 """What the compiler makes of a launch, on a machine without a GPU.
 
 A recorded launch is compiled to a cubin for an architecture, as Triton would on its first call there. The assembler
-says how many registers it takes and spills; a tool in Triton's wheel takes the cubin apart for the width of every access
-to global memory, attributed to the source line and so to the tensor that it belongs to.
+says how many registers it takes and spills; a tool in Triton's wheel takes the cubin apart for the width of every
+access to global memory, attributed to the source line and so to the tensor that it belongs to.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from support import DEVICE, MEAN, STD, guarded, split_ids
 
 from fastmum.kernels import adamw, gather_patches, gather_tokens, patch_loss, rope_qk, scatter_tokens, sums, total_norm
 from fastmum.kernels import report_blocks as blocks
-from fastmum.kernels import report_cases as parts
+from fastmum.kernels import report_cases as cases
 from fastmum.kernels.report_cases import Case, Sizes
 
 SMALL = Sizes(frames=2, side=64, patch=16, width=128, heads=2)
@@ -104,36 +104,36 @@ def small_calls() -> list[tuple[Case, Callable[[], object]]]:
     mlp = {"all": (random(T, N), False), "hidden": (random(T, N), True)}
     return [
         (
-            parts.gather_patches_case(s, fp32),
+            cases.gather_patches_case(s, fp32),
             lambda: gather_patches(frames, visible_ids, MEAN, STD, 16, fp32),
         ),
         (
-            parts.patch_loss_case(s, fp32, backward=False),
+            cases.patch_loss_case(s, fp32, backward=False),
             lambda: patch_loss(pred, frames, masked_ids, MEAN, STD, 16),
         ),
         (
-            parts.patch_loss_case(s, fp32, backward=True),
+            cases.patch_loss_case(s, fp32, backward=True),
             lambda: ops.patch_loss_backward(torch.ones(s.frames, device=DEVICE), pred, frames, masked_ids, *settings),
         ),
         (
-            parts.scatter_case(s, fp32),
+            cases.scatter_case(s, fp32),
             lambda: scatter_tokens(tokens(1 + s.visible), random(D, dtype=fp32), visible_ids, s.patches),
         ),
         (
-            parts.scatter_backward_case(s, fp32),
+            cases.scatter_backward_case(s, fp32),
             lambda: ops.scatter_tokens_backward(tokens(everywhere), visible_ids, fp32),
         ),
-        (parts.gather_case(s, fp32), lambda: gather_tokens(tokens(everywhere), masked_ids)),
+        (cases.gather_case(s, fp32), lambda: gather_tokens(tokens(everywhere), masked_ids)),
         (
-            parts.gather_backward_case(s, fp32),
+            cases.gather_backward_case(s, fp32),
             lambda: ops.gather_tokens_backward(tokens(s.masked), masked_ids, s.patches),
         ),
         (
-            parts.rope_case(s, fp32, s.patches),
+            cases.rope_case(s, fp32, s.patches),
             lambda: rope_qk(qkv, positions, table, table.clone(), s.heads, inplace=True),
         ),
         (
-            parts.rope_case(s, fp32, s.patches, copy=True),
+            cases.rope_case(s, fp32, s.patches, copy=True),
             lambda: rope_qk(qkv, positions, table, table.clone(), s.heads),
         ),
         *(
