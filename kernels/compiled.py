@@ -1,16 +1,19 @@
 """What the compiler makes of a launch, on a machine without a GPU.
 
-A recorded launch is compiled to a cubin for an architecture, as Triton would on its first call there, and the cubin is
-taken apart with the tools in Triton's wheel: registers, spills, shared memory, and the width of every access to
-global memory, attributed to the source line and so to the tensor that it belongs to.
+A recorded launch is compiled to a cubin for an architecture, as Triton would on its first call there. The assembler
+says how many registers it takes and spills; a tool in Triton's wheel takes the cubin apart for the width of every
+access to global memory, attributed to the source line and so to the tensor that it belongs to.
 """
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +35,13 @@ POINTERS = {
     torch.float32: "*fp32",
 }
 ALIGNED = [["tt.divisibility", 16]]
-ACCESS = re.compile(r"\b(LDG|STG)\.(\S+)")
+# Loads, stores, and copies to shared memory past the registers: how the operands of a product come.
+ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.(\S+)")
 LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
-CALLS = {"LDG": "load", "STG": "store"}
+CALLS = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
 NARROW = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+INLINE_ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
+LOCATION = re.compile(r"^\s*\.loc\s.*$", re.MULTILINE)
 
 
 class Compiled(NamedTuple):
@@ -54,7 +60,14 @@ class Compiled(NamedTuple):
     accesses: Counter[tuple[str, int]]
 
     def vector_share(self, streams: tuple[str, ...]) -> float:
-        """Share of the bytes of `streams` that travel in accesses of 16 bytes a thread."""
+        """Share of the bytes of `streams` that travel in accesses of 16 bytes a thread.
+
+        Raises:
+            ValueError: one of them is not accessed at all.
+        """
+        found = {name for name, _ in self.accesses}
+        if missing := set(streams) - found:
+            raise ValueError(f"no accesses to {', '.join(sorted(missing))}, but to {', '.join(sorted(found))}")
         total = sum(n * width for (name, width), n in self.accesses.items() if name in streams)
         wide = sum(n * width for (name, width), n in self.accesses.items() if name in streams and width == 16)
         return wide / total
@@ -65,25 +78,31 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     signature, constants, attributes = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    with triton.knobs.compilation.scope():
+    knobs, log = triton.knobs, io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), knobs.runtime.scope(), redirect_stdout(log):
         # A cached cubin has the line numbers of the day it was made.
-        triton.knobs.compilation.always_compile = True
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.runtime.add_stages_inspection_hook = _exact_lines
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = _tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
-    sass = _tool("nvdisasm", compiled.asm["cubin"], "--print-line-info", "--print-code")
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    return Compiled(registers, spills(compiled.asm["ptx"]), compiled.metadata.shared, _accesses(sass))
+    said = log.getvalue()
+    registers = int(re.search(r"Used (\d+) registers", said).group(1))
+    # Arrays on the stack, as of sines, are no spills.
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+    return Compiled(registers, spills, compiled.metadata.shared, _accesses(_disassemble(compiled.asm["cubin"])))
 
 
-def spills(ptx: str) -> int:
-    """Bytes of registers that the assembler spills, stores and loads; arrays on the stack, as of sines, are none."""
-    target = re.search(r"^\.target (\w+)", ptx, re.M).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [_path("ptxas"), "--verbose", f"--gpu-name={target}", "--output-file=/dev/null", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(map(int, re.findall(r"(\d+) bytes spill", said)))
+def _exact_lines(backend: object = None, stages: dict[str, Callable] | None = None, *_: object) -> tuple[str, str]:
+    """Hook of Triton's: every instruction of inline assembly gets the line of the source that it was made for.
+
+    Masked accesses are inline assembly, and LLVM counts its lines as if they were lines of the source.
+    """
+    if stages is not None:
+        assemble = stages["cubin"]
+        stages["cubin"] = lambda ptx, metadata: assemble(
+            INLINE_ASSEMBLY.sub(lambda found: LOCATION.sub("", found.group()), ptx), metadata
+        )
+    return "exact lines", "exact lines"  # what Triton adds to the names of what it caches
 
 
 def specialise(launch: Launch) -> tuple[dict, dict, dict]:
@@ -105,6 +124,11 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
+def identity(launch: Launch) -> str:
+    """The same for launches that compile to the same."""
+    return repr((launch.kernel.__name__, launch.num_warps, launch.num_stages, specialise(launch)))
+
+
 def _accesses(sass: str) -> Counter[tuple[str, int]]:
     counts: Counter[tuple[str, int]] = Counter()
     path, number = "", 0
@@ -119,11 +143,12 @@ def _accesses(sass: str) -> Counter[tuple[str, int]]:
 
 def _stream(path: str, number: int, call: str) -> str:
     """Name of the tensor that a line loads or stores."""
-    # A masked load is several lines of inline assembly, each of which counts as a line of the source: look upwards.
-    for line in reversed(_source(path)[:number]):
-        if found := re.search(rf"tl\.{call}\((\w+)_ptr", line):
-            return found.group(1)
-    raise ValueError(f"no tl.{call} at or above line {number} of {path}")
+    line = _source(path)[number - 1]
+    if found := re.search(rf"tl\.{call}\((\w+)_(?:ptr|at)\b", line):
+        return found.group(1)
+    raise ValueError(
+        f"{path}:{number} has no tl.{call}(<tensor>_ptr ...) or tl.{call}(<tensor>_at ...): {line.strip()}"
+    )
 
 
 @lru_cache
@@ -131,12 +156,10 @@ def _source(path: str) -> list[str]:
     return Path(path).read_text().splitlines()
 
 
-def _tool(name: str, cubin: bytes, *options: str) -> str:
+def _disassemble(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([_path(name), *options, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def _path(name: str) -> Path:
-    return Path(triton.__file__).parent / "backends/nvidia/bin" / name
+        command = [tool, "--print-line-info", "--print-code", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

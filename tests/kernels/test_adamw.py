@@ -186,6 +186,6 @@ def test_values_travel_16_bytes_at_a_time() -> None:
     for line in lines:
         spills, accesses = json.loads(line)
         assert spills == 0
-        assert {width for name, width, _ in accesses if name not in ("table", "row", "step")} == {16}
+        assert {width for name, width, _ in accesses if name not in ("table", "chunk", "row", "step")} == {16}
         # Of 8 values a thread: moments and weights, whole or halves, are read and written, the gradient is read.
         assert sum(n for _, width, n in accesses if width == 16) == 2 * 3 * 2 + 1

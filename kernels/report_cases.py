@@ -1,0 +1,165 @@
+"""What the report is about: a kernel in one dtype and size; here those that make tokens and place them.
+
+A case has the host wrapper's call with meta tensors, and its bytes by formula. Cases of what is inside the blocks, and
+of the optimiser, are in `report_blocks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels import loss, patches, rope, tokens
+
+GAIN, BIAS = [0.017] * 3, [2.0] * 3
+
+
+class Sizes(NamedTuple):
+    """A training step on one GPU; the defaults are the paper's (supplement, sections A and B)."""
+
+    frames: int = 96
+    side: int = 256
+    patch: int = 16
+    width: int = 768
+    heads: int = 12
+
+    @property
+    def patches(self) -> int:
+        """P."""
+        return (self.side // self.patch) ** 2
+
+    @property
+    def visible(self) -> int:
+        """K, a quarter."""
+        return self.patches // 4
+
+    @property
+    def masked(self) -> int:
+        """M."""
+        return self.patches - self.visible
+
+
+class Case(NamedTuple):
+    """A kernel in one dtype and size.
+
+    Args:
+        name: what is printed.
+        call: the host wrapper with meta tensors.
+        main: the tensors that carry the bytes, by their names in the kernel; the operands of `product_tile` are called
+            a and b. None at all where what the kernel moves is too little to matter.
+        least: bytes that any implementation moves.
+        partial: tensors of partial sums, by their names: written by this kernel and read by another, beyond the least.
+        kernel: the one that is meant, where the call launches others, too.
+        operations: of matrix products.
+    """
+
+    name: str
+    call: Callable[[], object]
+    main: tuple[str, ...]
+    least: int
+    partial: tuple[str, ...] = ()
+    kernel: Callable | None = None
+    operations: int = 0
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def gather_patches_case(s: Sizes, dtype: torch.dtype) -> Case:
+    """Pixels and ids in, patch vectors out."""
+    frames, ids = meta(s.frames, s.side, s.side, 3, dtype=torch.uint8), meta(s.frames, s.visible, dtype=torch.int64)
+    values = s.frames * s.visible * 3 * s.patch**2
+    return Case(
+        f"gather_patches u8->{short(dtype)}",
+        lambda: patches._gather_patches_triton(frames, ids, GAIN, BIAS, s.patch, dtype),
+        ("frames", "out"),
+        values * (1 + dtype.itemsize) + 8 * ids.numel(),
+    )
+
+
+def patch_loss_case(s: Sizes, dtype: torch.dtype, backward: bool) -> Case:
+    """Predictions, pixels and ids in; a partial sum of every patch, or the gradient out."""
+    frames, ids = meta(s.frames, s.side, s.side, 3, dtype=torch.uint8), meta(s.frames, s.masked, dtype=torch.int64)
+    pred = meta(s.frames, s.masked, 3 * s.patch**2, dtype=dtype)
+    out = meta(*(pred.shape if backward else (ids.numel(),)), dtype=dtype if backward else torch.float32)
+    grad_losses = meta(s.frames, dtype=torch.float32) if backward else None
+    return Case(
+        f"patch_loss {'backward' if backward else 'forward'} {short(dtype)}",
+        lambda: loss._launch(out, grad_losses, pred, frames, ids, GAIN, BIAS, s.patch, True, 1e-6),
+        ("pred", "frames", "out") if backward else ("pred", "frames"),
+        pred.numel() * (1 + dtype.itemsize * (1 + backward)) + 8 * ids.numel() + (4 * s.frames if backward else 0),
+        () if backward else ("out",),
+    )
+
+
+def scatter_case(s: Sizes, dtype: torch.dtype) -> Case:
+    """Visible tokens, mask token and ids in, all tokens out."""
+    visible, ids = meta(s.frames, 1 + s.visible, s.width, dtype=dtype), meta(s.frames, s.visible, dtype=torch.int64)
+    mask_token = meta(s.width, dtype=torch.float32)
+    values = s.frames * (2 + s.visible + s.patches) * s.width
+    return Case(
+        f"scatter_tokens forward {short(dtype)}",
+        lambda: tokens._place(visible, mask_token, ids, s.patches),
+        ("source", "out"),
+        values * dtype.itemsize + 8 * ids.numel() + 4 * s.width,
+    )
+
+
+def scatter_backward_case(s: Sizes, dtype: torch.dtype) -> Case:
+    """Gradients of all tokens and ids in, those of the visible and partial sums of the masked out."""
+    grad, ids = meta(s.frames, 1 + s.patches, s.width, dtype=dtype), meta(s.frames, s.visible, dtype=torch.int64)
+    values = s.frames * (2 + s.visible + s.patches) * s.width
+    return Case(
+        f"scatter_tokens backward {short(dtype)}",
+        lambda: tokens._scatter_tokens_backward_triton(grad, ids, torch.float32),
+        ("grad", "grad_visible"),
+        values * dtype.itemsize + 8 * ids.numel() + 4 * s.width,
+        ("partial",),
+    )
+
+
+def gather_case(s: Sizes, dtype: torch.dtype) -> Case:
+    """Selected tokens and ids in, the same tokens out."""
+    x, ids = meta(s.frames, 1 + s.patches, s.width, dtype=dtype), meta(s.frames, s.masked, dtype=torch.int64)
+    return Case(
+        f"gather_tokens forward {short(dtype)}",
+        lambda: tokens._gather_tokens_triton(x, ids),
+        ("tokens", "out"),
+        2 * s.frames * s.masked * s.width * dtype.itemsize + 8 * ids.numel(),
+    )
+
+
+def gather_backward_case(s: Sizes, dtype: torch.dtype) -> Case:
+    """Gradients of selected tokens and ids in, those of all tokens out."""
+    grad, ids = meta(s.frames, s.masked, s.width, dtype=dtype), meta(s.frames, s.masked, dtype=torch.int64)
+    return Case(
+        f"gather_tokens backward {short(dtype)}",
+        lambda: tokens._place(grad, None, ids, s.patches),
+        ("source", "out"),
+        s.frames * (1 + s.patches + s.masked) * s.width * dtype.itemsize + 8 * ids.numel(),
+    )
+
+
+def rope_case(s: Sizes, dtype: torch.dtype, patches_a_frame: int, copy: bool = False) -> Case:
+    """q and k (and v where the result is another tensor), positions and tables in; q, k (and v) out."""
+    T, half = s.frames * (1 + patches_a_frame), s.width // s.heads // 2
+    qkv, positions = meta(T, 3 * s.width, dtype=dtype), meta(T, dtype=torch.int64)
+    sin, cos = (meta(s.patches, 2 * half, dtype=torch.float32)[:, :half] for _ in range(2))
+    out = torch.empty_like(qkv) if copy else qkv
+    values = 2 * T * (3 if copy else 2) * s.width
+    return Case(
+        f"rope_qk {'copy' if copy else 'in place'} d={2 * half} h={s.heads} {short(dtype)}",
+        lambda: rope._rotate(qkv, out, positions, sin, cos, 2 * s.heads, False, False),
+        ("qkv", "out"),
+        values * dtype.itemsize + 8 * T + 2 * 4 * s.patches * half,
+    )
+
+
+def short(dtype: torch.dtype) -> str:
+    """Name of a dtype in the report."""
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
