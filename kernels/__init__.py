@@ -6,6 +6,7 @@ plain PyTorch, and shares no code with them. See docs/kernels.md.
 
 from fastmum.kernels.feedforward import mlp
 from fastmum.kernels.loss import patch_loss
+from fastmum.kernels.matmul import linear
 from fastmum.kernels.norm import add_norm
 from fastmum.kernels.patches import gather_patches
 from fastmum.kernels.projection import rotary_projection
@@ -17,6 +18,7 @@ __all__ = [
     "add_norm",
     "gather_patches",
     "gather_tokens",
+    "linear",
     "mlp",
     "patch_loss",
     "rope_qk",

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.dispatch import ceil_div, check_floating, check_tensors, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.matmul import product
 from fastmum.kernels.products import Tiles, fuses_products, product_tile, tile_of
 from fastmum.kernels.sums import finish_sums, row_split
 
@@ -63,7 +64,7 @@ class _Mlp(torch.autograd.Function):
         kept = {"all": (hidden, active), "hidden": (hidden,), "input": (bias1,)}[keep]
         ctx.save_for_backward(x, weight1, weight2, *kept)
         ctx.keep = keep
-        return torch.addmm(bias2, active, weight2.t())
+        return product(active, weight2.t(), bias2)
 
     @staticmethod
     def backward(ctx, grad):
@@ -74,7 +75,8 @@ class _Mlp(torch.autograd.Function):
         else:
             grad_hidden, grad_bias1, active = _linear_gelu_backward(grad, weight2, kept[0], ctx.keep == "hidden")
             active = kept[1] if ctx.keep == "all" else active
-        return grad_hidden @ weight1, grad_hidden.t() @ x, grad_bias1, grad.t() @ active, None, None
+        grads = product(grad_hidden, weight1), product(grad_hidden.t(), x), grad_bias1, product(grad.t(), active)
+        return *grads, None, None
 
 
 @torch.library.custom_op("fastmum::linear_gelu", mutates_args=())
@@ -82,7 +84,7 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
     """x @ weight' + bias before (empty where not kept) and behind the GELU, (T, N) both."""
     if fuses_products(x):
         return _linear_gelu_triton(x.contiguous(), weight.contiguous(), bias, keep)
-    hidden = torch.addmm(bias, x, weight.t())
+    hidden = product(x, weight.t(), bias)
     return hidden if keep else hidden.new_empty(0), F.gelu(hidden)
 
 
@@ -100,7 +102,7 @@ def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor, again: b
     """
     if fuses_products(grad):
         return _backward_triton(grad.contiguous(), weight.contiguous(), hidden.contiguous(), None, again)
-    return _through_gelu(grad @ weight, hidden, again)
+    return _through_gelu(product(grad, weight), hidden, again)
 
 
 @_linear_gelu_backward.register_fake
@@ -120,7 +122,7 @@ def _linear_gelu_again_backward(
     if fuses_products(grad):
         first = x.contiguous(), weight1.contiguous(), bias1.contiguous()
         return _backward_triton(grad.contiguous(), weight.contiguous(), None, first, True)
-    return _through_gelu(grad @ weight, torch.addmm(bias1, x, weight1.t()), True)
+    return _through_gelu(product(grad, weight), product(x, weight1.t(), bias1), True)
 
 
 @_linear_gelu_again_backward.register_fake

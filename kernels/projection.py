@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.dispatch import ceil_div, check_range, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.matmul import product
 from fastmum.kernels.products import Tiles, fuses_products, tile_of
 from fastmum.kernels.rope import _rotate, _rotate_torch, check_rotation
 from fastmum.kernels.sums import finish_sums, row_split
@@ -70,7 +71,7 @@ class _RotaryProjection(torch.autograd.Function):
     def backward(ctx, *grads):
         x, weight, positions, sin, cos = ctx.saved_tensors
         packed, grad_bias = _pack_rotated(list(grads), positions, sin, cos, *ctx.settings)
-        return packed @ weight, packed.t() @ x, grad_bias, *(None,) * 6
+        return product(packed, weight), product(packed.t(), x), grad_bias, *(None,) * 6
 
 
 @torch.library.custom_op("fastmum::rotary_linear", mutates_args=())
@@ -81,7 +82,7 @@ def _rotary_linear(
     check_range("positions", positions, -1, len(sin))
     if fuses_products(x):
         return _rotary_linear_triton(x.contiguous(), weight.contiguous(), bias, positions, sin, cos, rotated, zero)
-    packed = torch.addmm(bias, x, weight.t())
+    packed = product(x, weight.t(), bias)
     _rotate(packed, packed, positions, sin, cos, rotated, zero, False)
     return packed
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastmum.attention.opaque import Pair
+from fastmum.kernels.matmul import product
 
 PIECE = 1 << 20  # scores computed at once, 4 MB in float32: whole heads while they fit,
 PIECE_OF_HEAD = 1 << 22  # and of a head that is larger, as many queries as these
@@ -56,12 +57,12 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -
             for heads, rows in _pieces(q_BLd, k_BLd):
                 q_bld, g_bld, k_bld = q_BLd[heads, rows], g_BLd[heads, rows], k_BLd[heads]
                 P = _probabilities(q_bld, k_bld)
-                dv_BLd[heads] += torch.bmm(P.to(v.dtype).mT, g_bld)
+                dv_BLd[heads] += product(P.to(v.dtype).mT, g_bld)
                 dP = torch.bmm(_wide(g_bld).mul(before), _wide(v_BLd[heads]).mT)
                 dS = torch.ops.aten._softmax_backward_data.out(dP, P, -1, P.dtype, grad_input=dP)
                 dS = dS.to(q.dtype) if after == 1.0 else dS.mul_(after).to(q.dtype)
-                torch.bmm(dS, k_bld, out=dq_BLd[heads, rows])
-                dk_BLd[heads] += torch.bmm(dS.mT, q_bld)
+                dq_BLd[heads, rows] = product(dS, k_bld)
+                dk_BLd[heads] += product(dS.mT, q_bld)
             for out, place, value in zip(grads, (queries, keys, keys), (dq_BLd, dk_BLd, dv_BLd), strict=True):
                 _put(out, place, n, value)
     return grads

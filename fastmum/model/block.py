@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmum.kernels import add_norm, gather_tokens, mlp, rope_qk, rotary_projection
+from fastmum.kernels import add_norm, gather_tokens, linear, mlp, rope_qk, rotary_projection
 from fastmum.model.config import MLP_RATIO
 from fastmum.model.rope import rotate_rounded
 
@@ -75,12 +75,18 @@ def is_plain(layer: nn.Linear) -> bool:
     return type(layer) is nn.Linear
 
 
+def computed(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer's output as autocast computes it, or in the dtype of its weight."""
+    dtype = compute_dtype(layer.weight)
+    return linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+
+
 def linear_but_bias_gradient(layer: nn.Linear, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's output, and its bias for `add_norm`, which makes that one's gradient (unless a float8 layer does)."""
     dtype = compute_dtype(layer.weight)
     weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
     if is_plain(layer):
-        return F.linear(x_TD, weight, bias.detach()), bias
+        return linear(x_TD, weight, bias.detach()), bias
     return layer(x_TD), bias.detach()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmum.attention import dense_attention
-from fastmum.kernels import gather_patches
+from fastmum.kernels import gather_patches, linear
 from fastmum.model.block import Block, Context, compute_dtype, packed
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import Pixels, check_frames
@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
         weight = self.proj.weight
         dtype = compute_dtype(weight)
         patches = gather_patches(pixels.frames, ids, pixels.mean, pixels.std, pixels.patch_size, dtype)
-        return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+        return linear(patches, weight.permute(0, 2, 3, 1).flatten(1).to(dtype), self.proj.bias.to(dtype))
 
 
 def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastmum.attention import Spans, choose_backend, dense_attention
 from fastmum.kernels import patch_loss, scatter_tokens
-from fastmum.model.block import Asking, Block, Context, compute_dtype, packed
+from fastmum.model.block import Asking, Block, Context, compute_dtype, computed, packed
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_max_views, check_noise
@@ -136,7 +136,7 @@ class MuM(Encoder):
         """The whole of the computation: static in shape, no Python that depends on data."""
         visible_ids, masked_ids = split_by_noise(noise, visible)
         _, encoded = self.encode(pixels, visible_ids)
-        pred = self.decoder_pred(self.decode(encoded, visible_ids, masked_ids, views, pixels.grid))
+        pred = computed(self.decoder_pred, self.decode(encoded, visible_ids, masked_ids, views, pixels.grid))
         target = pixels.frames, masked_ids, pixels.mean, pixels.std, pixels.patch_size
         loss = patch_loss(pred, *target, reduction=reduction)
         return MuMOutput(loss, pred, visible_ids, masked_ids)
@@ -147,7 +147,7 @@ class MuM(Encoder):
         """Visible tokens (F, 1 + K, D), CLS first -> normed tokens of the masked patches (F, M, E)."""
         num_frames, num_patches = len(encoded), grid[0] * grid[1]
         # As in the encoder, the residual stream keeps the parameters' precision under autocast.
-        embedded = self.decoder_embed(encoded).to(self.mask_token.dtype)
+        embedded = computed(self.decoder_embed, encoded).to(self.mask_token.dtype)
         x_TE = packed(scatter_tokens(embedded, self.mask_token, visible_ids, num_patches))
 
         positions = torch.arange(-1, num_patches, device=x_TE.device).repeat(num_frames)

@@ -1,0 +1,78 @@
+"""Products of bfloat16 by way of float32, on CPUs that have no others: the same numbers, rounded once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import assert_close, gradients
+
+import fastmum.kernels.matmul as module
+from fastmum import PRESETS, MuM
+from fastmum.kernels.matmul import linear, product, widens
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(params=[False, True], ids=["fast", "slow"])
+def slow(request, monkeypatch) -> bool:
+    """Whether the CPU is one that multiplies float32 only."""
+    monkeypatch.setattr(module, "SLOW_BFLOAT16", request.param)
+    return request.param
+
+
+def test_who_widens(slow):
+    assert widens(torch.zeros(1, dtype=BF16)) == slow
+    assert not widens(torch.zeros(1))
+    assert not widens(torch.zeros(1, dtype=BF16, device="meta"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 48, 199), (2, 0, 3)])
+def test_product(slow, shape):
+    M, K, N = shape
+    a, b, bias = torch.randn(M, K).to(BF16), torch.randn(K, N).to(BF16), torch.randn(N).to(BF16)
+    for each in (None, bias):
+        truth = a.double() @ b.double() + (0 if each is None else each.double())
+        plain = (a.float() @ b.float() + (0 if each is None else each.float())).to(BF16)
+        out = product(a, b, each)
+        assert out.dtype == BF16
+        assert_close(out, truth, plain)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_linear_and_its_gradients(slow, autocast):
+    inputs = [torch.randn(3, 7, 33).to(BF16), torch.randn(19, 33).to(BF16), torch.randn(19).to(BF16)]
+    weight = torch.randn(3, 7, 19).to(BF16)
+    with torch.autocast("cpu", BF16, enabled=autocast):
+        ours = gradients(linear, inputs, weight)
+    truth = gradients(torch.nn.functional.linear, [x.double() for x in inputs], weight.double())
+    plain = gradients(torch.nn.functional.linear, [x.float() for x in inputs], weight.float())
+    for value, true, of_float in zip(ours, truth, plain, strict=True):
+        assert value.dtype == BF16
+        assert_close(value, true, of_float.to(BF16))
+
+
+def test_only_the_gradients_that_are_wanted(slow):
+    x, weight, bias = (torch.randn(*s).to(BF16) for s in ((4, 3), (2, 3), (2,)))
+    weight.requires_grad_()
+    linear(x, weight, bias).sum().backward()
+    assert weight.grad is not None
+    assert x.grad is None
+
+
+def test_the_model_is_the_same_and_compiles(monkeypatch):
+    torch.manual_seed(0)
+    model = MuM(PRESETS["mum_tiny"])
+    frames, noise = torch.randn(4, 3, 64, 64), torch.rand(4, 16)
+    results = []
+    for is_slow in (False, True):
+        monkeypatch.setattr(module, "SLOW_BFLOAT16", is_slow)
+        with torch.autocast("cpu", BF16):
+            loss = model(frames, [1, 3], 0.5, noise).loss
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    grads = [torch.cat([g.flatten() for g in grads]) for _, *grads in results]
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-3, atol=0)
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.999
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", BF16):
+        again = compiled(frames, torch.tensor([1, 3]), 0.5, noise).loss
+    torch.testing.assert_close(again, results[1][0], rtol=1e-3, atol=0)
