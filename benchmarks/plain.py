@@ -36,7 +36,7 @@ def gather_patches(frames: Tensor, ids: Tensor, patch_size: int, dtype: torch.dt
 
 
 def patch_loss(pred: Tensor, frames: Tensor, ids: Tensor, patch_size: int) -> Tensor:
-    """Mean squared distance of predictions (F, M, p*p*3) to the patches `ids`, each normalised by its own statistics."""
+    """Mean squared distance of predictions (F, M, p*p*3) to the patches `ids`, each normalised by itself."""
     target = all_patches(frames, patch_size)
     mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
     target = (target - mean) / (var + 1e-6) ** 0.5
@@ -44,7 +44,7 @@ def patch_loss(pred: Tensor, frames: Tensor, ids: Tensor, patch_size: int) -> Te
 
 
 def scatter_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
-    """Visible tokens (F, 1 + K, D), CLS first, and mask tokens in the order of `ids_restore` (F, P) -> (F, 1 + P, D)."""
+    """Visible tokens (F, 1 + K, D), CLS first, and mask tokens, sorted by `ids_restore` (F, P) -> (F, 1 + P, D)."""
     num_frames, num_patches = ids_restore.shape
     holes = mask_token.to(visible.dtype).expand(num_frames, num_patches + 1 - visible.shape[1], -1)
     patches = torch.cat([visible[:, 1:], holes], dim=1)

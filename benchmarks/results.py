@@ -12,6 +12,8 @@ SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
     "FLOP/frame": ((1e9, "GFLOP"), (1e6, "MFLOP")),
+    "bytes/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")),
+    "FLOP/s": ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
 }
 
 
@@ -69,10 +71,10 @@ class Result:
             return ""
         seconds, parts = median(self.rounds[FASTMUM]), []
         if "bytes" in self.info:
-            parts.append(f"{self.info['bytes'] / seconds / 1e9:.1f} GB/s")
+            parts.append(write(self.info["bytes"] / seconds, "bytes/s"))
         if "flops" in self.info:
             rate = self.info["flops"] / seconds
-            parts.append(f"{rate / 1e12:.2f} TFLOP/s")
+            parts.append(write(rate, "FLOP/s"))
             if self.info.get("peak"):
                 parts.append(f"MFU {rate / self.info['peak']:.1%}")
         return ", ".join([*parts, *([self.info["note"]] if "note" in self.info else [])])
@@ -80,14 +82,17 @@ class Result:
 
 def write(value: float, unit: str) -> str:
     """A number in the largest of its units that leaves something before the point."""
-    for scale, name in SCALES.get(unit, ((1.0, unit),)):
-        if abs(value) >= scale:
-            break
+    scales = SCALES.get(unit, ((1.0, unit),))
+    scale, name = next((pair for pair in scales if abs(value) >= pair[0]), scales[-1])
     return f"{value / scale:.3g} {name}"
 
 
 def results_of(entries: Iterable[Mapping[str, Any]]) -> list[Result]:
-    """Duels from entries as in `--benchmark-json`, in their order; entries that are no part of a duel are left out."""
+    """Duels from entries as in `--benchmark-json`, in their order; entries that are no part of a duel are left out.
+
+    Raises:
+        ValueError: two duels of one name.
+    """
     results: dict[tuple[str, str], Result] = {}
     for entry in entries:
         info = dict(entry["extra_info"])
@@ -95,6 +100,8 @@ def results_of(entries: Iterable[Mapping[str, Any]]) -> list[Result]:
             continue
         group, what, name, unit = (info.pop(key) for key in ("group", "what", "contestant", "unit"))
         result = results.setdefault((group, what), Result(group, what, unit))
+        if name in result.rounds:
+            raise ValueError(f"'{group}: {what}' is there twice for {name}")
         result.rounds[name] = info.pop("rounds", None) or entry["stats"]["data"]
         result.info |= info
     return list(results.values())

@@ -68,9 +68,9 @@ class Sizes(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.name}: {self.preset}, {self.frames} frames of {self.image_size} px as {self.frames // self.views} x "
-            f"{self.views}, {self.precision} on {self.device.type}, {self.rounds} rounds ({self.step_rounds} of steps)"
-            + ("" if self.compiled else ", nothing compiled")
+            f"{self.name}: {self.preset}, {self.frames} frames of {self.image_size} px as "
+            f"{self.frames // self.views} x {self.views}, {self.precision} on {self.device.type}, {self.rounds} rounds "
+            f"({self.step_rounds} of steps)" + ("" if self.compiled else ", nothing compiled")
         )
 
 

@@ -331,6 +331,7 @@ def test_total_norm(duel: Duel, inputs: Inputs, sizes: Sizes) -> None:
     contestants = {REFERENCE: lambda: get_total_norm(gradients)}
     if sizes.compiled:
         torch.compiler.reset()
-        contestants[COMPILED] = lambda compiled=torch.compile(get_total_norm): compiled(gradients)
+        compiled = torch.compile(get_total_norm)
+        contestants[COMPILED] = lambda: compiled(gradients)
     contestants[FASTMUM] = lambda: kernels.total_norm(gradients)
     duel("kernels", "total_norm", contestants, bytes=nbytes(gradients), dtype=sizes.precision)
