@@ -1,11 +1,9 @@
-"""The parts of the quickstart: a training step, loading its frames, rendering a scene, importing the package."""
-
-import subprocess
-import sys
+"""The parts of the quickstart: a training step, loading its frames, rendering a scene."""
 
 import pytest
 import torch
 
+from benchmarks.sizes import Sizes
 from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
 from fastmum.data.build import build
@@ -19,21 +17,20 @@ from fastmum.training.optim import build_optimizer
 FRAMES, SIZE, VIEWS = 32, 128, 4
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_training_step(benchmark, precision):
+def test_training_step(benchmark, sizes: Sizes):
     model = MuM(PRESETS["mum_tiny"])
-    optimizer = build_optimizer(model, OptimSection())
+    optimizer = build_optimizer(model, OptimSection(), sizes.dtype)
     frames = torch.randint(0, 256, (FRAMES, SIZE, SIZE, 3), dtype=torch.uint8)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=sizes.precision == "bf16"):
             loss = model(frames, [VIEWS] * (FRAMES // VIEWS)).loss
         loss.backward()
         optimizer.step(1e-3)
         model.zero_grad()
 
     benchmark.extra_info["frames"] = FRAMES
-    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+    benchmark.pedantic(step, rounds=sizes.rounds, warmup_rounds=2)
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +55,3 @@ def test_rendering(benchmark, tmp_path_factory):
 
     benchmark.extra_info["frames"] = 16
     benchmark.pedantic(render, rounds=2)
-
-
-def test_import(benchmark):
-    benchmark.pedantic(
-        lambda: subprocess.run([sys.executable, "-c", "import fastmum; fastmum.MuM"], check=True), rounds=3,
-        warmup_rounds=1,
-    )  # fmt: skip
