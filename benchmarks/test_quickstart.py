@@ -34,8 +34,9 @@ def test_training_step(benchmark, sizes: Sizes):
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return ensure_scenes(count=2, views=8, size=256, cache_dir=tmp_path_factory.mktemp("scenes"), progress=False)
+def scenes(tmp_path_factory, quick):
+    folder, size = tmp_path_factory.mktemp("scenes"), 64 if quick else 256
+    return ensure_scenes(count=2, views=8, size=size, cache_dir=folder, progress=False)
 
 
 @pytest.mark.parametrize("cache", [0, 10**9], ids=["decoded each time", "decoded once"])
@@ -49,9 +50,11 @@ def test_loading(benchmark, scenes, cache, tmp_path):
     benchmark.pedantic(lambda: list(loader.batches(plans)), rounds=5, warmup_rounds=1)
 
 
-def test_rendering(benchmark, tmp_path_factory):
-    def render():
-        ensure_scenes(count=2, views=8, size=256, cache_dir=tmp_path_factory.mktemp("render"), progress=False)
+def test_rendering(benchmark, tmp_path_factory, quick):
+    views = 2 if quick else 8
 
-    benchmark.extra_info["frames"] = 16
-    benchmark.pedantic(render, rounds=2)
+    def render():
+        ensure_scenes(count=2, views=views, size=256, cache_dir=tmp_path_factory.mktemp("render"), progress=False)
+
+    benchmark.extra_info["frames"] = 2 * views
+    benchmark.pedantic(render, rounds=1 if quick else 2)
