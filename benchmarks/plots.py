@@ -10,11 +10,11 @@ from benchmarks.results import COMPILED, REFERENCE, Result
 COLORS = {REFERENCE: "#2a6fbb", COMPILED: "#c98a1b"}
 ROW, MARGIN, WIDTH = 0.36, 1.2, 8.0  # inches
 LABEL = 60  # characters
-LOG_FROM = 8.0  # largest over least ratio
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50, 100)
 
 
 def draw_ratios(results: Sequence[Result], path: Path) -> None:
-    """Bars of reference / fastmum and compiled / fastmum; right of the line at 1 fastmum is better.
+    """Bars of reference / fastmum and compiled / fastmum on a logarithmic axis; right of 1 fastmum is better.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -35,12 +35,17 @@ def draw_ratios(results: Sequence[Result], path: Path) -> None:
             at = [row + (i - (len(over) - 1) / 2) * height for row, _ in ratios]
             middle = [ratio.median for _, ratio in ratios]
             around = [[r.median - r.low for _, r in ratios], [r.high - r.median for _, r in ratios]]
-            axes.barh(at, middle, 0.9 * height, color=COLORS[name], label=f"{name} / fastmum")
+            axes.barh(
+                at, [value - 1 for value in middle], 0.9 * height, left=1, color=COLORS[name], label=f"{name} / fastmum"
+            )
             axes.errorbar(middle, at, xerr=around, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
-            values += middle
-        if max(values) / min(values) > LOG_FROM:
-            axes.set_xscale("log")
-            axes.set_xlim(left=0.8 * min(values))
+            values += [value for _, ratio in ratios for value in (ratio.low, ratio.high)]
+        low, high = 0.9 * min(values), 1.1 * max(values)
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(range(len(results)), [_short(result.what) for result in results])
         axes.invert_yaxis()
