@@ -33,7 +33,7 @@ def measure(side: str, sizes: object, steps: int) -> dict[str, float]:
         most that was resident), "loss" of the first step.
     """
     question = {
-        "model": sizes.model.__dict__, "preset": sizes.preset, "frames": sizes.frames, "views": sizes.views,
+        "model": sizes.model.__dict__, "settings": sizes.settings, "frames": sizes.frames, "views": sizes.views,
         "image_size": sizes.image_size, "precision": sizes.precision, "device": sizes.device.type, "steps": steps,
     }  # fmt: skip
     began = perf_counter()
@@ -72,11 +72,7 @@ def _reference(sizes: dict) -> Callable[[], float]:
 def _fastmum(sizes: dict) -> Callable[[], float]:
     from benchmarks.step import fastmum_steps, make_problem
 
-    settings = [
-        f"model.preset={sizes['preset']}", f"data.image_size={sizes['image_size']}",
-        f"train.precision={sizes['precision']}", f"train.device={sizes['device']}",
-        *([] if sizes["device"] == "cuda" else ["model.compile=off"]),
-    ]  # fmt: skip
+    settings = [*sizes["settings"], *([] if sizes["device"] == "cuda" else ["model.compile=off"])]
     frames, views = sizes["frames"], sizes["views"]
     problem = make_problem(frames, views, settings)
     return fastmum_steps(problem, [(views,) * (frames // views)])[0]
