@@ -16,6 +16,7 @@ from benchmarks.results import results_of, text_table
 from benchmarks.sizes import Sizes, pick_sizes
 
 SIZES_KEY = pytest.StashKey[Sizes]()
+COMMIT_KEY = pytest.StashKey[str]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SIZES_KEY] = pick_sizes(config.getoption("quick"))
+    config.stash[COMMIT_KEY] = commit()  # now: files may change while it runs
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -31,7 +33,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     about = describe_machine()
     return [
         f"machine: {about['machine']}, {about['device']} ({about['capability']})",
-        f"versions: torch {about['torch']}, Python {platform.python_version()}; commit {commit()}",
+        f"versions: torch {about['torch']}, Python {platform.python_version()}; commit {config.stash[COMMIT_KEY]}",
         f"sizes: {config.stash[SIZES_KEY]}",
     ]
 
@@ -58,7 +60,7 @@ def commit() -> str:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What the report says of the run."""
     machine_info["fastmum"] = describe_machine() | {
-        "commit": commit(),
+        "commit": config.stash[COMMIT_KEY],
         "sizes": str(config.stash[SIZES_KEY]),
         "quick": config.getoption("quick"),
     }
