@@ -48,7 +48,8 @@ def stages(folder: Path, quick: bool = False) -> list[Stage]:
     ]  # fmt: skip
     if quick:
         trainer += ["model.preset=mum_tiny", "data.image_size=64", "data.frames_per_batch=8", "data.views=[2,4]",
-                    "train.precision=auto", "data.scenes.size=64"]  # fmt: skip
+                    "train.precision=auto", "data.scenes.size=64", "data.scenes.count=2", "data.scenes.views=4",
+                    "data.held_out=0.5"]  # fmt: skip
     return [
         Stage("tests", ["pytest", *TESTED, "-q", f"--junitxml={folder / 'tests.xml'}"]),
         Stage(

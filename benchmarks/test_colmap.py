@@ -1,8 +1,9 @@
-"""From a large COLMAP model to sequences: 3,000 images and a million points, step by step and as a whole build."""
+"""From a large COLMAP model to sequences, step by step and as a whole build."""
 
 import numpy as np
 import pytest
 
+from benchmarks.sizes import Sizes
 from benchmarks.synthetic_scene import draw_scene, write_binary_model
 from fastmum.data.build import build
 from fastmum.data.colmap import read_model
@@ -11,9 +12,9 @@ from fastmum.data.rules.overlap import count_shared
 
 
 @pytest.fixture(scope="module")
-def size(quick):
+def size(sizes: Sizes):
     """Images and points."""
-    return (200, 20_000) if quick else (3000, 1_000_000)
+    return {"quick": (200, 20_000), "laptop": (1000, 300_000), "paper": (3000, 1_000_000)}[sizes.name]
 
 
 @pytest.fixture(scope="module")

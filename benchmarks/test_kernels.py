@@ -291,38 +291,54 @@ class Weights(torch.nn.Module):
         self.gradients = [torch.randn(p.shape, generator=generator).to(dtype).to(t.device) for p in self.parameters()]
 
 
-def test_adamw(duel: Duel, inputs: Inputs, sizes: Sizes) -> None:
-    """The update of masters and moments, and of the bfloat16 copies that products read, where there are any."""
-    t = inputs
-    theirs, ours = Weights(t, t.dtype), Weights(t, t.dtype)
+def plain_adamw(weights: Weights, dtype: torch.dtype) -> tuple[Callable[[], None], list[Tensor]]:
+    """PyTorch's AdamW, and the copies in `dtype` that it is followed by; none in float32."""
     groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in weights.parameters() if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in weights.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS)
-    for p, gradient in zip(theirs.parameters(), theirs.gradients, strict=True):
+    for p, gradient in zip(weights.parameters(), weights.gradients, strict=True):
         p.grad = gradient.float()
-    linear = [p for m in theirs.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()]
-    copies = [] if t.dtype == torch.float32 else [p.detach().to(t.dtype) for p in linear]
+    linear = [p for m in weights.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()]
+    copies = [] if dtype == torch.float32 else [p.detach().to(dtype) for p in linear]
 
     @torch.no_grad()
-    def plain_update() -> list[Tensor]:
+    def update() -> None:
         optimizer.step()
         if copies:
             torch._foreach_copy_(copies, linear)
-        return list(theirs.parameters())
 
-    adamw = build_optimizer(ours, OptimSection(weight_decay=DECAY, betas=list(BETAS)), t.dtype)
-    gradient_of = {p: gradient.to(p.dtype) for p, gradient in zip(ours.parameters(), ours.gradients, strict=True)}
+    return update, copies
 
-    def our_update() -> list[Tensor]:
-        adamw.step(LR, gradient_of.__getitem__)
-        return [weight.master for weight in adamw.weights]
 
-    values = sum(p.numel() for p in theirs.parameters())
-    least = values * (3 * 4 * 2) + nbytes(list(gradient_of.values())) + nbytes(copies)
-    contestants = {REFERENCE: plain_update, FASTMUM: our_update}
+def test_adamw(duel: Duel, inputs: Inputs, sizes: Sizes) -> None:
+    """The update of masters and moments, and of the bfloat16 copies that products read, where there are any."""
+    dtype, contestants = inputs.dtype, {}
+    # On a CPU Inductor writes a loop in C++ for every tensor, which takes minutes to compile.
+    compiled = sizes.compiled and sizes.device.type == "cuda"
+    for name in (REFERENCE, *([COMPILED] if compiled else [])):
+        weights = Weights(inputs, dtype)
+        update, copies = plain_adamw(weights, dtype)
+        contestants[name] = _then(torch.compile(update) if name == COMPILED else update, list(weights.parameters()))
+    weights = Weights(inputs, dtype)
+    adamw = build_optimizer(weights, OptimSection(weight_decay=DECAY, betas=list(BETAS)), dtype)
+    gradient_of = {p: g.to(p.dtype) for p, g in zip(weights.parameters(), weights.gradients, strict=True)}
+    masters = [weight.master for weight in adamw.weights]
+    contestants[FASTMUM] = _then(lambda: adamw.step(LR, gradient_of.__getitem__), masters)
+    # Masters and both moments are read and written, gradients read, copies written.
+    least = 2 * 3 * nbytes(masters) + nbytes(list(gradient_of.values())) + nbytes(copies)
     duel("kernels", "adamw_", contestants, bytes=least, dtype=sizes.precision)
+
+
+def _then(update: Callable[[], None], weights: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Update, and say what came of it."""
+
+    def run() -> list[Tensor]:
+        update()
+        return weights
+
+    return run
 
 
 def test_total_norm(duel: Duel, inputs: Inputs, sizes: Sizes) -> None:
