@@ -1,7 +1,7 @@
-"""A page of Markdown from what the benchmarks measured: `python -m benchmarks.report RESULT.json [--out FILE]`.
+"""A page of Markdown from what the benchmarks measured: `python -m benchmarks.report RESULT.json ... [--out FILE]`.
 
-The JSON is that of `pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json`; plots go beside the page, into
-images/ and a folder of its name.
+The JSON is that of `pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json`, or of several runs of parts; plots
+go beside the page, into images/ and a folder of its name.
 """
 
 from __future__ import annotations
@@ -67,6 +67,22 @@ def read_results(path: Path) -> dict[str, Any]:
     if "fastmum" not in data["machine_info"]:
         raise ReportError(f"'{path}' holds other benchmarks than fastmum's; {HOW}")
     return data
+
+
+def joined(paths: Sequence[Path]) -> dict[str, Any]:
+    """Runs of parts as one; the machine and the date are those of the first.
+
+    Raises:
+        ReportError: as `read_results`, or sizes or devices that differ.
+    """
+    first, *others = [read_results(path) for path in paths]
+    for path, other in zip(paths[1:], others, strict=True):
+        for key in ("sizes", "device"):
+            ours, theirs = (data["machine_info"]["fastmum"].get(key) for data in (first, other))
+            if ours != theirs:
+                raise ReportError(f"'{path}' is of another {key} ({theirs}) than '{paths[0]}' ({ours})")
+        first["benchmarks"] += other["benchmarks"]
+    return first
 
 
 def write_report(
@@ -180,7 +196,7 @@ def summary(results: Sequence[Result]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("result", type=Path, metavar="RESULT.json", help="of --benchmark-json")
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="of --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path("docs/BENCHMARKS.md"), help="the page (%(default)s)")
     parser.add_argument("--offline", type=Path, metavar="FILE.json", help="of python -m benchmarks.offline --json")
     parser.add_argument(
@@ -188,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     try:
-        data = read_results(args.result)
+        data = joined(args.results)
         predictions = read_predictions(args.offline) if args.offline else None
         write_report(data, args.out, args.note, predictions)
     except (ReportError, ProjectionError) as error:

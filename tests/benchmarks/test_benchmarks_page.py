@@ -99,6 +99,23 @@ def test_other_files_are_one_line(tmp_path, capsys, text, message):
     assert not (tmp_path / "out.md").exists()
 
 
+def test_runs_of_parts_are_joined(ran, tmp_path, capsys):
+    data = json.loads(ran[1].read_text())
+    parts = [tmp_path / "a.json", tmp_path / "b.json"]
+    for part, entries in zip(parts, (data["benchmarks"][:2], data["benchmarks"][2:]), strict=True):
+        part.write_text(json.dumps(data | {"benchmarks": entries}))
+    out = tmp_path / "BENCHMARKS.md"
+    assert main([*map(str, parts), "--out", str(out)]) == 0
+    assert "2 comparisons" in capsys.readouterr().out
+
+    data["machine_info"]["fastmum"]["sizes"] = "paper"
+    parts[1].write_text(json.dumps(data))
+    assert main([*map(str, parts), "--out", str(out)]) == 2
+    assert "is of another sizes (paper)" in capsys.readouterr().err
+    assert main([str(ran[1]), str(ran[1]), "--out", str(out)]) == 2  # everything twice
+    assert "is there twice" in capsys.readouterr().err
+
+
 def test_a_page_that_cannot_be_written_is_one_line(ran, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([str(ran[1]), "--out", str(tmp_path / "file" / "BENCHMARKS.md")]) == 2
