@@ -1,7 +1,7 @@
 """A page of Markdown from what the benchmarks measured: `python -m benchmarks.report RESULT.json ... [--out FILE]`.
 
-The JSON is that of `pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json`, or of several runs of parts; plots
-go beside the page, into images/ and a folder of its name.
+The JSON is that of `pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json`, or of several runs of parts;
+plots go beside the page, into images/ and a folder of its name.
 """
 
 from __future__ import annotations

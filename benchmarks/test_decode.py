@@ -20,7 +20,7 @@ from fastmum.data.loader import Loader
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlan
 
-SIZE, BATCH, WORKERS, ROUNDS = 256, 96, 2, 5
+SIZE, BATCH, WORKERS, ROUNDS = 256, 96, 2, 3
 HAS_DALI = importlib.util.find_spec("nvidia.dali") is not None
 DECODERS = ["pillow", *(["dali_cpu"] * HAS_DALI), *(["dali"] * (HAS_DALI and torch.cuda.is_available()))]
 
