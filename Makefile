@@ -5,13 +5,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: help quickstart test lint benchmark clean
+.PHONY: help quickstart test lint benchmark gpu clean
 
 help:
 	@echo 'make quickstart   train a small MuM on the embedded scenes (CPU, about 6 minutes after the set-up)'
 	@echo 'make test         run the tests'
 	@echo 'make lint         check style and format'
-	@echo 'make benchmark    measure speed on this machine'
+	@echo 'make benchmark    measure speed on this machine (10 minutes on a CPU; ARGS=--quick: a minute and a half)'
+	@echo 'make gpu          on a GPU: CUDA tests, full-size benchmarks, a profile, docs/BENCHMARKS-<gpu>.md'
 	@echo 'make clean        remove $(VENV)'
 	@echo 'Variables: PYTHON=python3.11, VENV=.venv, ARGS="more words for the program that is run"'
 
@@ -27,6 +28,9 @@ lint: $(VENV)/.installed-dev
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)
+
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV)

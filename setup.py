@@ -70,6 +70,7 @@ setup(
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "ruff>=0.6",
             "setuptools>=77",
         ],

@@ -1,19 +1,93 @@
-"""Says on what the numbers were measured."""
+"""Says on what the numbers were measured, gives tests their sizes and their duel, and sums up in a table."""
+
+from __future__ import annotations
 
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.duel import Duel
+from benchmarks.results import results_of, text_table
+from benchmarks.sizes import Sizes, pick_sizes
+
+SIZES_KEY = pytest.StashKey[Sizes]()
+COMMIT_KEY = pytest.StashKey[str]()
 
 
-def pytest_report_header() -> list[str]:
-    """Machine, versions and commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="benchmarks: tiny sizes and two rounds, for CI")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SIZES_KEY] = pick_sizes(config.getoption("quick"))
+    config.stash[COMMIT_KEY] = commit()  # now: files may change while it runs
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Machine, versions, commit, sizes."""
+    about = describe_machine()
     return [
-        f"machine: {platform.machine()} {platform.system()}, {device} ({torch.backends.cpu.get_cpu_capability()})",
-        f"versions: torch {torch.__version__}, Python {platform.python_version()}; commit {commit or 'unknown'}",
+        f"machine: {about['machine']}, {about['device']} ({about['capability']})",
+        f"versions: torch {about['torch']}, Python {platform.python_version()}; commit {config.stash[COMMIT_KEY]}",
+        f"sizes: {config.stash[SIZES_KEY]}",
     ]
+
+
+def describe_machine() -> dict[str, str]:
+    """What a number depends on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {
+        "machine": f"{platform.machine()} {platform.system()}",
+        "device": device,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if torch.cuda.is_available() else "",
+    }
+
+
+def commit() -> str:
+    """The commit of the checkout, "-dirty" where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty"]
+    out = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return out.stdout.strip() or "unknown"
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    """What the report says of the run."""
+    machine_info["fastmum"] = describe_machine() | {
+        "commit": config.stash[COMMIT_KEY],
+        "sizes": str(config.stash[SIZES_KEY]),
+        "quick": config.getoption("quick"),
+    }
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Ratios with their spread, group by group."""
+    lines = text_table(results_of(entry.as_dict() for entry in config._benchmarksession.benchmarks if entry))
+    if lines:
+        terminalreporter.section(f"how many times faster (medians of rounds; quartiles), {config.stash[SIZES_KEY]}")
+        terminalreporter.write_line("\n".join(lines))
+
+
+@pytest.fixture(scope="session")
+def sizes(request: pytest.FixtureRequest) -> Sizes:
+    """What is measured on this machine."""
+    return request.config.stash[SIZES_KEY]
+
+
+@pytest.fixture(scope="session")
+def quick(sizes: Sizes) -> bool:
+    """Whether it is to be over soon."""
+    return sizes.name == "quick"
+
+
+@pytest.fixture
+def duel(benchmark: BenchmarkFixture, sizes: Sizes) -> Duel:
+    """Compares, times by turns, registers."""
+    return Duel(benchmark, sizes.device, sizes.rounds)

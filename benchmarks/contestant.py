@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from time import perf_counter
 
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.clock import Clock
 
 PROFILED_OPERATORS = 25
 
@@ -20,26 +22,32 @@ class Contestant:
     Args:
         name: in the table.
         step: does a step, calls its argument with the name of every phase that ends, returns the loss.
+        device: that does the work.
     """
 
-    def __init__(self, name: str, step: Callable[[Lap], float]) -> None:
+    def __init__(self, name: str, step: Callable[[Lap], float], device: torch.device | str = "cpu") -> None:
         self.name = name
+        self._clock, self._device = Clock(device), torch.device(device)
         self.rounds: list[dict[str, float]] = []  # seconds of every phase and of the "step"
         self._step = step
 
     def __call__(self) -> float:
         """Do a step and keep its times; returns the loss."""
-        times: dict[str, float] = {}
-        began = last = perf_counter()
+        clock = self._clock
+        clock.wait()
+        began = clock.mark()
+        ends = {}
 
         def lap(phase: str) -> None:
-            nonlocal last
-            now = perf_counter()
-            times[phase] = now - last
-            last = now
+            ends[phase] = clock.mark()
 
         loss = self._step(lap)
-        self.rounds.append(times | {"step": perf_counter() - began})
+        ends["step"] = clock.mark()
+        clock.wait()
+        times, last = {"step": clock.seconds(began, ends.pop("step"))}, began
+        for phase, end in ends.items():
+            times[phase], last = clock.seconds(last, end), end
+        self.rounds.append(times)
         return loss
 
     def milliseconds(self, statistic: Callable[[list[float]], float]) -> dict[str, float]:
@@ -48,10 +56,16 @@ class Contestant:
 
     def profile(self) -> str:
         """The operators of one more step, by the time that they themselves took."""
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        on_cuda = self._device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as profiler:
             self()
-        table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=PROFILED_OPERATORS)
+        self.rounds.pop()  # a slow one
+        by = "self_cuda_time_total" if on_cuda else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=by, row_limit=PROFILED_OPERATORS)
         return f"{self.name}\n{table}"
+
+    def close(self) -> None:
+        """Nothing is left to end."""
 
 
 class Apart(Contestant):

@@ -12,22 +12,22 @@ from fastmum.data.manifest import SequenceRecord, write_manifest
 SEQUENCES, IMAGES = 27_454, 1_281_167
 
 
-def write_large_manifests(folder: Path) -> list[Path]:
-    """Write them with the builders' own writer; the files that they name do not exist."""
+def write_large_manifests(folder: Path, share: float = 1.0) -> list[Path]:
+    """Write them, or a share of each, with the builders' own writer; the files that they name do not exist."""
     out = [folder / f"{name}.arrow" for name in (*"abcdefghijk", "imagenet")]
     for number, path in enumerate(out[:-1]):
-        write_manifest(path, _scenes(number), dataset=path.stem, root=Path("/data"), metadata={"rule": "paper"})
-    write_manifest(out[-1], _images(), dataset="imagenet", root=Path("/data"), metadata={"rule": "paper"})
+        write_manifest(path, _scenes(number, share), dataset=path.stem, root=Path("/data"), metadata={"rule": "paper"})
+    write_manifest(out[-1], _images(share), dataset="imagenet", root=Path("/data"), metadata={"rule": "paper"})
     return out
 
 
-def _scenes(number: int) -> Iterator[SequenceRecord]:
+def _scenes(number: int, share: float) -> Iterator[SequenceRecord]:
     names = [f"frame_{i:06d}.jpg" for i in range(101)]
-    for i, length in enumerate(np.random.default_rng(number).integers(24, 101, SEQUENCES).tolist()):
+    for i, length in enumerate(np.random.default_rng(number).integers(24, 101, int(share * SEQUENCES)).tolist()):
         yield SequenceRecord(f"scene_{i:05d}", [f"scene_{i:05d}/rgb/{name}" for name in names[:length]])
 
 
-def _images() -> Iterator[SequenceRecord]:
-    for i in range(IMAGES):
+def _images(share: float) -> Iterator[SequenceRecord]:
+    for i in range(int(share * IMAGES)):
         name = f"train/n{i // 1300:08d}/n{i // 1300:08d}_{i}.JPEG"
         yield SequenceRecord(name, [name])

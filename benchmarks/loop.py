@@ -50,8 +50,12 @@ class Stopwatch:
         return [(end[0] - start[0], end[1] - start[1]) for start, end in pairs]
 
 
-def measure(words: Sequence[str]) -> list[tuple[float, float]]:
-    """Train, and take the time of every step.
+def measure(words: Sequence[str], count: int = STEPS) -> list[tuple[float, float]]:
+    """Train, and take the time of every step but the first and the last.
+
+    Args:
+        words: settings.
+        count: of steps; the first `WARM_UP` are left out.
 
     Raises:
         ConfigError: words that are no settings.
@@ -59,7 +63,7 @@ def measure(words: Sequence[str]) -> list[tuple[float, float]]:
     watch, kept = Stopwatch(), (training_step.forward, torch.Tensor.backward, AdamW.step)
     with tempfile.TemporaryDirectory() as folder:
         config = load_config("configs/quickstart.yaml", [
-            "data.scenes.count=4", f"train.steps={STEPS}", "train.log_every=10", "train.eval_every=100000",
+            "data.scenes.count=4", f"train.steps={count}", "train.log_every=10", "train.eval_every=100000",
             "train.picture_every=100000", "train.checkpoint_every=100000", "train.eval_batches=1",
             f"run.dir={folder}/run", *words,
         ])  # fmt: skip

@@ -1,28 +1,33 @@
-"""From a large COLMAP model to sequences: 3,000 images and a million points, step by step and as a whole build."""
+"""From a large COLMAP model to sequences, step by step and as a whole build."""
 
 import numpy as np
 import pytest
-from synthetic_scene import draw_scene, write_binary_model
 
+from benchmarks.sizes import Sizes
+from benchmarks.synthetic_scene import draw_scene, write_binary_model
 from fastmum.data.build import build
 from fastmum.data.colmap import read_model
 from fastmum.data.rules.chains import angle_chains, nearest_of_anchor, overlap_chains
 from fastmum.data.rules.overlap import count_shared
 
-IMAGES, POINTS = 3000, 1_000_000
+
+@pytest.fixture(scope="module")
+def size(sizes: Sizes):
+    """Images and points."""
+    return {"quick": (200, 20_000), "laptop": (1000, 300_000), "paper": (3000, 1_000_000)}[sizes.name]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, size):
     """A MegaDepth of one scene, its model as text; the binary one lies beside it."""
     pycolmap = pytest.importorskip("pycolmap")
     root = tmp_path_factory.mktemp("megadepth")
     scene = root / "Undistorted_SfM/0000"
-    write_binary_model(draw_scene(IMAGES, POINTS), scene / "sparse")
+    write_binary_model(draw_scene(*size), scene / "sparse")
     (scene / "sparse-txt").mkdir()
     pycolmap.Reconstruction(scene / "sparse").write_text(scene / "sparse-txt")
     (scene / "images").mkdir()
-    for i in range(IMAGES):
+    for i in range(size[0]):
         (scene / "images" / f"{i:06d}.jpg").touch()
     return root
 
@@ -33,8 +38,8 @@ def model(root):
 
 
 @pytest.fixture(scope="module")
-def overlap(model):
-    return count_shared(model.images, model.points, IMAGES)
+def overlap(model, size):
+    return count_shared(model.images, model.points, size[0])
 
 
 @pytest.mark.parametrize("kind", ["sparse", "sparse-txt"], ids=["binary", "text"])
@@ -43,8 +48,8 @@ def test_reading(benchmark, root, kind):
     benchmark.extra_info["observations"] = len(model.images)
 
 
-def test_overlap(benchmark, model):
-    overlap = benchmark.pedantic(count_shared, (model.images, model.points, IMAGES), rounds=3)
+def test_overlap(benchmark, model, size):
+    overlap = benchmark.pedantic(count_shared, (model.images, model.points, size[0]), rounds=3)
     benchmark.extra_info["pairs that share points"] = len(overlap.shared) // 2
 
 

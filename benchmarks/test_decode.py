@@ -1,10 +1,9 @@
-"""Decoding to 256 pixels: images per second of CPU time, the decoders and the reference's pipeline in turn."""
+"""Decoding to 256 pixels: CPU time of an image, the decoders and the reference's pipeline in turn."""
 
 import importlib.util
 import os
 import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import pytest
@@ -12,19 +11,24 @@ import torch
 from PIL import Image
 
 from benchmarks import photographs
+from benchmarks.duel import Duel, rotated
 from benchmarks.reference import image_loader
+from benchmarks.results import FASTMUM, REFERENCE
 from fastmum.data.crops import crop_box, draw_crops
 from fastmum.data.decode import make_decoder
 from fastmum.data.loader import Loader
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlan
 
-SIZE, BATCH, WORKERS, ROUNDS = 256, 96, 2, 5
-DECODERS = ["pillow"] + ["dali_cpu"] * (importlib.util.find_spec("nvidia.dali") is not None)
+SIZE, BATCH, WORKERS, ROUNDS = 256, 96, 2, 3
+HAS_DALI = importlib.util.find_spec("nvidia.dali") is not None
+DECODERS = ["pillow", *(["dali_cpu"] * HAS_DALI), *(["dali"] * (HAS_DALI and torch.cuda.is_available()))]
 
 
 @pytest.fixture(scope="module", params=["320 pixels", "1920 x 1080", "3840 x 2160"])
-def files(request, tmp_path_factory) -> list[Path]:
+def files(request, tmp_path_factory, quick) -> list[Path]:
+    if quick and request.param != "320 pixels":
+        pytest.skip("large photographs take a minute to make and to decode: --quick leaves them out")
     folder = tmp_path_factory.mktemp("photographs")
     match request.param:
         case "320 pixels":
@@ -34,28 +38,27 @@ def files(request, tmp_path_factory) -> list[Path]:
     return photographs.large_files(folder, (3840, 2160), count=8) * 12
 
 
-def test_images_per_cpu_second(benchmark, files, tmp_path):
-    """Every round runs each of them over the same files; the median of the rounds counts."""
+def test_cpu_time_of_an_image(duel: Duel, files: list[Path], tmp_path: Path, request, quick: bool):
+    """Every round runs each of them over the same files; the first warms up."""
     plans = whole_batches(len(files))
     reference = image_loader.loader(files, SIZE, BATCH, WORKERS)
     manifests = open_manifest(tmp_path, files)
-    runs = {"reference": lambda: sum(map(len, reference))}
+    runs = {REFERENCE: lambda: sum(map(len, reference))}
     for name in DECODERS:
         loader = Loader(make_decoder(name, SIZE), manifests, WORKERS)
         agree_with_reference(loader, files, plans[0])
         runs[name] = lambda loader=loader: sum(len(batch.frames) for batch in loader.batches(plans))
-    speeds = {name: [] for name in runs}
-
-    def a_round():
-        for name, run in runs.items():
+    times = {name: [] for name in runs}
+    for number in range(-1, 2 if quick else ROUNDS):
+        for name in rotated(list(runs), max(number, 0)):
             start = cpu_seconds(reference)
-            frames = run()
-            speeds[name].append(frames / (cpu_seconds(reference) - start))
-
-    benchmark.pedantic(a_round, rounds=ROUNDS, warmup_rounds=1)
-    for name, values in speeds.items():
-        values = values[1:]  # without the warm-up
-        benchmark.extra_info[name] = f"{median(values):.0f}/s, {median(values) / median(speeds['reference'][1:]):.2f} x"
+            frames = runs[name]()
+            if number >= 0:
+                times[name].append((cpu_seconds(reference) - start) / frames)
+    size = request.node.callspec.params["files"]
+    for name in DECODERS:
+        what = f"CPU time of an image, {size}, {name}"
+        duel.record("loader", what, {REFERENCE: times[REFERENCE], FASTMUM: times[name]})
 
 
 def whole_batches(num_files: int) -> list[StepPlan]:
@@ -88,7 +91,7 @@ def agree_with_reference(loader: Loader, files: list[Path], plan: StepPlan) -> N
         with Image.open(files[row]) as image:
             theirs = image_loader.transform(image.convert("RGB"), crop_box(crop, *image.size), flip, SIZE)
         theirs = ((theirs * std + mean) * 255).permute(1, 2, 0)
-        assert (frame - theirs).abs().mean() < 2, files[row]
+        assert (frame.cpu() - theirs).abs().mean() < 2, files[row]
 
 
 def cpu_seconds(reference) -> float:

@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from large_manifests import write_large_manifests
 
+from benchmarks.large_manifests import write_large_manifests
 from fastmum.data.manifest import Manifests
 
 # Before and after opening, in MB: resident, of it private (not of mapped files), and the peak.
@@ -24,8 +24,8 @@ print(json.dumps([manifests.num_frames, before, memory()]))
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return write_large_manifests(tmp_path_factory.mktemp("manifests"))
+def paths(tmp_path_factory, quick):
+    return write_large_manifests(tmp_path_factory.mktemp("manifests"), share=0.02 if quick else 1.0)
 
 
 def test_open(benchmark, paths):

@@ -1,11 +1,9 @@
-"""The parts of the quickstart: a training step, loading its frames, rendering a scene, importing the package."""
-
-import subprocess
-import sys
+"""The parts of the quickstart: a training step, loading its frames, rendering a scene."""
 
 import pytest
 import torch
 
+from benchmarks.sizes import Sizes
 from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
 from fastmum.data.build import build
@@ -19,26 +17,26 @@ from fastmum.training.optim import build_optimizer
 FRAMES, SIZE, VIEWS = 32, 128, 4
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_training_step(benchmark, precision):
+def test_training_step(benchmark, sizes: Sizes):
     model = MuM(PRESETS["mum_tiny"])
-    optimizer = build_optimizer(model, OptimSection())
+    optimizer = build_optimizer(model, OptimSection(), sizes.dtype)
     frames = torch.randint(0, 256, (FRAMES, SIZE, SIZE, 3), dtype=torch.uint8)
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=sizes.precision == "bf16"):
             loss = model(frames, [VIEWS] * (FRAMES // VIEWS)).loss
         loss.backward()
         optimizer.step(1e-3)
         model.zero_grad()
 
     benchmark.extra_info["frames"] = FRAMES
-    benchmark.pedantic(step, rounds=10, warmup_rounds=2)
+    benchmark.pedantic(step, rounds=sizes.rounds, warmup_rounds=2)
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory):
-    return ensure_scenes(count=2, views=8, size=256, cache_dir=tmp_path_factory.mktemp("scenes"), progress=False)
+def scenes(tmp_path_factory, quick):
+    folder, size = tmp_path_factory.mktemp("scenes"), 64 if quick else 256
+    return ensure_scenes(count=2, views=8, size=size, cache_dir=folder, progress=False)
 
 
 @pytest.mark.parametrize("cache", [0, 10**9], ids=["decoded each time", "decoded once"])
@@ -52,16 +50,11 @@ def test_loading(benchmark, scenes, cache, tmp_path):
     benchmark.pedantic(lambda: list(loader.batches(plans)), rounds=5, warmup_rounds=1)
 
 
-def test_rendering(benchmark, tmp_path_factory):
+def test_rendering(benchmark, tmp_path_factory, quick):
+    views = 2 if quick else 8
+
     def render():
-        ensure_scenes(count=2, views=8, size=256, cache_dir=tmp_path_factory.mktemp("render"), progress=False)
+        ensure_scenes(count=2, views=views, size=256, cache_dir=tmp_path_factory.mktemp("render"), progress=False)
 
-    benchmark.extra_info["frames"] = 16
-    benchmark.pedantic(render, rounds=2)
-
-
-def test_import(benchmark):
-    benchmark.pedantic(
-        lambda: subprocess.run([sys.executable, "-c", "import fastmum; fastmum.MuM"], check=True), rounds=3,
-        warmup_rounds=1,
-    )  # fmt: skip
+    benchmark.extra_info["frames"] = 2 * views
+    benchmark.pedantic(render, rounds=1 if quick else 2)

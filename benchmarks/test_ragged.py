@@ -1,40 +1,36 @@
-"""Packed sequences of different lengths against equal ones, per operation: what raggedness itself costs."""
+"""Packed sequences of different length against equal ones, per operation: what raggedness itself costs."""
 
-from statistics import median
-
+from benchmarks.duel import Duel, no_collection, rotated
+from benchmarks.results import FASTMUM, REFERENCE
+from benchmarks.sizes import Sizes
 from benchmarks.step import fastmum_steps, make_problem
 from fastmum.model.flops import step_flops
 
-FRAMES, ROUNDS = 8, 4
-EQUAL = (4, 4)
-RAGGED = [(3, 5), (1, 2, 5), (1, 7), (2, 3, 3)]
-PATCHES, VISIBLE = 256, 64
+CUTS = {4: [(1, 3)], 8: [(3, 5), (1, 2, 5)], 96: [(24, 24, 24, 24), (24, 20, 16, 12, 10, 6, 4, 2, 2), (2,) * 48]}
+ROUNDS = 3
 
 
-def test_ragged_batches_cost_what_their_operations_cost(benchmark, capsys):
-    problem = make_problem(FRAMES, FRAMES, ["model.preset=mum_vitl16", "model.compile=off"])
-    lengths = [EQUAL, *RAGGED]
-    steps = fastmum_steps(problem, lengths)
-    for step in steps:
+def test_ragged_batches(duel: Duel, sizes: Sizes) -> None:
+    """Seconds for 10^12 operations of the model; the reference is fastmum itself on sequences of equal length."""
+    settings = [*sizes.settings, *([] if sizes.device.type == "cuda" else ["model.compile=off"])]
+    problem = make_problem(sizes.frames, sizes.frames, settings)
+    equal = (sizes.views,) * (sizes.frames // sizes.views)
+    cuts = [equal, *CUTS[sizes.frames]]
+    steps = dict(zip(cuts, fastmum_steps(problem, cuts), strict=True))
+    for step in steps.values():
         step()
         step.rounds.clear()
+    with no_collection():
+        for number in range(ROUNDS):
+            for cut in rotated(cuts, number):
+                steps[cut]()
 
-    def everyone_has_a_turn() -> None:  # round by round, so that all are timed under the same conditions
-        for step in steps[1:]:
-            step()
+    def seconds_per_tflop(cut: tuple[int, ...]) -> list[float]:
+        flops = step_flops(sizes.model, sizes.patches, sizes.visible, cut).total
+        return [times["step"] / flops * 1e12 for times in steps[cut].rounds]
 
-    benchmark.pedantic(steps[0], setup=everyone_has_a_turn, rounds=ROUNDS)
-    rows = []
-    for of_sequences, step in zip(lengths, steps, strict=True):
-        flops = step_flops(problem.config.model_config, PATCHES, VISIBLE, of_sequences).total
-        rows.append((of_sequences, flops, step.milliseconds(median)["step"], step.milliseconds(min)["step"]))
-    _, flops, middle, least = rows[0]
-    with capsys.disabled():
-        print(f"\n{'views':>12} {'TFLOP':>7} {'ms':>7} {'per FLOP, median':>18} {'least':>7}")
-        for name, of_row, ms, ms_least in rows:
-            per_flop, per_flop_least = (ms / middle) / (of_row / flops), (ms_least / least) / (of_row / flops)
-            sizes = " ".join(map(str, name))
-            print(f"{sizes:>12} {of_row / 1e12:7.3f} {ms:7.0f} {per_flop:18.3f} {per_flop_least:7.3f}")
-    benchmark.extra_info["per_flop"] = {
-        " ".join(map(str, name)): (ms / middle) / (of_row / flops) for name, of_row, ms, _ in rows
-    }
+    for cut in cuts[1:]:
+        views = f"{cut[0]} x {len(cut)}" if len(set(cut)) == 1 else " + ".join(map(str, cut))
+        rounds = {REFERENCE: seconds_per_tflop(equal), FASTMUM: seconds_per_tflop(cut)}
+        reference = f"{len(equal)} x {sizes.views}"
+        duel.record("ragged batches", f"{views} views, TFLOP of a step (reference: {reference})", rounds)

@@ -1,17 +1,33 @@
-"""How long a rank takes to plan a step, on 20 M frames in twelve data sets."""
+"""Sampling on 20 M frames in twelve data sets, at 1 to 256 ranks: how long a plan takes, and what full batches gain.
+
+What they gain is a simulation: a synchronous step takes as long as its costliest rank, and a rank's time is taken
+proportional to the operations of its products. The plans are the real ones of both; the time is not measured.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import count
+from time import perf_counter
 
 import numpy as np
 import pytest
 
+from benchmarks.duel import Duel, interleave
+from benchmarks.reference.sampler import PaperSampler, Sequences
+from benchmarks.results import FASTMUM, REFERENCE
+from fastmum import PRESETS
 from fastmum.data.plan import MODES, StepPlanner
+from fastmum.data.plan_table import draw, operations
+
+RANKS = (1, 8, 64, 256)
+SEEDS, STEPS = 4, 40  # of the simulation
+PLANS = 16  # planned in a round, as they differ in what they take
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What the sampler reads of manifests."""
+    """What fastmum's sampler reads of manifests."""
 
     datasets: tuple[str, ...]
     starts: np.ndarray
@@ -19,25 +35,77 @@ class Catalogue:
 
 
 @pytest.fixture(scope="module")
-def catalogue():
+def catalogue() -> Catalogue:
     """302 k sequences of 24 to 100 frames in eleven data sets, and 1.28 M single images."""
     rng = np.random.default_rng(0)
     lengths = np.concatenate([rng.integers(24, 101, 302_000), np.ones(1_280_000, np.int64)])
     dataset_of = np.repeat(np.arange(12), [*[27_454] * 10, 27_460, 1_280_000]).astype(np.int16)
     starts = np.concatenate([[0], lengths.cumsum()])
     assert 19e6 < starts[-1] < 21e6
-    return Catalogue(tuple("abcdefghijk") + ("images",), starts, dataset_of)
+    return Catalogue((*"abcdefghijk", "images"), starts, dataset_of)
 
 
-@pytest.mark.parametrize("ranks", [8, 64, 256])
+def paper_sampler(catalogue: Catalogue, seed: int, batches: int) -> PaperSampler:
+    """The reference's, of one rank."""
+    datasets = []
+    for number in range(len(catalogue.datasets) - 1):
+        of_set = np.flatnonzero(catalogue.dataset_of == number)
+        starts, ends = catalogue.starts[of_set], catalogue.starts[of_set + 1]
+        datasets.append(Sequences(starts.tolist(), (ends - starts).tolist()))
+    first_image = int(catalogue.starts[np.flatnonzero(catalogue.dataset_of == number + 1)[0]])
+    return PaperSampler(datasets, range(first_image, int(catalogue.starts[-1])), batches, seed=seed)
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_plan(benchmark, catalogue, mode, ranks):
-    """The whole plan of one rank: lengths, data sets, sequences, frames, crops and flips."""
-    planner, steps = StepPlanner(catalogue, mode=mode, world_size=ranks), count()
-    benchmark(lambda: planner.plan(next(steps), ranks - 1))
+def test_plan(duel: Duel, catalogue: Catalogue, mode: str) -> None:
+    """Plans of a rank of 64: lengths, data sets, sequences, frames; fastmum's also draw crops and flips."""
+    sampler, steps = paper_sampler(catalogue, 0, 10**9), count()
+    planner, batches = StepPlanner(catalogue, mode=mode, world_size=64), iter(sampler)
+
+    def theirs() -> None:
+        for _ in range(PLANS):
+            assert 0 < sum(map(len, next(batches))) <= 96
+
+    def ours() -> None:
+        for _ in range(PLANS):
+            assert 0 < len(planner.plan(next(steps), 63).rows) <= 96
+
+    times = interleave({REFERENCE: theirs, FASTMUM: ours}, 8)
+    each = {name: [seconds / PLANS for seconds in values] for name, values in times.items()}
+    duel.record("sampler", f"plan of a rank's step, {mode}", each)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_planner(benchmark, catalogue, mode):
-    """Setting up: sorting the sequences, and fitting the lengths."""
-    benchmark(lambda: StepPlanner(catalogue, mode=mode, world_size=64))
+def test_planner(duel: Duel, catalogue: Catalogue) -> None:
+    """Setting up: lists of sequences for the reference; sorting them, and fitting lengths, for fastmum."""
+    contestants = {
+        REFERENCE: lambda: paper_sampler(catalogue, 0, 1),
+        FASTMUM: lambda: StepPlanner(catalogue, mode="balanced", world_size=64),
+    }
+    duel.record("sampler", "set-up", interleave(contestants, 4))
+
+
+@pytest.mark.parametrize("mode", ["packed", "balanced"])
+def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: str) -> None:
+    """Operations that the cluster waits for, for each frame that it trains on; a round is another seed."""
+    cost, most = operations(PRESETS["mum_vitl16"]), max(RANKS)
+    seeds, steps = (2, 8) if quick else (SEEDS, STEPS)
+    waits: dict[int, dict[str, list[float]]] = {ranks: {REFERENCE: [], FASTMUM: []} for ranks in RANKS}
+    seconds: dict[str, list[float]] = {REFERENCE: [], FASTMUM: []}
+
+    def note(name: str, began: float, frames: np.ndarray, squares: np.ndarray) -> None:
+        seconds[name].append(perf_counter() - began)
+        for ranks in RANKS:
+            f, s = frames[:, :ranks], squares[:, :ranks]
+            slowest = (f * cost.frame + s * cost.pair).max(axis=1).sum()
+            waits[ranks][name].append(float(ranks * slowest / f.sum()))
+
+    for seed in range(seeds):
+        began = perf_counter()
+        samplers = [PaperSampler((), (), steps, seed=seed * most + rank) for rank in range(most)]
+        shapes = np.array([[sampler.shape() for sampler in samplers] for _ in range(steps)])
+        note(REFERENCE, began, shapes.prod(axis=2), shapes[..., 0] * shapes[..., 1] ** 2)
+        began = perf_counter()
+        note(FASTMUM, began, *draw(StepPlanner(catalogue, mode=mode, seed=seed, world_size=most), steps))
+    for ranks in RANKS:
+        what = f"{ranks} rank{'s' if ranks > 1 else ''}, {mode} (simulated)"
+        duel.record("sampler", what, waits[ranks], unit="FLOP/frame", seconds=seconds)

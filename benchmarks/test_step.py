@@ -1,28 +1,49 @@
-"""The training step at full size against the released model's in plain PyTorch: the figure that fastmum is for."""
+"""The training step against the released model's in plain PyTorch, eager and compiled: what fastmum is for."""
 
 import os
 
 import pytest
 
-from benchmarks.step import Comparison
+from benchmarks.duel import Duel
+from benchmarks.sizes import Sizes
+from benchmarks.step import PHASES, Comparison
+from fastmum.model.flops import step_flops
+from fastmum.training.gpus import peak_flops
 
-FRAMES, VIEWS, ROUNDS = 8, 4, 4
-MEMORY = 16e9  # bytes: weights, gradients and moments of two models of 390 M parameters
+PHASE_NAMES = {"optimizer": "optimiser", "norm": "norm of the gradient", "step": "whole step"}
+STATE_BYTES = 4 * 4 + 8  # of a parameter: weight, gradient, moments; activations of a few frames beside them
 
 
-@pytest.mark.skipif(
-    os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < MEMORY,
-    reason=f"two models of 390 M parameters in training want {MEMORY / 1e9:.0f} GB of memory",
-)
-def test_full_size_step(benchmark, capsys):
-    comparison = Comparison(FRAMES, VIEWS, ["model.preset=mum_vitl16", "model.compile=off"])
-    comparison.check()
+def test_step(duel: Duel, sizes: Sizes) -> None:
+    """Forward, backward, norm, optimiser, and the whole of them with what lies between."""
+    lengths = [sizes.views] * (sizes.frames // sizes.views)
+    _need_memory(sizes)
+    on_cuda = sizes.device.type == "cuda"
+    settings = [*sizes.settings, *([] if on_cuda else ["model.compile=off"])]
+    comparison = Comparison(sizes.frames, sizes.views, settings, sizes.compiled)
+    try:
+        comparison.check()
+        comparison.run(sizes.step_rounds)
+    finally:
+        comparison.close()
+    flops = step_flops(sizes.model, sizes.patches, sizes.visible, lengths).total
+    peak = _peak(sizes) if on_cuda else None
+    for phase in (*PHASES, "step"):
+        whole = {"flops": flops, "peak": peak} if phase == "step" else {}
+        duel.record("training step", PHASE_NAMES.get(phase, phase), comparison.rounds(phase), **whole)
 
-    def reference_has_its_turn() -> None:  # before every round, so that both are timed under the same conditions
-        comparison.reference()
 
-    benchmark.pedantic(comparison.fastmum, setup=reference_has_its_turn, rounds=ROUNDS)
-    benchmark.extra_info.update(frames=FRAMES, views=VIEWS, reference_over_fastmum=comparison.ratio())
-    with capsys.disabled():
-        print(f"\n{comparison.table()}")
-    comparison.close()
+def _peak(sizes: Sizes) -> float | None:
+    from torch.cuda import get_device_name
+
+    return peak_flops(get_device_name(), sizes.precision)
+
+
+def _need_memory(sizes: Sizes) -> None:
+    if sizes.device.type == "cuda" or not hasattr(os, "sysconf"):
+        return
+    model = sizes.model
+    width = model.depth * model.embed_dim**2 + model.decoder_depth * model.decoder_embed_dim**2
+    need = 12 * width * STATE_BYTES * (3 if sizes.compiled else 2)
+    if (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < need:
+        pytest.skip(f"models of {sizes.preset} in training want {need / 1e9:.0f} GB of memory, of {there / 1e9:.0f}")

@@ -6,12 +6,14 @@ Fuses sum, mean and variance, normalisation and rounding: the stream is read onc
 reads each tensor once, too: along rows for the gradient of the stream, down the columns for those of norm weight, norm
 bias, and of the bias of the linear layer whose output was added, which is the sum of a tensor that this kernel writes.
 
-The stream is not kept for the backward pass: the norm's output is, for the products behind it, and tells as much.
+The stream is not kept for the backward pass: the norm's output is, for the products behind it, and tells as much. On a
+CPU PyTorch's own operations are taken, which keep it.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmum.kernels.dispatch import (
@@ -28,7 +30,6 @@ from fastmum.kernels.dispatch import (
 from fastmum.kernels.sums import finish_sums, row_split
 
 LEAST_WEIGHT = 1e-3  # of a norm: smaller ones are taken for it where the normalised stream is found from the output
-CHUNK_BYTES = 1 << 20  # of the stream that the CPU works on at once: temporaries stay in the cache
 
 
 def add_norm(
@@ -52,8 +53,8 @@ def add_norm(
         dtype: of the norm's output; None: that of `update`.
 
     Returns:
-        sum (T, D) in the dtype of x, normed (T, D) in `dtype`. Arithmetic is in float32 at least. The backward pass
-        finds the normalised stream from `normed`: of weights that are nearly 0 the gradient is too small.
+        sum (T, D) in the dtype of x, normed (T, D) in `dtype`. Arithmetic is in float32 at least. The backward pass of
+        the kernel finds the normalised stream from `normed`: of weights that are nearly 0 the gradient is too small.
 
     Raises:
         TypeError: a dtype that does not fit.
@@ -70,28 +71,41 @@ def add_norm(
             raise ValueError(f"{name} has {len(vector)} values, but x is {x.shape[1]} wide")
     if update_bias.dtype != update.dtype:
         raise TypeError(f"update_bias is {update_bias.dtype}, but update is {update.dtype}: it holds the bias")
-    total, normed, _ = _add_norm(x, update, update_bias, weight, bias, eps, dtype or update.dtype)
+    dtype = dtype or update.dtype
+    if not use_triton(x):
+        return _add_norm_torch(x, update, update_bias, weight, bias, eps, dtype)
+    total, normed, _ = _add_norm(x, update, update_bias, weight, bias, eps, dtype)
     return total, normed
+
+
+def _add_norm_torch(
+    x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's own operations: faster on a CPU, where there is memory enough to keep the stream."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        total = (x + _Biased.apply(update, update_bias)).to(x.dtype)
+        normed = F.layer_norm(total.to(work), weight.shape, weight.to(work), bias.to(work), eps)
+        return total, normed.to(dtype)
+
+
+class _Biased(torch.autograd.Function):
+    """An update that holds a bias already, whose gradient is the sum of the update's."""
+
+    @staticmethod
+    def forward(ctx, update, update_bias):
+        return update.view_as(update)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.sum(0)
 
 
 @torch.library.custom_op("fastmum::add_norm", mutates_args=())
 def _add_norm(
     x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, update = x.contiguous(), update.contiguous()
-    if use_triton(x):
-        return _add_norm_triton(x, update, weight, bias, eps, dtype)
-    work = torch.promote_types(x.dtype, torch.float32)
-    total, normed = torch.empty_like(x), torch.empty(x.shape, dtype=dtype, device=x.device)
-    rstd = torch.empty(len(x), 1, dtype=work, device=x.device)
-    weight, bias = weight.to(work), bias.to(work)
-    step = max(1, CHUNK_BYTES // (x.shape[1] * work.itemsize))
-    for x_t, update_t, *outs in zip(*(y.split(step) for y in (x, update, total, normed, rstd)), strict=True):
-        total_t = torch.add(x_t, update_t, out=outs[0]).to(work)
-        normed_t, _, rstd_t = torch.native_layer_norm(total_t, x.shape[1:], weight, bias, eps)
-        outs[1].copy_(normed_t)
-        outs[2].copy_(rstd_t)
-    return total, normed, rstd
+    return _add_norm_triton(x.contiguous(), update.contiguous(), weight, bias, eps, dtype)
 
 
 @_add_norm.register_fake
@@ -112,36 +126,8 @@ def _add_norm_backward(
     update_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of update (empty where its dtype is x's: they are the same), weight, bias and update_bias."""
-    grad_normed = grad_normed.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
-    if use_triton(normed):
-        return _backward_triton(grad_total, grad_normed, normed, rstd, weight, bias, dtype, update_dtype)
-    work, width = rstd.dtype, normed.shape[1]
-    grad_x = torch.empty(normed.shape, dtype=dtype, device=normed.device)
-    grad_update = normed.new_empty(normed.shape if update_dtype != dtype else 0, dtype=update_dtype)
-    sums = [torch.zeros(width, dtype=work, device=normed.device) for _ in range(2)]
-    wide_weight, wide_bias = weight.to(work), bias.to(work)
-    divisor = _divisor(wide_weight)
-    step = max(1, CHUNK_BYTES // (width * work.itemsize))
-    mean, one = (torch.full((step, 1), value, dtype=work, device=normed.device) for value in (0.0, 1.0))
-    for first in range(0, len(normed), step):
-        t = slice(first, first + step)
-        unit = normed[t].to(work).sub(wide_bias).div_(divisor)
-        rows = len(unit)
-        grads = torch.ops.aten.native_layer_norm_backward(
-            *(grad_normed[t].to(work), unit, [width], mean[:rows], one[:rows], wide_weight),
-            *(wide_weight, [True, True, True]),
-        )
-        for each, grad in zip(sums, grads[1:], strict=True):
-            each += grad
-        grads[0].mul_(rstd[t])
-        if grad_total is not None:
-            torch.add(grads[0], grad_total[t], out=grads[0])
-        grad_x[t] = grads[0]
-        if update_dtype != dtype:
-            grad_update[t] = grads[0]
-    summed = grad_x if update_dtype == dtype else grad_update
-    return grad_x, grad_update, *(each.to(weight.dtype) for each in sums), summed.sum(0)
+    return _backward_triton(grad_total, grad_normed.contiguous(), normed, rstd, weight, bias, dtype, update_dtype)
 
 
 @_add_norm_backward.register_fake
@@ -152,11 +138,6 @@ def _(grad_total, grad_normed, normed, rstd, weight, bias, dtype, update_dtype):
         *(normed.new_empty(normed.shape[1], dtype=weight.dtype) for _ in range(2)),
         normed.new_empty(normed.shape[1], dtype=update_dtype),
     )
-
-
-def _divisor(weight: Tensor) -> Tensor:
-    """The weight, or the least one of its sign."""
-    return torch.where(weight < 0, -1.0, 1.0) * weight.abs().clamp(min=LEAST_WEIGHT)
 
 
 def _setup_context(ctx, inputs, output):

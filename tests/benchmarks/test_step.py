@@ -5,15 +5,16 @@ import pytest
 from benchmarks.contestant import Apart
 from benchmarks.step import Comparison, build_fastmum, main
 from fastmum.config import ConfigError
+from fastmum.training.compile import has_cpp_compiler
 
-TINY = ["model.preset=mum_tiny", "data.image_size=32"]
+TINY = ["model.preset=mum_tiny", "data.image_size=32", "model.compile=off"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_prints_both_and_their_ratio(capsys, tmp_path, precision):
     profile = tmp_path / "profile.txt"
-    argv = ["--frames=4", "--views=2", "--rounds=2", f"--profile={profile}", f"train.precision={precision}", *TINY]
-    assert main(argv) == 0
+    argv = ["--frames=4", "--views=2", "--rounds=2", "--eager-only", f"--profile={profile}"]
+    assert main([*argv, f"train.precision={precision}", *TINY]) == 0
     header, *rows, ratio = capsys.readouterr().out.splitlines()
     assert header.split() == ["ms", "forward", "backward", "norm", "optimizer", "step"]
     assert [row.split()[:2] for row in rows] == [[n, s] for n in ("reference", "fastmum") for s in ("median", "min")]
@@ -22,10 +23,10 @@ def test_prints_both_and_their_ratio(capsys, tmp_path, precision):
 
 
 def test_phases_add_up_to_the_step():
-    comparison = Comparison(4, 2, TINY)
+    comparison = Comparison(4, 2, TINY, compiled=False)
     comparison.check()
-    for contestant in (comparison.reference, comparison.fastmum):
-        contestant()
+    comparison.run(rounds=1)
+    for contestant in comparison.contestants.values():
         (times,) = contestant.rounds
         step = times.pop("step")
         assert 0 < sum(times.values()) <= step
@@ -33,11 +34,21 @@ def test_phases_add_up_to_the_step():
 
 
 def test_different_results_have_no_speed():
-    comparison = Comparison(4, 2, TINY)
-    comparison.reference()  # one step ahead
+    comparison = Comparison(4, 2, TINY, compiled=False)
+    comparison.contestants["reference"]()  # one step ahead
     with pytest.raises(AssertionError, match=r"loss of step 1: reference .*, fastmum"):
         comparison.check()
     comparison.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
+def test_the_compiled_reference_takes_part(capsys):
+    sizes = ["model.depth=1", "model.decoder_depth=2"]
+    assert main(["--frames=4", "--views=2", "--rounds=1", "train.precision=fp32", *TINY, *sizes]) == 0
+    out = capsys.readouterr().out
+    assert out.count("compiled") == 3
+    assert "\ncompiled / fastmum: " in out
 
 
 def test_what_fails_there_is_told_here():

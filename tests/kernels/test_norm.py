@@ -72,7 +72,8 @@ def test_one_output_is_not_used(backend: str, dtype: torch.dtype, used: int) -> 
     weights = [torch.randn(13, 64, device=DEVICE).to(dtype) for _ in range(2)]
     leaves = [y.detach().requires_grad_() for y in inputs]
     out = add_norm(*leaves)[used]
-    grads = torch.autograd.grad((out * weights[used].to(out.dtype)).sum(), leaves, allow_unused=True)
+    loss = (out * weights[used].to(out.dtype)).sum()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     weights[1 - used] = torch.zeros_like(weights[used])
     truth = results(plain, [y.double() for y in inputs], [y.double() for y in weights])
     usual = results(torch_plain, inputs, weights)
@@ -86,15 +87,6 @@ def test_not_contiguous_and_another_dtype(backend: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
     _, rounded = add_norm(x, update, update_bias, weight, bias, dtype=torch.bfloat16)
     assert torch.equal(rounded, expected[1].bfloat16())
-
-
-def test_more_tokens_than_the_cpu_takes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = problem(37, 64, torch.bfloat16)
-    weights = [torch.randn(37, 64, device=DEVICE) for _ in range(2)]
-    expected = results(add_norm, inputs, weights)
-    monkeypatch.setattr("fastmum.kernels.norm.CHUNK_BYTES", 5 * 64 * 4)
-    for value, true in zip(results(add_norm, inputs, weights), expected, strict=True):
-        torch.testing.assert_close(value, true, rtol=1e-5, atol=1e-5)
 
 
 def test_a_constant_row_has_no_variance(backend: str) -> None:

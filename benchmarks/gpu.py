@@ -1,0 +1,142 @@
+"""Everything for a GPU that fastmum meets for the first time: `make gpu`.
+
+Tests of every kernel and attention backend on CUDA, the benchmarks at the paper's sizes, a profile of the trainer, and
+docs/BENCHMARKS-<gpu>.md written from them. What fails is said in the page and by the exit code; the rest still runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import torch
+
+from benchmarks.projection import ProjectionError, read_predictions
+from benchmarks.report import ReportError, read_results, write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTED = ("tests/kernels", "tests/attention", "tests/benchmarks/test_reference.py")
+PROFILED = (12, 14)  # steps of the trainer, after what compiles and warms up
+PROFILE_LINES = 24  # of the table, in the page
+
+
+class Stage(NamedTuple):
+    """A program that runs.
+
+    Args:
+        name: of the stage.
+        words: behind the interpreter's `-m`.
+    """
+
+    name: str
+    words: list[str]
+
+
+def stages(folder: Path, quick: bool = False) -> list[Stage]:
+    """What runs, and leaves tests.xml, result.json and run/profile in the folder."""
+    first, last = PROFILED
+    trainer = [
+        f"run.dir={folder / 'run'}", f"train.steps={last + 1}", f"profile.steps={first}-{last}", "train.eval_batches=1",
+        "train.checkpoint_every=100000", "data.scenes.count=8", "data.held_out=0.2", "train.resume=never",
+    ]  # fmt: skip
+    if quick:
+        trainer += ["model.preset=mum_tiny", "data.image_size=64", "data.frames_per_batch=8", "data.views=[2,4]",
+                    "train.precision=auto", "data.scenes.size=64", "data.scenes.count=2", "data.scenes.views=4",
+                    "data.held_out=0.5"]  # fmt: skip
+    return [
+        Stage("tests", ["pytest", *TESTED, "-q", f"--junitxml={folder / 'tests.xml'}"]),
+        Stage(
+            "benchmarks",
+            ["pytest", "benchmarks/", "--benchmark-only", "--benchmark-quiet", "-q", *(["--quick"] if quick else []),
+             f"--benchmark-json={folder / 'result.json'}"],
+        ),
+        Stage("profile", ["fastmum.train", "--config", "configs/mum_vitl16.yaml", *trainer]),
+    ]  # fmt: skip
+
+
+def run(stage: Stage) -> int:
+    """Run a stage from the root of the checkout; its exit code."""
+    print(f"\n=== {stage.name}: python -m {' '.join(stage.words)}", flush=True)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-m", *stage.words], cwd=ROOT, env=environment).returncode
+
+
+def test_outcome(folder: Path, where: str) -> str:
+    """A sentence on the tests, with the names of those that failed."""
+    try:
+        suites = ElementTree.parse(folder / "tests.xml").getroot().iter("testsuite")
+    except (OSError, ElementTree.ParseError):
+        return f"**Tests of the kernels and backends on {where}: they did not finish.**"
+    total, skipped, failed = 0, 0, []
+    for suite in suites:
+        total += int(suite.get("tests", 0))
+        skipped += int(suite.get("skipped", 0))
+        for case in suite.iter("testcase"):
+            if case.find("failure") is not None or case.find("error") is not None:
+                failed.append(f"`{case.get('classname')}.{case.get('name')}`")
+    passed = total - skipped - len(failed)
+    sentence = f"Tests of the kernels and backends on {where}: {passed} passed, {skipped} skipped, {len(failed)} failed"
+    return f"**{sentence}: {', '.join(failed)}.**" if failed else f"{sentence}."
+
+
+def profile_note(folder: Path) -> str:
+    """The head of the profile's table, as Markdown."""
+    tables = sorted((folder / "run" / "profile").glob("*.txt"))
+    if not tables:
+        return "**The profile was not written.**"
+    lines = tables[-1].read_text(encoding="utf-8").splitlines()[:PROFILE_LINES]
+    first, last = PROFILED
+    title = f"Steps {first} to {last} of the trainer (embedded scenes), by the time of each operation itself:"
+    return "\n".join(["<details><summary>Profile</summary>", "", title, "", "```", *lines, "```", "", "</details>"])
+
+
+def page_name(gpu: str) -> str:
+    """Name of the page for a GPU as the driver calls it: NVIDIA H200 -> BENCHMARKS-h200.md."""
+    words = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia")).strip("-")
+    return f"BENCHMARKS-{words}.md"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="for what is measured (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the page (docs/BENCHMARKS-<gpu>.md)")
+    parser.add_argument("--offline", type=Path, metavar="FILE.json", help="of python -m benchmarks.offline --json")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("error: torch sees no CUDA device: `make gpu` measures a GPU, `make benchmark` a CPU", file=sys.stderr)
+        return 2
+    gpu = torch.cuda.get_device_name()
+    folder, out = args.folder.resolve(), args.out or ROOT / "docs" / page_name(gpu)
+    try:
+        predictions = read_predictions(args.offline) if args.offline else None
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tests.xml", "result.json"):
+            (folder / name).unlink(missing_ok=True)  # of an earlier time
+        codes = {stage.name: run(stage) for stage in stages(folder, args.quick)}
+        failed = [name for name, code in codes.items() if code]
+        notes = [test_outcome(folder, gpu), profile_note(folder)]
+        if "benchmarks" in failed:
+            notes.insert(
+                1, "**Some benchmarks failed, such as those with a wrong result: they are not in the tables.**"
+            )
+        write_report(read_results(folder / "result.json"), out, notes, predictions)
+    except (OSError, ProjectionError, ReportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{out}; raw numbers, tests and trace in {folder}")
+    if failed:
+        print(f"error: what failed: {', '.join(failed)}; see above", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

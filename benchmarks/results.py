@@ -1,0 +1,144 @@
+"""What duels measured: entries of pytest-benchmark paired again, ratios round by round, and tables of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+REFERENCE, COMPILED, FASTMUM = "reference", "compiled", "fastmum"
+SCALES = {
+    "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
+    "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
+    "FLOP/frame": ((1e9, "GFLOP"), (1e6, "MFLOP")),
+    "bytes/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")),
+    "FLOP/s": ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
+}
+
+
+class Ratio(NamedTuple):
+    """The reference's measure over another's, round by round: how many times better the other is.
+
+    Args:
+        median: of the rounds.
+        low, high: quartiles.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+@dataclass
+class Result:
+    """One duel.
+
+    Args:
+        group, what: where it stands.
+        unit: of the rounds; less is better.
+        rounds: by contestant, in order.
+        info: what else was said of it.
+    """
+
+    group: str
+    what: str
+    unit: str = "s"
+    rounds: dict[str, list[float]] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def ratio(self, over: str = REFERENCE, of: str = FASTMUM) -> Ratio | None:
+        """How many times better `of` is; None where one of them is missing."""
+        if over not in self.rounds or of not in self.rounds:
+            return None
+        ratios = [a / b for a, b in zip(self.rounds[over], self.rounds[of], strict=True)]
+        if len(ratios) == 1:
+            return Ratio(ratios[0], ratios[0], ratios[0])
+        low, _, high = quantiles(ratios, n=4, method="inclusive")
+        return Ratio(median(ratios), low, high)
+
+    def value(self, name: str) -> str:
+        """A contestant's median with its unit, empty where it was not there."""
+        return write(median(self.rounds[name]), self.unit) if name in self.rounds else ""
+
+    @property
+    def note(self) -> str:
+        """What fastmum's time means: bytes and operations a second, and their share of the GPU's peak."""
+        if FASTMUM not in self.rounds:
+            return ""
+        seconds, parts = median(self.rounds[FASTMUM]), []
+        if "bytes" in self.info:
+            parts.append(write(self.info["bytes"] / seconds, "bytes/s"))
+        if "flops" in self.info:
+            rate = self.info["flops"] / seconds
+            parts.append(write(rate, "FLOP/s"))
+            if self.info.get("peak"):
+                parts.append(f"MFU {rate / self.info['peak']:.1%}")
+        return ", ".join([*parts, *([self.info["note"]] if "note" in self.info else [])])
+
+
+def write(value: float, unit: str) -> str:
+    """A number in the largest of its units that leaves something before the point."""
+    scales = SCALES.get(unit, ((1.0, unit),))
+    scale, name = next((pair for pair in scales if abs(value) >= pair[0]), scales[-1])
+    return f"{value / scale:.3g} {name}"
+
+
+def results_of(entries: Iterable[Mapping[str, Any]]) -> list[Result]:
+    """Duels from entries as in `--benchmark-json`, in their order; entries that are no part of a duel are left out.
+
+    Raises:
+        ValueError: two duels of one name.
+    """
+    results: dict[tuple[str, str], Result] = {}
+    for entry in entries:
+        info = dict(entry["extra_info"])
+        if "contestant" not in info:
+            continue
+        group, what, name, unit = (info.pop(key) for key in ("group", "what", "contestant", "unit"))
+        result = results.setdefault((group, what), Result(group, what, unit))
+        if name in result.rounds:
+            raise ValueError(f"'{group}: {what}' is there twice for {name}")
+        result.rounds[name] = info.pop("rounds", None) or entry["stats"]["data"]
+        result.info |= info
+    return list(results.values())
+
+
+def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """By group, in the order of the first of each."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.group, []).append(result)
+    return groups
+
+
+HEADINGS = ("", REFERENCE, COMPILED, FASTMUM, "reference / fastmum", "compiled / fastmum", "")
+
+
+def rows(results: Iterable[Result]) -> list[list[str]]:
+    """Cells under `HEADINGS`: medians, ratios with their quartiles."""
+    return [
+        [
+            result.what,
+            *(result.value(name) for name in (REFERENCE, COMPILED, FASTMUM)),
+            *(str(result.ratio(over) or "") for over in (REFERENCE, COMPILED)),
+            result.note,
+        ]
+        for result in results
+    ]
+
+
+def text_table(results: Iterable[Result]) -> list[str]:
+    """Lines for a terminal, group by group."""
+    lines: list[str] = []
+    for group, some in grouped(results).items():
+        cells = [[group, *HEADINGS[1:]], *rows(some)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        for row in cells:
+            padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:-1], widths[1:-1], strict=True))]
+            lines.append("  ".join([*padded, row[-1]]).rstrip())
+        lines.append("")
+    return lines[:-1]

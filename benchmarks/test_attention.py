@@ -1,0 +1,107 @@
+"""Attention across the frames of a sequence: every backend that is here against torch's, sequence by sequence.
+
+Equal lengths are one call of `scaled_dot_product_attention` for the reference, as in the released model; ragged ones a
+call for each sequence. Backends make their plan once a batch, outside of what is timed, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.duel import FASTMUM, REFERENCE, Duel
+from benchmarks.sizes import Sizes
+from fastmum.attention import BACKENDS, Spans, dense_attention
+
+
+def ragged_lengths(frames: int) -> list[int]:
+    """Half of the frames that are left, at most the paper's 24, again and again: 96 -> 24, 24, 24, 12, 6, 3, 2, 1."""
+    lengths: list[int] = []
+    while rest := frames - sum(lengths):
+        lengths.append(min(24, (rest + 1) // 2))
+    return lengths
+
+
+class Heads:
+    """Queries, keys, values and the gradient of the output, (T, h, d), and the sequences that they belong to."""
+
+    def __init__(self, sizes: Sizes, lengths: list[int]) -> None:
+        model, generator = sizes.model, torch.Generator().manual_seed(0)
+        self.sizes, self.lengths = sizes, lengths
+        heads, tokens = model.decoder_num_heads, 1 + sizes.patches
+        shape = (sum(lengths) * tokens, heads, model.decoder_embed_dim // heads)
+        self.q, self.k, self.v, self.grad = (
+            torch.randn(shape, generator=generator).to(sizes.device, sizes.dtype) for _ in range(4)
+        )
+        self.spans = [n * tokens for n in lengths]
+        # Operations of scores and of values weighted by them: forward, and twice that backward.
+        self.flops = 4 * model.decoder_embed_dim * sum(span * span for span in self.spans)
+
+    def plan(self, name: str) -> object:
+        """Of a backend for these sequences."""
+        tokens, most = 1 + self.sizes.patches, max(self.lengths)
+        spans = Spans.of_frames(self.lengths, sum(self.lengths), tokens, tokens, most)
+        return BACKENDS[name].plan(spans, self.sizes.device)
+
+    def passes(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], backward: bool) -> Callable[[], list[Tensor]]:
+        """A call of forward, or of forward and backward."""
+        q, k, v = (x.detach().clone().requires_grad_(backward) for x in (self.q, self.k, self.v))
+
+        def run() -> list[Tensor]:
+            with torch.set_grad_enabled(backward):
+                out = attend(q, k, v)
+            return [out, *torch.autograd.grad(out, (q, k, v), self.grad)] if backward else [out]
+
+        return run
+
+
+def by_sequence(spans: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """torch's attention: one call for spans that are equal, else one for each."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if len(set(spans)) == 1:
+            return batched(q, k, v, spans[0])
+        parts = zip(*(x.split(spans) for x in (q, k, v)), strict=True)
+        return torch.cat([batched(*part, len(part[0])) for part in parts])
+
+    return attend
+
+
+def batched(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
+    """(T, h, d) as (n, h, L, d) in one call."""
+    q, k, v = (x.unflatten(0, (-1, span)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
+@pytest.mark.parametrize("kind", ["equal", "ragged"])
+@pytest.mark.parametrize("name", BACKENDS)
+def test_across_frames(duel: Duel, sizes: Sizes, name: str, kind: str, backward: bool) -> None:
+    backend = BACKENDS[name]
+    if reason := backend.why_not(sizes.device) or backend.why_not_dtype(sizes.dtype):
+        pytest.skip(f"attention backend '{name}': {reason}")
+    equal = [sizes.views] * (sizes.frames // sizes.views)
+    heads = Heads(sizes, equal if kind == "equal" else ragged_lengths(sizes.frames))
+    plan = heads.plan(name)
+    contestants = {
+        REFERENCE: heads.passes(by_sequence(heads.spans), backward),
+        FASTMUM: heads.passes(lambda q, k, v: backend.attend(q, k, v, plan), backward),
+    }
+    what = f"{name}, {' + '.join(map(str, heads.lengths))} frames, {'forward + backward' if backward else 'forward'}"
+    duel("attention", what, contestants, flops=(3 if backward else 1) * heads.flops, dtype=sizes.precision)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
+def test_within_frames(duel: Duel, sizes: Sizes, backward: bool) -> None:
+    """Of the decoder's frame blocks."""
+    heads = Heads(sizes, [1] * sizes.frames)
+    contestants = {
+        REFERENCE: heads.passes(by_sequence(heads.spans), backward),
+        FASTMUM: heads.passes(lambda q, k, v: dense_attention(q, k, v, heads.spans[0]), backward),
+    }
+    what = f"within {sizes.frames} frames, {'forward + backward' if backward else 'forward'}"
+    duel("attention", what, contestants, flops=(3 if backward else 1) * heads.flops, dtype=sizes.precision)
