@@ -67,7 +67,7 @@ def test_one_batch_is_learnt_by_heart():
     noise = torch.rand(4, 16)
     optimizer = build_optimizer(model, OptimSection())
     losses = []
-    for _ in range(80):
+    for _ in range(100):
         loss = model(frames, [2, 2], 0.75, noise).loss
         loss.backward()
         optimizer.step(1e-3)
