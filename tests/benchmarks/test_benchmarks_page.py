@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from test_projection import PREDICTIONS
+from test_predictions import PREDICTIONS
 
 from benchmarks.report import OFFLINE_MARK, main
 
