@@ -38,6 +38,10 @@ def test_using_the_model_needs_no_gpu_and_none_of_the_extras():
     assert time.monotonic() - began < 60  # a hang, not a speed: the speed is in the benchmarks
 
 
+def test_the_model_comes_without_the_compiler():
+    assert run("import fastmum, sys; fastmum.MuM; print('torch._dynamo' in sys.modules)") == "False"
+
+
 def test_kernels_are_a_part_of_fastmum_wherever_it_is_run_from(tmp_path):
     for folder in (ROOT, tmp_path):
         where = run("import fastmum.kernels; print(fastmum.kernels.__file__)", cwd=folder)

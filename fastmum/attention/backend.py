@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +13,18 @@ from torch import Tensor
 from fastmum.attention.spans import Spans
 
 HALF = (torch.bfloat16, torch.float16)  # what FlashAttention's kernels compute in
+P, R = ParamSpec("P"), TypeVar("R")
 Plan = object  # what a backend makes of spans: spans on its device, a mask, ...
 
 
 class AttentionError(RuntimeError):
     """A backend that cannot be used here; the message is one line for the user."""
+
+
+def constant_in_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """What `torch.compiler.assume_constant_result` does, without its import of the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def is_installed(package: str) -> bool:

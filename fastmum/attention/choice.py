@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastmum.attention.backend import HALF, AttentionError, Backend
+from fastmum.attention.backend import HALF, AttentionError, Backend, constant_in_graphs
 from fastmum.attention.flash import Flash
 from fastmum.attention.flash_attn import FlashAttn2
 from fastmum.attention.flash_attn_4 import FlashAttn4
@@ -32,7 +32,7 @@ def choose_backend(
     return BACKENDS[_usable(name, str(device), str(dtype).removeprefix("torch."))]
 
 
-@torch.compiler.assume_constant_result  # the compiler need not follow how packages are found
+@constant_in_graphs  # the compiler need not follow how packages are found
 def _usable(name: str, device: str, dtype: str) -> str:
     device, dtype = torch.device(device), getattr(torch, dtype)
     if name == "auto":

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastmum.attention.backend import HALF, Backend, is_installed
+from fastmum.attention.backend import HALF, Backend, constant_in_graphs, is_installed
 from fastmum.attention.spans import Spans
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Flash(Backend):
         return varlen_attn(q, k, v, plan.cu_q, plan.cu_k, plan.max_q, plan.max_k)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 @lru_cache
 def _activate_newest(device: torch.device) -> None:
     """Put FlashAttention 3 (Hopper) or 4 (Blackwell) in the place of torch's own, where its package is installed."""

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from truth import cumulated
 
 from fastmum.attention import BACKENDS, AttentionError, Spans, choose_backend, flash, ragged_attention
+from fastmum.attention.backend import constant_in_graphs
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -389,3 +390,8 @@ def test_float32_is_not_for_flash(monkeypatch: pytest.MonkeyPatch, name: str) ->
     assert choose_backend(name, "cuda", torch.bfloat16).name == name
     with pytest.raises(AttentionError, match="computes in bfloat16 and float16, and this is float32"):
         choose_backend(name, "cuda", torch.float32)
+
+
+def test_constants_are_marked_as_torch_marks_them():
+    ours, torchs = (mark(lambda: 0) for mark in (constant_in_graphs, torch.compiler.assume_constant_result))
+    assert vars(ours) == vars(torchs) != {}
