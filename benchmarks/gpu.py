@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = torch.cuda.get_device_name()
     folder, out = args.folder.resolve(), args.out or ROOT / "docs" / page_name(gpu)
     try:
-        predictions = read_predictions(args.offline) if args.offline else None
+        predictions = [read_predictions(args.offline)] if args.offline else []
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("tests.xml", "result.json"):
             (folder / name).unlink(missing_ok=True)  # of an earlier time

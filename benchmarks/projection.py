@@ -57,7 +57,7 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
         if key in predictions
     )
     lines = [
-        "## Predictions",
+        f"## Predictions, {predictions['gpu'].upper()}" if "gpu" in predictions else "## Predictions",
         "",
         "By formula, nothing measured: operations, bytes and launches of a step are counted in what PyTorch and"
         " Inductor would launch (`python -m benchmarks.offline`), and every kernel is given its roofline time."
@@ -88,4 +88,4 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
         days = hours / paper.gpus / 24
         lines.append(f"| {title} | {hours:,.0f} | {days:.2f} | {hours / paper.gpu_hours:.0%} |")
     lines.append(f"| the paper's, as published | {paper.gpu_hours:,.0f} | {paper.days:.2f} | 100% |")
-    return lines
+    return [*lines, ""]

@@ -86,7 +86,7 @@ def joined(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def write_report(
-    data: Mapping[str, Any], out: Path, notes: Sequence[str] = (), predictions: dict[str, Any] | None = None
+    data: Mapping[str, Any], out: Path, notes: Sequence[str] = (), predictions: Sequence[dict[str, Any]] = ()
 ) -> None:
     """Write the page and its plots.
 
@@ -94,7 +94,7 @@ def write_report(
         data: of `read_results`.
         out: the page.
         notes: paragraphs behind the table of the machine.
-        predictions: of `read_predictions`.
+        predictions: of `read_predictions`, one for each GPU.
 
     Raises:
         ReportError: no duels, files that cannot be written, or no matplotlib.
@@ -115,7 +115,7 @@ def write_report(
             draw_ratios(groups[group], plot)
             lines += _section(group, groups[group], plot.relative_to(out.parent).as_posix())
         lines += _others(data["benchmarks"])
-        lines += projection_tables(predictions) if predictions else [OFFLINE_MARK]
+        lines += [line for each in predictions for line in projection_tables(each)] or [OFFLINE_MARK]
         out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     except ImportError:
         raise ReportError("plots need matplotlib: pip install 'fastmum[dev]'") from None
@@ -198,14 +198,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="of --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path("docs/BENCHMARKS.md"), help="the page (%(default)s)")
-    parser.add_argument("--offline", type=Path, metavar="FILE.json", help="of python -m benchmarks.offline --json")
+    parser.add_argument(
+        "--offline", type=Path, action="append", default=[], metavar="FILE.json",
+        help="of python -m benchmarks.offline --json; repeatable, for several GPUs",
+    )  # fmt: skip
     parser.add_argument(
         "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
     )
     args = parser.parse_args(argv)
     try:
         data = joined(args.results)
-        predictions = read_predictions(args.offline) if args.offline else None
+        predictions = [read_predictions(file) for file in args.offline]
         write_report(data, args.out, args.note, predictions)
     except (ReportError, ProjectionError) as error:
         print(f"error: {error}", file=sys.stderr)

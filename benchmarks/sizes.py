@@ -98,4 +98,4 @@ def pick_sizes(quick: bool = False) -> Sizes:
     if device.type == "cuda":
         return Sizes("paper", device, precision, "mum_vitl16", None, 96, 12, 256, 20, 20, compiled=True)
     preset, blocks = ("mum_vitl16", None) if precision == "bf16" else ("mum_vitb16", (6, 4))
-    return Sizes("laptop", device, precision, preset, blocks, 8, 4, 256, 8, 4, compiled=True)
+    return Sizes("laptop", device, precision, preset, blocks, 8, 4, 256, 6, 4, compiled=True)

@@ -20,7 +20,7 @@ from fastmum.data.loader import Loader
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlan
 
-SIZE, BATCH, WORKERS, ROUNDS = 256, 96, 2, 3
+SIZE, BATCH, WORKERS, ROUNDS = 256, 96, 2, 2
 HAS_DALI = importlib.util.find_spec("nvidia.dali") is not None
 DECODERS = ["pillow", *(["dali_cpu"] * HAS_DALI), *(["dali"] * (HAS_DALI and torch.cuda.is_available()))]
 
@@ -38,7 +38,7 @@ def files(request, tmp_path_factory, quick) -> list[Path]:
     return photographs.large_files(folder, (3840, 2160), count=8) * 12
 
 
-def test_cpu_time_of_an_image(duel: Duel, files: list[Path], tmp_path: Path, request, quick: bool):
+def test_cpu_time_of_an_image(duel: Duel, files: list[Path], tmp_path: Path, request):
     """Every round runs each of them over the same files; the first warms up."""
     plans = whole_batches(len(files))
     reference = image_loader.loader(files, SIZE, BATCH, WORKERS)
@@ -49,7 +49,7 @@ def test_cpu_time_of_an_image(duel: Duel, files: list[Path], tmp_path: Path, req
         agree_with_reference(loader, files, plans[0])
         runs[name] = lambda loader=loader: sum(len(batch.frames) for batch in loader.batches(plans))
     times = {name: [] for name in runs}
-    for number in range(-1, 2 if quick else ROUNDS):
+    for number in range(-1, ROUNDS):
         for name in rotated(list(runs), max(number, 0)):
             start = cpu_seconds(reference)
             frames = runs[name]()

@@ -20,7 +20,7 @@ IMPORTS = {
 def test_start_up_and_memory(duel: Duel, sizes: Sizes, quick: bool) -> None:
     sides = REFERENCE, FASTMUM
     seen = {side: [] for side in sides}
-    for number in range(1 if quick else 3):
+    for number in range(1 if quick else 2):
         for side in rotated(sides, number):
             seen[side].append(measure(side, sizes, STEPS))
     for side, runs in seen.items():
