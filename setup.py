@@ -21,7 +21,7 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.31"],
     "fp8": ["torchao>=0.12"],
-    "evaluate": ["h5py>=3.10"],
+    "evaluate": ["h5py>=3.10", "matplotlib>=3.8"],
     # The first with DINOv3.
     "hf": ["transformers>=4.56"],
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],

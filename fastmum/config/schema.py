@@ -50,6 +50,7 @@ class ModelSection:
     decoder_embed_dim: int | None = _key(None, "decoder width; empty: the preset's")
     decoder_depth: int | None = _key(None, "decoder blocks, frame and global together; empty: the preset's")
     decoder_num_heads: int | None = _key(None, "decoder heads; empty: the preset's")
+    patch_size: int | None = _key(None, "side of a patch in pixels; empty: the preset's")
     mask_ratio: float = _key(0.75, "share of masked patches in every frame")
     attention: str = _key("auto", f"backend of attention across frames: auto, {', '.join(BACKENDS)}")
     compile: str = _key("auto", f"torch.compile: {', '.join(COMPILE_MODES)}; block: each kind of block, full: all")

@@ -1,4 +1,4 @@
-"""Evaluate weights: `python -m fastmum.evaluate matching|cosine|attention --weights W --data D [--out DIR]`."""
+"""Evaluate weights: `python -m fastmum.evaluate matching|cosine|attention|views --weights W --data D [--out DIR]`."""
 
 from __future__ import annotations
 
@@ -7,24 +7,29 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 import fastmum
 from fastmum.data.errors import DataError
-from fastmum.evaluate.arguments import check, make_parser, probe_settings
+from fastmum.evaluate.arguments import check, make_parser, probe_settings, view_settings
 from fastmum.evaluate.attention import evaluate_attention
 from fastmum.evaluate.cosine import evaluate_cosine
-from fastmum.evaluate.features import check_size
+from fastmum.evaluate.features import check_size, patch_size
 from fastmum.evaluate.folder import make_folder, read, save, write
 from fastmum.evaluate.matching import evaluate_matching
 from fastmum.evaluate.page import page
-from fastmum.evaluate.pairs import PairSet, open_pairs
-from fastmum.evaluate.pictures import draw_attention, draw_warp
+from fastmum.evaluate.pairs import Pair, PairSet, open_pairs
+from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.result import Result
+from fastmum.evaluate.sequences import open_sequences
 from fastmum.evaluate.table import table
+from fastmum.evaluate.views import evaluate_views, shown, targets
 from fastmum.evaluate.weights import load_weights, parse_overrides, pick_device
 from fastmum.model.encoder import Encoder
 from fastmum.pretrained.errors import WeightsError
@@ -55,18 +60,17 @@ def _run(args: Namespace) -> None:
     weights = load_weights(args.weights, args.name, pick_device(args.device), parse_overrides(args.override), args.seed)
     if args.size is not None:
         check_size(weights.model, args.size)
-    result, pairs = EVALUATIONS[args.task](args, weights.model)
+    found = EVALUATIONS[args.task](args, weights.model)
     about = {
         "task": args.task,
-        "set": pairs.name,
+        "set": found.set,
         "weights": weights.name,
         "source": args.weights,
         "data": args.data,
-        "pairs": len(pairs.pairs),
         "fastmum": fastmum.__version__,
         "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
     }
-    saved = save(out, about | result.numbers, _draw(args, weights.model, result, pairs))
+    saved = save(out, about | found.numbers, found.draw())
     records = read(out)
     text = table(records).markdown()
     write(out / "table.md", text)
@@ -74,40 +78,75 @@ def _run(args: Namespace) -> None:
     print(f"{text}\n{saved.file}\n{out / 'report.html'}")
 
 
-def _matching(args: Namespace, model: Encoder) -> tuple[Result, PairSet]:
+class Found(NamedTuple):
+    """What an evaluation gives to the folder of results.
+
+    Args:
+        set: name of what it was measured on.
+        numbers: for JSON.
+        draw: makes its pictures.
+    """
+
+    set: str
+    numbers: dict[str, Any]
+    draw: Callable[[], list[Image.Image]]
+
+
+def _matching(args: Namespace, model: Encoder) -> Found:
     settings = probe_settings(args, next(model.parameters()).device.type)
     elsewhere = args.train_data not in (None, args.data)
     pairs = open_pairs(args.data, "all" if elsewhere else "test").first(args.max_pairs)
     train = open_pairs(args.train_data, "all") if elsewhere else open_pairs(args.data, "train")
-    return evaluate_matching(model, pairs, train.first(args.train_pairs), settings, args.size), pairs
+    result = evaluate_matching(model, pairs, train.first(args.train_pairs), settings, args.size)
+    return _of_pairs(args, pairs, result, partial(_warp, result, pairs))
 
 
-def _cosine(args: Namespace, model: Encoder) -> tuple[Result, PairSet]:
+def _cosine(args: Namespace, model: Encoder) -> Found:
     pairs = open_pairs(args.data).first(args.max_pairs)
-    return evaluate_cosine(model, pairs, args.size, args.temperature), pairs
+    result = evaluate_cosine(model, pairs, args.size, args.temperature)
+    return _of_pairs(args, pairs, result, partial(_warp, result, pairs))
 
 
-def _attention(args: Namespace, model: Encoder) -> tuple[Result, PairSet]:
+def _attention(args: Namespace, model: Encoder) -> Found:
     pairs = open_pairs(args.data).first(args.max_pairs)
-    return evaluate_attention(model, pairs, args.size), pairs
+    result = evaluate_attention(model, pairs, args.size)
+    return _of_pairs(args, pairs, result, lambda pair: draw_attention(model, pair, result.size))
 
 
-EVALUATIONS: dict[str, Callable[[Namespace, Encoder], tuple[Result, PairSet]]] = {
+def _views(args: Namespace, model: Encoder) -> Found:
+    settings = view_settings(args)
+    sequences = open_sequences(args.data, settings.least)
+    result = evaluate_views(model, sequences, settings, args.size, args.max_pairs)
+
+    def draw() -> list[Image.Image]:
+        found, patches = targets(sequences, settings), (result.size // patch_size(model)) ** 2
+        places = np.linspace(0, len(found) - 1, min(args.pictures, len(found))).round().astype(int)
+        batches = (shown(sequences, found[i], settings, result.size, patches) for i in places)
+        return [draw_views(model, batch, settings.mask_ratio) for batch in batches]
+
+    return Found(sequences.name, result.numbers, draw)
+
+
+EVALUATIONS: dict[str, Callable[[Namespace, Encoder], Found]] = {
     "matching": _matching,
     "cosine": _cosine,
     "attention": _attention,
+    "views": _views,
 }
 
 
-def _draw(args: Namespace, model: Encoder, result: Result, pairs: PairSet) -> list[Image.Image]:
-    """Pictures of a few pairs: Fig. 6 of attention, Fig. 7 of the others."""
-    if not args.pictures or result.warps is None:
-        return []
-    bar = tqdm(pairs.first(args.pictures).pairs, desc="drawing", unit="pair", leave=False)
-    if args.task == "attention":
-        return [draw_attention(model, pair, result.size) for pair in bar]
-    numbers = {pair.name: i for i, pair in enumerate(pairs.pairs)}
-    return [draw_warp(pair, result.warps[numbers[pair.name]], result.size) for pair in bar]
+def _of_pairs(args: Namespace, pairs: PairSet, result: Result, draw: Callable[[Pair], Image.Image]) -> Found:
+    """Pictures of a few pairs: Fig. 6 of attention, Fig. 7 of the others; of recall none, which estimates no warps."""
+    few = pairs.first(args.pictures).pairs if args.pictures and result.warps is not None else []
+
+    def pictures() -> list[Image.Image]:
+        return [draw(pair) for pair in tqdm(few, desc="drawing", unit="pair", leave=False)]
+
+    return Found(pairs.name, {"pairs": len(pairs.pairs)} | result.numbers, pictures)
+
+
+def _warp(result: Result, pairs: PairSet, pair: Pair) -> Image.Image:
+    return draw_warp(pair, result.warps[pairs.pairs.index(pair)], result.size)
 
 
 if __name__ == "__main__":

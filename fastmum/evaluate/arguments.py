@@ -9,16 +9,19 @@ from fastmum.data.errors import DataError
 from fastmum.evaluate.matcher import TEMPERATURE
 from fastmum.evaluate.pairs import SETS
 from fastmum.evaluate.probe import ProbeSettings
+from fastmum.evaluate.views import ViewSettings
 
 STEPS = {"cuda": 25_000, "cpu": 200}  # supplement, section B; and what a CPU does in minutes
 EVALUATIONS = 10  # of a probe's training, unless asked otherwise: every 2,500 steps of 25 K
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB of ViT-L at 448 px
-LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0}
+LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0, "masks": 1, "gap": 1}
 
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
 _EPILOG = f"""\
 DATA is scenes or motorcycle, which need no files; a path, told apart by its content; or KIND:/path. Kinds:
 {_SETS}
+
+The evaluation `views` takes scenes, or any folder every sub-folder of which is a sequence of images.
 
 DIR collects results: every evaluation adds a .json and pictures, and report.html and table.md show all that are
 there, with the paper's numbers beside them. docs/evaluation.md has the protocols.
@@ -26,16 +29,16 @@ there, with the paper's numbers beside them. docs/evaluation.md has the protocol
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; `args.task` is matching, cosine or attention."""
+    """The parser; `args.task` is matching, cosine, attention or views."""
     parser = argparse.ArgumentParser(
         prog="python -m fastmum.evaluate",
         description="What weights know about correspondence between views: matching by linear probe, by cosine "
-        "similarity of features, and by the decoder's attention.",
+        "similarity of features, and by the decoder's attention; and what other views do for the masked loss.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     shared = _shared()
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="matching|cosine|attention")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="matching|cosine|attention|views")
 
     def task(name: str, about: str) -> argparse.ArgumentParser:
         description = f"{about[0].upper()}{about[1:]}."
@@ -48,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     cosine = task("cosine", "matching by cosine similarity of features, with and without the last LayerNorm")
     task("attention", "matching by the decoder's attention across views, and pictures of it")
     _add_training(matching)
+    _add_views(task("views", "masked loss of the same frames with more and more views, and with views of other scenes"))
     for each in (matching, cosine):
         each.add_argument(
             "--temperature", type=float, default=TEMPERATURE, metavar="T", help="of the matcher (default %(default)s)"
@@ -94,6 +98,21 @@ def probe_settings(args: argparse.Namespace, device: str) -> ProbeSettings:
         raise DataError(str(error)) from None
 
 
+def view_settings(args: argparse.Namespace) -> ViewSettings:
+    """Which views are shown beside a frame.
+
+    Args:
+        args: parsed.
+
+    Raises:
+        DataError: a value that cannot be.
+    """
+    try:
+        return ViewSettings(tuple(args.views), args.mask_ratio, gap=args.gap, masks=args.masks, seed=args.seed)
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
 def _shared() -> argparse.ArgumentParser:
     """What all evaluations take."""
     parser = argparse.ArgumentParser(add_help=False)
@@ -117,7 +136,10 @@ def _shared() -> argparse.ArgumentParser:
         help="side that pictures are resized to (default: 256 for scenes, 512 for NAVI, else 448)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-pairs", type=int, metavar="N", help="evaluate on N pairs, spread over the set (default: all)"
+        "--max-pairs",
+        type=int,
+        metavar="N",
+        help="evaluate on N pairs (views: frames), spread over the set (default: all)",
     )
     parser.add_argument("--pictures", type=int, default=4, metavar="N", help="pairs to draw (default %(default)s)")
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default %(default)s)")
@@ -148,3 +170,19 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--weight-decays", type=float, nargs="+", default=defaults.weight_decays, metavar="WD",
         help="default: %(default)s",
     )  # fmt: skip
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    """Which views are shown beside a frame, and what is masked."""
+    defaults = ViewSettings()
+    add = parser.add_argument_group("views").add_argument
+    add(
+        "--views", type=int, nargs="+", default=defaults.counts, metavar="S",
+        help="numbers of views, from 1 (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--mask-ratio", type=float, default=defaults.mask_ratio, metavar="R",
+        help="share of masked patches in every frame (default %(default)s)",
+    )  # fmt: skip
+    add("--gap", type=int, default=defaults.gap, metavar="N", help="steps between neighbours (default %(default)s)")
+    add("--masks", type=int, default=defaults.masks, metavar="N", help="masks of every frame (default %(default)s)")

@@ -111,7 +111,11 @@ def load_image(frame: Frame, size: int) -> Tensor:
     Raises:
         DataError: it cannot be read.
     """
-    image = frame.read_image()
+    return squared(frame.read_image(), size)
+
+
+def squared(image: Image.Image, size: int) -> Tensor:
+    """A whole picture, resized to a square as RoMa does, (size, size, 3) uint8."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image))

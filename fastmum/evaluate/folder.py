@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastmum.data.errors import DataError
 
-TASKS = ("matching", "cosine", "attention")
+TASKS = ("matching", "cosine", "attention", "views")
 QUALITY = 90  # of JPEG
 
 

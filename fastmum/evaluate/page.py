@@ -21,7 +21,12 @@ CAPTIONS = {
         "attention of the framed patch of A to the patches of B in the decoder's global blocks, mean over heads; "
         "the cross is its true place"
     ),
+    "views": (
+        "a frame, what of it is seen, and what is predicted from it alone, with the nearest other views, and with as "
+        "many views of another scene"
+    ),
 }
+COMPANY = {"same": "with views of the same scene", "other": "with views of another scene"}
 
 
 def page(records: Sequence[Record]) -> str:
@@ -48,6 +53,8 @@ def _section(record: Record) -> str:
     parts = [f"<h3>{html.escape(title)}</h3>", f'<p class="note">{html.escape(_settings(record))}</p>']
     if content["task"] == "matching":
         parts.append(f'<div class="grid">{_error_chart(content)}{_loss_chart(content)}</div>')
+    elif content["task"] == "views":
+        parts.append(f'<div class="grid">{_views_chart(content)}</div>{_changes(content)}')
     elif content["task"] == "attention":
         parts.append(_variants("global block", content["blocks"]))
     else:
@@ -62,8 +69,10 @@ def _section(record: Record) -> str:
 def _settings(record: Record) -> str:
     content = record.content
     listed = [f"{name.replace('_', ' ')} {value}" for name, value in content["settings"].items()]
-    best = content["best"]
-    if isinstance(best, dict):
+    best = content.get("best")
+    if best is None:
+        pass
+    elif isinstance(best, dict):
         rate, decay = best["learning_rate"], best["weight_decay"]
         listed.insert(0, f"best: learning rate {rate:g}, weight decay {decay:g}, after {best['step']:,} steps")
     else:
@@ -79,6 +88,23 @@ def _variants(name: str, variants: dict[str, dict[str, float | None]]) -> str:
         for variant, scores in variants.items()
     ]
     return html_table([name, *(SCORES[column] for column in columns)], rows)
+
+
+def _views_chart(content: dict) -> str:
+    lines = [
+        Line(label, list(zip(content["views"], content[name], strict=True)), color(i), dots=True)
+        for i, (name, label) in enumerate(COMPANY.items())
+    ]
+    return Chart("Masked loss by number of views", lines, "of the same frames under the same masks", "views").html()
+
+
+def _changes(content: dict) -> str:
+    """A table of the differences to a frame alone, with their standard errors."""
+    rows = [
+        [label, *(f"{mean:+.4f} ± {error:.4f}" for mean, error in content[f"change_{name}"][1:])]
+        for name, label in COMPANY.items()
+    ]
+    return html_table(["loss, less that of a frame alone", *(f"{n} views" for n in content["views"][1:])], rows)
 
 
 def _error_chart(content: dict) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of warps (Fig. 7 of the paper) and of attention (Fig. 6).
+"""Pictures of warps (Fig. 7 of the paper), of attention (Fig. 6), and of predictions with more and more views.
 
 Legend: H W pixels, h w patches, N pairs, P patches of a frame, G global blocks.
 """
@@ -13,8 +13,10 @@ from torch import Tensor
 from fastmum.evaluate.attention import attention_maps
 from fastmum.evaluate.features import load_image, patch_size
 from fastmum.evaluate.pairs import Pair
+from fastmum.evaluate.views import Shown, reconstruct
 from fastmum.evaluate.warp import finer, move, pair_warp
 from fastmum.model.mum import MuM
+from fastmum.training.pictures import reconstructions
 
 GAP, LABEL = 4, 18  # pixels between pictures, height of a line of text
 QUERY, TRUTH = (255, 64, 64), (64, 224, 255)  # colours of the query patch and of its true match
@@ -65,6 +67,34 @@ def draw_attention(model: MuM, pair: Pair, size: int) -> Image.Image:
     labels = [*(f"block {i}" for i in range(len(maps))), "mean"]
     heats = [_cross(_heat(b, each.view(side, side)), place) for each in rows_GP]
     return _row([("A, query", _framed(a, query, side)), ("B", b), *zip(labels, heats, strict=True)])
+
+
+def draw_views(model: MuM, batch: Shown, mask_ratio: float) -> Image.Image:
+    """A target, what of it is seen, and what is predicted from it alone, with neighbours, and with unrelated views.
+
+    Args:
+        model: with its decoder.
+        batch: of the target.
+        mask_ratio: of every frame.
+    """
+    output = reconstruct(model, batch, mask_ratio)
+    firsts = batch.firsts
+    frames, masked_ids, pred = (x.cpu()[firsts] for x in (batch.frames, output.masked_ids, output.pred.float()))
+    masked, predicted = reconstructions(frames, masked_ids, pred)
+    related = len(batch.lengths) // 2 + 1
+    labels = [
+        *(f"{count} view{'s' * (count > 1)}" for count in batch.lengths[:related]),
+        *(f"{count} unrelated" for count in batch.lengths[related:]),
+    ]
+    losses = output.loss.cpu()[firsts].tolist()
+    named = [(f"{label}: {loss:.3f}", image) for label, loss, image in zip(labels, losses, predicted, strict=True)]
+    shown = [("target", frames[0]), ("seen", masked[0]), *named[:related], named[-1]]
+    return _row([(label, _enlarged(image)) for label, image in shown])
+
+
+def _enlarged(image: Tensor) -> Image.Image:
+    side = max(image.shape[0], SHOWN)
+    return Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def _framed(image: Tensor, query: int, side: int) -> Image.Image:

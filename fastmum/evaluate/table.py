@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastmum.evaluate.folder import TASKS, Record
 from fastmum.evaluate.published import PUBLISHED
 
-MATCHERS = {"matching": "linear probe", "cosine": "cosine", "attention": "attention"}
+MATCHERS = {"matching": "linear probe", "cosine": "cosine", "attention": "attention", "views": "masked loss"}
 TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI"}
 SCORES = {
     "epe": "EPE ↓",
@@ -21,10 +21,12 @@ SCORES = {
     "recall_2cm": "2 cm ↑",
     "recall_5cm": "5 cm ↑",
 }
+VIEWS = "views_"  # scores that are losses begin with it; the number of views follows
 NONE = "–"
 NOTE = (
     "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
-    "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine)."
+    "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine). "
+    "Masked loss: of the same frames, alone and with the nearest other views; 1.0 knows no more than a patch's mean."
 )
 
 
@@ -56,7 +58,7 @@ def table(records: Sequence[Record]) -> Table:
     The paper's sets have a row also where nothing was evaluated on them. First, for each set, what a warp scores that
     leaves everything in place.
     """
-    scores = [name for name in SCORES if name == "epe" or any(name in r.content["scores"] for r in records)]
+    scores = _scores(records)
     methods = list(dict.fromkeys(method for task in TASKS for method in PUBLISHED[task]))
     still = {r.content["set"]: r.content["no_motion"] for r in reversed(records) if "no_motion" in r.content}
     rows = [
@@ -77,11 +79,29 @@ def table(records: Sequence[Record]) -> Table:
             paper = [_number(published.get(method, {}).get(name)) for method in methods]
             ours = [content for content in own if content["set"] == name] or [{"weights": NONE, "scores": {}}]
             for content in ours:
-                cells = [_number(content["scores"].get(score)) for score in scores]
+                cells = [_number(content["scores"].get(score), 3 if score.startswith(VIEWS) else 1) for score in scores]
                 rows.append([MATCHERS[task], TITLES.get(name, name), content["weights"], *cells, *paper])
-    names = ["matcher", "set", "weights", *(SCORES[score] for score in scores), *(f"paper: {m}" for m in methods)]
+    names = ["matcher", "set", "weights", *map(score_title, scores), *(f"paper: {m}" for m in methods)]
     return Table(names, rows)
 
 
-def _number(value: float | None) -> str:
-    return NONE if value is None else f"{value:.1f}"
+def score_title(name: str) -> str:
+    """Of a score's column; an arrow points to the better."""
+    if name.startswith(VIEWS):
+        count = name.removeprefix(VIEWS)
+        return f"loss, {count} view{'s' * (count != '1')} ↓"
+    return SCORES[name]
+
+
+def _scores(records: Sequence[Record]) -> list[str]:
+    """End-point error, and what else any result has."""
+    there = {name for record in records for name in record.content["scores"]}
+    losses = [name for name in there if name.startswith(VIEWS)]
+    return [
+        *(name for name in SCORES if name == "epe" or name in there),
+        *sorted(losses, key=lambda name: int(name.removeprefix(VIEWS))),
+    ]
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return NONE if value is None else f"{value:.{digits}f}"

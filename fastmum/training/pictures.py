@@ -29,14 +29,18 @@ def draw_reconstruction(frames: Tensor, lengths: tuple[int, ...], masked_ids: Te
     Returns:
         For each sequence three rows (original, masked, predicted), one column a view.
     """
-    side = int((pred.shape[-1] // 3) ** 0.5)
-    patches = _pixels(frames, masked_ids, pred, side)
-    predicted = _put(frames, masked_ids, patches)
-    masked = _put(frames, masked_ids, torch.full_like(patches, GREY))
+    masked, predicted = reconstructions(frames, masked_ids, pred)
     rows = []
     for sequence in zip(*(stack.split(lengths) for stack in (frames, masked, predicted)), strict=True):
         rows += [_side_by_side(stack.numpy()) for stack in sequence]
     return Image.fromarray(_stack(rows))
+
+
+def reconstructions(frames: Tensor, masked_ids: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
+    """Frames with their masked patches in grey, and as predicted, (F, H, W, 3) uint8 each; arguments as above."""
+    side = int((pred.shape[-1] // 3) ** 0.5)
+    patches = _pixels(frames, masked_ids, pred, side)
+    return _put(frames, masked_ids, torch.full_like(patches, GREY)), _put(frames, masked_ids, patches)
 
 
 def _pixels(frames: Tensor, ids: Tensor, pred: Tensor, side: int) -> Tensor:

@@ -25,13 +25,22 @@ def embedded(part: str) -> PairSet:
     Args:
         part: "train", or "test" and "all", which here are the same; they share no scene with "train".
     """
+    return from_folders(embedded_folders(part))
+
+
+def embedded_folders(part: str) -> list[Path]:
+    """The folders of those scenes, in the same parts.
+
+    Raises:
+        DataError: they cannot be rendered.
+    """
     count = TEST_SCENES + (TRAIN_SCENES if part == "train" else 0)
     try:
         root = ensure_scenes(count, VIEWS, SIZE, SEED)
         folders = scene_dirs(root, count)
     except (OSError, RuntimeError) as error:
         raise DataError(f"the embedded scenes cannot be rendered: {error}") from None
-    return from_folders(folders[TEST_SCENES:] if part == "train" else folders)
+    return folders[TEST_SCENES:] if part == "train" else folders
 
 
 def is_scenes(root: Path) -> bool:

@@ -1,0 +1,174 @@
+"""The masked loss with more and more views: who is shown beside whom, and that the numbers are the model's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmum import ModelConfig, MuM
+from fastmum.data.errors import DataError
+from fastmum.evaluate import SequenceSet, ViewSequence, ViewSettings, evaluate_views, open_sequences
+from fastmum.evaluate.__main__ import main
+from fastmum.evaluate.folder import read
+from fastmum.evaluate.pictures import draw_views
+from fastmum.evaluate.views import shown, targets
+from fastmum.model.encoder import Encoder
+
+
+@pytest.fixture
+def noisy(tmp_path):
+    """Three sequences of unlike length, every picture a random one of 32 x 40 pixels."""
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 9), ("b/images", 12), ("c", 3)):
+        folder = tmp_path / "scenes" / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(rng.integers(0, 256, (32, 40, 3), np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "scenes"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MuM(ModelConfig(32, 2, 2, 32, 4, 2, patch_size=8)).eval()
+
+
+def places(target):
+    return target.near, target.far
+
+
+def test_neighbours_are_the_nearest():
+    views = [ViewSequence(name, [None] * count) for name, count in (("a", 9), ("b", 12))]
+    found = targets(SequenceSet("two", views, 32), ViewSettings(counts=(1, 4), stride=4))
+    assert [(t.sequence, t.frame) for t in found] == [(0, 0), (0, 4), (0, 8), (1, 0), (1, 4), (1, 8)]
+    assert places(found[0]) == ([1, 2, 3], [0, 1, 2])
+    assert places(found[1]) == ([5, 3, 6], [4, 5, 3])
+    assert places(found[2]) == ([7, 6, 5], [8, 9, 7])
+    assert places(found[5]) == ([9, 7, 10], [8, 7, 6])  # the other sequence ends there
+    assert {t.other for t in found[:3]} == {1}
+    assert {t.other for t in found[3:]} == {0}
+
+
+def test_a_gap_spreads_the_neighbours():
+    views = [ViewSequence(name, [None] * 9) for name in "ab"]
+    found = targets(SequenceSet("two", views, 32), ViewSettings(counts=(1, 3), gap=2, stride=3))
+    assert [(t.frame, t.near) for t in found[:3]] == [(0, [2, 4]), (3, [5, 1]), (6, [8, 4])]
+
+
+def test_the_batch_of_a_target(noisy):
+    sequences = open_sequences(str(noisy), 8)
+    assert [views.name for views in sequences.sequences] == ["a", "b/images"]  # c is too short
+    settings = ViewSettings()
+    target = targets(sequences, settings)[1]
+    batch = shown(sequences, target, settings, 32, 16)
+    assert batch.lengths == [1, 2, 4, 8, 2, 4, 8]
+    assert batch.firsts.tolist() == [0, 1, 3, 7, 15, 17, 21]
+    for stack in (batch.frames, batch.noise):  # the same frame under the same mask, wherever it stands
+        assert (stack[batch.firsts] == stack[0]).all()
+        assert torch.equal(stack[3:7], stack[7:11])
+        assert torch.equal(stack[17:21], stack[21:25])
+        assert len(stack.flatten(1).unique(dim=0)) == 8 + 7
+    again = shown(sequences, target, settings, 32, 16, mask=1)
+    assert torch.equal(again.frames, batch.frames)
+    assert not (again.noise == batch.noise).any(dim=1).all()
+
+
+def test_numbers_are_the_models_losses(noisy, model):
+    sequences = open_sequences(str(noisy), 4)
+    settings = ViewSettings(counts=(1, 2, 4), mask_ratio=0.5, masks=2)
+    result = evaluate_views(model, sequences, settings, 32, progress=False)
+    expected = {}
+    for target in targets(sequences, settings):
+        for mask in range(2):
+            batch = shown(sequences, target, settings, 32, 16, mask)
+            rows = []
+            for frames, noise in zip(batch.frames.split(batch.lengths), batch.noise.split(batch.lengths), strict=True):
+                with torch.no_grad():  # each sequence by itself
+                    rows.append(model(frames, [len(frames)], 0.5, noise, reduction="none").loss[0].item())
+            expected.setdefault(target.sequence, []).append(rows)
+    means = np.array([np.mean(rows, axis=0) for rows in expected.values()])
+    numbers = result.numbers
+    assert numbers["same"] == pytest.approx(means[:, :3].mean(0).tolist(), rel=1e-5)
+    assert numbers["other"] == pytest.approx(means[:, [0, 3, 4]].mean(0).tolist(), rel=1e-5)
+    assert numbers["scores"] == dict(zip(("views_1", "views_2", "views_4"), numbers["same"], strict=True))
+    change = means[:, 1] - means[:, 0]
+    assert numbers["change_same"][1] == pytest.approx([change.mean(), change.std(ddof=1) / 2**0.5], abs=1e-6)
+    assert numbers["change_same"][0] == [0, 0]
+    assert numbers["settings"]["targets"] == len(targets(sequences, settings)) == 3 + 3
+    few = evaluate_views(model, sequences, settings, 32, most=2, progress=False)
+    assert few.numbers["settings"]["targets"] == 2
+
+
+def test_views_of_a_copy_help_a_model_that_looks(noisy, model):
+    """A decoder that averages over all frames' visible patches sees more of a target when its copies are beside it."""
+    folder = noisy / "a"
+    first = Image.open(folder / "0.png")
+    for file in folder.iterdir():
+        first.save(file)  # nine times the same picture, each masked in its own way
+    sequences = open_sequences(str(noisy), 4)
+    settings = ViewSettings(counts=(1, 4), mask_ratio=0.5, stride=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(120):
+        target = targets(sequences, settings)[step % 9]
+        batch = shown(sequences, target, settings, 32, 16, mask=10 + step)
+        loss = model(batch.frames[1:5], [4], 0.5, batch.noise[1:5]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    numbers = evaluate_views(model, sequences, settings, 32, most=18, progress=False).numbers
+    of_copies = numbers["per_sequence"]["a"]
+    assert of_copies["same"][1] < of_copies["same"][0]
+
+
+def test_the_command(noisy, model, tmp_path, capsys):
+    torch.save(model.state_dict(), tmp_path / "small.pth")
+    out = tmp_path / "out"
+    words = ["views", "--weights", str(tmp_path / "small.pth"), "--data", str(noisy), "--out", str(out)]
+    words += ["--override", "num_heads=2", "--override", "decoder_num_heads=2", "--device", "cpu", "--size", "32"]
+    assert main([*words, "--views", "1", "2", "4", "--pictures", "2", "--masks", "1"]) == 0
+    (record,) = read(out)
+    assert len(record.pictures) == 2
+    assert record.content["set"] == "scenes"
+    assert record.content["views"] == [1, 2, 4]
+    text = capsys.readouterr().out
+    assert "loss, 1 view ↓ | loss, 2 views ↓ | loss, 4 views ↓" in text
+    assert f"{record.content['scores']['views_4']:.3f}" in text
+    page = (out / "report.html").read_text()
+    assert "Masked loss by number of views" in page
+    assert page.count("data:image/jpeg;base64,") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "nowhere"], "there is no folder 'nowhere'"),
+        (["--views", "2", "4"], "must begin with 1"),
+        (["--views", "1", "16"], "0 sequences of at least 16 views"),
+        (["--mask-ratio", "1.5"], "mask_ratio is 1.5"),
+        (["--mask-ratio", "0.99"], "mask_ratio is 0.99"),
+        (["--gap", "0"], "--gap is 0"),
+        (["--size", "30"], "multiple of the patch size 16"),
+    ],
+)
+def test_mistakes_are_one_line(noisy, tmp_path, capsys, words, message):
+    base = ["views", "--weights", "random:mum_tiny", "--data", str(noisy), "--out", str(tmp_path / "out")]
+    assert main([*base, "--views", "1", "2", "--size", "32", "--device", "cpu", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_an_encoder_predicts_nothing(noisy):
+    with pytest.raises(DataError, match="decoder"):
+        evaluate_views(Encoder(ModelConfig(32, 2, 2, 32, 2, 2)), open_sequences(str(noisy), 8), size=32, progress=False)
+
+
+def test_pictures(noisy, model):
+    sequences, settings = open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2, 4), mask_ratio=0.5)
+    batch = shown(sequences, targets(sequences, settings)[0], settings, 32, 16)
+    picture = draw_views(model, batch, 0.5)
+    assert picture.size == (6 * 260 - 4, 18 + 256)  # target, seen, 1, 2 and 4 views, 4 unrelated
+    target = np.asarray(picture.crop((0, 18, 256, 274)).resize((32, 32), Image.Resampling.BOX)).astype(int)
+    assert abs(target - batch.frames[0].numpy()).mean() < 20  # noise rings when it is enlarged; any other frame: 85
