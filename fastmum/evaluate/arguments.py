@@ -122,7 +122,8 @@ def _shared() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="what weights do not tell, such as decoder_num_heads=12 (fastmum.load_pretrained); may be repeated",
+        help="what weights do not tell, such as decoder_num_heads=12 (fastmum.load_pretrained), or a size of an "
+        "untrained model, such as patch_size=8; may be repeated",
     )  # fmt: skip
     parser.add_argument("--name", metavar="NAME", help="of the weights in the table (default: after the run or file)")
     parser.add_argument(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import fastmum
-from fastmum.model.config import PRESETS
+from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.pretrained.errors import WeightsError
@@ -39,11 +40,11 @@ def load_weights(
         source: what `fastmum.load_pretrained` takes, or random:PRESET, an untrained model to compare with.
         name: for tables; None: after the source.
         device: to put it on.
-        overrides: for `fastmum.load_pretrained`.
+        overrides: for `fastmum.load_pretrained`; of an untrained model, sizes that differ from the preset's.
         seed: of an untrained model.
 
     Raises:
-        WeightsError: they cannot be loaded, or no such preset.
+        WeightsError: they cannot be loaded, no such preset, or a size that cannot be.
     """
     if not source.startswith(RANDOM):
         model = fastmum.load_pretrained(source, device=device, **overrides)
@@ -51,11 +52,17 @@ def load_weights(
     preset = source.removeprefix(RANDOM)
     if preset not in PRESETS:
         raise WeightsError(f"there is no preset '{preset}' for --weights {RANDOM}PRESET: one of {', '.join(PRESETS)}")
-    if overrides:
-        raise WeightsError(f"--override changes weights that are loaded, but '{source}' is made up: leave it out")
+    sizes = [field.name for field in fields(ModelConfig)]
+    for key in overrides:
+        if key not in sizes:
+            raise WeightsError(f"--override {key} is no size of a model that is made up: one of {', '.join(sizes)}")
+    try:
+        config = replace(PRESETS[preset], **overrides)
+    except ValueError as error:
+        raise WeightsError(f"--override: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MuM(PRESETS[preset])
+        model = MuM(config)
     return Weights(name or f"untrained {preset}", model.to(device).eval())
 
 

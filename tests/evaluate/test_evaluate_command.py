@@ -12,6 +12,7 @@ from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.folder import read, save
 from fastmum.evaluate.published import PUBLISHED
 from fastmum.evaluate.table import table
+from fastmum.evaluate.weights import load_weights
 
 QUICK = ["--size", "64", "--pictures", "1", "--device", "cpu"]
 PROBES = ["--steps", "6", "--every", "3", "--batch", "2", "--learning-rates", "1e-3", "1e-2", "--weight-decays", "0"]
@@ -93,12 +94,22 @@ def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
+def test_an_untrained_model_of_other_sizes(wall_file, tmp_path):
+    sizes = ["--override", "patch_size=8", "--override", "depth=2"]
+    assert run("cosine", "random:mum_tiny", wall_file, tmp_path / "out", *sizes, "--pictures", "0") == 0
+    (record,) = read(tmp_path / "out")
+    assert record.content["weights"] == "untrained mum_tiny"
+    model = load_weights("random:mum_tiny", None, torch.device("cpu"), {"patch_size": 8, "depth": 2}).model
+    assert (model.config.patch_size, len(model.blocks)) == (8, 2)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--weights", "random:mum_huge"], "no preset 'mum_huge'"),
-        (["--weights", "random:mum_tiny", "--override", "depth=3"], "leave it out"),
+        (["--weights", "random:mum_tiny", "--override", "deepth=3"], "deepth is no size"),
+        (["--weights", "random:mum_tiny", "--override", "num_heads=5"], "embed_dim is 192 with num_heads 5"),
         (["--weights", "small.pth", "--override", "depth"], "KEY=VALUE"),
         (["--weights", "small.pth", "--override", "deepth=3"], "nearest is 'depth'"),
         (["--data", "nowhere"], "there is no 'nowhere'"),
