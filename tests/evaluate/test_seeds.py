@@ -1,0 +1,72 @@
+"""Results of several seeds as tables and pictures."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastmum.evaluate.folder import read, save
+from fastmum.evaluate.seeds import by_seed, main, tables
+
+STILL = {"epe": 70.0, "robustness": 20.0}
+
+
+def matching(weights, epe, robustness=50.0):
+    scores = {"epe": epe, "robustness": robustness}
+    return {"task": "matching", "set": "scenes", "weights": weights, "scores": scores, "no_motion": STILL}
+
+
+def views(weights, same, other):
+    scores = {f"views_{n}": loss for n, loss in zip((1, 2, 4), same, strict=True)}
+    record = {"task": "views", "set": "scenes", "weights": weights, "scores": scores}
+    return record | {"views": [1, 2, 4], "same": same, "other": other}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    contents = [
+        matching("mum 0", 40.0),
+        matching("mum 1", 44.0),
+        matching("mae-v2 0", 60.0, None),
+        matching("untrained", 90.0),
+        views("mum 0", [0.8, 0.78, 0.76], [0.8, 0.81, 0.82]),
+        views("mum 1", [0.9, 0.86, 0.84], [0.9, 0.90, 0.90]),
+    ]
+    for content in contents:
+        save(tmp_path, content, [])
+    return tmp_path
+
+
+def cells(text, weights):
+    line = next(line for line in text.splitlines() if line.startswith(f"| {weights} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_a_number_at_the_end_is_a_seed(folder):
+    spread = by_seed(read(folder))
+    names = {name: [c["weights"] for c in contents] for name, contents in spread["matching", "scenes"].items()}
+    assert names == {"mae-v2": ["mae-v2 0"], "mum": ["mum 0", "mum 1"], "untrained": ["untrained"]}
+
+
+def test_tables_have_mean_and_deviation(folder):
+    of_matching, of_views = tables(by_seed(read(folder))).split("\n\n**")
+    assert cells(of_matching, "mum") == ["2", "42.0 ± 2.8", "50.0 ± 0.0"]
+    assert cells(of_matching, "mae-v2") == ["1", "60.0", "–"]
+    assert cells(of_matching, "no motion") == ["", "70.0", "20.0"]
+    assert cells(of_views, "mum") == [
+        "2", "0.8500 ± 0.0707", "-0.0300 ± 0.0141", "-0.0500 ± 0.0141", "+0.0050 ± 0.0071", "+0.0100 ± 0.0141"
+    ]  # fmt: skip
+
+
+def test_pictures(folder, tmp_path, capsys):
+    assert main([str(folder), "--plots", str(tmp_path / "plots")]) == 0
+    printed = capsys.readouterr().out
+    for name in ("matching-scenes", "views-scenes"):
+        assert str(tmp_path / f"plots/{name}.svg") in printed
+    text = (tmp_path / "plots/views-scenes.svg").read_text()
+    assert "mum, views of another scene" in text
+    assert "end-point error" in (tmp_path / "plots/matching-scenes.svg").read_text()
+
+
+def test_nothing_there(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "holds no results" in capsys.readouterr().err
