@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmum.attention.opaque import Pair
+from fastmum.attention.runs import by_head, runs
 from fastmum.kernels.matmul import product
 
 PIECE = 1 << 20  # scores computed at once, 4 MB in float32: whole heads while they fit,
@@ -29,7 +29,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> Tensor:
     """softmax(q k' / sqrt(d)) v within every span; see `opaque_attention`."""
     out = q.new_zeros(q.shape)  # queries of a span without keys stay 0
     with _products(q):
-        for run in _runs(pairs):
+        for run in runs(pairs):
             n, queries, keys = run
             q_BLd, k_BLd, v_BLd = _heads(q, queries, n), _heads(k, keys, n), _heads(v, keys, n)
             o_BLd = torch.empty_like(q_BLd)
@@ -49,7 +49,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -
     grads = tuple(x.new_zeros(x.shape) for x in (q, k, v))
     before, after = _scales(q.shape[-1])
     with _products(q):
-        for run in _runs(pairs):
+        for run in runs(pairs):
             n, queries, keys = run
             q_BLd, k_BLd, v_BLd = _heads(q, queries, n), _heads(k, keys, n), _heads(v, keys, n)
             g_BLd, dq_BLd = _heads(grad, queries, n), torch.empty_like(q_BLd)
@@ -84,46 +84,15 @@ def _scales(width: int) -> tuple[float, float]:
     return before, scale / before
 
 
-class _Run(NamedTuple):
-    """Neighbouring spans of equal lengths.
-
-    Args:
-        count: n of them.
-        queries, keys: their tokens.
-    """
-
-    count: int
-    queries: slice
-    keys: slice
-
-
-def _runs(pairs: list[Pair]) -> Iterator[_Run]:
-    start = 0
-    for i in range(1, len(pairs) + 1):
-        if i == len(pairs) or not _continues(pairs[i - 1], pairs[i]):
-            queries, keys = (slice(a.start, b.stop) for a, b in zip(pairs[start], pairs[i - 1], strict=True))
-            yield _Run(i - start, queries, keys)
-            start = i
-
-
-def _continues(a: Pair, b: Pair) -> bool:
-    """Whether b begins where a ends and is as long."""
-    return all(x.stop == y.start and x.stop - x.start == y.stop - y.start for x, y in zip(a, b, strict=True))
-
-
 def _heads(x: Tensor, place: slice, count: int) -> Tensor:
     """Tokens of `count` spans (n*L, h, d) as (n*h, L, d), contiguous."""
-    return _view(x, place, count).reshape(-1, (place.stop - place.start) // count, x.shape[-1])
+    return by_head(x, place, count).reshape(-1, (place.stop - place.start) // count, x.shape[-1])
 
 
 def _put(out: Tensor, place: slice, count: int, x_BLd: Tensor) -> None:
     """The way back of `_heads`."""
-    view = _view(out, place, count)
+    view = by_head(out, place, count)
     view.copy_(x_BLd.view(view.shape))
-
-
-def _view(x: Tensor, place: slice, count: int) -> Tensor:
-    return x[place].unflatten(0, (count, -1)).transpose(1, 2)
 
 
 @contextmanager

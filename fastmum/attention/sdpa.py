@@ -1,4 +1,4 @@
-"""torch's dense attention for all spans of the same length at once; in bfloat16 on the CPU explicit products."""
+"""torch's dense attention for neighbouring spans of the same length; in bfloat16 on the CPU explicit products."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 from fastmum.attention import products
 from fastmum.attention.backend import Backend
 from fastmum.attention.opaque import Pair, opaque_attention
+from fastmum.attention.runs import by_head, runs
 from fastmum.attention.spans import Spans
 
 
-def _buckets(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> Tensor:
-    """One call of SDPA for all spans of the same lengths."""
-    buckets: dict[tuple[int, int], list[Pair]] = {}
-    for pair in pairs:
-        lengths = tuple(span.stop - span.start for span in pair)
-        buckets.setdefault(lengths, []).append(pair)
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)  # queries of a span without keys stay 0
-    for bucket in buckets.values():
-        q_nhLd = torch.stack([q[pair.queries] for pair in bucket]).transpose(1, 2)
-        k_nhLd, v_nhLd = (torch.stack([x[pair.keys] for pair in bucket]).transpose(1, 2) for x in (k, v))
-        o_nLhd = F.scaled_dot_product_attention(q_nhLd, k_nhLd, v_nhLd).transpose(1, 2)
-        for pair, o_Lhd in zip(bucket, o_nLhd, strict=True):
-            out[pair.queries] = o_Lhd
+def _dense(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> Tensor:
+    """One call of SDPA, on views, for neighbouring spans of the same lengths."""
+    parts = []
+    for count, queries, keys in runs(pairs):
+        q_nhLd, k_nhLd, v_nhLd = by_head(q, queries, count), by_head(k, keys, count), by_head(v, keys, count)
+        o_Thd = F.scaled_dot_product_attention(q_nhLd, k_nhLd, v_nhLd).transpose(1, 2).flatten(0, 1)
+        if len(o_Thd) == len(q):
+            return o_Thd.contiguous()
+        parts.append((queries, o_Thd))
+    out = q.new_zeros(q.shape)  # queries of a span without keys stay 0
+    for queries, o_Thd in parts:
+        out[queries] = o_Thd
     return out
 
 
@@ -34,14 +34,14 @@ def by_products(q: Tensor) -> bool:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> Tensor:
-    return (products.forward if by_products(q) else _buckets)(q, k, v, pairs)
+    return (products.forward if by_products(q) else _dense)(q, k, v, pairs)
 
 
 attention_by_spans = opaque_attention("attention_by_spans", _forward, products.backward)
 
 
 class Sdpa(Backend):
-    """Dense attention for all spans of the same length at once; runs everywhere, the default on the CPU."""
+    """Dense attention for neighbouring spans of the same length; runs everywhere, the default on the CPU."""
 
     name = "sdpa"
 
