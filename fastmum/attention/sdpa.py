@@ -15,6 +15,8 @@ from fastmum.attention.spans import Spans
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, pairs: list[Pair]) -> Tensor:
     """One call of SDPA, on views, for neighbouring spans of the same lengths."""
+    # Of features that do not lie side by side SDPA takes another way, whose last bits differ.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     parts = []
     for count, queries, keys in runs(pairs):
         q_nhLd, k_nhLd, v_nhLd = by_head(q, queries, count), by_head(k, keys, count), by_head(v, keys, count)
