@@ -13,7 +13,12 @@ from fastmum.training.paper import PAPER_RUNS, SOURCE
 
 STEPS = 500_000  # of the paper's run (supplement)
 NEEDED = ("flops", "bytes", "launches", "peak_bytes", "predicted_ms")
-TITLES = {"fastmum": "fastmum", "reference": "reference", "reference_compiled": "reference, compiled"}
+TITLES = {
+    "fastmum": "fastmum",
+    "fastmum_block": "fastmum, blocks compiled",
+    "reference": "reference",
+    "reference_compiled": "reference, compiled",
+}
 
 
 class ProjectionError(ValueError):

@@ -14,6 +14,8 @@ from benchmarks.offline.steps import Batch, fastmum_cost, reference_cost
 from fastmum.model.config import ModelConfig
 
 SIDES = ("fastmum", "reference", "reference_compiled")
+# What is recorded, too: fastmum with its blocks compiled, as `model.compile=auto` has it and as several GPUs must.
+BLOCKS = "fastmum_block"
 RECORD = Path(__file__).with_name("record.json")  # tests hold the figures to it
 RECORDED = ("flops", "bytes", "launches", "peak_bytes", "predicted_ms")
 
@@ -34,10 +36,11 @@ def measure(
         gpu: that it runs on.
         mode: what fastmum compiles, "full" or "block".
         recompute: what it computes again in the backward pass, "mlp" or "none".
-        sides: some of `SIDES`.
+        sides: some of `SIDES` and `BLOCKS`.
     """
     ways = {
         "fastmum": lambda: fastmum_cost(config, batch, gpu, mode, recompute),
+        BLOCKS: lambda: fastmum_cost(config, batch, gpu, "block", recompute),
         "reference": lambda: reference_cost(config, batch, gpu, compiled=False),
         "reference_compiled": lambda: reference_cost(config, batch, gpu, compiled=True),
     }

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from fastmum.evaluate.folder import Record
-from fastmum.evaluate.table import MATCHERS, NONE, NOTE, SCORES, TITLES, table
+from fastmum.evaluate.table import COMPANY, MATCHERS, NONE, NOTE, SCORES, TITLES, table
 from fastmum.report.chart import Chart, Line
 from fastmum.report.curves import color
 from fastmum.report.document import document, embed
@@ -26,7 +26,6 @@ CAPTIONS = {
         "many views of another scene"
     ),
 }
-COMPANY = {"same": "with views of the same scene", "other": "with views of another scene"}
 
 
 def page(records: Sequence[Record]) -> str:
@@ -35,11 +34,11 @@ def page(records: Sequence[Record]) -> str:
     sets = ", ".join(dict.fromkeys(_title(record.content["set"]) for record in records))
     rows = [[html.escape(cell) for cell in row] for row in results.rows]
     body = [
-        f"<header><h1>Matching across views</h1><p>{len(records)} evaluations on {html.escape(sets)}</p></header>",
+        f"<header><h1>What is known across views</h1><p>{len(records)} evaluations on {html.escape(sets)}</p></header>",
         f'<section>{html_table(results.names, rows)}<p class="note">{html.escape(NOTE)}</p></section>',
         *(_section(record) for record in records),
     ]
-    return document("Matching across views", body)
+    return document("What is known across views", body)
 
 
 def _title(name: str) -> str:
@@ -101,7 +100,13 @@ def _views_chart(content: dict) -> str:
 def _changes(content: dict) -> str:
     """A table of the differences to a frame alone, with their standard errors."""
     rows = [
-        [label, *(f"{mean:+.4f} ± {error:.4f}" for mean, error in content[f"change_{name}"][1:])]
+        [
+            label,
+            *(
+                f"{mean:+.4f} ± {NONE if error is None else write(error)}"
+                for mean, error in content[f"change_{name}"][1:]
+            ),
+        ]
         for name, label in COMPANY.items()
     ]
     return html_table(["loss, less that of a frame alone", *(f"{n} views" for n in content["views"][1:])], rows)

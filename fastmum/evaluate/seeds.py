@@ -16,22 +16,40 @@ from typing import Any
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.folder import Record, make_folder, read
-from fastmum.evaluate.table import MATCHERS, NONE, SCORES, TITLES, VIEWS, score_title
+from fastmum.evaluate.table import COMPANY, MATCHERS, NONE, SCORES, TITLES, VIEWS, score_title
 
 SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
-COMPANY = {"same": "views of the same scene", "other": "views of another scene"}
 
 Spread = dict[tuple[str, str], dict[str, list[dict[str, Any]]]]
 
 
 def by_seed(records: Iterable[Record]) -> Spread:
-    """Contents of results by evaluation and set, then by the name without its seed."""
+    """Contents of results by evaluation and set, then by the name without its seed, where there are several.
+
+    Raises:
+        DataError: weights that were evaluated differently, which have no mean.
+    """
     found: Spread = {}
     for record in records:
         content = record.content
         name = SEED.sub("", content["weights"])
         found.setdefault((content["task"], content["set"]), {}).setdefault(name, []).append(content)
-    return found
+    for weights in found.values():
+        _check_alike([content for contents in weights.values() for content in contents])
+    return {key: dict(map(_named, weights.items())) for key, weights in found.items()}
+
+
+def _check_alike(contents: list[dict[str, Any]]) -> None:
+    first, *others = ({k: v for k, v in c.get("settings", {}).items() if k != "seed"} for c in contents)
+    for other, content in zip(others, contents[1:], strict=True):
+        if different := [key for key in first.keys() | other.keys() if first.get(key) != other.get(key)]:
+            names = f"'{contents[0]['weights']}' and '{content['weights']}'"
+            raise DataError(f"{names} were evaluated with different {', '.join(sorted(different))}: do it alike")
+
+
+def _named(item: tuple[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, Any]]]:
+    name, contents = item
+    return (name if len(contents) > 1 else contents[0]["weights"]), contents
 
 
 def tables(spread: Spread) -> str:
@@ -107,7 +125,7 @@ def draw(spread: Spread, folder: Path) -> list[Path]:
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9}):
         for (task, name), weights in spread.items():
             figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
-            (_draw_views if task == "views" else _draw_errors)(axes, weights)
+            (_draw_views if task == "views" else _draw_scores)(axes, weights)
             axes.set_title(f"{MATCHERS[task]}, {TITLES.get(name, name)}")
             axes.spines[["top", "right"]].set_visible(False)
             files.append(folder / f"{task}-{name}.svg")
@@ -134,14 +152,17 @@ def _draw_views(axes: Any, weights: dict[str, list[dict[str, Any]]]) -> None:
     axes.legend(frameon=False, fontsize=7)
 
 
-def _draw_errors(axes: Any, weights: dict[str, list[dict[str, Any]]]) -> None:
-    """A bar for the mean of the seeds, a dot for each."""
+def _draw_scores(axes: Any, weights: dict[str, list[dict[str, Any]]]) -> None:
+    """End-point errors, or recall where there are none: a bar for the mean of the seeds, a dot for each."""
+    score = "epe" if "epe" in next(iter(weights.values()))[0]["scores"] else "recall"
     for i, contents in enumerate(weights.values()):
-        errors = [content["scores"]["epe"] for content in contents]
+        errors = [value for content in contents if (value := content["scores"][score]) is not None]
+        if not errors:
+            continue
         axes.bar(i, mean(errors), color=f"C{i}", alpha=0.5, width=0.6)
         axes.plot([i] * len(errors), errors, "o", color=f"C{i}", markersize=4)
     axes.set_xticks(range(len(weights)), list(weights))
-    axes.set_ylabel("end-point error, pixels of 448 x 448")
+    axes.set_ylabel("end-point error, pixels of 448 x 448" if score == "epe" else "recall, percent")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

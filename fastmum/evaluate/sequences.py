@@ -32,7 +32,7 @@ class SequenceSet(NamedTuple):
     """Sequences to evaluate on.
 
     Args:
-        name: of the set.
+        name: of the set; that of a folder says so, to be told from the embedded scenes.
         sequences: at least two, so that each has another that shows something else.
         size: side in pixels that pictures are resized to where nobody asks for another.
     """
@@ -72,4 +72,4 @@ def open_sequences(name: str, least: int) -> SequenceSet:
         )
     if len(kept) < 2:
         raise DataError(f"'{name}' has {len(kept)} sequences of at least {least} views, but two are needed")
-    return SequenceSet(EMBEDDED if name == EMBEDDED else root.resolve().name, kept, size)
+    return SequenceSet(EMBEDDED if name == EMBEDDED else f"{root.resolve().name} (folder)", kept, size)

@@ -21,6 +21,7 @@ SCORES = {
     "recall_2cm": "2 cm ↑",
     "recall_5cm": "5 cm ↑",
 }
+COMPANY = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
 VIEWS = "views_"  # scores that are losses begin with it; the number of views follows
 NONE = "–"
 NOTE = (

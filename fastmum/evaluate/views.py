@@ -10,7 +10,7 @@ Legend: F frames of a batch, P patches of a frame, N targets, C numbers of views
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from fastmum.evaluate.sequences import SequenceSet
 from fastmum.model.masking import num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 
+Load = Callable[[Path, int], Tensor]
 CACHED = 256  # decoded pictures kept: those of two sequences are wanted at a time
 
 
@@ -87,10 +88,10 @@ class Target(NamedTuple):
 
 
 def targets(sequences: SequenceSet, settings: ViewSettings) -> list[Target]:
-    """All targets of a set; the unrelated views are of the sequence behind, the first after the last."""
+    """All targets of a set; the unrelated views are of the sequence half the set away, past rooms seen twice."""
     found, count = [], settings.counts[-1] - 1
     for i, views in enumerate(sequences.sequences):
-        other = (i + 1) % len(sequences.sequences)
+        other = (i + max(1, len(sequences.sequences) // 2)) % len(sequences.sequences)
         for frame in range(0, len(views.files), settings.stride):
             near = _neighbours(frame, len(views.files), count, settings.gap)
             start = min(frame, len(sequences.sequences[other].files) - 1)
@@ -100,10 +101,28 @@ def targets(sequences: SequenceSet, settings: ViewSettings) -> list[Target]:
     return found
 
 
+def some_targets(sequences: SequenceSet, settings: ViewSettings, most: int | None) -> list[Target]:
+    """At most `most` targets, evenly spread over the set; None for all.
+
+    Raises:
+        DataError: there are none.
+    """
+    found = targets(sequences, settings)
+    if not found:
+        raise DataError(f"no sequence of '{sequences.name}' has {settings.least} views, {settings.gap} apart")
+    if most is None or most >= len(found):
+        return found
+    return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
+
+
 def _neighbours(frame: int, length: int, count: int, gap: int) -> list[int]:
     """The nearest places in steps of the gap, of two equally near the later one first."""
     reachable = [place for place in range(frame % gap, length, gap) if place != frame]
     return sorted(reachable, key=lambda place: (abs(place - frame), -place))[:count]
+
+
+def _load(file: Path, size: int) -> Tensor:
+    return squared(read_rgb(file), size)
 
 
 class Shown(NamedTuple):
@@ -127,16 +146,22 @@ class Shown(NamedTuple):
 
 
 def shown(
-    sequences: SequenceSet, target: Target, settings: ViewSettings, size: int, patches: int, mask: int = 0
+    sequences: SequenceSet,
+    target: Target,
+    settings: ViewSettings,
+    size: int,
+    patches: int,
+    mask: int = 0,
+    load: Load = _load,
 ) -> Shown:
-    """The batch of a target under its mask of that number."""
+    """The batch of a target under its mask of that number; `load` reads a picture at a size."""
     own, other = (sequences.sequences[i].files for i in (target.sequence, target.other))
     related = [(target.sequence, own, place) for place in (target.frame, *target.near)]
     unrelated = [related[0], *((target.other, other, place) for place in target.far)]
     rows = [row for row in (related, unrelated) for row in _growing(row, settings.counts, alone=row is related)]
     flat = [view for row in rows for view in row]
     noise = [_noise(settings.seed, mask, sequence, place, patches) for sequence, _, place in flat]
-    frames = [_picture(files[place], size) for _, files, place in flat]
+    frames = [load(files[place], size) for _, files, place in flat]
     return Shown(torch.stack(frames), [len(row) for row in rows], torch.stack(noise))
 
 
@@ -146,11 +171,6 @@ def _growing(row: list, counts: tuple[int, ...], alone: bool) -> Iterator[list]:
 
 def _noise(seed: int, mask: int, sequence: int, place: int, patches: int) -> Tensor:
     return seeded_noise(seed, sequence, mask * 1_000_000 + place, 1, patches)[0]
-
-
-@functools.lru_cache(maxsize=CACHED)
-def _picture(file: Path, size: int) -> Tensor:
-    return squared(read_rgb(file), size)
 
 
 @torch.no_grad()
@@ -184,7 +204,8 @@ def evaluate_views(
         the difference to the target alone; "per_sequence"; "scores", those of "same" as "views_2" and so on.
 
     Raises:
-        DataError: an encoder without decoder, sequences that are too short, or a picture that cannot be read.
+        DataError: an encoder without decoder, sequences that are too short, a picture that cannot be read, or a loss
+            that is not finite.
     """
     if not isinstance(model, MuM):
         raise DataError("masked frames are predicted by the decoder, but these weights are an encoder's alone")
@@ -195,18 +216,16 @@ def evaluate_views(
         num_visible(patches, settings.mask_ratio)
     except ValueError as error:
         raise DataError(str(error)) from None
-    found = targets(sequences, settings)
-    if most is not None and most < len(found):
-        found = [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
-    if not found:
-        raise DataError(f"no sequence of '{sequences.name}' has {settings.least} views, {settings.gap} apart")
+    found, load = some_targets(sequences, settings, most), functools.lru_cache(maxsize=CACHED)(_load)
     losses: dict[str, list[Tensor]] = {}
     for target in tqdm(found, desc="masked loss", unit="target", disable=not progress, leave=False):
         for mask in range(settings.masks):
-            batch = shown(sequences, target, settings, size, patches, mask)
+            batch = shown(sequences, target, settings, size, patches, mask, load)
             loss = reconstruct(model, batch, settings.mask_ratio).loss.cpu()[batch.firsts]
             losses.setdefault(sequences.sequences[target.sequence].name, []).append(loss)
     numbers = _numbers({name: torch.stack(rows).double().mean(0) for name, rows in losses.items()}, settings.counts)
+    if not all(torch.isfinite(loss).all() for rows in losses.values() for loss in rows):
+        raise DataError("the masked loss is not finite: are the weights whole?")
     about = {"size": size, "targets": len(found), **asdict(settings)}
     return Result(numbers | {"settings": about}, None, size)
 
@@ -229,8 +248,11 @@ def _numbers(by_sequence: dict[str, Tensor], counts: tuple[int, ...]) -> dict[st
     }
 
 
-def _change(losses: Tensor) -> list[list[float]]:
-    """[mean, standard error over sequences] of the difference to the first column."""
+def _change(losses: Tensor) -> list[list[float | None]]:
+    """[mean, standard error over sequences] of the difference to the first column; one sequence has no error."""
     difference = losses - losses[:, :1]
-    spread = difference.std(0, correction=min(1, len(losses) - 1)) / len(losses) ** 0.5
-    return torch.stack([difference.mean(0), spread], 1).tolist()
+    means = difference.mean(0).tolist()
+    if len(losses) == 1:
+        return [[mean, None] for mean in means]
+    errors = (difference.std(0) / len(losses) ** 0.5).tolist()
+    return [list(pair) for pair in zip(means, errors, strict=True)]

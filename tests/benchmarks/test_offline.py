@@ -38,11 +38,12 @@ def predict(*words: str) -> dict:
 def test_the_record_is_within_the_goals():
     assert RECORD.keys() == GPUS.keys()
     for gpu, sides in RECORD.items():
-        ours, reference = sides["fastmum"], sides["reference"]
-        assert ours["bytes"] <= BYTES
-        assert ours["launches"] <= LAUNCHES
-        assert ours["predicted_ms"] <= MILLISECONDS.get(gpu, float("inf"))
-        assert 2 * ours["peak_bytes"] <= reference["peak_bytes"]
+        for ours in (sides["fastmum"], sides["fastmum_block"]):
+            assert ours["bytes"] <= BYTES
+            assert ours["launches"] <= LAUNCHES
+            assert ours["predicted_ms"] <= MILLISECONDS.get(gpu, float("inf"))
+        # Compiled block by block it holds more, 0.59 of the eager reference's.
+        assert 2 * sides["fastmum"]["peak_bytes"] <= sides["reference"]["peak_bytes"]
 
 
 def within_the_record(gpu: str, found: dict, side: str) -> None:
@@ -65,8 +66,9 @@ def test_a_step_moves_and_launches_no_more_than_recorded():
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", ["a100", "h100", "h200"])
 def test_all_sides_on_all_gpus(gpu):
-    found = predict("--gpu", gpu)
-    for side in ("fastmum", "reference", "reference_compiled"):
+    sides = ("fastmum", "fastmum_block", "reference", "reference_compiled")
+    found = predict("--gpu", gpu, *(word for side in sides for word in ("--side", side)))
+    for side in sides:
         within_the_record(gpu, found, side)
 
 

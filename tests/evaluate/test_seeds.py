@@ -44,13 +44,13 @@ def cells(text, weights):
 def test_a_number_at_the_end_is_a_seed(folder):
     spread = by_seed(read(folder))
     names = {name: [c["weights"] for c in contents] for name, contents in spread["matching", "scenes"].items()}
-    assert names == {"mae-v2": ["mae-v2 0"], "mum": ["mum 0", "mum 1"], "untrained": ["untrained"]}
+    assert names == {"mae-v2 0": ["mae-v2 0"], "mum": ["mum 0", "mum 1"], "untrained": ["untrained"]}
 
 
 def test_tables_have_mean_and_deviation(folder):
     of_matching, of_views = tables(by_seed(read(folder))).split("\n\n**")
     assert cells(of_matching, "mum") == ["2", "42.0 ± 2.8", "50.0 ± 0.0"]
-    assert cells(of_matching, "mae-v2") == ["1", "60.0", "–"]
+    assert cells(of_matching, "mae-v2 0") == ["1", "60.0", "–"]
     assert cells(of_matching, "no motion") == ["", "70.0", "20.0"]
     assert cells(of_views, "mum") == [
         "2", "0.8500 ± 0.0707", "-0.0300 ± 0.0141", "-0.0500 ± 0.0141", "+0.0050 ± 0.0071", "+0.0100 ± 0.0141"
@@ -63,8 +63,22 @@ def test_pictures(folder, tmp_path, capsys):
     for name in ("matching-scenes", "views-scenes"):
         assert str(tmp_path / f"plots/{name}.svg") in printed
     text = (tmp_path / "plots/views-scenes.svg").read_text()
-    assert "mum, views of another scene" in text
+    assert "mum, with views of another scene" in text
     assert "end-point error" in (tmp_path / "plots/matching-scenes.svg").read_text()
+
+
+def test_results_that_have_no_mean(folder, capsys):
+    save(folder, matching("mum 2", 40.0) | {"settings": {"size": 64, "seed": 3}}, [])
+    assert main([str(folder)]) == 2
+    assert "'mum 2' were evaluated with different size" in capsys.readouterr().err
+
+
+def test_recall_and_errors_that_are_unknown_are_drawn(tmp_path):
+    save(tmp_path, matching("a 0", None), [])
+    recall = {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}}
+    save(tmp_path, recall, [])
+    assert main([str(tmp_path), "--plots", str(tmp_path / "plots")]) == 0
+    assert "recall, percent" in (tmp_path / "plots/cosine-navi.svg").read_text()
 
 
 def test_nothing_there(tmp_path, capsys):

@@ -102,7 +102,7 @@ def test_numbers_are_the_models_losses(noisy, model):
 
 
 def test_views_of_a_copy_help_a_model_that_looks(noisy, model):
-    """A decoder that averages over all frames' visible patches sees more of a target when its copies are beside it."""
+    """Copies of a target, masked differently, show what is hidden; a short training is enough to learn to look."""
     folder = noisy / "a"
     first = Image.open(folder / "0.png")
     for file in folder.iterdir():
@@ -130,7 +130,7 @@ def test_the_command(noisy, model, tmp_path, capsys):
     assert main([*words, "--views", "1", "2", "4", "--pictures", "2", "--masks", "1"]) == 0
     (record,) = read(out)
     assert len(record.pictures) == 2
-    assert record.content["set"] == "scenes"
+    assert record.content["set"] == "scenes (folder)"  # not the embedded ones
     assert record.content["views"] == [1, 2, 4]
     text = capsys.readouterr().out
     assert "loss, 1 view ↓ | loss, 2 views ↓ | loss, 4 views ↓" in text
@@ -158,6 +158,27 @@ def test_mistakes_are_one_line(noisy, tmp_path, capsys, words, message):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_weights_that_are_broken_are_told(noisy, model):
+    with torch.no_grad():
+        model.decoder_pred.bias[0] = float("nan")
+    with pytest.raises(DataError, match="not finite"):
+        evaluate_views(model, open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2)), 32, most=1, progress=False)
+
+
+def test_one_sequence_has_no_standard_error(noisy, model):
+    settings = ViewSettings(counts=(1, 2), mask_ratio=0.5)
+    numbers = evaluate_views(model, open_sequences(str(noisy), 4), settings, 32, most=1, progress=False).numbers
+    assert numbers["change_same"][1][1] is None
+
+
+def test_a_picture_that_changed_is_read_again(noisy, model):
+    sequences, settings = open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2), mask_ratio=0.5)
+    evaluate_views(model, sequences, settings, 32, most=2, progress=False)
+    (noisy / "a/0.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"a/0.png' cannot be read"):
+        evaluate_views(model, sequences, settings, 32, most=2, progress=False)
 
 
 def test_an_encoder_predicts_nothing(noisy):
