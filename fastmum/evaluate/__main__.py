@@ -24,7 +24,7 @@ from fastmum.evaluate.features import check_size, patch_size
 from fastmum.evaluate.folder import make_folder, read, save, write
 from fastmum.evaluate.matching import evaluate_matching
 from fastmum.evaluate.page import page
-from fastmum.evaluate.pairs import Pair, PairSet, open_pairs
+from fastmum.evaluate.pairs import Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.result import Result
 from fastmum.evaluate.sequences import open_sequences
@@ -94,9 +94,15 @@ class Found(NamedTuple):
 
 def _matching(args: Namespace, model: Encoder) -> Found:
     settings = probe_settings(args, next(model.parameters()).device.type)
-    elsewhere = args.train_data not in (None, args.data)
-    pairs = open_pairs(args.data, "all" if elsewhere else "test").first(args.max_pairs)
-    train = open_pairs(args.train_data, "all") if elsewhere else open_pairs(args.data, "train")
+    elsewhere = args.train_data is not None and not same_set(args.train_data, args.data)
+    pairs = open_pairs(args.data, "all" if elsewhere else "test")
+    train = open_pairs(args.train_data, "trainable") if elsewhere else open_pairs(args.data, "train")
+    if elsewhere and (shared := overlap(train, pairs)):
+        raise DataError(
+            f"--train-data '{args.train_data}' and --data '{args.data}' share {shared}; what is tested on may not be "
+            "trained on: name another set by --train-data"
+        )
+    pairs = pairs.first(args.max_pairs)
     result = evaluate_matching(model, pairs, train.first(args.train_pairs), settings, args.size)
     return _of_pairs(args, pairs, result, partial(_warp, result, pairs))
 

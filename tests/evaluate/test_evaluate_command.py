@@ -85,6 +85,20 @@ def test_training_elsewhere_tests_on_all(weights, wall_file, rendered, tmp_path)
     assert record.content["settings"]["train_set"] == "scenes"
 
 
+def test_the_same_data_by_another_name_is_split(weights, wall_file, tmp_path):
+    assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", f"{wall_file.parent}/") == 0
+    assert read(tmp_path / "out")[0].content["pairs"] == 4
+
+
+def test_what_is_tested_on_is_not_trained_on(weights, wall_file, tmp_path, capsys):
+    other = wall_file.with_name("other.jsonl")
+    other.write_text(wall_file.read_text())
+    assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", str(other)) == 2
+    error = capsys.readouterr().err
+    assert f"error: --train-data '{other}' and --data '{wall_file}' share picture '" in error
+    assert error.count("\n") == 1
+
+
 def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
     found = []
     for i, seed in enumerate(("0", "0", "1")):

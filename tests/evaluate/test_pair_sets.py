@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from plane_world import Shot, exact, shot, walk
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import load_image
-from fastmum.evaluate.pairs import SETS, open_pairs
+from fastmum.evaluate.pairs import SETS, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.jsonl import split
 from fastmum.evaluate.pairs.reading import read_depth
 from fastmum.evaluate.warp import grid_points, pair_warp
@@ -94,6 +95,10 @@ def test_megadepth_of_dkm(tmp_path):
     assert [pair.name for pair in test.pairs] == ["0015/1-2", "0015/2-3", "0015/3-1"]
     assert [pair.name for pair in train.pairs] == ["0003/1-2", "0003/3-1"]  # not too little overlap, not a test scene
     check(train.pairs[1], shots[3], shots[1])
+    trainable = open_pairs(str(tmp_path), "trainable")
+    assert [pair.name for pair in trainable.pairs] == [pair.name for pair in train.pairs]
+    assert overlap(train, test) is None
+    assert overlap(test, test) == "scene '0015'"
 
 
 def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
@@ -146,6 +151,7 @@ def test_scannet_training_pairs(tmp_path):
     train = open_pairs(f"scannet:{tmp_path}", "train")
     assert [pair.name for pair in train.pairs] == ["scene0001_00/0-10"]
     check(train.pairs[0], *shots[:2])
+    assert [pair.name for pair in open_pairs(str(tmp_path), "trainable").pairs] == ["scene0001_00/0-10"]
 
 
 def quaternion(R: np.ndarray) -> list[float]:
@@ -234,7 +240,43 @@ def test_rendered_scenes_are_split_by_scene(rendered):
     assert {pair.scene for pair in test.pairs} == {"scene_0001"}
     assert {pair.scene for pair in train.pairs} == {"scene_0000"}
     assert len(everything.pairs) == len(test.pairs) + len(train.pairs)
+    assert len(open_pairs(str(rendered), "trainable").pairs) == len(everything.pairs)
+    assert overlap(train, test) is None
+    assert overlap(everything, test) == "scene 'scene_0001'"
     assert load_image(test.pairs[0].a, 96).shape == (96, 96, 3)
+
+
+def test_sets_with_a_test_part_of_their_own_are_trained_on_elsewhere(rendered, monkeypatch):
+    folders = {"train": [rendered / "scene_0000"], "all": [rendered / "scene_0001"]}
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
+    for name in ("scenes", "motorcycle"):
+        assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
+
+
+def test_pictures_are_shared_under_any_name(rendered, wall_file, tmp_path):
+    """Scene names mean nothing across folders, files do."""
+    again = tmp_path / "again"
+    shutil.copytree(rendered, again)
+    scenes, copied = open_pairs(str(rendered), "all"), open_pairs(str(again), "all")
+    assert overlap(scenes, copied) is None
+    (tmp_path / "link").symlink_to(rendered)
+    assert overlap(open_pairs(str(tmp_path / "link"), "all"), scenes) == "scene 'scene_0000'"
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(wall_file.read_text().splitlines(True)[5:])
+        .replace('a": "', 'a": "wall/')
+        .replace('b": "', 'b": "wall/')
+    )
+    shared = overlap(open_pairs(str(tmp_path / "mine.jsonl")), open_pairs(str(wall_file)))
+    assert shared == f"picture '{(wall_file.parent / '10.png').resolve()}'"
+
+
+def test_names_of_one_set(rendered, wall_file, tmp_path):
+    names = [str(wall_file), str(wall_file.parent), f"{wall_file.parent}/", f"pairs:{wall_file}"]
+    assert all(same_set(one, other) for one in names for other in names)
+    assert same_set("scenes", "scenes")
+    assert not same_set("scenes", "motorcycle")
+    assert not same_set("scenes", str(rendered))
+    assert not same_set(str(rendered), str(wall_file))
 
 
 def test_some_pairs_of_a_set(wall_pairs):

@@ -27,6 +27,11 @@ def is_jsonl(path: Path) -> bool:
     return path.suffix == ".jsonl" if path.is_file() else (path / "pairs.jsonl").is_file()
 
 
+def file_of(path: Path) -> Path:
+    """The file itself, given it or its folder."""
+    return path if path.is_file() else path / "pairs.jsonl"
+
+
 def from_file(path: Path, part: str) -> PairSet:
     """The pairs of a file that have depth on both sides.
 
@@ -37,7 +42,7 @@ def from_file(path: Path, part: str) -> PairSet:
     Raises:
         DataError: a file or record that cannot be read, or no pair with depth.
     """
-    file = path if path.is_file() else path / "pairs.jsonl"
+    file = file_of(path)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

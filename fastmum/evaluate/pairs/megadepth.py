@@ -59,7 +59,7 @@ def from_root(root: Path, part: str) -> PairSet:
             f"'{root}' holds no MegaDepth-1500: neither 0015_0.1_0.3.npz and its siblings (also in "
             "megadepth_test_1500_scene_info/) nor prep_scene_info/0015.npy"
         )
-    return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], SIZE)
+    return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], SIZE, origin="megadepth")
 
 
 def _information(root: Path, part: str) -> list[Path]:

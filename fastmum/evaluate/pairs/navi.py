@@ -45,7 +45,7 @@ def from_root(root: Path, part: str) -> PairSet:
         DataError: no object, a part to train on, or a file that cannot be read.
     """
     if part == "train":
-        raise DataError("NAVI is not trained on here; --train-data names another set")
+        raise DataError("NAVI is not trained on here; name another set by --train-data")
     files = sorted(root.glob("*/wild_set/annotations.json"))
     if not files:
         raise DataError(f"'{root}' holds no NAVI: there is no */wild_set/annotations.json")
@@ -87,7 +87,7 @@ def _view(annotation: dict[str, Any], folder: Path, where: str) -> _View:
     T[:3, :3] = _rotation(matrix(camera["q"], (4,), f"q in {where}"))
     T[:3, 3] = matrix(camera["t"], (3,), f"t in {where}") * MILLIMETRE
     cut = _Cut(image, folder / "depth" / f"{image.stem}.png", (width, height), float(camera["focal_length"]))
-    return _View(Frame(f"{folder.parent.name}/{image.name}", cut.read_image, cut.read_camera), T)
+    return _View(Frame(f"{folder.parent.name}/{image.name}", cut.read_image, cut.read_camera, image), T)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def frame_of(key: str, image: Path, depth: Path, K: np.ndarray, unit: float = 1.
         K: (3, 3) intrinsics in pixels of the picture.
         unit: what one count of depth is worth.
     """
-    return Frame(key, partial(read_rgb, image), partial(_read_camera, image, depth, K, unit))
+    return Frame(key, partial(read_rgb, image), partial(_read_camera, image, depth, K, unit), image)
 
 
 def _read_camera(image: Path, depth: Path, K: np.ndarray, unit: float) -> Camera:

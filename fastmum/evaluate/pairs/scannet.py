@@ -60,7 +60,7 @@ def from_root(root: Path, part: str) -> PairSet:
             raise DataError(f"'{root}' holds no ScanNet-1500: none of {', '.join(_TEST)} is there")
         scans = _Scans(root, _TEST_SCANS, indices[0].with_name("intrinsics.npz"))
     pairs = [pair for file in indices for pair in _pairs(file, scans, part)]
-    return PairSet("scannet", pairs, SIZE)
+    return PairSet("scannet", pairs, SIZE, origin="scannet")
 
 
 def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:

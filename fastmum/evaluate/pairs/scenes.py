@@ -75,14 +75,15 @@ def from_folders(folders: list[Path], gaps: tuple[int, ...] = GAPS, stride: int 
     """Pairs of views that lie `gaps` steps apart on their scene's path.
 
     Args:
-        folders: of scenes.
+        folders: of scenes, in one folder.
         gaps: steps between the two views of a pair.
         stride: steps between the first views of two pairs.
 
     Raises:
         DataError: a scene that cannot be read.
     """
-    return PairSet("scenes", [pair for folder in folders for pair in _pairs(folder, gaps, stride)], SIZE)
+    pairs = [pair for folder in folders for pair in _pairs(folder, gaps, stride)]
+    return PairSet("scenes", pairs, SIZE, origin=str(folders[0].parent.resolve()))
 
 
 def _pairs(folder: Path, gaps: tuple[int, ...], stride: int) -> list[Pair]:
