@@ -211,6 +211,20 @@ def test_pairs_in_a_text_file(wall_file):
     assert not keys[0] & keys[1]
 
 
+def test_depth_units_of_records(wall_file):
+    """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
+    folder, shots = wall_file.parent, walk(16)
+    np.save(folder / "4.npy", shots[4].depth())
+    write_h5(folder / "5.h5", shots[5].depth())
+    spoil(wall_file, depth_a="4.npy", depth_b="5.h5")
+    check(open_pairs(str(wall_file)).pairs[2], shots[4], shots[5])
+    np.save(folder / "4.npy", shots[4].depth() * 10)
+    spoil(wall_file, depth_a="4.npy", depth_b="5_depth.png", depth_unit=0.1)
+    pair = open_pairs(str(wall_file)).pairs[2]
+    assert np.allclose(pair.a.read_camera().depth, shots[4].depth(), rtol=1e-5)
+    assert np.allclose(pair.b.read_camera().depth, 100 * shots[5].depth(), atol=0.1)
+
+
 def test_pairs_without_depth_are_passed_over(wall_file, caplog):
     lines = wall_file.read_text().splitlines()
     record = json.loads(lines[0]) | {"depth_b": None}
