@@ -315,6 +315,7 @@ def spoil(file: Path, **changes) -> None:
         ({"T_b_a": [[float("nan")] * 4] * 4}, r"T_b_a in line 3 .* finite"),
         ({"image_b": "nothing.png"}, r"'nothing.png', named in"),
         ({"image_b": 7}, r"7, named in '.*', is not a path"),
+        ({"id": "pair 0"}, r"line 3 of '.*' has the id 'pair 0' of line 1: every pair needs its own"),
         ({"depth_unit": "millimetres"}, r"depth_unit in line 3 of '.*' must be a finite number"),
     ],
 )

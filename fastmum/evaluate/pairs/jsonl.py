@@ -1,8 +1,9 @@
 """Sets of pairs in a text file: `pairs.jsonl`, one JSON record a line.
 
 A record has `image_a`, `image_b`, `depth_a`, `depth_b` (paths, relative to the file's folder or one above it), `K_a`,
-`K_b` (3 x 3, pixels of the pictures), `T_b_a` (4 x 4, camera a to camera b), and may have `id`, `set` (or `scene`)
-and `depth_unit` (what the depth's numbers are multiplied by; 0.001 for PNGs, millimetres in metres, else 1).
+`K_b` (3 x 3, pixels of the pictures), `T_b_a` (4 x 4, camera a to camera b), and may have `id` (no two alike), `set`
+(or `scene`) and `depth_unit` (what the depth's numbers are multiplied by; 0.001 for PNGs, millimetres in metres, else
+1).
 """
 
 from __future__ import annotations
@@ -49,8 +50,15 @@ def from_file(path: Path, part: str) -> PairSet:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(f"'{file}' cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    found = [_pair(line, file, number) for number, line in enumerate(lines, 1) if line.strip()]
-    pairs = [pair for pair in found if pair is not None]
+    found = {number: _pair(line, file, number) for number, line in enumerate(lines, 1) if line.strip()}
+    pairs = [pair for pair in found.values() if pair is not None]
+    first: dict[str, int] = {}
+    for number, pair in found.items():
+        if pair is not None and first.setdefault(pair.name, number) != number:
+            raise DataError(
+                f"line {number} of '{file}' has the id '{pair.name}' of line {first[pair.name]}: "
+                "every pair needs its own"
+            )
     if len(pairs) < len(found):
         log.warning("%s: %d of %d pairs have no depth and are passed over", file, len(found) - len(pairs), len(found))
     if not pairs:
