@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
+from PIL import Image
 
 from fastmum import PRESETS, MuM
+from fastmum.data.errors import DataError
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.folder import read, save
 from fastmum.evaluate.published import PUBLISHED
@@ -163,6 +166,50 @@ def test_foreign_files_are_told(tmp_path, weights, wall_file, capsys):
     (tmp_path / "out/other.json").write_text("[]")
     assert run("cosine", weights, wall_file, tmp_path / "out") == 2
     assert "other.json' is no result of fastmum.evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"set": "drop"}, "it lacks 'set'"),
+        ({"weights": "drop"}, "it lacks 'weights'"),
+        ({"settings": "drop"}, "it lacks 'settings'"),
+        ({"scores": []}, "it is of another kind"),
+        ({"weights": None}, "it is of another kind"),
+        ({"task": "cooking"}, "it is of another kind"),
+    ],
+)
+def test_results_of_others_are_told(tmp_path, changes, message):
+    content = {"task": "cosine", "set": "wall", "weights": "mine", "scores": {}, "settings": {}} | changes
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({key: value for key, value in content.items() if value != "drop"}))
+    with pytest.raises(DataError, match=rf"other.json' is no result of fastmum.evaluate \({message}\)"):
+        read(tmp_path)
+
+
+def result(weights, **scores):
+    return {"task": "cosine", "set": "wall", "weights": weights, "scores": scores, "settings": {}}
+
+
+def test_results_that_are_no_json_leave_the_pictures(tmp_path):
+    save(tmp_path, result("mine", epe=1.0), [Image.new("RGB", (8, 8))])
+    with pytest.raises(DataError, match="the results of 'mine' on 'wall' are no JSON"):
+        save(tmp_path, result("mine", epe=float("nan")), [])
+    (record,) = read(tmp_path)
+    assert record.content["scores"] == {"epe": 1.0}
+    assert len(record.pictures) == 1
+
+
+def test_names_alike_but_for_punctuation_do_not_replace_each_other(tmp_path, weights, wall_file, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert run("cosine", weights, wall_file, out, "--name", "a b") == 0
+    before = read(out)
+    with pytest.raises(DataError, match="holds results of 'a b' on 'wall', and those of 'a/b' on 'wall' would"):
+        save(out, result("a/b"), [])
+    monkeypatch.setattr("fastmum.evaluate.__main__.evaluate_cosine", None)  # nothing may come that far
+    assert run("cosine", weights, wall_file, out, "--name", "a/b") == 2
+    assert "another --name or --out keeps both" in capsys.readouterr().err
+    assert read(out) == before
 
 
 def test_table_of_the_papers_sets(tmp_path):
