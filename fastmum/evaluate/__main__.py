@@ -30,7 +30,9 @@ from fastmum.evaluate.result import Result
 from fastmum.evaluate.sequences import SequenceSet, open_sequences
 from fastmum.evaluate.table import table
 from fastmum.evaluate.views import evaluate_views, shown, targets
-from fastmum.evaluate.weights import Weights, load_weights, parse_overrides, pick_device
+from fastmum.evaluate.weights import Weights, load_weights
+from fastmum.pretrained.arguments import parse_overrides
+from fastmum.pretrained.device import pick_device
 from fastmum.pretrained.errors import WeightsError
 
 
@@ -56,7 +58,8 @@ def _run(args: Namespace) -> None:
     out = args.out.expanduser()
     make_folder(out)
     read(out)  # what is there must be readable when the page is made
-    weights = load_weights(args.weights, args.name, pick_device(args.device), parse_overrides(args.override), args.seed)
+    overrides = parse_overrides(args.overrides, {"device": "--device"})
+    weights = load_weights(args.weights, args.name, pick_device(args.device), overrides, args.seed)
     if args.size is not None:
         check_size(weights.model, args.size)
     found = EVALUATIONS[args.task](args, weights)

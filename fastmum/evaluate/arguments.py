@@ -10,6 +10,7 @@ from fastmum.evaluate.matcher import TEMPERATURE
 from fastmum.evaluate.pairs import SETS
 from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.views import ViewSettings
+from fastmum.pretrained.arguments import add_overrides
 
 STEPS = {"cuda": 25_000, "cpu": 200}  # supplement, section B; and what a CPU does in minutes
 EVALUATIONS = 10  # of a probe's training, unless asked otherwise: every 2,500 steps of 25 K
@@ -120,11 +121,7 @@ def _shared() -> argparse.ArgumentParser:
         "--weights", required=True, metavar="W",
         help="a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with",
     )  # fmt: skip
-    parser.add_argument(
-        "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="what weights do not tell, such as decoder_num_heads=12 (fastmum.load_pretrained), or a size of an "
-        "untrained model, such as patch_size=8; may be repeated",
-    )  # fmt: skip
+    add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
     parser.add_argument("--name", metavar="NAME", help="of the weights in the table (default: after the run or file)")
     parser.add_argument(
         "--data", default="scenes", metavar="DATA", help="pairs to evaluate on, see below (default %(default)s)"

@@ -112,7 +112,7 @@ def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
 
 
 def test_an_untrained_model_of_other_sizes(wall_file, tmp_path):
-    sizes = ["--override", "patch_size=8", "--override", "depth=2"]
+    sizes = ["--set", "patch_size=8", "--override", "depth=2"]  # a name that it had
     assert run("cosine", "random:mum_tiny", wall_file, tmp_path / "out", *sizes, "--pictures", "0") == 0
     (record,) = read(tmp_path / "out")
     assert record.content["weights"] == "untrained mum_tiny"
@@ -125,10 +125,18 @@ def test_an_untrained_model_of_other_sizes(wall_file, tmp_path):
     [
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--weights", "random:mum_huge"], "no preset 'mum_huge'"),
-        (["--weights", "random:mum_tiny", "--override", "deepth=3"], "deepth is no size"),
-        (["--weights", "random:mum_tiny", "--override", "num_heads=5"], "embed_dim is 192 with num_heads 5"),
-        (["--weights", "small.pth", "--override", "depth"], "KEY=VALUE"),
-        (["--weights", "small.pth", "--override", "deepth=3"], "nearest is 'depth'"),
+        (["--weights", "random:mum_tiny", "--set", "key=teacher"], "--set key is no size"),
+        (
+            ["--weights", "random:mum_tiny", "--set", "norm_eps=small"],
+            "--set: norm_eps is 'small', but must be a number",
+        ),
+        (["--weights", "random:mum_tiny", "--set", "num_heads=5"], "embed_dim is 192 with num_heads 5"),
+        (["--weights", "small.pth", "--set", "depth"], "KEY=VALUE"),
+        (
+            ["--weights", "small.pth", "--set", "device=cpu"],
+            "--set is 'device=cpu', but device has a flag of its own: --device",
+        ),
+        (["--weights", "small.pth", "--set", "deepth=3"], "nearest is 'depth'"),
         (["--data", "nowhere"], "there is no 'nowhere'"),
         (["--size", "50"], "multiple of the patch size 16"),
         (["--steps", "0"], "--steps is 0"),

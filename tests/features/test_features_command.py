@@ -149,9 +149,13 @@ def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, cap
         (["--layers", "last"], "--layers is 'last'"),
         (["--batch", "0"], "--batch 0"),
         (["--dtype", "int8"], "dtype is 'int8', but must be one of float32, bfloat16, float16"),
-        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["--device", "nowhere"], "--device is 'nowhere', but must be auto, cpu, cuda or cuda:N"),
         (["--weights", str(tmp_path / "none")], "none' does not exist"),
         (["--set", "norm_esp=1"], "the nearest is 'norm_eps'"),
+        (["--set", "norm_eps=[1"], "--set is 'norm_eps=[1', but the value cannot be read as YAML"),
+        (["--set", "norm_eps=${"], "--set is 'norm_eps=${', but the value cannot be read as YAML"),
+        (["--set", "norm_eps=[1]"], "norm_eps is [1], but must be a number between 0 and 1"),
+        (["--set", "dtype=float16"], "--set is 'dtype=float16', but dtype has a flag of its own: --dtype"),
         (["--set", "norm_eps"], "--set is 'norm_eps', but must be KEY=VALUE"),
     ):
         assert call(mixed, weights, tmp_path / "f.npz", *options) == 2
