@@ -312,6 +312,8 @@ def spoil(file: Path, **changes) -> None:
     [
         ({"K_a": "drop"}, r"line 3 of '.*' lacks K_a"),
         ({"K_a": [[1, 0], [0, 1]]}, r"K_a in line 3 .* 3 x 3"),
+        ({"K_a": np.zeros((3, 3)).tolist()}, r"K_a in line 3 of '.*' is a singular matrix"),
+        ({"T_b_a": np.diag([1.0, 1, 0, 1]).tolist()}, r"T_b_a in line 3 of '.*' is a singular matrix"),
         ({"T_b_a": [[float("nan")] * 4] * 4}, r"T_b_a in line 3 .* finite"),
         ({"image_b": "nothing.png"}, r"'nothing.png', named in"),
         ({"image_b": 7}, r"7, named in '.*', is not a path"),
@@ -380,6 +382,12 @@ def test_folders_that_hold_something_else(tmp_path, kind):
     [
         ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "no annotation of NAVI"),
         ("cat/wild_set/annotations.json", '[{"filename": "0", "camera": {}, "image_size": [1]}]', "no annotation"),
+        (
+            "cat/wild_set/annotations.json",
+            '[{"filename": "0.jpg", "image_size": [1, 1], '
+            '"camera": {"q": [1, 0, 0, 0], "t": [0, 0, 0], "focal_length": 0}}]',
+            "'0.jpg' in '.*annotations.json' has q .* and focal_length 0, of which none may be 0",
+        ),
         ("scene_0000/cameras.json", '{"depth_unit": "x"}', "not a scene's cameras.json"),
         ("scene_0000/cameras.json", "{", "cannot be read"),
     ],
@@ -390,6 +398,32 @@ def test_cameras_that_are_none(tmp_path, name, content, message):
     file.write_text(content)
     with pytest.raises(DataError, match=message):
         open_pairs(str(tmp_path))
+
+
+def test_singular_cameras_are_named(rendered, tmp_path):
+    shots = walk(3)
+    for key, what in (("poses", "pose 1 in"), ("intrinsics", "intrinsics 1 in")):
+        information = megadepth(tmp_path / key, "0015", shots)
+        information[key][1] = np.zeros_like(information[key][1])
+        infos = objects([((1, 2), 0.2, np.zeros((0, 4)))])
+        np.savez(tmp_path / key / "0015_0.1_0.3.npz", **information, pair_infos=infos)
+        with pytest.raises(DataError, match=rf"{what} '.*0015_0.1_0.3.npz' is a singular matrix"):
+            open_pairs(str(tmp_path / key))
+    for name, shape in (("pose/15.txt", (4, 4)), ("intrinsic/intrinsic_color.txt", (3, 3))):
+        root = tmp_path / Path(name).stem
+        scannet(root / "scene0707_00", dict(zip((0, 15, 30), shots, strict=True)), np.eye(3))
+        np.savez(root / "test.npz", name=np.array([[707, 0, 0, 15]]))
+        np.savetxt(root / "scene0707_00" / name, np.zeros(shape))
+        with pytest.raises(DataError, match=rf"'.*scene0707_00/{name}' is a singular matrix"):
+            open_pairs(str(root))
+    for key, size in (("T_cam_world", 4), ("K", 3)):
+        shutil.copytree(rendered, tmp_path / f"scenes {key}")
+        file = tmp_path / f"scenes {key}" / "scene_0001/cameras.json"
+        cameras = json.loads(file.read_text())
+        cameras["frames"][2][key] = np.zeros((size, size)).tolist()
+        file.write_text(json.dumps(cameras))
+        with pytest.raises(DataError, match=rf"{key} of '{cameras['frames'][2]['file']}' in '{file}' is a singular"):
+            open_pairs(str(file.parent.parent))
 
 
 def test_scene_information_that_is_none(tmp_path):

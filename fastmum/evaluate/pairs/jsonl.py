@@ -15,7 +15,7 @@ from typing import Any
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet
-from fastmum.evaluate.pairs.reading import frame_of, matrix
+from fastmum.evaluate.pairs.reading import frame_of, matrix, square
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _pair(line: str, file: Path, number: int) -> Pair | None:
     a, b = (_frame(record, side, file, where) for side in "ab")
     name = str(record.get("id", f"{number:06d}"))
     scene = str(record.get("scene") or record.get("set") or file.stem)
-    return Pair(name, scene, a, b, matrix(record["T_b_a"], (4, 4), f"T_b_a in {where}"))
+    return Pair(name, scene, a, b, square(record["T_b_a"], 4, f"T_b_a in {where}"))
 
 
 def _frame(record: dict[str, Any], side: str, file: Path, where: str) -> Frame:
@@ -119,7 +119,7 @@ def _frame(record: dict[str, Any], side: str, file: Path, where: str) -> Frame:
         record[f"image_{side}"],
         image,
         depth,
-        matrix(record[f"K_{side}"], (3, 3), f"K_{side} in {where}"),
+        square(record[f"K_{side}"], 3, f"K_{side} in {where}"),
         float(matrix(unit, (), f"depth_unit in {where}")),
     )
 

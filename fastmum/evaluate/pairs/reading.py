@@ -147,6 +147,26 @@ def matrix(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
     return found
 
 
+def invertible(found: np.ndarray, what: str) -> np.ndarray:
+    """The same matrix (n, n), if it has an inverse.
+
+    Raises:
+        DataError: it has none; the message begins with `what`.
+    """
+    if np.linalg.matrix_rank(found) < len(found):
+        raise DataError(f"{what} is a singular matrix, which intrinsics and poses never are")
+    return found
+
+
+def square(value: Any, side: int, what: str) -> np.ndarray:
+    """Intrinsics (3, 3) or a pose (4, 4): finite numbers, float64, that have an inverse.
+
+    Raises:
+        DataError: it is something else; the message begins with `what`.
+    """
+    return invertible(matrix(value, (side, side), what), what)
+
+
 def _png(file: Path) -> np.ndarray:
     with Image.open(file) as image:
         return np.asarray(image)
