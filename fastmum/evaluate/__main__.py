@@ -29,11 +29,18 @@ from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.result import Result
 from fastmum.evaluate.sequences import SequenceSet, open_sequences
 from fastmum.evaluate.table import table
-from fastmum.evaluate.views import evaluate_views, shown, targets
+from fastmum.evaluate.views import Target, evaluate_views, shown, targets
 from fastmum.evaluate.weights import Weights, load_weights
 from fastmum.pretrained.arguments import parse_overrides
 from fastmum.pretrained.device import pick_device
 from fastmum.pretrained.errors import WeightsError
+
+REMEDIES = {
+    "matching": "lower --batch or --size, or the number of --learning-rates",
+    "cosine": "lower --size",
+    "attention": "lower --size",
+    "views": "lower --size or --views",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(args)
     except (DataError, WeightsError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(
+            f"error: the memory of the device is too small: {REMEDIES[args.task]}, or take --device cpu",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -131,12 +144,19 @@ def _views(args: Namespace, weights: Weights) -> Found:
     result = evaluate_views(model, sequences, settings, args.size, args.max_pairs)
 
     def draw() -> list[Image.Image]:
-        found, patches = targets(sequences, settings), (result.size // patch_size(model)) ** 2
-        places = np.linspace(0, len(found) - 1, min(args.pictures, len(found))).round().astype(int)
-        batches = (shown(sequences, found[i], settings, result.size, patches) for i in places)
+        patches = (result.size // patch_size(model)) ** 2
+        measured = _spread(targets(sequences, settings), args.max_pairs)
+        batches = (shown(sequences, each, settings, result.size, patches) for each in _spread(measured, args.pictures))
         return [draw_views(model, batch, settings.mask_ratio) for batch in batches]
 
     return Found(sequences.name, result.numbers, draw)
+
+
+def _spread(found: Sequence[Target], most: int | None) -> Sequence[Target]:
+    """At most so many targets, spread over the set as those that are measured; None for all."""
+    if most is None or most >= len(found):
+        return found
+    return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
 
 
 EVALUATIONS: dict[str, Callable[[Namespace, Weights], Found]] = {

@@ -140,7 +140,9 @@ def test_an_untrained_model_of_other_sizes(wall_file, tmp_path):
         (["--data", "nowhere"], "there is no 'nowhere'"),
         (["--size", "50"], "multiple of the patch size 16"),
         (["--steps", "0"], "--steps is 0"),
-        (["--learning-rates", "-1"], "learning_rates"),
+        (["--learning-rates", "-1"], "--learning-rates are [-1.0], but must be positive"),
+        (["--weight-decays", "-1"], "--weight-decays are [-1.0], but must be at least 0"),
+        (["--batch", "0"], "--batch is 0, but must be at least 1"),
         (["--max-pairs", "0"], "--max-pairs is 0"),
         (["--device", "tpu"], "--device is 'tpu'"),
         (["--out", "small.pth"], "--out 'small.pth' cannot be written to"),
@@ -153,6 +155,18 @@ def test_mistakes_are_one_line(weights, wall_file, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize("task", ["matching", "cosine", "attention", "views"])
+def test_too_little_memory_is_one_line(weights, tmp_path, monkeypatch, capsys, task):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("fastmum.evaluate.__main__._run", full)
+    assert run(task, weights, "scenes", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the memory of the device is too small: lower --")
+    assert error.count("\n") == 1
 
 
 def test_attention_needs_a_decoder(weights, wall_file, tmp_path, capsys):
