@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastmum.model.encoder import Encoder
-from fastmum.pretrained import load_pretrained
+from fastmum.pretrained import WeightsError, load_pretrained
+from fastmum.pretrained.device import pick_device
 
 
 class VisionEncoder(nn.Module):
@@ -45,16 +45,18 @@ def __model_loader__(pretrained_weights: str, device: str | None = None, **overr
     Args:
         pretrained_weights: whatever `fastmum.load_pretrained` reads.
         device: default: the GPU where there is one.
-        overrides: of `fastmum.load_pretrained`.
+        overrides: of `fastmum.load_pretrained`, without encoder_only.
 
     Returns:
         The encoder in eval mode, on the device.
 
     Raises:
-        WeightsError: as `fastmum.load_pretrained`.
+        WeightsError: as `fastmum.load_pretrained`; encoder_only, which is always True here, or no such device.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load_pretrained(pretrained_weights, encoder_only=True, device=device, **overrides)
+    if "encoder_only" in overrides:
+        raise WeightsError("model_loader_kwargs.encoder_only cannot be set: CAPI evaluates the encoder, always alone")
+    where = pick_device(str(device or "auto"), "model_loader_kwargs.device")
+    encoder = load_pretrained(pretrained_weights, encoder_only=True, device=where, **overrides)
     return VisionEncoder(encoder).eval()
 
 

@@ -82,3 +82,7 @@ def test_overrides_and_mistakes(load, weights):
     assert model.encoder.cls_token.dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match="nearest is 'norm_eps'"):
         load(*words, "model_loader_kwargs.norm_esp=1e-6")
+    with pytest.raises(RuntimeError, match=r"^model_loader_kwargs.encoder_only cannot be set"):
+        load(*words, "model_loader_kwargs.encoder_only=1")
+    with pytest.raises(RuntimeError, match=r"^model_loader_kwargs.device is 'tpu', but must be auto, cpu"):
+        load(*words, "model_loader_kwargs.device=tpu")

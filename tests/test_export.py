@@ -118,10 +118,17 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         ([str(tmp_path / "empty")], f"there is no checkpoint in '{tmp_path}/empty'"),
         ([str(run), "--format", "none"], f"the format is 'none', but must be one of {', '.join(FORMATS)}"),
         ([str(run), "--out", str(run)], f"--out is '{run}', but that is a folder; name a file"),
+        (
+            [str(run), "--set", "encoder_only=1"],
+            "--set is 'encoder_only=1', but encoder_only has a flag of its own: --encoder-only",
+        ),
+        ([str(run), "--set", "norm_eps=[1"], "--set is 'norm_eps=[1', but the value cannot be read as YAML"),
         ([str(run), "--out", "/proc/none/a.pth"], "'/proc/none/a.pth' cannot be written (No such file or directory)"),
     ):
         assert main(words) == 2
         assert capsys.readouterr().err == f"error: {message}\n"
+    assert main([str(run), "--set", "force=1"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown override 'force'; ")
     for checkpoint in (run / "checkpoints").iterdir():
         (checkpoint / ".metadata").unlink()
     assert main([str(run)]) == 2

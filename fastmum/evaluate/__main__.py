@@ -21,18 +21,26 @@ from fastmum.evaluate.arguments import check, make_parser, probe_settings, view_
 from fastmum.evaluate.attention import evaluate_attention
 from fastmum.evaluate.cosine import evaluate_cosine
 from fastmum.evaluate.features import check_size, patch_size
-from fastmum.evaluate.folder import make_folder, read, save, write
+from fastmum.evaluate.folder import check_free, make_folder, read, save, write
 from fastmum.evaluate.matching import evaluate_matching
 from fastmum.evaluate.page import page
-from fastmum.evaluate.pairs import Pair, PairSet, open_pairs
+from fastmum.evaluate.pairs import Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.result import Result
-from fastmum.evaluate.sequences import open_sequences
+from fastmum.evaluate.sequences import SequenceSet, open_sequences
 from fastmum.evaluate.table import table
-from fastmum.evaluate.views import evaluate_views, shown, targets
-from fastmum.evaluate.weights import load_weights, parse_overrides, pick_device
-from fastmum.model.encoder import Encoder
+from fastmum.evaluate.views import Target, evaluate_views, shown, targets
+from fastmum.evaluate.weights import Weights, load_weights
+from fastmum.pretrained.arguments import parse_overrides
+from fastmum.pretrained.device import pick_device
 from fastmum.pretrained.errors import WeightsError
+
+REMEDIES = {
+    "matching": "lower --batch or --size, or the number of --learning-rates",
+    "cosine": "lower --size",
+    "attention": "lower --size",
+    "views": "lower --size or --views",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, WeightsError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError:
+        print(
+            f"error: the memory of the device is too small: {REMEDIES[args.task]}, or take --device cpu",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -57,10 +71,11 @@ def _run(args: Namespace) -> None:
     out = args.out.expanduser()
     make_folder(out)
     read(out)  # what is there must be readable when the page is made
-    weights = load_weights(args.weights, args.name, pick_device(args.device), parse_overrides(args.override), args.seed)
+    overrides = parse_overrides(args.overrides, {"device": "--device"})
+    weights = load_weights(args.weights, args.name, pick_device(args.device), overrides, args.seed)
     if args.size is not None:
         check_size(weights.model, args.size)
-    found = EVALUATIONS[args.task](args, weights.model)
+    found = EVALUATIONS[args.task](args, weights)
     about = {
         "task": args.task,
         "set": found.set,
@@ -92,47 +107,69 @@ class Found(NamedTuple):
     draw: Callable[[], list[Image.Image]]
 
 
-def _matching(args: Namespace, model: Encoder) -> Found:
-    settings = probe_settings(args, next(model.parameters()).device.type)
-    elsewhere = args.train_data not in (None, args.data)
-    pairs = open_pairs(args.data, "all" if elsewhere else "test").first(args.max_pairs)
-    train = open_pairs(args.train_data, "all") if elsewhere else open_pairs(args.data, "train")
-    result = evaluate_matching(model, pairs, train.first(args.train_pairs), settings, args.size)
+def _matching(args: Namespace, weights: Weights) -> Found:
+    settings = probe_settings(args, next(weights.model.parameters()).device.type)
+    elsewhere = args.train_data is not None and not same_set(args.train_data, args.data)
+    pairs = open_pairs(args.data, "all" if elsewhere else "test")
+    train = open_pairs(args.train_data, "trainable") if elsewhere else open_pairs(args.data, "train")
+    if elsewhere and (shared := overlap(train, pairs)):
+        raise DataError(
+            f"--train-data '{args.train_data}' and --data '{args.data}' share {shared}; what is tested on may not be "
+            "trained on: name another set by --train-data"
+        )
+    _claim(args, pairs, weights)
+    pairs = pairs.first(args.max_pairs)
+    result = evaluate_matching(weights.model, pairs, train.first(args.train_pairs), settings, args.size)
     return _of_pairs(args, pairs, result, partial(_warp, result, pairs))
 
 
-def _cosine(args: Namespace, model: Encoder) -> Found:
+def _cosine(args: Namespace, weights: Weights) -> Found:
     pairs = open_pairs(args.data).first(args.max_pairs)
-    result = evaluate_cosine(model, pairs, args.size, args.temperature)
+    _claim(args, pairs, weights)
+    result = evaluate_cosine(weights.model, pairs, args.size, args.temperature)
     return _of_pairs(args, pairs, result, partial(_warp, result, pairs))
 
 
-def _attention(args: Namespace, model: Encoder) -> Found:
+def _attention(args: Namespace, weights: Weights) -> Found:
     pairs = open_pairs(args.data).first(args.max_pairs)
-    result = evaluate_attention(model, pairs, args.size)
-    return _of_pairs(args, pairs, result, lambda pair: draw_attention(model, pair, result.size))
+    _claim(args, pairs, weights)
+    result = evaluate_attention(weights.model, pairs, args.size)
+    return _of_pairs(args, pairs, result, lambda pair: draw_attention(weights.model, pair, result.size))
 
 
-def _views(args: Namespace, model: Encoder) -> Found:
-    settings = view_settings(args)
+def _views(args: Namespace, weights: Weights) -> Found:
+    settings, model = view_settings(args), weights.model
     sequences = open_sequences(args.data, settings.least)
+    _claim(args, sequences, weights)
     result = evaluate_views(model, sequences, settings, args.size, args.max_pairs)
 
     def draw() -> list[Image.Image]:
-        found, patches = targets(sequences, settings), (result.size // patch_size(model)) ** 2
-        places = np.linspace(0, len(found) - 1, min(args.pictures, len(found))).round().astype(int)
-        batches = (shown(sequences, found[i], settings, result.size, patches) for i in places)
+        patches = (result.size // patch_size(model)) ** 2
+        measured = _spread(targets(sequences, settings), args.max_pairs)
+        batches = (shown(sequences, each, settings, result.size, patches) for each in _spread(measured, args.pictures))
         return [draw_views(model, batch, settings.mask_ratio) for batch in batches]
 
     return Found(sequences.name, result.numbers, draw)
 
 
-EVALUATIONS: dict[str, Callable[[Namespace, Encoder], Found]] = {
+def _spread(found: Sequence[Target], most: int | None) -> Sequence[Target]:
+    """At most so many targets, spread over the set as those that are measured; None for all."""
+    if most is None or most >= len(found):
+        return found
+    return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
+
+
+EVALUATIONS: dict[str, Callable[[Namespace, Weights], Found]] = {
     "matching": _matching,
     "cosine": _cosine,
     "attention": _attention,
     "views": _views,
 }
+
+
+def _claim(args: Namespace, data: PairSet | SequenceSet, weights: Weights) -> None:
+    """Look whether results have a file of their own, before anything is computed."""
+    check_free(args.out.expanduser(), args.task, data.name, weights.name)
 
 
 def _of_pairs(args: Namespace, pairs: PairSet, result: Result, draw: Callable[[Pair], Image.Image]) -> Found:

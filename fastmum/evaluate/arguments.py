@@ -10,10 +10,12 @@ from fastmum.evaluate.matcher import TEMPERATURE
 from fastmum.evaluate.pairs import SETS
 from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.views import ViewSettings
+from fastmum.pretrained.arguments import add_overrides
 
 STEPS = {"cuda": 25_000, "cpu": 200}  # supplement, section B; and what a CPU does in minutes
 EVALUATIONS = 10  # of a probe's training, unless asked otherwise: every 2,500 steps of 25 K
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB of ViT-L at 448 px
+FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
 LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0, "masks": 1, "gap": 1}
 
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
@@ -95,7 +97,7 @@ def probe_settings(args: argparse.Namespace, device: str) -> ProbeSettings:
             seed=args.seed,
         )
     except ValueError as error:
-        raise DataError(str(error)) from None
+        raise DataError(_of_flag(error)) from None
 
 
 def view_settings(args: argparse.Namespace) -> ViewSettings:
@@ -110,7 +112,13 @@ def view_settings(args: argparse.Namespace) -> ViewSettings:
     try:
         return ViewSettings(tuple(args.views), args.mask_ratio, gap=args.gap, masks=args.masks, seed=args.seed)
     except ValueError as error:
-        raise DataError(str(error)) from None
+        raise DataError(_of_flag(error)) from None
+
+
+def _of_flag(error: ValueError) -> str:
+    """What is wrong with a field of settings, which the message begins with, said of its flag."""
+    field, _, rest = str(error).partition(" ")
+    return f"--{FLAGS.get(field, field).replace('_', '-')} {rest}"
 
 
 def _shared() -> argparse.ArgumentParser:
@@ -120,11 +128,7 @@ def _shared() -> argparse.ArgumentParser:
         "--weights", required=True, metavar="W",
         help="a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with",
     )  # fmt: skip
-    parser.add_argument(
-        "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="what weights do not tell, such as decoder_num_heads=12 (fastmum.load_pretrained), or a size of an "
-        "untrained model, such as patch_size=8; may be repeated",
-    )  # fmt: skip
+    add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
     parser.add_argument("--name", metavar="NAME", help="of the weights in the table (default: after the run or file)")
     parser.add_argument(
         "--data", default="scenes", metavar="DATA", help="pairs to evaluate on, see below (default %(default)s)"
@@ -134,7 +138,8 @@ def _shared() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--size", type=int, metavar="PX",
-        help="side that pictures are resized to (default: 256 for scenes, 512 for NAVI, else 448)",
+        help="side that pictures are resized to (default: 256 for scenes, 512 for NAVI, 224 for folders of "
+        "sequences, else 448)",
     )  # fmt: skip
     parser.add_argument(
         "--max-pairs",
@@ -146,7 +151,7 @@ def _shared() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S",
-        help="of random weights and of the order of training pairs (default %(default)s)",
+        help="of random weights, of the order of training pairs, and of masks (default %(default)s)",
     )  # fmt: skip
     return parser
 

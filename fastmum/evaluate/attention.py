@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastmum.attention import ragged_attention
 from fastmum.data.errors import DataError
-from fastmum.evaluate.features import load_image, patch_size, prepare
+from fastmum.evaluate.features import check_finite, check_size, load_image, patch_size, true_warps
 from fastmum.evaluate.matcher import decode
 from fastmum.evaluate.metrics import pixel_errors, scores
 from fastmum.evaluate.pairs import PairSet
@@ -94,14 +94,15 @@ def evaluate_attention(model: nn.Module, pairs: PairSet, size: int | None = None
     if not isinstance(model, MuM):
         raise DataError("attention across views is the decoder's, but these weights are an encoder's alone")
     size = size or pairs.size
-    data = prepare(model, pairs, size, progress=progress)
-    warps = _warps(model, pairs, size, data.grid, progress)
-    errors = pixel_errors(warps, data.target)
+    side = check_size(model, size) // patch_size(model)
+    truth = true_warps(pairs, side, progress)
+    warps = _warps(model, pairs, size, truth.grid, progress)
+    errors = pixel_errors(warps, truth.target)
     names = ["mean", *map(str, range(len(warps) - 1))]
-    found = scores(errors, data.visible)
+    found = scores(errors, truth.visible)
     best = min(range(len(names)), key=lambda i: found[i].epe)
     blocks = {name: each.as_dict() for name, each in zip(names, found, strict=True)}
-    numbers = {"best": names[best], "blocks": blocks, "settings": {"size": size}} | measured(warps[best], data)
+    numbers = {"best": names[best], "blocks": blocks, "settings": {"size": size}} | measured(warps[best], truth)
     return Result(numbers, warps[best], size)
 
 
@@ -113,6 +114,7 @@ def _warps(model: MuM, pairs: PairSet, size: int, grid: tuple[int, int], progres
             some = pairs.pairs[start : start + BATCH]
             images = torch.stack([load_image(frame, size) for pair in some for frame in (pair.a, pair.b)])
             maps = attention_maps(model, images)
+            check_finite(maps, pairs)
             both = torch.cat([maps.mean(0, keepdim=True), maps])
             warps.append(decode(both.clamp(min=LEAST).log(), grid))
             bar.update(len(some))

@@ -40,15 +40,15 @@ def evaluate_cosine(
     """
     size = size or pairs.size
     if pairs.objects:
-        variants = {norm: {"scores": object_recall(encoder, pairs, norm, size, progress)} for norm in NORMS}
+        recalls = object_recall(encoder, pairs, size, progress)
+        variants = {norm: {"scores": scores} for norm, scores in recalls.items()}
         best = max(NORMS, key=lambda norm: variants[norm]["scores"]["recall"])
         return Result(variants | {"best": best, "settings": {"size": size}} | variants[best], None, size)
     device = next(encoder.parameters()).device
     warps, variants = {}, {}
-    for norm in NORMS:
-        data = prepare(encoder, pairs, size, norm, progress=progress)
+    for norm, data in prepare(encoder, pairs, size, progress=progress).items():
         warps[norm] = cosine_warps(data, temperature, device)
-        variants[norm] = measured(warps[norm], data)
+        variants[norm] = measured(warps[norm], data.truth)
     best = min(NORMS, key=lambda norm: variants[norm]["scores"]["epe"])
     scores = {norm: {"scores": variants[norm]["scores"]} for norm in NORMS}
     numbers = scores | {"best": best, "settings": {"size": size, "temperature": temperature}} | variants[best]
@@ -59,7 +59,7 @@ def evaluate_cosine(
 def cosine_warps(data: Prepared, temperature: float, device: torch.device) -> Tensor:
     """Warps of all pairs by their features alone, (N, P, 2) unit coordinates, on the CPU."""
     warps = [
-        decode(cosine_logits(*data.of(numbers, device), temperature), data.grid).cpu()
+        decode(cosine_logits(*data.of(numbers, device), temperature), data.truth.grid).cpu()
         for numbers in data.batches(BATCH)
     ]
     return torch.cat(warps)

@@ -22,7 +22,25 @@ from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 Norm = Literal["layernorm", "raw"]
 NORMS: tuple[Norm, ...] = ("layernorm", "raw")
+BATCH = 8  # frames encoded at a time
 STORED = torch.float16  # of cached features: half the memory, 0.05 % of a value at most
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Where the patches of a set truly are in the other view, on the CPU.
+
+    Args:
+        pairs: the set.
+        target: (N, P, 2) float64, the true warp at the patch centres of the first frame, unit coordinates.
+        visible: (N, P) bool, where there is one.
+        grid: rows and columns of patches.
+    """
+
+    pairs: PairSet
+    target: Tensor
+    visible: Tensor
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -30,22 +48,16 @@ class Prepared:
     """A set as matchers read it, on the CPU.
 
     Args:
-        pairs: the set.
+        truth: the set, and its true warps.
         features: (F, P, D) of every distinct frame, each token divided by its root mean square, which a cosine does not
             see and without which float16 could overflow.
         first, second: (N,) int64, the frames of each pair.
-        target: (N, P, 2) float64, the true warp at the patch centres of the first frame, unit coordinates.
-        visible: (N, P) bool, where there is one.
-        grid: rows and columns of patches.
     """
 
-    pairs: PairSet
+    truth: Truth
     features: Tensor
     first: Tensor
     second: Tensor
-    target: Tensor
-    visible: Tensor
-    grid: tuple[int, int]
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Numbers of the pairs, `size` at a time."""
@@ -58,51 +70,61 @@ class Prepared:
 
 
 def prepare(
-    encoder: nn.Module,
-    pairs: PairSet,
-    size: int | None = None,
-    norm: Norm = "layernorm",
-    batch: int = 8,
-    progress: bool = True,
-) -> Prepared:
-    """Encode the frames of a set and compute its true warps.
+    encoder: nn.Module, pairs: PairSet, size: int | None = None, norms: Sequence[Norm] = NORMS, progress: bool = True
+) -> dict[Norm, Prepared]:
+    """Encode the frames of a set, each once, and compute its true warps.
 
     Args:
         encoder: see `patch_features`.
         pairs: the set.
         size: side in pixels that pictures are resized to; None: the set's own.
-        norm: which features.
-        batch: frames encoded at a time.
+        norms: which features are kept.
         progress: whether to show bars.
 
+    Returns:
+        The set with features of each of the norms.
+
     Raises:
-        DataError: a frame that cannot be read, a size that does not fit the encoder, or no visible point in any pair.
-    """  # fmt: skip
+        DataError: a frame that cannot be read, a size that does not fit the encoder, features that are not finite, or
+            no visible point in any pair.
+    """
     size = check_size(encoder, size or pairs.size)
     frames = {frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}
     place = {key: i for i, key in enumerate(frames)}
-    side = size // patch_size(encoder)
-    encoded = [
-        _scaled(patch_features(encoder, images, norm)).to("cpu", STORED)
-        for images in _batches(list(frames.values()), size, batch, progress, f"encoding {pairs.name}")
-    ]
-    features = torch.cat(encoded)
-    if not torch.isfinite(features).all():
-        raise DataError(f"features of the set '{pairs.name}' are not finite: are the weights whole?")
+    encoded: dict[Norm, list[Tensor]] = {norm: [] for norm in norms}
+    for images in _batches(list(frames.values()), size, progress, f"encoding {pairs.name}"):
+        found = patch_features(encoder, images)
+        for norm in norms:
+            check_finite(found[norm], pairs)
+            encoded[norm].append(_scaled(found[norm]).to("cpu", STORED))
+    truth = true_warps(pairs, size // patch_size(encoder), progress)
+    first = torch.tensor([place[pair.a.key] for pair in pairs.pairs])
+    second = torch.tensor([place[pair.b.key] for pair in pairs.pairs])
+    return {norm: Prepared(truth, torch.cat(parts), first, second) for norm, parts in encoded.items()}
+
+
+def true_warps(pairs: PairSet, side: int, progress: bool = True) -> Truth:
+    """The true warps of a set at the centres of side x side patches.
+
+    Raises:
+        DataError: depth that cannot be read, or no visible point in any pair.
+    """
     bar = tqdm(pairs.pairs, desc="true warps", unit="pair", disable=not progress, leave=False)
     warps = [pair_warp(pair, side, side) for pair in bar]
     visible = torch.stack([warp.visible for warp in warps])
     if not visible.any():
         raise DataError(f"no patch of the set '{pairs.name}' is visible in both views: are K, T_b_a and depth right?")
-    return Prepared(
-        pairs=pairs,
-        features=features,
-        first=torch.tensor([place[pair.a.key] for pair in pairs.pairs]),
-        second=torch.tensor([place[pair.b.key] for pair in pairs.pairs]),
-        target=torch.stack([warp.points for warp in warps]),
-        visible=visible,
-        grid=(side, side),
-    )
+    return Truth(pairs, torch.stack([warp.points for warp in warps]), visible, (side, side))
+
+
+def check_finite(computed: Tensor, pairs: PairSet) -> None:
+    """Look whether what a model makes of a set is finite.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not computed.isfinite().all():
+        raise DataError(f"features of the set '{pairs.name}' are not finite: are the weights whole?")
 
 
 def load_image(frame: Frame, size: int) -> Tensor:
@@ -122,27 +144,24 @@ def squared(image: Image.Image, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def patch_features(encoder: nn.Module, images: Tensor, norm: Norm = "layernorm") -> Tensor:
+def patch_features(encoder: nn.Module, images: Tensor) -> dict[Norm, Tensor]:
     """Last-layer features of the patches of whole pictures.
 
     Args:
         encoder: has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm": `Encoder`, `MuM` and
             others of that interface. Features are computed on its device.
         images: (F, H, W, 3) uint8.
-        norm: "layernorm" behind the encoder's last norm, "raw" before it.
 
     Returns:
-        (F, P, D) float32.
+        (F, P, D) float32 each: "layernorm" behind the encoder's last norm, "raw" before it.
     """
     device = next(encoder.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     normalised = (images.to(device).float() / 255 - mean) / std
     features = encoder.forward_features(normalised.permute(0, 3, 1, 2))
     patches = features["x_norm_patchtokens"]
-    if norm == "raw":
-        # CLS, and registers where there are any, come first.
-        patches = features["x_prenorm"][:, -patches.shape[1] :]
-    return patches.float()
+    # CLS, and registers where there are any, come first.
+    return {"layernorm": patches.float(), "raw": features["x_prenorm"][:, -patches.shape[1] :].float()}
 
 
 def _scaled(features: Tensor) -> Tensor:
@@ -166,9 +185,9 @@ def check_size(encoder: nn.Module, size: int) -> int:
     return size
 
 
-def _batches(frames: Sequence[Frame], size: int, batch: int, progress: bool, label: str) -> Iterator[Tensor]:
+def _batches(frames: Sequence[Frame], size: int, progress: bool, label: str) -> Iterator[Tensor]:
     with tqdm(total=len(frames), desc=label, unit="frame", disable=not progress, leave=False) as bar:
-        for start in range(0, len(frames), batch):
-            images = torch.stack([load_image(frame, size) for frame in frames[start : start + batch]])
+        for start in range(0, len(frames), BATCH):
+            images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
             yield images
             bar.update(len(images))

@@ -38,13 +38,13 @@ def evaluate_matching(
     """
     settings, size = settings or ProbeSettings(), size or pairs.size
     device = next(encoder.parameters()).device
-    test = prepare(encoder, pairs, size, progress=progress)
-    train = prepare(encoder, train_pairs.both_ways(), size, progress=progress)
+    test = prepare(encoder, pairs, size, ("layernorm",), progress)["layernorm"]
+    train = prepare(encoder, train_pairs.both_ways(), size, ("layernorm",), progress)["layernorm"]
     trained = train_probes(train, test, settings, device, progress)
     probes = settings.probes()
     probe, evaluation = trained.best
     rate, decay = probes[probe]
-    numbers = measured(trained.warps, test) | {
+    numbers = measured(trained.warps, test.truth) | {
         "best": {"learning_rate": rate, "weight_decay": decay, "step": trained.history[evaluation].step},
         "probes": [
             {

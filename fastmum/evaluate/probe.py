@@ -115,13 +115,11 @@ class Trained(NamedTuple):
         history: of every evaluation.
         best: the probe and the evaluation of least end-point error, as numbers into `scores` and `history`.
         warps: (N, P, 2) of the test pairs by the best probe when it was best.
-        weights: (D, D) of that probe: features are multiplied by it from the right.
     """
 
     history: list[Evaluated]
     best: tuple[int, int]
     warps: Tensor
-    weights: Tensor
 
 
 def train_probes(
@@ -145,7 +143,7 @@ def train_probes(
     stack = torch.eye(width, device=device).repeat(len(rates), 1, 1).requires_grad_()
     optimizer = BatchedAdamW(stack, list(rates), list(decays))
     history: list[Evaluated] = []
-    best, least, kept = (0, 0), inf, (torch.empty(0), torch.empty(0))
+    best, least, kept = (0, 0), inf, torch.empty(0)
     total, since = torch.zeros(len(rates), device=device), 0
     drawn, label = _draw(train, settings), f"{len(rates)} probes"
     bar = tqdm(drawn, desc=label, unit="step", total=settings.steps, disable=not progress)
@@ -157,17 +155,17 @@ def train_probes(
         if step % settings.evaluate_every and step < settings.steps:
             continue
         errors, warps = match_all(stack.detach(), test, settings, device)
-        found = scores(errors, test.visible)
+        found = scores(errors, test.truth.visible)
         history.append(Evaluated(step, (total / since).tolist(), found))
         probe = min(range(len(found)), key=lambda i: found[i].epe if isfinite(found[i].epe) else inf)
         if found[probe].epe < least:
             best, least = (probe, len(history) - 1), found[probe].epe
-            kept = warps[probe], stack[probe].detach().cpu().clone()
+            kept = warps[probe]
         total, since = torch.zeros_like(total), 0
         bar.set_postfix(epe=f"{found[probe].epe:.2f}", best=f"{least:.2f}")
     if least == inf:
         raise FloatingPointError("all probes diverged: lower the learning rates")
-    return Trained(history, best, *kept)
+    return Trained(history, best, kept)
 
 
 def matching_losses(logits: Tensor, target: Tensor, visible: Tensor) -> Tensor:
@@ -188,8 +186,8 @@ def matching_losses(logits: Tensor, target: Tensor, visible: Tensor) -> Tensor:
 def _losses(stack: Tensor, data: Prepared, pairs: Tensor, temperature: float, device: torch.device) -> Tensor:
     a, b = data.of(pairs, device)
     logits = cosine_logits(project(stack, a), project(stack, b), temperature)
-    target = nearest_patch(data.target[pairs], data.grid)
-    return matching_losses(logits, target.to(device), data.visible[pairs].to(device))
+    target = nearest_patch(data.truth.target[pairs], data.truth.grid)
+    return matching_losses(logits, target.to(device), data.truth.visible[pairs].to(device))
 
 
 def project(stack: Tensor, features: Tensor) -> Tensor:
@@ -200,7 +198,7 @@ def project(stack: Tensor, features: Tensor) -> Tensor:
 def _draw(data: Prepared, settings: ProbeSettings) -> Iterator[Tensor]:
     """Pairs of each step: all that have a visible point in random order, again and again."""
     rng = torch.Generator().manual_seed(settings.seed)
-    usable = data.visible.any(-1).nonzero()[:, 0]
+    usable = data.truth.visible.any(-1).nonzero()[:, 0]
     waiting = usable[:0]
     for _ in range(settings.steps):
         while len(waiting) < settings.batch:
@@ -216,6 +214,6 @@ def match_all(stack: Tensor, data: Prepared, settings: ProbeSettings, device: to
     for pairs in data.batches(settings.batch):
         a, b = data.of(pairs, device)
         logits = cosine_logits(project(stack, a), project(stack, b), settings.temperature)
-        warps.append(decode(logits, data.grid).cpu())
+        warps.append(decode(logits, data.truth.grid).cpu())
     estimated = torch.cat(warps, dim=1)
-    return pixel_errors(estimated, data.target), estimated
+    return pixel_errors(estimated, data.truth.target), estimated

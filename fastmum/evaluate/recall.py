@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmum.evaluate.features import Norm, check_size, load_image, patch_features, patch_size
+from fastmum.evaluate.features import NORMS, Norm, check_size, load_image, patch_features, patch_size
 from fastmum.evaluate.pairs import Camera, Pair, PairSet
 from fastmum.evaluate.warp import grid_points
 
@@ -26,45 +26,50 @@ CHUNK = 4096  # points of A compared at a time
 
 
 def object_recall(
-    encoder: nn.Module, pairs: PairSet, norm: Norm, size: int | None = None, progress: bool = True
-) -> dict[str, float]:
-    """Percentage of kept matches that are right, mean over pairs.
+    encoder: nn.Module, pairs: PairSet, size: int | None = None, progress: bool = True
+) -> dict[Norm, dict[str, float]]:
+    """Percentage of kept matches that are right, mean over pairs, by features behind and before the last norm.
 
     Args:
         encoder: see `patch_features`.
         pairs: of objects.
-        norm: which features.
         size: side of the pictures in pixels; None: the set's own.
         progress: whether to show a bar.
 
     Returns:
-        "recall_1cm", "recall_2cm", "recall_5cm", their mean "recall", and the number of "pairs".
+        Of each norm "recall_1cm", "recall_2cm", "recall_5cm", their mean "recall", and the number of "pairs".
 
     Raises:
         DataError: a frame that cannot be read, or a size that does not fit the encoder.
     """
     size = check_size(encoder, size or pairs.size)
-    bar = tqdm(pairs.pairs, desc=f"recall on {pairs.name}, {norm}", unit="pair", disable=not progress, leave=False)
-    recalls = torch.stack([_pair_recall(encoder, pair, norm, size) for pair in bar]).mean(0)
-    named = {f"recall_{round(100 * bound)}cm": value for bound, value in zip(WITHIN, recalls.tolist(), strict=True)}
-    return {"recall": recalls.mean().item(), **named, "pairs": len(pairs.pairs)}
+    bar = tqdm(pairs.pairs, desc=f"recall on {pairs.name}", unit="pair", disable=not progress, leave=False)
+    recalls = torch.stack([_pair_recalls(encoder, pair, size) for pair in bar]).mean(0)
+    names = [f"recall_{round(100 * bound)}cm" for bound in WITHIN]
+    return {
+        norm: {"recall": row.mean().item(), **dict(zip(names, row.tolist(), strict=True)), "pairs": len(pairs.pairs)}
+        for norm, row in zip(NORMS, recalls, strict=True)
+    }
 
 
 @torch.no_grad()
-def _pair_recall(encoder: nn.Module, pair: Pair, norm: Norm, size: int) -> Tensor:
-    """Percentages within each distance, (3,) float64."""
-    side, fine = size // patch_size(encoder), size // SCALE
-    images = torch.stack([load_image(frame, size) for frame in (pair.a, pair.b)])
-    maps = patch_features(encoder, images, norm).mT.unflatten(2, (side, side))
-    grown = F.interpolate(maps, (fine, fine), mode="bicubic", align_corners=False).flatten(2).mT
+def _pair_recalls(encoder: nn.Module, pair: Pair, size: int) -> Tensor:
+    """Percentages of each norm within each distance, (2, 3) float64."""
+    fine = size // SCALE
+    features = patch_features(encoder, torch.stack([load_image(frame, size) for frame in (pair.a, pair.b)]))
     points_a, points_b = (_surface(frame.read_camera(), fine) for frame in (pair.a, pair.b))
-    seen_a, seen_b = points_a[:, 2] > 0, points_b[:, 2] > 0
-    a, b = grown[0][seen_a.to(grown.device)], grown[1][seen_b.to(grown.device)]
-    first, second = best_matches(a, b, MATCHES)
     T = torch.from_numpy(pair.T_b_a)
-    moved = points_a[seen_a][first.cpu()] @ T[:3, :3].T + T[:3, 3]
-    distance = (moved - points_b[seen_b][second.cpu()]).norm(dim=1)
-    return torch.stack([100 * (distance < bound).double().mean() for bound in WITHIN])
+    moved = points_a @ T[:3, :3].T + T[:3, 3]
+    seen_a, seen_b = points_a[:, 2] > 0, points_b[:, 2] > 0
+    recalls = []
+    for norm in NORMS:
+        maps = features[norm].mT.unflatten(2, (size // patch_size(encoder),) * 2)
+        grown = F.interpolate(maps, (fine, fine), mode="bicubic", align_corners=False).flatten(2).mT
+        a, b = grown[0][seen_a.to(grown.device)], grown[1][seen_b.to(grown.device)]
+        first, second = best_matches(a, b, MATCHES)
+        distance = (moved[seen_a][first.cpu()] - points_b[seen_b][second.cpu()]).norm(dim=1)
+        recalls.append(torch.stack([100 * (distance < bound).double().mean() for bound in WITHIN]))
+    return torch.stack(recalls)
 
 
 def best_matches(a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor]:

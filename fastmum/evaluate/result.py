@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmum.evaluate.features import Prepared
+from fastmum.evaluate.features import Truth
 from fastmum.evaluate.metrics import pair_epe, pixel_errors, scores
 from fastmum.evaluate.warp import grid_points
 
@@ -27,15 +27,15 @@ class Result(NamedTuple):
     size: int
 
 
-def measured(warps: Tensor, data: Prepared) -> dict[str, Any]:
+def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:
     """Scores of warps (N, P, 2) over a set, those of no motion at all, and the end-point error of each pair."""
-    still = grid_points(*data.grid).expand_as(data.target)
-    errors, errors_still = (pixel_errors(points, data.target) for points in (warps, still))
-    found, found_still = scores(torch.stack([errors, errors_still]), data.visible)
-    names = [pair.name for pair in data.pairs.pairs]
+    still = grid_points(*truth.grid).expand_as(truth.target)
+    errors, errors_still = (pixel_errors(points, truth.target) for points in (warps, still))
+    found, found_still = scores(torch.stack([errors, errors_still]), truth.visible)
+    names = [pair.name for pair in truth.pairs.pairs]
     return {
         "scores": found.as_dict(),
         "no_motion": found_still.as_dict(),
-        "per_pair_epe": dict(zip(names, pair_epe(errors, data.visible), strict=True)),
-        "visible_share": data.visible.double().mean().item(),
+        "per_pair_epe": dict(zip(names, pair_epe(errors, truth.visible), strict=True)),
+        "visible_share": truth.visible.double().mean().item(),
     }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,30 +54,15 @@ def load_weights(
     sizes = [field.name for field in fields(ModelConfig)]
     for key in overrides:
         if key not in sizes:
-            raise WeightsError(f"--override {key} is no size of a model that is made up: one of {', '.join(sizes)}")
+            raise WeightsError(f"--set {key} is no size of a model that is made up: one of {', '.join(sizes)}")
     try:
         config = replace(PRESETS[preset], **overrides)
     except ValueError as error:
-        raise WeightsError(f"--override: {error}") from None
+        raise WeightsError(f"--set: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MuM(config)
     return Weights(name or f"untrained {preset}", model.to(device).eval())
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that `--device` names; auto is a GPU where there is one.
-
-    Raises:
-        WeightsError: there is no such device.
-    """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise WeightsError(f"--device is '{name}', but must be auto, cpu, cuda or cuda:N")
-    there = torch.cuda.device_count()
-    device = torch.device(("cuda" if there else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and (device.index or 0) >= there:
-        raise WeightsError(f"--device is '{name}', but torch sees {there} CUDA devices")
-    return device
 
 
 def _name(source: Path) -> str:
@@ -89,29 +73,3 @@ def _name(source: Path) -> str:
     if path.name == "checkpoints":
         return path.parent.name
     return path.stem if path.is_file() else path.name
-
-
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE words as overrides: whole numbers, numbers, true and false, else text.
-
-    Raises:
-        WeightsError: a word without "=".
-    """
-    overrides = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise WeightsError(f"--override '{word}' must be KEY=VALUE")
-        overrides[key] = _value(value)
-    return overrides
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

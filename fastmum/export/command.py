@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
-        overrides = parse_overrides(args.overrides)
+        overrides = parse_overrides(args.overrides, {"encoder_only": "--encoder-only"})
         done = export(args.run, args.format, args.out, args.encoder_only, args.force, **overrides)
     except (WeightsError, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastmum.features.errors import FeaturesError
 from fastmum.features.extract import Tokens, extract
 from fastmum.features.images import Images, Sizing, find_images
@@ -17,6 +15,7 @@ from fastmum.features.pictures import write_pictures
 from fastmum.features.store import SUFFIXES, check_file, write_features
 from fastmum.pretrained import WeightsError, build, read_pretrained
 from fastmum.pretrained.arguments import add_overrides, parse_overrides
+from fastmum.pretrained.device import pick_device
 
 NAMED = 10  # skipped images to name
 
@@ -107,11 +106,11 @@ def _run(args: argparse.Namespace) -> tuple[Images, dict[str, Tokens], Path | No
     size = _size(args.size)
     check_file(args.out, args.force)
     images = find_images(args.images)
-    pretrained = read_pretrained(args.weights, **{**parse_overrides(args.overrides), "encoder_only": True})
+    overrides = parse_overrides(args.overrides, {"device": "--device", "dtype": "--dtype"})
+    pretrained = read_pretrained(args.weights, **{**overrides, "encoder_only": True})
     depth, patch_size = pretrained.config.depth, pretrained.config.patch_size
     layers, sizing = _layers(args.layers, depth), Sizing(patch_size, size, args.fit, args.max_side)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    encoder = build(pretrained, device, args.dtype)
+    encoder = build(pretrained, pick_device(args.device), args.dtype)
     features = extract(encoder, images, sizing, layers, not args.no_norm, args.batch, progress=True)
     write_features(args.out, features, _about(args, images, layers, depth))
     if args.no_pictures:

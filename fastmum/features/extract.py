@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fastmum.data.decode.header import FrameError
 from fastmum.features.errors import FeaturesError
 from fastmum.features.images import Images, Placement, Sizing, read_image
+from fastmum.features.memory import available_memory
 from fastmum.model.encoder import Encoder
 
 THREADS = 8  # that decode; Pillow and torch release Python's lock
@@ -62,12 +63,14 @@ def extract(
         Tokens by names of images, in the order of the files.
 
     Raises:
-        FeaturesError: no image can be read, the device's memory is too small, or features are not finite.
+        FeaturesError: no image can be read, features of all images do not fit in memory, the device's memory is too
+            small, or features are not finite.
         ValueError: layers that the encoder does not have.
     """
     sizing = sizing or Sizing(encoder.config.patch_size)
     sizes = images.sizes()
     placements = {file: sizing.place(*size) for file, size in sizes.items()}
+    _check_memory(encoder, placements.values(), layers)
     device = encoder.cls_token.device
     found: dict[str, Tokens] = {}
     with tqdm(total=len(placements), unit="image", desc="features", disable=not progress) as bar:
@@ -85,6 +88,24 @@ def extract(
         name, why = next(iter(images.skipped.items()))
         raise FeaturesError(f"none of {len(images.files)} images can be read; the first is '{name}' ({why})")
     return {name: found[name] for name in map(images.name, images.files) if name in found}
+
+
+def _check_memory(encoder: Encoder, placements: Collection[Placement], layers: int | Sequence[int] | None) -> None:
+    """Look whether features of all images, which are kept until they are written, fit in memory.
+
+    Raises:
+        FeaturesError: they do not.
+    """
+    count = 1 if layers is None else layers if isinstance(layers, int) else len(layers)
+    p = encoder.config.patch_size
+    tokens = sum(1 + (place.height // p) * (place.width // p) for place in placements)
+    needed = count * tokens * encoder.config.embed_dim * encoder.cls_token.element_size()
+    there = available_memory()
+    if there is not None and needed > there:
+        raise FeaturesError(
+            f"features of {len(placements)} images take {needed / 1e9:.1f} GB, but {there / 1e9:.1f} GB of memory are "
+            "available: take a smaller --size or --max-side, --dtype bfloat16, fewer --layers, or fewer images"
+        )
 
 
 def _tokens(encoder: Encoder, frames: Tensor, layers: int | Sequence[int] | None, norm: bool) -> tuple[Tensor, Tensor]:

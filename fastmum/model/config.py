@@ -40,8 +40,8 @@ class ModelConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name == "norm_eps":
-                if not 0 < value < 1:
-                    raise ValueError(f"norm_eps is {value}, but must lie between 0 and 1")
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+                    raise ValueError(f"norm_eps is {value!r}, but must be a number between 0 and 1")
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field.name} is {value!r}, but must be a positive integer")
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):

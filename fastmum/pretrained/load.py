@@ -81,7 +81,7 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
         WeightsError: nothing to be read, no MuM in it, an override that is unknown or cannot be.
         MismatchError: keys that are missing, too many or of another shape; all are listed, with what is expected.
     """
-    _check_names(overrides, (*SIZES, *OPTIONS, *PLACEMENT))
+    check_names(overrides, (*SIZES, *OPTIONS, *PLACEMENT))
     placement = {name: overrides.pop(name) for name in PLACEMENT if name in overrides}
     return build(read_pretrained(path, **overrides), **placement)
 
@@ -95,7 +95,7 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     Raises:
         WeightsError, MismatchError: as there.
     """
-    _check_names(overrides, (*SIZES, *OPTIONS))
+    check_names(overrides, (*SIZES, *OPTIONS))
     saved = read_saved(Path(path).expanduser())
     state = find_state(saved.path, saved.tree, overrides.get("key"))
     encoder_only = _is_encoder_only(saved, state, overrides.get("encoder_only"))
@@ -135,7 +135,12 @@ def build(
     return model.eval()
 
 
-def _check_names(overrides: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def check_names(overrides: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Look for overrides that there are not.
+
+    Raises:
+        WeightsError: one that is not known.
+    """
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -81,6 +81,21 @@ def test_matching_by_attention(wall_pairs):
     assert result.warps.shape == (3, 16, 2)
 
 
+def test_pictures_are_encoded_to_be_decoded_alone(wall_pairs, tiny, monkeypatch):
+    tiny.eval()
+    seen, forward = [], tiny.forward_features
+    monkeypatch.setattr(tiny, "forward_features", lambda images: seen.append(len(images)) or forward(images))
+    evaluate_attention(tiny, wall_pairs.first(3), 32, progress=False)
+    assert seen == [4, 2]  # two pairs, and one
+
+
+def test_attention_that_is_not_finite(wall_pairs, tiny):
+    with torch.no_grad():
+        tiny.norm.bias[0] = torch.nan
+    with pytest.raises(DataError, match="features of the set 'wall' are not finite"):
+        evaluate_attention(tiny.eval(), wall_pairs, 32, progress=False)
+
+
 def test_attention_on_the_true_place_matches(wall_pairs, monkeypatch, tiny):
     """Were all attention on the true match, the matcher would be right to half a patch."""
     pairs = iter(wall_pairs.pairs[:2])

@@ -19,23 +19,47 @@ from fastmum.evaluate.warp import grid_points, pair_warp
 def test_features_of_an_encoder_and_of_one_with_registers(tiny, by_colour):
     images = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8)
     known = tiny.eval().forward_features(images)
-    assert torch.allclose(patch_features(tiny, images), known["x_norm_patchtokens"], atol=1e-5)
-    assert torch.allclose(patch_features(tiny, images, "raw"), known["x_prenorm"][:, 1:], atol=1e-5)
-    assert torch.equal(patch_features(by_colour, images, "raw"), patch_features(by_colour, images))
+    ours = patch_features(tiny, images)
+    assert torch.allclose(ours["layernorm"], known["x_norm_patchtokens"], atol=1e-5)
+    assert torch.allclose(ours["raw"], known["x_prenorm"][:, 1:], atol=1e-5)
+    ours = patch_features(by_colour, images)
+    assert torch.equal(ours["raw"], ours["layernorm"])
 
 
 def test_prepared_sets_read_each_frame_once(wall_pairs, by_colour):
-    data = prepare(by_colour, wall_pairs.both_ways(), 64, progress=False)
+    data = prepare(by_colour, wall_pairs.both_ways(), 64, progress=False)["raw"]
     assert data.features.shape == (6, 256, 64)
-    assert data.grid == (16, 16)
+    assert data.truth.grid == (16, 16)
     assert data.first.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     assert data.second.tolist() == [1, 0, 2, 1, 3, 2, 4, 3, 5, 4]
     warp = pair_warp(wall_pairs.pairs[1], 16, 16)
-    assert torch.equal(data.target[2], warp.points)
-    assert torch.equal(data.visible[2], warp.visible)
+    assert torch.equal(data.truth.target[2], warp.points)
+    assert torch.equal(data.truth.visible[2], warp.visible)
     # A token's length is taken away, its direction stays.
-    features = patch_features(by_colour, load_image(wall_pairs.pairs[0].a, 64)[None])
+    features = patch_features(by_colour, load_image(wall_pairs.pairs[0].a, 64)[None])["raw"]
     assert torch.cosine_similarity(features, data.features[:1].float(), dim=-1).min() > 0.999
+
+
+def counted(encoder, monkeypatch):
+    """Numbers of pictures that the encoder is given from now on."""
+    seen, forward = [], encoder.forward_features
+    monkeypatch.setattr(encoder, "forward_features", lambda images: seen.append(len(images)) or forward(images))
+    return seen
+
+
+def test_both_norms_are_of_one_pass(wall_pairs, tiny, by_colour, monkeypatch):
+    tiny.eval()
+    seen = counted(tiny, monkeypatch)
+    data = prepare(tiny, wall_pairs, 32, progress=False)
+    assert list(data) == ["layernorm", "raw"]
+    assert not torch.equal(data["layernorm"].features, data["raw"].features)
+    assert list(prepare(tiny, wall_pairs, 32, ("raw",), progress=False)) == ["raw"]
+    assert seen == [6, 6]
+    evaluate_cosine(tiny, wall_pairs, 32, progress=False)
+    assert seen[2:] == [6]
+    seen = counted(by_colour, monkeypatch)
+    evaluate_cosine(by_colour, object_pairs(), 64, progress=False)
+    assert seen == [2, 2]  # a pair at a time
 
 
 def test_features_by_place_match_and_others_do_not(wall_pairs, by_colour):
@@ -89,7 +113,9 @@ def object_pairs(count: int = 2) -> PairSet:
 
 def test_recall_of_features_by_place(by_colour):
     pairs = object_pairs()
-    scores = object_recall(by_colour, pairs, "layernorm", 64, progress=False)
+    recalls = object_recall(by_colour, pairs, 64, progress=False)
+    scores = recalls["layernorm"]
+    assert recalls["raw"] == scores  # this encoder has no norm
     assert scores["recall_5cm"] > 85  # some points are outside of the other window
     assert 0 < scores["recall_1cm"] < scores["recall_2cm"] < scores["recall_5cm"]  # cells are 2.3 cm wide
     assert scores["recall"] == pytest.approx(np.mean([scores[f"recall_{n}cm"] for n in (1, 2, 5)]))
@@ -97,7 +123,7 @@ def test_recall_of_features_by_place(by_colour):
     assert numbers["scores"] == scores
     with torch.no_grad():
         by_colour.waves.zero_()
-    assert object_recall(by_colour, pairs, "layernorm", 64, progress=False)["recall_5cm"] < 50
+    assert object_recall(by_colour, pairs, 64, progress=False)["layernorm"]["recall_5cm"] < 50
 
 
 def test_best_matches_are_those_that_stand_out():

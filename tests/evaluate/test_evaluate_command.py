@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 import torch
+from PIL import Image
 
 from fastmum import PRESETS, MuM
+from fastmum.data.errors import DataError
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.folder import read, save
 from fastmum.evaluate.published import PUBLISHED
@@ -85,6 +88,20 @@ def test_training_elsewhere_tests_on_all(weights, wall_file, rendered, tmp_path)
     assert record.content["settings"]["train_set"] == "scenes"
 
 
+def test_the_same_data_by_another_name_is_split(weights, wall_file, tmp_path):
+    assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", f"{wall_file.parent}/") == 0
+    assert read(tmp_path / "out")[0].content["pairs"] == 4
+
+
+def test_what_is_tested_on_is_not_trained_on(weights, wall_file, tmp_path, capsys):
+    other = wall_file.with_name("other.jsonl")
+    other.write_text(wall_file.read_text())
+    assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", str(other)) == 2
+    error = capsys.readouterr().err
+    assert f"error: --train-data '{other}' and --data '{wall_file}' share picture '" in error
+    assert error.count("\n") == 1
+
+
 def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
     found = []
     for i, seed in enumerate(("0", "0", "1")):
@@ -95,7 +112,7 @@ def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
 
 
 def test_an_untrained_model_of_other_sizes(wall_file, tmp_path):
-    sizes = ["--override", "patch_size=8", "--override", "depth=2"]
+    sizes = ["--set", "patch_size=8", "--override", "depth=2"]  # a name that it had
     assert run("cosine", "random:mum_tiny", wall_file, tmp_path / "out", *sizes, "--pictures", "0") == 0
     (record,) = read(tmp_path / "out")
     assert record.content["weights"] == "untrained mum_tiny"
@@ -108,14 +125,24 @@ def test_an_untrained_model_of_other_sizes(wall_file, tmp_path):
     [
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--weights", "random:mum_huge"], "no preset 'mum_huge'"),
-        (["--weights", "random:mum_tiny", "--override", "deepth=3"], "deepth is no size"),
-        (["--weights", "random:mum_tiny", "--override", "num_heads=5"], "embed_dim is 192 with num_heads 5"),
-        (["--weights", "small.pth", "--override", "depth"], "KEY=VALUE"),
-        (["--weights", "small.pth", "--override", "deepth=3"], "nearest is 'depth'"),
+        (["--weights", "random:mum_tiny", "--set", "key=teacher"], "--set key is no size"),
+        (
+            ["--weights", "random:mum_tiny", "--set", "norm_eps=small"],
+            "--set: norm_eps is 'small', but must be a number",
+        ),
+        (["--weights", "random:mum_tiny", "--set", "num_heads=5"], "embed_dim is 192 with num_heads 5"),
+        (["--weights", "small.pth", "--set", "depth"], "KEY=VALUE"),
+        (
+            ["--weights", "small.pth", "--set", "device=cpu"],
+            "--set is 'device=cpu', but device has a flag of its own: --device",
+        ),
+        (["--weights", "small.pth", "--set", "deepth=3"], "nearest is 'depth'"),
         (["--data", "nowhere"], "there is no 'nowhere'"),
         (["--size", "50"], "multiple of the patch size 16"),
         (["--steps", "0"], "--steps is 0"),
-        (["--learning-rates", "-1"], "learning_rates"),
+        (["--learning-rates", "-1"], "--learning-rates are [-1.0], but must be positive"),
+        (["--weight-decays", "-1"], "--weight-decays are [-1.0], but must be at least 0"),
+        (["--batch", "0"], "--batch is 0, but must be at least 1"),
         (["--max-pairs", "0"], "--max-pairs is 0"),
         (["--device", "tpu"], "--device is 'tpu'"),
         (["--out", "small.pth"], "--out 'small.pth' cannot be written to"),
@@ -128,6 +155,18 @@ def test_mistakes_are_one_line(weights, wall_file, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+@pytest.mark.parametrize("task", ["matching", "cosine", "attention", "views"])
+def test_too_little_memory_is_one_line(weights, tmp_path, monkeypatch, capsys, task):
+    def full(args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("fastmum.evaluate.__main__._run", full)
+    assert run(task, weights, "scenes", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the memory of the device is too small: lower --")
+    assert error.count("\n") == 1
 
 
 def test_attention_needs_a_decoder(weights, wall_file, tmp_path, capsys):
@@ -149,6 +188,50 @@ def test_foreign_files_are_told(tmp_path, weights, wall_file, capsys):
     (tmp_path / "out/other.json").write_text("[]")
     assert run("cosine", weights, wall_file, tmp_path / "out") == 2
     assert "other.json' is no result of fastmum.evaluate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"set": "drop"}, "it lacks 'set'"),
+        ({"weights": "drop"}, "it lacks 'weights'"),
+        ({"settings": "drop"}, "it lacks 'settings'"),
+        ({"scores": []}, "it is of another kind"),
+        ({"weights": None}, "it is of another kind"),
+        ({"task": "cooking"}, "it is of another kind"),
+    ],
+)
+def test_results_of_others_are_told(tmp_path, changes, message):
+    content = {"task": "cosine", "set": "wall", "weights": "mine", "scores": {}, "settings": {}} | changes
+    file = tmp_path / "other.json"
+    file.write_text(json.dumps({key: value for key, value in content.items() if value != "drop"}))
+    with pytest.raises(DataError, match=rf"other.json' is no result of fastmum.evaluate \({message}\)"):
+        read(tmp_path)
+
+
+def result(weights, **scores):
+    return {"task": "cosine", "set": "wall", "weights": weights, "scores": scores, "settings": {}}
+
+
+def test_results_that_are_no_json_leave_the_pictures(tmp_path):
+    save(tmp_path, result("mine", epe=1.0), [Image.new("RGB", (8, 8))])
+    with pytest.raises(DataError, match="the results of 'mine' on 'wall' are no JSON"):
+        save(tmp_path, result("mine", epe=float("nan")), [])
+    (record,) = read(tmp_path)
+    assert record.content["scores"] == {"epe": 1.0}
+    assert len(record.pictures) == 1
+
+
+def test_names_alike_but_for_punctuation_do_not_replace_each_other(tmp_path, weights, wall_file, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert run("cosine", weights, wall_file, out, "--name", "a b") == 0
+    before = read(out)
+    with pytest.raises(DataError, match="holds results of 'a b' on 'wall', and those of 'a/b' on 'wall' would"):
+        save(out, result("a/b"), [])
+    monkeypatch.setattr("fastmum.evaluate.__main__.evaluate_cosine", None)  # nothing may come that far
+    assert run("cosine", weights, wall_file, out, "--name", "a/b") == 2
+    assert "another --name or --out keeps both" in capsys.readouterr().err
+    assert read(out) == before
 
 
 def test_table_of_the_papers_sets(tmp_path):

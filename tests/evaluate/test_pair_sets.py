@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from plane_world import Shot, exact, shot, walk
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import load_image
-from fastmum.evaluate.pairs import SETS, open_pairs
+from fastmum.evaluate.pairs import SETS, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.jsonl import split
 from fastmum.evaluate.pairs.reading import read_depth
 from fastmum.evaluate.warp import grid_points, pair_warp
@@ -94,6 +95,10 @@ def test_megadepth_of_dkm(tmp_path):
     assert [pair.name for pair in test.pairs] == ["0015/1-2", "0015/2-3", "0015/3-1"]
     assert [pair.name for pair in train.pairs] == ["0003/1-2", "0003/3-1"]  # not too little overlap, not a test scene
     check(train.pairs[1], shots[3], shots[1])
+    trainable = open_pairs(str(tmp_path), "trainable")
+    assert [pair.name for pair in trainable.pairs] == [pair.name for pair in train.pairs]
+    assert overlap(train, test) is None
+    assert overlap(test, test) == "scene '0015'"
 
 
 def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
@@ -146,6 +151,7 @@ def test_scannet_training_pairs(tmp_path):
     train = open_pairs(f"scannet:{tmp_path}", "train")
     assert [pair.name for pair in train.pairs] == ["scene0001_00/0-10"]
     check(train.pairs[0], *shots[:2])
+    assert [pair.name for pair in open_pairs(str(tmp_path), "trainable").pairs] == ["scene0001_00/0-10"]
 
 
 def quaternion(R: np.ndarray) -> list[float]:
@@ -205,6 +211,20 @@ def test_pairs_in_a_text_file(wall_file):
     assert not keys[0] & keys[1]
 
 
+def test_depth_units_of_records(wall_file):
+    """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
+    folder, shots = wall_file.parent, walk(16)
+    np.save(folder / "4.npy", shots[4].depth())
+    write_h5(folder / "5.h5", shots[5].depth())
+    spoil(wall_file, depth_a="4.npy", depth_b="5.h5")
+    check(open_pairs(str(wall_file)).pairs[2], shots[4], shots[5])
+    np.save(folder / "4.npy", shots[4].depth() * 10)
+    spoil(wall_file, depth_a="4.npy", depth_b="5_depth.png", depth_unit=0.1)
+    pair = open_pairs(str(wall_file)).pairs[2]
+    assert np.allclose(pair.a.read_camera().depth, shots[4].depth(), rtol=1e-5)
+    assert np.allclose(pair.b.read_camera().depth, 100 * shots[5].depth(), atol=0.1)
+
+
 def test_pairs_without_depth_are_passed_over(wall_file, caplog):
     lines = wall_file.read_text().splitlines()
     record = json.loads(lines[0]) | {"depth_b": None}
@@ -234,7 +254,43 @@ def test_rendered_scenes_are_split_by_scene(rendered):
     assert {pair.scene for pair in test.pairs} == {"scene_0001"}
     assert {pair.scene for pair in train.pairs} == {"scene_0000"}
     assert len(everything.pairs) == len(test.pairs) + len(train.pairs)
+    assert len(open_pairs(str(rendered), "trainable").pairs) == len(everything.pairs)
+    assert overlap(train, test) is None
+    assert overlap(everything, test) == "scene 'scene_0001'"
     assert load_image(test.pairs[0].a, 96).shape == (96, 96, 3)
+
+
+def test_sets_with_a_test_part_of_their_own_are_trained_on_elsewhere(rendered, monkeypatch):
+    folders = {"train": [rendered / "scene_0000"], "all": [rendered / "scene_0001"]}
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
+    for name in ("scenes", "motorcycle"):
+        assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
+
+
+def test_pictures_are_shared_under_any_name(rendered, wall_file, tmp_path):
+    """Scene names mean nothing across folders, files do."""
+    again = tmp_path / "again"
+    shutil.copytree(rendered, again)
+    scenes, copied = open_pairs(str(rendered), "all"), open_pairs(str(again), "all")
+    assert overlap(scenes, copied) is None
+    (tmp_path / "link").symlink_to(rendered)
+    assert overlap(open_pairs(str(tmp_path / "link"), "all"), scenes) == "scene 'scene_0000'"
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(wall_file.read_text().splitlines(True)[5:])
+        .replace('a": "', 'a": "wall/')
+        .replace('b": "', 'b": "wall/')
+    )
+    shared = overlap(open_pairs(str(tmp_path / "mine.jsonl")), open_pairs(str(wall_file)))
+    assert shared == f"picture '{(wall_file.parent / '10.png').resolve()}'"
+
+
+def test_names_of_one_set(rendered, wall_file, tmp_path):
+    names = [str(wall_file), str(wall_file.parent), f"{wall_file.parent}/", f"pairs:{wall_file}"]
+    assert all(same_set(one, other) for one in names for other in names)
+    assert same_set("scenes", "scenes")
+    assert not same_set("scenes", "motorcycle")
+    assert not same_set("scenes", str(rendered))
+    assert not same_set(str(rendered), str(wall_file))
 
 
 def test_some_pairs_of_a_set(wall_pairs):
@@ -256,9 +312,12 @@ def spoil(file: Path, **changes) -> None:
     [
         ({"K_a": "drop"}, r"line 3 of '.*' lacks K_a"),
         ({"K_a": [[1, 0], [0, 1]]}, r"K_a in line 3 .* 3 x 3"),
+        ({"K_a": np.zeros((3, 3)).tolist()}, r"K_a in line 3 of '.*' is a singular matrix"),
+        ({"T_b_a": np.diag([1.0, 1, 0, 1]).tolist()}, r"T_b_a in line 3 of '.*' is a singular matrix"),
         ({"T_b_a": [[float("nan")] * 4] * 4}, r"T_b_a in line 3 .* finite"),
         ({"image_b": "nothing.png"}, r"'nothing.png', named in"),
         ({"image_b": 7}, r"7, named in '.*', is not a path"),
+        ({"id": "pair 0"}, r"line 3 of '.*' has the id 'pair 0' of line 1: every pair needs its own"),
         ({"depth_unit": "millimetres"}, r"depth_unit in line 3 of '.*' must be a finite number"),
     ],
 )
@@ -323,6 +382,12 @@ def test_folders_that_hold_something_else(tmp_path, kind):
     [
         ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "no annotation of NAVI"),
         ("cat/wild_set/annotations.json", '[{"filename": "0", "camera": {}, "image_size": [1]}]', "no annotation"),
+        (
+            "cat/wild_set/annotations.json",
+            '[{"filename": "0.jpg", "image_size": [1, 1], '
+            '"camera": {"q": [1, 0, 0, 0], "t": [0, 0, 0], "focal_length": 0}}]',
+            "'0.jpg' in '.*annotations.json' has q .* and focal_length 0, of which none may be 0",
+        ),
         ("scene_0000/cameras.json", '{"depth_unit": "x"}', "not a scene's cameras.json"),
         ("scene_0000/cameras.json", "{", "cannot be read"),
     ],
@@ -333,6 +398,32 @@ def test_cameras_that_are_none(tmp_path, name, content, message):
     file.write_text(content)
     with pytest.raises(DataError, match=message):
         open_pairs(str(tmp_path))
+
+
+def test_singular_cameras_are_named(rendered, tmp_path):
+    shots = walk(3)
+    for key, what in (("poses", "pose 1 in"), ("intrinsics", "intrinsics 1 in")):
+        information = megadepth(tmp_path / key, "0015", shots)
+        information[key][1] = np.zeros_like(information[key][1])
+        infos = objects([((1, 2), 0.2, np.zeros((0, 4)))])
+        np.savez(tmp_path / key / "0015_0.1_0.3.npz", **information, pair_infos=infos)
+        with pytest.raises(DataError, match=rf"{what} '.*0015_0.1_0.3.npz' is a singular matrix"):
+            open_pairs(str(tmp_path / key))
+    for name, shape in (("pose/15.txt", (4, 4)), ("intrinsic/intrinsic_color.txt", (3, 3))):
+        root = tmp_path / Path(name).stem
+        scannet(root / "scene0707_00", dict(zip((0, 15, 30), shots, strict=True)), np.eye(3))
+        np.savez(root / "test.npz", name=np.array([[707, 0, 0, 15]]))
+        np.savetxt(root / "scene0707_00" / name, np.zeros(shape))
+        with pytest.raises(DataError, match=rf"'.*scene0707_00/{name}' is a singular matrix"):
+            open_pairs(str(root))
+    for key, size in (("T_cam_world", 4), ("K", 3)):
+        shutil.copytree(rendered, tmp_path / f"scenes {key}")
+        file = tmp_path / f"scenes {key}" / "scene_0001/cameras.json"
+        cameras = json.loads(file.read_text())
+        cameras["frames"][2][key] = np.zeros((size, size)).tolist()
+        file.write_text(json.dumps(cameras))
+        with pytest.raises(DataError, match=rf"{key} of '{cameras['frames'][2]['file']}' in '{file}' is a singular"):
+            open_pairs(str(file.parent.parent))
 
 
 def test_scene_information_that_is_none(tmp_path):

@@ -32,7 +32,7 @@ def folder(tmp_path):
         views("mum 1", [0.9, 0.86, 0.84], [0.9, 0.90, 0.90]),
     ]
     for content in contents:
-        save(tmp_path, content, [])
+        save(tmp_path, content | {"settings": {}}, [])
     return tmp_path
 
 

@@ -144,9 +144,9 @@ def test_the_command(noisy, model, tmp_path, capsys):
     ("words", "message"),
     [
         (["--data", "nowhere"], "there is no folder 'nowhere'"),
-        (["--views", "2", "4"], "must begin with 1"),
+        (["--views", "2", "4"], "--views are (2, 4), but must begin with 1"),
         (["--views", "1", "16"], "0 sequences of at least 16 views"),
-        (["--mask-ratio", "1.5"], "mask_ratio is 1.5"),
+        (["--mask-ratio", "1.5"], "--mask-ratio is 1.5"),
         (["--mask-ratio", "0.99"], "mask_ratio is 0.99"),
         (["--gap", "0"], "--gap is 0"),
         (["--size", "30"], "multiple of the patch size 16"),
@@ -184,6 +184,23 @@ def test_a_picture_that_changed_is_read_again(noisy, model):
 def test_an_encoder_predicts_nothing(noisy):
     with pytest.raises(DataError, match="decoder"):
         evaluate_views(Encoder(ModelConfig(32, 2, 2, 32, 2, 2)), open_sequences(str(noisy), 8), size=32, progress=False)
+
+
+def test_pictures_are_of_frames_that_were_measured(noisy, tmp_path, monkeypatch):
+    measured, drawn = [], []
+
+    def noting(noted):
+        return lambda sequences, target, *rest: noted.append(target) or shown(sequences, target, *rest)
+
+    monkeypatch.setattr("fastmum.evaluate.views.shown", noting(measured))
+    monkeypatch.setattr("fastmum.evaluate.__main__.shown", noting(drawn))
+    words = ["views", "--weights", "random:mum_tiny", "--data", str(noisy), "--out", str(tmp_path / "out")]
+    words += ["--views", "1", "2", "--masks", "1", "--size", "32", "--device", "cpu"]
+    assert main([*words, "--max-pairs", "3", "--pictures", "2"]) == 0
+    assert len(measured) == 3
+    assert drawn == [measured[0], measured[-1]]
+    assert main([*words, "--max-pairs", "2", "--pictures", "4"]) == 0
+    assert drawn[2:] == measured[3:]
 
 
 def test_pictures(noisy, model):

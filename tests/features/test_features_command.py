@@ -11,6 +11,7 @@ from safetensors import safe_open
 from fastmum import load_pretrained
 from fastmum.features import FeaturesError, Sizing, extract, find_images, read_features, write_features
 from fastmum.features.__main__ import main
+from fastmum.features.memory import available_memory
 
 
 @pytest.fixture
@@ -149,9 +150,13 @@ def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, cap
         (["--layers", "last"], "--layers is 'last'"),
         (["--batch", "0"], "--batch 0"),
         (["--dtype", "int8"], "dtype is 'int8', but must be one of float32, bfloat16, float16"),
-        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["--device", "nowhere"], "--device is 'nowhere', but must be auto, cpu, cuda or cuda:N"),
         (["--weights", str(tmp_path / "none")], "none' does not exist"),
         (["--set", "norm_esp=1"], "the nearest is 'norm_eps'"),
+        (["--set", "norm_eps=[1"], "--set is 'norm_eps=[1', but the value cannot be read as YAML"),
+        (["--set", "norm_eps=${"], "--set is 'norm_eps=${', but the value cannot be read as YAML"),
+        (["--set", "norm_eps=[1]"], "norm_eps is [1], but must be a number between 0 and 1"),
+        (["--set", "dtype=float16"], "--set is 'dtype=float16', but dtype has a flag of its own: --dtype"),
         (["--set", "norm_eps"], "--set is 'norm_eps', but must be KEY=VALUE"),
     ):
         assert call(mixed, weights, tmp_path / "f.npz", *options) == 2
@@ -166,6 +171,33 @@ def test_features_that_are_not_finite(mixed, tiny):
         tiny.norm.bias[0] = torch.inf
     with pytest.raises(FeaturesError, match=r"features of '0.png' are not finite.*torch.float32 is too narrow"):
         extract(tiny, find_images([mixed]))
+
+
+@pytest.mark.parametrize("options", [[], ["--layers", "2", "--dtype", "bfloat16"], ["--layers", "1,"]])
+def test_features_that_do_not_fit_in_memory(mixed, weights, tmp_path, capsys, monkeypatch, options):
+    """Told before anything is computed, and exactly."""
+    out = tmp_path / "f.safetensors"
+    assert call(mixed, weights, out, *options, "--no-pictures") == 0
+    size = sum(part.nbytes for tokens in read_features(out)[0].values() for part in (tokens.cls, tokens.patch))
+    monkeypatch.setattr("fastmum.features.extract.available_memory", lambda: size)
+    assert call(mixed, weights, out, *options, "--no-pictures", "--force") == 0
+    monkeypatch.setattr("fastmum.features.extract.available_memory", lambda: size - 1)
+    monkeypatch.setattr("fastmum.features.extract.read_image", None)  # nothing may come that far
+    capsys.readouterr()
+    assert call(mixed, weights, out, *options, "--no-pictures", "--force") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: features of 5 images take 0.0 GB, but 0.0 GB of memory are available: take a ")
+    assert all(remedy in error for remedy in ("--size", "--dtype bfloat16", "fewer images"))
+
+
+def test_memory_that_is_available(tmp_path, monkeypatch):
+    assert available_memory() > 1e6
+    there = tmp_path / "meminfo"
+    there.write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:       7 kB\n")
+    monkeypatch.setattr("fastmum.features.memory.MEMINFO", there)
+    assert available_memory() == 7 * 1024
+    there.unlink()
+    assert available_memory() > 1e6
 
 
 def test_from_python(mixed, weights, tmp_path):

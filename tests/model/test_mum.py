@@ -206,6 +206,8 @@ def test_one_sentence_for_a_wrong_argument(tiny, change, error, words):
         ({"depth": 0}, "depth is 0"),
         ({"num_heads": 2.0}, "num_heads is 2.0"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0"),
+        ({"norm_eps": "1e-5"}, "norm_eps is '1e-5', but must be a number between 0 and 1"),
+        ({"norm_eps": None}, "norm_eps is None, but must be a number"),
     ],
 )
 def test_sizes_that_cannot_work(change, words):

@@ -12,11 +12,22 @@ from typing import Literal, NamedTuple
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs import jsonl, megadepth, motorcycle, navi, scannet, scenes
-from fastmum.evaluate.pairs.pair import Camera, Frame, Pair, PairSet, relative_pose, unit_camera
+from fastmum.evaluate.pairs.pair import Camera, Frame, Pair, PairSet, overlap, relative_pose, unit_camera
 
-__all__ = ["SETS", "Camera", "Frame", "Pair", "PairSet", "open_pairs", "relative_pose", "unit_camera"]
+__all__ = [
+    "SETS",
+    "Camera",
+    "Frame",
+    "Pair",
+    "PairSet",
+    "open_pairs",
+    "overlap",
+    "relative_pose",
+    "same_set",
+    "unit_camera",
+]
 
-Part = Literal["test", "train", "all"]
+Part = Literal["test", "train", "all", "trainable"]
 
 
 class Layout(NamedTuple):
@@ -27,12 +38,17 @@ class Layout(NamedTuple):
         embedded: opens the set that needs no path, None where there is none.
         open: opens a set at a path, None where there is none.
         recognises: whether a path holds such a set.
+        place: what a path to such a set stands for, resolved.
+        splits: whether "test" and "train" are cut from one set, so that all of it may be trained on where none of it
+            is tested on. Else "all" is what everybody tests on.
     """
 
     meaning: str
     embedded: Callable[[str], PairSet] | None = None
     open: Callable[[Path, str], PairSet] | None = None
     recognises: Callable[[Path], bool] = lambda path: False
+    place: Callable[[Path], Path] = Path.resolve
+    splits: bool = False
 
 
 SETS: dict[str, Layout] = {
@@ -41,9 +57,17 @@ SETS: dict[str, Layout] = {
         scenes.embedded,
         scenes.from_root,
         scenes.is_scenes,
+        splits=True,
     ),
     "motorcycle": Layout("Middlebury's stereo pair of that name, from scikit-image", motorcycle.stereo),
-    "pairs": Layout("pairs.jsonl: pictures, K, T_b_a and depth, a pair a line", None, jsonl.from_file, jsonl.is_jsonl),
+    "pairs": Layout(
+        "pairs.jsonl: pictures, K, T_b_a and depth, a pair a line",
+        None,
+        jsonl.from_file,
+        jsonl.is_jsonl,
+        lambda path: jsonl.file_of(path).resolve(),
+        splits=True,
+    ),
     "scannet": Layout("ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root, scannet.is_scannet),
     "megadepth": Layout(
         "MegaDepth-1500 as LoFTR, DKM and RoMa have it", None, megadepth.from_root, megadepth.is_megadepth
@@ -57,24 +81,49 @@ def open_pairs(name: str, part: Part = "all") -> PairSet:
 
     Args:
         name: a word, a path, or both with a colon between, as in `SETS`.
-        part: "train" and "test" share no scene (or no picture); "all" is what may be tested on without training.
+        part: "train" and "test" share no scene (or no picture); "all" is what may be tested on without training,
+            "trainable" what may be trained on where nothing of the set is tested on.
 
     Raises:
         DataError: no such set, or one that cannot be read.
+    """
+    layout, path = _find(name)
+    if part == "trainable":
+        part = "all" if layout.splits and path is not None else "train"
+    return layout.embedded(part) if path is None else layout.open(path, part)
+
+
+def same_set(one: str, other: str) -> bool:
+    """Whether two names of sets mean the same data.
+
+    Raises:
+        DataError: no such set.
+    """
+    (layout, path), (other_layout, other_path) = map(_find, (one, other))
+    if layout is not other_layout or path is None or other_path is None:
+        return layout is other_layout and path is other_path
+    return layout.place(path) == layout.place(other_path)
+
+
+def _find(name: str) -> tuple[Layout, Path | None]:
+    """The layout of a set that a user names, and where it lies; None: it is embedded.
+
+    Raises:
+        DataError: no such set.
     """
     word, colon, rest = name.partition(":")
     if word in SETS and (colon or name == word):
         layout = SETS[word]
         if not rest and layout.embedded is not None:
-            return layout.embedded(part)
+            return layout, None
         if not rest or layout.open is None:
             form = f"{word}:/path" if layout.open else word
             raise DataError(f"'{name}' names no data: write {form}")
-        return layout.open(_existing(rest), part)
+        return layout, _existing(rest)
     path = _existing(name)
     for layout in SETS.values():
         if layout.open is not None and layout.recognises(path):
-            return layout.open(path, part)
+            return layout, path
     raise DataError(f"'{name}' holds no set of pairs that is known here: {', '.join(SETS)} (see --help)")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose, some
-from fastmum.evaluate.pairs.reading import frame_of, matrix, read_archive
+from fastmum.evaluate.pairs.reading import frame_of, read_archive, square
 
 TEST_SCENES = ("0015", "0022")  # LoFTR's split
 # The scenes that LoFTR's five test files and the Image Matching Challenge 2021 take their pictures from.
@@ -59,7 +59,7 @@ def from_root(root: Path, part: str) -> PairSet:
             f"'{root}' holds no MegaDepth-1500: neither 0015_0.1_0.3.npz and its siblings (also in "
             "megadepth_test_1500_scene_info/) nor prep_scene_info/0015.npy"
         )
-    return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], SIZE)
+    return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], SIZE, origin="megadepth")
 
 
 def _information(root: Path, part: str) -> list[Path]:
@@ -93,7 +93,7 @@ def _pairs(file: Path, root: Path, part: str) -> list[Pair]:
             for index in (i, j):
                 if index not in frames:
                     frames[index] = _frame(information, index, folder, file)
-            T_a, T_b = (matrix(poses[index], (4, 4), f"pose {index} in '{file}'") for index in (i, j))
+            T_a, T_b = (square(poses[index], 4, f"pose {index} in '{file}'") for index in (i, j))
             pairs.append(Pair(f"{file.stem}/{i}-{j}", scene, frames[i], frames[j], relative_pose(T_a, T_b)))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
@@ -114,7 +114,7 @@ def _listed(information: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _frame(information: dict[str, Any], index: int, folder: Path, file: Path) -> Frame:
     image, depth = str(information["image_paths"][index]), str(information["depth_paths"][index])
-    K = matrix(information["intrinsics"][index], (3, 3), f"intrinsics {index} in '{file}'")
+    K = square(information["intrinsics"][index], 3, f"intrinsics {index} in '{file}'")
     return frame_of(image, folder / image, folder / depth, K)
 
 

@@ -45,7 +45,7 @@ def from_root(root: Path, part: str) -> PairSet:
         DataError: no object, a part to train on, or a file that cannot be read.
     """
     if part == "train":
-        raise DataError("NAVI is not trained on here; --train-data names another set")
+        raise DataError("NAVI is not trained on here; name another set by --train-data")
     files = sorted(root.glob("*/wild_set/annotations.json"))
     if not files:
         raise DataError(f"'{root}' holds no NAVI: there is no */wild_set/annotations.json")
@@ -83,11 +83,16 @@ def _pairs(file: Path, rng: np.random.Generator) -> list[Pair]:
 def _view(annotation: dict[str, Any], folder: Path, where: str) -> _View:
     camera, image = annotation["camera"], folder / "images" / annotation["filename"]
     height, width = annotation["image_size"]
+    q, focal = matrix(camera["q"], (4,), f"q in {where}"), float(camera["focal_length"])
+    if not q.any() or not 0 < focal < np.inf:
+        raise DataError(
+            f"'{image.name}' in {where} has q {q.tolist()} and focal_length {focal:g}, of which none may be 0"
+        )
     T = np.eye(4)
-    T[:3, :3] = _rotation(matrix(camera["q"], (4,), f"q in {where}"))
+    T[:3, :3] = _rotation(q)
     T[:3, 3] = matrix(camera["t"], (3,), f"t in {where}") * MILLIMETRE
-    cut = _Cut(image, folder / "depth" / f"{image.stem}.png", (width, height), float(camera["focal_length"]))
-    return _View(Frame(f"{folder.parent.name}/{image.name}", cut.read_image, cut.read_camera), T)
+    cut = _Cut(image, folder / "depth" / f"{image.stem}.png", (width, height), focal)
+    return _View(Frame(f"{folder.parent.name}/{image.name}", cut.read_image, cut.read_camera, image), T)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -38,11 +39,13 @@ class Frame:
         key: names the frame within its set; frames of one key are read and encoded once.
         read_image: gives the picture, RGB.
         read_camera: gives its camera.
+        file: the picture's, None where it is in none of its own.
     """
 
     key: str
     read_image: Callable[[], Image.Image]
     read_camera: Callable[[], Camera]
+    file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,14 @@ class PairSet:
         pairs: at least one.
         size: side in pixels that its pictures are resized to where nobody asks for another.
         objects: whether each scene is one object in front of changing backgrounds, with depth on the object alone.
+        origin: where the names of its scenes are unique: a data set or a folder; "" where they mean nothing elsewhere.
     """
 
     name: str
     pairs: list[Pair]
     size: int
     objects: bool = False
+    origin: str = ""
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -98,6 +103,24 @@ class PairSet:
     def both_ways(self) -> PairSet:
         """Every pair and its reverse."""
         return replace(self, pairs=[each for pair in self.pairs for each in (pair, pair.reversed())])
+
+
+def overlap(train: PairSet, test: PairSet) -> str | None:
+    """What two sets share, in words: a scene of one origin, or the file of a picture; None for nothing."""
+    if train.origin and train.origin == test.origin:
+        tested = {pair.scene for pair in test.pairs}
+        scene = next((pair.scene for pair in train.pairs if pair.scene in tested), None)
+        if scene is not None:
+            return f"scene '{scene}'"
+    files = _files(test)
+    file = next((file for file in _files(train) if file in files), None)
+    return None if file is None else f"picture '{file}'"
+
+
+def _files(pairs: PairSet) -> dict[Path, None]:
+    """Resolved files of the pictures, in the order of the pairs."""
+    named = dict.fromkeys(frame.file for pair in pairs.pairs for frame in (pair.a, pair.b))
+    return {file.resolve(): None for file in named if file is not None}
 
 
 def some(items: np.ndarray, count: int, seed: int = 0) -> np.ndarray:

@@ -26,7 +26,7 @@ def frame_of(key: str, image: Path, depth: Path, K: np.ndarray, unit: float = 1.
         K: (3, 3) intrinsics in pixels of the picture.
         unit: what one count of depth is worth.
     """
-    return Frame(key, partial(read_rgb, image), partial(_read_camera, image, depth, K, unit))
+    return Frame(key, partial(read_rgb, image), partial(_read_camera, image, depth, K, unit), image)
 
 
 def _read_camera(image: Path, depth: Path, K: np.ndarray, unit: float) -> Camera:
@@ -145,6 +145,26 @@ def matrix(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
     if found.shape != shape or not np.isfinite(found).all():
         raise DataError(f"{what} must be {expected}, but is of shape {found.shape}")
     return found
+
+
+def invertible(found: np.ndarray, what: str) -> np.ndarray:
+    """The same matrix (n, n), if it has an inverse.
+
+    Raises:
+        DataError: it has none; the message begins with `what`.
+    """
+    if np.linalg.matrix_rank(found) < len(found):
+        raise DataError(f"{what} is a singular matrix, which intrinsics and poses never are")
+    return found
+
+
+def square(value: Any, side: int, what: str) -> np.ndarray:
+    """Intrinsics (3, 3) or a pose (4, 4): finite numbers, float64, that have an inverse.
+
+    Raises:
+        DataError: it is something else; the message begins with `what`.
+    """
+    return invertible(matrix(value, (side, side), what), what)
 
 
 def _png(file: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ import numpy as np
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose, some
-from fastmum.evaluate.pairs.reading import frame_of, image_size, matrix, read_archive, read_table
+from fastmum.evaluate.pairs.reading import frame_of, image_size, invertible, read_archive, read_table, square
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def from_root(root: Path, part: str) -> PairSet:
             raise DataError(f"'{root}' holds no ScanNet-1500: none of {', '.join(_TEST)} is there")
         scans = _Scans(root, _TEST_SCANS, indices[0].with_name("intrinsics.npz"))
     pairs = [pair for file in indices for pair in _pairs(file, scans, part)]
-    return PairSet("scannet", pairs, SIZE)
+    return PairSet("scannet", pairs, SIZE, origin="scannet")
 
 
 def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
@@ -79,7 +79,10 @@ def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
         scene = f"scene{number:04d}_{sub:02d}"
         poses = [scans.pose(scene, index) for index in (i, j)]
         if all(np.isfinite(pose).all() for pose in poses):  # tracking is lost in some frames
-            T_a, T_b = (np.linalg.inv(pose) for pose in poses)
+            T_a, T_b = (
+                np.linalg.inv(invertible(pose, f"'{scans.pose_file(scene, index)}'"))
+                for pose, index in zip(poses, (i, j), strict=True)
+            )
             frames = (scans.frame(scene, index) for index in (i, j))
             pairs.append(Pair(f"{scene}/{i}-{j}", scene, *frames, relative_pose(T_a, T_b)))
     if len(pairs) < len(names):
@@ -106,7 +109,10 @@ class _Scans:
 
     def pose(self, scene: str, index: int) -> np.ndarray:
         """Camera to world, (4, 4); not finite where tracking was lost."""
-        return read_table(self._folder(scene) / "pose" / f"{index}.txt", (4, 4))
+        return read_table(self.pose_file(scene, index), (4, 4))
+
+    def pose_file(self, scene: str, index: int) -> Path:
+        return self._folder(scene) / "pose" / f"{index}.txt"
 
     def frame(self, scene: str, index: int) -> Frame:
         folder = self._folder(scene)
@@ -134,12 +140,12 @@ class _Scans:
     def _known(self, scene: str) -> list[np.ndarray]:
         folder = self._folder(scene) / "intrinsic"
         files = [folder / f"intrinsic_{kind}.txt" for kind in ("color", "depth")]
-        cameras = [read_table(file, (3, 3)) for file in files if file.is_file()]
+        cameras = [square(read_table(file, (3, 3)), 3, f"'{file}'") for file in files if file.is_file()]
         if self._shared is None:
             there = self.intrinsics is not None and self.intrinsics.is_file()
             self._shared = read_archive(self.intrinsics) if there else {}
         if scene in self._shared:
-            cameras.append(matrix(self._shared[scene].reshape(3, 3), (3, 3), f"{scene} in '{self.intrinsics}'"))
+            cameras.append(square(self._shared[scene].reshape(3, 3), 3, f"{scene} in '{self.intrinsics}'"))
         if not cameras:
             raise DataError(f"'{scene}' has no intrinsics: neither '{files[0]}' nor intrinsics.npz is there")
         return cameras

@@ -8,7 +8,7 @@ from pathlib import Path
 from fastmum.data.errors import DataError
 from fastmum.data.scenes import ensure_scenes, scene_dirs
 from fastmum.evaluate.pairs.pair import Pair, PairSet, relative_pose
-from fastmum.evaluate.pairs.reading import frame_of, matrix, read_json
+from fastmum.evaluate.pairs.reading import frame_of, read_json, square
 
 # Another seed than training's default, so that no model has seen these rooms (`data.scenes.seed`).
 SEED = 2025
@@ -75,14 +75,15 @@ def from_folders(folders: list[Path], gaps: tuple[int, ...] = GAPS, stride: int 
     """Pairs of views that lie `gaps` steps apart on their scene's path.
 
     Args:
-        folders: of scenes.
+        folders: of scenes, in one folder.
         gaps: steps between the two views of a pair.
         stride: steps between the first views of two pairs.
 
     Raises:
         DataError: a scene that cannot be read.
     """
-    return PairSet("scenes", [pair for folder in folders for pair in _pairs(folder, gaps, stride)], SIZE)
+    pairs = [pair for folder in folders for pair in _pairs(folder, gaps, stride)]
+    return PairSet("scenes", pairs, SIZE, origin=str(folders[0].parent.resolve()))
 
 
 def _pairs(folder: Path, gaps: tuple[int, ...], stride: int) -> list[Pair]:
@@ -90,13 +91,13 @@ def _pairs(folder: Path, gaps: tuple[int, ...], stride: int) -> list[Pair]:
     cameras = read_json(file)
     try:
         unit, entries = float(cameras["depth_unit"]), cameras["frames"]
-        poses = [matrix(entry["T_cam_world"], (4, 4), f"T_cam_world in '{file}'") for entry in entries]
+        poses = [square(entry["T_cam_world"], 4, f"T_cam_world of '{entry['file']}' in '{file}'") for entry in entries]
         frames = [
             frame_of(
                 f"{folder.name}/{entry['file']}",
                 folder / entry["file"],
                 folder / entry["depth"],
-                matrix(entry["K"], (3, 3), f"K in '{file}'"),
+                square(entry["K"], 3, f"K of '{entry['file']}' in '{file}'"),
                 unit,
             )
             for entry in entries
