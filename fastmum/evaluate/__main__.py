@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -29,7 +28,7 @@ from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.result import Result
 from fastmum.evaluate.sequences import SequenceSet, open_sequences
 from fastmum.evaluate.table import table
-from fastmum.evaluate.views import Target, evaluate_views, shown, targets
+from fastmum.evaluate.views import evaluate_views, evenly, shown, some_targets
 from fastmum.evaluate.weights import Weights, load_weights
 from fastmum.pretrained.arguments import parse_overrides
 from fastmum.pretrained.device import pick_device
@@ -145,18 +144,11 @@ def _views(args: Namespace, weights: Weights) -> Found:
 
     def draw() -> list[Image.Image]:
         patches = (result.size // patch_size(model)) ** 2
-        measured = _spread(targets(sequences, settings), args.max_pairs)
-        batches = (shown(sequences, each, settings, result.size, patches) for each in _spread(measured, args.pictures))
+        few = evenly(some_targets(sequences, settings, args.max_pairs), args.pictures)
+        batches = (shown(sequences, each, settings, result.size, patches) for each in few)
         return [draw_views(model, batch, settings.mask_ratio) for batch in batches]
 
     return Found(sequences.name, result.numbers, draw)
-
-
-def _spread(found: Sequence[Target], most: int | None) -> Sequence[Target]:
-    """At most so many targets, spread over the set as those that are measured; None for all."""
-    if most is None or most >= len(found):
-        return found
-    return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
 
 
 EVALUATIONS: dict[str, Callable[[Namespace, Weights], Found]] = {

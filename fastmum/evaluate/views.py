@@ -110,6 +110,11 @@ def some_targets(sequences: SequenceSet, settings: ViewSettings, most: int | Non
     found = targets(sequences, settings)
     if not found:
         raise DataError(f"no sequence of '{sequences.name}' has {settings.least} views, {settings.gap} apart")
+    return evenly(found, most)
+
+
+def evenly(found: list[Target], most: int | None) -> list[Target]:
+    """At most `most` of them, evenly spread; None for all."""
     if most is None or most >= len(found):
         return found
     return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]

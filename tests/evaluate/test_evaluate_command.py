@@ -85,7 +85,7 @@ def test_training_elsewhere_tests_on_all(weights, wall_file, rendered, tmp_path)
     assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", str(rendered)) == 0
     (record,) = read(tmp_path / "out")
     assert record.content["pairs"] == 8
-    assert record.content["settings"]["train_set"] == "scenes"
+    assert record.content["settings"]["train_set"] == f"{rendered.name} (folder)"
 
 
 def test_the_same_data_by_another_name_is_split(weights, wall_file, tmp_path):

@@ -74,8 +74,8 @@ def test_results_that_have_no_mean(folder, capsys):
 
 
 def test_recall_and_errors_that_are_unknown_are_drawn(tmp_path):
-    save(tmp_path, matching("a 0", None), [])
-    recall = {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}}
+    save(tmp_path, matching("a 0", None) | {"settings": {}}, [])
+    recall = {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}, "settings": {}}
     save(tmp_path, recall, [])
     assert main([str(tmp_path), "--plots", str(tmp_path / "plots")]) == 0
     assert "recall, percent" in (tmp_path / "plots/cosine-navi.svg").read_text()

@@ -61,21 +61,25 @@ def from_root(root: Path, part: str) -> PairSet:
     folders = sorted(file.parent for file in root.glob("scene_*/cameras.json"))
     if not folders:
         raise DataError(f"'{root}' holds no rendered scene (scene_*/cameras.json)")
+    name = f"{root.resolve().name} (folder)"  # to be told from the embedded scenes
     if part == "all":
-        return from_folders(folders)
+        return from_folders(folders, name)
     test = max(1, len(folders) // 3)
     if part == "test":
-        return from_folders(folders[-test:])
+        return from_folders(folders[-test:], name)
     if len(folders) == 1:
         raise DataError(f"'{root}' holds a single scene, which is tested on; --train-data names what to train on")
-    return from_folders(folders[:-test])
+    return from_folders(folders[:-test], name)
 
 
-def from_folders(folders: list[Path], gaps: tuple[int, ...] = GAPS, stride: int = STRIDE) -> PairSet:
+def from_folders(
+    folders: list[Path], name: str = "scenes", gaps: tuple[int, ...] = GAPS, stride: int = STRIDE
+) -> PairSet:
     """Pairs of views that lie `gaps` steps apart on their scene's path.
 
     Args:
         folders: of scenes, in one folder.
+        name: of the set.
         gaps: steps between the two views of a pair.
         stride: steps between the first views of two pairs.
 
@@ -83,7 +87,7 @@ def from_folders(folders: list[Path], gaps: tuple[int, ...] = GAPS, stride: int 
         DataError: a scene that cannot be read.
     """
     pairs = [pair for folder in folders for pair in _pairs(folder, gaps, stride)]
-    return PairSet("scenes", pairs, SIZE, origin=str(folders[0].parent.resolve()))
+    return PairSet(name, pairs, SIZE, origin=str(folders[0].parent.resolve()))
 
 
 def _pairs(folder: Path, gaps: tuple[int, ...], stride: int) -> list[Pair]:
