@@ -14,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.duel import Duel
 from benchmarks.results import results_of, text_table
 from benchmarks.sizes import Sizes, pick_sizes
+from fastmum.training.memory import keep_freed_memory
 
 SIZES_KEY = pytest.StashKey[Sizes]()
 COMMIT_KEY = pytest.StashKey[str]()
@@ -26,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SIZES_KEY] = pick_sizes(config.getoption("quick"))
     config.stash[COMMIT_KEY] = commit()  # now: files may change while it runs
+    keep_freed_memory()  # for both sides: else it would depend on the tests that ran before whether memory is kept
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

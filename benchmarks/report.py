@@ -25,9 +25,12 @@ OFFLINE_MARK = "<!-- predictions: python -m benchmarks.offline --json > FILE, th
 ABOUT = {
     "training step": "The same weights, frames and masks; losses of two steps agree before anything is timed. The "
     "reference computes what the released code does: every patch embedded and predicted, rotary tables for every head, "
-    "autocast, AdamW of PyTorch. What fastmum does differently is in the phases.",
+    "autocast, AdamW of PyTorch. What fastmum does differently is in the phases. On a CPU PyTorch's default AdamW is its "
+    "loop over parameters, where fastmum calls PyTorch's fused one: `AdamW(fused=True)` would be about even. Also on a "
+    "CPU fastmum's trainer tells glibc to keep freed memory, which the reference's process does not.",
     "kernels": "What stands between the matrix products, each against its plain form in PyTorch. Bytes are by formula, "
-    "every input and output once; GB/s and FLOP/s are fastmum's.",
+    "every input and output once; GB/s and FLOP/s are fastmum's. On a CPU `adamw_` is PyTorch's fused AdamW against its "
+    "default there, the loop over parameters: `AdamW(fused=True)` would be about even.",
     "attention": "Backends that are available here against PyTorch's attention: one call for equal sequences, a call "
     "for each ragged one. FLOP/s are fastmum's, of scores and weighted values.",
     "ragged batches": "fastmum against itself: sequences of different length against equal ones, per operation of the "
