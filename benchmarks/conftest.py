@@ -34,7 +34,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """Machine, versions, commit, sizes."""
     about = describe_machine()
     return [
-        f"machine: {about['machine']}, {about['device']} ({about['capability']})",
+        f"machine: {about['machine']}, {about['device']}; {about['capability']} on the CPU",
         f"versions: torch {about['torch']}, Python {platform.python_version()}; commit {config.stash[COMMIT_KEY]}",
         f"sizes: {config.stash[SIZES_KEY]}",
     ]
@@ -73,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Ratios with their spread, group by group."""
     lines = text_table(results_of(entry.as_dict() for entry in config._benchmarksession.benchmarks if entry))
     if lines:
-        terminalreporter.section(f"how many times faster (medians of rounds; quartiles), {config.stash[SIZES_KEY]}")
+        terminalreporter.section(f"how many times faster (medians of rounds; spread), {config.stash[SIZES_KEY]}")
         terminalreporter.write_line("\n".join(lines))
 
 

@@ -25,12 +25,12 @@ OFFLINE_MARK = "<!-- predictions: python -m benchmarks.offline --json > FILE, th
 ABOUT = {
     "training step": "The same weights, frames and masks; losses of two steps agree before anything is timed. The "
     "reference computes what the released code does: every patch embedded and predicted, rotary tables for every head, "
-    "autocast, AdamW of PyTorch. What fastmum does differently is in the phases. On a CPU PyTorch's default AdamW is its "
-    "loop over parameters, where fastmum calls PyTorch's fused one: `AdamW(fused=True)` would be about even. Also on a "
-    "CPU fastmum's trainer tells glibc to keep freed memory, which the reference's process does not.",
+    "autocast, AdamW of PyTorch. What fastmum does differently is in the phases. On a CPU PyTorch's default AdamW is "
+    "its loop over parameters, where fastmum calls PyTorch's fused one: `AdamW(fused=True)` would be about even. Also "
+    "on a CPU fastmum's trainer tells glibc to keep freed memory, which the reference's process does not.",
     "kernels": "What stands between the matrix products, each against its plain form in PyTorch. Bytes are by formula, "
-    "every input and output once; GB/s and FLOP/s are fastmum's. On a CPU `adamw_` is PyTorch's fused AdamW against its "
-    "default there, the loop over parameters: `AdamW(fused=True)` would be about even.",
+    "every input and output once; GB/s and FLOP/s are fastmum's. On a CPU `adamw_` is PyTorch's fused AdamW against "
+    "its default there, the loop over parameters: `AdamW(fused=True)` would be about even.",
     "attention": "Backends that are available here against PyTorch's attention: one call for equal sequences, a call "
     "for each ragged one. FLOP/s are fastmum's, of scores and weighted values.",
     "ragged batches": "fastmum against itself: sequences of different length against equal ones, per operation of the "
@@ -131,7 +131,8 @@ def _head(data: Mapping[str, Any]) -> list[str]:
     ours, cpu = machine["fastmum"], machine.get("cpu", {})
     quick = " --quick" if ours.get("quick") else ""
     about = {
-        "device": f"{ours['device']} ({ours['capability']})",
+        "device": ours["device"],
+        "CPU": f"{ours['capability']}, as PyTorch uses it",
         "processor": f"{cpu.get('brand_raw', machine.get('processor', 'unknown'))}, {cpu.get('count', '?')} cores seen",
         "system": f"{machine.get('system', '')} {ours['machine'].split()[0]}",
         "versions": f"torch {ours['torch']}, Python {machine.get('python_version', '')}"
@@ -151,9 +152,12 @@ def _head(data: Mapping[str, Any]) -> list[str]:
         "python -m benchmarks.report result.json",
         "```",
         "",
-        "which is what to run for numbers of your own machine. Contestants get the same inputs, their results are"
-        " compared first, and then they are timed by turns. Ratios are taken round by round: median, and quartiles in"
-        " brackets. Above 1 fastmum is better.",
+        "which is what to run for numbers of your own machine. Contestants get the same inputs and are timed by turns."
+        " Before that, results are compared: those of the kernels, attention, the training step, the loader and the"
+        " checkpoint. Of start-up and peak memory only the first loss is checked, for plausibility; ragged batches and"
+        " the training loop are fastmum against itself, and what samplers draw is random. Ratios are taken round by"
+        " round: median, and in brackets the quartiles, or the least and the most of fewer than 4 rounds. Above 1"
+        " fastmum is better.",
         "",
         "| | |",
         "|---|---|",

@@ -8,6 +8,7 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 REFERENCE, COMPILED, FASTMUM = "reference", "compiled", "fastmum"
+FEWEST_OF_QUARTILES = 4  # rounds; quartiles of fewer mean nothing
 SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
@@ -22,7 +23,7 @@ class Ratio(NamedTuple):
 
     Args:
         median: of the rounds.
-        low, high: quartiles.
+        low, high: quartiles; of fewer than 4 rounds the least and the most.
     """
 
     median: float
@@ -55,10 +56,16 @@ class Result:
         if over not in self.rounds or of not in self.rounds:
             return None
         ratios = [a / b for a, b in zip(self.rounds[over], self.rounds[of], strict=True)]
-        if len(ratios) == 1:
-            return Ratio(ratios[0], ratios[0], ratios[0])
-        low, _, high = quantiles(ratios, n=4, method="inclusive")
+        low, high = min(ratios), max(ratios)
+        if len(ratios) >= FEWEST_OF_QUARTILES:
+            low, _, high = quantiles(ratios, n=4, method="inclusive")
         return Ratio(median(ratios), low, high)
+
+    @property
+    def spread(self) -> str:
+        """What the brackets behind a ratio are, and of how many rounds."""
+        count = max(map(len, self.rounds.values()))
+        return f"{'quartiles' if count >= FEWEST_OF_QUARTILES else 'least to most'} of {count}"
 
     def value(self, name: str) -> str:
         """A contestant's median with its unit, empty where it was not there."""
@@ -115,16 +122,17 @@ def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-HEADINGS = ("", REFERENCE, COMPILED, FASTMUM, "reference / fastmum", "compiled / fastmum", "")
+HEADINGS = ("", REFERENCE, COMPILED, FASTMUM, "reference / fastmum", "compiled / fastmum", "rounds", "")
 
 
 def rows(results: Iterable[Result]) -> list[list[str]]:
-    """Cells under `HEADINGS`: medians, ratios with their quartiles."""
+    """Cells under `HEADINGS`: medians, ratios with their spread, what the spread is of."""
     return [
         [
             result.what,
             *(result.value(name) for name in (REFERENCE, COMPILED, FASTMUM)),
             *(str(result.ratio(over) or "") for over in (REFERENCE, COMPILED)),
+            result.spread,
             result.note,
         ]
         for result in results
