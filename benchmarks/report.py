@@ -42,7 +42,7 @@ ABOUT = {
     "gain over the paper's sampler on many ranks. The latter is simulated: operations that the slowest rank has to do, "
     "for each frame trained on.",
     "start-up": "A fresh process each time.",
-    "checkpoint": "Weights and moments on the disk of the temporary folder. fastmum writes in the background, and "
+    "checkpoint": "Weights and moments on the disk of the temporary folder, of a model that trains on the CPU on any machine. fastmum writes in the background, and "
     "verifies checksums when it loads.",
     "training loop": "What the loop adds to forward, backward and update.",
 }  # fmt: skip
@@ -182,13 +182,13 @@ def _others(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     others = [entry for entry in entries if "contestant" not in entry["extra_info"]]
     if not others:
         return []
-    lines = ["## fastmum alone", "", "| | median | least to most | |", "|---|---|---|---|"]
+    lines = ["## fastmum alone", "", "| | median | least to most | rounds | |", "|---|---|---|---|---|"]
     for entry in others:
         stats, info = entry["stats"], entry["extra_info"]
         spread = f"{write(stats['min'], 's')} to {write(stats['max'], 's')}"
         note = ", ".join(f"{key}: {value}" for key, value in info.items())
         name = entry["fullname"].removeprefix("benchmarks/test_").replace(".py::test_", ": ").replace("_", " ")
-        lines.append(f"| {name} | {write(median(stats['data']), 's')} | {spread} | {note} |")
+        lines.append(f"| {name} | {write(median(stats['data']), 's')} | {spread} | {len(stats['data'])} | {note} |")
     return [*lines, ""]
 
 
