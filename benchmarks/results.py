@@ -8,18 +8,19 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 REFERENCE, COMPILED, FASTMUM = "reference", "compiled", "fastmum"
+FRAMES_A_SECOND = "frames/s"  # the unit of which more is better
 FEWEST_OF_QUARTILES = 4  # rounds; quartiles of fewer mean nothing
 SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
-    "FLOP/frame": ((1e9, "GFLOP"), (1e6, "MFLOP")),
+    FRAMES_A_SECOND: ((1e3, "thousand frames/s"), (1.0, "frames/s")),
     "bytes/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")),
     "FLOP/s": ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
 }
 
 
 class Ratio(NamedTuple):
-    """The reference's measure over another's, round by round: how many times better the other is.
+    """The reference's measure over another's (speeds: the other's over its), round by round: how many times better.
 
     Args:
         median: of the rounds.
@@ -40,7 +41,7 @@ class Result:
 
     Args:
         group, what: where it stands.
-        unit: of the rounds; less is better.
+        unit: of the rounds; less is better, but of `FRAMES_A_SECOND` more.
         rounds: by contestant, in order.
         info: what else was said of it.
     """
@@ -55,7 +56,8 @@ class Result:
         """How many times better `of` is; None where one of them is missing."""
         if over not in self.rounds or of not in self.rounds:
             return None
-        ratios = [a / b for a, b in zip(self.rounds[over], self.rounds[of], strict=True)]
+        pair = (of, over) if self.unit == FRAMES_A_SECOND else (over, of)
+        ratios = [a / b for a, b in zip(*(self.rounds[name] for name in pair), strict=True)]
         low, high = min(ratios), max(ratios)
         if len(ratios) >= FEWEST_OF_QUARTILES:
             low, _, high = quantiles(ratios, n=4, method="inclusive")

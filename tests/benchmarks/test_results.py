@@ -4,7 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.results import COMPILED, FASTMUM, HEADINGS, REFERENCE, Result, results_of, rows, text_table, write
+from benchmarks.results import (
+    COMPILED,
+    FASTMUM,
+    FRAMES_A_SECOND,
+    HEADINGS,
+    REFERENCE,
+    Result,
+    results_of,
+    rows,
+    text_table,
+    write,
+)
 
 TIMES = st.lists(st.tuples(*[st.floats(1e-6, 1e3)] * 2), min_size=1, max_size=20)
 
@@ -18,6 +29,12 @@ def test_ratio_is_taken_round_by_round():
     assert str(result.ratio()) == "3.00 (2.00 to 4.00)"
     assert result.spread == "quartiles of 5"
     assert result.ratio(COMPILED) is None
+
+
+def test_of_frames_a_second_more_is_better():
+    result = Result("g", "w", FRAMES_A_SECOND, rounds={REFERENCE: [10.0, 1000.0], FASTMUM: [20.0, 3000.0]})
+    assert result.ratio() == (2.5, 2.0, 3.0)
+    assert result.value(FASTMUM) == "1.51 thousand frames/s"
 
 
 def test_of_few_rounds_the_spread_is_least_to_most():
