@@ -41,8 +41,8 @@ ABOUT = {
     "returns float32, normalised; fastmum uint8, which its model normalises on the device.",
     "sampler": "Time of planning, where fastmum's plan also holds crops and flips; and what full and level batches "
     "gain over the paper's sampler on many ranks. The latter is simulated: frames a second that all ranks together "
-    "train on where each does 10^12 operations a second (1 TFLOP/s) of the model's products, and a step takes as long "
-    "as its slowest rank. At x TFLOP/s a rank it is x times as many, and the ratio the same.",
+    "train on where each does 10^12 operations a second (1 TFLOP/s) of the model's products, forward and backward, and "
+    "a step takes as long as its slowest rank. At x TFLOP/s a rank it is x times as many, and the ratio the same.",
     "start-up": "A fresh process each time.",
     "checkpoint": "Weights and moments on the disk of the temporary folder, of a model that trains on the CPU on any "
     "machine. fastmum writes in the background, and verifies checksums when it loads.",

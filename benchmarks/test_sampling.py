@@ -23,7 +23,7 @@ from fastmum.data.plan_table import draw, operations
 RANKS = (1, 8, 64, 256)
 PLANNED = 64  # ranks that every mode plans for; one mode also for the others
 OTHERS = tuple(ranks for ranks in RANKS if ranks != PLANNED)
-RATE = 1e12  # FLOP/s of a rank in the simulation
+RATE, PASSES = 1e12, 3  # FLOP/s of a rank in the simulation; a backward pass is two forward ones
 SEEDS, STEPS = 4, 40  # of the simulation
 PLANS = 16  # planned in a round, as they differ in what they take
 
@@ -100,7 +100,7 @@ def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: 
         for ranks in RANKS:
             f, s = frames[:, :ranks], squares[:, :ranks]
             slowest = (f * cost.frame + s * cost.pair).max(axis=1).sum()
-            speeds[ranks][name].append(float(RATE * f.sum() / slowest))
+            speeds[ranks][name].append(float(RATE * f.sum() / (PASSES * slowest)))
 
     for seed in range(seeds):
         began = perf_counter()
