@@ -120,12 +120,33 @@ def write_report(
             draw_ratios(groups[group], plot)
             lines += _section(group, groups[group], plot.relative_to(out.parent).as_posix())
         lines += _others(data["benchmarks"])
-        lines += [line for each in predictions for line in projection_tables(each)] or [OFFLINE_MARK]
+        lines += _predicted(predictions)
         out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     except ImportError:
         raise ReportError("plots need matplotlib: pip install 'fastmum[dev]'") from None
     except OSError as error:
         raise ReportError(f"'{error.filename or out}' cannot be written ({error.strerror})") from None
+
+
+def write_notes(out: Path, notes: Sequence[str], predictions: Sequence[dict[str, Any]] = ()) -> None:
+    """Write a page of paragraphs alone, where the benchmarks left no results.
+
+    Args:
+        out, notes, predictions: of `write_report`.
+
+    Raises:
+        ReportError: the page cannot be written.
+    """
+    lines = ["# Benchmarks", "", *(f"{note}\n" for note in notes), *_predicted(predictions)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"'{error.filename or out}' cannot be written ({error.strerror})") from None
+
+
+def _predicted(predictions: Sequence[dict[str, Any]]) -> list[str]:
+    return [line for each in predictions for line in projection_tables(each)] or [OFFLINE_MARK]
 
 
 def _head(data: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,6 @@ FEWEST_OF_QUARTILES = 4  # rounds; quartiles of fewer mean nothing
 SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
-    FRAMES_A_SECOND: ((1e3, "thousand frames/s"), (1.0, "frames/s")),
     "bytes/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")),
     "FLOP/s": ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
 }

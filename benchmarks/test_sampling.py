@@ -110,7 +110,7 @@ def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: 
         began = perf_counter()
         note(FASTMUM, began, *draw(StepPlanner(catalogue, mode=mode, seed=seed, world_size=most), steps))
     for ranks in RANKS:
-        what = f"{_of(ranks)}, {mode}, frames/s at 1 TFLOP/s a rank (simulated)"
+        what = f"{_of(ranks)}, {mode}, frames/s at 1 TFLOP/s each (simulated)"
         duel.record("sampler", what, speeds[ranks], unit=FRAMES_A_SECOND, seconds=seconds)
 
 
