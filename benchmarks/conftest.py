@@ -14,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.duel import Duel
 from benchmarks.results import results_of, text_table
 from benchmarks.sizes import Sizes, pick_sizes
+from fastmum.training.memory import keep_freed_memory
 
 SIZES_KEY = pytest.StashKey[Sizes]()
 COMMIT_KEY = pytest.StashKey[str]()
@@ -26,13 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SIZES_KEY] = pick_sizes(config.getoption("quick"))
     config.stash[COMMIT_KEY] = commit()  # now: files may change while it runs
+    keep_freed_memory()  # for both sides: else it would depend on the tests that ran before whether memory is kept
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Machine, versions, commit, sizes."""
     about = describe_machine()
     return [
-        f"machine: {about['machine']}, {about['device']} ({about['capability']})",
+        f"machine: {about['machine']}, {about['device']}; {about['capability']} on the CPU",
         f"versions: torch {about['torch']}, Python {platform.python_version()}; commit {config.stash[COMMIT_KEY]}",
         f"sizes: {config.stash[SIZES_KEY]}",
     ]
@@ -71,7 +73,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Ratios with their spread, group by group."""
     lines = text_table(results_of(entry.as_dict() for entry in config._benchmarksession.benchmarks if entry))
     if lines:
-        terminalreporter.section(f"how many times faster (medians of rounds; quartiles), {config.stash[SIZES_KEY]}")
+        terminalreporter.section(f"how many times faster (medians of rounds; spread), {config.stash[SIZES_KEY]}")
         terminalreporter.write_line("\n".join(lines))
 
 

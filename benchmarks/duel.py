@@ -108,8 +108,8 @@ class Duel:
 
         Args:
             group, what: as above.
-            rounds: by contestant, in the order of the rounds; less is better.
-            unit: of the rounds; "s" is seconds.
+            rounds: by contestant, in the order of the rounds.
+            unit: of the rounds, as in `Result`; "s" is seconds.
             seconds: what pytest-benchmark is given where the unit is another.
             info: for the JSON.
         """

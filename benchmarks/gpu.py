@@ -2,6 +2,7 @@
 
 Tests of every kernel and attention backend on CUDA, the benchmarks at the paper's sizes, a profile of the trainer, and
 docs/BENCHMARKS-<gpu>.md written from them. What fails is said in the page and by the exit code; the rest still runs.
+Where the benchmarks leave no results, the page is of the tests, the profile and what failed alone.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import torch
 
 from benchmarks.projection import ProjectionError, read_predictions
-from benchmarks.report import ReportError, read_results, write_report
+from benchmarks.report import ReportError, read_results, write_notes, write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = ("tests/kernels", "tests/attention", "tests/benchmarks/test_reference.py")
@@ -103,6 +105,39 @@ def page_name(gpu: str) -> str:
     return f"BENCHMARKS-{words}.md"
 
 
+def write_page(
+    out: Path, folder: Path, gpu: str, codes: Mapping[str, int], predictions: Sequence[dict[str, Any]]
+) -> list[str]:
+    """Write the page: with tables where there are results, else of notes alone.
+
+    Args:
+        out: the page.
+        folder: where the stages left what they measured.
+        gpu: name of the GPU.
+        codes: exit code of every stage by its name.
+        predictions: of `read_predictions`.
+
+    Returns:
+        What failed.
+
+    Raises:
+        ReportError: the page cannot be written.
+    """
+    failed = [name for name, code in codes.items() if code]
+    tests = test_outcome(folder, gpu)
+    profile = "**No profile: the trainer failed.**" if codes["profile"] else profile_note(folder)
+    some = "**Some benchmarks failed, such as those with a wrong result: they are not in the tables.**"
+    notes = [tests, *([some] if codes["benchmarks"] else []), profile]
+    try:
+        write_report(read_results(folder / "result.json"), out, notes, predictions)
+    except ReportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        failed = failed if codes["benchmarks"] else [*failed, "benchmarks"]
+        none = f"**No tables: the benchmarks left no results to show. What failed: {', '.join(failed)}.**"
+        write_notes(out, [tests, none, profile], predictions)
+    return failed
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
@@ -121,14 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("tests.xml", "result.json"):
             (folder / name).unlink(missing_ok=True)  # of an earlier time
+        shutil.rmtree(folder / "run" / "profile", ignore_errors=True)
         codes = {stage.name: run(stage) for stage in stages(folder, args.quick)}
-        failed = [name for name, code in codes.items() if code]
-        notes = [test_outcome(folder, gpu), profile_note(folder)]
-        if "benchmarks" in failed:
-            notes.insert(
-                1, "**Some benchmarks failed, such as those with a wrong result: they are not in the tables.**"
-            )
-        write_report(read_results(folder / "result.json"), out, notes, predictions)
+        failed = write_page(out, folder, gpu, codes, predictions)
     except (OSError, ProjectionError, ReportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

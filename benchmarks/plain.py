@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of values in 0..1, RGB
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from benchmarks.reference.model import apply_rope
+from benchmarks.reference.step import IMAGENET_MEAN, IMAGENET_STD
 
 
 def _rows(ids: Tensor, width: int) -> Tensor:
@@ -57,23 +57,11 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens[:, 1:].gather(1, _rows(ids, tokens.shape[-1]))
 
 
-def rotate_half(x: Tensor) -> Tensor:
-    """(a, b) -> (-b, a), a and b the halves of a head."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([-b, a], dim=-1)
-
-
-def apply_rope(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Rotate (F, h, L, d) in float32 by tables (F, h, L - 1, d); CLS stays as it is."""
-    head, tail = x[:, :, :1], x[:, :, 1:].to(sin.dtype)
-    return torch.cat([head, (tail * cos + rotate_half(tail) * sin).to(x.dtype)], dim=2)
-
-
 def rope_qk(qkv: Tensor, sin: Tensor, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(F, L, 3*D) and tables (F, h, L - 1, d) -> q, k rotated, and v, (F, h, L, d) each."""
     heads = sin.shape[1]
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    return apply_rope(q, sin, cos), apply_rope(k, sin, cos), v
+    return apply_rope(q, (sin, cos)), apply_rope(k, (sin, cos)), v
 
 
 def rotary_projection(x: Tensor, weight: Tensor, bias: Tensor, sin: Tensor, cos: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Ratios of a group as bars with their quartiles, in SVG."""
+"""Ratios of a group as bars with their spread, in SVG."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def draw_ratios(results: Sequence[Result], path: Path) -> None:
         axes.axvline(1, color="black", linewidth=0.8)
         axes.set_yticks(range(len(results)), [_short(result.what) for result in results])
         axes.invert_yaxis()
-        axes.set_xlabel("times better than the reference: medians of rounds, quartiles")
+        axes.set_xlabel("times better than the reference: medians of rounds, with the spread of the table")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -25,22 +25,27 @@ OFFLINE_MARK = "<!-- predictions: python -m benchmarks.offline --json > FILE, th
 ABOUT = {
     "training step": "The same weights, frames and masks; losses of two steps agree before anything is timed. The "
     "reference computes what the released code does: every patch embedded and predicted, rotary tables for every head, "
-    "autocast, AdamW of PyTorch. What fastmum does differently is in the phases.",
+    "autocast, AdamW of PyTorch. What fastmum does differently is in the phases. On a CPU PyTorch's default AdamW is "
+    "its loop over parameters, where fastmum calls PyTorch's fused one: `AdamW(fused=True)` would be about even. Also "
+    "on a CPU fastmum's trainer tells glibc to keep freed memory, which the reference's process does not.",
     "kernels": "What stands between the matrix products, each against its plain form in PyTorch. Bytes are by formula, "
-    "every input and output once; GB/s and FLOP/s are fastmum's.",
+    "every input and output once; GB/s and FLOP/s are fastmum's. On a CPU `adamw_` is PyTorch's fused AdamW against "
+    "its default there, the loop over parameters: `AdamW(fused=True)` would be about even.",
     "attention": "Backends that are available here against PyTorch's attention: one call for equal sequences, a call "
     "for each ragged one. FLOP/s are fastmum's, of scores and weighted values.",
     "ragged batches": "fastmum against itself: sequences of different length against equal ones, per operation of the "
     "model. 1 is no cost.",
     "peak memory": "Of a fresh process that imports, builds the model and trains.",
     "loader": "CPU time from a JPEG to a crop of 256 pixels, of all threads and worker processes, against Pillow and "
-    "torchvision's transforms in a DataLoader. Crops agree within two grey levels.",
+    "torchvision's transforms in a DataLoader. Crops agree within two grey levels. The reference "
+    "returns float32, normalised; fastmum uint8, which its model normalises on the device.",
     "sampler": "Time of planning, where fastmum's plan also holds crops and flips; and what full and level batches "
-    "gain over the paper's sampler on many ranks. The latter is simulated: operations that the slowest rank has to do, "
-    "for each frame trained on.",
+    "gain over the paper's sampler on many ranks. The latter is simulated: frames a second that all ranks together "
+    "train on where each does 10^12 operations a second (1 TFLOP/s) of the model's products, forward and backward, and "
+    "a step takes as long as its slowest rank. At x TFLOP/s a rank it is x times as many, and the ratio the same.",
     "start-up": "A fresh process each time.",
-    "checkpoint": "Weights and moments on the disk of the temporary folder. fastmum writes in the background, and "
-    "verifies checksums when it loads.",
+    "checkpoint": "Weights and moments on the disk of the temporary folder, of a model that trains on the CPU on any "
+    "machine. fastmum writes in the background, and verifies checksums when it loads.",
     "training loop": "What the loop adds to forward, backward and update.",
 }  # fmt: skip
 ORDER = list(ABOUT)
@@ -115,7 +120,7 @@ def write_report(
             draw_ratios(groups[group], plot)
             lines += _section(group, groups[group], plot.relative_to(out.parent).as_posix())
         lines += _others(data["benchmarks"])
-        lines += [line for each in predictions for line in projection_tables(each)] or [OFFLINE_MARK]
+        lines += _predicted(predictions)
         out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     except ImportError:
         raise ReportError("plots need matplotlib: pip install 'fastmum[dev]'") from None
@@ -123,12 +128,34 @@ def write_report(
         raise ReportError(f"'{error.filename or out}' cannot be written ({error.strerror})") from None
 
 
+def write_notes(out: Path, notes: Sequence[str], predictions: Sequence[dict[str, Any]] = ()) -> None:
+    """Write a page of paragraphs alone, where the benchmarks left no results.
+
+    Args:
+        out, notes, predictions: of `write_report`.
+
+    Raises:
+        ReportError: the page cannot be written.
+    """
+    lines = ["# Benchmarks", "", *(f"{note}\n" for note in notes), *_predicted(predictions)]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"'{error.filename or out}' cannot be written ({error.strerror})") from None
+
+
+def _predicted(predictions: Sequence[dict[str, Any]]) -> list[str]:
+    return [line for each in predictions for line in projection_tables(each)] or [OFFLINE_MARK]
+
+
 def _head(data: Mapping[str, Any]) -> list[str]:
     machine = data["machine_info"]
     ours, cpu = machine["fastmum"], machine.get("cpu", {})
     quick = " --quick" if ours.get("quick") else ""
     about = {
-        "device": f"{ours['device']} ({ours['capability']})",
+        "device": ours["device"],
+        "CPU": f"{ours['capability']}, as PyTorch uses it",
         "processor": f"{cpu.get('brand_raw', machine.get('processor', 'unknown'))}, {cpu.get('count', '?')} cores seen",
         "system": f"{machine.get('system', '')} {ours['machine'].split()[0]}",
         "versions": f"torch {ours['torch']}, Python {machine.get('python_version', '')}"
@@ -148,9 +175,12 @@ def _head(data: Mapping[str, Any]) -> list[str]:
         "python -m benchmarks.report result.json",
         "```",
         "",
-        "which is what to run for numbers of your own machine. Contestants get the same inputs, their results are"
-        " compared first, and then they are timed by turns. Ratios are taken round by round: median, and quartiles in"
-        " brackets. Above 1 fastmum is better.",
+        "which is what to run for numbers of your own machine. Contestants get the same inputs and are timed by turns."
+        " Before that, results are compared: those of the kernels, attention, the training step, the loader and the"
+        " checkpoint. Of start-up and peak memory only the first loss is checked, for plausibility; ragged batches and"
+        " the training loop are fastmum against itself, and what samplers draw is random. Ratios are taken round by"
+        " round: median, and in brackets the quartiles, or the least and the most of fewer than 4 rounds. Above 1"
+        " fastmum is better.",
         "",
         "| | |",
         "|---|---|",
@@ -175,13 +205,13 @@ def _others(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     others = [entry for entry in entries if "contestant" not in entry["extra_info"]]
     if not others:
         return []
-    lines = ["## fastmum alone", "", "| | median | least to most | |", "|---|---|---|---|"]
+    lines = ["## fastmum alone", "", "| | median | least to most | rounds | |", "|---|---|---|---|---|"]
     for entry in others:
         stats, info = entry["stats"], entry["extra_info"]
         spread = f"{write(stats['min'], 's')} to {write(stats['max'], 's')}"
         note = ", ".join(f"{key}: {value}" for key, value in info.items())
         name = entry["fullname"].removeprefix("benchmarks/test_").replace(".py::test_", ": ").replace("_", " ")
-        lines.append(f"| {name} | {write(median(stats['data']), 's')} | {spread} | {note} |")
+        lines.append(f"| {name} | {write(median(stats['data']), 's')} | {spread} | {len(stats['data'])} | {note} |")
     return [*lines, ""]
 
 

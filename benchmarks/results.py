@@ -8,21 +8,22 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 REFERENCE, COMPILED, FASTMUM = "reference", "compiled", "fastmum"
+FRAMES_A_SECOND = "frames/s"  # the unit of which more is better
+FEWEST_OF_QUARTILES = 4  # rounds; quartiles of fewer mean nothing
 SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
-    "FLOP/frame": ((1e9, "GFLOP"), (1e6, "MFLOP")),
     "bytes/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")),
     "FLOP/s": ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
 }
 
 
 class Ratio(NamedTuple):
-    """The reference's measure over another's, round by round: how many times better the other is.
+    """The reference's measure over another's (speeds: the other's over its), round by round: how many times better.
 
     Args:
         median: of the rounds.
-        low, high: quartiles.
+        low, high: quartiles; of fewer than 4 rounds the least and the most.
     """
 
     median: float
@@ -39,7 +40,7 @@ class Result:
 
     Args:
         group, what: where it stands.
-        unit: of the rounds; less is better.
+        unit: of the rounds; less is better, but of `FRAMES_A_SECOND` more.
         rounds: by contestant, in order.
         info: what else was said of it.
     """
@@ -54,11 +55,18 @@ class Result:
         """How many times better `of` is; None where one of them is missing."""
         if over not in self.rounds or of not in self.rounds:
             return None
-        ratios = [a / b for a, b in zip(self.rounds[over], self.rounds[of], strict=True)]
-        if len(ratios) == 1:
-            return Ratio(ratios[0], ratios[0], ratios[0])
-        low, _, high = quantiles(ratios, n=4, method="inclusive")
+        pair = (of, over) if self.unit == FRAMES_A_SECOND else (over, of)
+        ratios = [a / b for a, b in zip(*(self.rounds[name] for name in pair), strict=True)]
+        low, high = min(ratios), max(ratios)
+        if len(ratios) >= FEWEST_OF_QUARTILES:
+            low, _, high = quantiles(ratios, n=4, method="inclusive")
         return Ratio(median(ratios), low, high)
+
+    @property
+    def spread(self) -> str:
+        """What the brackets behind a ratio are, and of how many rounds."""
+        count = max(map(len, self.rounds.values()))
+        return f"{'quartiles' if count >= FEWEST_OF_QUARTILES else 'least to most'} of {count}"
 
     def value(self, name: str) -> str:
         """A contestant's median with its unit, empty where it was not there."""
@@ -115,16 +123,17 @@ def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
     return groups
 
 
-HEADINGS = ("", REFERENCE, COMPILED, FASTMUM, "reference / fastmum", "compiled / fastmum", "")
+HEADINGS = ("", REFERENCE, COMPILED, FASTMUM, "reference / fastmum", "compiled / fastmum", "rounds", "")
 
 
 def rows(results: Iterable[Result]) -> list[list[str]]:
-    """Cells under `HEADINGS`: medians, ratios with their quartiles."""
+    """Cells under `HEADINGS`: medians, ratios with their spread, what the spread is of."""
     return [
         [
             result.what,
             *(result.value(name) for name in (REFERENCE, COMPILED, FASTMUM)),
             *(str(result.ratio(over) or "") for over in (REFERENCE, COMPILED)),
+            result.spread,
             result.note,
         ]
         for result in results

@@ -18,8 +18,8 @@ from torch.nn.utils import get_total_norm
 
 from benchmarks import plain
 from benchmarks.duel import COMPILED, FASTMUM, REFERENCE, Duel
-from benchmarks.plain import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.reference.model import RopePositions
+from benchmarks.reference.step import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.sizes import Sizes
 from fastmum import kernels
 from fastmum.config.schema import OptimSection

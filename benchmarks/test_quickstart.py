@@ -17,6 +17,12 @@ from fastmum.training.optim import build_optimizer
 FRAMES, SIZE, VIEWS = 32, 128, 4
 
 
+@pytest.fixture(autouse=True)
+def _named_after_the_cpu(benchmark):
+    """All of it is computed there, on any machine: a page on a GPU must not show it as the GPU's."""
+    benchmark.fullname += " (on the CPU)"
+
+
 def test_training_step(benchmark, sizes: Sizes):
     model = MuM(PRESETS["mum_tiny"])
     optimizer = build_optimizer(model, OptimSection(), sizes.dtype)

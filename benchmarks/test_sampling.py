@@ -15,12 +15,15 @@ import pytest
 
 from benchmarks.duel import Duel, interleave
 from benchmarks.reference.sampler import PaperSampler, Sequences
-from benchmarks.results import FASTMUM, REFERENCE
+from benchmarks.results import FASTMUM, FRAMES_A_SECOND, REFERENCE
 from fastmum import PRESETS
 from fastmum.data.plan import MODES, StepPlanner
 from fastmum.data.plan_table import draw, operations
 
 RANKS = (1, 8, 64, 256)
+PLANNED = 64  # ranks that every mode plans for; one mode also for the others
+OTHERS = tuple(ranks for ranks in RANKS if ranks != PLANNED)
+RATE, PASSES = 1e12, 3  # FLOP/s of a rank in the simulation; a backward pass is two forward ones
 SEEDS, STEPS = 4, 40  # of the simulation
 PLANS = 16  # planned in a round, as they differ in what they take
 
@@ -56,11 +59,11 @@ def paper_sampler(catalogue: Catalogue, seed: int, batches: int) -> PaperSampler
     return PaperSampler(datasets, range(first_image, int(catalogue.starts[-1])), batches, seed=seed)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_plan(duel: Duel, catalogue: Catalogue, mode: str) -> None:
-    """Plans of a rank of 64: lengths, data sets, sequences, frames; fastmum's also draw crops and flips."""
+@pytest.mark.parametrize(("mode", "ranks"), [*((mode, PLANNED) for mode in MODES), *(("balanced", n) for n in OTHERS)])
+def test_plan(duel: Duel, catalogue: Catalogue, mode: str, ranks: int) -> None:
+    """Plans of the last rank: lengths, data sets, sequences, frames; fastmum's also draw crops and flips."""
     sampler, steps = paper_sampler(catalogue, 0, 10**9), count()
-    planner, batches = StepPlanner(catalogue, mode=mode, world_size=64), iter(sampler)
+    planner, batches = StepPlanner(catalogue, mode=mode, world_size=ranks), iter(sampler)
 
     def theirs() -> None:
         for _ in range(PLANS):
@@ -68,11 +71,11 @@ def test_plan(duel: Duel, catalogue: Catalogue, mode: str) -> None:
 
     def ours() -> None:
         for _ in range(PLANS):
-            assert 0 < len(planner.plan(next(steps), 63).rows) <= 96
+            assert 0 < len(planner.plan(next(steps), ranks - 1).rows) <= 96
 
     times = interleave({REFERENCE: theirs, FASTMUM: ours}, 8)
     each = {name: [seconds / PLANS for seconds in values] for name, values in times.items()}
-    duel.record("sampler", f"plan of a rank's step, {mode}", each)
+    duel.record("sampler", f"plan of a rank's step, {mode}, {_of(ranks)}", each)
 
 
 def test_planner(duel: Duel, catalogue: Catalogue) -> None:
@@ -86,10 +89,10 @@ def test_planner(duel: Duel, catalogue: Catalogue) -> None:
 
 @pytest.mark.parametrize("mode", ["packed", "balanced"])
 def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: str) -> None:
-    """Operations that the cluster waits for, for each frame that it trains on; a round is another seed."""
+    """Of all ranks together, each of which does `RATE` operations a second; a round is another seed."""
     cost, most = operations(PRESETS["mum_vitl16"]), max(RANKS)
     seeds, steps = (2, 8) if quick else (SEEDS, STEPS)
-    waits: dict[int, dict[str, list[float]]] = {ranks: {REFERENCE: [], FASTMUM: []} for ranks in RANKS}
+    speeds: dict[int, dict[str, list[float]]] = {ranks: {REFERENCE: [], FASTMUM: []} for ranks in RANKS}
     seconds: dict[str, list[float]] = {REFERENCE: [], FASTMUM: []}
 
     def note(name: str, began: float, frames: np.ndarray, squares: np.ndarray) -> None:
@@ -97,7 +100,7 @@ def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: 
         for ranks in RANKS:
             f, s = frames[:, :ranks], squares[:, :ranks]
             slowest = (f * cost.frame + s * cost.pair).max(axis=1).sum()
-            waits[ranks][name].append(float(ranks * slowest / f.sum()))
+            speeds[ranks][name].append(float(RATE * f.sum() / (PASSES * slowest)))
 
     for seed in range(seeds):
         began = perf_counter()
@@ -107,5 +110,9 @@ def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: 
         began = perf_counter()
         note(FASTMUM, began, *draw(StepPlanner(catalogue, mode=mode, seed=seed, world_size=most), steps))
     for ranks in RANKS:
-        what = f"{ranks} rank{'s' if ranks > 1 else ''}, {mode} (simulated)"
-        duel.record("sampler", what, waits[ranks], unit="FLOP/frame", seconds=seconds)
+        what = f"{_of(ranks)}, {mode}, frames/s at 1 TFLOP/s each (simulated)"
+        duel.record("sampler", what, speeds[ranks], unit=FRAMES_A_SECOND, seconds=seconds)
+
+
+def _of(ranks: int) -> str:
+    return f"{ranks} rank{'s' if ranks > 1 else ''}"

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
+
+VIEWS = 12  # frames of a sequence, in what is recorded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--gpu", choices=("a100", "h100", "h200"), default="a100", help="the GPU (a100)")
     parser.add_argument("--frames", type=int, default=96, help="frames of a step (96)")
-    parser.add_argument("--views", type=int, default=12, help="frames of a sequence (12)")
+    parser.add_argument(
+        "--views", type=int, help=f"frames of a sequence (the largest divisor of --frames up to {VIEWS})"
+    )
     parser.add_argument("--model", default="mum_vitl16", help="preset of the model (mum_vitl16)")
     parser.add_argument(
         "--compile", choices=("full", "block"), default="full", help="what fastmum compiles, as model.compile (full)"
@@ -48,12 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="JSON on standard output instead of the table")
     args = parser.parse_args(argv)
-    if min(args.frames, args.views) < 1 or args.frames % args.views:
-        return _refuse(f"--frames is {args.frames}, but must be a positive multiple of --views, which is {args.views}")
     if args.record and args != parser.parse_args(["--record"]):
         return _refuse("--record takes no other option: what is recorded is the default step on every GPU")
+    if args.views is None:
+        args.views = max(views for views in range(1, VIEWS + 1) if args.frames % views == 0)
+    if min(args.frames, args.views) < 1 or args.frames % args.views:
+        return _refuse(f"--frames is {args.frames}, but must be a positive multiple of --views, which is {args.views}")
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return _refuse("TRITON_INTERPRET is set, but kernels are compiled here: unset it")
+    if importlib.util.find_spec("triton") is None:
+        return _refuse("Triton is not installed, but compiles the kernels here: pip install triton, on Linux")
+
+    import torch
+
+    if torch.version.cuda is None:
+        return _refuse(
+            f"torch {torch.__version__} is built without CUDA, and cannot lower for it: install a build that has it, "
+            "which needs no GPU, such as those of https://download.pytorch.org/whl/cu130"
+        )
 
     # Slow to import, and after the check of the environment: Triton reads it once.
     from benchmarks.offline import report

@@ -162,10 +162,20 @@ def _rotated_in_place(a: dict) -> tuple[tuple[str, ...], int]:
     return ("qkv_ptr", "out_ptr"), 2 * len(qkv) * a["HEADS"] * 2 * a["HALF"] * qkv.element_size()
 
 
+def _packed_parts(a: dict) -> tuple[tuple[str, ...], int]:
+    return ("second_ptr", "third_ptr")[a["PARTS"] - 1 :], 0  # beyond the parts the last is given again
+
+
+def _finished_sums(a: dict) -> tuple[tuple[str, ...], int]:
+    return ("out1_ptr", "out2_ptr")[len(a["partial_ptr"]) - 1 :], 0
+
+
 # Kernels that touch a part of an argument: arguments to leave out, bytes to count in their place.
 PARTIAL = {
+    "_finish_kernel": _finished_sums,
     "_gather_kernel": _selected_tokens,
     "_gather_patches_kernel": _selected_pixels,
+    "_pack_kernel": _packed_parts,
     "_patch_loss_kernel": _predicted_pixels,
     "_rope_kernel": _rotated_in_place,
 }

@@ -17,9 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.reference.sampler import PaperSampler
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from benchmarks.reference.step import IMAGENET_MEAN, IMAGENET_STD
 
 
 class ImageFiles(Dataset):
@@ -35,18 +33,6 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         image = Image.open(self.files[index]).convert("RGB")
         return transform(image, random_box(*image.size), random.random() < 0.5, self.size)
-
-
-class SequenceFiles(ImageFiles):
-    """Random crops of the views of a sequence, (S, 3, size, size), as `PaperSampler` draws them."""
-
-    def __getitem__(self, views: Sequence[int]) -> Tensor:
-        return torch.stack([super(SequenceFiles, self).__getitem__(index) for index in views])
-
-
-def sequence_loader(files: Sequence[Path], size: int, batches: PaperSampler, workers: int) -> DataLoader:
-    """Batches (B, S, 3, size, size) float32 from worker processes."""
-    return DataLoader(SequenceFiles(files, size), batch_sampler=batches, num_workers=workers)
 
 
 def loader(files: Sequence[Path], size: int, batch_size: int, workers: int) -> DataLoader:
@@ -75,5 +61,5 @@ def transform(image: Image.Image, box: tuple[int, int, int, int], flip: bool, si
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
     pixels = pixels.to(torch.float32).div(255)
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     return pixels.clone().sub_(mean[:, None, None]).div_(std[:, None, None])

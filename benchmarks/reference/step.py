@@ -21,7 +21,7 @@ def build_optimizer(
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    # torch's own choice of implementation: foreach on CUDA; parameter by parameter on the CPU, where that is faster.
+    # torch's own choice of implementation: foreach on CUDA, on a CPU a loop over parameters (its fused one is faster).
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 

@@ -55,12 +55,15 @@ def test_page(ran, tmp_path, capsys):
     assert "--quick --benchmark-json" in page
     assert "## Kernels" in page
     assert "| gather_tokens forward |" in page
+    assert "| least to most of 2 |" in page
     assert "Other work shares the cores." in page
     assert OFFLINE_MARK in page
     plot = out.parent / "images" / "benchmarks" / "kernels.svg"
     assert f"]({plot.relative_to(out.parent).as_posix()})" in page
     assert "gather_tokens forward" in "".join(ElementTree.parse(plot).getroot().itertext())
     machine = json.loads(ran[1].read_text())["machine_info"]
+    assert f"| device | {machine['fastmum']['device']} |" in page, "without what the CPU can, which is no GPU's"
+    assert f"| CPU | {machine['fastmum']['capability']}, " in page
     assert machine["node"] not in page.replace(machine["fastmum"]["commit"], "") or len(machine["node"]) < 6
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.gpu import main, page_name, profile_note, stages
 from benchmarks.gpu import test_outcome as outcome
 
@@ -48,6 +49,65 @@ def test_profile(tmp_path):
     note = profile_note(tmp_path)
     assert "aten::mm  3 ms" in note
     assert note.count("more") == 22
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A GPU that is not there, and stages that end with a code and leave what they are told to."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+
+    def outcomes(folder, codes: dict[str, int], files: dict[str, str]):
+        def run(stage) -> int:
+            for name, text in files.items() if stage.name == "tests" else ():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(text)
+            return codes.get(stage.name, 0)
+
+        monkeypatch.setattr(gpu, "run", run)
+
+    return outcomes
+
+
+def test_benchmarks_that_die_leave_a_page(machine, tmp_path, capsys):
+    folder, out = tmp_path / "gpu", tmp_path / "docs" / "BENCHMARKS-h200.md"
+    files = {"tests.xml": XML, "result.json": "", "run/profile/steps_12-14_rank_0.txt": "aten::mm  3 ms"}
+    machine(folder, {"tests": 1, "benchmarks": -9}, files)
+    assert main(["--folder", str(folder), "--out", str(out)]) == 1
+    page = out.read_text()
+    assert "2 passed, 1 skipped, 2 failed: `c.test_d`, `c.test_e`" in page
+    assert "What failed: tests, benchmarks." in page
+    assert "aten::mm  3 ms" in page
+    assert str(tmp_path) not in page
+    assert "is no JSON" in capsys.readouterr().err
+
+
+def test_profile_of_another_time_is_not_shown(machine, tmp_path):
+    folder, out = tmp_path / "gpu", tmp_path / "BENCHMARKS-h200.md"
+    old = folder / "run" / "profile" / "steps_12-14_rank_0.txt"
+    old.parent.mkdir(parents=True)
+    old.write_text("of yesterday")
+    machine(folder, {}, {})
+    assert main(["--folder", str(folder), "--out", str(out)]) == 1
+    assert "The profile was not written" in out.read_text()
+    assert not old.exists()
+
+
+def test_profile_of_a_trainer_that_failed_is_not_shown(machine, tmp_path):
+    folder, out = tmp_path / "gpu", tmp_path / "BENCHMARKS-h200.md"
+    machine(folder, {"profile": 1}, {"run/profile/steps_12-14_rank_0.txt": "of half a run"})
+    assert main(["--folder", str(folder), "--out", str(out)]) == 1
+    page = out.read_text()
+    assert "of half a run" not in page
+    assert "No profile: the trainer failed" in page
+    assert "What failed: profile, benchmarks." in page
+
+
+def test_a_page_for_a_gpu_that_cannot_be_written_is_an_error(machine, tmp_path, capsys):
+    machine(tmp_path / "gpu", {}, {})
+    (tmp_path / "file").write_text("")
+    assert main(["--folder", str(tmp_path / "gpu"), "--out", str(tmp_path / "file" / "PAGE.md")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_stages(tmp_path):

@@ -1,14 +1,10 @@
-"""The reference's sampling: what the paper says of a batch, and its DataLoader."""
+"""The reference's sampling: what the paper says of a batch."""
 
 from collections import Counter
 from itertools import chain
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from benchmarks.reference.image_loader import sequence_loader
 from benchmarks.reference.sampler import PaperSampler, Sequences
 
 LONG = Sequences(range(0, 300, 30), [30] * 10)
@@ -63,18 +59,3 @@ def test_single_images_are_not_repeated_in_a_batch():
 
 def test_seeds_are_gpus():
     assert list(sampler(5, seed=1)) == list(sampler(5, seed=1)) != list(sampler(5, seed=2))
-
-
-def test_loader_gives_sequences(tmp_path):
-    rng, files = np.random.default_rng(0), []
-    for i in range(8):
-        files.append(tmp_path / f"{i}.png")
-        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(files[-1])
-    batches = PaperSampler([Sequences([0, 4], [4, 4])], range(8), 20, frames=6, views=(2, 3), image_share=0.3)
-    shapes = set()
-    for batch in sequence_loader(files, 16, batches, workers=0):
-        assert batch.dtype == torch.float32
-        assert batch.shape[0] == 6 // batch.shape[1]
-        assert batch.shape[2:] == (3, 16, 16)
-        shapes.add(batch.shape[1])
-    assert shapes == {1, 2, 3}

@@ -4,7 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.results import COMPILED, FASTMUM, REFERENCE, Result, results_of, text_table, write
+from benchmarks.results import (
+    COMPILED,
+    FASTMUM,
+    FRAMES_A_SECOND,
+    HEADINGS,
+    REFERENCE,
+    Result,
+    results_of,
+    rows,
+    text_table,
+    write,
+)
 
 TIMES = st.lists(st.tuples(*[st.floats(1e-6, 1e3)] * 2), min_size=1, max_size=20)
 
@@ -16,11 +27,26 @@ def test_ratio_is_taken_round_by_round():
     result = Result("g", "w", rounds={REFERENCE: [1.0, 2.0, 3.0, 4.0, 5.0], FASTMUM: [1.0] * 5})
     assert result.ratio() == (3.0, 2.0, 4.0)
     assert str(result.ratio()) == "3.00 (2.00 to 4.00)"
+    assert result.spread == "quartiles of 5"
     assert result.ratio(COMPILED) is None
 
 
+def test_of_frames_a_second_more_is_better():
+    result = Result("g", "w", FRAMES_A_SECOND, rounds={REFERENCE: [10.0, 15.0], FASTMUM: [20.0, 50.0]})
+    assert result.ratio() == (pytest.approx(8 / 3), 2.0, pytest.approx(10 / 3))
+    assert result.value(FASTMUM) == "35 frames/s"
+
+
+def test_of_few_rounds_the_spread_is_least_to_most():
+    result = Result("g", "w", rounds={REFERENCE: [1.0, 2.0, 4.0], FASTMUM: [1.0] * 3})
+    assert result.ratio() == (2.0, 1.0, 4.0)
+    assert result.spread == "least to most of 3"
+    (row,) = rows([result])
+    assert dict(zip(HEADINGS, row, strict=True))["rounds"] == "least to most of 3"
+
+
 @given(TIMES)
-def test_quartiles_enclose_the_median(pairs):
+def test_the_spread_encloses_the_median(pairs):
     result = Result("g", "w", rounds={REFERENCE: [a for a, _ in pairs], FASTMUM: [b for _, b in pairs]})
     ratio = result.ratio()
     slack = 1e-12 * ratio.high
@@ -53,7 +79,7 @@ def entry(name: str, what: str = "thing", data=(1.0, 2.0), **info) -> dict:
 def test_entries_of_other_benchmarks_are_left_out():
     entries = [{"extra_info": {}, "stats": {"data": [1.0]}}, entry(REFERENCE), entry(FASTMUM, data=(0.5, 0.5))]
     (result,) = results_of(entries)
-    assert result.ratio() == (3.0, 2.5, 3.5)
+    assert result.ratio() == (3.0, 2.0, 4.0)
 
 
 def test_two_duels_of_one_name_are_an_error():

@@ -1,0 +1,24 @@
+"""Two counts of what our own kernels move, made apart: the offline prediction's, and that of the kernels' report."""
+
+import pytest
+
+from benchmarks.offline.operators import kernel_of_launch
+from fastmum.kernels import report
+from fastmum.kernels.report_cases import Case, Sizes
+
+# Their tensors are addresses in a table: the prediction counts them where the operator is called.
+TABLES = ("adamw", "total_norm squares")
+CASES = [case for case in report.cases() if not case.name.startswith(TABLES)]
+
+
+@pytest.mark.parametrize("arch", report.GPUS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_both_count_the_same(case: Case, arch: int):
+    pytest.importorskip("triton")
+    launch = report.record(case, arch)
+    values = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+    # Partial sums are written here; who reads them is another kernel, and so is who writes the mask token's gradient.
+    expected = case.least + sum(values[f"{name}_ptr"].nbytes for name in case.partial)
+    expected -= 4 * Sizes().width if case.name.startswith("scatter_tokens backward") else 0
+    kernel = kernel_of_launch(launch)
+    assert (kernel.moved, kernel.flops) == (expected, case.operations)
