@@ -57,12 +57,19 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
     """Lines of Markdown: what a step costs, and what the paper's run would."""
     sides = {key: title for key, title in TITLES.items() if isinstance(predictions.get(key), dict)}
     where = ", ".join(
-        f"{predictions[key]}{unit}"
-        for key, unit in (("model", ""), ("frames", " frames a GPU"), ("views", " views a sequence"), ("gpu", ""))
+        f"{before}{predictions[key]}{unit}"
+        for before, key, unit in (
+            ("", "model", ""),
+            ("", "frames", " frames a GPU"),
+            ("", "views", " views a sequence"),
+            ("", "gpu", ""),
+            ("model.compile=", "compile", " (of fastmum; full is for one GPU, on several blocks are compiled)"),
+            ("model.recompute=", "recompute", ""),
+        )
         if key in predictions
     )
     lines = [
-        f"## Predictions, {predictions['gpu'].upper()}" if "gpu" in predictions else "## Predictions",
+        f"## Predictions, {predictions['gpu']}" if "gpu" in predictions else "## Predictions",
         "",
         "By formula, nothing measured: operations, bytes and launches of a step are counted in what PyTorch and"
         " Inductor would launch (`python -m benchmarks.offline`), and every kernel is given its roofline time."
