@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from benchmarks.offline.inductor import Region, compile_region
+from benchmarks.offline.inductor import Region, compile_region, signature
 from benchmarks.offline.recorder import Recorder
 from fastmum.model.block import Block
 
@@ -94,7 +94,8 @@ class _Call(torch.autograd.Function):
         recorder.record(region.forward.kernels)
         ctx.recorder, ctx.region = recorder, region
         ctx.saved = [torch.empty_like(x) for x in region.saved]
-        ctx.inputs = inputs
+        ctx.held = [x for x in inputs if signature(x) in region.held]
+        ctx.signatures = [signature(x) for x in inputs]
         return tuple(torch.empty_like(x) for x in region.outputs)
 
     @staticmethod
@@ -105,6 +106,7 @@ class _Call(torch.autograd.Function):
         ctx.recorder.lived_with(ctx.region.backward.peak - coming)
         ctx.recorder.record(ctx.region.backward.kernels)
         needed = ctx.needs_input_grad[2:]
-        made = [torch.empty_like(x) if wanted else None for x, wanted in zip(ctx.inputs, needed, strict=True)]
-        ctx.inputs = None
+        signatures = zip(ctx.signatures, needed, strict=True)
+        made = [torch.empty(shape, dtype=dtype) if wanted else None for (shape, dtype), wanted in signatures]
+        ctx.held = None
         return None, None, *made

@@ -39,6 +39,14 @@ from benchmarks.offline.recorder import Recorder
 SUM_OF_PARTIALS = re.compile(r"workspace_\d+\[.*\]\.view\((\d+), (\d+)\)\.sum\(dim=0\)")
 
 
+Signature = tuple[torch.Size, torch.dtype]
+
+
+def signature(x: Tensor) -> Signature:
+    """What tells the inputs of a block apart that are large: the stream is float32, its norm bfloat16."""
+    return x.shape, x.dtype
+
+
 class Graph(NamedTuple):
     """A lowered graph.
 
@@ -58,6 +66,7 @@ class Region(NamedTuple):
         forward, backward: its graphs.
         outputs: what it returns.
         saved: what the forward pass keeps for the backward pass, but for its inputs.
+        held: signatures of the inputs that it keeps.
         sources: Triton code of its kernels by name.
     """
 
@@ -65,6 +74,7 @@ class Region(NamedTuple):
     backward: Graph
     outputs: list[Tensor]
     saved: list[Tensor]
+    held: frozenset[Signature]
     sources: dict[str, str]
 
 
@@ -97,8 +107,10 @@ def compile_region(function: Callable, args: Sequence, recorder: Recorder) -> Re
     forward, backward = (_lower(gm, bool(is_backward), recorder) for is_backward, gm in enumerate(graphs))
     (output,) = graph.graph.find_nodes(op="output")
     outputs = list(forward.outputs.values())[: len(output.args[0])]
-    saved = [x for name, x in forward.outputs.items() if name in backward.inputs and not name.startswith("primals")]
-    return Region(forward.graph, backward.graph, outputs, saved, forward.sources | backward.sources)
+    kept = {name: x for name, x in forward.outputs.items() if name in backward.inputs}
+    saved = [x for name, x in kept.items() if not name.startswith("primals")]
+    held = frozenset(signature(x) for name, x in kept.items() if name.startswith("primals"))
+    return Region(forward.graph, backward.graph, outputs, saved, held, forward.sources | backward.sources)
 
 
 def _trace(function: Callable, args: Sequence) -> tuple[fx.GraphModule, Sequence[Tensor]]:

@@ -42,7 +42,7 @@ def test_the_record_is_within_the_goals():
             assert ours["bytes"] <= BYTES
             assert ours["launches"] <= LAUNCHES
             assert ours["predicted_ms"] <= MILLISECONDS.get(gpu, float("inf"))
-        # Compiled block by block it holds more, 0.59 of the eager reference's.
+        # Compiled block by block it holds a little more, 0.53 of the eager reference's.
         assert 2 * sides["fastmum"]["peak_bytes"] <= sides["reference"]["peak_bytes"]
 
 
