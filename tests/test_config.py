@@ -147,6 +147,13 @@ def test_the_configurations_that_come_with_it(name, request):
     assert config.run.name == name
 
 
+def test_the_arms_of_the_evidence_differ_in_their_views_alone(request):
+    mum, mae = (load_config(request.config.rootpath / f"configs/evidence/{name}.yaml") for name in ("mum", "mae"))
+    assert (mum.data.views, mae.data.views) == ([1, 8], [1, 1])
+    mae.data.views, mae.run.name, mae.run.dir = mum.data.views, mum.run.name, mum.run.dir
+    assert mae == mum
+
+
 def test_the_paper_run(request):
     config = load_config(request.config.rootpath / "configs/mum_vitl16.yaml")
     assert config.data.views == [2, 24]
