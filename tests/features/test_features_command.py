@@ -1,5 +1,6 @@
 """`python -m fastmum.features`: tokens as the model computes them, files of both kinds, pictures, skipped images."""
 
+import importlib
 import json
 
 import numpy as np
@@ -179,10 +180,11 @@ def test_features_that_do_not_fit_in_memory(mixed, weights, tmp_path, capsys, mo
     out = tmp_path / "f.safetensors"
     assert call(mixed, weights, out, *options, "--no-pictures") == 0
     size = sum(part.nbytes for tokens in read_features(out)[0].values() for part in (tokens.cls, tokens.patch))
-    monkeypatch.setattr("fastmum.features.extract.available_memory", lambda: size)
+    module = importlib.import_module("fastmum.features.extract")  # the package has a function of that name
+    monkeypatch.setattr(module, "available_memory", lambda: size)
     assert call(mixed, weights, out, *options, "--no-pictures", "--force") == 0
-    monkeypatch.setattr("fastmum.features.extract.available_memory", lambda: size - 1)
-    monkeypatch.setattr("fastmum.features.extract.read_image", None)  # nothing may come that far
+    monkeypatch.setattr(module, "available_memory", lambda: size - 1)
+    monkeypatch.setattr(module, "read_image", None)  # nothing may come that far
     capsys.readouterr()
     assert call(mixed, weights, out, *options, "--no-pictures", "--force") == 2
     error = capsys.readouterr().err.splitlines()[-1]
