@@ -24,11 +24,12 @@ from fastmum.evaluate.folder import check_free, make_folder, read, save, write
 from fastmum.evaluate.matching import evaluate_matching
 from fastmum.evaluate.page import page
 from fastmum.evaluate.pairs import Pair, PairSet, open_pairs, overlap, same_set
+from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.result import Result
 from fastmum.evaluate.sequences import SequenceSet, open_sequences
 from fastmum.evaluate.table import table
-from fastmum.evaluate.views import evaluate_views, evenly, shown, some_targets
+from fastmum.evaluate.views import evaluate_views, shown, some_targets
 from fastmum.evaluate.weights import Weights, load_weights
 from fastmum.pretrained.arguments import parse_overrides
 from fastmum.pretrained.device import pick_device

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import check_size, patch_size, squared
+from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pairs.reading import read_rgb
 from fastmum.evaluate.result import Result
 from fastmum.evaluate.sequences import SequenceSet
@@ -111,13 +111,6 @@ def some_targets(sequences: SequenceSet, settings: ViewSettings, most: int | Non
     if not found:
         raise DataError(f"no sequence of '{sequences.name}' has {settings.least} views, {settings.gap} apart")
     return evenly(found, most)
-
-
-def evenly(found: list[Target], most: int | None) -> list[Target]:
-    """At most `most` of them, evenly spread; None for all."""
-    if most is None or most >= len(found):
-        return found
-    return [found[i] for i in np.linspace(0, len(found) - 1, most).round().astype(int)]
 
 
 def _neighbours(frame: int, length: int, count: int, gap: int) -> list[int]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from fastmum.data.errors import DataError
+
+T = TypeVar("T")
 
 
 class Camera(NamedTuple):
@@ -95,14 +97,19 @@ class PairSet:
 
     def first(self, count: int | None) -> PairSet:
         """At most `count` pairs, evenly spread over the set, so that every scene of it has its share; None for all."""
-        if count is None or count >= len(self.pairs):
-            return self
-        picked = np.linspace(0, len(self.pairs) - 1, count).round().astype(int)
-        return replace(self, pairs=[self.pairs[i] for i in picked])
+        picked = evenly(self.pairs, count)
+        return self if picked is self.pairs else replace(self, pairs=picked)
 
     def both_ways(self) -> PairSet:
         """Every pair and its reverse."""
         return replace(self, pairs=[each for pair in self.pairs for each in (pair, pair.reversed())])
+
+
+def evenly(items: list[T], count: int | None) -> list[T]:
+    """At most `count` items, evenly spread over the list; None for all."""
+    if count is None or count >= len(items):
+        return items
+    return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
 def overlap(train: PairSet, test: PairSet) -> str | None:
