@@ -95,7 +95,7 @@ def test_what_is_there_stays_unless_told_otherwise(run, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["released", "safetensors", "hf", pytest.param("onnx", marks=pytest.mark.slow)], ids=list(FORMATS)
+    "name", ["released", "safetensors", "hf", pytest.param("onnx", marks=pytest.mark.exhaustive)], ids=list(FORMATS)
 )
 def test_what_fails_leaves_what_was_there(run, name, monkeypatch, capsys):
     file = run / f"mum_0000007{FORMATS[name].suffix}"

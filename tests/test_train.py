@@ -68,7 +68,7 @@ def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
     assert (run / "pictures/step_0000008.png").read_bytes() == (run / "reconstruction.png").read_bytes()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(image_folder, tmp_path, precision):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         main(words(image_folder, tmp_path / name, f"run.seed={seed}", f"train.precision={precision}"))
@@ -92,6 +92,7 @@ def wait_for_step(process, run, step):
     pytest.fail(f"the run did not reach step {step}: {process.stderr.read()}")
 
 
+@pytest.mark.slow
 def test_killed_at_random_it_continues_as_if_nothing_had_happened(image_folder, tmp_path):
     long = ("train.steps=60", "train.log_every=2", "train.checkpoint_every=7", "train.eval_every=30")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -107,7 +108,12 @@ def test_killed_at_random_it_continues_as_if_nothing_had_happened(image_folder, 
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE)]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        (signal.SIGTERM, REQUEUE),
+        pytest.param(signal.SIGUSR1, REQUEUE, marks=pytest.mark.slow),
+    ],
 )
 def test_stopped_from_outside_it_saves_and_goes_on(image_folder, tmp_path, number, code):
     long = ("train.steps=400", "train.checkpoint_every=1000", "train.eval_every=400", "train.log_every=3")
@@ -136,7 +142,9 @@ def test_manifests_in_every_mode(image_folder, tmp_path, mode, decoder):
     assert [s for s, _, _ in losses(tmp_path / "run")] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("precision", ["train.precision=fp32", "train.precision=bf16"])
+@pytest.mark.parametrize(
+    "precision", ["train.precision=fp32", pytest.param("train.precision=bf16", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_sees_the_images_that_it_began_with(image_folder, tmp_path, precision):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert main(words(image_folder, whole, precision)) == 0

@@ -57,13 +57,14 @@ def within_the_record(gpu: str, found: dict, side: str) -> None:
     assert found[side]["spilled"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.version.cuda, reason="this build of torch cannot lower for CUDA")
 def test_a_step_moves_and_launches_no_more_than_recorded():
     pytest.importorskip("triton")
     within_the_record("h200", predict("--gpu", "h200", "--side", "fastmum"), "fastmum")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("gpu", ["a100", "h100", "h200"])
 def test_all_sides_on_all_gpus(gpu):
     sides = ("fastmum", "fastmum_block", "reference", "reference_compiled")
@@ -72,7 +73,7 @@ def test_all_sides_on_all_gpus(gpu):
         within_the_record(gpu, found, side)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_same_twice():
     words = ("--gpu", "a100", "--model", "mum_tiny", "--frames", "8", "--views", "4", "--side", "fastmum")
     assert predict(*words) == predict(*words)

@@ -10,7 +10,7 @@ from fastmum.training.compile import has_cpp_compiler
 TINY = ["model.preset=mum_tiny", "data.image_size=32", "model.compile=off"]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_prints_both_and_their_ratio(capsys, tmp_path, precision):
     profile = tmp_path / "profile.txt"
     argv = ["--frames=4", "--views=2", "--rounds=2", "--eager-only", f"--profile={profile}"]
@@ -22,6 +22,7 @@ def test_prints_both_and_their_ratio(capsys, tmp_path, precision):
     assert profile.read_text().count("Self CPU time total") == 2
 
 
+@pytest.mark.slow
 def test_phases_add_up_to_the_step():
     comparison = Comparison(4, 2, TINY, compiled=False)
     comparison.check()
@@ -33,6 +34,7 @@ def test_phases_add_up_to_the_step():
     comparison.close()
 
 
+@pytest.mark.slow
 def test_different_results_have_no_speed():
     comparison = Comparison(4, 2, TINY, compiled=False)
     comparison.contestants["reference"]()  # one step ahead
@@ -41,7 +43,7 @@ def test_different_results_have_no_speed():
     comparison.close()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not has_cpp_compiler(), reason="no C++ compiler")
 def test_the_compiled_reference_takes_part(capsys):
     sizes = ["model.depth=1", "model.decoder_depth=2"]

@@ -234,7 +234,7 @@ print(manifest.num_frames, *(int(lines[key].split()[0]) // 1000 for key in ("VmH
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_twenty_million_frames_take_less_than_200_mb(tmp_path):
     """Of a fresh process, the interpreter and Arrow included; all but the private part is shared by processes."""

@@ -107,7 +107,7 @@ def test_data_sets_have_their_weights_of_the_frames(catalogue, mode):
     assert np.abs(got - list(expected.values())).max() < 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mode", ["packed", "balanced"])
 def test_shares_of_twelve_data_sets_over_a_cluster(mode):
     """Each within 1 % of its own weight, measured on 64 ranks: with one rank chance alone moves them by more."""

@@ -18,7 +18,7 @@ def run(file, images):
     return [torch.from_numpy(x) for x in session.run(["x_norm_clstoken", "x_norm_patchtokens"], {"images": images})]
 
 
-@pytest.mark.parametrize("positions", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("positions", ["float32", pytest.param("bfloat16", marks=pytest.mark.exhaustive)])
 def test_features_of_any_number_of_images_of_any_size(weights, model, positions):
     overrides = {"norm_eps": model.config.norm_eps, "rope_dtype": positions}
     done = export(weights, "onnx", **overrides)

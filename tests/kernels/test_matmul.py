@@ -59,6 +59,7 @@ def test_only_the_gradients_that_are_wanted(slow):
     assert x.grad is None
 
 
+@pytest.mark.slow
 def test_the_model_is_the_same_and_compiles(monkeypatch):
     torch.manual_seed(0)
     model = MuM(PRESETS["mum_tiny"])

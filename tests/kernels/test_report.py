@@ -34,16 +34,19 @@ def rows() -> list[dict]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_nothing_spills(rows: list[dict]) -> None:
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     assert [row for row in rows if row["spills"]] == []
 
 
+@pytest.mark.slow
 def test_main_streams_are_vectorised(rows: list[dict]) -> None:
     assert [row for row in rows if row["vector"] is not None and row["vector"] < 0.95] == []
     assert {row["kernel"] for row in rows if row["vector"] is None} == {"total_norm root"}
 
 
+@pytest.mark.slow
 def test_bytes_are_the_least(rows: list[dict]) -> None:
     assert [row for row in rows if not 1 <= row["ratio"] <= 1.1] == []
 

@@ -172,7 +172,7 @@ def test_compiles_in_one_graph(autocast: bool, inplace: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_in_place_copies_nothing() -> None:
     """Inductor calls the mutating operator on the projection itself, forward and backward."""
     from torch._inductor.utils import run_fw_bw_and_get_code

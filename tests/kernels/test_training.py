@@ -25,6 +25,7 @@ def losses(backend: str, monkeypatch: pytest.MonkeyPatch, steps: int = 20) -> to
     return torch.stack(history)
 
 
+@pytest.mark.slow
 def test_twenty_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     ours, plain = losses("triton", monkeypatch), losses("torch", monkeypatch)

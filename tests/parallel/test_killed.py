@@ -70,7 +70,9 @@ def losses(run):
     return [(r["step"], r["loss"], r.get("held_out_loss"), r["grad_norm"]) for r in read_metrics(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("background", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "background", [pytest.param(True, marks=pytest.mark.slow), pytest.param(False, marks=pytest.mark.exhaustive)]
+)
 def test_killed_at_20_random_moments_it_goes_on_bit_for_bit(start, tmp_path, background):
     """With a checkpoint every other step, most moments lie in the writing of one."""
     words = ("train.steps=60", "train.checkpoint_every=2", "train.eval_every=20", "data.frames_per_step=12",

@@ -49,7 +49,7 @@ def assert_same(ours, theirs, atol=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("size", "strategy", "mode"), [pytest.param(*e, marks=() if e in QUICK else pytest.mark.slow) for e in EVERY]
+    ("size", "strategy", "mode"), [pytest.param(*e, marks=() if e in QUICK else pytest.mark.exhaustive) for e in EVERY]
 )
 def test_as_one_process_with_the_same_global_batch(run, size, strategy, mode):
     alone = run(f"alone-{size}-{strategy}-{mode}", 1, f"data.mode={mode}")
@@ -58,14 +58,14 @@ def test_as_one_process_with_the_same_global_batch(run, size, strategy, mode):
     assert_same(together, alone)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
 def test_bfloat16(run, strategy):
     bf16 = ("train.precision=bf16", "parallel.reduce=bf16", "model.recompute=blocks")
     alone, together = run(f"bf16-{strategy}", 1, *bf16), run(f"bf16-2-{strategy}", 2, *bf16, *STRATEGIES[strategy])
     assert_same(together, alone, atol=2e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not has_cpp_compiler(), reason="Inductor needs a C++ compiler on the CPU")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compiled(run, strategy):
@@ -76,6 +76,7 @@ def test_compiled(run, strategy):
     assert_same(together, alone)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_at_every_resume(run, folder):
     """Step, rate, frames of a step and data go on; a checkpoint of any strategy is read by any other."""
     often = ("train.checkpoint_every=5", "train.keep_checkpoints=9")

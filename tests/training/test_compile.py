@@ -67,7 +67,12 @@ def assert_same(ours: tuple, theirs: tuple) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "recompute", "batches"),
-    [("block", False, 50), ("full", False, 50), ("block", True, 4), ("full", True, 4)],
+    [
+        pytest.param("block", False, 50, marks=pytest.mark.slow),
+        pytest.param("full", False, 50, marks=pytest.mark.slow),
+        ("block", True, 4),
+        ("full", True, 4),
+    ],
 )
 def test_random_lengths_compile_each_region_once(small, compiler, mode, recompute, batches):
     plain = copy.deepcopy(small)
@@ -95,7 +100,7 @@ def test_the_whole_model_compiles_from_outside_with_padded_lengths(tiny):
     assert counter.frame_count == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not has_cpp_compiler(), reason="Inductor needs a C++ compiler on the CPU")
 @pytest.mark.parametrize("mode", REGIONS)
 def test_inductor_agrees_with_eager(small, mode):

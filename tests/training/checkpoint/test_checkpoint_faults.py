@@ -73,7 +73,7 @@ def test_killed_at_random_moments_a_whole_checkpoint_is_there(tmp_path):
     kill_while_writing(tmp_path, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_very_many_random_moments(tmp_path):
     kill_while_writing(tmp_path, 400)
 
