@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fastmum import PRESETS, MuM
-from fastmum.training.checkpoint import Checkpoints, find_checkpoints, load_checkpoint
-from fastmum.training.checkpoint.files import damage
-from fastmum.training.memory import keep_freed_memory
+from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, load_checkpoint
+from fastmum.engine.checkpoint.files import damage
+from fastmum.engine.memory import keep_freed_memory
 
 
 class Training:

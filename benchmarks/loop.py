@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from fastmum.config import ConfigError, load_config
+from fastmum.engine import step as training_step
+from fastmum.engine.optimizer import AdamW
 from fastmum.train import train
-from fastmum.training import step as training_step
-from fastmum.training.optim import AdamW
 
 STEPS, WARM_UP = 60, 10
 

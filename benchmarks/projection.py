@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastmum.training.paper import PAPER_RUNS, SOURCE
+from fastmum.engine.paper import PAPER_RUNS, SOURCE
 
 STEPS = 500_000  # of the paper's run (supplement)
 NEEDED = ("flops", "bytes", "launches", "peak_bytes", "predicted_ms")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastmum import PRESETS, ModelConfig
-from fastmum.training.device import pick_precision
+from fastmum.engine.device import pick_precision
 
 
 class Sizes(NamedTuple):

@@ -24,17 +24,17 @@ from benchmarks.reference.step import build_optimizer as build_reference_optimiz
 from benchmarks.reference.step import train_step
 from benchmarks.results import COMPILED, FASTMUM, REFERENCE
 from fastmum.config import Config, ConfigError, load_config
+from fastmum.engine.compile import compile_model
+from fastmum.engine.device import pick_device, pick_precision
+from fastmum.engine.distributed import DistContext, LaunchInfo
+from fastmum.engine.gradients import Gradients
+from fastmum.engine.guard import NonFiniteGuard
+from fastmum.engine.memory import keep_freed_memory
+from fastmum.engine.model import PRECISION, build_model
+from fastmum.engine.optimizer import build_optimizer
+from fastmum.engine.prefetcher import StepBatch, noise_for
+from fastmum.engine.step import forward
 from fastmum.model.mum import MuM
-from fastmum.parallel.gradients import Gradients
-from fastmum.parallel.world import Place, World
-from fastmum.training.compile import compile_model
-from fastmum.training.device import pick_device, pick_precision
-from fastmum.training.feed import StepBatch, noise_for
-from fastmum.training.guard import Guard
-from fastmum.training.memory import keep_freed_memory
-from fastmum.training.model import PRECISION, build_model
-from fastmum.training.optim import build_optimizer
-from fastmum.training.step import forward
 
 PHASES = ("forward", "backward", "norm", "optimizer")
 AGREEMENT = {"bf16": 1e-3, "fp32": 1e-4}  # largest relative difference of the losses of the first steps
@@ -76,7 +76,7 @@ class Comparison:
         if min(frames, views) < 1 or frames % views:
             raise ConfigError(f"--frames is {frames}, but must be a positive multiple of --views, which is {views}")
         self.config = _config(frames, views, settings)
-        apart = pick_device(self.config.train.device, Place()).type == "cpu"
+        apart = pick_device(self.config.train.device, LaunchInfo()).type == "cpu"
         self.contestants: dict[str, Contestant] = {}
         for name, build in BUILDERS.items():
             if compiled or name != COMPILED:
@@ -137,18 +137,18 @@ class Comparison:
 
 def _config(frames: int, views: int, settings: Sequence[str]) -> Config:
     config = load_config(None, [f"data.frames_per_batch={frames}", f"data.views=[{views},{views}]", *settings])
-    config.train.precision = pick_precision(config.train.precision, pick_device(config.train.device, Place()))
+    config.train.precision = pick_precision(config.train.precision, pick_device(config.train.device, LaunchInfo()))
     return config
 
 
 def make_problem(frames: int, views: int, settings: Sequence[str]) -> Problem:
     """The same for the same arguments."""
     config = _config(frames, views, settings)
-    device, size = pick_device(config.train.device, Place()), config.data.image_size
+    device, size = pick_device(config.train.device, LaunchInfo()), config.data.image_size
     torch.manual_seed(config.run.seed)
     pixels = torch.randint(0, 256, (frames, size, size, 3), dtype=torch.uint8).to(device)
     noise = noise_for(config, config.run.seed, 0, frames).to(device)
-    return Problem(config, pixels, noise, build_model(config, World(device=device)))
+    return Problem(config, pixels, noise, build_model(config, DistContext(device=device)))
 
 
 def build_reference(
@@ -192,7 +192,7 @@ def fastmum_steps(problem: Problem, lengths: Sequence[tuple[int, ...]]) -> list[
     keep_freed_memory()
     optimizer = build_optimizer(model, config.optim, PRECISION[config.train.precision])
     compile_model(model, config.model.compile, config.train.steps, cuda_graphs=config.train.cuda_graphs)
-    gradients, guard = Gradients(model.parameters(), World(device=pixels.device)), Guard(pixels.device)
+    gradients, guard = Gradients(model.parameters(), DistContext(device=pixels.device)), NonFiniteGuard(pixels.device)
 
     def contestant(of_sequences: tuple[int, ...]) -> Contestant:
         views = torch.tensor(of_sequences).repeat_interleave(torch.tensor(of_sequences)).to(pixels.device)

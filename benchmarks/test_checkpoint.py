@@ -12,7 +12,7 @@ from benchmarks.checkpoint import Training, timed, write
 from benchmarks.duel import Duel, no_collection, rotated
 from benchmarks.results import FASTMUM, REFERENCE
 from benchmarks.sizes import Sizes
-from fastmum.training.checkpoint import Checkpoints, load_checkpoint
+from fastmum.engine.checkpoint import Checkpoints, load_checkpoint
 
 
 def test_checkpoint(duel: Duel, sizes: Sizes, quick: bool, tmp_path: Path) -> None:

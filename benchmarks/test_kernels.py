@@ -23,7 +23,7 @@ from benchmarks.reference.step import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.sizes import Sizes
 from fastmum import kernels
 from fastmum.config.schema import OptimSection
-from fastmum.training.optim import build_optimizer
+from fastmum.engine.optimizer import build_optimizer
 
 Function = Callable[..., Tensor | Sequence[Tensor]]
 OPTIMISED_BLOCKS = 4  # of the encoder, whose weights are updated and measured

@@ -11,8 +11,8 @@ from fastmum.data.decode import PillowDecoder
 from fastmum.data.loader import Loader
 from fastmum.data.manifest import Manifests
 from fastmum.data.plan import StepPlanner
-from fastmum.data.scenes import ensure_scenes
-from fastmum.training.optim import build_optimizer
+from fastmum.engine.optimizer import build_optimizer
+from fastmum.scenes import ensure_scenes
 
 FRAMES, SIZE, VIEWS = 32, 128, 4
 

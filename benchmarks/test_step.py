@@ -7,8 +7,8 @@ import pytest
 from benchmarks.duel import Duel
 from benchmarks.sizes import Sizes
 from benchmarks.step import PHASES, Comparison
+from fastmum.engine.gpus import peak_flops
 from fastmum.model.flops import step_flops
-from fastmum.training.gpus import peak_flops
 
 PHASE_NAMES = {"optimizer": "optimiser", "norm": "norm of the gradient", "step": "whole step"}
 STATE_BYTES = 4 * 4 + 8  # of a parameter: weight, gradient, moments; activations of a few frames beside them

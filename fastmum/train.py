@@ -22,32 +22,32 @@ from fastmum.config import Config, ConfigError, describe_keys, load_config
 from fastmum.data.decode import make_decoder
 from fastmum.data.errors import DataError
 from fastmum.data.loader import Loader
-from fastmum.data.sources import Sources, open_sources
+from fastmum.data.splits import DataSplits, open_splits
+from fastmum.engine.bad_steps import BadSteps, TrainingError
+from fastmum.engine.checkpoint import CheckpointError, Checkpoints, set_aside_after
+from fastmum.engine.compile import compile_model
+from fastmum.engine.consensus import StopConsensus
+from fastmum.engine.cost import Cost, paper_line
+from fastmum.engine.device import pick_device, pick_precision
+from fastmum.engine.distributed import DistContext, DistributedError, init_distributed, read_launch_env
+from fastmum.engine.evaluation import Evaluation
+from fastmum.engine.gradients import Gradients
+from fastmum.engine.guard import NonFiniteGuard
+from fastmum.engine.heartbeat import Heartbeat, is_of_processes
+from fastmum.engine.memory import keep_freed_memory
+from fastmum.engine.meter import Meter
+from fastmum.engine.model import REDUCE, build_model, matrix_dtype
+from fastmum.engine.optimizer import build_optimizer
+from fastmum.engine.prefetcher import Prefetcher
+from fastmum.engine.profile import StepProfiler
+from fastmum.engine.readout import Readout
+from fastmum.engine.resume import ResumeState, about_checkpoint, resume
+from fastmum.engine.rundir import RunDir
+from fastmum.engine.schedule import learning_rate
+from fastmum.engine.step import Step
+from fastmum.engine.stop import StopRequest, exit_code
+from fastmum.engine.telemetry import Telemetry
 from fastmum.model.mum import MuM
-from fastmum.parallel.agree import Agreement
-from fastmum.parallel.gradients import Gradients
-from fastmum.parallel.watch import Watch, is_of_processes
-from fastmum.parallel.world import World, WorldError, find_place, join
-from fastmum.training.bad_steps import BadSteps, TrainingError
-from fastmum.training.checkpoint import CheckpointError, Checkpoints, set_aside_after
-from fastmum.training.compile import compile_model
-from fastmum.training.cost import Cost, paper_line
-from fastmum.training.device import pick_device, pick_precision
-from fastmum.training.evaluation import Evaluation
-from fastmum.training.feed import Feed
-from fastmum.training.guard import Guard
-from fastmum.training.memory import keep_freed_memory
-from fastmum.training.meter import Meter
-from fastmum.training.model import REDUCE, build_model, matrix_dtype
-from fastmum.training.optim import build_optimizer
-from fastmum.training.profile import StepProfiler
-from fastmum.training.readout import Readout
-from fastmum.training.resume import Start, about_checkpoint, resume
-from fastmum.training.rundir import RunDir
-from fastmum.training.schedule import learning_rate
-from fastmum.training.step import Step
-from fastmum.training.stop import StopRequest, exit_code
-from fastmum.training.telemetry import Telemetry
 
 log = logging.getLogger("fastmum")
 
@@ -62,16 +62,16 @@ def train(config: Config) -> int:
     """Do the whole of a run, or what is left of it; every process of the run calls it.
 
     Returns:
-        0, or the exit code of the signal that stopped the run after it saved (`fastmum.training.stop`).
+        0, or the exit code of the signal that stopped the run after it saved (`fastmum.engine.stop`).
 
     Raises:
-        ConfigError, DataError, WorldError, CheckpointError, TrainingError, PeerError: as their one line says.
+        ConfigError, DataError, DistributedError, CheckpointError, TrainingError, PeerError: as their one line says.
     """
-    place = find_place()
-    world = join(place, pick_device(config.train.device, place))
+    place = read_launch_env()
+    world = init_distributed(place, pick_device(config.train.device, place))
     precision = pick_precision(config.train.precision, world.device)
     config = replace(config, train=replace(config.train, precision=precision))
-    with Watch(world, config.parallel.dead_after_s) as watch:
+    with Heartbeat(world, config.parallel.dead_after_s) as watch:
         try:
             code = _train(config, world)
             world.wait()
@@ -84,7 +84,7 @@ def train(config: Config) -> int:
     return code
 
 
-def _train(config: Config, world: World) -> int:
+def _train(config: Config, world: DistContext) -> int:
     torch.manual_seed(config.run.seed)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -103,10 +103,10 @@ def _train(config: Config, world: World) -> int:
     sources = _open_sources(config, run, world, start)
     decoder = make_decoder(config.data.decoder, config.data.image_size, world.device, int(config.data.cache_gb * 1e9))
     loader = Loader(decoder, sources.manifests, config.data.workers, run.bad_frames, sources.is_held_out)
-    feed = Feed(loader, sources.training, world, config)
+    feed = Prefetcher(loader, sources.training, world, config)
     evaluation = Evaluation(sources, loader, config, world)
     gradients = Gradients(model.parameters(), world, feed.batches_per_step, REDUCE[config.parallel.reduce])
-    guard, meter = Guard(world.device), Meter(world, loader)
+    guard, meter = NonFiniteGuard(world.device), Meter(world, loader)
     if start.state:
         guard.load(start.state)
         meter.load(start.state)
@@ -131,7 +131,7 @@ def _train(config: Config, world: World) -> int:
         dynamic_ncols=True,
         disable=not world.is_main,
     )
-    agreement, batches = Agreement(world), feed.batches(start.step, steps)
+    agreement, batches = StopConsensus(world), feed.batches(start.step, steps)
     log.info("%d frames a step; %s", start.frames_per_step, paper_line())
 
     with (
@@ -183,7 +183,7 @@ def _train(config: Config, world: World) -> int:
     return 0
 
 
-def _compile(config: Config, model: MuM, world: World, steps: int) -> None:
+def _compile(config: Config, model: MuM, world: DistContext, steps: int) -> None:
     """Compile the model, and make the most of the device.
 
     Raises:
@@ -199,7 +199,7 @@ def _compile(config: Config, model: MuM, world: World, steps: int) -> None:
         keep_freed_memory()
 
 
-def _open_sources(config: Config, run: RunDir, world: World, start: Start) -> Sources:
+def _open_sources(config: Config, run: RunDir, world: DistContext, start: ResumeState) -> DataSplits:
     """Open what the run draws from, and write its configuration down; the first process makes what is missing.
 
     Raises:
@@ -209,13 +209,13 @@ def _open_sources(config: Config, run: RunDir, world: World, start: Start) -> So
     if world.is_main:
         try:
             run.root.mkdir(parents=True, exist_ok=True)
-            sources = open_sources(config, run.root, start.step > 0, parts)
+            sources = open_splits(config, run.root, start.step > 0, parts)
             run.config.write_text(config.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.dir is '{run.root}', but cannot be written ({error.strerror})") from None
         set_aside_after(run.checkpoints, start.step)
     world.wait()
-    return sources or open_sources(config, run.root, True, parts)
+    return sources or open_splits(config, run.root, True, parts)
 
 
 @contextlib.contextmanager
@@ -285,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
         return 130
-    except (ConfigError, DataError, WorldError, CheckpointError, TrainingError) as error:
+    except (ConfigError, DataError, DistributedError, CheckpointError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except PeerError as error:
@@ -296,8 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _log_to_stderr() -> None:
     """One process tells what happens; the others only what is wrong, and who they are."""
     try:
-        rank = find_place().rank
-    except WorldError:
+        rank = read_launch_env().rank
+    except DistributedError:
         rank = 0  # train will say it
     if rank == 0:
         logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -19,7 +19,7 @@
 #SBATCH --kill-on-bad-exit=0
 set -uo pipefail
 
-requeue_code=75 # REQUEUE of fastmum/training/stop.py
+requeue_code=75 # REQUEUE of fastmum/engine/stop.py
 python=${PYTHON:-python}
 
 # Where rank 0 listens; fastmum would find it by itself, too.

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
+from fastmum.engine.checkpoint import Checkpoints
+from fastmum.engine.optimizer import build_optimizer
 from fastmum.export import FORMATS, export, main, released_state
 from fastmum.model.encoder import Encoder
-from fastmum.training.checkpoint import Checkpoints
-from fastmum.training.optim import build_optimizer
 
 
 @pytest.fixture

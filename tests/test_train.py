@@ -16,11 +16,11 @@ import torch
 
 from fastmum.data.build import build
 from fastmum.data.loader import Loader
+from fastmum.engine.checkpoint import find_checkpoints, read_weights
+from fastmum.engine.step import forward
+from fastmum.engine.stop import REQUEUE
+from fastmum.engine.telemetry import read_metrics
 from fastmum.train import main
-from fastmum.training.checkpoint import find_checkpoints, read_weights
-from fastmum.training.step import forward
-from fastmum.training.stop import REQUEUE
-from fastmum.training.telemetry import read_metrics
 
 needs_dali = pytest.mark.skipif(
     importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
@@ -217,7 +217,7 @@ def test_a_bad_step_is_passed_over_and_counted(image_folder, tmp_path, monkeypat
         parts = 1 + len(more)
         return output._replace(loss=poison(output.loss)) if len(calls) == bad * parts else output
 
-    monkeypatch.setattr("fastmum.training.step.forward", poisoned)
+    monkeypatch.setattr("fastmum.engine.step.forward", poisoned)
     short = (*more, "train.steps=6", "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.eval_every=6")
     assert main(words(image_folder, tmp_path / "run", *short)) == 0
     records = read_metrics(tmp_path / "run/metrics.jsonl")

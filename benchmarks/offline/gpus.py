@@ -14,7 +14,7 @@ REACHED_BANDWIDTH = 0.85  # of the memory's: what streaming kernels sustain (a c
 LEAST_SECONDS = 3e-6  # of any kernel: launch and drain (a convention)
 
 
-# `fastmum.training.gpus` has 989.4e12 for the H100 and H200, from the whitepaper: a measured share of the peak is of
+# `fastmum.engine.gpus` has 989.4e12 for the H100 and H200, from the whitepaper: a measured share of the peak is of
 # that. The data sheets round it to 989e12, which recorded predictions and their goals are of.
 
 

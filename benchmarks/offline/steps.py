@@ -38,14 +38,14 @@ from benchmarks.reference.step import normalise
 from fastmum.attention import Spans
 from fastmum.attention.flash import Flash
 from fastmum.config.schema import OptimSection
+from fastmum.engine import optimizer as optimizers
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.gradients import Gradients
+from fastmum.engine.guard import NonFiniteGuard
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import check_frames
 from fastmum.model.masking import num_visible
 from fastmum.model.mum import MuM, Views
-from fastmum.parallel.gradients import Gradients
-from fastmum.parallel.world import World
-from fastmum.training import optim as optimizers
-from fastmum.training.guard import Guard
 
 MAX_VIEWS = 24  # of the paper's run: what attention kernels launch for
 MASK_RATIO = 0.75
@@ -88,7 +88,7 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
             with recorder:
                 _place(model)
                 optimizer = optimizers.build_optimizer(model, OptimSection(), torch.bfloat16)
-                gradients, guard = Gradients(model.parameters(), World()), Guard(torch.device("cpu"))
+                gradients, guard = Gradients(model.parameters(), DistContext()), NonFiniteGuard(torch.device("cpu"))
                 frames = torch.empty(batch.frames, batch.side, batch.side, 3, dtype=torch.uint8)
                 pixels = check_frames(frames, config.patch_size, config.in_chans)
                 patches = pixels.grid[0] * pixels.grid[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastmum.training.checkpoint import CheckpointError
+from fastmum.engine.checkpoint import CheckpointError
 
 NAMED = 10  # keys listed in a message
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
 from fastmum.pretrained.errors import WeightsError, some
-from fastmum.training.checkpoint import CheckpointError, read_weights
 
 KINDS = "a run, a folder of checkpoints, a checkpoint, a file of torch.save or of safetensors, a folder of transformers"
 

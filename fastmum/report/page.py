@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import statistics
 
+from fastmum.engine.paper import PAPER_RUNS, SOURCE
 from fastmum.report.curves import charts, color
 from fastmum.report.document import date, document, table
 from fastmum.report.pictures import reconstructions
 from fastmum.report.run import Run
 from fastmum.report.scale import write
-from fastmum.training.paper import PAPER_RUNS, SOURCE
 
 RECENT_LINES = 10  # of metrics.jsonl, that the speed in the summary is the median of
 LISTED = 200  # bad frames

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from fastmum.training.metrics import read_metrics
-from fastmum.training.rundir import RunDir
+from fastmum.engine.metrics import read_metrics
+from fastmum.engine.rundir import RunDir
 
 Point = tuple[float, float]
 

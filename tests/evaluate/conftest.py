@@ -13,8 +13,8 @@ from PIL import Image
 from plane_world import Shot, walk
 from torch import Tensor, nn
 
-from fastmum.data.scenes import ensure_scenes
 from fastmum.evaluate.pairs import Frame, Pair, PairSet, relative_pose, unit_camera
+from fastmum.scenes import ensure_scenes
 
 
 @pytest.fixture(scope="session")

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plane_world import exact, shot
 
-from fastmum.data.scenes.layout import build_scene
-from fastmum.data.scenes.raycast import View, trace
 from fastmum.evaluate.features import load_image
 from fastmum.evaluate.pairs import Camera, open_pairs, unit_camera
 from fastmum.evaluate.pairs.scenes import from_folders
 from fastmum.evaluate.warp import finer, grid_points, move, pair_warp, true_warp
+from fastmum.scenes.layout import build_scene
+from fastmum.scenes.raycast import View, trace
 
 angle = st.floats(-0.25, 0.25)
 place = st.floats(-0.6, 0.6)

@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 import fastmum
 from fastmum import ModelConfig
 from fastmum.config.schema import OptimSection
+from fastmum.engine.checkpoint import Checkpoints
+from fastmum.engine.optimizer import build_optimizer
 from fastmum.export import export
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.pretrained import MismatchError, WeightsError, read_pretrained
-from fastmum.training.checkpoint import Checkpoints
-from fastmum.training.optim import build_optimizer
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
 
 
 def _camera(file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """World-to-camera with OpenCV axes and fx fy cx cy of a camera file of MVSNet; NaN where there is no file."""
+    """DistContext-to-camera with OpenCV axes and fx fy cx cy of a camera file of MVSNet; NaN where there is no file."""
     if not file.is_file():
         return np.full((4, 4), np.nan), np.full(4, np.nan)
     with reading(file, "a camera of MVSNet"):

@@ -53,7 +53,7 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
 
 
 def camera(frame: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """World-to-camera (4, 4) and fx fy cx cy of a frame annotation, NaN where it has no viewpoint.
+    """DistContext-to-camera (4, 4) and fx fy cx cy of a frame annotation, NaN where it has no viewpoint.
 
     PyTorch3D transforms row vectors, x_camera = x_world R + T, and measures on the image from its centre to the left
     and up, in half sides (`ndc_norm_image_bounds`) or in halves of the shorter side (`ndc_isotropic`).

@@ -1,4 +1,4 @@
-"""The rendered scenes: exact depth and pose for every frame (`fastmum/data/scenes/`)."""
+"""The rendered scenes: exact depth and pose for every frame (`fastmum/scenes/`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 
 from fastmum.data.errors import DataError
-from fastmum.data.scenes import ensure_scenes, scene_dirs
 from fastmum.evaluate.pairs.pair import Pair, PairSet, relative_pose
 from fastmum.evaluate.pairs.reading import frame_of, read_json, square
+from fastmum.scenes import ensure_scenes, scene_dirs
 
 # Another seed than training's default, so that no model has seen these rooms (`data.scenes.seed`).
 SEED = 2025

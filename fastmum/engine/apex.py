@@ -1,0 +1,125 @@
+"""FusedAdam of NVIDIA's Apex in the place of torch's fused AdamW (`optim.optimizer=apex`)."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+
+import torch
+from torch import Tensor
+
+from fastmum.config.schema import ConfigError, OptimSection
+from fastmum.engine.gradients import local
+from fastmum.engine.master import MasterWeights
+from fastmum.engine.optimizer import GradientOf, Optimizer, own_gradient
+
+INSTALL = (
+    "build it from its source with its CUDA extensions (https://github.com/NVIDIA/apex), or take optim.optimizer=adamw"
+)
+
+NEEDED = "cuda"  # type of the device
+
+
+def find_fused_adam() -> type:
+    """Apex's class.
+
+    Raises:
+        ConfigError: it is not installed, is the unrelated project of that name on PyPI, or was built without CUDA.
+    """
+    key = "optim.optimizer is apex, but"
+    try:
+        apex = importlib.import_module("apex")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "apex":
+            raise ConfigError(f"{key} NVIDIA's Apex is not installed: {INSTALL}") from None
+        # The other one fails on imports of its own (pyramid and friends).
+        raise ConfigError(f"{key} the package 'apex' cannot be imported ({error}): {_which()}{INSTALL}") from None
+    try:
+        return importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError):
+        where = getattr(apex, "__file__", None) or "a folder of that name"
+        raise ConfigError(
+            f"{key} the package 'apex' found here ({where}) is not NVIDIA's: it has no apex.optimizers.FusedAdam; "
+            f"'pip install apex' installs an unrelated project, so 'pip uninstall apex' and {INSTALL}"
+        ) from None
+
+
+def _which() -> str:
+    """What a package called apex is that PyPI has given."""
+    try:
+        about = importlib.metadata.metadata("apex")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return (
+        f"'{about['Summary']}', {about['Version']}, is what pip has installed; if that is not NVIDIA's, uninstall it; "
+    )
+
+
+class ApexAdamW(Optimizer):
+    """AdamW by `apex.optimizers.FusedAdam`, in its capturable form, which reads rate and verdict on the device.
+
+    Args:
+        masters, optim: as in `Optimizer`.
+        fused_adam: the class.
+
+    Raises:
+        ConfigError: Apex has no CUDA extensions, or the model is not on a GPU.
+    """
+
+    def __init__(self, masters: MasterWeights, optim: OptimSection, fused_adam: type) -> None:
+        super().__init__(masters, optim)
+        if self.steps.device.type != NEEDED:
+            raise ConfigError("optim.optimizer is apex, which needs a CUDA device: take optim.optimizer=adamw")
+        # Apex wants float32 weights: those that are kept in halves are whole only during an update.
+        self._parts = [_empty(self.steps) if w.rest is not None else local(w.master) for w in self.weights]
+        groups = [
+            {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if self.decay(w) == decay],
+             "weight_decay": decay}
+            for decay in sorted({self.decay(w) for w in self.weights})
+        ]  # fmt: skip
+        try:
+            self._apex = fused_adam(
+                groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, adam_w_mode=True, capturable=True
+            )
+        except RuntimeError as error:
+            raise ConfigError(f"optim.optimizer is apex, but it cannot be used ({error}): {INSTALL}") from None
+        for part, weight in zip(self._parts, self.weights, strict=True):
+            averages = (local(moment) for moment in self.moments[weight.name])
+            self._apex.state[part] = dict(zip(("exp_avg", "exp_avg_sq"), averages, strict=True))
+
+    @torch.no_grad()
+    def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
+        found_inf = torch.zeros_like(self.steps) if found_inf is None else found_inf
+        for part, weight in zip(self._parts, self.weights, strict=True):
+            if weight.rest is not None:
+                part.data = weight.master
+            grad = gradient(weight.parameter)
+            part.grad = None if grad is None else grad.float()
+        for group in self._apex.param_groups:
+            group["lr"].fill_(rate)
+            group["step"] = self.steps.to(torch.int32).reshape(1)  # Apex adds 1
+        self._apex._dummy_overflow_buf.zero_()  # else it does not add after a step that was passed over
+        self._apex.step(grad_scaler=_Verdict(found_inf))
+        self.steps += 1 - found_inf
+        for part, weight in zip(self._parts, self.weights, strict=True):
+            part.grad = None
+            if weight.rest is not None:
+                weight.stored.fill_(part)
+                part.data = _empty(self.steps)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+class _Verdict:
+    """What Apex asks a gradient scaler for: whether to pass over, and a scale of 1."""
+
+    def __init__(self, found_inf: Tensor) -> None:
+        self._found_inf = found_inf.reshape(1)
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
+        return {self._found_inf.device: self._found_inf}
+
+    def _get_scale_async(self) -> Tensor:
+        return torch.ones_like(self._found_inf)

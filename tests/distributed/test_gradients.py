@@ -1,0 +1,91 @@
+"""Sums of gradients over batches against float64, whatever the sizes, layouts and buckets."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastmum.engine import gradients
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.gradients import Gradients
+
+shapes = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes, st.integers(1, 40), st.integers(2, 4), st.data())
+def test_sums_of_several_batches(sizes, bucket, batches, data):
+    parameters = [nn.Parameter(torch.randn(*size, dtype=torch.float32).transpose(0, -1)) for size in sizes]
+    used = [data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))) for _ in range(batches)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(gradients.BUCKET, "cpu", bucket)
+        ours = Gradients(parameters, DistContext(), batches)
+    for _ in range(2):  # a step leaves nothing to the next
+        truth = [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
+        for batch, some in enumerate(used):
+            ours.next_batch(last=batch == batches - 1)
+            factors = [torch.randn(p.shape) for p in parameters]
+            parts = [(p * f).sum() for p, f, use in zip(parameters, factors, some, strict=True) if use]
+            if parts:
+                sum(parts).backward()
+            for total, factor, use in zip(truth, factors, some, strict=True):
+                total += use * factor.double()
+        ours.finish()
+        for p, total in zip(parameters, truth, strict=True):
+            assert ours.of(p).stride() == p.stride()
+            torch.testing.assert_close(ours.of(p).double(), total, rtol=1e-5, atol=1e-5)
+        norm = torch.stack([total.square().sum() for total in truth]).sum().sqrt()
+        torch.testing.assert_close(ours.norm().double(), norm, rtol=1e-4, atol=1e-5)
+        ours.clear()
+    assert all(p.grad is None for p in parameters)
+
+
+def test_bfloat16_gradients_are_summed_in_float32():
+    p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    ours = Gradients([p], DistContext(), batches=3)
+    for batch, value in enumerate((256.0, 1.0, 1.0)):  # in bfloat16 256 + 1 is 256
+        ours.next_batch(last=batch == 2)
+        (p * value).sum().backward()
+    ours.finish()
+    assert ours.of(p).tolist() == [258.0] * 4
+
+
+def test_buckets_travel_while_the_backward_pass_goes_on(monkeypatch):
+    """The last layers' gradients are sent before those of the first are there, in one order, once a step."""
+
+    class Sent:
+        def wait(self) -> None:
+            pass
+
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(6)]
+    sent, arrived = [], []
+    monkeypatch.setitem(gradients.BUCKET, "cpu", 32)
+    monkeypatch.setattr(gradients.dist, "all_reduce", lambda wire, async_op: sent.append(len(arrived)) or Sent())
+    ours = Gradients([layer.weight for layer in layers], DistContext(size=2), batches=2)
+    for layer in layers:
+        layer.weight.register_post_accumulate_grad_hook(lambda p: arrived.append(p))
+    x = torch.randn(3, 4)
+    for last in (False, True):
+        ours.next_batch(last)
+        y = x
+        for layer in layers:
+            y = layer(y)
+        y.sum().backward()
+        assert len(sent) == 3 * last, "nothing travels before the step's last batch"
+    # A bucket holds two layers; ours is the first hook, so that of the second layer is not yet counted.
+    assert sent == [7, 9, 11]
+    ours.finish()
+    assert len(sent) == 3
+
+
+def test_a_single_batch_stays_where_it_is(tiny):
+    ours = Gradients(tiny.parameters(), DistContext())
+    tiny(torch.randn(2, 3, 32, 32), [2], 0.5).loss.backward()
+    ours.finish()
+    assert all(ours.of(p).data_ptr() == p.grad.data_ptr() for p in tiny.parameters())
+    expected = torch.cat([p.grad.flatten() for p in tiny.parameters()]).norm()
+    torch.testing.assert_close(ours.norm(), expected)
+    p = tiny.mask_token
+    p.grad.fill_(torch.nan)
+    assert not ours.norm().isfinite()

@@ -1,0 +1,160 @@
+"""A disk that is really full: a file system of 64 KB in memory."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastmum.engine.rundir import RunDir
+from fastmum.engine.telemetry import Telemetry, read_metrics
+
+IN_NAMESPACE = "FASTMUM_TEST_IN_NAMESPACE"
+
+
+def mount(folder):
+    return subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """A folder with room for 64 KB; without the right to mount, the test runs again in a namespace that has it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if mount(folder).returncode == 0:
+        yield folder
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+        return
+    if IN_NAMESPACE in os.environ:
+        pytest.fail("no tmpfs in a namespace either")
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs, or unshare -rm")
+    test = f"{request.node.path}::{request.node.name}"
+    command = ["unshare", "-rm", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    ran = subprocess.run(command, env={**os.environ, IN_NAMESPACE: "1"}, capture_output=True, text=True)
+    if ran.returncode != 0:
+        pytest.fail(ran.stdout[-3000:])
+    pytest.skip("passed in a namespace of its own")
+
+
+def fill(folder):
+    """Leave no byte free."""
+    path = folder / "ballast"
+    with open(path, "wb", buffering=0) as file:
+        size = 65536
+        while size:
+            try:
+                while file.write(b"x" * size) == size:
+                    pass
+            except OSError:
+                size //= 2
+    return path
+
+
+def noise(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 40, 3), np.uint8))
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_lines_wait_for_room_and_none_is_lost(small_disk, caplog):
+    run = RunDir(small_disk / "run")
+    caplog.set_level(logging.INFO)
+    telemetry = Telemetry(run, 0)
+    telemetry.picture(1, noise(0))
+    values = {f"curve_{i}": i / 7 for i in range(20)}
+    telemetry.log(1, values)
+    ballast = fill(small_disk)
+    # A page has room behind its last line: a few still fit, and the one on the edge in part.
+    for step in range(2, 20):
+        telemetry.log(step, values)
+        telemetry.picture(step, noise(step))
+        lines = run.metrics.read_bytes().split(b"\n")
+        assert lines[-1] == b"", "half a line was left"
+        assert all(json.loads(line) for line in lines[:-1])
+    assert len(read_metrics(run.metrics)) < 19
+    assert sorted(warnings(caplog)) == sorted(
+        [
+            f"{run.metrics} cannot be written (No space left on device); training goes on",
+            f"{next(run.tensorboard.iterdir())} cannot be written (No space left on device); training goes on",
+            f"{run.picture(2)} cannot be written (No space left on device); training goes on",
+        ]
+    )
+    assert Image.open(run.newest_picture).tobytes() == noise(0).tobytes()
+    assert [path.name for path in run.picture(1).parent.iterdir()] == ["step_0000001.png"]
+
+    caplog.clear()
+    ballast.unlink()
+    telemetry.log(20, values)
+    telemetry.picture(20, noise(20))
+    assert [record["step"] for record in read_metrics(run.metrics)] == list(range(1, 21))
+    assert any("can be written again" in record.getMessage() for record in caplog.records)
+    assert Image.open(run.newest_picture).tobytes() == noise(20).tobytes()
+    telemetry.close()
+    board = EventAccumulator(str(run.tensorboard))
+    board.Reload()
+    assert [point.step for point in board.Scalars("curve_3")] == list(range(1, 21))
+    assert [image.step for image in board.Images("reconstruction")] == [1, 20]
+    assert warnings(caplog) == []
+
+
+def test_a_disk_that_is_full_from_the_start(small_disk, caplog):
+    run = RunDir(small_disk / "run")
+    ballast = fill(small_disk)
+    telemetry = Telemetry(run, 0)
+    for step in (1, 2):
+        telemetry.log(step, {"loss": float(step)})
+    ballast.unlink()
+    telemetry.log(3, {"loss": 3.0})
+    telemetry.close()
+    assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2, 3]
+
+
+def test_a_resumed_run_drops_lines_on_a_full_disk(small_disk):
+    run = RunDir(small_disk)
+    first = Telemetry(run, 0)
+    for step in range(1, 30):
+        first.log(step, {"loss": float(step)})
+    first.close()
+    fill(small_disk)
+    second = Telemetry(run, 10)
+    assert [record["step"] for record in read_metrics(run.metrics)] == list(range(1, 11))
+    second.log(11, {"loss": 0.5})  # there is room where the dropped lines were
+    second.close()
+    assert read_metrics(run.metrics)[-1] == {"step": 11, "loss": 0.5}
+
+
+def test_what_is_lost_at_the_end_is_said(small_disk, caplog):
+    run = RunDir(small_disk)
+    fill(small_disk)
+    telemetry = Telemetry(run, 0)
+    for step in range(1, 4):
+        telemetry.log(step, {"loss": 1.0})
+    telemetry.close()
+    assert f"{run.metrics}: 3 records could not be written and are lost" in warnings(caplog)
+
+
+def test_a_folder_in_the_way_is_a_warning(tmp_path, caplog):
+    run = RunDir(tmp_path)
+    (tmp_path / "tensorboard").write_text("in the way")
+    telemetry = Telemetry(run, 0)
+    run.metrics.mkdir()
+    telemetry.log(1, {"loss": 1.0})
+    telemetry.log(2, {"loss": 1.0})
+    telemetry.picture(2, noise(0))
+    run.metrics.rmdir()
+    (tmp_path / "tensorboard").unlink()
+    telemetry.log(3, {"loss": 1.0})
+    telemetry.close()
+    assert len(warnings(caplog)) == 2
+    assert f"{run.metrics} cannot be written (Is a directory); training goes on" in warnings(caplog)
+    assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2, 3]
+    assert Path(run.newest_picture).exists()

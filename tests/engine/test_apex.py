@@ -1,0 +1,109 @@
+"""NVIDIA's Apex: told apart from its namesake, and used as its FusedAdam wants to be, by a stand-in."""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+from fastmum.config import ConfigError
+from fastmum.config.schema import OptimSection
+from fastmum.engine import apex
+from fastmum.engine.apex import ApexAdamW, find_fused_adam
+from fastmum.engine.master import MasterWeights
+from fastmum.engine.optimizer import AdamW
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package called apex, of some files."""
+
+    def package(**files):
+        folder = tmp_path / "apex"
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+            monkeypatch.delitem(sys.modules, name)
+
+    yield package
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        del sys.modules[name]
+
+
+@pytest.mark.skipif("apex" in sys.modules, reason="an apex is installed")
+def test_absent():
+    with pytest.raises(ConfigError, match="NVIDIA's Apex is not installed: build it from its source"):
+        find_fused_adam()
+
+
+def test_the_project_of_the_same_name_on_pypi(package):
+    package(__init__="")
+    with pytest.raises(
+        ConfigError, match=r"is not NVIDIA's: it has no apex\.optimizers\.FusedAdam; 'pip install apex'"
+    ):
+        find_fused_adam()
+
+
+def test_a_namesake_that_cannot_be_imported(package):
+    package(__init__="import a_web_framework_that_is_not_there")
+    with pytest.raises(ConfigError, match="the package 'apex' cannot be imported"):
+        find_fused_adam()
+
+
+def test_found(package):
+    package(__init__="", optimizers="class FusedAdam: pass")
+    assert find_fused_adam().__name__ == "FusedAdam"
+
+
+def test_needs_a_gpu(tiny):
+    with pytest.raises(ConfigError, match="needs a CUDA device"):
+        ApexAdamW(MasterWeights(tiny, torch.float32), OptimSection(), StandIn)
+
+
+class StandIn(torch.optim.Optimizer):
+    """What the capturable FusedAdam does in its step, with torch's AdamW for its kernel.
+
+    Its way to count is kept: a step adds 1 unless the step before was passed over.
+    """
+
+    def __init__(self, groups, lr, betas, eps, adam_w_mode, capturable):
+        assert adam_w_mode
+        assert capturable
+        super().__init__(groups, {"lr": torch.tensor(lr), "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self._dummy_overflow_buf = torch.tensor([0], dtype=torch.int)
+
+    @torch.no_grad()
+    def step(self, grad_scaler):
+        for group in self.param_groups:
+            group["step"] += (self._dummy_overflow_buf != 1).to(torch.int)
+            found_inf = grad_scaler._check_inf_per_device(self)[group["params"][0].device]
+            self._dummy_overflow_buf.copy_(found_inf)
+            assert grad_scaler._get_scale_async() == 1
+            some = [p for p in group["params"] if p.grad is not None]
+            torch._fused_adamw_(
+                some, [p.grad for p in some], [self.state[p]["exp_avg"] for p in some],
+                [self.state[p]["exp_avg_sq"] for p in some], [], [group["step"].float()[0]] * len(some),
+                lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1],
+                weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+                found_inf=found_inf.float()[0],
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_updates_as_torch(tiny, monkeypatch, dtype):
+    """Steps that are passed over included."""
+    monkeypatch.setattr(apex, "NEEDED", "cpu")
+    twin = copy.deepcopy(tiny)
+    ours = ApexAdamW(MasterWeights(tiny, dtype), OptimSection(), StandIn)
+    theirs = AdamW(MasterWeights(twin, dtype), OptimSection())
+    for step in range(4):
+        for p, q in zip(tiny.parameters(), twin.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in (ours, theirs):
+            optimizer.step(2**-10, found_inf=torch.tensor(float(step == 1)))  # a rate that float32 holds exactly
+    assert ours.steps == 3
+    torch.testing.assert_close(ours.state(), theirs.state(), rtol=0, atol=0)
+    torch.testing.assert_close(list(tiny.parameters()), list(twin.parameters()), rtol=0, atol=0)

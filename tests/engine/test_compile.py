@@ -1,0 +1,185 @@
+"""Compiled regions: one graph each, compiled once whatever the lengths, and the same results."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fastmum import ModelConfig, MuM
+from fastmum.engine.compile import CPU_STEPS_TO_PAY, compile_model, eager, has_cpp_compiler
+from fastmum.model.masking import seeded_noise
+
+F, SIDE = 8, 32
+REGIONS = {"block": 4, "full": 1}  # encoder, frame, global and last blocks; everything
+
+
+@pytest.fixture
+def small() -> MuM:
+    """A model with every kind of block."""
+    torch.manual_seed(0)
+    return MuM(ModelConfig(32, 2, 2, 32, 4, 2))
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    monkeypatch.setattr("fastmum.engine.compile.has_cpp_compiler", lambda: True)
+
+
+def random_lengths(rng: np.random.Generator) -> list[int]:
+    lengths = []
+    while sum(lengths) < F:
+        lengths.append(int(rng.integers(1, F - sum(lengths) + 1)))
+    return lengths
+
+
+def batch(seed: int) -> tuple[torch.Tensor, list[int], torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    frames = torch.from_numpy(rng.integers(0, 256, (F, SIDE, SIDE, 3), dtype=np.uint8))
+    return frames, random_lengths(rng), seeded_noise(0, 0, seed, F, 4)
+
+
+def loss_and_gradients(model: MuM, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    frames, lengths, noise = batch(seed)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(frames, lengths, 0.5, noise).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    return loss.detach(), gradients
+
+
+def assert_same(ours: tuple, theirs: tuple) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=0)
+    for name, gradient in theirs[1].items():
+        error = (ours[1][name] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+        assert error < 0.05, name  # bfloat16, fused differently
+
+
+@pytest.mark.parametrize(
+    ("mode", "recompute", "batches"),
+    [
+        pytest.param("block", False, 50, marks=pytest.mark.slow),
+        pytest.param("full", False, 50, marks=pytest.mark.slow),
+        ("block", True, 4),
+        ("full", True, 4),
+    ],
+)
+def test_random_lengths_compile_each_region_once(small, compiler, mode, recompute, batches):
+    plain = copy.deepcopy(small)
+    small.set_recompute("blocks" if recompute else "none")
+    counter = CompileCounterWithBackend("aot_eager")
+    assert compile_model(small, mode, steps=1, backend=counter) == mode
+    for seed in range(batches):
+        result = loss_and_gradients(small, seed)
+        if seed < 4:
+            assert_same(result, loss_and_gradients(plain, seed))
+    assert counter.frame_count == REGIONS[mode]
+    assert len({tuple(batch(seed)[1]) for seed in range(batches)}) > batches // 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_the_whole_model_compiles_from_outside_with_padded_lengths(tiny):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(tiny, fullgraph=True, backend=counter)
+    for seed in range(10):
+        frames, lengths, noise = batch(seed)
+        padded = torch.tensor(lengths + [0] * (F - len(lengths)))
+        torch.testing.assert_close(
+            compiled(frames, padded, 0.5, noise).loss, tiny(frames, lengths, 0.5, noise).loss, rtol=1e-5, atol=1e-6
+        )
+    assert counter.frame_count == 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not has_cpp_compiler(), reason="Inductor needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("mode", REGIONS)
+def test_inductor_agrees_with_eager(small, mode):
+    plain = copy.deepcopy(small)
+    compile_model(small, mode, steps=1)
+    for seed in range(3):
+        assert_same(loss_and_gradients(small, seed), loss_and_gradients(plain, seed))
+
+
+def test_evaluation_compiles_nothing(tiny, compiler):
+    counter = CompileCounterWithBackend("eager")
+    compile_model(tiny, "block", steps=1, backend=counter)
+    frames, lengths, noise = batch(0)
+    with eager(tiny), torch.no_grad():
+        tiny(frames, lengths, 0.5, noise)
+    assert counter.frame_count == 0
+    tiny(frames, lengths, 0.5, noise)
+    assert counter.frame_count > 0, "afterwards they are compiled as before"
+
+
+def test_what_else_is_compiled_stays_so_in_evaluation(tiny):
+    """FlexAttention as written would hold the scores of all tokens with all tokens."""
+    counter = CompileCounterWithBackend("eager")
+    double = torch.compile(lambda x: 2 * x, backend=counter)
+    with eager(tiny):
+        double(torch.ones(3))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("mode", REGIONS)
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_compiled_regions_run_without_gradients(small, compiler, mode, guard):
+    plain = copy.deepcopy(small)
+    compile_model(small, mode, steps=1, backend="aot_eager")
+    frames, lengths, noise = batch(0)
+    with guard():
+        torch.testing.assert_close(small(frames, lengths, 0.5, noise).loss, plain(frames, lengths, 0.5, noise).loss)
+
+
+def test_a_frozen_encoder_compiles(small, compiler):
+    plain = copy.deepcopy(small)
+    for model in (small, plain):
+        for parameter in (*model.blocks.parameters(), *model.patch_embed.parameters(), model.cls_token):
+            parameter.requires_grad_(False)
+    compile_model(small, "block", steps=1, backend="aot_eager")
+    assert_same(loss_and_gradients(small, 0), loss_and_gradients(plain, 0))
+
+
+@pytest.mark.parametrize("mode", REGIONS)
+def test_a_copy_of_a_compiled_model_has_weights_of_its_own(tiny, compiler, mode):
+    compile_model(tiny, mode, steps=1, backend="eager")
+    frames, lengths, noise = batch(0)
+    before = tiny(frames, lengths, 0.5, noise).pred
+    twin = copy.deepcopy(tiny)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert not twin(frames, lengths, 0.5, noise).pred.any()
+    assert torch.equal(tiny(frames, lengths, 0.5, noise).pred, before)
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "chosen"),
+    [("auto", 100, "off"), ("auto", CPU_STEPS_TO_PAY, "block"), ("off", 10**9, "off"), ("full", 1, "full")],
+)
+def test_modes_on_a_cpu(tiny, compiler, caplog, mode, steps, chosen):
+    caplog.set_level(logging.INFO)
+    assert compile_model(tiny, mode, steps) == chosen
+    assert f"torch.compile: {chosen}" in caplog.text
+
+
+def test_without_a_compiler_it_says_so_and_runs_eager(tiny, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert compile_model(tiny, "block", steps=1) == "off"
+    assert "no C++ compiler" in caplog.text
+    assert tiny(*batch(0)[:2]).loss.isfinite()
+
+
+def test_an_unknown_mode(tiny):
+    with pytest.raises(ValueError, match="auto, block, full, off"):
+        compile_model(tiny, "always", steps=1)

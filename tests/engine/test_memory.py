@@ -1,0 +1,40 @@
+"""Freed memory stays in the process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+import torch
+from fastmum.engine.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 24, dtype=torch.uint8)
+before = faults()
+for _ in range(60):
+    torch.ones(1 << 26, dtype=torch.uint8)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+def test_pages_are_not_taken_away():
+    faults = {}
+    for choice in ("keep", "give"):
+        command = [sys.executable, "-c", PROGRAM, choice]
+        faults[choice] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    pages = (1 << 26) // 4096
+    assert faults["give"] > 50 * pages, "without being told, the library gives every tensor back"
+    assert faults["keep"] < 10 * pages, "a few until the heap is large enough, then none"
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    from fastmum.engine import memory
+
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert not memory.keep_freed_memory()
