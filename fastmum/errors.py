@@ -1,0 +1,30 @@
+"""The base of errors that a user can fix, and how commands report them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class FastmumError(RuntimeError):
+    """An error that a user can fix. The message is one line that names the file or key and the remedy."""
+
+
+def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Run the body of a command and turn errors for the user into one line on stderr.
+
+    Args:
+        command: the body; returns an exit code, or None for 0.
+        interrupted: the line after Ctrl-C.
+
+    Returns:
+        The exit code: that of `command`, 2 after a `FastmumError`, 130 after Ctrl-C.
+    """
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
+    except FastmumError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
