@@ -123,7 +123,7 @@ def test_the_others_stop_and_name_a_process_that_is_gone(start, tmp_path, number
         assert processes[rank].exitcode == 2, f"rank {rank} goes on"
         words = (tmp_path / f"words-{rank}").read_text()
         assert "error: rank 1 (" in words
-        assert f"process {processes[1].pid}) has died or hangs: no sign of life for 2 s" in words
+        assert f"process {processes[1].pid}) died or hangs: no heartbeat for 2 s" in words
     assert time.monotonic() - began < 60
 
 
