@@ -131,7 +131,7 @@ def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
             backend, store=dist.PrefixStore("fastmum", store), rank=launch.rank, world_size=launch.size,
             timeout=START_TIMEOUT,
         )  # fmt: skip
-        control, background = (dist.new_group(backend="gloo", timeout=START_TIMEOUT) for _ in range(2))
+        control, background = (_gloo_group() for _ in range(2))
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise DistributedError(
@@ -139,6 +139,12 @@ def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason})"
         ) from None
     return DistContext(**vars(launch), device=device, store=store, control=control, background=background)
+
+
+def _gloo_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def _set_slurm_address() -> None:

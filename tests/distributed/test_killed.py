@@ -149,5 +149,5 @@ def test_told_to_end_by_one_signal_to_one_process_all_save_the_same_step(start, 
         process.join(timeout=60)
         assert process.exitcode == REQUEUE
     assert f"{signal.Signals(number).name}: saved at step" in (tmp_path / "words-0").read_text()
-    newest = find_checkpoints(tmp_path / "run")[0].about
+    newest = find_checkpoints(tmp_path / "run")[0].manifest
     assert newest.step == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]
