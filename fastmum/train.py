@@ -11,7 +11,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -120,7 +120,9 @@ def _train(config: Config, world: DistContext) -> int:
     )  # fmt: skip
     checkpoints.prepare(optimizer.state() | guard.state() | meter.state())
     readout = Readout(step, guard, meter, cost, loader, checkpoints, BadSteps(config, run, world, feed, checkpoints))
-    telemetry = Telemetry(run, start.step, config) if world.is_main else None
+    telemetry = None
+    if world.is_main:
+        telemetry = Telemetry(run, start.step, config.telemetry.wandb, config.run.name, asdict(config))
     profiler = StepProfiler(config.profile.window, run.root / "profile", world.device, start.step, world.rank)
     progress = tqdm(
         initial=start.step,
@@ -162,7 +164,7 @@ def _train(config: Config, world: DistContext) -> int:
                 with meter.paused():
                     picture = evaluation.picture(model)
                     if telemetry:
-                        telemetry.picture(done, picture)
+                        telemetry.pictures(done, {"reconstruction": picture})
             if stopped or _due(done, config.train.checkpoint_every, steps):
                 with meter.paused():
                     state = optimizer.state() | guard.state() | meter.state()
