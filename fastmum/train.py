@@ -23,7 +23,7 @@ from fastmum.config.load import describe_keys, load_config, peek
 from fastmum.config.schema import ConfigError, EngineConfig
 from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, set_aside_after
 from fastmum.engine.consensus import StopConsensus
-from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, pick_device, pick_precision
+from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, autocast, pick_device, pick_precision
 from fastmum.engine.distributed import DistributedError, init_distributed, read_launch_env
 from fastmum.engine.efficiency import Efficiency
 from fastmum.engine.ema import Ema
@@ -77,6 +77,8 @@ def train(config: EngineConfig, task: type[Task] | None = None) -> int:
         try:
             code = _train(config, (task or find_task(config.run.task))(config, world))
             world.wait()
+        except FastmumError:
+            raise
         except RuntimeError as error:
             dead = heartbeat.culprit() if is_of_processes(error) else None
             if dead is None:
@@ -174,7 +176,7 @@ def _train(config: EngineConfig, task: Task) -> int:
                 }
                 waited = batches.wait_seconds
                 if evaluates:
-                    with meter.paused():
+                    with meter.paused(), autocast(world.device, precision):
                         values |= task.evaluate(model)
                         if ema:
                             with ema.applied():
@@ -183,7 +185,8 @@ def _train(config: EngineConfig, task: Task) -> int:
                     telemetry.log(done, values)
                 progress.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if values.get(k) is not None}, refresh=False)
             if _due(done, config.train.picture_every, steps):
-                with meter.paused(), ema.applied() if ema else contextlib.nullcontext():
+                averaged = ema.applied() if ema else contextlib.nullcontext()
+                with meter.paused(), autocast(world.device, precision), averaged:
                     pictures = task.pictures(model)
                     if telemetry:
                         for picture in pictures.values():
@@ -245,8 +248,8 @@ def _check_bad_steps(
     good = next((found.path for found in find_checkpoints(run.checkpoints)), None)
     raise TrainingError(
         f"loss or gradient was not finite in {longest} consecutive steps ({first} to {end}; train.max_bad_steps is "
-        f"{config.train.max_bad_steps}), which were skipped; {task.describe_steps(range(first - 1, end))}. The last good "
-        f"checkpoint is {good or 'none'}: the same command continues from it; a lower optim.base_lr (now "
+        f"{config.train.max_bad_steps}), which were skipped; {task.describe_steps(range(first - 1, end))}. The last "
+        f"good checkpoint is {good or 'none'}: the same command continues from it; a lower optim.base_lr (now "
         f"{config.optim.base_lr:g}) or train.precision=fp32 may help"
     )
 
