@@ -25,7 +25,7 @@ def test_pictures_are_kept_and_the_newest_is_found(tmp_path):
     run = RunDir(tmp_path)
     telemetry = Telemetry(run, 0)
     for step, grey in ((1, 10), (2, 20)):
-        telemetry.picture(step, Image.new("RGB", (4, 4), (grey, grey, grey)))
+        telemetry.pictures(step, {"reconstruction": Image.new("RGB", (4, 4), (grey, grey, grey))})
     telemetry.close()
     assert Image.open(run.picture(1)).getpixel((0, 0)) == (10, 10, 10)
     assert Image.open(run.newest_picture).getpixel((0, 0)) == (20, 20, 20)
