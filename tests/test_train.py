@@ -242,6 +242,28 @@ class Poison(torch.autograd.Function):
         return grad * math.inf
 
 
+def test_ema_clipping_and_plain_pixels(image_folder, tmp_path):
+    """Both losses are logged, a resumed run continues both, and clipped steps have smaller updates."""
+    more = ("train.ema=0.5", "optim.clip=0.01", "loss.norm_pix=false", "train.precision=fp32")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert main(words(image_folder, whole, *more)) == 0
+    assert main(words(image_folder, resumed, *more, "train.steps=6", "train.eval_every=4")) == 0
+    shutil.rmtree(resumed / "checkpoints/step_0000006")
+    assert main(words(image_folder, resumed, *more)) == 0
+    ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (resumed, whole))
+    for key in ("loss", "held_out_loss", "held_out_loss_ema", "grad_norm"):
+        assert [r.get(key) for r in ours] == [r.get(key) for r in theirs], key
+    assert theirs[-1]["held_out_loss_ema"] != theirs[-1]["held_out_loss"]
+    plain = tmp_path / "plain"
+    assert main(words(image_folder, plain, "train.precision=fp32")) == 0
+    first = read_metrics(plain / "metrics.jsonl")
+    assert first[0]["loss"] != theirs[0]["loss"], "targets are other pixels"
+    assert main(words(image_folder, tmp_path / "clipped", "train.precision=fp32", "optim.clip=0.01")) == 0
+    clipped = read_metrics(tmp_path / "clipped/metrics.jsonl")
+    assert clipped[0]["grad_norm"] == first[0]["grad_norm"] > 0.01, "the norm before clipping is logged"
+    assert clipped[-1]["loss"] != first[-1]["loss"]
+
+
 def test_without_held_out_scenes_there_is_still_a_picture(image_folder, tmp_path):
     assert main(words(image_folder, tmp_path / "run", "data.held_out=0")) == 0
     assert (tmp_path / "run/reconstruction.png").exists()
