@@ -38,9 +38,11 @@ def steps(folder):
 def test_everything_comes_back_into_the_live_tensors(tmp_path, background):
     writer = write(tmp_path / "checkpoints", 5, background=background)
     state = full_state(6)
+    state["model.bias"] = torch.nn.Parameter(state["model.bias"])
     live = dict(state)
     manifest = load_newest(tmp_path, state, CONFIG)
-    assert_same(live, 5)
+    assert live["model.bias"].requires_grad
+    assert_same(live | {"model.bias": live["model.bias"].detach()}, 5)
     assert live["model.conv.weight"].is_contiguous(memory_format=torch.channels_last)
     assert (manifest.path, manifest.step, manifest.values) == (writer.newest, 5, {**VALUES, "step": 5})
     assert manifest.tensors["meter.losses"] == ((25,), "float64")
@@ -58,19 +60,6 @@ def test_buffers_are_allocated_once():
         assert all(copy.stride() == state[name].stride() for name, copy in copies.items())
         seen.append({name: copy.data_ptr() for name, copy in copies.items()})
     assert seen[0] == seen[1]
-
-
-def test_parameters_that_require_gradients(tmp_path):
-    weight = torch.nn.Parameter(torch.randn(3, 4))
-    before = weight.detach().clone()
-    writer = Checkpoints(tmp_path, keep=1)
-    writer.prepare({"model.weight": weight})
-    writer.save(1, {"model.weight": weight}, VALUES)
-    writer.wait()
-    torch.nn.init.zeros_(weight)
-    load_newest(tmp_path, {"model.weight": weight}, CONFIG)
-    assert torch.equal(weight.detach(), before)
-    assert weight.requires_grad
 
 
 def test_the_state_of_its_step_is_written(tmp_path):
@@ -195,14 +184,6 @@ def test_without_a_checkpoint(tmp_path):
     for path in (tmp_path, tmp_path / "checkpoints"):
         with pytest.raises(CheckpointError, match=r"step_0000003.pt' .* fastmum 0.1, .*resume=never"):
             load_newest(path, full_state(1), CONFIG)
-
-
-def test_values_must_be_json(tmp_path):
-    writer = Checkpoints(tmp_path, keep=1)
-    with pytest.raises(TypeError, match="JSON"):
-        writer.save(1, full_state(1), {"model_config": torch.zeros(1)})
-    writer.before_update()
-    writer.close()
 
 
 @pytest.mark.parametrize("prefix", ["model.", "exp_avg."])

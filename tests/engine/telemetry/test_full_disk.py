@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,27 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.telemetry import Telemetry, read_metrics
 
-IN_NAMESPACE = "FASTMUM_TEST_IN_NAMESPACE"
-
-
-@pytest.fixture
-def small_disk(tmp_path, request):
-    """A folder with room for 64 KB; without the right to mount, the test runs again in a namespace that has it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode == 0:
-        yield folder
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-        return
-    if IN_NAMESPACE in os.environ or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0:
-        pytest.skip("needs the right to mount a tmpfs, or unshare -rm")
-    test = f"{request.node.path}::{request.node.name}"
-    command = ["unshare", "-rm", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-    ran = subprocess.run(command, env={**os.environ, IN_NAMESPACE: "1"}, capture_output=True, text=True)
-    if ran.returncode != 0 or "1 passed" not in ran.stdout:
-        pytest.fail(ran.stdout[-3000:])
-    pytest.skip("passed in a separate namespace")
+KB_64 = pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
 
 
 def fill(folder):
@@ -60,6 +37,7 @@ def warnings(caplog):
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@KB_64
 def test_lines_wait_for_room_and_none_is_lost(small_disk, caplog):
     run = RunDir(small_disk / "run")
     caplog.set_level(logging.INFO)
@@ -98,6 +76,7 @@ def test_lines_wait_for_room_and_none_is_lost(small_disk, caplog):
     assert warnings(caplog) == []
 
 
+@KB_64
 def test_a_resumed_run_drops_lines_on_a_full_disk(small_disk):
     run = RunDir(small_disk)
     first = Telemetry(run, 0)
@@ -112,6 +91,7 @@ def test_a_resumed_run_drops_lines_on_a_full_disk(small_disk):
     assert read_metrics(run.metrics)[-1] == {"step": 11, "loss": 0.5}
 
 
+@KB_64
 def test_a_disk_that_is_full_from_the_start_and_records_lost_at_the_end(small_disk, caplog):
     run = RunDir(small_disk / "run")
     ballast = fill(small_disk)
