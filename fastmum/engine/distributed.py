@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -131,7 +132,9 @@ def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
             backend, store=dist.PrefixStore("fastmum", store), rank=launch.rank, world_size=launch.size,
             timeout=START_TIMEOUT,
         )  # fmt: skip
-        control, background = (_gloo_group() for _ in range(2))
+        control, background = (
+            cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START_TIMEOUT)) for _ in range(2)
+        )
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise DistributedError(
@@ -139,12 +142,6 @@ def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason})"
         ) from None
     return DistContext(**vars(launch), device=device, store=store, control=control, background=background)
-
-
-def _gloo_group() -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=START_TIMEOUT)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 def _set_slurm_address() -> None:

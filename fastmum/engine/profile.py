@@ -48,10 +48,7 @@ class StepProfiler:
                 schedule=schedule(skip_first=window[0] - 1, wait=0, warmup=1, active=len(window), repeat=1),
                 on_trace_ready=self._write,
             )
-            self._attempt(self._profile.start)
-            if self._profile:
-                self._profile.step_num = self._start  # `step` begins the next one
-                self._attempt(self._profile.step)
+            self._attempt(self._begin)
         return self
 
     def step(self, done: int) -> None:
@@ -66,6 +63,12 @@ class StepProfiler:
         if self._profile and self._done < self._window[0]:
             self._warn(f"training ended after step {self._done}")
         self._stop()
+
+    def _begin(self) -> None:
+        assert self._profile
+        self._profile.start()
+        self._profile.step_num = self._start
+        self._profile.step()
 
     def _stop(self) -> None:
         if self._profile:
