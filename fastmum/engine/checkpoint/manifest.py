@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class CheckpointError(FastmumError):
 
 
 class UnreadableError(CheckpointError):
-    """A checkpoint is damaged; an older one may be whole."""
+    """A checkpoint is damaged; an older one may be intact."""
 
 
 def reason(error: BaseException) -> str:
@@ -86,31 +87,6 @@ class CheckpointManifest:
             file.flush()
             os.fsync(file.fileno())
 
-    @classmethod
-    def read(cls, path: Path) -> CheckpointManifest:
-        """Read a manifest, without verifying the other files; UnreadableError if it is missing or damaged."""
-        problem = None
-        try:
-            outer = json.loads((path / MANIFEST).read_bytes())
-            content = outer["content"]
-            if _hash(content) != outer["xxh3"]:
-                problem = "does not match its hash"
-            elif content["format"] != FORMAT:
-                problem = f"its format is {content['format']}, this fastmum reads {FORMAT}"
-        except OSError as error:
-            problem = reason(error)
-        except (ValueError, KeyError, TypeError):
-            problem = "is damaged"
-        if problem:
-            raise UnreadableError(f"checkpoint '{path}' cannot be read ({MANIFEST}: {problem})")
-        return cls(
-            path,
-            content["step"],
-            content["values"],
-            {name: TensorSpec(tuple(shape), dtype) for name, (shape, dtype) in content["tensors"].items()},
-            {name: FileHash(*file) for name, file in content["files"].items()},
-        )
-
     def check_model(self, configured: Mapping[str, Any]) -> None:
         """Raise CheckpointError naming the keys of `configured` that differ from those of the saved model."""
         saved = self.values["model_config"]
@@ -149,9 +125,7 @@ def find_checkpoints(path: Path) -> list[FoundCheckpoint]:
         return [_found(path)]
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     found = [_found(child) for child in (folder.iterdir() if folder.is_dir() else ()) if _is_checkpoint(child)]
-    return sorted(
-        found, key=lambda f: (f.manifest is None, f.manifest.step if f.manifest else 0, f.path.name), reverse=True
-    )
+    return sorted(found, key=lambda f: (f.manifest.step if f.manifest else math.inf, f.path.name), reverse=True)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -161,10 +135,23 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _found(path: Path) -> FoundCheckpoint:
+    """Read the manifest, without verifying the other files."""
     try:
-        return FoundCheckpoint(path, CheckpointManifest.read(path))
-    except UnreadableError as error:
-        return FoundCheckpoint(path, None, str(error))
+        outer = json.loads((path / MANIFEST).read_bytes())
+        content = outer["content"]
+        if _hash(content) != outer["xxh3"]:
+            problem = "does not match its hash"
+        elif content["format"] != FORMAT:
+            problem = f"has format {content['format']}, this fastmum reads {FORMAT}"
+        else:
+            tensors = {name: TensorSpec(tuple(shape), dtype) for name, (shape, dtype) in content["tensors"].items()}
+            files = {name: FileHash(*file) for name, file in content["files"].items()}
+            return FoundCheckpoint(path, CheckpointManifest(path, content["step"], content["values"], tensors, files))
+    except OSError as error:
+        problem = reason(error)
+    except (ValueError, KeyError, TypeError):
+        problem = "is damaged"
+    return FoundCheckpoint(path, None, f"checkpoint '{path}' cannot be read ({MANIFEST}: {problem})")
 
 
 def set_aside_after(folder: Path, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Reading checkpoints: the newest whole one is verified, compared with the model, and loaded in place."""
+"""Reading checkpoints: the newest intact one is verified, compared with the model, and loaded in place."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CheckpointWeights(NamedTuple):
 def load_newest(
     path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
 ) -> CheckpointManifest | None:
-    """Fill `state` in place from the newest whole checkpoint; None if there is no checkpoint.
+    """Fill `state` in place from the newest intact checkpoint; None if there is no checkpoint.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run.
@@ -41,7 +41,7 @@ def load_newest(
         model_config: compared with the saved one.
 
     Raises:
-        CheckpointError: no checkpoint is whole, or the newest whole one holds another model or other tensors.
+        CheckpointError: no checkpoint is intact, or the newest intact one holds another model or other tensors.
     """
     ranks = Ranks(group)
 
@@ -61,7 +61,7 @@ def load_checkpoint(
 
 
 def read_weights(path: Path, prefix: str = "model.") -> CheckpointWeights:
-    """Read the tensors named `prefix`* of the newest whole checkpoint, in this process only.
+    """Read the tensors named `prefix`* of the newest intact checkpoint, in this process only.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run.

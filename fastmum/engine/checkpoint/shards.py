@@ -176,7 +176,7 @@ def _raise_checkpoint_error(ranks: Ranks) -> Iterator[None]:
 
 
 def file_damage(path: Path, expected: FileHash) -> str | None:
-    """How a file differs from its hash, None if it is whole."""
+    """How a file differs from its hash, None if it is intact."""
     try:
         size = path.stat().st_size
         if size != expected.size:

@@ -164,7 +164,7 @@ class Checkpoints:
             step = manifest.step
             wanted = len(seen) < self._keep or (self._keep_every and step % self._keep_every == 0)
             if step in seen or not wanted:
-                # Renamed first: an interrupted deletion leaves no checkpoint that looks whole.
+                # Renamed first: an interrupted deletion leaves no checkpoint that looks intact.
                 shutil.rmtree(path.rename(free_path(path.with_name(path.name + PARTIAL))))
             seen.add(step)
 

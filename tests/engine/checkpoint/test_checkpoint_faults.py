@@ -39,7 +39,7 @@ def write_forever(folder, pipe):
 
 
 @pytest.mark.parametrize("times", [20, pytest.param(400, marks=pytest.mark.exhaustive)])
-def test_killed_at_random_moments_a_whole_checkpoint_is_there(tmp_path, times):
+def test_killed_at_random_moments_an_intact_checkpoint_remains(tmp_path, times):
     rng = random.Random(os.getpid())
     partial = published = 0
     for _ in range(times):
