@@ -46,7 +46,7 @@ class Heartbeat:
 
     def __init__(self, world: DistContext, dead_after: float, stop: Callable[[str], None] | None = None) -> None:
         self._world, self._dead_after, self._interval = world, dead_after, dead_after / BEATS
-        self._stop = stop or _exit
+        self._stop, self._silence = stop or _exit, f"no heartbeat for {dead_after:g} s"
         self._store = dist.PrefixStore("watch", world.store) if world.store is not None else None
         self._closed, self._found, self._handled = threading.Event(), threading.Event(), threading.Event()
         self._failed: str | None = None
@@ -118,7 +118,7 @@ class Heartbeat:
                 if beat != seen[other][0]:
                     seen[other] = beat, now
                 if reason or now - seen[other][1] > self._dead_after:
-                    why = f"failed: {reason.decode()}" if reason else f"died or hangs: {self._silence()}"
+                    why = f"failed: {reason.decode()}" if reason else f"died or hangs: {self._silence}"
                     failed = f"{store.get(f'name/{other}').decode()} {why}"
                     with contextlib.suppress(RuntimeError):
                         store.set("dead", failed)
@@ -128,15 +128,10 @@ class Heartbeat:
     def _watch_store(self, store: dist.Store) -> None:
         """Detect a store that does not answer: reads from a suspended process have no timeout."""
         answers, silent = 0, 0
-        while not self._closed.wait(
-            self._interval
-        ):  # counts intervals: time during which this process slept is no sign
+        while not self._closed.wait(self._interval):  # counts intervals: this process may have been suspended
             answers, silent = self._answers, silent + 1 if answers == self._answers else 0
             if silent > BEATS:
-                return self._report(f"{STORE} does not answer: {self._silence()}")
-
-    def _silence(self) -> str:
-        return f"no heartbeat for {self._dead_after:g} s"
+                return self._report(f"{STORE} does not answer: {self._silence}")
 
     def _report(self, failed: str) -> None:
         self._failed = failed
