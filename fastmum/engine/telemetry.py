@@ -102,7 +102,7 @@ class Telemetry:
 class TensorBoard:
     """One event file per process.
 
-    `SummaryWriter` is not used: its thread dies of a full disk, drops its queue and leaves half a record in the file.
+    `SummaryWriter` is not used: its thread dies of a full disk, and it raises OSError ever after, even with room again.
 
     Args:
         run: folder of the run.
