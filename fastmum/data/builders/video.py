@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import natsort
 
-from fastmum.data.builders.base import CHUNK_OPTIONS, CHUNK_RULE, Builder, Option, Options, chunks, images_in
+from fastmum.data.builders.base import CHUNK_RULE, CHUNKED, Builder, Option, Options, chunks, images_in
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules.chunks import CHUNK
@@ -156,6 +156,6 @@ BUILDER = Builder(
         "short_side": Option(0, "shrink frames to this shorter side in pixels, 0: as they are", min=0),
         "quality": Option(92, "of the JPEG files", min=1, max=95),
         "broken": Option("stop", "what to do about a video that cannot be read", choices=("stop", "skip")),
-        **CHUNK_OPTIONS,
+        **CHUNKED,
     },
 )

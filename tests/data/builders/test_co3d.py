@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from fastmum.data.builders.co3d import SEEN, camera
+from fastmum.data.builders.objects import SEEN, co3d_cameras
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 
@@ -65,7 +65,7 @@ def test_a_camera_by_hand():
     T = -c @ R
     assert np.allclose(point @ R + T, [1, 2, 4]), "the example itself: left 1, up 2, in front 4"
 
-    pose, _ = camera(frame("a", 1, R=R.tolist(), T=T.tolist()))
+    (pose,), _ = co3d_cameras([frame("a", 1, R=R.tolist(), T=T.tolist())])
     assert np.allclose(pose @ [*point, 1], [-1, -2, 4, 1]), "OpenCV: x to the right, y down"
     assert np.allclose(np.linalg.det(pose[:3, :3]), 1)
 
@@ -73,7 +73,7 @@ def test_a_camera_by_hand():
     # point, which is 0.1 units left and 0.2 below the centre (50, 100): at x = 50 - 0.6 * 50, y = 100 - 0.8 * 50.
     view = {"R": R.tolist(), "T": T.tolist(), "focal_length": [2, 2], "principal_point": [0.1, -0.2]}
     for kind, expected in (("ndc_isotropic", (20, 60)), ("ndc_norm_image_bounds", (20, 20))):
-        pose, (fx, fy, cx, cy) = camera(frame("a", 1, **view, intrinsics_format=kind))
+        (pose,), ((fx, fy, cx, cy),) = co3d_cameras([frame("a", 1, **view, intrinsics_format=kind)])
         x, y, z, _ = pose @ [*point, 1]
         assert np.allclose((fx * x / z + cx, fy * y / z + cy), expected), kind
     # By image bounds the vertical unit is half the height, 100 pixels: y = 100 - 0.8 * 100.

@@ -1,6 +1,5 @@
 """The builders of COLMAP models on miniatures, their sequences computed by hand, and on real models."""
 
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,13 +8,11 @@ import pytest
 from colmap_files import View, convert_to_binary, write_text_model
 from PIL import Image
 
-from fastmum.data.build import build, main
+from fastmum.data.build import build
 from fastmum.data.colmap import read_model
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest
-
-pytest.importorskip("pycolmap")
 
 # Shared points: ab 3, ac 2, bc 2, cd 1, and e, whose file is missing in tests, shares most.
 CROWD = {
@@ -250,12 +247,6 @@ class TestAnyModel:
     def test_nothing_there(self, raw, found):
         with pytest.raises(DataError, match=r"there is nothing of colmap under"):
             found("colmap")
-
-    def test_pycolmap_is_looked_for_before_anything_is_read(self, raw, tmp_path, monkeypatch, capsys):
-        write_text_model(raw / "tour", TOUR)
-        monkeypatch.setitem(sys.modules, "pycolmap", None)
-        assert main(["colmap", "--root", str(raw), "--out", str(tmp_path / "out.arrow")]) == 2
-        assert "pip install 'fastmum[colmap]'" in capsys.readouterr().err
 
     @pytest.mark.parametrize("chain", ["overlap", "angle"])
     def test_real_models_give_the_same_as_text_and_binary(self, shared, raw, found, chain):
