@@ -51,12 +51,8 @@ class Model(NamedTuple):
         return Model(names, self.poses[keep], self.intrinsics[keep], number[seen], self.points[seen])
 
 
-class _Image(NamedTuple):
-    number: int
-    name: str
-    quaternion_translation: np.ndarray  # (7,) w x y z, then t
-    camera: int
-    points: np.ndarray  # (k,) numbers of 3-D points, `NO_POINT` where a feature has none
+# Number, name, quaternion w x y z and translation (7,), camera, and numbers of 3-D points (k,), `NO_POINT` for none.
+Image = tuple[int, str, np.ndarray, int, np.ndarray]
 
 
 def find_format(folder: Path) -> str:
@@ -91,15 +87,15 @@ def read_model(folder: str | Path) -> Model:
     with reading(folder / f"cameras{suffix}", "cameras of a COLMAP model", "copy it again"):
         cameras = dict(read_cameras(folder / "cameras"))
     with reading(folder / f"images{suffix}", "images of a COLMAP model", "copy it again"):
-        images = sorted(read_images(folder / "images"), key=lambda image: image.number)
+        images = sorted(read_images(folder / "images"), key=lambda image: image[0])
         if not images:
             raise DataError(f"the COLMAP model in '{folder}' has no registered image; leave the folder out")
-        intrinsics = np.array([cameras[image.camera] for image in images])
-        poses = _poses(np.array([image.quaternion_translation for image in images]))
-    seen = [image.points[image.points != NO_POINT] for image in images]
+        _, names, motions, numbers, features = zip(*images, strict=True)
+        intrinsics, poses = np.array([cameras[number] for number in numbers]), _poses(np.array(motions))
+    seen = [points[points != NO_POINT] for points in features]
     rows = np.repeat(np.arange(len(images), dtype=np.int32), [len(points) for points in seen])
     points = np.unique(np.concatenate(seen), return_inverse=True)[1]
-    return Model(tuple(image.name.replace("\\", "/") for image in images), poses, intrinsics, rows, points)
+    return Model(tuple(name.replace("\\", "/") for name in names), poses, intrinsics, rows, points)
 
 
 def _pinhole(number: int, parameters: np.ndarray) -> tuple[float, ...]:
@@ -110,8 +106,8 @@ def _pinhole(number: int, parameters: np.ndarray) -> tuple[float, ...]:
     return (values[0], *values[:3]) if focal == 1 else tuple(values[:4]) if focal else (np.nan,) * 4
 
 
-def _poses(quaternions_translations: np.ndarray) -> np.ndarray:
-    w, x, y, z = (quaternions_translations[:, :4] / np.linalg.norm(quaternions_translations[:, :4], axis=1)[:, None]).T
+def _poses(motions: np.ndarray) -> np.ndarray:
+    w, x, y, z = (motions[:, :4] / np.linalg.norm(motions[:, :4], axis=1, keepdims=True)).T
     poses = np.tile(np.eye(4), (len(w), 1, 1))
     poses[:, :3, :3] = np.array(
         [
@@ -120,7 +116,7 @@ def _poses(quaternions_translations: np.ndarray) -> np.ndarray:
             [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
         ]
     ).transpose(2, 0, 1)
-    poses[:, :3, 3] = quaternions_translations[:, 4:]
+    poses[:, :3, 3] = motions[:, 4:]
     return poses
 
 
@@ -134,7 +130,7 @@ def _cameras_bin(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
     _check_end(data, position)
 
 
-def _images_bin(file: Path) -> Iterator[_Image]:
+def _images_bin(file: Path) -> Iterator[Image]:
     data, position = file.with_suffix(".bin").read_bytes(), 8
     for _ in range(struct.unpack_from("<Q", data)[0]):
         number, *values, camera = struct.unpack_from("<I7dI", data, position)
@@ -142,7 +138,7 @@ def _images_bin(file: Path) -> Iterator[_Image]:
         end = data.index(b"\0", position)
         name, count = data[position:end].decode(), struct.unpack_from("<Q", data, end + 1)[0]
         features = np.frombuffer(data, POINTS_2D, count, end + 9)
-        yield _Image(number, name, np.array(values), camera, features["point"])
+        yield number, name, np.array(values), camera, features["point"]
         position = end + 9 + features.nbytes
     _check_end(data, position)
 
@@ -164,7 +160,7 @@ def _cameras_txt(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
         yield int(number), _pinhole(names.index(name), np.array(parameters, np.float64))
 
 
-def _images_txt(file: Path) -> Iterator[_Image]:
+def _images_txt(file: Path) -> Iterator[Image]:
     lines = _lines(file)
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # numpy warns about text that is not numbers
@@ -173,4 +169,4 @@ def _images_txt(file: Path) -> Iterator[_Image]:
                 number, *values, camera, name = line.split(maxsplit=9)
                 features = np.fromstring(next(lines, ""), sep=" ").reshape(-1, 3)
                 points = features[:, 2].astype(np.int64)
-                yield _Image(int(number), name, np.array(values, np.float64), int(camera), points)
+                yield int(number), name, np.array(values, np.float64), int(camera), points

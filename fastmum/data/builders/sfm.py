@@ -60,8 +60,8 @@ def megadepth(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
         path = MEGADEPTH_DEPTHS.format(part, name.rpartition(".")[0])
         return path if (root / path).is_file() and (root / path).stat().st_size >= MEGADEPTH_MIN_BYTES else ""
 
-    # z in the unit of the reconstruction, 0 where unknown
-    yield from overlap_sequences(root, part, f"{MEGADEPTH}/{part}/images", model, options, depth, DepthFormat("hdf5"))
+    images, z = f"{MEGADEPTH}/{part}/images", DepthFormat("hdf5")  # in the unit of the reconstruction, 0 where unknown
+    yield from _sequences(root, part, images, model, options, "overlap", depth, z)
 
 
 def megascenes_begin(root: Path, options: Options) -> None:
@@ -86,7 +86,7 @@ def megascenes(root: Path, part: str, options: Options) -> Iterator[SequenceReco
     model = _unless_broken(read_model, root / part, options)
     if model is not None:
         images = f"{MEGASCENES_IMAGES}/{high}/{low}"
-        yield from angle_sequences(root, f"{high}/{low}/{number}", images, model, options)
+        yield from _sequences(root, f"{high}/{low}/{number}", images, model, options, "angle")
 
 
 def colmap_parts(root: Path, options: Options) -> list[str]:
@@ -112,9 +112,8 @@ def colmap(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
         path = f"{maps}/{name}.geometric.bin"
         return path if (root / path).is_file() else ""
 
-    chained = angle_sequences if options.chain == "angle" else overlap_sequences
-    name = root.name if part == "." else part
-    yield from chained(root, name, images, model, options, depth, DepthFormat("colmap"))  # as MegaDepth's
+    name, z = root.name if part == "." else part, DepthFormat("colmap")  # as MegaDepth's
+    yield from _sequences(root, name, images, model, options, options.chain, depth, z)
 
 
 def _find_images(model: Model, root: Path, part: str, options: Options) -> str | None:
@@ -147,11 +146,11 @@ def _unless_broken(read: Callable[[Path], T], folder: Path, options: Options) ->
         return None
 
 
-def overlap_sequences(
-    root: Path, part: str, images: str, model: Model, options: Options,
+def _sequences(
+    root: Path, part: str, images: str, model: Model, options: Options, chain: str,
     depth: Callable[[str], str] | None = None, depth_format: DepthFormat | None = None,
 ) -> Iterator[SequenceRecord]:  # fmt: skip
-    """MegaDepth's rule, or what the released script does instead.
+    """Chains of a model by the paper's rules, or what the released scripts do instead.
 
     Args:
         root: of the data set.
@@ -159,64 +158,41 @@ def overlap_sequences(
         images: folder of the images, below the root.
         model: the reconstruction.
         options: of the builder.
+        chain: "overlap" (MegaDepth) or "angle" (MegaScenes, whose released script takes whole models).
         depth: path of the depth map of an image, "" if there is none.
         depth_format: of the depth maps.
     """
-    present = _present(root, images, model)
-    rng = options.rng(part)
-    if options.rule == "released":
-        overlap = count_shared(model.images, model.points, len(model.names))
-        found = chains.nearest_of_anchor(overlap, rng, options.sequences, options.length, present)
-    else:
-        model = model.select(present)
-        overlap = count_shared(model.images, model.points, len(model.names))
-        found = chains.overlap_chains(overlap, rng, options.sequences, options.length)
-        found = [chain for chain in found if len(chain) >= (options.min_frames or SHORTEST)]
-    yield from _records(root, part, images, model, found, options, depth, depth_format)
-
-
-def angle_sequences(
-    root: Path, part: str, images: str, model: Model, options: Options,
-    depth: Callable[[str], str] | None = None, depth_format: DepthFormat | None = None,
-) -> Iterator[SequenceRecord]:  # fmt: skip
-    """MegaScenes' rule; arguments as above. The released script never calls it: its sequences are whole models."""
-    model = model.select(_present(root, images, model))
-    if options.rule == "released":
-        whole = len(model.names) >= (options.min_frames or RELEASED_MIN_IMAGES)
-        found = [np.arange(len(model.names))] if whole else []
-    else:
-        overlap = count_shared(model.images, model.points, len(model.names))
-        rotations, least = model.poses[:, :3, :3], options.min_frames or chains.MIN_VIEWS
-        found = chains.angle_chains(overlap, rotations, least, options.min_overlap, options.min_angle)
-    yield from _records(root, part, images, model, found, options, depth, depth_format)
-
-
-def _present(root: Path, images: str, model: Model) -> np.ndarray:
-    """Whether the file of each image exists, (n,) bool."""
-    paths = base.existing(root, _paths(images, model)) or [""] * len(model.names)
-    present = np.array([bool(path) for path in paths])
+    frames = [name if images == "." else f"{images}/{name}" for name in model.names]
+    present = np.array([bool(path) for path in base.existing(root, frames) or [""] * len(frames)])
     if not present.all():
         log.warning("%d of %d images of the COLMAP model are not in %s", (~present).sum(), len(present), root / images)
-    return present
+    nearest = chain == "overlap" and options.rule == "released"
+    if not nearest:  # draws its anchors from all images
+        model = model.select(present)
+        frames = [frame for frame, exists in zip(frames, present, strict=True) if exists]
+    if chain == "angle" and options.rule == "released":
+        whole = len(frames) >= (options.min_frames or RELEASED_MIN_IMAGES)
+        found = [np.arange(len(frames))] if whole else []
+    else:
+        overlap = count_shared(model.images, model.points, len(frames))
+        if nearest:
+            found = chains.nearest_of_anchor(overlap, options.rng(part), options.sequences, options.length, present)
+        elif chain == "overlap":
+            found = chains.overlap_chains(overlap, options.rng(part), options.sequences, options.length)
+            found = [rows for rows in found if len(rows) >= (options.min_frames or SHORTEST)]
+        else:
+            rotations, least = model.poses[:, :3, :3], options.min_frames or chains.MIN_VIEWS
+            found = chains.angle_chains(overlap, rotations, least, options.min_overlap, options.min_angle)
 
-
-def _paths(images: str, model: Model) -> list[str]:
-    return [name if images == "." else f"{images}/{name}" for name in model.names]
-
-
-def _records(
-    root: Path, part: str, images: str, model: Model, found: list[np.ndarray], options: Options,
-    depth: Callable[[str], str] | None, depth_format: DepthFormat | None,
-) -> Iterator[SequenceRecord]:  # fmt: skip
-    scene = SequenceRecord(part, _paths(images, model))
+    scene = SequenceRecord(part, frames)
     listed = depth is not None and options.depth
     if found and (options.poses or listed):
         # COLMAP ignores the EXIF orientation (its issue 2104), decoders do not. Depth maps of turned images are left
         # out, because they have the orientation of the stored pixels.
         poses, intrinsics = model.poses.astype(np.float32), model.intrinsics.astype(np.float32)
-        depths = [""] * len(scene.frames)
+        depths = [""] * len(frames)
         for i in np.unique(np.concatenate(found)).tolist():
-            poses[i], intrinsics[i], turned = upright(root / scene.frames[i], poses[i], intrinsics[i])
+            poses[i], intrinsics[i], turned = upright(root / frames[i], poses[i], intrinsics[i])
             if depth is not None and listed and not turned:
                 depths[i] = depth(model.names[i])
         if options.poses:
