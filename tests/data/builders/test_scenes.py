@@ -114,6 +114,101 @@ def test_arkitscenes(add, found):
     # A quarter turn about y and a translation; the second frame has no pose within 5 ms.
     trajectory = f"1000.0004 0 {np.pi / 2} 0 3 -2 -1\n1000.2001 0 0 0 1 2 3\n"
     add("3dod/Training/42/42_frames/lowres_wide.traj", content=trajectory)
+    add(arkit(2, "lowres_wide_intrinsics", "pincam"), content="256 192 211.9 212.1 127.9 95.9")
+    scan = found("arkitscenes")
+    assert scan.sequences == chunked("42", files, 100, 60)
+    assert found("arkitscenes", rule="released").sequences == chunked("42", files, 75, 85)
+    poses, intrinsics = scan.poses("42/000"), scan.intrinsics("42/000")
+    # Turning +z by +90 degrees about y gives +x, and +x gives -z.
+    assert np.allclose(poses[0], [[0, 0, 1, 3], [0, 1, 0, -2], [-1, 0, 0, -1], [0, 0, 0, 1]], atol=1e-6)
+    assert poses[1] is None
+    assert np.allclose(poses[2][:3, 3], [1, 2, 3])
+    assert intrinsics[0] is None
+    assert np.allclose(intrinsics[2], [211.9, 212.1, 127.9, 95.9])
+    assert scan.depths("42/000")[:3] == [None, arkit(1, "lowres_depth"), None]
+    assert scan.depth_formats("42/000") == {DepthFormat("png16", 1e-3, "z")}
+    for content in ("1 2 3\n", "text\n", ""):
+        add("3dod/Training/42/42_frames/lowres_wide.traj", content=content)
+        fails_in_one_line(found, "arkitscenes", r"lowres_wide\.traj' cannot be read as a trajectory")
+
+
+def test_dl3dv(add, found):
+    add(*(f"1K/abc/images_8/frame_{i:05d}.png" for i in (2, 10, 1)), size=(480, 270))
+    add("1K/abc/images_8/other.png", "2K/def/images_8/frame_00001.png", "2K/def/images_4/frame_00002.png")
+    add("1K/empty/images_8/notes.txt")
+    frame = {"file_path": "images/frame_00002.png", "transform_matrix": WORLD_FROM_OPENGL.tolist()}
+    common = {"w": 3840, "h": 2160, "fl_x": 1600, "fl_y": 1608, "cx": 1920, "cy": 1080}
+    add("1K/abc/transforms.json", content=json.dumps(common | {"frames": [frame]}))
+    abc = found("dl3dv")
+    assert abc.sequences == {"1K/abc": [f"1K/abc/images_8/frame_{i:05d}.png" for i in (1, 2, 10)]}
+    assert found("dl3dv", rule="released").sequences == abc.sequences
+    assert found("dl3dv", min_frames=1, images="images_4").sequences == {"2K/def": ["2K/def/images_4/frame_00002.png"]}
+    assert [is_camera(pose) for pose in abc.poses("1K/abc")] == [False, True, False]
+    assert abc.intrinsics("1K/abc")[0] is None
+    assert abc.intrinsics("1K/abc")[1].tolist() == [200, 201, 240, 135], "of the small images"
+    for content in ("{", '{"frames": 3}', '{"frames": [{"file_path": "a/frame_00001.png", "transform_matrix": [1]}]}'):
+        add("1K/abc/transforms.json", content=content)
+        fails_in_one_line(found, "dl3dv", r"abc/transforms\.json' cannot be read as a nerfstudio")
+
+
+def hypersim(camera, frame, kind="tonemap", scene="ai_001_001"):
+    return f"{scene}/images/scene_cam_{camera}_final_preview/frame.{frame:04d}.{kind}.jpg"
+
+
+def test_hypersim(add, found):
+    untoned = [hypersim("00", i, "color", "ai_002_001") for i in range(3)]
+    add(*(hypersim("00", i) for i in (0, 10, 9)), *(hypersim("01", i) for i in (0, 1)))
+    add(hypersim("00", 0, "color"), *untoned, "ai_003_001/_detail/x")
+    add(hypersim("00", 3).replace("final", "geometry"), hypersim("00", 3).replace(".jpg", ".png"))
+    assert found("hypersim").sequences == {
+        "ai_001_001": [hypersim("00", i) for i in (0, 9, 10)] + [hypersim("01", i) for i in (0, 1)],
+        "ai_002_001": untoned,
+    }
+    assert found("hypersim", rule="released").sequences == {
+        "ai_001_001": [hypersim("00", 0, "color")] + [hypersim("00", i) for i in (0, 9, 10)],
+        "ai_002_001": untoned,
+    }
+
+
+@pytest.mark.parametrize("tilt", [0, 10])
+def test_hypersim_cameras_and_depth(add, found, raw, tilt):
+    """A camera of 90 degrees (u = x / -z), whose image plane may be turned about x; positions are in half metres."""
+    h5py = pytest.importorskip("h5py")
+    depth = "ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0007.depth_meters.hdf5"
+    add(*(hypersim("00", i) for i in (0, 7)), size=(40, 20))
+    add(depth)
+    cos, sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
+    cam_from_uv = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ np.diag([1, 0.5, -1])
+    names = [f"M_cam_from_uv_{i}{j}" for i in range(3) for j in range(3)]
+    rows = [["scene_name", "settings_units_info_meters_scale", *names], ["ai_001_001", 0.5, *cam_from_uv.ravel()]]
+    add("metadata_camera_parameters.csv", content="\n".join(",".join(map(str, row)) for row in rows))
+    rotations, centres = [WORLD_FROM_OPENGL[:3, :3]] * 2, [[2.0, 4.0, 6.0]] * 2
+    for what, values in (("frame_indices", [7, 8]), ("positions", centres), ("orientations", rotations)):
+        file = raw / f"ai_001_001/_detail/cam_00/camera_keyframe_{what}.hdf5"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(file, "w") as archive:
+            archive["dataset"] = values
+    scene = found("hypersim")
+    assert scene.poses("ai_001_001")[0] is None
+    pose, (fx, fy, cx, cy) = scene.poses("ai_001_001")[1], scene.intrinsics("ai_001_001")[1]
+    assert is_camera(pose) == (not tilt)
+    assert np.allclose([fx, fy, cx, cy], [20, 20, 20, 10], rtol=1e-5)
+    # The ray of the pixel (30, 5), u = v = 0.5, is projected back to it.
+    ray = WORLD_FROM_OPENGL[:3, :3] @ cam_from_uv @ [0.5, 0.5, 1]
+    x, y, z, _ = pose @ np.array([*(np.array(CENTRE) + 3 * ray), 1])
+    assert z > 0
+    assert np.allclose((fx * x / z + cx, fy * y / z + cy), (30, 5), atol=1e-3)
+    assert scene.depths("ai_001_001") == [None, depth]
+    assert scene.depth_formats("ai_001_001") == {DepthFormat("hdf5", 1.0, "ray")}
+
+
+def test_wildrgbd(add, found):
+    folder = "apple/scenes/scene_001"
+    for scene, frames in (("scene_001", 24), ("scene_010", 23), ("scene_002", 30)):
+        add(*(f"apple/scenes/{scene}/rgb/{i:05d}.png" for i in range(frames)))
+    add(f"{folder}/depth/00001.png", f"{folder}/masks/00002.png", "ball/notes.txt")
+    numbers = " ".join(map(str, WORLD_FROM_CAMERA.ravel()))
+    add(f"{folder}/cam_poses.txt", content=f"3 {numbers}\n0 {' '.join(map(str, np.eye(4).ravel()))}\n")
     # K is stored column by column.
     add(f"{folder}/metadata", content=json.dumps({"w": 480, "h": 640, "K": [500, 0, 0, 0, 510, 0, 240, 320, 1]}))
     paper, name = found("wildrgbd"), "apple/scene_001"
