@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmum.data.rules.chains import angle_chains, nearest_of_anchor, overlap_chains
@@ -44,6 +44,7 @@ def test_the_released_scripts_give_the_rest_to_the_last_chunk(frames, lengths):
     assert [len(c) for c in cut_into_chunks(frames, 24, last_takes_rest=True)] == lengths
 
 
+@settings(deadline=None)
 @given(st.integers(0, 400), st.integers(1, 120), st.booleans())
 def test_every_frame_is_in_one_chunk(frames, size, rest):
     chunks = cut_into_chunks(frames, size, rest)
@@ -52,6 +53,7 @@ def test_every_frame_is_in_one_chunk(frames, size, rest):
     assert all(len(chunk) <= (2 * size - 1 if rest else size) for chunk in chunks)
 
 
+@settings(deadline=None)
 @given(scenes, st.randoms())
 def test_overlap_equals_intersections_of_sets(seen, random):
     observations = [(i, p) for i, points in enumerate(seen) for p in points]
@@ -82,6 +84,7 @@ def test_chains_of_overlap_by_hand():
     assert overlap_chains(overlap_of([]), rng()) == []
 
 
+@settings(deadline=None)
 @given(scenes, st.integers(2, 12))
 def test_chains_of_overlap_equal_the_rule_on_sets(seen, length):
     for chain in overlap_chains(overlap_of(seen), rng(), 5, length):
@@ -106,6 +109,7 @@ def test_missing_files_cost_the_released_script_sequences():
     assert nearest_of_anchor(overlap_of(FIVE), rng(), 10, 5, present) == []
 
 
+@settings(deadline=None)
 @given(scenes, st.integers(2, 10))
 def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length):
     found = nearest_of_anchor(overlap_of(seen), rng(), 5, length)
@@ -142,6 +146,7 @@ def test_images_of_a_short_chain_are_free_again():
     assert as_lists(angle_chains(overlap, cameras, 3)) == [[3, 2, 1, 0]]
 
 
+@settings(deadline=None)
 @given(scenes, headings, st.integers(1, 4))
 def test_chains_of_angles_follow_the_rule_on_sets(seen, degrees, min_views):
     degrees = degrees[: len(seen)]
