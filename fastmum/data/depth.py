@@ -72,13 +72,13 @@ def _npy(file: Path) -> np.ndarray:
 
 
 def _hdf5(file: Path) -> np.ndarray:
-    """The only data set of an HDF5 file."""
+    """The data set "depth" of an HDF5 file, else the only one."""
     try:
         import h5py
     except ImportError:
         raise DataError(f"'{file}' needs h5py: pip install 'fastmum[evaluate]'") from None
     with h5py.File(file) as archive:
-        (depth,) = archive.values()
+        (depth,) = [archive["depth"]] if "depth" in archive else archive.values()
         return np.asarray(depth)
 
 

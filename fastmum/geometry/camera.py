@@ -9,24 +9,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
 PYTORCH3D_TO_OPENCV = np.diag([-1.0, -1.0, 1.0])
 
-# EXIF orientation -> the transform of the stored image to the upright one: mirror x, mirror y, then transpose.
-EXIF: dict[int, tuple[bool, bool, bool]] = {
-    1: (False, False, False),
-    2: (True, False, False),
-    3: (True, True, False),
-    4: (False, True, False),
-    5: (False, False, True),
-    6: (False, True, True),
-    7: (True, True, True),
-    8: (True, False, True),
-}
 NDC = Literal["ndc_norm_image_bounds", "ndc_isotropic", "vggt"]
 
 
@@ -44,33 +32,10 @@ class Camera:
     camera_from_world: np.ndarray
     size: tuple[int, int]
 
-    @cached_property
-    def world_from_camera(self) -> np.ndarray:
-        """(4, 4) float64."""
-        return rigid_inverse(self.camera_from_world)
-
     def resized(self, size: tuple[int, int]) -> Camera:
         """The camera of the same image at another resolution (width, height)."""
         scale = np.array([size[0] / self.size[0], size[1] / self.size[1], 1.0])
         return replace(self, K=scale[:, None] * self.K, size=size)
-
-    def upright(self, orientation: int) -> Camera:
-        """The camera of the upright image, given the camera of the stored image and its EXIF orientation (1 to 8).
-
-        The camera's x and y axes turn with the image; a mirrored image gets a negative fx.
-        """
-        mirror_x, mirror_y, transpose = EXIF[orientation]
-        width, height = self.size
-        pixels = np.diag([-1.0 if mirror_x else 1.0, -1.0 if mirror_y else 1.0, 1.0])
-        pixels[:2, 2] = width * mirror_x, height * mirror_y
-        turn = np.diag(pixels.diagonal())
-        if transpose:
-            pixels, turn, (width, height) = pixels[[1, 0, 2]], turn[[1, 0, 2]], (height, width)
-        if np.linalg.det(turn) < 0:  # no camera axes are mirrored: K takes the reflection
-            turn = np.diag([-1.0, 1.0, 1.0]) @ turn
-        pose = np.eye(4)
-        pose[:3, :3] = turn
-        return Camera(pixels @ self.K @ turn.T, pose @ self.camera_from_world, (width, height))
 
 
 def intrinsics_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:

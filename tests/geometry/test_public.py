@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from scipy.spatial import cKDTree
 
 from fastmum.geometry import align, crop, metrics
-from fastmum.geometry.camera import Camera, camera_from_pytorch3d, transform, unproject
+from fastmum.geometry.camera import Camera, camera_from_pytorch3d, rigid_inverse, transform, unproject
 from fastmum.geometry.crop import View, reloc3r_view, vggt_view
 
 ROOT = Path(__file__).resolve().parents[2].parent / "shared/downstream/fixtures"
@@ -77,7 +77,7 @@ def test_public_vggt_crops(file):
         assert np.array_equal(view.depth > 1e-8, out["mask"])
         points = unproject(view.depth, view.camera.K)
         assert np.allclose(points, tensors[f"vggt/{case}/out/cam_points"], rtol=1e-5, atol=1e-5)
-        world = transform(view.camera.world_from_camera, points)
+        world = transform(rigid_inverse(view.camera.camera_from_world), points)
         assert np.allclose(world, tensors[f"vggt/{case}/out/world_points"], rtol=1e-5, atol=1e-5)
 
 
