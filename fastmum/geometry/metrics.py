@@ -6,7 +6,7 @@ Arrays are NumPy, float64 inside; the matching metrics are torch, since evaluati
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -19,7 +19,17 @@ from torch import Tensor
 
 from fastmum.geometry.camera import quaternion, rigid_inverse
 
-# --- relative pose ----------------------------------------------------------------------------------------------------
+DepthCrop = Literal["eigen", "garg"]
+CROPS: dict[DepthCrop | None, Callable[[int, int], tuple[float, float, float, float]]] = {  # top, bottom, left, right
+    "eigen": lambda height, width: (45, 471, 41, 601),  # of 480 x 640
+    "garg": lambda height, width: (
+        0.40810811 * height, 0.99189189 * height, 0.03594771 * width, 0.96405229 * width
+    ),
+    None: lambda height, width: (0, height, 0, width),
+}  # fmt: skip
+STANDARD = 448  # side of the image in pixels that match errors are expressed in, whatever size was computed at (RoMa)
+ROBUST = 32.0  # pixels below which a match counts as robust
+PCK = (1.0, 3.0, 5.0)  # pixels below which a key point is correct
 
 
 def rotation_error(R: np.ndarray, R_true: np.ndarray) -> np.ndarray:
@@ -85,47 +95,23 @@ def pose_auc_histogram(errors: np.ndarray, thresholds: Sequence[int]) -> list[fl
     return [float((np.cumsum(each) / len(errors)).mean()) for each in counts]
 
 
-# --- depth ------------------------------------------------------------------------------------------------------------
-
-DepthCrop = Literal["eigen", "garg"]
-
-
-def depth_crop(shape: tuple[int, int], crop: DepthCrop | None) -> tuple[slice, slice]:
-    """Rows and columns that count: Eigen's crop of NYU at 480 x 640, Garg's shares of KITTI, or everything."""
-    height, width = shape
-    if crop == "eigen":
-        return slice(45, 471), slice(41, 601)
-    if crop == "garg":
-        return (
-            slice(int(0.40810811 * height), int(0.99189189 * height)),
-            slice(int(0.03594771 * width), int(0.96405229 * width)),
-        )
-    return slice(None), slice(None)
-
-
 def depth_metrics(
-    depth: np.ndarray,
-    true: np.ndarray,
-    max_depth: float,
-    min_depth: float = 1e-3,
-    crop: DepthCrop | None = None,
+    depth: np.ndarray, true: np.ndarray, max_depth: float, min_depth: float = 1e-3, crop: DepthCrop | None = None
 ) -> dict[str, float]:
     """Metrics of one depth map (H, W) over the pixels with min_depth < true < max_depth.
-
-    The mean over images leaves images without valid pixels out (`mean_metrics`).
 
     Args:
         depth: predicted, clipped to [min_depth, max_depth].
         true: 0 where it is unknown.
         max_depth: 10 for NYU, 80 for KITTI.
-        crop: see `depth_crop`.
+        crop: part that counts: Eigen's crop of NYU, Garg's shares of KITTI's height and width; None: everything.
 
     Returns:
         "a1", "a2", "a3" (shares of ratios below 1.25, its square and cube), "abs_rel", "sq_rel", "rmse", "rmse_log",
         "log_10", "silog" (times 100); all NaN without valid pixels.
     """
-    window = depth_crop(true.shape, crop)
-    depth, true = depth[window].astype(np.float64), true[window].astype(np.float64)
+    top, bottom, left, right = CROPS[crop](*true.shape)
+    depth, true = (x[int(top) : int(bottom), int(left) : int(right)].astype(np.float64) for x in (depth, true))
     valid = (true > min_depth) & (true < max_depth)
     names = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log_10", "silog")
     if not valid.any():
@@ -145,14 +131,9 @@ def depth_metrics(
 
 
 def mean_metrics(images: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over images; NaN is left out."""
-    columns = {name: np.array([image[name] for image in images]) for name in images[0]}
-    return {
-        name: float(np.nanmean(values)) if np.isfinite(values).any() else math.nan for name, values in columns.items()
-    }
-
-
-# --- point clouds -----------------------------------------------------------------------------------------------------
+    """Mean of each metric of `depth_metrics` over the images with valid pixels; NaN if there are none."""
+    valid = [image for image in images if not math.isnan(image["rmse"])]
+    return {name: float(np.mean([image[name] for image in valid])) if valid else math.nan for name in images[0]}
 
 
 def estimate_normals(points: np.ndarray, neighbours: int = 30) -> np.ndarray:
@@ -164,10 +145,7 @@ def estimate_normals(points: np.ndarray, neighbours: int = 30) -> np.ndarray:
 
 
 def point_metrics(
-    points: np.ndarray,
-    true: np.ndarray,
-    normals: np.ndarray | None = None,
-    true_normals: np.ndarray | None = None,
+    points: np.ndarray, true: np.ndarray, normals: np.ndarray | None = None, true_normals: np.ndarray | None = None
 ) -> dict[str, float]:
     """Accuracy, completeness and normal consistency of a point cloud.
 
@@ -192,13 +170,6 @@ def point_metrics(
 
 def _mean_median(name: str, values: np.ndarray) -> dict[str, float]:
     return {f"{name}_mean": float(values.mean()), f"{name}_median": float(np.median(values))}
-
-
-# --- matching ---------------------------------------------------------------------------------------------------------
-
-STANDARD = 448  # side of the image in pixels that errors are expressed in, whatever size was computed at (RoMa)
-ROBUST = 32.0  # pixels below which a match counts as robust
-PCK = (1.0, 3.0, 5.0)  # pixels below which a key point is correct
 
 
 @dataclass(frozen=True)
@@ -258,9 +229,6 @@ def match_scores(errors: Tensor, visible: Tensor) -> list[MatchScores]:
 def pair_epe(errors: Tensor, visible: Tensor) -> list[float | None]:
     """End-point error of each pair, from (N, P) and (N, P) bool; None where no point is visible."""
     return [None if math.isnan(mean) else mean for mean in mean_of_visible(errors, visible).tolist()]
-
-
-# --- classification ---------------------------------------------------------------------------------------------------
 
 
 def any_match_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
