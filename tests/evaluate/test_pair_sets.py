@@ -198,6 +198,7 @@ def test_pairs_in_a_text_file(wall_file):
     keys = [{frame.key for pair in part for frame in (pair.a, pair.b)} for part in parts]
     assert [len(part) for part in parts] == [4, 4]
     assert not keys[0] & keys[1]
+    assert len(open_pairs(name, "trainable").pairs) == 8
 
 
 def test_depth_units_of_records(wall_file):

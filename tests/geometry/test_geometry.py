@@ -201,6 +201,7 @@ def test_depth_metrics():
     found = metrics.depth_metrics(np.full((480, 640), 3.0), true, 10, crop="eigen")
     assert found["rmse"] == found["sq_rel"] * 2 == 1
     assert (found["abs_rel"], found["a1"], found["a2"]) == (0.5, 0, 1)
+    assert metrics.depth_metrics(0 * true + 4, true, 10, crop="eigen")["a3"] == 0  # 2 is above 1.25^3
     assert found["log_10"] == pytest.approx(np.log10(1.5))
     assert found["silog"] == pytest.approx(0, abs=1e-9)
     empty = metrics.depth_metrics(true, 0 * true, 10)
