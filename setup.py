@@ -14,7 +14,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastmum/__init__.py").re
 
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
-    "colmap": ["pycolmap>=3.12", "scipy>=1.12"],
+    "colmap": ["scipy>=1.12"],
     "video": ["av>=14"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
@@ -68,6 +68,7 @@ setup(
             *EXTRAS["evaluate"],
             *EXTRAS["hf"],
             *EXTRAS["onnx"],
+            "pycolmap>=3.12",  # writes the binary models of tests
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -84,7 +84,7 @@ def build(
         raise DataError(f"there is nothing of {name} under '{root}'; expected: {builder.layout}")
     empty = 0
 
-    def records() -> Iterator[SequenceRecord]:
+    def records() -> Generator[SequenceRecord]:
         nonlocal empty
         bar = tqdm(total=len(parts), unit="part", desc=name, disable=not progress, dynamic_ncols=True)
         with bar, logging_redirect_tqdm() if progress else contextlib.nullcontext():

@@ -1,34 +1,39 @@
-"""Reading sparse COLMAP reconstructions: which image sees which 3-D points, from where, with which camera."""
+"""Reading sparse COLMAP reconstructions: poses and cameras of the images, and which 3-D points each image sees."""
 
 from __future__ import annotations
 
-import mmap
 import os
-import signal
 import struct
-import threading
-from operator import attrgetter
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.data.errors import DataError
+from fastmum.data.errors import DataError, reading
 
 PARTS = ("cameras", "images", "points3D")  # rigs and frames came later, and most models have none
-LENGTH = struct.Struct("<Q")
-POINT_NUMBER = attrgetter("point3D_id")
+# COLMAP's camera models by number: name, parameters, focal lengths (1: f cx cy ..., 2: fx fy cx cy ..., 0: panorama).
+CAMERAS = (
+    ("SIMPLE_PINHOLE", 3, 1), ("PINHOLE", 4, 2), ("SIMPLE_RADIAL", 4, 1), ("RADIAL", 5, 1), ("OPENCV", 8, 2),
+    ("OPENCV_FISHEYE", 8, 2), ("FULL_OPENCV", 12, 2), ("FOV", 5, 2), ("SIMPLE_RADIAL_FISHEYE", 4, 1),
+    ("RADIAL_FISHEYE", 5, 1), ("THIN_PRISM_FISHEYE", 12, 2), ("RAD_TAN_THIN_PRISM_FISHEYE", 16, 2),
+    ("SIMPLE_DIVISION", 4, 1), ("DIVISION", 5, 2), ("SIMPLE_FISHEYE", 3, 1), ("FISHEYE", 4, 2), ("EUCM", 6, 2),
+    ("EQUIRECTANGULAR", 2, 0),
+)  # fmt: skip
+NO_POINT = -1
+POINTS_2D = np.dtype([("x", "<f8"), ("y", "<f8"), ("point", "<i8")])
 
 
 class Model(NamedTuple):
-    """The registered images of a reconstruction, in the order of their COLMAP numbers.
+    """The n registered images of a reconstruction, in the order of their COLMAP numbers.
 
     Args:
         names: (n) image names: paths below the folder of images, '/'-separated.
-        poses: (n, 4, 4) float64 world-to-camera, OpenCV axes.
-        intrinsics: (n, 4) float64 fx fy cx cy in pixels, the centre of the first pixel at (0.5, 0.5), without the
-            camera's distortion; NaN for cameras that have no focal length (panoramas).
+        poses: (n, 4, 4) float64 camera_from_world, OpenCV axes.
+        intrinsics: (n, 4) float64 fx fy cx cy in stored pixels, pixel centres at +0.5, without lens distortion; NaN
+            for panoramas, which have no focal length.
         images, points: (m,) int32 and int64, image 0..n-1 and point 0..p-1 of every observation, grouped by image.
     """
 
@@ -39,15 +44,19 @@ class Model(NamedTuple):
     points: np.ndarray
 
     def select(self, keep: np.ndarray) -> Model:
-        """The images whose entry in `keep` (n,) bool is true, numbered anew; points keep their numbers."""
+        """The images where `keep` (n,) bool is true, renumbered; points keep their numbers."""
         number = np.where(keep, np.cumsum(keep) - 1, -1).astype(np.int32)[self.images]
         seen = number >= 0
         names = tuple(name for name, kept in zip(self.names, keep, strict=True) if kept)
         return Model(names, self.poses[keep], self.intrinsics[keep], number[seen], self.points[seen])
 
 
+# Number, name, quaternion w x y z and translation (7,), camera, and numbers of 3-D points (k,), `NO_POINT` for none.
+Image = tuple[int, str, np.ndarray, int, np.ndarray]
+
+
 def find_format(folder: Path) -> str:
-    """`".bin"` or `".txt"`: what the model in a folder is written in, the binary files where both are there.
+    """`".bin"` or `".txt"`, the binary files if both are complete.
 
     Raises:
         DataError: files are missing or empty.
@@ -67,92 +76,97 @@ def find_format(folder: Path) -> str:
 
 
 def read_model(folder: str | Path) -> Model:
-    """Read the model in a folder.
+    """Read the model in a folder. Coordinates of 3-D points are not read.
 
     Raises:
-        DataError: no model in the folder, one that is broken, or pycolmap is not installed.
+        DataError: there is no complete model, or it is broken.
     """
     folder = Path(folder)
     suffix = find_format(folder)
-    pycolmap = import_pycolmap()
-    if suffix == ".bin":
-        _check_length(folder / "points3D.bin")
-    reconstruction = pycolmap.Reconstruction()
-    verbosity = pycolmap.logging.minloglevel
-    pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value  # it would print what it raises
-    try:
-        reconstruction.read_binary(folder) if suffix == ".bin" else reconstruction.read_text(folder)
-    # What pycolmap raises depends on the byte that is wrong; lengths that make no sense end in a MemoryError.
-    except (ValueError, IndexError, RuntimeError, OSError, MemoryError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"the COLMAP model in '{folder}' ({suffix}) cannot be read: {reason}; copy it again") from error
-    finally:
-        pycolmap.logging.minloglevel = verbosity
-    return _to_model(reconstruction, folder)
+    read_cameras, read_images = {".bin": (_cameras_bin, _images_bin), ".txt": (_cameras_txt, _images_txt)}[suffix]
+    with reading(folder / f"cameras{suffix}", "cameras of a COLMAP model", "copy it again"):
+        cameras = dict(read_cameras(folder / "cameras"))
+    with reading(folder / f"images{suffix}", "images of a COLMAP model", "copy it again"):
+        images = sorted(read_images(folder / "images"), key=lambda image: image[0])
+        if not images:
+            raise DataError(f"the COLMAP model in '{folder}' has no registered image; leave the folder out")
+        _, names, motions, numbers, features = zip(*images, strict=True)
+        intrinsics, poses = np.array([cameras[number] for number in numbers]), _poses(np.array(motions))
+    seen = [points[points != NO_POINT] for points in features]
+    rows = np.repeat(np.arange(len(images), dtype=np.int32), [len(points) for points in seen])
+    points = np.unique(np.concatenate(seen), return_inverse=True)[1]
+    return Model(tuple(name.replace("\\", "/") for name in names), poses, intrinsics, rows, points)
 
 
-def _check_length(points: Path) -> None:
-    """Walk over a points3D.bin: pycolmap reads on where it ends too early, for minutes or until memory is full."""
-    # number uint64, position 3 doubles, colour 3 bytes, error double, length of the track uint64, track 2 x uint32 each
-    before_length, fixed, each = 43, 51, 8
-    with points.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        position = 8
-        try:
-            for _ in range(LENGTH.unpack_from(data)[0]):
-                position += fixed + each * LENGTH.unpack_from(data, position + before_length)[0]
-            whole = position == len(data)
-        except (struct.error, OverflowError):  # beyond the end
-            whole = False
-    if not whole:
-        raise DataError(f"'{points}' is not a whole COLMAP file of points; copy it again")
+def _pinhole(number: int, parameters: np.ndarray) -> tuple[float, ...]:
+    _, count, focal = CAMERAS[number]
+    if len(parameters) != count:
+        raise ValueError(f"{len(parameters)} parameters of the camera model {CAMERAS[number][0]}")
+    values = parameters.tolist()
+    return (values[0], *values[:3]) if focal == 1 else tuple(values[:4]) if focal else (np.nan,) * 4
 
 
-def _to_model(reconstruction: object, folder: Path) -> Model:
-    images = [image for _, image in sorted(reconstruction.images.items()) if image.has_pose]
-    if not images:
-        raise DataError(f"the COLMAP model in '{folder}' has no registered image; leave the folder out")
-    names = tuple(image.name.replace("\\", "/") for image in images)
-    poses = np.tile(np.eye(4), (len(images), 1, 1))
-    poses[:, :3] = [image.cam_from_world().matrix() for image in images]
-    cameras = {number: _pinhole(camera) for number, camera in reconstruction.cameras.items()}
-    intrinsics = np.array([cameras[image.camera_id] for image in images])
-
-    seen = [_points_of(image) for image in images]
-    numbers, points = np.unique(np.concatenate(seen), return_inverse=True)
-    # COLMAP reads a file of points that is cut off without a word.
-    if len(numbers) > reconstruction.num_points3D():
-        raise DataError(
-            f"the COLMAP model in '{folder}' is not whole: its images see {len(numbers)} points, "
-            f"but it has {reconstruction.num_points3D()}; copy it again"
-        )
-    rows = np.repeat(np.arange(len(images), dtype=np.int32), [len(s) for s in seen])
-    return Model(names, poses, intrinsics, rows, points)
+def _poses(motions: np.ndarray) -> np.ndarray:
+    w, x, y, z = (motions[:, :4] / np.linalg.norm(motions[:, :4], axis=1, keepdims=True)).T
+    poses = np.tile(np.eye(4), (len(w), 1, 1))
+    poses[:, :3, :3] = np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    ).transpose(2, 0, 1)
+    poses[:, :3, 3] = motions[:, 4:]
+    return poses
 
 
-def _points_of(image: object) -> np.ndarray:
-    observations = image.get_observation_points2D()
-    return np.fromiter(map(POINT_NUMBER, observations), np.uint64, len(observations))
+def _cameras_bin(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
+    data, position = file.with_suffix(".bin").read_bytes(), 8
+    for _ in range(struct.unpack_from("<Q", data)[0]):
+        number, model, _, _ = struct.unpack_from("<IiQQ", data, position)
+        parameters = np.frombuffer(data, "<f8", CAMERAS[model][1], position + 24)
+        yield number, _pinhole(model, parameters)
+        position += 24 + parameters.nbytes
+    _check_end(data, position)
 
 
-def _pinhole(camera: object) -> tuple[float, float, float, float]:
-    if not len(camera.focal_length_idxs()):  # asking such a camera for it would end the process
-        return (np.nan,) * 4
-    return camera.focal_length_x, camera.focal_length_y, camera.principal_point_x, camera.principal_point_y
+def _images_bin(file: Path) -> Iterator[Image]:
+    data, position = file.with_suffix(".bin").read_bytes(), 8
+    for _ in range(struct.unpack_from("<Q", data)[0]):
+        number, *values, camera = struct.unpack_from("<I7dI", data, position)
+        position += 64
+        end = data.index(b"\0", position)
+        name, count = data[position:end].decode(), struct.unpack_from("<Q", data, end + 1)[0]
+        features = np.frombuffer(data, POINTS_2D, count, end + 9)
+        yield number, name, np.array(values), camera, features["point"]
+        position = end + 9 + features.nbytes
+    _check_end(data, position)
 
 
-def import_pycolmap() -> ModuleType:
-    """pycolmap, an optional extra.
+def _check_end(data: bytes, position: int) -> None:
+    if position != len(data):
+        raise ValueError(f"{len(data) - position} bytes follow the last record")
 
-    Raises:
-        DataError: it is not installed.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise DataError("reading COLMAP models needs pycolmap: pip install 'fastmum[colmap]'") from error
-    if threading.current_thread() is threading.main_thread():  # no other may
-        for number, handler in handlers.items():  # its import puts one of its own in place, which ends in a crash
-            if handler is not None:
-                signal.signal(number, handler)
-    return pycolmap
+
+def _lines(file: Path) -> Iterator[str]:
+    with file.with_suffix(".txt").open(encoding="utf-8") as stream:
+        yield from (line.strip() for line in stream if not line.startswith("#"))
+
+
+def _cameras_txt(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
+    names = [name for name, _, _ in CAMERAS]
+    for line in filter(None, _lines(file)):
+        number, name, _, _, *parameters = line.split()
+        yield int(number), _pinhole(names.index(name), np.array(parameters, np.float64))
+
+
+def _images_txt(file: Path) -> Iterator[Image]:
+    lines = _lines(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # numpy warns about text that is not numbers
+        for line in lines:
+            if line:
+                number, *values, camera, name = line.split(maxsplit=9)
+                features = np.fromstring(next(lines, ""), sep=" ").reshape(-1, 3)
+                points = features[:, 2].astype(np.int64)
+                yield int(number), name, np.array(values, np.float64), int(camera), points

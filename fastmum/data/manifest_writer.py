@@ -193,7 +193,7 @@ class _Spool:
         elif values.shape != shape:
             raise DataError(f"{where} has {name} of shape {values.shape}, but must have {shape}")
         flat = np.ascontiguousarray(values.reshape(n, -1)[:, :width], np.float32)
-        known = np.isfinite(flat).all(1)
+        known = np.asarray(np.isfinite(flat).all(1))
         self._append(name, known)
         self._append(f"{name} values", np.where(known[:, None], flat, np.float32(0)))
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastmum.config import Config
 from fastmum.data.build import NoSequenceError, build
-from fastmum.data.builders.scenes import scene_record
+from fastmum.data.builders.scenes import rendered
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests, write_manifest
 from fastmum.data.plan import StepPlanner
@@ -153,6 +153,6 @@ def _scenes_manifest(config: Config, out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as error:
         raise DataError(f"the embedded scenes cannot be rendered: {error}") from error
-    records = (scene_record(root, folder.name) for folder in folders)
+    records = (rendered(root, folder.name) for folder in folders)
     write_manifest(out, records, dataset="scenes", root=root, metadata={"builder": "scenes", **vars(scenes)})
     return out

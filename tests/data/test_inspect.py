@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from fastmum.data.build import build
-from fastmum.data.contact_sheet import COLUMNS, MISSING, contact_sheet
+from fastmum.data.contact_sheet import COLUMNS, MISSING, UNKNOWN, contact_sheet
+from fastmum.data.depth import DepthFormat
 from fastmum.data.inspect import find_missing, main, summary
 from fastmum.data.manifest import Manifest, SequenceRecord, write_manifest
 
@@ -20,21 +21,22 @@ def rooms(image_folder, tmp_path):
     return tmp_path / "rooms.arrow"
 
 
-def lengths_manifest(out, *lengths, **more):
-    records = [SequenceRecord(f"s{i}", [f"s{i}/{j}.jpg" for j in range(n)]) for i, n in enumerate(lengths)]
-    write_manifest(out, records, dataset="rooms", root="/data", metadata=more)
+def written(out, *records, root="/data", **metadata):
+    write_manifest(out, records, dataset="rooms", root=root, metadata=metadata)
     return Manifest.open(out)
 
 
 def test_the_summary(tmp_path):
-    manifest = lengths_manifest(tmp_path / "m", 1, 3, 24, 30, 49, 1500, builder="x", rule="paper", options={"chunk": 9})
-    lines = list(summary(manifest))
+    records = [SequenceRecord(f"s{n}", [f"s{n}/{j}.jpg" for j in range(n)]) for n in (1, 3, 24, 30, 49, 1500)]
+    pose = np.tile(np.eye(4, dtype=np.float32), (3, 1, 1))
+    pose[1] = np.nan
+    records[1] = records[1]._replace(poses=pose, masks=["", "m.png", ""])
+    lines = list(summary(written(tmp_path / "m", *records, builder="x", rule="paper", options={"chunk": 9})))
     text = "\n".join(lines)
     assert "6 sequences, 1607 frames" in lines[0]
-    assert "root: /data" in lines
-    assert "builder: x, rule: paper" in lines
-    assert "options: chunk 9" in lines
-    assert "pose known: 0 frames (0.0%)" in lines
+    for line in ("root: /data", "builder: x, rule: paper", "options: chunk 9", "pose known: 2 frames (0.1%)",
+                 "mask known: 1 frames (0.1%)", "depth known: 0 frames (0.0%)"):  # fmt: skip
+        assert line in lines
     assert [line.split() for line in lines if line.startswith("rooms")] == [["rooms", "6", "1607", "1", "27", "1500"]]
     histogram = dict(line.split()[:2] for line in text[text.index("   frames  sequences") :].splitlines()[1:-1])
     assert histogram == {"1": "1", "2-3": "1", "4-7": "0", "8-15": "0", "16-23": "0", "24-49": "3", "50-99": "0",
@@ -42,29 +44,21 @@ def test_the_summary(tmp_path):
     assert lines[-1].split()[:3] == ["1000", "on", "1"]
 
 
-def test_known_poses_are_counted(tmp_path):
-    pose = np.tile(np.eye(4, dtype=np.float32), (3, 1, 1))
-    pose[1] = np.nan
-    records = [SequenceRecord("a", ["0", "1", "2"], pose), SequenceRecord("b", ["3"])]
-    write_manifest(tmp_path / "m", records, dataset="d", root="/data", metadata={})
-    assert "pose known: 2 frames (50.0%)" in list(summary(Manifest.open(tmp_path / "m")))
-
-
-def test_every_image_is_looked_for_once(tmp_path):
+def test_every_file_is_looked_for_once(tmp_path):
     (tmp_path / "a").mkdir()
     for name in ("0", "1", "more"):
         (tmp_path / "a" / name).touch()
     records = [
-        SequenceRecord("x", ["a/0", "a/1", "a/2"]),
+        SequenceRecord("x", ["a/0", "a/1", "a/2"], depths=["a/1", "", "a/d"], depth_format=DepthFormat("npy")),
         SequenceRecord("y", ["a/2", "a/0"]),
         SequenceRecord("z", ["b/0"]),
     ]
-    write_manifest(tmp_path / "m", records, dataset="d", root=tmp_path, metadata={})
-    manifest = Manifest.open(tmp_path / "m")
+    manifest = written(tmp_path / "m", *records, root=tmp_path)
     assert {folder.name: sorted(names) for folder, names in manifest.folders()} == {"a": ["0", "1", "2"], "b": ["0"]}
-    missing = find_missing(manifest)
-    assert missing.images == 4
-    assert sorted(missing.files) == [tmp_path / "a/2", tmp_path / "b/0"]
+    total, missing = find_missing(manifest)
+    assert (total, sorted(missing)) == (4, [tmp_path / "a/2", tmp_path / "b/0"])
+    assert find_missing(manifest, "depth") == (2, [tmp_path / "a/d"])
+    assert find_missing(manifest, "mask") == (0, [])
 
 
 def test_missing_files_are_named_and_change_the_exit_code(rooms, image_folder, capsys):
@@ -80,12 +74,10 @@ def test_missing_files_are_named_and_change_the_exit_code(rooms, image_folder, c
     assert "  ..." in out
 
 
-def test_the_sheet_shows_what_is_there(rooms, image_folder, tmp_path):
+def test_the_sheet_shows_frames(rooms, image_folder):
     sheet = np.asarray(contact_sheet(Manifest.open(rooms), tile=32), dtype=float)
-    assert sheet.shape[1] == COLUMNS * 34 - 2
-    assert len(sheet) == 4 * (16 + 34 + 2), "four sequences of at most six frames, a line each"
-    again = np.asarray(contact_sheet(Manifest.open(rooms), tile=32), dtype=float)
-    assert np.array_equal(sheet, again)
+    assert sheet.shape[:2] == (4 * (16 + 34 + 2), COLUMNS * 34 - 2), "four sequences of at most six frames, a line each"
+    assert np.array_equal(sheet, contact_sheet(Manifest.open(rooms), tile=32))
     assert not np.array_equal(sheet, np.asarray(contact_sheet(Manifest.open(rooms), tile=32, seed=1))[: len(sheet)])
     thumbnails = []
     for file in sorted((image_folder / "scene0").iterdir()):
@@ -95,26 +87,30 @@ def test_the_sheet_shows_what_is_there(rooms, image_folder, tmp_path):
     assert min(np.abs(first - thumbnail).mean() for thumbnail in thumbnails) < 4
 
 
-def test_the_sheet_marks_what_cannot_be_read(rooms, image_folder):
-    for file in image_folder.rglob("*.png"):
-        file.write_bytes(b"broken")
-    sheet = np.asarray(contact_sheet(Manifest.open(rooms), tile=32))
+def test_the_sheet_shows_depth_and_what_is_unreadable(tmp_path):
+    depth = np.linspace(1, 9, 32 * 32, dtype=np.float32).reshape(32, 32)
+    depth[:, :16] = 0
+    np.save(tmp_path / "d.npy", depth)
+    record = SequenceRecord("a", ["0.png"], depths=["d.npy"], depth_format=DepthFormat("npy"))
+    sheet = np.asarray(contact_sheet(written(tmp_path / "m", record, root=tmp_path), tile=32))
     assert (sheet[16:48, :32] == MISSING).all()
+    assert (sheet[50:82, :16] == UNKNOWN).all()
+    shown = sheet[50:82, 16:32].astype(int)
+    assert (shown[0] > 240).all(), "near is bright"
+    assert (shown[-1] < 5).all()
+    assert (np.diff(shown[:, 0, 0]) <= 0).all()
 
 
-def test_a_sheet_is_written(rooms, tmp_path, capsys):
-    assert main([str(rooms), "--sheet", str(tmp_path / "s.jpg"), "--sequences", "2"]) == 0
-    with Image.open(tmp_path / "s.jpg") as image:
-        assert image.size == (12 * 98 - 2, 2 * (16 + 98 + 2))
-    assert f"contact sheet: {tmp_path / 's.jpg'}" in capsys.readouterr().out
-
-
-def test_a_sheet_lies_beside_the_manifest_unless_it_is_not_wanted(rooms, tmp_path, capsys):
+def test_where_the_sheet_is_written(rooms, tmp_path, capsys):
     assert main([str(rooms), "--no-sheet"]) == 0
     assert "contact sheet" not in capsys.readouterr().out
     assert not (tmp_path / "rooms_sheet.jpg").exists()
     assert main([str(rooms)]) == 0
     assert (tmp_path / "rooms_sheet.jpg").stat().st_size > 0
+    assert main([str(rooms), "--sheet", str(tmp_path / "s.jpg"), "--sequences", "2"]) == 0
+    with Image.open(tmp_path / "s.jpg") as image:
+        assert image.size == (12 * 98 - 2, 2 * (16 + 98 + 2))
+    assert f"contact sheet: {tmp_path / 's.jpg'}" in capsys.readouterr().out
 
 
 def test_a_reader_may_close_the_pipe(rooms):
@@ -128,14 +124,14 @@ def test_a_reader_may_close_the_pipe(rooms):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.arrow"], "there is no manifest 'nowhere.arrow'"),
-        (["--sheet", "/proc/s.jpg"], "--sheet '/proc/s.jpg' cannot be written"),
-        (["--sheet", "s.doc"], "its name ends in .jpg or .png"),
+        (["nowhere.arrow"], "nowhere.arrow"),
+        (["--sheet", "/proc/s.jpg"], "--sheet '/proc/s.jpg'"),
+        (["--sheet", "s.doc"], "--sheet 's.doc'"),
         (["--sequences", "0"], "--sequences is 0"),
         (["--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_what_cannot_work_is_one_line(rooms, capsys, words, message):
+def test_errors_are_one_line(rooms, capsys, words, message):
     assert main([*([] if words[0].startswith("nowhere") else [str(rooms)]), *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

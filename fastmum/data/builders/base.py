@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import natsort
 import numpy as np
 
+from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules.chunks import CHUNK, cut_into_chunks
@@ -82,14 +83,42 @@ class Builder:
     root: Callable[[Path, Options], Path] | None = None
 
 
-MIN_FRAMES = Option(2, "skip shorter sequences", min=1)
-CAMERA_OPTIONS = {"poses": Option(True, "read poses and intrinsics if present")}
-DEPTH_OPTIONS = {"depth": Option(True, "list depth maps and masks if present")}
-CHUNK_OPTIONS = {
-    "chunk": Option(None, "frames per chunk, 0: the whole scene (default: the rule's)", type=int, min=0),
-    "min_frames": MIN_FRAMES,
+MIN_FRAMES = {"min_frames": Option(2, "skip shorter sequences", min=1)}
+POSES = {"poses": Option(True, "read poses and intrinsics if present")}
+DEPTH = {"depth": Option(True, "list depth maps and masks if present")}
+CHUNKED = MIN_FRAMES | {
+    "chunk": Option(None, "frames per chunk, 0: the whole scene (default: the rule's)", type=int, min=0)
 }
 CHUNK_RULE = f"natural order, chunks of {CHUNK}, the last one shorter"
+
+
+def make_scene(
+    root: Path,
+    name: str,
+    frames: list[str],
+    options: Options,
+    *,
+    cameras: Callable[[], tuple[np.ndarray | None, np.ndarray | None]] | None = None,
+    depths: Iterable[str] = (),
+    depth_format: DepthFormat | None = None,
+    masks: Iterable[str] = (),
+) -> SequenceRecord:
+    """A scene with what the options ask for.
+
+    Args:
+        root: of the data set.
+        name: of the scene.
+        frames: paths of its images.
+        options: of the builder.
+        cameras: returns poses and intrinsics of the frames; called with `--poses` if there are frames.
+        depths, masks: paths of the maps of the frames, which may not exist.
+        depth_format: of the depth maps.
+    """
+    poses, intrinsics = cameras() if cameras and frames and options.poses else (None, None)
+    scene = SequenceRecord(name, frames, poses, intrinsics)
+    if depths and options.depth:
+        scene = scene._replace(depths=existing(root, depths), depth_format=depth_format)
+    return scene._replace(masks=existing(root, masks)) if masks and options.depth else scene
 
 
 def whole(scene: SequenceRecord, options: Options) -> Iterator[SequenceRecord]:
@@ -99,13 +128,7 @@ def whole(scene: SequenceRecord, options: Options) -> Iterator[SequenceRecord]:
 
 
 def chunks(scene: SequenceRecord, options: Options, released: int | None) -> Iterator[SequenceRecord]:
-    """The scene in chunks, `<name>/000`, `<name>/001`, ...
-
-    Args:
-        scene: with all its frames.
-        options: of the builder, including `CHUNK_OPTIONS`.
-        released: frames per chunk in the released script, None for the whole scene.
-    """
+    """The scene in chunks, `<name>/000`, `<name>/001`, ... `released`: frames per chunk in the released script."""
     size = options.chunk if options.chunk is not None else CHUNK if options.rule == "paper" else released
     if not size:
         yield from whole(scene, options)
@@ -128,6 +151,14 @@ def folders_in(folder: Path) -> list[str]:
     """Names of the visible sub-folders in natural order; empty if there is no such folder."""
     names = (name for name in _names(folder) if not name.startswith("."))
     return natsort.natsorted(name for name in names if os.path.isdir(os.path.join(folder, name)))
+
+
+def matching_folders(root: Path, pattern: str, needs: str = "") -> list[str]:
+    """Folders such as "*/scenes/*" below the root that contain the path `needs`, in natural order."""
+    found = [""]
+    for level in pattern.split("/"):
+        found = [f"{f}/{n}" for f in found for n in (folders_in(root / f[1:]) if level == "*" else [level])]
+    return [folder[1:] for folder in found if (root / folder[1:] / needs).exists()]
 
 
 def existing(root: Path, paths: Iterable[str]) -> list[str] | None:

@@ -40,6 +40,11 @@ def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray
             raise ValueError("it is empty") from None
 
 
+def from_K(K: np.ndarray) -> np.ndarray:
+    """fx fy cx cy (4,) float32 of a matrix (3, 3)."""
+    return np.array([K[0, 0], K[1, 1], K[0, 2], K[1, 2]], np.float32)
+
+
 def inverse(world_from_camera: np.ndarray) -> np.ndarray:
     """camera_from_world (..., 4, 4) float32."""
     return np.linalg.inv(world_from_camera).astype(np.float32)
@@ -93,8 +98,8 @@ def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.nd
 
 def read_nerfstudio(
     file: Path, names: Sequence[str], size: tuple[int, int] | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Poses and intrinsics from a nerfstudio `transforms.json`, without lens distortion.
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Poses and intrinsics from a nerfstudio `transforms.json`, without lens distortion; None if it is missing.
 
     Args:
         file: the JSON.
@@ -107,6 +112,8 @@ def read_nerfstudio(
     Raises:
         DataError: the file has another format.
     """
+    if not file.is_file():
+        return None, None
     with reading(file, "a nerfstudio transforms.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         listed = {f["file_path"].rpartition("/")[2]: f for f in content["frames"] + content.get("test_frames", [])}

@@ -1,4 +1,4 @@
-"""Rendered scenes (`python -m fastmum.scenes`): whole scenes, with exact poses, intrinsics and depth."""
+"""Scenes and images in one folder each: DL3DV, 3DStreetView, RealEstate10K, BlendedMVS, ImageNet, rendered scenes."""
 
 from __future__ import annotations
 
@@ -9,49 +9,165 @@ from pathlib import Path
 import numpy as np
 
 from fastmum.data.builders import base
-from fastmum.data.builders.base import Builder, Options
-from fastmum.data.builders.cameras import reading
+from fastmum.data.builders.base import Builder, Option, Options
+from fastmum.data.builders.cameras import by_name, from_K, image_size, read_nerfstudio, read_table, reading
 from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
 
-CAMERAS = "cameras.json"
+STREETVIEW_RELEASED_CHUNK = 24
 
 
-def parts(root: Path, options: Options) -> list[str]:
-    """Scenes, `scene_0000`."""
-    return [scene for scene in base.folders_in(root) if (root / scene / CAMERAS).is_file()]
+def blendedmvs(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The images without a blended mask, in chunks; released: whole."""
+    names = [name for name in base.images_in(root / part / "blended_images") if "_masked" not in name]
+    stems = [name.partition(".")[0] for name in names]
+    scene = base.make_scene(
+        root,
+        part,
+        [f"{part}/blended_images/{name}" for name in names],
+        options,
+        cameras=lambda: mvsnet_cameras(root / part / "cams", stems),
+        depths=[f"{part}/rendered_depth_maps/{stem}.pfm" for stem in stems],
+        depth_format=DepthFormat("pfm"),  # z in the unit of the reconstruction, 0 where the mesh has a hole
+    )
+    yield from base.chunks(scene, options, released=None)
 
 
-def scene_record(root: Path, name: str) -> SequenceRecord:
-    """All views of one scene. `cameras.json` describes the layout (fastmum/scenes/files.py).
+def mvsnet_cameras(folder: Path, stems: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """camera_from_world and fx fy cx cy from camera files of MVSNet; NaN for frames without a file."""
+    poses, intrinsics = {}, {}
+    for stem in stems:
+        file = folder / f"{stem}_cam.txt"
+        if file.is_file():
+            with reading(file, "a camera of MVSNet"):
+                words = file.read_text(encoding="utf-8").split()
+                begin, middle = words.index("extrinsic") + 1, words.index("intrinsic") + 1
+                poses[stem] = np.array(words[begin : begin + 16], float).reshape(4, 4)
+                intrinsics[stem] = from_K(np.array(words[middle : middle + 9], float).reshape(3, 3))
+    return by_name(stems, poses), by_name(stems, intrinsics, (4,))
+
+
+def dl3dv(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The whole scene."""
+    folder, cameras = root / part / options.images, root / part / "transforms.json"
+    names = [name for name in base.images_in(folder) if name.startswith("frame_")]
+    frames = [f"{part}/{options.images}/{name}" for name in names]
+    read = lambda: read_nerfstudio(cameras, names, image_size(folder, names))  # noqa: E731
+    yield from base.whole(base.make_scene(root, part, frames, options, cameras=read), options)
+
+
+def realestate10k(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The clip in chunks; released: whole."""
+    names = base.images_in(root / part)
+    clip = base.make_scene(
+        root,
+        part.rpartition("/")[2],
+        [f"{part}/{name}" for name in names],
+        options,
+        cameras=lambda: realestate10k_cameras(root / f"{part}.txt", names, image_size(root / part, names)),
+    )
+    yield from base.chunks(clip, options, released=None)
+
+
+def realestate10k_cameras(
+    file: Path, names: list[str], size: tuple[int, int] | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Poses and intrinsics of frames that are named after their time stamps; NaN where the file has no line.
+
+    After the clip's address, one line per frame: time stamp, fx fy cx cy as fractions of width and height, two zeros,
+    upper 3 x 4 of camera_from_world, OpenCV axes (the data set's web page).
+    """
+    if not file.is_file():
+        return None, None
+    lines = {int(line[0]): line for line in read_table(file, 19, "a RealEstate10K clip", skip=1)}
+    stems = {name: name.partition(".")[0] for name in names}
+    found = {name: lines[int(stem)] for name, stem in stems.items() if stem.isdecimal() and int(stem) in lines}
+    poses = by_name(names, {name: np.vstack([line[7:].reshape(3, 4), [0, 0, 0, 1]]) for name, line in found.items()})
+    if size is None:
+        return poses, None
+    return poses, by_name(names, {name: line[1:5] * np.tile(size, 2) for name, line in found.items()}, (4,))
+
+
+def streetview3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The folder of numbered photographs in chunks."""
+    frames = [f"{part}/{name}" for name in base.images_in(root / part)]
+    yield from base.chunks(SequenceRecord(part.rpartition("/")[2], frames), options, STREETVIEW_RELEASED_CHUNK)
+
+
+def imagenet_parts(root: Path, options: Options) -> list[str]:
+    """Classes: folders of `train/`, or of the root if there is no such folder."""
+    return base.matching_folders(root, "train/*" if (root / "train").is_dir() else "*")
+
+
+def imagenet(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """Every image is a sequence."""
+    for name in base.images_in(root / part):
+        yield SequenceRecord(f"{part}/{name}", [f"{part}/{name}"])
+
+
+def rendered(root: Path, name: str) -> SequenceRecord:
+    """All views of a rendered scene, described by `cameras.json` (fastmum/scenes/files.py).
 
     Raises:
         DataError: `cameras.json` cannot be read.
     """
-    file = root / name / CAMERAS
+    file = root / name / "cameras.json"
     with reading(file, "cameras of a rendered scene"):
         content = json.loads(file.read_text(encoding="utf-8"))
         frames = content["frames"]
-        K = np.array([frame["K"] for frame in frames], np.float32).reshape(-1, 3, 3)
         return SequenceRecord(
             name,
             [f"{name}/{frame['file']}" for frame in frames],
             np.array([frame["T_cam_world"] for frame in frames], np.float32).reshape(-1, 4, 4),
-            K[:, [0, 1, 0, 1], [0, 1, 2, 2]],
+            np.array([from_K(np.array(frame["K"]).reshape(3, 3)) for frame in frames]),
             depths=base.existing(root, [f"{name}/{frame['depth']}" for frame in frames]),
             depth_format=DepthFormat("png16", unit=float(content["depth_unit"])),  # z in metres, 0 is the sky
         )
 
 
-def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
-    """The whole scene."""
-    yield from base.whole(scene_record(root, part), options)
-
-
-BUILDER = Builder(
-    layout="scene_*/{cameras.json,*.png,depth/*.png}",
-    paper="the whole scene",
-    parts=parts,
-    sequences=sequences,
-    options={"min_frames": base.MIN_FRAMES},
-)
+BUILDERS = {
+    "dl3dv": Builder(
+        layout="<xK>/<scene>/images_8/frame_*.png; optional: transforms.json",
+        paper="the whole scene",
+        parts=lambda root, options: base.matching_folders(root, "*/*"),
+        sequences=dl3dv,
+        options={"images": Option("images_8", "folder of a scene's images")} | base.MIN_FRAMES | base.POSES,
+    ),
+    "streetview3d": Builder(
+        layout="dataset_aligned/<id>/*.jpg",
+        paper=base.CHUNK_RULE,
+        released=f"chunks of {STREETVIEW_RELEASED_CHUNK}, the last one takes the rest",
+        parts=lambda root, options: base.matching_folders(root, "dataset_aligned/*"),
+        sequences=streetview3d,
+        options=base.CHUNKED,
+    ),
+    "realestate10k": Builder(
+        layout="train/<clip>/*.png; optional: train/<clip>.txt",
+        paper=base.CHUNK_RULE,
+        released="the whole clip",
+        parts=lambda root, options: base.matching_folders(root, "train/*"),
+        sequences=realestate10k,
+        options=base.CHUNKED | base.POSES,
+    ),
+    "blendedmvs": Builder(
+        layout="<scene>/blended_images/*.jpg; optional: <scene>/cams/*_cam.txt, rendered_depth_maps/*.pfm",
+        paper=f"images without _masked, {base.CHUNK_RULE}",
+        released="the whole scene",
+        parts=lambda root, options: base.matching_folders(root, "*", "blended_images"),
+        sequences=blendedmvs,
+        options=base.CHUNKED | base.POSES | base.DEPTH,
+    ),
+    "imagenet": Builder(
+        layout="train/<class>/*.JPEG, or <class>/*.JPEG",
+        paper="every image is a sequence",
+        parts=imagenet_parts,
+        sequences=imagenet,
+    ),
+    "scenes": Builder(
+        layout="scene_*/{cameras.json,*.png,depth/*.png}, as `python -m fastmum.scenes` renders them",
+        paper="the whole scene",
+        parts=lambda root, options: base.matching_folders(root, "*", "cameras.json"),
+        sequences=lambda root, part, options: base.whole(rendered(root, part), options),
+        options=base.MIN_FRAMES,
+    ),
+}

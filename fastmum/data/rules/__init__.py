@@ -1,1 +1,1 @@
-"""How sequences are formed: pure functions of what a data set says about its frames."""
+"""Rules that form sequences: pure functions of what a data set says about its frames."""

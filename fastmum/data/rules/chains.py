@@ -1,7 +1,7 @@
-"""Sequences of images out of an unordered collection, from the overlap of its images.
+"""Sequences from an unordered image collection, by the overlap of its images.
 
-Two rules of the paper, and what the authors' released script does in the place of the first. Each returns arrays of
-image numbers. Of equal candidates the lower number wins, so a result depends on the scene and the seed alone.
+Two rules of the paper, and what the authors' released script does instead of the first. Each returns arrays of image
+numbers. Ties go to the lower number, so results depend on the scene and the seed only.
 """
 
 from __future__ import annotations
@@ -10,31 +10,28 @@ import numpy as np
 
 from fastmum.data.rules.overlap import Overlap
 
-# Released MegaDepth script: an anchor and its 255 nearest. The paper bounds no chain, so its rule takes this bound too.
+# Released MegaDepth script: an anchor and its 255 nearest. The paper states no bound, so its rule uses this one too.
 CHAIN_LENGTH = 256
 # Supplement A, "Data sequences".
 CHAINS_PER_SCENE = 1000
 MIN_VIEWS = 24
-# Rule of MegaScenes, after CroCo v2: least share of the current image's points, least turn of the camera in degrees.
+# Rule of MegaScenes, after CroCo v2: least share of the current image's points, least rotation of the camera, degrees.
 MIN_OVERLAP = 0.10
 MIN_ANGLE = 10.0
 
 
 def overlap_chains(
-    overlap: Overlap,
-    rng: np.random.Generator,
-    sequences: int = CHAINS_PER_SCENE,
-    length: int = CHAIN_LENGTH,
+    overlap: Overlap, rng: np.random.Generator, sequences: int = CHAINS_PER_SCENE, length: int = CHAIN_LENGTH
 ) -> list[np.ndarray]:
-    """MegaDepth's rule: from a random anchor to the image of most overlap with the last, for as long as there is any.
+    """MegaDepth's rule: from a random anchor, always on to the unused image of most overlap, while there is any.
 
-    No image comes twice in a chain. Anchors are drawn with replacement from the images that share points with another;
-    the same anchor gives the same chain.
+    Anchors are drawn with replacement from the images that share points with another one; equal anchors give equal
+    chains. Without shared points there are no chains.
 
     Args:
         overlap: of the scene.
         rng: draws the anchors.
-        sequences: chains; none where no two images share a point.
+        sequences: number of chains.
         length: most images of a chain.
 
     Returns:
@@ -54,7 +51,7 @@ def _chain_from(anchor: int, ranked: list[np.ndarray], length: int) -> np.ndarra
     chain = [anchor]
     unused[anchor] = False
     while len(chain) < length:
-        neighbours = ranked[chain[-1]]  # not empty: whoever is reached has been reached from one
+        neighbours = ranked[chain[-1]]  # not empty: every image of a chain shares points with another one
         best = neighbours[unused[neighbours].argmax()]
         if not unused[best]:
             break
@@ -70,17 +67,17 @@ def nearest_of_anchor(
     length: int = CHAIN_LENGTH,
     present: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """The released script in place of MegaDepth's rule: a random anchor and the images of most overlap with it.
+    """The released script instead of MegaDepth's rule: a random anchor and the images of most overlap with it.
 
-    Images of no overlap fill up (in the order of their numbers), so that the length is exact; a scene with fewer images
-    gives nothing. The anchor is drawn from all images: one whose file is missing costs a sequence.
+    Images without overlap fill up to the exact length, in the order of their numbers. A scene with fewer images gives
+    nothing. Anchors are drawn from all images; one whose file is missing costs a sequence.
 
     Args:
         overlap: of the scene.
         rng: draws the anchors.
         sequences: anchors drawn.
         length: images of a sequence.
-        present: (n,) bool, whose file is there; default all.
+        present: (n,) bool, images whose file exists; default all.
 
     Returns:
         Image numbers (length,) int32 of each sequence, the anchor first.
@@ -99,8 +96,7 @@ def _nearest(anchor: int, overlap: Overlap, length: int, present: np.ndarray) ->
     others = present.copy()
     others[neighbours] = False
     others[anchor] = False
-    order = np.concatenate([[anchor], neighbours, np.flatnonzero(others)])
-    return order[:length].astype(np.int32)
+    return np.concatenate([[anchor], neighbours, np.flatnonzero(others)])[:length].astype(np.int32)
 
 
 def angle_chains(
@@ -110,16 +106,16 @@ def angle_chains(
     min_overlap: float = MIN_OVERLAP,
     min_angle: float = MIN_ANGLE,
 ) -> list[np.ndarray]:
-    """MegaScenes' rule: chains of images that overlap and whose cameras turn.
+    """MegaScenes' rule: chains of overlapping images whose cameras rotate.
 
-    A chain starts from the unused image that sees most points. The next image is the unused one of the largest
-    overlap x 4 cos(t) (1 - cos(t)), where t is the angle between the rotations of the two cameras, of those with
+    A chain starts at the unused image that sees most points. The next image is the unused one of the largest
+    overlap x 4 cos(t) (1 - cos(t)), where t is the angle between the rotations of the two cameras, among those with
     overlap >= `min_overlap` and t >= `min_angle`. Images of a chain that is too short become free for later chains, as
-    in the released code, but do not start one again.
+    in the released code, but do not start another one.
 
     Args:
         overlap: of the scene.
-        rotations: (n, 3, 3) world-to-camera.
+        rotations: (n, 3, 3) camera_from_world.
         min_views: shorter chains are dropped.
         min_overlap: shared points / points of the current image.
         min_angle: degrees.

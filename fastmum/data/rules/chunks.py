@@ -1,4 +1,4 @@
-"""Cutting a scene of numbered frames into sequences."""
+"""Chunks of numbered frames."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ CHUNK = 100
 
 
 def cut_into_chunks(num_frames: int, size: int = CHUNK, last_takes_rest: bool = False) -> list[range]:
-    """Consecutive ranges that cover 0 .. num_frames - 1.
+    """Consecutive ranges that cover 0 .. num_frames - 1; none for 0 frames.
 
-    Args:
-        num_frames: of the scene; 0 gives no range.
-        size: frames of a chunk.
-        last_takes_rest: the rest that does not fill a chunk belongs to the last one (the released scripts), which so
-            has up to 2 size - 1 frames; otherwise it is a shorter chunk of its own.
+    The frames that do not fill a chunk are a shorter one, or with `last_takes_rest` (the released scripts) belong to
+    the last one, which then has up to 2 size - 1 frames.
     """
     count = max(1, num_frames // size) if last_takes_rest else -(-num_frames // size)
     ends = [i * size for i in range(1, count)] + [num_frames]

@@ -1,7 +1,7 @@
-"""How much images of a scene see of the same: 3-D points that two images share, counted for all pairs at once.
+"""Overlap of the images of a scene: 3-D points that two images share, counted for all pairs at once.
 
-The counts are the product of the sparse image x point incidence matrix with its transpose, so the work grows with the
-sum of squared track lengths and not with the number of pairs of images.
+The counts are the product of the sparse image x point incidence matrix with its transpose: the work grows with the sum
+of squared track lengths, not with the number of pairs.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 
 
 class Overlap(NamedTuple):
-    """Shared points of the pairs of images that share any, row by row (compressed sparse rows, no diagonal).
+    """Shared points of all pairs of images that share any (compressed sparse rows, no diagonal).
 
     Args:
         points: (n,) int64, 3-D points that each image sees.
-        starts: (n + 1,) int64, entries of image i are starts[i]..starts[i + 1].
+        starts: (n + 1,) int64, entries of image i are starts[i]:starts[i + 1].
         neighbours: (e,) int32, images that share points with the row's image, ascending in each row.
-        shared: (e,) int32, how many.
+        shared: (e,) int32, number of shared points.
     """
 
     points: np.ndarray
@@ -28,7 +28,7 @@ class Overlap(NamedTuple):
 
     @property
     def num_images(self) -> int:
-        """Images of the scene, those without points included."""
+        """Images of the scene, including those without points."""
         return len(self.points)
 
     def row(self, image: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,21 +37,19 @@ class Overlap(NamedTuple):
         return self.neighbours[entries], self.shared[entries] / self.points[image]
 
     def ranked(self, image: int) -> np.ndarray:
-        """Neighbours of an image (k,), most overlap first; of equal ones, the lower number first."""
+        """Neighbours of an image (k,), most overlap first; ties go to the lower number."""
         entries = slice(self.starts[image], self.starts[image + 1])
         return self.neighbours[entries][np.argsort(-self.shared[entries], kind="stable")]
 
 
 def count_shared(images: np.ndarray, points: np.ndarray, num_images: int) -> Overlap:
-    """Overlap of all pairs from the observations of a reconstruction.
+    """Overlap of all pairs.
 
     Args:
-        images, points: (m,) integers, image numbers below `num_images` and point numbers of each observation; an image
-            that sees a point twice counts once.
+        images, points: (m,) integers, image and point of each observation. Repeated observations count once.
         num_images: of the scene.
     """
-    # Only this needs SciPy, and importing it takes a while.
-    from scipy import sparse
+    from scipy import sparse  # slow to import, and only needed here
 
     num_points = int(points.max(initial=-1)) + 1
     ones = np.ones(len(images), np.int32)

@@ -13,36 +13,34 @@ from fastmum.data.manifest import Manifest
 
 
 class Found:
-    """A manifest as Python objects."""
+    """A manifest as Python objects; cameras, depth maps and masks by the name of a sequence."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.root = manifest.root
         names = [manifest.sequence_name(i) for i in range(manifest.num_sequences)]
-        spans = zip(manifest.starts[:-1].tolist(), manifest.starts[1:].tolist(), strict=True)
-        self.rows = {name: range(*span) for name, span in zip(names, spans, strict=True)}
-        self.sequences = {
-            name: [file.relative_to(self.root).as_posix() for file in manifest.files(rows)]
-            for name, rows in self.rows.items()
-        }
+        ends = zip(manifest.starts[:-1].tolist(), manifest.starts[1:].tolist(), strict=True)
+        self.rows = {name: range(*each) for name, each in zip(names, ends, strict=True)}
+        self.sequences = {name: [self._path(f) for f in manifest.files(rows)] for name, rows in self.rows.items()}
         self.lengths = {name: len(rows) for name, rows in self.rows.items()}
 
-    def depths(self, name: str) -> list[str | None]:
-        found = [self.manifest.depth_file(row) for row in self.rows[name]]
-        return [file and file[0].relative_to(self.root).as_posix() for file in found]
-
-    def depth_format(self, name: str, frame: int = 0) -> DepthFormat:
-        return self.manifest.depth_file(self.rows[name][frame])[1]
-
-    def masks(self, name: str) -> list[str | None]:
-        files = [self.manifest.mask_file(row) for row in self.rows[name]]
-        return [file and file.relative_to(self.root).as_posix() for file in files]
+    def _path(self, file: Path | None) -> str | None:
+        return file and file.relative_to(self.root).as_posix()
 
     def poses(self, name: str) -> list[np.ndarray | None]:
         return [self.manifest.camera_arrays(row)[1] for row in self.rows[name]]
 
     def intrinsics(self, name: str) -> list[np.ndarray | None]:
         return [self.manifest.camera_arrays(row)[0] for row in self.rows[name]]
+
+    def depths(self, name: str) -> list[str | None]:
+        return [self._path((self.manifest.depth_file(row) or [None])[0]) for row in self.rows[name]]
+
+    def depth_formats(self, name: str) -> set[DepthFormat]:
+        return {found[1] for row in self.rows[name] if (found := self.manifest.depth_file(row))}
+
+    def masks(self, name: str) -> list[str | None]:
+        return [self._path(self.manifest.mask_file(row)) for row in self.rows[name]]
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def raw(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def add(raw: Path) -> Callable[..., None]:
-    """Makes files of the data set: empty ones, or with a text, or images of a size (width, height)."""
+    """Makes files of the data set: empty, with a text, or images of a size (width, height)."""
 
     def make(*names: str, content: str | None = None, size: tuple[int, int] | None = None) -> None:
         for name in names:

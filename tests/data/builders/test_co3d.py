@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from fastmum.data.builders.co3d import SEEN, camera
+from fastmum.data.builders.objects import SEEN, co3d_cameras
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 
@@ -44,12 +44,9 @@ def test_whole_sequences_of_at_least_24_frames(annotate, found, raw):
     assert found("co3d").sequences == expected
     assert found("co3d", rule="released").sequences == expected
     assert list(found("co3d", categories="seen").sequences) == ["apple/189_20393_38136"]
+    assert len(SEEN) == 41
     assert found("co3d", min_frames=23).lengths["apple/110_13051_23361"] == 23
     assert found("co3d", poses=False).poses("zebra/1_2_3") == [None] * 24
-
-
-def test_there_are_41_seen_categories():
-    assert len(SEEN) == 41
 
 
 def test_a_camera_by_hand():
@@ -65,58 +62,45 @@ def test_a_camera_by_hand():
     T = -c @ R
     assert np.allclose(point @ R + T, [1, 2, 4]), "the example itself: left 1, up 2, in front 4"
 
-    pose, _ = camera(frame("a", 1, R=R.tolist(), T=T.tolist()))
-    assert np.allclose(pose @ [*point, 1], [-1, -2, 4, 1]), "OpenCV: x to the right, y down"
-    assert np.allclose(np.linalg.det(pose[:3, :3]), 1)
-
     # Isotropic: the unit is half the shorter side, 50 pixels. The point is 2 * 1/4 = 0.5 units left of the principal
     # point, which is 0.1 units left and 0.2 below the centre (50, 100): at x = 50 - 0.6 * 50, y = 100 - 0.8 * 50.
+    # By image bounds the vertical unit is half the height, 100 pixels: y = 100 - 0.8 * 100.
     view = {"R": R.tolist(), "T": T.tolist(), "focal_length": [2, 2], "principal_point": [0.1, -0.2]}
     for kind, expected in (("ndc_isotropic", (20, 60)), ("ndc_norm_image_bounds", (20, 20))):
-        pose, (fx, fy, cx, cy) = camera(frame("a", 1, **view, intrinsics_format=kind))
+        (pose,), ((fx, fy, cx, cy),) = co3d_cameras([frame("a", 1, **view, intrinsics_format=kind)])
         x, y, z, _ = pose @ [*point, 1]
+        assert np.allclose((x, y, z), (-1, -2, 4)), "OpenCV: x to the right, y down"
+        assert np.allclose(np.linalg.det(pose[:3, :3]), 1)
         assert np.allclose((fx * x / z + cx, fy * y / z + cy), expected), kind
-    # By image bounds the vertical unit is half the height, 100 pixels: y = 100 - 0.8 * 100.
 
 
-def test_poses_reach_the_manifest(annotate, found):
+def test_cameras_depth_and_masks_reach_the_manifest(annotate, add, found):
     frames = [frame("a", i, T=[i, 2 * i, 3]) for i in range(1, 25)]
-    frames[4]["viewpoint"] = None
+    for i, each in enumerate(frames):
+        path = f"apple/a/depths/frame{i}.jpg.geometric.png"
+        each |= {"depth": {"path": path, "scale_adjustment": 1 + i}, "mask": {"path": f"apple/a/masks/frame{i}.png"}}
+    frames[4]["viewpoint"] = frames[5]["depth"] = None
+    add("apple/a/depths/frame3.jpg.geometric.png", "apple/a/masks/frame4.png")
     annotate("apple", frames)
     apple = found("co3d")
     poses, intrinsics = apple.poses("apple/a"), apple.intrinsics("apple/a")
     assert np.allclose(poses[1], [[-1, 0, 0, -2], [0, -1, 0, -4], [0, 0, 1, 3], [0, 0, 0, 1]])
     assert intrinsics[1].tolist() == [100, 100, 50, 100]
-    assert poses[4] is None
-    assert intrinsics[4] is None
-
-
-def test_depth_and_masks_that_exist(annotate, add, found):
-    frames = [frame("a", i) for i in range(1, 25)]
-    for i, each in enumerate(frames):
-        path = f"apple/a/depths/frame{i}.jpg.geometric.png"
-        each |= {"depth": {"path": path, "scale_adjustment": 1 + i}, "mask": {"path": f"apple/a/masks/frame{i}.png"}}
-    frames[5]["depth"] = None
-    add("apple/a/depths/frame3.jpg.geometric.png", "apple/a/masks/frame4.png")
-    annotate("apple", frames)
-    apple = found("co3d")
-    assert apple.manifest.known["depth"] == apple.manifest.known["mask"] == 1
+    assert poses[4] is intrinsics[4] is None
+    assert apple.manifest.known == {"pose": 23, "intrinsics": 23, "depth": 1, "mask": 1}
     assert apple.depths("apple/a")[3] == "apple/a/depths/frame3.jpg.geometric.png"
-    assert apple.depth_format("apple/a", 3) == DepthFormat("co3d", 4.0, "z")
+    assert apple.depth_formats("apple/a") == {DepthFormat("co3d", 4.0, "z")}, "each frame has a separate unit"
     assert apple.masks("apple/a")[4] == "apple/a/masks/frame4.png"
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b'[{"a": 1}]'),
-                                     gzip.compress(b"[" + b" " * 10_000)[:-8]])  # fmt: skip
-def test_broken_annotations_are_named(raw, found, content):
+def test_broken_annotations_are_named(raw, annotate, found):
     (raw / "apple").mkdir()
-    (raw / "apple/frame_annotations.jgz").write_bytes(content)
-    with pytest.raises(DataError, match=r"apple/frame_annotations\.jgz' cannot be read as CO3D") as caught:
-        found("co3d")
-    assert "\n" not in str(caught.value)
-
-
-def test_unknown_intrinsics_are_refused(annotate, found):
+    for content in (b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b'[{"a": 1}]'),
+                    gzip.compress(b"[" + b" " * 10_000)[:-8]):  # fmt: skip
+        (raw / "apple/frame_annotations.jgz").write_bytes(content)
+        with pytest.raises(DataError, match=r"apple/frame_annotations\.jgz' cannot be read as CO3D") as caught:
+            found("co3d")
+        assert "\n" not in str(caught.value)
     annotate("apple", [frame("a", 1, intrinsics_format="pixels")])
     with pytest.raises(DataError, match="unknown intrinsics_format 'pixels'"):
         found("co3d")

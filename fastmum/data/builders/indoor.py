@@ -1,0 +1,215 @@
+"""Indoor scenes: ARKitScenes, Hypersim and ScanNet++, with poses, intrinsics, and depth or masks."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import natsort
+import numpy as np
+
+from fastmum.data.builders import base
+from fastmum.data.builders.base import Builder, Options
+from fastmum.data.builders.cameras import (
+    OPENGL_TO_OPENCV,
+    by_name,
+    from_K,
+    image_size,
+    inverse,
+    read_nerfstudio,
+    read_table,
+    reading,
+    rotation,
+)
+from fastmum.data.depth import DepthFormat, read_hdf5
+from fastmum.data.manifest import SequenceRecord
+
+ARKIT_TRAINING, ARKIT_IMAGES = "3dod/Training", "lowres_wide"
+ARKIT_RELEASED_CHUNK = 75
+# Seconds: names and trajectory round time stamps differently, and poses come at 10 Hz.
+ARKIT_TIME_TOLERANCE = 5e-3
+HYPERSIM_PREFIX, HYPERSIM_SUFFIX = "scene_cam_", "_final_preview"
+HYPERSIM_CAMERAS = "metadata_camera_parameters.csv"  # from the toolkit's repository, contrib/mikeroberts3000
+SCANNETPP_IMAGES, SCANNETPP_MASKS = "resized_undistorted_images", "resized_undistorted_masks"
+
+
+def arkitscenes(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """Frames of the wide camera of a scan, in chunks."""
+    name = part.rpartition("/")[2]
+    folder = f"{part}/{name}_frames"
+    names = base.images_in(root / folder / ARKIT_IMAGES)
+    scan = base.make_scene(
+        root,
+        name,
+        [f"{folder}/{ARKIT_IMAGES}/{name}" for name in names],
+        options,
+        cameras=lambda: (arkit_poses(root / folder, names), arkit_intrinsics(root / folder, names)),
+        depths=[f"{folder}/lowres_depth/{name}" for name in names],
+        # "uint16 png format in millimeters" (the data set's DATA.md), z: its tools unproject x = (u - cx) z / fx.
+        depth_format=DepthFormat("png16", unit=1e-3),
+    )
+    yield from base.chunks(scan, options, ARKIT_RELEASED_CHUNK)
+
+
+def arkit_poses(folder: Path, names: list[str]) -> np.ndarray | None:
+    """Lines of seconds, rotation vector, translation: camera_from_world, OpenCV axes (the data set's code)."""
+    file = folder / f"{ARKIT_IMAGES}.traj"
+    if not file.is_file():
+        return None
+    lines = read_table(file, 7, "a trajectory")
+    lines = lines[np.argsort(lines[:, 0])]
+    times = np.array([_seconds(name) for name in names])
+    nearest = np.searchsorted((lines[1:, 0] + lines[:-1, 0]) / 2, times)
+    poses = np.full((len(names), 4, 4), np.nan, np.float32)
+    for i in np.flatnonzero(np.abs(lines[nearest, 0] - times) < ARKIT_TIME_TOLERANCE):
+        line = lines[nearest[i]]
+        poses[i] = np.eye(4)
+        poses[i, :3, :3], poses[i, :3, 3] = rotation(line[1:4]), line[4:]
+    return poses
+
+
+def arkit_intrinsics(folder: Path, names: list[str]) -> np.ndarray:
+    """`width height fx fy cx cy` in one file per frame."""
+    # Names contain seconds with a decimal point.
+    files = {name: folder / f"{ARKIT_IMAGES}_intrinsics" / f"{name.rpartition('.')[0]}.pincam" for name in names}
+    found = {name: read_table(file, 6, "intrinsics")[0, 2:] for name, file in files.items() if file.is_file()}
+    return by_name(names, found, (4,))
+
+
+def _seconds(name: str) -> float:
+    try:
+        return float(name.rpartition(".")[0].rpartition("_")[2])
+    except ValueError:
+        return np.nan
+
+
+def hypersim(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The whole scene, camera by camera; released: the first camera only.
+
+    A folder may hold several renderings of a frame (`frame.0000.color.jpg`, `.tonemap.jpg`, ...). The paper's rule
+    takes the tone-mapped ones if there are any, so that no two frames are the same view.
+    """
+    cameras: dict[str, list[str]] = {}  # names of frames
+    for folder in base.folders_in(root / part / "images"):
+        camera = folder.removeprefix(HYPERSIM_PREFIX).removesuffix(HYPERSIM_SUFFIX)
+        if folder != HYPERSIM_PREFIX + camera + HYPERSIM_SUFFIX or (options.rule == "released" and camera != "00"):
+            continue
+        names = [name for name in base.images_in(root / part / "images" / folder) if name.lower().endswith(".jpg")]
+        if options.rule == "paper":
+            names = [name for name in names if name.endswith(".tonemap.jpg")] or names
+        cameras[camera] = names
+    prefix = f"{part}/images/{HYPERSIM_PREFIX}"
+    scene = base.make_scene(
+        root,
+        part,
+        [f"{prefix}{camera}{HYPERSIM_SUFFIX}/{name}" for camera, names in cameras.items() for name in names],
+        options,
+        cameras=lambda: hypersim_cameras(root, part, cameras),
+        depths=[
+            f"{prefix}{camera}_geometry_hdf5/frame.{name.split('.')[1]}.depth_meters.hdf5"
+            for camera, names in cameras.items()
+            for name in names
+        ],
+        # "Euclidean distances (in meters) to the optical center" (the data set's README), NaN where nothing is hit.
+        depth_format=DepthFormat("hdf5", kind="ray"),
+    )
+    yield from base.whole(scene, options)
+
+
+def hypersim_cameras(
+    root: Path, scene: str, cameras: dict[str, list[str]]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Poses in metres and intrinsics of all frames; None if there is no file of camera parameters.
+
+    The file's matrix maps u v 1, from -1 to 1 and v upwards, to rays. Some scenes have a tilted image plane: their
+    pixels are those of a rotated pinhole camera, so pixel_from_ray = K R, an RQ decomposition.
+    """
+    file = root / HYPERSIM_CAMERAS
+    if not file.is_file():
+        return None, None
+    with reading(file, "camera parameters of Hypersim"), file.open(newline="") as stream:
+        row = {row["scene_name"]: row for row in csv.DictReader(stream)}[scene]
+        cam_from_uv = np.array([[float(row[f"M_cam_from_uv_{i}{j}"]) for j in range(3)] for i in range(3)])
+        scale = float(row["settings_units_info_meters_scale"])
+    poses, intrinsics = [], []
+    for camera, names in cameras.items():
+        images = root / scene / "images" / (HYPERSIM_PREFIX + camera + HYPERSIM_SUFFIX)
+        width, height = image_size(images, names) or (np.nan, np.nan)
+        uv_from_pixel = np.array([[2 / width, 0, -1], [0, -2 / height, 1], [0, 0, 1]])
+        pixel_from_ray = np.linalg.inv(OPENGL_TO_OPENCV[:3, :3] @ cam_from_uv @ uv_from_pixel)
+        q, r = np.linalg.qr(pixel_from_ray[::-1].T)
+        K, R = r.T[::-1, ::-1], q.T[::-1]
+        signs = np.sign(np.diag(K))
+        turn = np.eye(4, dtype=np.float32)
+        turn[:3, :3] = R * signs[:, None]
+        poses.append(turn @ hypersim_poses(root / scene / "_detail" / f"cam_{camera}", names, scale))
+        intrinsics.append(np.tile(from_K(K * signs / np.abs(K[2, 2])), (len(names), 1)))
+    return np.concatenate(poses), np.concatenate(intrinsics)
+
+
+def hypersim_poses(folder: Path, names: list[str], scale: float) -> np.ndarray:
+    """camera_from_world; files hold world_from_camera rotations (OpenGL axes) and centres in asset units."""
+    files = [folder / f"camera_keyframe_{what}.hdf5" for what in ("frame_indices", "orientations", "positions")]
+    if not all(file.is_file() for file in files):
+        return by_name(names, {})
+    with reading(folder, "camera keyframes of Hypersim"):
+        numbers, rotations, centres = map(read_hdf5, files)
+        world_from_camera = np.tile(np.eye(4), (len(numbers), 1, 1))
+        world_from_camera[:, :3, :3], world_from_camera[:, :3, 3] = rotations, centres * scale
+        poses = dict(zip(numbers.tolist(), inverse(world_from_camera @ OPENGL_TO_OPENCV), strict=True))
+        return by_name(names, {n: poses[number] for n in names if (number := int(n.split(".")[1])) in poses})
+
+
+def scannetpp(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The undistorted DSLR photographs of the training list, in chunks.
+
+    They have no depth: the toolkit renders it for the fisheye originals. Masks are 0 where people were anonymised and
+    outside the fisheye image.
+    """
+    dslr = root / part / "dslr"
+    lists, cameras = dslr / "train_test_lists.json", dslr / "nerfstudio" / "transforms_undistorted.json"
+    with reading(lists, "a scene's training list"):
+        listed = set(json.loads(lists.read_text(encoding="utf-8"))["train"])
+    names = natsort.natsorted(listed.intersection(base.images_in(dslr / SCANNETPP_IMAGES)))
+    scene = base.make_scene(
+        root,
+        part,
+        [f"{part}/dslr/{SCANNETPP_IMAGES}/{name}" for name in names],
+        options,
+        cameras=lambda: read_nerfstudio(cameras, names, image_size(dslr / SCANNETPP_IMAGES, names)),
+        masks=[f"{part}/dslr/{SCANNETPP_MASKS}/{name.rpartition('.')[0]}.png" for name in names],
+    )
+    yield from base.chunks(scene, options, released=base.CHUNK)
+
+
+BUILDERS = {
+    "hypersim": Builder(
+        layout="<scene>/images/scene_cam_*_final_preview/*.jpg; optional: scene_cam_*_geometry_hdf5, <scene>/_detail, "
+        f"{HYPERSIM_CAMERAS}",
+        paper="the whole scene, all its cameras in one sequence",
+        released="camera 00 only",
+        parts=lambda root, options: base.matching_folders(root, "*", "images"),
+        sequences=hypersim,
+        options=base.MIN_FRAMES | base.POSES | base.DEPTH,
+    ),
+    "scannetpp": Builder(
+        layout=f"<scene>/dslr/{SCANNETPP_IMAGES}/*.JPG and <scene>/dslr/train_test_lists.json; "
+        f"optional: dslr/nerfstudio/transforms_undistorted.json, dslr/{SCANNETPP_MASKS}",
+        paper=f"photographs of the training list, {base.CHUNK_RULE}",
+        released=f"chunks of {base.CHUNK}, the last one takes the rest",
+        parts=lambda root, options: base.matching_folders(root, "*", f"dslr/{SCANNETPP_IMAGES}"),
+        sequences=scannetpp,
+        options=base.CHUNKED | base.POSES | base.DEPTH,
+    ),
+    "arkitscenes": Builder(
+        layout=f"{ARKIT_TRAINING}/<id>/<id>_frames/{ARKIT_IMAGES}/*.png; optional: {ARKIT_IMAGES}.traj, "
+        f"{ARKIT_IMAGES}_intrinsics, lowres_depth",
+        paper=base.CHUNK_RULE,
+        released=f"chunks of {ARKIT_RELEASED_CHUNK}, the last one takes the rest",
+        parts=lambda root, options: base.matching_folders(root, f"{ARKIT_TRAINING}/*"),
+        sequences=arkitscenes,
+        options=base.CHUNKED | base.POSES | base.DEPTH,
+    ),
+}

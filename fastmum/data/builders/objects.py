@@ -1,0 +1,133 @@
+"""Videos of objects: CO3D and WildRGB-D, with poses, intrinsics, depth and masks. A video is a sequence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmum.data.builders import base
+from fastmum.data.builders.base import Builder, Option, Options
+from fastmum.data.builders.cameras import by_name, from_K, inverse, read_table, reading
+from fastmum.data.depth import DepthFormat
+from fastmum.data.manifest import SequenceRecord
+from fastmum.geometry.camera import camera_from_pytorch3d
+
+PAPER = "the whole video, if it has at least 24 frames"
+OPTIONS = {"min_frames": base.MIN_FRAMES["min_frames"]._replace(default=24)} | base.POSES | base.DEPTH
+
+ANNOTATIONS = "frame_annotations.jgz"
+# The 41 categories that RelPose and later work train on, as many as the paper names; the other ten are for tests.
+SEEN = frozenset(
+    """apple backpack banana baseballbat baseballglove bench bicycle bottle bowl broccoli cake car carrot cellphone
+    chair cup donut hairdryer handbag hydrant keyboard laptop microwave motorcycle mouse orange parkingmeter pizza
+    plant stopsign teddybear toaster toilet toybus toyplane toytrain toytruck tv umbrella vase wineglass""".split()  # noqa: SIM905
+)
+
+
+def co3d_parts(root: Path, options: Options) -> list[str]:
+    """Categories with annotations."""
+    return [
+        name for name in base.matching_folders(root, "*", ANNOTATIONS) if options.categories == "all" or name in SEEN
+    ]
+
+
+def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """Videos of a category by name, frames by number."""
+    file = root / part / ANNOTATIONS
+    with reading(file, "CO3D frame annotations"):
+        with gzip.open(file, "rt", encoding="utf-8") as stream:
+            annotations = json.load(stream)
+        videos = defaultdict(list)
+        for frame in annotations:
+            videos[frame["sequence_name"]].append(frame)
+        for name in sorted(videos):
+            frames = sorted(videos[name], key=lambda frame: frame["frame_number"])
+            depths, masks = ([frame.get(key) or {} for frame in frames] for key in ("depth", "mask"))
+            video = base.make_scene(
+                root,
+                f"{part}/{name}",
+                [frame["image"]["path"] for frame in frames],
+                options,
+                cameras=partial(co3d_cameras, frames),
+                depths=[depth.get("path", "") for depth in depths],
+                # "depth = png * scale_adjustment" (the data set's data_types.py), z in the unit of the reconstruction.
+                depth_format=DepthFormat("co3d"),
+                masks=[mask.get("path", "") for mask in masks],
+            )
+            units = np.array([depth.get("scale_adjustment", 1.0) for depth in depths], np.float64)
+            yield from base.whole(video._replace(depth_units=units), options)
+
+
+def co3d_cameras(frames: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """camera_from_world (n, 4, 4) and fx fy cx cy (n, 4) of frame annotations, NaN where there is no viewpoint."""
+    poses = np.full((len(frames), 4, 4), np.nan, np.float32)
+    intrinsics = np.full((len(frames), 4), np.nan, np.float32)
+    for i, frame in enumerate(frames):
+        if frame.get("viewpoint") is not None:
+            height, width = frame["image"]["size"]
+            camera = camera_from_pytorch3d(frame["viewpoint"], (width, height))
+            poses[i], intrinsics[i] = camera.camera_from_world, camera.K[[0, 1, 0, 1], [0, 1, 2, 2]]
+    return poses, intrinsics
+
+
+def wildrgbd(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The whole video."""
+    names = base.images_in(root / part / "rgb")
+    video = base.make_scene(
+        root,
+        part.replace("/scenes/", "/"),
+        [f"{part}/rgb/{name}" for name in names],
+        options,
+        cameras=lambda: wildrgbd_cameras(root / part, names),
+        depths=[f"{part}/depth/{name}" for name in names],
+        # "depth scale of 1000 ... in meters" (the data set's README); z, as its script of point clouds unprojects it.
+        depth_format=DepthFormat("png16", unit=1e-3),
+        masks=[f"{part}/masks/{name}" for name in names],
+    )
+    yield from base.whole(video, options)
+
+
+def wildrgbd_cameras(folder: Path, names: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Poses and intrinsics, None if their file is missing.
+
+    cam_poses.txt: a frame's number and world_from_camera row by row, OpenCV axes. metadata: K column by column.
+    """
+    poses = intrinsics = None
+    if (file := folder / "cam_poses.txt").is_file():
+        lines = read_table(file, 17, "poses")
+        with reading(file, "poses"):  # a matrix may be singular
+            matrices = inverse(lines[:, 1:].reshape(-1, 4, 4))
+        by_number = dict(zip(lines[:, 0].astype(int).tolist(), matrices, strict=True))
+        numbers = {name: int(stem) for name in names if (stem := name.partition(".")[0]).isdecimal()}
+        poses = by_name(names, {name: by_number[number] for name, number in numbers.items() if number in by_number})
+    if (file := folder / "metadata").is_file():
+        with reading(file, "a video's metadata"):
+            K = np.array(json.loads(file.read_text(encoding="utf-8"))["K"], float).reshape(3, 3).T
+        intrinsics = np.tile(from_K(K), (len(names), 1))
+    return poses, intrinsics
+
+
+BUILDERS = {
+    "co3d": Builder(
+        layout=f"<category>/{ANNOTATIONS} and the images that it names; optional: its depth maps and masks",
+        paper=PAPER,
+        parts=co3d_parts,
+        sequences=co3d,
+        options={"categories": Option("all", "all, or seen: the 41 that others train on", choices=("all", "seen"))}
+        | OPTIONS,
+    ),
+    "wildrgbd": Builder(
+        layout="<category>/scenes/<video>/rgb/*; optional: cam_poses.txt, metadata, depth/*, masks/*",
+        paper=PAPER,
+        parts=lambda root, options: base.matching_folders(root, "*/scenes/*"),
+        sequences=wildrgbd,
+        options=OPTIONS,
+    ),
+}

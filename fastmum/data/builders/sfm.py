@@ -1,0 +1,261 @@
+"""Image collections with COLMAP models: MegaDepth, MegaScenes and any others, chained by the paper's rules."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import natsort
+import numpy as np
+
+from fastmum.data.builders import base
+from fastmum.data.builders.base import Builder, Option, Options
+from fastmum.data.builders.cameras import upright
+from fastmum.data.colmap import Model, find_format, read_model
+from fastmum.data.depth import DepthFormat
+from fastmum.data.errors import DataError
+from fastmum.data.manifest import SequenceRecord
+from fastmum.data.rules import chains
+from fastmum.data.rules.overlap import count_shared
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+SHORTEST = 2  # images of a chain of overlap: the fewest views that are sampled (supplement A, "Sampling")
+RELEASED_MIN_IMAGES = 12  # of a MegaScenes model, in the released script
+
+MEGADEPTH, MEGADEPTH_MODEL = "Undistorted_SfM", "sparse-txt"  # as D2-Net undistorts it
+MEGADEPTH_DEPTHS = "phoenix/S6/zl548/MegaDepth_v1/{}/dense0/depths/{}.h5"
+# Smaller files hold a foreground mask (ordinal depth) instead of a map (D2-Net's preprocess_scene.py).
+MEGADEPTH_MIN_BYTES = 100 * 1024
+MEGASCENES, MEGASCENES_IMAGES = "reconstruct", "images"
+
+
+def megadepth_parts(root: Path, options: Options) -> list[str]:
+    """Undistorted scenes without those of `--exclude`."""
+    present = base.folders_in(root / MEGADEPTH)
+    excluded = {scene.strip() for scene in options.exclude.split(",")} - {""}
+    if unknown := sorted(excluded.difference(present)):
+        log.warning("--exclude names scenes that do not exist: %s", ", ".join(unknown))
+    scenes = [scene for scene in present if scene not in excluded]
+    undistorted = [scene for scene in scenes if (root / MEGADEPTH / scene / MEGADEPTH_MODEL).is_dir()]
+    if len(undistorted) < len(scenes):
+        log.warning("skipped %d scenes without a folder %s", len(scenes) - len(undistorted), MEGADEPTH_MODEL)
+    models = _whole_models(root, [f"{MEGADEPTH}/{scene}/{MEGADEPTH_MODEL}" for scene in undistorted], options)
+    return [Path(model).parent.name for model in models]
+
+
+def megadepth(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The chains of a scene."""
+    model = _unless_broken(read_model, root / MEGADEPTH / part / MEGADEPTH_MODEL, options)
+    if model is None:
+        return
+
+    def depth(name: str) -> str:
+        path = MEGADEPTH_DEPTHS.format(part, name.rpartition(".")[0])
+        return path if (root / path).is_file() and (root / path).stat().st_size >= MEGADEPTH_MIN_BYTES else ""
+
+    images, z = f"{MEGADEPTH}/{part}/images", DepthFormat("hdf5")  # in the unit of the reconstruction, 0 where unknown
+    yield from _sequences(root, part, images, model, options, "overlap", depth, z)
+
+
+def megascenes_begin(root: Path, options: Options) -> None:
+    """Check for zips that are still packed."""
+    for name in (MEGASCENES, MEGASCENES_IMAGES):
+        if not (root / name).is_dir() and (root / f"{name}.zip").is_file():
+            raise DataError(f"'{root / name}.zip' must be unpacked first: unzip '{root / name}.zip' -d '{root}'")
+
+
+def megascenes_parts(root: Path, options: Options) -> list[str]:
+    """Every model of every scene, such as reconstruct/001/234/colmap/0.
+
+    A scene's number, six digits, is two folders. The folder between a scene and its models is `colmap` in the bucket
+    and `sparses` in the documentation; any name is accepted.
+    """
+    return _whole_models(root, base.matching_folders(root, f"{MEGASCENES}/*/*/*/*"), options)
+
+
+def megascenes(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The chains of a model, whose image names are `commons/<category>/0/pictures/<file>`."""
+    _, high, low, _, number = part.split("/")
+    model = _unless_broken(read_model, root / part, options)
+    if model is not None:
+        images = f"{MEGASCENES_IMAGES}/{high}/{low}"
+        yield from _sequences(root, f"{high}/{low}/{number}", images, model, options, "angle")
+
+
+def colmap_parts(root: Path, options: Options) -> list[str]:
+    """Folders at or below the root that hold an images.bin or images.txt, '.' for the root itself."""
+    found = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        name = Path(folder).relative_to(root).as_posix()
+        if {"images.bin", "images.txt"} & set(files) and fnmatchcase(name, options.models):
+            found.append(name)
+    return _whole_models(root, natsort.natsorted(found), options)
+
+
+def colmap(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The chains of a model; none if its images are not found, which is logged."""
+    model = _unless_broken(read_model, root / part, options)
+    images = _find_images(model, root, part, options) if model else None
+    if model is None or images is None:
+        return
+    maps = PurePosixPath(images).parent / "stereo/depth_maps"  # of the workspace of `colmap image_undistorter`
+
+    def depth(name: str) -> str:
+        path = f"{maps}/{name}.geometric.bin"
+        return path if (root / path).is_file() else ""
+
+    name, z = root.name if part == "." else part, DepthFormat("colmap")  # as MegaDepth's
+    yield from _sequences(root, name, images, model, options, options.chain, depth, z)
+
+
+def _find_images(model: Model, root: Path, part: str, options: Options) -> str | None:
+    """The first folder `--images`, from the model's folder upwards, that contains any of its images."""
+    folder = PurePosixPath(part)
+    for parent in (folder, *folder.parents):
+        for candidate in (parent / options.images, parent):
+            if any((root / candidate / name).is_file() for name in model.names):
+                return candidate.as_posix()
+    log.warning(
+        "skipped: no image of the COLMAP model in '%s' is in a folder '%s' next to or above it; name it with --images",
+        root / part, options.images,
+    )  # fmt: skip
+    return None
+
+
+def _whole_models(root: Path, parts: Iterable[str], options: Options) -> list[str]:
+    """The parts that hold a complete model, by their file names only, so that errors come before hours of work."""
+    return [part for part in parts if _unless_broken(find_format, root / part, options)]
+
+
+def _unless_broken(read: Callable[[Path], T], folder: Path, options: Options) -> T | None:
+    """The result of reading, or None after an error with `--broken skip`."""
+    try:
+        return read(folder)
+    except DataError as error:
+        if options.broken == "stop":
+            raise DataError(f"{error} (--broken skip skips such models)") from error
+        log.warning("skipped: %s", error)
+        return None
+
+
+def _sequences(
+    root: Path, part: str, images: str, model: Model, options: Options, chain: str,
+    depth: Callable[[str], str] | None = None, depth_format: DepthFormat | None = None,
+) -> Iterator[SequenceRecord]:  # fmt: skip
+    """Chains of a model by the paper's rules, or what the released scripts do instead.
+
+    Args:
+        root: of the data set.
+        part: name of the model, prefix of its sequences' names.
+        images: folder of the images, below the root.
+        model: the reconstruction.
+        options: of the builder.
+        chain: "overlap" (MegaDepth) or "angle" (MegaScenes, whose released script takes whole models).
+        depth: path of the depth map of an image, "" if there is none.
+        depth_format: of the depth maps.
+    """
+    frames = [name if images == "." else f"{images}/{name}" for name in model.names]
+    present = np.array([bool(path) for path in base.existing(root, frames) or [""] * len(frames)])
+    if not present.all():
+        log.warning("%d of %d images of the COLMAP model are not in %s", (~present).sum(), len(present), root / images)
+    nearest = chain == "overlap" and options.rule == "released"
+    if not nearest:  # draws its anchors from all images
+        model = model.select(present)
+        frames = [frame for frame, exists in zip(frames, present, strict=True) if exists]
+    if chain == "angle" and options.rule == "released":
+        whole = len(frames) >= (options.min_frames or RELEASED_MIN_IMAGES)
+        found = [np.arange(len(frames))] if whole else []
+    else:
+        overlap = count_shared(model.images, model.points, len(frames))
+        if nearest:
+            found = chains.nearest_of_anchor(overlap, options.rng(part), options.sequences, options.length, present)
+        elif chain == "overlap":
+            found = chains.overlap_chains(overlap, options.rng(part), options.sequences, options.length)
+            found = [rows for rows in found if len(rows) >= (options.min_frames or SHORTEST)]
+        else:
+            rotations, least = model.poses[:, :3, :3], options.min_frames or chains.MIN_VIEWS
+            found = chains.angle_chains(overlap, rotations, least, options.min_overlap, options.min_angle)
+
+    scene = SequenceRecord(part, frames)
+    listed = depth is not None and options.depth
+    if found and (options.poses or listed):
+        # COLMAP ignores the EXIF orientation (its issue 2104), decoders do not. Depth maps of turned images are left
+        # out, because they have the orientation of the stored pixels.
+        poses, intrinsics = model.poses.astype(np.float32), model.intrinsics.astype(np.float32)
+        depths = [""] * len(frames)
+        for i in np.unique(np.concatenate(found)).tolist():
+            poses[i], intrinsics[i], turned = upright(root / frames[i], poses[i], intrinsics[i])
+            if depth is not None and listed and not turned:
+                depths[i] = depth(model.names[i])
+        if options.poses:
+            scene = scene._replace(poses=poses, intrinsics=intrinsics)
+        if listed:
+            scene = scene._replace(depths=depths, depth_format=depth_format)
+    for number, rows in enumerate(found):
+        yield scene.select(rows, f"{part}/{number:03d}")
+
+
+OVERLAP_OPTIONS = {
+    "sequences": Option(chains.CHAINS_PER_SCENE, "sequences drawn per scene", min=1),
+    "length": Option(chains.CHAIN_LENGTH, "most images of a sequence", min=2),
+}
+ANGLE_OPTIONS = {
+    "min_overlap": Option(chains.MIN_OVERLAP, "least overlap of consecutive images", min=0),
+    "min_angle": Option(chains.MIN_ANGLE, "least rotation between consecutive images, in degrees", min=0),
+}
+BROKEN = {"broken": Option("stop", "at a model that cannot be read", choices=("stop", "skip"))}
+MIN_FRAMES = Option(None, "skip shorter sequences (default 24; released 12)", type=int, min=1)
+
+BUILDERS = {
+    "megadepth": Builder(
+        layout=f"{MEGADEPTH}/<scene>/{{images,{MEGADEPTH_MODEL}}}; optional: {MEGADEPTH_DEPTHS.format('<scene>', '*')}",
+        paper="1,000 sequences per scene: a random anchor, then always the image of most overlap with the last",
+        released="a random anchor and its 255 images of most overlap, even if 0",
+        parts=megadepth_parts,
+        sequences=megadepth,
+        options=OVERLAP_OPTIONS
+        | base.MIN_FRAMES
+        | {"exclude": Option("", "scenes to skip, separated by commas; 0015,0022 are those of MegaDepth-1500")}
+        | BROKEN
+        | base.POSES
+        | base.DEPTH,
+    ),
+    "megascenes": Builder(
+        layout=f"{MEGASCENES}/<001>/<234>/colmap/<n>/{{cameras,images,points3D}}.bin and "
+        f"{MEGASCENES_IMAGES}/<001>/<234>/, unpacked",
+        paper="from the image that sees most points to the unused one of largest overlap x 4 cos(t) (1 - cos(t)), "
+        "and so on; at least 24 images",
+        released="every model of at least 12 images is a sequence: the chains are written, but never called",
+        parts=megascenes_parts,
+        sequences=megascenes,
+        begin=megascenes_begin,
+        options={"min_frames": MIN_FRAMES} | ANGLE_OPTIONS | BROKEN | base.POSES,
+    ),
+    "colmap": Builder(
+        layout="any COLMAP models, binary or text, each with a folder of its images next to or above it; "
+        "optional: stereo/depth_maps next to the images",
+        paper="--chain overlap: as megadepth; --chain angle: as megascenes",
+        released="--chain overlap: as megadepth; --chain angle: as megascenes",
+        parts=colmap_parts,
+        sequences=colmap,
+        options={
+            "chain": Option("overlap", "the rule that forms sequences", choices=("overlap", "angle")),
+            "images": Option("images", "folder of the images, relative to the model's folder or one above it"),
+            "models": Option("*", "pattern of the models' folders, such as '*/sparse/0'"),
+            "min_frames": MIN_FRAMES._replace(help="skip shorter sequences (default 2; angle 24, released 12)"),
+        }
+        | OVERLAP_OPTIONS
+        | ANGLE_OPTIONS
+        | BROKEN
+        | base.POSES
+        | base.DEPTH,
+    ),
+}

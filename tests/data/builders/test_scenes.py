@@ -1,0 +1,251 @@
+"""Data sets with a folder per scene, on miniatures of their layouts: sequences by both rules, cameras, depth, masks."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fastmum.data.depth import DepthFormat
+from fastmum.data.errors import DataError
+
+# A camera at (1, 2, 3), turned by 90 degrees about the world's y axis: it looks along +x. With OpenCV axes its x is the
+# world's -z, its y the world's y, its z the world's x; camera_from_world has these rows, and -R c.
+CENTRE = [1.0, 2.0, 3.0]
+CAMERA_FROM_WORLD = [[0, 0, -1, 3], [0, 1, 0, -2], [1, 0, 0, -1], [0, 0, 0, 1]]
+WORLD_FROM_CAMERA = np.array([[0, 0, 1, 1], [0, 1, 0, 2], [-1, 0, 0, 3], [0, 0, 0, 1]], float)
+WORLD_FROM_OPENGL = WORLD_FROM_CAMERA * [1, -1, -1, 1]  # y and z point the other way
+
+
+def chunked(scene, files, *lengths):
+    """Sequences of the given lengths, one after another."""
+    ends = np.cumsum(lengths).tolist()
+    return {f"{scene}/{i:03d}": files[end - n : end] for i, (n, end) in enumerate(zip(lengths, ends, strict=True))}
+
+
+def is_camera(pose):
+    return pose is not None and np.allclose(pose, CAMERA_FROM_WORLD)
+
+
+def fails_in_one_line(found, name, match):
+    with pytest.raises(DataError, match=match) as caught:
+        found(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_streetview3d_and_the_size_of_chunks(add, found):
+    files = [f"dataset_aligned/0001/{i}.jpg" for i in range(225)]
+    add(*files, "dataset_aligned/0002/0.jpg", "dataset_aligned/0003/list.txt", "other/0/0.jpg")
+    assert found("streetview3d").sequences == chunked("0001", files, 100, 100, 25)
+    assert found("streetview3d", rule="released").sequences == chunked("0001", files, *[24] * 8, 33)
+    assert list(found("streetview3d", chunk=90).lengths.values()) == [90, 90, 45]
+    assert list(found("streetview3d", chunk=90, rule="released").lengths.values()) == [90, 135]
+    assert found("streetview3d", chunk=0).lengths == {"0001": 225}
+
+
+def test_realestate10k(add, found):
+    clip = [f"train/a1/{i * 1000}.png" for i in range(130)]
+    short = ["train/c3/0.png", "train/c3/33.png"]
+    add(*clip, *short, "test/d4/0.png", "test/d4/33.png")
+    add(clip[0], size=(640, 360))
+    add("train/a1.txt", content="https://youtube\n2000 0.5 0.9 0.5 0.25 0 0  0 0 -1 3  0 1 0 -2  1 0 0 -1\n")
+    paper = found("realestate10k")
+    assert paper.sequences == chunked("a1", clip, 100, 30) | chunked("c3", short, 2)
+    assert found("realestate10k", rule="released").sequences == {"a1": clip, "c3": short}
+    assert [is_camera(pose) for pose in paper.poses("a1/000")[:4]] == [False, False, True, False]
+    assert paper.intrinsics("a1/000")[2].tolist() == [320, 324, 320, 90]
+    add("train/a1.txt", content="address\n1 2 3\n")
+    fails_in_one_line(found, "realestate10k", r"train/a1\.txt' cannot be read as a RealEstate10K clip")
+
+
+def scannetpp(i, folder="images", suffix="JPG"):
+    return f"0a5c/dslr/resized_undistorted_{folder}/DSC{i:05d}.{suffix}"
+
+
+def test_scannetpp_takes_the_training_list(add, found):
+    listed = [f"DSC{i:05d}.JPG" for i in range(1, 232) if i % 2]  # 116
+    lists = {"train": listed[::-1] + ["DSC09999.JPG"], "test": ["DSC00002.JPG"], "has_masks": False}
+    add(*(scannetpp(i) for i in range(1, 232)), "b/iphone/rgb.mp4", scannetpp(3, "masks", "png"))
+    add(scannetpp(1), size=(60, 40))
+    add("0a5c/dslr/train_test_lists.json", content=json.dumps(lists))
+    frames = [{"file_path": f"DSC0000{i}.JPG", "transform_matrix": WORLD_FROM_OPENGL.tolist()} for i in (1, 2)]
+    cameras = {"w": 60, "h": 40, "fl_x": 50, "fl_y": 51, "cx": 30, "cy": 20, "frames": frames, "test_frames": []}
+    add("0a5c/dslr/nerfstudio/transforms_undistorted.json", content=json.dumps(cameras))
+    files = [scannetpp(i) for i in range(1, 232) if i % 2]
+    paper = found("scannetpp")
+    assert paper.sequences == chunked("0a5c", files, 100, 16)
+    assert found("scannetpp", rule="released").sequences == chunked("0a5c", files, 116)
+    assert [is_camera(pose) for pose in paper.poses("0a5c/000")[:2]] == [True, False]
+    assert paper.intrinsics("0a5c/000")[0].tolist() == [50, 51, 30, 20]
+    assert paper.masks("0a5c/000")[:3] == [None, scannetpp(3, "masks", "png"), None]
+    without = found("scannetpp", poses=False, depth=False)
+    assert without.manifest.known == dict.fromkeys(without.manifest.known, 0)
+    for content in ("{", "{}", "[]", '{"train": 3}'):
+        add("0a5c/dslr/train_test_lists.json", content=content)
+        fails_in_one_line(found, "scannetpp", r"train_test_lists\.json' cannot be read as a scene's training list")
+
+
+def test_blendedmvs(add, found, caplog):
+    files = [f"s/blended_images/{i:08d}.jpg" for i in range(101)]
+    add(*files, *(file.replace(".jpg", "_masked.jpg") for file in files), "s/rendered_depth_maps/00000001.pfm")
+    pose, K = "0 0 -1 3\n0 1 0 -2\n1 0 0 -1\n0 0 0 1\n", "500 0 320\n0 510 240\n0 0 1\n"
+    add("s/cams/00000001_cam.txt", content=f"extrinsic\n{pose}\nintrinsic\n{K}\n1 0.1 128 9\n")
+    paper = found("blendedmvs")
+    # The hundred-and-first frame would be a separate sequence, too short to draw two views from.
+    assert paper.sequences == chunked("s", files[:100], 100)
+    assert found("blendedmvs", min_frames=1).sequences == chunked("s", files, 100, 1)
+    assert found("blendedmvs", rule="released").sequences == {"s": files}
+    assert [is_camera(pose) for pose in paper.poses("s/000")[:3]] == [False, True, False]
+    assert paper.intrinsics("s/000")[1].tolist() == [500, 510, 320, 240]
+    assert paper.depths("s/000")[:3] == [None, "s/rendered_depth_maps/00000001.pfm", None]
+    assert paper.depth_formats("s/000") == {DepthFormat("pfm", 1.0, "z")}
+    assert "99 of 100 frames have no depth" in caplog.text
+    add("s/cams/00000001_cam.txt", content="extrinsic 1 2 3")
+    fails_in_one_line(found, "blendedmvs", r"00000001_cam\.txt' cannot be read as a camera")
+
+
+def arkit(i, folder="lowres_wide", suffix="png"):
+    return f"3dod/Training/42/42_frames/{folder}/42_{1000 + i / 10:.3f}.{suffix}"
+
+
+def test_arkitscenes(add, found):
+    files = [arkit(i) for i in range(160)]
+    add(*files, "3dod/Training/42/42_3dod_annotation.json", arkit(1, "lowres_depth"))
+    add("3dod/Validation/41048190/41048190_frames/lowres_wide/41048190_1.png")
+    # A quarter turn about y and a translation; the second frame has no pose within 5 ms.
+    trajectory = f"1000.0004 0 {np.pi / 2} 0 3 -2 -1\n1000.2001 0 0 0 1 2 3\n"
+    add("3dod/Training/42/42_frames/lowres_wide.traj", content=trajectory)
+    add(arkit(2, "lowres_wide_intrinsics", "pincam"), content="256 192 211.9 212.1 127.9 95.9")
+    scan = found("arkitscenes")
+    assert scan.sequences == chunked("42", files, 100, 60)
+    assert found("arkitscenes", rule="released").sequences == chunked("42", files, 75, 85)
+    poses, intrinsics = scan.poses("42/000"), scan.intrinsics("42/000")
+    # Turning +z by +90 degrees about y gives +x, and +x gives -z.
+    assert np.allclose(poses[0], [[0, 0, 1, 3], [0, 1, 0, -2], [-1, 0, 0, -1], [0, 0, 0, 1]], atol=1e-6)
+    assert poses[1] is None
+    assert np.allclose(poses[2][:3, 3], [1, 2, 3])
+    assert intrinsics[0] is None
+    assert np.allclose(intrinsics[2], [211.9, 212.1, 127.9, 95.9])
+    assert scan.depths("42/000")[:3] == [None, arkit(1, "lowres_depth"), None]
+    assert scan.depth_formats("42/000") == {DepthFormat("png16", 1e-3, "z")}
+    for content in ("1 2 3\n", "text\n", ""):
+        add("3dod/Training/42/42_frames/lowres_wide.traj", content=content)
+        fails_in_one_line(found, "arkitscenes", r"lowres_wide\.traj' cannot be read as a trajectory")
+
+
+def test_dl3dv(add, found):
+    add(*(f"1K/abc/images_8/frame_{i:05d}.png" for i in (2, 10, 1)), size=(480, 270))
+    add("1K/abc/images_8/other.png", "2K/def/images_8/frame_00001.png", "2K/def/images_4/frame_00002.png")
+    add("1K/empty/images_8/notes.txt")
+    frame = {"file_path": "images/frame_00002.png", "transform_matrix": WORLD_FROM_OPENGL.tolist()}
+    common = {"w": 3840, "h": 2160, "fl_x": 1600, "fl_y": 1608, "cx": 1920, "cy": 1080}
+    add("1K/abc/transforms.json", content=json.dumps(common | {"frames": [frame]}))
+    abc = found("dl3dv")
+    assert abc.sequences == {"1K/abc": [f"1K/abc/images_8/frame_{i:05d}.png" for i in (1, 2, 10)]}
+    assert found("dl3dv", rule="released").sequences == abc.sequences
+    assert found("dl3dv", min_frames=1, images="images_4").sequences == {"2K/def": ["2K/def/images_4/frame_00002.png"]}
+    assert [is_camera(pose) for pose in abc.poses("1K/abc")] == [False, True, False]
+    assert abc.intrinsics("1K/abc")[0] is None
+    assert abc.intrinsics("1K/abc")[1].tolist() == [200, 201, 240, 135], "of the small images"
+    for content in ("{", '{"frames": 3}', '{"frames": [{"file_path": "a/frame_00001.png", "transform_matrix": [1]}]}'):
+        add("1K/abc/transforms.json", content=content)
+        fails_in_one_line(found, "dl3dv", r"abc/transforms\.json' cannot be read as a nerfstudio")
+
+
+def hypersim(camera, frame, kind="tonemap", scene="ai_001_001"):
+    return f"{scene}/images/scene_cam_{camera}_final_preview/frame.{frame:04d}.{kind}.jpg"
+
+
+def test_hypersim(add, found):
+    untoned = [hypersim("00", i, "color", "ai_002_001") for i in range(3)]
+    add(*(hypersim("00", i) for i in (0, 10, 9)), *(hypersim("01", i) for i in (0, 1)))
+    add(hypersim("00", 0, "color"), *untoned, "ai_003_001/_detail/x")
+    add(hypersim("00", 3).replace("final", "geometry"), hypersim("00", 3).replace(".jpg", ".png"))
+    assert found("hypersim").sequences == {
+        "ai_001_001": [hypersim("00", i) for i in (0, 9, 10)] + [hypersim("01", i) for i in (0, 1)],
+        "ai_002_001": untoned,
+    }
+    assert found("hypersim", rule="released").sequences == {
+        "ai_001_001": [hypersim("00", 0, "color")] + [hypersim("00", i) for i in (0, 9, 10)],
+        "ai_002_001": untoned,
+    }
+
+
+@pytest.mark.parametrize("tilt", [0, 10])
+def test_hypersim_cameras_and_depth(add, found, raw, tilt):
+    """A camera of 90 degrees (u = x / -z), whose image plane may be turned about x; positions are in half metres."""
+    h5py = pytest.importorskip("h5py")
+    depth = "ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0007.depth_meters.hdf5"
+    add(*(hypersim("00", i) for i in (0, 7)), size=(40, 20))
+    add(depth)
+    cos, sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
+    cam_from_uv = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ np.diag([1, 0.5, -1])
+    names = [f"M_cam_from_uv_{i}{j}" for i in range(3) for j in range(3)]
+    rows = [["scene_name", "settings_units_info_meters_scale", *names], ["ai_001_001", 0.5, *cam_from_uv.ravel()]]
+    add("metadata_camera_parameters.csv", content="\n".join(",".join(map(str, row)) for row in rows))
+    rotations, centres = [WORLD_FROM_OPENGL[:3, :3]] * 2, [[2.0, 4.0, 6.0]] * 2
+    for what, values in (("frame_indices", [7, 8]), ("positions", centres), ("orientations", rotations)):
+        file = raw / f"ai_001_001/_detail/cam_00/camera_keyframe_{what}.hdf5"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(file, "w") as archive:
+            archive["dataset"] = values
+    scene = found("hypersim")
+    assert scene.poses("ai_001_001")[0] is None
+    pose, (fx, fy, cx, cy) = scene.poses("ai_001_001")[1], scene.intrinsics("ai_001_001")[1]
+    assert is_camera(pose) == (not tilt)
+    assert np.allclose([fx, fy, cx, cy], [20, 20, 20, 10], rtol=1e-5)
+    # The ray of the pixel (30, 5), u = v = 0.5, is projected back to it.
+    ray = WORLD_FROM_OPENGL[:3, :3] @ cam_from_uv @ [0.5, 0.5, 1]
+    x, y, z, _ = pose @ np.array([*(np.array(CENTRE) + 3 * ray), 1])
+    assert z > 0
+    assert np.allclose((fx * x / z + cx, fy * y / z + cy), (30, 5), atol=1e-3)
+    assert scene.depths("ai_001_001") == [None, depth]
+    assert scene.depth_formats("ai_001_001") == {DepthFormat("hdf5", 1.0, "ray")}
+
+
+def test_wildrgbd(add, found):
+    folder = "apple/scenes/scene_001"
+    for scene, frames in (("scene_001", 24), ("scene_010", 23), ("scene_002", 30)):
+        add(*(f"apple/scenes/{scene}/rgb/{i:05d}.png" for i in range(frames)))
+    add(f"{folder}/depth/00001.png", f"{folder}/masks/00002.png", "ball/notes.txt")
+    numbers = " ".join(map(str, WORLD_FROM_CAMERA.ravel()))
+    add(f"{folder}/cam_poses.txt", content=f"3 {numbers}\n0 {' '.join(map(str, np.eye(4).ravel()))}\n")
+    # K is stored column by column.
+    add(f"{folder}/metadata", content=json.dumps({"w": 480, "h": 640, "K": [500, 0, 0, 0, 510, 0, 240, 320, 1]}))
+    paper, name = found("wildrgbd"), "apple/scene_001"
+    assert paper.sequences == {
+        f"apple/{scene}": [f"apple/scenes/{scene}/rgb/{i:05d}.png" for i in range(frames)]
+        for scene, frames in (("scene_001", 24), ("scene_002", 30))
+    }
+    assert found("wildrgbd", rule="released").sequences == paper.sequences
+    assert found("wildrgbd", min_frames=23).lengths["apple/scene_010"] == 23
+    assert [is_camera(pose) for pose in paper.poses(name)[:4]] == [False, False, False, True]
+    assert np.allclose(paper.poses(name)[0], np.eye(4))
+    assert paper.poses(name)[1] is None
+    assert paper.intrinsics(name)[23].tolist() == [500, 510, 240, 320]
+    assert paper.depths(name)[:3] == [None, f"{folder}/depth/00001.png", None]
+    assert paper.depth_formats(name) == {DepthFormat("png16", 1e-3, "z")}
+    assert paper.masks(name)[:3] == [None, None, f"{folder}/masks/00002.png"]
+    add(f"{folder}/cam_poses.txt", content="1 2 3\n")
+    fails_in_one_line(found, "wildrgbd", r"cam_poses\.txt' cannot be read as poses")
+
+
+def test_rendered_scenes(add, found):
+    frames = [{"file": f"{i}.png", "depth": f"depth/{i}.png", "K": [[300, 0, 20], [0, 310, 10], [0, 0, 1]],
+               "T_cam_world": CAMERA_FROM_WORLD} for i in range(2)]  # fmt: skip
+    add("scene_0003/0.png", "scene_0003/1.png", "scene_0003/depth/1.png", "other/0.png")
+    add("scene_0003/cameras.json", content=json.dumps({"depth_unit": 0.0005, "frames": frames}))
+    scene = found("scenes")
+    assert scene.sequences == {"scene_0003": ["scene_0003/0.png", "scene_0003/1.png"]}
+    assert is_camera(scene.poses("scene_0003")[1])
+    assert scene.intrinsics("scene_0003")[1].tolist() == [300, 310, 20, 10]
+    assert scene.depths("scene_0003") == [None, "scene_0003/depth/1.png"]
+    assert scene.depth_formats("scene_0003") == {DepthFormat("png16", 0.0005, "z")}
+    add("scene_0003/cameras.json", content='{"frames": [{}]}')
+    fails_in_one_line(found, "scenes", r"scene_0003/cameras\.json' cannot be read")
+
+
+@pytest.mark.parametrize("prefix", ["train/", ""])
+def test_imagenet(add, found, prefix):
+    images = [f"{prefix}n01440764/n01440764_{i}.JPEG" for i in (2, 18, 100)] + [f"{prefix}n01443537/a.JPEG"]
+    add(*images, f"{prefix}n01440764/readme.txt")
+    assert found("imagenet").sequences == {image: [image] for image in images}
