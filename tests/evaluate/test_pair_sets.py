@@ -52,8 +52,12 @@ def objects(values: list) -> np.ndarray:
     return array
 
 
+def names(root: Path | str, part: str = "all") -> list[str]:
+    return [pair.name for pair in open_pairs(str(root), part).pairs]
+
+
 def megadepth(root: Path, scene: str, shots: list[Shot]) -> dict:
-    """Pictures and depth of a scene, and its scene information without pairs; picture 0 is missing, as many are."""
+    """Images and depth of a scene, and its scene information without pairs; image 0 is missing, as many are."""
     images, depths = [None], [None]
     for i, camera in enumerate(shots[1:], 1):
         images.append(f"Undistorted_SfM/{scene}/images/{i}_o.jpg")
@@ -64,14 +68,16 @@ def megadepth(root: Path, scene: str, shots: list[Shot]) -> dict:
     return {name: objects(values) for name, values in named.items()}
 
 
+PAIR_INFOS = objects([((1, 2), 0.2, np.zeros((0, 4))), ((4, 3), 0.25, np.zeros((0, 4)))])
+
+
 @pytest.mark.parametrize(("folder", "images"), [("", "test"), ("megadepth_test_1500_scene_info", "")])
 def test_megadepth_of_loftr(tmp_path, folder, images):
     shots = walk(5)
+    (tmp_path / folder).mkdir(exist_ok=True)
     for scene in ("0015", "0022"):
         information = megadepth(tmp_path / images, scene, shots)
-        infos = objects([((1, 2), 0.2, np.zeros((0, 4))), ((4, 3), 0.25, np.zeros((0, 4)))])
-        (tmp_path / folder).mkdir(exist_ok=True)
-        np.savez(tmp_path / folder / f"{scene}_0.1_0.3.npz", **information, pair_infos=infos)
+        np.savez(tmp_path / folder / f"{scene}_0.1_0.3.npz", **information, pair_infos=PAIR_INFOS)
     pairs = open_pairs(str(tmp_path))
     assert (pairs.name, pairs.size, len(pairs.pairs)) == ("megadepth", 448, 4)
     assert {pair.scene for pair in pairs.pairs} == {"0015", "0022"}
@@ -88,38 +94,36 @@ def test_megadepth_of_dkm(tmp_path):
         information = megadepth(tmp_path, scene, shots)
         information |= {"pairs": np.array([[1, 2], [2, 3], [3, 1]]), "overlaps": np.array([0.5, 0.005, 0.2])}
         np.save(tmp_path / "prep_scene_info" / f"{scene}.npy", information)
-    test, train = (open_pairs(f"megadepth:{tmp_path}", part) for part in ("test", "train"))
-    assert [pair.name for pair in test.pairs] == ["0015/1-2", "0015/2-3", "0015/3-1"]
-    assert [pair.name for pair in train.pairs] == ["0003/1-2", "0003/3-1"]  # not too little overlap, not a test scene
+    assert names(f"megadepth:{tmp_path}", "test") == ["0015/1-2", "0015/2-3", "0015/3-1"]
+    # Enough overlap, and not a test scene.
+    assert names(tmp_path, "train") == names(tmp_path, "trainable") == ["0003/1-2", "0003/3-1"]
+    test, train = (open_pairs(str(tmp_path), part) for part in ("test", "train"))
     check(train.pairs[1], shots[3], shots[1])
-    trainable = open_pairs(str(tmp_path), "trainable")
-    assert [pair.name for pair in trainable.pairs] == [pair.name for pair in train.pairs]
     assert overlap(train, test) is None
     assert overlap(test, test) == "scene '0015'"
 
 
 def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
+    for folder in ("pose", "intrinsic"):
+        (scene / folder).mkdir(parents=True)
     for index, camera in shots.items():
-        save(camera, scene / f"color/{index}.jpg", scene / f"depth/{index}.png", write_png, 1000 * camera.depth())
-        (scene / "pose").mkdir(exist_ok=True)
+        depth = 1000 * camera.depth()
+        save(camera, scene / f"color/{index}.jpg", scene / f"depth/{index}.png", write_png, depth)
         np.savetxt(scene / f"pose/{index}.txt", camera.T_world)
-    (scene / "intrinsic").mkdir()
-    for name, K in (("color", next(iter(shots.values())).K), ("depth", K_depth)):
-        padded = np.eye(4)
-        padded[:3, :3] = K
-        np.savetxt(scene / f"intrinsic/intrinsic_{name}.txt", padded)
+    for name, K in (("color", shots[0].K), ("depth", K_depth)):
+        np.savetxt(scene / f"intrinsic/intrinsic_{name}.txt", np.pad(K, (0, 1)) + np.diag([0, 0, 0, 1]))
 
 
 @pytest.mark.parametrize("folder", ["scans_test", ""])
 def test_scannet_of_roma(tmp_path, folder):
-    shots = walk(4)
-    scannet(tmp_path / folder / "scene0707_00", dict(zip((0, 15, 30, 45), shots, strict=True)), np.diag([20, 20, 1]))
-    lost = tmp_path / folder / "scene0707_00/pose/45.txt"
-    np.savetxt(lost, np.full((4, 4), -np.inf))
-    names = np.array([[707, 0, 15, 30], [707, 0, 0, 45], [707, 0, 30, 0]])
-    np.savez(tmp_path / "test.npz", name=names, rel_pose=np.zeros((3, 12)))
+    shots, scene = walk(4), tmp_path / folder / "scene0707_00"
+    scannet(scene, dict(zip((0, 15, 30, 45), shots, strict=True)), np.diag([20, 20, 1]))
+    np.savetxt(scene / "pose/45.txt", np.full((4, 4), -np.inf))  # tracking was lost
+    listed = np.array([[707, 0, 15, 30], [707, 0, 0, 45], [707, 0, 30, 0]])
+    np.savez(tmp_path / "test.npz", name=listed, rel_pose=np.zeros((3, 12)))
+    assert names(tmp_path) == ["scene0707_00/15-30", "scene0707_00/30-0"]
     pairs = open_pairs(str(tmp_path))
-    assert (pairs.name, [pair.name for pair in pairs.pairs]) == ("scannet", ["scene0707_00/15-30", "scene0707_00/30-0"])
+    assert pairs.name == "scannet"
     check(pairs.pairs[0], shots[1], shots[2])
     check(pairs.pairs[1], shots[2], shots[0])
     with pytest.raises(DataError, match="--train-data"):
@@ -127,14 +131,14 @@ def test_scannet_of_roma(tmp_path, folder):
 
 
 def test_scannet_of_loftr_with_intrinsics_of_depth(tmp_path):
-    """Pictures in the size of depth take the intrinsics of depth, which LoFTR keeps for all scenes in one file."""
-    shots = walk(2)
-    scene = tmp_path / "scannet_test_1500/scene0708_01"
-    scannet(scene, {0: shots[0], 100: shots[1]}, np.eye(3))
-    (scene / "intrinsic/intrinsic_depth.txt").unlink()
-    np.savetxt(scene / "intrinsic/intrinsic_color.txt", np.diag([2, 2, 1, 1]) @ np.pad(shots[0].K, (0, 1)))
-    np.savez(tmp_path / "scannet_test_1500/test.npz", name=np.array([[708, 1, 0, 100]]))
-    np.savez(tmp_path / "scannet_test_1500/intrinsics.npz", scene0708_01=shots[0].K)
+    """Images in the size of depth take the intrinsics of depth, which LoFTR keeps for all scenes in one file."""
+    shots, root = walk(2), tmp_path / "scannet_test_1500"
+    scannet(root / "scene0708_01", {0: shots[0], 100: shots[1]}, np.eye(3))
+    (root / "scene0708_01/intrinsic/intrinsic_depth.txt").unlink()
+    K_color = np.diag([2, 2, 1]) @ shots[0].K
+    np.savetxt(root / "scene0708_01/intrinsic/intrinsic_color.txt", np.pad(K_color, (0, 1)))
+    np.savez(root / "test.npz", name=np.array([[708, 1, 0, 100]]))
+    np.savez(root / "intrinsics.npz", scene0708_01=shots[0].K)
     check(open_pairs(str(tmp_path)).pairs[0], *shots)
 
 
@@ -142,13 +146,11 @@ def test_scannet_training_pairs(tmp_path):
     shots = walk(3)
     scannet(tmp_path / "scans/scans_train/scene0001_00", dict(zip((0, 10, 25), shots, strict=True)), np.eye(3))
     (tmp_path / "scannet_indices").mkdir()
-    names = np.array([[1, 0, 0, 10], [1, 0, 10, 25], [1, 0, 10, 0]])
-    np.savez(tmp_path / "scannet_indices/scene0001_00.npz", name=names, score=np.array([0.6, 0.6, 0.2]))
+    listed, scores = np.array([[1, 0, 0, 10], [1, 0, 10, 25], [1, 0, 10, 0]]), np.array([0.6, 0.6, 0.2])
+    np.savez(tmp_path / "scannet_indices/scene0001_00.npz", name=listed, score=scores)
     np.savez(tmp_path / "test.npz", name=np.zeros((0, 4), int))
-    train = open_pairs(f"scannet:{tmp_path}", "train")
-    assert [pair.name for pair in train.pairs] == ["scene0001_00/0-10"]
-    check(train.pairs[0], *shots[:2])
-    assert [pair.name for pair in open_pairs(str(tmp_path), "trainable").pairs] == ["scene0001_00/0-10"]
+    assert names(f"scannet:{tmp_path}", "train") == names(tmp_path, "trainable") == ["scene0001_00/0-10"]
+    check(open_pairs(str(tmp_path), "train").pairs[0], *shots[:2])
 
 
 def navi(root: Path, count: int = 9) -> list[Shot]:
@@ -185,7 +187,7 @@ def test_navi(tmp_path):
         seen = warp.visible.numpy()
         assert seen.any()
         assert np.abs(warp.points.numpy() - truth)[seen].max() * 37 < 0.3
-    assert [pair.b.key for pair in open_pairs(str(tmp_path)).pairs] == [pair.b.key for pair in pairs.pairs]
+    assert names(tmp_path) == [pair.name for pair in pairs.pairs]  # the same partners every time
 
 
 def test_pairs_in_a_text_file(wall_file):
@@ -323,8 +325,7 @@ def test_singular_cameras_are_named(tmp_path):
     for key, what in (("poses", "pose 1 in"), ("intrinsics", "intrinsics 1 in")):
         information = megadepth(tmp_path / key, "0015", shots)
         information[key][1] = np.zeros_like(information[key][1])
-        infos = objects([((1, 2), 0.2, np.zeros((0, 4)))])
-        np.savez(tmp_path / key / "0015_0.1_0.3.npz", **information, pair_infos=infos)
+        np.savez(tmp_path / key / "0015_0.1_0.3.npz", **information, pair_infos=PAIR_INFOS[:1])
         with pytest.raises(DataError, match=f"{what} '.*0015_0.1_0.3.npz' .* singular"):
             open_pairs(str(tmp_path / key))
     for name, shape in (("pose/15.txt", (4, 4)), ("intrinsic/intrinsic_color.txt", (3, 3))):
