@@ -73,13 +73,13 @@ def _npy(file: Path) -> np.ndarray:
 
 
 def read_hdf5(file: Path) -> np.ndarray:
-    """Read the only data set of an HDF5 file."""
+    """Read the data set "depth" of an HDF5 file, else the only one."""
     try:
         import h5py
     except ImportError:
         raise DataError(f"'{file}' needs h5py: pip install 'fastmum[evaluate]'") from None
     with h5py.File(file) as archive:
-        (depth,) = archive.values()
+        (depth,) = [archive["depth"]] if "depth" in archive else archive.values()
         return np.asarray(depth)
 
 

@@ -9,14 +9,13 @@ it all from the command line.
 from fastmum.evaluate.attention import attention_maps, evaluate_attention
 from fastmum.evaluate.cosine import evaluate_cosine
 from fastmum.evaluate.matching import evaluate_matching
-from fastmum.evaluate.pairs import Camera, Frame, Pair, PairSet, open_pairs
+from fastmum.evaluate.pairs import Frame, Pair, PairSet, open_pairs
 from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.result import Result
 from fastmum.evaluate.sequences import SequenceSet, ViewSequence, open_sequences
 from fastmum.evaluate.views import ViewSettings, evaluate_views
 
 __all__ = [
-    "Camera",
     "Frame",
     "Pair",
     "PairSet",

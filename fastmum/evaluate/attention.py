@@ -17,9 +17,9 @@ from fastmum.attention import ragged_attention
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import check_finite, check_size, load_image, patch_size, true_warps
 from fastmum.evaluate.matcher import decode
-from fastmum.evaluate.metrics import pixel_errors, scores
 from fastmum.evaluate.pairs import PairSet
 from fastmum.evaluate.result import Result, measured
+from fastmum.geometry.metrics import match_errors, match_scores
 from fastmum.model.mum import MuM, Views
 
 BATCH = 2  # pairs decoded at a time
@@ -97,9 +97,9 @@ def evaluate_attention(model: nn.Module, pairs: PairSet, size: int | None = None
     side = check_size(model, size) // patch_size(model)
     truth = true_warps(pairs, side, progress)
     warps = _warps(model, pairs, size, truth.grid, progress)
-    errors = pixel_errors(warps, truth.target)
+    errors = match_errors(warps, truth.target)
     names = ["mean", *map(str, range(len(warps) - 1))]
-    found = scores(errors, truth.visible)
+    found = match_scores(errors, truth.visible)
     best = min(range(len(names)), key=lambda i: found[i].epe)
     blocks = {name: each.as_dict() for name, each in zip(names, found, strict=True)}
     numbers = {"best": names[best], "blocks": blocks, "settings": {"size": size}} | measured(warps[best], truth)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastmum.evaluate.features import Truth
-from fastmum.evaluate.metrics import pair_epe, pixel_errors, scores
-from fastmum.evaluate.warp import grid_points
+from fastmum.geometry.metrics import match_errors, match_scores, pair_epe
+from fastmum.geometry.warp import grid_points
 
 
 class Result(NamedTuple):
@@ -30,8 +30,8 @@ class Result(NamedTuple):
 def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:
     """Scores of warps (N, P, 2) over a set, those of no motion at all, and the end-point error of each pair."""
     still = grid_points(*truth.grid).expand_as(truth.target)
-    errors, errors_still = (pixel_errors(points, truth.target) for points in (warps, still))
-    found, found_still = scores(torch.stack([errors, errors_still]), truth.visible)
+    errors, errors_still = (match_errors(points, truth.target) for points in (warps, still))
+    found, found_still = match_scores(torch.stack([errors, errors_still]), truth.visible)
     names = [pair.name for pair in truth.pairs.pairs]
     return {
         "scores": found.as_dict(),

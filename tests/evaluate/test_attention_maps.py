@@ -11,9 +11,8 @@ from fastmum.attention import ragged_attention
 from fastmum.data.errors import DataError
 from fastmum.evaluate import attention_maps, evaluate_attention
 from fastmum.evaluate.attention import Recorder
-from fastmum.evaluate.pairs import PairSet
+from fastmum.evaluate.pairs import PairSet, pair_warp
 from fastmum.evaluate.pictures import draw_attention, draw_warp
-from fastmum.evaluate.warp import pair_warp
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import Views
 

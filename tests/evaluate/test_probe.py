@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from fastmum.evaluate.cosine import cosine_warps
 from fastmum.evaluate.features import Prepared, Truth
 from fastmum.evaluate.matcher import cosine_logits, nearest_patch
-from fastmum.evaluate.metrics import pixel_errors, scores
 from fastmum.evaluate.pairs import PairSet
 from fastmum.evaluate.probe import BatchedAdamW, ProbeSettings, match_all, matching_losses, project, train_probes
-from fastmum.evaluate.warp import grid_points
+from fastmum.geometry.metrics import match_errors, match_scores
+from fastmum.geometry.warp import grid_points
 
 CPU = torch.device("cpu")
 GRID = (5, 6)
@@ -44,17 +44,17 @@ def data(wall_pairs):
 
 def epe(data, stack):
     errors, _ = match_all(stack, data, ProbeSettings(), CPU)
-    return [each.epe for each in scores(errors, data.truth.visible)]
+    return [each.epe for each in match_scores(errors, data.truth.visible)]
 
 
 def test_a_probe_beats_random_projections_and_cosine_matching(data):
     train, test = data
     settings = ProbeSettings(steps=200, evaluate_every=50, learning_rates=(1e-5, 1e-2), weight_decays=(0.0, 0.1))
     trained = train_probes(train, test, settings, CPU, progress=False)
-    (error,) = scores(pixel_errors(trained.warps, test.truth.target)[None], test.truth.visible)
+    (error,) = match_scores(match_errors(trained.warps, test.truth.target)[None], test.truth.visible)
     random = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(5))
     chance = epe(test, random)
-    plain = scores(pixel_errors(cosine_warps(test, 0.1, CPU), test.truth.target)[None], test.truth.visible)[0].epe
+    plain = match_scores(match_errors(cosine_warps(test, 0.1, CPU), test.truth.target)[None], test.truth.visible)[0].epe
     assert error.epe < 0.3 * min(*chance, plain)
     assert settings.probes()[trained.best[0]][0] == 1e-2
     # What is reported is the least of all that was evaluated, and the warps that are kept give it again.

@@ -6,6 +6,7 @@ import torch
 
 from fastmum.evaluate.features import load_image
 from fastmum.evaluate.pairs import open_pairs, overlap, same_set
+from fastmum.evaluate.pairs.scenes import embedded_folders
 
 
 def test_rendered_scenes_are_split_by_scene(rendered):
@@ -24,6 +25,13 @@ def test_sets_with_a_test_part_of_their_own_are_trained_on_elsewhere(rendered, m
     monkeypatch.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
     for name in ("scenes", "motorcycle"):
         assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
+
+
+def test_embedded_scenes_to_test_and_to_train_on_differ(monkeypatch):
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.ensure_scenes", lambda count, *settings: count)
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.scene_dirs", lambda root, count: list(range(count)))
+    assert embedded_folders("test") == embedded_folders("all") == list(range(6))
+    assert embedded_folders("train") == list(range(6, 18))
 
 
 def test_pictures_are_shared_under_any_name(rendered, wall_file, tmp_path):

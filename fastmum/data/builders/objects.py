@@ -17,6 +17,7 @@ from fastmum.data.builders.base import Builder, Option, Options
 from fastmum.data.builders.cameras import by_name, from_K, inverse, read_table, reading
 from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
+from fastmum.geometry.camera import camera_from_pytorch3d
 
 PAPER = "the whole video, if it has at least 24 frames"
 OPTIONS = {"min_frames": base.MIN_FRAMES["min_frames"]._replace(default=24)} | base.POSES | base.DEPTH
@@ -28,7 +29,6 @@ SEEN = frozenset(
     chair cup donut hairdryer handbag hydrant keyboard laptop microwave motorcycle mouse orange parkingmeter pizza
     plant stopsign teddybear toaster toilet toybus toyplane toytrain toytruck tv umbrella vase wineglass""".split()  # noqa: SIM905
 )
-PYTORCH3D_TO_OPENCV = np.diag([-1.0, -1.0, 1.0])
 
 
 def co3d_parts(root: Path, options: Options) -> list[str]:
@@ -66,30 +66,14 @@ def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
 
 
 def co3d_cameras(frames: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """camera_from_world (n, 4, 4) and fx fy cx cy (n, 4) of frame annotations, NaN where there is no viewpoint.
-
-    PyTorch3D transforms row vectors, x_camera = x_world R + T. Its image coordinates start at the centre and increase
-    to the left and up, in half sides (`ndc_norm_image_bounds`) or halves of the shorter side (`ndc_isotropic`).
-    """
+    """camera_from_world (n, 4, 4) and fx fy cx cy (n, 4) of frame annotations, NaN where there is no viewpoint."""
     poses = np.full((len(frames), 4, 4), np.nan, np.float32)
     intrinsics = np.full((len(frames), 4), np.nan, np.float32)
     for i, frame in enumerate(frames):
-        if (viewpoint := frame.get("viewpoint")) is None:
-            continue
-        poses[i] = np.eye(4)
-        poses[i, :3, :3] = PYTORCH3D_TO_OPENCV @ np.array(viewpoint["R"], float).T
-        poses[i, :3, 3] = PYTORCH3D_TO_OPENCV @ np.array(viewpoint["T"], float)
-        height, width = frame["image"]["size"]
-        half = np.array([width, height]) / 2
-        match viewpoint.get("intrinsics_format", "ndc_norm_image_bounds"):
-            case "ndc_norm_image_bounds":
-                unit = half
-            case "ndc_isotropic":
-                unit = np.full(2, half.min())
-            case other:
-                raise ValueError(f"unknown intrinsics_format '{other}'")
-        intrinsics[i, :2] = np.array(viewpoint["focal_length"]) * unit
-        intrinsics[i, 2:] = half - np.array(viewpoint["principal_point"]) * unit
+        if frame.get("viewpoint") is not None:
+            height, width = frame["image"]["size"]
+            camera = camera_from_pytorch3d(frame["viewpoint"], (width, height))
+            poses[i], intrinsics[i] = camera.camera_from_world, camera.K[[0, 1, 0, 1], [0, 1, 2, 2]]
     return poses, intrinsics
 
 
