@@ -32,7 +32,7 @@ def project(points, K, T):
 
 
 def test_stored_depth_warps_to_the_exact_place(scenes):
-    """Warp a to b by the stored and by the exact depth, cast b's ray there, and go back where it hits the same point."""
+    """Warp a to b by the stored and by the exact depth; cast a ray of b there; if it hits the same point, go back."""
     for index, (cameras, frames) in enumerate(scenes):
         scene = build_scene(cameras["seed"], index)
         for a, b in itertools.pairwise(frames):
