@@ -10,7 +10,8 @@ from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
 from fastmum.engine.checkpoint import Checkpoints
 from fastmum.engine.optimizer import build_optimizer
-from fastmum.export import FORMATS, export, main, released_state
+from fastmum.export import FORMATS, export, released_state
+from fastmum.export.__main__ import main
 from fastmum.model.encoder import Encoder
 
 

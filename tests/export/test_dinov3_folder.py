@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from fastmum import load_pretrained
-from fastmum.export import ExportError, dinov3_folder, export, main
+from fastmum.export import ExportError, dinov3_folder, export
+from fastmum.export.__main__ import main
 
 transformers = pytest.importorskip("transformers")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastmum import load_pretrained
-from fastmum.export.graph import EncoderGraph
+from fastmum.export.onnx_file import EncoderGraph
 
 
 @pytest.mark.parametrize("positions", ["float32", "bfloat16"])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastmum import load_pretrained
-from fastmum.export import export, main
+from fastmum.export import export
+from fastmum.export.__main__ import main
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

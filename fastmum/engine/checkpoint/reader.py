@@ -20,9 +20,6 @@ from fastmum.engine.checkpoint.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
-MODEL = "model."
-
-
 class Weights(NamedTuple):
     """The model of a checkpoint.
 
@@ -73,11 +70,12 @@ def load_checkpoint(
     return about
 
 
-def read_weights(path: Path) -> Weights:
-    """The model of the newest checkpoint that is whole, in this process alone.
+def read_weights(path: Path, prefix: str = "model.") -> Weights:
+    """Read the tensors named `prefix`* of the newest whole checkpoint, in this process only.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run.
+        prefix: removed from the names.
 
     Raises:
         CheckpointError: there is none.
@@ -86,14 +84,14 @@ def read_weights(path: Path) -> Weights:
 
     def read(about: About) -> None:
         weights.clear()
-        weights.update({name: spec.empty() for name, spec in about.tensors.items() if name.startswith(MODEL)})
+        weights.update({name: spec.empty() for name, spec in about.tensors.items() if name.startswith(prefix)})
         _read(about, weights, alone)
 
     alone = Ranks(None)
     about = _newest(path, read, alone)
     if about is None:
         raise _none(path)
-    return Weights(about, {name.removeprefix(MODEL): tensor for name, tensor in weights.items()})
+    return Weights(about, {name.removeprefix(prefix): tensor for name, tensor in weights.items()})
 
 
 def _newest(path: Path, use: Callable[[About], None], ranks: Ranks, remedy: str = "") -> About | None:
