@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 OPTIONS = ("encoder_only", "key", "rope_dtype", "ema")  # overrides of `read_pretrained` besides sizes
 PLACEMENT = ("device", "dtype")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-EMA: dict[Any, bool | None] = {"auto": None, None: None, "on": True, True: True, "off": False, False: False}
 PERIODS = {"rope_embed.periods": ("embed_dim", "num_heads"),
            "rope_embed_decoder.periods": ("decoder_embed_dim", "decoder_num_heads")}  # fmt: skip
 
@@ -82,7 +81,7 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
 def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     """The weights of `load_pretrained` without a model; arguments and errors as there, but no `device` and `dtype`."""
     check_names(overrides, (*SIZES, *OPTIONS))
-    saved = read_saved(Path(path).expanduser(), _choose(EMA, overrides.get("ema"), "ema", "auto, on, off"))
+    saved = read_saved(Path(path).expanduser(), _ema(overrides.get("ema", "auto")))
     state = find_state(saved.path, saved.tree, overrides.get("key"))
     if overrides.get("encoder_only") is False and not has_decoder(state):
         raise WeightsError(f"'{saved.path}' holds an encoder without a decoder, but encoder_only is False")
@@ -136,15 +135,18 @@ def check_names(overrides: Mapping[str, Any], known: tuple[str, ...]) -> None:
             raise WeightsError(f"unknown override '{name}'; the nearest is '{near}' (there are {', '.join(known)})")
 
 
-def _choose(choices: Mapping[Any, Any], given: Any, name: str, names: str) -> Any:
-    try:
-        return choices[given]
-    except (KeyError, TypeError):
-        raise WeightsError(f"{name} is '{given}', but must be one of {names}") from None
-
-
 def _dtype(given: Any, name: str) -> torch.dtype:
-    return _choose(DTYPES, str(given).removeprefix("torch."), name, ", ".join(DTYPES))
+    dtype = DTYPES.get(str(given).removeprefix("torch."))
+    if dtype is None:
+        raise WeightsError(f"{name} is '{given}', but must be one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _ema(given: Any) -> bool | None:
+    choices = {"auto": None, "on": True, "True": True, "off": False, "False": False}
+    if str(given) not in choices:
+        raise WeightsError(f"ema is '{given}', but must be one of auto, on, off")
+    return choices[str(given)]
 
 
 def _rope_dtype(state: State) -> torch.dtype:

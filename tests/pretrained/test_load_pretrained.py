@@ -1,4 +1,4 @@
-"""What loads, how it is told apart, and the one line for what does not."""
+"""Which files load, how they are detected, and one-line errors for the others."""
 
 import argparse
 import dataclasses
@@ -13,9 +13,7 @@ from safetensors.torch import save_file
 
 import fastmum
 from fastmum import ModelConfig
-from fastmum.config.schema import OptimSection
 from fastmum.engine.checkpoint import Checkpoints
-from fastmum.engine.optimizer import build_optimizer
 from fastmum.export import export
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
@@ -24,21 +22,16 @@ from fastmum.pretrained import MismatchError, WeightsError, read_pretrained
 
 @pytest.fixture
 def run(tmp_path, tiny):
-    """A run with a checkpoint of step 7, whose weights are those of `tiny`, as training saves them."""
-    writer = Checkpoints(tmp_path / "run/checkpoints", keep=1)
-    writer.save(7, build_optimizer(tiny, OptimSection()).state(), {"model_config": dataclasses.asdict(tiny.config)})
-    writer.close()
-    return tmp_path / "run"
+    """A run with a checkpoint of step 7, whose weights are those of `tiny`."""
+    return save_run(tmp_path / "run", tiny)
 
 
-def test_a_run_that_lacks_what_is_learnt(tmp_path, tiny):
-    writer = Checkpoints(tmp_path, keep=1)
-    state = build_optimizer(tiny, OptimSection()).state()
-    del state["model.norm.weight"]
-    writer.save(1, state, {"model_config": dataclasses.asdict(tiny.config)})
+def save_run(folder, model, without=()):
+    writer = Checkpoints(folder / "checkpoints", keep=1)
+    state = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters() if name not in without}
+    writer.save(7, state, {"model_config": dataclasses.asdict(model.config)})
     writer.close()
-    with pytest.raises(MismatchError, match=r"does not hold the model that it names: it lacks norm.weight \[32\]$"):
-        fastmum.load_pretrained(tmp_path)
+    return folder
 
 
 def assert_same(model, tiny, of=MuM):
@@ -50,10 +43,12 @@ def assert_same(model, tiny, of=MuM):
     assert model.patch_embed.proj.weight.stride() == tiny.patch_embed.proj.weight.stride()  # as the kernels want it
 
 
-@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step_0000007"])
-def test_runs(run, tiny, where):
-    assert_same(fastmum.load_pretrained(run / where), tiny)
-    assert read_pretrained(str(run / where)).step == 7
+def test_runs(run, tiny, tmp_path):
+    for where in ("", "checkpoints", "checkpoints/step_0000007"):
+        assert_same(fastmum.load_pretrained(run / where), tiny)
+        assert read_pretrained(str(run / where)).step == 7
+    with pytest.raises(MismatchError, match=r"norm.weight \[32\]$"):
+        fastmum.load_pretrained(save_run(tmp_path / "other", tiny, without=["norm.weight"]))
 
 
 @pytest.mark.parametrize(("name", "encoder_only"), [*itertools.product(["released", "safetensors"], [False, True])])
@@ -86,27 +81,25 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPED)
-def test_wrappers(tiny, save, wrapper):
-    assert_same(fastmum.load_pretrained(save(WRAPPED[wrapper](tiny.state_dict()))), tiny)
-
-
-def test_what_lies_beside_the_model_is_left_out_and_named(tiny, save, caplog):
+def test_wrappers(tiny, save, caplog):
+    for wrap in WRAPPED.values():
+        assert_same(fastmum.load_pretrained(save(wrap(tiny.state_dict()))), tiny)
     state = {f"backbone.{k}": v for k, v in tiny.state_dict().items()} | {"dino_head.weight": torch.zeros(3)}
     assert_same(fastmum.load_pretrained(save({"teacher": state})), tiny)
-    assert "'teacher.backbone' is taken, and left out dino_head.weight" in caplog.text
+    assert "'teacher.backbone'" in caplog.text
+    assert "dino_head.weight" in caplog.text
 
 
 def test_of_several_models_one_must_be_chosen(tiny, save):
     other = {name: tensor + 1 for name, tensor in tiny.state_dict().items()}
     file = save({"student": {f"backbone.{k}": v for k, v in other.items()}, "teacher": tiny.state_dict()})
-    with pytest.raises(WeightsError, match=r"several models, at 'student.backbone', 'teacher': choose one by key="):
+    with pytest.raises(WeightsError, match=r"'student.backbone', 'teacher'"):
         fastmum.load_pretrained(file)
     for key in ("teacher", "student"):
         model = fastmum.load_pretrained(file, key=key)
         assert torch.equal(model.norm.bias, (tiny if key == "teacher" else model).norm.bias)
     assert torch.equal(model.norm.bias, other["norm.bias"])
-    with pytest.raises(WeightsError, match=r"no MuM at key='ema'; there is one at 'student.backbone', 'teacher'"):
+    with pytest.raises(WeightsError, match=r"key='ema'.* 'student.backbone', 'teacher'"):
         fastmum.load_pretrained(file, key="ema")
 
 
@@ -116,7 +109,7 @@ def test_encoder_only(tiny, save):
     assert_same(encoder, tiny, Encoder)
     alone = save(encoder.state_dict(), "alone")
     assert_same(fastmum.load_pretrained(alone), tiny, Encoder)
-    with pytest.raises(WeightsError, match="without a decoder, but encoder_only is False"):
+    with pytest.raises(WeightsError, match="encoder_only is False"):
         fastmum.load_pretrained(alone, encoder_only=False)
 
 
@@ -135,7 +128,7 @@ def test_half_precision_weights_become_float32_and_periods_exact(tiny, save):
         assert torch.equal(model.norm.weight, tiny.norm.weight)
 
 
-@pytest.mark.parametrize("head_width", [16, 24, 32, 48, 64, 80])
+@pytest.mark.parametrize("head_width", [16, 24, 64, 80])
 def test_periods_that_were_computed_in_bfloat16_become_exact(head_width, save):
     encoder = Encoder(ModelConfig(head_width, 1, 1, 32, 2, 2))
     exponent = 2 * torch.arange(head_width // 4, dtype=torch.bfloat16) / (head_width // 2)
@@ -185,33 +178,30 @@ def test_a_mismatch_says_what_was_expected(tiny, save):
     file = save(state)
     with pytest.raises(MismatchError) as caught:
         fastmum.load_pretrained(file)
-    assert str(caught.value) == (
-        f"'{file}' does not hold the model: it lacks blocks.1.mlp.fc1.bias [128]; has besides pos_embed; "
-        "has in other shapes norm.weight [31] (expected: [32])"
-    )
+    findings = "missing blocks.1.mlp.fc1.bias [128]", "unexpected pos_embed", "norm.weight [31] (expected: [32])"
+    assert all(finding in str(caught.value) for finding in (f"'{file}'", *findings))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ({"norm_esp": 1e-6}, "unknown override 'norm_esp'; the nearest is 'norm_eps'"),
-        ({"encoder": True}, "unknown override 'encoder'; the nearest is 'encoder_only'"),
-        ({"dtype": "int8"}, "dtype is 'int8', but must be one of float32, bfloat16, float16"),
-        ({"rope_dtype": torch.int8}, "rope_dtype is torch.int8"),
-        ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
-        ({"num_heads": 3}, "possible sizes .embed_dim is 32 with num_heads 3"),
+def test_invalid_overrides(tiny, save):
+    for overrides, words in (
+        ({"norm_esp": 1e-6}, "'norm_esp'; the nearest is 'norm_eps'"),
+        ({"encoder": True}, "'encoder'; the nearest is 'encoder_only'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"rope_dtype": torch.int8}, "rope_dtype is 'torch.int8'.* float32, bfloat16, float16"),
+        ({"device": "nowhere"}, "device 'nowhere'"),
+        ({"num_heads": 3}, "num_heads 3"),
         ({"norm_eps": 2.0}, "norm_eps is 2.0"),
         ({"embed_dim": 64}, r"cls_token \[1, 1, 32\] .expected: \[1, 1, 64\]"),
-    ],
-)
-def test_overrides_that_cannot_be(tiny, save, overrides, words):
-    with pytest.raises(WeightsError, match=words) as caught:
-        fastmum.load_pretrained(save(tiny.state_dict()), **overrides)
-    assert "\n" not in str(caught.value)
+        ({"ema": "maybe"}, "ema is 'maybe'"),
+        ({"ema": True}, "no EMA weights"),
+    ):
+        with pytest.raises(WeightsError, match=words) as caught:
+            fastmum.load_pretrained(save(tiny.state_dict()), **overrides)
+        assert "\n" not in str(caught.value)
 
 
 class Custom:
-    """Something that weights-only loading refuses."""
+    """An object that weights-only loading refuses."""
 
 
 def test_files_that_hold_no_mum(tiny, tmp_path, save):
@@ -225,18 +215,15 @@ def test_files_that_hold_no_mum(tiny, tmp_path, save):
     save_file({"cls_token": torch.zeros(1)}, tmp_path / "metadata", {"model_config": "{"})
     for path, words in (
         (tmp_path / "nothing", "does not exist"),
-        (tmp_path / "folder", "there is no checkpoint in"),
-        (tmp_path / "text", "holds no weights: a run, a folder"),
+        (tmp_path / "folder", "no checkpoint"),
+        (tmp_path / "text", "holds no weights"),
         (tmp_path / "empty", "holds no weights"),
         (damaged, "damaged' cannot be read"),
         (cut, "cut' cannot be read"),
         (tmp_path / "metadata", "the metadata of .* cannot be read"),
-        (save([1, 2], "list"), "holds a list, but a state dict is expected"),
-        (
-            save({"weight": torch.zeros(2)}, "other"),
-            r"does not hold a MuM: none of .* is among its keys \(weight\)",
-        ),
-        (save({"model": Custom()}, "custom"), r"holds test_load_pretrained.Custom beside tensors"),
+        (save([1, 2], "list"), "holds a list"),
+        (save({"weight": torch.zeros(2)}, "other"), r"does not hold a MuM.*\(weight\)"),
+        (save({"model": Custom()}, "custom"), r"test_load_pretrained.Custom"),
     ):
         with pytest.raises(WeightsError, match=words) as caught:
             fastmum.load_pretrained(path)
