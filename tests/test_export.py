@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from fastmum import PRESETS, MuM
+from fastmum import PRESETS, MuM, load_pretrained
+from fastmum.config.schema import OptimSection
 from fastmum.engine.checkpoint import Checkpoints
+from fastmum.engine.optimizer import build_optimizer
 from fastmum.export import FORMATS, export, released_state
 from fastmum.export.__main__ import main
 from fastmum.model.encoder import Encoder
@@ -18,10 +19,10 @@ from fastmum.pretrained import WeightsError
 
 @pytest.fixture
 def run(tmp_path, tiny):
-    """A run with checkpoints of the steps 3 and 7, whose weights are those of `tiny`."""
+    """A run with checkpoints of the steps 3 and 7, whose weights are those of `tiny`, as training saves them."""
     folder = tmp_path / "run"
     writer = Checkpoints(folder / "checkpoints", keep=2)
-    state = {f"model.{name}": parameter.detach() for name, parameter in tiny.named_parameters()}
+    state = build_optimizer(tiny, OptimSection()).state()
     for step in (3, 7):
         writer.save(step, state, {"model_config": dataclasses.asdict(tiny.config)})
     writer.close()
@@ -54,25 +55,23 @@ def test_a_run_a_folder_of_checkpoints_or_one(run, tiny, where, capsys):
     assert all(tensor.is_contiguous() for tensor in weights.values())
 
 
-def test_the_encoder_only(run, tiny):
-    file = export(run, "released", encoder_only=True).file
-    assert file == run / "mum_0000007_encoder.pth"
-    weights = torch.load(file, weights_only=True)
-    assert weights["rope_embed.periods"].dtype == torch.bfloat16
-    encoder = Encoder(tiny.config)
-    encoder.load_state_dict(weights)
-    assert torch.equal(encoder.blocks[1].mlp.fc2.weight, tiny.blocks[1].mlp.fc2.weight)
-
-
-@pytest.mark.parametrize("encoder_only", [False, True])
-def test_safetensors_have_the_sizes_of_their_model(run, tiny, tmp_path, encoder_only):
-    out = tmp_path / "new/weights.safetensors"
-    assert export(run, "safetensors", out, encoder_only).file == out
-    with safe_open(out, "pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["model_config"]) == dataclasses.asdict(tiny.config)
-    assert metadata["step"] == "7"
-    (Encoder if encoder_only else MuM)(tiny.config).load_state_dict(load_file(out))
+@pytest.mark.parametrize(("name", "encoder_only"), [("released", True), ("safetensors", False), ("safetensors", True)])
+def test_exports_load(run, tiny, tmp_path, name, encoder_only):
+    out = None if name == "released" else tmp_path / "new/weights"
+    file = export(run, name, out, encoder_only).file
+    assert file == (out or run / "mum_0000007_encoder.pth")
+    if name == "released":
+        assert torch.load(file, weights_only=True)["rope_embed.periods"].dtype == torch.bfloat16
+    else:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        assert json.loads(metadata["model_config"]) == dataclasses.asdict(tiny.config)
+        assert metadata["step"] == "7"
+    model = load_pretrained(file, rope_dtype="float32")
+    assert type(model) is (Encoder if encoder_only else MuM)
+    assert (model.config.num_heads, model.config.norm_eps) == (tiny.config.num_heads, tiny.config.norm_eps)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tiny.state_dict()[key]), key
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,28 +61,23 @@ def _parser() -> argparse.ArgumentParser:
 def _size(text: str) -> tuple[int, int] | None:
     if text == "native":
         return None
-    try:
-        sides = [int(side) for side in text.lower().split("x")]
-        height, width = sides * 2 if len(sides) == 1 else sides
-    except ValueError:
-        raise FeaturesError(f"--size is '{text}', but must be native, a number of pixels, or HEIGHTxWIDTH") from None
-    return height, width
+    sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text.lower())
+    if sides is None:
+        raise FeaturesError(f"--size is '{text}', but must be native, a number of pixels, or HEIGHTxWIDTH")
+    return int(sides[1]), int(sides[2] or sides[1])
 
 
 def _layers(text: str | None, depth: int) -> int | list[int] | None:
     if text is None:
         return None
-    try:
-        layers = [int(number) for number in text.split(",") if number] if "," in text else int(text)
-    except ValueError:
-        raise FeaturesError(f"--layers is '{text}', but must be a number of blocks, or blocks such as 5,11") from None
-    if isinstance(layers, int):
-        if not 1 <= layers <= depth:
-            raise FeaturesError(f"--layers is {text}, but the encoder has {depth} blocks: 1 to {depth}")
-        return layers
-    if not layers or not all(0 <= number < depth for number in layers):
-        raise FeaturesError(f"--layers is {text}, but the encoder's blocks are 0 to {depth - 1}")
-    return sorted(set(layers))
+    if re.fullmatch(r"\d+", text) and 1 <= int(text) <= depth:
+        return int(text)
+    layers = (
+        sorted({int(number) for number in text.split(",") if number}) if re.fullmatch(r"[\d,]*,[\d,]*", text) else []
+    )
+    if not layers or layers[-1] >= depth:
+        raise FeaturesError(f"--layers is '{text}', but must be a number, 1 to {depth}, or blocks, 0 to {depth - 1}")
+    return layers
 
 
 def _run(args: argparse.Namespace) -> None:
