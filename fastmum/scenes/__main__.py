@@ -13,34 +13,22 @@ from fastmum.errors import run_command
 from fastmum.scenes.cache import ScenesError, Settings, cached_folder, render_missing, scene_dirs
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
         prog="python -m fastmum.scenes",
         description="Render the embedded scenes: rooms and courtyards with pose, intrinsics and depth for every view. "
         "Scenes that exist are kept.",
     )
-    p.add_argument("--count", type=int, default=20, metavar="N", help="number of scenes (default %(default)s)")
-    p.add_argument("--views", type=int, default=24, metavar="V", help="views per scene (default %(default)s)")
-    p.add_argument("--size", type=int, default=256, metavar="P", help="side of a view in pixels (default %(default)s)")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="of rooms and paths (default %(default)s)")
-    p.add_argument(
-        "--out", type=Path, metavar="DIR",
-        help="folder for scene_0000, ... (default: a folder in $FASTMUM_CACHE or the user's cache)",
-    )  # fmt: skip
-    p.add_argument(
-        "--workers", type=int, metavar="W",
-        help="processes; 0 renders in this one (default: one per core, at most 8)",
-    )  # fmt: skip
-    p.add_argument(
-        "--contact-sheet", type=Path, metavar="FILE", help="also write an image with a row of 6 views for each scene"
-    )
-    return p
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    args = parser().parse_args(argv)
+    add = parser.add_argument
+    add("--count", type=int, default=20, metavar="N", help="number of scenes (default %(default)s)")
+    add("--views", type=int, default=24, metavar="V", help="views per scene (default %(default)s)")
+    add("--size", type=int, default=256, metavar="P", help="side of a view in pixels (default %(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of rooms and paths (default %(default)s)")
+    add("--out", type=Path, metavar="DIR", help="default: a folder in $FASTMUM_CACHE or the user's cache")
+    add("--workers", type=int, metavar="W", help="processes; 0: this one (default: one per core, at most 8)")
+    add("--contact-sheet", type=Path, metavar="FILE", help="also write an image with a row of 6 views for each scene")
+    args = parser.parse_args(argv)
     return run_command(lambda: _run(args), interrupted="stopped; finished scenes are kept")
 
 

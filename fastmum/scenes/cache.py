@@ -26,7 +26,7 @@ class ScenesError(FastmumError):
 
 
 class Settings(NamedTuple):
-    """What determines the bytes of a scene, apart from its index."""
+    """With the index of a scene, these determine its bytes."""
 
     seed: int
     views: int
@@ -37,21 +37,17 @@ def ensure_scenes(
     count: int = 20, views: int = 24, size: int = 256, seed: int = 0, cache_dir: Path | None = None,
     workers: int | None = None, progress: bool = True,
 ) -> Path:  # fmt: skip
-    """Render the embedded scenes that the cache lacks.
+    """Render the embedded scenes that the cache lacks and return their folder.
 
     Scene i has the same bytes for all values of `count` and `workers`.
 
     Args:
         count: number of scenes; the folder may hold more (see `scene_dirs`).
-        views: views per scene.
-        size: side of a view in pixels, at least 16.
+        views, size: views per scene, and their side in pixels, at least 16.
         seed: chooses rooms and camera paths; not negative.
         cache_dir: default: $FASTMUM_CACHE, else the user's cache folder.
         workers: processes; 0 or 1 renders in this process; None: one per core, at most 8.
         progress: show a progress bar.
-
-    Returns:
-        The folder of scene_0000, scene_0001, ...
 
     Raises:
         ScenesError: an argument is out of range, the folder cannot be written, scikit-image's photographs are missing,

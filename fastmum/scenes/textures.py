@@ -156,7 +156,6 @@ def wood(rng: np.random.Generator, face: Face, a: Colour, b: Colour, plank: floa
 
 
 def marble(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """Marble with veins, the level lines of noise."""
     cloud, bend = noise(rng, "cloud", face.h, face.w), noise(rng, "rough", face.h, face.w)
     veins = np.abs(cloud * np.float32(1.3) + bend * np.float32(0.22) + np.float32(rng.uniform(-0.4, 0.4)))
     fine = np.abs(noise(rng, "cloud", face.h, face.w) * np.float32(2.0) + bend * np.float32(0.3))
@@ -234,7 +233,6 @@ def ground(rng: np.random.Generator, face: Face, a: Colour, b: Colour, name: str
 
 
 def leaves(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """Clipped foliage: clumps of light and dark green."""
     clump = noise(rng, "rough", face.h, face.w)
     tone = 1 + clump * np.float32(0.13) + noise(rng, "cloud", face.h, face.w) * np.float32(0.10)
     return blend(flat(a, tone), flat(b, tone), step(clump, -1.2, 2.2))
@@ -265,26 +263,22 @@ def picture(rng: np.random.Generator, face: Face, a: Colour, b: Colour, border: 
         print_CHW *= rng.uniform(0.8, 1.15, 3).astype(np.float32)[:, None, None]
     else:
         print_CHW = blend(column(a) * np.float32(0.45), column(shade(rng, rng.random(), 0.15, 0.9)), print_CHW)
-    edge = to_edge(face)
     frame = flat(b, 1 + noise(rng, "rough", face.h, face.w) * np.float32(0.06))
-    mat_width = border * rng.choice([1.0, 2.2])
+    edge, mat_width = to_edge(face), border * rng.choice([1.0, 2.2])
     return np.where(edge < border, frame, np.where(edge < mat_width, np.float32(0.8), print_CHW))
 
 
 def art(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """An abstract print: bands of colour along the level lines of noise."""
     cloud = noise(rng, "cloud", face.h, face.w) + noise(rng, "rough", face.h, face.w) * np.float32(0.12)
     hue = colorsys.rgb_to_hsv(*a)[0]
     colours = [a, b, *(shade(rng, hue + rng.normal(0, 0.1), 0.3, rng.uniform(0.3, 0.85), 0.1) for _ in range(3))]
     out = flat(colours[0], np.ones_like(cloud))
-    levels = np.quantile(cloud, np.sort(rng.uniform(0.1, 0.9, len(colours) - 1)))
-    for level, colour in zip(levels, colours[1:], strict=True):
+    for level, colour in zip(np.quantile(cloud, np.sort(rng.uniform(0.1, 0.9, 4))), colours[1:], strict=True):
         out = blend(out, column(colour), step(cloud, level - 0.06, level + 0.06))
     return out
 
 
 def books(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """A row of spines with bands and titles."""
     out = np.empty((3, face.h, face.w), np.float32)
     left, hue = 0, colorsys.rgb_to_hsv(*a)[0]
     while left < face.w:
