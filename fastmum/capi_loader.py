@@ -1,7 +1,6 @@
 """Models of fastmum for the evaluations of facebookresearch/capi, which import the file that `model_path` names.
 
-From a checkout of CAPI, in an environment where fastmum is installed; `python -m fastmum.capi_loader` prints where
-this file lies:
+From a checkout of CAPI, in an environment with fastmum; `python -m fastmum.capi_loader` prints the path of this file:
 
     python eval_segmentation.py model_path=$(python -m fastmum.capi_loader) \
         model_loader_kwargs.pretrained_weights=runs/mine output_dir=out train_dataset_name=... test_dataset_name=...
@@ -13,24 +12,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastmum.engine.device import pick_device
 from fastmum.model.encoder import Encoder
 from fastmum.pretrained import WeightsError, load_pretrained
-from fastmum.pretrained.device import pick_device
 
 
 class VisionEncoder(nn.Module):
-    """An encoder with the interface that CAPI expects.
-
-    Attributes:
-        patch_size: side of a patch in pixels.
-        embed_dim: width of a token.
-    """
+    """An encoder with CAPI's interface: `patch_size` in pixels, `embed_dim`, and `forward`."""
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.encoder = encoder
-        self.patch_size = encoder.config.patch_size
-        self.embed_dim = encoder.config.embed_dim
+        self.patch_size, self.embed_dim = encoder.config.patch_size, encoder.config.embed_dim
 
     def forward(self, images: Tensor) -> tuple[Tensor, None, Tensor]:
         """Normalised images (B, 3, H, W) -> normed CLS (B, D), no registers, normed patches (B, H / p, W / p, D)."""
@@ -40,22 +33,20 @@ class VisionEncoder(nn.Module):
 
 
 def __model_loader__(pretrained_weights: str, device: str | None = None, **overrides: Any) -> VisionEncoder:  # noqa: N807
-    """The function that CAPI calls with its `model_loader_kwargs`.
+    """The function that CAPI calls with its `model_loader_kwargs`; returns the encoder in eval mode.
 
     Args:
-        pretrained_weights: whatever `fastmum.load_pretrained` reads.
-        device: default: the GPU where there is one.
-        overrides: of `fastmum.load_pretrained`, without encoder_only.
-
-    Returns:
-        The encoder in eval mode, on the device.
+        pretrained_weights: anything that `fastmum.load_pretrained` reads.
+        device: default: the GPU if there is one.
+        overrides: of `fastmum.load_pretrained`, without encoder_only, which is always True.
 
     Raises:
-        WeightsError: as `fastmum.load_pretrained`; encoder_only, which is always True here, or no such device.
+        WeightsError: as `fastmum.load_pretrained`, or encoder_only.
+        ConfigError: there is no such device.
     """
     if "encoder_only" in overrides:
-        raise WeightsError("model_loader_kwargs.encoder_only cannot be set: CAPI evaluates the encoder, always alone")
-    where = pick_device(str(device or "auto"), "model_loader_kwargs.device")
+        raise WeightsError("model_loader_kwargs.encoder_only cannot be set: CAPI only evaluates the encoder")
+    where = pick_device(str(device or "auto"), key="model_loader_kwargs.device")
     encoder = load_pretrained(pretrained_weights, encoder_only=True, device=where, **overrides)
     return VisionEncoder(encoder).eval()
 

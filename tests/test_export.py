@@ -1,17 +1,20 @@
+"""`python -m fastmum.export`: the formats that hold weights, of runs as training saves them."""
+
 import dataclasses
 import json
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
-from fastmum import PRESETS, MuM
+from fastmum import PRESETS, MuM, load_pretrained
 from fastmum.config.schema import OptimSection
 from fastmum.engine.checkpoint import Checkpoints
 from fastmum.engine.optimizer import build_optimizer
-from fastmum.export import FORMATS, export, main, released_state
+from fastmum.export import FORMATS, export, released_state
+from fastmum.export.__main__ import main
 from fastmum.model.encoder import Encoder
+from fastmum.pretrained import WeightsError
 
 
 @pytest.fixture
@@ -26,15 +29,15 @@ def run(tmp_path, tiny):
     return folder
 
 
-def shapes_and_dtypes(state):
-    return {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in state.items()}
-
-
-def test_the_released_layout_to_the_letter(shared):
+def test_the_released_layout(shared):
     released = json.loads((shared / "parity/official_state_dict_shapes.json").read_text())
     config = PRESETS["mum_vitl16_released"]
     with torch.device("meta"):
         whole, encoder = MuM(config).state_dict(), Encoder(config).state_dict()
+
+    def shapes_and_dtypes(state):
+        return {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in state.items()}
+
     expected = {name: [shape, "torch.float32"] for name, shape in released["MuM_ViTLarge_BaseDecoder.pth"].items()}
     assert shapes_and_dtypes(released_state(whole, encoder_only=False)) == expected
     assert shapes_and_dtypes(released_state(encoder, encoder_only=True)) == released["MuM_ViTLarge.pth"]
@@ -44,117 +47,125 @@ def test_the_released_layout_to_the_letter(shared):
 def test_a_run_a_folder_of_checkpoints_or_one(run, tiny, where, capsys):
     assert main([str(run / where)]) == 0
     file = run / "mum_0000007.pth"
-    parameters = sum(p.numel() for p in tiny.parameters())
-    assert capsys.readouterr().out == (
-        f"{file}: {parameters / 1e6:.1f} M parameters in {len(tiny.state_dict())} tensors, of step 7 "
-        f"({run}/checkpoints/step_0000007)\n"
-    )
+    out = capsys.readouterr().out
+    assert all(word in out for word in (str(file), f"{len(tiny.state_dict())} tensors", "step_0000007"))
     weights = torch.load(file, weights_only=True)
     assert list(weights) == list(tiny.state_dict())
     torch.testing.assert_close(weights, dict(tiny.state_dict()), rtol=0, atol=0)
     assert all(tensor.is_contiguous() for tensor in weights.values())
 
 
-def test_the_encoder_alone(run, tiny):
-    file = export(run, "released", encoder_only=True).file
-    assert file == run / "mum_0000007_encoder.pth"
-    weights = torch.load(file, weights_only=True)
-    assert weights["rope_embed.periods"].dtype == torch.bfloat16
-    encoder = Encoder(tiny.config)
-    encoder.load_state_dict(weights)
-    assert torch.equal(encoder.blocks[1].mlp.fc2.weight, tiny.blocks[1].mlp.fc2.weight)
+@pytest.mark.parametrize(("name", "encoder_only"), [("released", True), ("safetensors", False), ("safetensors", True)])
+def test_exports_load(run, tiny, tmp_path, name, encoder_only):
+    out = None if name == "released" else tmp_path / "new/weights"
+    file = export(run, name, out, encoder_only).file
+    assert file == (out or run / "mum_0000007_encoder.pth")
+    if name == "released":
+        assert torch.load(file, weights_only=True)["rope_embed.periods"].dtype == torch.bfloat16
+    else:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        assert json.loads(metadata["model_config"]) == dataclasses.asdict(tiny.config)
+        assert metadata["step"] == "7"
+    model = load_pretrained(file, rope_dtype="float32")
+    assert type(model) is (Encoder if encoder_only else MuM)
+    assert (model.config.num_heads, model.config.norm_eps) == (tiny.config.num_heads, tiny.config.norm_eps)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, tiny.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("encoder_only", [False, True])
-def test_safetensors_say_the_sizes_of_their_model(run, tiny, tmp_path, encoder_only):
-    out = tmp_path / "new/weights.safetensors"
-    assert export(run, "safetensors", out, encoder_only).file == out
-    with safe_open(out, "pt") as file:
-        metadata = file.metadata()
-    assert json.loads(metadata["model_config"]) == dataclasses.asdict(tiny.config)
-    assert metadata["step"] == "7"
-    (Encoder if encoder_only else MuM)(tiny.config).load_state_dict(load_file(out))
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, caplog):
-    (run / "checkpoints/step_0000007/.metadata").write_bytes(b"")
-    assert export(run).about.step == 3
-    assert "the one before is tried" in caplog.text
-
-
-def test_what_is_there_stays_unless_told_otherwise(run, capsys):
-    file = run / "mum_0000007.pth"
-    file.write_bytes(b"precious")
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys, caplog):
+    newest = run / "checkpoints/step_0000007"
+    (newest / ".metadata").write_bytes(b"")
+    assert export(run).source.step == 3
+    assert newest.name in caplog.text
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / ".metadata").unlink()
     assert main([str(run)]) == 2
-    assert (
-        capsys.readouterr().err == f"error: '{file}' is there already; --force replaces it, --out names another file\n"
-    )
-    assert file.read_bytes() == b"precious"
-    assert main([str(run), "--force"]) == 0
-    assert file.stat().st_size > 100_000
+    assert f"no checkpoint in '{run}'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "name", ["released", "safetensors", "hf", pytest.param("onnx", marks=pytest.mark.exhaustive)], ids=list(FORMATS)
 )
-def test_what_fails_leaves_what_was_there(run, name, monkeypatch, capsys):
+def test_failures_keep_the_existing_file(run, name, monkeypatch, capsys):
     file = run / f"mum_0000007{FORMATS[name].suffix}"
     file.write_bytes(b"precious")
+    assert main([str(run), "--format", name]) == 2
+    assert "--force" in capsys.readouterr().err
 
     def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", no_space)
-    assert main([str(run), "--format", name, "--force"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", no_space)
+        assert main([str(run), "--format", name, "--force"]) == 2
     assert capsys.readouterr().err == f"error: '{file}' cannot be written (No space left on device)\n"
     assert file.read_bytes() == b"precious"
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", file.name]
+    if name == "released":
+        assert main([str(run), "--format", name, "--force"]) == 0
+        assert file.stat().st_size > 100_000
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, message in (
         ([str(tmp_path / "nothing")], f"'{tmp_path}/nothing' does not exist"),
-        ([str(tmp_path / "empty")], f"there is no checkpoint in '{tmp_path}/empty'"),
-        ([str(run), "--format", "none"], f"the format is 'none', but must be one of {', '.join(FORMATS)}"),
-        ([str(run), "--out", str(run)], f"--out is '{run}', but that is a folder; name a file"),
-        (
-            [str(run), "--set", "encoder_only=1"],
-            "--set is 'encoder_only=1', but encoder_only has a flag of its own: --encoder-only",
-        ),
-        ([str(run), "--set", "norm_eps=[1"], "--set is 'norm_eps=[1', but the value cannot be read as YAML"),
-        ([str(run), "--out", "/proc/none/a.pth"], "'/proc/none/a.pth' cannot be written (No such file or directory)"),
+        ([str(tmp_path / "empty")], f"no checkpoint in '{tmp_path}/empty'"),
+        ([str(run), "--format", "none"], ", ".join(FORMATS)),
+        ([str(run), "--out", str(run)], f"--out is '{run}'"),
+        ([str(run), "--set", "encoder_only=1"], "--encoder-only"),
+        ([str(run), "--set", "ema=on"], "--ema"),
+        ([str(run), "--ema", "on"], "no EMA weights"),
+        ([str(run), "--set", "norm_eps=[1"], "--set is 'norm_eps=[1'"),
+        ([str(run), "--out", "/proc/none/a.pth"], "'/proc/none/a.pth' cannot be written"),
+        ([str(run), "--set", "force=1"], "unknown override 'force'"),
     ):
         assert main(words) == 2
-        assert capsys.readouterr().err == f"error: {message}\n"
-    assert main([str(run), "--set", "force=1"]) == 2
-    assert capsys.readouterr().err.startswith("error: unknown override 'force'; ")
-    for checkpoint in (run / "checkpoints").iterdir():
-        (checkpoint / ".metadata").unlink()
-    assert main([str(run)]) == 2
-    assert capsys.readouterr().err.endswith(f"error: no checkpoint in '{run}' can be read\n")
-
-
-def test_a_checkpoint_of_something_else(tmp_path, tiny):
-    writer = Checkpoints(tmp_path, keep=1)
-    whole = {f"model.{name}": tensor for name, tensor in tiny.state_dict().items()}
-    for step, state, config, message in (
-        (1, {"model.weight": torch.zeros(3)}, {}, "does not hold a MuM: none of cls_token"),
-        (2, whole, {"depth": 0}, "does not hold a MuM of possible sizes .depth is 0"),
-        (
-            3, whole | {"model.cls_token": torch.zeros(1, 1, 31)}, dataclasses.asdict(tiny.config),
-            r"does not hold the model that it names: .* cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)",
-        ),
-    ):  # fmt: skip
-        writer.save(step, state, {"model_config": config})
-        writer.wait()
-        with pytest.raises(RuntimeError, match=message):
-            export(tmp_path)
-
-
-def test_help_lists_the_formats(capsys):
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
     assert all(f"{name} " in text for name in FORMATS)
-    assert "RUN" in text
+
+
+def test_ema_weights(tmp_path, tiny, capsys, caplog):
+    """A checkpoint with averages of all parameters but a frozen one, which keeps its value."""
+    parameters = {name: p.detach() for name, p in tiny.named_parameters()}
+    state = {f"model.{name}": p for name, p in parameters.items()}
+    state |= {f"ema.{name}": p + 1 for name, p in parameters.items() if name != "cls_token"}
+    writer = Checkpoints(tmp_path / "checkpoints", keep=1)
+    writer.save(7, state, {"task": "mum", "model_config": dataclasses.asdict(tiny.config)})
+    writer.close()
+    for word, ema in (("auto", True), ("on", True), ("off", False)):
+        caplog.clear()
+        with caplog.at_level("INFO", "fastmum"):
+            assert main([str(tmp_path), "--ema", word, "--force"]) == 0
+        out = capsys.readouterr().out
+        assert ("EMA" in out, "EMA" in caplog.text) == (ema, ema)
+        weights = torch.load(tmp_path / "mum_0000007.pth", weights_only=True)
+        for name, parameter in parameters.items():
+            assert torch.equal(weights[name], parameter + (ema and name != "cls_token")), name
+
+
+def test_checkpoints_of_something_else(tmp_path, tiny):
+    writer = Checkpoints(tmp_path, keep=1)
+    state, config = {f"model.{n}": tensor for n, tensor in tiny.state_dict().items()}, dataclasses.asdict(tiny.config)
+    for step, (tensors, values, message) in enumerate((
+        ({"model.weight": torch.zeros(3)}, {"model_config": {}}, "does not hold a MuM"),
+        ({"model.encoder.weight": torch.zeros(3)}, {"task": "depth", "model_config": {"depth": 2}}, "task 'depth'"),
+        (state, {"model_config": config | {"heads": 3}}, "one of a MuM is expected"),
+        (state, {"model_config": {"depth": 0}}, "depth is 0"),
+        (
+            state | {"model.cls_token": torch.zeros(1, 1, 31)}, {"model_config": config},
+            r"cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)",
+        ),
+    )):  # fmt: skip
+        writer.save(step + 1, tensors, values)
+        writer.wait()
+        with pytest.raises(WeightsError, match=message):
+            export(tmp_path)

@@ -31,18 +31,20 @@ def pick_precision(name: str, device: torch.device) -> str:
     return name if name != "auto" else "fp32" if slow else "bf16"
 
 
-def pick_device(name: str, launch: LaunchInfo) -> torch.device:
-    """Resolve `train.device`; with several processes on a machine each gets a separate GPU.
+def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.device") -> torch.device:
+    """The device of a name; with several processes on a machine each gets a separate GPU.
 
     Args:
         name: auto, cpu, cuda or cuda:N.
-        launch: of the process.
+        launch: of the process; None: a single process.
+        key: names the option in messages.
 
     Raises:
         ConfigError: no such device, or fewer than processes.
     """
+    launch = launch or LaunchInfo()
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise ConfigError(f"train.device is '{name}', but must be auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"{key} is '{name}', but must be auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if name == "auto":
         name = "cuda" if count else "cpu"
@@ -51,12 +53,12 @@ def pick_device(name: str, launch: LaunchInfo) -> torch.device:
         return device
     if launch.size > 1:
         if device.index is not None:
-            raise ConfigError(f"train.device is '{name}', but several processes need one GPU each: use cuda")
+            raise ConfigError(f"{key} is '{name}', but several processes need one GPU each: use cuda")
         # srun may show each task only its own GPU.
         device = torch.device("cuda", launch.local_rank if count > 1 else 0)
     if (device.index or 0) >= count:
         process = f", and this is process {launch.local_rank} of {launch.local_size} on its machine"
         raise ConfigError(
-            f"train.device is '{name}', but torch sees {count} CUDA devices{process if launch.size > 1 else ''}"
+            f"{key} is '{name}', but torch sees {count} CUDA devices{process if launch.size > 1 else ''}"
         )
     return device

@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 import fastmum
 from fastmum.data.errors import DataError
+from fastmum.engine.device import pick_device
+from fastmum.errors import FastmumError
 from fastmum.evaluate.arguments import check, make_parser, probe_settings, view_settings
 from fastmum.evaluate.attention import evaluate_attention
 from fastmum.evaluate.cosine import evaluate_cosine
@@ -32,8 +34,6 @@ from fastmum.evaluate.table import table
 from fastmum.evaluate.views import evaluate_views, shown, some_targets
 from fastmum.evaluate.weights import Weights, load_weights
 from fastmum.pretrained.arguments import parse_overrides
-from fastmum.pretrained.device import pick_device
-from fastmum.pretrained.errors import WeightsError
 
 REMEDIES = {
     "matching": "lower --batch or --size, or the number of --learning-rates",
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")
     try:
         _run(args)
-    except (DataError, WeightsError, FloatingPointError) as error:
+    except (DataError, FastmumError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError:
@@ -72,7 +72,7 @@ def _run(args: Namespace) -> None:
     make_folder(out)
     read(out)  # what is there must be readable when the page is made
     overrides = parse_overrides(args.overrides, {"device": "--device"})
-    weights = load_weights(args.weights, args.name, pick_device(args.device), overrides, args.seed)
+    weights = load_weights(args.weights, args.name, pick_device(args.device, key="--device"), overrides, args.seed)
     if args.size is not None:
         check_size(weights.model, args.size)
     found = EVALUATIONS[args.task](args, weights)

@@ -1,7 +1,58 @@
-"""`python -m fastmum.export`."""
+"""The command line: `python -m fastmum.export RUN`."""
 
+from __future__ import annotations
+
+import argparse
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from fastmum.export.command import main
+from fastmum.errors import run_command
+from fastmum.export.formats import FORMATS, export
+from fastmum.pretrained.arguments import add_overrides, parse_overrides
 
-sys.exit(main())
+
+def _parser() -> argparse.ArgumentParser:
+    formats = "\n".join(f"  {name:13}{kind.meaning} ({kind.suffix})" for name, kind in FORMATS.items())
+    parser = argparse.ArgumentParser(
+        prog="python -m fastmum.export",
+        description="Export weights: of a run's newest whole checkpoint, or of anything that load_pretrained reads.",
+        epilog=f"formats:\n{formats}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run, a folder of checkpoints, a checkpoint, or a file of weights")
+    add("--format", metavar="NAME", default="released", help="see below (default %(default)s)")
+    add(
+        "--out", type=Path, metavar="FILE",
+        help="default: mum_<step><suffix> in the run's folder, or next to the file of weights under its name",
+    )  # fmt: skip
+    add("--encoder-only", action="store_true", help="without the decoder, as for features")
+    add(
+        "--ema", choices=("auto", "on", "off"), default="auto",
+        help="export a checkpoint's EMA weights; auto: if it has them (default %(default)s)",
+    )  # fmt: skip
+    add("--force", action="store_true", help="replace FILE")
+    add_overrides(parser)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    overrides = parse_overrides(args.overrides, {"encoder_only": "--encoder-only", "ema": "--ema"})
+    done = export(args.run, args.format, args.out, args.encoder_only, args.force, ema=args.ema, **overrides)
+    count = f"{done.parameters:,}" if done.parameters < 1e5 else f"{done.parameters / 1e6:.1f} M"
+    step, path = done.source.step, done.source.path
+    source = f"of '{path}'" if step is None else f"of step {step} ({path})"
+    ema = ", EMA weights" if done.source.ema else ""
+    agreement = f"; {done.agreement}" if done.agreement else ""
+    print(f"{done.file}: {count} parameters in {done.tensors} tensors, {source}{ema}{agreement}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    return run_command(lambda: _run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

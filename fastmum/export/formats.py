@@ -1,152 +1,187 @@
-"""The formats, and what all of them have in common: nothing is replaced unasked, and what is there is whole."""
+"""The formats, and `export`, which replaces existing files only on request and never leaves incomplete ones."""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmum.errors import FastmumError
 from fastmum.export.dinov3_folder import dinov3_features, write_dinov3
-from fastmum.export.errors import ExportError
-from fastmum.export.onnx_file import check_onnx, onnx_features, write_onnx
-from fastmum.export.released import write_released, write_safetensors
+from fastmum.export.onnx_file import onnx_features, write_onnx
+from fastmum.files import atomic_path
 from fastmum.pretrained import Pretrained, build, read_pretrained
 
 log = logging.getLogger(__name__)
 
-# Norm of the features' difference over their norm, by what positions are computed in: sums in another order change
-# features in float32 a little, and now and then round a bfloat16 the other way.
+# Largest ||difference|| / ||features||, by the dtype of positions: another order of sums changes float32 features a
+# little, and sometimes rounds a bfloat16 the other way.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
-class Format(NamedTuple):
-    """A way to write weights.
+class ExportError(FastmumError):
+    """Weights that cannot be exported."""
 
-    Args:
-        suffix: of what is written.
-        meaning: for the help.
-        write: given where, and the weights.
-        folder: whether it writes a folder, else a file.
-        features: of the encoder alone, by another package: patch tokens of images as that reads what was written, and
-            a name and version of it, or None where it is not installed. None: the weights themselves are written.
-        rounds: whether positions in bfloat16 can be told.
-        check: looks for packages that writing needs.
-    """
+
+def released_state(weights: Mapping[str, Tensor], encoder_only: bool) -> dict[str, Tensor]:
+    """Weights in the dtypes of the released files: float32, except bfloat16 periods in the encoder-only file."""
+    periods = torch.bfloat16 if encoder_only else torch.float32
+    return {name: t.to(periods if name == "rope_embed.periods" else torch.float32) for name, t in weights.items()}
+
+
+def _write_released(file: Path, source: Pretrained) -> None:
+    with open(file, "wb") as opened:  # torch.save refuses some paths, such as hidden ones without a suffix
+        torch.save(released_state(source.state, source.encoder_only), opened)
+
+
+def _write_safetensors(file: Path, source: Pretrained) -> None:
+    metadata = {"format": "pt", "model_config": json.dumps(dataclasses.asdict(source.config))}
+    if source.step is not None:
+        metadata["step"] = str(source.step)
+    # The dtype of the encoder's periods is that of its positions.
+    dtypes = {"rope_embed.periods": source.rope_dtype}
+    tensors = {n: t.to(dtypes.get(n, torch.float32)).contiguous() for n, t in source.state.items()}
+    save_file(tensors, file, metadata)
+
+
+class Format(NamedTuple):
+    """An export format."""
 
     suffix: str
-    meaning: str
+    meaning: str  # for the help
     write: Callable[[Path, Pretrained], None]
-    folder: bool = False
+    folder: bool = False  # it writes a folder
+    # Name and version of a package, and its patch tokens of images from the written file; returns None if it is not
+    # installed. Formats without this hold all weights, the others only the encoder.
     features: Callable[[Path, Tensor], tuple[str, Tensor] | None] | None = None
-    rounds: bool = True
-    check: Callable[[], None] = lambda: None
+    bfloat16_positions: bool = True  # the format can express them
+    packages: tuple[str, ...] = ()  # for writing, from the extra of the format's name
 
 
 FORMATS = {
-    "released": Format(".pth", "a state dict by torch.save, as the released checkpoints", write_released),
+    "released": Format(".pth", "a state dict by torch.save, as the released checkpoints", _write_released),
     "safetensors": Format(
-        ".safetensors", "float32, the model's sizes as JSON in the metadata key model_config", write_safetensors
+        ".safetensors", "float32, with the model's sizes as JSON in the metadata key model_config", _write_safetensors
     ),
     "hf": Format(
         "_hf", "the encoder as a folder for DINOv3ViTModel.from_pretrained of transformers",
-        write_dinov3, folder=True, features=dinov3_features, rounds=False,
+        write_dinov3, folder=True, features=dinov3_features, bfloat16_positions=False,
     ),
     "onnx": Format(
         ".onnx", "the encoder's features, any number of images of any size",
-        write_onnx, features=onnx_features, check=check_onnx,
+        write_onnx, features=onnx_features, packages=("onnx", "onnxscript"),
     ),
 }  # fmt: skip
-
-
 ALIASES = {"transformers": "hf", "huggingface": "hf"}
 
 
 class Exported(NamedTuple):
-    """What was written.
+    """What was written."""
 
-    Args:
-        file: where; a folder for some formats.
-        tensors: how many of the model.
-        parameters: how many numbers a training run learns in them.
-        about: the weights that were read.
-        agreement: how its features compare with fastmum's, and by which package; empty where none compared them.
-    """
-
-    file: Path
+    file: Path  # a folder for some formats
     tensors: int
-    parameters: int
-    about: Pretrained
-    agreement: str = ""
+    parameters: int  # learnt values in the tensors
+    source: Pretrained
+    agreement: str = ""  # with the features of another package; empty if there was no comparison
 
 
 def export(
-    run: str | os.PathLike[str],
-    name: str = "released",
-    out: Path | None = None,
-    encoder_only: bool = False,
-    force: bool = False,
-    **overrides: Any,
-) -> Exported:
+    run: str | os.PathLike[str], name: str = "released", out: Path | None = None, encoder_only: bool = False,
+    force: bool = False, **overrides: Any,
+) -> Exported:  # fmt: skip
     """Write weights in another format.
 
     Args:
-        run: a run, whose newest checkpoint that is whole is taken, or whatever `fastmum.load_pretrained` reads.
-        name: of the format, or another that it goes by.
-        out: what to write; None: in the run's folder, named after the step, or beside the file that was read.
-        encoder_only: leave the decoder away; some formats always do.
-        force: replace what is there.
+        run: a run, whose newest whole checkpoint is read, or anything else that `fastmum.load_pretrained` reads.
+        name: a key of `FORMATS` or `ALIASES`.
+        out: default: in the run's folder, named after the step, or next to the file that was read.
+        encoder_only: omit the decoder; some formats always do.
+        force: replace an existing file, or an existing folder of the same format.
         overrides: of `fastmum.load_pretrained`.
 
     Raises:
-        WeightsError: nothing to be read.
-        ExportError: it cannot be written, a package that writing needs is absent, or what was written computes other
-            features.
+        WeightsError: the weights cannot be read.
+        ExportError: the file cannot be written, a package is missing, or the written features are wrong.
     """
     kind = FORMATS.get(ALIASES.get(name, name))
     if kind is None:
         raise ExportError(f"the format is '{name}', but must be one of {', '.join(FORMATS)}")
-    kind.check()
+    for package in kind.packages:
+        if importlib.util.find_spec(package) is None:
+            raise ExportError(f"the format {name} needs {package}: pip install 'fastmum[{name}]'")
     _check_free(out, kind, force)
     if encoder_only or kind.features:
         overrides["encoder_only"] = True
     source = read_pretrained(run, **overrides)
-    if source.rope_dtype != torch.float32 and not kind.rounds:
-        log.warning("positions are computed in float32 there; in '%s' they are in bfloat16", source.path)
+    if source.rope_dtype != torch.float32 and not kind.bfloat16_positions:
+        log.warning("the format computes positions in float32; in '%s' they are bfloat16", source.path)
         source = read_pretrained(run, **{**overrides, "rope_dtype": torch.float32})
     out = out or _default(source, "_encoder" if encoder_only and not kind.features else "", kind.suffix)
     _check_free(out, kind, force)
-    partial = out.with_name(f"{out.name}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)
-        try:
-            kind.write(partial, source)
-            agreement = _compare(partial, kind, source) if kind.features else ""
+        with (_atomic_folder if kind.folder else atomic_path)(out) as partial:
+            with _quiet():
+                kind.write(partial, source)
+                agreement = _compare(partial, kind.features, source) if kind.features else ""
             for file in partial.iterdir() if kind.folder else [partial]:
-                _sync(file)
-            _replace(partial, out)
-        finally:
-            _remove(partial)
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
     except ExportError:
         raise
     except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise ExportError(f"'{out}' cannot be written ({reason})") from error
-    learnt = sum(tensor.numel() for key, tensor in source.state.items() if not key.endswith(".periods"))
-    return Exported(out, len(source.state), learnt, source, agreement)
+    parameters = sum(tensor.numel() for key, tensor in source.state.items() if not key.endswith(".periods"))
+    return Exported(out, len(source.state), parameters, source, agreement)
 
 
-def _compare(written: Path, kind: Format, source: Pretrained) -> str:
-    """How features of noise, as another package computes them from what was written, compare with ours."""
+@contextmanager
+def _atomic_folder(out: Path) -> Iterator[Path]:
+    """`atomic_path` for a folder, which may replace another one."""
+    partial = out.with_name(f".partial-{os.getpid()}-{out.name}")
+    try:
+        yield partial
+        if out.is_dir():
+            shutil.rmtree(out)
+        else:
+            out.unlink(missing_ok=True)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide warnings of other packages, such as about optional ones, and torch's log below errors."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _compare(written: Path, read: Callable[[Path, Tensor], tuple[str, Tensor] | None], source: Pretrained) -> str:
+    """Compare another package's features of noise with ours."""
     side = source.config.patch_size
     images = torch.randn(2, source.config.in_chans, 4 * side, 6 * side, generator=torch.Generator().manual_seed(0))
-    found = kind.features(written, images)
+    found = read(written, images)
     if found is None:
         return ""
     package, theirs = found
@@ -154,50 +189,27 @@ def _compare(written: Path, kind: Format, source: Pretrained) -> str:
         ours = build(source).forward_features(images)["x_norm_patchtokens"]
     difference = ((theirs - ours).norm() / ours.norm()).item()
     if not difference < TOLERANCE[source.rope_dtype]:
-        raise ExportError(f"{package} computes other features from what was written: they differ by {difference:.1e}")
+        raise ExportError(f"{package} computes other features from the written file: they differ by {difference:.1e}")
     return f"features of {package} agree to {difference:.0e}"
 
 
 def _check_free(out: Path | None, kind: Format, force: bool) -> None:
-    if out is None or not out.exists():
+    """Raise ExportError if `out` exists and must not be replaced; an empty folder may be."""
+    if out is None or not out.exists() or (kind.folder and out.is_dir() and not any(out.iterdir())):
         return
     if out.is_dir() and not kind.folder:
         raise ExportError(f"--out is '{out}', but that is a folder; name a file")
-    if out.is_dir() and not any(out.iterdir()):
-        return
     if not force:
-        raise ExportError(f"'{out}' is there already; --force replaces it, --out names another {_what(kind)}")
+        what = "folder" if kind.folder else "file"
+        raise ExportError(f"'{out}' is there already; --force replaces it, --out names another {what}")
     if out.is_dir() and not (out / "config.json").is_file():
         raise ExportError(f"'{out}' is a folder of something else, which --force does not replace; name another")
 
 
-def _what(kind: Format) -> str:
-    return "folder" if kind.folder else "file"
-
-
 def _default(source: Pretrained, part: str, suffix: str) -> Path:
-    """In the folder of a run, named after the step; beside a file, named after it."""
+    """In the folder of a run, named after the step; next to a file, named after it."""
     path = source.path.absolute()
     if source.step is None or path.is_file():
         return source.path.with_name(f"{path.name if path.is_dir() else path.stem}{part}{suffix}")
-    folder = path.parent
-    folder = folder.parent if folder.name == "checkpoints" else folder
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     return folder / f"mum_{source.step:07d}{part}{suffix}"
-
-
-def _sync(file: Path) -> None:
-    with open(file, "rb+") as opened:
-        os.fsync(opened.fileno())
-
-
-def _replace(partial: Path, out: Path) -> None:
-    if partial.is_dir():
-        _remove(out)  # a folder replaces an empty one only
-    partial.replace(out)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

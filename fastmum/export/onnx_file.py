@@ -1,58 +1,93 @@
-"""ONNX: the encoder's features as one file, for any number of images of any size."""
+"""ONNX: the encoder's features as one file, for any number of images of any size.
+
+Legend: F frames, L tokens of a frame, P of them patches, D width, h heads, d width of a head.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.export import Dim
 
-from fastmum.export.errors import ExportError
-from fastmum.export.graph import EncoderGraph
-from fastmum.export.quiet import quiet
+from fastmum.model.encoder import Encoder
 from fastmum.pretrained import Pretrained, build
 
-INSTALL = "pip install 'fastmum[onnx]'"
 INPUT, OUTPUTS = "images", ("x_norm_clstoken", "x_norm_patchtokens")
 
 
-def check_onnx() -> None:
-    """Look for what writing needs.
+class EncoderGraph(nn.Module):
+    """An encoder's `forward_features` of normalised images in standard operators, none of `fastmum.kernels`.
 
-    Raises:
-        ExportError: onnx or onnxscript is not installed.
+    Shapes are static except for the number of images and their sides. Positions in bfloat16 are emulated by rounding
+    after every float32 operation, for runtimes without bfloat16 arithmetic.
     """
-    try:
-        import onnx  # noqa: F401 (torch's exporter needs both)
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExportError(f"the format onnx needs {error.name}: {INSTALL}") from None
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(F, 3, H, W) float32, ImageNet-normalised -> normed CLS (F, D) and patch tokens (F, P, D)."""
+        encoder, side = self.encoder, self.encoder.config.patch_size
+        patches = encoder.patch_embed.proj(images).flatten(2).mT
+        x_FLD = torch.cat([encoder.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
+        sin, cos = self._tables(images.shape[2] // side, images.shape[3] // side)
+        block: Any
+        for block in encoder.blocks:
+            x_FLD = x_FLD + self._attend(block.attn, block.norm1(x_FLD), sin, cos)
+            x_FLD = x_FLD + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x_FLD))))
+        x_FLD = encoder.norm(x_FLD)
+        return x_FLD[:, 0], x_FLD[:, 1:]
+
+    def _attend(self, attn: Any, x_FLD: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        qkv = attn.qkv(x_FLD).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q_FhLd, k_FhLd = self._rotate(qkv[:2], sin, cos)
+        return attn.proj(F.scaled_dot_product_attention(q_FhLd, k_FhLd, qkv[2]).transpose(1, 2).flatten(2))
+
+    def _tables(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """As `AxialRope.tables`, with a first row that does not rotate CLS, (L, d) each."""
+        r, periods = self._round, self.encoder.rope_embed.periods.float()
+        y, x = (r(r(r(torch.arange(n) + 0.5) / n) * 2 - 1) for n in (rows, columns))
+        coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)
+        angles = r(r(2 * math.pi * coords[:, :, None]) / periods).flatten(1).tile(2)
+        angles = torch.cat([torch.zeros(1, angles.shape[1]), angles])
+        return r(angles.sin()), r(angles.cos())
+
+    def _rotate(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        r, x = self._round, self._round(x)
+        first, second = x.chunk(2, dim=-1)
+        return r(r(x * cos) + r(torch.cat([-second, first], dim=-1) * sin))
+
+    def _round(self, x: Tensor) -> Tensor:
+        dtype = self.encoder.rope_embed.periods.dtype
+        return x if dtype == torch.float32 else x.to(dtype).float()
 
 
 def write_onnx(file: Path, source: Pretrained) -> None:
-    """Write the graph of `EncoderGraph`, float32, with its weights inside.
+    """Write `EncoderGraph`, float32, with its weights inside.
 
     Input "images" (batch, 3, H, W), ImageNet-normalised, H and W any multiples of the patch size; outputs
     "x_norm_clstoken" (batch, D) and "x_norm_patchtokens" (batch, P, D).
-
-    Raises:
-        OSError: it cannot be written.
     """
     side = source.config.patch_size
-    # No dimension of the example may be 1, or the exporter takes it for a constant.
+    # No dimension of the example may be 1, which the exporter would take for a constant.
     images = torch.zeros(2, source.config.in_chans, 2 * side, 3 * side)
     dynamic = {0: Dim("batch"), 2: side * Dim("rows"), 3: side * Dim("columns")}
-    with quiet():
-        program = torch.onnx.export(
-            EncoderGraph(build(source)).eval(), (images,), dynamo=True, verbose=False, dynamic_shapes=(dynamic,),
-            input_names=[INPUT], output_names=OUTPUTS,
-        )  # fmt: skip
+    program = torch.onnx.export(
+        EncoderGraph(build(source)).eval(), (images,), dynamo=True, verbose=False, dynamic_shapes=(dynamic,),
+        input_names=[INPUT], output_names=OUTPUTS,
+    )  # fmt: skip
+    assert program is not None
     program.save(file, external_data=False)
 
 
 def onnx_features(file: Path, images: Tensor) -> tuple[str, Tensor] | None:
-    """Patch tokens of normalised images by onnxruntime, and its version; None where it is not installed."""
+    """The version of onnxruntime and its patch tokens of normalised images; None if it is not installed."""
     try:
         import onnxruntime
     except ImportError:

@@ -1,11 +1,11 @@
-"""Images of any size on the way to an encoder: which there are, what size each gets, and how it is read."""
+"""Input images: finding files, the size each image gets, and reading it at that size."""
 
 from __future__ import annotations
 
 import glob
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,18 +20,18 @@ from fastmum.data.decode.header import FrameError, read_file, read_header
 from fastmum.data.decode.pillow import rgb
 from fastmum.data.decode.resize import resize
 from fastmum.data.errors import DataError
-from fastmum.features.errors import FeaturesError
+from fastmum.errors import FastmumError
 from fastmum.model.inputs import IMAGENET_MEAN
 
-PADDING = np.array([round(255 * mean) for mean in IMAGENET_MEAN], np.uint8)  # 0 when normalised
+PADDING = np.array([round(255 * mean) for mean in IMAGENET_MEAN], np.uint8)  # 0 after normalisation
+
+
+class FeaturesError(FastmumError):
+    """Features that cannot be computed, written or read."""
 
 
 class Placement(NamedTuple):
-    """Where an image lies in what the encoder sees, in pixels: `height` x `width` of it, at its top left.
-
-    Args:
-        content_height, content_width: that the image is resized to; what is left is padding.
-    """
+    """Pixels of the encoder's input, and of the resized image at its top left; the rest is padding."""
 
     height: int
     width: int
@@ -41,69 +41,54 @@ class Placement(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizing:
-    """How images get sides that the patch size divides.
+    """How images get sides that are multiples of the patch size; FeaturesError if they cannot."""
 
-    Args:
-        multiple: the patch size.
-        size: height and width that all images get; None: each keeps its own as nearly as possible.
-        fit: "resize": to the size, or to the nearest multiples of its own; "pad": the aspect is kept and the rest, at
-            the right and at the bottom, is ImageNet's mean colour.
-        max_side: images that keep their own size are scaled down to this longest side; 0: none.
-
-    Raises:
-        FeaturesError: a size that is no multiple of the patch size.
-    """
-
-    multiple: int
-    size: tuple[int, int] | None = None
-    fit: Literal["resize", "pad"] = "resize"
-    max_side: int = 1024
+    multiple: int  # the patch size
+    size: tuple[int, int] | None = None  # height and width of all images; None: as near as possible to their own
+    fit: Literal["resize", "pad"] = "resize"  # pad: keep the aspect ratio, pad right and bottom with ImageNet's mean
+    max_side: int = 1024  # images that keep their size are scaled down to this longest side; 0: never
 
     def __post_init__(self) -> None:
         if self.size and any(side < 1 or side % self.multiple for side in self.size):
             height, width = self.size
-            raise FeaturesError(f"the size is {height} x {width}, but must be of multiples of {self.multiple}")
+            raise FeaturesError(f"the size is {height} x {width}, but must be multiples of {self.multiple}")
         if self.max_side and self.max_side < self.multiple:
             raise FeaturesError(f"the longest side is at most {self.max_side}, less than a patch of {self.multiple}")
 
     def place(self, height: int, width: int) -> Placement:
-        """What becomes of an image of this height and width."""
+        """The placement of an image of this height and width."""
+        m = self.multiple
         if self.size:
-            scale = min(self.size[0] / height, self.size[1] / width)
-            return self._placed(self.size, (height * scale, width * scale))
-        scale = min(1.0, self.max_side / max(height, width)) if self.max_side else 1.0
-        content = height * scale, width * scale
-        to_whole = round if self.fit == "resize" else math.ceil
-        # Pixels first, so that nothing but whole ones is padded.
-        whole = [round(side) if self.fit == "pad" else side for side in content]
-        return self._placed([max(1, to_whole(side / self.multiple)) * self.multiple for side in whole], content)
-
-    def _placed(self, sides: Sequence[int], content: Sequence[float]) -> Placement:
+            rows, columns = self.size
+            scale = min(rows / height, columns / width)
+            content = height * scale, width * scale
+        else:
+            scale = min(1.0, self.max_side / max(height, width)) if self.max_side else 1.0
+            content = height * scale, width * scale
+            if self.fit == "resize":
+                rows, columns = (max(1, round(side / m)) * m for side in content)
+            else:  # round to pixels first, so that only whole pixels are padded
+                rows, columns = (max(1, math.ceil(round(side) / m)) * m for side in content)
         if self.fit == "resize":
-            return Placement(*sides, *sides)
-        return Placement(*sides, *(min(side, max(1, round(inner))) for side, inner in zip(sides, content, strict=True)))
+            return Placement(rows, columns, rows, columns)
+        inner_rows, inner_columns = (max(1, round(side)) for side in content)
+        return Placement(rows, columns, min(rows, inner_rows), min(columns, inner_columns))
 
 
 @dataclass
 class Images:
-    """Image files, their names, and those that were skipped.
+    """Image files."""
 
-    Args:
-        root: folder that names are relative to.
-        files: what there is.
-        skipped: names of those that cannot be read, and why; filled as that is found out.
-    """
-
-    root: Path
+    root: Path  # folder that names are relative to
     files: list[Path]
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # names of unreadable files, and why; filled during reading
 
     def name(self, file: Path) -> str:
         """Path of a file from the root, with forward slashes."""
         return file.relative_to(self.root).as_posix()
 
     def sizes(self) -> dict[Path, tuple[int, int]]:
-        """Height and width of every upright image, by headers alone; those that have none are skipped."""
+        """Upright height and width of each image from its header; unreadable files are skipped."""
         sizes = {}
         for file in self.files:
             try:
@@ -115,17 +100,17 @@ class Images:
 
 
 def find_images(words: Iterable[str | os.PathLike[str]]) -> Images:
-    """Image files by folders, by their own names, or by patterns such as "scenes/**/*.jpg".
+    """Find images by folders, file names, or patterns such as "scenes/**/*.jpg".
 
-    Of a folder, all images in it are taken, but not those in hidden folders and those of depth, masks and normals.
+    A folder stands for all images below it, except those in hidden folders and in folders of depth, masks and normals.
 
     Raises:
-        FeaturesError: a word that stands for no image.
+        FeaturesError: a word matches no image.
     """
-    words = [os.path.expanduser(word) for word in words]
-    files = list(dict.fromkeys(Path(os.path.abspath(file)) for word in words for file in _found(word)))
-    if len(words) == 1 and os.path.isdir(words[0]):
-        return Images(Path(os.path.abspath(words[0])), files)
+    names = [os.path.expanduser(os.fspath(word)) for word in words]
+    files = list(dict.fromkeys(Path(os.path.abspath(file)) for name in names for file in _found(name)))
+    if len(names) == 1 and os.path.isdir(names[0]):
+        return Images(Path(os.path.abspath(names[0])), files)
     return Images(Path(os.path.commonpath([file.parent for file in files])), files)
 
 
@@ -149,15 +134,10 @@ def _found(word: str) -> list[str]:
 
 
 def read_image(file: Path, placement: Placement) -> np.ndarray:
-    """An image upright, resized and padded, (height, width, 3) uint8 RGB.
-
-    Raises:
-        FrameError: it cannot be decoded.
-    """
+    """An upright image, resized and padded: (height, width, 3) uint8 RGB; FrameError if it cannot be decoded."""
     header = read_header(read_file(file))
-    stored = np.asarray(rgb(header.image))
     image = np.empty((header.height, header.width, 3), np.uint8)
-    place(stored, image, header.orientation, flip=False)
+    place(np.asarray(rgb(header.image)), image, header.orientation, flip=False)
     content = placement.content_height, placement.content_width
     if image.shape[:2] != content:
         image = resize(image, content)

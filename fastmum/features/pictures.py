@@ -1,6 +1,6 @@
-"""Pictures of features: an image beside its patch tokens, whose three main directions are red, green and blue.
+"""An image next to its patch tokens, with the three main directions of the tokens as red, green and blue.
 
-The directions are those of all images together, so that what has one colour in two of them has like features.
+The directions are common to all images, so that equal colours are similar features.
 """
 
 from __future__ import annotations
@@ -16,35 +16,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmum.data.decode.header import FrameError
-from fastmum.features.errors import FeaturesError
-from fastmum.features.extract import Tokens
-from fastmum.features.images import Images, Placement, read_image
+from fastmum.features.images import FeaturesError, Images, read_image
+from fastmum.features.store import Tokens
 
-COLOURS = 3
 SAMPLES = 100_000  # tokens that the directions are computed from
-SPREAD = (0.01, 0.99)  # quantiles that become black and full colour
-GAP = 4  # pixels between the two
+SPREAD = (0.01, 0.99)  # quantiles that become 0 and full intensity
+GAP = 4  # pixels between image and tokens
 
 
 class Basis(NamedTuple):
-    """What turns tokens into colours.
+    """A map from tokens to colours."""
 
-    Args:
-        mean: (D,) of tokens.
-        directions: (D, 3), orthonormal.
-        low, high: (3,) values along them that become 0 and 1.
-    """
-
-    mean: Tensor
-    directions: Tensor
-    low: Tensor
-    high: Tensor
+    mean: Tensor  # (D,)
+    directions: Tensor  # (D, 3), orthonormal
+    low: Tensor  # (3,) projections that become 0
+    high: Tensor  # (3,) projections that become 1
 
     def colours(self, patch: Tensor) -> np.ndarray:
         """Tokens (..., D) -> (..., 3) uint8."""
-        values = (patch.float() - self.mean) @ self.directions
-        shares = (values - self.low) / (self.high - self.low).clamp_min(1e-12)
-        return (shares.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+        values = ((patch.float() - self.mean) @ self.directions - self.low) / (self.high - self.low).clamp_min(1e-12)
+        return (values.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
 def fit_basis(patches: Sequence[Tensor]) -> Basis:
@@ -54,9 +45,9 @@ def fit_basis(patches: Sequence[Tensor]) -> Basis:
     mean = tokens.mean(0)
     centred = tokens - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
-    directions = vectors[:, -COLOURS:].flip(1)
+    directions = vectors[:, -3:].flip(1)
     values = centred @ directions
-    # Of a direction and its opposite, the one along which values reach further.
+    # The sign of a direction is chosen so that the longer tail is positive.
     directions = directions * torch.where(values.amax(0) < -values.amin(0), -1.0, 1.0)
     values = (centred @ directions).numpy()
     low, high = (torch.from_numpy(np.quantile(values, q, axis=0)).float() for q in SPREAD)
@@ -64,46 +55,41 @@ def fit_basis(patches: Sequence[Tensor]) -> Basis:
 
 
 def content(tokens: Tokens, patch_size: int) -> Tensor:
-    """Patch tokens as a map (rows, columns, D), of several layers the last, without those that see padding alone."""
+    """Patch tokens of the last layer as a map (rows, columns, D), without patches that contain only padding."""
     place = tokens.placement
     patch = tokens.patch if tokens.patch.ndim == 2 else tokens.patch[-1]
     grid = patch.unflatten(0, (place.height // patch_size, place.width // patch_size))
     return grid[: -(-place.content_height // patch_size), : -(-place.content_width // patch_size)]
 
 
-def draw(image: np.ndarray, patch: Tensor, placement: Placement, basis: Basis, patch_size: int) -> Image.Image:
-    """An image (H, W, 3) uint8 as the encoder saw it beside its map of tokens (rows, columns, D), without padding."""
-    height, width = placement.content_height, placement.content_width
-    colours = basis.colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)
-    gap = np.full((height, GAP, 3), 255, np.uint8)
-    return Image.fromarray(np.concatenate([image[:height, :width], gap, colours[:height, :width]], axis=1))
-
-
 def write_pictures(
     folder: Path, images: Images, features: Mapping[str, Tokens], patch_size: int, progress: bool = False
 ) -> None:
-    """Draw a picture of every image.
+    """Draw each image as the encoder saw it, without padding, next to its tokens.
 
     Raises:
-        FeaturesError: they cannot be written.
+        FeaturesError: a picture cannot be written.
     """
     maps = {name: content(tokens, patch_size) for name, tokens in features.items()}
     basis = fit_basis(list(maps.values()))
     files = {images.name(file): file for file in images.files}
-    names = _file_names(maps)
+    pictures = _file_names(maps)
     for name, patch in tqdm(maps.items(), unit="image", desc="pictures", disable=not progress):
-        placement = features[name].placement
+        place, file = features[name].placement, folder / pictures[name]
+        height, width = place.content_height, place.content_width
+        colours = basis.colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]
+        gap = np.full((height, GAP, 3), 255, np.uint8)
         try:
-            picture = draw(read_image(files[name], placement), patch, placement, basis, patch_size)
-            (folder / names[name]).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / names[name])
+            image = read_image(files[name], place)[:height, :width]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.concatenate([image, gap, colours], axis=1)).save(file)
         except (OSError, FrameError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise FeaturesError(f"the picture '{folder / names[name]}' cannot be written ({reason})") from error
+            raise FeaturesError(f"the picture '{file}' cannot be written ({reason})") from error
 
 
 def _file_names(names: Iterable[str]) -> dict[str, str]:
-    """a.jpg becomes a.png, or a.jpg.png where there is another a."""
+    """a.jpg becomes a.png, or a.jpg.png if there is another image a."""
     names = list(names)
     short = [str(Path(name).with_suffix(".png")) for name in names]
     return {name: s if short.count(s) == 1 else f"{name}.png" for name, s in zip(names, short, strict=True)}

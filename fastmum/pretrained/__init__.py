@@ -1,4 +1,4 @@
-"""Weights of others and of our own, told apart by what is in them: `load_pretrained`."""
+"""Loading weights of runs, exports, released files and transformers, detected by content: `load_pretrained`."""
 
 from fastmum.pretrained.errors import MismatchError, WeightsError
 from fastmum.pretrained.load import Pretrained, build, load_pretrained, read_pretrained

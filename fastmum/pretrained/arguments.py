@@ -11,44 +11,46 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fastmum.pretrained.errors import WeightsError
-from fastmum.pretrained.load import OPTIONS, PLACEMENT, SIZES, check_names
+from fastmum.pretrained.layout import SIZES
+from fastmum.pretrained.load import OPTIONS, PLACEMENT, check_names
 
 
 def add_overrides(parser: argparse.ArgumentParser, *aliases: str, more: str = "") -> None:
-    """Add the option `--set`.
+    """Add the option `--set`, which fills `args.overrides` for `parse_overrides`.
 
     Args:
-        parser: gets `args.overrides`, for `parse_overrides`.
-        aliases: other names of the option.
-        more: for the help, what else can be set.
+        parser: gets the option.
+        aliases: further names of the option.
+        more: appended to the examples in the help.
     """
     parser.add_argument(
         "--set", *aliases, action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="what the weights do not tell, as in load_pretrained: norm_eps=1e-6, rope_dtype=float32, key=teacher"
+        help="an override of load_pretrained, such as norm_eps=1e-6, rope_dtype=float32, key=teacher, ema=off"
         f"{more}; may be repeated",
     )  # fmt: skip
 
 
 def parse_overrides(words: Sequence[str], flags: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Words of the option as keyword arguments of `load_pretrained`; values as in YAML.
+    """Keyword arguments of `load_pretrained` from words KEY=VALUE with YAML values; the last word of a key counts.
 
     Args:
-        words: of the command line; of one key, the last counts.
-        flags: overrides that have a flag of their own, which must be used instead.
+        words: from the command line.
+        flags: overrides that must be set by a separate flag instead.
 
     Raises:
-        WeightsError: a word without "=", a value that is no YAML, an override that is unknown or has its own flag.
+        WeightsError: a word without "=", a value that is not YAML, an override that is unknown or has a flag.
     """
-    overrides: dict[str, Any] = {}
+    overrides, flags = dict[str, Any](), flags or {}
     for word in words:
         key, equals, _ = word.partition("=")
         if not equals or not key:
             raise WeightsError(f"--set is '{word}', but must be KEY=VALUE")
+        if key in flags:
+            raise WeightsError(f"--set is '{word}', but {key} has a separate flag: {flags[key]}")
         try:
-            overrides |= OmegaConf.to_container(OmegaConf.from_dotlist([word]))
+            value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
         except (YAMLError, OmegaConfBaseException):
-            raise WeightsError(f"--set is '{word}', but the value cannot be read as YAML") from None
-        if key in (flags or {}):
-            raise WeightsError(f"--set is '{word}', but {key} has a flag of its own: {flags[key]}")
+            raise WeightsError(f"--set is '{word}', but the value is not YAML") from None
+        overrides |= value
     check_names(overrides, (*SIZES, *OPTIONS, *PLACEMENT))
     return overrides

@@ -1,14 +1,14 @@
-"""An encoder as transformers' `DINOv3ViTModel`, and back: the same computation under other names.
+"""Conversion between an encoder and transformers' `DINOv3ViTModel`, the same computation under other names.
 
-It has q, k and v apart, and besides registers, of which there are none here, and LayerScale, which is 1 here. Names are
-those of the published DINOv3 folders, which all versions of transformers with this model (4.56 on) read.
+DINOv3 has separate q, k and v, registers (none here) and LayerScale (1 here). Names are those of the published DINOv3
+folders, which all versions of transformers with this model (4.56 on) read.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,12 @@ NAMES = {
 }
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 SCALED = {"attn.proj": "layer_scale1.lambda1", "mlp.fc2": "layer_scale2.lambda1"}
-# What decides over the computation, and must be so.
+# Required values of settings that change the computation.
 FIXED = {"num_register_tokens": 0, "use_gated_mlp": False, "hidden_act": "gelu", "rope_theta": BASE}
 
 
 def dinov3_config(config: ModelConfig, image_size: int) -> dict[str, Any]:
-    """Content of `config.json`.
-
-    Args:
-        config: sizes of the encoder.
-        image_size: in pixels, of images that nobody resizes otherwise; the model takes any.
-    """
+    """Content of `config.json`; `image_size` in pixels is a default, the model takes any."""
     return {
         "architectures": ["DINOv3ViTModel"],
         "model_type": MODEL_TYPE,
@@ -64,39 +59,38 @@ def dinov3_config(config: ModelConfig, image_size: int) -> dict[str, Any]:
 
 def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of an encoder under the names of a `DINOv3ViTModel`, float32."""
-    return dict(_renamed(state))
-
-
-def _renamed(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     width = state["cls_token"].shape[2]
-    # It has both, but uses none of either here.
-    yield "embeddings.mask_token", torch.zeros(1, 1, width)
-    yield "embeddings.register_tokens", torch.zeros(1, 0, width)
+    # The model has both, but uses neither here.
+    out = {
+        "embeddings.mask_token": torch.zeros(1, 1, width),
+        "embeddings.register_tokens": torch.zeros(1, 0, width),
+    }
     for name, tensor in state.items():
         if name == "rope_embed.periods":
             continue  # computed from rope_theta
         name = re.sub(r"^blocks\.", "layer.", name)
         if ".attn.qkv." in name:
             for part, rows in zip(QKV, tensor.float().chunk(3), strict=True):
-                yield name.replace("attn.qkv", part), rows.clone()
+                out[name.replace("attn.qkv", part)] = rows.clone()
             continue
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
-        yield name, tensor.float().contiguous()
+        out[name] = tensor.float().contiguous()
         if found := re.fullmatch(r"(layer\.\d+)\.norm([12])\.weight", name):
-            yield f"{found[1]}.layer_scale{found[2]}.lambda1", torch.ones(width)
+            out[f"{found[1]}.layer_scale{found[2]}.lambda1"] = torch.ones(width)
+    return out
 
 
 def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of an encoder from that of a `DINOv3ViTModel` and the content of its `config.json`.
 
-    LayerScale is multiplied into the layer before it; biases that are absent are 0.
+    LayerScale is multiplied into the layer before it; a missing key bias is 0.
 
     Returns:
-        The state dict, and what it does not tell, fields of `ModelConfig`.
+        The state dict, and fields of `ModelConfig` that it does not determine.
 
     Raises:
-        WeightsError: a model that computes something else.
+        WeightsError: the model computes something else.
     """
     for key, value in FIXED.items():
         if config.get(key, value) != value:
@@ -108,10 +102,11 @@ def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tup
     rope.init_weights()
     state = {"rope_embed.periods": rope.periods}
     scales = {name: theirs.pop(name) for name in list(theirs) if name.endswith(".lambda1")}
-    for name in list(theirs):
-        if f".{QKV[0]}." in name:
-            q, k, v = (theirs.pop(name.replace(QKV[0], part), None) for part in QKV)
-            state[_ours(name.replace(QKV[0], "attn.qkv"))] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
+    for name in [name for name in theirs if f".{QKV[0]}." in name]:
+        names = [name.replace(QKV[0], part) for part in QKV]
+        zero = torch.zeros_like(theirs[name])
+        rows = [theirs.pop(names[0]), theirs.pop(names[1], zero), theirs.pop(names[2])]
+        state[_ours(name.replace(QKV[0], "attn.qkv"))] = torch.cat(rows)
     for name, tensor in theirs.items():
         name = _ours(name)
         for layer, scale in SCALED.items():
@@ -129,7 +124,7 @@ def _ours(name: str) -> str:
 
 
 def is_dinov3(folder: Path) -> bool:
-    """Whether a folder is one that transformers reads, of this kind of model."""
+    """Whether a folder of transformers holds this kind of model."""
     try:
         return json.loads((folder / "config.json").read_bytes()).get("model_type") == MODEL_TYPE
     except (OSError, ValueError, AttributeError):

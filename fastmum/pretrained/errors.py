@@ -1,16 +1,16 @@
-"""What can be wrong with weights."""
+"""Errors of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastmum.engine.checkpoint import CheckpointError
+from fastmum.errors import FastmumError
 
-NAMED = 10  # keys listed in a message
+MAX_NAMES = 10  # keys listed in a message
 
 
-class WeightsError(CheckpointError):
-    """Weights that cannot be used, of a checkpoint or otherwise; the message is one line for the user."""
+class WeightsError(FastmumError):
+    """Weights that cannot be used."""
 
 
 class MismatchError(WeightsError):
@@ -18,17 +18,17 @@ class MismatchError(WeightsError):
 
     Args:
         where: what was read, and what it was compared with.
-        missing, extra: keys, with the shape expected of those that are missing.
-        misshapen: keys with their shape and the one expected.
+        missing, extra: keys; missing ones with the expected shape.
+        misshapen: keys with their shape and the expected one.
     """
 
     def __init__(self, where: str, missing: Sequence[str], extra: Sequence[str], misshapen: Sequence[str]) -> None:
         self.missing, self.extra, self.misshapen = list(missing), list(extra), list(misshapen)
-        findings = [("lacks", missing), ("has besides", extra), ("has in other shapes", misshapen)]
-        super().__init__(f"{where}: it {'; '.join(f'{what} {some(keys)}' for what, keys in findings if keys)}")
+        findings = [("missing", missing), ("unexpected", extra), ("of another shape", misshapen)]
+        super().__init__(f"{where}: {'; '.join(f'{what} {some(keys)}' for what, keys in findings if keys)}")
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    """The first few names, and the number of the others."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""From a path to tensors: checkpoints of runs, safetensors, files of torch.save. Names of files mean nothing."""
+"""From a path to tensors: checkpoints of runs, safetensors, torch.save files. File names have no meaning."""
 
 from __future__ import annotations
 
@@ -17,36 +17,34 @@ from safetensors import SafetensorError, safe_open
 from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
 from fastmum.pretrained.errors import WeightsError, some
+from fastmum.pretrained.layout import SIZES
 
-KINDS = "a run, a folder of checkpoints, a checkpoint, a file of torch.save or of safetensors, a folder of transformers"
+KINDS = "a run, a folder of checkpoints, a checkpoint, a torch.save or safetensors file, a folder of transformers"
 
 
 class Saved(NamedTuple):
-    """What lies at a path.
+    """Content of a path."""
 
-    Args:
-        path: the file, or the checkpoint that was chosen.
-        tree: names -> tensors, or further such mappings; other things may lie among them.
-        sizes: fields of `ModelConfig` that it states itself.
-        step: of the run that wrote it, where it says so.
-        learnt_only: it holds what is learnt, without the buffers of a state dict.
-    """
-
-    path: Path
-    tree: Mapping[str, Any]
-    sizes: Mapping[str, Any] = MappingProxyType({})
-    step: int | None = None
-    learnt_only: bool = False
+    path: Path  # the file, or the chosen checkpoint
+    tree: Mapping[str, Any]  # names -> tensors, further mappings or other values
+    sizes: Mapping[str, Any] = MappingProxyType({})  # fields of `ModelConfig` that are stated
+    step: int | None = None  # of the run, if stated
+    parameters_only: bool = False  # buffers are missing
+    ema: bool = False  # the weights are an exponential moving average
 
 
-def read_saved(path: Path) -> Saved:
-    """Read whatever weights lie at a path.
+def read_saved(path: Path, ema: bool | None = None) -> Saved:
+    """Read the weights at a path, the EMA weights of a checkpoint if `ema` is True, or None and it has them.
 
     Raises:
-        WeightsError: nothing is there, or nothing of the kinds that can be read.
+        WeightsError: there are no such weights, or they cannot be read.
     """
+    if path.is_dir() and not is_dinov3(path):
+        return _read_run(path, ema)
+    if ema:
+        raise WeightsError(f"'{path}' is no checkpoint of a run, so it has no EMA weights: set ema to auto or off")
     if path.is_dir():
-        return _read_dinov3(path) if is_dinov3(path) else _read_run(path)
+        return _read_dinov3(path)
     try:
         with open(path, "rb") as file:
             head = file.read(9)
@@ -54,19 +52,27 @@ def read_saved(path: Path) -> Saved:
         raise WeightsError(f"'{path}' does not exist") from None
     except OSError as error:
         raise WeightsError(f"'{path}' cannot be read ({error.strerror})") from None
-    if head[8:] == b"{":  # behind the length of its header, 8 bytes
+    if head[8:] == b"{":  # after 8 bytes with the length of the header
         return _read_safetensors(path)
     if head.startswith((b"PK\x03\x04", b"\x80")):
         return _read_torch(path)
     raise WeightsError(f"'{path}' holds no weights: {KINDS} is expected")
 
 
-def _read_run(path: Path) -> Saved:
+def _read_run(path: Path, ema: bool | None) -> Saved:
     try:
-        about, tensors = read_weights(path)
+        manifest, tensors = read_weights(path)
+        task, sizes = manifest.values.get("task", "mum"), manifest.values.get("model_config", {})
+        if task != "mum" or not sizes.keys() <= set(SIZES):
+            raise WeightsError(f"'{manifest.path}' is a checkpoint of the task '{task}', but one of a MuM is expected")
+        has_ema = any(name.startswith("ema.") for name in manifest.tensors)
+        if ema and not has_ema:
+            raise WeightsError(f"'{manifest.path}' has no EMA weights: it was trained without train.ema")
+        if use_ema := has_ema and ema is not False:  # frozen parameters have no average
+            tensors |= read_weights(manifest.path, prefix="ema.").tensors
     except CheckpointError as error:
         raise WeightsError(str(error)) from None
-    return Saved(about.path, tensors, about.values.get("model_config", {}), about.step, learnt_only=True)
+    return Saved(manifest.path, tensors, sizes, manifest.step, parameters_only=True, ema=use_ema)
 
 
 def _read_dinov3(path: Path) -> Saved:
@@ -99,15 +105,15 @@ def _read_safetensors(path: Path) -> Saved:
 
 def _read_torch(path: Path) -> Saved:
     try:
-        # Training scripts put their arguments beside the weights.
+        # Training scripts save their arguments next to the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
         raise WeightsError(
-            f"'{path}' holds {_objects(path)} beside tensors, and such are not loaded from files: they can run code; "
-            "save its state dict alone"
+            f"'{path}' holds {_objects(path)} next to tensors, which are not loaded, because they can run code; "
+            "save only its state dict"
         ) from error
-    except Exception as error:  # a damaged file leads torch to any of them
+    except Exception as error:  # a damaged file raises any type
         raise WeightsError(f"'{path}' cannot be read ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"'{path}' holds a {type(content).__name__}, but a state dict is expected")
@@ -117,5 +123,5 @@ def _read_torch(path: Path) -> Saved:
 def _objects(path: Path) -> str:
     try:
         return some(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "Python objects"
-    except Exception:  # torch looks into its present format only
+    except Exception:  # an older format
         return "Python objects"

@@ -1,7 +1,8 @@
-"""What a state dict is of: the tensors of a MuM among others, and the sizes that their shapes tell."""
+"""Finding the state dict of a MuM among saved tensors, and its sizes from their shapes."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections import Counter
@@ -11,23 +12,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastmum.model.config import PRESETS
+from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.pretrained.errors import WeightsError, some
 
 log = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
+SIZES = tuple(field.name for field in dataclasses.fields(ModelConfig))
 DECODER = ("mask_token", "decoder_", "rope_embed_decoder.")
-# Keys that every MuM has, with its decoder and without.
+# Keys of every MuM, with or without decoder.
 ANCHORS = ("cls_token", "patch_embed.proj.weight", "rope_embed.periods", "norm.weight")
-# What torch.compile, FSDP and activation checkpointing put into names.
+# Parts of names that torch.compile, FSDP and activation checkpointing insert.
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
-NESTING = 4  # levels of mappings that are looked into
+NESTING = 4  # levels of mappings that are searched
 
 
 class _Candidate(NamedTuple):
-    """A state dict that may be a MuM's; `name` says where it lies: mappings and prefix, joined by dots."""
+    """A possible state dict of a MuM; `name` is its place: mappings and prefix, joined by dots."""
 
     name: str
     state: State
@@ -36,12 +38,12 @@ class _Candidate(NamedTuple):
 
 
 def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
-    """The state dict of a MuM among what was saved, without wrappers and prefixes.
+    """The state dict of a MuM in saved mappings, without wrappers and prefixes.
 
     Args:
         path: for messages.
         tree: names -> tensors or further mappings.
-        key: where it lies, such as "teacher" or "model.backbone"; None: there is one only.
+        key: its place, such as "teacher" or "model.backbone"; None: there is only one.
 
     Raises:
         WeightsError: there is none, or several.
@@ -61,26 +63,24 @@ def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
         raise WeightsError(f"'{path}' holds several models, at {names}: choose one by key=")
     (chosen,) = found
     if chosen.left_out:
-        log.warning("'%s': '%s' is taken, and left out %s", path, chosen.name, some(chosen.left_out))
+        log.warning("'%s': uses '%s' and ignores %s", path, chosen.name, some(chosen.left_out))
     return chosen.state
 
 
 def _candidates(tree: Mapping[str, Any]) -> Iterator[_Candidate]:
     for place, tensors in _groups(tree, "", NESTING):
         names = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-        prefixes = Counter(name.removesuffix(anchor) for name in names for anchor in ANCHORS if _ends(name, anchor))
+        prefixes = Counter(
+            name.removesuffix(anchor) for name in names for anchor in ANCHORS if f".{name}".endswith(f".{anchor}")
+        )
         for prefix, anchors in prefixes.items():
             state = {name.removeprefix(prefix): t for name, t in names.items() if name.startswith(prefix)}
             left_out = [name for name in names if not name.startswith(prefix)]
             yield _Candidate((place + prefix).removesuffix("."), state, left_out, anchors)
 
 
-def _ends(name: str, anchor: str) -> bool:
-    return name == anchor or name.endswith(f".{anchor}")
-
-
 def _groups(tree: Mapping[str, Any], place: str, levels: int) -> Iterator[tuple[str, State]]:
-    """Every mapping with the tensors in it, and where it lies."""
+    """Every mapping that has tensors, and its place."""
     items = {name: value for name, value in tree.items() if isinstance(name, str)}
     tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
     if tensors:
@@ -91,44 +91,41 @@ def _groups(tree: Mapping[str, Any], place: str, levels: int) -> Iterator[tuple[
 
 
 def has_decoder(state: Iterable[str]) -> bool:
-    """Whether keys of the decoder are among those of a state dict."""
+    """Whether a state dict has keys of the decoder."""
     return any(name.startswith(DECODER) for name in state)
 
 
-def sizes_by_shape(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Fields of `ModelConfig` by the shapes of a state dict.
+def sizes_by_shape(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fields of `ModelConfig` from the shapes of a state dict.
 
-    Widths are what most of their tensors say, so that a single one of another shape is found out. Heads are not in the
-    weights, but the number of rotary periods is a quarter of a head's width. What no tensor tells, such as the decoder
-    of an encoder by itself, is that of the preset of the same encoder, else of `mum_vitl16_released`.
+    A width is that of most of its tensors, so that one tensor of another shape is detected. The number of heads follows
+    from the rotary periods, whose number is a quarter of a head's width. Fields that no tensor determines, such as the
+    decoder of an encoder, are those of the preset that agrees best, `mum_vitl16_released` first.
     """
     kernel = state.get("patch_embed.proj.weight")
-    told = {
-        "embed_dim": _width(state, r"(norm|blocks\.\d+\.norm[12])\.(weight|bias)|cls_token|patch_embed\.proj\.bias"),
+    width = _width(state, r"(norm|blocks\.\d+\.norm[12])\.(weight|bias)|cls_token|patch_embed\.proj\.bias")
+    decoder_width = _width(
+        state, r"(decoder_norm|decoder_(frame|global)_blocks\.\d+\.norm[12])\.(weight|bias)|mask_token"
+    )
+    shape = kernel.shape if kernel is not None and kernel.ndim == 4 else (None,) * 4
+    found = {
+        "embed_dim": width,
         "depth": _depth(state, r"blocks\.(\d+)\."),
-        "decoder_embed_dim": _width(
-            state, r"(decoder_norm|decoder_(frame|global)_blocks\.\d+\.norm[12])\.(weight|bias)|mask_token"
-        ),
-        "decoder_depth": 2 * (_depth(state, r"decoder_(?:frame|global)_blocks\.(\d+)\.") or 0) or None,
+        "num_heads": _heads(width, state.get("rope_embed.periods")),
+        "decoder_embed_dim": decoder_width,
+        "decoder_depth": 2 * _depth(state, r"decoder_(?:frame|global)_blocks\.(\d+)\."),
+        "decoder_num_heads": _heads(decoder_width, state.get("rope_embed_decoder.periods")),
+        "in_chans": shape[1],
+        "patch_size": shape[2],
     }
-    if kernel is not None and kernel.ndim == 4:
-        told |= {"in_chans": kernel.shape[1], "patch_size": kernel.shape[2]}
-    told |= {
-        "num_heads": _heads(told["embed_dim"], state.get("rope_embed.periods")),
-        "decoder_num_heads": _heads(told["decoder_embed_dim"], state.get("rope_embed_decoder.periods")),
-    }
-    told = {name: size for name, size in told.items() if size is not None}
-    sizes = _likeliest(told) | told
-    for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
-        if sizes[width] % (4 * sizes[heads]):  # the periods are absent, and the preset's heads do not fit
+    known = {name: size for name, size in found.items() if size}
+    presets = [PRESETS["mum_vitl16_released"], *PRESETS.values()]
+    nearest = max(presets, key=lambda preset: sum(getattr(preset, name) == size for name, size in known.items()))
+    sizes = vars(nearest) | known
+    for name, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
+        if sizes[name] % (4 * sizes[heads]):  # no periods, and the preset's heads do not divide the width
             sizes[heads] = 1
     return sizes
-
-
-def _likeliest(told: Mapping[str, int]) -> dict[str, Any]:
-    """Sizes of the preset that agrees with most of what is told."""
-    presets = [PRESETS["mum_vitl16_released"], *PRESETS.values()]  # of equals, the first
-    return vars(max(presets, key=lambda preset: sum(getattr(preset, name) == size for name, size in told.items())))
 
 
 def _width(state: Mapping[str, Tensor], pattern: str) -> int | None:
@@ -136,9 +133,8 @@ def _width(state: Mapping[str, Tensor], pattern: str) -> int | None:
     return widths.most_common(1)[0][0] if widths else None
 
 
-def _depth(state: Iterable[str], pattern: str) -> int | None:
-    numbers = [int(found[1]) for name in state if (found := re.match(pattern, name))]
-    return 1 + max(numbers) if numbers else None
+def _depth(state: Iterable[str], pattern: str) -> int:
+    return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
 
 
 def _heads(width: int | None, periods: Tensor | None) -> int | None:

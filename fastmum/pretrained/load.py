@@ -1,12 +1,11 @@
-"""Models from weights: `fastmum.load_pretrained`. docs/weights.md says what loads, and how it is told apart."""
+"""Models from weights: `fastmum.load_pretrained`. docs/weights.md lists what loads and how it is detected."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +17,12 @@ from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.model.rope import AxialRope
 from fastmum.pretrained.errors import MismatchError, WeightsError
-from fastmum.pretrained.files import Saved, read_saved
-from fastmum.pretrained.layout import DECODER, State, find_state, has_decoder, sizes_by_shape
+from fastmum.pretrained.files import read_saved
+from fastmum.pretrained.layout import DECODER, SIZES, State, find_state, has_decoder, sizes_by_shape
 
 log = logging.getLogger(__name__)
 
-SIZES = tuple(field.name for field in dataclasses.fields(ModelConfig))
-OPTIONS = ("encoder_only", "key", "rope_dtype")  # what `read_pretrained` takes besides sizes
+OPTIONS = ("encoder_only", "key", "rope_dtype", "ema")  # overrides of `read_pretrained` besides sizes
 PLACEMENT = ("device", "dtype")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PERIODS = {"rope_embed.periods": ("embed_dim", "num_heads"),
@@ -32,54 +30,48 @@ PERIODS = {"rope_embed.periods": ("embed_dim", "num_heads"),
 
 
 class Pretrained(NamedTuple):
-    """Weights that have been read and fit their model.
+    """Weights that fit their model."""
 
-    Args:
-        path: the file, or the checkpoint of a run that was chosen.
-        config: sizes of the model; those of the decoder mean nothing where there is none.
-        state: a state dict on the CPU, in the model's order.
-        encoder_only: whether it is of an `Encoder`, else of a `MuM`.
-        rope_dtype: what the encoder computes positions in.
-        step: of the run, where that is known.
-    """
-
-    path: Path
-    config: ModelConfig
-    state: State
-    encoder_only: bool
-    rope_dtype: torch.dtype
-    step: int | None
+    path: Path  # the file, or the chosen checkpoint of a run
+    config: ModelConfig  # without a decoder, its sizes are meaningless
+    state: State  # a state dict on the CPU, in the model's order
+    encoder_only: bool  # of an `Encoder`, else of a `MuM`
+    rope_dtype: torch.dtype  # in which the encoder computes positions
+    step: int | None  # of the run, if known
+    ema: bool  # the weights are an exponential moving average
 
     @property
     def title(self) -> str:
-        """What it is, in a few words."""
-        what = "encoder" if self.encoder_only else "encoder and decoder"
+        """A summary."""
+        model = "encoder" if self.encoder_only else "encoder and decoder"
+        preset = _preset(self.config, self.encoder_only) or "sizes of no preset"
         positions = f"positions in {str(self.rope_dtype).removeprefix('torch.')}"
-        return f"{what}, {_preset(self.config, self.encoder_only) or 'sizes of no preset'}, {positions}"
+        return ", ".join([model, preset, positions, *(["EMA weights"] if self.ema else [])])
 
 
 def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder | MuM:
-    """A model with weights from a file, a run or a checkpoint, in eval mode.
+    """A model in eval mode with weights from a file, a run or a checkpoint.
 
     Args:
-        path: a run, a folder of checkpoints, a checkpoint, a file of torch.save (the released ones, or what
-            `fastmum.export` writes) or of safetensors, a folder of transformers with such an encoder. It is told apart
-            by what is in it, not by its name.
-        overrides: fields of `ModelConfig` that the weights do not tell (`norm_eps`, `decoder_num_heads`), and
-            encoder_only: True leaves the decoder away, False demands one; default: what is there.
+        path: a run, a folder of checkpoints, a checkpoint, a torch.save file (released, or written by
+            `fastmum.export`), a safetensors file, or a folder of transformers with such an encoder. Detected by its
+            content, not by its name.
+        overrides: fields of `ModelConfig` that the weights do not determine (`norm_eps`, `decoder_num_heads`), and
+            encoder_only: True omits the decoder, False requires one; default: as the weights are.
             rope_dtype: in which the encoder computes positions, torch.float32 or torch.bfloat16 (or their names).
-                Default: bfloat16 where the periods are in bfloat16 beside weights that are not, as in the released
-                encoder by itself, else float32.
+                Default: bfloat16 if the periods are bfloat16 and other weights are not, as in the released
+                encoder-only file, else float32.
             key: which model of a file with several, such as "teacher".
+            ema: True reads the EMA weights of a checkpoint, False the others, "auto" (default) EMA if there are any.
             device: default "cpu".
-            dtype: of the parameters, default float32. Positions are computed in `rope_dtype` all the same.
+            dtype: of the parameters, default float32. Positions are still computed in `rope_dtype`.
 
     Returns:
-        An `Encoder`, or a `MuM` where the weights have a decoder.
+        A `MuM` if the weights have a decoder, else an `Encoder`.
 
     Raises:
-        WeightsError: nothing to be read, no MuM in it, an override that is unknown or cannot be.
-        MismatchError: keys that are missing, too many or of another shape; all are listed, with what is expected.
+        WeightsError: nothing can be read, there is no MuM in it, or an override is unknown or invalid.
+        MismatchError: keys are missing, unexpected or of another shape; all are listed with the expected shape.
     """
     check_names(overrides, (*SIZES, *OPTIONS, *PLACEMENT))
     placement = {name: overrides.pop(name) for name in PLACEMENT if name in overrides}
@@ -87,29 +79,29 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
 
 
 def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
-    """The weights that `load_pretrained` puts into a model.
-
-    Args:
-        path, overrides: as there, without `device` and `dtype`.
-
-    Raises:
-        WeightsError, MismatchError: as there.
-    """
+    """The weights of `load_pretrained` without a model; arguments and errors as there, but no `device` and `dtype`."""
     check_names(overrides, (*SIZES, *OPTIONS))
-    saved = read_saved(Path(path).expanduser())
+    saved = read_saved(Path(path).expanduser(), _ema(overrides.get("ema", "auto")))
     state = find_state(saved.path, saved.tree, overrides.get("key"))
-    encoder_only = _is_encoder_only(saved, state, overrides.get("encoder_only"))
+    if overrides.get("encoder_only") is False and not has_decoder(state):
+        raise WeightsError(f"'{saved.path}' holds an encoder without a decoder, but encoder_only is False")
+    encoder_only = bool(overrides.get("encoder_only")) or not has_decoder(state)
     if encoder_only:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(DECODER)}
     sizes = {name: overrides[name] for name in SIZES if name in overrides}
-    config = _config(saved, state, sizes)
+    try:
+        config = ModelConfig(**{**sizes_by_shape(state), **saved.sizes, **sizes})
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"'{saved.path}' does not hold a MuM of valid sizes ({error})") from None
     rope_dtype = _dtype(overrides["rope_dtype"], "rope_dtype") if overrides.get("rope_dtype") else _rope_dtype(state)
-    wanted = _empty(config, encoder_only).state_dict()
-    absent = [name for name in PERIODS if saved.learnt_only and name in wanted and name not in state]
-    state = state | _periods(state, config, rope_dtype, sizes, absent)
-    named = "the model that it names" if saved.sizes and not sizes else _preset(config, encoder_only) or "the model"
-    _check_fit(f"'{saved.path}' does not hold {named}", state, wanted)
-    pretrained = Pretrained(saved.path, config, {n: state[n] for n in wanted}, encoder_only, rope_dtype, saved.step)
+    expected = _empty(config, encoder_only).state_dict()
+    if saved.parameters_only:
+        state = {name: _rope(config, name).periods for name in PERIODS if name in expected} | state
+    state |= _exact_periods(state, config, rope_dtype, sizes)
+    model = "the stated model" if saved.sizes and not sizes else _preset(config, encoder_only) or "the model"
+    _check_fit(f"'{saved.path}' does not hold {model}", state, expected)
+    state = {name: state[name] for name in expected}
+    pretrained = Pretrained(saved.path, config, state, encoder_only, rope_dtype, saved.step, saved.ema)
     log.info("'%s': %s", saved.path, pretrained.title)
     return pretrained
 
@@ -117,14 +109,14 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
 def build(
     pretrained: Pretrained, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32
 ) -> Encoder | MuM:
-    """The model of weights that have been read; see `load_pretrained`.
+    """The model of weights; arguments as in `load_pretrained`.
 
     Raises:
         WeightsError: an unknown dtype, or a device that cannot be used.
     """
     dtype = _dtype(dtype, "dtype")
     model = _empty(pretrained.config, pretrained.encoder_only)
-    for parameter in model.parameters():  # not the buffers: positions need their own precision
+    for parameter in model.parameters():  # not the buffers: positions have a separate precision
         parameter.data = parameter.data.to(dtype)
     model.rope_embed.to(pretrained.rope_dtype)
     try:
@@ -136,11 +128,7 @@ def build(
 
 
 def check_names(overrides: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Look for overrides that there are not.
-
-    Raises:
-        WeightsError: one that is not known.
-    """
+    """Raise WeightsError if an override is not known."""
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -148,25 +136,17 @@ def check_names(overrides: Mapping[str, Any], known: tuple[str, ...]) -> None:
 
 
 def _dtype(given: Any, name: str) -> torch.dtype:
-    dtype = DTYPES.get(given.removeprefix("torch.")) if isinstance(given, str) else given
-    if dtype not in DTYPES.values():
-        raise WeightsError(f"{name} is {given!r}, but must be one of {', '.join(DTYPES)}")
+    dtype = DTYPES.get(str(given).removeprefix("torch."))
+    if dtype is None:
+        raise WeightsError(f"{name} is '{given}', but must be one of {', '.join(DTYPES)}")
     return dtype
 
 
-def _is_encoder_only(saved: Saved, state: State, wanted: bool | None) -> bool:
-    if wanted is None:
-        return not has_decoder(state)
-    if not wanted and not has_decoder(state):
-        raise WeightsError(f"'{saved.path}' holds an encoder without a decoder, but encoder_only is False")
-    return bool(wanted)
-
-
-def _config(saved: Saved, state: State, given: Mapping[str, Any]) -> ModelConfig:
-    try:
-        return ModelConfig(**{**sizes_by_shape(state), **saved.sizes, **given})
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"'{saved.path}' does not hold a MuM of possible sizes ({error})") from None
+def _ema(given: Any) -> bool | None:
+    choices = {"auto": None, "on": True, "True": True, "off": False, "False": False}
+    if str(given) not in choices:
+        raise WeightsError(f"ema is '{given}', but must be one of auto, on, off")
+    return choices[str(given)]
 
 
 def _rope_dtype(state: State) -> torch.dtype:
@@ -175,38 +155,37 @@ def _rope_dtype(state: State) -> torch.dtype:
     return torch.bfloat16 if rounded and (others is None or others.dtype != torch.bfloat16) else torch.float32
 
 
-def _periods(
-    state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any], absent: Sequence[str]
-) -> State:
-    """Periods that are computed instead of read: absent ones, of heads that were given, and rounded when saved."""
+def _rope(config: ModelConfig, name: str) -> AxialRope:
+    width, heads = PERIODS[name]
+    rope = AxialRope(getattr(config, width) // getattr(config, heads))
+    rope.init_weights()
+    return rope
+
+
+def _exact_periods(state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any]) -> State:
+    """Periods that are computed instead of read: those of overridden heads, and those that were rounded on saving."""
     periods = {}
-    for name, (width, heads) in PERIODS.items():
-        if name not in state and name not in absent:
-            continue
-        rope = AxialRope(getattr(config, width) // getattr(config, heads))
-        rope.init_weights()
-        dtype = rope_dtype if name.startswith("rope_embed.") else torch.float32
-        saved = state.get(name, rope.periods)
-        rounded = saved.dtype.itemsize < dtype.itemsize and _is_rounded(saved, rope.periods)
-        if name in absent or heads in given or rounded:
-            periods[name] = rope.periods
+    for name, (_, heads) in PERIODS.items():
+        if name in state:
+            saved, exact = state[name], _rope(config, name).periods
+            dtype = rope_dtype if name.startswith("rope_embed.") else torch.float32
+            if heads in given or (saved.dtype.itemsize < dtype.itemsize and _is_rounded(saved, exact)):
+                periods[name] = exact
     return periods
 
 
 def _is_rounded(saved: Tensor, exact: Tensor) -> bool:
-    """Whether periods are what is left of others in a narrower dtype, in which their exponents were rounded, too."""
+    """Whether periods are `exact` computed in a narrower dtype, in which the exponents were rounded, too."""
     tolerance = 2 * torch.finfo(saved.dtype).eps
     return saved.shape == exact.shape and torch.allclose(saved.float(), exact, rtol=tolerance, atol=0)
 
 
 def _preset(config: ModelConfig, encoder_only: bool) -> str | None:
-    """The preset of these sizes, None where it is none. Without a decoder, only the encoder's count."""
+    """The preset of these sizes, or None. Without a decoder, only the encoder's sizes count."""
     counted = [name for name in SIZES if not (encoder_only and name.startswith("decoder_"))]
-    first = {"mum_vitl16_released": PRESETS["mum_vitl16_released"]}  # of equals
-    for name, preset in (first | PRESETS).items():
-        if all(getattr(preset, size) == getattr(config, size) for size in counted):
-            return name
-    return None
+    released_first = {"mum_vitl16_released": PRESETS["mum_vitl16_released"]} | PRESETS
+    matches = (n for n, p in released_first.items() if all(getattr(p, s) == getattr(config, s) for s in counted))
+    return next(matches, None)
 
 
 def _empty(config: ModelConfig, encoder_only: bool) -> Encoder | MuM:
@@ -214,12 +193,12 @@ def _empty(config: ModelConfig, encoder_only: bool) -> Encoder | MuM:
         return Encoder(config) if encoder_only else MuM(config)
 
 
-def _check_fit(where: str, state: State, wanted: Mapping[str, Tensor]) -> None:
-    missing = [f"{name} {list(like.shape)}" for name, like in wanted.items() if name not in state]
-    extra = [name for name in state if name not in wanted]
+def _check_fit(where: str, state: State, expected: Mapping[str, Tensor]) -> None:
+    missing = [f"{name} {list(like.shape)}" for name, like in expected.items() if name not in state]
+    extra = [name for name in state if name not in expected]
     misshapen = [
         f"{name} {list(state[name].shape)} (expected: {list(like.shape)})"
-        for name, like in wanted.items()
+        for name, like in expected.items()
         if name in state and state[name].shape != like.shape
     ]
     if missing or extra or misshapen:

@@ -1,10 +1,10 @@
-"""The embedded scenes: textured rooms and courtyards rendered on the spot, with pose, intrinsics and depth a view.
+"""The embedded scenes: textured rooms and courtyards rendered on demand, each view with pose, intrinsics and depth.
 
-Heavy imports (numpy, pillow, scikit-image's photographs) wait inside the functions: importing this costs nothing.
+Importing this package, or opening scenes that exist, imports no renderer.
 """
 
 from __future__ import annotations
 
-from fastmum.scenes.cache import ensure_scenes, scene_dirs
+from fastmum.scenes.cache import ScenesError, ensure_scenes, scene_dirs
 
-__all__ = ["ensure_scenes", "scene_dirs"]
+__all__ = ["ScenesError", "ensure_scenes", "scene_dirs"]

@@ -1,31 +1,27 @@
-"""A whole scene from a seed: the room, what stands in it, the light and the camera path.
+"""A scene from a seed: the camera path, the room furnished around it, and the light. World frame as in `room`.
 
-World frame: z up, metres, the floor at z = 0 with the room's middle above the origin. The path is drawn first and the
-room furnished around it.
+Shapes: V views; eye_V3 and look_V3 float64; T_V44 float64 world to camera, OpenCV axes (x right, y down, z forward).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.scenes.fixtures import fit_out, hang_pictures, wall_paint
-from fastmum.scenes.furniture import PIECES, pillar
-from fastmum.scenes.light import Lamp, Lighting
-from fastmum.scenes.parts import Paint, Palette, Part, as_solids, ball, box, lifted
-from fastmum.scenes.paths import Path, draw_path
-from fastmum.scenes.room import Room
+from fastmum.scenes.furniture import PIECES, add_fixtures, hang_pictures, pillar, wall_paint
+from fastmum.scenes.light import Lamp, Lighting, Sun
+from fastmum.scenes.room import Paint, Palette, Part, Room, as_solids, box, sphere
 from fastmum.scenes.shapes import SHELL, Solids
 from fastmum.scenes.textures import shade
 
-# Hues that rooms are painted in: warm earth colours and blues more often than the rest.
+FULL = 24  # views of the whole path at its natural step; fewer views cover a part of it, more views take finer steps
+# Hues of rooms: earth colours and blues are frequent.
 HUES = (0.02, 0.06, 0.09, 0.11, 0.14, 0.3, 0.42, 0.52, 0.57, 0.6, 0.63, 0.95)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What furnishes a kind of place: names of pieces in the open and along the walls, how many of each, pictures."""
+class Kind(NamedTuple):
+    """The furniture of a kind of scene: pieces in the open and along the walls, their numbers, and pictures."""
 
     free: tuple[str, ...]
     at_wall: tuple[str, ...]
@@ -46,9 +42,83 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Everything there is to render: parts[i] is the paint of solid i."""
+class Path(NamedTuple):
+    """A smooth camera path as a function of s in 0..1, in metres and radians, and the field of view in degrees."""
+
+    kind: str
+    centre_2: tuple[float, float]
+    start: float
+    turn: float
+    radius: float
+    travel: float
+    height: float
+    pitch: float
+    wobble: tuple[float, ...]
+    field_of_view: float
+
+    def eyes(self, s_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Eye positions and unit viewing directions, both [V, 3]."""
+        heading = self.start + self.turn * (s_V - 0.5)
+        wobble = self.wobble
+        sway = np.sin(2 * np.pi * (s_V * wobble[0] + wobble[1]))
+        rise = np.sin(2 * np.pi * (s_V * wobble[2] + wobble[3]))
+        x0, y0 = self.centre_2
+        if self.kind == "orbit":  # looks across the centre
+            radius = self.radius * (1 + 0.06 * sway)
+            x, y = x0 - radius * np.cos(heading), y0 - radius * np.sin(heading)
+        else:  # a line at an angle to the view: across it (strafe), along it (walk), or short (turn)
+            angle = self.start + {"strafe": np.pi / 2, "walk": 0.35, "turn": np.pi / 2}[self.kind]
+            along = self.travel * (s_V - 0.5) * (-1 if self.kind == "strafe" and self.turn > 0 else 1)
+            x = x0 - self.radius * np.cos(self.start) + along * np.cos(angle) + 0.06 * sway * np.sin(angle)
+            y = y0 - self.radius * np.sin(self.start) + along * np.sin(angle) - 0.06 * sway * np.cos(angle)
+        pitch, yaw = self.pitch + 0.05 * sway, heading + 0.04 * rise
+        eye = np.stack([x, y, self.height + 0.10 * rise], -1)
+        look = np.stack([np.cos(yaw) * np.cos(pitch), np.sin(yaw) * np.cos(pitch), np.sin(pitch)], -1)
+        return eye, look
+
+    def poses(self, views: int) -> np.ndarray:
+        """World-to-camera matrices [views, 4, 4]."""
+        s_V = np.arange(views) / (max(views, FULL) - 1)
+        eye, look = self.eyes(s_V)
+        roll = 0.035 * np.sin(2 * np.pi * (s_V * self.wobble[2] + self.wobble[1]))
+        return np.stack([_pose(e, f, r) for e, f, r in zip(eye, look, roll, strict=True)])
+
+    def intrinsics(self, size: int) -> np.ndarray:
+        """K [3, 3] float64 of a square image."""
+        focal = size / 2 / np.tan(np.radians(self.field_of_view) / 2)
+        return np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
+
+
+def _pose(eye_3: np.ndarray, forward_3: np.ndarray, roll: float) -> np.ndarray:
+    right = np.cross(forward_3, [0.0, 0.0, 1.0])
+    right /= np.linalg.norm(right)
+    down = np.cross(forward_3, right)
+    R = np.stack([np.cos(roll) * right + np.sin(roll) * down, np.cos(roll) * down - np.sin(roll) * right, forward_3])
+    T = np.eye(4)
+    T[:3, :3], T[:3, 3] = R, -R @ eye_3
+    return T
+
+
+def draw_path(rng: np.random.Generator, length: float, width: float, height: float) -> Path:
+    """A random path in a room of length x width x height metres whose floor is centred on the origin."""
+    kind = str(rng.choice(["orbit", "strafe", "walk", "turn"], p=[0.45, 0.25, 0.18, 0.12]))
+    room = min(length, width) / 2 - 0.7
+    sign, start = float(rng.choice([-1, 1])), float(rng.uniform(0, 2 * np.pi))
+    radius, turn, travel = {
+        "orbit": (min(room * 0.95, 2.5), (1.5, 2.3), 0.0),
+        "strafe": (room * 0.62, (1.3, 1.9), min(3.4, 1.5 * room)),
+        "walk": (room * 0.3, (1.15, 1.45), min(2.4, 1.1 * room)),
+        "turn": (room * 0.35, (1.6, 2.0), min(1.9, room)),
+    }[kind]
+    centre = 0.12 * room * float(rng.uniform(-1, 1)), 0.12 * room * float(rng.uniform(-1, 1))
+    turned, eye_height = sign * float(rng.uniform(*turn)), float(rng.uniform(1.2, min(1.75, height - 0.8)))
+    pitch, wobble = float(rng.uniform(-0.22, -0.05)), rng.uniform((0.8, 0, 0.8, 0), (1.6, 1, 1.6, 1))
+    view = float(rng.uniform(58, 72))
+    return Path(kind, centre, start, turned, radius, travel, eye_height, pitch, tuple(wobble.tolist()), view)
+
+
+class Scene(NamedTuple):
+    """A scene to render; parts[i] is the paint of solid i."""
 
     kind: str
     parts: list[Part]
@@ -56,11 +126,11 @@ class Scene:
     lighting: Lighting
     path: Path
     open_top: bool
-    reach: float  # metres: no visible point is farther from any camera
+    reach: float  # metres: upper bound of the distance between a camera and a visible point
 
 
 def build_scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of a seed; the same whatever else is rendered."""
+    """Scene `index` of a seed; it does not depend on other scenes."""
     rng = np.random.default_rng([seed, index, 1])
     kind = list(KINDS)[(index + int(rng.integers(0, 2))) % len(KINDS)]
     open_top = kind == "courtyard"
@@ -68,62 +138,62 @@ def build_scene(seed: int, index: int) -> Scene:
     height = float(rng.uniform(2.1, 2.8) if open_top else rng.uniform(2.5, 3.5))
     palette = Palette(rng, float(rng.choice(HUES)), float(rng.uniform(0.055, 0.1)), float(rng.uniform(0.5, 0.8)))
     path = draw_path(rng, length, width, height)
-    room = Room(palette, length, width, height, path)
-    lamps = fit_out(room, kind)
+    room = Room(palette, (length, width, height), *path.eyes(np.linspace(0, 1, 49)))
+    lamps = add_fixtures(room, kind)
     hang_pictures(room, KINDS[kind].pictures)
-    _furnish(room, kind)
+    _furnish(room, KINDS[kind])
     shell = Part(SHELL, (0.0, 0.0, height / 2), (length / 2, width / 2, height / 2), wall_paint(palette, kind))
     parts = [shell, *room.parts]
     if open_top:
-        parts += _beyond(palette, length, width, height)
+        parts += _surroundings(palette, max(length, width) / 2, height)
     solids = as_solids(parts)
     reach = float(np.sqrt((solids.corners_S83() ** 2).sum(-1)).max()) + float(np.hypot(length, width)) / 2 + 2
     return Scene(kind, parts, solids, _lighting(rng, open_top, lamps), path, open_top, reach)
 
 
-def _furnish(room: Room, kind: str) -> None:
-    """Pieces along the walls and in the open, most of them where the cameras look."""
-    place, rng, p = KINDS[kind], room.rng, room.palette
-    for _ in range(place.wall_count):
-        piece = PIECES[str(rng.choice(place.at_wall))](p)
+def _furnish(room: Room, kind: Kind) -> None:
+    """Place pieces along the walls and in the open, most of them in view of a camera."""
+    rng, p = room.rng, room.palette
+    for _ in range(kind.wall_count):
+        piece = PIECES[str(rng.choice(kind.at_wall))](p)
         deep = max(q.centre[1] + q.half[1] for q in piece)
         for _ in range(6):
-            which = int(rng.integers(0, 4))
-            yaw, _, _, half = room.wall(which)
-            along = float(rng.uniform(-0.85, 0.85) * half)
-            x, y = room.at_wall(which, along, deep + 0.03)
-            if room.add(lifted(piece, x, y, 0, yaw)):
+            wall = int(rng.integers(0, 4))
+            along = float(rng.uniform(-0.85, 0.85) * room.half_length(wall))
+            if room.add(room.moved_to_wall(piece, wall, along, deep + 0.03)):
                 break
     if rng.random() < 0.3:
         room.scatter(pillar(p, room.size[2]), 2.0)
-    for _ in range(place.free_count):
-        room.scatter(PIECES[str(rng.choice(place.free))](p), 1.5)
-    if place.rug:
-        rug = box(*rng.uniform(-0.8, 0.8, 2), 0.01, rng.uniform(1.4, 2.6), rng.uniform(1.2, 2.0), 0.008, p.cloth())
-        room.parts += [rug]
+    for _ in range(kind.free_count):
+        room.scatter(PIECES[str(rng.choice(kind.free))](p), 1.5)
+    if kind.rug:
+        x, y = rng.uniform(-0.8, 0.8, 2)
+        room.parts.append(box(x, y, 0.01, rng.uniform(1.4, 2.6), rng.uniform(1.2, 2.0), 0.008, p.cloth()))
 
 
-def _beyond(p: Palette, length: float, width: float, height: float) -> list[Part]:
-    """Buildings and trees outside a courtyard's walls."""
+def _surroundings(p: Palette, radius: float, height: float) -> list[Part]:
+    """Buildings and trees outside a courtyard."""
     rng, parts = p.rng, []
-    for which in range(int(rng.integers(3, 6))):
-        angle = which * 1.3 + rng.uniform(-0.4, 0.4)
-        away = max(length, width) / 2 + rng.uniform(3.5, 6.0)
+    for i in range(int(rng.integers(3, 6))):
+        angle = i * 1.3 + rng.uniform(-0.4, 0.4)
+        away = radius + rng.uniform(3.5, 6.0)
         w, h = rng.uniform(2.0, 4.0), height + rng.uniform(1.0, 4.0)
         facade = Paint("facade", p.near(0.05, 0.2, 0.75), p.near(0.5, 0.15, 0.8))
         parts.append(box(away * np.cos(angle), away * np.sin(angle), 0, w, 2.0, h, facade, yaw=angle + np.pi / 2))
     for _ in range(rng.integers(2, 5)):
         angle, r = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.3)
-        away = max(length, width) / 2 + rng.uniform(1.6, 2.4)
+        away = radius + rng.uniform(1.6, 2.4)
         green = Paint("leaves", shade(rng, 0.28, 0.45, 0.4), shade(rng, 0.22, 0.45, 0.6))
-        parts.append(ball(away * np.cos(angle), away * np.sin(angle), height - 0.4, r, green, 1.2))
+        parts.append(sphere(away * np.cos(angle), away * np.sin(angle), height - 0.4, r, green, 1.2))
     return parts
 
 
 def _lighting(rng: np.random.Generator, open_top: bool, lamps: list[Lamp]) -> Lighting:
-    """Indoors the lamps and a little of everything; outdoors the sun and the sky's blue."""
+    """Lamps and dim ambient light indoors; sun and blue sky outdoors."""
     if not open_top:
-        return Lighting(tuple(lamps), np.array([0.50, 0.48, 0.46]) * rng.uniform(0.35, 0.75))
+        return Lighting(lamps, np.array([0.50, 0.48, 0.46]) * rng.uniform(0.35, 0.75))
     azimuth, up = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.15)
-    sun = np.array([np.cos(azimuth) * np.cos(up), np.sin(azimuth) * np.cos(up), np.sin(up)])
-    return Lighting((), np.array([0.30, 0.35, 0.43]), sun, np.array([1.3, 1.18, 0.98]) * rng.uniform(0.8, 1.1))
+    direction = np.array([np.cos(azimuth) * np.cos(up), np.sin(azimuth) * np.cos(up), np.sin(up)])
+    return Lighting(
+        [], np.array([0.30, 0.35, 0.43]), Sun(direction, np.array([1.3, 1.18, 0.98]) * rng.uniform(0.8, 1.1))
+    )

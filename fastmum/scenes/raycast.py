@@ -1,28 +1,27 @@
-"""From a camera to a picture: what each pixel's ray meets first, how far away, and its colour.
+"""Ray casting: the first hit of each pixel's ray, its depth and its colour.
 
-The colour comes from the lit texture atlas, one filtered sample a pixel; only pixels on an outline get more rays.
-Rays have a direction of depth 1 along the optical axis, so that their parameter t is the z-depth.
+The colour is one filtered sample per pixel from the lit texture atlas; only pixels on an outline get more rays. Rays
+have depth 1 along the optical axis, so their parameter t is the z-depth.
 
-Shapes: [H, W] the pixel grid, N any rays, S solids; K_33 intrinsics, T_44 world to camera, both float64.
+Shapes: [H, W] the pixel grid, N rays, S solids; K_33 intrinsics, T_44 world to camera, both float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastmum.scenes.atlas import Atlas
-from fastmum.scenes.light import turn
-from fastmum.scenes.photos import FIELD, field
-from fastmum.scenes.shapes import BALL, BOX, DRUM, FAR, SHELL, Solids, enter_leave, unfold
+from fastmum.scenes.shapes import BOX, CYLINDER, FAR, SHELL, SPHERE, Solids, intersect, rotate, unfold
+from fastmum.scenes.textures import FIELD, field
 
-SUBPIXELS = ((-0.125, -0.375), (0.375, -0.125), (0.125, 0.375), (-0.375, 0.125))  # a rotated grid
+SUBPIXELS = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375, 0.125]])  # a rotated grid
 
 
-@dataclass(frozen=True)
-class View:
-    """One camera looking at a scene."""
+class View(NamedTuple):
+    """A camera in a scene."""
 
     solids: Solids
     open_top: bool
@@ -33,7 +32,7 @@ class View:
 
     @property
     def eye_3(self) -> np.ndarray:
-        """The camera's centre in the world, float64."""
+        """World position of the camera's centre, float64."""
         return -self.T_44[:3, :3].T @ self.T_44[:3, 3]
 
     def directions(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -45,20 +44,16 @@ class View:
 
 
 def render(view: View, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
-    """Picture [H, W, 3] uint8 and z-depth [H, W] float32 of the pixel centres (0 for the sky)."""
-    x_HW, y_HW = np.meshgrid(np.arange(view.width) + 0.5, np.arange(view.height) + 0.5)
-    x_N, y_N = x_HW.ravel(), y_HW.ravel()
-    d_3N = view.directions(x_N, y_N)
+    """Image [H, W, 3] uint8, and z-depth [H, W] float32 of the pixel centres (0 for the sky)."""
     shape = (view.height, view.width)
+    xy_2N = np.stack(np.meshgrid(np.arange(view.width) + 0.5, np.arange(view.height) + 0.5)).reshape(2, -1)
+    d_3N = view.directions(*xy_2N)
     depth_HW, solid_HW = trace(view, d_3N.reshape(3, *shape))
     colour_N3, face_N = _colours(view, atlas, d_3N, depth_HW.ravel(), solid_HW.ravel())
     outline = np.flatnonzero(_outline(face_N.reshape(shape)))
-    x, y = (
-        p[outline] + np.array(shift)[:, None] for p, shift in zip((x_N, y_N), zip(*SUBPIXELS, strict=True), strict=True)
-    )
-    at = x.ravel(), y.ravel()
-    d = view.directions(*at)
-    more, _ = _colours(view, atlas, d, *trace(view, d, at))
+    x, y = (xy_2N[:, None, outline] + SUBPIXELS.T[:, :, None]).reshape(2, -1)
+    d = view.directions(x, y)
+    more, _ = _colours(view, atlas, d, *trace(view, d, (x, y)))
     colour_N3[outline] += more.reshape(len(SUBPIXELS), -1, 3).sum(0)
     colour_N3[outline] /= 1 + len(SUBPIXELS)
     image = (colour_N3 + np.float32(0.5)).astype(np.uint8).reshape(*shape, 3)
@@ -66,73 +61,66 @@ def render(view: View, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
 
 
 def trace(view: View, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """First hit of rays from the camera: z-depth float32 and solid int64 (-1: sky).
+    """First hits of rays from the camera: z-depth float32 and solid int64 (-1: sky).
 
     Args:
         view: the camera and its solids.
-        d: directions [3, H, W] of the whole pixel grid, or [3, N] of any rays.
+        d: directions [3, H, W] of the pixel grid, or [3, N] of any rays.
         at: pixel coordinates (x_N, y_N) of the N rays; None for the grid.
     """
-    eye = view.eye_3
+    eye, solids = view.eye_3, view.solids
     depth, solid = np.full(d.shape[1:], FAR, np.float32), np.full(d.shape[1:], -1, np.int64)
-    to_unit = view.solids.to_unit_S33
+    to_unit = solids.to_unit_S33
     for s, window in _windows(view):
-        if window is None:
-            part = (slice(None),) * (d.ndim - 1)
-        elif at is None:
-            part = (slice(window[2], window[3]), slice(window[0], window[1]))
-        else:
-            x, y = at
-            part = np.flatnonzero((x >= window[0]) & (x <= window[1]) & (y >= window[2]) & (y <= window[3]))
-        inside = d[(slice(None), *part)] if isinstance(part, tuple) else d[:, part]
+        part: Any = ...
+        if window is not None:
+            x0, x1, y0, y1 = window
+            part = slice(y0, y1), slice(x0, x1)
+            if at is not None:
+                part = np.flatnonzero((at[0] >= x0) & (at[0] <= x1) & (at[1] >= y0) & (at[1] <= y1))
+        inside = d[:, *part] if isinstance(part, tuple) else d[:, part]
         if inside.size == 0:
             continue
-        o_unit = (to_unit[s].astype(np.float64) @ (eye - view.solids.centre_S3[s])).astype(np.float32)
-        d_unit = turn(to_unit[s], list(inside))
-        kind = int(view.solids.kind_S[s])
-        t_in, t_out = enter_leave(kind, list(o_unit), d_unit)
+        o_unit = (to_unit[s].astype(np.float64) @ (eye - solids.centre_S3[s])).astype(np.float32)
+        d_unit = rotate(to_unit[s], list(inside))
+        kind = int(solids.kind_S[s])
+        t_in, t_out = intersect(kind, list(o_unit), d_unit)
+        best = depth[part]
         if kind == SHELL:
             t_in = t_out
             if view.open_top:
-                _, t_walls = enter_leave(BOX, [*o_unit[:2], np.float32(0)], [*d_unit[:2], np.zeros_like(t_out)])
+                _, t_walls = intersect(BOX, [*o_unit[:2], np.float32(0)], [*d_unit[:2], np.zeros_like(t_out)])
                 t_in = np.where(o_unit[2] + d_unit[2] * np.minimum(t_walls, FAR) > 1, FAR, t_out)
-        best = depth[part]
-        closer = (t_in < best) & (t_in <= t_out) & (t_in > 0) if kind != SHELL else t_in < best
-        if isinstance(part, tuple):
-            np.copyto(depth[part], t_in, where=closer)
-            np.copyto(solid[part], s, where=closer)
+            closer = t_in < best
         else:
+            closer = (t_in < best) & (t_in <= t_out) & (t_in > 0)
+        if isinstance(part, np.ndarray):
             depth[part[closer]], solid[part[closer]] = t_in[closer], s
+        else:
+            np.copyto(best, t_in, where=closer)
+            np.copyto(solid[part], s, where=closer)
     return depth, solid
 
 
-def _windows(view: View) -> list[tuple[int, tuple[int, int, int, int] | None]]:
-    """Solids that may be in sight, each with the pixel window (x0, x1, y0, y1) that holds it; None: everywhere."""
+def _windows(view: View) -> list[tuple[int, list[int] | None]]:
+    """Solids that may be visible, each with its pixel window (x0, x1, y0, y1); None: the whole image."""
     corners = view.solids.corners_S83().astype(np.float64) @ view.T_44[:3, :3].T + view.T_44[:3, 3]
     z = corners[:, :, 2]
-    ahead = np.maximum(z, 1e-3)
-    x = view.K_33[0, 0] * corners[:, :, 0] / ahead + view.K_33[0, 2]
-    y = view.K_33[1, 1] * corners[:, :, 1] / ahead + view.K_33[1, 2]
+    xy = np.diag(view.K_33)[:2] * corners[:, :, :2] / np.maximum(z, 1e-3)[:, :, None] + view.K_33[:2, 2]
+    size = view.width, view.height
+    low, high = (np.clip(edge, 0, size).astype(int) for edge in (xy.min(1) - 2, xy.max(1) + 3))
     nearest, farthest = z.min(1), z.max(1)
-    x0, x1 = (np.clip(edge, 0, view.width).astype(int) for edge in (x.min(1) - 2, x.max(1) + 3))
-    y0, y1 = (np.clip(edge, 0, view.height).astype(int) for edge in (y.min(1) - 2, y.max(1) + 3))
     whole = (view.solids.kind_S == SHELL) | ((nearest < 0.05) & (farthest > 0.05))
-    boxed = (nearest >= 0.05) & (x0 < x1) & (y0 < y1)
-    return [
-        (int(s), None if whole[s] else (int(x0[s]), int(x1[s]), int(y0[s]), int(y1[s])))
-        for s in np.flatnonzero(whole | boxed)
-    ]
+    boxed = (nearest >= 0.05) & (low < high).all(1)
+    windows = np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1).tolist()
+    return [(int(s), None if whole[s] else windows[s]) for s in np.flatnonzero(whole | boxed)]
 
 
 def _outline(face_HW: np.ndarray) -> np.ndarray:
-    """Pixels with a neighbour (of four) on another face."""
-    out = np.zeros(face_HW.shape, bool)
-    across, down = face_HW[:, 1:] != face_HW[:, :-1], face_HW[1:] != face_HW[:-1]
-    out[:, 1:] |= across
-    out[:, :-1] |= across
-    out[1:] |= down
-    out[:-1] |= down
-    return out
+    """Pixels that have one of four neighbours on another face."""
+    padded = np.pad(face_HW, 1, mode="edge")
+    neighbours = padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]
+    return reduce(np.logical_or, (face_HW != other for other in neighbours))
 
 
 def _colours(
@@ -140,46 +128,39 @@ def _colours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Colours [N, 3] float32 in 0..255 and face numbers [N] (-1: sky) of traced rays."""
     colour, face = np.empty((depth_N.size, 3), np.float32), np.full(depth_N.size, -1, np.int64)
-    sky = solid_N < 0
+    sky, solids = solid_N < 0, view.solids
+    seen: slice | np.ndarray = slice(None)
     if sky.any():
-        colour[sky] = _sky(d_3N[:, sky], 997 * view.solids.half_S3[0])
+        colour[sky] = _sky(d_3N[:, sky], 997 * solids.half_S3[0])
         seen = np.flatnonzero(~sky)
         d_3N, depth_N, solid_N = d_3N[:, seen], depth_N[seen], solid_N[seen]
-    else:
-        seen = slice(None)
-    solids = view.solids
     to_unit = solids.to_unit_S33
     o_S3 = np.einsum("sij,sj->si", to_unit, (view.eye_3 - solids.centre_S3).astype(np.float32))
-    dq_3N = np.stack([sum(to_unit[:, i, j][solid_N] * d_3N[j] for j in range(3)) for i in range(3)])
+    dq_3N = np.stack([reduce(np.add, (to_unit[:, i, j][solid_N] * d_3N[j] for j in range(3))) for i in range(3)])
     q_3N = np.stack([o_S3[:, i][solid_N] + depth_N * dq_3N[i] for i in range(3)])
     kind = solids.kind_S[solid_N]
     side, u, v = unfold(kind, q_3N)
-    face[seen] = 6 * solid_N + side
-    face_N = face[seen]
+    face_N = face[seen] = 6 * solid_N + side
 
-    # A pixel's footprint on a tilted face is long along the ray's shadow on it: two samples cover it.
+    # A pixel's footprint on a tilted face is long along the ray's projection on it: two samples cover it.
     footprint = depth_N * np.float32(1 / view.K_33[0, 0])
     length2 = (d_3N * d_3N).sum(0)
     axis = side >> 1
     along = np.choose(axis, dq_3N) * solids.half_S3[solid_N, axis]
     slope = np.sqrt(length2) / np.maximum(np.abs(along), np.float32(0.02))
-    slope[(kind == BALL) | ((kind == DRUM) & (side == 0))] = 1.2
-    round_ = slope < np.float32(1.4)
+    slope[(kind == SPHERE) | ((kind == CYLINDER) & (side == 0))] = 1.2
     out = np.empty((face_N.size, 3), np.float32)
-    one = np.flatnonzero(round_)
+    near_round = slope < np.float32(1.4)
+    one, two = np.flatnonzero(near_round), np.flatnonzero(~near_round)
     out[one] = atlas.sample(face_N[one], u[one], v[one], footprint[one] * np.float32(0.9))
-    two = np.flatnonzero(~round_)
     if two.size:
         reach = footprint[two] * slope[two]
         tangent = np.sqrt(np.maximum(length2[two] - along[two] ** 2, np.float32(1e-6)))
         quarter = np.float32(0.25) * reach / tangent
-        ahead = [quarter * dq for dq in _in_face(kind[two], side[two], dq_3N[:, two])]
+        du, dv = (quarter * dq for dq in _in_face(kind[two], side[two], dq_3N[:, two]))
         width = np.maximum(footprint[two] * np.float32(0.9), reach * np.float32(0.4))
-        both = [
-            atlas.sample(face_N[two], u[two] + sign * ahead[0], v[two] + sign * ahead[1], width)
-            for sign in (np.float32(-1), np.float32(1))
-        ]
-        out[two] = (both[0] + both[1]) * np.float32(0.5)
+        before = atlas.sample(face_N[two], u[two] - du, v[two] - dv, width)
+        out[two] = (before + atlas.sample(face_N[two], u[two] + du, v[two] + dv, width)) * np.float32(0.5)
     colour[seen] = out
     return colour, face
 
@@ -191,12 +172,12 @@ def _in_face(kind_N: np.ndarray, side_N: np.ndarray, dq_3N: np.ndarray) -> tuple
     return np.where(kind_N == SHELL, -across, across), down
 
 
-def _sky(d_3N: np.ndarray, from_2: np.ndarray) -> np.ndarray:
-    """A pale horizon under a blue zenith with clouds: colours [N, 3] in 0..255; from_2 picks a part of the clouds."""
+def _sky(d_3N: np.ndarray, offset_2: np.ndarray) -> np.ndarray:
+    """Colours [N, 3] in 0..255 of a pale horizon, a blue zenith and clouds; offset_2 shifts the clouds, in texels."""
     length = np.sqrt((d_3N * d_3N).sum(0))
     up = np.maximum(d_3N[2] / length, 0)
     scale = np.float32(150) / ((up + np.float32(0.25)) * length)
-    x, y = d_3N[0] * scale + from_2[0], d_3N[1] * scale + from_2[1]
+    x, y = d_3N[0] * scale + offset_2[0], d_3N[1] * scale + offset_2[1]
     x0, y0 = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
     fx, fy = (x - x0).astype(np.float32), (y - y0).astype(np.float32)
     clouds, right, below = field("cloud"), (x0 + 1) & (FIELD - 1), (y0 + 1) & (FIELD - 1)

@@ -1,4 +1,4 @@
-"""`python -m fastmum.features`: tokens as the model computes them, files of both kinds, pictures, skipped images."""
+"""`python -m fastmum.features`: tokens as the model computes them, both file formats, pictures, skipped images."""
 
 import importlib
 import json
@@ -12,7 +12,8 @@ from safetensors import safe_open
 from fastmum import load_pretrained
 from fastmum.features import FeaturesError, Sizing, extract, find_images, read_features, write_features
 from fastmum.features.__main__ import main
-from fastmum.features.memory import available_memory
+
+EXTRACT = importlib.import_module("fastmum.features.extract")  # the package has a function of that name
 
 
 @pytest.fixture
@@ -40,11 +41,10 @@ def call(images, weights, out, *options):
     return main([str(images), "--weights", str(weights), "--out", str(out), *options])
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-@pytest.mark.parametrize("batch", ["1", "2", "16"])
+@pytest.mark.parametrize(("suffix", "batch"), [(".safetensors", 1), (".npz", 2), (".safetensors", 16)])
 def test_tokens_of_images_of_their_own_size(mixed, weights, tiny, tmp_path, suffix, batch):
     out = tmp_path / f"new/features{suffix}"
-    assert call(mixed, weights, out, "--batch", batch, "--no-pictures") == 0
+    assert call(mixed, weights, out, "--batch", str(batch), "--no-pictures") == 0
     features, about = read_features(out)
     assert sorted(features) == [f"{i}.png" for i in range(5)]
     for name, tokens in features.items():
@@ -54,21 +54,15 @@ def test_tokens_of_images_of_their_own_size(mixed, weights, tiny, tmp_path, suff
         assert tokens.placement[:2] == Image.open(mixed / name).size[::-1]
     assert about["layers"] == [1]
     assert about["skipped"] == {}
+    with np.load(out) if suffix == ".npz" else safe_open(out, "np") as file:  # plain names for others
+        patch, cls = (file[n] if suffix == ".npz" else file.get_tensor(n) for n in ("3.png/patch", "3.png/cls"))
+        assert (patch.shape, cls.shape) == ((16, 32), (32,))
+        assert json.loads(str(file["about"]) if suffix == ".npz" else file.metadata()["about"]) == about
 
 
-def test_files_are_plain_for_others(mixed, weights, tmp_path):
-    for suffix in (".safetensors", ".npz"):
-        assert call(mixed, weights, tmp_path / f"f{suffix}", "--no-pictures") == 0
-    with np.load(tmp_path / "f.npz") as arrays, safe_open(tmp_path / "f.safetensors", "np") as file:
-        assert arrays["3.png/patch"].shape == (16, 32)
-        assert arrays["3.png/cls"].shape == (32,)
-        for name in file.keys():  # noqa: SIM118 (not a dictionary)
-            np.testing.assert_array_equal(arrays[name], file.get_tensor(name))
-        assert json.loads(str(arrays["about"])) == json.loads(file.metadata()["about"])
-
-
-@pytest.mark.parametrize(("words", "blocks"), [("2", [0, 1]), ("1", [1]), ("0,", [0]), ("1,0", [0, 1])])
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(
+    ("words", "blocks", "norm"), [("2", [0, 1], True), ("1", [1], False), ("0,", [0], True), ("1,0", [0, 1], False)]
+)
 def test_layers(mixed, weights, tiny, tmp_path, words, blocks, norm):
     options = ["--layers", words, "--no-pictures"] + ([] if norm else ["--no-norm"])
     assert call(mixed, weights, tmp_path / "f.npz", *options) == 0
@@ -80,14 +74,14 @@ def test_layers(mixed, weights, tiny, tmp_path, words, blocks, norm):
         torch.testing.assert_close(features["1.png"].cls[i], cls[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
-def test_bfloat16(mixed, weights, tiny, tmp_path, suffix):
-    out = tmp_path / f"f{suffix}"
-    assert call(mixed, weights, out, "--dtype", "bfloat16", "--no-pictures") == 0
-    patch = read_features(out)[0]["3.png"].patch
-    assert patch.dtype == {".safetensors": torch.bfloat16, ".npz": torch.float32}[suffix]
+def test_bfloat16(mixed, weights, tiny, tmp_path):
     ours = tiny.forward_features(pixels(mixed / "3.png"))["x_norm_patchtokens"][0]
-    assert (patch.float() - ours).abs().max() < 0.1
+    for suffix, dtype in ((".safetensors", torch.bfloat16), (".npz", torch.float32)):
+        out = tmp_path / f"f{suffix}"
+        assert call(mixed, weights, out, "--dtype", "bfloat16", "--no-pictures") == 0
+        patch = read_features(out)[0]["3.png"].patch
+        assert patch.dtype == dtype
+        assert (patch.float() - ours).abs().max() < 0.1
 
 
 def test_sizes_and_padding(image_folder, weights, tiny, tmp_path):  # images of 40 x 48
@@ -100,7 +94,7 @@ def test_sizes_and_padding(image_folder, weights, tiny, tmp_path):  # images of 
     assert padded == (48, 48, 40, 48)
 
 
-def test_pictures_lie_beside_the_file_and_show_what_the_encoder_saw(image_folder, weights, tmp_path, capsys):
+def test_pictures_show_the_input_and_its_tokens(image_folder, weights, tmp_path, capsys):
     assert call(image_folder, weights, tmp_path / "out/f.npz", "--fit", "pad") == 0
     folder = tmp_path / "out/f_pictures"
     assert f"pictures: {folder}" in capsys.readouterr().out
@@ -132,33 +126,29 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_named(mixed, weights
     for file in mixed.iterdir():
         file.write_bytes(b"")
     assert call(mixed, weights, out, "--force") == 2
-    assert capsys.readouterr().err.endswith("error: none of 5 images can be read; the first is '0.png' (empty)\n")
-    assert read_features(out)[0].keys() == features.keys()  # what was there stays
+    assert "'0.png' (empty)" in capsys.readouterr().err.splitlines()[-1]
+    assert read_features(out)[0].keys() == features.keys()  # the existing file is kept
 
 
 def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastmum.features.__main__.extract", None)  # nothing may come that far
+    monkeypatch.setattr("fastmum.features.__main__.extract", None)  # must not be reached
     there = tmp_path / "there.npz"
     there.touch()
     for options, message in (
-        (["--out", str(tmp_path / "f.pt")], "must end in .safetensors or .npz"),
-        (["--out", str(there)], "is there already; --force replaces it"),
-        (["--out", "/proc/none/f.npz"], "'/proc/none/f.npz' cannot be written (No such file or directory)"),
-        (["--size", "250"], "the size is 250 x 250, but must be of multiples of 16"),
-        (["--size", "big"], "--size is 'big', but must be native, a number of pixels, or HEIGHTxWIDTH"),
-        (["--layers", "3"], "--layers is 3, but the encoder has 2 blocks: 1 to 2"),
-        (["--layers", "0,2"], "--layers is 0,2, but the encoder's blocks are 0 to 1"),
-        (["--layers", "last"], "--layers is 'last'"),
+        (["--out", str(tmp_path / "f.pt")], ".safetensors or .npz"),
+        (["--out", str(there)], "--force"),
+        (["--out", "/proc/none/f.npz"], "'/proc/none/f.npz' cannot be written"),
+        (["--size", "250"], "250 x 250"),
+        (["--size", "big"], "--size is 'big'"),
+        (["--layers", "3"], "1 to 2"),
+        (["--layers", "0,2"], "0 to 1"),
         (["--batch", "0"], "--batch 0"),
-        (["--dtype", "int8"], "dtype is 'int8', but must be one of float32, bfloat16, float16"),
-        (["--device", "nowhere"], "--device is 'nowhere', but must be auto, cpu, cuda or cuda:N"),
-        (["--weights", str(tmp_path / "none")], "none' does not exist"),
-        (["--set", "norm_esp=1"], "the nearest is 'norm_eps'"),
-        (["--set", "norm_eps=[1"], "--set is 'norm_eps=[1', but the value cannot be read as YAML"),
-        (["--set", "norm_eps=${"], "--set is 'norm_eps=${', but the value cannot be read as YAML"),
-        (["--set", "norm_eps=[1]"], "norm_eps is [1], but must be a number between 0 and 1"),
-        (["--set", "dtype=float16"], "--set is 'dtype=float16', but dtype has a flag of its own: --dtype"),
-        (["--set", "norm_eps"], "--set is 'norm_eps', but must be KEY=VALUE"),
+        (["--device", "nowhere"], "--device is 'nowhere'"),
+        (["--set", "norm_esp=1"], "'norm_eps'"),
+        (["--set", "norm_eps=[1"], "--set is 'norm_eps=[1'"),
+        (["--set", "norm_eps=${"], "--set is 'norm_eps=${'"),
+        (["--set", "dtype=float16"], "--dtype"),
+        (["--set", "norm_eps"], "KEY=VALUE"),
     ):
         assert call(mixed, weights, tmp_path / "f.npz", *options) == 2
         error = capsys.readouterr().err
@@ -170,36 +160,32 @@ def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, cap
 def test_features_that_are_not_finite(mixed, tiny):
     with torch.no_grad():
         tiny.norm.bias[0] = torch.inf
-    with pytest.raises(FeaturesError, match=r"features of '0.png' are not finite.*torch.float32 is too narrow"):
+    with pytest.raises(FeaturesError, match=r"'0.png' are not finite.*float32"):
         extract(tiny, find_images([mixed]))
 
 
-@pytest.mark.parametrize("options", [[], ["--layers", "2", "--dtype", "bfloat16"], ["--layers", "1,"]])
+@pytest.mark.parametrize("options", [["--layers", "2", "--dtype", "bfloat16"], ["--layers", "1,"]])
 def test_features_that_do_not_fit_in_memory(mixed, weights, tmp_path, capsys, monkeypatch, options):
-    """Told before anything is computed, and exactly."""
+    """The estimate is exact, and raises before anything is computed."""
     out = tmp_path / "f.safetensors"
     assert call(mixed, weights, out, *options, "--no-pictures") == 0
     size = sum(part.nbytes for tokens in read_features(out)[0].values() for part in (tokens.cls, tokens.patch))
-    module = importlib.import_module("fastmum.features.extract")  # the package has a function of that name
-    monkeypatch.setattr(module, "available_memory", lambda: size)
+    monkeypatch.setattr(EXTRACT, "available_memory", lambda: size)
     assert call(mixed, weights, out, *options, "--no-pictures", "--force") == 0
-    monkeypatch.setattr(module, "available_memory", lambda: size - 1)
-    monkeypatch.setattr(module, "read_image", None)  # nothing may come that far
+    monkeypatch.setattr(EXTRACT, "available_memory", lambda: size - 1)
+    monkeypatch.setattr(EXTRACT, "read_image", None)  # must not be reached
     capsys.readouterr()
     assert call(mixed, weights, out, *options, "--no-pictures", "--force") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: features of 5 images take 0.0 GB, but 0.0 GB of memory are available: take a ")
-    assert all(remedy in error for remedy in ("--size", "--dtype bfloat16", "fewer images"))
+    assert all(word in error for word in ("5 images", "--size", "--dtype bfloat16"))
 
 
-def test_memory_that_is_available(tmp_path, monkeypatch):
-    assert available_memory() > 1e6
+def test_available_memory(tmp_path, monkeypatch):
     there = tmp_path / "meminfo"
+    monkeypatch.setattr(EXTRACT, "MEMINFO", there)
+    assert EXTRACT.available_memory() > 1e6
     there.write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:       7 kB\n")
-    monkeypatch.setattr("fastmum.features.memory.MEMINFO", there)
-    assert available_memory() == 7 * 1024
-    there.unlink()
-    assert available_memory() > 1e6
+    assert EXTRACT.available_memory() == 7 * 1024
 
 
 def test_from_python(mixed, weights, tmp_path):

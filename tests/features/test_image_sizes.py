@@ -1,5 +1,6 @@
-"""Which images there are, and what size each gets."""
+"""Finding images, and their sizes."""
 
+import re
 import shutil
 
 import numpy as np
@@ -30,16 +31,15 @@ def test_sides_are_multiples_and_the_image_fits(height, width, fit, multiple, ma
         assert placed[:2] == size
     if fit == "resize":
         assert placed[2:] == placed[:2]
-    if not size and fit == "pad":  # no patch sees padding alone
+    if not size and fit == "pad":  # no patch is only padding
         assert placed.height - placed.content_height < multiple
         assert placed.width - placed.content_width < multiple
     if not size and max_side:
         assert max(placed[:2]) < max_side + multiple
 
 
-@pytest.mark.parametrize(
-    ("sizing", "image", "placed"),
-    [
+def test_examples():
+    for sizing, image, placed in (
         (Sizing(16), (48, 80), (48, 80, 48, 80)),
         (Sizing(16), (50, 90), (48, 96, 48, 96)),
         (Sizing(16), (3000, 4000), (768, 1024, 768, 1024)),
@@ -48,16 +48,11 @@ def test_sides_are_multiples_and_the_image_fits(height, width, fit, multiple, ma
         (Sizing(16, fit="pad"), (48, 80), (48, 80, 48, 80)),
         (Sizing(16, (64, 64)), (50, 90), (64, 64, 64, 64)),
         (Sizing(16, (64, 64), "pad"), (50, 100), (64, 64, 32, 64)),
-    ],
-)
-def test_examples(sizing, image, placed):
-    assert sizing.place(*image) == placed
-
-
-def test_sizes_that_cannot_be():
-    with pytest.raises(FeaturesError, match="250 x 256, but must be of multiples of 16"):
+    ):
+        assert sizing.place(*image) == placed
+    with pytest.raises(FeaturesError, match="250 x 256"):
         Sizing(16, (250, 256))
-    with pytest.raises(FeaturesError, match="at most 10, less than a patch"):
+    with pytest.raises(FeaturesError, match="at most 10"):
         Sizing(16, max_side=10)
 
 
@@ -75,7 +70,7 @@ def test_folders_files_and_patterns(image_folder):
         "scene0/2.png", "scene0/4.png", "scene1/2.png", "scene1/4.png",
     ]  # fmt: skip
     deep = find_images([str(image_folder / "**/5.png")])
-    assert len(deep.files) == 5  # a pattern is taken by its word
+    assert len(deep.files) == 5  # a pattern is not filtered
     folders = find_images([str(image_folder / "scene[23]")])
     assert len(folders.files) == 12
     single = find_images([image_folder / "scene0/3.png"])
@@ -85,18 +80,16 @@ def test_folders_files_and_patterns(image_folder):
 def test_a_name_with_brackets_is_a_name_first(image_folder):
     (image_folder / "scene0/0.png").rename(image_folder / "scene0/[1].png")
     assert [file.name for file in find_images([image_folder / "scene0/[1].png"]).files] == ["[1].png"]
-
-
-def test_words_that_stand_for_nothing(tmp_path):
-    for word, message in (("none", "does not exist"), ("*.jpg", "nothing matches"), ("", "there are no images in")):
-        with pytest.raises(FeaturesError, match=message):
-            find_images([tmp_path / word])
+    (image_folder / "empty").mkdir()
+    for word in ("none", "*.jpg", "empty"):
+        with pytest.raises(FeaturesError, match=re.escape(word)):
+            find_images([image_folder / word])
 
 
 def test_reading_turns_resizes_and_pads(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     images = find_images([tmp_path])
     (file,) = images.files
@@ -113,7 +106,7 @@ def test_reading_turns_resizes_and_pads(tmp_path):
     assert abs(resized - expected).max() <= 1
 
 
-def test_what_cannot_be_read(tmp_path):
+def test_unreadable_files_are_skipped(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     (tmp_path / "b.png").touch()
     images = find_images([tmp_path])

@@ -1,4 +1,4 @@
-"""Folders of transformers' DINOv3 models, there and back."""
+"""Folders of transformers' DINOv3 models, read and written."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 import fastmum
 from fastmum import ModelConfig, MuM
 from fastmum.export import export
-from fastmum.pretrained import MismatchError, WeightsError
+from fastmum.pretrained import WeightsError
 from fastmum.pretrained.dinov3 import from_dinov3, to_dinov3
 
 
 @pytest.fixture
 def folder(tiny, save):
-    """The encoder of `tiny`, with another epsilon than shapes let one expect."""
+    """The encoder of `tiny`, with another epsilon than the default."""
     return export(save(tiny.state_dict()), "hf", norm_eps=1e-6).file
 
 
@@ -29,11 +29,6 @@ def test_there_and_back(folder, tiny):
     again = export(folder, "safetensors").file
     assert again == folder.with_name(f"{folder.name}.safetensors")
     assert dataclasses.asdict(fastmum.load_pretrained(again).config)["norm_eps"] == 1e-6
-
-
-def edit(folder, **change):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
 
 
 def test_layer_scale_and_absent_biases_of_others(tmp_path):
@@ -68,27 +63,19 @@ def test_every_weight_has_one_name_there():
     assert again.keys() == encoder.keys()
 
 
-def test_what_is_no_encoder_of_ours(folder):
-    for change, words in (
-        ({"num_register_tokens": 4}, "num_register_tokens is 4, but an encoder of fastmum has 0"),
-        ({"use_gated_mlp": True}, "use_gated_mlp is True"),
-        ({"rope_theta": 10.0}, r"rope_theta is 10.0, but an encoder of fastmum has 100.0"),
-    ):
-        before = (folder / "config.json").read_text()
-        edit(folder, **change)
-        with pytest.raises(WeightsError, match=words) as caught:
+def test_other_models_are_refused(folder):
+    before = (folder / "config.json").read_text()
+    for key, value in (("num_register_tokens", 4), ("use_gated_mlp", True), ("rope_theta", 10.0)):
+        (folder / "config.json").write_text(json.dumps(json.loads(before) | {key: value}))
+        with pytest.raises(WeightsError, match=f"{folder}.*{key} is {value}"):
             fastmum.load_pretrained(folder)
-        assert str(folder) in str(caught.value)
-        (folder / "config.json").write_text(before)
+    (folder / "config.json").write_text(before)
     tensors = load_file(folder / "model.safetensors")
-    del tensors["layer.1.norm2.bias"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(MismatchError, match=r"lacks blocks.1.norm2.bias \[32\]"):
-        fastmum.load_pretrained(folder)
-    del tensors["embeddings.cls_token"]
-    save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"does not hold an encoder of fastmum .KeyError: 'embeddings.cls_token'"):
-        fastmum.load_pretrained(folder)
+    for name, error in (("layer.1.norm2.bias", r"blocks.1.norm2.bias \[32\]"), ("embeddings.cls_token", "cls_token")):
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(WeightsError, match=error):
+            fastmum.load_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"has a config.json, but no model.safetensors"):
+    with pytest.raises(WeightsError, match=r"no model.safetensors"):
         fastmum.load_pretrained(folder)

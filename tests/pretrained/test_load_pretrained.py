@@ -1,8 +1,7 @@
-"""What loads, how it is told apart, and the one line for what does not."""
+"""Which files load, how they are detected, and one-line errors for the others."""
 
 import argparse
 import dataclasses
-import itertools
 import json
 
 import pytest
@@ -13,32 +12,10 @@ from safetensors.torch import save_file
 
 import fastmum
 from fastmum import ModelConfig
-from fastmum.config.schema import OptimSection
 from fastmum.engine.checkpoint import Checkpoints
-from fastmum.engine.optimizer import build_optimizer
-from fastmum.export import export
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.pretrained import MismatchError, WeightsError, read_pretrained
-
-
-@pytest.fixture
-def run(tmp_path, tiny):
-    """A run with a checkpoint of step 7, whose weights are those of `tiny`, as training saves them."""
-    writer = Checkpoints(tmp_path / "run/checkpoints", keep=1)
-    writer.save(7, build_optimizer(tiny, OptimSection()).state(), {"model_config": dataclasses.asdict(tiny.config)})
-    writer.close()
-    return tmp_path / "run"
-
-
-def test_a_run_that_lacks_what_is_learnt(tmp_path, tiny):
-    writer = Checkpoints(tmp_path, keep=1)
-    state = build_optimizer(tiny, OptimSection()).state()
-    del state["model.norm.weight"]
-    writer.save(1, state, {"model_config": dataclasses.asdict(tiny.config)})
-    writer.close()
-    with pytest.raises(MismatchError, match=r"does not hold the model that it names: it lacks norm.weight \[32\]$"):
-        fastmum.load_pretrained(tmp_path)
 
 
 def assert_same(model, tiny, of=MuM):
@@ -50,28 +27,27 @@ def assert_same(model, tiny, of=MuM):
     assert model.patch_embed.proj.weight.stride() == tiny.patch_embed.proj.weight.stride()  # as the kernels want it
 
 
-@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step_0000007"])
-def test_runs(run, tiny, where):
-    assert_same(fastmum.load_pretrained(run / where), tiny)
-    assert read_pretrained(str(run / where)).step == 7
+def test_runs(tmp_path, tiny):
+    state = {f"model.{name}": parameter.detach() for name, parameter in tiny.named_parameters()}
+    writer, values = Checkpoints(tmp_path / "checkpoints", keep=2), {"model_config": dataclasses.asdict(tiny.config)}
+    writer.save(7, state, values)
+    writer.wait()
+    for where in ("", "checkpoints", "checkpoints/step_0000007"):
+        assert_same(fastmum.load_pretrained(tmp_path / where), tiny)
+        assert read_pretrained(str(tmp_path / where)).step == 7
+    del state["model.norm.weight"]
+    writer.save(8, state, values)
+    writer.close()
+    with pytest.raises(MismatchError, match=r"norm.weight \[32\]$"):
+        fastmum.load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "encoder_only"), [*itertools.product(["released", "safetensors"], [False, True])])
-def test_exports(run, tiny, tmp_path, name, encoder_only):
-    file = export(run, name, tmp_path / "export", encoder_only).file
-    model = fastmum.load_pretrained(file, rope_dtype="float32")
-    assert_same(model, tiny, Encoder if encoder_only else MuM)
-    assert model.config.norm_eps == tiny.config.norm_eps
-
-
-def test_safetensors_say_what_shapes_cannot(tiny, tmp_path):
+def test_safetensors_store_what_shapes_do_not(tiny, tmp_path):
     config = dataclasses.replace(tiny.config, norm_eps=1e-6)
     state = MuM(config).state_dict()
     for step, overrides, eps in ((1, {}, 1e-6), (2, {"norm_eps": 1e-4}, 1e-4)):
-        export_to = tmp_path / f"{step}.st"
-
-        save_file(state, export_to, {"model_config": json.dumps(dataclasses.asdict(config)), "step": str(step)})
-        pretrained = read_pretrained(export_to, **overrides)
+        save_file(state, tmp_path / "f", {"model_config": json.dumps(dataclasses.asdict(config)), "step": str(step)})
+        pretrained = read_pretrained(tmp_path / "f", **overrides)
         assert (pretrained.config.norm_eps, pretrained.step) == (eps, step)
 
 
@@ -86,27 +62,25 @@ WRAPPED = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPED)
-def test_wrappers(tiny, save, wrapper):
-    assert_same(fastmum.load_pretrained(save(WRAPPED[wrapper](tiny.state_dict()))), tiny)
-
-
-def test_what_lies_beside_the_model_is_left_out_and_named(tiny, save, caplog):
+def test_wrappers(tiny, save, caplog):
+    for wrap in WRAPPED.values():
+        assert_same(fastmum.load_pretrained(save(wrap(tiny.state_dict()))), tiny)
     state = {f"backbone.{k}": v for k, v in tiny.state_dict().items()} | {"dino_head.weight": torch.zeros(3)}
     assert_same(fastmum.load_pretrained(save({"teacher": state})), tiny)
-    assert "'teacher.backbone' is taken, and left out dino_head.weight" in caplog.text
+    assert "'teacher.backbone'" in caplog.text
+    assert "dino_head.weight" in caplog.text
 
 
 def test_of_several_models_one_must_be_chosen(tiny, save):
     other = {name: tensor + 1 for name, tensor in tiny.state_dict().items()}
     file = save({"student": {f"backbone.{k}": v for k, v in other.items()}, "teacher": tiny.state_dict()})
-    with pytest.raises(WeightsError, match=r"several models, at 'student.backbone', 'teacher': choose one by key="):
+    with pytest.raises(WeightsError, match=r"'student.backbone', 'teacher'"):
         fastmum.load_pretrained(file)
     for key in ("teacher", "student"):
         model = fastmum.load_pretrained(file, key=key)
         assert torch.equal(model.norm.bias, (tiny if key == "teacher" else model).norm.bias)
     assert torch.equal(model.norm.bias, other["norm.bias"])
-    with pytest.raises(WeightsError, match=r"no MuM at key='ema'; there is one at 'student.backbone', 'teacher'"):
+    with pytest.raises(WeightsError, match=r"key='ema'.* 'student.backbone', 'teacher'"):
         fastmum.load_pretrained(file, key="ema")
 
 
@@ -116,7 +90,7 @@ def test_encoder_only(tiny, save):
     assert_same(encoder, tiny, Encoder)
     alone = save(encoder.state_dict(), "alone")
     assert_same(fastmum.load_pretrained(alone), tiny, Encoder)
-    with pytest.raises(WeightsError, match="without a decoder, but encoder_only is False"):
+    with pytest.raises(WeightsError, match="encoder_only is False"):
         fastmum.load_pretrained(alone, encoder_only=False)
 
 
@@ -135,17 +109,17 @@ def test_half_precision_weights_become_float32_and_periods_exact(tiny, save):
         assert torch.equal(model.norm.weight, tiny.norm.weight)
 
 
-@pytest.mark.parametrize("head_width", [16, 24, 32, 48, 64, 80])
+@pytest.mark.parametrize("head_width", [16, 24, 64, 80])
 def test_periods_that_were_computed_in_bfloat16_become_exact(head_width, save):
     encoder = Encoder(ModelConfig(head_width, 1, 1, 32, 2, 2))
     exponent = 2 * torch.arange(head_width // 4, dtype=torch.bfloat16) / (head_width // 2)
-    state = encoder.state_dict() | {"rope_embed.periods": 100.0**exponent}  # as the released encoder by itself does
+    state = encoder.state_dict() | {"rope_embed.periods": 100.0**exponent}  # as in the released encoder-only file
     assert state["rope_embed.periods"].dtype == torch.bfloat16
     file = save(state)
     assert torch.equal(fastmum.load_pretrained(file).rope_embed.periods, state["rope_embed.periods"])
     exact = fastmum.load_pretrained(file, rope_dtype="float32").rope_embed.periods
     assert torch.equal(exact, encoder.rope_embed.periods)
-    # Those of another base are not ours.
+    # Periods of another base are kept.
     other = save(state | {"rope_embed.periods": 1000.0**exponent})
     kept = fastmum.load_pretrained(other, rope_dtype="float32").rope_embed.periods
     assert torch.equal(kept, (1000.0**exponent).float())
@@ -153,9 +127,9 @@ def test_periods_that_were_computed_in_bfloat16_become_exact(head_width, save):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_all_that_differs_is_listed(tiny, save, data):
+def test_every_mismatch_is_listed(tiny, save, data):
     names = sorted(tiny.state_dict())
-    # One at a time of what tells the sizes: a majority must be right.
+    # Few, since sizes are those of the majority.
     wrong = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
     state, expected = dict(tiny.state_dict()), {"missing": [], "extra": [], "misshapen": []}
     for name in wrong:
@@ -177,41 +151,26 @@ def test_all_that_differs_is_listed(tiny, save, data):
     assert "\n" not in str(caught.value)
 
 
-def test_a_mismatch_says_what_was_expected(tiny, save):
-    state = tiny.state_dict()
-    del state["blocks.1.mlp.fc1.bias"]
-    state["norm.weight"] = torch.zeros(31)
-    state["pos_embed"] = torch.zeros(1, 5, 32)
-    file = save(state)
-    with pytest.raises(MismatchError) as caught:
-        fastmum.load_pretrained(file)
-    assert str(caught.value) == (
-        f"'{file}' does not hold the model: it lacks blocks.1.mlp.fc1.bias [128]; has besides pos_embed; "
-        "has in other shapes norm.weight [31] (expected: [32])"
-    )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ({"norm_esp": 1e-6}, "unknown override 'norm_esp'; the nearest is 'norm_eps'"),
-        ({"encoder": True}, "unknown override 'encoder'; the nearest is 'encoder_only'"),
-        ({"dtype": "int8"}, "dtype is 'int8', but must be one of float32, bfloat16, float16"),
-        ({"rope_dtype": torch.int8}, "rope_dtype is torch.int8"),
-        ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
-        ({"num_heads": 3}, "possible sizes .embed_dim is 32 with num_heads 3"),
+def test_invalid_overrides(tiny, save):
+    for overrides, words in (
+        ({"norm_esp": 1e-6}, "'norm_esp'; the nearest is 'norm_eps'"),
+        ({"encoder": True}, "'encoder'; the nearest is 'encoder_only'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"rope_dtype": torch.int8}, "rope_dtype is 'torch.int8'.* float32, bfloat16, float16"),
+        ({"device": "nowhere"}, "device 'nowhere'"),
+        ({"num_heads": 3}, "num_heads 3"),
         ({"norm_eps": 2.0}, "norm_eps is 2.0"),
         ({"embed_dim": 64}, r"cls_token \[1, 1, 32\] .expected: \[1, 1, 64\]"),
-    ],
-)
-def test_overrides_that_cannot_be(tiny, save, overrides, words):
-    with pytest.raises(WeightsError, match=words) as caught:
-        fastmum.load_pretrained(save(tiny.state_dict()), **overrides)
-    assert "\n" not in str(caught.value)
+        ({"ema": "maybe"}, "ema is 'maybe'"),
+        ({"ema": True}, "no EMA weights"),
+    ):
+        with pytest.raises(WeightsError, match=words) as caught:
+            fastmum.load_pretrained(save(tiny.state_dict()), **overrides)
+        assert "\n" not in str(caught.value)
 
 
 class Custom:
-    """Something that weights-only loading refuses."""
+    """An object that weights-only loading refuses."""
 
 
 def test_files_that_hold_no_mum(tiny, tmp_path, save):
@@ -225,18 +184,15 @@ def test_files_that_hold_no_mum(tiny, tmp_path, save):
     save_file({"cls_token": torch.zeros(1)}, tmp_path / "metadata", {"model_config": "{"})
     for path, words in (
         (tmp_path / "nothing", "does not exist"),
-        (tmp_path / "folder", "there is no checkpoint in"),
-        (tmp_path / "text", "holds no weights: a run, a folder"),
+        (tmp_path / "folder", "no checkpoint"),
+        (tmp_path / "text", "holds no weights"),
         (tmp_path / "empty", "holds no weights"),
         (damaged, "damaged' cannot be read"),
         (cut, "cut' cannot be read"),
         (tmp_path / "metadata", "the metadata of .* cannot be read"),
-        (save([1, 2], "list"), "holds a list, but a state dict is expected"),
-        (
-            save({"weight": torch.zeros(2)}, "other"),
-            r"does not hold a MuM: none of .* is among its keys \(weight\)",
-        ),
-        (save({"model": Custom()}, "custom"), r"holds test_load_pretrained.Custom beside tensors"),
+        (save([1, 2], "list"), "holds a list"),
+        (save({"weight": torch.zeros(2)}, "other"), r"does not hold a MuM.*\(weight\)"),
+        (save({"model": Custom()}, "custom"), r"test_load_pretrained.Custom"),
     ):
         with pytest.raises(WeightsError, match=words) as caught:
             fastmum.load_pretrained(path)

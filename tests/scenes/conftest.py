@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,12 +11,9 @@ from PIL import Image
 
 from fastmum.scenes import ensure_scenes, scene_dirs
 
-COUNT, VIEWS, SIZE = 3, 4, 96
 
-
-@dataclass(frozen=True)
-class Frame:
-    """One stored view: image [H, W, 3] float64, depth [H, W] in metres (0: unknown), K [3, 3], T [4, 4]."""
+class Frame(NamedTuple):
+    """A stored view: image [H, W, 3] float64, depth [H, W] in metres (0: unknown), K [3, 3], T [4, 4]."""
 
     image: np.ndarray
     depth: np.ndarray
@@ -25,7 +21,7 @@ class Frame:
     T: np.ndarray
 
 
-def read_scene(folder: Path) -> tuple[dict, list[Frame]]:
+def read_scene(folder) -> tuple[dict, list[Frame]]:
     cameras = json.loads((folder / "cameras.json").read_text())
     frames = []
     for entry in cameras["frames"]:
@@ -36,12 +32,7 @@ def read_scene(folder: Path) -> tuple[dict, list[Frame]]:
 
 
 @pytest.fixture(scope="session")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of COUNT scenes of VIEWS views at SIZE pixels, seed 0 (scene 3, the first courtyard, is among four)."""
-    base = tmp_path_factory.mktemp("cache")
-    return ensure_scenes(COUNT + 1, VIEWS, SIZE, 0, cache_dir=base, workers=2, progress=False)
-
-
-@pytest.fixture(scope="session")
-def scenes(rendered: Path) -> list[tuple[dict, list[Frame]]]:
-    return [read_scene(folder) for folder in scene_dirs(rendered, COUNT + 1)]
+def scenes(tmp_path_factory) -> list[tuple[dict, list[Frame]]]:
+    """Four scenes of 4 views at 96 pixels, seed 0; scene 3 is a courtyard."""
+    root = ensure_scenes(4, 4, 96, 0, cache_dir=tmp_path_factory.mktemp("cache"), workers=2, progress=False)
+    return [read_scene(folder) for folder in scene_dirs(root, 4)]
