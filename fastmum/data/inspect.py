@@ -44,7 +44,7 @@ def summary(manifest: Manifest) -> Iterator[str]:
     yield ", ".join(f"{key}: {value}" for key, value in about.items() if key not in known)
     if about.get("options"):
         yield "options: " + ", ".join(f"{key} {value}" for key, value in about["options"].items())
-    for what, count in (("pose", manifest.num_poses), ("intrinsics", manifest.num_intrinsics)):
+    for what, count in (("pose", manifest.known["pose"]), ("intrinsics", manifest.known["intrinsics"])):
         yield f"{what} known: {count} frames ({count / manifest.num_frames:.1%})"
     yield ""
     lengths = np.diff(manifest.starts)
@@ -72,7 +72,7 @@ def find_missing(manifest: Manifest, progress: bool = False) -> Missing:
     """Look every image up in the listing of its folder; files that are there but broken are for the decoder to find."""
     total, files = 0, []
     with ThreadPoolExecutor(THREADS) as pool, tqdm(unit="image", desc="checking", disable=not progress) as bar:
-        for folder, names, absent in pool.map(_absent, manifest.images()):
+        for folder, names, absent in pool.map(_absent, manifest.folders()):
             total += len(names)
             files += [folder / name for name in absent]
             bar.update(len(names))

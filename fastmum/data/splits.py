@@ -14,7 +14,7 @@ from fastmum.config import Config
 from fastmum.data.build import NoSequenceError, build
 from fastmum.data.builders.listing import images_in
 from fastmum.data.errors import DataError
-from fastmum.data.manifest import Manifest, ManifestError, Manifests, SequenceRecord, write_manifest
+from fastmum.data.manifest import Manifest, Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlanner
 from fastmum.data.split import held_out
 
@@ -137,7 +137,7 @@ def _folder_manifest(key: str, root: str, out: Path, dataset: str, options: dict
 def _made_from(manifest: Path, folder: Path, options: dict) -> bool:
     try:
         about = Manifest.open(manifest).metadata
-    except ManifestError:
+    except DataError:
         return False
     return (about["source"], about["options"]) == (os.path.abspath(folder), options)
 

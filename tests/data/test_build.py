@@ -162,7 +162,7 @@ def slow_build(tmp_path, name, workers):
     if name == "colmap":
         pytest.importorskip("pycolmap")
     script = (
-        "import signal, sys, time; from fastmum.data import build, manifest\n"
+        "import signal, sys, time; from fastmum.data import build, manifest_writer as manifest\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "add = manifest._Spool.add\n"
         "manifest._Spool.add = lambda *a: (add(*a), print('added', flush=True), time.sleep(60))\n"
@@ -219,5 +219,5 @@ def test_poses_survive_the_way_through_processes(tmp_path):
             (folder / f"cams/{i:08d}_cam.txt").write_text(f"extrinsic\n{rows}\nintrinsic\n1 0 3\n0 2 4\n0 0 1\n")
     build("blendedmvs", tmp_path / "raw", tmp_path / "m", workers=2)
     manifest = Manifest.open(tmp_path / "m")
-    assert manifest.pose(3)[0, 0] == 2
-    assert manifest.intrinsics(1).tolist() == [1, 2, 3, 4]
+    assert manifest.camera_arrays(3)[1][0, 0] == 2
+    assert manifest.camera_arrays(1)[0].tolist() == [1, 2, 3, 4]

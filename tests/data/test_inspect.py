@@ -61,7 +61,7 @@ def test_every_image_is_looked_for_once(tmp_path):
     ]
     write_manifest(tmp_path / "m", records, dataset="d", root=tmp_path, metadata={})
     manifest = Manifest.open(tmp_path / "m")
-    assert {folder.name: sorted(names) for folder, names in manifest.images()} == {"a": ["0", "1", "2"], "b": ["0"]}
+    assert {folder.name: sorted(names) for folder, names in manifest.folders()} == {"a": ["0", "1", "2"], "b": ["0"]}
     missing = find_missing(manifest)
     assert missing.images == 4
     assert sorted(missing.files) == [tmp_path / "a/2", tmp_path / "b/0"]

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmum.data.manifest import Counts, Manifest, ManifestError, Manifests, SequenceRecord, _changes, write_manifest
+from fastmum.data.errors import DataError
+from fastmum.data.manifest import Counts, Manifest, Manifests, SequenceRecord, _changes, write_manifest
 
 
 def write(out, records, dataset="rooms", root="/data", **metadata):
@@ -41,8 +42,8 @@ def test_rows_sequences_and_names(tmp_path):
     assert [str(manifest.file(row)) for row in (0, 4, 5)] == ["/data/a/0.jpg", "/data/b/c/1.jpg", "/data/x.png"]
     assert manifest.files([4, 0]) == [manifest.file(4), manifest.file(0)]
     assert manifest.sequence_of(np.array([0, 2, 3, 5])).tolist() == [0, 0, 1, 2]
-    assert manifest.pose(0) is None
-    assert manifest.intrinsics(0) is None
+    assert manifest.camera_arrays(0)[1] is None
+    assert manifest.camera_arrays(0)[0] is None
 
 
 def test_poses_and_intrinsics_where_they_are_known(tmp_path):
@@ -55,11 +56,11 @@ def test_poses_and_intrinsics_where_they_are_known(tmp_path):
     ]
     write(tmp_path / "m.arrow", records)
     manifest = Manifest.open(tmp_path / "m.arrow")
-    assert [manifest.pose(row) is not None for row in range(6)] == [False, False, True, False, True, False]
-    assert np.array_equal(manifest.pose(4), pose[2])
-    assert [manifest.intrinsics(row) is not None for row in range(6)] == [False, False, True, True, True, True]
-    assert np.array_equal(manifest.intrinsics(3), focal[1])
-    assert manifest.pose(4).dtype == manifest.intrinsics(3).dtype == np.float32
+    assert [manifest.camera_arrays(row)[1] is not None for row in range(6)] == [False, False, True, False, True, False]
+    assert np.array_equal(manifest.camera_arrays(4)[1], pose[2])
+    assert [manifest.camera_arrays(row)[0] is not None for row in range(6)] == [False, False, True, True, True, True]
+    assert np.array_equal(manifest.camera_arrays(3)[0], focal[1])
+    assert manifest.camera_arrays(4)[1].dtype == manifest.camera_arrays(3)[0].dtype == np.float32
 
 
 def test_anyone_can_read_the_file_with_arrow(tmp_path):
@@ -84,7 +85,7 @@ def test_two_runs_give_identical_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("before", [None, b"an older manifest"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, ManifestError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DataError])
 def test_an_interrupted_build_leaves_what_was_there(tmp_path, before, error):
     out = tmp_path / "m.arrow"
     if before:
@@ -104,8 +105,8 @@ def test_a_failure_while_the_file_is_written_leaves_nothing(tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastmum.data.manifest.os.fsync", full)
-    with pytest.raises(ManifestError, match=r"m.arrow' cannot be written \(No space left on device\)"):
+    monkeypatch.setattr("fastmum.data.manifest_writer.os.fsync", full)
+    with pytest.raises(DataError, match=r"m.arrow' cannot be written \(No space left on device\)"):
         write(tmp_path / "m.arrow", [numbered("a", 3)])
     assert not list(tmp_path.iterdir())
 
@@ -135,8 +136,8 @@ def test_several_manifests_are_one_behind_another(tmp_path):
     assert [str(file) for file in both.files(np.array([9, 0, 5]))] == ["/two/c/3.jpg", "/one/a/0.jpg", "/two/a/0.jpg"]
     assert both.file(4) == both.files([4])[0]
     assert both.sequence_of(np.arange(10)).tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
-    assert both.pose(4) is None
-    assert np.array_equal(both.pose(8), poses(4)[2])
+    assert both.camera_arrays(4)[1] is None
+    assert np.array_equal(both.camera_arrays(8)[1], poses(4)[2])
 
 
 @settings(max_examples=30, deadline=None)
@@ -167,7 +168,7 @@ def test_neighbours_of_one_name_in_two_data_sets_stay_apart(tmp_path):
     ],
 )
 def test_a_sequence_that_is_not_well_formed_is_named(tmp_path, records, message):
-    with pytest.raises(ManifestError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         write(tmp_path / "m", records)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -180,25 +181,25 @@ def test_what_cannot_be_opened_is_one_line_with_a_remedy(tmp_path, monkeypatch):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "text").write_text("not arrow\n" * 100)
     with monkeypatch.context() as newer:
-        newer.setattr("fastmum.data.manifest.VERSION", 9)
+        newer.setattr("fastmum.data.manifest_writer.VERSION", 9)
         write(tmp_path / "newer", [numbered("a", 200)])
     pa.ipc.new_file(tmp_path / "other", pa.schema([("a", pa.int8())])).close()
     for name, message in {
         "nowhere": "there is no manifest",
-        "short": "is not a manifest, or is cut short",
+        "short": "is not a manifest, or is truncated",
         "empty": "is not a manifest",
         "text": "is not a manifest",
         "other": "is not a manifest",
         "newer": "has version 9, but this fastmum reads 1",
         ".": "cannot be read",
     }.items():
-        with pytest.raises(ManifestError, match=message) as caught:
+        with pytest.raises(DataError, match=message) as caught:
             Manifest.open(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ManifestError, match="no manifest was given"):
+    with pytest.raises(DataError, match="no manifest was given"):
         Manifests([])
-    with pytest.raises(ManifestError, match=r"cannot be written \(No such file"):
+    with pytest.raises(DataError, match=r"cannot be written \(No such file"):
         write(tmp_path / "no/folder/m.arrow", [numbered("a", 1)])
 
 

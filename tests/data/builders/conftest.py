@@ -27,10 +27,10 @@ class Found:
         self.lengths = {name: len(rows) for name, rows in self.rows.items()}
 
     def poses(self, name: str) -> list[np.ndarray | None]:
-        return [self.manifest.pose(row) for row in self.rows[name]]
+        return [self.manifest.camera_arrays(row)[1] for row in self.rows[name]]
 
     def intrinsics(self, name: str) -> list[np.ndarray | None]:
-        return [self.manifest.intrinsics(row) for row in self.rows[name]]
+        return [self.manifest.camera_arrays(row)[0] for row in self.rows[name]]
 
 
 @pytest.fixture

@@ -1,0 +1,108 @@
+"""Depth maps and masks as data sets store them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fastmum.data.errors import DataError, reading
+
+
+class DepthFormat(NamedTuple):
+    """How depth maps are stored.
+
+    Args:
+        reader: key of `READERS`.
+        unit: metres per stored unit; 1.0 where the scale is that of a reconstruction, hence arbitrary.
+        kind: "z" (distance along the optical axis) or "ray" (distance to the camera centre).
+        unknown: stored value of pixels without depth, besides 0, negative and non-finite ones.
+        max: larger depths, in metres, are unknown (sky).
+    """
+
+    reader: str
+    unit: float = 1.0
+    kind: str = "z"
+    unknown: float | None = None
+    max: float | None = None
+
+
+def read_depth(file: Path, format: DepthFormat) -> np.ndarray:
+    """Read a depth map in metres, (H, W) float32, 0 where unknown. `format.kind` is not converted.
+
+    Raises:
+        DataError: the file cannot be read, or h5py is not installed.
+    """
+    with reading(file, f"a depth map ({format.reader})"):
+        stored = READERS[format.reader](Path(file))
+        if stored.ndim != 2:
+            raise ValueError(f"its shape is {stored.shape}, not (height, width)")
+    depth = stored.astype(np.float32) * np.float32(format.unit)
+    valid = np.isfinite(depth) & (depth > 0)
+    if format.unknown is not None:
+        valid &= stored != format.unknown
+    if format.max is not None:
+        valid &= depth <= format.max
+    return np.where(valid, depth, np.float32(0))
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """Read a mask, (H, W) bool: true where the stored 8-bit value is over 127."""
+    with reading(file, "a mask"), Image.open(file) as image:
+        return np.asarray(image.convert("L")) > 127
+
+
+def _png16(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def _co3d(file: Path) -> np.ndarray:
+    """float16 bits in a 16-bit PNG; 0 outside `../depth_masks/<frame>.png`, where MVS depth is unreliable."""
+    depth = _png16(file).astype(np.uint16).view(np.float16)
+    mask = file.parent.parent / "depth_masks" / f"{file.name.partition('.')[0]}.png"
+    return np.where(_png16(mask) > 0, depth, np.float16(0)) if mask.is_file() else depth
+
+
+def _npy(file: Path) -> np.ndarray:
+    return np.load(file, allow_pickle=False)
+
+
+def _hdf5(file: Path) -> np.ndarray:
+    """The only data set of an HDF5 file."""
+    try:
+        import h5py
+    except ImportError:
+        raise DataError(f"'{file}' needs h5py: pip install 'fastmum[evaluate]'") from None
+    with h5py.File(file) as archive:
+        (depth,) = archive.values()
+        return np.asarray(depth)
+
+
+def _pfm(file: Path) -> np.ndarray:
+    """Portable float map: lines `Pf`, `width height`, `scale` (negative: little-endian), then rows from the bottom."""
+    with open(file, "rb") as stream:
+        if stream.readline().strip() != b"Pf":
+            raise ValueError("not a PFM of one channel")
+        width, height = map(int, stream.readline().split())
+        order = "<" if float(stream.readline()) < 0 else ">"
+        return np.frombuffer(stream.read(), f"{order}f4").reshape(height, width)[::-1]
+
+
+def _colmap(file: Path) -> np.ndarray:
+    """COLMAP's dense maps: text `width&height&channels&`, then float32 row by row."""
+    width, height, channels, values = file.read_bytes().split(b"&", 3)
+    return np.frombuffer(values, "<f4").reshape(int(channels), int(height), int(width))[0]
+
+
+READERS: dict[str, Callable[[Path], np.ndarray]] = {
+    "png16": _png16,
+    "co3d": _co3d,
+    "npy": _npy,
+    "hdf5": _hdf5,
+    "pfm": _pfm,
+    "colmap": _colmap,
+}

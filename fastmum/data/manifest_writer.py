@@ -1,0 +1,256 @@
+"""Writing manifests; `fastmum.data.manifest` describes the file and reads it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from fastmum.data.depth import DepthFormat
+from fastmum.data.errors import DataError
+from fastmum.files import atomic_path
+
+VERSION = 1
+VERSION_KEY, METADATA_KEY = b"fastmum.manifest", b"fastmum.metadata"
+TEXT = pa.large_string()  # a column of Arrow's "large" strings may exceed 2 GB
+WIDTHS = {"pose": 12, "intrinsics": 4}  # floats per frame
+OPTIONAL = (*WIDTHS, "depth", "mask")
+
+
+class SequenceRecord(NamedTuple):
+    """One sequence of n frames, as builders yield it. Paths are relative to the root, with '/' between folders.
+
+    Args:
+        name: unique in its data set.
+        frames: image paths, in order.
+        poses: (n, 4, 4) float32 camera_from_world, OpenCV axes; NaN where unknown.
+        intrinsics: (n, 4) float32 fx fy cx cy in pixels of the upright image; NaN where unknown.
+        dataset: only if a builder writes several.
+        depths: paths of depth maps, "" for frames that have none.
+        masks: paths of masks (`read_mask`), "" for frames that have none.
+        depth_format: of all depth maps of the sequence.
+        depth_units: (n,) float64, replaces `depth_format.unit` where each frame has a separate scale.
+    """
+
+    name: str
+    frames: Sequence[str]
+    poses: np.ndarray | None = None
+    intrinsics: np.ndarray | None = None
+    dataset: str | None = None
+    depths: Sequence[str] | None = None
+    masks: Sequence[str] | None = None
+    depth_format: DepthFormat | None = None
+    depth_units: np.ndarray | None = None
+
+    def select(self, rows: Sequence[int] | np.ndarray, name: str) -> SequenceRecord:
+        """Some of the frames as another sequence."""
+
+        def chosen(values: Any) -> Any:
+            if isinstance(values, np.ndarray):
+                return values[rows]
+            return None if values is None else [values[i] for i in rows]
+
+        per_frame = ("frames", "poses", "intrinsics", "depths", "masks", "depth_units")
+        return self._replace(name=name, **{key: chosen(getattr(self, key)) for key in per_frame})
+
+
+class Counts(NamedTuple):
+    """Size of a manifest."""
+
+    sequences: int
+    frames: int
+
+
+def write_manifest(
+    out: Path, records: Iterable[SequenceRecord], *, dataset: str, root: Path, metadata: dict[str, Any]
+) -> Counts:
+    """Write a manifest atomically; equal arguments give equal bytes.
+
+    Records are streamed; only the names of sequences, folders and files stay in memory.
+
+    Args:
+        out: the file; its folder must exist.
+        records: the sequences; may be a generator.
+        dataset: data set of the records that name none.
+        root: folder that the frames' paths are relative to; stored as given, relative to the folder of `out`.
+        metadata: rule, options, seed, source ...: JSON. The counts are added.
+
+    Raises:
+        DataError: no sequence, an invalid one (named), or a file that cannot be written.
+    """
+    out = Path(out)
+    with _Spool(out.parent) as spool:
+        for record in records:  # errors of the generator itself are not errors of writing
+            with _writing(out):
+                spool.add(record, record.dataset or dataset)
+        if not spool.sequences:
+            raise DataError(f"there is no sequence to write into '{out}'")
+        with _writing(out):
+            batch = spool.batch()
+            counts = Counts(len(spool.sequences), batch.num_rows)
+            content = metadata | {"root": str(root), "counts": counts._asdict()}
+            batch = batch.replace_schema_metadata(
+                {VERSION_KEY: str(VERSION), METADATA_KEY: json.dumps(content, sort_keys=True)}
+            )
+            with atomic_path(out) as partial, open(partial, "wb") as file:
+                with pa.ipc.new_file(file, batch.schema) as writer:
+                    writer.write_batch(batch)
+                file.flush()
+                os.fsync(file.fileno())
+    return counts
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"'{out}' cannot be written ({error.strerror or error})") from None
+
+
+class _Spool:
+    """Columns in unnamed temporary files, which cannot be left over, until the number of rows is known."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sequences: list[str] = []
+        self._folder = folder
+        self._names: dict[str, set[str]] = {}  # of the sequences of each data set
+        self._values: dict[str, dict[str, int]] = {}  # values of dictionary columns and their indices
+        self._rows = 0
+        self._columns: dict[str, IO[bytes]] = {}
+
+    def __enter__(self) -> _Spool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for column in self._columns.values():
+            column.close()
+
+    def add(self, record: SequenceRecord, dataset: str) -> None:
+        where = f"sequence '{record.name}' of {dataset}"
+        n, number = len(record.frames), len(self.sequences)
+        names = self._names.setdefault(dataset, set())
+        if not record.name or not n:
+            raise DataError(f"{where} has no {'frames' if record.name else 'name'}")
+        if record.name in names:
+            raise DataError(f"{where} appears twice; names must be unique in a data set")
+        names.add(record.name)
+        self.sequences.append(_text(record.name, where))
+        self._append_paths("path", record.frames, where)
+        self._append("sequence", np.full(n, number, np.int32))
+        self._append("dataset", np.full(n, self._index("dataset", dataset), np.int16))
+        for name, values in (("pose", record.poses), ("intrinsics", record.intrinsics)):
+            self._append_vectors(name, values, n, where)
+        for name, paths in (("depth", record.depths), ("mask", record.masks)):
+            if paths is None and name not in self._columns:
+                continue
+            paths = [""] * n if paths is None else paths
+            if len(paths) != n:
+                raise DataError(f"{where} has {len(paths)} {name} paths for {n} frames")
+            if any(paths) or name in self._columns:
+                self._append(name, np.array([bool(path) for path in paths]))
+                self._append_paths(name, paths, where)
+                if name == "depth":
+                    self._append_format(record, n, where)
+        self._rows += n
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        column = self._columns.get(name)
+        if column is None:
+            column = self._columns[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by __exit__)
+            before = self._rows * (values.nbytes // len(values))
+            column.truncate(before)  # zeros for the earlier rows, which lack this column
+            column.seek(before)
+        column.write(values.data)
+
+    def _append_paths(self, name: str, paths: Sequence[str], where: str) -> None:
+        n = len(paths)
+        folders, files = np.empty(n, np.int32), np.empty(n, np.int32)
+        known_folders = self._values.setdefault(f"{name} folder", {})
+        known_files = self._values.setdefault(f"{name} file", {})
+        for i, path in enumerate(paths):
+            folder, _, file = _text(path, where).rpartition("/")
+            if (path or name == "path") and (not file or path.startswith("/") or ".." in folder.split("/")):
+                raise DataError(f"{where} has the {name} '{path}', which is not a path below the root")
+            folders[i] = known_folders.setdefault(folder, len(known_folders))
+            files[i] = known_files.setdefault(file, len(known_files))
+        self._append(f"{name} folder", folders)
+        self._append(f"{name} file", files)
+
+    def _append_vectors(self, name: str, values: np.ndarray | None, n: int, where: str) -> None:
+        if values is None and name not in self._columns:
+            return
+        width, shape = WIDTHS[name], (n, 4, 4) if name == "pose" else (n, 4)
+        if values is None:
+            values = np.full(shape, np.nan, np.float32)
+        elif values.shape != shape:
+            raise DataError(f"{where} has {name} of shape {values.shape}, but must have {shape}")
+        flat = np.ascontiguousarray(values.reshape(n, -1)[:, :width], np.float32)
+        known = np.isfinite(flat).all(1)
+        self._append(name, known)
+        self._append(f"{name} values", np.where(known[:, None], flat, np.float32(0)))
+
+    def _append_format(self, record: SequenceRecord, n: int, where: str) -> None:
+        format = record.depth_format
+        if format is None and record.depths is not None:
+            raise DataError(f"{where} has depth maps, but no depth_format")
+        fields = "" if format is None else json.dumps({k: v for k, v in format._asdict().items() if k != "unit"})
+        units = np.full(n, 0.0 if format is None else format.unit) if record.depth_units is None else record.depth_units
+        self._append("depth format", np.full(n, self._index("depth format", fields), np.int16))
+        self._append("depth unit", np.ascontiguousarray(units, np.float64))
+
+    def _index(self, name: str, value: str) -> int:
+        values = self._values.setdefault(name, {})
+        return values.setdefault(value, len(values))
+
+    def batch(self) -> pa.RecordBatch:
+        """All rows; the buffers are maps of the temporary files."""
+        sequences = pa.DictionaryArray.from_arrays(self._array("sequence", pa.int32()), pa.array(self.sequences, TEXT))
+        columns: dict[str, pa.Array] = {"dataset": self._dictionary("dataset", pa.int16()), "sequence": sequences}
+        columns["path"] = self._struct("path")
+        for name in OPTIONAL:
+            if name in self._columns:
+                columns[name] = self._vectors(name) if name in WIDTHS else self._struct(name)
+        return pa.RecordBatch.from_pydict(columns)
+
+    def _mapped(self, name: str, dtype: Any) -> np.ndarray:
+        self._columns[name].flush()
+        return np.memmap(self._columns[name], dtype, mode="r")
+
+    def _array(self, name: str, kind: pa.DataType) -> pa.Array:
+        values = pa.py_buffer(self._mapped(name, kind.to_pandas_dtype()))
+        return pa.Array.from_buffers(kind, self._rows, [None, values])
+
+    def _dictionary(self, name: str, index: pa.DataType) -> pa.DictionaryArray:
+        return pa.DictionaryArray.from_arrays(self._array(name, index), pa.array(self._values[name], TEXT))
+
+    def _struct(self, name: str) -> pa.StructArray:
+        fields = {key: self._dictionary(f"{name} {key}", pa.int32()) for key in ("folder", "file")}
+        if name == "depth":
+            fields["format"] = self._dictionary("depth format", pa.int16())
+            fields["unit"] = self._array("depth unit", pa.float64())
+        null = None if name == "path" else pa.array(~self._mapped(name, bool))
+        return pa.StructArray.from_arrays(list(fields.values()), list(fields), mask=null)
+
+    def _vectors(self, name: str) -> pa.FixedSizeListArray:
+        width = WIDTHS[name]
+        known = np.packbits(self._mapped(name, bool), bitorder="little")
+        floats = pa.py_buffer(self._mapped(f"{name} values", np.float32))
+        flat = pa.Array.from_buffers(pa.float32(), self._rows * width, [None, floats])
+        kind = pa.list_(pa.float32(), width)
+        return pa.Array.from_buffers(kind, self._rows, [pa.py_buffer(known)], children=[flat])
+
+
+def _text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where} has a name that is not UTF-8: {text!r}; rename it") from None
+    return text
