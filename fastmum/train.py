@@ -26,14 +26,13 @@ from fastmum.data.splits import DataSplits, open_splits
 from fastmum.engine.bad_steps import BadSteps, TrainingError
 from fastmum.engine.checkpoint import CheckpointError, Checkpoints, set_aside_after
 from fastmum.engine.compile import compile_model
-from fastmum.engine.consensus import StopConsensus
 from fastmum.engine.cost import Cost, paper_line
 from fastmum.engine.device import pick_device, pick_precision
 from fastmum.engine.distributed import DistContext, DistributedError, init_distributed, read_launch_env
 from fastmum.engine.evaluation import Evaluation
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.guard import NonFiniteGuard
-from fastmum.engine.heartbeat import Heartbeat, is_of_processes
+from fastmum.engine.heartbeat import Heartbeat, is_collective_error
 from fastmum.engine.memory import keep_freed_memory
 from fastmum.engine.meter import Meter
 from fastmum.engine.model import REDUCE, build_model, matrix_dtype
@@ -45,7 +44,7 @@ from fastmum.engine.resume import ResumeState, about_checkpoint, resume
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.schedule import learning_rate
 from fastmum.engine.step import Step
-from fastmum.engine.stop import StopRequest, exit_code
+from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.telemetry import Telemetry
 from fastmum.model.mum import MuM
 
@@ -76,7 +75,7 @@ def train(config: Config) -> int:
             code = _train(config, world)
             world.wait()
         except RuntimeError as error:
-            dead = watch.culprit() if is_of_processes(error) else None
+            dead = watch.failed_rank() if is_collective_error(error) else None
             if dead is None:
                 raise
             raise PeerError(f"{dead}; the run goes on from its last checkpoint") from error

@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
     assert 0 <= records[0]["data_wait"] <= 1
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {"config.yaml", "reconstruction.png", "pictures/step_0000004.png", "pictures/step_0000008.png"} <= names
-    assert [found.about.step for found in find_checkpoints(run)] == [8, 6, 3]
+    assert [found.manifest.step for found in find_checkpoints(run)] == [8, 6, 3]
     assert any("tfevents" in n for n in names)
     assert (run / "pictures/step_0000008.png").read_bytes() == (run / "reconstruction.png").read_bytes()
 
@@ -123,7 +123,7 @@ def test_stopped_from_outside_it_saves_and_goes_on(image_folder, tmp_path, numbe
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "saved at step" in errors
-    saved = find_checkpoints(tmp_path / "run")[0].about.step
+    saved = find_checkpoints(tmp_path / "run")[0].manifest.step
     steps = saved + 4
     assert main(words(image_folder, tmp_path / "run", *long, f"train.steps={steps}")) == 0
     assert [s for s, _, _ in losses(tmp_path / "run")] == [*range(3, steps, 3), steps]
@@ -201,7 +201,7 @@ def test_too_many_bad_steps_stop_the_run_and_their_checkpoints_are_set_aside(ima
     assert "from a 100%" in error
     assert f"The last good checkpoint is {tmp_path}/run/checkpoints/step_0000001:" in error
     assert "a lower optim.base_lr" in error
-    assert [found.about.step for found in find_checkpoints(tmp_path / "run")] == [1]
+    assert [found.manifest.step for found in find_checkpoints(tmp_path / "run")] == [1]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -10,7 +10,8 @@ from fastmum.attention import AttentionError, choose_backend
 from fastmum.config import Config, ConfigError
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.fp8 import check_fp8, use_fp8
-from fastmum.engine.shard import make_same, shard
+from fastmum.engine.shard import broadcast_weights, shard
+from fastmum.model.block import Block
 from fastmum.model.mum import MuM
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ def build_model(config: Config, world: DistContext) -> MuM:
     model.set_recompute(recompute)
     if config.train.precision == "fp8":
         log.info("float8 products in %d linear layers", use_fp8(model))
-    make_same(model, world)
-    shard(model, world, parallel.strategy, parallel.shard, dtype, REDUCE[parallel.reduce])
+    broadcast_weights(model, world)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    shard(model, blocks, world, parallel.strategy, parallel.shard, dtype, REDUCE[parallel.reduce])
     return model
 
 

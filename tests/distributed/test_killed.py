@@ -123,7 +123,7 @@ def test_the_others_stop_and_name_a_process_that_is_gone(start, tmp_path, number
         assert processes[rank].exitcode == 2, f"rank {rank} goes on"
         words = (tmp_path / f"words-{rank}").read_text()
         assert "error: rank 1 (" in words
-        assert f"process {processes[1].pid}) has died or hangs: no sign of life for 2 s" in words
+        assert f"process {processes[1].pid}) died or hangs: no heartbeat for 2 s" in words
     assert time.monotonic() - began < 60
 
 
@@ -149,5 +149,5 @@ def test_told_to_end_by_one_signal_to_one_process_all_save_the_same_step(start, 
         process.join(timeout=60)
         assert process.exitcode == REQUEUE
     assert f"{signal.Signals(number).name}: saved at step" in (tmp_path / "words-0").read_text()
-    newest = find_checkpoints(tmp_path / "run")[0].about
+    newest = find_checkpoints(tmp_path / "run")[0].manifest
     assert newest.step == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]

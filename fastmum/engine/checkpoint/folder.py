@@ -1,4 +1,4 @@
-"""Checkpoints in a folder: which there are, which go, which are set aside. Names and times of files mean nothing."""
+"""The checkpoints in a folder, ordered by their manifests: file names and times have no meaning."""
 
 from __future__ import annotations
 
@@ -7,63 +7,63 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from fastmum.engine.checkpoint.about import MANIFEST, About
-from fastmum.engine.checkpoint.errors import UnreadableError
+from fastmum.engine.checkpoint.manifest import MANIFEST, CheckpointManifest, UnreadableError
 
 log = logging.getLogger(__name__)
 
 PARTIAL, ABANDONED = ".partial", ".abandoned"
 
 
-class Found(NamedTuple):
-    """A checkpoint; what it says about itself, or why that cannot be read."""
+class FoundCheckpoint(NamedTuple):
+    """A checkpoint and its manifest, or why the manifest cannot be read."""
 
     path: Path
-    about: About | None
+    manifest: CheckpointManifest | None
     problem: str = ""
 
 
-def find_checkpoints(path: Path) -> list[Found]:
-    """The checkpoint that `path` is, or those in the run or folder that it is, newest first.
+def find_checkpoints(path: Path) -> list[FoundCheckpoint]:
+    """The checkpoints in a folder or run, most steps first; or the checkpoint that `path` is.
 
-    Newest is the one of most steps, by its content. Those that cannot say their step come before all.
+    Those without a readable manifest come first: they may be newer.
     """
     if (path / MANIFEST).exists():
         return [_found(path)]
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    children = folder.iterdir() if folder.is_dir() else ()
-    found = [_found(child) for child in children if _is_checkpoint(child)]
-    return sorted(found, key=lambda f: (f.about is None, f.about.step if f.about else 0, f.path.name), reverse=True)
+    found = [_found(child) for child in (folder.iterdir() if folder.is_dir() else ()) if _is_checkpoint(child)]
+    return sorted(
+        found, key=lambda f: (f.manifest is None, f.manifest.step if f.manifest else 0, f.path.name), reverse=True
+    )
 
 
 def _is_checkpoint(path: Path) -> bool:
-    # Without its manifest, the files of torch.distributed.checkpoint still tell that there has been one.
-    there = any((path / name).exists() for name in (MANIFEST, ".metadata"))
-    return there and not any(mark in path.name for mark in (PARTIAL, ABANDONED))
+    # .metadata of torch.distributed.checkpoint: a checkpoint that lost its manifest is reported as damaged.
+    exists = any((path / name).exists() for name in (MANIFEST, ".metadata"))
+    return exists and PARTIAL not in path.name and ABANDONED not in path.name
 
 
-def _found(path: Path) -> Found:
+def _found(path: Path) -> FoundCheckpoint:
     try:
-        return Found(path, About.read(path))
+        return FoundCheckpoint(path, CheckpointManifest.read(path))
     except UnreadableError as error:
-        return Found(path, None, str(error))
+        return FoundCheckpoint(path, None, str(error))
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename checkpoints of more steps than a run resumes from: they belong to another branch of it, or are damaged.
+    """Rename damaged checkpoints and those after the step that a run resumes from: they belong to another branch.
 
-    To be called by one rank, before there are `Checkpoints` in the folder.
+    Called by one rank, before `Checkpoints` of the folder exist.
     """
     for found in find_checkpoints(folder):
-        if found.about is None or found.about.step > step:
+        if found.manifest is None or found.manifest.step > step:
             found.path.rename(_free(found.path.with_name(found.path.name + ABANDONED)))
-            why = "lies after the step that the run goes on from" if found.about else "cannot be read"
+            why = f"is after step {step}, from which the run resumes" if found.manifest else "cannot be read"
             log.info("'%s' %s and was renamed", found.path, why)
 
 
-def free_name(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step can be put."""
-    return _free(folder / f"step_{step:07d}")
+def publish(partial: Path, step: int) -> Path:
+    """Rename a complete partial folder to the next free name of its step."""
+    return partial.rename(_free(partial.with_name(f"step_{step:07d}")))
 
 
 def _free(path: Path) -> Path:
@@ -75,33 +75,19 @@ def _free(path: Path) -> Path:
 
 
 def prune(folder: Path, keep: int, keep_every: int) -> None:
-    """Delete all but the newest `keep`, those every `keep_every` steps, and of those of one step all but the last.
-
-    Raises:
-        OSError: one cannot be deleted.
-    """
-    seen: list[int] = []
+    """Delete all but the newest `keep` and the multiples of `keep_every`; of equal steps, all but the last written."""
+    seen: set[int] = set()
     for found in find_checkpoints(folder):
-        if found.about is None:
-            continue  # perhaps a fault that passes; resuming sets it aside
-        step = found.about.step
-        wanted = len(seen) < keep or (keep_every and step % keep_every == 0)
-        if step in seen or not wanted:
-            remove(found.path)
-        if step not in seen:
-            seen.append(step)
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint; half of one is never taken for a whole.
-
-    Raises:
-        OSError: it cannot be deleted.
-    """
-    shutil.rmtree(path.rename(_free(path.with_name(path.name + PARTIAL))))
+        if found.manifest is None:
+            continue  # perhaps a transient error; set aside on resume
+        step = found.manifest.step
+        if step in seen or not (len(seen) < keep or (keep_every and step % keep_every == 0)):
+            # Renamed first: an interrupted deletion leaves no checkpoint that looks whole.
+            shutil.rmtree(found.path.rename(_free(found.path.with_name(found.path.name + PARTIAL))))
+        seen.add(step)
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete what a crash left behind."""
+    """Delete the leftovers of a crash."""
     for path in folder.glob(f"*{PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
