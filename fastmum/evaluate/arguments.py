@@ -1,4 +1,4 @@
-"""What the command line of the evaluations takes."""
+"""The command line of the evaluations."""
 
 from __future__ import annotations
 
@@ -12,61 +12,118 @@ from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.views import ViewSettings
 from fastmum.pretrained.arguments import add_overrides
 
-STEPS = {"cuda": 25_000, "cpu": 200}  # supplement, section B; and what a CPU does in minutes
-EVALUATIONS = 10  # of a probe's training, unless asked otherwise: every 2,500 steps of 25 K
-TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB of ViT-L at 448 px
+STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and minutes on a CPU
+TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
 LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0, "masks": 1, "gap": 1}
+HELP = {
+    "matching": "dense matching by linear probes, trained in one pass on frozen features",
+    "cosine": "matching by cosine similarity of features, with and without the last LayerNorm",
+    "attention": "matching by the decoder's attention across views, with pictures",
+    "views": "masked loss of the same frames with more and more views, and with views of other scenes",
+}
 
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
 _EPILOG = f"""\
-DATA is scenes or motorcycle, which need no files; a path, told apart by its content; or KIND:/path. Kinds:
+DATA is scenes or motorcycle, which need no files; a path, whose kind is detected; or KIND:/path. Kinds:
 {_SETS}
 
-The evaluation `views` takes scenes, or any folder every sub-folder of which is a sequence of images.
+The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
 
-DIR collects results: every evaluation adds a .json and pictures, and report.html and table.md show all that are
-there, with the paper's numbers beside them. docs/evaluation.md has the protocols.
+DIR collects results: every evaluation adds a .json and pictures; report.html and table.md show all of them next to the
+paper's numbers. docs/evaluation.md describes the protocols.
 """
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `args.task` is matching, cosine, attention or views."""
+    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m fastmum.evaluate",
-        description="What weights know about correspondence between views: matching by linear probe, by cosine "
-        "similarity of features, and by the decoder's attention; and what other views do for the masked loss.",
+        description="Measure correspondence between views: matching by linear probe, by cosine similarity of features, "
+        "and by the decoder's attention; and the effect of other views on the masked loss.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=raw,
     )
     shared = _shared()
-    tasks = parser.add_subparsers(dest="task", required=True, metavar="matching|cosine|attention|views")
-
-    def task(name: str, about: str) -> argparse.ArgumentParser:
-        description = f"{about[0].upper()}{about[1:]}."
-        formatter = argparse.RawDescriptionHelpFormatter
-        return tasks.add_parser(
-            name, parents=[shared], help=about, description=description, epilog=_EPILOG, formatter_class=formatter
-        )
-
-    matching = task("matching", "dense matching by linear probes, trained in one pass on frozen features")
-    cosine = task("cosine", "matching by cosine similarity of features, with and without the last LayerNorm")
-    task("attention", "matching by the decoder's attention across views, and pictures of it")
-    _add_training(matching)
-    _add_views(task("views", "masked loss of the same frames with more and more views, and with views of other scenes"))
-    for each in (matching, cosine):
-        each.add_argument(
-            "--temperature", type=float, default=TEMPERATURE, metavar="T", help="of the matcher (default %(default)s)"
-        )
+    commands = parser.add_subparsers(dest="task", required=True, metavar="|".join(HELP))
+    for task, text in HELP.items():
+        command = commands.add_parser(
+            task, parents=[shared], help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG,
+            formatter_class=raw,
+        )  # fmt: skip
+        if task == "matching":
+            _add_training(command)
+        if task == "views":
+            _add_views(command)
+        if task in ("matching", "cosine"):
+            command.add_argument(
+                "--temperature", type=float, default=TEMPERATURE, metavar="T", help="of the matcher (%(default)s)"
+            )
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check what argparse does not.
+def _shared() -> argparse.ArgumentParser:
+    """Arguments of all evaluations."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add(
+        "--weights", required=True, metavar="W",
+        help="a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with",
+    )  # fmt: skip
+    add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
+    add("--name", metavar="NAME", help="of the weights in the table (default: that of the run or file)")
+    add("--data", default="scenes", metavar="DATA", help="pairs to evaluate on, see below (%(default)s)")
+    add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="folder of results (%(default)s)")
+    add(
+        "--size", type=int, metavar="PX",
+        help="side of the resized pictures (default: 256 for scenes, 512 for NAVI, 224 for folders of sequences, "
+        "else 448)",
+    )  # fmt: skip
+    add(
+        "--max-pairs", type=int, metavar="N",
+        help="evaluate on N pairs (views: frames), evenly spread over the set (default: all)",
+    )  # fmt: skip
+    add("--pictures", type=int, default=4, metavar="N", help="pairs to draw (%(default)s)")
+    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add(
+        "--seed", type=int, default=0, metavar="S",
+        help="of random weights, of the order of training pairs, and of masks (%(default)s)",
+    )  # fmt: skip
+    return parser
 
-    Raises:
-        DataError: a number that is too small.
-    """
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    defaults, add = ProbeSettings(), parser.add_argument_group("training of the probes").add_argument
+    add("--train-data", metavar="DATA", help="pairs to train on (default: other scenes of --data)")
+    add("--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)")
+    add(
+        "--steps", type=int, metavar="N",
+        help=f"default: {STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU",
+    )  # fmt: skip
+    add("--every", type=int, metavar="N", help="steps between evaluations (default: a tenth of --steps)")
+    add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs a step (%(default)s)")
+    rates, decays = defaults.learning_rates, defaults.weight_decays
+    add(
+        "--learning-rates", type=float, nargs="+", default=rates, metavar="LR",
+        help="each combination with a weight decay makes a probe (%(default)s)",
+    )  # fmt: skip
+    add("--weight-decays", type=float, nargs="+", default=decays, metavar="WD", help="(%(default)s)")
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    defaults, add = ViewSettings(), parser.add_argument_group("views").add_argument
+    add("--views", type=int, nargs="+", default=defaults.counts, metavar="S", help="numbers of views (%(default)s)")
+    add(
+        "--mask-ratio", type=float, default=defaults.mask_ratio, metavar="R",
+        help="share of masked patches in every frame (%(default)s)",
+    )  # fmt: skip
+    add("--gap", type=int, default=defaults.gap, metavar="N", help="steps between neighbours (%(default)s)")
+    add("--masks", type=int, default=defaults.masks, metavar="N", help="masks of every frame (%(default)s)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the numbers that no settings class checks; raises `DataError`."""
     for name, least in LEAST.items():
         value = getattr(args, name, None)
         if value is not None and value < least:
@@ -76,119 +133,31 @@ def check(args: argparse.Namespace) -> None:
 
 
 def probe_settings(args: argparse.Namespace, device: str) -> ProbeSettings:
-    """How probes are trained.
-
-    Args:
-        args: parsed.
-        device: "cuda" or "cpu", for what is left open.
-
-    Raises:
-        DataError: a value that cannot be.
-    """
+    """Settings of the probes, with the default steps of the device ("cuda" or "cpu"); raises `DataError`."""
     steps = args.steps or STEPS[device]
     try:
         return ProbeSettings(
             steps=steps,
             batch=args.batch,
-            evaluate_every=args.every or max(1, steps // EVALUATIONS),
+            evaluate_every=args.every or max(1, steps // 10),
             learning_rates=tuple(args.learning_rates),
             weight_decays=tuple(args.weight_decays),
             temperature=args.temperature,
             seed=args.seed,
         )
     except ValueError as error:
-        raise DataError(_of_flag(error)) from None
+        raise _of_flag(error) from None
 
 
 def view_settings(args: argparse.Namespace) -> ViewSettings:
-    """Which views are shown beside a frame.
-
-    Args:
-        args: parsed.
-
-    Raises:
-        DataError: a value that cannot be.
-    """
+    """Settings of the other views; raises `DataError`."""
     try:
         return ViewSettings(tuple(args.views), args.mask_ratio, gap=args.gap, masks=args.masks, seed=args.seed)
     except ValueError as error:
-        raise DataError(_of_flag(error)) from None
+        raise _of_flag(error) from None
 
 
-def _of_flag(error: ValueError) -> str:
-    """What is wrong with a field of settings, which the message begins with, said of its flag."""
+def _of_flag(error: ValueError) -> DataError:
+    """An error of settings, whose message starts with the field, as one that names the flag."""
     field, _, rest = str(error).partition(" ")
-    return f"--{FLAGS.get(field, field).replace('_', '-')} {rest}"
-
-
-def _shared() -> argparse.ArgumentParser:
-    """What all evaluations take."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument(
-        "--weights", required=True, metavar="W",
-        help="a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with",
-    )  # fmt: skip
-    add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
-    parser.add_argument("--name", metavar="NAME", help="of the weights in the table (default: after the run or file)")
-    parser.add_argument(
-        "--data", default="scenes", metavar="DATA", help="pairs to evaluate on, see below (default %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="folder (default %(default)s)"
-    )
-    parser.add_argument(
-        "--size", type=int, metavar="PX",
-        help="side that pictures are resized to (default: 256 for scenes, 512 for NAVI, 224 for folders of "
-        "sequences, else 448)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-pairs",
-        type=int,
-        metavar="N",
-        help="evaluate on N pairs (views: frames), spread over the set (default: all)",
-    )
-    parser.add_argument("--pictures", type=int, default=4, metavar="N", help="pairs to draw (default %(default)s)")
-    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default %(default)s)")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S",
-        help="of random weights, of the order of training pairs, and of masks (default %(default)s)",
-    )  # fmt: skip
-    return parser
-
-
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    """What the training of probes takes."""
-    defaults = ProbeSettings()
-    add = parser.add_argument_group("training of the probes").add_argument
-    add("--train-data", metavar="DATA", help="pairs to train on (default: other scenes of --data)")
-    add("--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="at most (default %(default)s)")
-    add(
-        "--steps", type=int, metavar="N",
-        help=f"default: {STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU",
-    )  # fmt: skip
-    add("--every", type=int, metavar="N", help="steps between evaluations (default: a tenth of --steps)")
-    add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs a step (default %(default)s)")
-    add(
-        "--learning-rates", type=float, nargs="+", default=defaults.learning_rates, metavar="LR",
-        help="each with each weight decay makes a probe (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--weight-decays", type=float, nargs="+", default=defaults.weight_decays, metavar="WD",
-        help="default: %(default)s",
-    )  # fmt: skip
-
-
-def _add_views(parser: argparse.ArgumentParser) -> None:
-    """Which views are shown beside a frame, and what is masked."""
-    defaults = ViewSettings()
-    add = parser.add_argument_group("views").add_argument
-    add(
-        "--views", type=int, nargs="+", default=defaults.counts, metavar="S",
-        help="numbers of views, from 1 (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--mask-ratio", type=float, default=defaults.mask_ratio, metavar="R",
-        help="share of masked patches in every frame (default %(default)s)",
-    )  # fmt: skip
-    add("--gap", type=int, default=defaults.gap, metavar="N", help="steps between neighbours (default %(default)s)")
-    add("--masks", type=int, default=defaults.masks, metavar="N", help="masks of every frame (default %(default)s)")
+    return DataError(f"--{FLAGS.get(field, field).replace('_', '-')} {rest}")
