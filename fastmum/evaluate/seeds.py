@@ -58,7 +58,8 @@ def tables(spread: Spread) -> str:
         rows = [["weights", "seeds", *columns]]
         for still in [c["no_motion"] for seeds in weights.values() for c in seeds if "no_motion" in c][:1]:
             rows.append(["no motion", "", *(f"{still[score]:.1f}" for score in SCORES if score in still)])
-        rows += [[each, str(len(seeds)), *(cells[each].get(c, NONE) for c in columns)] for each, seeds in weights.items()]
+        for each, seeds in weights.items():
+            rows.append([each, str(len(seeds)), *(cells[each].get(column, NONE) for column in columns)])
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
         parts.append("\n".join([f"**{MATCHERS[task]}, {TITLES.get(name, name)}**", "", *lines]))

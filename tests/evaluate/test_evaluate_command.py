@@ -13,8 +13,7 @@ from fastmum import PRESETS, MuM
 from fastmum.data.errors import DataError
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.folder import read, save
-from fastmum.evaluate.published import PUBLISHED
-from fastmum.evaluate.table import table
+from fastmum.evaluate.table import PUBLISHED, table
 from fastmum.evaluate.weights import load_weights
 
 QUICK = ["--size", "64", "--pictures", "1", "--device", "cpu"]

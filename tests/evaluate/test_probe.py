@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmum.evaluate.cosine import cosine_warps
 from fastmum.evaluate.features import Prepared, Truth
 from fastmum.evaluate.matcher import cosine_logits, nearest_patch
+from fastmum.evaluate.matching import cosine_warps
 from fastmum.evaluate.metrics import pixel_errors, scores
 from fastmum.evaluate.pairs import PairSet
 from fastmum.evaluate.probe import BatchedAdamW, ProbeSettings, match_all, matching_losses, project, train_probes

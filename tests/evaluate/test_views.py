@@ -13,7 +13,7 @@ from fastmum.evaluate import SequenceSet, ViewSequence, ViewSettings, evaluate_v
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.folder import read
 from fastmum.evaluate.pictures import draw_views
-from fastmum.evaluate.views import shown, targets
+from fastmum.evaluate.views import target_batch, targets
 from fastmum.model.encoder import Encoder
 
 
@@ -62,7 +62,7 @@ def test_the_batch_of_a_target(noisy):
     assert [views.name for views in sequences.sequences] == ["a", "b/images"]  # c is too short
     settings = ViewSettings()
     target = targets(sequences, settings)[1]
-    batch = shown(sequences, target, settings, 32, 16)
+    batch = target_batch(sequences, target, settings, 32, 16)
     assert batch.lengths == [1, 2, 4, 8, 2, 4, 8]
     assert batch.firsts.tolist() == [0, 1, 3, 7, 15, 17, 21]
     for stack in (batch.frames, batch.noise):  # the same frame under the same mask, wherever it stands
@@ -70,7 +70,7 @@ def test_the_batch_of_a_target(noisy):
         assert torch.equal(stack[3:7], stack[7:11])
         assert torch.equal(stack[17:21], stack[21:25])
         assert len(stack.flatten(1).unique(dim=0)) == 8 + 7
-    again = shown(sequences, target, settings, 32, 16, mask=1)
+    again = target_batch(sequences, target, settings, 32, 16, mask=1)
     assert torch.equal(again.frames, batch.frames)
     assert not (again.noise == batch.noise).any(dim=1).all()
 
@@ -82,7 +82,7 @@ def test_numbers_are_the_models_losses(noisy, model):
     expected = {}
     for target in targets(sequences, settings):
         for mask in range(2):
-            batch = shown(sequences, target, settings, 32, 16, mask)
+            batch = target_batch(sequences, target, settings, 32, 16, mask)
             rows = []
             for frames, noise in zip(batch.frames.split(batch.lengths), batch.noise.split(batch.lengths), strict=True):
                 with torch.no_grad():  # each sequence by itself
@@ -112,7 +112,7 @@ def test_views_of_a_copy_help_a_model_that_looks(noisy, model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(120):
         target = targets(sequences, settings)[step % 9]
-        batch = shown(sequences, target, settings, 32, 16, mask=10 + step)
+        batch = target_batch(sequences, target, settings, 32, 16, mask=10 + step)
         loss = model(batch.frames[1:5], [4], 0.5, batch.noise[1:5]).loss
         optimizer.zero_grad()
         loss.backward()
@@ -205,7 +205,7 @@ def test_pictures_are_of_frames_that_were_measured(noisy, tmp_path, monkeypatch)
 
 def test_pictures(noisy, model):
     sequences, settings = open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2, 4), mask_ratio=0.5)
-    batch = shown(sequences, targets(sequences, settings)[0], settings, 32, 16)
+    batch = target_batch(sequences, targets(sequences, settings)[0], settings, 32, 16)
     picture = draw_views(model, batch, 0.5)
     assert picture.size == (6 * 260 - 4, 18 + 256)  # target, seen, 1, 2 and 4 views, 4 unrelated
     target = np.asarray(picture.crop((0, 18, 256, 274)).resize((32, 32), Image.Resampling.BOX)).astype(int)
