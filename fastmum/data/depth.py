@@ -40,7 +40,8 @@ def read_depth(file: Path, format: DepthFormat) -> np.ndarray:
         stored = READERS[format.reader](Path(file))
         if stored.ndim != 2:
             raise ValueError(f"its shape is {stored.shape}, not (height, width)")
-    depth = stored.astype(np.float32) * np.float32(format.unit)
+        stored = stored.astype(np.float32)
+    depth = stored * np.float32(format.unit)
     valid = np.isfinite(depth) & (depth > 0)
     if format.unknown is not None:
         valid &= stored != format.unknown
@@ -71,14 +72,14 @@ def _npy(file: Path) -> np.ndarray:
     return np.load(file, allow_pickle=False)
 
 
-def _hdf5(file: Path) -> np.ndarray:
-    """The only data set of an HDF5 file."""
+def read_hdf5(file: Path) -> np.ndarray:
+    """Read the data set "depth" of an HDF5 file, else the only one."""
     try:
         import h5py
     except ImportError:
         raise DataError(f"'{file}' needs h5py: pip install 'fastmum[evaluate]'") from None
     with h5py.File(file) as archive:
-        (depth,) = archive.values()
+        (depth,) = [archive["depth"]] if "depth" in archive else archive.values()
         return np.asarray(depth)
 
 
@@ -102,7 +103,7 @@ READERS: dict[str, Callable[[Path], np.ndarray]] = {
     "png16": _png16,
     "co3d": _co3d,
     "npy": _npy,
-    "hdf5": _hdf5,
+    "hdf5": read_hdf5,
     "pfm": _pfm,
     "colmap": _colmap,
 }

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL.Image import DecompressionBombError
+
 from fastmum.errors import FastmumError
 
 
@@ -20,6 +22,6 @@ def reading(file: Path, what: str, remedy: str = "restore or remove it") -> Iter
         yield
     except DataError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, EOFError, SyntaxError) as error:
+    except (OSError, ValueError, LookupError, TypeError, EOFError, SyntaxError, DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"'{file}' cannot be read as {what} ({reason}); {remedy}") from None

@@ -68,7 +68,7 @@ class Manifest:
         mapped.madvise(mmap.MADV_DONTNEED)
         mapped.madvise(mmap.MADV_RANDOM)
         self._columns = {name: batch[name] for name in ("path", *OPTIONAL) if name in batch.schema.names}
-        self.known = {name: 0 for name in OPTIONAL} | {
+        self.known = dict.fromkeys(OPTIONAL, 0) | {
             name: len(column) - column.null_count for name, column in self._columns.items() if name != "path"
         }
 

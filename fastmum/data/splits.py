@@ -12,9 +12,9 @@ import numpy as np
 
 from fastmum.config import Config
 from fastmum.data.build import NoSequenceError, build
-from fastmum.data.builders.listing import images_in
+from fastmum.data.builders.scenes import scene_record
 from fastmum.data.errors import DataError
-from fastmum.data.manifest import Manifest, Manifests, SequenceRecord, write_manifest
+from fastmum.data.manifest import Manifest, Manifests, write_manifest
 from fastmum.data.plan import StepPlanner
 from fastmum.data.split import held_out
 
@@ -153,6 +153,6 @@ def _scenes_manifest(config: Config, out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as error:
         raise DataError(f"the embedded scenes cannot be rendered: {error}") from error
-    records = (SequenceRecord(f.name, [f"{f.name}/{name}" for name in images_in(f)]) for f in folders)
+    records = (scene_record(root, folder.name) for folder in folders)
     write_manifest(out, records, dataset="scenes", root=root, metadata={"builder": "scenes", **vars(scenes)})
     return out

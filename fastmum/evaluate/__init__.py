@@ -7,13 +7,12 @@ masked loss. `open_pairs` and `open_sequences` open the data. `python -m fastmum
 
 from fastmum.evaluate.attention import attention_maps, evaluate_attention
 from fastmum.evaluate.matching import Result, evaluate_cosine, evaluate_matching
-from fastmum.evaluate.pairs import Camera, Frame, Pair, PairSet, open_pairs
+from fastmum.evaluate.pairs import Frame, Pair, PairSet, open_pairs
 from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.sequences import SequenceSet, ViewSequence, open_sequences
 from fastmum.evaluate.views import ViewSettings, evaluate_views
 
 __all__ = [
-    "Camera",
     "Frame",
     "Pair",
     "PairSet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.matcher import TEMPERATURE
@@ -45,21 +46,17 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=raw,
     )
-    shared = _shared()
     commands = parser.add_subparsers(dest="task", required=True, metavar="|".join(HELP))
-    for task, text in HELP.items():
-        command = commands.add_parser(
-            task, parents=[shared], help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EPILOG,
-            formatter_class=raw,
-        )  # fmt: skip
-        if task == "matching":
-            _add_training(command)
-        if task == "views":
-            _add_views(command)
-        if task in ("matching", "cosine"):
-            command.add_argument(
-                "--temperature", type=float, default=TEMPERATURE, metavar="T", help="of the matcher (%(default)s)"
-            )
+    about: dict[str, Any] = {"parents": [_shared()], "epilog": _EPILOG, "formatter_class": raw}
+    tasks = {
+        task: commands.add_parser(task, help=text, description=f"{text[0].upper()}{text[1:]}.", **about)
+        for task, text in HELP.items()
+    }
+    _add_training(tasks["matching"])
+    _add_views(tasks["views"])
+    for task in ("matching", "cosine"):
+        temperature = "of the matcher (%(default)s)"
+        tasks[task].add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
     return parser
 
 
@@ -67,57 +64,42 @@ def _shared() -> argparse.ArgumentParser:
     """Arguments of all evaluations."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
-    add(
-        "--weights", required=True, metavar="W",
-        help="a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with",
-    )  # fmt: skip
+    weights = "a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with"
+    size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
+    pairs = "evaluate on N pairs (views: frames), evenly spread over the set (default: all)"
+    seed = "of random weights, of the order of training pairs, and of masks (%(default)s)"
+    add("--weights", required=True, metavar="W", help=weights)
     add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
     add("--name", metavar="NAME", help="of the weights in the table (default: that of the run or file)")
     add("--data", default="scenes", metavar="DATA", help="pairs to evaluate on, see below (%(default)s)")
     add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="folder of results (%(default)s)")
-    add(
-        "--size", type=int, metavar="PX",
-        help="side of the resized pictures (default: 256 for scenes, 512 for NAVI, 224 for folders of sequences, "
-        "else 448)",
-    )  # fmt: skip
-    add(
-        "--max-pairs", type=int, metavar="N",
-        help="evaluate on N pairs (views: frames), evenly spread over the set (default: all)",
-    )  # fmt: skip
+    add("--size", type=int, metavar="PX", help=size)
+    add("--max-pairs", type=int, metavar="N", help=pairs)
     add("--pictures", type=int, default=4, metavar="N", help="pairs to draw (%(default)s)")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add(
-        "--seed", type=int, default=0, metavar="S",
-        help="of random weights, of the order of training pairs, and of masks (%(default)s)",
-    )  # fmt: skip
+    add("--seed", type=int, default=0, metavar="S", help=seed)
     return parser
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     defaults, add = ProbeSettings(), parser.add_argument_group("training of the probes").add_argument
+    rates, decays = defaults.learning_rates, defaults.weight_decays
+    steps = f"default: {STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU"
+    probes = "each combination with a weight decay makes a probe (%(default)s)"
     add("--train-data", metavar="DATA", help="pairs to train on (default: other scenes of --data)")
     add("--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)")
-    add(
-        "--steps", type=int, metavar="N",
-        help=f"default: {STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU",
-    )  # fmt: skip
+    add("--steps", type=int, metavar="N", help=steps)
     add("--every", type=int, metavar="N", help="steps between evaluations (default: a tenth of --steps)")
     add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs a step (%(default)s)")
-    rates, decays = defaults.learning_rates, defaults.weight_decays
-    add(
-        "--learning-rates", type=float, nargs="+", default=rates, metavar="LR",
-        help="each combination with a weight decay makes a probe (%(default)s)",
-    )  # fmt: skip
+    add("--learning-rates", type=float, nargs="+", default=rates, metavar="LR", help=probes)
     add("--weight-decays", type=float, nargs="+", default=decays, metavar="WD", help="(%(default)s)")
 
 
 def _add_views(parser: argparse.ArgumentParser) -> None:
     defaults, add = ViewSettings(), parser.add_argument_group("views").add_argument
+    ratio = "share of masked patches in every frame (%(default)s)"
     add("--views", type=int, nargs="+", default=defaults.counts, metavar="S", help="numbers of views (%(default)s)")
-    add(
-        "--mask-ratio", type=float, default=defaults.mask_ratio, metavar="R",
-        help="share of masked patches in every frame (%(default)s)",
-    )  # fmt: skip
+    add("--mask-ratio", type=float, default=defaults.mask_ratio, metavar="R", help=ratio)
     add("--gap", type=int, default=defaults.gap, metavar="N", help="steps between neighbours (%(default)s)")
     add("--masks", type=int, default=defaults.masks, metavar="N", help="masks of every frame (%(default)s)")
 

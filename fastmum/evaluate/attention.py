@@ -18,8 +18,8 @@ from fastmum.data.errors import DataError
 from fastmum.evaluate.features import check_finite, check_size, load_image, patch_size, true_warps
 from fastmum.evaluate.matcher import decode
 from fastmum.evaluate.matching import Result, measured
-from fastmum.evaluate.metrics import pixel_errors, scores
 from fastmum.evaluate.pairs import PairSet
+from fastmum.geometry.metrics import match_errors, match_scores
 from fastmum.model.mum import MuM, Views
 
 BATCH = 2  # pairs decoded at once
@@ -98,7 +98,7 @@ def evaluate_attention(model: nn.Module, pairs: PairSet, size: int | None = None
             bar.update(len(some))
     warps = torch.cat(batches, dim=1)  # (1 + G, N, P, 2)
     names = ["mean", *map(str, range(len(warps) - 1))]
-    found = scores(pixel_errors(warps, truth.target), truth.visible)
+    found = match_scores(match_errors(warps, truth.target), truth.visible)
     best = min(range(len(names)), key=lambda i: found[i].epe)
     blocks = {name: each.as_dict() for name, each in zip(names, found, strict=True)}
     numbers = {"best": names[best], "blocks": blocks, "settings": {"size": size}} | measured(warps[best], truth)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmum.data.errors import DataError
-from fastmum.evaluate.pairs import Frame, PairSet
-from fastmum.evaluate.warp import pair_warp
+from fastmum.evaluate.pairs import Frame, PairSet, pair_warp
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 Norm = Literal["layernorm", "raw"]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmum.evaluate.warp import grid_points
+from fastmum.geometry.warp import grid_points
 
 TEMPERATURE = 0.1  # of the exponential cosine kernel; RoMa's Gaussian process has 0.2
 TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the best patch and its neighbours

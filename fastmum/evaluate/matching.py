@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fastmum.evaluate.features import NORMS, Prepared, Truth, prepare
 from fastmum.evaluate.matcher import TEMPERATURE, cosine_logits, decode
-from fastmum.evaluate.metrics import pair_epe, pixel_errors, scores
 from fastmum.evaluate.pairs import PairSet
 from fastmum.evaluate.probe import ProbeSettings, train_probes
 from fastmum.evaluate.recall import object_recall
-from fastmum.evaluate.warp import grid_points
+from fastmum.geometry.metrics import match_errors, match_scores, pair_epe
+from fastmum.geometry.warp import grid_points
 
 if TYPE_CHECKING:
     from fastmum.evaluate.views import Target
@@ -41,8 +41,8 @@ class Result(NamedTuple):
 def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:
     """Scores of warps (N, P, 2) and of the identity warp, and the end-point error of each pair."""
     identity = grid_points(*truth.grid).expand_as(truth.target)
-    errors, errors_identity = (pixel_errors(points, truth.target) for points in (warps, identity))
-    found, found_identity = scores(torch.stack([errors, errors_identity]), truth.visible)
+    errors, errors_identity = (match_errors(points, truth.target) for points in (warps, identity))
+    found, found_identity = match_scores(torch.stack([errors, errors_identity]), truth.visible)
     names = [pair.name for pair in truth.pairs.pairs]
     return {
         "scores": found.as_dict(),
@@ -125,15 +125,16 @@ def evaluate_cosine(
     """
     size = size or pairs.size
     if pairs.objects:
-        variants = {norm: {"scores": found} for norm, found in object_recall(encoder, pairs, size, progress).items()}
-        best = max(NORMS, key=lambda norm: variants[norm]["scores"]["recall"])
+        recalls = object_recall(encoder, pairs, size, progress)
+        variants: dict[str, Any] = {norm: {"scores": found} for norm, found in recalls.items()}
+        best = max(NORMS, key=lambda norm: recalls[norm]["recall"])
         return Result({**variants, "best": best, "settings": {"size": size}, **variants[best]}, None, size)
     device = next(encoder.parameters()).device
     prepared = prepare(encoder, pairs, size, progress=progress)
     warps = {norm: cosine_warps(data, temperature, device) for norm, data in prepared.items()}
     found = {norm: measured(warps[norm], data.truth) for norm, data in prepared.items()}
     best = min(NORMS, key=lambda norm: found[norm]["scores"]["epe"])
-    by_norm = {norm: {"scores": found[norm]["scores"]} for norm in NORMS}
+    by_norm: dict[str, Any] = {norm: {"scores": found[norm]["scores"]} for norm in NORMS}
     settings = {"size": size, "temperature": temperature}
     return Result({**by_norm, "best": best, "settings": settings, **found[best]}, warps[best], size)
 

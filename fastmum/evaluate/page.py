@@ -41,7 +41,7 @@ def _section(record: Record) -> dict[str, Any]:
     settings = [f"{name.replace('_', ' ')} {value}" for name, value in content["settings"].items()]
     charts: list[Chart] = []
     names, rows = [], []
-    best = content.get("best")
+    best: Any = content.get("best")
     if task == "matching":
         charts = [
             _curves(content["probes"], "epe", "End-point error on the test pairs", "pixels of 448 x 448"),

@@ -12,9 +12,9 @@ from torch import Tensor
 from fastmum.engine.pictures import reconstructions
 from fastmum.evaluate.attention import attention_maps
 from fastmum.evaluate.features import load_image, patch_size
-from fastmum.evaluate.pairs import Pair
+from fastmum.evaluate.pairs import Pair, pair_warp
 from fastmum.evaluate.views import Batch, reconstruct
-from fastmum.evaluate.warp import finer, move, pair_warp
+from fastmum.geometry.warp import upsample_warp, warp_image
 from fastmum.model.mum import MuM
 
 GAP, LABEL = 4, 18  # pixels between pictures, height of a line of text
@@ -33,9 +33,9 @@ def draw_warp(pair: Pair, points: Tensor, size: int) -> Image.Image:
     size = max(size, MIN_SIDE)
     side = round(len(points) ** 0.5)
     a, b = (load_image(frame, size) for frame in (pair.a, pair.b))
-    moved = move(b, finer(points.view(side, side, 2).float(), size, size))
+    moved = warp_image(b, upsample_warp(points.view(side, side, 2).float(), size, size))
     truth = pair_warp(pair, size, size)
-    true = move(b, truth.points.view(size, size, 2))
+    true = warp_image(b, truth.points.view(size, size, 2))
     true[~truth.visible.view(size, size)] = 255
     return _row([("A", a), ("B moved onto A", moved), ("B by the true warp", true), ("B", b)])
 
@@ -100,7 +100,8 @@ def _heat(image: Tensor, values_hw: Tensor) -> Image.Image:
 
     low, high = values_hw.min(), values_hw.max()
     patches = matplotlib.colormaps["inferno"](((values_hw - low) / (high - low).clamp(min=1e-30)).numpy(), bytes=True)
-    colours = Image.fromarray(patches[..., :3]).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
+    height, width = image.shape[:2]
+    colours = Image.fromarray(patches[..., :3]).resize((width, height), Image.Resampling.BICUBIC)
     grey = Image.fromarray(image.numpy()).convert("L").convert("RGB")
     return Image.blend(colours, grey, FAINT)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fastmum.evaluate.features import Prepared
 from fastmum.evaluate.matcher import TEMPERATURE, cosine_logits, decode, nearest_patch
-from fastmum.evaluate.metrics import Scores, pixel_errors, scores
+from fastmum.geometry.metrics import MatchScores, match_errors, match_scores
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Evaluated(NamedTuple):
 
     step: int
     losses: list[float]
-    scores: list[Scores]
+    scores: list[MatchScores]
 
 
 class Trained(NamedTuple):
@@ -131,7 +131,7 @@ def train_probes(
         if step % settings.evaluate_every and step < settings.steps:
             continue
         errors, warps = match_all(stack.detach(), test, settings, device)
-        found = scores(errors, test.truth.visible)
+        found = match_scores(errors, test.truth.visible)
         history.append(Evaluated(step, (total / since).tolist(), found))
         probe = min(range(len(found)), key=lambda i: found[i].epe if isfinite(found[i].epe) else inf)
         if found[probe].epe < least:
@@ -186,4 +186,4 @@ def match_all(stack: Tensor, data: Prepared, settings: ProbeSettings, device: to
         logits = cosine_logits(project(stack, a), project(stack, b), settings.temperature)
         warps.append(decode(logits, data.truth.grid).cpu())
     estimated = torch.cat(warps, dim=1)
-    return pixel_errors(estimated, data.truth.target), estimated
+    return match_errors(estimated, data.truth.target), estimated

@@ -1,8 +1,8 @@
 """Recall of correspondences on objects, after Probe3D (El Banani et al., 2024): Table 13, column NAVI.
 
-Features are brought to a quarter of the picture's side; each point of A on the object takes its nearest of B by cosine
-distance; the 1,000 that stand out most against their second nearest are kept; a match is right if the points that it
-joins lie within 1, 2 or 5 cm of each other in space.
+Features are upsampled to a quarter of the image's side; each object point of A takes its nearest of B by cosine
+distance; the 1,000 matches with the best ratio to their second nearest are kept. A match is right if its two points are
+within 1, 2 or 5 cm of each other in space.
 
 Legend: D width, h w the finer grid, N and M points on the object in A and B.
 """
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmum.evaluate.features import NORMS, Norm, check_size, load_image, patch_features, patch_size
-from fastmum.evaluate.pairs import Camera, Pair, PairSet
-from fastmum.evaluate.warp import grid_points
+from fastmum.evaluate.pairs import Frame, Pair, PairSet
+from fastmum.evaluate.pairs.pair import depth_and_K
+from fastmum.geometry.warp import grid_points
 
 # `navi_correspondence.yaml` and `evaluate_navi_correspondence.py` of Probe3D.
 SCALE = 4
@@ -28,16 +29,16 @@ CHUNK = 4096  # points of A compared at a time
 def object_recall(
     encoder: nn.Module, pairs: PairSet, size: int | None = None, progress: bool = True
 ) -> dict[Norm, dict[str, float]]:
-    """Percentage of kept matches that are right, mean over pairs, by features behind and before the last norm.
+    """Percentage of kept matches that are right, mean over pairs, by features after and before the last norm.
 
     Args:
         encoder: see `patch_features`.
         pairs: of objects.
-        size: side of the pictures in pixels; None: the set's own.
+        size: side of the images in pixels; None: the set's default.
         progress: whether to show a bar.
 
     Returns:
-        Of each norm "recall_1cm", "recall_2cm", "recall_5cm", their mean "recall", and the number of "pairs".
+        For each norm "recall_1cm", "recall_2cm", "recall_5cm", their mean "recall", and the number of "pairs".
 
     Raises:
         DataError: a frame that cannot be read, or a size that does not fit the encoder.
@@ -54,18 +55,18 @@ def object_recall(
 
 @torch.no_grad()
 def _pair_recalls(encoder: nn.Module, pair: Pair, size: int) -> Tensor:
-    """Percentages of each norm within each distance, (2, 3) float64."""
+    """Percentages for each norm within each distance, (2, 3) float64."""
     fine = size // SCALE
     features = patch_features(encoder, torch.stack([load_image(frame, size) for frame in (pair.a, pair.b)]))
-    points_a, points_b = (_surface(frame.read_camera(), fine) for frame in (pair.a, pair.b))
+    points_a, points_b = (_surface(frame, fine) for frame in (pair.a, pair.b))
     T = torch.from_numpy(pair.T_b_a)
     moved = points_a @ T[:3, :3].T + T[:3, 3]
     seen_a, seen_b = points_a[:, 2] > 0, points_b[:, 2] > 0
     recalls = []
     for norm in NORMS:
         maps = features[norm].mT.unflatten(2, (size // patch_size(encoder),) * 2)
-        grown = F.interpolate(maps, (fine, fine), mode="bicubic", align_corners=False).flatten(2).mT
-        a, b = grown[0][seen_a.to(grown.device)], grown[1][seen_b.to(grown.device)]
+        fine_maps = F.interpolate(maps, (fine, fine), mode="bicubic", align_corners=False).flatten(2).mT
+        a, b = fine_maps[0][seen_a.to(fine_maps.device)], fine_maps[1][seen_b.to(fine_maps.device)]
         first, second = best_matches(a, b, MATCHES)
         distance = (moved[seen_a][first.cpu()] - points_b[seen_b][second.cpu()]).norm(dim=1)
         recalls.append(torch.stack([100 * (distance < bound).double().mean() for bound in WITHIN]))
@@ -73,27 +74,27 @@ def _pair_recalls(encoder: nn.Module, pair: Pair, size: int) -> Tensor:
 
 
 def best_matches(a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Matches that pass the ratio test best.
+    """The matches with the best ratio test.
 
     Args:
         a, b: features (N, D) and (M, D).
-        count: of the matches kept, at most.
+        count: largest number of matches.
 
     Returns:
-        Numbers into a and b; the weight of a match is 1 - d1 / d2, d the cosine distances of the two nearest.
+        Indices into a and b, sorted by the weight 1 - d1 / d2, d the cosine distances of the two nearest.
     """
     a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-    nearest = [(1 - part @ b.T).topk(min(2, len(b)), largest=False) for part in a.split(CHUNK)]
+    nearest = [(1 - chunk @ b.T).topk(min(2, len(b)), largest=False) for chunk in a.split(CHUNK)]
     distances = torch.cat([each.values for each in nearest]).clamp(min=1e-9)
     weights = 1 - distances[:, 0] / distances[:, -1]
     kept = weights.topk(min(count, len(weights))).indices
     return kept, torch.cat([each.indices for each in nearest])[kept, 0]
 
 
-def _surface(camera: Camera, side: int) -> Tensor:
-    """Points in the camera's axes at the cells of a grid, (side * side, 3) float64; z is 0 off the object."""
-    points = grid_points(side, side)
-    depth = torch.from_numpy(camera.depth).double()
-    rows, columns = ((points[:, i] * n).long() for i, n in ((1, depth.shape[0]), (0, depth.shape[1])))
-    rays = torch.cat([points, torch.ones_like(points[:, :1])], 1) @ torch.linalg.inv(torch.from_numpy(camera.K)).T
+def _surface(frame: Frame, side: int) -> Tensor:
+    """Points in camera axes at the cells of a grid, (side * side, 3) float64; z is 0 off the object."""
+    depth, K = (each.double() for each in depth_and_K(frame))
+    pixels = grid_points(side, side) * torch.tensor(depth.shape[::-1])
+    columns, rows = pixels.long().T
+    rays = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1) @ torch.linalg.inv(K).T
     return rays * depth[rows, columns][:, None]

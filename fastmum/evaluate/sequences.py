@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
+from fastmum.data.builders.base import images_in
 from fastmum.data.builders.folder import image_folders
-from fastmum.data.builders.listing import images_in
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs.scenes import SIZE, embedded_folders
 

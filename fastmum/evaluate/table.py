@@ -28,16 +28,9 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
 MATCHERS = {"matching": "linear probe", "cosine": "cosine", "attention": "attention", "views": "masked loss"}
 TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI"}
 SCORES = {
-    "epe": "EPE ↓",
-    "robustness": "R ↑",
-    "pck1": "PCK@1 ↑",
-    "pck3": "PCK@3 ↑",
-    "pck5": "PCK@5 ↑",
-    "recall": "Recall ↑",
-    "recall_1cm": "1 cm ↑",
-    "recall_2cm": "2 cm ↑",
-    "recall_5cm": "5 cm ↑",
-}
+    "epe": "EPE ↓", "robustness": "R ↑", "pck1": "PCK@1 ↑", "pck3": "PCK@3 ↑", "pck5": "PCK@5 ↑",
+    "recall": "Recall ↑", "recall_1cm": "1 cm ↑", "recall_2cm": "2 cm ↑", "recall_5cm": "5 cm ↑",
+}  # fmt: skip
 COMPANY = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
 VIEWS = "views_"  # prefix of scores that are losses; the number of views follows
 NONE = "–"

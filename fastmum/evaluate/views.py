@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastmum.data.errors import DataError
+from fastmum.data.samples import read_rgb
 from fastmum.evaluate.features import check_size, patch_size, squared
 from fastmum.evaluate.matching import Result
 from fastmum.evaluate.pairs.pair import evenly
-from fastmum.evaluate.pairs.reading import read_rgb
 from fastmum.evaluate.sequences import SequenceSet
 from fastmum.model.masking import num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 import natsort
 import numpy as np
 
+from fastmum.data.builders.base import images_in
 from fastmum.data.builders.folder import image_folders
-from fastmum.data.builders.listing import images_in
 from fastmum.data.decode.geometry import place
 from fastmum.data.decode.header import FrameError, read_file, read_header
 from fastmum.data.decode.pillow import rgb

@@ -30,7 +30,7 @@ def rooms(tmp_path):
 def test_the_data_sets_of_the_paper_and_the_general_ones():
     paper = ["megadepth", "megascenes", "co3d", "dl3dv", "hypersim", "wildrgbd", "streetview3d", "realestate10k",
              "scannetpp", "blendedmvs", "arkitscenes", "imagenet"]  # fmt: skip
-    assert list(BUILDERS) == [*paper, "folder", "colmap", "video"]
+    assert list(BUILDERS) == [*paper, "folder", "colmap", "video", "scenes"]
 
 
 def test_every_builder_is_in_the_documentation(request):
@@ -101,7 +101,7 @@ def test_an_error_in_a_part_reaches_the_user_and_leaves_nothing(tmp_path, worker
     [
         (["--root", "nowhere"], "--root is 'nowhere', but there is no such folder"),
         (["--out", "raw"], "--out is 'raw', but that is a folder"),
-        (["--out", "raw/scene0/0.jpg/m"], "but its folder cannot be made"),
+        (["--out", "raw/scene0/0.jpg/m"], "but its folder cannot be created"),
         (["--out", "/proc/m.arrow"], "cannot be written"),
         (["--seed", "-1"], "--seed is -1, but must be at least 0"),
         (["--workers", "-1"], "--workers is -1, but must be at least 0"),

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, Manifests, SequenceRecord, _changes, write_manifest
 
@@ -61,6 +63,37 @@ def test_poses_and_intrinsics_where_they_are_known(tmp_path):
     assert [manifest.camera_arrays(row)[0] is not None for row in range(6)] == [False, False, True, True, True, True]
     assert np.array_equal(manifest.camera_arrays(3)[0], focal[1])
     assert manifest.camera_arrays(4)[1].dtype == manifest.camera_arrays(3)[0].dtype == np.float32
+
+
+def test_depth_and_masks_where_frames_have_them(tmp_path):
+    millimetres, rays = DepthFormat("png16", 1e-3, unknown=65535.0), DepthFormat("hdf5", kind="ray", max=100.0)
+    records = [
+        numbered("none", 2),
+        numbered(
+            "some", 3, depths=["some/d/0.png", "", "some/d/2.png"], masks=["", "m/1.png", ""], depth_format=millimetres
+        ),
+        numbered("scaled", 2, depths=["d.h5", "e.h5"], depth_format=rays, depth_units=np.array([0.1, 0.7])),
+        numbered("last", 1),
+    ]
+    for name in ("m.arrow", "again"):
+        write(tmp_path / name, records)
+    assert (tmp_path / "m.arrow").read_bytes() == (tmp_path / "again").read_bytes()
+    manifest = Manifest.open(tmp_path / "m.arrow")
+    assert manifest.known == {"pose": 0, "intrinsics": 0, "depth": 4, "mask": 1}
+    assert [manifest.depth_file(row) and manifest.depth_file(row)[0].as_posix() for row in range(8)] == [
+        None, None, "/data/some/d/0.png", None, "/data/some/d/2.png", "/data/d.h5", "/data/e.h5", None,
+    ]  # fmt: skip
+    assert manifest.depth_file(4)[1] == millimetres
+    assert [manifest.depth_file(row)[1] for row in (5, 6)] == [rays._replace(unit=0.1), rays._replace(unit=0.7)]
+    assert [row for row in range(8) if manifest.mask_file(row)] == [3]
+    assert {folder.as_posix(): names for folder, names in manifest.folders("depth")} == {
+        "/data/some/d": ["0.png", "2.png"], "/data": ["d.h5", "e.h5"],
+    }  # fmt: skip
+    both = Manifests([tmp_path / "m.arrow", tmp_path / "again"])
+    assert both.depth_file(8 + 6) == manifest.depth_file(6)
+    assert both.mask_file(8 + 3) == manifest.mask_file(3) == Path("/data/m/1.png")
+    assert both.camera_arrays(8) == (None, None)
+    pa.ipc.open_file(tmp_path / "m.arrow").read_all().validate(full=True)
 
 
 def test_anyone_can_read_the_file_with_arrow(tmp_path):
@@ -164,6 +197,12 @@ def test_neighbours_of_one_name_in_two_data_sets_stay_apart(tmp_path):
         ([SequenceRecord("a", ["b/"])], "'b/', which is not a path below the root"),
         ([SequenceRecord("a", ["\udcff.jpg"])], "is not UTF-8"),
         ([numbered("a", 2, poses=poses(3))], r"poses? of shape \(3, 4, 4\), but must have \(2, 4, 4\)"),
+        (
+            [numbered("a", 2, depths=["d.png", "../e.png"], depth_format=DepthFormat("png16"))],
+            "'../e.png', which is not",
+        ),
+        ([numbered("a", 2, masks=["m.png"])], "1 mask paths for 2 frames"),
+        ([numbered("a", 1, depths=["d.png"])], "no depth_format"),
         ([numbered("a", 2, intrinsics=np.ones((2, 3)))], r"intrinsics of shape \(2, 3\)"),
     ],
 )

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from plane_world import Shot, walk
+from plane_world import walk
 from torch import Tensor, nn
 
-from fastmum.evaluate.pairs import Frame, Pair, PairSet, relative_pose, unit_camera
+from fastmum.evaluate.pairs import Pair, PairSet
+from fastmum.geometry import relative_pose
 from fastmum.scenes import ensure_scenes
 
 
@@ -26,20 +27,11 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def wall_frame(name: str, camera: Shot) -> Frame:
-    return Frame(name, camera.image, lambda: unit_camera(camera.K, camera.size, camera.depth()))
-
-
 @pytest.fixture
 def wall_pairs() -> PairSet:
     """Five pairs of neighbours along the wall, of 64 x 48 pixels."""
-    shots = walk(6)
-    frames = [wall_frame(f"{i}.png", camera) for i, camera in enumerate(shots)]
-    pairs = [
-        Pair(f"{i}-{i + 1}", "wall", frames[i], frames[i + 1], relative_pose(shots[i].T, shots[i + 1].T))
-        for i in range(5)
-    ]
-    return PairSet("wall", pairs, 64)
+    frames = [camera.frame(f"{i}.png") for i, camera in enumerate(walk(6))]
+    return PairSet("wall", [Pair(f"{i}-{i + 1}", "wall", frames[i], frames[i + 1]) for i in range(5)], 64)
 
 
 class ByColour(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +12,10 @@ from plane_world import shot
 from fastmum.data.errors import DataError
 from fastmum.evaluate import evaluate_cosine, evaluate_matching
 from fastmum.evaluate.features import load_image, patch_features, prepare
-from fastmum.evaluate.pairs import Frame, Pair, PairSet, relative_pose, unit_camera
+from fastmum.evaluate.pairs import Pair, PairSet, pair_warp
 from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.recall import best_matches, object_recall
-from fastmum.evaluate.warp import grid_points, pair_warp
+from fastmum.geometry.warp import grid_points
 
 
 def test_features_of_an_encoder_and_of_one_with_registers(tiny, by_colour):
@@ -97,18 +99,13 @@ def object_pairs(count: int = 2) -> PairSet:
     """The wall at a tenth of its distance, metres, seen through a window."""
     shots = [shot((0.4 * i, 0.1 * i, 0.2), (0.02, -0.05 * i, 0.04 * i), (64, 64), 70) for i in range(count + 1)]
 
-    def camera_of(camera):
-        depth = camera.depth() / 10
+    frames = []
+    for i, camera in enumerate(shots):
+        depth, pose = camera.depth() / 10, camera.T.copy()
         depth[:, :12] = depth[:, 52:] = 0
-        return lambda: unit_camera(camera.K, camera.size, depth)
-
-    frames = [Frame(str(i), camera.image, camera_of(camera)) for i, camera in enumerate(shots)]
-    pairs = []
-    for i in range(count):
-        T = relative_pose(shots[i].T, shots[i + 1].T)
-        T[:3, 3] /= 10
-        pairs.append(Pair(f"{i}", "object", frames[i], frames[i + 1], T))
-    return PairSet("navi", pairs, 64, objects=True)
+        pose[:3, 3] /= 10
+        frames.append(replace(camera.frame(str(i)), depth_map=depth, camera_from_world=pose))
+    return PairSet("navi", [Pair(f"{i}", "object", *frames[i : i + 2]) for i in range(count)], 64, objects=True)
 
 
 def test_recall_of_features_by_place(by_colour):
@@ -151,6 +148,7 @@ def test_features_that_are_not_finite(wall_pairs, by_colour):
 
 def test_a_set_without_common_points(wall_pairs, by_colour):
     pair = wall_pairs.pairs[0]
-    away = Pair("away", "wall", pair.a, pair.b, pair.T_b_a @ np.diag([-1, 1, -1, 1]))
+    turned = np.diag([-1, 1, -1, 1]) @ pair.b.camera_from_world
+    away = replace(pair, b=replace(pair.b, camera_from_world=turned))
     with pytest.raises(DataError, match="no patch of the set 'wall' is visible in both views"):
         prepare(by_colour, PairSet("wall", [away], 64), 64, progress=False)

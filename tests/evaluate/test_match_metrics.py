@@ -10,23 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmum.evaluate.matcher import cosine_logits, decode, nearest_patch
-from fastmum.evaluate.metrics import pair_epe, pixel_errors, scores
-from fastmum.evaluate.warp import grid_points
+from fastmum.geometry.metrics import match_errors, match_scores, pair_epe
+from fastmum.geometry.warp import grid_points
 
 sizes = st.integers(1, 7)
-
-
-def test_perfect_warp_has_perfect_scores():
-    true = torch.rand(3, 10, 2, dtype=torch.float64)
-    visible = torch.rand(3, 10) > 0.3
-    visible[:, 0] = True
-    (found,) = scores(pixel_errors(true, true)[None], visible)
-    assert found.as_dict() == {"epe": 0, "robustness": 100, "pck1": 100, "pck3": 100, "pck5": 100, "pairs": 3}
 
 
 @pytest.mark.parametrize(
     ("pixels", "expected"),
     [
+        (0, (100, 100, 100, 100)),
         (0.5, (100, 100, 100, 100)),
         (2, (100, 0, 100, 100)),
         (4, (100, 0, 0, 100)),
@@ -37,7 +30,7 @@ def test_perfect_warp_has_perfect_scores():
 def test_shift_by_pixels_of_448(pixels, expected):
     true = torch.rand(2, 5, 2, dtype=torch.float64)
     moved = true + torch.tensor([0.6, 0.8], dtype=torch.float64) * pixels / 448
-    (found,) = scores(pixel_errors(moved, true)[None], torch.ones(2, 5, dtype=torch.bool))
+    (found,) = match_scores(match_errors(moved, true)[None], torch.ones(2, 5, dtype=torch.bool))
     assert found.epe == pytest.approx(pixels)
     assert (found.robustness, found.pck1, found.pck3, found.pck5) == pytest.approx(expected)
 
@@ -45,7 +38,7 @@ def test_shift_by_pixels_of_448(pixels, expected):
 def test_pairs_count_alike_and_hidden_points_not_at_all():
     errors = torch.tensor([[[1.0, 3.0, 1e9], [8.0, 1e9, math.nan], [5.0, 5.0, 5.0]]], dtype=torch.float64)
     visible = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
-    (found,) = scores(errors, visible)
+    (found,) = match_scores(errors, visible)
     assert found.epe == pytest.approx((2 + 8) / 2)
     assert found.pairs == 2
     assert pair_epe(errors[0], visible) == [2.0, 8.0, None]
@@ -54,20 +47,13 @@ def test_pairs_count_alike_and_hidden_points_not_at_all():
 def test_matchers_are_scored_side_by_side():
     errors, visible = 40 * torch.rand(3, 4, 6, dtype=torch.float64), torch.rand(4, 6) > 0.4
     visible[0, 0] = True
-    assert scores(errors, visible) == [scores(each[None], visible)[0] for each in errors]
-
-
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=30))
-def test_shares_grow_with_their_bounds(values):
-    errors = torch.tensor(values, dtype=torch.float64)[None, None]
-    (found,) = scores(errors, torch.ones(1, len(values), dtype=torch.bool))
-    assert 0 <= found.pck1 <= found.pck3 <= found.pck5 <= found.robustness <= 100
+    assert match_scores(errors, visible) == [match_scores(each[None], visible)[0] for each in errors]
 
 
 def test_what_cannot_be_scored():
     with pytest.raises(ValueError, match="no point is visible"):
-        scores(torch.zeros(1, 2, 3), torch.zeros(2, 3, dtype=torch.bool))
-    (found,) = scores(torch.full((1, 1, 2), math.nan), torch.ones(1, 2, dtype=torch.bool))
+        match_scores(torch.zeros(1, 2, 3), torch.zeros(2, 3, dtype=torch.bool))
+    (found,) = match_scores(torch.full((1, 1, 2), math.nan), torch.ones(1, 2, dtype=torch.bool))
     assert found.as_dict()["epe"] is None
 
 

@@ -1,10 +1,8 @@
-"""Miniatures of the real layouts, written from a wall whose warps are known: what is opened must warp truly."""
+"""Miniatures of the real layouts, written from a wall whose warps are known."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from pathlib import Path
 
 import h5py
@@ -12,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 from plane_world import Shot, exact, shot, walk
+from scipy.spatial.transform import Rotation
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import load_image
-from fastmum.evaluate.pairs import SETS, open_pairs, overlap
+from fastmum.evaluate.pairs import SETS, open_pairs, overlap, pair_warp
 from fastmum.evaluate.pairs.jsonl import split
-from fastmum.evaluate.pairs.reading import read_depth
-from fastmum.evaluate.warp import grid_points, pair_warp
+from fastmum.geometry.warp import grid_points
 
 
 def check(pair, a: Shot, b: Shot, bound: float = 0.3) -> None:
@@ -31,11 +29,12 @@ def check(pair, a: Shot, b: Shot, bound: float = 0.3) -> None:
         assert np.abs(np.asarray(frame.read_image(), int) - np.asarray(camera.image(), int)).mean() < 6  # JPEG
 
 
-def save(camera: Shot, image: Path, depth: Path, write_depth) -> None:
-    image.parent.mkdir(parents=True, exist_ok=True)
-    depth.parent.mkdir(parents=True, exist_ok=True)
+def save(camera: Shot, image: Path, depth: Path, write, values: np.ndarray | None = None) -> None:
+    """Save the image, and the depth or other values in its place."""
+    for file in (image, depth):
+        file.parent.mkdir(parents=True, exist_ok=True)
     camera.image().save(image, quality=95)
-    write_depth(depth, camera.depth())
+    write(depth, camera.depth() if values is None else values)
 
 
 def write_h5(file: Path, depth: np.ndarray) -> None:
@@ -43,8 +42,8 @@ def write_h5(file: Path, depth: np.ndarray) -> None:
         archive["depth"] = depth
 
 
-def millimetres(file: Path, depth: np.ndarray) -> None:
-    Image.fromarray(np.rint(1000 * depth).astype(np.uint16)).save(file)
+def write_png(file: Path, counts: np.ndarray) -> None:
+    Image.fromarray(counts.astype(np.uint16)).save(file)
 
 
 def objects(values: list) -> np.ndarray:
@@ -65,8 +64,7 @@ def megadepth(root: Path, scene: str, shots: list[Shot]) -> dict:
     return {name: objects(values) for name, values in named.items()}
 
 
-@pytest.mark.parametrize("folder", ["", "megadepth_test_1500_scene_info"])
-@pytest.mark.parametrize("images", ["", "test"])
+@pytest.mark.parametrize(("folder", "images"), [("", "test"), ("megadepth_test_1500_scene_info", "")])
 def test_megadepth_of_loftr(tmp_path, folder, images):
     shots = walk(5)
     for scene in ("0015", "0022"):
@@ -102,7 +100,7 @@ def test_megadepth_of_dkm(tmp_path):
 
 def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
     for index, camera in shots.items():
-        save(camera, scene / f"color/{index}.jpg", scene / f"depth/{index}.png", millimetres)
+        save(camera, scene / f"color/{index}.jpg", scene / f"depth/{index}.png", write_png, 1000 * camera.depth())
         (scene / "pose").mkdir(exist_ok=True)
         np.savetxt(scene / f"pose/{index}.txt", camera.T_world)
     (scene / "intrinsic").mkdir()
@@ -112,7 +110,7 @@ def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
         np.savetxt(scene / f"intrinsic/intrinsic_{name}.txt", padded)
 
 
-@pytest.mark.parametrize("folder", ["scans_test", "", "test"])
+@pytest.mark.parametrize("folder", ["scans_test", ""])
 def test_scannet_of_roma(tmp_path, folder):
     shots = walk(4)
     scannet(tmp_path / folder / "scene0707_00", dict(zip((0, 15, 30, 45), shots, strict=True)), np.diag([20, 20, 1]))
@@ -153,28 +151,19 @@ def test_scannet_training_pairs(tmp_path):
     assert [pair.name for pair in open_pairs(str(tmp_path), "trainable").pairs] == ["scene0001_00/0-10"]
 
 
-def quaternion(R: np.ndarray) -> list[float]:
-    w = np.sqrt(1 + np.trace(R)) / 2
-    return [2 * w, *(2 * np.array([R[2, 1] - R[1, 2], R[0, 2] - R[2, 0], R[1, 0] - R[0, 1]]) / (4 * w))]
-
-
 def navi(root: Path, count: int = 9) -> list[Shot]:
-    """One object: a piece of the wall at a tenth of its distance, before nothing; pictures are wider than high."""
+    """One object: a piece of the wall at a tenth of its distance before nothing; images are wider than high."""
     shots = [shot((0.03 * i, 0.02 * i, 0), (0.02 * i, -0.03 * i, 0.05 * i), (96, 64), 80) for i in range(count)]
     folder = root / "keywest_showpiece_cat/wild_set"
+    y, x = np.mgrid[:64, :96]
+    known = (np.abs(x - 50) <= 14) & (np.abs(y - 30) <= 18)
     annotations = []
     for i, camera in enumerate(shots):
-        depth = 100 * camera.depth()  # millimetres: the world is shrunk to a tenth
-        y, x = np.mgrid[:64, :96]
-        depth[(np.abs(x - 50) > 14) | (np.abs(y - 30) > 18)] = 0
-        counts = np.where(depth > 0, np.rint(655350 / np.maximum(depth, 1)), 0).astype(np.uint16)
-        save(camera, folder / f"images/{i:03d}.jpg", folder / f"depth/{i:03d}.png",
-             lambda file, _, counts=counts: Image.fromarray(counts).save(file))  # fmt: skip
-        R, t = camera.T[:3, :3], 100 * camera.T[:3, 3]
-        annotations.append({
-            "object_id": "keywest_showpiece_cat", "filename": f"{i:03d}.jpg", "image_size": [64, 96],
-            "camera": {"q": quaternion(R), "t": t.tolist(), "focal_length": 80.0, "camera_model": "pixel_5"},
-        })  # fmt: skip
+        counts = np.where(known, np.rint(655350 / (100 * camera.depth())), 0)  # 100 mm per unit of the wall's world
+        save(camera, folder / f"images/{i:03d}.jpg", folder / f"depth/{i:03d}.png", write_png, counts)
+        q = 2 * Rotation.from_matrix(camera.T[:3, :3]).as_quat()[[3, 0, 1, 2]]  # need not have length 1
+        pose = {"q": q.tolist(), "t": (100 * camera.T[:3, 3]).tolist(), "focal_length": 80.0}
+        annotations.append({"filename": f"{i:03d}.jpg", "image_size": [64, 96], "camera": pose})
     (folder / "annotations.json").write_text(json.dumps(annotations))
     return shots
 
@@ -185,10 +174,11 @@ def test_navi(tmp_path):
     assert (pairs.name, pairs.size, pairs.objects) == ("navi", 512, True)
     assert [Path(pair.a.key).name for pair in pairs.pairs] == ["000.jpg", "004.jpg", "008.jpg"]
     for pair in pairs.pairs:
-        assert pair.a.read_image().size == (37, 37)  # the object is 29 x 37 pixels
+        view = pair.a.view()  # the object is 29 x 37 pixels
+        assert view.size == view.camera.size == view.depth.shape == (37, 37)
         ends = [shots[int(Path(frame.key).stem)] for frame in (pair.a, pair.b)]
         warp = pair_warp(pair, 8, 8)
-        # Unit coordinates of the cut, 37 pixels a side round (50.5, 30.5), in those of the whole picture.
+        # The crop is 37 pixels wide around (50.5, 30.5).
         corner, side = np.array([32, 12]), 37
         whole = (corner + side * grid_points(8, 8).numpy()) / [96, 64]
         truth = (exact(*ends, whole) * [96, 64] - corner) / side
@@ -220,14 +210,12 @@ def test_depth_units_of_records(wall_file):
     np.save(folder / "4.npy", shots[4].depth() * 10)
     spoil(wall_file, depth_a="4.npy", depth_b="5_depth.png", depth_unit=0.1)
     pair = open_pairs(str(wall_file)).pairs[2]
-    assert np.allclose(pair.a.read_camera().depth, shots[4].depth(), rtol=1e-5)
-    assert np.allclose(pair.b.read_camera().depth, 100 * shots[5].depth(), atol=0.1)
+    assert np.allclose(pair.a.read_depth(), shots[4].depth(), rtol=1e-5)
+    assert np.allclose(pair.b.read_depth(), 100 * shots[5].depth(), atol=0.1)
 
 
-def test_pairs_without_depth_are_passed_over(wall_file, caplog):
-    lines = wall_file.read_text().splitlines()
-    record = json.loads(lines[0]) | {"depth_b": None}
-    wall_file.write_text("\n".join([json.dumps(record), *lines[1:]]))
+def test_pairs_without_depth_are_skipped(wall_file, caplog):
+    spoil(wall_file, depth_b=None)
     assert len(open_pairs(str(wall_file)).pairs) == 7
     assert "1 of 8 pairs have no depth" in caplog.text
 
@@ -257,15 +245,16 @@ def spoil(file: Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"K_a": "drop"}, r"line 3 of '.*' lacks K_a"),
-        ({"K_a": [[1, 0], [0, 1]]}, r"K_a in line 3 .* 3 x 3"),
-        ({"K_a": np.zeros((3, 3)).tolist()}, r"K_a in line 3 of '.*' is a singular matrix"),
-        ({"T_b_a": np.diag([1.0, 1, 0, 1]).tolist()}, r"T_b_a in line 3 of '.*' is a singular matrix"),
-        ({"T_b_a": [[float("nan")] * 4] * 4}, r"T_b_a in line 3 .* finite"),
-        ({"image_b": "nothing.png"}, r"'nothing.png', named in"),
-        ({"image_b": 7}, r"7, named in '.*', is not a path"),
-        ({"id": "pair 0"}, r"line 3 of '.*' has the id 'pair 0' of line 1: every pair needs its own"),
-        ({"depth_unit": "millimetres"}, r"depth_unit in line 3 of '.*' must be a finite number"),
+        ({"K_a": "drop"}, "line 3 .* K_a"),
+        ({"K_a": [[1, 0], [0, 1]]}, "K_a in line 3"),
+        ({"K_a": np.zeros((3, 3)).tolist()}, "K_a in line 3 .* singular"),
+        ({"T_b_a": np.diag([1.0, 1, 0, 1]).tolist()}, "T_b_a in line 3 .* singular"),
+        ({"T_b_a": [[float("nan")] * 4] * 4}, "T_b_a in line 3 .* finite"),
+        ({"image_b": "nothing.png"}, "nothing.png"),
+        ({"image_b": 7}, "7, named in"),
+        ({"depth_b": "pairs.jsonl"}, "pairs.jsonl"),
+        ({"id": "pair 0"}, "line 3 .* 'pair 0' of line 1"),
+        ({"depth_unit": "millimetres"}, "depth_unit in line 3"),
     ],
 )
 def test_records_that_cannot_be_used(wall_file, changes, message):
@@ -276,29 +265,13 @@ def test_records_that_cannot_be_used(wall_file, changes, message):
 
 def test_files_that_cannot_be_read(wall_file):
     pairs = open_pairs(str(wall_file)).pairs
-    (wall_file.parent / "0.png").write_bytes(b"no picture")
-    (wall_file.parent / "3_depth.png").write_bytes(b"no depth")
-    with pytest.raises(DataError, match=r"image '.*0\.png' cannot be read"):
-        load_image(pairs[0].a, 32)
-    with pytest.raises(DataError, match=r"depth '.*3_depth\.png' cannot be read"):
-        pairs[1].b.read_camera()
+    for file, read in (("0.png", lambda: load_image(pairs[0].a, 32)), ("3_depth.png", pairs[1].b.read_depth)):
+        (wall_file.parent / file).write_bytes(b"nothing")
+        with pytest.raises(DataError, match=file):
+            read()
     wall_file.write_text("{")
-    with pytest.raises(DataError, match=r"line 1 of .* is not JSON"):
+    with pytest.raises(DataError, match=r"line 1 of .* JSON"):
         open_pairs(str(wall_file))
-
-
-def test_depth_of_other_kinds(tmp_path, monkeypatch):
-    np.save(tmp_path / "d.npy", np.array([[1.0, np.nan], [-1.0, np.inf]]))
-    assert read_depth(tmp_path / "d.npy", 2.0).tolist() == [[2, 0], [0, 0]]
-    np.save(tmp_path / "d.npy", np.zeros(3))
-    with pytest.raises(DataError, match=r"d.npy' has shape \(3,\)"):
-        read_depth(tmp_path / "d.npy")
-    with pytest.raises(DataError, match=r"ends in '.exr', but one of .png, .npy, .h5"):
-        read_depth(tmp_path / "d.exr")
-    write_h5(tmp_path / "d.h5", np.ones((2, 2)))
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DataError, match=r"^depth '.*d.h5' needs h5py: pip install 'fastmum\[evaluate\]'$"):
-        read_depth(tmp_path / "d.h5")
 
 
 @pytest.mark.parametrize(
@@ -320,23 +293,20 @@ def test_folders_that_hold_something_else(tmp_path, kind):
     (tmp_path / "readme.txt").touch()
     with pytest.raises(DataError, match=str(tmp_path)):
         open_pairs(f"{kind}:{tmp_path}")
-    with pytest.raises(DataError, match="no set of pairs that is known"):
+    with pytest.raises(DataError, match="no set of pairs"):
         open_pairs(str(tmp_path))
+
+
+NO_FOCAL = '[{"filename": "a.jpg", "image_size": [1, 1], "camera": {"q": [1, 0, 0, 0], "focal_length": 0}}]'
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "no annotation of NAVI"),
-        ("cat/wild_set/annotations.json", '[{"filename": "0", "camera": {}, "image_size": [1]}]', "no annotation"),
-        (
-            "cat/wild_set/annotations.json",
-            '[{"filename": "0.jpg", "image_size": [1, 1], '
-            '"camera": {"q": [1, 0, 0, 0], "t": [0, 0, 0], "focal_length": 0}}]',
-            "'0.jpg' in '.*annotations.json' has q .* and focal_length 0, of which none may be 0",
-        ),
-        ("scene_0000/cameras.json", '{"depth_unit": "x"}', "not a scene's cameras.json"),
-        ("scene_0000/cameras.json", "{", "cannot be read"),
+        ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "annotations.json"),
+        ("cat/wild_set/annotations.json", NO_FOCAL, "'a.jpg' in '.*annotations.json' has .* focal_length 0"),
+        ("scene_0000/cameras.json", '{"depth_unit": "x"}', "cameras.json"),
+        ("scene_0000/cameras.json", "{", "cameras.json"),
     ],
 )
 def test_cameras_that_are_none(tmp_path, name, content, message):
@@ -347,36 +317,28 @@ def test_cameras_that_are_none(tmp_path, name, content, message):
         open_pairs(str(tmp_path))
 
 
-def test_singular_cameras_are_named(rendered, tmp_path):
+def test_singular_cameras_are_named(tmp_path):
     shots = walk(3)
     for key, what in (("poses", "pose 1 in"), ("intrinsics", "intrinsics 1 in")):
         information = megadepth(tmp_path / key, "0015", shots)
         information[key][1] = np.zeros_like(information[key][1])
         infos = objects([((1, 2), 0.2, np.zeros((0, 4)))])
         np.savez(tmp_path / key / "0015_0.1_0.3.npz", **information, pair_infos=infos)
-        with pytest.raises(DataError, match=rf"{what} '.*0015_0.1_0.3.npz' is a singular matrix"):
+        with pytest.raises(DataError, match=f"{what} '.*0015_0.1_0.3.npz' .* singular"):
             open_pairs(str(tmp_path / key))
     for name, shape in (("pose/15.txt", (4, 4)), ("intrinsic/intrinsic_color.txt", (3, 3))):
         root = tmp_path / Path(name).stem
         scannet(root / "scene0707_00", dict(zip((0, 15, 30), shots, strict=True)), np.eye(3))
         np.savez(root / "test.npz", name=np.array([[707, 0, 0, 15]]))
         np.savetxt(root / "scene0707_00" / name, np.zeros(shape))
-        with pytest.raises(DataError, match=rf"'.*scene0707_00/{name}' is a singular matrix"):
+        with pytest.raises(DataError, match=f"scene0707_00/{name}' .* singular"):
             open_pairs(str(root))
-    for key, size in (("T_cam_world", 4), ("K", 3)):
-        shutil.copytree(rendered, tmp_path / f"scenes {key}")
-        file = tmp_path / f"scenes {key}" / "scene_0001/cameras.json"
-        cameras = json.loads(file.read_text())
-        cameras["frames"][2][key] = np.zeros((size, size)).tolist()
-        file.write_text(json.dumps(cameras))
-        with pytest.raises(DataError, match=rf"{key} of '{cameras['frames'][2]['file']}' in '{file}' is a singular"):
-            open_pairs(str(file.parent.parent))
 
 
 def test_scene_information_that_is_none(tmp_path):
     (tmp_path / "0015_0.1_0.3.npz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"0015_0.1_0.3.npz' cannot be read"):
+    with pytest.raises(DataError, match=r"0015_0.1_0.3.npz"):
         open_pairs(str(tmp_path))
     np.savez(tmp_path / "0015_0.1_0.3.npz", poses=np.zeros(3))
-    with pytest.raises(DataError, match="no scene information of MegaDepth"):
+    with pytest.raises(DataError, match=r"0015_0.1_0.3.npz.* MegaDepth"):
         open_pairs(str(tmp_path))

@@ -1,4 +1,4 @@
-"""True warps are true: against closed forms, against rays cast into rendered scenes, there and back."""
+"""True warps against closed forms, against rays cast into rendered scenes, there and back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plane_world import exact, shot
+from plane_world import WallFrame, exact, shot
 
 from fastmum.evaluate.features import load_image
-from fastmum.evaluate.pairs import Camera, open_pairs, unit_camera
+from fastmum.evaluate.pairs import Pair, open_pairs, pair_warp
+from fastmum.evaluate.pairs.pair import depth_and_K
 from fastmum.evaluate.pairs.scenes import from_folders
-from fastmum.evaluate.warp import finer, grid_points, move, pair_warp, true_warp
+from fastmum.geometry.warp import Warp, grid_points, true_warp, upsample_warp, warp_image
 from fastmum.scenes.layout import build_scene
 from fastmum.scenes.raycast import View, trace
 
@@ -23,8 +24,8 @@ angle = st.floats(-0.25, 0.25)
 place = st.floats(-0.6, 0.6)
 
 
-def camera_of(view):
-    return unit_camera(view.K, view.size, view.depth())
+def warp_of(a: WallFrame, b: WallFrame, rows: int, columns: int) -> Warp:
+    return pair_warp(Pair("", "", a, b), rows, columns)
 
 
 @settings(max_examples=40, deadline=None)
@@ -34,26 +35,34 @@ def camera_of(view):
 )  # fmt: skip
 def test_wall_is_warped_by_its_homography(eye, turn, focal, rows, columns):
     a, b = shot((0.1, -0.1, 0.2), (0.05, -0.08, 0.1)), shot(eye, turn, (50, 70), focal)
-    points = grid_points(rows, columns)
-    warp = true_warp(points, camera_of(a), camera_of(b), torch.from_numpy(b.T @ a.T_world))
-    truth = exact(a, b, points.numpy())
+    warp = warp_of(a.frame(), b.frame(), rows, columns)
+    truth = exact(a, b, grid_points(rows, columns).numpy())
     inside = ((truth > 0.02) & (truth < 0.98)).all(1)
     assert (warp.visible.numpy() >= inside).all()
     assert not warp.visible.numpy()[((truth < 0) | (truth >= 1)).any(1)].any()
-    # Depth is interpolated as such, which on a slanted wall is right to second order in a pixel.
+    # Depth is interpolated linearly, which on a slanted wall is right to second order in a pixel.
     error = np.abs(warp.points.numpy() - truth)[warp.visible.numpy()] * 448
     assert error.size == 0 or error.max() < 0.5
 
 
 def test_identity_for_one_camera_twice():
-    camera = camera_of(shot((0.2, 0.1, 0), (0.1, -0.2, 0.3)))
-    warp = true_warp(grid_points(7, 5), camera, camera, torch.eye(4, dtype=torch.float64))
+    frame = shot((0.2, 0.1, 0), (0.1, -0.2, 0.3)).frame()
+    warp = warp_of(frame, frame, 7, 5)
     assert warp.visible.all()
     assert torch.allclose(warp.points, grid_points(7, 5), atol=1e-9)
 
 
+def test_depth_of_another_resolution_than_the_image():
+    a, b = shot((0.1, 0, 0), (0, 0, 0.1)), shot((0.3, 0.1, 0), size=(64, 48))
+    fine = replace(shot((0.3, 0.1, 0), size=(128, 96), focal=120).frame(), shot=b, K=b.K)
+    one, other = (warp_of(a.frame(), frame, 6, 6) for frame in (b.frame(), fine))
+    assert one.visible.any()
+    assert torch.equal(one.visible, other.visible)
+    assert torch.allclose(one.points, other.points)
+
+
 def test_rendered_scenes_against_rays(rendered):
-    """Rays cast through A's points and B's landing places must meet the same thing."""
+    """Rays cast through A's points and their points in B must meet the same surface."""
     folder = rendered / "scene_0000"
     cameras = json.loads((folder / "cameras.json").read_text())
     scene, size = build_scene(cameras["seed"], 0), cameras["size"][0]
@@ -66,8 +75,7 @@ def test_rendered_scenes_against_rays(rendered):
             View(scene.solids, scene.open_top, np.array(frame["K"]), np.array(frame["T_cam_world"]), size, size)
             for frame in (cameras["frames"][i] for i in ends)
         ]
-        points = grid_points(16, 16)
-        x, y = points.numpy().T * size
+        x, y = grid_points(16, 16).numpy().T * size
         depth, solid = trace(views[0], views[0].directions(x, y), (x, y))
         in_a = np.stack([x, y, np.ones_like(x)]).T @ np.linalg.inv(views[0].K_33).T * depth[:, None]
         in_b = in_a @ pair.T_b_a[:3, :3].T + pair.T_b_a[:3, 3]
@@ -82,101 +90,83 @@ def test_rendered_scenes_against_rays(rendered):
     assert len(errors) > 500
     assert np.median(errors) < 0.05
     assert np.quantile(errors, 0.95) < 1
-    assert np.mean(missed) < 0.06  # at outlines, where depth of neighbouring pixels is of different things
+    assert np.mean(missed) < 0.06  # at outlines, where neighbouring pixels show different surfaces
 
 
 def test_there_and_back_on_rendered_scenes(rendered):
     for pair in open_pairs(str(rendered), "all").pairs:
-        there = pair_warp(pair, 24, 24)
-        back_pair = pair.reversed()
-        points = there.points[there.visible]
-        a, b = back_pair.a.read_camera(), back_pair.b.read_camera()
-        back = true_warp(points, a, b, torch.from_numpy(back_pair.T_b_a))
+        there, back_pair = pair_warp(pair, 24, 24), pair.reversed()
+        depths, Ks = zip(depth_and_K(pair.b), depth_and_K(pair.a), strict=True)
+        back = true_warp(there.points[there.visible], *depths, *Ks, torch.from_numpy(back_pair.T_b_a))
         assert back.visible.double().mean() > 0.8
         error = (back.points - grid_points(24, 24)[there.visible]).norm(dim=1)[back.visible] * 96
         assert error.median() < 0.05
 
 
 def test_what_stands_in_front_hides():
-    a, b = shot(), shot((1.0, 0, 0))
-    T = torch.from_numpy(b.T @ a.T_world)
-    hidden = camera_of(b)
-    depth = hidden.depth.copy()
+    a, b = shot().frame(), shot((1.0, 0, 0)).frame()
+    depth = b.depth_map.copy()
     depth[:, :20] = 1.0  # a board close to B on the left
-    points = grid_points(8, 8)
-    free = true_warp(points, camera_of(a), hidden, T)
-    behind = true_warp(points, camera_of(a), replace_depth(hidden, depth), T)
+    free, hidden = (warp_of(a, frame, 8, 8) for frame in (b, replace(b, depth_map=depth)))
     left = free.points[:, 0] < 18 / 64
     assert (free.visible & left).any()
-    assert not (behind.visible & left).any()
+    assert not (hidden.visible & left).any()
     right = free.points[:, 0] > 22 / 64
-    assert torch.equal(behind.visible[right], free.visible[right])
-
-
-def replace_depth(camera: Camera, depth: np.ndarray) -> Camera:
-    return camera._replace(depth=depth)
+    assert torch.equal(hidden.visible[right], free.visible[right])
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
 def test_unknown_depth_is_not_visible(wall_pairs, side):
     pair = wall_pairs.pairs[0]
     frame = getattr(pair, side)
-    camera = frame.read_camera()
-    blank = replace(frame, read_camera=lambda: replace_depth(camera, np.zeros_like(camera.depth)))
+    blank = replace(frame, depth_map=np.zeros_like(frame.depth_map))
     assert pair_warp(pair, 6, 6).visible.any()
     assert not pair_warp(replace(pair, **{side: blank}), 6, 6).visible.any()
 
 
 def test_holes_in_depth_do_not_bend_it():
-    a, b = shot(), shot((0.3, 0, 0))
-    T, camera = torch.from_numpy(b.T @ a.T_world), camera_of(a)
-    depth = camera.depth.copy()
+    a, b = shot().frame(), shot((0.3, 0, 0)).frame()
+    depth = a.depth_map.copy()
     depth[::2, 1::3] = 0
-    points = grid_points(11, 13)
-    whole = true_warp(points, camera, camera_of(b), T)
-    holes = true_warp(points, replace_depth(camera, depth), camera_of(b), T)
+    whole, holes = (warp_of(frame, b, 11, 13) for frame in (a, replace(a, depth_map=depth)))
     both = whole.visible & holes.visible
     assert both.sum() > 60
     assert torch.allclose(whole.points[both], holes.points[both], atol=1e-6)
 
 
 def test_behind_the_camera_is_not_visible():
-    a = shot()
-    b = shot((0, 0, 2 * 4.0), (0, np.pi, 0))  # beyond the wall, looking back at it
-    away = shot((0, 0, 2 * 4.0))  # beyond the wall, looking away
-    points = grid_points(4, 4)
-    depth = camera_of(a).depth
-    for other, expected in ((b, True), (away, False)):
-        camera = unit_camera(other.K, other.size, np.full_like(depth, 4.0))
-        warp = true_warp(points, camera_of(a), camera, torch.from_numpy(other.T @ a.T_world))
-        assert warp.visible.any() == expected
+    a = shot().frame()
+    back = shot((0, 0, 2 * 4.0), (0, np.pi, 0)).frame()  # beyond the wall, looking back at it
+    away = shot((0, 0, 2 * 4.0)).frame()  # beyond the wall, looking away
+    for other, expected in ((back, True), (away, False)):
+        other = replace(other, depth_map=np.full_like(a.depth_map, 4.0))
+        assert warp_of(a, other, 4, 4).visible.any() == expected
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4), st.floats(-0.5, 0.5), st.floats(-0.5, 0.5))
-def test_finer_keeps_a_shift(h, w, times, dx, dy):
-    points = grid_points(h, w).view(h, w, 2) + torch.tensor([dx, dy], dtype=torch.float64)
-    expected = grid_points(h * times, w * times).view(h * times, w * times, 2)
-    expected = expected + torch.tensor([dx, dy], dtype=torch.float64)
-    assert torch.allclose(finer(points, h * times, w * times), expected, atol=1e-9)
+def test_upsampling_keeps_a_shift(h, w, times, dx, dy):
+    coarse, fine = ((h, w), (h * times, w * times))
+    points, expected = (grid_points(*g).view(*g, 2) + torch.tensor([dx, dy]).double() for g in (coarse, fine))
+    assert torch.allclose(upsample_warp(points, *fine), expected, atol=1e-6)
 
 
-def test_move_by_nothing_and_by_a_pixel():
+def test_images_warped_by_nothing_and_by_a_pixel():
     image = torch.randint(0, 256, (8, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     here = grid_points(8, 10).view(8, 10, 2)
-    assert torch.equal(move(image, here), image)
+    assert torch.equal(warp_image(image, here), image)
     right = here + torch.tensor([1 / 10, 0], dtype=torch.float64)
-    assert torch.equal(move(image, right)[:, :-1], image[:, 1:])
+    assert torch.equal(warp_image(image, right)[:, :-1], image[:, 1:])
 
 
-def test_motorcycle_looks_the_same_when_moved():
+def test_motorcycle_looks_the_same_when_warped():
     pair = open_pairs("motorcycle").pairs[0]
-    a, b = (load_image(frame, 256).float() for frame in (pair.a, pair.b))
-    warp = pair_warp(pair, 256, 256)
-    visible = warp.visible.view(256, 256)
-    moved = move(b.byte(), warp.points.view(256, 256, 2)).float()
-    assert visible.double().mean() > 0.6
-    assert (moved - a).abs()[visible].mean() < 8 < 20 < (b - a).abs()[visible].mean()
-    back = pair_warp(pair.reversed(), 256, 256)
-    moved = move(a.byte(), back.points.view(256, 256, 2)).float()
-    assert (moved - b).abs()[back.visible.view(256, 256)].mean() < 8
+    view = pair.b.view()
+    assert view.size == view.camera.size == view.depth.shape[::-1] == (741, 500)
+    for forward in (pair, pair.reversed()):
+        a, b = (load_image(frame, 256).float() for frame in (forward.a, forward.b))
+        warp = pair_warp(forward, 256, 256)
+        visible = warp.visible.view(256, 256)
+        warped = warp_image(b.byte(), warp.points.view(256, 256, 2)).float()
+        assert visible.double().mean() > 0.6
+        assert (warped - a).abs()[visible].mean() < 8 < 20 < (b - a).abs()[visible].mean()

@@ -1,4 +1,4 @@
-"""ARKitScenes: chunks of the wide camera's frames, with poses and intrinsics where they are there."""
+"""ARKitScenes: chunks of the frames of the wide camera, with poses, intrinsics and depth."""
 
 from __future__ import annotations
 
@@ -7,38 +7,42 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmum.data.builders import base
 from fastmum.data.builders.base import Builder, Options
-from fastmum.data.builders.cameras import read_table, rotation
-from fastmum.data.builders.listing import folders_in, images_in
-from fastmum.data.builders.scene import CHUNK_OPTIONS, CHUNK_RULE, POSES, chunks
+from fastmum.data.builders.cameras import by_name, read_table, rotation
+from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
 
 RELEASED_CHUNK = 75
 IMAGES = "lowres_wide"
 TRAINING = "3dod/Training"
-SAME_TIME = 5e-3  # seconds; time stamps are rounded differently in names and trajectory, and poses come at 10 Hz
+# Seconds: names and trajectory round time stamps differently, and poses come at 10 Hz.
+TIME_TOLERANCE = 5e-3
+# "uint16 png format in millimeters" (DATA.md of the data set), z: its tools unproject x = (u - cx) z / fx.
+DEPTH = DepthFormat("png16", unit=1e-3)
 
 
 def parts(root: Path, options: Options) -> list[str]:
     """Scans of the training split."""
-    return [
-        scan for scan in folders_in(root / TRAINING) if (root / TRAINING / scan / f"{scan}_frames" / IMAGES).is_dir()
-    ]
+    scans = base.folders_in(root / TRAINING)
+    return [scan for scan in scans if (root / TRAINING / scan / f"{scan}_frames" / IMAGES).is_dir()]
 
 
 def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """The scan in chunks."""
     folder = f"{TRAINING}/{part}/{part}_frames"
-    names = images_in(root / folder / IMAGES)
-    poses = intrinsics = None
+    names = base.images_in(root / folder / IMAGES)
+    scan = SequenceRecord(part, [f"{folder}/{IMAGES}/{name}" for name in names])
     if options.poses and names:
-        poses, intrinsics = _poses(root / folder, names), _intrinsics(root / folder, names)
-    scene = SequenceRecord(part, [f"{folder}/{IMAGES}/{name}" for name in names], poses, intrinsics)
-    yield from chunks(scene, options, RELEASED_CHUNK)
+        scan = scan._replace(poses=_poses(root / folder, names), intrinsics=_intrinsics(root / folder, names))
+    if options.depth:
+        depths = base.existing(root, [f"{folder}/lowres_depth/{name}" for name in names])
+        scan = scan._replace(depths=depths, depth_format=DEPTH)
+    yield from base.chunks(scan, options, RELEASED_CHUNK)
 
 
 def _poses(folder: Path, names: list[str]) -> np.ndarray | None:
-    """A line a pose: seconds, rotation vector, translation, world-to-camera, OpenCV axes (the data set's code)."""
+    """Lines of seconds, rotation vector, translation: camera_from_world, OpenCV axes (the data set's code)."""
     file = folder / f"{IMAGES}.traj"
     if not file.is_file():
         return None
@@ -47,28 +51,22 @@ def _poses(folder: Path, names: list[str]) -> np.ndarray | None:
     times = np.array([_seconds(name) for name in names])
     nearest = np.searchsorted((lines[1:, 0] + lines[:-1, 0]) / 2, times)
     poses = np.full((len(names), 4, 4), np.nan, np.float32)
-    for i in np.flatnonzero(np.abs(lines[nearest, 0] - times) < SAME_TIME):
+    for i in np.flatnonzero(np.abs(lines[nearest, 0] - times) < TIME_TOLERANCE):
         line = lines[nearest[i]]
         poses[i] = np.eye(4)
         poses[i, :3, :3], poses[i, :3, 3] = rotation(line[1:4]), line[4:]
     return poses
 
 
-def _intrinsics(folder: Path, names: list[str]) -> np.ndarray | None:
-    """`width height fx fy cx cy` in a file a frame."""
-    folder = folder / f"{IMAGES}_intrinsics"
-    if not folder.is_dir():
-        return None
-    intrinsics = np.full((len(names), 4), np.nan, np.float32)
-    for i, name in enumerate(names):
-        file = folder / f"{_stem(name)}.pincam"
-        if file.is_file():
-            intrinsics[i] = read_table(file, 6, "intrinsics")[0, 2:]
-    return intrinsics
+def _intrinsics(folder: Path, names: list[str]) -> np.ndarray:
+    """`width height fx fy cx cy` in one file per frame."""
+    files = {name: folder / f"{IMAGES}_intrinsics" / f"{_stem(name)}.pincam" for name in names}
+    found = {name: read_table(file, 6, "intrinsics")[0, 2:] for name, file in files.items() if file.is_file()}
+    return by_name(names, found, (4,))
 
 
 def _stem(name: str) -> str:
-    return name.rpartition(".")[0]  # the name holds seconds with a point
+    return name.rpartition(".")[0]  # names contain seconds with a decimal point
 
 
 def _seconds(name: str) -> float:
@@ -79,10 +77,10 @@ def _seconds(name: str) -> float:
 
 
 BUILDER = Builder(
-    layout=f"{TRAINING}/<id>/<id>_frames/{IMAGES}/*.png, and {IMAGES}.traj and {IMAGES}_intrinsics if poses are wanted",
-    paper=CHUNK_RULE,
+    layout=f"{TRAINING}/<id>/<id>_frames/{IMAGES}/*.png; optional: {IMAGES}.traj, {IMAGES}_intrinsics, lowres_depth",
+    paper=base.CHUNK_RULE,
     released=f"chunks of {RELEASED_CHUNK}, the last one takes the rest",
     parts=parts,
     sequences=sequences,
-    options=CHUNK_OPTIONS | {"poses": POSES},
+    options=base.CHUNK_OPTIONS | base.CAMERA_OPTIONS | base.DEPTH_OPTIONS,
 )

@@ -1,54 +1,58 @@
-"""What a builder is: how the independent parts of a data set are found, and the sequences of one part.
+"""The interface of a builder, and what builders share: options, listing of files, cutting scenes into sequences.
 
-Parts (scenes, categories, whatever lies apart on disk) may be read in any order by any number of processes; the
-manifest holds their sequences in the order of `parts`, so it is the same whatever the number of workers.
+A data set is read in independent parts (scenes, categories ...), in any order and by any number of processes. The
+manifest holds their sequences in the order of `Builder.parts`, so it does not depend on the number of workers.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import natsort
 import numpy as np
 
+from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
+from fastmum.data.rules.chunks import CHUNK, cut_into_chunks
 
 RULES = ("paper", "released")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 
 
 class Option(NamedTuple):
-    """One option of a builder, `--min-frames` for the name `min_frames`.
+    """An option of a builder, `--min-frames` for the name `min_frames`.
 
     Args:
-        default: its type is the option's; None for a rule's own value, which `kind` then gives the type of.
-        meaning: one line for `--help`.
-        kind: type of a given value; None is that of the default.
-        least: smallest value allowed.
-        most: largest value allowed.
-        choices: values allowed, none for any.
+        default: None where the default depends on the rule.
+        help: one line for `--help`.
+        type: of the value; None is the type of the default.
+        min, max: bounds of the value.
+        choices: allowed values, empty for any.
     """
 
     default: Any
-    meaning: str
-    kind: Callable[[str], Any] | None = None
-    least: float | None = None
-    most: float | None = None
+    help: str
+    type: Callable[[str], Any] | None = None
+    min: float | None = None
+    max: float | None = None
     choices: tuple[Any, ...] = ()
 
 
 class Options(SimpleNamespace):
-    """What a builder was asked for: `rule`, `seed`, `out` (path of the manifest) and its own options by name."""
+    """`rule`, `seed`, `out` (path of the manifest) and the builder's options, by name."""
 
     rule: str
     seed: int
     out: Path
 
     def rng(self, part: str) -> np.random.Generator:
-        """Random numbers of one part: a function of the seed and the part's name alone."""
+        """Random generator of one part, a function of the seed and the part's name only."""
         digest = hashlib.sha256(part.encode(errors="surrogateescape")).digest()
         return np.random.default_rng([self.seed, int.from_bytes(digest[:8], "little")])
 
@@ -58,14 +62,14 @@ class Builder:
     """A data set that `python -m fastmum.data.build` knows.
 
     Args:
-        layout: what lies below --root, in one line.
-        paper: the rule, in a few words.
-        parts: names of the parts found below a root, in order; none where the layout is another.
-        sequences: those of one part; must be picklable (a function of a module), as must what it returns.
-        released: what the authors' released script does instead, None where that is the same.
-        options: its own, by name.
-        begin: called once with the root and the options before anything is read (looks for packages, folders).
-        root: folder that the frames' paths begin at, None for --root itself.
+        layout: files below --root, in one line.
+        paper: the paper's rule, in a few words.
+        parts: (root, options) -> names of the parts, in order; empty if the layout is another one.
+        sequences: (root, part, options) -> sequences of a part. The function and its results must be picklable.
+        released: the rule of the authors' released script, None if it is the same.
+        options: by name.
+        begin: called once before anything is read; checks packages, folders and options.
+        root: folder that the frames' paths are relative to, None for --root.
     """
 
     layout: str
@@ -76,3 +80,72 @@ class Builder:
     options: Mapping[str, Option] = field(default_factory=dict)
     begin: Callable[[Path, Options], None] | None = None
     root: Callable[[Path, Options], Path] | None = None
+
+
+MIN_FRAMES = Option(2, "skip shorter sequences", min=1)
+CAMERA_OPTIONS = {"poses": Option(True, "read poses and intrinsics if present")}
+DEPTH_OPTIONS = {"depth": Option(True, "list depth maps and masks if present")}
+CHUNK_OPTIONS = {
+    "chunk": Option(None, "frames per chunk, 0: the whole scene (default: the rule's)", type=int, min=0),
+    "min_frames": MIN_FRAMES,
+}
+CHUNK_RULE = f"natural order, chunks of {CHUNK}, the last one shorter"
+
+
+def whole(scene: SequenceRecord, options: Options) -> Iterator[SequenceRecord]:
+    """The scene if it has at least `options.min_frames` frames."""
+    if len(scene.frames) >= options.min_frames:
+        yield scene
+
+
+def chunks(scene: SequenceRecord, options: Options, released: int | None) -> Iterator[SequenceRecord]:
+    """The scene in chunks, `<name>/000`, `<name>/001`, ...
+
+    Args:
+        scene: with all its frames.
+        options: of the builder, including `CHUNK_OPTIONS`.
+        released: frames per chunk in the released script, None for the whole scene.
+    """
+    size = options.chunk if options.chunk is not None else CHUNK if options.rule == "paper" else released
+    if not size:
+        yield from whole(scene, options)
+        return
+    for i, rows in enumerate(cut_into_chunks(len(scene.frames), size, last_takes_rest=options.rule == "released")):
+        yield from whole(scene.select(rows, f"{scene.name}/{i:03d}"), options)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name is an image's; hidden files (macOS writes some) are not."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def images_in(folder: Path) -> list[str]:
+    """Names of the images in a folder in natural order (2 before 10); empty if there is no such folder."""
+    return natsort.natsorted(name for name in _names(folder) if is_image(name))
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the visible sub-folders in natural order; empty if there is no such folder."""
+    names = (name for name in _names(folder) if not name.startswith("."))
+    return natsort.natsorted(name for name in names if os.path.isdir(os.path.join(folder, name)))
+
+
+def existing(root: Path, paths: Iterable[str]) -> list[str] | None:
+    """Paths below `root` with "" for those that do not exist, None if none does. Every folder is listed once."""
+    listed: dict[str, frozenset[str]] = {}
+    found = []
+    for path in paths:
+        folder, _, name = path.rpartition("/")
+        if folder not in listed:
+            listed[folder] = frozenset(_names(root / folder))
+        found.append(path if name in listed[folder] else "")
+    return found if any(found) else None
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(f"the folder '{folder}' cannot be read ({error.strerror})") from None

@@ -1,7 +1,7 @@
-"""Poses and intrinsics as data sets keep them, turned into world-to-camera with OpenCV axes and pixels.
+"""Reading poses and intrinsics of data sets as camera_from_world with OpenCV axes, and pixels of the upright image.
 
-OpenCV's camera looks along +z with x to the right and y down; OpenGL's (nerfstudio) along -z with y up; PyTorch3D's
-(CO3D) along +z with x to the left and y up.
+Camera axes: OpenCV x right, y down, z forward; OpenGL (nerfstudio, Hypersim) x right, y up, z backward; PyTorch3D
+(CO3D) x left, y up, z forward.
 """
 
 from __future__ import annotations
@@ -9,27 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fastmum.data.errors import DataError
+from fastmum.data import errors
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
+ORIENTATION = 0x0112  # EXIF tag
+# Turned camera axes of the EXIF orientations 3 (by 180 degrees), 6 (90 clockwise) and 8 (90 counter-clockwise).
+TURNS = {3: [[-1, 0], [0, -1]], 6: [[0, -1], [1, 0]], 8: [[0, 1], [-1, 0]]}
 
-
-@contextlib.contextmanager
-def reading(file: Path, what: str) -> Iterator[None]:
-    """Turns whatever reading a file raises into one line that names it."""
-    try:
-        yield
-    except DataError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"'{file}' cannot be read as {what} ({reason}); restore the file or remove its scene") from None
+reading = partial(errors.reading, remedy="restore the file or remove its scene")
 
 
 def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray:
@@ -39,16 +33,16 @@ def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray
         DataError: other text, another number of columns, or no line.
     """
     with reading(file, f"{what}, {columns} numbers a line"), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of numpy, about an empty file
+        warnings.simplefilter("error", UserWarning)  # numpy warns about an empty file
         try:
             return np.loadtxt(file, ndmin=2, skiprows=skip).reshape(-1, columns)
         except UserWarning:
             raise ValueError("it is empty") from None
 
 
-def world_to_camera(camera_to_world: np.ndarray) -> np.ndarray:
-    """Inverse of rigid transforms (..., 4, 4), float32."""
-    return np.linalg.inv(camera_to_world).astype(np.float32)
+def inverse(world_from_camera: np.ndarray) -> np.ndarray:
+    """camera_from_world (..., 4, 4) float32."""
+    return np.linalg.inv(world_from_camera).astype(np.float32)
 
 
 def rotation(axis_angle: np.ndarray) -> np.ndarray:
@@ -61,45 +55,73 @@ def rotation(axis_angle: np.ndarray) -> np.ndarray:
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
 
-def by_name(names: Sequence[str], poses: Mapping[str, np.ndarray]) -> np.ndarray:
-    """(n, 4, 4) float32: the pose of each name, NaN where there is none."""
-    unknown = np.full((4, 4), np.nan)
-    return np.array([poses.get(name, unknown) for name in names], np.float32).reshape(-1, 4, 4)
+def by_name(names: Sequence[str], values: Mapping[str, np.ndarray], shape: tuple[int, ...] = (4, 4)) -> np.ndarray:
+    """(n, *shape) float32: the value of each name, NaN where there is none."""
+    unknown = np.full(shape, np.nan)
+    return np.array([values.get(name, unknown) for name in names], np.float32).reshape(-1, *shape)
+
+
+def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Turn the camera of an image that is stored rotated, as decoders turn the image by its EXIF tag.
+
+    Args:
+        file: the image; one that cannot be read counts as upright.
+        pose: (4, 4) camera_from_world of the stored pixels.
+        intrinsics: (4,) fx fy cx cy in the stored pixels.
+
+    Returns:
+        Pose and intrinsics of the upright image (NaN for mirrored images, which no rigid motion describes), and
+        whether the image is turned or mirrored.
+    """
+    try:
+        with Image.open(file) as image:
+            orientation, (width, height) = image.getexif().get(ORIENTATION, 1), image.size
+    except (OSError, ValueError, SyntaxError):
+        orientation = 1
+    if orientation not in range(2, 9):
+        return pose, intrinsics, False
+    if orientation not in TURNS:
+        return np.full_like(pose, np.nan), np.full_like(intrinsics, np.nan), True
+    turn = np.array(TURNS[orientation])
+    axes = np.eye(4)
+    axes[:2, :2] = turn
+    fx_fy = np.abs(turn) @ intrinsics[:2]
+    # An axis that points the other way starts at the opposite side of the image.
+    centre = turn @ intrinsics[2:] + (turn < 0) @ np.array([width, height])
+    return axes @ pose, np.concatenate([fx_fy, centre]), True
 
 
 def read_nerfstudio(
     file: Path, names: Sequence[str], size: tuple[int, int] | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Poses and intrinsics out of a nerfstudio `transforms.json`; lens distortion is left out.
+    """Poses and intrinsics from a nerfstudio `transforms.json`, without lens distortion.
 
     Args:
         file: the JSON.
         names: of the images, which the file may list in any folder.
-        size: width and height of those images in pixels; the file's intrinsics may be of larger ones.
+        size: width and height of those images in pixels; the file's intrinsics may be for larger ones.
 
     Returns:
-        (n, 4, 4) world-to-camera and (n, 4) intrinsics (None if `size` is), NaN for images that it does not list.
+        (n, 4, 4) poses and (n, 4) intrinsics (None if `size` is), NaN for images that are not listed.
 
     Raises:
-        DataError: a file that is not of the format.
+        DataError: the file has another format.
     """
     with reading(file, "a nerfstudio transforms.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         listed = {f["file_path"].rpartition("/")[2]: f for f in content["frames"] + content.get("test_frames", [])}
         poses, intrinsics = {}, {}
         for name in listed.keys() & set(names):
-            frame = content | listed[name]  # a frame's own camera goes before the common one
-            poses[name] = world_to_camera(np.array(frame["transform_matrix"], float).reshape(4, 4) @ OPENGL_TO_OPENCV)
+            frame = content | listed[name]  # a frame's camera overrides the common one
+            poses[name] = inverse(np.array(frame["transform_matrix"], float).reshape(4, 4) @ OPENGL_TO_OPENCV)
             if size is not None:
                 scale = np.tile(np.array(size) / (frame["w"], frame["h"]), 2)
                 intrinsics[name] = scale * [frame[key] for key in ("fl_x", "fl_y", "cx", "cy")]
-    unknown = np.full(4, np.nan)
-    focal = np.array([intrinsics.get(name, unknown) for name in names], np.float32) if size is not None else None
-    return by_name(names, poses), focal
+    return by_name(names, poses), None if size is None else by_name(names, intrinsics, (4,))
 
 
 def image_size(folder: Path, names: Sequence[str]) -> tuple[int, int] | None:
-    """Width and height of the images of a scene, which share one size, from the first that can be read."""
+    """Width and height of the images of a scene, which share one size, from the first readable one."""
     for name in names[:5]:
         with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(folder / name) as image:
             return image.size

@@ -1,4 +1,4 @@
-"""CO3D: whole videos of objects, with poses and intrinsics from the frame annotations."""
+"""CO3D: whole videos of objects, with poses, intrinsics, depth and masks from the frame annotations."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ from typing import Any
 
 import numpy as np
 
+from fastmum.data.builders import base
 from fastmum.data.builders.base import Builder, Option, Options
 from fastmum.data.builders.cameras import reading
-from fastmum.data.builders.listing import folders_in
-from fastmum.data.builders.scene import MIN_FRAMES, POSES, whole
+from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
 
 ANNOTATIONS = "frame_annotations.jgz"
-# The categories that RelPose and those after it train on; as many as the paper names. The other ten are for tests.
+# The 41 categories that RelPose and later work train on, as many as the paper names; the other ten are for tests.
 SEEN = frozenset(
     """apple backpack banana baseballbat baseballglove bench bicycle bottle bowl broccoli cake car carrot cellphone
     chair cup donut hairdryer handbag hydrant keyboard laptop microwave motorcycle mouse orange parkingmeter pizza
     plant stopsign teddybear toaster toilet toybus toyplane toytrain toytruck tv umbrella vase wineglass""".split()  # noqa: SIM905
 )
 PYTORCH3D_TO_OPENCV = np.diag([-1.0, -1.0, 1.0])
+# "depth = png * scale_adjustment" (data_types.py of the data set's code), z in the unit of the reconstruction.
+DEPTH = DepthFormat("co3d")
 
 
 def parts(root: Path, options: Options) -> list[str]:
     """Categories with annotations."""
-    found = [name for name in folders_in(root) if (root / name / ANNOTATIONS).is_file()]
+    found = [name for name in base.folders_in(root) if (root / name / ANNOTATIONS).is_file()]
     return [name for name in found if options.categories == "all" or name in SEEN]
 
 
 def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
-    """Videos of a category in the order of their names, frames in that of their numbers."""
+    """Videos of a category by name, frames by number."""
     file = root / part / ANNOTATIONS
     with reading(file, "CO3D frame annotations"):
         with gzip.open(file, "rt", encoding="utf-8") as stream:
@@ -44,19 +46,27 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
             videos[frame["sequence_name"]].append(frame)
         for name in sorted(videos):
             frames = sorted(videos[name], key=lambda frame: frame["frame_number"])
-            paths = [frame["image"]["path"] for frame in frames]
-            poses = intrinsics = None
+            video = SequenceRecord(f"{part}/{name}", [frame["image"]["path"] for frame in frames])
             if options.poses:
                 cameras = [camera(frame) for frame in frames]
                 poses, intrinsics = (np.array(values, np.float32) for values in zip(*cameras, strict=True))
-            yield from whole(SequenceRecord(f"{part}/{name}", paths, poses, intrinsics), options)
+                video = video._replace(poses=poses, intrinsics=intrinsics)
+            if options.depth:
+                depths, masks = ([frame.get(key) or {} for frame in frames] for key in ("depth", "mask"))
+                video = video._replace(
+                    depths=base.existing(root, [depth.get("path", "") for depth in depths]),
+                    masks=base.existing(root, [mask.get("path", "") for mask in masks]),
+                    depth_format=DEPTH,
+                    depth_units=np.array([depth.get("scale_adjustment", 1.0) for depth in depths], np.float64),
+                )
+            yield from base.whole(video, options)
 
 
 def camera(frame: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """DistContext-to-camera (4, 4) and fx fy cx cy of a frame annotation, NaN where it has no viewpoint.
+    """camera_from_world (4, 4) and fx fy cx cy of a frame annotation, NaN where it has no viewpoint.
 
-    PyTorch3D transforms row vectors, x_camera = x_world R + T, and measures on the image from its centre to the left
-    and up, in half sides (`ndc_norm_image_bounds`) or in halves of the shorter side (`ndc_isotropic`).
+    PyTorch3D transforms row vectors, x_camera = x_world R + T. Its image coordinates start at the centre and increase
+    to the left and up, in half sides (`ndc_norm_image_bounds`) or halves of the shorter side (`ndc_isotropic`).
     """
     viewpoint = frame.get("viewpoint")
     if viewpoint is None:
@@ -79,13 +89,14 @@ def camera(frame: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 BUILDER = Builder(
-    layout="<category>/frame_annotations.jgz and the images that it names",
+    layout="<category>/frame_annotations.jgz and the images that it names; optional: its depth maps and masks",
     paper="the whole video, if it has at least 24 frames",
     parts=parts,
     sequences=sequences,
     options={
-        "min_frames": MIN_FRAMES._replace(default=24),
+        "min_frames": base.MIN_FRAMES._replace(default=24),
         "categories": Option("all", "all, or seen: the 41 that others train on", choices=("all", "seen")),
-        "poses": POSES,
+        **base.CAMERA_OPTIONS,
+        **base.DEPTH_OPTIONS,
     },
 )

@@ -1,4 +1,4 @@
-"""Any folders of images: every folder that holds some is a sequence, in natural order."""
+"""Any folders of images: every folder that contains images is a sequence, in natural order."""
 
 from __future__ import annotations
 
@@ -9,35 +9,34 @@ from pathlib import Path
 
 import natsort
 
-from fastmum.data.builders.base import Builder, Option, Options
-from fastmum.data.builders.listing import images_in, is_image
+from fastmum.data.builders.base import Builder, Option, Options, images_in, is_image
 from fastmum.data.manifest import SequenceRecord
 
 log = logging.getLogger(__name__)
 
-# Folders that lie beside a scene's photographs and hold something else than photographs.
+# Folders next to a scene's photographs that hold something else.
 OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normals"})
 
 
 def parts(root: Path, options: Options) -> list[str]:
-    """The sequences are the folders with images."""
+    """Every folder with images."""
     return image_folders(root)
 
 
 def image_folders(root: Path) -> list[str]:
-    """Every folder at or below the root that holds images, '.' for the root itself.
+    """Every folder at or below the root that contains images, '.' for the root itself.
 
-    Hidden folders and those named after depth, masks or normals are passed over, which is logged.
+    Hidden folders and those named after depth, masks or normals are skipped; the latter are logged.
     """
-    found, passed = [], 0
+    found, skipped = [], 0
     for folder, subfolders, files in os.walk(root, followlinks=True):
         other = [name for name in subfolders if name.lower() in OTHER_FOLDERS]
-        passed += len(other)
+        skipped += len(other)
         subfolders[:] = natsort.natsorted(n for n in subfolders if n not in other and not n.startswith("."))
         if any(map(is_image, files)):
             found.append(Path(folder).relative_to(root).as_posix())
-    if passed:
-        log.info("%d folders of depth, masks or normals under %s are not read", passed, root)
+    if skipped:
+        log.info("skipped %d folders of depth, masks or normals under %s", skipped, root)
     return found
 
 
@@ -52,12 +51,12 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
 
 
 BUILDER = Builder(
-    layout="any folders of images; depth, mask and normal folders are passed over",
+    layout="any folders of images; depth, mask and normal folders are skipped",
     paper="every folder with images is a sequence, in natural order",
     parts=parts,
     sequences=sequences,
     options={
-        "min_frames": Option(1, "shorter sequences are left out", least=1),
-        "single": Option(False, "every image is a sequence of its own"),
+        "min_frames": Option(1, "skip shorter sequences", min=1),
+        "single": Option(False, "every image is a sequence"),
     },
 )

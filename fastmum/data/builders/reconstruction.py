@@ -1,17 +1,18 @@
-"""What the data sets that are COLMAP models share: options, which images are on disk, and chains as sequences."""
+"""Shared by the data sets that are COLMAP models: options, loading, and chains of images as sequences."""
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from fastmum.data.builders.base import Option, Options
+from fastmum.data.builders.base import CAMERA_OPTIONS, Option, Options, existing
+from fastmum.data.builders.cameras import upright
 from fastmum.data.colmap import Model, find_format, import_pycolmap, read_model
+from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import chains
@@ -19,36 +20,39 @@ from fastmum.data.rules.overlap import Overlap, count_shared
 
 log = logging.getLogger(__name__)
 
-Found = TypeVar("Found")
+T = TypeVar("T")
 
 SHORTEST = 2  # images of a chain of overlap: the fewest views that are sampled (supplement A, "Sampling")
 RELEASED_MIN_IMAGES = 12  # of a MegaScenes model, in the released script
 
-COMMON_OPTIONS = {
-    "poses": Option(True, "write poses and intrinsics, 64 bytes a frame"),
-    "broken": Option("stop", "what to do about a model that cannot be read", choices=("stop", "skip")),
+COMMON_OPTIONS = CAMERA_OPTIONS | {
+    "broken": Option("stop", "at a model that cannot be read", choices=("stop", "skip")),
 }
 OVERLAP_OPTIONS = {
-    "sequences": Option(chains.CHAINS_PER_SCENE, "sequences drawn in a scene", least=1),
-    "length": Option(chains.CHAIN_LENGTH, "most images of a sequence", least=2),
+    "sequences": Option(chains.CHAINS_PER_SCENE, "sequences drawn per scene", min=1),
+    "length": Option(chains.CHAIN_LENGTH, "most images of a sequence", min=2),
 }
 ANGLE_OPTIONS = {
-    "min_overlap": Option(chains.MIN_OVERLAP, "least overlap of one image and the next", least=0),
-    "min_angle": Option(chains.MIN_ANGLE, "least turn of the camera from one image to the next, in degrees", least=0),
+    "min_overlap": Option(chains.MIN_OVERLAP, "least overlap of consecutive images", min=0),
+    "min_angle": Option(chains.MIN_ANGLE, "least rotation between consecutive images, in degrees", min=0),
 }
+
+
+class Depths(NamedTuple):
+    """Depth maps of a model's images: format, path below the root of an image's map, smallest size of the file."""
+
+    format: DepthFormat
+    path: Callable[[str], str]
+    min_bytes: int = 0
 
 
 def begin(root: Path, options: Options) -> None:
-    """Look for pycolmap before anything is read.
-
-    Raises:
-        DataError: it is not installed.
-    """
+    """Check that pycolmap is installed before anything is read."""
     import_pycolmap()
 
 
 def whole_models(root: Path, parts: Iterable[str], options: Options) -> list[str]:
-    """Those parts that hold a whole model, asked of the file system alone, so that it is known before work is lost.
+    """The parts that hold a complete model, by their file names only, so that errors come before hours of work.
 
     Raises:
         DataError: one lacks files, unless `--broken skip`.
@@ -57,7 +61,7 @@ def whole_models(root: Path, parts: Iterable[str], options: Options) -> list[str
 
 
 def load(folder: Path, options: Options) -> Model | None:
-    """The model in a folder; None for one that is broken with `--broken skip`.
+    """The model in a folder; None if it is broken and `--broken skip` is given.
 
     Raises:
         DataError: it cannot be read.
@@ -65,24 +69,21 @@ def load(folder: Path, options: Options) -> Model | None:
     return _unless_broken(read_model, folder, options)
 
 
-def on_disk(model: Model, folder: Path) -> np.ndarray:
-    """Which images of a model are files below a folder: (n,) bool. Every folder is listed once."""
-    listed: dict[str, frozenset[str]] = {}
-    present = np.zeros(len(model.names), bool)
-    for i, name in enumerate(model.names):
-        inner, _, file = name.rpartition("/")
-        if inner not in listed:
-            listed[inner] = _listing(folder / inner)
-        present[i] = file in listed[inner]
-    if not present.all():
-        log.warning("%d of %d images of the COLMAP model are not in %s", (~present).sum(), len(present), folder)
-    return present
+def _unless_broken(read: Callable[[Path], T], folder: Path, options: Options) -> T | None:
+    try:
+        return read(folder)
+    except DataError as error:
+        if options.broken == "stop":
+            raise DataError(f"{error} (--broken skip skips such models)") from error
+        log.warning("skipped: %s", error)
+        return None
 
 
 def overlap_sequences(
-    part: str, prefix: str, model: Model, present: np.ndarray, options: Options
+    root: Path, part: str, images: str, model: Model, options: Options, depths: Depths | None = None
 ) -> Iterator[SequenceRecord]:
-    """MegaDepth's rule, or what the released script does in its place."""
+    """MegaDepth's rule, or what the released script does instead."""
+    present = _present(root, images, model)
     rng = options.rng(part)
     if options.rule == "released":
         found = chains.nearest_of_anchor(_overlap(model), rng, options.sequences, options.length, present)
@@ -90,14 +91,14 @@ def overlap_sequences(
         model = model.select(present)
         found = chains.overlap_chains(_overlap(model), rng, options.sequences, options.length)
         found = [chain for chain in found if len(chain) >= (options.min_frames or SHORTEST)]
-    yield from _records(part, prefix, model, found, options)
+    yield from _records(root, part, images, model, found, options, depths)
 
 
 def angle_sequences(
-    part: str, prefix: str, model: Model, present: np.ndarray, options: Options
+    root: Path, part: str, images: str, model: Model, options: Options, depths: Depths | None = None
 ) -> Iterator[SequenceRecord]:
     """MegaScenes' rule. The released script never calls it: its sequences are whole models."""
-    model = model.select(present)
+    model = model.select(_present(root, images, model))
     if options.rule == "released":
         whole = len(model.names) >= (options.min_frames or RELEASED_MIN_IMAGES)
         found = [np.arange(len(model.names))] if whole else []
@@ -109,7 +110,20 @@ def angle_sequences(
             options.min_overlap,
             options.min_angle,
         )
-    yield from _records(part, prefix, model, found, options)
+    yield from _records(root, part, images, model, found, options, depths)
+
+
+def _present(root: Path, images: str, model: Model) -> np.ndarray:
+    """Whether the file of each image exists, (n,) bool."""
+    paths = existing(root, _paths(images, model)) or [""] * len(model.names)
+    present = np.array([bool(path) for path in paths])
+    if not present.all():
+        log.warning("%d of %d images of the COLMAP model are not in %s", (~present).sum(), len(present), root / images)
+    return present
+
+
+def _paths(images: str, model: Model) -> list[str]:
+    return [name if images == "." else f"{images}/{name}" for name in model.names]
 
 
 def _overlap(model: Model) -> Overlap:
@@ -117,32 +131,30 @@ def _overlap(model: Model) -> Overlap:
 
 
 def _records(
-    part: str, prefix: str, model: Model, found: list[np.ndarray], options: Options
+    root: Path,
+    part: str,
+    images: str,
+    model: Model,
+    found: list[np.ndarray],
+    options: Options,
+    depths: Depths | None,
 ) -> Iterator[SequenceRecord]:
-    frames = [name if prefix == "." else f"{prefix}/{name}" for name in model.names]
-    poses = model.poses.astype(np.float32) if options.poses else None
-    intrinsics = model.intrinsics.astype(np.float32) if options.poses else None
-    for number, images in enumerate(found):
-        yield SequenceRecord(
-            f"{part}/{number:03d}",
-            [frames[i] for i in images],
-            None if poses is None else poses[images],
-            None if intrinsics is None else intrinsics[images],
-        )
-
-
-def _unless_broken(read: Callable[[Path], Found], folder: Path, options: Options) -> Found | None:
-    try:
-        return read(folder)
-    except DataError as error:
-        if options.broken == "stop":
-            raise DataError(f"{error} (--broken skip leaves such models out)") from error
-        log.warning("left out: %s", error)
-        return None
-
-
-def _listing(folder: Path) -> frozenset[str]:
-    try:
-        return frozenset(os.listdir(folder))
-    except OSError:
-        return frozenset()
+    scene = SequenceRecord(part, _paths(images, model))
+    if depths is not None and not options.depth:
+        depths = None
+    turned = np.zeros(len(model.names), bool)
+    if options.poses or depths:
+        # COLMAP ignores the EXIF orientation (its issue 2104), decoders do not.
+        poses, intrinsics = model.poses.astype(np.float32), model.intrinsics.astype(np.float32)
+        for i in np.unique(np.concatenate(found)) if found else ():
+            poses[i], intrinsics[i], turned[i] = upright(root / scene.frames[i], poses[i], intrinsics[i])
+        if options.poses:
+            scene = scene._replace(poses=poses, intrinsics=intrinsics)
+    if depths is not None:
+        # Maps of turned images are left out: they lie as the image is stored.
+        paths = existing(root, ["" if t else depths.path(n) for t, n in zip(turned, model.names, strict=True)])
+        if paths is not None and depths.min_bytes:
+            paths = [p if p and (root / p).stat().st_size >= depths.min_bytes else "" for p in paths]
+        scene = scene._replace(depths=paths, depth_format=depths.format)
+    for number, rows in enumerate(found):
+        yield scene.select(rows, f"{part}/{number:03d}")

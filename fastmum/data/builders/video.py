@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import natsort
 
-from fastmum.data.builders.base import Builder, Option, Options
-from fastmum.data.builders.listing import images_in
-from fastmum.data.builders.scene import CHUNK_OPTIONS, CHUNK_RULE, chunks
+from fastmum.data.builders.base import CHUNK_OPTIONS, CHUNK_RULE, Builder, Option, Options, chunks, images_in
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules.chunks import CHUNK
@@ -153,10 +151,10 @@ BUILDER = Builder(
     begin=begin,
     root=frame_folder,
     options={
-        "fps": Option(None, f"frames to take a second (default {FPS:g})", kind=float, least=1e-3),
-        "every": Option(None, "take every N-th frame instead", kind=int, least=1),
-        "short_side": Option(0, "shrink frames to this shorter side in pixels, 0: as they are", least=0),
-        "quality": Option(92, "of the JPEG files", least=1, most=95),
+        "fps": Option(None, f"frames to take a second (default {FPS:g})", type=float, min=1e-3),
+        "every": Option(None, "take every N-th frame instead", type=int, min=1),
+        "short_side": Option(0, "shrink frames to this shorter side in pixels, 0: as they are", min=0),
+        "quality": Option(92, "of the JPEG files", min=1, max=95),
         "broken": Option("stop", "what to do about a video that cannot be read", choices=("stop", "skip")),
         **CHUNK_OPTIONS,
     },

@@ -1,6 +1,6 @@
-"""Pairs of pictures with cameras and depth: the sets that `--data` names, a layout a file.
+"""Pairs of images with cameras and depth: the sets that `--data` names, one layout per file.
 
-A set is named by a word (`scenes`, `motorcycle`), by a path whose content says what it is, or by both
+A set is named by a word (`scenes`, `motorcycle`), by a path whose content identifies the layout, or by both
 (`megadepth:/path`).
 """
 
@@ -11,21 +11,11 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fastmum.data.errors import DataError
+from fastmum.data.samples import Frame
 from fastmum.evaluate.pairs import jsonl, megadepth, motorcycle, navi, scannet, scenes
-from fastmum.evaluate.pairs.pair import Camera, Frame, Pair, PairSet, overlap, relative_pose, unit_camera
+from fastmum.evaluate.pairs.pair import Pair, PairSet, overlap, pair_warp
 
-__all__ = [
-    "SETS",
-    "Camera",
-    "Frame",
-    "Pair",
-    "PairSet",
-    "open_pairs",
-    "overlap",
-    "relative_pose",
-    "same_set",
-    "unit_camera",
-]
+__all__ = ["SETS", "Frame", "Pair", "PairSet", "open_pairs", "overlap", "pair_warp", "same_set"]
 
 Part = Literal["test", "train", "all", "trainable"]
 
@@ -35,12 +25,12 @@ class Layout(NamedTuple):
 
     Args:
         meaning: for the help.
-        embedded: opens the set that needs no path, None where there is none.
-        open: opens a set at a path, None where there is none.
+        embedded: opens a part of the set that needs no path; None if there is none.
+        open: opens a part ("test", "train" or "all") of a set at a path; None if there is none. Raises `DataError`.
         recognises: whether a path holds such a set.
-        place: what a path to such a set stands for, resolved.
-        splits: whether "test" and "train" are cut from one set, so that all of it may be trained on where none of it
-            is tested on. Else "all" is what everybody tests on.
+        place: the resolved path of a set, equal for equal sets.
+        splits: whether "test" and "train" are cut from one set, so all of it may be trained on if none of it is tested
+            on. Else "all" is the published test set.
     """
 
     meaning: str
@@ -53,7 +43,7 @@ class Layout(NamedTuple):
 
 SETS: dict[str, Layout] = {
     "scenes": Layout(
-        "rendered scenes: those of its own, or a folder with scene_0000, ...",
+        "rendered scenes: the embedded ones, or a folder with scene_0000, ...",
         scenes.embedded,
         scenes.from_root,
         scenes.is_scenes,
@@ -61,7 +51,7 @@ SETS: dict[str, Layout] = {
     ),
     "motorcycle": Layout("Middlebury's stereo pair of that name, from scikit-image", motorcycle.stereo),
     "pairs": Layout(
-        "pairs.jsonl: pictures, K, T_b_a and depth, a pair a line",
+        "pairs.jsonl: images, K, T_b_a and depth, one pair per line",
         None,
         jsonl.from_file,
         jsonl.is_jsonl,
@@ -81,8 +71,8 @@ def open_pairs(name: str, part: Part = "all") -> PairSet:
 
     Args:
         name: a word, a path, or both with a colon between, as in `SETS`.
-        part: "train" and "test" share no scene (or no picture); "all" is what may be tested on without training,
-            "trainable" what may be trained on where nothing of the set is tested on.
+        part: "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable" may
+            be trained on if nothing of the set is tested on.
 
     Raises:
         DataError: no such set, or one that cannot be read.
@@ -90,7 +80,11 @@ def open_pairs(name: str, part: Part = "all") -> PairSet:
     layout, path = _find(name)
     if part == "trainable":
         part = "all" if layout.splits and path is not None else "train"
-    return layout.embedded(part) if path is None else layout.open(path, part)
+    if path is None:
+        assert layout.embedded is not None
+        return layout.embedded(part)
+    assert layout.open is not None
+    return layout.open(path, part)
 
 
 def same_set(one: str, other: str) -> bool:
@@ -106,7 +100,7 @@ def same_set(one: str, other: str) -> bool:
 
 
 def _find(name: str) -> tuple[Layout, Path | None]:
-    """The layout of a set that a user names, and where it lies; None: it is embedded.
+    """The layout of a set that a user names, and its path; None for an embedded set.
 
     Raises:
         DataError: no such set.
@@ -124,7 +118,7 @@ def _find(name: str) -> tuple[Layout, Path | None]:
     for layout in SETS.values():
         if layout.open is not None and layout.recognises(path):
             return layout, path
-    raise DataError(f"'{name}' holds no set of pairs that is known here: {', '.join(SETS)} (see --help)")
+    raise DataError(f"'{name}' holds no set of pairs of a known layout: {', '.join(SETS)} (see --help)")
 
 
 def _existing(name: str) -> Path:

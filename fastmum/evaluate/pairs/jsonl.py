@@ -1,9 +1,8 @@
-"""Sets of pairs in a text file: `pairs.jsonl`, one JSON record a line.
+"""Sets of pairs in a text file: `pairs.jsonl`, one JSON record per line.
 
 A record has `image_a`, `image_b`, `depth_a`, `depth_b` (paths, relative to the file's folder or one above it), `K_a`,
-`K_b` (3 x 3, pixels of the pictures), `T_b_a` (4 x 4, camera a to camera b), and may have `id` (no two alike), `set`
-(or `scene`) and `depth_unit` (what the depth's numbers are multiplied by; 0.001 for PNGs, millimetres in metres, else
-1).
+`K_b` (3 x 3, pixels of the images), `T_b_a` (4 x 4, camera a to camera b), and may have `id` (unique), `set` (or
+`scene`) and `depth_unit` (factor of the stored depth; default 0.001 for PNGs, which are millimetres, else 1).
 """
 
 from __future__ import annotations
@@ -13,16 +12,20 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from fastmum.data.errors import DataError
-from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet
-from fastmum.evaluate.pairs.reading import frame_of, matrix, square
+import numpy as np
+
+from fastmum.data.depth import DepthFormat
+from fastmum.data.errors import DataError, reading
+from fastmum.data.samples import Frame
+from fastmum.evaluate.pairs.pair import Pair, PairSet
+from fastmum.evaluate.pairs.reading import matrix, square
 
 log = logging.getLogger(__name__)
 
-SIZE = 448  # of RoMa's metrics
-PNG_UNIT = 1e-3  # metres a count of depth
-PARENTS = 3  # folders, from the file's own upwards, that paths are looked for in
+SIZE = 448  # as in RoMa's metrics
+PARENTS = 3  # folders that paths are searched in, from that of the file upwards
 NEEDED = ("image_a", "image_b", "K_a", "K_b", "T_b_a")
+DEPTHS = {".png": DepthFormat("png16", 1e-3), ".npy": DepthFormat("npy"), ".h5": DepthFormat("hdf5")}
 
 
 def is_jsonl(path: Path) -> bool:
@@ -31,51 +34,43 @@ def is_jsonl(path: Path) -> bool:
 
 
 def file_of(path: Path) -> Path:
-    """The file itself, given it or its folder."""
+    """The file, given it or its folder."""
     return path if path.is_file() else path / "pairs.jsonl"
 
 
 def from_file(path: Path, part: str) -> PairSet:
-    """The pairs of a file that have depth on both sides.
+    """The pairs of a file, or of the `pairs.jsonl` in a folder, that have depth on both sides.
 
-    Args:
-        path: the file, or the folder that holds `pairs.jsonl`.
-        part: "test" or "train", which share no picture (`split`), or "all".
-
-    Raises:
-        DataError: a file or record that cannot be read, or no pair with depth.
+    "test" and "train" share no image (`split`).
     """
     file = file_of(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise DataError(f"'{file}' cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    found = {number: _pair(line, file, number) for number, line in enumerate(lines, 1) if line.strip()}
-    pairs = [pair for pair in found.values() if pair is not None]
+    with reading(file, "a text file"):
+        lines = [(i, line) for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    pairs: list[Pair] = []
     first: dict[str, int] = {}
-    for number, pair in found.items():
-        if pair is not None and first.setdefault(pair.name, number) != number:
-            raise DataError(
-                f"line {number} of '{file}' has the id '{pair.name}' of line {first[pair.name]}: "
-                "every pair needs its own"
-            )
-    if len(pairs) < len(found):
-        log.warning("%s: %d of %d pairs have no depth and are passed over", file, len(found) - len(pairs), len(found))
+    for number, line in lines:
+        pair = _pair(line, file, number)
+        if pair is None:
+            continue
+        if first.setdefault(pair.name, number) != number:
+            raise DataError(f"line {number} of '{file}' has the id '{pair.name}' of line {first[pair.name]}")
+        pairs.append(pair)
+    if len(pairs) < len(lines):
+        log.warning("%s: %d of %d pairs have no depth and are skipped", file, len(lines) - len(pairs), len(lines))
     if not pairs:
         raise DataError(f"'{file}' has no pair with depth_a and depth_b, and true warps need both")
     name = file.parent.name if file.stem == "pairs" else file.stem
     test, train = split(pairs)
-    if part != "train":
-        return PairSet(name, pairs if part == "all" else test, SIZE)
-    if not train:
+    picked = {"all": pairs, "test": test, "train": train}[part]
+    if not picked:
         raise DataError(f"the pairs of '{file}' share pictures, so none is left to train on: name --train-data")
-    return PairSet(name, train, SIZE)
+    return PairSet(name, picked, SIZE)
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to test and to train on, such that no picture is in both: about half each.
+    """Test and training pairs that share no image, about half each.
 
-    Pairs that share pictures stay together, in the order of the file; the first half is tested on.
+    Pairs that share images stay together, in the order of the file; the first half is for testing.
     """
     parent: dict[str, str] = {}
 
@@ -106,22 +101,20 @@ def _pair(line: str, file: Path, number: int) -> Pair | None:
         raise DataError(f"{where} lacks {', '.join(missing) if isinstance(record, dict) else 'a record'}")
     if not record.get("depth_a") or not record.get("depth_b"):
         return None
-    a, b = (_frame(record, side, file, where) for side in "ab")
-    name = str(record.get("id", f"{number:06d}"))
+    a = _frame(record, "a", np.eye(4), file, where)
+    b = _frame(record, "b", square(record["T_b_a"], 4, f"T_b_a in {where}"), file, where)
     scene = str(record.get("scene") or record.get("set") or file.stem)
-    return Pair(name, scene, a, b, square(record["T_b_a"], 4, f"T_b_a in {where}"))
+    return Pair(str(record.get("id", f"{number:06d}")), scene, a, b)
 
 
-def _frame(record: dict[str, Any], side: str, file: Path, where: str) -> Frame:
+def _frame(record: dict[str, Any], side: str, pose: np.ndarray, file: Path, where: str) -> Frame:
     image, depth = (_find(record[f"{kind}_{side}"], file) for kind in ("image", "depth"))
-    unit = record.get("depth_unit", PNG_UNIT if depth.suffix == ".png" else 1.0)
-    return frame_of(
-        record[f"image_{side}"],
-        image,
-        depth,
-        square(record[f"K_{side}"], 3, f"K_{side} in {where}"),
-        float(matrix(unit, (), f"depth_unit in {where}")),
-    )
+    if depth.suffix not in DEPTHS:
+        raise DataError(f"depth '{depth}' ends in '{depth.suffix}', but one of {', '.join(DEPTHS)} is expected")
+    stored = DEPTHS[depth.suffix]
+    unit = float(matrix(record.get("depth_unit", stored.unit), (), f"depth_unit in {where}"))
+    K = square(record[f"K_{side}"], 3, f"K_{side} in {where}")
+    return Frame(record[f"image_{side}"], image, K, pose, depth, stored._replace(unit=unit))
 
 
 def _find(name: object, file: Path) -> Path:

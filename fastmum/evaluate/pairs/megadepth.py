@@ -1,7 +1,7 @@
 """MegaDepth-1500 in the layouts of LoFTR, DKM and RoMa.
 
-Pictures and depth lie under `Undistorted_SfM/` and `phoenix/`, in the root or in its `train/` or `test/`. What pairs
-there are, and their cameras, say files of scene information:
+Images and depth are under `Undistorted_SfM/` and `phoenix/`, in the root or in its `train/` or `test/`. Files of scene
+information list the pairs and the cameras:
 
 - LoFTR: `0015_0.1_0.3.npz` and its four siblings of scenes 0015 and 0022, in the root or in
   `megadepth_test_1500_scene_info/`; for training `index/scene_info_0.1_0.7/<scene>_*.npz`. Keys: image_paths,
@@ -11,21 +11,24 @@ there are, and their cameras, say files of scene information:
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastmum.data.errors import DataError
-from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose, some
-from fastmum.evaluate.pairs.reading import frame_of, read_archive, square
+from fastmum.data.depth import DepthFormat
+from fastmum.data.errors import DataError, reading
+from fastmum.data.samples import Frame
+from fastmum.evaluate.pairs.pair import Pair, PairSet, some
+from fastmum.evaluate.pairs.reading import read_archive, square
 
 TEST_SCENES = ("0015", "0022")  # LoFTR's split
-# The scenes that LoFTR's five test files and the Image Matching Challenge 2021 take their pictures from.
+# The scenes that LoFTR's five test files and the Image Matching Challenge 2021 take their images from.
 NOT_TRAINED_ON = (*TEST_SCENES, "0008", "0019", "0021", "0024", "0025", "0032", "0063", "1589")
 MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
 TRAIN_PAIRS = 50  # drawn from each file, which may list hundreds of thousands
-TEST_PAIRS = 1500  # drawn where only DKM's files are there, which list more
+TEST_PAIRS = 1500  # drawn from DKM's files, which list more, if LoFTR's are absent
 SIZE = 448
 
 _LOFTR_TEST = ("", "megadepth_test_1500_scene_info", "index/megadepth_test_1500_scene_info")
@@ -39,15 +42,7 @@ def is_megadepth(root: Path) -> bool:
 
 
 def from_root(root: Path, part: str) -> PairSet:
-    """The 1,500 pairs, or pairs of all other scenes.
-
-    Args:
-        root: the folder.
-        part: "train", or "test" and "all", which here are the same.
-
-    Raises:
-        DataError: nothing of that part is there, or a file of scene information cannot be read.
-    """
+    """The 1,500 pairs for "test" and "all", or pairs of all other scenes for "train"."""
     files = _information(root, part)
     if not files and part == "train":
         raise DataError(
@@ -63,7 +58,7 @@ def from_root(root: Path, part: str) -> PairSet:
 
 
 def _information(root: Path, part: str) -> list[Path]:
-    """Files of scene information, LoFTR's where both are there."""
+    """Files of scene information, LoFTR's if both kinds are there."""
     if part != "train":
         for folder in _LOFTR_TEST:
             found = sorted(file for scene in TEST_SCENES for file in (root / folder).glob(f"{scene}_*.npz"))
@@ -79,43 +74,33 @@ def _information(root: Path, part: str) -> list[Path]:
 
 def _pairs(file: Path, root: Path, part: str) -> list[Pair]:
     information = read_archive(file)
-    try:
+    with reading(file, "scene information of MegaDepth"):
         indices, overlaps = _listed(information)
         if part == "train":
             indices = some(indices[overlaps > MIN_OVERLAP], TRAIN_PAIRS)
         elif file.suffix == ".npy":
             indices = some(indices, TEST_PAIRS // len(TEST_SCENES))
-        scene, folder = file.stem.partition("_")[0], _image_root(information["image_paths"], root, file)
-        poses = information["poses"]
-        frames: dict[int, Frame] = {}
-        pairs = []
-        for i, j in indices.tolist():
-            for index in (i, j):
-                if index not in frames:
-                    frames[index] = _frame(information, index, folder, file)
-            T_a, T_b = (square(poses[index], 4, f"pose {index} in '{file}'") for index in (i, j))
-            pairs.append(Pair(f"{file.stem}/{i}-{j}", scene, frames[i], frames[j], relative_pose(T_a, T_b)))
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"'{file}' is no scene information of MegaDepth ({error!r} is missing or wrong)") from None
-    return pairs
+        folder = _image_root(information["image_paths"], root, file)
+
+        @cache
+        def frame(index: int) -> Frame:
+            image, depth = (str(information[key][index]) for key in ("image_paths", "depth_paths"))
+            K = square(information["intrinsics"][index], 3, f"intrinsics {index} in '{file}'")
+            pose = square(information["poses"][index], 4, f"pose {index} in '{file}'")
+            return Frame(image, folder / image, K, pose, folder / depth, DepthFormat("hdf5"))
+
+        scene = file.stem.partition("_")[0]
+        return [Pair(f"{file.stem}/{i}-{j}", scene, frame(i), frame(j)) for i, j in indices.tolist()]
 
 
 def _listed(information: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of image numbers (N, 2) and their overlaps (N,)."""
+    """Image numbers (N, 2) and overlaps (N,) of the pairs."""
     if "pair_infos" in information:
         listed = information["pair_infos"]
         indices, overlaps = [tuple(each[0]) for each in listed], [float(each[1]) for each in listed]
     else:
         indices, overlaps = information["pairs"], information["overlaps"]
     return np.asarray(indices, np.int64).reshape(-1, 2), np.asarray(overlaps, np.float64)
-
-
-def _frame(information: dict[str, Any], index: int, folder: Path, file: Path) -> Frame:
-    image, depth = str(information["image_paths"][index]), str(information["depth_paths"][index])
-    K = square(information["intrinsics"][index], 3, f"intrinsics {index} in '{file}'")
-    return frame_of(image, folder / image, folder / depth, K)
 
 
 def _image_root(image_paths: Any, root: Path, file: Path) -> Path:

@@ -1,43 +1,64 @@
 """The Middlebury 2014 stereo pair "Motorcycle" that comes with scikit-image: a real photograph with measured disparity.
 
-Calibration of the pictures at a quarter of their size: documentation of `skimage.data.stereo_motorcycle`.
+Calibration of the images at a quarter of their size: documentation of `skimage.data.stereo_motorcycle`.
 """
 
 from __future__ import annotations
 
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL import Image
 
 from fastmum.data.errors import DataError
+from fastmum.data.samples import Frame
 from fastmum.evaluate.pairs import scenes
-from fastmum.evaluate.pairs.pair import Camera, Frame, Pair, PairSet, unit_camera
-from fastmum.evaluate.pairs.reading import clean_depth
+from fastmum.evaluate.pairs.pair import Pair, PairSet
+from fastmum.geometry import Camera
+from fastmum.geometry.camera import intrinsics_matrix
 
 FOCAL = 994.978  # pixels
-CENTRE_X, CENTRE_Y = 311.193, 254.877  # pixels, left camera, first pixel's centre at 0
-OFFSET = 31.086  # pixels that the right camera's principal point lies further right
+CENTRE_X, CENTRE_Y = 311.193, 254.877  # pixels, left camera, centre of the first pixel at 0
+OFFSET = 31.086  # pixels that the principal point of the right camera is further right
 BASELINE = 0.193001  # metres
 SIZE = 448
 
 
 def stereo(part: str) -> PairSet:
-    """The pair; one pair leaves nothing to train on, so training pairs are those of the rendered scenes.
-
-    Args:
-        part: "train", or "test" and "all", which here are the same.
-
-    Raises:
-        DataError: scikit-image or its data is missing.
-    """
+    """The pair for "test" and "all"; nothing is left to train on, so "train" is that of the rendered scenes."""
     if part == "train":
         return scenes.embedded("train")
-    _read()  # says at once if it is not there
-    left, right = (Frame(side, partial(_image, i), partial(_camera, i)) for i, side in enumerate(("left", "right")))
-    T = np.eye(4)
-    T[0, 3] = -BASELINE
-    return PairSet("motorcycle", [Pair("motorcycle", "motorcycle", left, right, T)], SIZE)
+    _read()  # fail early
+    left, right = (_side(i, name) for i, name in enumerate(("left", "right")))
+    return PairSet("motorcycle", [Pair("motorcycle", "motorcycle", left, right)], SIZE)
+
+
+@dataclass(frozen=True, eq=False)
+class _Side(Frame):
+    """The left (0) or the right (1) image."""
+
+    side: int = 0
+
+    def read_image(self) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(_read()[self.side][..., :3]))
+
+    def read_camera(self) -> Camera:
+        assert self.K is not None
+        assert self.camera_from_world is not None
+        return Camera(self.K, self.camera_from_world, _read()[2].shape[::-1])
+
+    def read_depth(self) -> np.ndarray:
+        disparity = _read()[2]
+        depth = FOCAL * BASELINE / ((_seen_from_right(disparity) if self.side else disparity) + OFFSET)
+        return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
+
+
+def _side(side: int, name: str) -> Frame:
+    pose = np.eye(4)
+    pose[0, 3] = -side * BASELINE
+    K = intrinsics_matrix(FOCAL, FOCAL, CENTRE_X + side * OFFSET + 0.5, CENTRE_Y + 0.5)
+    return _Side(name, K=K, camera_from_world=pose, side=side)
 
 
 @cache
@@ -50,21 +71,8 @@ def _read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         raise DataError(f"scikit-image's motorcycle pair cannot be read ({error}): pip install scikit-image") from None
 
 
-def _image(side: int) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(_read()[side][..., :3]))
-
-
-def _camera(side: int) -> Camera:
-    disparity = _read()[2]
-    height, width = disparity.shape
-    shown = disparity if side == 0 else _seen_from_right(disparity)
-    depth = clean_depth(FOCAL * BASELINE / (shown + OFFSET))
-    K = np.array([[FOCAL, 0, CENTRE_X + side * OFFSET + 0.5], [0, FOCAL, CENTRE_Y + 0.5], [0, 0, 1]])
-    return unit_camera(K, (width, height), depth)
-
-
 def _seen_from_right(disparity: np.ndarray) -> np.ndarray:
-    """Disparity of the right picture's pixels, NaN where no pixel of the left lands: the nearer one hides the other."""
+    """Disparity of the right image's pixels, NaN where no left pixel lands; of several, the nearest to the camera."""
     rows, columns = np.nonzero(np.isfinite(disparity))
     values = disparity[rows, columns]
     landed = np.rint(columns - values).astype(int)

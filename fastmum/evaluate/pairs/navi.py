@@ -1,25 +1,33 @@
-"""NAVI, as Probe3D pairs and crops it.
+"""NAVI, with the pairs and crops of Probe3D.
 
 Layout (v1.0, v1.5): `<object>/wild_set/annotations.json`, `images/000.jpg`, `depth/000.png`. An annotation has
 `filename`, `image_size` (height, width) and `camera` with `q` (w, x, y, z), `t` (millimetres) and `focal_length`
 (pixels). A depth PNG holds inverse depth: millimetres are 655350 / count, 0 is background.
 
-Probe3D: every fourth picture of the wild sets; its partner is another picture of the set at most 120 degrees away;
-both are cut to a square round the object.
+Probe3D: every fourth image of the wild sets; its partner is another image of the set at most 120 degrees away; both are
+cropped to a square around the object.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
-from fastmum.data.errors import DataError
-from fastmum.evaluate.pairs.pair import Camera, Frame, Pair, PairSet, relative_pose
-from fastmum.evaluate.pairs.reading import clean_depth, matrix, read_depth, read_json, read_rgb
+from fastmum.data.depth import DepthFormat, read_depth
+from fastmum.data.errors import DataError, reading
+from fastmum.data.samples import Frame, read_rgb
+from fastmum.evaluate.pairs.pair import Pair, PairSet
+from fastmum.evaluate.pairs.reading import matrix, read_json
+from fastmum.geometry import Camera
+from fastmum.geometry.camera import intrinsics_matrix
+from fastmum.geometry.crop import Box
+from fastmum.geometry.metrics import rotation_error
 
 SIZE = 512  # Probe3D's configuration
 EVERY = 4
@@ -35,15 +43,7 @@ def is_navi(root: Path) -> bool:
 
 
 def from_root(root: Path, part: str) -> PairSet:
-    """Pairs of pictures of one object in front of different backgrounds.
-
-    Args:
-        root: the folder with a folder for each object.
-        part: "all" or "test", which here are the same.
-
-    Raises:
-        DataError: no object, a part to train on, or a file that cannot be read.
-    """
+    """Pairs of images of one object in front of different backgrounds; "all" and "test" are the same."""
     if part == "train":
         raise DataError("NAVI is not trained on here; name another set by --train-data")
     files = sorted(root.glob("*/wild_set/annotations.json"))
@@ -54,82 +54,71 @@ def from_root(root: Path, part: str) -> PairSet:
     return PairSet("navi", pairs[::EVERY], SIZE, objects=True)
 
 
-class _View(NamedTuple):
-    """An annotated picture: its frame, and the rotation and translation of its camera."""
-
-    frame: Frame
-    T_44: np.ndarray
-
-
 def _pairs(file: Path, rng: np.random.Generator) -> list[Pair]:
-    folder, name = file.parent, file.parent.parent.name
-    try:
-        views = [_view(annotation, folder, f"'{file}'") for annotation in read_json(file)]
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"'{file}' is no annotation of NAVI ({error!r} is missing or wrong)") from None
+    annotations = read_json(file)
+    with reading(file, "an annotation of NAVI"):
+        frames = [_frame(annotation, file.parent, f"'{file}'") for annotation in annotations]
+    rotations = np.array([frame.whole.camera_from_world[:3, :3] for frame in frames]).reshape(-1, 3, 3)
     pairs = []
-    for i, view in enumerate(views):
-        angles = np.array([_angle(view.T_44, other.T_44) for other in views])
-        partners = np.flatnonzero((angles > 0) & (angles <= MAX_ANGLE) & (np.arange(len(views)) != i))
+    for i, frame in enumerate(frames):
+        angles = rotation_error(rotations, rotations[i])
+        partners = np.flatnonzero((angles > 0) & (angles <= MAX_ANGLE) & (np.arange(len(frames)) != i))
         if len(partners):
-            other = views[rng.choice(partners)]
-            label = f"{view.frame.key}-{Path(other.frame.key).stem}"
-            pairs.append(Pair(label, name, view.frame, other.frame, relative_pose(view.T_44, other.T_44)))
+            other = frames[rng.choice(partners)]
+            pairs.append(Pair(f"{frame.key}-{Path(other.key).stem}", file.parent.parent.name, frame, other))
     return pairs
 
 
-def _view(annotation: dict[str, Any], folder: Path, where: str) -> _View:
+def _frame(annotation: dict[str, Any], folder: Path, where: str) -> _ObjectFrame:
     camera, image = annotation["camera"], folder / "images" / annotation["filename"]
     height, width = annotation["image_size"]
     q, focal = matrix(camera["q"], (4,), f"q in {where}"), float(camera["focal_length"])
     if not q.any() or not 0 < focal < np.inf:
-        raise DataError(
-            f"'{image.name}' in {where} has q {q.tolist()} and focal_length {focal:g}, of which none may be 0"
-        )
-    T = np.eye(4)
-    T[:3, :3] = _rotation(q)
-    T[:3, 3] = matrix(camera["t"], (3,), f"t in {where}") * MILLIMETRE
-    cut = _Cut(image, folder / "depth" / f"{image.stem}.png", (width, height), focal)
-    return _View(Frame(f"{folder.parent.name}/{image.name}", cut.read_image, cut.read_camera, image), T)
+        raise DataError(f"'{image.name}' in {where} has q {q.tolist()} and focal_length {focal:g}, neither may be 0")
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_quat(q[[1, 2, 3, 0]]).as_matrix()
+    pose[:3, 3] = matrix(camera["t"], (3,), f"t in {where}") * MILLIMETRE
+    whole = Camera(intrinsics_matrix(focal, focal, width / 2, height / 2), pose, (width, height))
+    depth = folder / "depth" / f"{image.stem}.png"
+    key = f"{folder.parent.name}/{image.name}"
+    return _ObjectFrame(key, image, None, pose, depth, whole=whole)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """A picture cut to the square round its object.
+@dataclass(frozen=True, eq=False)
+class _ObjectFrame(Frame):
+    """An image cropped to the square around its object.
 
     Args:
-        image, depth: the files.
-        size: width and height that the focal length belongs to.
-        focal: pixels.
+        whole: camera of the whole image.
     """
 
-    image: Path
-    depth: Path
-    size: tuple[int, int]
-    focal: float
+    whole: Camera = field(kw_only=True)
 
     def read_image(self) -> Image.Image:
-        picture = read_rgb(self.image)
-        box = [edge * side for edge, side in zip(self._box(self._depth()), 2 * picture.size, strict=True)]
-        return picture.crop([round(edge) for edge in box])
+        assert self.file is not None
+        image = read_rgb(self.file)
+        box, size = self._box
+        left, top, right, bottom = (round(e / n * m) for e, n, m in zip(box, 2 * size, 2 * image.size, strict=True))
+        return image.crop((left, top, right, bottom))
 
     def read_camera(self) -> Camera:
-        depth = self._depth()
-        left, top, right, bottom = box = self._box(depth)
-        (width, height), (rows, columns) = self.size, depth.shape
-        K = np.array([[self.focal / width, 0, 0.5 - left], [0, self.focal / height, 0.5 - top], [0, 0, 1]])
-        cut = [round(edge * side) for edge, side in zip(box, 2 * (columns, rows), strict=True)]
-        return Camera(np.diag([1 / (right - left), 1 / (bottom - top), 1]) @ K, depth[cut[1] : cut[3], cut[0] : cut[2]])
+        (left, top, right, bottom), size = self._box
+        K = self.whole.resized(size).K - [[0, 0, left], [0, 0, top], [0, 0, 0]]
+        return Camera(K, self.whole.camera_from_world, (right - left, bottom - top))
 
-    def _depth(self) -> np.ndarray:
-        counts = read_depth(self.depth)
-        with np.errstate(divide="ignore"):
-            return clean_depth(INVERSE / counts * MILLIMETRE)
+    def read_depth(self) -> np.ndarray:
+        left, top, right, bottom = self._box[0]
+        return self._whole_depth()[top:bottom, left:right]
 
-    def _box(self, depth: np.ndarray) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom in unit coordinates: square, within the middle square, whole pixels of depth."""
+    def _whole_depth(self) -> np.ndarray:
+        assert self.depth is not None
+        counts = read_depth(self.depth, DepthFormat("png16"))
+        return np.where(counts > 0, INVERSE / np.maximum(counts, 1) * MILLIMETRE, 0).astype(np.float32)
+
+    @cached_property
+    def _box(self) -> tuple[Box, tuple[int, int]]:
+        """Square around the object within the middle square, pixels of the depth map, and the size of that map."""
+        depth = self._whole_depth()
         rows, columns = depth.shape
         side = min(rows, columns)
         corner = np.array([(rows - side) // 2, (columns - side) // 2])
@@ -138,17 +127,5 @@ class _Cut:
             raise DataError(f"depth '{self.depth}' shows no object")
         first, end = known.min(0), known.max(0) + 1
         square = int((end - first).max())
-        top, left = corner + np.clip((first + end - square) // 2, 0, side - square)
-        return left / columns, top / rows, (left + square) / columns, (top + square) / rows
-
-
-def _rotation(q: np.ndarray) -> np.ndarray:
-    """The rotation of a quaternion (w, x, y, z), which need not have length 1."""
-    w, (x, y, z) = q[0], q[1:]
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + 2 / (q @ q) * (w * cross + cross @ cross)
-
-
-def _angle(T_a: np.ndarray, T_b: np.ndarray) -> float:
-    cosine = (np.trace(T_a[:3, :3] @ T_b[:3, :3].T) - 1) / 2
-    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+        top, left = (corner + np.clip((first + end - square) // 2, 0, side - square)).tolist()
+        return (left, top, left + square, top + square), (columns, rows)

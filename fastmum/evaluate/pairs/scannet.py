@@ -1,9 +1,9 @@
 """ScanNet-1500 (SuperGlue's split) in the layouts of LoFTR, DKM and RoMa.
 
 `test.npz` (in the root, `scannet_test_1500/` or `index/scannet_test_1500/`) has `name` (N, 4): scene, sub-scene and the
-two frames, and may have `rel_pose` (N, 12). Scenes lie in the root, `scans_test/`, `test/` or `scannet_test_1500/`:
+two frames, and may have `rel_pose` (N, 12). Scenes are in the root, `scans_test/`, `test/` or `scannet_test_1500/`:
 `scene0707_00/color/15.jpg`, `depth/15.png` (16-bit millimetres), `pose/15.txt` (camera to world),
-`intrinsic/intrinsic_color.txt`; LoFTR has the intrinsics of depth for all scenes in `intrinsics.npz` beside `test.npz`.
+`intrinsic/intrinsic_color.txt`; LoFTR has the depth intrinsics of all scenes in `intrinsics.npz` next to `test.npz`.
 Training pairs: `scannet_indices/*.npz` or `index/scene_data/train/*.npz` with `name` and `score`, scenes in
 `scans/scans_train/` or `train/`.
 """
@@ -11,22 +11,24 @@ Training pairs: `scannet_indices/*.npz` or `index/scene_data/train/*.npz` with `
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 
-from fastmum.data.errors import DataError
-from fastmum.evaluate.pairs.pair import Frame, Pair, PairSet, relative_pose, some
-from fastmum.evaluate.pairs.reading import frame_of, image_size, invertible, read_archive, read_table, square
+from fastmum.data.depth import DepthFormat
+from fastmum.data.errors import DataError, reading
+from fastmum.data.samples import Frame, image_size
+from fastmum.evaluate.pairs.pair import Pair, PairSet, some
+from fastmum.evaluate.pairs.reading import read_archive, read_table, square
 
 log = logging.getLogger(__name__)
 
 SIZE = 448
-UNIT = 1e-3  # metres a count of depth
+DEPTH = DepthFormat("png16", 1e-3)
 MIN_OVERLAP = 0.4  # score of training pairs, as in LoFTR's training
-TRAIN_PAIRS = 10  # drawn from each of 1,513 scenes: a pose is a file
-EVERY = 10  # of a video's frames in training pairs, as in RoMa's training
+TRAIN_PAIRS = 10  # drawn from each of 1,513 scenes, since every pose is a file
+EVERY = 10  # frames between those of training pairs, as in RoMa's training
 
 _TEST = ("test.npz", "scannet_test_1500/test.npz", "index/scannet_test_1500/test.npz")
 _TRAIN = ("scannet_indices/*.npz", "index/scene_data/train/*.npz")
@@ -40,15 +42,7 @@ def is_scannet(root: Path) -> bool:
 
 
 def from_root(root: Path, part: str) -> PairSet:
-    """The 1,500 pairs, or training pairs.
-
-    Args:
-        root: the folder.
-        part: "train", or "test" and "all", which here are the same.
-
-    Raises:
-        DataError: nothing of that part is there, or a file that cannot be read.
-    """
+    """The 1,500 pairs for "test" and "all", or training pairs."""
     if part == "train":
         indices = next((found for pattern in _TRAIN if (found := sorted(root.glob(pattern)))), [])
         if not indices:
@@ -65,87 +59,64 @@ def from_root(root: Path, part: str) -> PairSet:
 
 def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
     archive = read_archive(file)
-    try:
+    with reading(file, "a list of ScanNet's pairs"):
         names = np.asarray(archive["name"])
         names = np.stack([names[key] for key in names.dtype.names], 1) if names.dtype.names else names.reshape(-1, 4)
         names = names.astype(np.int64)
         if part == "train":
             usable = (np.asarray(archive["score"]) > MIN_OVERLAP) & (names[:, 2:] % EVERY == 0).all(1)
             names = some(names[usable], TRAIN_PAIRS)
-    except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"'{file}' is no list of ScanNet's pairs ({error!r} is missing or wrong)") from None
     pairs = []
     for number, sub, i, j in names.tolist():
         scene = f"scene{number:04d}_{sub:02d}"
-        poses = [scans.pose(scene, index) for index in (i, j)]
-        if all(np.isfinite(pose).all() for pose in poses):  # tracking is lost in some frames
-            T_a, T_b = (
-                np.linalg.inv(invertible(pose, f"'{scans.pose_file(scene, index)}'"))
-                for pose, index in zip(poses, (i, j), strict=True)
-            )
-            frames = (scans.frame(scene, index) for index in (i, j))
-            pairs.append(Pair(f"{scene}/{i}-{j}", scene, *frames, relative_pose(T_a, T_b)))
+        a, b = scans.frame(scene, i), scans.frame(scene, j)
+        if a is not None and b is not None:
+            pairs.append(Pair(f"{scene}/{i}-{j}", scene, a, b))
     if len(pairs) < len(names):
-        log.warning("%s: %d of %d pairs have no pose and are passed over", file, len(names) - len(pairs), len(names))
+        log.warning("%s: %d of %d pairs have no pose and are skipped", file, len(names) - len(pairs), len(names))
     return pairs
 
 
-@dataclass
 class _Scans:
-    """The scenes of a root.
+    """The scenes in some folders of a root; `intrinsics` is LoFTR's file, which may be absent."""
 
-    Args:
-        root: of everything.
-        folders: below it that scenes may lie in.
-        intrinsics: LoFTR's file of intrinsics, if it is there.
-    """
+    def __init__(self, root: Path, folders: tuple[str, ...], intrinsics: Path | None) -> None:
+        self._root, self._folders, self._intrinsics = root, folders, intrinsics
+        self._folder, self._cameras = cache(self._find_folder), cache(self._find_cameras)
 
-    root: Path
-    folders: tuple[str, ...]
-    intrinsics: Path | None
-    _found: dict[str, Path] = field(default_factory=dict)
-    _cameras: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    _shared: dict[str, np.ndarray] | None = None
-
-    def pose(self, scene: str, index: int) -> np.ndarray:
-        """Camera to world, (4, 4); not finite where tracking was lost."""
-        return read_table(self.pose_file(scene, index), (4, 4))
-
-    def pose_file(self, scene: str, index: int) -> Path:
-        return self._folder(scene) / "pose" / f"{index}.txt"
-
-    def frame(self, scene: str, index: int) -> Frame:
+    def frame(self, scene: str, index: int) -> Frame | None:
+        """A frame; None if tracking was lost."""
         folder = self._folder(scene)
-        image = folder / "color" / f"{index}.jpg"
-        return frame_of(f"{scene}/{index}", image, folder / "depth" / f"{index}.png", self._camera(scene, image), UNIT)
-
-    def _folder(self, scene: str) -> Path:
-        if scene not in self._found:
-            places = [self.root / folder / scene for folder in self.folders]
-            found = next((place for place in places if place.is_dir()), None)
-            if found is None:
-                looked = ", ".join(filter(None, self.folders))
-                raise DataError(f"'{scene}' is neither in '{self.root}' nor below it in {looked}")
-            self._found[scene] = found
-        return self._found[scene]
-
-    def _camera(self, scene: str, image: Path) -> np.ndarray:
-        """Intrinsics that fit the picture: releases have pictures in the colour camera's size or in that of depth."""
+        image, pose = folder / "color" / f"{index}.jpg", folder / "pose" / f"{index}.txt"
+        world_from_camera = read_table(pose, (4, 4))
+        if not np.isfinite(world_from_camera).all():
+            return None
+        camera_from_world = np.linalg.inv(square(world_from_camera, 4, f"'{pose}'"))
         width, height = image_size(image)
-        if scene not in self._cameras:
-            self._cameras[scene] = self._known(scene)
-        # A camera's principal point lies near the middle of its pictures.
-        return min(self._cameras[scene], key=lambda K: abs(K[0, 2] / width - 0.5) + abs(K[1, 2] / height - 0.5))
+        # Releases have images in the size of the colour or of the depth camera. The principal point of the right
+        # camera is near the centre.
+        cameras = self._cameras(scene)
+        K = min(cameras, key=lambda K: abs(K[0, 2] / width - 0.5) + abs(K[1, 2] / height - 0.5))
+        return Frame(f"{scene}/{index}", image, K, camera_from_world, folder / "depth" / f"{index}.png", DEPTH)
 
-    def _known(self, scene: str) -> list[np.ndarray]:
+    def _find_folder(self, scene: str) -> Path:
+        found = next((place for each in self._folders if (place := self._root / each / scene).is_dir()), None)
+        if found is None:
+            looked = ", ".join(filter(None, self._folders))
+            raise DataError(f"'{scene}' is neither in '{self._root}' nor below it in {looked}")
+        return found
+
+    def _find_cameras(self, scene: str) -> list[np.ndarray]:
         folder = self._folder(scene) / "intrinsic"
         files = [folder / f"intrinsic_{kind}.txt" for kind in ("color", "depth")]
         cameras = [square(read_table(file, (3, 3)), 3, f"'{file}'") for file in files if file.is_file()]
-        if self._shared is None:
-            there = self.intrinsics is not None and self.intrinsics.is_file()
-            self._shared = read_archive(self.intrinsics) if there else {}
         if scene in self._shared:
-            cameras.append(square(self._shared[scene].reshape(3, 3), 3, f"{scene} in '{self.intrinsics}'"))
+            cameras.append(square(self._shared[scene].reshape(3, 3), 3, f"{scene} in '{self._intrinsics}'"))
         if not cameras:
             raise DataError(f"'{scene}' has no intrinsics: neither '{files[0]}' nor intrinsics.npz is there")
         return cameras
+
+    @cached_property
+    def _shared(self) -> dict[str, np.ndarray]:
+        """Intrinsics of all scenes."""
+        return read_archive(self._intrinsics) if self._intrinsics is not None and self._intrinsics.is_file() else {}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
-from fastmum.data.errors import DataError
-from fastmum.evaluate.pairs.pair import Pair, PairSet, relative_pose
-from fastmum.evaluate.pairs.reading import frame_of, read_json, square
+from fastmum.data.depth import DepthFormat
+from fastmum.data.errors import DataError, reading
+from fastmum.data.samples import Frame
+from fastmum.evaluate.pairs.pair import Pair, PairSet
+from fastmum.evaluate.pairs.reading import read_json, square
 from fastmum.scenes import ensure_scenes, scene_dirs
 
-# Another seed than training's default, so that no model has seen these rooms (`data.scenes.seed`).
+# Not the default seed of training (`data.scenes.seed`), so no model has seen these rooms.
 SEED = 2025
 VIEWS, SIZE = 24, 256
 TEST_SCENES, TRAIN_SCENES = 6, 12
@@ -20,20 +21,12 @@ STRIDE = 4  # views between the first views of pairs
 
 
 def embedded(part: str) -> PairSet:
-    """Pairs of scenes that nothing was trained on, rendered on the first call.
-
-    Args:
-        part: "train", or "test" and "all", which here are the same; they share no scene with "train".
-    """
+    """Pairs of scenes that nothing was trained on, rendered on the first call; "test" and "all" are the same."""
     return from_folders(embedded_folders(part))
 
 
 def embedded_folders(part: str) -> list[Path]:
-    """The folders of those scenes, in the same parts.
-
-    Raises:
-        DataError: they cannot be rendered.
-    """
+    """The folders of those scenes; "train" shares none with the others."""
     count = TEST_SCENES + (TRAIN_SCENES if part == "train" else 0)
     try:
         root = ensure_scenes(count, VIEWS, SIZE, SEED)
@@ -51,31 +44,22 @@ def is_scenes(root: Path) -> bool:
 def from_root(root: Path, part: str) -> PairSet:
     """Pairs of a folder of scenes, as `python -m fastmum.data.scenes --out` writes it.
 
-    Args:
-        root: the folder.
-        part: "test" is the last third of the scenes, at least one; "train" the others; "all" both.
-
-    Raises:
-        DataError: it holds no scene, or one that cannot be read.
+    "test" is the last third of the scenes, at least one; "train" the others; "all" both.
     """
     folders = sorted(file.parent for file in root.glob("scene_*/cameras.json"))
     if not folders:
         raise DataError(f"'{root}' holds no rendered scene (scene_*/cameras.json)")
-    name = f"{root.resolve().name} (folder)"  # to be told from the embedded scenes
-    if part == "all":
-        return from_folders(folders, name)
     test = max(1, len(folders) // 3)
-    if part == "test":
-        return from_folders(folders[-test:], name)
-    if len(folders) == 1:
+    if part == "train" and len(folders) == 1:
         raise DataError(f"'{root}' holds a single scene, which is tested on; --train-data names what to train on")
-    return from_folders(folders[:-test], name)
+    picked = {"test": folders[-test:], "train": folders[:-test], "all": folders}[part]
+    return from_folders(picked, f"{root.resolve().name} (folder)")  # not the name of the embedded scenes
 
 
 def from_folders(
     folders: list[Path], name: str = "scenes", gaps: tuple[int, ...] = GAPS, stride: int = STRIDE
 ) -> PairSet:
-    """Pairs of views that lie `gaps` steps apart on their scene's path.
+    """Pairs of views that are `gaps` steps apart on the path of their scene.
 
     Args:
         folders: of scenes, in one folder.
@@ -86,32 +70,27 @@ def from_folders(
     Raises:
         DataError: a scene that cannot be read.
     """
-    pairs = [pair for folder in folders for pair in _pairs(folder, gaps, stride)]
+    pairs = []
+    for folder in folders:
+        frames = _frames(folder)
+        for i, j in ((i, i + gap) for gap in gaps for i in range(0, len(frames) - gap, stride)):
+            pairs.append(Pair(f"{folder.name}/{i:03d}-{j:03d}", folder.name, frames[i], frames[j]))
     return PairSet(name, pairs, SIZE, origin=str(folders[0].parent.resolve()))
 
 
-def _pairs(folder: Path, gaps: tuple[int, ...], stride: int) -> list[Pair]:
+def _frames(folder: Path) -> list[Frame]:
     file = folder / "cameras.json"
     cameras = read_json(file)
-    try:
-        unit, entries = float(cameras["depth_unit"]), cameras["frames"]
-        poses = [square(entry["T_cam_world"], 4, f"T_cam_world of '{entry['file']}' in '{file}'") for entry in entries]
-        frames = [
-            frame_of(
+    with reading(file, "the cameras.json of a scene"):
+        depth_format = DepthFormat("png16", float(cameras["depth_unit"]))
+        return [
+            Frame(
                 f"{folder.name}/{entry['file']}",
                 folder / entry["file"],
-                folder / entry["depth"],
                 square(entry["K"], 3, f"K of '{entry['file']}' in '{file}'"),
-                unit,
+                square(entry["T_cam_world"], 4, f"T_cam_world of '{entry['file']}' in '{file}'"),
+                folder / entry["depth"],
+                depth_format,
             )
-            for entry in entries
+            for entry in cameras["frames"]
         ]
-    except DataError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"'{file}' is not a scene's cameras.json ({error!r} is missing or wrong)") from None
-    places = itertools.chain.from_iterable(((i, i + gap) for i in range(0, len(frames) - gap, stride)) for gap in gaps)
-    return [
-        Pair(f"{folder.name}/{i:03d}-{j:03d}", folder.name, frames[i], frames[j], relative_pose(poses[i], poses[j]))
-        for i, j in places
-    ]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fastmum.data.build import build
+from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import Manifest
 
 
@@ -25,6 +26,17 @@ class Found:
             for name, rows in self.rows.items()
         }
         self.lengths = {name: len(rows) for name, rows in self.rows.items()}
+
+    def depths(self, name: str) -> list[str | None]:
+        found = [self.manifest.depth_file(row) for row in self.rows[name]]
+        return [file and file[0].relative_to(self.root).as_posix() for file in found]
+
+    def depth_format(self, name: str, frame: int = 0) -> DepthFormat:
+        return self.manifest.depth_file(self.rows[name][frame])[1]
+
+    def masks(self, name: str) -> list[str | None]:
+        files = [self.manifest.mask_file(row) for row in self.rows[name]]
+        return [file and file.relative_to(self.root).as_posix() for file in files]
 
     def poses(self, name: str) -> list[np.ndarray | None]:
         return [self.manifest.camera_arrays(row)[1] for row in self.rows[name]]

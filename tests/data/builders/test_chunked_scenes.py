@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 
 
@@ -73,6 +74,14 @@ def test_scannetpp_poses_come_from_nerfstudio(add, found):
     assert scene.intrinsics("0a5c013435/000")[0].tolist() == [50, 51, 30, 20]
 
 
+def test_scannetpp_masks(add, found):
+    masks = [f"a/dslr/resized_undistorted_masks/DSC0000{i}.png" for i in (1, 2)]
+    add(*(scannetpp(i, "a") for i in (1, 2)), masks[1])
+    add("a/dslr/train_test_lists.json", content=json.dumps({"train": ["DSC00001.JPG", "DSC00002.JPG"]}))
+    assert found("scannetpp").masks("a/000") == [None, masks[1]]
+    assert found("scannetpp", depth=False).masks("a/000") == [None, None]
+
+
 @pytest.mark.parametrize("content", [None, "{", "{}", "[]", '{"train": 3}'])
 def test_scannetpp_without_a_training_list_is_one_line(add, found, content):
     add(scannetpp(1))
@@ -107,6 +116,15 @@ def test_blendedmvs_poses(add, found):
         found("blendedmvs")
 
 
+def test_blendedmvs_depth(add, found, caplog):
+    add(*(f"s/blended_images/{i:08d}.jpg" for i in range(102)), "s/rendered_depth_maps/00000101.pfm")
+    scene = found("blendedmvs", chunk=100)
+    assert scene.manifest.known["depth"] == 1
+    assert scene.depths("s/001") == [None, "s/rendered_depth_maps/00000101.pfm"]
+    assert scene.depth_format("s/001", 1) == DepthFormat("pfm", 1.0, "z")
+    assert "101 of 102 frames have no depth" in caplog.text
+
+
 def arkit(i, scan="42444499", folder="lowres_wide", suffix="png"):
     return f"3dod/Training/{scan}/{scan}_frames/{folder}/{scan}_{1000 + i / 10:.3f}.{suffix}"
 
@@ -138,6 +156,13 @@ def test_arkitscenes_poses(add, found):
         add("3dod/Training/42444499/42444499_frames/lowres_wide.traj", content=content)
         with pytest.raises(DataError, match=r"lowres_wide\.traj' cannot be read as a trajectory"):
             found("arkitscenes")
+
+
+def test_arkitscenes_depth(add, found):
+    add(arkit(0), arkit(1), arkit(1, folder="lowres_depth"))
+    scan = found("arkitscenes")
+    assert scan.depths("42444499/000") == [None, arkit(1, folder="lowres_depth")]
+    assert scan.depth_format("42444499/000", 1) == DepthFormat("png16", 1e-3, "z")
 
 
 def test_the_chunk_can_be_given(add, found):

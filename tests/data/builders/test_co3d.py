@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fastmum.data.builders.co3d import SEEN, camera
+from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 
 
@@ -88,6 +89,21 @@ def test_poses_reach_the_manifest(annotate, found):
     assert intrinsics[1].tolist() == [100, 100, 50, 100]
     assert poses[4] is None
     assert intrinsics[4] is None
+
+
+def test_depth_and_masks_that_exist(annotate, add, found):
+    frames = [frame("a", i) for i in range(1, 25)]
+    for i, each in enumerate(frames):
+        path = f"apple/a/depths/frame{i}.jpg.geometric.png"
+        each |= {"depth": {"path": path, "scale_adjustment": 1 + i}, "mask": {"path": f"apple/a/masks/frame{i}.png"}}
+    frames[5]["depth"] = None
+    add("apple/a/depths/frame3.jpg.geometric.png", "apple/a/masks/frame4.png")
+    annotate("apple", frames)
+    apple = found("co3d")
+    assert apple.manifest.known["depth"] == apple.manifest.known["mask"] == 1
+    assert apple.depths("apple/a")[3] == "apple/a/depths/frame3.jpg.geometric.png"
+    assert apple.depth_format("apple/a", 3) == DepthFormat("co3d", 4.0, "z")
+    assert apple.masks("apple/a")[4] == "apple/a/masks/frame4.png"
 
 
 @pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b'[{"a": 1}]'),

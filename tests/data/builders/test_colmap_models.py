@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from colmap_files import View, convert_to_binary, write_text_model
+from PIL import Image
 
 from fastmum.data.build import build, main
+from fastmum.data.colmap import read_model
+from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest
 
@@ -34,6 +37,12 @@ TOUR = {
     "c.jpg": View(tuple(range(18)), 5),
 }
 TOUR_BY_NAME = ["s.jpg", "a.jpg", "c.jpg", "b.jpg"]
+
+
+def project(point, pose, intrinsics):
+    x, y, z, _ = pose @ point
+    fx, fy, cx, cy = intrinsics
+    return fx * x / z + cx, fy * y / z + cy
 
 
 def letters(frames):
@@ -92,11 +101,21 @@ class TestMegaDepth:
         assert made.intrinsics(name)[0].tolist() == [500, 510, 320, 240]
         assert found("megadepth", poses=False).poses("0000/000")[0] is None
 
+    def test_depth_maps_but_no_foreground_masks(self, found, raw):
+        folder = raw / "phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths"
+        folder.mkdir(parents=True)
+        (folder / "a.h5").write_bytes(bytes(100 * 1024))
+        (folder / "b.h5").write_bytes(bytes(100 * 1024 - 1))
+        made = found("megadepth", sequences=30)
+        name = next(name for name, frames in made.sequences.items() if letters(frames) == "abcd" and name[:4] == "0000")
+        assert made.depths(name) == ["phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths/a.h5", None, None, None]
+        assert made.depth_format(name) == DepthFormat("hdf5", 1.0, "z")
+
     def test_short_chains_and_scenes_are_left_out(self, found, caplog):
         made = found("megadepth", sequences=40, min_frames=4, exclude="0015, 0022")
         assert {letters(frames) for frames in made.sequences.values()} == {"abcd", "bacd", "dcab"}
-        assert "1 scenes have no folder sparse-txt" in caplog.text
-        assert "not there: 0022" in caplog.text
+        assert "skipped 1 scenes without a folder sparse-txt" in caplog.text
+        assert "do not exist: 0022" in caplog.text
         assert "1 of 5 images of the COLMAP model are not in" in caplog.text
 
     @pytest.mark.parametrize("rule", ["paper", "released"])
@@ -114,11 +133,11 @@ class TestMegaDepth:
 
     def test_a_broken_model_stops_the_build_or_is_left_out(self, raw, found, tmp_path, caplog):
         (raw / "Undistorted_SfM/0015/sparse-txt/images.txt").unlink()
-        with pytest.raises(DataError, match=r"0015/sparse-txt' is not whole: images.txt.*\(--broken skip leaves"):
+        with pytest.raises(DataError, match=r"0015/sparse-txt' is not whole: images.txt.*\(--broken skip"):
             found("megadepth")
         assert not (tmp_path / "megadepth.arrow").exists()
         assert {name[:4] for name in found("megadepth", broken="skip").sequences} == {"0000"}
-        assert "left out: the COLMAP model" in caplog.text
+        assert "skipped: the COLMAP model" in caplog.text
 
 
 class TestMegaScenes:
@@ -201,6 +220,32 @@ class TestAnyModel:
         with pytest.raises(DataError, match=r"nothing under .* makes a sequence of colmap"):
             found("colmap", models="models/one/sparse/0")
         assert "name it with --images" in caplog.text
+
+    def test_cameras_turn_with_images_and_dense_depth_is_found(self, raw, add, found):
+        """Images of 640 x 480 that are shown upright only after a turn; a point keeps its place in the picture."""
+        write_text_model(raw / "dense/sparse", CROWD)
+        places = {1: lambda u, v: (u, v), 3: lambda u, v: (640 - u, 480 - v), 6: lambda u, v: (480 - v, u),
+                  8: lambda u, v: (v, 640 - u)}  # fmt: skip
+        tags = dict(zip("abcd", (1, 6, 8, 2), strict=True))
+        (raw / "dense/images").mkdir()
+        for name, tag in tags.items():
+            exif = Image.Exif()
+            exif[0x0112] = tag
+            Image.new("RGB", (640, 480)).save(raw / f"dense/images/{name}.jpg", exif=exif)
+        add(*(f"dense/stereo/depth_maps/{name}.jpg.geometric.bin" for name in "ab"))
+        made = found("colmap", sequences=30)
+        name = next(name for name, frames in made.sequences.items() if letters(frames) == "abcd")
+        assert made.depths(name) == ["dense/stereo/depth_maps/a.jpg.geometric.bin", None, None, None]
+        stored = read_model(raw / "dense/sparse")
+        poses, intrinsics = made.poses(name), made.intrinsics(name)
+        assert poses[3] is None
+        assert intrinsics[3] is None, "mirrored"
+        for i, letter in enumerate("abc"):
+            at = stored.names.index(f"{letter}.jpg")
+            point = np.linalg.inv(stored.poses[at]) @ [0.3, 0.2, 2, 1]
+            u, v = project(point, stored.poses[at], stored.intrinsics[at])
+            assert project(point, poses[i], intrinsics[i]) == pytest.approx(places[tags[letter]](u, v), abs=1e-3)
+            assert np.linalg.det(poses[i]) == pytest.approx(1)
 
     def test_nothing_there(self, raw, found):
         with pytest.raises(DataError, match=r"there is nothing of colmap under"):

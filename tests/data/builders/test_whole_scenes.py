@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 
 # A camera at (1, 2, 3) turned by 90 degrees about the world's y axis: it looks along +x. With OpenCV axes its x is the
@@ -74,6 +75,43 @@ def test_hypersim_without_tone_mapped_frames(add, found):
     assert found("hypersim").lengths == {"ai_001_001": 3}
 
 
+@pytest.mark.parametrize("tilt", [0, 10])
+def test_hypersim_cameras_and_depth(add, found, raw, tilt):
+    """A camera of 90 degrees (u = x / -z), whose image plane may be turned about x; positions are in half metres."""
+    h5py = pytest.importorskip("h5py")
+    add(*(hypersim("00", i) for i in (0, 7)), size=(40, 20))
+    add("ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0007.depth_meters.hdf5")
+    cos, sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
+    about_x = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    cam_from_uv = about_x @ np.diag([1, 0.5, -1])
+    names = [f"M_cam_from_uv_{i}{j}" for i in range(3) for j in range(3)]
+    rows = [["scene_name", "settings_units_info_meters_scale", *names], ["ai_001_001", 0.5, *cam_from_uv.ravel()]]
+    add("metadata_camera_parameters.csv", content="\n".join(",".join(map(str, row)) for row in rows))
+    folder = raw / "ai_001_001/_detail/cam_00"
+    folder.mkdir(parents=True)
+    for what, values in (
+        ("frame_indices", [7, 8]),
+        ("positions", [[2.0, 4.0, 6.0]] * 2),
+        ("orientations", [OPENGL_TO_WORLD[:3, :3]] * 2),
+    ):
+        with h5py.File(folder / f"camera_keyframe_{what}.hdf5", "w") as archive:
+            archive["dataset"] = values
+    scene = found("hypersim")
+    assert scene.poses("ai_001_001")[0] is None
+    pose, (fx, fy, cx, cy) = scene.poses("ai_001_001")[1], scene.intrinsics("ai_001_001")[1]
+    if not tilt:
+        assert np.allclose(pose, WORLD_TO_CAMERA)
+    assert np.allclose([fx, fy, cx, cy], [20, 20, 20, 10], rtol=1e-5)
+    # The ray of the pixel (30, 5), u = v = 0.5, comes back to it.
+    ray = OPENGL_TO_WORLD[:3, :3] @ cam_from_uv @ [0.5, 0.5, 1]
+    x, y, z, _ = pose @ np.array([*(np.array(CENTRE) + 3 * ray), 1])
+    assert z > 0
+    assert np.allclose((fx * x / z + cx, fy * y / z + cy), (30, 5), atol=1e-3)
+    depth = "ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0007.depth_meters.hdf5"
+    assert scene.depths("ai_001_001") == [None, depth]
+    assert scene.depth_format("ai_001_001", 1) == DepthFormat("hdf5", 1.0, "ray")
+
+
 def test_wildrgbd(add, found):
     for scene, frames in (("scene_001", 24), ("scene_010", 23), ("scene_002", 30)):
         add(*(f"apple/scenes/{scene}/rgb/{i:05d}.png" for i in range(frames)))
@@ -85,6 +123,31 @@ def test_wildrgbd(add, found):
     assert found("wildrgbd").sequences == expected
     assert found("wildrgbd", rule="released").sequences == expected
     assert found("wildrgbd", min_frames=23).lengths["apple/scene_010"] == 23
+
+
+def test_wildrgbd_depth_and_masks(add, found):
+    folder = "apple/scenes/scene_001"
+    add(*(f"{folder}/rgb/{i:05d}.png" for i in range(24)), f"{folder}/depth/00001.png", f"{folder}/masks/00002.png")
+    scene = found("wildrgbd")
+    assert scene.depths("apple/scene_001")[:3] == [None, f"{folder}/depth/00001.png", None]
+    assert scene.masks("apple/scene_001")[:3] == [None, None, f"{folder}/masks/00002.png"]
+    assert scene.depth_format("apple/scene_001", 1) == DepthFormat("png16", 1e-3, "z")
+
+
+def test_rendered_scenes(add, found):
+    frames = [{"file": f"{i}.png", "depth": f"depth/{i}.png", "K": np.diag([300, 310, 1]).tolist(),
+               "T_cam_world": WORLD_TO_CAMERA.tolist()} for i in range(2)]  # fmt: skip
+    add("scene_0003/0.png", "scene_0003/1.png", "scene_0003/depth/1.png", "other/0.png")
+    add("scene_0003/cameras.json", content=json.dumps({"depth_unit": 0.0005, "frames": frames}))
+    scene = found("scenes")
+    assert scene.sequences == {"scene_0003": ["scene_0003/0.png", "scene_0003/1.png"]}
+    assert scene.poses("scene_0003")[1].tolist() == WORLD_TO_CAMERA.tolist()
+    assert scene.intrinsics("scene_0003")[1].tolist() == [300, 310, 0, 0]
+    assert scene.depths("scene_0003") == [None, "scene_0003/depth/1.png"]
+    assert scene.depth_format("scene_0003", 1) == DepthFormat("png16", 0.0005, "z")
+    add("scene_0003/cameras.json", content='{"frames": [{}]}')
+    with pytest.raises(DataError, match=r"scene_0003/cameras\.json' cannot be read"):
+        found("scenes")
 
 
 def test_wildrgbd_poses(add, found):

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from fastmum.data.samples import Frame
+from fastmum.geometry import Camera
+
 WALL = 4.0  # metres from the origin along z
 WIDE = 3.0  # metres that the colours span either way
 
@@ -50,11 +53,32 @@ class Shot:
         blue = 0.5 + 0.5 * np.sin(7 * points[..., 0]) * np.cos(5 * points[..., 1])
         return Image.fromarray((np.concatenate([share, blue[..., None]], -1) * 255).round().astype(np.uint8))
 
+    def frame(self, key: str = "") -> WallFrame:
+        """A frame in memory."""
+        return WallFrame(key, None, self.K, self.T, shot=self, depth_map=self.depth())
+
     def _grid(self) -> tuple[np.ndarray, np.ndarray]:
         width, height = self.size
         y, x = np.mgrid[:height, :width] + 0.5
         points, depth = self.wall(x.ravel(), y.ravel())
         return points.reshape(height, width, 3), depth.reshape(height, width)
+
+
+@dataclass(frozen=True, eq=False)
+class WallFrame(Frame):
+    """A shot with a depth map of its own or another."""
+
+    shot: Shot | None = None
+    depth_map: np.ndarray | None = None
+
+    def read_image(self) -> Image.Image:
+        return self.shot.image()
+
+    def read_camera(self) -> Camera:
+        return Camera(self.K, self.camera_from_world, self.shot.size)
+
+    def read_depth(self) -> np.ndarray:
+        return self.depth_map
 
 
 def shot(

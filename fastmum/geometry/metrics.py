@@ -1,0 +1,246 @@
+"""Metrics of relative pose, depth, point clouds, matching, and any-match classification.
+
+Arrays are NumPy, float64 inside; the matching metrics are torch, since evaluations score many matchers at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from scipy.integrate import trapezoid
+from scipy.spatial import cKDTree
+from scipy.spatial.transform import Rotation
+from torch import Tensor
+
+from fastmum.geometry.camera import quaternion, rigid_inverse
+
+DepthCrop = Literal["eigen", "garg"]
+CROPS: dict[DepthCrop | None, Callable[[int, int], tuple[float, float, float, float]]] = {  # top, bottom, left, right
+    "eigen": lambda height, width: (45, 471, 41, 601),  # of 480 x 640
+    "garg": lambda height, width: (
+        0.40810811 * height, 0.99189189 * height, 0.03594771 * width, 0.96405229 * width
+    ),
+    None: lambda height, width: (0, height, 0, width),
+}  # fmt: skip
+STANDARD = 448  # side of the image in pixels that match errors are expressed in, whatever size was computed at (RoMa)
+ROBUST = 32.0  # pixels below which a match counts as robust
+PCK = (1.0, 3.0, 5.0)  # pixels below which a key point is correct
+
+
+def rotation_error(R: np.ndarray, R_true: np.ndarray) -> np.ndarray:
+    """Angle of R^T R_true, degrees (...), for rotations (..., 3, 3); accurate near 0 and 180 (Reloc3r, RoMa)."""
+    D = np.swapaxes(R, -1, -2).astype(np.float64) @ R_true
+    return np.degrees(Rotation.from_matrix(D.reshape(-1, 3, 3)).magnitude()).reshape(D.shape[:-2])
+
+
+def rotation_error_quaternion(R: np.ndarray, R_true: np.ndarray) -> np.ndarray:
+    """The same by quaternions (VGGT); at least 4e-6 degrees, and other digits for rotations in float32."""
+    cosine = (quaternion(R) * quaternion(R_true)).sum(-1)
+    return np.degrees(np.arccos(1 - 2 * np.maximum(1 - cosine**2, 1e-15)))
+
+
+def direction_error(t: np.ndarray, t_true: np.ndarray, folded: bool = False) -> np.ndarray:
+    """Angle between translation directions (..., 3), degrees (...); NaN for a zero translation.
+
+    Args:
+        t, t_true: translations.
+        folded: whether opposite directions count as equal (VGGT, RoMa: an essential matrix has no sign).
+    """
+    a, b = t.astype(np.float64), t_true.astype(np.float64)
+    dot, cross = (a * b).sum(-1), np.linalg.norm(np.cross(a, b), axis=-1)
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.where(lengths > 0, np.degrees(np.arctan2(cross, np.abs(dot) if folded else dot)), np.nan)
+
+
+def pair_poses(camera_from_world: np.ndarray) -> np.ndarray:
+    """VGGT's relative poses P_i P_j^-1 of all pairs i < j in lexical order, (N, 4, 4) -> (N (N - 1) / 2, 4, 4)."""
+    i, j = np.triu_indices(len(camera_from_world), 1)
+    return camera_from_world[i] @ rigid_inverse(camera_from_world[j])
+
+
+def pose_auc(errors: np.ndarray, thresholds: Sequence[float]) -> list[float]:
+    """Area under the recall curve up to each threshold by the trapezoid rule (SuperGlue, RoMa, Reloc3r).
+
+    Args:
+        errors: (N,) degrees, max of rotation and direction error; NaN counts as above every threshold.
+        thresholds: degrees.
+
+    Returns:
+        Areas in [0, 1].
+    """
+    sorted_errors = np.sort(np.concatenate([[0.0], np.nan_to_num(errors.astype(np.float64), nan=np.inf)]))
+    recall = np.linspace(0, 1, len(sorted_errors))
+    areas = []
+    for threshold in thresholds:
+        last = np.searchsorted(sorted_errors, threshold)
+        x, y = np.append(sorted_errors[:last], threshold), np.append(recall[:last], recall[last - 1])
+        areas.append(float(trapezoid(y, x) / threshold))
+    return areas
+
+
+def pose_auc_histogram(errors: np.ndarray, thresholds: Sequence[int]) -> list[float]:
+    """Mean over 1, 2, ..., t degrees of the share of errors below (VGGT); the last bin includes t.
+
+    Args:
+        errors: (N,) degrees, as in `pose_auc`.
+        thresholds: whole degrees.
+    """
+    errors = np.nan_to_num(errors.astype(np.float64), nan=np.inf)
+    counts = (np.histogram(errors[errors <= t], np.arange(t + 1))[0] for t in thresholds)
+    return [float((np.cumsum(each) / len(errors)).mean()) for each in counts]
+
+
+def depth_metrics(
+    depth: np.ndarray, true: np.ndarray, max_depth: float, min_depth: float = 1e-3, crop: DepthCrop | None = None
+) -> dict[str, float]:
+    """Metrics of one depth map (H, W) over the pixels with min_depth < true < max_depth.
+
+    Args:
+        depth: predicted, clipped to [min_depth, max_depth].
+        true: 0 where it is unknown.
+        max_depth: 10 for NYU, 80 for KITTI.
+        crop: part that counts: Eigen's crop of NYU, Garg's shares of KITTI's height and width; None: everything.
+
+    Returns:
+        "a1", "a2", "a3" (shares of ratios below 1.25, its square and cube), "abs_rel", "sq_rel", "rmse", "rmse_log",
+        "log_10", "silog" (times 100); all NaN without valid pixels.
+    """
+    top, bottom, left, right = CROPS[crop](*true.shape)
+    depth, true = (x[int(top) : int(bottom), int(left) : int(right)].astype(np.float64) for x in (depth, true))
+    valid = (true > min_depth) & (true < max_depth)
+    names = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log_10", "silog")
+    if not valid.any():
+        return dict.fromkeys(names, math.nan)
+    p, g = depth[valid].clip(min_depth, max_depth), true[valid]
+    ratio, error, log_error = np.maximum(p / g, g / p), p - g, np.log(p) - np.log(g)
+    values = (
+        *((ratio < 1.25**power).mean() for power in (1, 2, 3)),
+        (np.abs(error) / g).mean(),
+        (error**2 / g).mean(),
+        np.sqrt((error**2).mean()),
+        np.sqrt((log_error**2).mean()),
+        np.abs(log_error).mean() / math.log(10),
+        100 * log_error.std(),
+    )
+    return dict(zip(names, map(float, values), strict=True))
+
+
+def mean_metrics(images: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric of `depth_metrics` over the images with valid pixels; NaN if there are none."""
+    valid = [image for image in images if not math.isnan(image["rmse"])]
+    return {name: float(np.mean([image[name] for image in valid])) if valid else math.nan for name in images[0]}
+
+
+def estimate_normals(points: np.ndarray, neighbours: int = 30) -> np.ndarray:
+    """Normals (N, 3) by PCA over the nearest points, the point itself included; their sign is arbitrary."""
+    _, nearest = cKDTree(points).query(points, k=min(neighbours, len(points)))
+    near = points[nearest].astype(np.float64)
+    centred = near - near.mean(1, keepdims=True)
+    return np.linalg.eigh(np.swapaxes(centred, 1, 2) @ centred)[1][..., 0]
+
+
+def point_metrics(
+    points: np.ndarray, true: np.ndarray, normals: np.ndarray | None = None, true_normals: np.ndarray | None = None
+) -> dict[str, float]:
+    """Accuracy, completeness and normal consistency of a point cloud.
+
+    Args:
+        points, true: (N, 3) and (M, 3), aligned.
+        normals, true_normals: unit vectors of the same shapes.
+
+    Returns:
+        "acc_mean", "acc_median": distance of points to the nearest true point; "comp_mean", "comp_median": the reverse;
+        with normals "nc1_*" and "nc2_*": |cos| between the normals of those pairs.
+    """
+    metrics: dict[str, float] = {}
+    directions = (("acc", "nc1", points, true), ("comp", "nc2", true, points))
+    for distance_name, normal_name, source, target in directions:
+        distance, nearest = cKDTree(target).query(source)
+        metrics |= _mean_median(distance_name, distance)
+        if normals is not None and true_normals is not None:
+            own, other = (normals, true_normals) if source is points else (true_normals, normals)
+            metrics |= _mean_median(normal_name, np.abs((own * other[nearest]).sum(-1)))
+    return metrics
+
+
+def _mean_median(name: str, values: np.ndarray) -> dict[str, float]:
+    return {f"{name}_mean": float(values.mean()), f"{name}_median": float(np.median(values))}
+
+
+@dataclass(frozen=True)
+class MatchScores:
+    """Quality of the warps of a set: means over each pair's visible points, then over pairs.
+
+    Args:
+        epe: mean end-point error, pixels.
+        robustness: percentage of points with an error below 32 pixels.
+        pck1, pck3, pck5: percentage of points with an error below 1, 3 and 5 pixels.
+        pairs: number of pairs with a visible point.
+    """
+
+    epe: float
+    robustness: float
+    pck1: float
+    pck3: float
+    pck5: float
+    pairs: int
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON: None for values that are not finite."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+
+
+def match_errors(estimated: Tensor, true: Tensor) -> Tensor:
+    """Distances of points (..., 2) in normalised image coordinates, in pixels of 448 x 448, float64 (...)."""
+    return STANDARD * (estimated.double() - true.double()).norm(dim=-1)
+
+
+def mean_of_visible(values: Tensor, visible: Tensor) -> Tensor:
+    """Means over each pair's visible points, (..., N, P) and (N, P) bool -> (..., N); NaN where none is visible."""
+    return torch.where(visible, values, 0).sum(-1) / visible.sum(-1)
+
+
+def match_scores(errors: Tensor, visible: Tensor) -> list[MatchScores]:
+    """Scores of several matchers on the same pairs.
+
+    Args:
+        errors: (Q, N, P) pixels: Q matchers, N pairs, P points.
+        visible: (N, P) bool, which points count.
+
+    Returns:
+        Q scores; a warp that is not finite has an end-point error that is not finite.
+
+    Raises:
+        ValueError: no point is visible in any pair.
+    """
+    if not visible.any():
+        raise ValueError("no point is visible in both views of any pair, so there is nothing to measure")
+    counted = visible.any(-1)
+    shares = [errors, *(100.0 * (errors < bound) for bound in (ROBUST, *PCK))]
+    columns = [mean_of_visible(each, visible)[:, counted].mean(-1).tolist() for each in shares]
+    return [MatchScores(*row) for row in zip(*columns, [int(counted.sum())] * len(errors), strict=True)]
+
+
+def pair_epe(errors: Tensor, visible: Tensor) -> list[float | None]:
+    """End-point error of each pair, from (N, P) and (N, P) bool; None where no point is visible."""
+    return [None if math.isnan(mean) else mean for mean in mean_of_visible(errors, visible).tolist()]
+
+
+def any_match_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Any-match top-1 (CAPI): right if the arg-max is one of the sample's labels.
+
+    Args:
+        logits: (heads, classes, B).
+        labels: (B, annotations) int64, padded with -1; samples without a label are left out.
+
+    Returns:
+        Right samples of each head (heads,) int64, and the number of samples that count. Sum both over batches.
+    """
+    labelled = (labels >= 0).any(-1)
+    right = (logits.argmax(-2)[..., None] == labels).any(-1) & labelled
+    return right.sum(-1), int(labelled.sum())
