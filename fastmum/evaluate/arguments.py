@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.matcher import TEMPERATURE
@@ -12,6 +12,8 @@ from fastmum.evaluate.pairs import SETS
 from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.views import ViewSettings
 from fastmum.pretrained.arguments import add_overrides
+
+T = TypeVar("T")
 
 STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and minutes on a CPU
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
@@ -117,29 +119,28 @@ def check(args: argparse.Namespace) -> None:
 def probe_settings(args: argparse.Namespace, device: str) -> ProbeSettings:
     """Settings of the probes, with the default steps of the device ("cuda" or "cpu"); raises `DataError`."""
     steps = args.steps or STEPS[device]
-    try:
-        return ProbeSettings(
-            steps=steps,
-            batch=args.batch,
-            evaluate_every=args.every or max(1, steps // 10),
-            learning_rates=tuple(args.learning_rates),
-            weight_decays=tuple(args.weight_decays),
-            temperature=args.temperature,
-            seed=args.seed,
-        )
-    except ValueError as error:
-        raise _of_flag(error) from None
+    return _settings(
+        ProbeSettings,
+        steps=steps,
+        batch=args.batch,
+        evaluate_every=args.every or max(1, steps // 10),
+        learning_rates=tuple(args.learning_rates),
+        weight_decays=tuple(args.weight_decays),
+        temperature=args.temperature,
+        seed=args.seed,
+    )
 
 
 def view_settings(args: argparse.Namespace) -> ViewSettings:
     """Settings of the other views; raises `DataError`."""
+    more = {name: getattr(args, name) for name in ("mask_ratio", "gap", "masks", "seed")}
+    return _settings(ViewSettings, counts=tuple(args.views), **more)
+
+
+def _settings(kind: type[T], **values: Any) -> T:
+    """Settings of a class whose errors start with the field; raises a `DataError` that names the flag instead."""
     try:
-        return ViewSettings(tuple(args.views), args.mask_ratio, gap=args.gap, masks=args.masks, seed=args.seed)
+        return kind(**values)
     except ValueError as error:
-        raise _of_flag(error) from None
-
-
-def _of_flag(error: ValueError) -> DataError:
-    """An error of settings, whose message starts with the field, as one that names the flag."""
-    field, _, rest = str(error).partition(" ")
-    return DataError(f"--{FLAGS.get(field, field).replace('_', '-')} {rest}")
+        field, _, rest = str(error).partition(" ")
+        raise DataError(f"--{FLAGS.get(field, field).replace('_', '-')} {rest}") from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,6 @@ from fastmum.evaluate.recall import object_recall
 from fastmum.geometry.metrics import match_errors, match_scores, pair_epe
 from fastmum.geometry.warp import grid_points
 
-if TYPE_CHECKING:
-    from fastmum.evaluate.views import Target
-
 BATCH = 8  # pairs matched at once
 
 
@@ -29,13 +27,13 @@ class Result(NamedTuple):
         warps: (N, P, 2) estimated at the patch centres of every pair's first frame, unit coordinates; None if the
             evaluation estimates none.
         size: side of the pictures in pixels.
-        targets: the frames that `evaluate_views` measured.
+        targets: the `Target`s that `evaluate_views` measured.
     """
 
     numbers: dict[str, Any]
     warps: Tensor | None
     size: int
-    targets: list[Target] = []  # noqa: RUF012
+    targets: Sequence[Any] = ()
 
 
 def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:
@@ -82,22 +80,15 @@ def evaluate_matching(
     train = prepare(encoder, train_pairs.both_ways(), size, ("layernorm",), progress)["layernorm"]
     trained = train_probes(train, test, settings, device, progress)
     probe, evaluation = trained.best
-    probes = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in settings.probes()]
-    histories = [
-        [{"step": each.step, "train_loss": each.losses[i], **each.scores[i].as_dict()} for each in trained.history]
-        for i in range(len(probes))
-    ]
-    shown = ("steps", "batch", "evaluate_every", "temperature", "seed")
-    numbers = measured(trained.warps, test.truth) | {
-        "best": {**probes[probe], "step": trained.history[evaluation].step},
-        "probes": [{**each, "evaluations": history} for each, history in zip(probes, histories, strict=True)],
-        "settings": {
-            "size": size,
-            **{name: getattr(settings, name) for name in shown},
-            "train_set": train_pairs.name,
-            "train_pairs": len(train_pairs.pairs),
-        },
-    }
+    probes: list[dict[str, Any]] = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in settings.probes()]
+    best = {**probes[probe], "step": trained.history[evaluation].step}
+    for i, each in enumerate(probes):
+        each["evaluations"] = [
+            {"step": e.step, "train_loss": e.losses[i], **e.scores[i].as_dict()} for e in trained.history
+        ]
+    about = {name: getattr(settings, name) for name in ("steps", "batch", "evaluate_every", "temperature", "seed")}
+    about = {"size": size, **about, "train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
+    numbers = measured(trained.warps, test.truth) | {"best": best, "probes": probes, "settings": about}
     return Result(numbers, trained.warps, size)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fastmum.evaluate.features import NORMS
 from fastmum.evaluate.folder import Record
 from fastmum.evaluate.table import COMPANY, MATCHERS, NOTE, SCORES, TITLES, table
 from fastmum.report.charts import Chart, Line, color
@@ -24,59 +25,50 @@ CAPTIONS = {
 
 def page(records: Sequence[Record]) -> str:
     """The HTML of results; it needs no other file."""
-    sets = dict.fromkeys(TITLES.get(name, name) for record in records if (name := record.content["set"]))
     return render(
         "evaluate/results.html",
         title="Correspondence across views",
-        subtitle=f"{len(records)} evaluations on {', '.join(sets)}",
         results=table(records),
         note=NOTE,
-        sections=[_section(record) for record in records],
+        records=[record.content for record in records],
+        charts=[_charts(record.content) for record in records],
+        tables=[_table(record.content) for record in records],
+        pictures=[[url for file in record.pictures if (url := embed(file, PICTURE_SIDE))] for record in records],
+        captions=CAPTIONS,
+        matchers=MATCHERS,
+        titles=TITLES,
     )
 
 
-def _section(record: Record) -> dict[str, Any]:
-    """Title, settings, charts, table and pictures of one result."""
-    content, task = record.content, record.content["task"]
-    settings = [f"{name.replace('_', ' ')} {value}" for name, value in content["settings"].items()]
-    charts: list[Chart] = []
-    names, rows = [], []
-    best: Any = content.get("best")
-    if task == "matching":
+def _charts(content: dict[str, Any]) -> list[Chart]:
+    charts = []
+    if content["task"] == "matching":
         charts = [
             _curves(content["probes"], "epe", "End-point error on the test pairs", "pixels of 448 x 448"),
             _curves(content["probes"], "train_loss", "Training loss", "negative log-likelihood"),
         ]
-        rate, decay, step = (best[key] for key in ("learning_rate", "weight_decay", "step"))
-        best = f"learning rate {rate:g}, weight decay {decay:g}, after {step:,} steps"
-    elif task == "views":
+    elif content["task"] == "views":
         lines = [
             Line(label, list(zip(content["views"], content[name], strict=True)), color(i), dots=True)
             for i, (name, label) in enumerate(COMPANY.items())
         ]
         note = "same frames, same masks"
         charts = [Chart("Masked loss by number of views", lines, "masked loss", note, x_label="views")]
+    return [chart for chart in charts if any(line.points for line in chart.lines)]
+
+
+def _table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows: changes of the loss by number of views, or the scores of each block or norm."""
+    if content["task"] == "matching":
+        return [], []
+    if content["task"] == "views":
         names = ["loss, minus that of one view", *(f"{count} views" for count in content["views"][1:])]
         changes = {label: content[f"change_{name}"][1:] for name, label in COMPANY.items()}
-        rows = [[label, *(f"{mean:+.4f} ± {number(error)}" for mean, error in row)] for label, row in changes.items()]
-    else:
-        variants = (
-            content["blocks"]
-            if task == "attention"
-            else {norm: content[norm]["scores"] for norm in ("layernorm", "raw")}
-        )
-        columns = [score for score in SCORES if score in next(iter(variants.values()))]
-        names = ["global block" if task == "attention" else "features", *(SCORES[column] for column in columns)]
-        rows = [[variant, *(number(found[column]) for column in columns)] for variant, found in variants.items()]
-    return {
-        "title": f"{MATCHERS[task]}, {TITLES.get(content['set'], content['set'])}: {content['weights']}",
-        "settings": "; ".join([*([f"best: {best}"] if best else []), *settings]),
-        "charts": [chart for chart in charts if any(line.points for line in chart.lines)],
-        "names": names,
-        "rows": rows,
-        "caption": CAPTIONS[task],
-        "pictures": [url for file in record.pictures if (url := embed(file, PICTURE_SIDE))],
-    }
+        return names, [[each, *(f"{m:+.4f} ± {number(error)}" for m, error in row)] for each, row in changes.items()]
+    blocks = content.get("blocks") or {norm: content[norm]["scores"] for norm in NORMS}
+    columns = [score for score in SCORES if score in next(iter(blocks.values()))]
+    names = ["global block" if "blocks" in content else "features", *(SCORES[column] for column in columns)]
+    return names, [[name, *(number(found[column]) for column in columns)] for name, found in blocks.items()]
 
 
 def _curves(probes: list[dict[str, Any]], name: str, title: str, y_label: str) -> Chart:

@@ -78,13 +78,7 @@ def draw_views(model: MuM, batch: Batch, mask_ratio: float) -> Image.Image:
     labels += [f"{count} unrelated" for count in batch.lengths[related:]]
     losses = output.loss.cpu()[firsts].tolist()
     named = [(f"{label}: {loss:.3f}", image) for label, loss, image in zip(labels, losses, predicted, strict=True)]
-    side = max(frames.shape[1], MIN_SIDE)
-    return _row(
-        [
-            (label, Image.fromarray(image.numpy()).resize((side, side), Image.Resampling.LANCZOS))
-            for label, image in [("target", frames[0]), ("seen", masked[0]), *named[:related], named[-1]]
-        ]
-    )
+    return _row([("target", frames[0]), ("seen", masked[0]), *named[:related], named[-1]])
 
 
 def _query(image: Tensor, visible: Tensor, side: int) -> int:
@@ -107,12 +101,14 @@ def _heat(image: Tensor, values_hw: Tensor) -> Image.Image:
 
 
 def _row(named: list[tuple[str, Tensor | Image.Image]]) -> Image.Image:
-    """Squares side by side, a line of text above each."""
+    """Squares side by side, a line of text above each; small ones are enlarged."""
     images = [(name, each if isinstance(each, Image.Image) else Image.fromarray(each.numpy())) for name, each in named]
-    size = images[0][1].width
+    size = max(images[0][1].width, MIN_SIDE)
     row = Image.new("RGB", (len(images) * (size + GAP) - GAP, LABEL + size), "white")
     draw, font = ImageDraw.Draw(row), ImageFont.load_default()
     for i, (name, image) in enumerate(images):
         draw.text((i * (size + GAP) + 2, 3), name, fill="black", font=font)
+        if image.width != size:
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
         row.paste(image, (i * (size + GAP), LABEL))
     return row

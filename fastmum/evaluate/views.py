@@ -209,25 +209,17 @@ def evaluate_views(
 def _numbers(by_sequence: dict[str, Tensor], counts: tuple[int, ...]) -> dict[str, Any]:
     """From the losses (2 C - 1,) of each sequence: one view, C - 1 times neighbours, C - 1 times unrelated views."""
     losses = torch.stack(list(by_sequence.values()))
-    same = losses[:, : len(counts)]
-    other = torch.cat([losses[:, :1], losses[:, len(counts) :]], 1)
-    means = same.mean(0).tolist()
-    return {
-        "scores": {f"views_{count}": loss for count, loss in zip(counts, means, strict=True)},
-        "views": list(counts),
-        "same": means,
-        "other": other.mean(0).tolist(),
-        "change_same": _change(same),
-        "change_other": _change(other),
-        "per_sequence": {
-            name: {"same": a, "other": b} for name, a, b in zip(by_sequence, same.tolist(), other.tolist(), strict=True)
-        },
+    columns = list(range(2 * len(counts) - 1))
+    rows = {"same": losses[:, : len(counts)], "other": losses[:, [0, *columns[len(counts) :]]]}
+    means = {name: each.mean(0).tolist() for name, each in rows.items()}
+    scores = {f"views_{count}": loss for count, loss in zip(counts, means["same"], strict=True)}
+    numbers = {"scores": scores, "views": list(counts), **means}
+    for name, each in rows.items():
+        change = each - each[:, :1]
+        errors = (change.std(0) / len(each) ** 0.5).tolist() if len(each) > 1 else [None] * len(counts)
+        numbers[f"change_{name}"] = [list(pair) for pair in zip(change.mean(0).tolist(), errors, strict=True)]
+    per_sequence = {name: each.tolist() for name, each in rows.items()}
+    numbers["per_sequence"] = {
+        sequence: {name: per_sequence[name][i] for name in rows} for i, sequence in enumerate(by_sequence)
     }
-
-
-def _change(losses: Tensor) -> list[list[float | None]]:
-    """[mean, standard error over sequences] of the difference to the first column; one sequence has no error."""
-    difference = losses - losses[:, :1]
-    means = difference.mean(0).tolist()
-    errors = (difference.std(0) / len(losses) ** 0.5).tolist() if len(losses) > 1 else [None] * len(means)
-    return [[mean, error] for mean, error in zip(means, errors, strict=True)]
+    return numbers
