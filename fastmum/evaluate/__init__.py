@@ -9,8 +9,7 @@ from fastmum.evaluate.attention import attention_maps, evaluate_attention
 from fastmum.evaluate.matching import Result, evaluate_cosine, evaluate_matching
 from fastmum.evaluate.pairs import Frame, Pair, PairSet, open_pairs
 from fastmum.evaluate.probe import ProbeSettings
-from fastmum.evaluate.sequences import SequenceSet, ViewSequence, open_sequences
-from fastmum.evaluate.views import ViewSettings, evaluate_views
+from fastmum.evaluate.views import SequenceSet, ViewSequence, ViewSettings, evaluate_views, open_sequences
 
 __all__ = [
     "Frame",

@@ -27,33 +27,24 @@ STORED = torch.float16  # of cached features: half the memory, a relative error 
 
 @dataclass(frozen=True)
 class Truth:
-    """True warps of a pair set, on the CPU.
-
-    Args:
-        target: (N, P, 2) float64 unit coordinates in B of the patch centres of A.
-        visible: (N, P) bool, where the true warp exists.
-        grid: rows and columns of patches.
-    """
+    """True warps of a pair set, on the CPU."""
 
     pairs: PairSet
-    target: Tensor
-    visible: Tensor
-    grid: tuple[int, int]
+    target: Tensor  # (N, P, 2) float64 unit coordinates in B of the patch centres of A
+    visible: Tensor  # (N, P) bool, where the true warp exists
+    grid: tuple[int, int]  # rows and columns of patches
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Features and true warps of a pair set, on the CPU.
 
-    Args:
-        features: (F, P, D) of the distinct frames. Each token is divided by its root mean square, which a cosine does
-            not see and without which float16 could overflow.
-        first, second: (N,) int64, the frames of each pair.
+    Each token is divided by its root mean square, which a cosine does not see and without which float16 could overflow.
     """
 
     truth: Truth
-    features: Tensor
-    first: Tensor
+    features: Tensor  # (F, P, D) of the distinct frames
+    first: Tensor  # (N,) int64, index of the frame A of each pair
     second: Tensor
 
     def of(self, pairs: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -20,20 +20,12 @@ BATCH = 8  # pairs matched at once
 
 
 class Result(NamedTuple):
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Args:
-        numbers: for JSON; "scores" are those of the table, "no_motion" those of the identity warp.
-        warps: (N, P, 2) estimated at the patch centres of every pair's first frame, unit coordinates; None if the
-            evaluation estimates none.
-        size: side of the pictures in pixels.
-        targets: the `Target`s that `evaluate_views` measured.
-    """
-
-    numbers: dict[str, Any]
-    warps: Tensor | None
-    size: int
-    targets: Sequence[Any] = ()
+    numbers: dict[str, Any]  # for JSON; "scores" are those of the table, "no_motion" those of the identity warp
+    warps: Tensor | None  # (N, P, 2) unit coordinates of the patch centres of A in B, if they are estimated
+    size: int  # side of the pictures in pixels
+    targets: Sequence[Any] = ()  # the `Target`s that `evaluate_views` measured
 
 
 def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:

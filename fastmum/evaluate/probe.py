@@ -25,25 +25,19 @@ from fastmum.geometry.metrics import MatchScores, match_errors, match_scores
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Training of the probes; the defaults of steps, batch and evaluate_every are the paper's (supplement, section B).
+    """Training of the probes: steps, batch and evaluate_every as in the paper (supplement, section B).
 
-    Args:
-        batch: pairs a step.
-        learning_rates, weight_decays: every combination makes a probe; the paper does not name the values.
-        temperature: of the matcher.
-        seed: of the order of pairs.
-
-    Raises:
-        ValueError: a value out of range; the message starts with the field.
+    Every combination of learning rate and weight decay makes a probe; the paper does not name the values. A value out
+    of range is a ValueError that starts with the field.
     """
 
     steps: int = 25_000
-    batch: int = 8
-    evaluate_every: int = 2_500
+    batch: int = 8  # pairs
+    evaluate_every: int = 2_500  # steps
     learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
     weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
-    temperature: float = TEMPERATURE
-    seed: int = 0
+    temperature: float = TEMPERATURE  # of the matcher
+    seed: int = 0  # of the order of pairs
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every"):
@@ -94,16 +88,11 @@ class Evaluated(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """Trained probes.
-
-    Args:
-        best: indices of the probe and the evaluation with the least end-point error.
-        warps: (N, P, 2) of the test pairs by that probe at that evaluation.
-    """
+    """Trained probes; the best has the least end-point error at any evaluation."""
 
     history: list[Evaluated]
-    best: tuple[int, int]
-    warps: Tensor
+    best: tuple[int, int]  # indices of the probe and of the evaluation
+    warps: Tensor  # (N, P, 2) of the test pairs by that probe at that evaluation
 
 
 def train_probes(

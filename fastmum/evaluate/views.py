@@ -10,6 +10,7 @@ Legend: F frames of a batch, P patches of a frame, C numbers of views.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,40 +20,73 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastmum.data.builders.base import images_in
+from fastmum.data.builders.folder import image_folders
 from fastmum.data.errors import DataError
 from fastmum.data.samples import read_rgb
 from fastmum.evaluate.features import check_size, patch_size, squared
 from fastmum.evaluate.matching import Result
 from fastmum.evaluate.pairs.pair import evenly
-from fastmum.evaluate.sequences import SequenceSet
+from fastmum.evaluate.pairs.scenes import SIZE, embedded_folders
 from fastmum.model.masking import num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
+
+log = logging.getLogger(__name__)
 
 CACHED = 256  # decoded pictures kept: two sequences are used at a time
 
 
-@dataclass(frozen=True)
-class ViewSettings:
-    """Choice of the other views.
+class ViewSequence(NamedTuple):
+    """The pictures of one scene, ordered so that neighbours are close in time or space."""
 
-    Args:
-        counts: numbers of views, ascending from 1.
-        mask_ratio: of every frame, as in training.
-        gap: steps along the sequence between neighbours.
-        stride: steps along the sequence between targets.
-        masks: masks drawn for every target.
-        seed: of the masks.
+    name: str
+    files: list[Path]
+
+
+class SequenceSet(NamedTuple):
+    """At least two sequences; `size` is the default side of the resized pictures in pixels."""
+
+    name: str
+    sequences: list[ViewSequence]
+    size: int
+
+
+def open_sequences(name: str, least: int) -> SequenceSet:
+    """The sequences with at least `least` views: "scenes", or a folder, each sub-folder of which is a sequence.
 
     Raises:
-        ValueError: a value out of range; the message starts with the field.
+        DataError: no such folder, or fewer than two sequences of that length.
     """
+    if name == "scenes":
+        folders, size = [*embedded_folders("test"), *embedded_folders("train")], SIZE
+        root, title = folders[0].parent, "scenes"
+    else:
+        root, size = Path(name).expanduser(), 224  # of the released training configuration
+        if not root.is_dir():
+            raise DataError(f"there is no folder '{name}'; a folder or scenes is expected")
+        folders, title = [root / folder for folder in image_folders(root)], f"{root.resolve().name} (folder)"
+    found = [
+        ViewSequence(folder.relative_to(root).as_posix(), [folder / image for image in images_in(folder)])
+        for folder in folders
+    ]
+    kept = [views for views in found if len(views.files) >= least]
+    if short := len(found) - len(kept):
+        log.warning("%d of %d sequences have fewer than %d views and are skipped", short, len(found), least)
+    if len(kept) < 2:
+        raise DataError(f"'{name}' has {len(kept)} sequences of at least {least} views, but two are needed")
+    return SequenceSet(title, kept, size)
 
-    counts: tuple[int, ...] = (1, 2, 4, 8)
-    mask_ratio: float = 0.75
-    gap: int = 1
-    stride: int = 4
-    masks: int = 4
-    seed: int = 0
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """Choice of the other views; a value out of range is a ValueError that starts with the field."""
+
+    counts: tuple[int, ...] = (1, 2, 4, 8)  # numbers of views, ascending from 1
+    mask_ratio: float = 0.75  # of every frame, as in training
+    gap: int = 1  # steps along the sequence between neighbours
+    stride: int = 4  # steps along the sequence between targets
+    masks: int = 4  # masks drawn for every target
+    seed: int = 0  # of the masks
 
     def __post_init__(self) -> None:
         if len(self.counts) < 2 or self.counts[0] != 1 or list(self.counts) != sorted(set(self.counts)):
@@ -70,19 +104,13 @@ class ViewSettings:
 
 
 class Target(NamedTuple):
-    """A frame and its other views, as indices of sequences and of frames in them.
-
-    Args:
-        sequence, frame: the target.
-        near: its neighbours in the sequence, nearest first.
-        other, far: the sequence of the unrelated views, and the views, which are as far from each other as `near`.
-    """
+    """A frame and its other views, as indices of sequences and of frames in them."""
 
     sequence: int
     frame: int
-    near: list[int]
-    other: int
-    far: list[int]
+    near: list[int]  # neighbours in the sequence, nearest first
+    other: int  # sequence of the unrelated views
+    far: list[int]  # unrelated views, as far from each other as `near`
 
 
 def targets(sequences: SequenceSet, settings: ViewSettings) -> list[Target]:
