@@ -21,7 +21,7 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.31"],
     "fp8": ["torchao>=0.12"],
-    "evaluate": ["h5py>=3.10"],
+    "evaluate": ["h5py>=3.10", "matplotlib>=3.8"],
     # The first with DINOv3.
     "hf": ["transformers>=4.56"],
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
@@ -36,7 +36,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=[*find_packages(include=["fastmum", "fastmum.*"]), "fastmum.kernels"],
-    package_data={"fastmum.report": ["*.html"], "fastmum.evaluate": ["*.html"]},
+    package_data={"fastmum.report": ["page.css", "page.js"]},
     package_dir={"fastmum": "fastmum", "fastmum.kernels": "kernels"},
     install_requires=[
         "torch>=2.10",
@@ -49,14 +49,11 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "natsort>=8.4",
-        "scipy>=1.11.4",
         "pyarrow>=16",
         "pyyaml>=6",
         "platformdirs>=4.2",
         # Its wheel carries the photographs that the embedded scenes are textured with.
         "scikit-image>=0.24",
-        "jinja2>=3.1",
-        "matplotlib>=3.8",
     ],
     extras_require={
         **EXTRAS,
@@ -73,6 +70,7 @@ setup(
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",
+            "matplotlib>=3.8",
             "ruff>=0.6",
             "setuptools>=77",
         ],
