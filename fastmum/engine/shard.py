@@ -32,8 +32,8 @@ def shard(
     group_size: int,
     dtype: torch.dtype,
     reduce_dtype: torch.dtype,
-) -> None:
-    """Shard the weights of all `nn.Linear` in a model, in place; gradients are summed over devices, not averaged.
+) -> bool:
+    """Shard the trained weights of all `nn.Linear` in a model, in place; gradients are summed, not averaged.
 
     Args:
         model: float32, equal on all ranks.
@@ -43,13 +43,16 @@ def shard(
         dtype: of the gathered matrices.
         reduce_dtype: in which their gradients are summed.
 
+    Returns:
+        Whether anything was sharded.
+
     Raises:
         DistributedError: `group_size` does not divide the number of devices.
     """
     if strategy == "ddp" or world.size == 1:
-        return
+        return False
     mesh = _mesh(world, strategy, group_size)
-    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for module in (*blocks, model):
         fully_shard(
@@ -59,6 +62,7 @@ def shard(
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # not every backend can divide
+    return True
 
 
 def _mesh(world: DistContext, strategy: str, group_size: int) -> DeviceMesh:

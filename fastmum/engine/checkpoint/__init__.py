@@ -4,8 +4,14 @@ A checkpoint is a folder with the files of `torch.distributed.checkpoint` and a 
 one flat state, names -> tensors, of all ranks.
 """
 
-from fastmum.engine.checkpoint.folder import FoundCheckpoint, find_checkpoints, set_aside_after
-from fastmum.engine.checkpoint.manifest import CheckpointError, CheckpointManifest, State
+from fastmum.engine.checkpoint.manifest import (
+    CheckpointError,
+    CheckpointManifest,
+    FoundCheckpoint,
+    State,
+    find_checkpoints,
+    set_aside_after,
+)
 from fastmum.engine.checkpoint.reader import CheckpointWeights, load_checkpoint, load_newest, read_weights
 from fastmum.engine.checkpoint.writer import Checkpoints
 

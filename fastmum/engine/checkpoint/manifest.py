@@ -1,24 +1,27 @@
-"""The checkpoint manifest: step, tensors, and size and hash of every file."""
+"""Checkpoint manifests, and the checkpoints of a folder ordered by them: file names and times have no meaning."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import xxhash
 from torch import Tensor
 
 from fastmum.errors import FastmumError
 from fastmum.kernels.halves import Halves
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "checkpoint.json"
+PARTIAL, ABANDONED = ".partial", ".abandoned"
 FORMAT = 2
-MAX_NAMES = 8  # tensors listed in a message
+MAX_NAMES = 5  # tensors listed in a message
 
 State = Mapping[str, Tensor | Halves]  # halves are saved as one float32 tensor
 
@@ -48,16 +51,11 @@ class TensorSpec(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor | Halves) -> TensorSpec:
-        """The spec of a tensor."""
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-
-    def empty(self) -> Tensor:
-        """An uninitialised tensor of this spec on the CPU."""
-        return torch.empty(self.shape, dtype=getattr(torch, self.dtype))
 
 
 class FileHash(NamedTuple):
-    """Size in bytes and XXH3-128 of a file."""
+    """Size in bytes and XXH3-128."""
 
     size: int
     xxh3: str
@@ -65,13 +63,11 @@ class FileHash(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """Contents of a checkpoint.
+    """Contents of the checkpoint in the folder `path`.
 
     Args:
-        path: folder of the checkpoint.
         values: JSON dict that was passed to `Checkpoints.save`, with the key `model_config`.
-        tensors: specs by name.
-        files: hashes by file name, without the manifest.
+        tensors, files: by name, without the manifest.
     """
 
     path: Path
@@ -127,20 +123,69 @@ class CheckpointManifest:
 
     def check_tensors(self, state: State) -> None:
         """Raise CheckpointError if names or shapes differ from the saved ones; dtypes are converted on load."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         saved = {name: spec.shape for name, spec in self.tensors.items()}
+        ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
         wrong = [
-            *(f"{name} is missing" for name in sorted(shapes.keys() - saved.keys())),
-            *(f"{name} is unexpected" for name in sorted(saved.keys() - shapes.keys())),
-            *(
-                f"{name} is {list(saved[name])} instead of {list(shape)}"
-                for name, shape in shapes.items()
-                if saved.get(name, shape) != shape
-            ),
+            f"{name} {saved.get(name, 'missing')} (expected: {ours.get(name, 'none')})"
+            for name in sorted(saved.keys() | ours.keys())
+            if saved.get(name) != ours.get(name)
         ]
         if wrong:
             more = f" and {len(wrong) - MAX_NAMES} more" if len(wrong) > MAX_NAMES else ""
             raise CheckpointError(f"checkpoint '{self.path}' does not fit: {', '.join(wrong[:MAX_NAMES])}{more}")
+
+
+class FoundCheckpoint(NamedTuple):
+    """A checkpoint and its manifest, or why the manifest cannot be read."""
+
+    path: Path
+    manifest: CheckpointManifest | None
+    problem: str = ""
+
+
+def find_checkpoints(path: Path) -> list[FoundCheckpoint]:
+    """The checkpoints in a folder or run, or the checkpoint `path`; unreadable ones first, then most steps first."""
+    if (path / MANIFEST).exists():
+        return [_found(path)]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = [_found(child) for child in (folder.iterdir() if folder.is_dir() else ()) if _is_checkpoint(child)]
+    return sorted(
+        found, key=lambda f: (f.manifest is None, f.manifest.step if f.manifest else 0, f.path.name), reverse=True
+    )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    # .metadata of torch.distributed.checkpoint: a checkpoint that lost its manifest is reported as damaged.
+    exists = any((path / name).exists() for name in (MANIFEST, ".metadata"))
+    return exists and PARTIAL not in path.name and ABANDONED not in path.name
+
+
+def _found(path: Path) -> FoundCheckpoint:
+    try:
+        return FoundCheckpoint(path, CheckpointManifest.read(path))
+    except UnreadableError as error:
+        return FoundCheckpoint(path, None, str(error))
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename damaged checkpoints and those after the step that a run resumes from: they belong to another branch.
+
+    Called by one rank, before `Checkpoints` of the folder exist.
+    """
+    for found in find_checkpoints(folder):
+        if found.manifest is None or found.manifest.step > step:
+            found.path.rename(free_path(found.path.with_name(found.path.name + ABANDONED)))
+            why = f"is after step {step}, from which the run resumes" if found.manifest else "cannot be read"
+            log.info("'%s' %s and was renamed", found.path, why)
+
+
+def free_path(path: Path) -> Path:
+    """The path, with a number if it exists."""
+    name, number = path.name, 2
+    while path.exists():
+        path = path.with_name(f"{name}-{number}")
+        number += 1
+    return path
 
 
 def _dump(content: Any) -> str:

@@ -8,12 +8,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 
-from fastmum.engine.checkpoint.folder import find_checkpoints
-from fastmum.engine.checkpoint.manifest import CheckpointError, CheckpointManifest, State, UnreadableError
-from fastmum.engine.checkpoint.shards import Ranks, file_damage, read_shards
+from fastmum.engine.checkpoint.manifest import (
+    CheckpointError,
+    CheckpointManifest,
+    State,
+    UnreadableError,
+    find_checkpoints,
+)
+from fastmum.engine.checkpoint.shards import Group, Ranks, file_damage, read_shards
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +31,7 @@ class CheckpointWeights(NamedTuple):
 
 
 def load_newest(
-    path: Path, state: State, model_config: Mapping[str, Any], group: dist.ProcessGroup | None = None
+    path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
 ) -> CheckpointManifest | None:
     """Fill `state` in place from the newest whole checkpoint; None if there is no checkpoint.
 
@@ -34,7 +39,6 @@ def load_newest(
         path: a checkpoint, a folder of checkpoints, or a run.
         state: tensors of the saved names and global shapes, sharded in any way.
         model_config: compared with the saved one.
-        group: gloo group of all ranks; None: a single process.
 
     Raises:
         CheckpointError: no checkpoint is whole, or the newest whole one holds another model or other tensors.
@@ -43,14 +47,14 @@ def load_newest(
 
     def fill(manifest: CheckpointManifest) -> None:
         manifest.check_model(model_config)
-        ranks.on_all(lambda: manifest.check_tensors(state))
+        manifest.check_tensors(state)
         _read(manifest, state, ranks)
 
     return _newest(path, fill, ranks, remedy="; train.resume=never sets the run aside")
 
 
 def load_checkpoint(
-    path: Path, state: State, model_config: Mapping[str, Any], group: dist.ProcessGroup | None = None
+    path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
 ) -> CheckpointManifest:
     """`load_newest`, but raises CheckpointError if there is no checkpoint."""
     return load_newest(path, state, model_config, group) or _raise_missing(path)
@@ -70,7 +74,9 @@ def read_weights(path: Path, prefix: str = "model.") -> CheckpointWeights:
 
     def read(manifest: CheckpointManifest) -> None:
         tensors.clear()
-        tensors.update({name: spec.empty() for name, spec in manifest.tensors.items() if name.startswith(prefix)})
+        for name, (shape, dtype) in manifest.tensors.items():
+            if name.startswith(prefix):
+                tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
         _read(manifest, tensors, single)
 
     single = Ranks(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import warnings
@@ -23,17 +24,16 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from fastmum.engine.checkpoint.manifest import CheckpointError, FileHash, State, reason
 from fastmum.kernels.halves import Halves
 
-BLOCK = 1 << 24  # bytes per read
-
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a run of one process
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None  # gloo group of all ranks; None: a single process
 
 
 class Ranks:
-    """Calls functions on the ranks of a gloo group, None for one process; if one raises, all raise CheckpointError."""
+    """Calls functions on the ranks of a group; if one raises, all raise CheckpointError."""
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, group: Group) -> None:
         self.group = group
         self.rank = dist.get_rank(group) if group else 0
         self.size = dist.get_world_size(group) if group else 1
@@ -125,20 +125,16 @@ def write_shards(path: Path, state: State, copies: Mapping[str, Tensor], ranks: 
 
     Args:
         path: a folder, made if missing.
-        state: live tensors of all names in `copies`; only their metadata is used.
+        state: live tensors, of which only the metadata is used.
         copies: CPU copies of the shards that this rank writes.
-
-    Raises:
-        CheckpointError: a rank failed; raised on all ranks.
     """
     files = _HashedFileSystem()
     # Copying ahead would synchronise with the device at every tensor; the copies are on the CPU.
     writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0)
     writer.fs = files
-    live = {name: state[name] for name in copies}
     with _raise_checkpoint_error(ranks), torch.no_grad():
         dcp.save(
-            {name: copies[name] if isinstance(tensor, Halves) else tensor for name, tensor in live.items()},
+            {name: copy if isinstance(state[name], Halves) else state[name] for name, copy in copies.items()},
             storage_writer=writer,
             planner=_Planner(copies),
             process_group=ranks.group,
@@ -148,11 +144,7 @@ def write_shards(path: Path, state: State, copies: Mapping[str, Tensor], ranks: 
 
 
 def read_shards(path: Path, state: State, ranks: Ranks) -> None:
-    """Fill the tensors of `state`, sharded in any way, from a checkpoint.
-
-    Raises:
-        CheckpointError: a rank failed; raised on all ranks.
-    """
+    """Fill the tensors of `state`, sharded in any way, from a checkpoint."""
     buffers = {
         name: torch.empty_like(tensor.parameter, dtype=torch.float32, device="cpu")
         if isinstance(tensor, Halves)
@@ -189,16 +181,11 @@ def file_damage(path: Path, expected: FileHash) -> str | None:
         size = path.stat().st_size
         if size != expected.size:
             return f"{path.name} has {size} bytes instead of {expected.size}"
-        seen = xxhash.xxh3_128()
-        block = memoryview(bytearray(min(BLOCK, max(1, size))))
         with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(block):
-                seen.update(block[:count])
-    except FileNotFoundError:
-        return f"{path.name} is missing"
+            xxh3 = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
     except OSError as error:
         return f"{path.name}: {error.strerror}"
-    return None if seen.hexdigest() == expected.xxh3 else f"{path.name} does not match its hash"
+    return None if xxh3 == expected.xxh3 else f"{path.name} does not match its hash"
 
 
 def sync_folder(path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -21,14 +21,10 @@ from fastmum.kernels.halves import Halves
 
 
 class Snapshot:
-    """The shards that one rank writes, copied into buffers that are reused.
+    """The shards that one rank writes, copied into reused buffers.
 
-    Args:
-        rank, size: of the processes that share the state.
-
-    DCP's `DefaultStager` cannot replace it: it stages whole replicated tensors on every rank instead of each once, its
-    stream does not wait for the update before, it gives the next update only a host future to wait for, and it cannot
-    join halves.
+    Not DCP's `DefaultStager`: it stages replicated tensors on every rank, its stream does not wait for the last update
+    nor the next update's stream for it, and it cannot join halves.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -41,32 +37,19 @@ class Snapshot:
         self._before: torch.cuda.Event | None = None  # the copy starts after this
         self._after: torch.cuda.Event | None = None  # the next update starts after this
 
-    @property
-    def copies(self) -> dict[str, Tensor]:
-        """Copies by name, complete after `copy`."""
-        return {name: self._buffers[name] for name in self._live}
-
     def allocate(self, state: State) -> None:
         """Allocate and touch the buffers for a state before training: the first time is slow."""
         self._allocate(own_shards(state, self._rank, self._size))
 
     @torch.no_grad()
-    def begin(self, state: State) -> None:
-        """Select the state as it is now on the device; `copy` of the last one has returned.
-
-        Counters (0-d) and `meter.*`, which change at any time, are cloned at once, without a synchronisation.
-
-        Raises:
-            TypeError: a tensor is neither replicated nor sharded.
-        """
+    def begin(self, state: State, volatile: Collection[str] = ()) -> None:
+        """Select the state as it is now on the device; clones what changes at any time, without a synchronisation."""
         shards = own_shards(state, self._rank, self._size)
-        self._live = {
-            name: shard.clone()
-            if isinstance(shard, Tensor) and (shard.ndim == 0 or name.startswith("meter."))
-            else shard
-            for name, shard in shards.items()
-        }
-        device = next((device for device in map(_device, shards.values()) if device.type == "cuda"), None)
+        for name, shard in shards.items():
+            if isinstance(shard, Tensor) and (shard.ndim == 0 or name.startswith("meter.") or name in volatile):
+                shards[name] = shard.clone()
+        self._live = shards
+        device = next((tensor.device for tensor in map(_tensor, shards.values()) if tensor.is_cuda), None)
         if device:
             self._stream = self._stream or torch.cuda.Stream(device)
             self._before, self._after = torch.cuda.Event(), torch.cuda.Event()
@@ -74,8 +57,8 @@ class Snapshot:
         self._queued.clear()
 
     @torch.no_grad()
-    def copy(self) -> None:
-        """Copy the selected state; returns when the copies are complete."""
+    def copy(self) -> dict[str, Tensor]:
+        """Copy the selected state; returns the copies when they are complete."""
         stream, before, after = self._stream, self._before, self._after
         try:
             self._allocate(self._live)
@@ -91,6 +74,7 @@ class Snapshot:
             self._queued.set()
         if after:
             after.synchronize()
+        return {name: self._buffers[name] for name in self._live}
 
     def before_update(self) -> None:
         """Wait until the state may change: on CUDA the device waits for the copy, not the host."""
@@ -103,22 +87,19 @@ class Snapshot:
         for name, shard in shards.items():
             if name not in self._buffers or self._buffers[name].shape != shard.shape:
                 # The strides of the live tensor make the copy contiguous; zeros touch the pages.
-                like = shard.parameter if isinstance(shard, Halves) else shard.detach()
+                like = _tensor(shard).detach()
                 buffer = torch.empty_like(like, dtype=shard.dtype, device="cpu", pin_memory=like.is_cuda)
                 self._buffers[name] = buffer.zero_()
 
 
-def _device(shard: Tensor | Halves) -> torch.device:
-    return shard.parameter.device if isinstance(shard, Halves) else shard.device
+def _tensor(shard: Tensor | Halves) -> Tensor:
+    return shard.parameter if isinstance(shard, Halves) else shard
 
 
 def own_shards(state: State, rank: int, size: int) -> dict[str, Tensor | Halves]:
-    """Local shards that this rank writes; replicas are assigned so that ranks write equal numbers of bytes.
+    """Local shards that this rank writes; of replicas each rank writes an equal number of bytes.
 
-    Needs no communication: names and global shapes are equal on all ranks.
-
-    Raises:
-        TypeError: a tensor is neither replicated nor sharded.
+    Needs no communication: names and global shapes are equal on all ranks. TypeError: a tensor is a partial sum.
     """
     loads: dict[int, list[int]] = {}  # number of replicas -> bytes assigned to each
     shards: dict[str, Tensor | Halves] = {}

@@ -9,16 +9,24 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch import Tensor
 
-from fastmum.engine.checkpoint.folder import PARTIAL, find_checkpoints, prune, publish, remove_partial
-from fastmum.engine.checkpoint.manifest import CheckpointError, CheckpointManifest, State, TensorSpec, reason
-from fastmum.engine.checkpoint.shards import Ranks, sync_folder, write_shards
+from fastmum.engine.checkpoint.manifest import (
+    PARTIAL,
+    CheckpointError,
+    CheckpointManifest,
+    State,
+    TensorSpec,
+    find_checkpoints,
+    free_path,
+    reason,
+)
+from fastmum.engine.checkpoint.shards import Group, Ranks, sync_folder, write_shards
 from fastmum.engine.checkpoint.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -29,26 +37,19 @@ EXIT_TIMEOUT = 60.0  # seconds that a process which exits without `close` waits 
 class Checkpoints:
     """Writes the checkpoints of a run; all ranks make the same calls in the same order.
 
-    Attributes:
-        newest: path of the newest checkpoint.
-        failed: number of checkpoints that could not be written.
-        stall_seconds: time that training waited in `save` and `before_update`.
+    `newest` is the path of the newest checkpoint, `failed` the number of those that could not be written, and
+    `stall_seconds` the time that training waited in `save` and `before_update`.
 
     Args:
         folder: of the checkpoints; leftovers of a crash in it are deleted.
         keep: number of newest checkpoints to keep.
         keep_every: multiples of this step are kept too; 0: none.
         background: write while training continues; otherwise `save` returns when the checkpoint is published.
-        group: gloo group of all ranks, used by nothing else; None: a single process.
+        group: used by nothing else.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        keep_every: int = 0,
-        background: bool = True,
-        group: dist.ProcessGroup | None = None,
+        self, folder: Path, keep: int, keep_every: int = 0, background: bool = True, group: Group = None
     ) -> None:
         self.newest = next((found.path for found in find_checkpoints(folder) if found.manifest), None)
         self.failed = 0
@@ -59,28 +60,29 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None  # of the last checkpoint
         if self._ranks.rank == 0:
-            remove_partial(folder)
+            for leftover in folder.glob(f"*{PARTIAL}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def prepare(self, state: State) -> None:
         """Allocate the memory for copies of such a state before training; otherwise the first `save` does."""
         self._snapshot.allocate(state)
 
-    def save(self, step: int, state: State, values: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: State, values: Mapping[str, Any], volatile: Collection[str] = ()) -> None:
         """Start a checkpoint of the current state; waits for the one before.
 
         A checkpoint that cannot be written is logged and counted; training continues.
 
         Args:
             step: optimiser steps done.
-            state: tensors, DTensors and halves; those that are not sharded are equal on all ranks. Tensors other than
-                0-d ones and `meter.*` may change only after `before_update`.
+            state: tensors, DTensors and halves; those that are not sharded are equal on all ranks. They change only
+                after `before_update`, except 0-d tensors, `meter.*` and those in `volatile`, which are cloned at once.
             values: JSON for the manifest, with the key `model_config`.
         """
         with self._count_stall():
             self._join()
             content = json.loads(json.dumps({**values, "step": step}))
             tensors = {name: TensorSpec.of(tensor) for name, tensor in state.items()}
-            self._snapshot.begin(state)
+            self._snapshot.begin(state, volatile)
             manifest = CheckpointManifest(self._folder / f"step_{step:07d}{PARTIAL}", step, content, tensors, {})
             if self._background:
                 self._thread = threading.Thread(
@@ -98,11 +100,7 @@ class Checkpoints:
             self._snapshot.before_update()
 
     def wait(self) -> None:
-        """Wait for the checkpoint being written.
-
-        Raises:
-            CheckpointError: the last one could not be written.
-        """
+        """Wait for the checkpoint being written; CheckpointError if the last one could not be written."""
         self._join()
         if self._error:
             raise self._error
@@ -126,10 +124,11 @@ class Checkpoints:
     def _write(self, manifest: CheckpointManifest, state: State) -> None:
         partial = manifest.path
         try:
-            self._ranks.on_all(self._snapshot.copy)
+            copies: dict[str, Tensor] = {}
+            self._ranks.on_all(lambda: copies.update(self._snapshot.copy()))
             if self._background:
                 _lower_priority()
-            written = write_shards(partial, state, self._snapshot.copies, self._ranks)
+            written = write_shards(partial, state, copies, self._ranks)
             for files in self._ranks.on_all(lambda: written):
                 manifest.files.update(files)
             self.newest = self._ranks.on_main(lambda: self._publish(manifest))
@@ -148,13 +147,26 @@ class Checkpoints:
     def _publish(self, manifest: CheckpointManifest) -> Path:
         manifest.write()
         sync_folder(manifest.path)
-        path = publish(manifest.path, manifest.step)
+        path = manifest.path.rename(free_path(self._folder / f"step_{manifest.step:07d}"))
         sync_folder(self._folder)
         try:
-            prune(self._folder, self._keep, self._keep_every)
+            self._prune()
         except OSError as error:
             log.warning("an old checkpoint in '%s' could not be deleted (%s)", self._folder, reason(error))
         return path
+
+    def _prune(self) -> None:
+        """Delete what `keep` and `keep_every` do not cover; of equal steps, all but the last written."""
+        seen: set[int] = set()
+        for path, manifest, _ in find_checkpoints(self._folder):
+            if manifest is None:
+                continue  # perhaps a transient error; set aside on resume
+            step = manifest.step
+            wanted = len(seen) < self._keep or (self._keep_every and step % self._keep_every == 0)
+            if step in seen or not wanted:
+                # Renamed first: an interrupted deletion leaves no checkpoint that looks whole.
+                shutil.rmtree(path.rename(free_path(path.with_name(path.name + PARTIAL))))
+            seen.add(step)
 
 
 def _lower_priority() -> None:
