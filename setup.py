@@ -49,7 +49,6 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "natsort>=8.4",
-        "scipy>=1.11.4",
         "pyarrow>=16",
         "pyyaml>=6",
         "platformdirs>=4.2",

@@ -1,7 +1,7 @@
-"""A page of Markdown from what the benchmarks measured: `python -m benchmarks.report RESULT.json ... [--out FILE]`.
+"""Write docs/BENCHMARKS.md from results: `python -m benchmarks.report RESULT.json ... [--out FILE]`.
 
-The JSON is that of `pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json`, or of several runs of parts;
-plots go beside the page, into images/ and a folder of its name.
+RESULT.json is written by `pytest benchmarks/ --benchmark-only --benchmark-json=RESULT.json`, in one or several runs.
+Plots are written next to the page, into images/<name of the page>.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.plots import draw_ratios
 from benchmarks.projection import ProjectionError, projection_tables, read_predictions
-from benchmarks.results import FASTMUM, HEADINGS, Result, grouped, results_of, rows, write
+from benchmarks.results import COMPILED, FASTMUM, HEADINGS, REFERENCE, Result, grouped, results_of, rows, write
+from fastmum.errors import FastmumError, run_command
 
 HOW = "write it with pytest benchmarks/ --benchmark-only --benchmark-json=FILE"
 OFFLINE_MARK = "<!-- predictions: python -m benchmarks.offline --json > FILE, then --offline FILE -->"
 
-# Group -> what a reader should know of it.
+# Group -> explanation on the page.
 ABOUT = {
     "training step": "The same weights, frames and masks; losses of two steps agree before anything is timed. The "
     "reference computes what the released code does: every patch embedded and predicted, rotary tables for every head, "
@@ -49,17 +49,19 @@ ABOUT = {
     "training loop": "What the loop adds to forward, backward and update.",
 }  # fmt: skip
 ORDER = list(ABOUT)
+COLORS = {REFERENCE: "#2a6fbb", COMPILED: "#c98a1b"}
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.4, 2, 3, 5, 10, 20, 50, 100)
 
 
-class ReportError(ValueError):
-    """A page that cannot be made; the message is one line for the user."""
+class ReportError(FastmumError):
+    """Results that cannot be read, or a page that cannot be written."""
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What pytest-benchmark wrote.
+    """The JSON of pytest-benchmark.
 
     Raises:
-        ReportError: the file is missing, no JSON, or not of these benchmarks.
+        ReportError: the file is missing, invalid, or of other benchmarks.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -75,10 +77,10 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def joined(paths: Sequence[Path]) -> dict[str, Any]:
-    """Runs of parts as one; the machine and the date are those of the first.
+    """Several runs as one; the machine and the date are those of the first.
 
     Raises:
-        ReportError: as `read_results`, or sizes or devices that differ.
+        ReportError: as `read_results`, or the sizes or devices differ.
     """
     first, *others = [read_results(path) for path in paths]
     for path, other in zip(paths[1:], others, strict=True):
@@ -97,18 +99,16 @@ def write_report(
 
     Args:
         data: of `read_results`.
-        out: the page.
-        notes: paragraphs behind the table of the machine.
+        notes: paragraphs after the table of the machine.
         predictions: of `read_predictions`, one for each GPU.
 
     Raises:
-        ReportError: no duels, files that cannot be written, or no matplotlib.
+        ReportError: there are no duels, or a file cannot be written.
     """
     try:
-        results = results_of(data["benchmarks"])
+        groups = grouped(results_of(data["benchmarks"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ReportError(f"the results cannot be used ({error!r}); {HOW}") from None
-    groups = grouped(results)
     if not groups:
         raise ReportError(f"there are no results to compare; {HOW}")
     images = out.parent / "images" / out.stem.lower()
@@ -119,34 +119,59 @@ def write_report(
             plot = images / f"{group.replace(' ', '-')}.svg"
             draw_ratios(groups[group], plot)
             lines += _section(group, groups[group], plot.relative_to(out.parent).as_posix())
-        lines += _others(data["benchmarks"])
-        lines += _predicted(predictions)
-        out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
-    except ImportError:
-        raise ReportError("plots need matplotlib: pip install 'fastmum[dev]'") from None
+        _write(out, [*lines, *_others(data["benchmarks"])], predictions)
     except OSError as error:
         raise ReportError(f"'{error.filename or out}' cannot be written ({error.strerror})") from None
 
 
 def write_notes(out: Path, notes: Sequence[str], predictions: Sequence[dict[str, Any]] = ()) -> None:
-    """Write a page of paragraphs alone, where the benchmarks left no results.
-
-    Args:
-        out, notes, predictions: of `write_report`.
-
-    Raises:
-        ReportError: the page cannot be written.
-    """
-    lines = ["# Benchmarks", "", *(f"{note}\n" for note in notes), *_predicted(predictions)]
+    """Write a page of `notes` and `predictions` without results; raises `ReportError`."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        _write(out, ["# Benchmarks", "", *(f"{note}\n" for note in notes)], predictions)
     except OSError as error:
         raise ReportError(f"'{error.filename or out}' cannot be written ({error.strerror})") from None
 
 
-def _predicted(predictions: Sequence[dict[str, Any]]) -> list[str]:
-    return [line for each in predictions for line in projection_tables(each)] or [OFFLINE_MARK]
+def _write(out: Path, lines: Sequence[str], predictions: Sequence[dict[str, Any]]) -> None:
+    predicted = [line for each in predictions for line in projection_tables(each)] or [OFFLINE_MARK]
+    out.write_text("\n".join([*lines, *predicted]).rstrip() + "\n", encoding="utf-8")
+
+
+def draw_ratios(results: Sequence[Result], path: Path) -> None:
+    """Draw bars of reference / fastmum and compiled / fastmum on a logarithmic axis as SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9}
+    over = [name for name in (REFERENCE, COMPILED) if any(result.ratio(name) for result in results)]
+    height, values = 0.76 / max(1, len(over)), [1.0]
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(8.0, 1.2 + 0.36 * len(results)), layout="constrained")
+        axes = figure.add_subplot()
+        for i, name in enumerate(over):
+            ratios = [(row, ratio) for row, result in enumerate(results) if (ratio := result.ratio(name))]
+            at = [row + (i - (len(over) - 1) / 2) * height for row, _ in ratios]
+            lengths = [ratio.median - 1 for _, ratio in ratios]
+            around = [[r.median - r.low for _, r in ratios], [r.high - r.median for _, r in ratios]]
+            axes.barh(at, lengths, 0.9 * height, left=1, color=COLORS[name], label=f"{name} / fastmum")
+            middle = [ratio.median for _, ratio in ratios]
+            axes.errorbar(middle, at, xerr=around, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
+            values += [value for _, ratio in ratios for value in (ratio.low, ratio.high)]
+        low, high = 0.9 * min(values), 1.1 * max(values)
+        ticks = [tick for tick in TICKS if low <= tick <= high]
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.axvline(1, color="black", linewidth=0.8)
+        names = [result.what if len(result.what) <= 60 else f"{result.what[:59]}…" for result in results]
+        axes.set_yticks(range(len(results)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("times better than the reference: medians of rounds, with the spread of the table")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
 
 def _head(data: Mapping[str, Any]) -> list[str]:
@@ -191,8 +216,7 @@ def _head(data: Mapping[str, Any]) -> list[str]:
 
 def _section(group: str, results: Sequence[Result], plot: str) -> list[str]:
     cells = rows(results)
-    # Columns that nobody filled are left out.
-    used = [i for i in range(len(HEADINGS)) if i == 0 or any(row[i] for row in cells)]
+    used = [i for i in range(len(HEADINGS)) if i == 0 or any(row[i] for row in cells)]  # no empty columns
     lines = [f"## {group[0].upper()}{group[1:]}", ""]
     lines += [ABOUT[group], ""] if group in ABOUT else []
     lines += ["| " + " | ".join(HEADINGS[i] for i in used) + " |", "|" + "---|" * len(used)]
@@ -201,7 +225,7 @@ def _section(group: str, results: Sequence[Result], plot: str) -> list[str]:
 
 
 def _others(entries: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What fastmum takes for work that the reference has nothing like."""
+    """Benchmarks without a reference."""
     others = [entry for entry in entries if "contestant" not in entry["extra_info"]]
     if not others:
         return []
@@ -216,7 +240,7 @@ def _others(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """The figure that everybody asks for, in a line."""
+    """The speed of the training step in a line, or the number of comparisons."""
     for result in results:
         if (result.group, result.what) == ("training step", "whole step") and (ratio := result.ratio()):
             return f"training step: {result.value(FASTMUM)}, {ratio} times the reference's speed"
@@ -226,25 +250,23 @@ def summary(results: Sequence[Result]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", metavar="RESULT.json", help="of --benchmark-json")
-    parser.add_argument("--out", type=Path, default=Path("docs/BENCHMARKS.md"), help="the page (%(default)s)")
-    parser.add_argument(
-        "--offline", type=Path, action="append", default=[], metavar="FILE.json",
-        help="of python -m benchmarks.offline --json; repeatable, for several GPUs",
-    )  # fmt: skip
-    parser.add_argument(
-        "--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable"
-    )
+    add, offline = parser.add_argument, "of python -m benchmarks.offline --json; repeatable, for several GPUs"
+    add("results", type=Path, nargs="+", metavar="RESULT.json", help="of --benchmark-json")
+    add("--out", type=Path, default=Path("docs/BENCHMARKS.md"), help="the page (%(default)s)")
+    add("--offline", type=Path, action="append", default=[], metavar="FILE.json", help=offline)
+    add("--note", action="append", default=[], metavar="TEXT", help="a paragraph for the page; repeatable")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         data = joined(args.results)
-        predictions = [read_predictions(file) for file in args.offline]
+        try:
+            predictions = [read_predictions(file) for file in args.offline]
+        except ProjectionError as error:
+            raise ReportError(str(error)) from None
         write_report(data, args.out, args.note, predictions)
-    except (ReportError, ProjectionError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {summary(results_of(data['benchmarks']))}")
-    return 0
+        print(f"{args.out}: {summary(results_of(data['benchmarks']))}")
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What duels measured: entries of pytest-benchmark paired again, ratios round by round, and tables of them."""
+"""Results of duels: entries of pytest-benchmark paired again, ratios by round, and tables."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 REFERENCE, COMPILED, FASTMUM = "reference", "compiled", "fastmum"
-FRAMES_A_SECOND = "frames/s"  # the unit of which more is better
-FEWEST_OF_QUARTILES = 4  # rounds; quartiles of fewer mean nothing
+FRAMES_A_SECOND = "frames/s"  # the only unit of which more is better
+MIN_FOR_QUARTILES = 4  # rounds
 SCALES = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")),
     "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")),
     "bytes/s": ((1e12, "TB/s"), (1e9, "GB/s"), (1e6, "MB/s")),
     "FLOP/s": ((1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
 }
+HEADINGS = ("", REFERENCE, COMPILED, FASTMUM, "reference / fastmum", "compiled / fastmum", "rounds", "")
 
 
 class Ratio(NamedTuple):
-    """The reference's measure over another's (speeds: the other's over its), round by round: how many times better.
-
-    Args:
-        median: of the rounds.
-        low, high: quartiles; of fewer than 4 rounds the least and the most.
-    """
+    """Speed-up: median of the rounds, and quartiles, or minimum and maximum of fewer than 4 rounds."""
 
     median: float
     low: float
@@ -39,10 +35,8 @@ class Result:
     """One duel.
 
     Args:
-        group, what: where it stands.
-        unit: of the rounds; less is better, but of `FRAMES_A_SECOND` more.
-        rounds: by contestant, in order.
-        info: what else was said of it.
+        rounds: measured values by contestant, in order.
+        info: more facts, such as "bytes", "flops", "peak" (FLOP/s of the device) and "note".
     """
 
     group: str
@@ -52,54 +46,54 @@ class Result:
     info: dict[str, Any] = field(default_factory=dict)
 
     def ratio(self, over: str = REFERENCE, of: str = FASTMUM) -> Ratio | None:
-        """How many times better `of` is; None where one of them is missing."""
+        """Speed-up of `of` over `over`, round by round; None if one of them is missing."""
         if over not in self.rounds or of not in self.rounds:
             return None
         pair = (of, over) if self.unit == FRAMES_A_SECOND else (over, of)
         ratios = [a / b for a, b in zip(*(self.rounds[name] for name in pair), strict=True)]
         low, high = min(ratios), max(ratios)
-        if len(ratios) >= FEWEST_OF_QUARTILES:
+        if len(ratios) >= MIN_FOR_QUARTILES:
             low, _, high = quantiles(ratios, n=4, method="inclusive")
         return Ratio(median(ratios), low, high)
 
     @property
     def spread(self) -> str:
-        """What the brackets behind a ratio are, and of how many rounds."""
+        """What the brackets after a ratio are, and the number of rounds."""
         count = max(map(len, self.rounds.values()))
-        return f"{'quartiles' if count >= FEWEST_OF_QUARTILES else 'least to most'} of {count}"
+        return f"{'quartiles' if count >= MIN_FOR_QUARTILES else 'least to most'} of {count}"
 
     def value(self, name: str) -> str:
-        """A contestant's median with its unit, empty where it was not there."""
+        """A contestant's median with its unit, "" if it is missing."""
         return write(median(self.rounds[name]), self.unit) if name in self.rounds else ""
 
     @property
     def note(self) -> str:
-        """What fastmum's time means: bytes and operations a second, and their share of the GPU's peak."""
+        """Bytes and operations a second of fastmum, its share of the device's peak, and the note."""
         if FASTMUM not in self.rounds:
             return ""
-        seconds, parts = median(self.rounds[FASTMUM]), []
+        seconds, notes = median(self.rounds[FASTMUM]), []
         if "bytes" in self.info:
-            parts.append(write(self.info["bytes"] / seconds, "bytes/s"))
+            notes.append(write(self.info["bytes"] / seconds, "bytes/s"))
         if "flops" in self.info:
             rate = self.info["flops"] / seconds
-            parts.append(write(rate, "FLOP/s"))
+            notes.append(write(rate, "FLOP/s"))
             if self.info.get("peak"):
-                parts.append(f"MFU {rate / self.info['peak']:.1%}")
-        return ", ".join([*parts, *([self.info["note"]] if "note" in self.info else [])])
+                notes.append(f"MFU {rate / self.info['peak']:.1%}")
+        return ", ".join([*notes, *([self.info["note"]] if "note" in self.info else [])])
 
 
 def write(value: float, unit: str) -> str:
-    """A number in the largest of its units that leaves something before the point."""
+    """A number in the largest scale of its unit in which it is at least 1."""
     scales = SCALES.get(unit, ((1.0, unit),))
     scale, name = next((pair for pair in scales if abs(value) >= pair[0]), scales[-1])
     return f"{value / scale:.3g} {name}"
 
 
 def results_of(entries: Iterable[Mapping[str, Any]]) -> list[Result]:
-    """Duels from entries as in `--benchmark-json`, in their order; entries that are no part of a duel are left out.
+    """Duels from entries as in `--benchmark-json`; entries of other benchmarks are skipped.
 
     Raises:
-        ValueError: two duels of one name.
+        ValueError: two duels have the same name.
     """
     results: dict[tuple[str, str], Result] = {}
     for entry in entries:
@@ -116,18 +110,15 @@ def results_of(entries: Iterable[Mapping[str, Any]]) -> list[Result]:
 
 
 def grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """By group, in the order of the first of each."""
+    """Results by group, in order of appearance."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(result.group, []).append(result)
     return groups
 
 
-HEADINGS = ("", REFERENCE, COMPILED, FASTMUM, "reference / fastmum", "compiled / fastmum", "rounds", "")
-
-
 def rows(results: Iterable[Result]) -> list[list[str]]:
-    """Cells under `HEADINGS`: medians, ratios with their spread, what the spread is of."""
+    """Cells under `HEADINGS`: medians, ratios with their spread, kind of spread, note."""
     return [
         [
             result.what,

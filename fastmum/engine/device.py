@@ -58,7 +58,5 @@ def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.d
         device = torch.device("cuda", launch.local_rank if count > 1 else 0)
     if (device.index or 0) >= count:
         process = f", and this is process {launch.local_rank} of {launch.local_size} on its machine"
-        raise ConfigError(
-            f"{key} is '{name}', but torch sees {count} CUDA devices{process if launch.size > 1 else ''}"
-        )
+        raise ConfigError(f"{key} is '{name}', but torch sees {count} CUDA devices{process if launch.size > 1 else ''}")
     return device

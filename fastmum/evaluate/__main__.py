@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -17,23 +18,46 @@ from tqdm import tqdm
 import fastmum
 from fastmum.data.errors import DataError
 from fastmum.engine.device import pick_device
-from fastmum.errors import FastmumError
-from fastmum.evaluate.arguments import check, make_parser, probe_settings, view_settings
+from fastmum.errors import FastmumError, run_command
 from fastmum.evaluate.attention import evaluate_attention
-from fastmum.evaluate.cosine import evaluate_cosine
 from fastmum.evaluate.features import check_size, patch_size
-from fastmum.evaluate.folder import check_free, make_folder, read, save, write
-from fastmum.evaluate.matching import evaluate_matching
+from fastmum.evaluate.folder import check_free, make_folder, read, save
+from fastmum.evaluate.matcher import TEMPERATURE
+from fastmum.evaluate.matching import Result, evaluate_cosine, evaluate_matching
 from fastmum.evaluate.page import page
-from fastmum.evaluate.pairs import Pair, PairSet, open_pairs, overlap, same_set
+from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
-from fastmum.evaluate.result import Result
-from fastmum.evaluate.sequences import SequenceSet, open_sequences
+from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.table import table
-from fastmum.evaluate.views import evaluate_views, shown, some_targets
-from fastmum.evaluate.weights import Weights, load_weights
-from fastmum.pretrained.arguments import parse_overrides
+from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
+from fastmum.evaluate.weights import load_weights
+from fastmum.files import write_atomic
+from fastmum.pretrained.arguments import add_overrides, parse_overrides
+
+T = TypeVar("T")
+
+STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and minutes on a CPU
+TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
+FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
+LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0, "masks": 1, "gap": 1}
+HELP = {
+    "matching": "dense matching by linear probes, trained in one pass on frozen features",
+    "cosine": "matching by cosine similarity of features, with and without the last LayerNorm",
+    "attention": "matching by the decoder's attention across views, with pictures",
+    "views": "masked loss of the same frames with more and more views, and with views of other scenes",
+}
+
+_SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
+_EPILOG = f"""\
+DATA is scenes or motorcycle, which need no files; a path, whose kind is detected; or KIND:/path. Kinds:
+{_SETS}
+
+The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
+
+DIR collects results: every evaluation adds a .json and pictures; report.html and table.md show all of them next to the
+paper's numbers. docs/evaluation.md describes the protocols.
+"""
 
 REMEDIES = {
     "matching": "lower --batch or --size, or the number of --learning-rates",
@@ -42,6 +66,117 @@ REMEDIES = {
     "views": "lower --size or --views",
 }
 
+Claim = Callable[[str], None]  # checks, by the name of the set, that a result would not replace another one
+Evaluated = tuple[str, dict[str, Any], list[Image.Image]]  # name of the set, numbers, pictures
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; `args.task` is matching, cosine, attention or views."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m fastmum.evaluate",
+        description="Measure correspondence between views: matching by linear probe, by cosine similarity of features, "
+        "and by the decoder's attention; and the effect of other views on the masked loss.",
+        epilog=_EPILOG,
+        formatter_class=raw,
+    )
+    commands = parser.add_subparsers(dest="task", required=True, metavar="|".join(HELP))
+    about: dict[str, Any] = {"parents": [_shared()], "epilog": _EPILOG, "formatter_class": raw}
+    tasks = {
+        task: commands.add_parser(task, help=text, description=f"{text[0].upper()}{text[1:]}.", **about)
+        for task, text in HELP.items()
+    }
+    _add_training(tasks["matching"])
+    _add_views(tasks["views"])
+    for task in ("matching", "cosine"):
+        temperature = "of the matcher (%(default)s)"
+        tasks[task].add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
+    return parser
+
+
+def _shared() -> argparse.ArgumentParser:
+    """Arguments of all evaluations."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    weights = "a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with"
+    size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
+    pairs = "evaluate on N pairs (views: frames), evenly spread over the set (default: all)"
+    seed = "of random weights, of the order of training pairs, and of masks (%(default)s)"
+    add("--weights", required=True, metavar="W", help=weights)
+    add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
+    add("--name", metavar="NAME", help="of the weights in the table (default: that of the run or file)")
+    add("--data", default="scenes", metavar="DATA", help="pairs to evaluate on, see below (%(default)s)")
+    add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="folder of results (%(default)s)")
+    add("--size", type=int, metavar="PX", help=size)
+    add("--max-pairs", type=int, metavar="N", help=pairs)
+    add("--pictures", type=int, default=4, metavar="N", help="pairs to draw (%(default)s)")
+    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help=seed)
+    return parser
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    defaults, add = ProbeSettings(), parser.add_argument_group("training of the probes").add_argument
+    rates, decays = defaults.learning_rates, defaults.weight_decays
+    steps = f"default: {STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU"
+    probes = "each combination with a weight decay makes a probe (%(default)s)"
+    add("--train-data", metavar="DATA", help="pairs to train on (default: other scenes of --data)")
+    add("--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)")
+    add("--steps", type=int, metavar="N", help=steps)
+    add("--every", type=int, metavar="N", help="steps between evaluations (default: a tenth of --steps)")
+    add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs a step (%(default)s)")
+    add("--learning-rates", type=float, nargs="+", default=rates, metavar="LR", help=probes)
+    add("--weight-decays", type=float, nargs="+", default=decays, metavar="WD", help="(%(default)s)")
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    defaults, add = ViewSettings(), parser.add_argument_group("views").add_argument
+    ratio = "share of masked patches in every frame (%(default)s)"
+    add("--views", type=int, nargs="+", default=defaults.counts, metavar="S", help="numbers of views (%(default)s)")
+    add("--mask-ratio", type=float, default=defaults.mask_ratio, metavar="R", help=ratio)
+    add("--gap", type=int, default=defaults.gap, metavar="N", help="steps between neighbours (%(default)s)")
+    add("--masks", type=int, default=defaults.masks, metavar="N", help="masks of every frame (%(default)s)")
+
+
+def check(args: Namespace) -> None:
+    """Check the numbers that no settings class checks; raises `DataError`."""
+    for name, least in LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and value < least:
+            raise DataError(f"--{name.replace('_', '-')} is {value}, but must be at least {least}")
+    if not 0 < getattr(args, "temperature", 1.0) < float("inf"):
+        raise DataError(f"--temperature is {args.temperature}, but must be positive")
+
+
+def probe_settings(args: Namespace, device: str) -> ProbeSettings:
+    """Settings of the probes, with the default steps of the device ("cuda" or "cpu"); raises `DataError`."""
+    steps = args.steps or STEPS[device]
+    return _settings(
+        ProbeSettings,
+        steps=steps,
+        batch=args.batch,
+        evaluate_every=args.every or max(1, steps // 10),
+        learning_rates=tuple(args.learning_rates),
+        weight_decays=tuple(args.weight_decays),
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+
+
+def view_settings(args: Namespace) -> ViewSettings:
+    """Settings of the other views; raises `DataError`."""
+    more = {name: getattr(args, name) for name in ("mask_ratio", "gap", "masks", "seed")}
+    return _settings(ViewSettings, counts=tuple(args.views), **more)
+
+
+def _settings(kind: type[T], **values: Any) -> T:
+    """Settings of a class whose errors start with the field; raises a `DataError` that names the flag instead."""
+    try:
+        return kind(**values)
+    except ValueError as error:
+        field, _, rest = str(error).partition(" ")
+        raise DataError(f"--{FLAGS.get(field, field).replace('_', '-')} {rest}") from None
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
@@ -49,134 +184,101 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
-    try:
-        _run(args)
-    except (DataError, FastmumError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print(
-            f"error: the memory of the device is too small: {REMEDIES[args.task]}, or take --device cpu",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    def run() -> None:
+        try:
+            _run(args)
+        except torch.OutOfMemoryError:
+            remedy = f"{REMEDIES[args.task]}, or use --device cpu"
+            raise FastmumError(f"the memory of the device is too small: {remedy}") from None
+        except FloatingPointError as error:
+            raise FastmumError(str(error)) from None
+
+    return run_command(run)
 
 
 def _run(args: Namespace) -> None:
     check(args)
     out = args.out.expanduser()
     make_folder(out)
-    read(out)  # what is there must be readable when the page is made
+    read(out)  # the page needs every result; fail before the evaluation
     overrides = parse_overrides(args.overrides, {"device": "--device"})
     weights = load_weights(args.weights, args.name, pick_device(args.device, key="--device"), overrides, args.seed)
     if args.size is not None:
         check_size(weights.model, args.size)
-    found = EVALUATIONS[args.task](args, weights)
-    about = {
-        "task": args.task,
-        "set": found.set,
-        "weights": weights.name,
-        "source": args.weights,
-        "data": args.data,
-        "fastmum": fastmum.__version__,
-        "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
-    }
-    saved = save(out, about | found.numbers, found.draw())
+    about = {"task": args.task, "set": "", "weights": weights.name, "source": args.weights, "data": args.data}
+    set_name, numbers, pictures = EVALUATIONS[args.task](
+        args, weights.model, lambda name: check_free(out, about | {"set": name})
+    )
+    about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    saved = save(out, about | numbers, pictures)
     records = read(out)
     text = table(records).markdown()
-    write(out / "table.md", text)
-    write(out / "report.html", page(records))
+    write_atomic(out / "table.md", text)
+    write_atomic(out / "report.html", page(records))
     print(f"{text}\n{saved.file}\n{out / 'report.html'}")
 
 
-class Found(NamedTuple):
-    """What an evaluation gives to the folder of results.
-
-    Args:
-        set: name of what it was measured on.
-        numbers: for JSON.
-        draw: makes its pictures.
-    """
-
-    set: str
-    numbers: dict[str, Any]
-    draw: Callable[[], list[Image.Image]]
-
-
-def _matching(args: Namespace, weights: Weights) -> Found:
-    settings = probe_settings(args, next(weights.model.parameters()).device.type)
-    elsewhere = args.train_data is not None and not same_set(args.train_data, args.data)
-    pairs = open_pairs(args.data, "all" if elsewhere else "test")
-    train = open_pairs(args.train_data, "trainable") if elsewhere else open_pairs(args.data, "train")
-    if elsewhere and (shared := overlap(train, pairs)):
+def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+    settings = probe_settings(args, next(model.parameters()).device.type)
+    separate = args.train_data is not None and not same_set(args.train_data, args.data)
+    pairs = open_pairs(args.data, "all" if separate else "test")
+    train = open_pairs(args.train_data, "trainable") if separate else open_pairs(args.data, "train")
+    if separate and (shared := overlap(train, pairs)):
         raise DataError(
-            f"--train-data '{args.train_data}' and --data '{args.data}' share {shared}; what is tested on may not be "
-            "trained on: name another set by --train-data"
+            f"--train-data '{args.train_data}' and --data '{args.data}' share {shared}; name a --train-data that is "
+            "not tested on"
         )
-    _claim(args, pairs, weights)
+    claim(pairs.name)
     pairs = pairs.first(args.max_pairs)
-    result = evaluate_matching(weights.model, pairs, train.first(args.train_pairs), settings, args.size)
-    return _of_pairs(args, pairs, result, partial(_warp, result, pairs))
+    result = evaluate_matching(model, pairs, train.first(args.train_pairs), settings, args.size)
+    return _with_pictures(args, pairs, result)
 
 
-def _cosine(args: Namespace, weights: Weights) -> Found:
+def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     pairs = open_pairs(args.data).first(args.max_pairs)
-    _claim(args, pairs, weights)
-    result = evaluate_cosine(weights.model, pairs, args.size, args.temperature)
-    return _of_pairs(args, pairs, result, partial(_warp, result, pairs))
+    claim(pairs.name)
+    return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature))
 
 
-def _attention(args: Namespace, weights: Weights) -> Found:
+def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     pairs = open_pairs(args.data).first(args.max_pairs)
-    _claim(args, pairs, weights)
-    result = evaluate_attention(weights.model, pairs, args.size)
-    return _of_pairs(args, pairs, result, lambda pair: draw_attention(weights.model, pair, result.size))
+    claim(pairs.name)
+    result = evaluate_attention(model, pairs, args.size)
+    return _with_pictures(args, pairs, result, lambda pair: draw_attention(model, pair, result.size))
 
 
-def _views(args: Namespace, weights: Weights) -> Found:
-    settings, model = view_settings(args), weights.model
+def _with_pictures(
+    args: Namespace, pairs: PairSet, result: Result, draw: Callable[[Pair], Image.Image] | None = None
+) -> Evaluated:
+    """Draw a few pairs, by default their warps; there are no pictures of recall, which estimates no warps."""
+
+    def draw_pair_warp(pair: Pair) -> Image.Image:
+        assert result.warps is not None
+        return draw_warp(pair, result.warps[pairs.pairs.index(pair)], result.size)
+
+    few = pairs.first(args.pictures).pairs if args.pictures and result.warps is not None else []
+    pictures = [(draw or draw_pair_warp)(pair) for pair in tqdm(few, desc="drawing", unit="pair", leave=False)]
+    return pairs.name, {"pairs": len(pairs.pairs)} | result.numbers, pictures
+
+
+def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+    settings = view_settings(args)
     sequences = open_sequences(args.data, settings.least)
-    _claim(args, sequences, weights)
+    claim(sequences.name)
     result = evaluate_views(model, sequences, settings, args.size, args.max_pairs)
-
-    def draw() -> list[Image.Image]:
-        patches = (result.size // patch_size(model)) ** 2
-        few = evenly(some_targets(sequences, settings, args.max_pairs), args.pictures)
-        batches = (shown(sequences, each, settings, result.size, patches) for each in few)
-        return [draw_views(model, batch, settings.mask_ratio) for batch in batches]
-
-    return Found(sequences.name, result.numbers, draw)
+    patches = (result.size // patch_size(model)) ** 2
+    few = evenly(list(result.targets), args.pictures)
+    batches = (target_batch(sequences, target, settings, result.size, patches) for target in few)
+    return sequences.name, result.numbers, [draw_views(model, batch, settings.mask_ratio) for batch in batches]
 
 
-EVALUATIONS: dict[str, Callable[[Namespace, Weights], Found]] = {
+EVALUATIONS: dict[str, Callable[[Namespace, Any, Claim], Evaluated]] = {
     "matching": _matching,
     "cosine": _cosine,
     "attention": _attention,
     "views": _views,
 }
-
-
-def _claim(args: Namespace, data: PairSet | SequenceSet, weights: Weights) -> None:
-    """Look whether results have a file of their own, before anything is computed."""
-    check_free(args.out.expanduser(), args.task, data.name, weights.name)
-
-
-def _of_pairs(args: Namespace, pairs: PairSet, result: Result, draw: Callable[[Pair], Image.Image]) -> Found:
-    """Pictures of a few pairs: Fig. 6 of attention, Fig. 7 of the others; of recall none, which estimates no warps."""
-    few = pairs.first(args.pictures).pairs if args.pictures and result.warps is not None else []
-
-    def pictures() -> list[Image.Image]:
-        return [draw(pair) for pair in tqdm(few, desc="drawing", unit="pair", leave=False)]
-
-    return Found(pairs.name, {"pairs": len(pairs.pairs)} | result.numbers, pictures)
-
-
-def _warp(result: Result, pairs: PairSet, pair: Pair) -> Image.Image:
-    return draw_warp(pair, result.warps[pairs.pairs.index(pair)], result.size)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Frozen features of the frames of a set, computed once, and where their patches truly are in the other view.
+"""Frozen features of the frames of a pair set, each frame encoded once, and the true warps of its patches.
 
 Legend: F frames, N pairs, P patches of a frame, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,49 +21,34 @@ from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 Norm = Literal["layernorm", "raw"]
 NORMS: tuple[Norm, ...] = ("layernorm", "raw")
-BATCH = 8  # frames encoded at a time
-STORED = torch.float16  # of cached features: half the memory, 0.05 % of a value at most
+BATCH = 8  # frames encoded at once
+STORED = torch.float16  # of cached features: half the memory, a relative error of at most 0.05 %
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Where the patches of a set truly are in the other view, on the CPU.
-
-    Args:
-        pairs: the set.
-        target: (N, P, 2) float64, the true warp at the patch centres of the first frame, unit coordinates.
-        visible: (N, P) bool, where there is one.
-        grid: rows and columns of patches.
-    """
+    """True warps of a pair set, on the CPU."""
 
     pairs: PairSet
-    target: Tensor
-    visible: Tensor
-    grid: tuple[int, int]
+    target: Tensor  # (N, P, 2) float64 unit coordinates in B of the patch centres of A
+    visible: Tensor  # (N, P) bool, where the true warp exists
+    grid: tuple[int, int]  # rows and columns of patches
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A set as matchers read it, on the CPU.
+    """Features and true warps of a pair set, on the CPU.
 
-    Args:
-        truth: the set, and its true warps.
-        features: (F, P, D) of every distinct frame, each token divided by its root mean square, which a cosine does not
-            see and without which float16 could overflow.
-        first, second: (N,) int64, the frames of each pair.
+    Each token is divided by its root mean square, which a cosine does not see and without which float16 could overflow.
     """
 
     truth: Truth
-    features: Tensor
-    first: Tensor
+    features: Tensor  # (F, P, D) of the distinct frames
+    first: Tensor  # (N,) int64, index of the frame A of each pair
     second: Tensor
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Numbers of the pairs, `size` at a time."""
-        return iter(torch.arange(len(self.first)).split(size))
-
     def of(self, pairs: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Features of both frames of some pairs, (B, P, D) float32 each."""
+        """Features of A and B of the pairs (B,) on a device, (B, P, D) float32 each."""
         a, b = (self.features[frames[pairs]].to(device, torch.float32) for frames in (self.first, self.second))
         return a, b
 
@@ -75,35 +60,33 @@ def prepare(
 
     Args:
         encoder: see `patch_features`.
-        pairs: the set.
-        size: side in pixels that pictures are resized to; None: the set's own.
-        norms: which features are kept.
-        progress: whether to show bars.
-
-    Returns:
-        The set with features of each of the norms.
+        size: side of the resized pictures in pixels; None: the set's default.
+        norms: which features to keep.
 
     Raises:
         DataError: a frame that cannot be read, a size that does not fit the encoder, features that are not finite, or
             no visible point in any pair.
     """
     size = check_size(encoder, size or pairs.size)
-    frames = {frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}
-    place = {key: i for i, key in enumerate(frames)}
+    frames = list({frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}.values())
+    index = {frame.key: i for i, frame in enumerate(frames)}
     encoded: dict[Norm, list[Tensor]] = {norm: [] for norm in norms}
-    for images in _batches(list(frames.values()), size, progress, f"encoding {pairs.name}"):
-        found = patch_features(encoder, images)
-        for norm in norms:
-            check_finite(found[norm], pairs)
-            encoded[norm].append(_scaled(found[norm]).to("cpu", STORED))
+    with tqdm(total=len(frames), desc=f"encoding {pairs.name}", unit="frame", disable=not progress, leave=False) as bar:
+        for start in range(0, len(frames), BATCH):
+            images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
+            found = patch_features(encoder, images)
+            for norm in norms:
+                check_finite(found[norm], pairs)
+                scale = found[norm].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+                encoded[norm].append((found[norm] / scale).to("cpu", STORED))
+            bar.update(len(images))
     truth = true_warps(pairs, size // patch_size(encoder), progress)
-    first = torch.tensor([place[pair.a.key] for pair in pairs.pairs])
-    second = torch.tensor([place[pair.b.key] for pair in pairs.pairs])
-    return {norm: Prepared(truth, torch.cat(parts), first, second) for norm, parts in encoded.items()}
+    first, second = torch.tensor([(index[pair.a.key], index[pair.b.key]) for pair in pairs.pairs]).T
+    return {norm: Prepared(truth, torch.cat(batches), first, second) for norm, batches in encoded.items()}
 
 
 def true_warps(pairs: PairSet, side: int, progress: bool = True) -> Truth:
-    """The true warps of a set at the centres of side x side patches.
+    """True warps at the centres of side x side patches.
 
     Raises:
         DataError: depth that cannot be read, or no visible point in any pair.
@@ -117,26 +100,18 @@ def true_warps(pairs: PairSet, side: int, progress: bool = True) -> Truth:
 
 
 def check_finite(computed: Tensor, pairs: PairSet) -> None:
-    """Look whether what a model makes of a set is finite.
-
-    Raises:
-        DataError: it is not.
-    """
+    """Raise a `DataError` if features of a set are not finite."""
     if not computed.isfinite().all():
-        raise DataError(f"features of the set '{pairs.name}' are not finite: are the weights whole?")
+        raise DataError(f"features of the set '{pairs.name}' are not finite: are the weights damaged?")
 
 
 def load_image(frame: Frame, size: int) -> Tensor:
-    """The whole picture of a frame, resized to a square as RoMa does, (size, size, 3) uint8.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """The picture of a frame resized to a square, as in RoMa, (size, size, 3) uint8; raises `DataError`."""
     return squared(frame.read_image(), size)
 
 
 def squared(image: Image.Image, size: int) -> Tensor:
-    """A whole picture, resized to a square as RoMa does, (size, size, 3) uint8."""
+    """A picture resized to a square, (size, size, 3) uint8."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image))
@@ -144,49 +119,33 @@ def squared(image: Image.Image, size: int) -> Tensor:
 
 @torch.no_grad()
 def patch_features(encoder: nn.Module, images: Tensor) -> dict[Norm, Tensor]:
-    """Last-layer features of the patches of whole pictures.
+    """Last-layer patch features of whole pictures.
 
     Args:
-        encoder: has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm": `Encoder`, `MuM` and
-            others of that interface. Features are computed on its device.
+        encoder: has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm", such as `Encoder` and
+            `MuM`. Features are computed on its device.
         images: (F, H, W, 3) uint8.
 
     Returns:
-        (F, P, D) float32 each: "layernorm" behind the encoder's last norm, "raw" before it.
+        (F, P, D) float32 each: "layernorm" after the encoder's last norm, "raw" before it.
     """
     device = next(encoder.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
     normalised = (images.to(device).float() / 255 - mean) / std
-    features = encoder.forward_features(normalised.permute(0, 3, 1, 2))
+    features = encoder.forward_features(normalised.permute(0, 3, 1, 2))  # type: ignore[operator]
     patches = features["x_norm_patchtokens"]
-    # CLS, and registers where there are any, come first.
+    # CLS, and registers if there are any, come first.
     return {"layernorm": patches.float(), "raw": features["x_prenorm"][:, -patches.shape[1] :].float()}
 
 
-def _scaled(features: Tensor) -> Tensor:
-    return features / features.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-
-
-def patch_size(encoder: nn.Module) -> int:
+def patch_size(encoder: Any) -> int:
     """Side of the encoder's patches in pixels."""
     own = getattr(encoder, "patch_size", None)
     return encoder.config.patch_size if own is None else own
 
 
 def check_size(encoder: nn.Module, size: int) -> int:
-    """A size of pictures that the encoder takes.
-
-    Raises:
-        DataError: the patch size does not divide it.
-    """
+    """Return the size of pictures; raise a `DataError` if the encoder's patch size does not divide it."""
     if size < 1 or size % patch_size(encoder):
         raise DataError(f"--size is {size}, but must be a positive multiple of the patch size {patch_size(encoder)}")
     return size
-
-
-def _batches(frames: Sequence[Frame], size: int, progress: bool, label: str) -> Iterator[Tensor]:
-    with tqdm(total=len(frames), desc=label, unit="frame", disable=not progress, leave=False) as bar:
-        for start in range(0, len(frames), BATCH):
-            images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
-            yield images
-            bar.update(len(images))

@@ -1,9 +1,8 @@
-"""A folder of results: a JSON file and pictures for each evaluation, one table and one page for all of them."""
+"""A folder of results: a JSON file and pictures for each evaluation."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,21 +11,14 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from fastmum.data.errors import DataError
+from fastmum.files import write_atomic
 
 TASKS = ("matching", "cosine", "attention", "views")
 KEYS = ("task", "set", "weights")
-NUMBERS = ("scores", "settings")
-QUALITY = 90  # of JPEG
 
 
 class Record(NamedTuple):
-    """A result as it lies in the folder.
-
-    Args:
-        file: its JSON.
-        content: "task", "set", "weights", "scores", "settings" and what else the evaluation gives.
-        pictures: its pictures.
-    """
+    """A result in the folder: its JSON file, the content ("task", "set", "weights", "scores", ...), its pictures."""
 
     file: Path
     content: dict[str, Any]
@@ -34,112 +26,93 @@ class Record(NamedTuple):
 
 
 def make_folder(folder: Path) -> None:
-    """Make the folder, before anything is computed.
-
-    Raises:
-        DataError: it cannot be written to.
-    """
+    """Create a folder and check that it is writable; raises `DataError`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        write_atomic(folder / ".writable", "")
+        (folder / ".writable").unlink()
     except OSError as error:
         raise DataError(f"--out '{folder}' cannot be written to ({error.strerror}); name another folder") from None
 
 
-def check_free(folder: Path, task: str, set_: str, weights: str) -> None:
-    """Look whether a result has a file of its own, as names that differ in punctuation alone have not.
+def check_free(folder: Path, content: dict[str, Any]) -> None:
+    """Check that a result would not replace one of another set or of other weights.
+
+    Sets or weights whose names differ only in punctuation share a file, as do weights files of one name.
+
+    Args:
+        content: "task", "set" and "weights"; "source", the path of the weights, is compared if both results have it.
 
     Raises:
-        DataError: the file is there and of another set or of other weights.
+        DataError: it would.
     """
-    file = folder / f"{_stem(task, set_, weights)}.json"
-    if not file.exists():
+    file = folder / f"{_stem(content)}.json"
+    old = _content(file) if file.exists() else content
+    if (old["set"], old["weights"]) != (content["set"], content["weights"]):
+        new, other = (f"'{each['weights']}' on '{each['set']}'" for each in (content, old))
+    elif "source" in old and "source" in content and _resolved(old) != _resolved(content):
+        new, other = (f"'{each['source']}'" for each in (content, old))
+    else:
         return
-    there = _content(file)
-    if (there["set"], there["weights"]) != (set_, weights):
-        raise DataError(
-            f"'{file}' holds results of '{there['weights']}' on '{there['set']}', and those of '{weights}' on '{set_}' "
-            "would replace them; another --name or --out keeps both"
-        )
+    raise DataError(f"results of {new} would replace those of {other} in '{file}'; pass another --name or --out")
 
 
 def save(folder: Path, content: dict[str, Any], pictures: Sequence[Image.Image]) -> Record:
-    """Write a result; one of the same evaluation, set and weights is replaced.
+    """Write a result; an earlier one of the same evaluation, set and weights is replaced.
 
     Raises:
-        DataError: it cannot be written, or would replace that of another set or of other weights.
+        DataError: it cannot be written, or see `check_free`.
     """
-    check_free(folder, *(content[key] for key in KEYS))
-    stem = _stem(*(content[key] for key in KEYS))
+    check_free(folder, content)
+    stem = _stem(content)
     try:
         text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     except ValueError as error:
         raise DataError(f"the results of '{content['weights']}' on '{content['set']}' are no JSON ({error})") from None
+    files = [folder / f"{stem}-{i}.jpg" for i in range(len(pictures))]
     try:
         for old in _pictures(folder, stem):
             old.unlink()
-        files = [folder / f"{stem}-{i}.jpg" for i in range(len(pictures))]
-        for file, picture in zip(files, pictures, strict=True):
-            picture.save(file, quality=QUALITY, subsampling=0)
-        file = folder / f"{stem}.json"
-        write(file, text)
+        for picture, path in zip(pictures, files, strict=True):
+            picture.save(path, quality=90, subsampling=0)
+        write_atomic(folder / f"{stem}.json", text)
     except OSError as error:
         raise DataError(f"the results cannot be written to '{folder}' ({error.strerror or error})") from None
-    return Record(file, content, files)
-
-
-def write(file: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = file.with_name(f"partial_{file.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
+    return Record(folder / f"{stem}.json", content, files)
 
 
 def read(folder: Path) -> list[Record]:
-    """All results in the folder, by task, set and weights.
-
-    Raises:
-        DataError: a file that is none.
-    """
-    records = []
-    for file in folder.glob("*.json"):
-        records.append(Record(file, _content(file), _pictures(folder, file.stem)))
+    """All results in the folder, sorted by task, set and weights; raises `DataError` for any other JSON file."""
+    records = [Record(file, _content(file), _pictures(folder, file.stem)) for file in folder.glob("*.json")]
     return sorted(records, key=lambda r: (TASKS.index(r.content["task"]), r.content["set"], r.content["weights"]))
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """A result, with all that the table and the page rely on.
-
-    Raises:
-        DataError: the file is none.
-    """
+    """A result with everything that the table and the page need; raises `DataError`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        whole = all(isinstance(content[key], str) for key in KEYS)
-        if not whole or content["task"] not in TASKS or not all(isinstance(content[key], dict) for key in NUMBERS):
+        valid = all(isinstance(content[key], str) for key in KEYS) and content["task"] in TASKS
+        if not valid or not all(isinstance(content[key], dict) for key in ("scores", "settings")):
             raise ValueError("it is of another kind")
-    except KeyError as error:
-        raise DataError(f"'{file}' is no result of fastmum.evaluate (it lacks {error}); move it elsewhere") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"'{file}' is no result of fastmum.evaluate ({error}); move it elsewhere") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"'{file}' is no result of fastmum.evaluate ({reason}); move it elsewhere") from None
     return content
 
 
+def _resolved(content: dict[str, Any]) -> Path:
+    return Path(content["source"]).expanduser().resolve()
+
+
 def _pictures(folder: Path, stem: str) -> list[Path]:
-    found = {file: match for file in folder.glob(f"{stem}-*.jpg") if (match := re.search(r"-(\d+)\.jpg$", file.name))}
-    own = [file for file, match in found.items() if file.name == f"{stem}-{match[1]}.jpg"]
-    return sorted(own, key=lambda file: int(found[file][1]))
+    numbered = {
+        int(found[1]): file
+        for file in folder.glob("*.jpg")
+        if (found := re.fullmatch(re.escape(stem) + r"-(\d+)\.jpg", file.name))
+    }
+    return [file for _, file in sorted(numbered.items())]
 
 
-def _stem(task: str, set_: str, weights: str) -> str:
-    """Of the files of a result."""
-    return "-".join(map(_slug, (task, set_, weights)))
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.]+", "_", text).strip("_") or "_"
+def _stem(content: dict[str, Any]) -> str:
+    """Common part of the names of a result's files."""
+    return "-".join(re.sub(r"[^\w.]+", "_", content[key]).strip("_") or "_" for key in KEYS)

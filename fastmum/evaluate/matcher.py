@@ -1,8 +1,7 @@
 """The kernel nearest-neighbour matcher: from features or attention to a warp.
 
-RoMa's coarse matcher with an exponential cosine kernel: a patch of A is compared with every patch of B, the
-log-softmax over them is what a probe is trained by, and the warp is the mean of the best patch and its four neighbours
-under it.
+RoMa's coarse matcher with an exponential cosine kernel. The warp is the softmax-weighted mean of the best patch and its
+four neighbours.
 """
 
 from __future__ import annotations
@@ -14,24 +13,19 @@ from torch import Tensor
 from fastmum.geometry.warp import grid_points
 
 TEMPERATURE = 0.1  # of the exponential cosine kernel; RoMa's Gaussian process has 0.2
-# The best patch, and its neighbours: (rows, columns) away.
-TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))
+TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the best patch and its neighbours
 
 
 def cosine_logits(a: Tensor, b: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """Cosines of all patches of A (..., P_a, D) with all of B (..., P_b, D), over the temperature: (..., P_a, P_b)."""
+    """Cosine similarity over the temperature: (..., P_a, D) and (..., P_b, D) -> (..., P_a, P_b)."""
     return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT / temperature
 
 
 def decode(logits: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Where in B each patch of A is: the mean of the five patches round the best, weighted by softmax over them.
-
-    Args:
-        logits: (..., P_a, P_b), P_b patches of B row by row.
-        grid: rows and columns of B.
+    """Warp from logits (..., P_a, P_b) over the patches of B, which lie row by row in a grid (rows, columns).
 
     Returns:
-        (..., P_a, 2) unit coordinates, in the dtype of the logits.
+        (..., P_a, 2) unit coordinates in B, in the dtype of the logits.
     """
     rows, columns = grid
     best = logits.argmax(-1)
@@ -44,7 +38,7 @@ def decode(logits: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def nearest_patch(points: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Number of the patch that holds each point (..., 2), int64; points outside go to the patch next to them."""
+    """Index of the patch that contains each point (..., 2), int64; points outside are clamped to the border."""
     rows, columns = grid
     sides = torch.tensor([columns, rows], device=points.device)
     cell = (points * sides).floor().long().clamp(min=0).minimum(sides - 1)

@@ -1,7 +1,7 @@
 """Linear probes for dense matching, all trained at once.
 
-A probe is one square matrix behind frozen features. Every learning rate with every weight decay makes a probe, and they
-are one tensor with one optimiser: a step reads the features once for all of them.
+A probe is a square matrix applied to frozen features. There is one for each learning rate and weight decay; they form
+one tensor with one optimizer, so that a step reads the features once for all of them.
 
 Legend: Q probes, B pairs of a step, N pairs, P patches of a frame, D width.
 """
@@ -25,23 +25,19 @@ from fastmum.geometry.metrics import MatchScores, match_errors, match_scores
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How probes are trained.
+    """Training of the probes: steps, batch and evaluate_every as in the paper (supplement, section B).
 
-    Args:
-        steps, batch: steps, and pairs a step (supplement, section B: 25 K and 8).
-        evaluate_every: steps between evaluations (2,500).
-        learning_rates, weight_decays: each with each; their values are not in the paper.
-        temperature: of the matcher.
-        seed: of the order of pairs.
+    Every combination of learning rate and weight decay makes a probe; the paper does not name the values. A value out
+    of range is a ValueError that starts with the field.
     """
 
     steps: int = 25_000
-    batch: int = 8
-    evaluate_every: int = 2_500
+    batch: int = 8  # pairs
+    evaluate_every: int = 2_500  # steps
     learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
     weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
-    temperature: float = TEMPERATURE
-    seed: int = 0
+    temperature: float = TEMPERATURE  # of the matcher
+    seed: int = 0  # of the order of pairs
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "evaluate_every"):
@@ -60,32 +56,21 @@ class ProbeSettings:
 
 
 class BatchedAdamW:
-    """AdamW (Loshchilov and Hutter, 2019) on a stack of parameters, each with its own learning rate and weight decay.
+    """AdamW (Loshchilov and Hutter, 2019) on a stack of Q parameters (Q, ...), updated in place.
 
-    Args:
-        stack: (Q, ...), updated in place.
-        learning_rates, weight_decays: Q of each.
-        betas, eps: torch's defaults.
+    `learning_rates` and `weight_decays` have one value for each parameter. Betas and eps are PyTorch's defaults.
     """
 
-    def __init__(
-        self,
-        stack: Tensor,
-        learning_rates: list[float],
-        weight_decays: list[float],
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
+    def __init__(self, stack: Tensor, learning_rates: list[float], weight_decays: list[float]) -> None:
         shape = (-1, *[1] * (stack.ndim - 1))
-        self.stack, self.betas, self.eps = stack, betas, eps
+        self.stack, self.betas, self.eps, self.steps = stack, (0.9, 0.999), 1e-8, 0
         self.rates, decays = (stack.new_tensor(values).view(shape) for values in (learning_rates, weight_decays))
         self.keep = 1 - self.rates * decays
         self.mean, self.square = torch.zeros_like(stack), torch.zeros_like(stack)
-        self.steps = 0
 
     @torch.no_grad()
     def step(self, gradient: Tensor) -> None:
-        """Update the stack by its gradient, of the same shape."""
+        """Update the stack by its gradient (Q, ...)."""
         self.steps += 1
         (beta1, beta2), t = self.betas, self.steps
         self.mean.lerp_(gradient, 1 - beta1)
@@ -95,13 +80,7 @@ class BatchedAdamW:
 
 
 class Evaluated(NamedTuple):
-    """All probes after some steps.
-
-    Args:
-        step: how many.
-        losses: (Q,) of training, mean since the last evaluation.
-        scores: of each probe.
-    """
+    """An evaluation of all probes: training losses are means since the last evaluation."""
 
     step: int
     losses: list[float]
@@ -109,31 +88,17 @@ class Evaluated(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What became of the probes.
-
-    Args:
-        history: of every evaluation.
-        best: the probe and the evaluation of least end-point error, as numbers into `scores` and `history`.
-        warps: (N, P, 2) of the test pairs by the best probe when it was best.
-    """
+    """Trained probes; the best has the least end-point error at any evaluation."""
 
     history: list[Evaluated]
-    best: tuple[int, int]
-    warps: Tensor
+    best: tuple[int, int]  # indices of the probe and of the evaluation
+    warps: Tensor  # (N, P, 2) of the test pairs by that probe at that evaluation
 
 
 def train_probes(
     train: Prepared, test: Prepared, settings: ProbeSettings, device: torch.device, progress: bool = True
 ) -> Trained:
-    """Train a probe for every learning rate and weight decay in one pass, and keep the best.
-
-    Probes start as the identity, so that an untrained one is cosine matching.
-
-    Args:
-        train, test: features and true warps of the same encoder.
-        settings: of the training.
-        device: to train on.
-        progress: whether to show a bar.
+    """Train all probes in one pass and keep the best. They start as the identity, which is cosine matching.
 
     Raises:
         FloatingPointError: no probe gave a finite warp at any evaluation.
@@ -169,15 +134,9 @@ def train_probes(
 
 
 def matching_losses(logits: Tensor, target: Tensor, visible: Tensor) -> Tensor:
-    """Negative log-likelihood of the patches that hold the true warp, mean over the visible points.
+    """Negative log-likelihood of the target patches, mean over the visible points.
 
-    Args:
-        logits: (..., B, P, P').
-        target: (B, P) int64, the right patch.
-        visible: (B, P) bool.
-
-    Returns:
-        (...).
+    logits (..., B, P, P'), target (B, P) int64, visible (B, P) bool -> (...).
     """
     likelihood = logits.log_softmax(-1).gather(-1, target.expand(logits.shape[:-1])[..., None])[..., 0]
     return -torch.where(visible, likelihood, 0).sum((-2, -1)) / visible.sum()
@@ -191,12 +150,12 @@ def _losses(stack: Tensor, data: Prepared, pairs: Tensor, temperature: float, de
 
 
 def project(stack: Tensor, features: Tensor) -> Tensor:
-    """Features (B, P, D) by every probe (Q, D, D) -> (Q, B, P, D)."""
+    """Features (B, P, D) times every probe (Q, D, D) -> (Q, B, P, D)."""
     return (features.flatten(0, 1) @ stack).unflatten(1, features.shape[:2])
 
 
 def _draw(data: Prepared, settings: ProbeSettings) -> Iterator[Tensor]:
-    """Pairs of each step: all that have a visible point in random order, again and again."""
+    """Indices of each step's pairs: random permutations of the pairs that have a visible point."""
     rng = torch.Generator().manual_seed(settings.seed)
     usable = data.truth.visible.any(-1).nonzero()[:, 0]
     waiting = usable[:0]
@@ -211,7 +170,7 @@ def _draw(data: Prepared, settings: ProbeSettings) -> Iterator[Tensor]:
 def match_all(stack: Tensor, data: Prepared, settings: ProbeSettings, device: torch.device) -> tuple[Tensor, Tensor]:
     """Errors (Q, N, P) in pixels and warps (Q, N, P, 2) of all probes, on the CPU."""
     warps = []
-    for pairs in data.batches(settings.batch):
+    for pairs in torch.arange(len(data.first)).split(settings.batch):
         a, b = data.of(pairs, device)
         logits = cosine_logits(project(stack, a), project(stack, b), settings.temperature)
         warps.append(decode(logits, data.truth.grid).cpu())

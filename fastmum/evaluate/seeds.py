@@ -1,7 +1,7 @@
-"""Results of several seeds together: `python -m fastmum.evaluate.seeds DIR [--plots DIR]`.
+"""Combine results of several seeds: `python -m fastmum.evaluate.seeds DIR [--plots DIR]`.
 
-DIR is a folder of results of `fastmum.evaluate`. Weights whose names differ in a number at the end alone ("mum 0",
-"mum 1", ...) are seeds of one; their mean and standard deviation are printed as tables, and drawn where asked.
+DIR is a folder of results of `fastmum.evaluate`. Weights whose names differ only in a final number ("mum 0", "mum 1",
+...) are seeds of one model. Their means and standard deviations are printed as tables and, with --plots, drawn.
 """
 
 from __future__ import annotations
@@ -9,89 +9,75 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from fastmum.data.errors import DataError
+from fastmum.errors import run_command
 from fastmum.evaluate.folder import Record, make_folder, read
 from fastmum.evaluate.table import COMPANY, MATCHERS, NONE, SCORES, TITLES, VIEWS, score_title
 
 SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
 
-Spread = dict[tuple[str, str], dict[str, list[dict[str, Any]]]]
+Contents = list[dict[str, Any]]  # of the seeds of one model
+Spread = dict[tuple[str, str], dict[str, Contents]]  # by (task, set), then by name
 
 
 def by_seed(records: Iterable[Record]) -> Spread:
-    """Contents of results by evaluation and set, then by the name without its seed, where there are several.
+    """Results by evaluation and set, then by the name of the weights, without the seed if there are several.
 
     Raises:
-        DataError: weights that were evaluated differently, which have no mean.
+        DataError: weights were evaluated with different settings.
     """
     found: Spread = {}
     for record in records:
         content = record.content
-        name = SEED.sub("", content["weights"])
-        found.setdefault((content["task"], content["set"]), {}).setdefault(name, []).append(content)
+        seeds = found.setdefault((content["task"], content["set"]), {})
+        seeds.setdefault(SEED.sub("", content["weights"]), []).append(content)
     for weights in found.values():
-        _check_alike([content for contents in weights.values() for content in contents])
-    return {key: dict(map(_named, weights.items())) for key, weights in found.items()}
-
-
-def _check_alike(contents: list[dict[str, Any]]) -> None:
-    first, *others = ({k: v for k, v in c.get("settings", {}).items() if k != "seed"} for c in contents)
-    for other, content in zip(others, contents[1:], strict=True):
-        if different := [key for key in first.keys() | other.keys() if first.get(key) != other.get(key)]:
-            names = f"'{contents[0]['weights']}' and '{content['weights']}'"
-            raise DataError(f"{names} were evaluated with different {', '.join(sorted(different))}: do it alike")
-
-
-def _named(item: tuple[str, list[dict[str, Any]]]) -> tuple[str, list[dict[str, Any]]]:
-    name, contents = item
-    return (name if len(contents) > 1 else contents[0]["weights"]), contents
+        contents = [content for seeds in weights.values() for content in seeds]
+        first, *others = ({k: v for k, v in each.get("settings", {}).items() if k != "seed"} for each in contents)
+        for other, content in zip(others, contents[1:], strict=True):
+            if different := [key for key in first.keys() | other.keys() if first.get(key) != other.get(key)]:
+                names = f"'{contents[0]['weights']}' and '{content['weights']}'"
+                raise DataError(f"{names} were evaluated with different {', '.join(sorted(different))}")
+    return {
+        key: {name if len(seeds) > 1 else seeds[0]["weights"]: seeds for name, seeds in weights.items()}
+        for key, weights in found.items()
+    }
 
 
 def tables(spread: Spread) -> str:
-    """A table of Markdown for each evaluation and set."""
+    """A Markdown table for each evaluation and set."""
     parts = []
     for (task, name), weights in spread.items():
-        columns = _views_columns(weights) if task == "views" else _score_columns(weights)
-        still = next((c["no_motion"] for contents in weights.values() for c in contents if "no_motion" in c), None)
-        lines = [f"**{MATCHERS[task]}, {TITLES.get(name, name)}**", "", _row(["weights", "seeds", *columns])]
-        lines.append("|" + "---|" * (len(columns) + 2))
-        if still and task != "views":
-            lines.append(_row(["no motion", "", *(f"{still[score]:.1f}" for score in SCORES if score in still)]))
-        for each, contents in weights.items():
-            lines.append(_row([each, str(len(contents)), *(of(contents) for of in columns.values())]))
-        parts.append("\n".join(lines))
+        cells = {each: (_view_cells if task == "views" else _score_cells)(seeds) for each, seeds in weights.items()}
+        columns = list(next(iter(cells.values())))
+        rows = [["weights", "seeds", *columns]]
+        for still in [c["no_motion"] for seeds in weights.values() for c in seeds if "no_motion" in c][:1]:
+            rows.append(["no motion", "", *(f"{still[score]:.1f}" for score in SCORES if score in still)])
+        for each, seeds in weights.items():
+            rows.append([each, str(len(seeds)), *(cells[each].get(column, NONE) for column in columns)])
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|" + "---|" * len(rows[0]))
+        parts.append("\n".join([f"**{MATCHERS[task]}, {TITLES.get(name, name)}**", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
-Column = Callable[[list[dict[str, Any]]], str]
+def _score_cells(seeds: Contents) -> dict[str, str]:
+    scores = [score for score in SCORES if score in seeds[0]["scores"]]
+    return {score_title(score): _spread([c["scores"].get(score) for c in seeds], ".1f") for score in scores}
 
 
-def _score_columns(weights: dict[str, list[dict[str, Any]]]) -> dict[str, Column]:
-    there = next(iter(weights.values()))[0]["scores"]
-
-    def column(score: str) -> Column:
-        return lambda contents: _spread([c["scores"].get(score) for c in contents], ".1f")
-
-    return {score_title(score): column(score) for score in SCORES if score in there}
-
-
-def _views_columns(weights: dict[str, list[dict[str, Any]]]) -> dict[str, Column]:
-    """The loss alone, and the change by each number of related and of unrelated views."""
-    counts = next(iter(weights.values()))[0]["views"]
-
-    def column(company: str, i: int) -> Column:
-        return lambda contents: _spread([c[company][i] - c[company][0] for c in contents], "+.4f")
-
-    columns: dict[str, Column] = {score_title(f"{VIEWS}1"): lambda cs: _spread([c["same"][0] for c in cs], ".4f")}
+def _view_cells(seeds: Contents) -> dict[str, str]:
+    """The loss of one view, and its change with each number of related and of unrelated views."""
+    cells = {score_title(f"{VIEWS}1"): _spread([c["same"][0] for c in seeds], ".4f")}
     for company, label in (("same", "views"), ("other", "unrelated")):
-        for i, count in enumerate(counts[1:], 1):
-            columns[f"{count} {label}"] = column(company, i)
-    return columns
+        for i, count in enumerate(seeds[0]["views"][1:], 1):
+            cells[f"{count} {label}"] = _spread([c[company][i] - c[company][0] for c in seeds], "+.4f")
+    return cells
 
 
 def _spread(values: Sequence[float | None], digits: str) -> str:
@@ -103,85 +89,73 @@ def _spread(values: Sequence[float | None], digits: str) -> str:
     return f"{format(mean(there), digits)}{around}"
 
 
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def draw(spread: Spread, folder: Path) -> list[Path]:
-    """A picture of every evaluation and set: the loss by number of views, or end-point errors, with every seed.
+    """An SVG of every evaluation and set: losses by number of views, or end-point errors, with every seed.
 
     Raises:
-        DataError: matplotlib is not installed, or the folder cannot be written to.
+        DataError: the folder cannot be written to.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise DataError("--plots needs matplotlib: pip install 'fastmum[evaluate]'") from None
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
+    import matplotlib
+    from matplotlib.figure import Figure
 
     make_folder(folder)
     files = []
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9}):
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9}
+    with matplotlib.rc_context(style):
         for (task, name), weights in spread.items():
-            figure, axes = plt.subplots(figsize=(5.4, 3.2), layout="constrained")
+            figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+            axes = figure.add_subplot(title=f"{MATCHERS[task]}, {TITLES.get(name, name)}")
             (_draw_views if task == "views" else _draw_scores)(axes, weights)
-            axes.set_title(f"{MATCHERS[task]}, {TITLES.get(name, name)}")
             axes.spines[["top", "right"]].set_visible(False)
             files.append(folder / f"{task}-{name}.svg")
             figure.savefig(files[-1], metadata={"Date": None})
-            plt.close(figure)
     return files
 
 
-def _draw_views(axes: Any, weights: dict[str, list[dict[str, Any]]]) -> None:
-    """The change of the loss; a thin line for each seed, a thick one for their mean, dashed for unrelated views."""
-    for i, (name, contents) in enumerate(weights.items()):
-        counts = contents[0]["views"]
+def _draw_views(axes: Any, weights: dict[str, Contents]) -> None:
+    """Change of the loss: thin lines for the seeds, thick ones for their mean, dashed ones for unrelated views."""
+    for i, (name, seeds) in enumerate(weights.items()):
+        counts = seeds[0]["views"]
         for company, label in COMPANY.items():
             style = {"color": f"C{i}", "linestyle": "-" if company == "same" else "--"}
-            rows = [[loss - content[company][0] for loss in content[company]] for content in contents]
+            rows = [[loss - content[company][0] for loss in content[company]] for content in seeds]
             for row in rows:
                 axes.plot(counts, row, linewidth=0.7, alpha=0.5, **style)
             means = [mean(column) for column in zip(*rows, strict=True)]
             axes.plot(counts, means, linewidth=2, marker="o", label=f"{name}, {label}", **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(counts, [str(count) for count in counts])
-    axes.set_xlabel("views shown to the decoder")
-    axes.set_ylabel("masked loss, less that of a frame alone")
+    axes.set(xlabel="views given to the decoder", ylabel="masked loss, minus that of one view")
     axes.legend(frameon=False, fontsize=7)
 
 
-def _draw_scores(axes: Any, weights: dict[str, list[dict[str, Any]]]) -> None:
-    """End-point errors, or recall where there are none: a bar for the mean of the seeds, a dot for each."""
+def _draw_scores(axes: Any, weights: dict[str, Contents]) -> None:
+    """End-point errors, or recall on sets without them: a bar for the mean of the seeds, a dot for each."""
     score = "epe" if "epe" in next(iter(weights.values()))[0]["scores"] else "recall"
-    for i, contents in enumerate(weights.values()):
-        errors = [value for content in contents if (value := content["scores"][score]) is not None]
-        if not errors:
-            continue
-        axes.bar(i, mean(errors), color=f"C{i}", alpha=0.5, width=0.6)
-        axes.plot([i] * len(errors), errors, "o", color=f"C{i}", markersize=4)
+    for i, seeds in enumerate(weights.values()):
+        if values := [value for content in seeds if (value := content["scores"][score]) is not None]:
+            axes.bar(i, mean(values), color=f"C{i}", alpha=0.5, width=0.6)
+            axes.plot([i] * len(values), values, "o", color=f"C{i}", markersize=4)
     axes.set_xticks(range(len(weights)), list(weights))
     axes.set_ylabel("end-point error, pixels of 448 x 448" if score == "epe" else "recall, percent")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fastmum.evaluate.seeds", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m fastmum.evaluate.seeds", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="results of fastmum.evaluate (its --out)")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw into this folder, too")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw into this folder")
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> None:
         spread = by_seed(read(args.folder))
         if not spread:
             raise DataError(f"'{args.folder}' holds no results of fastmum.evaluate")
         print(tables(spread))
         for file in draw(spread, args.plots) if args.plots else ():
             print(file)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

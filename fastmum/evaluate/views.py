@@ -1,16 +1,17 @@
-"""Masked loss of the same frames with more and more views beside them: does the decoder use the other views?
+"""Masked loss of the same frames with more and more other views: does the decoder use them?
 
-Every target frame keeps its mask. It is shown alone, then with its nearest neighbours on the path, each masked as in
-training, and, to tell geometry from company, with as many views of another scene. Nothing but the loss on the target
-counts (paper, section 3: every view is masked, there is no reference view).
+Every target frame keeps its mask. It is shown without other views, then with its nearest neighbours in the sequence,
+each masked as in training, and, as a control, with as many views of another scene. Only the loss of the target counts
+(paper, section 3: every view is masked, there is no reference view).
 
-Legend: F frames of a batch, P patches of a frame, N targets, C numbers of views.
+Legend: F frames of a batch, P patches of a frame, C numbers of views.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,45 +20,77 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastmum.data.builders.base import images_in
+from fastmum.data.builders.folder import image_folders
 from fastmum.data.errors import DataError
 from fastmum.data.samples import read_rgb
 from fastmum.evaluate.features import check_size, patch_size, squared
+from fastmum.evaluate.matching import Result
 from fastmum.evaluate.pairs.pair import evenly
-from fastmum.evaluate.result import Result
-from fastmum.evaluate.sequences import SequenceSet
+from fastmum.evaluate.pairs.scenes import SIZE, embedded_folders
 from fastmum.model.masking import num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 
-Load = Callable[[Path, int], Tensor]
-CACHED = 256  # decoded pictures kept: those of two sequences are wanted at a time
+log = logging.getLogger(__name__)
+
+CACHED = 256  # decoded pictures kept: two sequences are used at a time
+
+
+class ViewSequence(NamedTuple):
+    """The pictures of one scene, ordered so that neighbours are close in time or space."""
+
+    name: str
+    files: list[Path]
+
+
+class SequenceSet(NamedTuple):
+    """At least two sequences; `size` is the default side of the resized pictures in pixels."""
+
+    name: str
+    sequences: list[ViewSequence]
+    size: int
+
+
+def open_sequences(name: str, least: int) -> SequenceSet:
+    """The sequences with at least `least` views: "scenes", or a folder, each sub-folder of which is a sequence.
+
+    Raises:
+        DataError: no such folder, or fewer than two sequences of that length.
+    """
+    if name == "scenes":
+        folders, size = [*embedded_folders("test"), *embedded_folders("train")], SIZE
+        root, title = folders[0].parent, "scenes"
+    else:
+        root, size = Path(name).expanduser(), 224  # of the released training configuration
+        if not root.is_dir():
+            raise DataError(f"there is no folder '{name}'; a folder or scenes is expected")
+        folders, title = [root / folder for folder in image_folders(root)], f"{root.resolve().name} (folder)"
+    found = [
+        ViewSequence(folder.relative_to(root).as_posix(), [folder / image for image in images_in(folder)])
+        for folder in folders
+    ]
+    kept = [views for views in found if len(views.files) >= least]
+    if short := len(found) - len(kept):
+        log.warning("%d of %d sequences have fewer than %d views and are skipped", short, len(found), least)
+    if len(kept) < 2:
+        raise DataError(f"'{name}' has {len(kept)} sequences of at least {least} views, but two are needed")
+    return SequenceSet(title, kept, size)
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """How the other views are chosen.
+    """Choice of the other views; a value out of range is a ValueError that starts with the field."""
 
-    Args:
-        counts: numbers of views, ascending from 1.
-        mask_ratio: of every frame, as in training.
-        gap: steps along the sequence between neighbours.
-        stride: steps along the sequence between targets.
-        masks: times that every target is masked anew.
-        seed: of the masks.
-
-    Raises:
-        ValueError: a value that cannot be.
-    """
-
-    counts: tuple[int, ...] = (1, 2, 4, 8)
-    mask_ratio: float = 0.75
-    gap: int = 1
-    stride: int = 4
-    masks: int = 4
-    seed: int = 0
+    counts: tuple[int, ...] = (1, 2, 4, 8)  # numbers of views, ascending from 1
+    mask_ratio: float = 0.75  # of every frame, as in training
+    gap: int = 1  # steps along the sequence between neighbours
+    stride: int = 4  # steps along the sequence between targets
+    masks: int = 4  # masks drawn for every target
+    seed: int = 0  # of the masks
 
     def __post_init__(self) -> None:
         if len(self.counts) < 2 or self.counts[0] != 1 or list(self.counts) != sorted(set(self.counts)):
-            raise ValueError(f"counts are {self.counts}, but must begin with 1 and rise")
+            raise ValueError(f"counts are {self.counts}, but must start with 1 and increase")
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio is {self.mask_ratio}, but must lie between 0 and 1")
         for name in ("gap", "stride", "masks"):
@@ -71,65 +104,43 @@ class ViewSettings:
 
 
 class Target(NamedTuple):
-    """A frame and what is shown beside it, all by place in their sequences.
-
-    Args:
-        sequence, frame: the target.
-        near: its neighbours, nearest first.
-        other: the sequence of the unrelated views.
-        far: their places, as far from each other as the neighbours.
-    """
+    """A frame and its other views, as indices of sequences and of frames in them."""
 
     sequence: int
     frame: int
-    near: list[int]
-    other: int
-    far: list[int]
+    near: list[int]  # neighbours in the sequence, nearest first
+    other: int  # sequence of the unrelated views
+    far: list[int]  # unrelated views, as far from each other as `near`
 
 
 def targets(sequences: SequenceSet, settings: ViewSettings) -> list[Target]:
-    """All targets of a set; the unrelated views are of the sequence half the set away, past rooms seen twice."""
+    """All targets of a set. Unrelated views are from the sequence half the set away, because near ones may be alike."""
     found, count = [], settings.counts[-1] - 1
     for i, views in enumerate(sequences.sequences):
         other = (i + max(1, len(sequences.sequences) // 2)) % len(sequences.sequences)
+        length = len(sequences.sequences[other].files)
         for frame in range(0, len(views.files), settings.stride):
             near = _neighbours(frame, len(views.files), count, settings.gap)
-            start = min(frame, len(sequences.sequences[other].files) - 1)
-            far = [start, *_neighbours(start, len(sequences.sequences[other].files), count, settings.gap)][:count]
+            start = min(frame, length - 1)
+            far = [start, *_neighbours(start, length, count, settings.gap)][:count]
             if len(near) == len(far) == count:
                 found.append(Target(i, frame, near, other, far))
     return found
 
 
-def some_targets(sequences: SequenceSet, settings: ViewSettings, most: int | None) -> list[Target]:
-    """At most `most` targets, evenly spread over the set; None for all.
-
-    Raises:
-        DataError: there are none.
-    """
-    found = targets(sequences, settings)
-    if not found:
-        raise DataError(f"no sequence of '{sequences.name}' has {settings.least} views, {settings.gap} apart")
-    return evenly(found, most)
-
-
 def _neighbours(frame: int, length: int, count: int, gap: int) -> list[int]:
-    """The nearest places in steps of the gap, of two equally near the later one first."""
-    reachable = [place for place in range(frame % gap, length, gap) if place != frame]
-    return sorted(reachable, key=lambda place: (abs(place - frame), -place))[:count]
+    """The nearest frames in steps of the gap; of two equally near ones, the later one first."""
+    reachable = [other for other in range(frame % gap, length, gap) if other != frame]
+    return sorted(reachable, key=lambda other: (abs(other - frame), -other))[:count]
 
 
-def _load(file: Path, size: int) -> Tensor:
-    return squared(read_rgb(file), size)
-
-
-class Shown(NamedTuple):
-    """A target's batch: alone, with each number of neighbours, and with each number of unrelated views.
+class Batch(NamedTuple):
+    """A target alone, then with each number of neighbours, then with each number of unrelated views.
 
     Args:
         frames: (F, size, size, 3) uint8, the target first in every sequence.
         lengths: views of each sequence.
-        noise: (F, P) of the masks; a frame has the same wherever it stands.
+        noise: (F, P) of the masks; a frame has the same noise in every sequence.
     """
 
     frames: Tensor
@@ -138,42 +149,37 @@ class Shown(NamedTuple):
 
     @property
     def firsts(self) -> Tensor:
-        """(n,) int64, where the target stands in each sequence."""
+        """(n,) int64, index of the target in each sequence."""
         lengths = torch.tensor(self.lengths)
         return lengths.cumsum(0) - lengths
 
 
-def shown(
+def _load(file: Path, size: int) -> Tensor:
+    return squared(read_rgb(file), size)
+
+
+def target_batch(
     sequences: SequenceSet,
     target: Target,
     settings: ViewSettings,
     size: int,
     patches: int,
     mask: int = 0,
-    load: Load = _load,
-) -> Shown:
-    """The batch of a target under its mask of that number; `load` reads a picture at a size."""
-    own, other = (sequences.sequences[i].files for i in (target.sequence, target.other))
-    related = [(target.sequence, own, place) for place in (target.frame, *target.near)]
-    unrelated = [related[0], *((target.other, other, place) for place in target.far)]
-    rows = [row for row in (related, unrelated) for row in _growing(row, settings.counts, alone=row is related)]
+    load: Callable[[Path, int], Tensor] = _load,
+) -> Batch:
+    """The batch of a target under its mask number `mask`; `load` reads a picture at a size."""
+    related = [(target.sequence, frame) for frame in (target.frame, *target.near)]
+    unrelated = [related[0], *((target.other, frame) for frame in target.far)]
+    rows = [related[:count] for count in settings.counts] + [unrelated[:count] for count in settings.counts[1:]]
     flat = [view for row in rows for view in row]
-    noise = [_noise(settings.seed, mask, sequence, place, patches) for sequence, _, place in flat]
-    frames = [load(files[place], size) for _, files, place in flat]
-    return Shown(torch.stack(frames), [len(row) for row in rows], torch.stack(noise))
-
-
-def _growing(row: list, counts: tuple[int, ...], alone: bool) -> Iterator[list]:
-    return (row[:count] for count in counts if count > 1 or alone)
-
-
-def _noise(seed: int, mask: int, sequence: int, place: int, patches: int) -> Tensor:
-    return seeded_noise(seed, sequence, mask * 1_000_000 + place, 1, patches)[0]
+    frames = torch.stack([load(sequences.sequences[i].files[frame], size) for i, frame in flat])
+    noise = [seeded_noise(settings.seed, i, mask * 1_000_000 + frame, 1, patches)[0] for i, frame in flat]
+    return Batch(frames, [len(row) for row in rows], torch.stack(noise))
 
 
 @torch.no_grad()
-def reconstruct(model: MuM, batch: Shown, mask_ratio: float) -> MuMOutput:
-    """What the model makes of a target's batch; the loss is (F,), one of each frame."""
+def reconstruct(model: MuM, batch: Batch, mask_ratio: float) -> MuMOutput:
+    """The model's output for a batch; the loss is (F,), one value for each frame."""
     device = next(model.parameters()).device
     return model(batch.frames.to(device), batch.lengths, mask_ratio, batch.noise.to(device), reduction="none")
 
@@ -186,27 +192,24 @@ def evaluate_views(
     most: int | None = None,
     progress: bool = True,
 ) -> Result:
-    """The masked loss of targets, alone, with neighbours, and with views of another scene.
+    """The masked loss of targets without other views, with neighbours, and with views of another scene.
 
     Args:
-        model: a `MuM` in eval mode, on the device that everything is computed on.
-        sequences: to test on.
-        settings: see there; None: the defaults.
-        size: side of the pictures in pixels; None: the set's own.
-        most: at most so many targets, spread over the set; None: all.
-        progress: whether to show a bar.
+        model: a `MuM` in eval mode; its device computes everything.
+        size: side of the pictures in pixels; None: the set's default.
+        most: maximum number of targets, evenly spread over the set; None: all.
 
     Returns:
         "same" and "other", the mean loss by number of views (mean over targets and masks, then over sequences), with
         neighbours and with unrelated views; "change_same" and "change_other", [mean, standard error over sequences] of
-        the difference to the target alone; "per_sequence"; "scores", those of "same" as "views_2" and so on.
+        the difference to one view; "per_sequence"; "scores", those of "same" as "views_2" and so on.
 
     Raises:
         DataError: an encoder without decoder, sequences that are too short, a picture that cannot be read, or a loss
             that is not finite.
     """
     if not isinstance(model, MuM):
-        raise DataError("masked frames are predicted by the decoder, but these weights are an encoder's alone")
+        raise DataError("the decoder predicts masked patches, but these weights have only an encoder")
     settings = settings or ViewSettings()
     size = check_size(model, size or sequences.size)
     patches = (size // patch_size(model)) ** 2
@@ -214,43 +217,37 @@ def evaluate_views(
         num_visible(patches, settings.mask_ratio)
     except ValueError as error:
         raise DataError(str(error)) from None
-    found, load = some_targets(sequences, settings, most), functools.lru_cache(maxsize=CACHED)(_load)
+    found = evenly(targets(sequences, settings), most)
+    if not found:
+        raise DataError(f"no sequence of '{sequences.name}' has {settings.least} views, {settings.gap} apart")
+    load = functools.lru_cache(maxsize=CACHED)(_load)
     losses: dict[str, list[Tensor]] = {}
     for target in tqdm(found, desc="masked loss", unit="target", disable=not progress, leave=False):
         for mask in range(settings.masks):
-            batch = shown(sequences, target, settings, size, patches, mask, load)
+            batch = target_batch(sequences, target, settings, size, patches, mask, load)
             loss = reconstruct(model, batch, settings.mask_ratio).loss.cpu()[batch.firsts]
+            if not loss.isfinite().all():
+                raise DataError("the masked loss is not finite: are the weights damaged?")
             losses.setdefault(sequences.sequences[target.sequence].name, []).append(loss)
     numbers = _numbers({name: torch.stack(rows).double().mean(0) for name, rows in losses.items()}, settings.counts)
-    if not all(torch.isfinite(loss).all() for rows in losses.values() for loss in rows):
-        raise DataError("the masked loss is not finite: are the weights whole?")
-    about = {"size": size, "targets": len(found), **asdict(settings)}
-    return Result(numbers | {"settings": about}, None, size)
+    numbers["settings"] = {"size": size, "targets": len(found), **asdict(settings)}
+    return Result(numbers, None, size, found)
 
 
 def _numbers(by_sequence: dict[str, Tensor], counts: tuple[int, ...]) -> dict[str, Any]:
-    """From the losses (2 C - 1,) of each sequence: alone, with neighbours, with unrelated views."""
+    """From the losses (2 C - 1,) of each sequence: one view, C - 1 times neighbours, C - 1 times unrelated views."""
     losses = torch.stack(list(by_sequence.values()))
-    same = losses[:, : len(counts)]
-    other = torch.cat([losses[:, :1], losses[:, len(counts) :]], 1)
-    return {
-        "scores": {f"views_{count}": loss for count, loss in zip(counts, same.mean(0).tolist(), strict=True)},
-        "views": list(counts),
-        "same": same.mean(0).tolist(),
-        "other": other.mean(0).tolist(),
-        "change_same": _change(same),
-        "change_other": _change(other),
-        "per_sequence": {
-            name: {"same": a, "other": b} for name, a, b in zip(by_sequence, same.tolist(), other.tolist(), strict=True)
-        },
+    columns = list(range(2 * len(counts) - 1))
+    rows = {"same": losses[:, : len(counts)], "other": losses[:, [0, *columns[len(counts) :]]]}
+    means = {name: each.mean(0).tolist() for name, each in rows.items()}
+    scores = {f"views_{count}": loss for count, loss in zip(counts, means["same"], strict=True)}
+    numbers = {"scores": scores, "views": list(counts), **means}
+    for name, each in rows.items():
+        change = each - each[:, :1]
+        errors = (change.std(0) / len(each) ** 0.5).tolist() if len(each) > 1 else [None] * len(counts)
+        numbers[f"change_{name}"] = [list(pair) for pair in zip(change.mean(0).tolist(), errors, strict=True)]
+    per_sequence = {name: each.tolist() for name, each in rows.items()}
+    numbers["per_sequence"] = {
+        sequence: {name: per_sequence[name][i] for name in rows} for i, sequence in enumerate(by_sequence)
     }
-
-
-def _change(losses: Tensor) -> list[list[float | None]]:
-    """[mean, standard error over sequences] of the difference to the first column; one sequence has no error."""
-    difference = losses - losses[:, :1]
-    means = difference.mean(0).tolist()
-    if len(losses) == 1:
-        return [[mean, None] for mean in means]
-    errors = (difference.std(0) / len(losses) ** 0.5).tolist()
-    return [list(pair) for pair in zip(means, errors, strict=True)]
+    return numbers

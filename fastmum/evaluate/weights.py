@@ -19,12 +19,7 @@ RANDOM = "random:"
 
 
 class Weights(NamedTuple):
-    """A model to evaluate.
-
-    Args:
-        name: short, for tables and files.
-        model: in eval mode.
-    """
+    """A model in eval mode, and its name in tables and files."""
 
     name: str
     model: Encoder
@@ -33,28 +28,30 @@ class Weights(NamedTuple):
 def load_weights(
     source: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
 ) -> Weights:
-    """Load weights, or make up some.
+    """Load weights, or create an untrained model.
 
     Args:
-        source: what `fastmum.load_pretrained` takes, or random:PRESET, an untrained model to compare with.
-        name: for tables; None: after the source.
-        device: to put it on.
-        overrides: for `fastmum.load_pretrained`; of an untrained model, sizes that differ from the preset's.
+        source: an argument of `fastmum.load_pretrained`, or random:PRESET for an untrained model.
+        name: in tables; None: derived from the source.
+        overrides: of `fastmum.load_pretrained`; for an untrained model, sizes that differ from the preset.
         seed: of an untrained model.
 
     Raises:
-        WeightsError: they cannot be loaded, no such preset, or a size that cannot be.
+        WeightsError: weights that cannot be loaded, an unknown preset or an invalid size.
     """
     if not source.startswith(RANDOM):
-        model = fastmum.load_pretrained(source, device=device, **overrides)
-        return Weights(name or _name(Path(source)), model)
+        path = Path(source).expanduser().absolute()
+        if path.parent.name == "checkpoints":
+            derived = f"{path.parent.parent.name} {path.name}"
+        else:
+            derived = path.parent.name if path.name == "checkpoints" else path.stem if path.is_file() else path.name
+        return Weights(name or derived, fastmum.load_pretrained(source, device=device, **overrides))
     preset = source.removeprefix(RANDOM)
     if preset not in PRESETS:
         raise WeightsError(f"there is no preset '{preset}' for --weights {RANDOM}PRESET: one of {', '.join(PRESETS)}")
     sizes = [field.name for field in fields(ModelConfig)]
-    for key in overrides:
-        if key not in sizes:
-            raise WeightsError(f"--set {key} is no size of a model that is made up: one of {', '.join(sizes)}")
+    if unknown := [key for key in overrides if key not in sizes]:
+        raise WeightsError(f"--set {unknown[0]} is no size of an untrained model: one of {', '.join(sizes)}")
     try:
         config = replace(PRESETS[preset], **overrides)
     except ValueError as error:
@@ -63,13 +60,3 @@ def load_weights(
         torch.manual_seed(seed)
         model = MuM(config)
     return Weights(name or f"untrained {preset}", model.to(device).eval())
-
-
-def _name(source: Path) -> str:
-    """After the run and the checkpoint, or after the file."""
-    path = source.expanduser().absolute()
-    if path.parent.name == "checkpoints":
-        return f"{path.parent.parent.name} {path.name}"
-    if path.name == "checkpoints":
-        return path.parent.name
-    return path.stem if path.is_file() else path.name

@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmum.report.page import page
-from fastmum.report.run import ReportError, read_run, with_labels
+from fastmum.errors import run_command
+from fastmum.files import write_atomic
+from fastmum.report.page import report_page
+from fastmum.report.run import ReportError, distinct_labels, read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m fastmum.report",
-        description="Write one HTML page about a run, finished or going on: curves, reconstructions over time, cost, "
-        "configuration, checkpoints, faults. It needs no network and no other file. Curves of several runs are "
-        "laid over each other.",
+        description="Write one HTML page about a run, finished or in progress: curves, reconstructions, cost, "
+        "configuration, checkpoints and faults. The page needs no network and no other file. Several runs are drawn "
+        "into the same charts.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (run.dir)")
-    parser.add_argument("--out", type=Path, help="the page; report.html in the first run's folder by default")
+    parser.add_argument("--out", type=Path, help="file to write (default: report.html in the folder of the first run)")
     args = parser.parse_args(argv)
-    out = args.out or args.runs[0] / "report.html"
-    try:
-        content = page(with_labels([read_run(root.expanduser()) for root in args.runs]))
-        _write(out.expanduser(), content)
-    except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{out} ({len(content.encode()) / 1e6:.1f} MB)")
-    return 0
+    return run_command(lambda: _write(args.runs, (args.out or args.runs[0] / "report.html").expanduser()))
 
 
-def _write(out: Path, content: str) -> None:
-    partial = out.with_name(f"partial_{out.name}")
+def _write(roots: list[Path], out: Path) -> None:
+    content = report_page(distinct_labels([read_run(root.expanduser()) for root in roots]))
     try:
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, out)
+        write_atomic(out, content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise ReportError(f"'{out}' cannot be written ({error.strerror})") from None
+    print(f"{out} ({len(content.encode()) / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

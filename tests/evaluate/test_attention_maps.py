@@ -23,15 +23,14 @@ def images():
 
 
 def plain(q, k):
-    """Softmax of every query over all keys of one pair, mean over heads."""
     logits = torch.stack([q[:, h] @ k[:, h].T for h in range(q.shape[1])]) * q.shape[2] ** -0.5
     return logits.softmax(-1).mean(0)
 
 
-@pytest.mark.parametrize("cls_asks", [True, False])
-def test_recorder_is_attention_and_keeps_its_rows(cls_asks):
+@pytest.mark.parametrize("with_cls", [True, False])
+def test_recorder_is_attention_and_keeps_its_rows(with_cls):
     patches, pairs, heads, width = 6, 3, 2, 8
-    per_frame = patches + cls_asks
+    per_frame = patches + with_cls
     q = torch.randn(pairs * 2 * per_frame, heads, width)
     k, v = torch.randn(2, pairs * 2 * (1 + patches), heads, width)
     recorder = Recorder(pairs, patches)
@@ -42,7 +41,7 @@ def test_recorder_is_attention_and_keeps_its_rows(cls_asks):
     (maps,) = recorder.maps
     for i in range(pairs):
         q_i, k_i = q.unflatten(0, (pairs, -1))[i], k.unflatten(0, (pairs, -1))[i]
-        rows, columns = slice(int(cls_asks), per_frame), slice(2 + patches, None)
+        rows, columns = slice(int(with_cls), per_frame), slice(2 + patches, None)
         assert torch.allclose(maps[i], plain(q_i, k_i)[rows, columns], atol=1e-6)
 
 
@@ -58,7 +57,6 @@ def test_maps_of_a_model(tiny, images):
 
 
 def test_recording_changes_nothing(tiny, images):
-    """The decoder's output with recorders is that with the model's own attention."""
     tiny.eval()
     with torch.no_grad():
         features = tiny.forward_features(images)
@@ -80,7 +78,7 @@ def test_matching_by_attention(wall_pairs):
     assert result.warps.shape == (3, 16, 2)
 
 
-def test_pictures_are_encoded_to_be_decoded_alone(wall_pairs, tiny, monkeypatch):
+def test_pairs_are_encoded_in_batches(wall_pairs, tiny, monkeypatch):
     tiny.eval()
     seen, forward = [], tiny.forward_features
     monkeypatch.setattr(tiny, "forward_features", lambda images: seen.append(len(images)) or forward(images))
@@ -91,12 +89,12 @@ def test_pictures_are_encoded_to_be_decoded_alone(wall_pairs, tiny, monkeypatch)
 def test_attention_that_is_not_finite(wall_pairs, tiny):
     with torch.no_grad():
         tiny.norm.bias[0] = torch.nan
-    with pytest.raises(DataError, match="features of the set 'wall' are not finite"):
+    with pytest.raises(DataError, match="'wall'"):
         evaluate_attention(tiny.eval(), wall_pairs, 32, progress=False)
 
 
 def test_attention_on_the_true_place_matches(wall_pairs, monkeypatch, tiny):
-    """Were all attention on the true match, the matcher would be right to half a patch."""
+    """If all attention is on the true match, the error is at most half a patch."""
     pairs = iter(wall_pairs.pairs[:2])
 
     def true_maps(model, images):

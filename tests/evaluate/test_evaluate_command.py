@@ -13,8 +13,7 @@ from fastmum import PRESETS, MuM
 from fastmum.data.errors import DataError
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.folder import read, save
-from fastmum.evaluate.published import PUBLISHED
-from fastmum.evaluate.table import table
+from fastmum.evaluate.table import PUBLISHED, table
 from fastmum.evaluate.weights import load_weights
 
 QUICK = ["--size", "64", "--pictures", "1", "--device", "cpu"]
@@ -23,7 +22,7 @@ PROBES = ["--steps", "6", "--every", "3", "--batch", "2", "--learning-rates", "1
 
 @pytest.fixture
 def weights(tmp_path):
-    """A file of weights, with the decoder and without."""
+    """A file of weights; encoder.pth has no decoder."""
     torch.manual_seed(1)
     state = MuM(PRESETS["mum_tiny"]).state_dict()
     file = tmp_path / "small.pth"
@@ -47,7 +46,7 @@ def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
     matching, cosine, attention = (records[task].content for task in ("matching", "cosine", "attention"))
     assert (matching["weights"], cosine["weights"]) == ("small", "mine & yours")
     assert attention["weights"] == "untrained mum_tiny"
-    assert [each["pairs"] for each in (matching, cosine, attention)] == [4, 8, 3]  # half is trained on
+    assert [each["pairs"] for each in (matching, cosine, attention)] == [4, 8, 3]  # half is for training
     assert all(each["set"] == "wall" for each in (matching, cosine, attention))
     assert [each["step"] for each in matching["probes"][0]["evaluations"]] == [3, 6]
     assert matching["settings"]["train_pairs"] == 4
@@ -66,40 +65,49 @@ def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
 
     page = (out / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3
+    assert page.count("<svg") == 2
     assert "mine &amp; yours" in page
-    assert not re.search(r'(src|href)="(?!data:)', page)  # nothing from elsewhere
+    assert not re.search(r'\s(src|href)="(?!data:)', page)  # no other file
     assert "</html>" in page
 
 
-def test_the_same_again_replaces(weights, wall_file, tmp_path):
-    out = tmp_path / "results"
-    assert run("cosine", weights, wall_file, out) == 0
-    first = read(out)[0].content
-    assert run("cosine", weights, wall_file, out, "--pictures", "0") == 0
-    (record,) = read(out)
-    assert record.content["scores"] == first["scores"]
-    assert record.pictures == []
+def test_a_result_never_replaces_another(weights, wall_file, tmp_path, monkeypatch, capsys):
+    """Names that differ in punctuation, and different files of one name."""
+    out, other = tmp_path / "out", tmp_path / "other/small.pth"
+    other.parent.mkdir()
+    other.write_bytes(weights.read_bytes())
+    assert run("cosine", weights, wall_file, out, "--name", "a b") == 0
+    (first,) = read(out)
+    assert run("cosine", tmp_path / "other/../small.pth", wall_file, out, "--name", "a b", "--pictures", "0") == 0
+    before = read(out)  # the same weights: replaced
+    assert [record.content["scores"] for record in before] == [first.content["scores"]]
+    assert (len(first.pictures), before[0].pictures) == (1, [])
+    with pytest.raises(DataError, match="'a/b' on 'wall' would replace those of 'a b' on 'wall'"):
+        save(out, result("a/b"), [])
+    monkeypatch.setattr("fastmum.evaluate.__main__.evaluate_cosine", None)  # fails before the evaluation
+    for source, name in ((weights, "a/b"), (other, "a b")):
+        assert run("cosine", source, wall_file, out, "--name", name) == 2
+        error = capsys.readouterr().err
+        assert "--name or --out" in error
+        assert error.count("\n") == 1
+    assert str(other) in error
+    assert "other/../small.pth'" in error
+    assert read(out) == before
 
 
-def test_training_elsewhere_tests_on_all(weights, wall_file, rendered, tmp_path):
-    assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", str(rendered)) == 0
-    (record,) = read(tmp_path / "out")
+def test_data_to_train_on(weights, wall_file, rendered, tmp_path, capsys):
+    """Another set: everything is tested on. The same set by another name: it is split. Shared pictures: an error."""
+    assert run("matching", weights, wall_file, tmp_path / "a", *PROBES, "--train-data", str(rendered)) == 0
+    (record,) = read(tmp_path / "a")
     assert record.content["pairs"] == 8
     assert record.content["settings"]["train_set"] == f"{rendered.name} (folder)"
-
-
-def test_the_same_data_by_another_name_is_split(weights, wall_file, tmp_path):
-    assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", f"{wall_file.parent}/") == 0
-    assert read(tmp_path / "out")[0].content["pairs"] == 4
-
-
-def test_what_is_tested_on_is_not_trained_on(weights, wall_file, tmp_path, capsys):
+    assert run("matching", weights, wall_file, tmp_path / "b", *PROBES, "--train-data", f"{wall_file.parent}/") == 0
+    assert read(tmp_path / "b")[0].content["pairs"] == 4
     other = wall_file.with_name("other.jsonl")
     other.write_text(wall_file.read_text())
-    assert run("matching", weights, wall_file, tmp_path / "out", *PROBES, "--train-data", str(other)) == 2
-    error = capsys.readouterr().err
-    assert f"error: --train-data '{other}' and --data '{wall_file}' share picture '" in error
-    assert error.count("\n") == 1
+    assert run("matching", weights, wall_file, tmp_path / "c", *PROBES, "--train-data", str(other)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"'{other}' and --data '{wall_file}' share picture '" in error
 
 
 def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
@@ -112,43 +120,46 @@ def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
 
 
 def test_an_untrained_model_of_other_sizes(wall_file, tmp_path):
-    sizes = ["--set", "patch_size=8", "--override", "depth=2"]  # a name that it had
+    sizes = ["--set", "patch_size=8", "--override", "depth=2"]  # an alias
     assert run("cosine", "random:mum_tiny", wall_file, tmp_path / "out", *sizes, "--pictures", "0") == 0
-    (record,) = read(tmp_path / "out")
-    assert record.content["weights"] == "untrained mum_tiny"
+    assert read(tmp_path / "out")[0].content["weights"] == "untrained mum_tiny"
     model = load_weights("random:mum_tiny", None, torch.device("cpu"), {"patch_size": 8, "depth": 2}).model
     assert (model.config.patch_size, len(model.blocks)) == (8, 2)
+
+
+def test_names_of_weights(weights, monkeypatch):
+    monkeypatch.setattr("fastmum.load_pretrained", lambda source, device: None)
+    for source, name in (
+        ("runs/a", "a"), ("runs/a/checkpoints", "a"), ("runs/a/checkpoints/step_7", "a step_7"), (weights, "small"),
+    ):  # fmt: skip
+        assert load_weights(str(source), None, torch.device("cpu"), {}).name == name
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--weights", "nowhere.pth"], "nowhere.pth"),
-        (["--weights", "random:mum_huge"], "no preset 'mum_huge'"),
-        (["--weights", "random:mum_tiny", "--set", "key=teacher"], "--set key is no size"),
-        (
-            ["--weights", "random:mum_tiny", "--set", "norm_eps=small"],
-            "--set: norm_eps is 'small', but must be a number",
-        ),
-        (["--weights", "random:mum_tiny", "--set", "num_heads=5"], "embed_dim is 192 with num_heads 5"),
-        (["--weights", "small.pth", "--set", "depth"], "KEY=VALUE"),
-        (
-            ["--weights", "small.pth", "--set", "device=cpu"],
-            "--set is 'device=cpu', but device has a flag of its own: --device",
-        ),
-        (["--weights", "small.pth", "--set", "deepth=3"], "nearest is 'depth'"),
-        (["--data", "nowhere"], "there is no 'nowhere'"),
-        (["--size", "50"], "multiple of the patch size 16"),
+        (["--weights", "random:mum_huge"], "'mum_huge'"),
+        (["--weights", "random:mum_tiny", "--set", "key=teacher"], "--set key"),
+        (["--weights", "random:mum_tiny", "--set", "norm_eps=small"], "--set: norm_eps is 'small'"),
+        (["--weights", "random:mum_tiny", "--set", "num_heads=5"], "num_heads 5"),
+        (["--set", "depth"], "KEY=VALUE"),
+        (["--set", "device=cpu"], "--device"),
+        (["--set", "deepth=3"], "'depth'"),
+        (["--data", "nowhere"], "'nowhere'"),
+        (["--size", "50"], "patch size 16"),
         (["--steps", "0"], "--steps is 0"),
-        (["--learning-rates", "-1"], "--learning-rates are [-1.0], but must be positive"),
-        (["--weight-decays", "-1"], "--weight-decays are [-1.0], but must be at least 0"),
-        (["--batch", "0"], "--batch is 0, but must be at least 1"),
+        (["--every", "0"], "--every is 0"),
+        (["--learning-rates", "-1"], "--learning-rates are [-1.0]"),
+        (["--weight-decays", "-1"], "--weight-decays are [-1.0]"),
+        (["--batch", "0"], "--batch is 0"),
         (["--max-pairs", "0"], "--max-pairs is 0"),
+        (["--temperature", "0"], "--temperature is 0"),
         (["--device", "tpu"], "--device is 'tpu'"),
-        (["--out", "small.pth"], "--out 'small.pth' cannot be written to"),
+        (["--out", "small.pth"], "--out 'small.pth'"),
     ],
 )
-def test_mistakes_are_one_line(weights, wall_file, tmp_path, monkeypatch, capsys, words, message):
+def test_errors_are_one_line(weights, wall_file, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     base = ["matching", "--weights", "small.pth", "--data", str(wall_file), "--out", "out", *QUICK, *PROBES]
     assert main([*base, *words]) == 2
@@ -157,16 +168,16 @@ def test_mistakes_are_one_line(weights, wall_file, tmp_path, monkeypatch, capsys
     assert message in error
 
 
-@pytest.mark.parametrize("task", ["matching", "cosine", "attention", "views"])
-def test_too_little_memory_is_one_line(weights, tmp_path, monkeypatch, capsys, task):
+def test_out_of_memory_is_one_line(weights, tmp_path, monkeypatch, capsys):
     def full(args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("fastmum.evaluate.__main__._run", full)
-    assert run(task, weights, "scenes", tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: the memory of the device is too small: lower --")
-    assert error.count("\n") == 1
+    for task in ("matching", "cosine", "attention", "views"):
+        assert run(task, weights, "scenes", tmp_path / "out") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: the memory of the device is too small: lower --")
+        assert error.count("\n") == 1
 
 
 def test_attention_needs_a_decoder(weights, wall_file, tmp_path, capsys):
@@ -183,30 +194,23 @@ def test_help_names_every_kind_of_data(capsys):
         assert word in text
 
 
-def test_foreign_files_are_told(tmp_path, weights, wall_file, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/other.json").write_text("[]")
+def test_other_json_files_are_an_error(tmp_path, weights, wall_file, capsys):
+    file = tmp_path / "out/other.json"
+    file.parent.mkdir()
+    file.write_text("[]")
     assert run("cosine", weights, wall_file, tmp_path / "out") == 2
-    assert "other.json' is no result of fastmum.evaluate" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"set": "drop"}, "it lacks 'set'"),
-        ({"weights": "drop"}, "it lacks 'weights'"),
-        ({"settings": "drop"}, "it lacks 'settings'"),
-        ({"scores": []}, "it is of another kind"),
-        ({"weights": None}, "it is of another kind"),
-        ({"task": "cooking"}, "it is of another kind"),
-    ],
-)
-def test_results_of_others_are_told(tmp_path, changes, message):
-    content = {"task": "cosine", "set": "wall", "weights": "mine", "scores": {}, "settings": {}} | changes
-    file = tmp_path / "other.json"
-    file.write_text(json.dumps({key: value for key, value in content.items() if value != "drop"}))
-    with pytest.raises(DataError, match=rf"other.json' is no result of fastmum.evaluate \({message}\)"):
-        read(tmp_path)
+    assert "other.json'" in capsys.readouterr().err
+    content = result("mine")
+    changes = [{"scores": []}, {"weights": None}, {"task": "cooking"}]
+    for wrong in [
+        *({k: v for k, v in content.items() if k != key} for key in content),
+        *(content | c for c in changes),
+    ]:
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(DataError, match=r"other.json'"):
+            read(file.parent)
+    file.write_text(json.dumps(content))
+    assert len(read(file.parent)) == 1
 
 
 def result(weights, **scores):
@@ -215,28 +219,16 @@ def result(weights, **scores):
 
 def test_results_that_are_no_json_leave_the_pictures(tmp_path):
     save(tmp_path, result("mine", epe=1.0), [Image.new("RGB", (8, 8))])
-    with pytest.raises(DataError, match="the results of 'mine' on 'wall' are no JSON"):
+    with pytest.raises(DataError, match="'mine' on 'wall'"):
         save(tmp_path, result("mine", epe=float("nan")), [])
     (record,) = read(tmp_path)
     assert record.content["scores"] == {"epe": 1.0}
     assert len(record.pictures) == 1
 
 
-def test_names_alike_but_for_punctuation_do_not_replace_each_other(tmp_path, weights, wall_file, monkeypatch, capsys):
-    out = tmp_path / "out"
-    assert run("cosine", weights, wall_file, out, "--name", "a b") == 0
-    before = read(out)
-    with pytest.raises(DataError, match="holds results of 'a b' on 'wall', and those of 'a/b' on 'wall' would"):
-        save(out, result("a/b"), [])
-    monkeypatch.setattr("fastmum.evaluate.__main__.evaluate_cosine", None)  # nothing may come that far
-    assert run("cosine", weights, wall_file, out, "--name", "a/b") == 2
-    assert "another --name or --out keeps both" in capsys.readouterr().err
-    assert read(out) == before
-
-
 def test_table_of_the_papers_sets(tmp_path):
     scores = {"epe": 12.34, "robustness": 90.0, "pck1": 1.0, "pck3": 2.0, "pck5": None}
-    content = {"task": "matching", "set": "megadepth", "weights": "ours", "scores": scores}
+    content = {"task": "matching", "set": "megadepth", "weights": "ours", "scores": scores, "settings": {}}
     results = table([save(tmp_path, content, [])])
     row = next(row for row in results.rows if row[2] == "ours")
     cells = dict(zip(results.names, row, strict=True))

@@ -1,4 +1,4 @@
-"""Probes are trained as they would be one by one, and learn what there is to learn."""
+"""Probes trained together equal probes trained separately, and learn the hidden signal."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmum.evaluate.cosine import cosine_warps
 from fastmum.evaluate.features import Prepared, Truth
 from fastmum.evaluate.matcher import cosine_logits, nearest_patch
+from fastmum.evaluate.matching import cosine_warps
 from fastmum.evaluate.pairs import PairSet
 from fastmum.evaluate.probe import BatchedAdamW, ProbeSettings, match_all, matching_losses, project, train_probes
 from fastmum.geometry.metrics import match_errors, match_scores
@@ -22,7 +22,7 @@ GRID = (5, 6)
 
 
 def hidden_signal(wall: PairSet, pairs: int, seed: int) -> Prepared:
-    """B is a permutation of A's patches; eight of 32 channels say which is which, under louder noise in the others."""
+    """B is a permutation of A's patches; 8 of 32 channels identify a patch, the others are louder noise."""
     rng = torch.Generator().manual_seed(seed)
     patches = GRID[0] * GRID[1]
     mix = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(99)))[0]
@@ -57,14 +57,14 @@ def test_a_probe_beats_random_projections_and_cosine_matching(data):
     plain = match_scores(match_errors(cosine_warps(test, 0.1, CPU), test.truth.target)[None], test.truth.visible)[0].epe
     assert error.epe < 0.3 * min(*chance, plain)
     assert settings.probes()[trained.best[0]][0] == 1e-2
-    # What is reported is the least of all that was evaluated, and the warps that are kept give it again.
+    # The reported error is the minimum over all evaluations, and the kept warps reproduce it.
     history = [each.scores[i].epe for each in trained.history for i in range(4)]
     assert error.epe == pytest.approx(min(history))
     assert [each.step for each in trained.history] == [50, 100, 150, 200]
     assert trained.history[-1].losses[2] < trained.history[0].losses[2]
 
 
-def test_probes_side_by_side_are_those_alone(data):
+def test_probes_trained_together_equal_separate_ones(data):
     train, test = data
     rates, decays = (1e-3, 1e-2), (0.0, 0.5)
     common = {"steps": 7, "evaluate_every": 3, "batch": 4}
@@ -113,7 +113,7 @@ def test_identity_is_cosine_matching(data):
     assert torch.equal(grid_points(*GRID)[right], test.truth.target)
 
 
-def test_divergence_is_told(data):
+def test_divergence_is_an_error(data):
     train, test = data
     broken = replace(train, features=train.features * math.nan)
     settings = ProbeSettings(steps=2, evaluate_every=1, learning_rates=(1e-3,), weight_decays=(0.0,))
@@ -121,16 +121,13 @@ def test_divergence_is_told(data):
         train_probes(broken, test, settings, CPU, progress=False)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
+def test_invalid_settings():
+    for wrong, message in (
         ({"steps": 0}, "steps is 0"),
         ({"learning_rates": ()}, "learning_rates"),
         ({"learning_rates": (0.0,)}, "positive"),
         ({"weight_decays": (-0.1,)}, "at least 0"),
         ({"temperature": 0.0}, "temperature"),
-    ],
-)
-def test_settings_that_cannot_be(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        ProbeSettings(**wrong)
+    ):
+        with pytest.raises(ValueError, match=message):
+            ProbeSettings(**wrong)

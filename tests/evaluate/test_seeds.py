@@ -67,13 +67,13 @@ def test_pictures(folder, tmp_path, capsys):
     assert "end-point error" in (tmp_path / "plots/matching-scenes.svg").read_text()
 
 
-def test_results_that_have_no_mean(folder, capsys):
+def test_different_settings_are_an_error(folder, capsys):
     save(folder, matching("mum 2", 40.0) | {"settings": {"size": 64, "seed": 3}}, [])
     assert main([str(folder)]) == 2
     assert "'mum 2' were evaluated with different size" in capsys.readouterr().err
 
 
-def test_recall_and_errors_that_are_unknown_are_drawn(tmp_path):
+def test_recall_and_unknown_errors_are_drawn(tmp_path):
     save(tmp_path, matching("a 0", None) | {"settings": {}}, [])
     recall = {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}, "settings": {}}
     save(tmp_path, recall, [])
