@@ -6,7 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEVICE, assert_close, gradients, guarded, relative, strided
+from support import (
+    DEVICE,
+    DTYPES,
+    assert_close,
+    assert_equal,
+    assert_refuses,
+    guarded,
+    pairs,
+    relative,
+    results,
+    strided,
+)
 
 from fastmum.kernels import reference, rope_qk
 
@@ -29,10 +40,9 @@ def problem(T: int, heads: int, d: int, N: int, dtype: torch.dtype) -> tuple[tor
     return guarded(qkv), guarded(positions), guarded(angles.sin()), guarded(angles.cos())
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("special", ["keep", "zero"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "dtype", "special", "inplace"), pairs(SIZES, DTYPES, ["keep", "zero", "zero"], [False, True, True])
+)
 def test_rotation(backend: str, size: tuple[int, ...], dtype: torch.dtype, special: str, inplace: bool) -> None:
     qkv, positions, sin, cos = problem(*size, dtype)
     heads, weight = size[1], torch.randn(qkv.shape, device=DEVICE).to(dtype)
@@ -40,11 +50,11 @@ def test_rotation(backend: str, size: tuple[int, ...], dtype: torch.dtype, speci
     def ours(x: torch.Tensor) -> torch.Tensor:
         return rope_qk(x.clone() if inplace else x, positions, sin, cos, heads, special, inplace)
 
-    value = gradients(ours, [qkv], weight)
-    plain = gradients(
+    value = results(ours, [qkv], weight)
+    plain = results(
         lambda x: reference.rope_qk(x, positions, sin.to(dtype), cos.to(dtype), heads, special), [qkv], weight
     )
-    truth = gradients(
+    truth = results(
         lambda x: reference.rope_qk(x, positions, sin.double(), cos.double(), heads, special), [qkv.double()], weight
     )
     for one, true, of_plain in zip(value, truth, plain, strict=True):
@@ -57,9 +67,9 @@ def test_rotation(backend: str, size: tuple[int, ...], dtype: torch.dtype, speci
         assert not value[0][0, : v.start].any()
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("special", ["keep", "zero"])
-@pytest.mark.parametrize(("T", "heads", "d", "N"), SIZES[:4])
+@pytest.mark.parametrize(
+    ("T", "heads", "d", "N", "special", "inplace"), [(*SIZES[1], "keep", True), (*SIZES[2], "zero", False)]
+)
 def test_parts_by_themselves_equal_the_whole(
     backend: str, T: int, heads: int, d: int, N: int, special: str, inplace: bool
 ) -> None:
@@ -90,7 +100,7 @@ def test_in_place_is_in_place(backend: str) -> None:
 
 
 def test_autograd_guards_the_overwritten(backend: str) -> None:
-    """What the backward pass of the producer needs may not be overwritten; a leaf may not either."""
+    """Neither a leaf nor a tensor that the producer's backward pass needs may be overwritten."""
     qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
     leaf = qkv.requires_grad_()
     with pytest.raises(RuntimeError, match="leaf"):
@@ -122,13 +132,6 @@ def test_offsets_beyond_32_bits(backend: str) -> None:
     assert torch.equal(rope_qk(far, positions, sin, cos, 1, inplace=True), expected)
 
 
-def test_inverse_undoes(backend: str) -> None:
-    qkv, positions, sin, cos = problem(33, 3, 64, 16, torch.float32)
-    there = torch.ops.fastmum.rope_qk(qkv, positions, sin[:, :32], cos[:, :32], 6, False, False)
-    back = torch.ops.fastmum.rope_qk(there, positions, sin[:, :32], cos[:, :32], 6, False, True)
-    assert relative(back, qkv) < 1e-6
-
-
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 60), st.integers(1, 17), st.integers(1, 40), st.integers(1, 50))
 def test_any_shape(T: int, heads: int, half: int, N: int) -> None:
@@ -147,17 +150,7 @@ def test_operator_contracts(backend: str) -> None:
     torch.library.opcheck(torch.ops.fastmum.rope_qk.default, (qkv.requires_grad_(), *args))
 
 
-def test_reference_gradcheck() -> None:
-    qkv, positions, sin, cos = problem(3, 2, 4, 3, torch.float64)
-    for special in ("keep", "zero"):
-        assert torch.autograd.gradcheck(
-            lambda x, special=special: reference.rope_qk(x, positions, sin.double(), cos.double(), 2, special),
-            [qkv.double().requires_grad_()],
-        )
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("autocast", "inplace"), [(False, True), (True, False)])
 def test_compiles_in_one_graph(autocast: bool, inplace: bool) -> None:
     _, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
     x, weight = torch.randn(9, 8, device=DEVICE), torch.randn(9, 96, device=DEVICE)
@@ -167,9 +160,9 @@ def test_compiles_in_one_graph(autocast: bool, inplace: bool) -> None:
         return rope_qk(linear(x), positions, sin, cos, 2, "zero", inplace)
 
     with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        compiled = gradients(torch.compile(project, fullgraph=True, backend="aot_eager"), [x], weight)
-        eager = gradients(project, [x], weight)
-    assert all(torch.equal(a, b) for a, b in zip(compiled, eager, strict=True))
+        compiled = results(torch.compile(project, fullgraph=True, backend="aot_eager"), [x], weight)
+        eager = results(project, [x], weight)
+    assert_equal(compiled, eager)
 
 
 @pytest.mark.exhaustive
@@ -189,31 +182,22 @@ def test_compiled_in_place_copies_nothing() -> None:
         assert "copy" not in code.split("def call(")[1].split("rope_qk_.default(buf")[0].replace("copy_misaligned", "")
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
+def test_refuses() -> None:
+    args = {"qkv": torch.zeros(4, 48), "positions": torch.tensor([-1, 0, 1, 2]), "num_heads": 2}
+    args |= {"sin": torch.zeros(3, 8), "cos": torch.ones(3, 8)}
+    changes = [
         ({"qkv": torch.zeros(4, 50)}, ValueError, "50 wide"),
-        ({"qkv": torch.zeros(4, 48, dtype=torch.int64)}, TypeError, "floating point"),
-        ({"positions": torch.zeros(4)}, TypeError, "int64 or int32"),
-        ({"positions": torch.zeros(5, dtype=torch.int64)}, ValueError, "one for every token"),
-        ({"positions": torch.tensor([0, 1, 2, 3])}, IndexError, "holds 3"),
-        ({"positions": torch.tensor([0, 1, 2, -2])}, IndexError, "holds -2"),
-        ({"sin": torch.zeros(3, 7)}, ValueError, "must be"),
-        ({"cos": torch.zeros(2, 8)}, ValueError, "must be"),
-        ({"special": "drop"}, ValueError, "keep, zero"),
-        ({"parts": "vk"}, ValueError, "qkv, kv, q"),
+        ({"qkv": torch.zeros(4, 48, dtype=torch.int64)}, TypeError, "qkv has dtype torch.int64"),
+        ({"positions": torch.zeros(4)}, TypeError, "positions has dtype torch.float32"),
+        ({"positions": torch.zeros(5, dtype=torch.int64)}, ValueError, r"positions has shape \(5,\)"),
+        ({"positions": torch.tensor([0, 1, 2, 3])}, IndexError, "positions holds 3"),
+        ({"positions": torch.tensor([0, 1, 2, -2])}, IndexError, "positions holds -2"),
+        ({"sin": torch.zeros(3, 7)}, ValueError, r"sin is \(3, 7\)"),
+        ({"cos": torch.zeros(2, 8)}, ValueError, r"cos \(2, 8\)"),
+        ({"special": "drop"}, ValueError, "special is 'drop'"),
+        ({"parts": "vk"}, ValueError, "parts is 'vk'"),
         ({"parts": "kv"}, ValueError, r"\(N, 12\)"),
         ({"num_heads": 5}, ValueError, "48 wide"),
-        ({"qkv": torch.zeros(48, 4).t(), "inplace": True}, ValueError, "contiguous"),
-    ],
-)
-def test_refuses(change: dict, error: type[Exception], message: str) -> None:
-    args = {
-        "qkv": torch.zeros(4, 48),
-        "positions": torch.tensor([-1, 0, 1, 2]),
-        "sin": torch.zeros(3, 8),
-        "cos": torch.ones(3, 8),
-        "num_heads": 2,
-    }
-    with pytest.raises(error, match=message):
-        rope_qk(**args | change)
+        ({"qkv": torch.zeros(48, 4).t(), "inplace": True}, ValueError, "qkv has strides"),
+    ]
+    assert_refuses(rope_qk, args, changes)

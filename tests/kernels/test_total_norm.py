@@ -17,9 +17,7 @@ def tensors(dtypes: list[torch.dtype]) -> list[torch.Tensor]:
     return [guarded(x) for x in made]
 
 
-@pytest.mark.parametrize(
-    "dtypes", [[torch.float32], [torch.bfloat16], [torch.bfloat16, torch.float32], [torch.float16, torch.float32]]
-)
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16], [torch.float16, torch.float32]])
 def test_the_norm_of_all(backend: str, dtypes: list[torch.dtype]) -> None:
     some = tensors(dtypes)
     truth = sum(x.double().square().sum() for x in some).sqrt()
@@ -44,11 +42,11 @@ def test_tensors_that_are_not_aligned(backend: str) -> None:
     assert relative(total_norm([memory[1:].copy_(x)]), x.double().norm()) < bound
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_is_not_finite_shows(backend: str, bad: float) -> None:
-    some = tensors([torch.bfloat16, torch.float32])
-    some[-1][0, 7] = bad
-    assert not total_norm(some).isfinite()
+def test_values_that_are_not_finite(backend: str) -> None:
+    for bad in (float("inf"), float("nan")):
+        some = tensors([torch.bfloat16, torch.float32])
+        some[-1][0, 7] = bad
+        assert not total_norm(some).isfinite()
 
 
 def test_nothing_has_norm_0() -> None:
