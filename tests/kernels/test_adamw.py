@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from support import DEVICE, assert_equal, assert_refuses, relative
+from asserts import assert_equal, assert_refuses, relative
+from support import DEVICE
 
 from fastmum.kernels import reference
 from fastmum.kernels.adamw import adamw_

@@ -4,23 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asserts import assert_close, assert_equal, assert_refuses, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import (
-    DEVICE,
-    DTYPES,
-    MEAN,
-    STD,
-    assert_close,
-    assert_equal,
-    assert_refuses,
-    guarded,
-    pairs,
-    relative,
-    results,
-    split_ids,
-    strided,
-)
+from support import DEVICE, DTYPES, MEAN, STD, guarded, pairs, results, split_ids, strided
 
 from fastmum.kernels import patch_loss, reference
 

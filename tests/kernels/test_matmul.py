@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_close, check_frozen, results
+from asserts import assert_close, check_frozen
+from support import results
 
 import fastmum.kernels.matmul as module
 from fastmum import PRESETS, MuM

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asserts import assert_close, assert_equal, assert_refuses, check_frozen, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import (
-    DEVICE,
-    DTYPES,
-    assert_close,
-    assert_equal,
-    assert_refuses,
-    check_frozen,
-    double,
-    guarded,
-    relative,
-    results,
-    strided,
-)
+from support import DEVICE, DTYPES, double, guarded, results, strided
 from torch import Tensor
 
 from fastmum.kernels import add_norm, reference

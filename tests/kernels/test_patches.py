@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asserts import assert_close, assert_refuses, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEVICE, DTYPES, MEAN, STD, assert_close, assert_refuses, guarded, relative, split_ids, strided
+from support import DEVICE, DTYPES, MEAN, STD, guarded, pairs, split_ids, strided
 
 from fastmum.kernels import gather_patches, reference
 from fastmum.kernels.patches import _gather_patches_triton

@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import (
-    DEVICE,
-    DTYPES,
-    assert_close,
-    assert_equal,
-    assert_refuses,
-    check_frozen,
-    double,
-    guarded,
-    pairs,
-    results,
-    strided,
-)
+from asserts import assert_close, assert_equal, assert_refuses, check_frozen
+from support import DEVICE, DTYPES, double, guarded, pairs, results, strided
 from torch import Tensor
 
 from fastmum.kernels import reference, rotary_projection

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asserts import assert_close, assert_equal, assert_refuses, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import (
-    DEVICE,
-    DTYPES,
-    assert_close,
-    assert_equal,
-    assert_refuses,
-    guarded,
-    pairs,
-    relative,
-    results,
-    strided,
-)
+from support import DEVICE, DTYPES, guarded, pairs, results, strided
 
 from fastmum.kernels import reference, rope_qk
 

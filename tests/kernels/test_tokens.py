@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from asserts import assert_close, assert_equal, assert_refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEVICE, DTYPES, assert_close, assert_equal, assert_refuses, guarded, results, split_ids, strided
+from support import DEVICE, DTYPES, guarded, pairs, results, split_ids, strided
 
 from fastmum.kernels import gather_tokens, reference, scatter_tokens
 from fastmum.kernels.tokens import _gather_tokens_triton, _place

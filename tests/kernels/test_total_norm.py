@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import DEVICE, guarded, relative
+from asserts import relative
+from support import DEVICE, guarded
 
 from fastmum.kernels import total_norm
 from fastmum.kernels.tables import CHUNK

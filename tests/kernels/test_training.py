@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import DEVICE, assert_equal
+from asserts import assert_equal
+from support import DEVICE
 
 from fastmum import ModelConfig, MuM
 
