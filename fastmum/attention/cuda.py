@@ -43,7 +43,7 @@ class Flash(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v, plan.cu_seqlens_q, plan.cu_seqlens_k, plan.max_seqlen_q, plan.max_seqlen_k)
+        out = varlen_attn(q, k, v, *plan)
         return out[0] if isinstance(out, tuple) else out
 
 
@@ -78,9 +78,7 @@ class FlashAttn2(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(
-            q, k, v, plan.cu_seqlens_q, plan.cu_seqlens_k, plan.max_seqlen_q, plan.max_seqlen_k
-        )
+        return flash_attn_varlen_func(q, k, v, *plan)
 
 
 class FlashAttn4(Backend):
@@ -102,10 +100,9 @@ class FlashAttn4(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
         from flash_attn.cute import flash_attn_varlen_func
 
-        out = flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q=plan.cu_seqlens_q, cu_seqlens_k=plan.cu_seqlens_k, max_seqlen_q=plan.max_seqlen_q,
-            max_seqlen_k=plan.max_seqlen_k,
-        )  # fmt: skip
+        cu_q, cu_k, max_q, max_k = plan
+        lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+        out = flash_attn_varlen_func(q, k, v, **lengths)
         return out[0] if isinstance(out, tuple) else out  # some versions also return the log-sum-exp
 
 
@@ -124,20 +121,19 @@ class Xformers(Backend):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> Tensor:
-    from xformers.ops import memory_efficient_attention_forward
+    from xformers import ops
 
-    out = memory_efficient_attention_forward(q[None], k[None], v[None], attn_bias=_mask(groups, q, k))
-    return out[0].contiguous()
+    mask = _mask(groups, q, k)
+    return ops.memory_efficient_attention_forward(q[None], k[None], v[None], attn_bias=mask)[0].contiguous()
 
 
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
-    from xformers.ops import memory_efficient_attention_backward, memory_efficient_attention_forward_requires_grad
+    from xformers import ops
 
-    options: dict[str, Any] = {"attn_bias": _mask(groups, q, k)}
-    inputs = q[None], k[None], v[None]
+    inputs, mask = (q[None], k[None], v[None]), _mask(groups, q, k)
     # The shape of the log-sum-exp depends on the lengths, so it cannot be saved in a static graph.
-    out, lse = memory_efficient_attention_forward_requires_grad(*inputs, **options)
-    dq, dk, dv = memory_efficient_attention_backward(grad[None], out, lse, *inputs, **options)
+    out, lse = ops.memory_efficient_attention_forward_requires_grad(*inputs, attn_bias=mask)
+    dq, dk, dv = ops.memory_efficient_attention_backward(grad[None], out, lse, *inputs, attn_bias=mask)
     return dq[0].contiguous(), dk[0].contiguous(), dv[0].contiguous()
 
 

@@ -19,14 +19,10 @@ BACKENDS: dict[str, Backend] = {
 def choose_backend(
     name: str = "auto", device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
 ) -> Backend:
-    """Look up a backend; "auto" is `flash` on CUDA in bfloat16 and float16, otherwise `sdpa`.
-
-    Args:
-        name: "auto" or a key of `BACKENDS`.
-        device, dtype: of queries, keys and values.
+    """Look up a backend of `BACKENDS`; "auto" is `flash` on CUDA in bfloat16 and float16, otherwise `sdpa`.
 
     Raises:
-        AttentionError: unknown backend, or one that cannot run there, with the reason and the remedy.
+        AttentionError: unknown, or cannot compute tensors of `dtype` on `device`, with the reason and the remedy.
     """
     return BACKENDS[_usable(name, str(device), str(dtype).removeprefix("torch."))]
 
@@ -59,8 +55,8 @@ def ragged_attention(
 
     Args:
         q, k, v: (T, h, d) of one floating-point dtype, any strides.
-        cu_seqlens: (n + 1,) int32 or int64 cumulative lengths, 0, L_0, L_0 + L_1, ..., T. Segments may be empty. On the
-            device of q or on the CPU; `sdpa`, `xformers` and `flex` read it on the CPU.
+        cu_seqlens: (n + 1,) int32 or int64 cumulative lengths, 0, L_0, L_0 + L_1, ..., T, on the device of q or on the
+            CPU, where `sdpa`, `xformers` and `flex` read it. Segments may be empty.
         max_seqlen: upper bound of the lengths.
         backend: "auto" or a key of `BACKENDS`.
         cu_seqlens_q, max_seqlen_q: the same of the queries, if q has another number of tokens, (T_q, h, d).
@@ -69,7 +65,7 @@ def ragged_attention(
         (T_q, h, d), contiguous, in the dtype of q. Differentiable in q, k and v.
 
     Raises:
-        AttentionError: unknown backend, or one that cannot run on the device of q.
+        AttentionError: as `choose_backend`.
         TypeError, ValueError: an invalid argument, named with its value and what is allowed.
     """
     cu_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q

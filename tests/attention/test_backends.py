@@ -62,12 +62,12 @@ def on_cuda(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
 # The table -----------------------------------------------------------------------------------------------------------
 
 
-def test_names() -> None:
+def test_names():
     assert list(BACKENDS) == ["flash", "flash_attn", "flash_attn_4", "xformers", "sdpa", "flex"]
     assert all(backend.name == name for name, backend in BACKENDS.items())
 
 
-def test_choice_by_device() -> None:
+def test_choice_by_device():
     for device in ("cpu", "mps", "xpu", "meta", CPU):
         assert choose_backend("auto", device) is choose_backend(device=device) is BACKENDS["sdpa"]
     for device in ("cuda", "cuda:1", CUDA):
@@ -76,21 +76,21 @@ def test_choice_by_device() -> None:
         assert choose_backend("flex", device).name == "flex"
 
 
-def test_unknown_name() -> None:
+def test_unknown_name():
     x = torch.zeros(2, 1, 4)
     with pytest.raises(AttentionError, match=r"'flash2' is unknown; one of auto, flash, .*, sdpa, flex "):
         ragged_attention(x, x, x, torch.tensor([0, 2]), 2, backend="flash2")
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"sdpa"}))
-def test_wrong_device(name: str) -> None:
+def test_wrong_device(name):
     with pytest.raises(AttentionError, match=f"'{name}' cannot be used: it needs a CUDA device.*'cpu'") as caught:
         choose_backend(name, "cpu")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGE))
-def test_absent_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_absent_package(monkeypatch, name):
     backend = BACKENDS[name]
     for module in [m for m in sys.modules if m.startswith(PACKAGE[name] + ".")]:
         monkeypatch.delitem(sys.modules, module)
@@ -103,13 +103,13 @@ def test_absent_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert "\n" not in message
 
 
-def test_remedy_is_an_extra_that_exists() -> None:
+def test_remedy_is_an_extra_that_exists():
     for name in ("flash_attn", "flash_attn_4", "xformers"):
         extra = BACKENDS[name].install.partition("fastmum[")[2].partition("]")[0]
         assert f'"{extra}": ["{name.replace("_", "-")}' in (ROOT / "setup.py").read_text()
 
 
-def test_broken_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_broken_package(monkeypatch, tmp_path):
     """Built for another torch: importing it fails with a line of the linker's."""
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
@@ -121,7 +121,7 @@ def test_broken_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
             choose_backend(name, "cuda")
 
 
-def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch: pytest.MonkeyPatch, ampere: None) -> None:
+def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch, ampere):
     """Both live in `flash_attn`."""
     packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=packages.flash_attn_4)
     with pytest.raises(AttentionError, match=r"'flash_attn\.flash_attn_interface' is not installed"):
@@ -129,7 +129,7 @@ def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
-def test_flash_attn_4_needs_hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+def test_flash_attn_4_needs_hopper(monkeypatch, capability):
     packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=packages.flash_attn_4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     if capability[0] >= 9:
@@ -166,9 +166,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[packages.Recor
     ("dtype", "cu_dtype"), [(torch.bfloat16, torch.int32), (torch.float16, torch.int64)], ids=["bf16", "fp16"]
 )
 @pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_call(
-    monkeypatch: pytest.MonkeyPatch, fake: FakeTensorMode, name: str, dtype: torch.dtype, cu_dtype: torch.dtype
-) -> None:
+def test_call(monkeypatch, fake, name, dtype, cu_dtype):
     recorded, names = stand_in(monkeypatch, name)
     q, k, v = cuda_problem(dtype)
     cu_q, cu_k = on_cuda(QUERIES, cu_dtype), on_cuda(KEYS, cu_dtype)
@@ -187,7 +185,7 @@ def test_call(
 
 
 @pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_plan_in_the_models_way(monkeypatch: pytest.MonkeyPatch, fake: FakeTensorMode, name: str) -> None:
+def test_plan_in_the_models_way(monkeypatch, fake, name):
     """Segments are made on the CPU, copied to the device once per batch, and passed to every block."""
     recorded, names = stand_in(monkeypatch, name)
     with Copies() as copies:
@@ -217,7 +215,7 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "xformers"])
-def test_lengths_from_the_gpu_are_copied_synchronously(fake: FakeTensorMode, name: str) -> None:
+def test_lengths_from_the_gpu_are_copied_synchronously(fake, name):
     """They are read on the CPU at once."""
     with Copies() as copies:
         plan = BACKENDS[name].plan(Segments(on_cuda(QUERIES), on_cuda(KEYS), 5, 9), CUDA)
@@ -226,9 +224,7 @@ def test_lengths_from_the_gpu_are_copied_synchronously(fake: FakeTensorMode, nam
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("sdpa", torch.bfloat16), ("xformers", torch.float32)])
-def test_custom_operator_on_cuda(
-    monkeypatch: pytest.MonkeyPatch, fake: FakeTensorMode, name: str, dtype: torch.dtype
-) -> None:
+def test_custom_operator_on_cuda(monkeypatch, fake, name, dtype):
     packages.install_xformers(monkeypatch)
     q, k, v = cuda_problem(dtype)
     cu_q, cu_k = on_cuda(QUERIES), on_cuda(KEYS)
@@ -240,7 +236,7 @@ def test_custom_operator_on_cuda(
 # torch's own ---------------------------------------------------------------------------------------------------------
 
 
-def test_varlen_attn_traced_on_cuda(fake: FakeTensorMode, ampere: None) -> None:
+def test_varlen_attn_traced_on_cuda(fake, ampere):
     """The real function, up to its kernel."""
     q, k, v = cuda_problem()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -250,7 +246,7 @@ def test_varlen_attn_traced_on_cuda(fake: FakeTensorMode, ampere: None) -> None:
     assert (out.shape, out.dtype, out.device) == (q.shape, torch.bfloat16, CUDA)
 
 
-def test_varlen_attn_traced_backward() -> None:
+def test_varlen_attn_traced_backward():
     """On the meta device, since the gradients of fake CUDA tensors ask for a driver."""
     q, k, v = (torch.empty(n, 2, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (9, 15, 15))
     segments = Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9)
@@ -290,14 +286,7 @@ def plan_on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
 @pytest.mark.parametrize(
     ("capability", "module", "name"), [((9, 0), "flash_attn_interface", "FA3"), ((10, 0), "flash_attn.cute", "FA4")]
 )
-def test_newest_kernels_are_activated(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    activated: list[str],
-    capability: tuple[int, int],
-    module: str,
-    name: str,
-) -> None:
+def test_newest_kernels_are_activated(monkeypatch, caplog, activated, capability, module, name):
     packages.install(monkeypatch, module)
     with caplog.at_level(logging.INFO, "fastmum"):
         plan_on(monkeypatch, capability)
@@ -307,12 +296,7 @@ def test_newest_kernels_are_activated(
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-def test_no_warning_without_newer_kernels(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    activated: list[str],
-    capability: tuple[int, int],
-) -> None:
+def test_no_warning_without_newer_kernels(monkeypatch, caplog, activated, capability):
     for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "flash_attn.cute")  # its parent is what is absent
@@ -326,13 +310,7 @@ def test_no_warning_without_newer_kernels(
     ("capability", "module", "name"),
     [((9, 0), "flash_attn_interface", "FA3"), ((10, 0), "flash_attn.cute.interface", "FA4")],
 )
-def test_kernels_that_torch_cannot_use(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capability: tuple[int, int],
-    module: str,
-    name: str,
-) -> None:
+def test_kernels_that_torch_cannot_use(monkeypatch, caplog, capability, module, name):
     """torch refuses a module without kernels: a warning, and FlashAttention 2 runs."""
     packages.install(monkeypatch, module)
     plan_on(monkeypatch, capability)
@@ -341,14 +319,14 @@ def test_kernels_that_torch_cannot_use(
     assert attention.current_flash_attention_impl() is None
 
 
-def test_the_cpu_activates_nothing(monkeypatch: pytest.MonkeyPatch, activated: list[str]) -> None:
+def test_the_cpu_activates_nothing(monkeypatch, activated):
     packages.install(monkeypatch, "flash_attn_interface")
     BACKENDS["flash"].plan(Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9), CPU)
     assert activated == []
 
 
 @pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_float32_is_not_for_flash(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_float32_is_not_for_flash(monkeypatch, name):
     monkeypatch.setattr(type(BACKENDS[name]), "why_not", lambda _self, _device: None)
     assert choose_backend("auto", "cuda", torch.float32).name == "sdpa"
     assert choose_backend(name, "cuda", torch.bfloat16).name == name
@@ -372,7 +350,7 @@ def by_xformers(p: Problem, padding: int = 0) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(("queries", "padding"), [(KEYS, 0), (QUERIES, 4)])
-def test_xformers_values_and_gradients(monkeypatch: pytest.MonkeyPatch, queries: list[int], padding: int) -> None:
+def test_xformers_values_and_gradients(monkeypatch, queries, padding):
     recorded = packages.install_xformers(monkeypatch)
     p = problem(KEYS, 2, 16, queries=queries)
     ours = by_xformers(p, padding)
@@ -390,9 +368,7 @@ def test_xformers_values_and_gradients(monkeypatch: pytest.MonkeyPatch, queries:
 
 
 @pytest.mark.parametrize(("queries", "keys"), [([0, 3], [4, 5]), ([2, 3], [0, 5])])
-def test_xformers_refuses_segments_without_queries_or_keys(
-    monkeypatch: pytest.MonkeyPatch, queries: list[int], keys: list[int]
-) -> None:
+def test_xformers_refuses_segments_without_queries_or_keys(monkeypatch, queries, keys):
     packages.install_xformers(monkeypatch)
     with pytest.raises(ValueError, match=r"xformers needs queries and keys .* use 'sdpa'"):
         by_xformers(problem(keys, 2, 16, queries=queries))

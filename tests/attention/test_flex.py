@@ -68,7 +68,7 @@ def attend(p: Problem, padding: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize(("lengths", "width"), [*zip(LENGTHS, [32, 48, 64, 128, 48, 64], strict=True)])
-def test_values(lengths: str, width: int) -> None:
+def test_values(lengths, width):
     queries, keys = LENGTHS[lengths]
     p = problem(keys, 2, width, queries=queries)
     out = attend(p)
@@ -76,7 +76,7 @@ def test_values(lengths: str, width: int) -> None:
     assert relative(out, looped(dense, p)(*(x.double() for x in p[:3]))) <= 1e-5
 
 
-def test_bfloat16_views_and_queries_without_keys() -> None:
+def test_bfloat16_views_and_queries_without_keys():
     p = problem([130, 1, 65], 3, 64, torch.bfloat16)
     q, k, v = torch.stack(p[:3], 1).unbind(1)
     out = attend(p._replace(q=q, k=k, v=v), padding=5)
@@ -91,19 +91,19 @@ EMPTY = st.one_of(st.just(0), LENGTH)
 
 @settings(deadline=None, max_examples=60)
 @given(keys=st.lists(LENGTH, min_size=1, max_size=8), share=st.integers(1, 4), padding=st.integers(0, 3))
-def test_tiles(keys: list[int], share: int, padding: int) -> None:
+def test_tiles(keys, share, padding):
     """Every segment has queries and keys, as in the model."""
     check([-(-n // share) for n in keys], keys, padding)
 
 
 @settings(deadline=None, max_examples=30)
 @given(lengths=st.lists(st.tuples(EMPTY, EMPTY), max_size=7))
-def test_tiles_of_empty_segments(lengths: list[tuple[int, int]]) -> None:
+def test_tiles_of_empty_segments(lengths):
     queries, keys = (list(x) for x in zip(*lengths, (5, 3), strict=True))
     check(queries, keys, exact=False)
 
 
-def test_on_cuda_it_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cuda_it_is_compiled(monkeypatch):
     """Uncompiled, it would hold the scores of all pairs of tokens."""
     calls = []
 

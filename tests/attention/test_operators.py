@@ -31,7 +31,7 @@ def fresh_compiler() -> None:
     ("form", "dtype", "strided"),
     [(form, dtype, (i + j) % 2 == 0) for i, form in enumerate(FORMS) for j, dtype in enumerate(FLOATS)],
 )
-def test_opcheck(form: str, dtype: torch.dtype, strided: bool) -> None:
+def test_opcheck(form, dtype, strided):
     queries, keys = FORMS[form]
     p, cu = problem(keys, 2, 16, dtype, queries), (cumulated(queries), cumulated(keys))
     if strided:
@@ -41,7 +41,7 @@ def test_opcheck(form: str, dtype: torch.dtype, strided: bool) -> None:
 
 
 @pytest.mark.parametrize("wrong", [[0, 5, 6], [0, 5, 14]])
-def test_segments_that_do_not_end_with_the_tokens(wrong: list[int]) -> None:
+def test_segments_that_do_not_end_with_the_tokens(wrong):
     """Compiled code cannot check the lengths, the operator does."""
     cu = torch.tensor(wrong, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"segments end at {wrong[-1]} and {wrong[-1]}, but there are 13 queries"):
@@ -75,7 +75,7 @@ def attend_by_plan(q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
 @pytest.mark.parametrize(
     ("attend", "dtype"), [(attend_ragged, FLOATS[0]), (attend_ragged, FLOATS[1]), (attend_by_plan, FLOATS[1])]
 )
-def test_compiles_once_for_all_lengths(attend: Callable[..., Tensor], dtype: torch.dtype) -> None:
+def test_compiles_once_for_all_lengths(attend, dtype):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     rng, seen = random.Random(0), set()
@@ -91,7 +91,7 @@ def test_compiles_once_for_all_lengths(attend: Callable[..., Tensor], dtype: tor
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_dense_compiles(dtype: torch.dtype) -> None:
+def test_dense_compiles(dtype):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(dense_attention, fullgraph=True, backend=counter)
     for seed in range(3):
@@ -102,7 +102,7 @@ def test_dense_compiles(dtype: torch.dtype) -> None:
     assert counter.frame_count == 1
 
 
-def test_autocast_under_the_compiler() -> None:
+def test_autocast_under_the_compiler():
     p = problem([5, 9])
     cu = F.pad(cumulated(p.keys), (0, 3), value=14)
 

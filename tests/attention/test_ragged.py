@@ -42,14 +42,14 @@ def ragged(p: Problem, backend: str = "sdpa") -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("lengths", "width"), [*zip(LENGTHS, [32, 48, 64, 128, 48, 64], strict=True)])
-def test_values_and_gradients(lengths: str, width: int, dtype: torch.dtype) -> None:
+def test_values_and_gradients(lengths, width, dtype):
     queries, keys = LENGTHS[lengths]
     p = problem(keys, 3, width, dtype, queries)
     assert_as_good_as_plain(gradients(ragged(p), p), p)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_dense(dtype: torch.dtype) -> None:
+def test_dense(dtype):
     p = problem([65] * 6, 3, 64, dtype)
     ours = gradients(lambda q, k, v: dense_attention(q, k, v, 65), p)
     assert_as_good_as_plain(ours, p)
@@ -59,7 +59,7 @@ def test_dense(dtype: torch.dtype) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(lengths=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=8))
-def test_any_lengths(lengths: list[tuple[int, int]]) -> None:
+def test_any_lengths(lengths):
     """With segments without tokens, queries or keys."""
     p = problem([keys for _, keys in lengths], 2, 8, queries=[queries for queries, _ in lengths])
     assert_within(gradients(ragged(p), p), p, 1e-5)
@@ -68,12 +68,12 @@ def test_any_lengths(lengths: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.float64, 1e-12)])
-def test_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
+def test_other_dtypes(dtype, tolerance):
     p = problem([5, 65, 1], dtype=dtype)
     assert_within(gradients(ragged(p), p), p, tolerance)
 
 
-def test_large_scores() -> None:
+def test_large_scores():
     p = problem([65, 33], 2, 64, torch.bfloat16)
     p = p._replace(q=p.q * 30, k=p.k * 30)
     ours = gradients(ragged(p), p)
@@ -81,13 +81,13 @@ def test_large_scores() -> None:
     assert_as_good_as_plain(ours, p, largest=10.0)
 
 
-def test_gradcheck() -> None:
+def test_gradcheck():
     p = problem([3, 1, 2], 2, 4, torch.float64, queries=[2, 1, 2])
     assert torch.autograd.gradcheck(ragged(p), [x.requires_grad_() for x in p[:3]])
 
 
 @pytest.mark.parametrize("needed", [(1,), (0, 2)])
-def test_gradients_of_some_inputs(needed: tuple[int, ...]) -> None:
+def test_gradients_of_some_inputs(needed):
     p = problem([5, 3])
     inputs = [x.clone().requires_grad_(i in needed) for i, x in enumerate(p[:3])]
     grads = torch.autograd.grad(ragged(p)(*inputs), [inputs[i] for i in needed], p.grad)
@@ -99,7 +99,7 @@ def test_gradients_of_some_inputs(needed: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_views_of_packed_qkv(dtype: torch.dtype) -> None:
+def test_views_of_packed_qkv(dtype):
     p = problem([5, 1, 7, 7], 3, 16, dtype)
     before = [x.clone() for x in p[:4]]
     qkv = torch.stack(p[:3], 1).requires_grad_()  # (T, 3, h, d), as a linear layer returns it
@@ -115,7 +115,7 @@ def test_views_of_packed_qkv(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_strided_heads_and_features(dtype: torch.dtype) -> None:
+def test_strided_heads_and_features(dtype):
     p = problem([5, 1, 7, 7], 3, 16, dtype)
     transposed = [x.permute(2, 1, 0).contiguous().permute(2, 1, 0) for x in p[:3]]
     every_second = [x.repeat_interleave(2, -1)[..., ::2] for x in p[:3]]
@@ -132,9 +132,7 @@ def test_strided_heads_and_features(dtype: torch.dtype) -> None:
         (torch.bfloat16, 48, 1, 1),
     ],
 )
-def test_long_segments_in_blocks(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, block: int, head: int
-) -> None:
+def test_long_segments_in_blocks(monkeypatch, dtype, width, block, head):
     p = problem([9, 9, 13, 1], 3, width, dtype, queries=[9, 9, 7, 1])
     whole, truth = gradients(ragged(p), p), true_gradients(p)
     monkeypatch.setattr(sdpa, "BLOCK_SCORES", block)
@@ -146,7 +144,7 @@ def test_long_segments_in_blocks(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_scores_held_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+def test_scores_held_at_once_are_bounded(monkeypatch, dtype):
     monkeypatch.setattr(sdpa, "BLOCK_SCORES", 512)
     monkeypatch.setattr(sdpa, "HEAD_SCORES", 256)
     sizes, softmax = [], torch.softmax
@@ -161,7 +159,7 @@ def test_scores_held_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch, dtype:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_form_of_cu_seqlens(dtype: torch.dtype) -> None:
+def test_form_of_cu_seqlens(dtype):
     p = problem([5, 1, 7], dtype=dtype)
     expected = gradients(ragged(p), p)
     padded = F.pad(cumulated(p.keys), (0, 9), value=sum(p.keys))
@@ -173,7 +171,7 @@ def test_form_of_cu_seqlens(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_no_tokens_and_single_tokens(dtype: torch.dtype) -> None:
+def test_no_tokens_and_single_tokens(dtype):
     p = problem([0, 0], dtype=dtype)
     assert all(x.shape == (0, 2, 16) for x in gradients(ragged(p), p))
     p = problem([1] * 5, dtype=dtype)
@@ -183,7 +181,7 @@ def test_no_tokens_and_single_tokens(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "poison"), [(FLOATS[0], float("nan")), (FLOATS[1], float("inf")), (FLOATS[1], 1e4)])
-def test_no_token_reaches_another_segment(dtype: torch.dtype, poison: float) -> None:
+def test_no_token_reaches_another_segment(dtype, poison):
     """Values and gradients in one segment change no bit in the others."""
     lengths = [5, 9, 9, 1, 30]
     p = problem(lengths, 2, 32, dtype)
@@ -199,7 +197,7 @@ def test_no_token_reaches_another_segment(dtype: torch.dtype, poison: float) -> 
 
 @settings(deadline=None, max_examples=25)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), data=st.data())
-def test_order_of_segments_and_of_tokens(lengths: list[int], data: st.DataObject) -> None:
+def test_order_of_segments_and_of_tokens(lengths, data):
     """Attention is equivariant to permutations of segments, and of tokens in a segment."""
     p = problem(lengths, 2, 8, torch.float64)
     order = data.draw(st.permutations(range(len(lengths))))
@@ -214,7 +212,7 @@ def test_order_of_segments_and_of_tokens(lengths: list[int], data: st.DataObject
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
-def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+def test_autocast_changes_nothing(dtype):
     p = problem([5, 9, 9], dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16):
         under = gradients(ragged(p), p)
@@ -231,7 +229,7 @@ def precision() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("operator", ["softmax", "bmm"])
-def test_precision_of_products_is_restored(monkeypatch: pytest.MonkeyPatch, precision: str, operator: str) -> None:
+def test_precision_of_products_is_restored(monkeypatch, precision, operator):
     p, matmul = problem([5, 9, 9], dtype=torch.bfloat16), torch.backends.mkldnn.matmul
     inputs = [x.requires_grad_() for x in p[:3]]
     out = ragged(p)(*inputs)
@@ -250,7 +248,7 @@ def test_precision_of_products_is_restored(monkeypatch: pytest.MonkeyPatch, prec
     assert matmul.fp32_precision == precision
 
 
-def test_products_of_float32_stay_exact(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+def test_products_of_float32_stay_exact(monkeypatch, precision):
     """The setting for bfloat16 would round float32 values."""
     seen, softmax = set(), torch.softmax
 
@@ -268,7 +266,7 @@ def test_products_of_float32_stay_exact(monkeypatch: pytest.MonkeyPatch, precisi
 # Arguments -----------------------------------------------------------------------------------------------------------
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_wrong_arguments_are_named():
     x, cu = torch.zeros(6, 2, 4), torch.tensor([0, 2, 6])
     for args, kwargs, error, message in [
         ((x[:, 0], x, x, cu, 4), {}, ValueError, r"^q has shape \(6, 4\)"),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastmum.kernels
 from benchmarks.kernel_report import blocks, cases
 from benchmarks.kernel_report.cases import Case, Sizes
 
@@ -139,3 +142,13 @@ def test_formula_is_the_bytes_that_the_kernel_accesses(monkeypatch: pytest.Monke
     if case.name.startswith("scatter_tokens backward"):
         expected -= 4 * SMALL.width  # the second stage writes the mask token's gradient
     assert counted == pytest.approx(expected, abs=8)  # the formulas leave the optimiser's scalars out
+
+
+def test_without_a_checkout_the_report_is_refused(tmp_path: Path) -> None:
+    script = Path(fastmum.kernels.__file__).with_name("report.py")
+    copied = tmp_path / "fastmum/kernels/report.py"
+    copied.parent.mkdir(parents=True)
+    shutil.copy(script, copied)
+    result = subprocess.run([sys.executable, copied], capture_output=True, text=True)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "needs a checkout" in result.stderr

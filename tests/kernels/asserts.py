@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from support import DEVICE, results
+from support import DEVICE, double, results
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +37,23 @@ def assert_close(value: Tensor, truth: Tensor, plain: Tensor | None = None) -> N
 def assert_equal(ours: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
     """Bit for bit."""
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def check(ours: Callable, plain: Callable, inputs: Sequence[Tensor], *weights: Tensor) -> list[Tensor]:
+    """Compare outputs and gradients of `ours` with those of `plain` in float64; returns them."""
+    found, usual = results(ours, inputs, *weights), results(plain, inputs, *weights)
+    for value, true, of_plain in zip(found, results(plain, double(inputs), *weights), usual, strict=True):
+        assert_close(value, true, of_plain)
+    return found
+
+
+def check_compiles(function: Callable, inputs: Sequence[Tensor], *weights: Tensor) -> None:
+    """Compiled in one graph, with and without autocast, outputs and gradients are those of eager mode."""
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager = results(function, inputs, *weights)
+    for autocast in (False, True):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            assert_equal(results(compiled, inputs, *weights), eager)
 
 
 def check_frozen(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -53,6 +54,14 @@ def results(function: Callable, inputs: Sequence[Tensor], *weights: Tensor) -> l
     outs = [outs] if isinstance(outs, Tensor) else outs
     grads = [weight.to(out.dtype) for out, weight in zip(outs, weights, strict=True)]
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, grads)]
+
+
+def each_backend() -> Iterator[str]:
+    """Select the PyTorch and the Triton implementation in turn, as the fixture `backend`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("torch", "triton"):
+            patch.setenv("FASTMUM_KERNELS", name)
+            yield name
 
 
 def double(tensors: Sequence[Tensor]) -> list[Tensor]:

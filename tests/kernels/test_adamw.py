@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from asserts import assert_equal, assert_refuses, relative
@@ -53,7 +48,7 @@ class Weights:
     ("grad_dtype", "split", "found_inf"),
     [(torch.bfloat16, True, None), (torch.float32, False, 0.0), (torch.float32, True, 0.0)],
 )
-def test_a_step(backend: str, grad_dtype: torch.dtype, split: bool, found_inf: float | None) -> None:
+def test_a_step(backend, grad_dtype, split, found_inf):
     weights = Weights(grad_dtype, split)
     truth = [
         reference.adamw(*(x.double() for x in state), step=STEP, **SETTINGS)
@@ -70,7 +65,7 @@ def test_a_step(backend: str, grad_dtype: torch.dtype, split: bool, found_inf: f
         assert all(torch.equal(x, reference.nearest_bfloat16(y)) for x, y in zip(weights.weights, masters, strict=True))
 
 
-def test_halves_and_whole_weights_learn_the_same_bit_for_bit(backend: str) -> None:
+def test_halves_and_whole_weights_learn_the_same_bit_for_bit(backend):
     whole, halves = Weights(torch.bfloat16, False), Weights(torch.bfloat16, True)
     halves.weights, halves.rests = map(list, zip(*map(Halves.of, whole.weights), strict=True))
     for name in ("grads", "exp_avgs", "exp_avg_sqs"):
@@ -80,7 +75,7 @@ def test_halves_and_whole_weights_learn_the_same_bit_for_bit(backend: str) -> No
     assert_equal(whole.masters(), halves.masters())
 
 
-def test_a_weight_that_becomes_nan_is_seen(backend: str) -> None:
+def test_a_weight_that_becomes_nan_is_seen(backend):
     weights = Weights(torch.float32, True)
     weights.grads[1].fill_(float("nan"))
     weights.update()
@@ -88,7 +83,7 @@ def test_a_weight_that_becomes_nan_is_seen(backend: str) -> None:
     assert weights.masters()[1].isnan().all()
 
 
-def test_an_infinite_gradient_changes_nothing(backend: str) -> None:
+def test_an_infinite_gradient_changes_nothing(backend):
     weights = Weights(torch.bfloat16, True)
     weights.grads[1].fill_(float("inf"))
     before = [x.clone() for x in weights.all()]
@@ -96,7 +91,7 @@ def test_an_infinite_gradient_changes_nothing(backend: str) -> None:
     assert_equal(weights.all(), before)
 
 
-def test_tensors_that_are_not_aligned(backend: str) -> None:
+def test_tensors_that_are_not_aligned(backend):
     expected = Weights(torch.bfloat16, True)
     weights = Weights(torch.bfloat16, True)
     for name in ("weights", "grads", "exp_avgs", "exp_avg_sqs", "rests"):
@@ -110,7 +105,7 @@ def test_tensors_that_are_not_aligned(backend: str) -> None:
     assert_equal(weights.all(), expected.all())
 
 
-def test_neighbours_in_memory_stay(backend: str) -> None:
+def test_neighbours_in_memory_stay(backend):
     memory = torch.ones(20, device=DEVICE)
     weight = memory[4:11]
     zeros = [torch.zeros(7, device=DEVICE) for _ in range(2)]
@@ -121,11 +116,11 @@ def test_neighbours_in_memory_stay(backend: str) -> None:
     assert (memory[11:] == 1).all()
 
 
-def test_nothing_to_do(backend: str) -> None:
+def test_nothing_to_do(backend):
     adamw_([], [], [], [], [], torch.ones(()), **SETTINGS)
 
 
-def test_refuses() -> None:
+def test_refuses():
     zeros = [torch.zeros(3), torch.zeros(4, 2)]
     halves = [x.bfloat16() for x in zeros]
     shorts = [x.short() for x in zeros]
@@ -141,36 +136,3 @@ def test_refuses() -> None:
         ({"weights": halves, "rests": [shorts[0][:2], shorts[1]]}, ValueError, r"rests has a tensor of shape \(2,\)"),
     ]
     assert_refuses(adamw_, args | {"rests": [], "step": torch.ones(())} | SETTINGS, changes)
-
-
-COMPILED = """
-import json, torch
-from fastmum.kernels import adamw
-from benchmarks.kernel_report.compiled import compile_launch
-from fastmum.kernels.dispatch import recorded_launches
-def make(dtype):
-    return [torch.empty(1 << 16, dtype=dtype, device="meta")]
-half, float32, step = torch.bfloat16, torch.float32, torch.empty((), device="meta")
-for weight, rests in ((half, make(torch.int16)), (float32, [])):
-    with recorded_launches(90) as launches:
-        lists = make(weight), make(half), make(float32), make(float32), rests
-        adamw._adamw_triton(*lists, step, 1e-3, 0.9, 0.95, 0.05, 1e-8, None)
-    compiled = compile_launch(launches[0], 90)
-    print(json.dumps([compiled.spills, [[name, width, n] for (name, width), n in compiled.accesses.items()]]))
-"""
-
-
-def test_values_travel_16_bytes_at_a_time() -> None:
-    """Where the numbers of values are multiples of 16, as all of the paper's model are."""
-    pytest.importorskip("triton")
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
-    result = subprocess.run([sys.executable, "-c", COMPILED], env=clean, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        spills, accesses = json.loads(line)
-        assert spills == 0
-        assert {width for name, width, _ in accesses if name not in ("table", "chunk", "row", "step")} == {16}
-        # Of 8 values a thread: moments and weights, whole or halves, are read and written, the gradient is read.
-        assert sum(n for _, width, n in accesses if width == 16) == 2 * 3 * 2 + 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from asserts import assert_close, assert_equal, assert_refuses, check_frozen, relative
+from asserts import assert_close, assert_equal, assert_refuses, check_compiles, check_frozen, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import DEVICE, DTYPES, double, guarded, results, strided
+from support import DEVICE, DTYPES, double, each_backend, guarded, results, strided
 from torch import Tensor
 
 from fastmum.kernels import add_norm, reference
@@ -52,7 +52,7 @@ def assert_all_close(ours: list, truth: list, usual: list, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_sum_and_norm(backend: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+def test_sum_and_norm(backend, size, dtype):
     inputs, weights = problem(*size, dtype)
     ours, usual = results(add_norm, inputs, *weights), results(torch_plain, inputs, *weights)
     truth = true_results(inputs, weights)
@@ -64,7 +64,7 @@ def test_sum_and_norm(backend: str, size: tuple[int, int], dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize(("dtype", "used"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 1)])
-def test_an_unused_output(backend: str, dtype: torch.dtype, used: int) -> None:
+def test_an_unused_output(backend, dtype, used):
     """The stream after the last block is not used."""
     inputs, weights = problem(13, 64, dtype)
     leaves = [y.detach().requires_grad_() for y in inputs]
@@ -75,7 +75,7 @@ def test_an_unused_output(backend: str, dtype: torch.dtype, used: int) -> None:
     assert_all_close([*truth[:2], *grads], truth, [*truth[:2], *usual[2:]], dtype)
 
 
-def test_not_contiguous_and_another_dtype(backend: str) -> None:
+def test_not_contiguous_and_another_dtype(backend):
     inputs, _ = problem(11, 48, torch.float32)
     expected = add_norm(*inputs)
     assert_equal(add_norm(*(strided(y) for y in inputs)), expected)
@@ -83,7 +83,7 @@ def test_not_contiguous_and_another_dtype(backend: str) -> None:
     assert torch.equal(rounded, expected[1].bfloat16())
 
 
-def test_a_constant_row_has_no_variance(backend: str) -> None:
+def test_a_constant_row_has_no_variance(backend):
     (x, update, *more), _ = problem(3, 64, torch.float32)
     x[1], update[1] = 1000.0, 0.0
     _, normed = add_norm(x, update, *more)
@@ -91,7 +91,7 @@ def test_a_constant_row_has_no_variance(backend: str) -> None:
 
 
 @pytest.mark.parametrize("least", [0.0, -1e-6, 1e-4])
-def test_weights_near_0_give_finite_gradients(backend: str, least: float) -> None:
+def test_weights_near_0_give_finite_gradients(backend, least):
     inputs, weights = problem(13, 64, torch.bfloat16)
     inputs[3][::2] = least
     ours, usual = results(add_norm, inputs, *weights), results(torch_plain, inputs, *weights)
@@ -122,26 +122,24 @@ def tolerances(inputs: list[Tensor], weights: list[Tensor], truth: list[Tensor])
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 70), st.integers(2, 300))
-def test_any_shape(T: int, D: int) -> None:
+def test_any_shape(T, D):
     inputs, weights = problem(T, D, torch.float32)
     truth = true_results(inputs, weights)
     bounds = tolerances(inputs, weights, truth)
-    with pytest.MonkeyPatch.context() as patch:
-        for backend in ("torch", "triton"):
-            patch.setenv("FASTMUM_KERNELS", backend)
-            ours = results(add_norm, inputs, *weights)
-            for name, value, true, bound in zip(NAMES, ours, truth, bounds, strict=True):
-                assert ((value - true).abs() <= bound).all(), name
+    for _ in each_backend():
+        ours = results(add_norm, inputs, *weights)
+        for name, value, true, bound in zip(NAMES, ours, truth, bounds, strict=True):
+            assert ((value - true).abs() <= bound).all(), name
 
 
 @pytest.mark.parametrize("needed", [(0,), (1, 2), (3, 4), (2,)])
-def test_frozen_inputs(backend: str, needed: tuple[int, ...]) -> None:
+def test_frozen_inputs(backend, needed):
     inputs, weights = problem(13, 64, torch.float32)
     check_frozen(add_norm, inputs, weights, needed, (), 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_operator_contracts(backend: str, dtype: torch.dtype) -> None:
+def test_operator_contracts(backend, dtype):
     inputs = [y.clone().requires_grad_() for y in problem(7, 32, dtype)[0]]
     torch.library.opcheck(torch.ops.fastmum.add_norm.default, (*inputs, 1e-5, dtype))
     x, update, _, weight, bias = (y.detach() for y in inputs)
@@ -151,15 +149,12 @@ def test_operator_contracts(backend: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(torch.ops.fastmum.add_norm_backward.default, args)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_compiles_in_one_graph(autocast: bool) -> None:
+def test_compiles_in_one_graph():
     inputs, weights = problem(7, 32, torch.float32)
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        compiled = results(torch.compile(add_norm, fullgraph=True, backend="aot_eager"), inputs, *weights)
-    assert_equal(compiled, results(add_norm, inputs, *weights))
+    check_compiles(add_norm, inputs, *weights)
 
 
-def test_refuses() -> None:
+def test_refuses():
     args = {"x": torch.zeros(4, 8), "update": torch.zeros(4, 8)}
     args |= {name: torch.zeros(8) for name in ("update_bias", "weight", "bias")}
     changes = [
