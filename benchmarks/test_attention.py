@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.duel import FASTMUM, REFERENCE, Duel
 from benchmarks.sizes import Sizes
-from fastmum.attention import BACKENDS, Spans, dense_attention
+from fastmum.attention import BACKENDS, Segments, dense_attention
 
 
 def ragged_lengths(frames: int) -> list[int]:
@@ -44,8 +44,8 @@ class Heads:
     def plan(self, name: str) -> object:
         """Of a backend for these sequences."""
         tokens, most = 1 + self.sizes.patches, max(self.lengths)
-        spans = Spans.of_frames(self.lengths, sum(self.lengths), tokens, tokens, most)
-        return BACKENDS[name].plan(spans, self.sizes.device)
+        segments = Segments.of_frames(self.lengths, sum(self.lengths), tokens, tokens, most)
+        return BACKENDS[name].plan(segments, self.sizes.device)
 
     def passes(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], backward: bool) -> Callable[[], list[Tensor]]:
         """A call of forward, or of forward and backward."""

@@ -1,7 +1,6 @@
 """The operations between the matrix products, imported as `fastmum.kernels`.
 
-One file an operation, from the public function down to the jitted kernel; `reference` is the mathematics of each in
-plain PyTorch, and shares no code with them. See docs/kernels.md.
+One file per operation, from the public function down to the jitted kernel. See docs/kernels.md.
 """
 
 from fastmum.kernels.feedforward import mlp

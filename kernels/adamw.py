@@ -1,9 +1,6 @@
-"""AdamW on many tensors in one launch: float32 weights, or bfloat16 weights and what they lack (`halves`).
+"""AdamW on many tensors in one launch: float32 weights, or bfloat16 weights with their rests (`halves`).
 
-Each value is read and written once: gradient, weight, both moments, rest. The table of addresses (`tables`) is made
-at every step because gradients move.
-
-The update is that of `torch.optim.AdamW`; where `found_inf` is set nothing changes.
+Every value is read and written once. The table of addresses (`tables`) is built at every step because gradients move.
 """
 
 from __future__ import annotations
@@ -33,22 +30,22 @@ def adamw_(
     eps: float,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One step of AdamW, in place.
+    """One step of `torch.optim.AdamW`, in place.
 
     Args:
-        weights: float32, or the bfloat16 halves of float32 weights, without gaps.
+        weights: dense, float32 or the bfloat16 halves of float32 weights.
         grads: of the same shapes and strides, all of one floating-point dtype.
         exp_avgs, exp_avg_sqs: of the same shapes and strides, float32.
-        rests: int16, of the same shapes and strides: the other halves of bfloat16 weights; none of float32 ones.
+        rests: of the same shapes and strides, int16: the other halves of bfloat16 weights; empty for float32 ones.
         step: scalar, float32, on the device of the weights: number of this step, from 1.
         lr, betas, weight_decay, eps: as in `torch.optim.AdamW`.
-        found_inf: scalar, float32, on the device of the weights: 1.0 skips everything.
+        found_inf: scalar, float32, on the device of the weights: 1.0 skips the update.
 
     Raises:
-        ValueError: lists of different lengths, or a tensor whose strides differ from its weight's.
-        TypeError: another dtype than these, or several within a list.
+        ValueError: lists of different lengths, or a tensor whose shape or strides differ from its weight's.
+        TypeError: another dtype, or several in a list.
     """
-    lists = {  # and their dtype
+    lists: dict = {  # with their dtype
         "weights": (weights, torch.bfloat16 if rests else torch.float32),
         "grads": (grads, None),
         "exp_avgs": (exp_avgs, torch.float32),
@@ -63,8 +60,8 @@ def adamw_(
         if len(found) > 1:
             raise TypeError(f"{name} has dtypes {sorted(map(str, found))}, but must have one")
         if dtype and found - {dtype}:
-            beside = f" {'with' if rests else 'without'} rests" if name == "weights" else ""
-            raise TypeError(f"{name} has dtype {found.pop()}, but must have {dtype}{beside}")
+            case = f" {'with' if rests else 'without'} rests" if name == "weights" else ""
+            raise TypeError(f"{name} has dtype {found.pop()}, but must have {dtype}{case}")
         for x, weight in zip(tensors, weights, strict=True):
             if x.shape != weight.shape or x.stride() != weight.stride():
                 raise ValueError(
@@ -73,7 +70,7 @@ def adamw_(
                 )
     if weights:
         args = *map(list, (weights, grads, exp_avgs, exp_avg_sqs, rests)), step, lr, *betas, weight_decay, eps
-        # Nothing differentiates or compiles it: where PyTorch does it, the operator would only cost its dispatch.
+        # The PyTorch implementation needs no operator, whose dispatch would cost time.
         (_adamw_ if use_triton(weights[0]) else _adamw_torch)(*args, found_inf)
 
 
@@ -96,25 +93,10 @@ def _adamw_(
     run(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf)
 
 
-@_adamw_.register_fake
-def _(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf):
-    return None
+_adamw_.register_fake(lambda *_: None)
 
 
-def _adamw_torch(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    rests: Sequence[Tensor],
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    found_inf: Tensor | None,
-) -> None:
+def _adamw_torch(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf):
     masters = [join(*halves) for halves in zip(weights, rests, strict=True)] if rests else weights
     torch._fused_adamw_(
         masters,
@@ -136,20 +118,7 @@ def _adamw_torch(
         split_(master, weight, rest)
 
 
-def _adamw_triton(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    rests: Sequence[Tensor],
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    found_inf: Tensor | None,
-) -> None:
+def _adamw_triton(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf):
     table = make_table((weights, grads, exp_avgs, exp_avg_sqs, rests or weights))
     typed = torch.empty(0, dtype=grads[0].dtype, device=weights[0].device)
     launch(
@@ -169,7 +138,7 @@ def _adamw_triton(
 @jit(do_not_specialize=["rows", "lr", "beta1", "beta2", "weight_decay", "eps"])
 def _adamw_kernel(
     table_ptr,  # see `tables`
-    grad_ptr,  # no values: its dtype is that of the gradients
+    grad_ptr,  # empty, of the gradients' dtype
     step_ptr,  # scalar
     found_inf_ptr,  # scalar, or None
     rows,
@@ -178,9 +147,9 @@ def _adamw_kernel(
     beta2,
     weight_decay,
     eps,
-    SPLIT: tl.constexpr,  # whether weights are halves
-    ALIGN: tl.constexpr,  # bytes that divide all addresses
-    DIVISOR: tl.constexpr,  # of the numbers of values
+    SPLIT: tl.constexpr,  # weights are halves
+    ALIGN: tl.constexpr,  # divides all addresses, bytes
+    DIVISOR: tl.constexpr,  # divides all numbers of values
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -190,7 +159,7 @@ def _adamw_kernel(
             return
     row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK, DIVISOR)
     float_ptr: tl.constexpr = tl.pointer_type(tl.float32)
-    # Halves by their bits.
+    # Halves as bits.
     weight_type: tl.constexpr = tl.pointer_type(tl.int16 if SPLIT else tl.float32)
     weight_ptr = tl.multiple_of(tl.load(row_ptr).to(weight_type), ALIGN)
     grads_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)

@@ -1,7 +1,7 @@
-"""Which implementation of an operation runs, and how a Triton kernel is launched.
+"""The choice between the Triton and PyTorch implementations, and the launch of Triton kernels.
 
-`FASTMUM_KERNELS` is read at every call: "auto" (default) takes Triton on CUDA and PyTorch elsewhere, "torch" and
-"triton" take what they say. Triton kernels run on CPU tensors when `TRITON_INTERPRET=1` was set before the import.
+`FASTMUM_KERNELS` is read at every call: "auto" (default) selects Triton on CUDA and PyTorch elsewhere; "torch" and
+"triton" force one. Triton kernels run on CPU tensors if `TRITON_INTERPRET=1` was set before the import.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no Triton on this platform: the PyTorch implementations do everything
+except ImportError:  # no Triton on this platform: everything runs in PyTorch
     triton = tl = None
 
-INTEGERS = (torch.int64, torch.int32)
 MULTIPROCESSORS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM), data sheets
 
 
 class Launch(NamedTuple):
-    """One launch as the host wrapper decided it."""
+    """The arguments of a launch."""
 
     kernel: Callable
     grid: tuple[int, ...]
@@ -41,11 +40,10 @@ _recorded_arch = 80
 
 
 def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]:
-    """`triton.jit`, or nothing where Triton is not installed.
+    """`triton.jit`, or the identity without Triton.
 
     Args:
-        do_not_specialize: integers that vary from batch to batch: Triton would compile anew when one of them becomes
-            1 or a multiple of 16.
+        do_not_specialize: integers that vary between batches: Triton would recompile for 1 and for multiples of 16.
     """
     if triton is None:
         return lambda fn: fn
@@ -53,11 +51,11 @@ def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]
 
 
 def use_triton(x: Tensor) -> bool:
-    """Whether the operation on `x` runs as a Triton kernel; float64 never does.
+    """Whether an operation on `x` runs as a Triton kernel; float64 never does.
 
     Raises:
         ValueError: `FASTMUM_KERNELS` has an unknown value.
-        RuntimeError: it asks for Triton where Triton cannot run.
+        RuntimeError: it selects Triton where Triton cannot run.
     """
     if _recorder is not None:
         return True
@@ -81,7 +79,7 @@ def use_triton(x: Tensor) -> bool:
 def launch(
     kernel: Callable, grid: tuple[int, ...], *args: object, num_warps: int, num_stages: int = 3, **constants: object
 ) -> None:
-    """Launch a jitted kernel on the device of its first argument; an empty grid is no launch."""
+    """Launch a jitted kernel on the device of its first argument, unless the grid is empty."""
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
     elif 0 not in grid:
@@ -92,10 +90,7 @@ def launch(
 
 @contextmanager
 def recorded_launches(arch: int) -> Iterator[list[Launch]]:
-    """Collect what the host wrappers would launch on `arch` (80, 90, ...) instead of launching it.
-
-    The report compiles exactly these launches, with meta tensors in the place of data.
-    """
+    """Record launches for `arch` (80, 90, ...) instead of performing them; tensors may be meta tensors."""
     global _recorder, _recorded_arch
     _recorder, _recorded_arch = [], arch
     try:
@@ -105,10 +100,10 @@ def recorded_launches(arch: int) -> Iterator[list[Launch]]:
 
 
 def tile_bytes(device: torch.device) -> int:
-    """Bytes that one program should have in flight, by architecture.
+    """Bytes that one program should have in flight.
 
-    Little's law: bandwidth x latency / number of SMs must be in flight on each SM, about 10 kB on an A100 and 20 kB
-    on an H100 or H200. With the 4 to 8 programs that fit an SM at the least, these tiles cover that twice.
+    Little's law: each SM needs bandwidth x latency / number of SMs in flight, about 10 kB on an A100 and 20 kB on an
+    H100 or H200. With the 4 to 8 programs that fit an SM at least, these tiles are twice that.
     """
     arch = _recorded_arch if _recorder is not None else _capability(device)
     return 4096 if arch < 90 else 8192
@@ -121,55 +116,19 @@ def _capability(device: torch.device) -> int:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the GPU, for kernels whose programs take many rows each."""
+    """Multiprocessors of the GPU, for kernels whose programs process many rows each."""
     if _recorder is not None:
         return MULTIPROCESSORS[_recorded_arch]
     if device.type != "cuda":
-        return 2  # interpreted: few programs, but more than one
+        return 2  # in the interpreter: more than one program
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def ceil_div(a: int, b: int) -> int:
-    """The least integer not below a / b."""
+    """a / b, rounded up."""
     return -(-a // b)
 
 
 def power_of_2(n: int) -> int:
-    """The least power of two not below n."""
+    """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def check_tensors(**tensors: Tensor) -> None:
-    """Raise TypeError for what is no tensor, ValueError unless all lie on one device."""
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}, but must be a tensor")
-    devices = {name: x.device for name, x in tensors.items()}
-    if len(set(devices.values())) > 1:
-        raise ValueError(
-            f"all tensors must be on one device, but {', '.join(f'{n} is on {d}' for n, d in devices.items())}"
-        )
-
-
-def check_floating(name: str, x: Tensor, ndim: int, shape: str) -> None:
-    """Raise TypeError unless `x` is floating point, ValueError unless it has `ndim` axes."""
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}, but must be floating point")
-    if x.ndim != ndim:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be {shape}")
-
-
-def check_ids(name: str, ids: Tensor, num_frames: int) -> None:
-    """Raise TypeError unless `ids` are int64 or int32, ValueError unless they are (num_frames, n)."""
-    if ids.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {ids.dtype}, but must be int64 or int32")
-    if ids.ndim != 2 or ids.shape[0] != num_frames:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, but must be ({num_frames}, n): a row for every frame")
-
-
-def check_range(name: str, ids: Tensor, low: int, high: int) -> None:
-    """Raise IndexError unless low <= ids < high; only on the CPU, where looking costs no synchronisation."""
-    if ids.device.type == "cpu" and ids.numel():
-        least, most = (int(x) for x in ids.aminmax())
-        if least < low or most >= high:
-            raise IndexError(f"{name} holds {least if least < low else most}, but must lie in {low}..{high - 1}")

@@ -1,11 +1,11 @@
 """Two linear layers with a GELU between them.
 
-Legend: T tokens, D width, N hidden width. The first product goes through the GELU before it leaves the registers, and
-in the backward pass the gradient of the second layer's input does: of the four passes over (T, N) values that the GELU
-takes by itself, and the one that sums its bias's gradient, one reading of `hidden` is left.
+Legend: T tokens, D width, N hidden width. The forward kernel applies bias and GELU to the first product in registers;
+the backward kernel applies the GELU's slope to the gradient of the second layer's input and sums the bias gradient. Of
+the GELU's own four passes over (T, N) values, and the bias gradient's one, a single read of `hidden` remains.
 
-What is not kept for the backward pass is computed there again: the second layer's input out of `hidden` as that passes
-by, and `hidden` itself by the first product once more, which then never reaches memory.
+The backward pass can recompute the GELU from `hidden`, and `hidden` by the first product, which then never reaches
+memory.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmum.kernels.dispatch import ceil_div, check_floating, check_tensors, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.checks import check_floating, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.matmul import product
 from fastmum.kernels.products import Tiles, fuses_products, product_tile, tile_of
 from fastmum.kernels.sums import finish_sums, row_split
 
-KEPT = ("all", "hidden", "input")
+RECOMPUTE = ("none", "act", "mlp")
 
 
-def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, keep: str = "all") -> Tensor:
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, recompute: str = "none") -> Tensor:
     """gelu(x @ weight1' + bias1) @ weight2' + bias2, with the exact (erf) GELU.
 
     Args:
         x: (T, D) floating point.
         weight1, bias1: (N, D) and (N,), in the dtype of x.
-        weight2, bias2: (D, N) and (D,), in the dtype of x. No gradient flows to `bias2`: it is the sum of the gradient
-            that comes in, and whoever makes that sums it on the way, see `add_norm`.
-        keep: what the backward pass finds: "all"; "hidden", what goes into the GELU, (T, N), but not what comes out; or
-            nothing beside the "input".
+        weight2, bias2: (D, N) and (D,), in the dtype of x. `bias2` gets no gradient here: it is the sum of the incoming
+            gradient, which `add_norm` computes.
+        recompute: what the backward pass recomputes: "none"; "act", the output of the GELU; "mlp", its input, too.
 
     Returns:
-        (T, D), in the dtype of x.
+        (T, D), in the dtype of x. Activations that only a frozen weight's gradient would need are not saved.
 
     Raises:
         TypeError: dtypes that differ.
-        ValueError: a shape that does not fit, tensors on different devices, or an unknown `keep`.
+        ValueError: a shape, device or value of `recompute` that is not allowed.
     """
-    if keep not in KEPT:
-        raise ValueError(f"keep is {keep!r}, but must be one of {', '.join(KEPT)}")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute is {recompute!r}, but must be one of {', '.join(RECOMPUTE)}")
     tensors = {"x": x, "weight1": weight1, "bias1": bias1, "weight2": weight2, "bias2": bias2}
     check_tensors(**tensors)
     check_floating("x", x, 2, "(T, D)")
@@ -52,36 +52,52 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     for name, shape in {"weight1": (N, D), "bias1": (N,), "weight2": (D, N), "bias2": (D,)}.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, but must be {shape}")
-    return _Mlp.apply(x, weight1, bias1, weight2, bias2.detach(), keep)
+    return _Mlp.apply(x, weight1, bias1, weight2, bias2.detach(), recompute)
 
 
 class _Mlp(torch.autograd.Function):
-    """What is fused in the backward pass is not what is fused in the forward pass."""
+    """The forward and the backward pass fuse different operations."""
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, weight2, bias2, keep):
-        hidden, active = _linear_gelu(x, weight1, bias1, keep != "input")
-        kept = {"all": (hidden, active), "hidden": (hidden,), "input": (bias1,)}[keep]
-        ctx.save_for_backward(x, weight1, weight2, *kept)
-        ctx.keep = keep
+    def forward(ctx, x, weight1, bias1, weight2, bias2, recompute):
+        needs_x, needs_weight1, _, needs_weight2 = ctx.needs_input_grad[:4]
+        hidden, active = _linear_gelu(x, weight1, bias1, recompute != "mlp")
+        again = (x, weight1, bias1) if recompute == "mlp" else (None, None, None)
+        ctx.save_for_backward(
+            x if needs_weight1 else again[0],
+            weight1 if needs_x else again[1],
+            again[2],
+            weight2,
+            None if recompute == "mlp" else hidden,
+            active if recompute == "none" and needs_weight2 else None,
+        )
+        ctx.recompute = recompute
         return product(active, weight2.t(), bias2)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight1, weight2, *kept = ctx.saved_tensors
+        x, weight1, bias1, weight2, hidden, active = ctx.saved_tensors
+        needs_x, needs_weight1, needs_bias1, needs_weight2 = ctx.needs_input_grad[:4]
         grad = grad.contiguous()
-        if ctx.keep == "input":
-            grad_hidden, grad_bias1, active = _linear_gelu_again_backward(grad, weight2, x, weight1, *kept)
+        if ctx.recompute == "mlp":
+            grad_hidden, grad_bias1, active = _linear_gelu_again_backward(grad, weight2, x, weight1, bias1)
         else:
-            grad_hidden, grad_bias1, active = _linear_gelu_backward(grad, weight2, kept[0], ctx.keep == "hidden")
-            active = kept[1] if ctx.keep == "all" else active
-        grads = product(grad_hidden, weight1), product(grad_hidden.t(), x), grad_bias1, product(grad.t(), active)
-        return *grads, None, None
+            again = ctx.recompute == "act" and needs_weight2
+            grad_hidden, grad_bias1, recomputed = _linear_gelu_backward(grad, weight2, hidden, again)
+            active = recomputed if again else active
+        return (
+            product(grad_hidden, weight1) if needs_x else None,
+            product(grad_hidden.t(), x) if needs_weight1 else None,
+            grad_bias1 if needs_bias1 else None,
+            product(grad.t(), active) if needs_weight2 else None,
+            None,
+            None,
+        )
 
 
 @torch.library.custom_op("fastmum::linear_gelu", mutates_args=())
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """x @ weight' + bias before (empty where not kept) and behind the GELU, (T, N) both."""
+    """x @ weight' + bias before (empty unless `keep`) and after the GELU, (T, N) each."""
     if fuses_products(x):
         return _linear_gelu_triton(x.contiguous(), weight.contiguous(), bias, keep)
     hidden = product(x, weight.t(), bias)
@@ -95,11 +111,7 @@ def _(x, weight, bias, keep):
 
 @torch.library.custom_op("fastmum::linear_gelu_backward", mutates_args=())
 def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """grad (T, D) @ weight (D, N), through the GELU.
-
-    Returns:
-        The gradient of hidden (T, N), its sum over tokens (N,), and gelu(hidden), empty unless wanted `again`.
-    """
+    """The gradient of hidden (T, N), its sum over tokens (N,), and gelu(hidden), empty unless `again`."""
     if fuses_products(grad):
         return _backward_triton(grad.contiguous(), weight.contiguous(), hidden.contiguous(), None, again)
     return _through_gelu(product(grad, weight), hidden, again)
@@ -118,7 +130,7 @@ def _(grad, weight, hidden, again):
 def _linear_gelu_again_backward(
     grad: Tensor, weight: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same where hidden = x @ weight1' + bias1 was not kept; gelu(hidden) is always wanted."""
+    """The same with hidden = x @ weight1' + bias1 recomputed; gelu(hidden) is always returned."""
     if fuses_products(grad):
         first = x.contiguous(), weight1.contiguous(), bias1.contiguous()
         return _backward_triton(grad.contiguous(), weight.contiguous(), None, first, True)
@@ -142,7 +154,7 @@ def _(x_shape, weight_shape, *_, **__):
 
 
 def _through_gelu(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What follows the product, where that is the library's."""
+    """The GELU's backward pass after a library product."""
     if use_triton(grad):
         return _gelu_backward_triton(grad.contiguous(), hidden.contiguous(), again)
     grad_hidden = torch.ops.aten.gelu_backward(grad, hidden)
@@ -167,9 +179,9 @@ def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> 
 def _backward_triton(
     grad: Tensor, weight: Tensor, hidden: Tensor | None, first: tuple[Tensor, Tensor, Tensor] | None, again: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Either hidden was kept, or what it is made of is `first`: x, weight and bias of the first layer."""
+    """With `hidden`, or with x, weight and bias of the first layer as `first`, to recompute it."""
     (T, D), N = grad.shape, weight.shape[1]
-    # What is computed again takes registers.
+    # Recomputation takes registers.
     tiles = Tiles(BLOCK_M=64) if again else Tiles()
     grad_hidden = torch.empty(T, N, dtype=grad.dtype, device=grad.device)
     active = torch.empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
@@ -193,7 +205,7 @@ def _gelu_backward_triton(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Te
     BLOCK_N = min(power_of_2(N), 256)
     BLOCK_T = 2048 // BLOCK_N
     columns = ceil_div(N, BLOCK_N)
-    # Programs side by side share the multiprocessors: the more columns, the fewer partial sums of each.
+    # Programs of all columns share the multiprocessors: the more columns, the fewer partial sums of each.
     programs, share = row_split(T, BLOCK_T * max(1, columns // 2), grad.device)
     partial = torch.empty(1, programs, N, dtype=torch.float32, device=grad.device)
     launch(
@@ -215,7 +227,7 @@ def _gelu(x):
 
 @jit()
 def _gelu_slope(x):
-    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # of the normal distribution
+    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # cumulative normal distribution
     return below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
@@ -252,8 +264,8 @@ def _linear_gelu_kernel(
 def _linear_gelu_backward_kernel(
     grad_ptr,  # (M, K)
     weight_ptr,  # (K, N)
-    hidden_ptr,  # (M, N), or None where it is computed again
-    x_ptr,  # (M, K), for that
+    hidden_ptr,  # (M, N), or None to recompute it
+    x_ptr,  # (M, K), to recompute it
     weight1_ptr,  # (N, K)
     bias1_ptr,  # (N,)
     grad_hidden_ptr,  # (M, N)
@@ -284,10 +296,10 @@ def _linear_gelu_backward_kernel(
         hidden = tl.load(hidden_ptr + start + at, mask=inside, other=0.0)
     grad_hidden = (acc * _gelu_slope(hidden.to(tl.float32))).to(dtype)
     tl.store(grad_hidden_ptr + start + at, grad_hidden, mask=inside)
-    # Rows beyond M are 0: their gradients were loaded as that.
+    # Rows beyond M are 0, as their gradients were loaded.
     tl.store(partial_ptr + row.to(tl.int64) * N + n, tl.sum(grad_hidden.to(tl.float32), axis=0), mask=n < N)
     if hidden_ptr is not None and active_ptr is not None:
-        # Last, and read again from the cache: registers are scarce before.
+        # Last, with another load from the cache: registers are scarce before.
         hidden = tl.load(hidden_ptr + start + at, mask=inside, other=0.0)
         tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(dtype), mask=inside)
 

@@ -1,12 +1,9 @@
-"""A float32 tensor as two of 16 bits: the bfloat16 tensor that a model computes with, and what that lacks.
+"""A float32 tensor as two 16-bit tensors: the bfloat16 tensor that a model computes with, and the rest.
 
-The bits of a float32 are 65,536 * u + r, with u the bits of its upper half and -32,768 <= r < 32,768 the `rest`. The
-upper half is then the nearest bfloat16, and both together are the float32 exactly. Between two bfloat16 the halfway
-value (one float32 of 65,536) goes away from zero. With ties to even, as PyTorch rounds, there would be no such pair:
-an even u is then the rounding of 65,537 values. Bits grow with the magnitude, also from the last of an exponent to the
-first of the next, so that the carry is right; the largest float32 are infinite as bfloat16, and come back.
-
-NaN come back as NaN, with other bits.
+The bits of a float32 are 65,536 * u + r, with u the bits of the nearest bfloat16 and -32,768 <= r < 32,768 the `rest`.
+Ties (one float32 in 65,536) round away from zero. Ties to even, as in PyTorch, would leave no such pair: 65,537 values
+would round to an even u. Bits grow with the magnitude, across exponents too, so the carry is correct; the largest
+float32 values are infinite as bfloat16 and are restored exactly. NaN are restored as NaN with other bits.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from fastmum.kernels.dispatch import jit, tl
 
 
 def join(parameter: Tensor, rest: Tensor) -> Tensor:
-    """The float32 tensor of which `parameter` (bfloat16) and `rest` (int16) are the halves, of their layout."""
+    """The float32 tensor with the halves `parameter` (bfloat16) and `rest` (int16), in their layout."""
     master = parameter.to(torch.float32)  # u * 65,536, as bits
     master.view(torch.int32).add_(rest)
     return master
@@ -31,49 +28,41 @@ def split_(master: Tensor, parameter: Tensor, rest: Tensor) -> None:
     bits = master.view(torch.int32)
     rest.copy_(bits)  # the lowest 16 bits, as a signed number
     nearest = (bits - rest).view(torch.float32)
-    # Too small a term for any rounding to see, but NaN, of which a carry may have made another value, are NaN again.
+    # The added term vanishes in rounding, but restores NaN, which the carry may have changed to another value.
     parameter.copy_(nearest.add_(master, alpha=1e-30))
 
 
 class Halves(NamedTuple):
-    """A float32 tensor kept as its halves.
+    """A float32 tensor stored as its halves."""
 
-    Args:
-        parameter: bfloat16, the tensor rounded to nearest.
-        rest: int16, of the same shape and strides.
-    """
-
-    parameter: Tensor
-    rest: Tensor
+    parameter: Tensor  # bfloat16, the tensor rounded to nearest
+    rest: Tensor  # int16, of the same shape and strides
 
     @classmethod
     def of(cls, master: Tensor) -> Halves:
-        """New halves of a float32 tensor."""
+        """Split a float32 tensor into new halves."""
         halves = cls(torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(master, dtype=torch.int16))
         halves.fill_(master)
         return halves
 
     @property
     def shape(self) -> torch.Size:
-        """Of the tensor."""
         return self.parameter.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensor."""
         return torch.float32
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor, and of its halves."""
         return self.parameter.nbytes + self.rest.nbytes
 
     def join(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """The float32 tensor, a copy."""
         return join(self.parameter, self.rest)
 
     def fill_(self, master: Tensor) -> None:
-        """Become the halves of another tensor."""
+        """Store another float32 tensor of the same shape."""
         split_(master, self.parameter, self.rest)
 
 

@@ -1,10 +1,10 @@
-"""The training loss: predictions against the normalised pixels of the patches they stand for.
+"""The training loss: predictions against the normalised pixels of their patches.
 
-Legend: F frames, H W pixels, C channels, p patch side, M masked patches of a frame, L = p*p*C values of a patch.
+Legend: F frames, H W pixels, C channels, p patch side, M masked patches of a frame.
 
-Fuses scale, normalise, cut into patches, select, patch statistics, difference, square and mean. The target exists in
-registers only. The backward pass computes it again: reading a uint8 pixel costs a byte, where a gradient that waits
-for the backward pass to be scaled costs one more write and read of it.
+Fuses scaling, normalisation, patchification, selection, patch statistics, difference, square and mean. The target
+exists in registers only and is recomputed in the backward pass: a uint8 pixel is one byte to read, a stored gradient
+would be one more write and read.
 """
 
 from __future__ import annotations
@@ -15,20 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_floating,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_floating, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.patches import check_pixels, gather_patches_torch, load_pixel_rows, pixel_row_start
 
-CHUNK_VALUES = 1 << 19  # of pred that the CPU works on at once
+CHUNK_VALUES = 1 << 19  # values of pred that the CPU processes at once
 
 
 def patch_loss(
@@ -42,22 +33,21 @@ def patch_loss(
     eps: float = 1e-6,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Tensor:
-    """Mean squared error between predictions and the patches they stand for: the training loss.
+    """Mean squared error between predictions and patches: the training loss.
 
     Args:
-        pred: (F, M, p*p*C) floating point, predictions for the patches `ids`, at least one.
+        pred: (F, M, p*p*C) floating point, not empty, predictions for the patches `ids`.
         frames, ids, mean, std, patch_size: as in `gather_patches`.
         norm_pix: whether the target is its patch's (x - mean) / sqrt(var + eps), with the unbiased variance.
         eps: added to the variance.
-        reduction: "mean" over all frames, or "none": the loss of every frame.
+        reduction: "mean" over all frames, or "none": one loss per frame.
 
     Returns:
         Scalar, or (F,), float32 (float64 for float64 predictions): the mean over masked patches and their values,
-        accumulated in that dtype, always in the same order. The gradient flows to `pred` only.
+        accumulated in that dtype in a fixed order. Only `pred` gets a gradient.
 
     Raises:
-        TypeError, ValueError, IndexError: as in `gather_patches`, or `pred` of another dtype or shape, or an unknown
-            reduction.
+        TypeError, ValueError, IndexError: as in `gather_patches`, or another dtype or shape of `pred`, or reduction.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}, but must be 'mean' or 'none'")
@@ -83,15 +73,13 @@ def _patch_loss(
     eps: float,
 ) -> Tensor:
     check_range("ids", ids, 0, frames.shape[1] * frames.shape[2] // patch_size**2)
+    settings = gain, bias, patch_size, norm_pix, eps
     if use_triton(pred):
         partial = torch.empty(ids.numel(), dtype=torch.float32, device=pred.device)
-        _launch(partial, None, pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+        _launch(partial, None, pred, frames, ids, *settings)
         return partial.view(ids.shape).sum(1)
-    means = [
-        _difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps).square_().mean((1, 2))
-        for chunk in _chunks(pred, frames, ids)
-    ]
-    return torch.cat(means)
+    chunks = _chunks(pred, frames, ids)
+    return torch.cat([_difference_torch(*chunk, *settings).square_().mean((1, 2)) for chunk in chunks])
 
 
 @_patch_loss.register_fake
@@ -112,12 +100,13 @@ def _patch_loss_backward(
     eps: float,
 ) -> Tensor:
     grad = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    settings = gain, bias, patch_size, norm_pix, eps
     if use_triton(pred):
-        _launch(grad, grad_losses.contiguous(), pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+        _launch(grad, grad_losses.contiguous(), pred, frames, ids, *settings)
         return grad
     scale = (grad_losses * (2 / pred[0].numel()))[:, None, None]
-    for grad_part, scale_part, *chunk in _chunks(grad, scale, pred, frames, ids):
-        torch.mul(_difference_torch(*chunk, gain, bias, patch_size, norm_pix, eps), scale_part, out=grad_part)
+    for grad_chunk, scale_chunk, *chunk in _chunks(grad, scale, pred, frames, ids):
+        torch.mul(_difference_torch(*chunk, *settings), scale_chunk, out=grad_chunk)
     return grad
 
 
@@ -140,27 +129,18 @@ _patch_loss.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _chunks(*tensors: Tensor) -> zip:
-    """A few frames at a time: their temporaries stay in the cache, and none has the size of `pred`."""
+    """Split into a few frames each: their temporaries stay in the cache, and none has the size of `pred`."""
     step = ceil_div(CHUNK_VALUES, tensors[0][0].numel())
     return zip(*(x.split(step) for x in tensors), strict=True)
 
 
-def _difference_torch(
-    pred: Tensor,
-    frames: Tensor,
-    ids: Tensor,
-    gain: list[float],
-    bias: list[float],
-    patch_size: int,
-    norm_pix: bool,
-    eps: float,
-) -> Tensor:
+def _difference_torch(pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
     """pred - target, in float32 at least."""
     work = torch.promote_types(pred.dtype, torch.float32)
     target = gather_patches_torch(frames, ids, gain, bias, patch_size, work)
     if norm_pix:
-        # Not torch.var_mean: it takes twenty times as long on the CPU (docs/LOG.md, 2026-11-23). Measured from the
-        # patch's first value, a constant patch is 0 exactly, not a rounding error times 1e3.
+        # Not torch.var_mean, which takes twenty times as long on the CPU (docs/LOG.md, 2026-11-23). Relative to the
+        # patch's first value, a constant patch is exactly 0, not a rounding error times 1e3.
         target -= target[..., :1].clone()
         target -= target.mean(-1, keepdim=True)
         var = torch.linalg.vector_norm(target, dim=-1, keepdim=True).square_() / (target.shape[-1] - 1)
@@ -168,25 +148,14 @@ def _difference_torch(
     return torch.sub(pred, target, out=target)
 
 
-def _launch(
-    out: Tensor,
-    grad_losses: Tensor | None,
-    pred: Tensor,
-    frames: Tensor,
-    ids: Tensor,
-    gain: list[float],
-    bias: list[float],
-    patch_size: int,
-    norm_pix: bool,
-    eps: float,
-) -> None:
-    """Fill `out` with the shares of patches in their frame's loss, or with the gradient of `pred`."""
+def _launch(out, grad_losses, pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
+    """Fill `out` with the patches' shares of their frame's loss, or with the gradient of `pred`."""
     F, H, W, C = frames.shape
     p, M = patch_size, ids.shape[1]
     ROWS, COLS = power_of_2(p), power_of_2(p * C)
     launch(
         _patch_loss_kernel,
-        (F * M,),  # a patch a program; 32 of them on an SM have 70 kB in flight
+        (F * M,),  # one program per patch; 32 of them on an SM have 70 kB in flight
         *(out, grad_losses, pred.contiguous(), frames, ids.contiguous()),
         *(M, W // p, (H // p) * (W // p), *frames.stride(), tuple(gain), tuple(bias), 1.0 / pred[0].numel(), eps),
         C=C,
@@ -195,7 +164,7 @@ def _launch(
         DENSE=frames.stride()[2:] == (C, 1),
         ROWS=ROWS,
         COLS=COLS,
-        num_warps=min(8, max(1, ROWS * COLS // 512)),  # 16 values a thread: the 16 bytes of a uint8 load
+        num_warps=min(8, max(1, ROWS * COLS // 512)),  # 16 values per thread: a 16-byte load of uint8
     )
 
 
@@ -234,7 +203,7 @@ def _patch_loss_kernel(
     exists = row < tl.where(valid, p, 0)
     target = load_pixel_rows(frames_ptr, start, exists, stride_w, stride_c, gain, bias, C, p, DENSE, COLS)
     if NORM_PIX:
-        # Measured from the patch's first value: a constant patch is then 0 exactly, not a rounding error times 1e3.
+        # Relative to the patch's first value, a constant patch is exactly 0, not a rounding error times 1e3.
         corner = pixel_row_start(patch // M, patch_id, 0, grid_w, stride_f, stride_h, stride_w, p)
         first = tl.load(frames_ptr + corner, mask=valid, other=0).to(tl.float32) * gain[0] - bias[0]
         target = tl.where(inside, target - first, 0.0)

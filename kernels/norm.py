@@ -1,13 +1,13 @@
-"""The residual sum and the layer norm behind it.
+"""The residual sum and the layer norm after it.
 
-Legend: T tokens, D width. The stream of residuals is float32, what products read and give may be bfloat16.
+Legend: T tokens, D width. The residual stream is float32; inputs and outputs of products may be bfloat16.
 
-Fuses sum, mean and variance, normalisation and rounding: the stream is read once and written once. The backward pass
-reads each tensor once, too: along rows for the gradient of the stream, down the columns for those of norm weight, norm
-bias, and of the bias of the linear layer whose output was added, which is the sum of a tensor that this kernel writes.
+Fuses sum, mean and variance, normalisation and rounding: the stream is read and written once. The backward pass reads
+each tensor once: along rows for the gradient of the stream, along columns for the gradients of norm weight, norm bias,
+and the bias of the linear layer whose output was added.
 
-The stream is not kept for the backward pass: the norm's output is, for the products behind it, and tells as much. On a
-CPU PyTorch's own operations are taken, which keep it.
+The backward pass needs the norm's output, which the next product saves anyway, and not the stream. On the CPU,
+PyTorch's own operations run, which save the stream.
 """
 
 from __future__ import annotations
@@ -16,20 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_floating,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_floating, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 from fastmum.kernels.sums import finish_sums, row_split
 
-LEAST_WEIGHT = 1e-3  # of a norm: smaller ones are taken for it where the normalised stream is found from the output
+LEAST_WEIGHT = 1e-3  # norm weights below this are clamped when backward recovers x_hat = (y - bias) / weight
 
 
 def add_norm(
@@ -44,21 +35,20 @@ def add_norm(
     """x + update, and its layer norm.
 
     Args:
-        x: (T, D) floating point, the stream of residuals.
-        update: (T, D) floating point, output of a linear layer, with its bias.
-        update_bias: (D,) that bias, in the dtype of `update`, which already holds it. Only its gradient is made here,
-            the sum of the gradient of `update`; give it detached to the linear layer.
+        x: (T, D) floating point, the residual stream.
+        update: (T, D) floating point, output of a linear layer, including its bias.
+        update_bias: (D,) that bias, in the dtype of `update`. Only its gradient is computed here, the sum of the
+            gradient of `update`; pass it detached to the linear layer.
         weight, bias: (D,) of the norm.
         eps: added to the variance.
         dtype: of the norm's output; None: that of `update`.
 
     Returns:
-        sum (T, D) in the dtype of x, normed (T, D) in `dtype`. Arithmetic is in float32 at least. The backward pass of
-        the kernel finds the normalised stream from `normed`: of weights that are nearly 0 the gradient is too small.
+        sum (T, D) in the dtype of x, normed (T, D) in `dtype`. Arithmetic is in float32 at least. The kernel's backward
+        pass recovers the normalised stream from `normed`: gradients of weights that are nearly 0 are too small.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, or tensors on different devices.
+        TypeError, ValueError: a dtype, shape or device that is not allowed.
     """
     check_tensors(x=x, update=update, update_bias=update_bias, weight=weight, bias=bias)
     check_floating("x", x, 2, "(T, D)")
@@ -70,7 +60,7 @@ def add_norm(
         if len(vector) != x.shape[1]:
             raise ValueError(f"{name} has {len(vector)} values, but x is {x.shape[1]} wide")
     if update_bias.dtype != update.dtype:
-        raise TypeError(f"update_bias is {update_bias.dtype}, but update is {update.dtype}: it holds the bias")
+        raise TypeError(f"update_bias is {update_bias.dtype}, but update is {update.dtype}, which contains it")
     dtype = dtype or update.dtype
     if not use_triton(x):
         return _add_norm_torch(x, update, update_bias, weight, bias, eps, dtype)
@@ -81,7 +71,7 @@ def add_norm(
 def _add_norm_torch(
     x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's own operations: faster on a CPU, where there is memory enough to keep the stream."""
+    """PyTorch's own operations: faster on the CPU, but they save the stream."""
     work = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         total = (x + _Biased.apply(update, update_bias)).to(x.dtype)
@@ -90,7 +80,7 @@ def _add_norm_torch(
 
 
 class _Biased(torch.autograd.Function):
-    """An update that holds a bias already, whose gradient is the sum of the update's."""
+    """The identity on an update that includes its bias, with the bias's gradient."""
 
     @staticmethod
     def forward(ctx, update, update_bias):
@@ -98,14 +88,29 @@ class _Biased(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, grad.sum(0)
+        return grad, grad.sum(0) if ctx.needs_input_grad[1] else None
 
 
 @torch.library.custom_op("fastmum::add_norm", mutates_args=())
 def _add_norm(
     x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _add_norm_triton(x.contiguous(), update.contiguous(), weight, bias, eps, dtype)
+    T, D = x.shape
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rstd = torch.empty(T, 1, dtype=torch.float32, device=x.device)
+    BLOCK_D = power_of_2(D)
+    BLOCK_T = max(1, tile_bytes(x.device) // (BLOCK_D * x.element_size()))
+    launch(
+        _add_norm_kernel,
+        (ceil_div(T, BLOCK_T),),
+        *(x.contiguous(), update.contiguous(), weight.contiguous(), bias.contiguous(), total, normed, rstd, T, eps),
+        D=D,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=4,
+    )
+    return total, normed, rstd
 
 
 @_add_norm.register_fake
@@ -125,9 +130,28 @@ def _add_norm_backward(
     dtype: torch.dtype,
     update_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, of update (empty where its dtype is x's: they are the same), weight, bias and update_bias."""
+    """Gradients of x, update (empty if of x's dtype, as they are equal), weight, bias and update_bias."""
+    T, D = normed.shape
+    same = update_dtype == dtype
     grad_total = None if grad_total is None else grad_total.contiguous()
-    return _backward_triton(grad_total, grad_normed.contiguous(), normed, rstd, weight, bias, dtype, update_dtype)
+    grad_x = torch.empty(normed.shape, dtype=dtype, device=normed.device)
+    grad_update = torch.empty(0 if same else normed.shape, dtype=update_dtype, device=normed.device)
+    BLOCK_D = power_of_2(D)
+    BLOCK_T = max(1, 2048 // BLOCK_D)  # of each of three tensors in flight
+    programs, share = row_split(T, BLOCK_T, normed.device)
+    partial = torch.empty(3, programs, D, dtype=torch.float32, device=normed.device)
+    launch(
+        _add_norm_backward_kernel,
+        (programs,),
+        *(grad_normed.contiguous(), grad_total, normed.contiguous(), rstd, weight.contiguous(), bias.contiguous()),
+        *(grad_x, None if same else grad_update, partial, T, share),
+        LEAST=LEAST_WEIGHT,
+        D=D,
+        BLOCK_T=BLOCK_T,
+        BLOCK_D=BLOCK_D,
+        num_warps=8,
+    )
+    return grad_x, grad_update, *finish_sums(partial, (weight.dtype, weight.dtype, update_dtype))
 
 
 @_add_norm_backward.register_fake
@@ -145,7 +169,7 @@ def _setup_context(ctx, inputs, output):
     _, normed, rstd = output
     ctx.save_for_backward(normed, rstd, weight, bias)
     ctx.dtypes = x.dtype, update.dtype
-    ctx.set_materialize_grads(False)  # the last sum of a stack is not used
+    ctx.set_materialize_grads(False)  # the last sum of a stack is unused
 
 
 def _backward(ctx, grad_total, grad_normed, _rstd):
@@ -155,71 +179,11 @@ def _backward(ctx, grad_total, grad_normed, _rstd):
         grad_normed = torch.zeros_like(normed)
     grads = _add_norm_backward(grad_total, grad_normed, normed, rstd, weight, bias, dtype, update_dtype)
     grad_x, grad_update, grad_weight, grad_bias, grad_update_bias = grads
-    return (
-        grad_x,
-        grad_x if update_dtype == dtype else grad_update,
-        grad_update_bias,
-        grad_weight,
-        grad_bias,
-        None,
-        None,
-    )
+    grads = grad_x, grad_x if update_dtype == dtype else grad_update, grad_update_bias, grad_weight, grad_bias
+    return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
 _add_norm.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _add_norm_triton(
-    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    T, D = x.shape
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rstd = torch.empty(T, 1, dtype=torch.float32, device=x.device)
-    BLOCK_D = power_of_2(D)
-    BLOCK_T = max(1, tile_bytes(x.device) // (BLOCK_D * x.element_size()))
-    launch(
-        _add_norm_kernel,
-        (ceil_div(T, BLOCK_T),),
-        *(x, update, weight.contiguous(), bias.contiguous(), total, normed, rstd, T, eps),
-        D=D,
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-    )
-    return total, normed, rstd
-
-
-def _backward_triton(
-    grad_total: Tensor | None,
-    grad_normed: Tensor,
-    normed: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    update_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, D = normed.shape
-    same = update_dtype == dtype
-    grad_x = torch.empty(normed.shape, dtype=dtype, device=normed.device)
-    grad_update = torch.empty(0 if same else normed.shape, dtype=update_dtype, device=normed.device)
-    BLOCK_D = power_of_2(D)
-    BLOCK_T = max(1, 2048 // BLOCK_D)  # three streams of as many values are in flight at once
-    programs, share = row_split(T, BLOCK_T, normed.device)
-    partial = torch.empty(3, programs, D, dtype=torch.float32, device=normed.device)
-    launch(
-        _add_norm_backward_kernel,
-        (programs,),
-        *(grad_normed, grad_total, normed.contiguous(), rstd, weight.contiguous(), bias.contiguous(), grad_x),
-        *(None if same else grad_update, partial, T, share),
-        LEAST=LEAST_WEIGHT,
-        D=D,
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=8,
-    )
-    return grad_x, grad_update, *finish_sums(partial, (weight.dtype, weight.dtype, update_dtype))
 
 
 @jit(do_not_specialize=["T"])
@@ -265,8 +229,8 @@ def _add_norm_backward_kernel(
     weight_ptr,  # (D,)
     bias_ptr,
     grad_x_ptr,  # (T, D)
-    grad_update_ptr,  # (T, D), or None where it is the same
-    partial_ptr,  # (3, programs, D): weight, bias, bias of the update
+    grad_update_ptr,  # (T, D), or None if it equals grad_x
+    partial_ptr,  # (3, programs, D): weight, bias, update_bias
     T,
     share,  # rows of a program
     LEAST: tl.constexpr,

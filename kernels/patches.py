@@ -1,9 +1,9 @@
 """Selected patches of raw frames as normalised vectors.
 
-Legend: F frames, H W pixels, C channels, p patch side, P patches of a frame, K selected ones. A patch vector holds
-p*p*C values in the order (row, column, channel), channel fastest; patches are numbered row by row.
+Legend: F frames, H W pixels, C channels, p patch side, P patches of a frame, K selected. A patch vector has p*p*C
+values in the order (row, column, channel), channel fastest; patches are numbered row by row.
 
-Fuses scale, normalise, cut into patches and select. Only the selected pixels are read, in the dtype they came in.
+Fuses scaling, normalisation, patchification and selection. Only selected pixels are read, in their own dtype.
 """
 
 from __future__ import annotations
@@ -13,18 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_ids,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_ids, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 
 
 def gather_patches(
@@ -38,22 +28,20 @@ def gather_patches(
     """Selected patches of every frame as normalised vectors, ready for the patch embedding's matrix product.
 
     Args:
-        frames: (F, H, W, C), any strides, uint8 (scaled by 1/255 first) or floating point (taken as it is).
-            Floating-point frames may be (F, C, H, W): so they are understood if their last axis is not C long.
+        frames: (F, H, W, C), any strides, uint8 (scaled by 1/255 first) or floating point (not scaled). Floating-point
+            frames whose last axis is not of length C may be (F, C, H, W).
         ids: (F, K) int64 or int32, patch numbers in 0..P-1.
-        mean, std: C values each, in units of frames in 0..1; the result is (value - mean) / std. A tensor on the GPU
-            is copied to the host, which waits for the device.
+        mean, std: C values each, in units of frames in 0..1; the result is (value - mean) / std. Tensors on a GPU
+            cost a synchronisation.
         patch_size: p, dividing H and W.
         dtype: of the result, floating point. The arithmetic is in float32, in float64 if frames or result are.
 
     Returns:
-        (F, K, p*p*C), contiguous. No gradient flows to the frames. On the GPU, where checking them would cost a
-        synchronisation, ids out of range give NaN.
+        (F, K, p*p*C), contiguous. Frames get no gradient.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, or tensors on different devices.
-        IndexError: ids out of range, on the CPU.
+        TypeError, ValueError: a dtype, shape or device that is not allowed.
+        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     frames, gain, bias = check_pixels(frames, ids, mean, std, patch_size)
     if not dtype.is_floating_point:
@@ -64,7 +52,7 @@ def gather_patches(
 def check_pixels(
     frames: Tensor, ids: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, patch_size: int
 ) -> tuple[Tensor, list[float], list[float]]:
-    """Check what every operation on pixels takes; see `gather_patches`.
+    """Check the arguments of an operation on pixels; see `gather_patches`.
 
     Returns:
         frames as (F, H, W, C), and gain and bias of every channel: (x - mean) / std = value * gain - bias.
@@ -108,7 +96,7 @@ def _(frames, ids, gain, bias, patch_size, dtype):
 def gather_patches_torch(
     frames: Tensor, ids: Tensor, gain: list[float], bias: list[float], patch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The operation in PyTorch, vectorised for the CPU: whole pixel rows of patches are copied, then scaled."""
+    """The PyTorch implementation, for the CPU: pixel rows of patches are copied, then scaled."""
     F, H, W, C = frames.shape
     p, grid_w = patch_size, W // patch_size
     work = torch.promote_types(torch.promote_types(dtype, torch.float32), frames.dtype)
@@ -119,7 +107,7 @@ def gather_patches_torch(
         first = (frame * H + ids // grid_w * p) * grid_w + ids % grid_w
         at = first[:, :, None] + torch.arange(0, p * grid_w, grid_w, device=ids.device)
         patches = rows.index_select(0, at.flatten())
-        gain_C, bias_C = gain_C.repeat(p), bias_C.repeat(p)  # a longer inner loop
+        gain_C, bias_C = gain_C.repeat(p), bias_C.repeat(p)
     else:
         grid = frames.unflatten(2, (grid_w, p)).unflatten(1, (H // p, p)).transpose(2, 3)
         patches = grid[frame, ids // grid_w, ids % grid_w]  # (F, K, p, p, C)
@@ -187,7 +175,7 @@ def pixel_row_start(f, patch_id, row, grid_w, stride_f, stride_h, stride_w, p: t
     """Offset of a pixel row of a patch."""
     y = patch_id // grid_w * p + row
     x = patch_id % grid_w
-    # stride_w last, times p first: Triton then sees that the offset is a multiple of p * stride_w.
+    # In this order Triton recognises that the offset is a multiple of p * stride_w.
     return f.to(tl.int64) * stride_f + y.to(tl.int64) * stride_h + x.to(tl.int64) * (p * stride_w)
 
 

@@ -1,10 +1,10 @@
-"""Tiles of matrix products, for kernels that go on with a product while it is in registers.
+"""Tiles of matrix products, for kernels that process a product in registers.
 
-Legend: an (M, N) product of a (M, K) and b; M varies with the batch, N and K are the model's. Operands are bfloat16 or
-float16, sums float32.
+Legend: an (M, N) product of a (M, K) and b; M varies with the batch, N and K do not. Operands are bfloat16 or float16,
+sums float32.
 
 `FASTMUM_PRODUCTS` is read at every call: "auto" (default) fuses wherever Triton runs and operands have 16 bits;
-"library" leaves products to cuBLAS, and what follows them to kernels of their own.
+"library" uses cuBLAS and separate kernels for the operations after it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from fastmum.kernels.dispatch import ceil_div, jit, tl, use_triton
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
-GROUP_M = 8  # rows of tiles that are walked together, so that their operands stay in the second-level cache
+GROUP_M = 8  # rows of tiles that are processed together, so that their operands stay in the L2 cache
 
 
 def fuses_products(x: Tensor) -> bool:
-    """Whether a product with `x` and what follows it are one kernel.
+    """Whether a product with `x` and the operations after it are one kernel.
 
     Raises:
         ValueError: `FASTMUM_PRODUCTS` has an unknown value.
@@ -34,18 +34,14 @@ def fuses_products(x: Tensor) -> bool:
 
 
 class Tiles(NamedTuple):
-    """How a product is cut; larger tiles would leave no registers for what follows (docs/LOG.md, 2026-11-25).
-
-    Args:
-        BLOCK_M, BLOCK_N, BLOCK_K: of a tile.
-    """
+    """Tile sizes; larger tiles leave no registers for the operations after the product (docs/LOG.md, 2026-11-25)."""
 
     BLOCK_M: int = 128
     BLOCK_N: int = 128
     BLOCK_K: int = 64
 
     def constants(self, K: int, x: Tensor) -> dict[str, object]:
-        """What a kernel must know beside M, N and K."""
+        """Constants of a kernel."""
         return self._asdict() | {
             "GROUP_M": GROUP_M,
             "EVEN_K": K % self.BLOCK_K == 0,
@@ -55,7 +51,7 @@ class Tiles(NamedTuple):
         }
 
     def grid(self, M: int, columns: int) -> tuple[int]:
-        """Programs for M rows and so many columns of tiles."""
+        """Grid for M rows and a number of columns of tiles."""
         return (ceil_div(M, self.BLOCK_M) * columns,)
 
 
@@ -77,7 +73,7 @@ def product_tile(
     row,  # of the tile
     n,  # (BLOCK_N,) columns of the product
     M,
-    exists,  # (BLOCK_N,) whether they do
+    exists,  # (BLOCK_N,) whether the column exists
     N: tl.constexpr,
     K: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -85,11 +81,11 @@ def product_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,  # the interpreter would multiply the bit patterns of bfloat16
+    WIDEN: tl.constexpr,  # in the interpreter, which would multiply bit patterns of bfloat16
 ):
     """(BLOCK_M, BLOCK_N) float32: the tile's rows and columns n of a @ b' or a @ b."""
     i, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-    # Only the start of the tile may lie beyond 32 bits.
+    # Only the start of the tile needs 64 bits.
     a_at = a_ptr + row.to(tl.int64) * (BLOCK_M * K) + (i[:, None] * K + k[None, :])
     b_at = b_ptr + (n[None, :] * K + k[:, None] if TRANSPOSED else k[:, None] * N + n[None, :])
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -1,9 +1,8 @@
-"""The projection to queries, keys and values, rotated by the position of their token.
+"""The projection to queries, keys and values with rotary positions.
 
-Legend: T tokens, D width, h heads, d = D / h width of a head. Forward it is a matrix product whose tiles are rotated
-before they leave the registers: a program has channels c of some heads and, beside them, their partners c + d/2.
-Attention's backward pass gives three gradients; one kernel rotates two of them back, packs all three for the matrix
-products that follow, and adds up the gradient of the bias on the way.
+Legend: T tokens, D width, h heads, d = D / h width of a head. The forward kernel is a matrix product that rotates its
+tiles in registers: a program computes channels c of some heads and their partners c + d/2. The backward kernel rotates
+the gradients of q and k back, packs all three for the matrix products that follow, and sums the bias gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmum.kernels.dispatch import ceil_div, check_range, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.checks import check_range
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.matmul import product
 from fastmum.kernels.products import Tiles, fuses_products, tile_of
 from fastmum.kernels.rope import _rotate, _rotate_torch, check_rotation
@@ -32,15 +32,15 @@ def rotary_projection(
     special: str = "keep",
     parts: str = "qkv",
 ) -> tuple[Tensor, ...]:
-    """x @ weight' + bias, of which q and k are rotated.
+    """x @ weight' + bias with q and k rotated.
 
     Args:
         x: (T, C) floating point.
-        weight, bias: (3*D, C) and (3*D,) in the dtype of x: rows of q, k and v, or of those named by `parts`.
+        weight, bias: (3*D, C) and (3*D,) in the dtype of x: rows of q, k and v, or of those in `parts`.
         positions, sin, cos, num_heads, special, parts: as in `rope_qk`.
 
     Returns:
-        q, k, v, or those named by `parts`: (T, h, d) each, rows of one packed tensor.
+        q, k, v, or those in `parts`: (T, h, d) each, views of one packed tensor.
 
     Raises:
         TypeError, ValueError, IndexError: as in `rope_qk`; or dtypes that differ.
@@ -57,13 +57,14 @@ def rotary_projection(
 
 
 class _RotaryProjection(torch.autograd.Function):
-    """Inside it the packed tensor is overwritten; autograd sees its three parts."""
+    """Rotates the packed tensor in place; autograd sees its parts."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, positions, sin, cos, heads, zero, parts):
         rotated = len(parts.removesuffix("v"))
         packed = _rotary_linear(x, weight, bias, positions, sin, cos, heads * rotated, zero)
-        ctx.save_for_backward(x, weight, positions, sin, cos)
+        needs_x, needs_weight, _ = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, positions, sin, cos)
         ctx.settings = rotated, zero
         return packed.unflatten(1, (len(parts), heads, -1)).unbind(1)
 
@@ -71,7 +72,13 @@ class _RotaryProjection(torch.autograd.Function):
     def backward(ctx, *grads):
         x, weight, positions, sin, cos = ctx.saved_tensors
         packed, grad_bias = _pack_rotated(list(grads), positions, sin, cos, *ctx.settings)
-        return product(packed, weight), product(packed.t(), x), grad_bias, *(None,) * 6
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        return (
+            product(packed, weight) if needs_x else None,
+            product(packed.t(), x) if needs_weight else None,
+            grad_bias if needs_bias else None,
+            *(None,) * 6,
+        )
 
 
 @torch.library.custom_op("fastmum::rotary_linear", mutates_args=())
@@ -101,7 +108,7 @@ def _(x_shape, weight_shape, *_, **__):
 def _pack_rotated(
     grads: Sequence[Tensor], positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (T, h, d) side by side as (T, n * D), the first `rotated` turned back, and their sum (n * D,)."""
+    """Concatenate gradients (T, h, d) to (T, n * D), the first `rotated` rotated back; and their sum (n * D,)."""
     check_range("positions", positions, -1, len(sin))
     T, heads, width = grads[0].shape
     out = torch.empty(T, len(grads) * heads * width, dtype=grads[0].dtype, device=grads[0].device)
@@ -216,7 +223,7 @@ def _rotary_linear_kernel(
     m = row * BLOCK_M + i
     head, c = column * BLOCK_H + tl.arange(0, HALVES) // BLOCK_C, tl.arange(0, HALVES) % BLOCK_C
     n, exists = head * (2 * HALF) + c, (head < HEADS) & (c < HALF)
-    # Two products of the same rows: channels c of the heads, and c + HALF.
+    # Two products of the same rows: channels c and c + HALF of the heads.
     x_at = x_ptr + row.to(tl.int64) * (BLOCK_M * K) + (i[:, None] * K + k[None, :])
     weight_at = weight_ptr + (n[None, :] * K + k[:, None])
     a, b = tl.zeros((BLOCK_M, HALVES), tl.float32), tl.zeros((BLOCK_M, HALVES), tl.float32)
@@ -242,7 +249,7 @@ def _rotary_linear_kernel(
     position = tl.load(positions_ptr + m, mask=m < M, other=-1)
     turned = (exists & (head < ROTATED))[None, :]
     has_angle = ((position >= 0) & (position < positions))[:, None] & turned
-    # No position: the identity, or zero. A position that the table lacks: NaN, which is seen.
+    # Position -1: the identity, or zero. A position out of range: NaN.
     idle = tl.where(turned, tl.where(position == -1, 0.0 if ZERO else 1.0, float("nan"))[:, None], 1.0)
     sin = tl.load(sin_ptr + position[:, None] * stride_sin + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + position[:, None] * stride_cos + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
@@ -302,7 +309,7 @@ def _pack_kernel(
         t = row + tl.arange(0, BLOCK_T)
         position = tl.load(positions_ptr + t, mask=t < end, other=-1)
         has_angle = ((position >= 0) & (position < N))[:, None] & (c < HALF)[None, :] & (part < ROTATED)
-        # No position: the identity, or zero. A position that the table lacks: NaN, which is seen.
+        # Position -1: the identity, or zero. A position out of range: NaN.
         idle = tl.where(position == -1, 0.0 if ZERO else 1.0, float("nan"))[:, None]
         idle = tl.where(part < ROTATED, idle, 1.0)
         sin = tl.load(sin_ptr + position[:, None] * stride_sin + c[None, :], mask=has_angle, other=0.0).to(tl.float32)

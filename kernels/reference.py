@@ -1,8 +1,7 @@
-"""The mathematics of every operation between the matrix products, in plain PyTorch.
+"""Every operation in plain PyTorch, in any floating-point dtype: the reference of the tests.
 
 Legend: F frames, H W pixels, C channels, p patch side, P patches of a frame, K visible, M masked, D width,
-T tokens, N positions, h heads. A patch is a vector of p*p*C values in the order (row, column, channel), channel
-fastest: the order of the released model's predictions. Patches of a frame are numbered row by row.
+T tokens, N positions, h heads.
 """
 
 from __future__ import annotations
@@ -14,25 +13,9 @@ from torch import Tensor
 
 
 def gather_patches(
-    frames: Tensor,
-    ids: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    dtype: torch.dtype,
+    frames: Tensor, ids: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """Selected patches of every frame as normalised vectors, ready for the patch embedding's matrix product.
-
-    Args:
-        frames: (F, H, W, C), any strides; uint8 is scaled by 1/255 first, floating point is taken as it is.
-        ids: (F, K) integer, patch numbers in 0..P-1.
-        mean, std: C values each; the result is (value - mean) / std.
-        patch_size: p, dividing H and W.
-        dtype: of the result.
-
-    Returns:
-        (F, K, p*p*C), `dtype`; the arithmetic is in float32 at least.
-    """
+    """As `fastmum.kernels.gather_patches`, with frames (F, H, W, C)."""
     F, H, W, C = frames.shape
     p = patch_size
     grid = frames.reshape(F, H // p, p, W // p, p, C)
@@ -61,17 +44,7 @@ def patch_loss(
     norm_pix: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Mean squared error between predictions and the patches they stand for: the training loss.
-
-    Args:
-        pred: (F, M, p*p*C) floating point, predictions for the patches `ids`.
-        frames, ids, mean, std, patch_size: as in `gather_patches`.
-        norm_pix: whether the target is normalised by its own patch's mean and variance.
-        eps: added to the variance.
-
-    Returns:
-        Scalar, float32 (float64 for float64 predictions): the mean over masked patches and their values.
-    """
+    """As `fastmum.kernels.patch_loss`, with reduction "mean"."""
     work = torch.promote_types(pred.dtype, torch.float32)
     target = gather_patches(frames, ids, mean, std, patch_size, work)
     if norm_pix:
@@ -80,17 +53,7 @@ def patch_loss(
 
 
 def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num_patches: int) -> Tensor:
-    """The decoder's input: CLS first, visible tokens at their patches, the mask token everywhere else.
-
-    Args:
-        visible: (F, 1 + K, D), CLS first.
-        mask_token: D values in any shape.
-        visible_ids: (F, K) integer, distinct in a row.
-        num_patches: P.
-
-    Returns:
-        (F, 1 + P, D), in the dtype of `visible`.
-    """
+    """As `fastmum.kernels.scatter_tokens`."""
     F, _, D = visible.shape
     place = torch.cat([torch.zeros_like(visible_ids[:, :1]), visible_ids + 1], dim=1)
     tokens = mask_token.to(visible.dtype).reshape(1, 1, D).expand(F, 1 + num_patches, D)
@@ -111,20 +74,7 @@ def rotate_half(x: Tensor) -> Tensor:
 def rope_qk(
     qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, special: str = "keep", parts: str = "qkv"
 ) -> Tensor:
-    """Rotate q and k of a packed projection by the position of their token.
-
-    Args:
-        qkv: (T, 3*D), for every token q, k and v, each (heads, D / heads).
-        positions: (T,) integer row of the tables; -1 for a token without a position (CLS).
-        sin, cos: (N, D / heads) tables, see `fastmum.model.rope`.
-        num_heads: h.
-        special: what happens to q and k of a token without position: "keep" leaves them as they are, "zero" sets
-            them to zero (the released model's treatment of CLS in global blocks).
-        parts: what `qkv` packs: "qkv", "kv" or "q".
-
-    Returns:
-        As `qkv`, in the dtype of `qkv`; rotation in the wider of its dtype and the tables'.
-    """
+    """As `fastmum.kernels.rope_qk`, with full tables (N, D / h)."""
     T = qkv.shape[0]
     has_place = (positions >= 0)[:, None, None, None]
     row = positions.clamp(min=0)
@@ -145,7 +95,7 @@ def add_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x times the share of the normal distribution below it."""
+    """x * Phi(x), Phi the cumulative normal distribution."""
     return 0.5 * x * (1 + torch.erf(x / 2**0.5))
 
 
@@ -165,13 +115,13 @@ def rotary_projection(
     special: str = "keep",
     parts: str = "qkv",
 ) -> tuple[Tensor, ...]:
-    """x @ weight' + bias, rotated as in `rope_qk`, as one (T, heads, D / heads) tensor for each of the parts."""
+    """x @ weight' + bias, rotated as in `rope_qk`, as one (T, h, D / h) tensor per part."""
     packed = rope_qk(x @ weight.t() + bias, positions, sin, cos, num_heads, special, parts)
     return packed.view(len(x), len(parts), num_heads, -1).unbind(1)
 
 
 def nearest_bfloat16(x: Tensor) -> Tensor:
-    """The values of bfloat16, of 8 binary digits and at least 2^-133 apart, nearest to `x`; halfway away from zero."""
+    """The nearest bfloat16 value (8 significant bits, at least 2^-133 apart), ties away from zero."""
     unit = torch.ldexp(torch.ones_like(x), (torch.frexp(x).exponent - 8).clamp(min=-133))
     nearest = (x.abs() / unit + 0.5).floor() * unit
     return nearest.copysign(x).to(torch.bfloat16)

@@ -1,10 +1,9 @@
-"""Rotary positions applied to q and k of a packed projection.
+"""Rotary positions of q and k in a packed projection.
 
 Legend: T tokens, D width, h heads, d = D / h width of a head, N positions of the table. Channel c of a head is rotated
-with channel c + d/2, so a token's q and k are 2h pairs of halves. Heads of v follow those that are rotated.
+with channel c + d/2. The heads of v follow those of q and k.
 
-Fuses the lookup of the position's angles with the rotation. Sines and cosines exist once for every position, never for
-every frame, head and token. In place, v is neither read nor written.
+Fuses the lookup of sines and cosines, stored once per position, with the rotation. In place, v is not touched.
 """
 
 from __future__ import annotations
@@ -12,23 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    INTEGERS,
-    ceil_div,
-    check_floating,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import INTEGERS, check_floating, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 
 SPECIAL = ("keep", "zero")
 PARTS = ("qkv", "kv", "q")
-CHUNK_BYTES = 1 << 20  # of qkv that the CPU rotates at once: temporaries stay in the cache
+CHUNK_BYTES = 1 << 20  # bytes of qkv that the CPU rotates at once: temporaries stay in the cache
 
 
 def rope_qk(
@@ -44,25 +32,22 @@ def rope_qk(
     """Rotate q and k of a packed projection by the position of their token.
 
     Args:
-        qkv: (T, 3*D) floating point, for every token q, k and v, each (heads, D / heads); or those named by `parts`.
+        qkv: (T, 3*D) floating point: q, k and v of each token, (h, d) each; or those in `parts`.
         positions: (T,) int64 or int32, row of the tables; -1 for a token without a position (CLS).
-        sin, cos: (N, D / heads) tables of two equal halves (see `fastmum.model.rope`), or one half, (N, D / heads / 2).
+        sin, cos: (N, d) tables of two equal halves (see `fastmum.model.rope`), or one half, (N, d / 2).
         num_heads: h.
-        special: what happens to q and k of a token without position: "keep" leaves them as they are, "zero" sets
-            them to zero (the released model's treatment of CLS in global blocks).
-        inplace: overwrite `qkv` and return it. Autograd permits it where `qkv` is neither a leaf that requires a
-            gradient nor needed by the backward pass of what produced it; a linear layer's output is neither.
-        parts: what `qkv` packs: "qkv"; "kv", (T, 2*D); or "q", (T, D). Where only some tokens ask, but all are seen,
-            the two are projected apart.
+        special: q and k of tokens without a position: "keep" them, or set them to "zero" (the released model's
+            treatment of CLS in global blocks).
+        inplace: overwrite `qkv` and return it. Autograd permits it if `qkv` is neither a leaf that requires a gradient
+            nor needed by the backward pass of its producer; a linear layer's output is neither.
+        parts: contents of `qkv`: "qkv"; "kv", (T, 2*D); or "q", (T, D).
 
     Returns:
-        As `qkv`, in the dtype of `qkv`; the rotation is in float32 at least. The gradient flows to `qkv` only. On
-        the GPU, where checking them would cost a synchronisation, positions out of range give NaN.
+        As `qkv`, in its dtype; the rotation is in float32 at least. Only `qkv` gets a gradient.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, tensors on different devices, an unknown `special` or `parts`.
-        IndexError: positions out of range, on the CPU.
+        TypeError, ValueError: a dtype, shape, device, `special` or `parts` that is not allowed.
+        IndexError: positions out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     check_floating("qkv", qkv, 2, f"(T, {len(parts)} * D)")
     check_tensors(qkv=qkv, positions=positions)
@@ -73,7 +58,7 @@ def rope_qk(
             raise ValueError(f"qkv has strides {qkv.stride()}, but in place its rows must be contiguous")
         if torch.is_grad_enabled() and qkv.requires_grad:
             return _RotateInPlace.apply(qkv, positions, sin, cos, rotated, special == "zero")
-        # The compiler does not take an autograd function that marks what it changed where no gradient is recorded.
+        # The compiler rejects an autograd function with mark_dirty where no gradient is recorded.
         _rope_qk_(qkv, positions, sin, cos, rotated, special == "zero", False)
         return qkv
     return _rope_qk(qkv, positions, sin, cos, rotated, special == "zero", False)
@@ -82,11 +67,7 @@ def rope_qk(
 def check_rotation(
     T: int, width: int, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, special: str, parts: str
 ) -> tuple[Tensor, Tensor]:
-    """Check what `rope_qk` takes beside the (T, width) tensor that it rotates.
-
-    Returns:
-        sin, cos: (N, D / heads / 2) each, the first half of the tables: the second repeats it.
-    """
+    """Check the arguments of a rotation of a (T, width) tensor; returns the first half of each table, (N, d / 2)."""
     check_tensors(positions=positions, sin=sin, cos=cos)
     if parts not in PARTS:
         raise ValueError(f"parts is {parts!r}, but must be one of {', '.join(PARTS)}")
@@ -109,7 +90,7 @@ def check_rotation(
 
 
 class _RotateInPlace(torch.autograd.Function):
-    """Autograd of the operator in place, which `register_autograd` does not offer for operators that mutate."""
+    """Autograd of the mutating operator, which `register_autograd` does not support."""
 
     @staticmethod
     def forward(ctx, qkv, positions, sin, cos, rotated, zero):
@@ -126,7 +107,7 @@ class _RotateInPlace(torch.autograd.Function):
 
 def _rotate_back(ctx, grad: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        # The compiler drops the copy: it knows that nobody else reads the gradient, which eager autograd does not.
+        # The compiler removes the copy, as it knows all readers of the gradient; eager autograd does not.
         grad = grad.clone(memory_format=torch.contiguous_format)
         _rope_qk_(grad, *ctx.saved_tensors, *ctx.settings, True)
         return grad
@@ -140,9 +121,7 @@ def _rope_qk_(
     _rotate(qkv, qkv, positions, sin, cos, rotated, zero, inverse)
 
 
-@_rope_qk_.register_fake
-def _(qkv, positions, sin, cos, rotated, zero, inverse):
-    return None
+_rope_qk_.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("fastmum::rope_qk", mutates_args=())
@@ -175,14 +154,13 @@ _rope_qk.register_autograd(_backward, setup_context=_setup_context)
 def _rotate(
     qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
 ) -> None:
-    """Write `qkv` with its first `rotated` heads rotated to `out`, which may be `qkv` itself; rows are contiguous."""
+    """Write `qkv` with its first `rotated` heads rotated to `out`, which may be `qkv`; rows are contiguous."""
     check_range("positions", positions, -1, len(sin))
     if not use_triton(qkv):
         _rotate_torch(qkv, out, positions, sin, cos, rotated, zero, inverse)
         return
     T, width = qkv.shape
     half = sin.shape[1]
-    # The first half of a whole table has contiguous rows, and is not copied.
     sin, cos = (x if x.stride(1) == 1 else x.contiguous() for x in (sin, cos))
     BLOCK_C = power_of_2(half)
     BLOCK_H = min(power_of_2(rotated), max(1, 256 // BLOCK_C))
@@ -210,7 +188,7 @@ def _rotate_torch(
     N, half = sin.shape
     end = 2 * half * rotated
     work = torch.promote_types(torch.promote_types(qkv.dtype, sin.dtype), torch.float32)
-    # One more row of the tables, for tokens without a position.
+    # The last row is for tokens without a position.
     sin_Nc = torch.cat([-sin if inverse else sin, sin.new_zeros(1, half)]).to(work)
     cos_Nc = torch.cat([cos, cos.new_full((1, half), 0.0 if zero else 1.0)]).to(work)
     row_T = torch.where(positions < 0, N, positions)
@@ -240,7 +218,7 @@ def _rope_kernel(
     stride_sin,
     stride_cos,
     sign,  # -1 for the inverse rotation
-    ROTATED: tl.constexpr,  # heads that are rotated; those behind them are copied
+    ROTATED: tl.constexpr,  # heads that are rotated; the others are copied
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     ZERO: tl.constexpr,
@@ -252,7 +230,7 @@ def _rope_kernel(
     c = tl.arange(0, BLOCK_C)
     position = tl.load(positions_ptr + t, mask=t < T, other=-1)
     has_angle = ((position >= 0) & (position < N))[:, None] & (c < HALF)[None, :]
-    # No position: the identity, or zero. A position that the table lacks: NaN, which is seen.
+    # Position -1: the identity, or zero. A position out of range: NaN.
     idle = tl.where(position == -1, 0.0 if ZERO else 1.0, float("nan"))[:, None]
     sin = tl.load(sin_ptr + position[:, None] * stride_sin + c[None, :], mask=has_angle, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + position[:, None] * stride_cos + c[None, :], mask=has_angle, other=0.0).to(tl.float32)

@@ -1,7 +1,6 @@
-"""Sums over the rows of a matrix in two stages: the end of every bias gradient.
+"""The second stage of bias gradients: partial sums over rows, which other kernels store, are summed.
 
-A kernel that passes over (T, D) values adds up its own rows and stores a partial sum; this one adds the partial sums.
-Always in the same order, without atomics.
+The order is fixed, and there are no atomics.
 """
 
 from __future__ import annotations
@@ -13,35 +12,18 @@ from torch import Tensor
 
 from fastmum.kernels.dispatch import ceil_div, jit, launch, multiprocessors, tl
 
-PROGRAMS_A_MULTIPROCESSOR = 2  # that add up rows: enough to keep loads in flight, few enough to leave few partial sums
+PROGRAMS_PER_SM = 2  # that sum rows: enough to keep loads in flight, with few partial sums
 
 
 def row_split(rows: int, rows_at_once: int, device: torch.device) -> tuple[int, int]:
-    """How programs share rows.
-
-    Args:
-        rows: T.
-        rows_at_once: that a program loads together.
-        device: its multiprocessors decide.
-
-    Returns:
-        Number of programs, and rows of each, a multiple of `rows_at_once`; the last may have fewer.
-    """
-    programs = PROGRAMS_A_MULTIPROCESSOR * multiprocessors(device)
+    """Number of programs on `device`, and rows of each, a multiple of `rows_at_once`; the last may have fewer."""
+    programs = PROGRAMS_PER_SM * multiprocessors(device)
     share = rows_at_once * max(1, ceil_div(rows, programs * rows_at_once))
     return max(1, ceil_div(rows, share)), share
 
 
 def finish_sums(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
-    """Add partial sums.
-
-    Args:
-        partial: (n, programs, D) float32, of n sums.
-        dtypes: of the n results.
-
-    Returns:
-        n vectors (D,).
-    """
+    """Sum partial sums (n, programs, D) float32 over the programs -> n vectors (D,) of `dtypes`, n at most 3."""
     count, programs, D = partial.shape
     outs = [torch.empty(D, dtype=dtype, device=partial.device) for dtype in dtypes]
     BLOCK_D = 64
@@ -60,7 +42,7 @@ def finish_sums(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
 @jit(do_not_specialize=["programs"])
 def _finish_kernel(
     partial_ptr,  # (n, programs, D)
-    out0_ptr,  # (D,) each; those beyond n are not touched
+    out0_ptr,  # (D,) each; only the first n are written
     out1_ptr,
     out2_ptr,
     programs,

@@ -1,7 +1,7 @@
-"""Many tensors of different sizes in one launch: a table of where they lie, made on the host.
+"""Many tensors of different sizes in one launch, by a table of their addresses.
 
-The table is int64: COLUMNS addresses of every row of tensors; the number of values of every row; and of every chunk its
-row and its number within it. A program works on one chunk.
+The table is int64: for every row of tensors COLUMNS addresses; for every row its number of values; for every chunk its
+row and its number in the row. A program processes one chunk.
 """
 
 from __future__ import annotations
@@ -14,34 +14,21 @@ from torch import Tensor
 
 from fastmum.kernels.dispatch import ceil_div, jit, tl
 
-CHUNK = 1 << 16  # values of a program: few enough that 389 M spread evenly, many enough that the table stays small
+CHUNK = 1 << 16  # values of a program: 389 M spread evenly, and the table stays small
 
 
 class Table(NamedTuple):
-    """A table on the device.
+    """A table on the device."""
 
-    Args:
-        words: (rows * (columns + 1) + 2 * chunks,) int64.
-        rows: of tensors.
-        chunks: of all rows: programs to launch.
-        align: bytes that divide all addresses, 16 or 2.
-        divisor: 16 where it divides the number of values of every row, else 1: without it the compiler cannot know that
-            the values of a wide access are all inside or all outside, and makes them one by one.
-    """
-
-    words: Tensor
+    words: Tensor  # (rows * (columns + 1) + 2 * chunks,) int64
     rows: int
-    chunks: int
-    align: int
-    divisor: int
+    chunks: int  # of all rows, one program each
+    align: int  # divides all addresses, 16 or 2 bytes
+    divisor: int  # divides all numbers of values, 16 or 1; with 16 the compiler can mask wide accesses as a whole
 
 
 def make_table(columns: Sequence[Sequence[Tensor]]) -> Table:
-    """Write down where tensors lie, in one small copy to the device that the host does not wait for.
-
-    Args:
-        columns: lists of tensors without gaps, of which those in the same place have as many values.
-    """
+    """Build the table of lists of dense tensors, whose i-th tensors have equal numbers of values; asynchronously."""
     first = columns[0]
     device = first[0].device
     chunks = [(i, n) for i, x in enumerate(first) for n in range(ceil_div(x.numel(), CHUNK))]
@@ -54,7 +41,7 @@ def make_table(columns: Sequence[Sequence[Tensor]]) -> Table:
 
 @jit()
 def chunk_of(table_ptr, rows, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DIVISOR: tl.constexpr):
-    """Of this program: where the addresses of its row are, its first value, and the row's number of values."""
+    """This program's pointer to the addresses of its row, its first value, and the row's number of values."""
     chunk_ptr = table_ptr + rows * (COLUMNS + 1) + 2 * tl.program_id(0)
     row, number = tl.load(chunk_ptr), tl.load(chunk_ptr + 1)
     numel = tl.multiple_of(tl.load(table_ptr + rows * COLUMNS + row), DIVISOR)

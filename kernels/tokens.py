@@ -1,11 +1,10 @@
-"""Tokens to their places in a frame, and back.
+"""Scatter visible tokens among mask tokens, and gather selected tokens.
 
 Legend: F frames, P patches of a frame, K visible, M selected patches, D width. Token 0 of a frame is CLS, patch i is
 token i + 1.
 
-`scatter_tokens` fuses the mask token's expansion, the concatenation and the permutation: every output token is
-written once. Its backward pass gathers and, in the same reading, sums the mask token's gradient, in two stages and
-always in the same order. `gather_tokens` is its mirror at the end of the decoder.
+`scatter_tokens` fuses expansion of the mask token, concatenation and permutation. Its backward pass gathers and sums
+the mask token's gradient in one read, in two stages of a fixed order.
 """
 
 from __future__ import annotations
@@ -13,21 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_floating,
-    check_ids,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_floating, check_ids, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 
-MASK_SPLIT = 4  # programs that share a frame's sum of the mask token's gradient
+MASK_SPLIT = 4  # programs per frame that sum the mask token's gradient
 
 
 def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num_patches: int) -> Tensor:
@@ -40,46 +28,39 @@ def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num
         num_patches: P.
 
     Returns:
-        (F, 1 + P, D), in the dtype of `visible`. The mask token's gradient is summed in float32 at least. On the
-        GPU, where checking them would cost a synchronisation, tokens with ids out of range are left out.
+        (F, 1 + P, D), in the dtype of `visible`. The mask token's gradient is summed in float32 at least.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, or tensors on different devices.
-        IndexError: ids out of range, on the CPU.
+        TypeError, ValueError: a dtype, shape or device that is not allowed.
+        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, drops these tokens.
     """
     check_tensors(visible=visible, mask_token=mask_token, visible_ids=visible_ids)
     check_floating("visible", visible, 3, "(F, 1 + K, D)")
     F, count, D = visible.shape
     check_ids("visible_ids", visible_ids, F)
     if count != 1 + visible_ids.shape[1]:
-        raise ValueError(
-            f"visible has {count} tokens a frame, but must have CLS and the {visible_ids.shape[1]} visible"
-        )
+        raise ValueError(f"visible has {count} tokens a frame, but must have 1 + {visible_ids.shape[1]}")
     if mask_token.numel() != D or not mask_token.is_floating_point():
-        raise ValueError(
-            f"mask_token is {mask_token.dtype} of shape {tuple(mask_token.shape)}, but must be {D} values in floating "
-            "point"
-        )
+        shape = tuple(mask_token.shape)
+        raise ValueError(f"mask_token is {mask_token.dtype} {shape}, but must be {D} values in floating point")
     if num_patches < visible_ids.shape[1]:
         raise ValueError(f"num_patches is {num_patches}, but {visible_ids.shape[1]} patches of a frame are visible")
     return _scatter_tokens(visible, mask_token.reshape(D), visible_ids, num_patches)
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """The tokens of some patches of every frame.
+    """Select the tokens of some patches of every frame.
 
     Args:
         tokens: (F, 1 + P, D) floating point, CLS first.
         ids: (F, M) int64 or int32, patch numbers in 0..P-1, distinct in a row.
 
     Returns:
-        (F, M, D), contiguous. On the GPU, where checking them would cost a synchronisation, ids out of range give NaN.
+        (F, M, D), contiguous.
 
     Raises:
-        TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit, or tensors on different devices.
-        IndexError: ids out of range, on the CPU.
+        TypeError, ValueError: a dtype, shape or device that is not allowed.
+        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     check_tensors(tokens=tokens, ids=ids)
     check_floating("tokens", tokens, 3, "(F, 1 + P, D)")
@@ -168,7 +149,7 @@ _gather_tokens.register_autograd(_backward_gather, setup_context=_setup_gather)
 
 
 def _token_rows(ids: Tensor, tokens_a_frame: int, cls: bool = False) -> Tensor:
-    """Rows of (F * (1 + P), D) that hold the patches `ids`, after the frame's CLS if asked for."""
+    """Rows of (F * (1 + P), D) with the patches `ids`, after the frame's CLS if `cls`."""
     rows = ids + 1
     if cls:
         rows = torch.nn.functional.pad(rows, (1, 0))
@@ -176,7 +157,7 @@ def _token_rows(ids: Tensor, tokens_a_frame: int, cls: bool = False) -> Tensor:
 
 
 def _place(source: Tensor, fill: Tensor | None, ids: Tensor, num_patches: int) -> Tensor:
-    """Rows of `source` at the patches `ids`; with a `fill` CLS leads the source, without there is none and 0 fills."""
+    """Scatter `source` to the patches `ids`. With `fill`, the source starts with CLS; without, 0 fills the rest."""
     F, count, D = source.shape
     source = source.contiguous()
     out = torch.empty(F, 1 + num_patches, D, dtype=source.dtype, device=source.device)
@@ -234,7 +215,7 @@ def _scatter_tokens_backward_triton(grad: Tensor, ids: Tensor, mask_dtype: torch
 
 
 def _tile(x: Tensor) -> tuple[int, int]:
-    """Tokens and channels of a program: channels divide D where a power of two of 64 or more does."""
+    """Tokens and channels of a program; the channels divide D if a power of two of at least 64 does."""
     D = x.shape[-1]
     divisor = D & -D
     BLOCK_D = min(divisor if divisor >= 64 else power_of_2(D), 512)
@@ -323,8 +304,7 @@ def _scatter_backward_kernel(
 
 @jit()
 def _slot_of_token(ids_ptr, t, K, CLS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Row of the source that belongs to token t of a frame, -1 where none does."""
-    # CLS is row 0 of a source that has it, and moves all others by one.
+    """Row of the source for token t of a frame, -1 if there is none; CLS is row 0 of a source that has it."""
     slot = tl.where(t == 0, 0, -1) if CLS else tl.full((BLOCK_T,), -1, tl.int32)
     for first in range(0, K, 64):
         k = first + tl.arange(0, 64)

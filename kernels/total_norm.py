@@ -1,6 +1,6 @@
-"""The 2-norm of many tensors together, such as the gradients of a model: one launch a dtype, and one that ends it.
+"""The 2-norm of many tensors together, such as the gradients of a model: one launch per dtype, and a final one.
 
-Squares are added up in float32, chunk by chunk, always in the same order.
+Squares are summed in float32, chunk by chunk, in a fixed order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import check_tensors, jit, launch, tl, use_triton
+from fastmum.kernels.checks import check_tensors
+from fastmum.kernels.dispatch import jit, launch, tl, use_triton
 from fastmum.kernels.tables import CHUNK, chunk_of, make_table
 
 
@@ -18,7 +19,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The square root of the sum of all squares.
 
     Args:
-        tensors: floating point, on one device, without gaps in memory; none at all have norm 0.
+        tensors: dense, floating point, on one device; an empty list has norm 0.
 
     Returns:
         Scalar, float32. On the CPU the norm of a tensor is rounded to its dtype first.
@@ -41,7 +42,7 @@ def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
         alike.setdefault(x.dtype, []).append(x)
     if use_triton(tensors[0]):
         return _total_norm_triton(list(alike.values()))
-    # Another dtype than the tensors' own is ten times slower on the CPU.
+    # A norm in another dtype than the tensors' own is ten times slower on the CPU.
     norms = [torch.stack(torch._foreach_norm(some, 2)).float() for some in alike.values()]
     return torch.linalg.vector_norm(torch.cat(norms))
 
@@ -75,7 +76,7 @@ def _total_norm_triton(groups: list[list[Tensor]]) -> Tensor:
 @jit(do_not_specialize=["rows"])
 def _squares_kernel(
     table_ptr,  # see `tables`: one column
-    like_ptr,  # no values: its dtype is that of the tensors
+    like_ptr,  # empty, of the tensors' dtype
     sums_ptr,  # (chunks,)
     rows,
     ALIGN: tl.constexpr,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import get_total_norm
 
-import fastmum.attention.dense
+import fastmum.attention.sdpa
 import fastmum.kernels.adamw
 import fastmum.kernels.matmul
 import fastmum.kernels.norm
@@ -35,8 +35,7 @@ from benchmarks.offline.kernel import NORM, OPTIMISER, Cost
 from benchmarks.offline.recorder import Recorder
 from benchmarks.reference.model import ReferenceMuM
 from benchmarks.reference.step import normalise
-from fastmum.attention import Spans
-from fastmum.attention.flash import Flash
+from fastmum.attention import BACKENDS, Segments
 from fastmum.config.schema import OptimSection
 from fastmum.engine import optimizer as optimizers
 from fastmum.engine.distributed import DistContext
@@ -45,7 +44,7 @@ from fastmum.engine.guard import NonFiniteGuard
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import check_frames
 from fastmum.model.masking import num_visible
-from fastmum.model.mum import MuM, Views
+from fastmum.model.mum import GlobalAttention, MuM
 
 MAX_VIEWS = 24  # of the paper's run: what attention kernels launch for
 MASK_RATIO = 0.75
@@ -95,7 +94,7 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
                 noise = torch.empty(batch.frames, patches)
                 recorder.restart()
             visible = num_visible(patches, MASK_RATIO)
-            args = (model, pixels, noise, visible, _views(batch, patches, visible), "none")
+            args = (model, pixels, noise, visible, _global_attention(batch, patches, visible), "none")
 
             def update() -> None:
                 with recorder.counted_as(NORM):
@@ -117,14 +116,13 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
                 return _eager_step(loss, update, recorder, regions.sources)
 
 
-def _views(batch: Batch, patches: int, visible: int) -> Views:
-    attend, lengths = Flash().attend, [batch.views] * batch.sequences
-    tokens = 1 + patches
-    spans = [
-        Spans.of_frames(lengths, batch.frames, queries, tokens, max(MAX_VIEWS, batch.views))
+def _global_attention(batch: Batch, patches: int, visible: int) -> GlobalAttention:
+    lengths, tokens = [batch.views] * batch.sequences, 1 + patches
+    plans = (
+        Segments.of_frames(lengths, batch.frames, queries, tokens, max(MAX_VIEWS, batch.views))
         for queries in (tokens, patches - visible)
-    ]
-    return Views(*(partial(attend, plan=plan) for plan in spans))
+    )
+    return GlobalAttention(*(partial(BACKENDS["flash"].attend, plan=plan) for plan in plans))
 
 
 def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) -> Cost:
@@ -236,12 +234,12 @@ def _flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _on_cuda(q: Tensor) -> bool:
-    """`by_products` there."""
+    """`uses_products` on CUDA."""
     return False
 
 
 def _in_triton(x: Tensor) -> bool:
-    """`use_triton` there."""
+    """`use_triton` on CUDA."""
     return True
 
 
@@ -251,7 +249,7 @@ def _pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
     with (
         absent_gpu(gpu),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _flash),
-        mock.patch.object(fastmum.attention.dense, "by_products", _on_cuda),
+        mock.patch.object(fastmum.attention.sdpa, "uses_products", _on_cuda),
         mock.patch.object(fastmum.kernels.adamw, "use_triton", _in_triton),
         mock.patch.object(fastmum.kernels.norm, "use_triton", _in_triton),
         mock.patch.object(fastmum.kernels.matmul, "SLOW_BFLOAT16", False),

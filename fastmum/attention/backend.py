@@ -1,87 +1,178 @@
-"""What a backend of ragged attention is."""
+"""What every attention backend builds on: segments, the interface, and an operator that the compiler does not trace.
+
+The operator reads the lengths on the CPU: they may vary without a graph break, a recompilation or a synchronisation.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastmum.attention.spans import Spans
+from fastmum.errors import FastmumError
 
-HALF = (torch.bfloat16, torch.float16)  # what FlashAttention's kernels compute in
-P, R = ParamSpec("P"), TypeVar("R")
-Plan = object  # what a backend makes of spans: spans on its device, a mask, ...
-
-
-class AttentionError(RuntimeError):
-    """A backend that cannot be used here; the message is one line for the user."""
+HALF = (torch.bfloat16, torch.float16)  # dtypes of the FlashAttention kernels
+Function = TypeVar("Function", bound=Callable)
 
 
-def constant_in_graphs(function: Callable[P, R]) -> Callable[P, R]:
-    """What `torch.compiler.assume_constant_result` does, without its import of the compiler, which takes seconds."""
-    function._dynamo_marked_constant = True
+class AttentionError(FastmumError):
+    """A backend that cannot be used."""
+
+
+class Segments(NamedTuple):
+    """Segments of packed queries, and the segment of keys that each attends to.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 cumulative lengths, 0, L_0, L_0 + L_1, ..., T; segments may be empty.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; the same for every batch where code is compiled.
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+    @classmethod
+    def of_frames(
+        cls, lengths: Tensor | Sequence[int], num_frames: int, queries: int, keys: int, max_views: int
+    ) -> Segments:
+        """Segments of sequences with `lengths` frames (n,), of `queries` and `keys` tokens each, on the CPU.
+
+        Empty segments are appended up to `num_frames`, so that the shape does not depend on n.
+        """
+        lengths = torch.as_tensor(lengths)
+        cu_frames = torch.full((num_frames + 1,), num_frames, dtype=torch.int32)
+        cu_frames[0] = 0
+        cu_frames[1 : len(lengths) + 1] = lengths.cumsum(0)
+        return cls(cu_frames * queries, cu_frames * keys, max_views * queries, max_views * keys)
+
+    def to(self, device: torch.device) -> Segments:
+        """Copy to a device: asynchronously to a GPU, synchronously to the CPU, where the lengths are read at once."""
+        return self._replace(
+            cu_seqlens_q=self.cu_seqlens_q.to(device, torch.int32, non_blocking=device.type != "cpu"),
+            cu_seqlens_k=self.cu_seqlens_k.to(device, torch.int32, non_blocking=device.type != "cpu"),
+        )
+
+
+def constant_in_graphs(function: Function) -> Function:
+    """As `torch.compiler.assume_constant_result`, without its import of the compiler, which takes seconds."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def is_installed(package: str) -> bool:
-    """Whether there is a module of that name.
-
-    Raises:
-        ImportError: the parent of a dotted name is there and cannot be imported.
-    """
+    """Whether a module can be found; ImportError if its parent package fails to import."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # no parent
+    except ModuleNotFoundError:  # the parent package is missing
         return False
 
 
 class Backend(ABC):
-    """One way to compute ragged attention.
+    """An implementation of ragged attention: a plan per batch, made outside compiled code, then `attend` per block."""
 
-    A plan is made once a batch, outside compiled code; attention itself then has no Python that depends on data.
-
-    Args:
-        name: as in `model.attention`.
-        package: module that it needs, or None.
-        install: how to get it.
-        dtypes: that its kernels compute in, None for all.
-    """
-
-    name: ClassVar[str]
-    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None
-    package: ClassVar[str | None] = None
-    install: ClassVar[str] = ""
+    name: ClassVar[str]  # value of `model.attention`
+    dtypes: ClassVar[tuple[torch.dtype, ...] | None] = None  # supported ones, None for all
+    package: ClassVar[str | None] = None  # required module
+    install: ClassVar[str] = ""  # how to get it
 
     def why_not(self, device: torch.device) -> str | None:
-        """Why this backend cannot run on `device`, with the remedy; None where it can."""
+        """Why the backend cannot run on `device`, with the remedy; None if it can."""
         if device.type != "cuda":
             return f"it needs a CUDA device, and this is '{device.type}'"
-        return self.why_no_package()
-
-    def why_no_package(self) -> str | None:
-        """Why its package cannot be used, None where it can; nothing is imported but the parents of a dotted name."""
-        if self.package is None:
-            return None
         try:
-            found = is_installed(self.package)
+            if self.package is None or is_installed(self.package):
+                return None
         except ImportError as error:  # built for another torch or CUDA
             return f"the package '{self.package}' is installed but cannot be imported ({error}): {self.install}"
-        return None if found else f"the package '{self.package}' is not installed: {self.install}"
+        return f"the package '{self.package}' is not installed: {self.install}"
 
     def why_not_dtype(self, dtype: torch.dtype) -> str | None:
-        """Why this backend cannot compute in `dtype`, None where it can."""
+        """Why the backend cannot compute in `dtype`; None if it can."""
         if self.dtypes is None or dtype in self.dtypes:
             return None
         return f"it computes in bfloat16 and float16, and this is {str(dtype).removeprefix('torch.')}"
 
-    def plan(self, spans: Spans, device: torch.device) -> Plan:
-        """What `attend` needs to know about the spans."""
-        return spans.to(device)
+    def plan(self, segments: Segments, device: torch.device) -> Any:
+        """The backend's form of `segments`, for `attend`."""
+        return segments.to(device)
 
     @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """Attention of queries (T_q, h, d) to keys and values (T_k, h, d) of their span -> (T_q, h, d)."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
+        """Attention of queries (T_q, h, d) to the keys and values (T_k, h, d) of their segment -> (T_q, h, d)."""
+
+
+class Group(NamedTuple):
+    """Consecutive segments of equal lengths, computed together: n segments of Lq queries and Lk keys each."""
+
+    n: int
+    first_q: int
+    first_k: int
+    Lq: int
+    Lk: int
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Packed queries (T_q, h, d) -> a view of the group's, (n, h, Lq, d)."""
+        return x[self.first_q : self.first_q + self.n * self.Lq].unflatten(0, (self.n, -1)).transpose(1, 2)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Packed keys or values (T_k, h, d) -> a view of the group's, (n, h, Lk, d)."""
+        return x[self.first_k : self.first_k + self.n * self.Lk].unflatten(0, (self.n, -1)).transpose(1, 2)
+
+
+Forward = Callable[[Tensor, Tensor, Tensor, list[Group]], Tensor]
+Backward = Callable[[Tensor, Tensor, Tensor, Tensor, list[Group]], tuple[Tensor, Tensor, Tensor]]
+
+
+def attention_operator(name: str, forward: Forward, backward: Backward) -> Callable[..., Tensor]:
+    """Register `fastmum::<name>` (q, k, v, cu_seqlens_q, cu_seqlens_k) -> out, cu_seqlens int32 on the CPU.
+
+    Args:
+        name: of the operator.
+        forward: q (T_q, h, d), k, v (T_k, h, d) and groups of non-empty segments -> (T_q, h, d), contiguous.
+        backward: output gradient, q, k, v, groups -> gradients of q, k and v, contiguous.
+    """
+
+    @torch.library.custom_op(f"fastmum::{name}", mutates_args=())
+    def operator(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            return forward(q, k, v, _groups(cu_q, cu_k, len(q), len(k)))
+
+    @torch.library.custom_op(f"fastmum::{name}_backward", mutates_args=())
+    def operator_backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(q.device.type, enabled=False):
+            return backward(grad, q, k, v, _groups(cu_q, cu_k, len(q), len(k)))
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *operator_backward(grad, *ctx.saved_tensors), None, None
+
+    operator.register_fake(lambda q, *_: q.new_empty(q.shape))
+    operator_backward.register_fake(lambda grad, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]))
+    operator.register_autograd(differentiate, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    return operator
+
+
+def _groups(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int) -> list[Group]:
+    ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
+    if (ends_q[-1], ends_k[-1]) != (num_queries, num_keys):
+        raise ValueError(
+            f"segments end at {ends_q[-1]} and {ends_k[-1]}, but there are {num_queries} queries and {num_keys} keys"
+        )
+    groups: list[Group] = []
+    for (first_q, end_q), (first_k, end_k) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
+        new = Group(1, first_q, first_k, end_q - first_q, end_k - first_k)
+        if not new.Lq or not new.Lk:
+            continue
+        n, before_q, before_k, Lq, Lk = groups[-1] if groups else new
+        if groups and new[1:] == (before_q + n * Lq, before_k + n * Lk, Lq, Lk):
+            groups[-1] = groups[-1]._replace(n=n + 1)
+        else:
+            groups.append(new)
+    return groups

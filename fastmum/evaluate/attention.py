@@ -20,7 +20,7 @@ from fastmum.evaluate.matcher import decode
 from fastmum.evaluate.matching import Result, measured
 from fastmum.evaluate.pairs import PairSet
 from fastmum.geometry.metrics import match_errors, match_scores
-from fastmum.model.mum import MuM, Views
+from fastmum.model.mum import GlobalAttention, MuM
 
 BATCH = 2  # pairs decoded at once
 LEAST = 1e-12  # attention is clamped to this before the logarithm
@@ -65,7 +65,7 @@ def attention_maps(model: MuM, images: Tensor) -> Tensor:
     encoded = torch.cat([features["x_norm_clstoken"][:, None], features["x_norm_patchtokens"]], 1)
     ids = torch.arange(grid[0] * grid[1], device=device).repeat(len(images), 1)
     recorder = Recorder(len(images) // 2, ids.shape[1])
-    model.decode(encoded, ids, ids, Views(recorder, recorder), grid)
+    model.decode(encoded, ids, ids, GlobalAttention(recorder, recorder), grid)
     return torch.stack(recorder.maps)
 
 

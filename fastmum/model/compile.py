@@ -34,7 +34,7 @@ def compile_model(
 ) -> str:
     """Compile a model in place and say in the log what was done; every region must be one graph.
 
-    Lengths that change from batch to batch compile nothing anew: regions are static in shape (see `MuM._views`).
+    Lengths that change between batches recompile nothing: regions have static shapes (see `MuM._global_attention`).
 
     Args:
         model: on the device that it trains on.

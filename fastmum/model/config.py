@@ -1,7 +1,4 @@
-"""Sizes of the model, and the presets people ask for by name.
-
-Sizes of the paper's model: supplement, section A "Architecture".
-"""
+"""Sizes of the model, and presets; the paper's are of its supplement, section A "Architecture"."""
 
 from __future__ import annotations
 
@@ -17,14 +14,13 @@ class ModelConfig:
 
     Args:
         embed_dim, depth, num_heads: width, blocks and heads of the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: the same of the decoder; its depth counts frame and
-            global blocks together, which alternate, so it is even.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder; its depth counts frame and global blocks.
         patch_size: side of a square patch in pixels.
         in_chans: channels of a frame.
         norm_eps: epsilon of every LayerNorm; 1e-5 in the released training configuration.
 
     Raises:
-        ValueError: a size that cannot work, named with its value and what is allowed.
+        ValueError: an invalid size, named with its value and what is allowed.
     """
 
     embed_dim: int
@@ -59,7 +55,7 @@ class ModelConfig:
 
 PRESETS: dict[str, ModelConfig] = {
     "mum_vitl16": ModelConfig(1024, 24, 16, 768, 12, 12),
-    # The released weights were trained with 16 decoder heads; the shapes in the file cannot tell.
+    # The released weights were trained with 16 decoder heads, which the shapes in the file do not show.
     "mum_vitl16_released": ModelConfig(1024, 24, 16, 768, 12, 16),
     "mum_vitb16": ModelConfig(768, 12, 12, 512, 8, 16),
     "mum_tiny": ModelConfig(192, 6, 3, 128, 4, 4),

@@ -1,4 +1,4 @@
-"""The encoder: a vision transformer over the visible patches of each frame by itself.
+"""The encoder: a vision transformer over the visible patches of each frame.
 
 Legend: F frames, H W pixels, P patches of a frame, K visible ones, D width, T = F * (1 + K) packed tokens.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmum.attention import dense_attention
 from fastmum.kernels import gather_patches, linear
-from fastmum.model.block import Block, Context, compute_dtype, packed
+from fastmum.model.block import Block, Context, compute_dtype, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import Pixels, check_frames
 from fastmum.model.rope import AxialRope
@@ -24,34 +25,33 @@ RECOMPUTE = ("none", "mlp", "blocks")
 
 
 class PatchEmbed(nn.Module):
-    """The convolution of the released model, computed as a matrix product on the patches that are wanted.
+    """The convolution of the released model, computed as a matrix product on selected patches.
 
-    The weight has a convolution's shape (D, C, p, p) but lies in memory as (D, p, p, C), so that it is a matrix for
-    patches in the order (row, column, channel) without being permuted at every step. `state_dict` holds a contiguous
-    copy of it, which loading puts into our layout again.
+    The weight has a convolution's shape (D, C, p, p) in channels-last memory (D, p, p, C), so that it is a matrix for
+    patches in the order (row, column, channel) without a copy. `state_dict` holds a contiguous copy.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
-        self.proj.to(memory_format=torch.channels_last)
+        self.proj.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.proj.register_state_dict_post_hook(_contiguous_weight)
 
     def forward(self, pixels: Pixels, ids: Tensor) -> Tensor:
         """Patches `ids` (F, K) -> (F, K, D)."""
-        weight = self.proj.weight
+        weight, bias = self.proj.weight, cast(Tensor, self.proj.bias)
         dtype = compute_dtype(weight)
         patches = gather_patches(pixels.frames, ids, pixels.mean, pixels.std, pixels.patch_size, dtype)
-        return linear(patches, weight.permute(0, 2, 3, 1).flatten(1).to(dtype), self.proj.bias.to(dtype))
+        return linear(patches, weight.permute(0, 2, 3, 1).flatten(1).to(dtype), bias.to(dtype))
 
 
 def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-    # safetensors takes contiguous tensors only.
+    # safetensors requires contiguous tensors.
     state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
 
 
 class Encoder(nn.Module):
-    """ViT encoder with the interface that users of DINOv2 and DINOv3 know; `MuM` adds the decoder."""
+    """ViT encoder with the interface of DINOv2 and DINOv3; `MuM` adds the decoder."""
 
     recompute = "none"
 
@@ -71,26 +71,26 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
 
     def set_recompute(self, what: str) -> None:
-        """What the backward pass computes again instead of keeping it, in place; the results are the same.
+        """Set what the backward pass recomputes instead of saving it, in place; results do not change.
 
         Args:
-            what: one of `RECOMPUTE`: "none"; "mlp", inside the MLPs: what the GELU gives, and, where there are many
-                tokens (the decoder), what it is given too, at 5 % more operations; "blocks", all inside of blocks.
+            what: "none"; "mlp": outputs of the GELUs and, in the decoder with its many tokens, their inputs, at 5 %
+                more operations; "blocks": everything inside blocks.
 
         Raises:
-            ValueError: it is another.
+            ValueError: another value.
         """
         if what not in RECOMPUTE:
             raise ValueError(f"recompute is '{what}', but must be one of {', '.join(RECOMPUTE)}")
         self.recompute = what
-        for block in self.blocks:
-            block.mlp.keep = "hidden" if what == "mlp" else "all"
+        for block in cast(Sequence[Block], self.blocks):
+            block.mlp.recompute = "act" if what == "mlp" else "none"
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Initialise every parameter and buffer as the released code does, also after `to_empty`.
 
-        Linear layers: truncated normal of 0.02, zero biases; CLS and mask token: normal of 0.02; the patch
+        Linear layers: truncated normal of std 0.02, zero biases; CLS and mask token: normal of std 0.02; patch
         embedding: the convolution's default; norms: 1 and 0.
         """
         for token in self.parameters(recurse=False):
@@ -105,25 +105,24 @@ class Encoder(nn.Module):
                 module.reset_parameters()
 
     def encode(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches `ids` (F, K) of each frame -> tokens before and behind the last norm, (F, 1 + K, D), CLS first."""
+        """Patches `ids` (F, K) of each frame -> tokens before and after the last norm, (F, 1 + K, D), CLS first."""
         x_TD, context = self._embed(pixels, ids)
-        x_TD, normed_TD, _ = self._run(x_TD, [(block, context) for block in self.blocks], self.norm)
+        x_TD, normed_TD, _ = self._run(x_TD, self._stack(context), self.norm)
         return x_TD.unflatten(0, (len(ids), -1)), normed_TD.unflatten(0, (len(ids), -1))
 
     def _run(
         self, x_TD: Tensor, stack: Sequence[tuple[Block, Context]], last: nn.LayerNorm, keep: Container[int] = ()
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Send tokens through blocks: each takes its norm from the one before, and `last` follows them all.
+        """Apply blocks; each computes the norm of the next, the last one `last`.
 
         Returns:
-            The stream behind the blocks and its norm, (T, D) both, and the stream behind the blocks number `keep`.
+            The stream after the blocks and its norm, (T, D) each, and the stream after each block number in `keep`.
         """
         norms = [*(block.norm1 for block, _ in stack), last]
         normed_TD, kept = norms[0](x_TD).to(compute_dtype(norms[0].weight)), []
         for i, ((block, context), norm) in enumerate(zip(stack, norms[1:], strict=True)):
             args = x_TD, normed_TD, context, norm.weight, norm.bias
             if self.recompute == "blocks" and torch.is_grad_enabled():
-                # Nothing in a block is random.
                 x_TD, normed_TD = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD, normed_TD = block(*args)
@@ -133,13 +132,17 @@ class Encoder(nn.Module):
 
     def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Context]:
         patches = self.patch_embed(pixels, ids)
-        # The tokens keep the parameters' precision under autocast: the residual stream is not rounded to bfloat16.
+        # The residual stream keeps the parameters' precision under autocast.
         cls = self.cls_token.expand(len(ids), -1, -1)
-        x_TD = packed(torch.cat([cls, patches.to(cls.dtype)], dim=1))
+        x_TD = pack(torch.cat([cls, patches.to(cls.dtype)], dim=1))
         positions = F.pad(ids, (1, 0), value=-1).flatten()
-        sin, cos = self.rope_embed.tables(*pixels.grid)
-        attend = partial(dense_attention, span=1 + ids.shape[1])
+        rows, columns = pixels.grid  # torch 2.10 cannot trace `*pixels.grid`
+        sin, cos = self.rope_embed.tables(rows, columns)
+        attend = partial(dense_attention, seqlen=1 + ids.shape[1])
         return x_TD, Context(attend, positions, sin, cos, special="keep")
+
+    def _stack(self, context: Context) -> list[tuple[Block, Context]]:
+        return [(block, context) for block in cast(Sequence[Block], self.blocks)]
 
     def _all_patches(self, images: Tensor, name: str) -> tuple[Pixels, Tensor]:
         pixels = check_frames(images, self.config.patch_size, self.config.in_chans, name)
@@ -172,13 +175,13 @@ class Encoder(nn.Module):
 
         Args:
             x: images as in `forward_features`.
-            n: the last n blocks, or the numbers of the blocks, counted from 0.
+            n: the last n blocks, or block numbers from 0.
             reshape: return maps (F, D, H / p, W / p) instead of tokens (F, P, D).
             return_class_token: return pairs (patch tokens, CLS token (F, D)).
             norm: apply the encoder's last norm to each.
 
         Raises:
-            ValueError: blocks that the encoder does not have.
+            ValueError: a block that does not exist.
         """
         depth = len(self.blocks)
         if isinstance(n, int):
@@ -189,7 +192,7 @@ class Encoder(nn.Module):
             raise ValueError(f"n is {n}, but the encoder has {depth} blocks: {allowed} is allowed")
         pixels, ids = self._all_patches(x, "x")
         x_TD, context = self._embed(pixels, ids)
-        _, _, kept = self._run(x_TD, [(block, context) for block in self.blocks], self.norm, keep=wanted)
+        _, _, kept = self._run(x_TD, self._stack(context), self.norm, keep=wanted)
         outputs = [x_TD.unflatten(0, (len(ids), -1)) for x_TD in kept]
         if norm:
             outputs = [self.norm(out) for out in outputs]

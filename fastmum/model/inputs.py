@@ -1,4 +1,7 @@
-"""What the model accepts, and one clear sentence for what it does not."""
+"""Checks of the model's arguments.
+
+All raise a TypeError or ValueError that names the argument, its value and what is allowed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Pixels(NamedTuple):
-    """Frames as the kernels read them: (F, H, W, C), and the mean and standard deviation still to be applied."""
+    """Frames (F, H, W, C) as the kernels read them; (value - mean) / std is not applied yet."""
 
     frames: Tensor
     mean: Sequence[float]
@@ -27,17 +30,14 @@ class Pixels(NamedTuple):
 
 
 def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "frames") -> Pixels:
-    """Take raw uint8 frames (F, H, W, C) or normalised float frames (F, C, H, W).
-
-    Raises:
-        TypeError: not a tensor, or of another dtype.
-        ValueError: another shape, or sides that the patch size does not divide.
-    """
+    """Check raw uint8 frames (F, H, W, C) or normalised floating-point frames (F, C, H, W)."""
     if not isinstance(frames, Tensor):
         raise TypeError(f"{name} is a {type(frames).__name__}, but must be a tensor")
     shape = tuple(frames.shape)
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
     if frames.dtype == torch.uint8:
-        layout, mean, std = "(F, H, W, 3) uint8", IMAGENET_MEAN, IMAGENET_STD
+        layout = "(F, H, W, 3) uint8"
         fits = frames.ndim == 4 and shape[3] == in_chans == len(mean)
     elif frames.is_floating_point():
         layout, mean, std = f"(F, {in_chans}, H, W) floating point", (0.0,) * in_chans, (1.0,) * in_chans
@@ -60,21 +60,15 @@ def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "fr
 
 
 def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> Tensor:
-    """Take the number of frames of every sequence, as a list or an integer tensor, which zeros may pad at its end.
+    """Check the frames of each sequence, a list or an integer tensor that may be padded with zeros.
 
     Returns:
         (n,) int64 on the CPU. Compiled code does not see values, and does not check them.
-
-    Raises:
-        TypeError: not integers.
-        ValueError: a sequence without frames, or a sum other than the number of frames.
     """
+    expected = "must be a 1-D integer tensor or a list of integers"
     if isinstance(lengths, Tensor):
         if lengths.ndim != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-            raise TypeError(
-                f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}, but must be a 1-D integer "
-                "tensor or a list of integers"
-            )
+            raise TypeError(f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}, but {expected}")
         lengths = lengths.to("cpu", torch.int64)
         if torch.compiler.is_compiling():
             return lengths
@@ -82,9 +76,7 @@ def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> Tensor:
         while used and used[-1] == 0:
             used.pop()
     elif isinstance(lengths, (str, bytes)) or not isinstance(lengths, Sequence):
-        raise TypeError(
-            f"lengths is a {type(lengths).__name__}, but must be a 1-D integer tensor or a list of integers"
-        )
+        raise TypeError(f"lengths is a {type(lengths).__name__}, but {expected}")
     elif any(isinstance(n, bool) or not hasattr(n, "__index__") for n in lengths):
         raise TypeError(f"lengths is {list(lengths)}, but must hold integers")
     else:
@@ -97,12 +89,7 @@ def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> Tensor:
 
 
 def check_max_views(max_views: int | None, lengths: Tensor, num_frames: int) -> int:
-    """Take the bound on the frames of a sequence; without one it is the number of frames.
-
-    Raises:
-        TypeError: not an integer.
-        ValueError: a sequence is longer.
-    """
+    """Check the upper bound of `lengths`, by default the number of frames."""
     if max_views is None:
         return num_frames
     if not hasattr(max_views, "__index__"):
@@ -113,14 +100,10 @@ def check_max_views(max_views: int | None, lengths: Tensor, num_frames: int) -> 
 
 
 def check_noise(noise: Tensor, num_frames: int, num_patches: int) -> Tensor:
-    """Take one number for every patch of every frame, (F, P) floating point.
-
-    Raises:
-        TypeError, ValueError: another type or shape.
-    """
+    """Check (F, P) floating-point noise."""
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
-        what = f"has dtype {noise.dtype}" if isinstance(noise, Tensor) else f"is a {type(noise).__name__}"
-        raise TypeError(f"noise {what}, but must be a floating-point tensor")
+        found = f"has dtype {noise.dtype}" if isinstance(noise, Tensor) else f"is a {type(noise).__name__}"
+        raise TypeError(f"noise {found}, but must be a floating-point tensor")
     if tuple(noise.shape) != (num_frames, num_patches):
         raise ValueError(
             f"noise has shape {tuple(noise.shape)}, but frames has {num_frames} frames of {num_patches} patches: "

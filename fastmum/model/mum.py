@@ -1,11 +1,11 @@
 """MuM: masked image modelling over the views of a scene.
 
-The encoder sees the visible quarter of every frame by itself. The decoder puts mask tokens into the holes and
-alternates attention within a frame and across all frames of a sequence; a linear head predicts the masked patches'
-normalised pixels (paper, section 3; supplement, "Architecture").
+The encoder processes the visible quarter of each frame independently. The decoder inserts mask tokens for the other
+patches and alternates attention within frames and across all frames of a sequence; a linear head predicts the
+normalised pixels of the masked patches (paper, section 3; supplement, "Architecture").
 
 Legend: F frames, H W pixels, p patch side, P patches of a frame, K visible, M masked, D encoder width, E decoder width,
-n sequences packed one behind another, T = F * (1 + P) packed tokens.
+n consecutive sequences, T = F * (1 + P) packed tokens.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastmum.attention import Spans, choose_backend, dense_attention
+from fastmum.attention import Segments, choose_backend, dense_attention
 from fastmum.kernels import patch_loss, scatter_tokens
-from fastmum.model.block import Asking, Block, Context, compute_dtype, computed, packed
+from fastmum.model.block import Block, Context, QuerySubset, apply_linear, compute_dtype, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_max_views, check_noise
@@ -29,10 +29,10 @@ from fastmum.model.rope import AxialRope
 
 
 class MuMOutput(NamedTuple):
-    """What a forward pass returns.
+    """Output of the forward pass.
 
     Args:
-        loss: float32, a scalar, or (F,) where it was asked for frame by frame.
+        loss: float32, a scalar, or (F,) with reduction "none".
         pred: (F, M, 3*p*p), the patch-normalised pixels predicted for the masked patches, order (row, column, channel).
         visible_ids: (F, K) int64, ascending.
         masked_ids: (F, M) int64, ascending.
@@ -44,27 +44,22 @@ class MuMOutput(NamedTuple):
     masked_ids: Tensor
 
 
-class Views(NamedTuple):
-    """Attention across the frames of each sequence: q, k, v -> output, by the backend and its plan for the batch.
+class GlobalAttention(NamedTuple):
+    """Attention across the frames of each sequence, (q, k, v) -> output: a backend with its plan for the batch."""
 
-    Args:
-        all: every token asks.
-        masked: the masked patches ask, as in the last block.
-    """
-
-    all: Callable[[Tensor, Tensor, Tensor], Tensor]
-    masked: Callable[[Tensor, Tensor, Tensor], Tensor]
+    all: Callable[[Tensor, Tensor, Tensor], Tensor]  # queries are all tokens
+    masked: Callable[[Tensor, Tensor, Tensor], Tensor]  # queries are the masked patches, for the last block
 
 
 class MuM(Encoder):
     """Encoder and multi-view decoder; its `state_dict` has the released checkpoint's keys and shapes.
 
-    `attention` is the name of the backend of attention across frames, see `fastmum.attention.BACKENDS`.
+    `attention` is the backend of attention across frames, "auto" or a key of `fastmum.attention.BACKENDS`.
     """
 
     attention = "auto"
     norm_pix = True  # whether the loss normalises each target patch
-    compiled_autoencode: Callable[..., MuMOutput] | None = None  # `_autoencode`, where all of it is compiled
+    compiled_autoencode: Callable[..., MuMOutput] | None = None  # compiled `_autoencode`
 
     def _build(self, config: ModelConfig) -> None:
         super()._build(config)
@@ -79,8 +74,8 @@ class MuM(Encoder):
 
     def set_recompute(self, what: str) -> None:
         super().set_recompute(what)
-        for block in (*self.decoder_frame_blocks, *self.decoder_global_blocks):
-            block.mlp.keep = "input" if what == "mlp" else "all"
+        for block in cast(Sequence[Block], (*self.decoder_frame_blocks, *self.decoder_global_blocks)):
+            block.mlp.recompute = "mlp" if what == "mlp" else "none"
 
     def forward(
         self,
@@ -91,78 +86,77 @@ class MuM(Encoder):
         max_views: int | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> MuMOutput:
-        """Mask, encode, decode and compare.
+        """Predict the masked patches, and the loss.
 
         Args:
             frames: (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8, normalised inside.
-            lengths: frames of each sequence, (n,) integers that sum to F; sequences lie one behind another. A list or
-                a tensor on the CPU, so that reading it does not wait for the device. A tensor may be padded with zeros;
-                where this function itself is compiled, its values are not checked.
+            lengths: (n,) integers, frames of each sequence, which sum to F. A list or a tensor on the CPU, as reading
+                a GPU tensor synchronises. A tensor may be padded with zeros; if this function itself is compiled,
+                its values are not checked.
             mask_ratio: share of masked patches; int(P * (1 - mask_ratio)) of every frame stay visible.
             noise: (F, P) uniform; the smallest of a row are visible, ties by index. None draws it.
-            max_views: no sequence of any batch is longer; None: F. It bounds what attention kernels launch.
-            reduction: "mean": one loss; "none": that of every frame, which all have as many masked patches.
+            max_views: upper bound of the lengths of any batch, F by default; attention kernels are launched for it.
+            reduction: "mean": one loss; "none": one per frame, all of as many masked patches.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit, named with what came and what is allowed.
+            TypeError, ValueError: an invalid argument, named with its value and what is allowed.
         """
         pixels = check_frames(frames, self.config.patch_size, self.config.in_chans)
-        num_frames, num_patches = len(frames), pixels.grid[0] * pixels.grid[1]
+        rows, columns = pixels.grid
+        num_frames, num_patches = len(frames), rows * columns
         lengths = check_lengths(lengths, num_frames)
         max_views = check_max_views(max_views, lengths, num_frames)
         visible = num_visible(num_patches, mask_ratio)
         if noise is None:
             noise = torch.rand(num_frames, num_patches, device=frames.device)
         noise = check_noise(noise, num_frames, num_patches)
-        views = self._views(lengths, num_frames, num_patches, num_patches - visible, max_views, frames.device)
+        masked = num_patches - visible
+        attend = self._global_attention(lengths, num_frames, num_patches, masked, max_views, frames.device)
         if self.compiled_autoencode is not None:
-            return self.compiled_autoencode(self, pixels, noise, visible, views, reduction)
-        return self._autoencode(pixels, noise, visible, views, reduction)
+            return self.compiled_autoencode(self, pixels, noise, visible, attend, reduction)
+        return self._autoencode(pixels, noise, visible, attend, reduction)
 
-    def _views(
+    def _global_attention(
         self, lengths: Tensor, num_frames: int, num_patches: int, masked: int, max_views: int, device: torch.device
-    ) -> Views:
-        """Everything that depends on the lengths: made here, on the host, so that what follows never changes shape."""
+    ) -> GlobalAttention:
+        """All that depends on the lengths, computed on the host once per batch; everything else has static shapes."""
         backend = choose_backend(self.attention, device, compute_dtype(self.mask_token))
         tokens = 1 + num_patches
-        plans = [
-            backend.plan(Spans.of_frames(lengths, num_frames, queries, tokens, max_views), device)
-            for queries in (tokens, masked)
-        ]
-        return Views(*(partial(backend.attend, plan=plan) for plan in plans))
+        segments = (Segments.of_frames(lengths, num_frames, n, tokens, max_views) for n in (tokens, masked))
+        return GlobalAttention(*(partial(backend.attend, plan=backend.plan(s, device)) for s in segments))
 
     def _autoencode(
-        self, pixels: Pixels, noise: Tensor, visible: int, views: Views, reduction: Literal["mean", "none"]
+        self, pixels: Pixels, noise: Tensor, visible: int, attend: GlobalAttention, reduction: Literal["mean", "none"]
     ) -> MuMOutput:
-        """The whole of the computation: static in shape, no Python that depends on data."""
+        """The whole computation: static shapes, no Python that depends on data."""
+        rows, columns = pixels.grid  # torch 2.10 cannot trace `*pixels.grid`
         visible_ids, masked_ids = split_by_noise(noise, visible)
         _, encoded = self.encode(pixels, visible_ids)
-        pred = computed(self.decoder_pred, self.decode(encoded, visible_ids, masked_ids, views, pixels.grid))
+        decoded = self.decode(encoded, visible_ids, masked_ids, attend, (rows, columns))
+        pred = apply_linear(self.decoder_pred, decoded)
         target = pixels.frames, masked_ids, pixels.mean, pixels.std, pixels.patch_size
         loss = patch_loss(pred, *target, norm_pix=self.norm_pix, reduction=reduction)
         return MuMOutput(loss, pred, visible_ids, masked_ids)
 
     def decode(
-        self, encoded: Tensor, visible_ids: Tensor, masked_ids: Tensor, views: Views, grid: tuple[int, int]
+        self, encoded: Tensor, visible_ids: Tensor, masked_ids: Tensor, attend: GlobalAttention, grid: tuple[int, int]
     ) -> Tensor:
         """Visible tokens (F, 1 + K, D), CLS first -> normed tokens of the masked patches (F, M, E)."""
-        num_frames, num_patches = len(encoded), grid[0] * grid[1]
+        num_frames, (rows, columns) = len(encoded), grid
         # As in the encoder, the residual stream keeps the parameters' precision under autocast.
-        embedded = computed(self.decoder_embed, encoded).to(self.mask_token.dtype)
-        x_TE = packed(scatter_tokens(embedded, self.mask_token, visible_ids, num_patches))
+        embedded = apply_linear(self.decoder_embed, encoded).to(self.mask_token.dtype)
+        x_TE = pack(scatter_tokens(embedded, self.mask_token, visible_ids, rows * columns))
 
-        positions = torch.arange(-1, num_patches, device=x_TE.device).repeat(num_frames)
-        sin, cos = self.rope_embed_decoder.tables(*grid)
-        within_frame = partial(dense_attention, span=1 + num_patches)
-        frame = Context(within_frame, positions, sin, cos, special="keep")
+        positions = torch.arange(-1, rows * columns, device=x_TE.device).repeat(num_frames)
+        sin, cos = self.rope_embed_decoder.tables(rows, columns)
+        frame_attention = partial(dense_attention, seqlen=1 + rows * columns)
+        within_frames = Context(frame_attention, positions, sin, cos, special="keep")
         # The released model zeroes q and k of CLS in global blocks; its weights expect that.
-        scene = Context(views.all, positions, sin, cos, special="zero")
-        # Nothing but masked patches is looked at behind the last block.
-        asking = Asking(masked_ids, masked_ids.flatten())
-        last = replace(scene, attend=views.masked, asking=asking)
+        across_frames = Context(attend.all, positions, sin, cos, special="zero")
         stack = []
         for frame_block, global_block in zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True):
-            stack += [(frame_block, frame), (global_block, scene)]
-        stack[-1] = (stack[-1][0], last)
-        _, normed_TE, _ = self._run(x_TE, stack, self.decoder_norm)
+            stack += [(frame_block, within_frames), (global_block, across_frames)]
+        # Only masked patches reach the loss, so the last block computes no others.
+        stack[-1] = stack[-1][0], replace(across_frames, attend=attend.masked, subset=QuerySubset(masked_ids))
+        _, normed_TE, _ = self._run(x_TE, cast(list[tuple[Block, Context]], stack), self.decoder_norm)
         return normed_TE.unflatten(0, (num_frames, -1))

@@ -1,11 +1,11 @@
 """Two-dimensional axial rotary position encoding, as in the released model.
 
 A patch in row i of h, column j of w has the coordinates 2(i + 0.5)/h - 1 and 2(j + 0.5)/w - 1. Each is turned
-into angles 2 pi * coordinate / period with the periods base**(2k / (d/2)), k < d/4, d the width of a head. The
-d/4 row angles and d/4 column angles stand side by side, twice, so that channel c is rotated with channel c + d/2.
+into angles 2 pi * coordinate / period with the periods base**(2k / (d/2)), k < d/4, d the width of a head. The d/4
+row angles are followed by the d/4 column angles, and both are repeated: channel c is rotated with channel c + d/2.
 
-The released encoder by itself has its periods in bfloat16 and computes positions in it, up to the rotated q and k; the
-released encoder with its decoder does so in float32. The dtype of the periods tells which: `rope.to(torch.bfloat16)`.
+The released encoder without its decoder computes positions in bfloat16, from the periods to the rotated q and k; with
+its decoder, in float32. The dtype of the periods selects one: `rope.to(torch.bfloat16)`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BASE = 100.0  # released configuration
 
 
 class AxialRope(nn.Module):
-    """Holds the periods (a buffer of the checkpoint) and makes the tables of sines and cosines from them."""
+    """The periods (a buffer of the checkpoint), and tables of sines and cosines."""
 
     periods: Tensor
 
@@ -34,12 +34,7 @@ class AxialRope(nn.Module):
         self.periods.copy_(BASE**exponent)
 
     def tables(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Sines and cosines of every patch position.
-
-        Returns:
-            sin, cos: (rows * columns, head_dim) each, in the dtype of the periods, as every step on the way to them;
-                patches row by row.
-        """
+        """Sines and cosines of all patches, row by row, (rows * columns, head_dim) in the periods' dtype."""
         dtype, device = self.periods.dtype, self.periods.device
         y = torch.arange(0.5, rows, dtype=dtype, device=device) / rows * 2 - 1
         x = torch.arange(0.5, columns, dtype=dtype, device=device) / columns * 2 - 1
@@ -50,12 +45,10 @@ class AxialRope(nn.Module):
 
 
 def rotate_rounded(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, parts: str) -> Tensor:
-    """What `rope_qk` computes, in the dtype of the tables as the released encoder by itself does.
-
-    q and k are rounded to it, those of CLS too, and so are both products and their sum. v stays as it is.
+    """`rope_qk` with q and k, both products and their sum rounded to the dtype of the tables; v is unchanged.
 
     Args:
-        qkv, positions, num_heads, parts: as in `fastmum.kernels.rope_qk`; tokens without a position are kept.
+        qkv, positions, num_heads, parts: as in `fastmum.kernels.rope_qk`, with special "keep".
         sin, cos: (N, d) tables.
 
     Returns:
@@ -63,7 +56,7 @@ def rotate_rounded(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num
     """
     heads = qkv.unflatten(1, (-1, sin.shape[1]))
     turned, rest = heads.tensor_split([num_heads * len(parts.removesuffix("v"))], dim=1)
-    # One more row, which position -1 takes: no rotation.
+    # Position -1 takes the last row: no rotation.
     sin, cos = torch.cat([sin, sin.new_zeros(1, sin.shape[1])]), torch.cat([cos, cos.new_ones(1, cos.shape[1])])
     sin, cos = (table[positions][:, None] for table in (sin, cos))
     turned = turned.to(sin.dtype)

@@ -1,4 +1,4 @@
-"""Stand-ins for the attention packages, with the signatures of the real functions: a wrong argument fails here too.
+"""Stand-ins for the attention packages, with the signatures of the real functions, so that wrong arguments fail.
 
 Signatures of flash-attn 2.8.4, flash-attn-4 of the same repository, and xformers 0.0.35.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> None:
-    """Put a module of that name, with its parents, in the place of whatever is installed."""
+    """Replace a module and its parents by stand-ins."""
     parts = name.split(".")
     for i in range(1, len(parts) + 1):
         part = ".".join(parts[:i])
@@ -34,11 +34,11 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: object) -> No
 
 
 class StandIn(ModuleType):
-    """A module that no file holds."""
+    """A module without a file."""
 
 
 class Recorded:
-    """Calls of a function, its arguments by name; what it returns is passed on."""
+    """A function that records its arguments by name, and its results."""
 
     def __init__(self, like: Callable[..., object], result: Callable[..., object] | None = None) -> None:
         self.calls: list[dict[str, object]] = []
@@ -53,22 +53,10 @@ class Recorded:
         return self.results[-1]
 
 
+# fmt: off
 def flash_attn_2(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p=0.0,
-    softmax_scale=None,
-    causal=False,
-    window_size=(-1, -1),
-    softcap=0.0,
-    alibi_slopes=None,
-    deterministic=False,
-    return_attn_probs=False,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
     block_table=None,
 ) -> Tensor:
     """`flash_attn.flash_attn_varlen_func`, version 2."""
@@ -76,40 +64,15 @@ def flash_attn_2(
 
 
 def flash_attn_4(
-    q,
-    k,
-    v,
-    qv=None,
-    cu_seqlens_q=None,
-    cu_seqlens_k=None,
-    max_seqlen_q=None,
-    max_seqlen_k=None,
-    min_seqlen_k=None,
-    seqused_q=None,
-    seqused_k=None,
-    gather_kv_indices=None,
-    page_table=None,
-    softmax_scale=None,
-    causal=False,
-    window_size=(None, None),
-    learnable_sink=None,
-    softcap=0.0,
-    num_splits=1,
-    pack_gqa=None,
-    deterministic=False,
-    score_mod=None,
-    score_mod_bwd=None,
-    mask_mod=None,
-    block_sparse_tensors=None,
-    aux_tensors=None,
-    aux_scalars=None,
-    return_lse=False,
-    scheduler_metadata=None,
-    seqlen_k_per_split=None,
-    disable_scheduler_metadata=False,
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
+    seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
+    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+    score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None, aux_tensors=None, aux_scalars=None,
+    return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
 ) -> tuple[Tensor, None]:
-    """`flash_attn.cute.flash_attn_varlen_func`; the log-sum-exp is None where nobody asked for it."""
+    """`flash_attn.cute.flash_attn_varlen_func`; the log-sum-exp is None unless requested."""
     return torch.empty_like(q), None
+# fmt: on
 
 
 # xformers, computing with plain products -----------------------------------------------------------------------------
@@ -124,13 +87,7 @@ class BlockDiagonalMask:
     device: torch.device
 
     @classmethod
-    def from_seqlens(
-        cls,
-        q_seqlen: Sequence[int],
-        kv_seqlen: Sequence[int] | None = None,
-        *,
-        device: torch.device | None = None,
-    ) -> BlockDiagonalMask:
+    def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None) -> BlockDiagonalMask:
         kv_seqlen = q_seqlen if kv_seqlen is None else kv_seqlen
         assert isinstance(q_seqlen, list)
         assert isinstance(kv_seqlen, list)
@@ -139,13 +96,11 @@ class BlockDiagonalMask:
 
     def allowed(self) -> Tensor:
         """(T_q, T_k), true within blocks."""
-        return torch.block_diag(
-            *(torch.ones(q, k) for q, k in zip(self.queries, self.keys, strict=True)),
-        ).bool()
+        return torch.block_diag(*(torch.ones(q, k) for q, k in zip(self.queries, self.keys, strict=True))).bool()
 
 
 def _checked(function: Callable[..., object]) -> Callable[..., object]:
-    """As xformers checks: one batch of (tokens, heads, width), of as many tokens as the mask has."""
+    """The checks of xformers: one batch of (tokens, heads, width) with the mask's number of tokens."""
 
     @wraps(function)
     def checked(*args: object, **kwargs: object) -> object:

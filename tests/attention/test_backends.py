@@ -15,9 +15,9 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import attention
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.utils._python_dispatch import TorchDispatchMode
-from truth import cumulated
+from truth import Problem, assert_within, cumulated, gradients, problem
 
-from fastmum.attention import BACKENDS, AttentionError, Spans, choose_backend, flash, ragged_attention
+from fastmum.attention import BACKENDS, AttentionError, Segments, choose_backend, cuda, ragged_attention
 from fastmum.attention.backend import constant_in_graphs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,11 +28,11 @@ QUERIES, KEYS = [3, 1, 5], [5, 1, 9]
 
 
 @pytest.fixture(autouse=True)
-def nothing_remembered() -> Iterator[None]:
-    """Whatever was made of stand-ins must not outlive them."""
-    flash._activate_newest.cache_clear()
+def fresh_caches() -> Iterator[None]:
+    """Results of stand-ins must not outlive them."""
     yield
-    flash._activate_newest.cache_clear()
+    cuda._activate_newest_flash.cache_clear()
+    cuda._mask_of_lengths.cache_clear()
 
 
 @pytest.fixture
@@ -62,44 +62,35 @@ def on_cuda(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
 # The table -----------------------------------------------------------------------------------------------------------
 
 
-def test_names() -> None:
+def test_names():
     assert list(BACKENDS) == ["flash", "flash_attn", "flash_attn_4", "xformers", "sdpa", "flex"]
     assert all(backend.name == name for name, backend in BACKENDS.items())
 
 
-@pytest.mark.parametrize("device", ["cpu", "mps", "xpu", "meta", torch.device("cpu")])
-def test_auto_elsewhere_is_sdpa(device: str | torch.device) -> None:
-    assert choose_backend("auto", device).name == "sdpa"
-    assert choose_backend(device=device).name == "sdpa"
-    assert choose_backend("sdpa", device) is BACKENDS["sdpa"]
+def test_choice_by_device():
+    for device in ("cpu", "mps", "xpu", "meta", CPU):
+        assert choose_backend("auto", device) is choose_backend(device=device) is BACKENDS["sdpa"]
+    for device in ("cuda", "cuda:1", CUDA):
+        assert choose_backend("auto", device).name == "flash"
+        assert choose_backend("sdpa", device).name == "sdpa"
+        assert choose_backend("flex", device).name == "flex"
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:1", CUDA])
-def test_auto_on_cuda_is_flash(device: str | torch.device) -> None:
-    assert choose_backend("auto", device).name == "flash"
-    assert choose_backend("sdpa", device).name == "sdpa"
-    assert choose_backend("flex", device).name == "flex"
-
-
-def test_unknown_name() -> None:
-    message = r"^attention backend 'flash2' is unknown; one of auto, flash, .*, sdpa, flex is allowed$"
-    with pytest.raises(AttentionError, match=message):
-        choose_backend("flash2")
+def test_unknown_name():
     x = torch.zeros(2, 1, 4)
-    with pytest.raises(AttentionError, match=message):
+    with pytest.raises(AttentionError, match=r"'flash2' is unknown; one of auto, flash, .*, sdpa, flex "):
         ragged_attention(x, x, x, torch.tensor([0, 2]), 2, backend="flash2")
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"sdpa"}))
-def test_wrong_device(name: str) -> None:
-    message = f"^attention backend '{name}' cannot be used: it needs a CUDA device, and this is 'cpu'; 'auto' takes"
-    with pytest.raises(AttentionError, match=message) as caught:
+def test_wrong_device(name):
+    with pytest.raises(AttentionError, match=f"'{name}' cannot be used: it needs a CUDA device.*'cpu'") as caught:
         choose_backend(name, "cpu")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGE))
-def test_absent_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_absent_package(monkeypatch, name):
     backend = BACKENDS[name]
     for module in [m for m in sys.modules if m.startswith(PACKAGE[name] + ".")]:
         monkeypatch.delitem(sys.modules, module)
@@ -112,20 +103,13 @@ def test_absent_package(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "flash_attn",
-        "flash_attn_4",
-        "xformers",
-    ],
-)
-def test_remedy_is_an_extra_that_exists(name: str) -> None:
-    extra = BACKENDS[name].install.partition("fastmum[")[2].partition("]")[0]
-    assert f'"{extra}": ["{name.replace("_", "-")}' in (ROOT / "setup.py").read_text()
+def test_remedy_is_an_extra_that_exists():
+    for name in ("flash_attn", "flash_attn_4", "xformers"):
+        extra = BACKENDS[name].install.partition("fastmum[")[2].partition("]")[0]
+        assert f'"{extra}": ["{name.replace("_", "-")}' in (ROOT / "setup.py").read_text()
 
 
-def test_broken_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_broken_package(monkeypatch, tmp_path):
     """Built for another torch: importing it fails with a line of the linker's."""
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
@@ -137,15 +121,15 @@ def test_broken_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
             choose_backend(name, "cuda")
 
 
-def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch: pytest.MonkeyPatch, ampere: None) -> None:
+def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch, ampere):
     """Both live in `flash_attn`."""
     packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=packages.flash_attn_4)
     with pytest.raises(AttentionError, match=r"'flash_attn\.flash_attn_interface' is not installed"):
         choose_backend("flash_attn", "cuda")
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_flash_attn_4_needs_hopper(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
+def test_flash_attn_4_needs_hopper(monkeypatch, capability):
     packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=packages.flash_attn_4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     if capability[0] >= 9:
@@ -161,7 +145,7 @@ def test_flash_attn_4_needs_hopper(monkeypatch: pytest.MonkeyPatch, capability: 
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[packages.Recorded, list[str]]:
-    """A recorder in the place of the function behind the backend, and the names of its arguments in order."""
+    """Replace the backend's function by a recorder; returns it, and the names of its arguments in order."""
     if name == "flash":
         recorded = packages.Recorded(varlen.varlen_attn, lambda query, *args, **kwargs: torch.empty_like(query))
         monkeypatch.setattr(varlen, "varlen_attn", recorded)
@@ -178,18 +162,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[packages.Recor
     return recorded, ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
 
 
-@pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "cu_dtype"), [(torch.bfloat16, torch.int32), (torch.float16, torch.int64)], ids=["bf16", "fp16"]
+)
 @pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_call(
-    monkeypatch: pytest.MonkeyPatch, fake: FakeTensorMode, name: str, dtype: torch.dtype, cu_dtype: torch.dtype
-) -> None:
+def test_call(monkeypatch, fake, name, dtype, cu_dtype):
     recorded, names = stand_in(monkeypatch, name)
     q, k, v = cuda_problem(dtype)
     cu_q, cu_k = on_cuda(QUERIES, cu_dtype), on_cuda(KEYS, cu_dtype)
     out = ragged_attention(q, k, v, cu_k, 9, backend=name, cu_seqlens_q=cu_q, max_seqlen_q=5)
     (call,), (result,) = recorded.calls, recorded.results
-    assert list(call) == names  # nothing else is said: no dropout, no causal mask, scale 1 / sqrt(d)
+    assert list(call) == names  # no dropout, no causal mask, default scale 1 / sqrt(d)
     assert [call[x] is y for x, y in zip(names, (q, k, v), strict=False)] == [True] * 3
     for cu in names[3:5]:
         assert (call[cu].device, call[cu].dtype, call[cu].shape) == (CUDA, torch.int32, (4,))
@@ -202,21 +185,11 @@ def test_call(
 
 
 @pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_call_of_self_attention(monkeypatch: pytest.MonkeyPatch, fake: FakeTensorMode, name: str) -> None:
-    recorded, names = stand_in(monkeypatch, name)
-    _, k, v = cuda_problem()
-    ragged_attention(k, k, v, on_cuda(KEYS), 100, backend=name)
-    (call,) = recorded.calls
-    assert [call[x] for x in names[5:]] == [100, 100]
-    assert [call[x].shape for x in names[3:5]] == [(4,), (4,)]
-
-
-@pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_plan_in_the_models_way(monkeypatch: pytest.MonkeyPatch, fake: FakeTensorMode, name: str) -> None:
-    """Spans are made on the CPU, brought to the device once a batch, and handed to every block."""
+def test_plan_in_the_models_way(monkeypatch, fake, name):
+    """Segments are made on the CPU, copied to the device once per batch, and passed to every block."""
     recorded, names = stand_in(monkeypatch, name)
     with Copies() as copies:
-        plan = BACKENDS[name].plan(Spans.of_frames(torch.tensor([2, 1]), 4, 3, 5, 6), CUDA)
+        plan = BACKENDS[name].plan(Segments.of_frames(torch.tensor([2, 1]), 4, 3, 5, 6), CUDA)
     assert copies.non_blocking == [True, True]
     q, k, v = (torch.empty(n, 2, 64, device=CUDA, dtype=torch.bfloat16) for n in (12, 20, 20))
     for _ in range(2):
@@ -242,19 +215,16 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "xformers"])
-def test_lengths_from_the_gpu_are_waited_for(fake: FakeTensorMode, name: str) -> None:
-    """They are read on the CPU as soon as the copy returns."""
+def test_lengths_from_the_gpu_are_copied_synchronously(fake, name):
+    """They are read on the CPU at once."""
     with Copies() as copies:
-        plan = BACKENDS[name].plan(Spans(on_cuda(QUERIES), on_cuda(KEYS), 5, 9), CUDA)
+        plan = BACKENDS[name].plan(Segments(on_cuda(QUERIES), on_cuda(KEYS), 5, 9), CUDA)
     assert copies.non_blocking == [False, False]
-    assert plan.cu_q.device == plan.cu_k.device == CPU
+    assert plan.cu_seqlens_q.device == plan.cu_seqlens_k.device == CPU
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["sdpa", "xformers"])
-def test_opaque_operator_on_cuda(
-    monkeypatch: pytest.MonkeyPatch, fake: FakeTensorMode, name: str, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("sdpa", torch.bfloat16), ("xformers", torch.float32)])
+def test_custom_operator_on_cuda(monkeypatch, fake, name, dtype):
     packages.install_xformers(monkeypatch)
     q, k, v = cuda_problem(dtype)
     cu_q, cu_k = on_cuda(QUERIES), on_cuda(KEYS)
@@ -266,7 +236,7 @@ def test_opaque_operator_on_cuda(
 # torch's own ---------------------------------------------------------------------------------------------------------
 
 
-def test_varlen_attn_traced_on_cuda(fake: FakeTensorMode, ampere: None) -> None:
+def test_varlen_attn_traced_on_cuda(fake, ampere):
     """The real function, up to its kernel."""
     q, k, v = cuda_problem()
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -276,12 +246,12 @@ def test_varlen_attn_traced_on_cuda(fake: FakeTensorMode, ampere: None) -> None:
     assert (out.shape, out.dtype, out.device) == (q.shape, torch.bfloat16, CUDA)
 
 
-def test_varlen_attn_traced_backward() -> None:
+def test_varlen_attn_traced_backward():
     """On the meta device, since the gradients of fake CUDA tensors ask for a driver."""
     q, k, v = (torch.empty(n, 2, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (9, 15, 15))
-    spans = Spans(cumulated(QUERIES), cumulated(KEYS), 5, 9)
+    segments = Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        plan = BACKENDS["flash"].plan(spans, torch.device("meta"))
+        plan = BACKENDS["flash"].plan(segments, torch.device("meta"))
         out = BACKENDS["flash"].attend(q, k, v, plan)
     grads = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
     assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
@@ -310,20 +280,13 @@ def plan_on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for _ in range(2):  # once is enough for all batches
-            BACKENDS["flash"].plan(Spans(cumulated(QUERIES), cumulated(KEYS), 5, 9), CUDA)
+            BACKENDS["flash"].plan(Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9), CUDA)
 
 
 @pytest.mark.parametrize(
     ("capability", "module", "name"), [((9, 0), "flash_attn_interface", "FA3"), ((10, 0), "flash_attn.cute", "FA4")]
 )
-def test_newest_kernels_are_activated(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    activated: list[str],
-    capability: tuple[int, int],
-    module: str,
-    name: str,
-) -> None:
+def test_newest_kernels_are_activated(monkeypatch, caplog, activated, capability, module, name):
     packages.install(monkeypatch, module)
     with caplog.at_level(logging.INFO, "fastmum"):
         plan_on(monkeypatch, capability)
@@ -332,13 +295,8 @@ def test_newest_kernels_are_activated(
     assert caplog.messages == [f"flash attention by {name}"]
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-def test_absent_kernels_are_no_reason_to_warn(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    activated: list[str],
-    capability: tuple[int, int],
-) -> None:
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_no_warning_without_newer_kernels(monkeypatch, caplog, activated, capability):
     for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules, "flash_attn.cute")  # its parent is what is absent
@@ -348,28 +306,12 @@ def test_absent_kernels_are_no_reason_to_warn(
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (12, 0)])
-def test_other_gpus_keep_torchs_kernels(
-    monkeypatch: pytest.MonkeyPatch, activated: list[str], capability: tuple[int, int]
-) -> None:
-    for module in ("flash_attn_interface", "flash_attn.cute"):
-        packages.install(monkeypatch, module)
-    plan_on(monkeypatch, capability)
-    assert activated == []
-
-
 @pytest.mark.parametrize(
     ("capability", "module", "name"),
     [((9, 0), "flash_attn_interface", "FA3"), ((10, 0), "flash_attn.cute.interface", "FA4")],
 )
-def test_kernels_that_torch_cannot_use(
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capability: tuple[int, int],
-    module: str,
-    name: str,
-) -> None:
-    """torch's own activation refuses a module without kernels: it is said, and training goes on."""
+def test_kernels_that_torch_cannot_use(monkeypatch, caplog, capability, module, name):
+    """torch refuses a module without kernels: a warning, and FlashAttention 2 runs."""
     packages.install(monkeypatch, module)
     plan_on(monkeypatch, capability)
     (message,) = caplog.messages
@@ -377,14 +319,14 @@ def test_kernels_that_torch_cannot_use(
     assert attention.current_flash_attention_impl() is None
 
 
-def test_the_cpu_activates_nothing(monkeypatch: pytest.MonkeyPatch, activated: list[str]) -> None:
+def test_the_cpu_activates_nothing(monkeypatch, activated):
     packages.install(monkeypatch, "flash_attn_interface")
-    BACKENDS["flash"].plan(Spans(cumulated(QUERIES), cumulated(KEYS), 5, 9), CPU)
+    BACKENDS["flash"].plan(Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9), CPU)
     assert activated == []
 
 
 @pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_float32_is_not_for_flash(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_float32_is_not_for_flash(monkeypatch, name):
     monkeypatch.setattr(type(BACKENDS[name]), "why_not", lambda _self, _device: None)
     assert choose_backend("auto", "cuda", torch.float32).name == "sdpa"
     assert choose_backend(name, "cuda", torch.bfloat16).name == name
@@ -395,3 +337,38 @@ def test_float32_is_not_for_flash(monkeypatch: pytest.MonkeyPatch, name: str) ->
 def test_constants_are_marked_as_torch_marks_them():
     ours, torchs = (mark(lambda: 0) for mark in (constant_in_graphs, torch.compiler.assume_constant_result))
     assert vars(ours) == vars(torchs) != {}
+
+
+# xformers by a stand-in that computes --------------------------------------------------------------------------------
+
+
+def by_xformers(p: Problem, padding: int = 0) -> tuple[Tensor, ...]:
+    cu_q, cu_k = (cumulated(lengths + [0] * padding) for lengths in (p.queries, p.keys))
+    backend = BACKENDS["xformers"]
+    plan = backend.plan(Segments(cu_q, cu_k, max(p.queries), max(p.keys)), CPU)
+    return gradients(lambda q, k, v: backend.attend(q, k, v, plan), p)
+
+
+@pytest.mark.parametrize(("queries", "padding"), [(KEYS, 0), (QUERIES, 4)])
+def test_xformers_values_and_gradients(monkeypatch, queries, padding):
+    recorded = packages.install_xformers(monkeypatch)
+    p = problem(KEYS, 2, 16, queries=queries)
+    ours = by_xformers(p, padding)
+    assert all(value.is_contiguous() for value in ours)
+    assert_within(ours, p, 1e-5)
+    calls = {name: function.calls for name, function in recorded.items()}
+    assert all(len(of_function) == 1 for of_function in calls.values())
+    masks = [call["attn_bias"] for (call,) in calls.values()]
+    assert all(mask is masks[0] for mask in masks)  # one per batch
+    assert (masks[0].queries, masks[0].keys) == (queries, KEYS)
+    assert {"p", "scale"}.isdisjoint(calls["memory_efficient_attention_forward"][0])
+    for keys in ([3, 4], [4, 3], [7], [1] * 7, [3, 4], [2, 5]):
+        p = problem(keys, 2, 16)
+        assert_within(by_xformers(p), p, 1e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [([0, 3], [4, 5]), ([2, 3], [0, 5])])
+def test_xformers_refuses_segments_without_queries_or_keys(monkeypatch, queries, keys):
+    packages.install_xformers(monkeypatch)
+    with pytest.raises(ValueError, match=r"xformers needs queries and keys .* use 'sdpa'"):
+        by_xformers(problem(keys, 2, 16, queries=queries))

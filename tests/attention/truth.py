@@ -1,4 +1,4 @@
-"""What the attention tests share: packed problems, a float64 loop over spans and plain SDPA to compare with."""
+"""Packed problems, a float64 loop over segments, and plain SDPA to compare with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDTHS = [32, 48, 64, 128]
-LENGTHS = {"ones": [1, 7, 1, 1, 130, 1], "equal": [65] * 4, "ragged": [257, 1, 65, 390], "single": [257]}
-ASKING = {"ones": [1, 3, 1, 1, 60, 1], "equal": [48] * 4, "ragged": [192, 1, 48, 290], "single": [192]}
+FLOATS = [torch.float32, torch.bfloat16]
+# Queries and keys of segments: whole or as in the last block, equal lengths, ragged ones, single tokens.
+LENGTHS = {
+    "ones": ([1, 7, 1, 1, 130, 1], [1, 7, 1, 1, 130, 1]),
+    "equal": ([65] * 4, [65] * 4),
+    "equal, subset": ([48] * 4, [65] * 4),
+    "ragged": ([257, 1, 65, 390], [257, 1, 65, 390]),
+    "ragged, subset": ([192, 1, 48, 290], [257, 1, 65, 390]),
+    "single, subset": ([192], [257]),
+}
 
 
 class Problem(NamedTuple):
@@ -25,8 +32,8 @@ class Problem(NamedTuple):
     keys: list[int]
 
     @property
-    def spans(self) -> dict[str, Tensor | int]:
-        """What `ragged_attention` is told about the spans."""
+    def segments(self) -> dict[str, Tensor | int]:
+        """Arguments of `ragged_attention`."""
         return {
             "cu_seqlens": cumulated(self.keys),
             "max_seqlen": max(self.keys),
@@ -36,7 +43,7 @@ class Problem(NamedTuple):
 
 
 def cumulated(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
-    """Where spans begin and end, (n + 1,)."""
+    """Cumulative lengths, (n + 1,)."""
     return F.pad(torch.tensor(lengths, dtype=dtype).cumsum(0, dtype=dtype), (1, 0))
 
 
@@ -48,7 +55,7 @@ def problem(
     queries: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Problem:
-    """Normal values, the same every time; as many queries as keys where nothing else is said."""
+    """Normal values from a seed; as many queries as keys by default."""
     queries = keys if queries is None else queries
     generator = torch.Generator().manual_seed(seed)
     q, k, v, grad = (
@@ -59,21 +66,21 @@ def problem(
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one span in the dtype of its inputs: softmax(q k' / sqrt(d)) v; 0 where there is no key."""
+    """Attention of one segment in the dtype of its inputs, softmax(q k' / sqrt(d)) v; 0 without keys."""
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's attention of one span."""
+    """torch's attention of one segment."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
 
 
-def looped(of_span: Callable[..., Tensor], p: Problem) -> Callable[..., Tensor]:
-    """One span after the other."""
+def looped(of_segment: Callable[..., Tensor], p: Problem) -> Callable[..., Tensor]:
+    """One segment after the other."""
     return lambda q, k, v: torch.cat(
-        [of_span(*span) for span in zip(q.split(p.queries), k.split(p.keys), v.split(p.keys), strict=True)]
+        [of_segment(*x) for x in zip(q.split(p.queries), k.split(p.keys), v.split(p.keys), strict=True)]
     )
 
 
@@ -85,12 +92,16 @@ def gradients(function: Callable[..., Tensor], p: Problem, dtype: torch.dtype | 
 
 
 def true_gradients(p: Problem) -> tuple[Tensor, ...]:
-    """The same, by the float64 loop over spans."""
+    """The same by the float64 loop over segments."""
     return gradients(looped(dense, p), p, torch.float64)
 
 
+def equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def relative(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth|, or |value| where the truth is 0."""
+    """|value - truth| / |truth|, or |value| if the truth is 0."""
     value, truth = value.detach().double(), truth.detach().double()
     assert value.shape == truth.shape
     norm = truth.norm()
@@ -98,6 +109,26 @@ def relative(value: Tensor, truth: Tensor) -> float:
 
 
 def worst(value: Tensor, truth: Tensor) -> float:
-    """The largest error, in units of the value's size and the root mean square of all: bfloat16 rounds relatively."""
+    """The largest error, relative to the value's size plus the root mean square: bfloat16 rounds relatively."""
     size = truth.abs() + truth.square().mean().sqrt().clamp_min(1e-12)
     return float(((value.double() - truth) / size).abs().max())
+
+
+def assert_within(ours: Sequence[Tensor], p: Problem, tolerance: float) -> None:
+    """Output and gradients within a relative distance of the truth."""
+    for name, value, true in zip(("out", "dq", "dk", "dv"), ours, true_gradients(p), strict=True):
+        assert value.dtype == p.q.dtype
+        assert relative(value, true) <= tolerance, name
+
+
+def assert_as_good_as_plain(ours: Sequence[Tensor], p: Problem, factor: float = 1.1, largest: float = 2.0) -> None:
+    """In bfloat16 errors of at most `factor` times those of torch's attention; in float32 within 1e-5."""
+    if p.q.dtype == torch.float32:
+        return assert_within(ours, p, 1e-5)
+    usual = gradients(looped(plain, p), p)
+    for name, value, of_plain, true in zip(("out", "dq", "dk", "dv"), ours, usual, true_gradients(p), strict=True):
+        assert value.dtype == p.q.dtype
+        assert relative(value, true) <= factor * relative(of_plain, true), name
+        # The largest of thousands of errors of a rounding unit or two is mostly chance.
+        assert worst(value, true) <= largest * worst(of_plain, true), name
+    return None

@@ -2,9 +2,9 @@
 
 import pytest
 
+from benchmarks.kernel_report import __main__ as report
+from benchmarks.kernel_report.cases import Case, Sizes
 from benchmarks.offline.operators import kernel_of_launch
-from fastmum.kernels import report
-from fastmum.kernels.report_cases import Case, Sizes
 
 # Their tensors are addresses in a table: the prediction counts them where the operator is called.
 TABLES = ("adamw", "total_norm squares")

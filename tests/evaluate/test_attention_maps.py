@@ -14,7 +14,7 @@ from fastmum.evaluate.attention import Recorder
 from fastmum.evaluate.pairs import PairSet, pair_warp
 from fastmum.evaluate.pictures import draw_attention, draw_warp
 from fastmum.model.encoder import Encoder
-from fastmum.model.mum import Views
+from fastmum.model.mum import GlobalAttention
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_recording_changes_nothing(tiny, images):
         encoded = torch.cat([features["x_norm_clstoken"][:, None], features["x_norm_patchtokens"]], 1)
         ids = torch.arange(6).repeat(4, 1)
         recorder = Recorder(2, 6)
-        recorded = tiny.decode(encoded, ids, ids, Views(recorder, recorder), (2, 3))
-        own = tiny._views(torch.tensor([2, 2]), 4, 6, 6, 2, images.device)
+        recorded = tiny.decode(encoded, ids, ids, GlobalAttention(recorder, recorder), (2, 3))
+        own = tiny._global_attention(torch.tensor([2, 2]), 4, 6, 6, 2, images.device)
         assert torch.allclose(recorded, tiny.decode(encoded, ids, ids, own, (2, 3)), atol=1e-5)
 
 

@@ -1,41 +1,30 @@
-"""What the kernel tests share: the truth in float64, tolerances, guarded memory and random problems."""
+"""Tolerances, guarded memory and random problems of the kernel tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
+import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GUARD = 64  # values before and after a guarded tensor
 
 
-def relative(value: Tensor, truth: Tensor) -> float:
-    """|value - truth| / |truth|, or |value| where the truth is 0."""
-    value, truth = value.detach().double(), truth.detach().double()
-    assert value.shape == truth.shape
-    norm = truth.norm()
-    return float((value - truth).norm() / (norm if norm > 0 else 1.0))
-
-
-def assert_close(value: Tensor, truth: Tensor, plain: Tensor | None = None) -> None:
-    """Within 1e-5 of the truth; in bfloat16 and float16 within 1.1 times the error of plain PyTorch in that dtype.
-
-    The ratio of two errors of n values is known to about 1 / sqrt(n).
-    """
-    if value.dtype in (torch.float32, torch.float64):
-        assert relative(value, truth) <= 1e-5
-    else:
-        assert plain is not None
-        # A rounding unit beside it: plain PyTorch may happen to be exact where the truth is not.
-        bound = (1.1 + 5 / max(value.numel(), 1) ** 0.5) * relative(plain, truth)
-        assert relative(value, truth) <= max(bound, torch.finfo(value.dtype).eps / 4)
+def pairs(first: Sequence, second: Sequence, *others: Sequence) -> list[tuple]:
+    """All pairs of values of the first two axes; the other axes are cycled along both."""
+    return [
+        (a, b, *(x[(i + j + i // len(x)) % len(x)] for x in others))
+        for (i, a), (j, b) in product(enumerate(first), enumerate(second))
+    ]
 
 
 def guarded(x: Tensor) -> Tensor:
-    """A copy of `x` amid NaN (255 for uint8, an id that no frame has for integers): reading beside it shows."""
+    """A copy of `x` surrounded by NaN (255 for uint8, ids out of range for integers), to detect reads out of bounds."""
     fill = {torch.uint8: 255, torch.int64: 1 << 40, torch.int32: 1 << 28}.get(x.dtype, float("nan"))
     memory = torch.full((x.numel() + 2 * GUARD,), fill, dtype=x.dtype, device=x.device)
     inner = memory[GUARD:-GUARD].view(x.shape)
@@ -58,8 +47,22 @@ def split_ids(frames: int, patches: int, visible: int, dtype: torch.dtype = torc
     return order[:, :visible].clone(), order[:, visible:].clone()
 
 
-def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
-    """The result of `function` and the gradients of its inputs for sum(result * weight)."""
+def results(function: Callable, inputs: Sequence[Tensor], *weights: Tensor) -> list[Tensor]:
+    """The outputs of `function`, and the gradients of its inputs for the sum of outputs * weights."""
     inputs = [x.detach().requires_grad_() for x in inputs]
-    out = function(*inputs)
-    return out.detach(), *torch.autograd.grad(out, inputs, weight.to(out.dtype))
+    outs = function(*inputs)
+    outs = [outs] if isinstance(outs, Tensor) else outs
+    grads = [weight.to(out.dtype) for out, weight in zip(outs, weights, strict=True)]
+    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, grads)]
+
+
+def each_backend() -> Iterator[str]:
+    """Select the PyTorch and the Triton implementation in turn, as the fixture `backend`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("torch", "triton"):
+            patch.setenv("FASTMUM_KERNELS", name)
+            yield name
+
+
+def double(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x.double() for x in tensors]

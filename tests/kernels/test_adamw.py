@@ -1,15 +1,11 @@
-"""AdamW in one launch against float64, and what it leaves alone."""
+"""AdamW in one launch against float64."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from support import DEVICE, relative
+from asserts import assert_equal, assert_refuses, relative
+from support import DEVICE
 
 from fastmum.kernels import reference
 from fastmum.kernels.adamw import adamw_
@@ -22,7 +18,7 @@ SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.05, "eps": 1e-8}
 
 
 class Weights:
-    """Weights with everything that belongs to them; the second axis of the third lies innermost in memory."""
+    """Weights with gradients, moments and rests; the third tensor is channels-last."""
 
     def __init__(self, grad_dtype: torch.dtype, split: bool) -> None:
         def filled(make) -> list[torch.Tensor]:
@@ -48,17 +44,17 @@ class Weights:
         return [join(*halves) for halves in zip(self.weights, self.rests, strict=True)] if self.rests else self.weights
 
 
-@pytest.mark.parametrize("skips", [None, False])
 @pytest.mark.parametrize(
-    ("grad_dtype", "split"), [(torch.bfloat16, True), (torch.float32, False), (torch.float32, True)]
+    ("grad_dtype", "split", "found_inf"),
+    [(torch.bfloat16, True, None), (torch.float32, False, 0.0), (torch.float32, True, 0.0)],
 )
-def test_a_step(backend: str, grad_dtype: torch.dtype, split: bool, skips: bool | None) -> None:
+def test_a_step(backend, grad_dtype, split, found_inf):
     weights = Weights(grad_dtype, split)
     truth = [
         reference.adamw(*(x.double() for x in state), step=STEP, **SETTINGS)
         for state in zip(weights.masters(), weights.grads, weights.exp_avgs, weights.exp_avg_sqs, strict=True)
     ]
-    weights.update(None if skips is None else torch.zeros((), device=DEVICE))
+    weights.update(None if found_inf is None else torch.tensor(found_inf, device=DEVICE))
     masters = weights.masters()
     for i, (master, exp_avg, exp_avg_sq) in enumerate(truth):
         assert relative(masters[i], master) < 1e-6
@@ -69,17 +65,17 @@ def test_a_step(backend: str, grad_dtype: torch.dtype, split: bool, skips: bool 
         assert all(torch.equal(x, reference.nearest_bfloat16(y)) for x, y in zip(weights.weights, masters, strict=True))
 
 
-def test_halves_and_whole_weights_learn_the_same_bit_for_bit(backend: str) -> None:
+def test_halves_and_whole_weights_learn_the_same_bit_for_bit(backend):
     whole, halves = Weights(torch.bfloat16, False), Weights(torch.bfloat16, True)
     halves.weights, halves.rests = map(list, zip(*map(Halves.of, whole.weights), strict=True))
     for name in ("grads", "exp_avgs", "exp_avg_sqs"):
         setattr(halves, name, [x.clone() for x in getattr(whole, name)])
     for weights in (whole, halves):
         weights.update()
-    assert all(torch.equal(x, y) for x, y in zip(whole.masters(), halves.masters(), strict=True))
+    assert_equal(whole.masters(), halves.masters())
 
 
-def test_a_weight_that_becomes_nan_is_seen(backend: str) -> None:
+def test_a_weight_that_becomes_nan_is_seen(backend):
     weights = Weights(torch.float32, True)
     weights.grads[1].fill_(float("nan"))
     weights.update()
@@ -87,15 +83,15 @@ def test_a_weight_that_becomes_nan_is_seen(backend: str) -> None:
     assert weights.masters()[1].isnan().all()
 
 
-def test_an_infinite_gradient_changes_nothing(backend: str) -> None:
+def test_an_infinite_gradient_changes_nothing(backend):
     weights = Weights(torch.bfloat16, True)
     weights.grads[1].fill_(float("inf"))
     before = [x.clone() for x in weights.all()]
     weights.update(torch.ones((), device=DEVICE))
-    assert all(torch.equal(a, b) for a, b in zip(weights.all(), before, strict=True))
+    assert_equal(weights.all(), before)
 
 
-def test_tensors_that_are_not_aligned(backend: str) -> None:
+def test_tensors_that_are_not_aligned(backend):
     expected = Weights(torch.bfloat16, True)
     weights = Weights(torch.bfloat16, True)
     for name in ("weights", "grads", "exp_avgs", "exp_avg_sqs", "rests"):
@@ -106,86 +102,37 @@ def test_tensors_that_are_not_aligned(backend: str) -> None:
         setattr(weights, name, moved)
     for each in (expected, weights):
         each.update()
-    assert all(torch.equal(a, b) for a, b in zip(weights.all(), expected.all(), strict=True))
+    assert_equal(weights.all(), expected.all())
 
 
-def test_neighbours_in_memory_stay(backend: str) -> None:
+def test_neighbours_in_memory_stay(backend):
     memory = torch.ones(20, device=DEVICE)
     weight = memory[4:11]
     zeros = [torch.zeros(7, device=DEVICE) for _ in range(2)]
-    adamw_(
-        [weight],
-        [torch.ones(7, device=DEVICE)],
-        [zeros[0]],
-        [zeros[1]],
-        [],
-        torch.ones((), device=DEVICE),
-        **SETTINGS,
-    )
+    one = torch.ones((), device=DEVICE)
+    adamw_([weight], [torch.ones(7, device=DEVICE)], zeros[:1], zeros[1:], [], one, **SETTINGS)
     assert (weight != 1).all()
     assert (memory[:4] == 1).all()
     assert (memory[11:] == 1).all()
 
 
-def test_nothing_to_do(backend: str) -> None:
+def test_nothing_to_do(backend):
     adamw_([], [], [], [], [], torch.ones(()), **SETTINGS)
 
 
-HALVES = [torch.zeros(3, dtype=torch.bfloat16), torch.zeros(4, 2, dtype=torch.bfloat16)]
-SHORTS = [x.short() for x in HALVES]
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"grads": [torch.zeros(3)]}, ValueError, "grads has 1 tensors"),
-        ({"grads": [torch.zeros(3), torch.zeros(4, 2).bfloat16()]}, TypeError, "must have one"),
-        ({"exp_avgs": [torch.zeros(3), torch.zeros(2, 4).t()]}, ValueError, "strides"),
-        ({"exp_avgs": [torch.zeros(3).double(), torch.zeros(4, 2).double()]}, TypeError, "must have torch.float32"),
-        ({"rests": SHORTS}, TypeError, "weights has dtype torch.float32, but must have torch.bfloat16 with rests"),
-        ({"weights": HALVES}, TypeError, "weights has dtype torch.bfloat16, but must have torch.float32 without rests"),
-        ({"weights": HALVES, "rests": HALVES}, TypeError, "rests has dtype torch.bfloat16"),
-        ({"weights": HALVES, "rests": [SHORTS[0][:2], SHORTS[1]]}, ValueError, r"rests has a tensor of shape \(2,\)"),
-    ],
-)
-def test_refuses(change: dict, error: type[Exception], message: str) -> None:
-    def zeros() -> list[torch.Tensor]:
-        return [torch.zeros(3), torch.zeros(4, 2)]
-
-    names = ("weights", "grads", "exp_avgs", "exp_avg_sqs")
-    args = {name: zeros() for name in names} | {"rests": [], "step": torch.ones(())}
-    with pytest.raises(error, match=message):
-        adamw_(**args | change, **SETTINGS)
-
-
-COMPILED = """
-import json, torch
-from fastmum.kernels import adamw
-from fastmum.kernels.compiled import compile_launch
-from fastmum.kernels.dispatch import recorded_launches
-def make(dtype):
-    return [torch.empty(1 << 16, dtype=dtype, device="meta")]
-half, float32, step = torch.bfloat16, torch.float32, torch.empty((), device="meta")
-for weight, rests in ((half, make(torch.int16)), (float32, [])):
-    with recorded_launches(90) as launches:
-        lists = make(weight), make(half), make(float32), make(float32), rests
-        adamw._adamw_triton(*lists, step, 1e-3, 0.9, 0.95, 0.05, 1e-8, None)
-    compiled = compile_launch(launches[0], 90)
-    print(json.dumps([compiled.spills, [[name, width, n] for (name, width), n in compiled.accesses.items()]]))
-"""
-
-
-def test_values_travel_16_bytes_at_a_time() -> None:
-    """Where the numbers of values are multiples of 16, as all of the paper's model are."""
-    pytest.importorskip("triton")
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
-    result = subprocess.run([sys.executable, "-c", COMPILED], env=clean, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert len(lines) == 2
-    for line in lines:
-        spills, accesses = json.loads(line)
-        assert spills == 0
-        assert {width for name, width, _ in accesses if name not in ("table", "chunk", "row", "step")} == {16}
-        # Of 8 values a thread: moments and weights, whole or halves, are read and written, the gradient is read.
-        assert sum(n for _, width, n in accesses if width == 16) == 2 * 3 * 2 + 1
+def test_refuses():
+    zeros = [torch.zeros(3), torch.zeros(4, 2)]
+    halves = [x.bfloat16() for x in zeros]
+    shorts = [x.short() for x in zeros]
+    args = dict.fromkeys(("weights", "grads", "exp_avgs", "exp_avg_sqs"), zeros)
+    changes = [
+        ({"grads": zeros[:1]}, ValueError, "grads has 1 tensors"),
+        ({"grads": [zeros[0], halves[1]]}, TypeError, "grads has dtypes"),
+        ({"exp_avgs": [zeros[0], torch.zeros(2, 4).t()]}, ValueError, "exp_avgs has a tensor .* strides"),
+        ({"exp_avgs": [x.double() for x in zeros]}, TypeError, "exp_avgs has dtype torch.float64"),
+        ({"rests": shorts}, TypeError, "weights has dtype torch.float32"),
+        ({"weights": halves}, TypeError, "weights has dtype torch.bfloat16"),
+        ({"weights": halves, "rests": halves}, TypeError, "rests has dtype torch.bfloat16"),
+        ({"weights": halves, "rests": [shorts[0][:2], shorts[1]]}, ValueError, r"rests has a tensor of shape \(2,\)"),
+    ]
+    assert_refuses(adamw_, args | {"rests": [], "step": torch.ones(())} | SETTINGS, changes)

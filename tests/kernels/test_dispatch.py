@@ -24,7 +24,7 @@ def gather() -> torch.Tensor:
     return gather_patches(frames, torch.tensor([[0], [3]]), MEAN, STD, 8, torch.float32)
 
 
-def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice(monkeypatch):
     x = torch.zeros(1)
     monkeypatch.delenv("FASTMUM_KERNELS", raising=False)
     assert not use_triton(x)
@@ -32,17 +32,17 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert use_triton(x)
     assert not use_triton(x.double())
     monkeypatch.setenv("FASTMUM_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="'cuda', but must be auto, torch or triton"):
+    with pytest.raises(ValueError, match="FASTMUM_KERNELS is 'cuda'"):
         gather()
 
 
-def test_triton_on_the_cpu_needs_the_interpreter() -> None:
+def test_triton_on_the_cpu_needs_the_interpreter():
     code = "import torch; from fastmum.kernels.dispatch import use_triton; use_triton(torch.zeros(1))"
     result = run(code, FASTMUM_KERNELS="triton", CUDA_VISIBLE_DEVICES="")
     assert "set TRITON_INTERPRET=1 before the program" in result.stderr
 
 
-def test_works_without_triton() -> None:
+def test_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None; import torch\n"
         "from fastmum.kernels import gather_patches, patch_loss, rope_qk, scatter_tokens, gather_tokens\n"
@@ -56,7 +56,7 @@ def test_works_without_triton() -> None:
     assert result.stdout == "4.0\n", result.stderr
 
 
-def test_import_touches_no_device_and_compiles_nothing() -> None:
+def test_import_touches_no_device_and_compiles_nothing():
     code = (
         "import torch, sys\n"
         "def fail(*a, **k): raise AssertionError('device query at import time')\n"
@@ -68,5 +68,5 @@ def test_import_touches_no_device_and_compiles_nothing() -> None:
     assert result.stdout == "False\n", result.stderr
 
 
-def test_power_of_2() -> None:
+def test_power_of_2():
     assert [power_of_2(n) for n in (0, 1, 2, 3, 48, 64, 65)] == [1, 1, 2, 4, 64, 64, 128]

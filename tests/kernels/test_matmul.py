@@ -1,10 +1,11 @@
-"""Products of bfloat16 by way of float32, on CPUs that have no others: the same numbers, rounded once."""
+"""Products of bfloat16 computed in float32, on CPUs without bfloat16 instructions: the same numbers, rounded once."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_close, gradients
+from asserts import assert_close, check_frozen
+from support import results
 
 import fastmum.kernels.matmul as module
 from fastmum import PRESETS, MuM
@@ -39,24 +40,24 @@ def test_product(slow, shape):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_linear_and_its_gradients(slow, autocast):
+def test_linear_and_its_results(slow, autocast):
     inputs = [torch.randn(3, 7, 33).to(BF16), torch.randn(19, 33).to(BF16), torch.randn(19).to(BF16)]
     weight = torch.randn(3, 7, 19).to(BF16)
     with torch.autocast("cpu", BF16, enabled=autocast):
-        ours = gradients(linear, inputs, weight)
-    truth = gradients(torch.nn.functional.linear, [x.double() for x in inputs], weight.double())
-    plain = gradients(torch.nn.functional.linear, [x.float() for x in inputs], weight.float())
+        ours = results(linear, inputs, weight)
+    truth = results(torch.nn.functional.linear, [x.double() for x in inputs], weight.double())
+    plain = results(torch.nn.functional.linear, [x.float() for x in inputs], weight.float())
     for value, true, of_float in zip(ours, truth, plain, strict=True):
         assert value.dtype == BF16
         assert_close(value, true, of_float.to(BF16))
 
 
-def test_only_the_gradients_that_are_wanted(slow):
-    x, weight, bias = (torch.randn(*s).to(BF16) for s in ((4, 3), (2, 3), (2,)))
-    weight.requires_grad_()
-    linear(x, weight, bias).sum().backward()
-    assert weight.grad is not None
-    assert x.grad is None
+@pytest.mark.parametrize(("needed", "unsaved"), [((0,), (0,)), ((1,), (1,)), ((2,), (0, 1))])
+def test_frozen_inputs(monkeypatch, needed, unsaved):
+    monkeypatch.setattr(module, "SLOW_BFLOAT16", True)
+    inputs = [torch.randn(*s).to(BF16) for s in ((4, 3), (2, 3), (2,))]
+    operations = 2 * 4 * 3 * 2 * (needed != (2,))
+    check_frozen(linear, inputs, [torch.randn(4, 2).to(BF16)], needed, unsaved, operations)
 
 
 @pytest.mark.slow

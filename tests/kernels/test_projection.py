@@ -1,10 +1,12 @@
-"""rotary_projection and its gradients against the float64 reference: products fused and not."""
+"""rotary_projection and its gradients against the float64 reference, with fused and with library products."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from support import DEVICE, assert_close, guarded, strided
+from asserts import assert_equal, assert_refuses, check, check_compiles, check_frozen
+from support import DEVICE, DTYPES, guarded, pairs, strided
+from torch import Tensor
 
 from fastmum.kernels import reference, rotary_projection
 
@@ -15,6 +17,7 @@ SIZES = [  # tokens, width of x, heads, head width, positions
     (7, 130, 5, 12, 9),
     (9, 64, 2, 256, 8),
 ]
+SMALL = (9, 16, 2, 16, 6)
 
 
 @pytest.fixture(params=["auto", "library"], autouse=True)
@@ -22,120 +25,81 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FASTMUM_PRODUCTS", request.param)
 
 
-def problem(size: tuple[int, ...], parts: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """x, weight and bias; positions and tables."""
+def problem(
+    size: tuple[int, ...], dtype: torch.dtype, parts: str = "qkv"
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """x, weight and bias; positions and tables; weights of the outputs."""
     T, C, heads, d, N = size
     rows = len(parts) * heads * d
     inputs = torch.randn(T, C), torch.randn(rows, C) * C**-0.5, torch.randn(rows)
     positions = torch.randint(-1, N, (T,), device=DEVICE)
     positions[0] = -1
     angles = torch.randn(N, d // 2, device=DEVICE).tile(2)
-    return [guarded(y.to(DEVICE, dtype)) for y in inputs], [guarded(y) for y in (positions, angles.sin(), angles.cos())]
-
-
-def results(function, inputs: list[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """All parts, and the gradients of the inputs for their sum, weighted."""
-    inputs = [y.detach().requires_grad_() for y in inputs]
-    outs = function(*inputs)
-    loss = sum((out * weight.to(out.dtype)).sum() for out, weight in zip(outs, weights, strict=True))
-    return [*(out.detach() for out in outs), *torch.autograd.grad(loss, inputs)]
-
-
-def weights_of(size: tuple[int, ...], parts: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    T, _, heads, d, _ = size
-    return [torch.randn(T, heads, d, device=DEVICE).to(dtype) for _ in parts]
-
-
-@pytest.mark.parametrize("special", ["keep", "zero"])
-@pytest.mark.parametrize("parts", ["qkv", "kv", "q"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", SIZES)
-def test_projection(backend: str, size: tuple[int, ...], dtype: torch.dtype, parts: str, special: str) -> None:
-    inputs, (positions, sin, cos) = problem(size, parts, dtype)
-    weights, settings = weights_of(size, parts, dtype), (size[2], special, parts)
-    ours = results(lambda *y: rotary_projection(*y, positions, sin, cos, *settings), inputs, weights)
-    usual = results(
-        lambda *y: reference.rotary_projection(*y, positions, sin.to(dtype), cos.to(dtype), *settings), inputs, weights
-    )
-    truth = results(
-        lambda *y: reference.rotary_projection(*y, positions, sin.double(), cos.double(), *settings),
-        [y.double() for y in inputs],
-        [y.double() for y in weights],
-    )
-    for value, true, of_torch in zip(ours, truth, usual, strict=True):
-        if true.norm() < 1e-10:  # all tokens are CLS, whose queries are zero: rounding errors of nothing
-            assert not value.any()
-        else:
-            assert_close(value, true, of_torch)
-    if special == "zero":
-        assert not any(part[0].any() for part, name in zip(ours, parts, strict=False) if name != "v")
-
-
-def test_gradients_by_any_stride(backend: str) -> None:
-    """Attention returns (spans, heads, tokens, width) seen as (tokens, heads, width)."""
-    size = SIZES[1]
-    inputs, tables = problem(size, "qkv", torch.bfloat16)
-    weights = weights_of(size, "qkv", torch.bfloat16)
-    operator = torch.ops.fastmum.pack_rotated
-    sin, cos = (table[:, :32] for table in tables[1:])
-    expected = operator(weights, tables[0], sin, cos, 2, True)
-    turned = [weights[0].transpose(0, 1).contiguous().transpose(0, 1), strided(weights[1]), weights[2]]
-    assert all(torch.equal(a, b) for a, b in zip(operator(turned, tables[0], sin, cos, 2, True), expected, strict=True))
-    del inputs
-
-
-def test_the_same_twice(backend: str) -> None:
-    size = (300, 32, 3, 64, 20)
-    inputs, tables = problem(size, "qkv", torch.bfloat16)
-    weights = weights_of(size, "qkv", torch.bfloat16)
-    first, second = (results(lambda *y: rotary_projection(*y, *tables, 3), inputs, weights) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_positions_out_of_range(backend: str) -> None:
-    inputs, (positions, sin, cos) = problem(SIZES[1], "qkv", torch.bfloat16)
-    positions[3] = 35
-    if DEVICE == "cpu":
-        with pytest.raises(IndexError, match="holds 35"):
-            rotary_projection(*inputs, positions, sin, cos, 3)
-
-
-def test_operator_contracts(backend: str) -> None:
-    size = (9, 16, 2, 16, 6)
-    inputs, (positions, sin, cos) = problem(size, "qkv", torch.bfloat16)
-    tables = positions, sin[:, :8], cos[:, :8]
-    torch.library.opcheck(torch.ops.fastmum.rotary_linear.default, (*inputs, *tables, 4, True))
-    grads = weights_of(size, "qkv", torch.bfloat16)
-    torch.library.opcheck(torch.ops.fastmum.pack_rotated.default, (grads, *tables, 2, True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiles_in_one_graph(dtype: torch.dtype) -> None:
-    size = (9, 16, 2, 16, 6)
-    inputs, tables = problem(size, "qkv", dtype)
-    weights = weights_of(size, "qkv", dtype)
-    compiled = torch.compile(rotary_projection, fullgraph=True, backend="aot_eager")
-    ours, plain = (
-        results(lambda *y, f=f: f(*y, *tables, 2, "zero"), inputs, weights) for f in (compiled, rotary_projection)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+    tables = [guarded(y) for y in (positions, angles.sin(), angles.cos())]
+    return [guarded(y.to(DEVICE, dtype)) for y in inputs], tables, [
+        torch.randn(T, heads, d, device=DEVICE).to(dtype) for _ in parts
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"x": torch.zeros(4, 16, dtype=torch.bfloat16)}, TypeError, "one dtype"),
-        ({"weight": torch.zeros(48, 15)}, ValueError, r"\(T, C\)"),
-        ({"bias": torch.zeros(47)}, ValueError, r"3 \* D"),
-        ({"positions": torch.zeros(5, dtype=torch.int64)}, ValueError, "one for every token"),
-        ({"sin": torch.zeros(3, 7)}, ValueError, "must be"),
-        ({"parts": "vk"}, ValueError, "qkv, kv, q"),
-        ({"special": "drop"}, ValueError, "keep, zero"),
-        ({"num_heads": 5}, ValueError, "48 wide"),
-    ],
+    ("size", "parts", "dtype", "special"), pairs(SIZES, ["qkv", "kv", "q"], DTYPES, ["keep", "zero", "zero"])
 )
-def test_refuses(change: dict, error: type[Exception], message: str) -> None:
-    args = {"x": torch.zeros(4, 16), "weight": torch.zeros(48, 16), "bias": torch.zeros(48)}
+def test_projection(backend, size, dtype, parts, special):
+    inputs, (positions, *tables), weights = problem(size, dtype, parts)
+    settings = size[2], special, parts
+
+    def plain(*y: Tensor) -> tuple[Tensor, ...]:
+        return reference.rotary_projection(*y, positions, *(x.to(y[0].dtype) for x in tables), *settings)
+
+    found = check(lambda *y: rotary_projection(*y, positions, *tables, *settings), plain, inputs, *weights)
+    if special == "zero":
+        assert not any(part[0].any() for part, name in zip(found, parts, strict=False) if name != "v")
+
+
+@pytest.mark.parametrize(
+    ("needed", "unsaved", "products_of_backward"),
+    [((0, 1, 2), (), 2), ((0,), (0,), 1), ((1,), (1,), 1), ((2,), (0, 1), 0)],
+)
+def test_frozen_inputs(backend, needed, unsaved, products_of_backward):
+    inputs, tables, weights = problem(SIZES[1], torch.bfloat16)
+    operations = products_of_backward * 2 * 37 * 48 * (3 * 3 * 64)
+    check_frozen(lambda *y: rotary_projection(*y, *tables, 3), inputs, weights, needed, unsaved, operations)
+
+
+def test_gradients_by_any_stride(backend):
+    """Attention returns (segments, heads, tokens, width) viewed as (tokens, heads, width)."""
+    _, (positions, *tables), weights = problem(SIZES[1], torch.bfloat16)
+    sin, cos = (table[:, :32] for table in tables)
+    pack = torch.ops.fastmum.pack_rotated
+    turned = [weights[0].transpose(0, 1).contiguous().transpose(0, 1), strided(weights[1]), weights[2]]
+    assert_equal(*(pack(grads, positions, sin, cos, 2, True) for grads in (turned, weights)))
+
+
+def test_operator_contracts(backend):
+    inputs, (positions, sin, cos), grads = problem(SMALL, torch.bfloat16)
+    tables = positions, sin[:, :8], cos[:, :8]
+    torch.library.opcheck(torch.ops.fastmum.rotary_linear.default, (*inputs, *tables, 4, True))
+    torch.library.opcheck(torch.ops.fastmum.pack_rotated.default, (grads, *tables, 2, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiles_in_one_graph(dtype):
+    inputs, tables, weights = problem(SMALL, dtype)
+    check_compiles(lambda *y: rotary_projection(*y, *tables, 2, "zero"), inputs, *weights)
+
+
+def test_refuses():
+    args = {"x": torch.zeros(4, 16), "weight": torch.zeros(48, 16), "bias": torch.zeros(48), "num_heads": 2}
     args |= {"positions": torch.tensor([-1, 0, 1, 2]), "sin": torch.zeros(3, 8), "cos": torch.ones(3, 8)}
-    with pytest.raises(error, match=message):
-        rotary_projection(**{"num_heads": 2} | args | change)
+    changes = [
+        ({"x": torch.zeros(4, 16, dtype=torch.bfloat16)}, TypeError, "x is torch.bfloat16"),
+        ({"weight": torch.zeros(48, 15)}, ValueError, r"weight \(48, 15\)"),
+        ({"bias": torch.zeros(47)}, ValueError, r"bias \(47,\)"),
+        ({"positions": torch.zeros(5, dtype=torch.int64)}, ValueError, "positions has shape"),
+        ({"positions": torch.tensor([-1, 0, 1, 3])}, IndexError, "positions holds 3"),
+        ({"sin": torch.zeros(3, 7)}, ValueError, r"sin is \(3, 7\)"),
+        ({"parts": "vk"}, ValueError, "parts is 'vk'"),
+        ({"special": "drop"}, ValueError, "special is 'drop'"),
+        ({"num_heads": 5}, ValueError, "48 wide"),
+    ]
+    assert_refuses(rotary_projection, args, changes)

@@ -1,4 +1,6 @@
-"""Behaviour of the whole model that needs no outside numbers."""
+"""Behaviour of the whole model."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ def noise(count: int) -> torch.Tensor:
     return seeded_noise(0, 0, 0, count, P)
 
 
-def test_ragged_batch_equals_sequences_by_themselves(tiny):
+def test_ragged_batch_equals_separate_sequences(tiny):
     lengths = [3, 1, 2, 2, 4]
     x, u = frames(12), noise(12)
     together = tiny(x, lengths, 0.5, u)
@@ -27,7 +29,7 @@ def test_ragged_batch_equals_sequences_by_themselves(tiny):
     torch.testing.assert_close(together.pred, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
-def test_views_are_seen_within_a_sequence_and_nowhere_else(tiny):
+def test_attention_stays_within_a_sequence(tiny):
     x, u = frames(5), noise(5)
     before = tiny(x, [3, 2], 0.5, u).pred
     changed = x.clone()
@@ -73,7 +75,7 @@ def test_a_constant_patch_has_a_finite_loss(tiny):
     assert all(p.grad.isfinite().all() for p in tiny.parameters())
 
 
-def test_masks_are_drawn_where_none_are_given(tiny):
+def test_masks_are_random_without_noise(tiny):
     torch.manual_seed(1)
     first = tiny(frames(4), [4]).masked_ids
     second = tiny(frames(4), [4]).masked_ids
@@ -90,7 +92,7 @@ def test_mixed_precision_stays_close_and_keeps_the_loss_in_float32(tiny):
     assert (rounded.loss - exact.loss).abs() / exact.loss < 1e-2
 
 
-@pytest.mark.parametrize("size", [(16, 16), (64, 32), (48, 80)])
+@pytest.mark.parametrize("size", [(16, 16), (48, 80)])
 def test_features_of_any_size(tiny, size):
     x = torch.randn(2, 3, *size)
     out = tiny.forward_features(x)
@@ -116,10 +118,10 @@ def test_intermediate_layers_as_in_dinov2(tiny):
     assert torch.equal(tiny.norm(raw), last)
 
 
-@pytest.mark.parametrize("n", [0, 3, [2], [-1], []])
-def test_blocks_that_do_not_exist(tiny, n):
-    with pytest.raises(ValueError, match=r"n is .* 2 blocks"):
-        tiny.get_intermediate_layers(frames(1), n=n)
+def test_blocks_that_do_not_exist(tiny):
+    for n in (0, 3, [2], [-1], []):
+        with pytest.raises(ValueError, match=r"n is .* 2 blocks"):
+            tiny.get_intermediate_layers(frames(1), n=n)
 
 
 def test_initialisation():
@@ -135,7 +137,7 @@ def test_initialisation():
             assert (parameter == (1 if "norm" in name and name.endswith("weight") else 0)).all(), name
 
 
-def test_a_model_made_without_memory_is_initialised_later():
+def test_initialisation_after_the_meta_device():
     with torch.device("meta"):
         late = MuM(PRESETS["mum_tiny"])
     late.to_empty(device="cpu")
@@ -168,50 +170,43 @@ def test_sizes_of_the_presets():
     assert PRESETS["mum_vitb16"] == ModelConfig(768, 12, 12, 512, 8, 16)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "words"),
-    [
+def test_wrong_arguments_are_named(tiny):
+    for change, error, words in [
         ({"frames": "x"}, TypeError, "frames is a str"),
         ({"frames": torch.zeros(2, 3, 32, 48, dtype=torch.int32)}, TypeError, "frames has dtype torch.int32"),
         ({"frames": torch.zeros(2, 4, 32, 48)}, ValueError, r"frames has shape \(2, 4, 32, 48\)"),
-        ({"frames": torch.zeros(2, 3, 32, 48, dtype=torch.uint8)}, ValueError, r"\(F, H, W, 3\) uint8"),
+        ({"frames": torch.zeros(2, 3, 32, 48, dtype=torch.uint8)}, ValueError, r"frames has shape \(2, 3, 32, 48\)"),
         ({"frames": torch.zeros(3, 32, 48)}, ValueError, "frames has shape"),
-        ({"frames": torch.zeros(2, 3, 30, 48)}, ValueError, "30 x 48 pixels.*multiples of the patch size 16"),
-        ({"lengths": [1]}, ValueError, r"lengths is \[1\], which sums to 1, but frames holds 2"),
-        ({"lengths": [2, 0]}, ValueError, "at least one frame"),
-        ({"lengths": []}, ValueError, "at least one frame"),
+        ({"frames": torch.zeros(2, 3, 30, 48)}, ValueError, "frames is 30 x 48 pixels"),
+        ({"lengths": [1]}, ValueError, r"lengths is \[1\]"),
+        ({"lengths": [2, 0]}, ValueError, r"lengths is \[2, 0\]"),
+        ({"lengths": []}, ValueError, r"lengths is \[\]"),
         ({"lengths": torch.tensor([1.0, 1.0])}, TypeError, "lengths is a torch.float32 tensor"),
         ({"lengths": 2}, TypeError, "lengths is a int"),
-        ({"lengths": [1.5, 0.5]}, TypeError, "must hold integers"),
+        ({"lengths": [1.5, 0.5]}, TypeError, r"lengths is \[1.5, 0.5\]"),
+        ({"max_views": "2"}, TypeError, "max_views is '2'"),
         ({"mask_ratio": 0.0}, ValueError, "mask_ratio is 0.0"),
         ({"mask_ratio": 0.99}, ValueError, "mask_ratio is 0.99"),
         ({"mask_ratio": 1.5}, ValueError, "mask_ratio is 1.5"),
-        ({"noise": torch.rand(2, 5)}, ValueError, r"noise has shape \(2, 5\).*\(2, 6\) is expected"),
+        ({"noise": torch.rand(2, 5)}, ValueError, r"noise has shape \(2, 5\)"),
         ({"noise": torch.zeros(2, 6, dtype=torch.int64)}, TypeError, "noise has dtype torch.int64"),
-    ],
-)  # fmt: skip
-def test_one_sentence_for_a_wrong_argument(tiny, change, error, words):
-    arguments = {"frames": frames(2), "lengths": [2], "mask_ratio": 0.5, "noise": None} | change
-    with pytest.raises(error, match=words) as caught:
-        tiny(**arguments)
-    assert "\n" not in str(caught.value)
+    ]:
+        with pytest.raises(error, match=words) as caught:
+            tiny(**{"frames": frames(2), "lengths": [2], "mask_ratio": 0.5, "noise": None} | change)
+        assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
+def test_invalid_sizes_are_named():
+    sizes = (32, 2, 2, 32, 2, 2)
+    for change, words in [
         ({"embed_dim": 30}, "embed_dim is 30 with num_heads 2"),
         ({"decoder_num_heads": 3}, "decoder_embed_dim is 32 with decoder_num_heads 3"),
-        ({"decoder_depth": 3}, "decoder_depth is 3, but must be even"),
+        ({"decoder_depth": 3}, "decoder_depth is 3"),
         ({"depth": 0}, "depth is 0"),
         ({"num_heads": 2.0}, "num_heads is 2.0"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0"),
-        ({"norm_eps": "1e-5"}, "norm_eps is '1e-5', but must be a number between 0 and 1"),
-        ({"norm_eps": None}, "norm_eps is None, but must be a number"),
-    ],
-)
-def test_sizes_that_cannot_work(change, words):
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 32, "decoder_depth": 2,
-             "decoder_num_heads": 2}  # fmt: skip
-    with pytest.raises(ValueError, match=words):
-        ModelConfig(**sizes | change)
+        ({"norm_eps": "1e-5"}, "norm_eps is '1e-5'"),
+        ({"norm_eps": None}, "norm_eps is None"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            replace(ModelConfig(*sizes), **change)

@@ -1,8 +1,4 @@
-"""What the report is about: a kernel in one dtype and size; here those that make tokens and place them.
-
-A case has the host wrapper's call with meta tensors, and its bytes by formula. Cases of what is inside the blocks, and
-of the optimiser, are in `report_blocks`.
-"""
+"""Cases of the report: a kernel in one dtype and size, with its bytes by formula. Here those outside the blocks."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from torch import Tensor
 from fastmum.kernels import loss, patches, rope, tokens
 
 GAIN, BIAS = [0.017] * 3, [2.0] * 3
+DEVICE = "meta"  # tests run the cases on the CPU, interpreted
 
 
 class Sizes(NamedTuple):
@@ -46,13 +43,12 @@ class Case(NamedTuple):
     """A kernel in one dtype and size.
 
     Args:
-        name: what is printed.
+        name: printed.
         call: the host wrapper with meta tensors.
-        main: the tensors that carry the bytes, by their names in the kernel; the operands of `product_tile` are called
-            a and b. None at all where what the kernel moves is too little to matter.
+        main: names of the kernel's large tensors; the operands of `product_tile` are a and b. Empty if all are small.
         least: bytes that any implementation moves.
-        partial: tensors of partial sums, by their names: written by this kernel and read by another, beyond the least.
-        kernel: the one that is meant, where the call launches others, too.
+        partial: names of partial sums, written by this kernel and read by another, beyond the least.
+        kernel: the kernel of the case, if the call launches several.
         operations: of matrix products.
     """
 
@@ -65,14 +61,27 @@ class Case(NamedTuple):
     operations: int = 0
 
 
-def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor without memory."""
-    return torch.empty(shape, dtype=dtype, device="meta")
+def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros on `DEVICE`."""
+    return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+
+def patch_ids(s: Sizes, count: int) -> Tensor:
+    """(F, count) random distinct patch numbers."""
+    return torch.rand(s.frames, s.patches, device=DEVICE).argsort(1)[:, :count].contiguous()
+
+
+def rotation(s: Sizes, per_frame: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions (T,) of the tokens of a frame, CLS first, and halves of tables (P, d / 2)."""
+    half = s.width // s.heads // 2
+    positions = torch.arange(-1, per_frame - 1, device=DEVICE).repeat(s.frames)
+    sin, cos = (zeros(s.patches, 2 * half, dtype=torch.float32)[:, :half] for _ in range(2))
+    return positions, sin, cos
 
 
 def gather_patches_case(s: Sizes, dtype: torch.dtype) -> Case:
     """Pixels and ids in, patch vectors out."""
-    frames, ids = meta(s.frames, s.side, s.side, 3, dtype=torch.uint8), meta(s.frames, s.visible, dtype=torch.int64)
+    frames, ids = zeros(s.frames, s.side, s.side, 3, dtype=torch.uint8), patch_ids(s, s.visible)
     values = s.frames * s.visible * 3 * s.patch**2
     return Case(
         f"gather_patches u8->{short(dtype)}",
@@ -83,11 +92,11 @@ def gather_patches_case(s: Sizes, dtype: torch.dtype) -> Case:
 
 
 def patch_loss_case(s: Sizes, dtype: torch.dtype, backward: bool) -> Case:
-    """Predictions, pixels and ids in; a partial sum of every patch, or the gradient out."""
-    frames, ids = meta(s.frames, s.side, s.side, 3, dtype=torch.uint8), meta(s.frames, s.masked, dtype=torch.int64)
-    pred = meta(s.frames, s.masked, 3 * s.patch**2, dtype=dtype)
-    out = meta(*(pred.shape if backward else (ids.numel(),)), dtype=dtype if backward else torch.float32)
-    grad_losses = meta(s.frames, dtype=torch.float32) if backward else None
+    """Predictions, pixels and ids in; one partial sum per patch, or the gradient out."""
+    frames, ids = zeros(s.frames, s.side, s.side, 3, dtype=torch.uint8), patch_ids(s, s.masked)
+    pred = zeros(s.frames, s.masked, 3 * s.patch**2, dtype=dtype)
+    out = zeros(*(pred.shape if backward else (ids.numel(),)), dtype=dtype if backward else torch.float32)
+    grad_losses = zeros(s.frames, dtype=torch.float32) if backward else None
     return Case(
         f"patch_loss {'backward' if backward else 'forward'} {short(dtype)}",
         lambda: loss._launch(out, grad_losses, pred, frames, ids, GAIN, BIAS, s.patch, True, 1e-6),
@@ -99,8 +108,8 @@ def patch_loss_case(s: Sizes, dtype: torch.dtype, backward: bool) -> Case:
 
 def scatter_case(s: Sizes, dtype: torch.dtype) -> Case:
     """Visible tokens, mask token and ids in, all tokens out."""
-    visible, ids = meta(s.frames, 1 + s.visible, s.width, dtype=dtype), meta(s.frames, s.visible, dtype=torch.int64)
-    mask_token = meta(s.width, dtype=torch.float32)
+    visible, ids = zeros(s.frames, 1 + s.visible, s.width, dtype=dtype), patch_ids(s, s.visible)
+    mask_token = zeros(s.width, dtype=torch.float32)
     values = s.frames * (2 + s.visible + s.patches) * s.width
     return Case(
         f"scatter_tokens forward {short(dtype)}",
@@ -111,8 +120,8 @@ def scatter_case(s: Sizes, dtype: torch.dtype) -> Case:
 
 
 def scatter_backward_case(s: Sizes, dtype: torch.dtype) -> Case:
-    """Gradients of all tokens and ids in, those of the visible and partial sums of the masked out."""
-    grad, ids = meta(s.frames, 1 + s.patches, s.width, dtype=dtype), meta(s.frames, s.visible, dtype=torch.int64)
+    """Gradients of all tokens and ids in, those of visible tokens and partial sums of the masked ones out."""
+    grad, ids = zeros(s.frames, 1 + s.patches, s.width, dtype=dtype), patch_ids(s, s.visible)
     values = s.frames * (2 + s.visible + s.patches) * s.width
     return Case(
         f"scatter_tokens backward {short(dtype)}",
@@ -125,7 +134,7 @@ def scatter_backward_case(s: Sizes, dtype: torch.dtype) -> Case:
 
 def gather_case(s: Sizes, dtype: torch.dtype) -> Case:
     """Selected tokens and ids in, the same tokens out."""
-    x, ids = meta(s.frames, 1 + s.patches, s.width, dtype=dtype), meta(s.frames, s.masked, dtype=torch.int64)
+    x, ids = zeros(s.frames, 1 + s.patches, s.width, dtype=dtype), patch_ids(s, s.masked)
     return Case(
         f"gather_tokens forward {short(dtype)}",
         lambda: tokens._gather_tokens_triton(x, ids),
@@ -136,7 +145,7 @@ def gather_case(s: Sizes, dtype: torch.dtype) -> Case:
 
 def gather_backward_case(s: Sizes, dtype: torch.dtype) -> Case:
     """Gradients of selected tokens and ids in, those of all tokens out."""
-    grad, ids = meta(s.frames, s.masked, s.width, dtype=dtype), meta(s.frames, s.masked, dtype=torch.int64)
+    grad, ids = zeros(s.frames, s.masked, s.width, dtype=dtype), patch_ids(s, s.masked)
     return Case(
         f"gather_tokens backward {short(dtype)}",
         lambda: tokens._place(grad, None, ids, s.patches),
@@ -146,15 +155,14 @@ def gather_backward_case(s: Sizes, dtype: torch.dtype) -> Case:
 
 
 def rope_case(s: Sizes, dtype: torch.dtype, patches_a_frame: int, copy: bool = False) -> Case:
-    """q and k (and v where the result is another tensor), positions and tables in; q, k (and v) out."""
+    """q and k (and v out of place), positions and tables in; q, k (and v) out."""
     T, half = s.frames * (1 + patches_a_frame), s.width // s.heads // 2
-    qkv, positions = meta(T, 3 * s.width, dtype=dtype), meta(T, dtype=torch.int64)
-    sin, cos = (meta(s.patches, 2 * half, dtype=torch.float32)[:, :half] for _ in range(2))
+    qkv, rotated = zeros(T, 3 * s.width, dtype=dtype), rotation(s, 1 + patches_a_frame)
     out = torch.empty_like(qkv) if copy else qkv
     values = 2 * T * (3 if copy else 2) * s.width
     return Case(
         f"rope_qk {'copy' if copy else 'in place'} d={2 * half} h={s.heads} {short(dtype)}",
-        lambda: rope._rotate(qkv, out, positions, sin, cos, 2 * s.heads, False, False),
+        lambda: rope._rotate(qkv, out, *rotated, 2 * s.heads, False, False),
         ("qkv", "out"),
         values * dtype.itemsize + 8 * T + 2 * 4 * s.patches * half,
     )

@@ -1,8 +1,7 @@
-"""What the compiler makes of a launch, on a machine without a GPU.
+"""Compile a recorded launch without a GPU: registers, spills, and the width of every access to global memory.
 
-A recorded launch is compiled to a cubin for an architecture, as Triton would on its first call there. The assembler
-says how many registers it takes and spills; a tool in Triton's wheel takes the cubin apart for the width of every
-access to global memory, attributed to the source line and so to the tensor that it belongs to.
+A launch is compiled to a cubin for an architecture, as Triton would on its first call. The assembler reports registers
+and spills; `nvdisasm` of Triton's wheel lists the accesses with their source line, which names the tensor.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ POINTERS = {
     torch.float32: "*fp32",
 }
 ALIGNED = [["tt.divisibility", 16]]
-# Loads, stores, and copies to shared memory past the registers: how the operands of a product come.
+# Loads, stores, and asynchronous copies to shared memory, by which products load operands.
 ACCESS = re.compile(r"\b(LDG|STG|LDGSTS)\.(\S+)")
 LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
 CALLS = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
@@ -45,26 +44,15 @@ LOCATION = re.compile(r"^\s*\.loc\s.*$", re.MULTILINE)
 
 
 class Compiled(NamedTuple):
-    """A compiled launch.
+    """A compiled launch."""
 
-    Args:
-        registers: of a thread.
-        spills: bytes of registers that a thread stores to local memory and loads from there.
-        shared: bytes of shared memory of a program.
-        accesses: number of instructions by (tensor, bytes of a thread).
-    """
-
-    registers: int
-    spills: int
-    shared: int
-    accesses: Counter[tuple[str, int]]
+    registers: int  # per thread
+    spills: int  # bytes per thread, stored to local memory and loaded from it
+    shared: int  # bytes of shared memory per program
+    accesses: Counter[tuple[str, int]]  # number of instructions by (tensor, bytes per thread)
 
     def vector_share(self, streams: tuple[str, ...]) -> float:
-        """Share of the bytes of `streams` that travel in accesses of 16 bytes a thread.
-
-        Raises:
-            ValueError: one of them is not accessed at all.
-        """
+        """Share of the bytes of `streams` in accesses of 16 bytes per thread; ValueError if one is not accessed."""
         found = {name for name, _ in self.accesses}
         if missing := set(streams) - found:
             raise ValueError(f"no accesses to {', '.join(sorted(missing))}, but to {', '.join(sorted(found))}")
@@ -74,39 +62,39 @@ class Compiled(NamedTuple):
 
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile for compute capability `arch` (80, 90) and read what came of it."""
+    """Compile for compute capability `arch` (80, 90)."""
     signature, constants, attributes = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
     knobs, log = triton.knobs, io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), knobs.runtime.scope(), redirect_stdout(log):
-        # A cached cubin has the line numbers of the day it was made.
+        # A cached cubin has old line numbers.
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
         knobs.runtime.add_stages_inspection_hook = _exact_lines
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     said = log.getvalue()
     registers = int(re.search(r"Used (\d+) registers", said).group(1))
-    # Arrays on the stack, as of sines, are no spills.
+    # Arrays on the stack, such as those of sines, are no spills.
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     return Compiled(registers, spills, compiled.metadata.shared, _accesses(_disassemble(compiled.asm["cubin"])))
 
 
 def _exact_lines(backend: object = None, stages: dict[str, Callable] | None = None, *_: object) -> tuple[str, str]:
-    """Hook of Triton's: every instruction of inline assembly gets the line of the source that it was made for.
+    """Hook of Triton that removes line numbers inside inline assembly, so that the source line's own remain.
 
-    Masked accesses are inline assembly, and LLVM counts its lines as if they were lines of the source.
+    Masked accesses are inline assembly, whose lines LLVM numbers like source lines.
     """
     if stages is not None:
         assemble = stages["cubin"]
         stages["cubin"] = lambda ptx, metadata: assemble(
             INLINE_ASSEMBLY.sub(lambda found: LOCATION.sub("", found.group()), ptx), metadata
         )
-    return "exact lines", "exact lines"  # what Triton adds to the names of what it caches
+    return "exact lines", "exact lines"  # key and hash for Triton's cache
 
 
 def specialise(launch: Launch) -> tuple[dict, dict, dict]:
-    """Signature, constants and alignments of a launch, by Triton's rules for arguments of a call."""
+    """Signature, constants and alignments of a launch, by Triton's rules for call arguments."""
     signature, constants, attributes = {}, {}, {}
     values = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     for param in launch.kernel.params:
@@ -125,7 +113,7 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
 
 
 def identity(launch: Launch) -> str:
-    """The same for launches that compile to the same."""
+    """A key that is equal for launches that compile to the same code."""
     return repr((launch.kernel.__name__, launch.num_warps, launch.num_stages, specialise(launch)))
 
 

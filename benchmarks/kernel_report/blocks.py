@@ -1,6 +1,6 @@
-"""Cases of the report: what is inside the blocks, and of the optimiser. See `report_cases`.
+"""Cases of the report: kernels inside the blocks, and of the optimiser.
 
-Products read each operand once by formula: a tile is read again by its neighbours, from the second-level cache.
+By formula products read each operand once: neighbouring tiles read it again from the L2 cache.
 """
 
 from __future__ import annotations
@@ -9,36 +9,36 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks.kernel_report.cases import Case, Sizes, rotation, short, zeros
 from fastmum.kernels import adamw, feedforward, norm, projection, sums
-from fastmum.kernels.report_cases import Case, Sizes, meta, short
 from fastmum.kernels.tables import CHUNK
 from fastmum.kernels.total_norm import _root_kernel, _squares_kernel, _total_norm_triton
 
 MLP_RATIO = 4
-FP32, INT64 = torch.float32, torch.int64
+FP32 = torch.float32
 
 
 def add_norm_case(s: Sizes, dtype: torch.dtype, per_frame: int) -> Case:
     """Stream, update and the norm's vectors in; stream, normed and one value of every token out."""
     T, D = s.frames * per_frame, s.width
-    x, update, vector = meta(T, D, dtype=FP32), meta(T, D, dtype=dtype), meta(D, dtype=FP32)
+    x, update, vectors = zeros(T, D, dtype=FP32), zeros(T, D, dtype=dtype), zeros(3, D, dtype=FP32)
     return Case(
         f"add_norm forward {T}x{D} {short(dtype)}",
-        lambda: norm._add_norm_triton(x, update, vector, vector, 1e-5, dtype),
+        lambda: norm._add_norm._init_fn(x, update, *vectors, 1e-5, dtype),
         ("x", "update", "total", "normed"),
         2 * T * D * (4 + dtype.itemsize) + 4 * T + 2 * 4 * D,
     )
 
 
 def add_norm_backward_case(s: Sizes, dtype: torch.dtype, per_frame: int, last: bool = False) -> Case:
-    """Gradients of stream (behind the last block there is none) and normed, and normed in; two gradients out."""
+    """Gradients of stream (none after the last block) and normed, and normed in; two gradients out."""
     T, D = s.frames * per_frame, s.width
-    grad_total, normed, rstd = None if last else meta(T, D, dtype=FP32), meta(T, D, dtype=dtype), meta(T, 1, dtype=FP32)
-    vector, same = meta(D, dtype=FP32), dtype == FP32
+    grad_total, rstd = None if last else zeros(T, D, dtype=FP32), zeros(T, 1, dtype=FP32)
+    (grad_normed, normed), vectors, same = zeros(2, T, D, dtype=dtype), zeros(2, D, dtype=FP32), dtype == FP32
     values = dtype.itemsize * (2 if same else 3) + 4 * (1 if last else 2)
     return Case(
         f"add_norm backward{' last' if last else ''} {T}x{D} {short(dtype)}",
-        lambda: norm._backward_triton(grad_total, normed, normed, rstd, vector, vector, FP32, dtype),
+        lambda: norm._add_norm_backward._init_fn(grad_total, grad_normed, normed, rstd, *vectors, FP32, dtype),
         ("grad_normed", "normed", "grad_x", *(() if last else ("grad_total",)), *(() if same else ("grad_update",))),
         T * D * values + 4 * T + 2 * 4 * D,
         ("partial",),
@@ -47,9 +47,9 @@ def add_norm_backward_case(s: Sizes, dtype: torch.dtype, per_frame: int, last: b
 
 
 def linear_gelu_case(s: Sizes, dtype: torch.dtype, per_frame: int, keep: bool) -> Case:
-    """Tokens, weight and bias in; what is behind the GELU out, and what is before it where that is kept."""
+    """Tokens, weight and bias in; the GELU's output out, and with `keep` its input."""
     T, D, N = s.frames * per_frame, s.width, MLP_RATIO * s.width
-    x, weight, bias = meta(T, D, dtype=dtype), meta(N, D, dtype=dtype), meta(N, dtype=dtype)
+    x, weight, bias = zeros(T, D, dtype=dtype), zeros(N, D, dtype=dtype), zeros(N, dtype=dtype)
     return Case(
         f"linear_gelu{' keep' if keep else ''} {T}x{D} {short(dtype)}",
         lambda: feedforward._linear_gelu_triton(x, weight, bias, keep),
@@ -59,32 +59,33 @@ def linear_gelu_case(s: Sizes, dtype: torch.dtype, per_frame: int, keep: bool) -
     )
 
 
-def linear_gelu_backward_case(s: Sizes, dtype: torch.dtype, per_frame: int, keep: str) -> Case:
-    """Gradient and weight in, and hidden values or what they are made of; their gradient (and GELU) out."""
+def linear_gelu_backward_case(s: Sizes, dtype: torch.dtype, per_frame: int, recompute: str) -> Case:
+    """Gradient and weight in, and hidden values or their inputs; gradient of hidden (and GELU) out."""
     T, D, N = s.frames * per_frame, s.width, MLP_RATIO * s.width
-    grad, weight, hidden = meta(T, D, dtype=dtype), meta(D, N, dtype=dtype), meta(T, N, dtype=dtype)
-    first = meta(T, D, dtype=dtype), meta(N, D, dtype=dtype), meta(N, dtype=dtype)
-    made = (None, first) if keep == "input" else (hidden, None)
-    values = T * D + N * D + T * N + (T * D + N * D + N if keep == "input" else T * N) + (T * N if keep != "all" else 0)
-    streams = ("a", "b", "grad_hidden"), ("hidden",) * (keep != "input"), ("active",) * (keep != "all")
+    grad, weight, hidden = zeros(T, D, dtype=dtype), zeros(D, N, dtype=dtype), zeros(T, N, dtype=dtype)
+    first = zeros(T, D, dtype=dtype), zeros(N, D, dtype=dtype), zeros(N, dtype=dtype)
+    whole, again = recompute == "mlp", recompute != "none"
+    inputs = (None, first) if whole else (hidden, None)
+    values = T * D + N * D + T * N + (T * D + N * D + N if whole else T * N) + again * T * N
+    streams = ("a", "b", "grad_hidden"), ("hidden",) * (not whole), ("active",) * again
     return Case(
-        f"linear_gelu backward {keep} {T}x{D} {short(dtype)}",
-        lambda: feedforward._backward_triton(grad, weight, *made, keep != "all"),
+        f"linear_gelu backward {recompute} {T}x{D} {short(dtype)}",
+        lambda: feedforward._backward_triton(grad, weight, *inputs, again),
         sum(streams, ()),
         dtype.itemsize * values,
         ("partial",),
         feedforward._linear_gelu_backward_kernel,
-        operations=2 * T * D * N * (2 if keep == "input" else 1),
+        operations=2 * T * D * N * (1 + whole),
     )
 
 
 def gelu_backward_case(s: Sizes, dtype: torch.dtype, per_frame: int, again: bool) -> Case:
-    """Where products are the library's: gradient behind and values before the GELU in; gradient (and GELU) out."""
+    """With library products: output gradient and input of the GELU in; input gradient (and GELU) out."""
     T, N = s.frames * per_frame, MLP_RATIO * s.width
-    hidden = meta(T, N, dtype=dtype)
+    grad, hidden = zeros(2, T, N, dtype=dtype)
     return Case(
         f"gelu_backward{' again' if again else ''} {T}x{N} {short(dtype)}",
-        lambda: feedforward._gelu_backward_triton(hidden, hidden, again),
+        lambda: feedforward._gelu_backward_triton(grad, hidden, again),
         ("grad", "hidden", "grad_hidden", *(("active",) if again else ())),
         dtype.itemsize * T * N * (4 if again else 3),
         ("partial",),
@@ -96,12 +97,11 @@ def rotary_linear_case(s: Sizes, dtype: torch.dtype, per_frame: int, parts: str)
     """Tokens, weight, bias, positions and tables in; q, k and v, or some of them, out."""
     T, D, half = s.frames * per_frame, s.width, s.width // s.heads // 2
     N = len(parts) * D
-    x, weight, bias = meta(T, D, dtype=dtype), meta(N, D, dtype=dtype), meta(N, dtype=dtype)
-    positions, (sin, cos) = meta(T, dtype=INT64), _tables(s)
-    rotated = s.heads * len(parts.removesuffix("v"))
+    x, weight, bias = zeros(T, D, dtype=dtype), zeros(N, D, dtype=dtype), zeros(N, dtype=dtype)
+    tables, rotated = rotation(s, per_frame), s.heads * len(parts.removesuffix("v"))
     return Case(
         f"rotary_linear {parts} {T}x{D} h={s.heads} {short(dtype)}",
-        lambda: projection._rotary_linear_triton(x, weight, bias, positions, sin, cos, rotated, False),
+        lambda: projection._rotary_linear_triton(x, weight, bias, *tables, rotated, False),
         ("x", "weight", "packed"),
         dtype.itemsize * (T * D + N * D + N + T * N) + 8 * T + 2 * 4 * s.patches * half,
         operations=2 * T * D * N,
@@ -109,14 +109,14 @@ def rotary_linear_case(s: Sizes, dtype: torch.dtype, per_frame: int, parts: str)
 
 
 def pack_case(s: Sizes, dtype: torch.dtype, per_frame: int, parts: str) -> Case:
-    """Gradients of q, k and v, or of some of them, positions and tables in; the same side by side out."""
+    """Gradients of q, k and v, or some of them, positions and tables in; the packed gradient out."""
     T, half = s.frames * per_frame, s.width // s.heads // 2
-    grads = [meta(T, s.heads, 2 * half, dtype=dtype) for _ in parts]
-    out, positions, (sin, cos) = meta(T, len(parts) * s.width, dtype=dtype), meta(T, dtype=INT64), _tables(s)
+    grads = [zeros(T, s.heads, 2 * half, dtype=dtype) for _ in parts]
+    out, tables = zeros(T, len(parts) * s.width, dtype=dtype), rotation(s, per_frame)
     rotated = len(parts.removesuffix("v"))
     return Case(
         f"pack {parts} {T}x{s.width} h={s.heads} {short(dtype)}",
-        lambda: projection._pack_triton(out, grads, positions, sin, cos, rotated, False),
+        lambda: projection._pack_triton(out, grads, *tables, rotated, False),
         ("grad", "out"),
         2 * out.nbytes + 8 * T + 2 * 4 * s.patches * half,
         ("partial",),
@@ -126,7 +126,7 @@ def pack_case(s: Sizes, dtype: torch.dtype, per_frame: int, parts: str) -> Case:
 
 def finish_sums_case(count: int, programs: int, width: int, dtype: torch.dtype) -> Case:
     """Partial sums in, sums out."""
-    partial = meta(count, programs, width, dtype=FP32)
+    partial = zeros(count, programs, width, dtype=FP32)
     return Case(
         f"finish_sums {count} x {programs} x {width} {short(dtype)}",
         lambda: sums.finish_sums(partial, [dtype] * count),
@@ -136,8 +136,8 @@ def finish_sums_case(count: int, programs: int, width: int, dtype: torch.dtype) 
 
 
 def squares_case(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
-    """All gradients and their table in, a partial sum of every chunk out."""
-    tensors = [meta(*shape, dtype=dtype) for shape in shapes]
+    """All gradients and their table in, one partial sum per chunk out."""
+    tensors = [zeros(*shape, dtype=dtype) for shape in shapes]
     return Case(
         f"total_norm squares {short(dtype)}",
         lambda: _total_norm_triton([tensors]),
@@ -149,8 +149,8 @@ def squares_case(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
 
 
 def root_case(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
-    """The partial sums in, the norm out: a few kB, whose loads are as wide as their number allows."""
-    tensors = [meta(*shape, dtype=dtype) for shape in shapes]
+    """The partial sums in, the norm out: a few kB."""
+    tensors = [zeros(*shape, dtype=dtype) for shape in shapes]
     return Case(
         "total_norm root",
         lambda: _total_norm_triton([tensors]),
@@ -163,19 +163,19 @@ def root_case(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Case:
 def adamw_case(shapes: Sequence[tuple[int, ...]], split: bool) -> Case:
     """Weights, gradients, both moments and their table in; all but gradients out.
 
-    Weights lie in two halves, and gradients are bfloat16; or weights and gradients are float32.
+    Either weights are two halves and gradients bfloat16, or both are float32.
     """
     bf16, values = torch.bfloat16, sum(map(_numel, shapes))
 
     def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
-        return [meta(*shape, dtype=dtype) for shape in shapes]
+        return [zeros(*shape, dtype=dtype) for shape in shapes]
 
     dtype = bf16 if split else FP32
     weights, grads, moments = tensors(dtype), tensors(dtype), [tensors(FP32) for _ in range(2)]
-    rests, scalar = tensors(torch.int16) if split else [], meta(dtype=FP32)
+    rests, scalar = tensors(torch.int16) if split else [], zeros(dtype=FP32)
     return Case(
         f"adamw {'halves' if split else 'fp32'}",
-        lambda: adamw._adamw_triton(weights, grads, *moments, rests, scalar, 1e-4, 0.9, 0.95, 0.05, 1e-8, scalar),
+        lambda: adamw._adamw_triton(weights, grads, *moments, rests, 1 + scalar, 1e-4, 0.9, 0.95, 0.05, 1e-8, scalar),
         ("weight", "grads", "mean", "square", *(("rest",) if split else ())),
         values * (2 * (4 + 4 + 4) + dtype.itemsize) + _table_bytes(shapes, adamw.COLUMNS),
     )
@@ -185,12 +185,6 @@ def matrices(s: Sizes, blocks: int) -> list[tuple[int, int]]:
     """Shapes of a stack's weights."""
     D = s.width
     return [(3 * D, D), (D, D), (MLP_RATIO * D, D), (D, MLP_RATIO * D)] * blocks
-
-
-def _tables(s: Sizes) -> tuple[torch.Tensor, torch.Tensor]:
-    half = s.width // s.heads // 2
-    sin, cos = (meta(s.patches, 2 * half, dtype=FP32)[:, :half] for _ in range(2))
-    return sin, cos
 
 
 def _numel(shape: tuple[int, ...]) -> int:

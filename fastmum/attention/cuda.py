@@ -1,0 +1,219 @@
+"""Backends of fused CUDA kernels: torch's `varlen_attn` and FlexAttention, and the packages flash-attn and xformers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastmum.attention.backend import (
+    HALF,
+    Backend,
+    Group,
+    Segments,
+    attention_operator,
+    constant_in_graphs,
+    is_installed,
+)
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+log = logging.getLogger(__name__)
+TILE = 128  # side of FlexAttention's tiles, its default
+
+
+class Flash(Backend):
+    """`torch.nn.attention.varlen.varlen_attn`: FlashAttention 2 or cuDNN, FlashAttention 3 or 4 where installed."""
+
+    name = "flash"
+    dtypes = HALF
+    package = "torch.nn.attention.varlen"
+    install = "it comes with torch 2.10 and later"
+
+    def plan(self, segments: Segments, device: torch.device) -> Segments:
+        if device.type == "cuda":
+            _activate_newest_flash(device)
+        return segments.to(device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(q, k, v, *plan)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@constant_in_graphs
+@lru_cache
+def _activate_newest_flash(device: torch.device) -> None:
+    """Replace torch's FlashAttention 2 by version 3 (Hopper) or 4 (Blackwell) if its package is installed."""
+    from torch.nn import attention
+
+    major, _ = torch.cuda.get_device_capability(device)
+    version, package = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(major, (None, ""))
+    if version is None or not hasattr(attention, "activate_flash_attention_impl"):
+        return
+    try:
+        if not is_installed(package):
+            return
+        attention.activate_flash_attention_impl(version)
+    except (ImportError, RuntimeError, ValueError) as error:
+        log.warning("%s is installed but torch cannot use it (%s): using FlashAttention 2 of torch", version, error)
+    else:
+        log.info("flash attention by %s", version)
+
+
+class FlashAttn2(Backend):
+    """`flash_attn.flash_attn_varlen_func` of the `flash-attn` 2 package."""
+
+    name = "flash_attn"
+    dtypes = HALF
+    package = "flash_attn.flash_attn_interface"
+    install = "pip install 'fastmum[flash]' builds it from source, which needs nvcc"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(q, k, v, *plan)
+
+
+class FlashAttn4(Backend):
+    """`flash_attn.cute.flash_attn_varlen_func` of the `flash-attn-4` package; no backward pass below sm_90."""
+
+    name = "flash_attn_4"
+    dtypes = HALF
+    package = "flash_attn.cute"
+    install = "pip install 'fastmum[flash4]'"
+
+    def why_not(self, device: torch.device) -> str | None:
+        reason = super().why_not(device)
+        if reason is None:
+            major, minor = torch.cuda.get_device_capability(device)
+            if major < 9:
+                return f"it trains on sm_90 and later only, and this is sm_{major}{minor}"
+        return reason
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
+        from flash_attn.cute import flash_attn_varlen_func
+
+        cu_q, cu_k, max_q, max_k = plan
+        lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
+        out = flash_attn_varlen_func(q, k, v, **lengths)
+        return out[0] if isinstance(out, tuple) else out  # some versions also return the log-sum-exp
+
+
+class Xformers(Backend):
+    """`xformers.ops.memory_efficient_attention`; the backward pass recomputes the forward pass."""
+
+    name = "xformers"
+    package = "xformers"
+    install = "pip install 'fastmum[xformers]'"
+
+    def plan(self, segments: Segments, device: torch.device) -> Segments:
+        return segments.to(torch.device("cpu"))  # the mask is made of lists of lengths
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
+        return xformers_attention(q, k, v, plan.cu_seqlens_q, plan.cu_seqlens_k)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> Tensor:
+    from xformers import ops
+
+    mask = _mask(groups, q, k)
+    return ops.memory_efficient_attention_forward(q[None], k[None], v[None], attn_bias=mask)[0].contiguous()
+
+
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
+    from xformers import ops
+
+    inputs, mask = (q[None], k[None], v[None]), _mask(groups, q, k)
+    # The shape of the log-sum-exp depends on the lengths, so it cannot be saved in a static graph.
+    out, lse = ops.memory_efficient_attention_forward_requires_grad(*inputs, attn_bias=mask)
+    dq, dk, dv = ops.memory_efficient_attention_backward(grad[None], out, lse, *inputs, attn_bias=mask)
+    return dq[0].contiguous(), dk[0].contiguous(), dv[0].contiguous()
+
+
+# An operator, since masks hold Python lists that differ between batches.
+xformers_attention = attention_operator("xformers_attention", _forward, _backward)
+
+
+def _mask(groups: list[Group], q: Tensor, k: Tensor) -> Any:
+    queries = tuple(group.Lq for group in groups for _ in range(group.n))
+    keys = tuple(group.Lk for group in groups for _ in range(group.n))
+    if (sum(queries), sum(keys)) != (len(q), len(k)):  # the mask has no gaps
+        raise ValueError("xformers needs queries and keys in every segment that has either; use 'sdpa'")
+    return _mask_of_lengths(queries, keys, q.device)
+
+
+@lru_cache(maxsize=4)  # a batch has two: all queries, and the masked ones of the last block
+def _mask_of_lengths(queries: tuple[int, ...], keys: tuple[int, ...], device: torch.device) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens(list(queries), list(keys), device=device)
+
+
+class Flex(Backend):
+    """`torch.nn.attention.flex_attention` with a document mask: a token attends to the tokens of its segment."""
+
+    name = "flex"
+    package = "torch.nn.attention.flex_attention"
+    install = "it comes with torch 2.5 and later"
+
+    def plan(self, segments: Segments, device: torch.device) -> BlockMask:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        document_q, document_k = (_documents(cu, device) for cu in (segments.cu_seqlens_q, segments.cu_seqlens_k))
+
+        def same_document(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return document_q[q] == document_k[k]
+
+        (first_q, last_q, whole_q), (first_k, last_k, whole_k) = (_tiles(x) for x in (document_q, document_k))
+        touching = (first_q[:, None] <= last_k) & (first_k <= last_q[:, None])
+        full = (first_q[:, None] == last_k) & (last_q[:, None] == first_k) & whole_q[:, None] & whole_k
+        return BlockMask.from_kv_blocks(
+            *_indices(touching & ~full),
+            *_indices(full),
+            BLOCK_SIZE=TILE,
+            mask_mod=same_document,
+            seq_lengths=(len(document_q), len(document_k)),
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockMask) -> Tensor:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, h, T, d)
+        # Uncompiled FlexAttention holds the scores of all pairs of tokens.
+        function = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+        return function(q, k, v, block_mask=plan)[0].transpose(0, 1).contiguous()
+
+
+def _documents(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """Segment number of every token, (T,)."""
+    tokens = int(cu_seqlens[-1])
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    return torch.searchsorted(cu_seqlens[1:], torch.arange(tokens, dtype=cu_seqlens.dtype, device=device), right=True)
+
+
+def _tiles(document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First and last segment of every tile of tokens, and whether the tile is complete."""
+    start = torch.arange(0, len(document), TILE, device=document.device)
+    last = (start + TILE).clamp(max=len(document)) - 1
+    return document[start], document[last], last - start == TILE - 1
+
+
+def _indices(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, columns) bool -> number of true columns per row, and column numbers with the true ones first."""
+    count = tiles.sum(-1, dtype=torch.int32)
+    order = (~tiles).to(torch.int8).argsort(dim=-1, stable=True).int()
+    return count[None, None], order[None, None]
+
+
+@lru_cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
