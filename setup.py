@@ -1,7 +1,7 @@
 """Packaging of fastmum.
 
-The folder `kernels/` is installed as `fastmum.kernels`: a top-level package called `kernels` would
-shadow the one of that name on PyPI.
+`kernels/`, `configs/` and `launch/` are installed inside `fastmum`, because as top-level packages they would shadow
+others of the same name.
 """
 
 import re
@@ -11,6 +11,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastmum/__init__.py").read_text(), re.M).group(1)
+
+MAPPED = {"fastmum.kernels": "kernels", "fastmum.configs": "configs", "fastmum.launch": "launch"}
 
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
@@ -35,9 +37,15 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["fastmum", "fastmum.*"]), "fastmum.kernels"],
-    package_data={"fastmum.report": ["page.css", "page.js"]},
-    package_dir={"fastmum": "fastmum", "fastmum.kernels": "kernels"},
+    packages=[*find_packages(include=["fastmum", "fastmum.*"]), *MAPPED],
+    package_dir={"fastmum": "fastmum", **MAPPED},
+    package_data={
+        "fastmum": ["py.typed"],
+        "fastmum.report": ["page.css", "page.js"],
+        "fastmum.configs": ["*.yaml", "*/*.yaml"],
+        "fastmum.launch": ["*.sh"],
+    },
+    entry_points={"console_scripts": ["fastmum=fastmum.cli:main"]},
     install_requires=[
         "torch>=2.10",
         "triton>=3.4; sys_platform == 'linux'",
@@ -72,6 +80,8 @@ setup(
             "hypothesis>=6.100",
             "matplotlib>=3.8",
             "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
             "setuptools>=77",
         ],
     },

@@ -13,6 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fastmum.config.bounds import check_values
 from fastmum.config.schema import Config, ConfigError
+from fastmum.errors import FastmumError
+from fastmum.resources import find_config
 
 
 class Key(NamedTuple):
@@ -77,12 +79,10 @@ def _with_section(key: str) -> str:
 
 
 def _read(file: Path) -> DictConfig:
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean '{file.parent / near[0]}'?" if near else ""
-        raise ConfigError(f"configuration file '{file}' does not exist{hint}")
     try:
-        content = OmegaConf.load(file)
+        content = OmegaConf.load(find_config(file))
+    except FastmumError as error:
+        raise ConfigError(str(error)) from None
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"'{file}' is not valid YAML: {reason}") from None
