@@ -4,7 +4,7 @@
 
 Picks seeded random mutants of five areas (swapped operators, constants + 1, negated conditions, removed statements),
 applies one at a time to a copy of the checkout and runs the tests of its area there. A mutant is killed when a test
-fails or runs longer than five times what it takes on the unchanged copy. Not part of the test suite.
+fails or takes five times the CPU time of the unchanged copy. An interrupted run continues with the same `--out`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import concurrent.futures
+import contextlib
 import functools
 import importlib
 import json
@@ -52,7 +53,7 @@ SWAPS: dict[type, Any] = {
     ast.Or: ast.And, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
 }  # fmt: skip
 CALL_SWAPS = {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "any": "all", "all": "any"}
-BUDGET = 60  # seconds of tests for a mutant, as measured on the unchanged copy
+BUDGET = 60  # CPU seconds of tests for a mutant, as measured on the unchanged copy
 
 
 class Mutant(NamedTuple):
@@ -169,9 +170,19 @@ def copy_tree(tree: Path, shared: Path, scratch: Path) -> Path:
     return root
 
 
-def run_tests(files: list[str], seconds: float, log: Path) -> tuple[str, float]:
-    """Runs tests in a fork, which has torch imported already; returns "passed", "failed" or "timeout", and seconds."""
-    began, child = time.monotonic(), os.fork()
+def cpu_seconds(group: int) -> float:
+    """CPU time of the living processes of a process group and of the children that they have waited for."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15])) if int(fields[2]) == group else 0
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def run_tests(files: list[str], cpu_limit: float, wall_limit: float, log: Path) -> tuple[str, float]:
+    """Runs tests in a fork, which has torch imported; returns "passed", "failed" or "timeout", and CPU seconds."""
+    end, child, cpu = time.monotonic() + wall_limit, os.fork(), 0.0
     if not child:
         os.setsid()
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -180,42 +191,42 @@ def run_tests(files: list[str], seconds: float, log: Path) -> tuple[str, float]:
         import pytest
 
         os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *files]))
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() - began < seconds:
-        time.sleep(0.1)
+    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and cpu < cpu_limit and time.monotonic() < end:
+        time.sleep(0.2)
+        cpu = max(cpu, cpu_seconds(child))
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # processes that a failed test has left, too
     if done == (0, 0):
-        os.killpg(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return "timeout", time.monotonic() - began
-    return "passed" if os.waitstatus_to_exitcode(done[1]) in (0, 5) else "failed", time.monotonic() - began
+        return "timeout", cpu
+    return "passed" if os.waitstatus_to_exitcode(done[1]) in (0, 5) else "failed", cpu
 
 
 def work(root: Path, area: str, seed: int, count: int, out: Path) -> None:
-    """Measures the tests of an area, then tries its mutants; one JSON line each."""
+    """Measures the tests of an area, then tries the mutants that are not in `out` yet; appends one JSON line each."""
     importlib.import_module("torch._dynamo")  # the forks start with it; each imports fastmum itself
     os.chdir(root)
     log = out.with_suffix(".log")
-    tests = sorted({str(f.relative_to(root)) for pattern in AREAS[area][2] for f in root.glob(pattern)})
     base = {}
-    for test in tests:
-        result, seconds = run_tests([test], 900, log)
-        print(f"{area}: {test} {result} in {seconds:.0f} s", flush=True)
+    for test in sorted({str(f.relative_to(root)) for pattern in AREAS[area][2] for f in root.glob(pattern)}):
+        result, cpu = run_tests([test], 900, 3600, log)
+        print(f"{area}: {test} {result}, {cpu:.0f} CPU seconds", flush=True)
         if result == "passed":
-            base[test] = seconds
+            base[test] = cpu
         else:
             print(log.read_text()[-2000:], flush=True)
-    for mutant in choose(root, area, seed, count):
+    out.touch()
+    for mutant in choose(root, area, seed, count)[len(out.read_text().splitlines()) :]:
         stem, source = Path(mutant.file).stem, root / mutant.file
-        uses = {t: len(re.findall(rf"\b{stem}\b", (root / t).read_text())) for t in base}
-        order = sorted(base, key=lambda t: (f"test_{stem}" not in t, not uses[t], base[t]))
-        content = source.read_bytes()
+        uses = {test: bool(re.search(rf"\b{stem}\b", (root / test).read_text())) for test in base}
+        content, result, spent, killer = source.read_bytes(), "passed", 0.0, ""
         source.write_bytes(content[: mutant.span[0]] + mutant.new.encode() + content[mutant.span[1] :])
-        result, spent, killer = "passed", 0.0, ""
-        for test in order:
+        for test in sorted(base, key=lambda t: (f"test_{stem}" not in t, not uses[t], base[t])):
             if spent and spent + base[test] > BUDGET:
                 continue
             spent += base[test]
             shutil.rmtree(root / ".hypothesis", ignore_errors=True)
-            result, _ = run_tests([test], 5 * base[test] + 30, log)
+            result, _ = run_tests([test], 5 * base[test] + 30, 20 * base[test] + 300, log)
             if result != "passed":
                 killer = test
                 break
@@ -225,23 +236,20 @@ def work(root: Path, area: str, seed: int, count: int, out: Path) -> None:
         print(f"{mutant.file}:{mutant.line} {mutant.old!r} -> {mutant.new!r}: {result} {killer}", flush=True)
 
 
-def area_results(args: argparse.Namespace, area: str) -> list[dict]:
+def area_results(args: argparse.Namespace, area: str) -> list[dict[str, Any]]:
     count = max(1, round(args.count * AREAS[area][0] / sum(share for share, _, _ in AREAS.values())))
+    out = args.out.resolve().with_suffix(f".{area}.jsonl")
     with tempfile.TemporaryDirectory(prefix=f"mutants-{area}-") as folder:
-        root, out = copy_tree(args.tree.resolve(), args.shared.resolve(), Path(folder)), Path(folder) / "out.jsonl"
-        python, check = (
-            root / ".venv/bin/python",
-            "import fastmum, fastmum.kernels as k; print(fastmum.__file__, k.__file__)",
-        )
-        files = subprocess.run(
-            [python, "-c", check], check=True, capture_output=True, text=True, cwd="/"
-        ).stdout.split()
-        assert all(Path(file).is_relative_to(root) for file in files), f"{files} are not in {root}"
-        code = f"import runpy; from pathlib import Path as P; runpy.run_path({str(Path(__file__).resolve())!r})['work']"
+        root = copy_tree(args.tree.resolve(), args.shared.resolve(), Path(folder))
+        python = root / ".venv/bin/python"
+        imported = "import fastmum, fastmum.kernels as k; print(fastmum.__file__, k.__file__)"
+        found = subprocess.run([python, "-c", imported], check=True, capture_output=True, text=True, cwd="/").stdout
+        assert all(Path(file).is_relative_to(root) for file in found.split()), f"{found} are not in {root}"
+        call = f"from pathlib import Path; import runpy; tool = runpy.run_path({str(Path(__file__).resolve())!r})\n"
+        call += f"tool['work'](Path({str(root)!r}), {area!r}, {args.seed}, {count}, Path({str(out)!r}))"
         env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        call = f"{code}(P({str(root)!r}), {area!r}, {args.seed}, {count}, P({str(out)!r}))"
         subprocess.run([python, "-c", call], check=True, env=env, cwd=root)
-        return [json.loads(line) for line in out.read_text().splitlines()]
+    return [json.loads(line) for line in out.read_text().splitlines()]
 
 
 def main() -> None:
@@ -259,9 +267,9 @@ def main() -> None:
         results = [m for found in pool.map(functools.partial(area_results, args), args.areas) for m in found]
     shares = {}
     for area in [*args.areas, "all"]:
-        mine = [m["result"] != "passed" for m in results if area in ("all", m["area"])]
-        shares[area] = {"mutants": len(mine), "killed": sum(mine), "share": round(sum(mine) / len(mine), 3)}
-        print(f"{area}: {sum(mine)} of {len(mine)} killed")
+        killed = [m["result"] != "passed" for m in results if area in ("all", m["area"])]
+        shares[area] = {"mutants": len(killed), "killed": sum(killed), "share": round(sum(killed) / len(killed), 3)}
+        print(f"{area}: {sum(killed)} of {len(killed)} killed")
     args.out.write_text(json.dumps({"seed": args.seed, "shares": shares, "mutants": results}, indent=1))
 
 
