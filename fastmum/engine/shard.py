@@ -6,6 +6,8 @@ runs. hsdp: so within groups of devices, and the groups have copies of one anoth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -13,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fastmum.engine.distributed import DistContext, DistributedError
-from fastmum.model.block import Block
 
 
 def make_same(model: nn.Module, world: DistContext) -> None:
@@ -24,12 +25,19 @@ def make_same(model: nn.Module, world: DistContext) -> None:
 
 
 def shard(
-    model: nn.Module, world: DistContext, strategy: str, group_size: int, dtype: torch.dtype, reduce_dtype: torch.dtype
-) -> None:
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    world: DistContext,
+    strategy: str,
+    group_size: int,
+    dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+) -> bool:
     """Share the matrices of a model out, in place; their gradients are summed over devices, not averaged.
 
     Args:
         model: in float32, the same on every process.
+        blocks: modules whose matrices are gathered one after another.
         world: of the processes.
         strategy: "fsdp2", "hsdp", or "ddp", which shares nothing out.
         group_size: of "hsdp", devices with one copy of the weights; 0: those of a machine.
@@ -40,10 +48,9 @@ def shard(
         DistributedError: groups that the processes cannot form.
     """
     if strategy == "ddp" or world.size == 1:
-        return
+        return False
     mesh = _mesh(world, strategy, group_size)
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for module in (*blocks, model):
         fully_shard(
@@ -52,6 +59,7 @@ def shard(
         )  # fmt: skip
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # dividing by 1 is not for every backend
+    return True
 
 
 def _mesh(world: DistContext, strategy: str, group_size: int) -> DeviceMesh:

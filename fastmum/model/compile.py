@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 import torch._dynamo
 
-from fastmum.config.schema import COMPILE_MODES
 from fastmum.model.block import Block
+from fastmum.model.config import COMPILE_MODES
 from fastmum.model.mum import MuM
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def compile_model(
     how = {"fullgraph": True, "backend": backend} | ({"options": {"triton.cudagraphs": True}} if cuda_graphs else {})
     if chosen == "block":
         compute = torch.compile(Block._compute, **how)
-        for block in _blocks(model):
+        for block in blocks_of(model):
             block.compiled_compute = compute
     elif chosen == "full":
         model.compiled_autoencode = torch.compile(MuM._autoencode, **how)
@@ -85,7 +85,7 @@ def eager(model: MuM) -> Iterator[None]:
 
     Attention that is compiled by itself (`flex`) stays so: as written, it would hold the scores of all tokens at once.
     """
-    blocks = [(block, block.compiled_compute) for block in _blocks(model)]
+    blocks = [(block, block.compiled_compute) for block in blocks_of(model)]
     whole = model.compiled_autoencode
     for block, _ in blocks:
         block.compiled_compute = None
@@ -98,7 +98,7 @@ def eager(model: MuM) -> Iterator[None]:
         model.compiled_autoencode = whole
 
 
-def _blocks(model: MuM) -> tuple[Block, ...]:
+def blocks_of(model: MuM) -> tuple[Block, ...]:
     return (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks)
 
 
