@@ -14,11 +14,12 @@ import ast
 import concurrent.futures
 import contextlib
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -165,46 +166,36 @@ def copy_tree(tree: Path, shared: Path, scratch: Path) -> Path:
     return root
 
 
-def cpu_seconds(group: int) -> float:
-    """CPU time of the living processes of a process group and of the children that they have waited for."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15])) if int(fields[2]) == group else 0
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def run_tests(files: list[str], cpu_limit: float, wall_limit: float, log: Path) -> tuple[str, float]:
+def run_tests(test: str, cpu_limit: float, wall_limit: float, log: Path) -> tuple[str, float]:
     """Runs tests in a fork, which has torch imported; returns "passed", "failed" or "timeout", and CPU seconds."""
-    end, child, cpu = time.monotonic() + wall_limit, os.fork(), 0.0
+    end, child = time.monotonic() + wall_limit, os.fork()
     if not child:
         os.setsid()
+        resource.setrlimit(resource.RLIMIT_CPU, (int(cpu_limit), int(cpu_limit) + 5))
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
         import pytest
 
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *files]))
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and cpu < cpu_limit and time.monotonic() < end:
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", test]))
+    while not (done := os.wait4(child, os.WNOHANG))[0] and time.monotonic() < end:
         time.sleep(0.2)
-        cpu = max(cpu, cpu_seconds(child))
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # processes that a failed test has left, too
-    if done == (0, 0):
-        os.waitpid(child, 0)
-        return "timeout", cpu
-    return "passed" if os.waitstatus_to_exitcode(done[1]) in (0, 5) else "failed", cpu
+        os.killpg(child, signal.SIGKILL)  # including processes that a failed test has left
+    _, status, usage = done if done[0] else os.wait4(child, 0)
+    code, cpu = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+    return ("passed" if code in (0, 5) else "timeout" if code in (-signal.SIGXCPU, -signal.SIGKILL) else "failed"), cpu
 
 
 def work(root: Path, area: str, seed: int, count: int, out: Path) -> None:
     """Measures the tests of an area, then tries the mutants that are not in `out` yet; appends one JSON line each."""
-    importlib.import_module("torch._dynamo")  # the forks start with it; each imports fastmum itself
+    spec = importlib.util.find_spec("fastmum.kernels")
+    assert Path(str(spec and spec.origin)).is_relative_to(root), f"{spec} is not in {root}"
+    importlib.import_module("torch._dynamo")  # the forks start with it; each imports the mutated source itself
     os.chdir(root)
-    log = out.with_suffix(".log")
-    base = {}
+    log, base = out.with_suffix(".log"), dict[str, float]()
     for test in sorted({str(f.relative_to(root)) for pattern in AREAS[area][2] for f in root.glob(pattern)}):
-        result, cpu = run_tests([test], 900, 3600, log)
+        result, cpu = run_tests(test, 900, 3600, log)
         print(f"{area}: {test} {result}, {cpu:.0f} CPU seconds", flush=True)
         if result == "passed":
             base[test] = cpu
@@ -217,14 +208,11 @@ def work(root: Path, area: str, seed: int, count: int, out: Path) -> None:
         content, result, spent, killer = source.read_bytes(), "passed", 0.0, ""
         source.write_bytes(content[: mutant.span[0]] + mutant.new.encode() + content[mutant.span[1] :])
         for test in sorted(base, key=lambda t: (f"test_{stem}" not in t, not uses[t], base[t])):
-            if spent and spent + base[test] > BUDGET:
-                continue
-            spent += base[test]
-            shutil.rmtree(root / ".hypothesis", ignore_errors=True)
-            result, _ = run_tests([test], 5 * base[test] + 30, 20 * base[test] + 300, log)
-            if result != "passed":
-                killer = test
-                break
+            if result == "passed" and (not spent or spent + base[test] <= BUDGET):
+                spent += base[test]
+                shutil.rmtree(root / ".hypothesis", ignore_errors=True)
+                result, _ = run_tests(test, 5 * base[test] + 30, 20 * base[test] + 300, log)
+                killer = "" if result == "passed" else test
         source.write_bytes(content)
         with out.open("a") as file:
             file.write(json.dumps({**mutant._asdict(), "result": result, "by": killer}) + "\n")
@@ -236,14 +224,10 @@ def area_results(args: argparse.Namespace, area: str) -> list[dict[str, Any]]:
     out = args.out.resolve().with_suffix(f".{area}.jsonl")
     with tempfile.TemporaryDirectory(prefix=f"mutants-{area}-") as folder:
         root = copy_tree(args.tree.resolve(), args.shared.resolve(), Path(folder))
-        python = root / ".venv/bin/python"
-        imported = "import fastmum, fastmum.kernels as k; print(fastmum.__file__, k.__file__)"
-        found = subprocess.run([python, "-c", imported], check=True, capture_output=True, text=True, cwd="/").stdout
-        assert all(Path(file).is_relative_to(root) for file in found.split()), f"{found} are not in {root}"
         call = f"from pathlib import Path; import runpy; tool = runpy.run_path({str(Path(__file__).resolve())!r})\n"
         call += f"tool['work'](Path({str(root)!r}), {area!r}, {args.seed}, {count}, Path({str(out)!r}))"
         env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        subprocess.run([python, "-c", call], check=True, env=env, cwd=root)
+        subprocess.run([root / ".venv/bin/python", "-c", call], check=True, env=env, cwd=root)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
