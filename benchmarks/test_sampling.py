@@ -1,7 +1,7 @@
-"""Sampling on 20 M frames in twelve data sets, at 1 to 256 ranks: time per plan, and throughput gained by full batches.
+"""Sampling on 20 M frames in twelve data sets, at 1 to 256 ranks: how long a plan takes, and what full batches gain.
 
-Throughput is simulated from real plans: a step takes as long as its costliest rank, whose time is proportional to the
-FLOPs of its products.
+What they gain is a simulation: a synchronous step takes as long as its costliest rank, and a rank's time is taken
+proportional to the operations of its products. The plans are the real ones of both; the time is not measured.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fastmum.data.plan import MODES, StepPlanner
 from fastmum.data.plan_table import draw, operations
 
 RANKS = (1, 8, 64, 256)
-PLANNED = 64  # ranks in every mode; `balanced` also plans for the others
+PLANNED = 64  # ranks that every mode plans for; one mode also for the others
 OTHERS = tuple(ranks for ranks in RANKS if ranks != PLANNED)
-RATE, PASSES = 1e12, 3  # FLOP/s of a simulated rank; forward plus backward in forward passes
+RATE, PASSES = 1e12, 3  # FLOP/s of a rank in the simulation; a backward pass is two forward ones
 SEEDS, STEPS = 4, 40  # of the simulation
-PLANS = 16  # plans per round
+PLANS = 16  # planned in a round, as they differ in what they take
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The attributes of manifests that fastmum's sampler reads."""
+    """What fastmum's sampler reads of manifests."""
 
     datasets: tuple[str, ...]
     starts: np.ndarray
@@ -49,7 +49,7 @@ def catalogue() -> Catalogue:
 
 
 def paper_sampler(catalogue: Catalogue, seed: int, batches: int) -> PaperSampler:
-    """The reference's sampler of one rank."""
+    """The reference's, of one rank."""
     datasets = []
     for number in range(len(catalogue.datasets) - 1):
         of_set = np.flatnonzero(catalogue.dataset_of == number)
@@ -61,7 +61,7 @@ def paper_sampler(catalogue: Catalogue, seed: int, batches: int) -> PaperSampler
 
 @pytest.mark.parametrize(("mode", "ranks"), [*((mode, PLANNED) for mode in MODES), *(("balanced", n) for n in OTHERS)])
 def test_plan(duel: Duel, catalogue: Catalogue, mode: str, ranks: int) -> None:
-    """Plans of the last rank; fastmum's also draw crops and flips."""
+    """Plans of the last rank: lengths, data sets, sequences, frames; fastmum's also draw crops and flips."""
     sampler, steps = paper_sampler(catalogue, 0, 10**9), count()
     planner, batches = StepPlanner(catalogue, mode=mode, world_size=ranks), iter(sampler)
 
@@ -79,7 +79,7 @@ def test_plan(duel: Duel, catalogue: Catalogue, mode: str, ranks: int) -> None:
 
 
 def test_planner(duel: Duel, catalogue: Catalogue) -> None:
-    """Set-up: the reference lists sequences; fastmum sorts them and fits the lengths."""
+    """Setting up: lists of sequences for the reference; sorting them, and fitting lengths, for fastmum."""
     contestants = {
         REFERENCE: lambda: paper_sampler(catalogue, 0, 1),
         FASTMUM: lambda: StepPlanner(catalogue, mode="balanced", world_size=64),
@@ -89,7 +89,7 @@ def test_planner(duel: Duel, catalogue: Catalogue) -> None:
 
 @pytest.mark.parametrize("mode", ["packed", "balanced"])
 def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: str) -> None:
-    """Of all ranks together; every round has another seed."""
+    """Of all ranks together, each of which does `RATE` operations a second; a round is another seed."""
     cost, most = operations(PRESETS["mum_vitl16"]), max(RANKS)
     seeds, steps = (2, 8) if quick else (SEEDS, STEPS)
     speeds: dict[int, dict[str, list[float]]] = {ranks: {REFERENCE: [], FASTMUM: []} for ranks in RANKS}
