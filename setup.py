@@ -23,8 +23,8 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.31"],
     "fp8": ["torchao>=0.12"],
-    "evaluate": ["h5py>=3.10", "matplotlib>=3.8"],
-    # The first with DINOv3.
+    "evaluate": ["h5py>=3.10"],
+    # First version with DINOv3.
     "hf": ["transformers>=4.56"],
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
@@ -41,7 +41,8 @@ setup(
     package_dir={"fastmum": "fastmum", **MAPPED},
     package_data={
         "fastmum": ["py.typed"],
-        "fastmum.report": ["page.css", "page.js"],
+        "fastmum.report": ["*.css", "*.html", "*.js"],
+        "fastmum.evaluate": ["*.html"],
         "fastmum.configs": ["*.yaml", "*/*.yaml"],
         "fastmum.launch": ["*.sh"],
     },
@@ -57,16 +58,19 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "natsort>=8.4",
+        "scipy>=1.11.4",
         "pyarrow>=16",
         "pyyaml>=6",
         "platformdirs>=4.2",
-        # Its wheel carries the photographs that the embedded scenes are textured with.
+        # Its wheel has the photographs that texture the rendered scenes.
         "scikit-image>=0.24",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
     ],
     extras_require={
         **EXTRAS,
         "dev": [
-            # What can be tested without a GPU.
+            # Extras that are tested without a GPU.
             *EXTRAS["dali"],
             *EXTRAS["colmap"],
             *EXTRAS["video"],
@@ -78,7 +82,6 @@ setup(
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",
-            "matplotlib>=3.8",
             "ruff>=0.6",
             "mypy>=1.11",
             "types-PyYAML",
