@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make quickstart` trains, `make test` tests. Both set up .venv on the first call.
+# `make quickstart` trains, `make test` tests. Both set up .venv on the first call.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,14 +10,14 @@ ARGS ?=
 help:
 	@echo 'make quickstart   train a small MuM on the embedded scenes (CPU, about 6 minutes after the set-up)'
 	@echo 'make test         run the tests'
-	@echo 'make lint         check style and format'
-	@echo 'make benchmark    measure speed on this machine (10 minutes on a CPU; ARGS=--quick: a minute and a half)'
+	@echo 'make lint         check style, format and types'
+	@echo 'make benchmark    measure speed on this machine (CPU: 10 minutes; ARGS=--quick: 90 seconds)'
 	@echo 'make gpu          on a GPU: CUDA tests, full-size benchmarks, a profile, docs/BENCHMARKS-<gpu>.md'
 	@echo 'make clean        remove $(VENV)'
-	@echo 'Variables: PYTHON=python3.11, VENV=.venv, ARGS="more words for the program that is run"'
+	@echo 'Variables: PYTHON=python3.11, VENV=.venv, ARGS="more arguments of the command"'
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python -m fastmum.train --config configs/quickstart.yaml $(ARGS)
+	$(BIN)/python -m fastmum.train --config quickstart $(ARGS)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(ARGS)
@@ -25,6 +25,7 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy --python-executable $(BIN)/python
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only $(ARGS)

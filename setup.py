@@ -1,7 +1,7 @@
 """Packaging of fastmum.
 
-The folder `kernels/` is installed as `fastmum.kernels`: a top-level package called `kernels` would
-shadow the one of that name on PyPI.
+`kernels/`, `configs/` and `launch/` are installed inside `fastmum`, because as top-level packages they would shadow
+others of the same name.
 """
 
 import re
@@ -12,6 +12,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastmum/__init__.py").read_text(), re.M).group(1)
 
+MAPPED = {"fastmum.kernels": "kernels", "fastmum.configs": "configs", "fastmum.launch": "launch"}
+
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
     "colmap": ["scipy>=1.12"],
@@ -21,8 +23,8 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
     "wandb": ["wandb>=0.31"],
     "fp8": ["torchao>=0.12"],
-    "evaluate": ["h5py>=3.10", "matplotlib>=3.8"],
-    # The first with DINOv3.
+    "evaluate": ["h5py>=3.10"],
+    # First version with DINOv3.
     "hf": ["transformers>=4.56"],
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
@@ -35,9 +37,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["fastmum", "fastmum.*"]), "fastmum.kernels"],
-    package_data={"fastmum.report": ["page.css", "page.js"]},
-    package_dir={"fastmum": "fastmum", "fastmum.kernels": "kernels"},
+    packages=[*find_packages(include=["fastmum", "fastmum.*"]), *MAPPED],
+    package_dir={"fastmum": "fastmum", **MAPPED},
+    package_data={
+        "fastmum": ["py.typed"],
+        "fastmum.report": ["*.css", "*.html", "*.js"],
+        "fastmum.evaluate": ["*.html"],
+        "fastmum.configs": ["*.yaml", "*/*.yaml"],
+        "fastmum.launch": ["*.sh"],
+    },
+    entry_points={"console_scripts": ["fastmum=fastmum.cli:main"]},
     install_requires=[
         "torch>=2.10",
         "triton>=3.4; sys_platform == 'linux'",
@@ -49,16 +58,19 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
         "natsort>=8.4",
+        "scipy>=1.11.4",
         "pyarrow>=16",
         "pyyaml>=6",
         "platformdirs>=4.2",
-        # Its wheel carries the photographs that the embedded scenes are textured with.
+        # Its wheel has the photographs that texture the rendered scenes.
         "scikit-image>=0.24",
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
     ],
     extras_require={
         **EXTRAS,
         "dev": [
-            # What can be tested without a GPU.
+            # Extras that are tested without a GPU.
             *EXTRAS["dali"],
             *EXTRAS["colmap"],
             *EXTRAS["video"],
@@ -71,8 +83,9 @@ setup(
             "pytest>=8.2",
             "pytest-benchmark>=4.0",
             "hypothesis>=6.100",
-            "matplotlib>=3.8",
             "ruff>=0.6",
+            "mypy>=1.11",
+            "types-PyYAML",
             "setuptools>=77",
         ],
     },

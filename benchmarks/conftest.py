@@ -1,4 +1,4 @@
-"""Says on what the numbers were measured, gives tests their sizes and their duel, and sums up in a table."""
+"""Header with machine and versions, fixtures with sizes and duels, and a table at the end."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SIZES_KEY] = pick_sizes(config.getoption("quick"))
-    config.stash[COMMIT_KEY] = commit()  # now: files may change while it runs
-    keep_freed_memory()  # for both sides: else it would depend on the tests that ran before whether memory is kept
+    config.stash[COMMIT_KEY] = commit()  # before files change
+    keep_freed_memory()  # for both sides, whatever ran before
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -41,7 +41,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def describe_machine() -> dict[str, str]:
-    """What a number depends on."""
+    """Hardware and versions."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
         "machine": f"{platform.machine()} {platform.system()}",
@@ -53,14 +53,14 @@ def describe_machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of the checkout, "-dirty" where files differ from it."""
+    """Commit of the checkout, with "-dirty" if files differ from it."""
     command = ["git", "describe", "--always", "--dirty"]
     out = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return out.stdout.strip() or "unknown"
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """What the report says of the run."""
+    """Adds what the report needs to the JSON."""
     machine_info["fastmum"] = describe_machine() | {
         "commit": config.stash[COMMIT_KEY],
         "sizes": str(config.stash[SIZES_KEY]),
@@ -70,26 +70,26 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Ratios with their spread, group by group."""
+    """Prints ratios with their spread by group."""
     lines = text_table(results_of(entry.as_dict() for entry in config._benchmarksession.benchmarks if entry))
     if lines:
-        terminalreporter.section(f"how many times faster (medians of rounds; spread), {config.stash[SIZES_KEY]}")
+        terminalreporter.section(f"speed-ups (median of rounds; spread), {config.stash[SIZES_KEY]}")
         terminalreporter.write_line("\n".join(lines))
 
 
 @pytest.fixture(scope="session")
 def sizes(request: pytest.FixtureRequest) -> Sizes:
-    """What is measured on this machine."""
+    """Sizes for this machine."""
     return request.config.stash[SIZES_KEY]
 
 
 @pytest.fixture(scope="session")
 def quick(sizes: Sizes) -> bool:
-    """Whether it is to be over soon."""
+    """Whether --quick was given."""
     return sizes.name == "quick"
 
 
 @pytest.fixture
 def duel(benchmark: BenchmarkFixture, sizes: Sizes) -> Duel:
-    """Compares, times by turns, registers."""
+    """Compares, times and registers contestants."""
     return Duel(benchmark, sizes.device, sizes.rounds)

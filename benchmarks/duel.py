@@ -1,14 +1,14 @@
-"""Contestants that do the same: their results are compared, then they are timed by turns, round by round.
+"""Compares the results of contestants, then times them in turn.
 
-A wrong result has no speed. Every round runs each contestant once, in an order that rotates, so that all see the same
-machine; a ratio is taken within a round. Each contestant is an entry of pytest-benchmark of its own, whose data are its
-rounds in order; `benchmarks.results` pairs them again, here and from a file.
+A contestant with a wrong result is not timed. Every round runs each contestant once, in rotating order, and ratios are
+taken within a round, so that drift of the machine affects all alike. Each contestant is an entry of pytest-benchmark
+whose data are its rounds in order; `benchmarks.results` pairs them again.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from math import ceil
@@ -18,12 +18,12 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from benchmarks.clock import Clock
+from benchmarks.contestant import Clock
 from benchmarks.results import COMPILED, FASTMUM, REFERENCE
 
-# Largest |result - expected| / |expected| of two correct implementations that add up in another order.
+# Largest |result - expected| / |expected| of two correct implementations that sum in different order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-ROUND_SECONDS, MOST_CALLS = 0.03, 100  # a round repeats what is shorter, at most so often
+ROUND_SECONDS, MOST_CALLS = 0.03, 100  # a round repeats shorter calls, at most so often
 CACHE_BYTES = 256 << 20  # more than the second-level cache of any GPU
 
 Results = Tensor | Sequence[Tensor]
@@ -31,13 +31,13 @@ Run = Callable[[], Results]
 
 
 class WrongResultError(AssertionError):
-    """A contestant that does not compute what the reference does."""
+    """A contestant's result differs from the reference's."""
 
 
 def largest_error(results: Results, expected: Results) -> tuple[float, float]:
-    """Of the worst tensor: |result - expected| / |expected|, and that over its tolerance.
+    """|result - expected| / |expected| of the worst tensor, and that over its tolerance.
 
-    A tensor's tolerance is that of the coarser of the two dtypes. What is not finite is infinitely wrong.
+    The tolerance is that of the coarser of the two dtypes. Non-finite results have an infinite error.
     """
     results, expected = ([x] if isinstance(x, Tensor) else list(x) for x in (results, expected))
     if [x.shape for x in results] != [x.shape for x in expected]:
@@ -45,8 +45,7 @@ def largest_error(results: Results, expected: Results) -> tuple[float, float]:
                                f"{[tuple(x.shape) for x in expected]}")  # fmt: skip
     errors = []
     for x, y in zip(results, expected, strict=True):
-        size = y.double().norm().item()
-        error = (x.double() - y.double()).norm().item() / (size or 1.0)
+        error = (x.double() - y.double()).norm().item() / (y.double().norm().item() or 1.0)
         error = error if error == error else float("inf")
         errors.append((error, error / max(TOLERANCE[x.dtype], TOLERANCE[y.dtype])))
     return max(errors, key=lambda pair: pair[1])
@@ -57,33 +56,32 @@ class Duel:
 
     Args:
         benchmark: pytest-benchmark's fixture of the test.
-        device: that the contestants work on.
-        rounds: of a duel.
+        device: of the contestants.
+        rounds: number of rounds.
     """
 
     def __init__(self, benchmark: BenchmarkFixture, device: torch.device, rounds: int) -> None:
         self._benchmark, self._device, self._rounds = benchmark, device, rounds
 
     def __call__(self, group: str, what: str, contestants: Mapping[str, Run], **info: Any) -> None:
-        """A duel.
+        """Compare, time and register.
 
         Args:
-            group, what: under which it stands in the tables.
-            contestants: by name, `REFERENCE` among them. Each call does the work once more and returns its results.
+            group, what: title and row in tables.
+            contestants: by name, with `REFERENCE`; each call repeats the work and returns its results.
             info: for the JSON, such as `bytes` and `flops` of a call.
 
         Raises:
             WrongResultError: results differ by more than `TOLERANCE`.
         """
         error = self.check(what, contestants)
-        times = interleave(contestants, self._rounds, self._device)
-        self.record(group, what, times, error=error, **info)
+        self.record(group, what, interleave(contestants, self._rounds, self._device), error=error, **info)
 
     def check(self, what: str, contestants: Mapping[str, Run]) -> float:
-        """Run everyone once; the largest relative error.
+        """The largest relative error of all contestants.
 
         Raises:
-            WrongResultError: a result is wrong.
+            WrongResultError: an error is above its tolerance.
         """
         expected = contestants[REFERENCE]()
         expected = [x.detach().clone() for x in ([expected] if isinstance(expected, Tensor) else expected)]
@@ -94,8 +92,7 @@ class Duel:
             error, of_tolerance = largest_error(run(), expected)
             if not of_tolerance <= 1:
                 raise WrongResultError(
-                    f"{what}: {name} differs from the reference by {error:.2e}, {of_tolerance:.1f} times what is "
-                    "tolerated; a wrong result has no speed"
+                    f"{what}: {name} differs from the reference by {error:.2e}, {of_tolerance:.1f} times the tolerance"
                 )
             worst = max(worst, error)
         return worst
@@ -104,17 +101,17 @@ class Duel:
         self, group: str, what: str, rounds: Mapping[str, list[float]], unit: str = "s",
         seconds: Mapping[str, list[float]] | None = None, **info: Any,
     ) -> None:  # fmt: skip
-        """Register what was measured, an entry of pytest-benchmark for every contestant.
+        """Register measurements, one entry of pytest-benchmark per contestant.
 
         Args:
-            group, what: as above.
-            rounds: by contestant, in the order of the rounds.
-            unit: of the rounds, as in `Result`; "s" is seconds.
-            seconds: what pytest-benchmark is given where the unit is another.
+            group, what: title and row in tables.
+            rounds: by contestant, in order.
+            unit: of the rounds, as in `Result`.
+            seconds: for pytest-benchmark's own table if the unit is not seconds.
             info: for the JSON.
         """
         benchmark = self._benchmark
-        benchmark._mode = "duel"  # used: pytest-benchmark warns of fixtures that are not
+        benchmark._mode = "duel"  # pytest-benchmark warns of unused fixtures
         if benchmark.disabled:
             return
         for name, values in rounds.items():
@@ -132,10 +129,10 @@ class Duel:
 def interleave(
     contestants: Mapping[str, Run], rounds: int, device: torch.device | str = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of a call of each contestant in every round, by turns.
+    """Seconds per call of each contestant in every round.
 
-    What is short is called many times in a round, equally often by all, after two calls that warm it up. On CUDA the
-    time is the GPU's, each call begins with a cold cache, and launches are hidden where they can be.
+    Short calls are repeated within a round, equally often for all. On CUDA the time is the GPU's, and each call begins
+    with a cold cache.
     """
     clock = Clock(device)
     for run in contestants.values():
@@ -150,22 +147,15 @@ def interleave(
     return times
 
 
-def rotated(names: Sequence[str], number: int) -> Iterable[str]:
-    """The order of a round: each begins in turn."""
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """The order of a round: the first of one round is the last of the next."""
     first = number % len(names)
     return [*names[first:], *names[:first]]
 
 
 def _calls(contestants: Mapping[str, Run], clock: Clock) -> int:
-    """How often a round calls each: so often that the slowest takes long enough."""
-    slowest = 0.0
-    for run in contestants.values():
-        clock.wait()
-        begin = clock.mark()
-        run()
-        end = clock.mark()
-        clock.wait()
-        slowest = max(slowest, clock.seconds(begin, end))
+    """Calls per round, so that the slowest contestant takes `ROUND_SECONDS`."""
+    slowest = max(_time(run, 1, clock, None) for run in contestants.values())
     return min(MOST_CALLS, max(1, ceil(ROUND_SECONDS / max(slowest, 1e-9))))
 
 
@@ -184,7 +174,7 @@ def _time(run: Run, calls: int, clock: Clock, cache: Tensor | None) -> float:
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Python's garbage is collected before, and not in the middle of a round."""
+    """Collect garbage before, and none during a measurement."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()

@@ -1,7 +1,7 @@
-"""A process that begins from nothing and makes training steps: how soon, and in how much memory.
+"""Time to the first training step of a fresh process, and peak memory.
 
-`python -m benchmarks.fresh SIDE`, with the sizes as JSON on standard input; prints what it saw as JSON. The reference's
-side imports no fastmum: its imports are part of what is measured.
+`python -m benchmarks.fresh SIDE` reads the sizes as JSON from standard input and prints results as JSON. The side of
+the reference does not import fastmum, because imports are part of the measurement.
 """
 
 from __future__ import annotations
@@ -14,25 +14,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from benchmarks.results import FASTMUM, REFERENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def measure(side: str, sizes: object, steps: int) -> dict[str, float]:
-    """Start the process and wait for it.
+def measure(side: str, sizes: Any, steps: int) -> dict[str, float]:
+    """Run a fresh process.
 
     Args:
         side: `REFERENCE` or `FASTMUM`.
-        sizes: a `benchmarks.sizes.Sizes`.
-        steps: to make.
+        sizes: `benchmarks.sizes.Sizes`.
+        steps: number of training steps.
 
     Returns:
-        "seconds" until the end of the first step, "peak_bytes" of all steps (CUDA: most that torch had allocated; CPU:
-        most that was resident), "loss" of the first step.
+        "seconds" to the end of the first step, "loss" of that step, "peak_bytes" of all steps (CUDA: allocated by
+        torch; CPU: resident).
     """
-    question = {
+    problem = {
         "model": sizes.model.__dict__, "settings": sizes.settings, "frames": sizes.frames, "views": sizes.views,
         "image_size": sizes.image_size, "precision": sizes.precision, "device": sizes.device.type, "steps": steps,
     }  # fmt: skip
@@ -41,26 +42,28 @@ def measure(side: str, sizes: object, steps: int) -> dict[str, float]:
         [sys.executable, "-m", "benchmarks.fresh", side], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True,
     ) as process:  # fmt: skip
-        process.stdin.write(json.dumps(question))
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(json.dumps(problem))
         process.stdin.close()
         loss = process.stdout.readline()
         seconds = perf_counter() - began
         peak = process.stdout.readline()
     if process.returncode or not peak:
-        raise RuntimeError(f"the process of {side} has ended with {process.returncode}; its words are above")
+        raise RuntimeError(f"the process of {side} exited with {process.returncode}; its output is above")
     return {"seconds": seconds, "loss": json.loads(loss), "peak_bytes": json.loads(peak)}
 
 
-def _reference(sizes: dict) -> Callable[[], float]:
+def _reference(sizes: dict[str, Any]) -> Callable[[], float]:
     import torch
 
     from benchmarks.reference.model import ReferenceMuM
     from benchmarks.reference.step import build_optimizer, train_step
 
     torch.manual_seed(0)
-    device, model = torch.device(sizes["device"]), sizes["model"]
+    device = torch.device(sizes["device"])
     with device:
-        net = ReferenceMuM(**model)
+        net = ReferenceMuM(**sizes["model"])
     optimizer = build_optimizer(net, 1e-4)
     frames, side = sizes["frames"], sizes["image_size"]
     shape = frames // sizes["views"], sizes["views"], 3, side, side
@@ -69,17 +72,15 @@ def _reference(sizes: dict) -> Callable[[], float]:
     return lambda: train_step(net, optimizer, images, noise, precision=sizes["precision"])[0]
 
 
-def _fastmum(sizes: dict) -> Callable[[], float]:
-    from benchmarks.step import fastmum_steps, make_problem
+def _fastmum(sizes: dict[str, Any]) -> Callable[[], float]:
+    from benchmarks.step import build_fastmum
 
     settings = [*sizes["settings"], *([] if sizes["device"] == "cuda" else ["model.compile=off"])]
-    frames, views = sizes["frames"], sizes["views"]
-    problem = make_problem(frames, views, settings)
-    return fastmum_steps(problem, [(views,) * (frames // views)])[0]
+    return build_fastmum(sizes["frames"], sizes["views"], settings)
 
 
 def _peak_resident() -> int:
-    """Bytes. Linux's `ru_maxrss` would be no less than that of the process which started this one."""
+    """Bytes. Linux's `ru_maxrss` is never below that of the parent process."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(dict(line.split(":") for line in status.read_text().splitlines())["VmHWM"].split()[0])
@@ -87,7 +88,7 @@ def _peak_resident() -> int:
 
 
 def main() -> None:
-    """The process that is measured."""
+    """The measured process."""
     sizes = json.load(sys.stdin)
     step = {REFERENCE: _reference, FASTMUM: _fastmum}[sys.argv[1]](sizes)
     print(json.dumps(step()), flush=True)
@@ -97,7 +98,7 @@ def main() -> None:
 
     peak = torch.cuda.max_memory_allocated() if sizes["device"] == "cuda" else _peak_resident()
     print(json.dumps(peak), flush=True)
-    os._exit(0)  # what Python takes to tear down is nobody's start-up
+    os._exit(0)  # without Python's teardown
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Everything for a GPU that fastmum meets for the first time: `make gpu`.
+"""Tests, benchmarks and a profile on a GPU: `make gpu`.
 
-Tests of every kernel and attention backend on CUDA, the benchmarks at the paper's sizes, a profile of the trainer, and
-docs/BENCHMARKS-<gpu>.md written from them. What fails is said in the page and by the exit code; the rest still runs.
-Where the benchmarks leave no results, the page is of the tests, the profile and what failed alone.
+Runs the tests of kernels and attention backends on CUDA, the benchmarks at the paper's sizes and a profile of the
+trainer, and writes docs/BENCHMARKS-<gpu>.md. A stage that fails is named in the page and sets the exit code; the others
+still run.
 """
 
 from __future__ import annotations
@@ -25,24 +25,19 @@ from benchmarks.report import ReportError, read_results, write_notes, write_repo
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = ("tests/kernels", "tests/attention", "tests/benchmarks/test_reference.py")
-PROFILED = (12, 14)  # steps of the trainer, after what compiles and warms up
-PROFILE_LINES = 24  # of the table, in the page
+PROFILED = (12, 14)  # steps of the trainer, after compilation and warm-up
+PROFILE_LINES = 24  # lines of the table in the page
 
 
 class Stage(NamedTuple):
-    """A program that runs.
-
-    Args:
-        name: of the stage.
-        words: behind the interpreter's `-m`.
-    """
+    """A program that runs."""
 
     name: str
-    words: list[str]
+    words: list[str]  # after the interpreter's `-m`
 
 
 def stages(folder: Path, quick: bool = False) -> list[Stage]:
-    """What runs, and leaves tests.xml, result.json and run/profile in the folder."""
+    """The programs, which write tests.xml, result.json and run/profile to the folder."""
     first, last = PROFILED
     trainer = [
         f"run.dir={folder / 'run'}", f"train.steps={last + 1}", f"profile.steps={first}-{last}", "train.eval_batches=1",
@@ -59,19 +54,19 @@ def stages(folder: Path, quick: bool = False) -> list[Stage]:
             ["pytest", "benchmarks/", "--benchmark-only", "--benchmark-quiet", "-q", *(["--quick"] if quick else []),
              f"--benchmark-json={folder / 'result.json'}"],
         ),
-        Stage("profile", ["fastmum.train", "--config", "configs/mum_vitl16.yaml", *trainer]),
+        Stage("profile", ["fastmum.train", "--config", "mum_vitl16", *trainer]),
     ]  # fmt: skip
 
 
 def run(stage: Stage) -> int:
-    """Run a stage from the root of the checkout; its exit code."""
+    """Run a stage in the root of the checkout; returns its exit code."""
     print(f"\n=== {stage.name}: python -m {' '.join(stage.words)}", flush=True)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, "-m", *stage.words], cwd=ROOT, env=environment).returncode
 
 
 def test_outcome(folder: Path, where: str) -> str:
-    """A sentence on the tests, with the names of those that failed."""
+    """A sentence about the tests, with the names of failed ones."""
     try:
         suites = ElementTree.parse(folder / "tests.xml").getroot().iter("testsuite")
     except (OSError, ElementTree.ParseError):
@@ -95,12 +90,12 @@ def profile_note(folder: Path) -> str:
         return "**The profile was not written.**"
     lines = tables[-1].read_text(encoding="utf-8").splitlines()[:PROFILE_LINES]
     first, last = PROFILED
-    title = f"Steps {first} to {last} of the trainer (embedded scenes), by the time of each operation itself:"
+    title = f"Steps {first} to {last} of the trainer (rendered scenes), operations by self time:"
     return "\n".join(["<details><summary>Profile</summary>", "", title, "", "```", *lines, "```", "", "</details>"])
 
 
 def page_name(gpu: str) -> str:
-    """Name of the page for a GPU as the driver calls it: NVIDIA H200 -> BENCHMARKS-h200.md."""
+    """File name of the page: NVIDIA H200 -> BENCHMARKS-h200.md."""
     words = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia")).strip("-")
     return f"BENCHMARKS-{words}.md"
 
@@ -108,17 +103,17 @@ def page_name(gpu: str) -> str:
 def write_page(
     out: Path, folder: Path, gpu: str, codes: Mapping[str, int], predictions: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """Write the page: with tables where there are results, else of notes alone.
+    """Write the page, with tables if there are results.
 
     Args:
         out: the page.
-        folder: where the stages left what they measured.
-        gpu: name of the GPU.
-        codes: exit code of every stage by its name.
-        predictions: of `read_predictions`.
+        folder: what the stages wrote.
+        gpu: its name.
+        codes: exit codes by stage.
+        predictions: from `read_predictions`.
 
     Returns:
-        What failed.
+        Names of the failed stages.
 
     Raises:
         ReportError: the page cannot be written.
@@ -126,25 +121,24 @@ def write_page(
     failed = [name for name, code in codes.items() if code]
     tests = test_outcome(folder, gpu)
     profile = "**No profile: the trainer failed.**" if codes["profile"] else profile_note(folder)
-    some = "**Some benchmarks failed, such as those with a wrong result: they are not in the tables.**"
-    notes = [tests, *([some] if codes["benchmarks"] else []), profile]
+    some = ["**Some benchmarks failed and are not in the tables.**"] if codes["benchmarks"] else []
     try:
-        write_report(read_results(folder / "result.json"), out, notes, predictions)
+        write_report(read_results(folder / "result.json"), out, [tests, *some, profile], predictions)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         failed = failed if codes["benchmarks"] else [*failed, "benchmarks"]
-        none = f"**No tables: the benchmarks left no results to show. What failed: {', '.join(failed)}.**"
+        none = f"**No tables: the benchmarks wrote no results. Failed: {', '.join(failed)}.**"
         write_notes(out, [tests, none, profile], predictions)
     return failed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="for what is measured (%(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/gpu"), help="for raw results (%(default)s)")
     parser.add_argument("--out", type=Path, help="the page (docs/BENCHMARKS-<gpu>.md)")
-    parser.add_argument("--offline", type=Path, metavar="FILE.json", help="of python -m benchmarks.offline --json")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see whether it works")
+    parser.add_argument("--offline", type=Path, metavar="FILE.json", help="output of benchmarks.offline --json")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, as a smoke test")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("error: torch sees no CUDA device: `make gpu` measures a GPU, `make benchmark` a CPU", file=sys.stderr)
@@ -155,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         predictions = [read_predictions(args.offline)] if args.offline else []
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("tests.xml", "result.json"):
-            (folder / name).unlink(missing_ok=True)  # of an earlier time
+            (folder / name).unlink(missing_ok=True)  # of an earlier run
         shutil.rmtree(folder / "run" / "profile", ignore_errors=True)
         codes = {stage.name: run(stage) for stage in stages(folder, args.quick)}
         failed = write_page(out, folder, gpu, codes, predictions)
@@ -164,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"\n{out}; raw numbers, tests and trace in {folder}")
     if failed:
-        print(f"error: what failed: {', '.join(failed)}; see above", file=sys.stderr)
+        print(f"error: failed: {', '.join(failed)}; see above", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""Manifests of the paper's size: eleven data sets of numbered frames and ImageNet-1K, 20 M frames."""
+"""Manifests of the paper's size: 20 M frames in eleven multi-view data sets and ImageNet-1K."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEQUENCES, IMAGES = 27_454, 1_281_167
 
 
 def write_large_manifests(folder: Path, share: float = 1.0) -> list[Path]:
-    """Write them, or a share of each, with the builders' own writer; the files that they name do not exist."""
+    """Write the manifests, or a share of each; the files that they name do not exist."""
     out = [folder / f"{name}.arrow" for name in (*"abcdefghijk", "imagenet")]
     for number, path in enumerate(out[:-1]):
         write_manifest(path, _scenes(number, share), dataset=path.stem, root=Path("/data"), metadata={"rule": "paper"})

@@ -1,4 +1,4 @@
-"""Files to decode: photographs at the sizes of thumbnails, of video and of cameras."""
+"""JPEG files to decode, of the sizes of thumbnails, video and cameras."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "scenes"
 
 
 def small_files(folder: Path, count: int = 192) -> list[Path]:
-    """JPEGs with a short side of about 320 pixels: the project's test data, or where absent skimage's photographs."""
+    """JPEGs with a short side of about 320 pixels: the project's test data, or else skimage's photographs."""
     shared = sorted(SHARED.glob("*/*.jpg"))
     if shared:
         return [shared[i * len(shared) // count] for i in range(count)]
@@ -20,7 +20,7 @@ def small_files(folder: Path, count: int = 192) -> list[Path]:
 
 
 def large_files(folder: Path, size: tuple[int, int], count: int = 24) -> list[Path]:
-    """JPEGs of a width and height: skimage's photographs enlarged, with a camera's noise; 0.5 MB at 1920 x 1080."""
+    """JPEGs of a given size: skimage's photographs, enlarged and with camera noise; 0.5 MB at 1920 x 1080."""
     return _save(folder / f"{size[0]}x{size[1]}", size, count, quality=90)
 
 

@@ -1,6 +1,6 @@
-"""Predictions of `python -m benchmarks.offline --json` as tables, and the GPU-hours of a run that they lead to.
+"""Tables of the predictions of `python -m benchmarks.offline --json`, and the GPU-hours projected from them.
 
-Nothing here was measured: a projection is a predicted step, times the steps of the paper's run, times its GPUs.
+Nothing here is measured: a projection is the predicted time of a step, times the steps and GPUs of the paper's run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmum.engine.paper import PAPER_RUNS, SOURCE
+from fastmum.errors import FastmumError
 
 STEPS = 500_000  # of the paper's run (supplement)
 NEEDED = ("flops", "bytes", "launches", "peak_bytes", "predicted_ms")
@@ -21,15 +22,15 @@ TITLES = {
 }
 
 
-class ProjectionError(ValueError):
-    """A file that holds no predictions; the message is one line for the user."""
+class ProjectionError(FastmumError):
+    """A file without predictions."""
 
 
 def read_predictions(path: Path) -> dict[str, Any]:
-    """What `python -m benchmarks.offline --json` wrote.
+    """Read the output of `python -m benchmarks.offline --json`.
 
     Raises:
-        ProjectionError: the file is missing, or something else.
+        ProjectionError: the file is missing or has another format.
     """
     how = "write it with python -m benchmarks.offline --json"
     try:
@@ -37,7 +38,7 @@ def read_predictions(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ProjectionError(f"'{path}' cannot be read ({error.strerror}); {how}") from None
     except ValueError as error:
-        raise ProjectionError(f"'{path}' is no JSON ({error}); {how}") from None
+        raise ProjectionError(f"'{path}' is not JSON ({error}); {how}") from None
     for side in ("fastmum", "reference"):
         of_side = predictions.get(side) if isinstance(predictions, dict) else None
         if not isinstance(of_side, dict):
@@ -49,12 +50,12 @@ def read_predictions(path: Path) -> dict[str, Any]:
 
 
 def gpu_hours(predicted_ms: float, gpus: int, steps: int = STEPS) -> float:
-    """GPU-hours of a run whose steps take as long as predicted."""
+    """GPU-hours of a run with the predicted time per step."""
     return predicted_ms / 1e3 * steps * gpus / 3600
 
 
 def projection_tables(predictions: dict[str, Any]) -> list[str]:
-    """Lines of Markdown: what a step costs, and what the paper's run would."""
+    """Lines of Markdown: cost of a step, and of the paper's run."""
     sides = {key: title for key, title in TITLES.items() if isinstance(predictions.get(key), dict)}
     where = ", ".join(
         f"{before}{predictions[key]}{unit}"
@@ -63,7 +64,7 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
             ("", "frames", " frames a GPU"),
             ("", "views", " views a sequence"),
             ("", "gpu", ""),
-            ("model.compile=", "compile", " (of fastmum; full is for one GPU, on several blocks are compiled)"),
+            ("model.compile=", "compile", " (fastmum; full on one GPU, block on several)"),
             ("model.recompute=", "recompute", ""),
         )
         if key in predictions
@@ -71,8 +72,8 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
     lines = [
         f"## Predictions, {predictions['gpu']}" if "gpu" in predictions else "## Predictions",
         "",
-        "By formula, nothing measured: operations, bytes and launches of a step are counted in what PyTorch and"
-        " Inductor would launch (`python -m benchmarks.offline`), and every kernel is given its roofline time."
+        "Not measured: operations, bytes and launches of a step are counted in what PyTorch and Inductor would launch"
+        " (`python -m benchmarks.offline`), and every kernel takes its roofline time."
         + (f" For {where}." if where else ""),
         "",
         "| step, predicted | TFLOP | GB moved | launches | peak GB | ms | reference / this |",
@@ -88,7 +89,7 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
     paper = PAPER_RUNS[0]
     lines += [
         "",
-        f"A **projection** from these: {STEPS:,} steps on {paper.gpus} GPUs, without waiting for data, other GPUs,"
+        f"A **projection**: {STEPS:,} steps on {paper.gpus} GPUs, without waiting for data, other GPUs,"
         f" checkpoints or faults. The paper's run took {paper.gpus} x {paper.gpu} x {paper.days:g} days ="
         f" {paper.gpu_hours:,.0f} GPU-hours ({SOURCE}), all of these included.",
         "",

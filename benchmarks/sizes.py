@@ -1,4 +1,4 @@
-"""What is measured where: the paper's sizes on a GPU, sizes for ten minutes on two cores, and tiny ones for CI."""
+"""Sizes of the benchmarks: the paper's on a GPU, smaller ones for ten minutes on two cores, tiny ones for CI."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ class Sizes(NamedTuple):
 
     Args:
         name: "paper", "laptop" or "quick".
-        device: that is measured.
+        device: of the benchmarks.
         precision: "bf16" or "fp32", of the model's products.
         preset: of the model.
         blocks: of its encoder and its decoder; None: the preset's.
         frames, views: F of a step, S of a sequence; S divides F.
         image_size: side of a frame in pixels.
-        rounds: of every duel.
-        step_rounds: of training steps.
-        compiled: whether the reference is also compiled.
+        rounds, step_rounds: of duels and of training steps.
+        compiled: whether to time the compiled reference, too.
     """
 
     name: str
@@ -41,28 +40,28 @@ class Sizes(NamedTuple):
 
     @property
     def model(self) -> ModelConfig:
-        """Widths and depths."""
+        """The model's configuration."""
         preset = PRESETS[self.preset]
         return replace(preset, depth=self.blocks[0], decoder_depth=self.blocks[1]) if self.blocks else preset
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the model's products are computed in."""
+        """Of the model's products."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     @property
     def patches(self) -> int:
-        """P, of a frame."""
+        """P, patches of a frame."""
         return (self.image_size // self.model.patch_size) ** 2
 
     @property
     def visible(self) -> int:
-        """K, a quarter."""
+        """K, visible patches of a frame."""
         return self.patches // 4
 
     @property
     def settings(self) -> list[str]:
-        """As `key.sub=value` words."""
+        """As `key.sub=value`."""
         return [
             f"model.preset={self.preset}",
             f"model.depth={self.model.depth}",
@@ -82,11 +81,10 @@ class Sizes(NamedTuple):
 
 
 def pick_sizes(quick: bool = False) -> Sizes:
-    """The sizes for this machine.
+    """Sizes for this machine.
 
-    With CUDA those of the paper (supplement, "Sampling": 96 frames of 256 px a GPU) in bfloat16. On a CPU a model that
-    its products can train in seconds: ViT-L where they are fast in bfloat16, else the widths of ViT-B and as many
-    blocks as `torch.compile` can be waited for; a step is the same block again and again.
+    CUDA: those of the paper (supplement, "Sampling": 96 frames of 256 px per GPU) in bfloat16. CPU: ViT-L if bfloat16
+    is fast, else the widths of ViT-B with fewer blocks, which `torch.compile` handles in reasonable time.
 
     Args:
         quick: tiny sizes and two rounds, on any machine.

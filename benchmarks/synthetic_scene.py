@@ -1,4 +1,4 @@
-"""A synthetic collection of photographs: cameras round a landmark, and who sees which point, with tracks as in life."""
+"""A synthetic COLMAP model of a photo collection: cameras around a landmark, with realistic tracks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 
 class Scene(NamedTuple):
-    """Observations grouped by point: image and point of each (m,), and the turn of each camera (n,) in radians."""
+    """Observations sorted by point: image and point of each (m,), and the heading of each camera (n,) in radians."""
 
     images: np.ndarray
     points: np.ndarray
@@ -18,27 +18,27 @@ class Scene(NamedTuple):
 
 
 def draw_scene(num_images: int, num_points: int, seed: int = 0) -> Scene:
-    """Cameras stand on a circle, crowded at popular places; a point is seen by cameras within some tens of degrees.
+    """Cameras on a circle, crowded at popular places; cameras within some tens of degrees see the same point.
 
-    Track lengths are 2 + a log-normal tail (median 5, mean 10, the longest several hundred). Images differ in how many
-    points they see by two orders of magnitude. Both are so in reconstructions of photo collections.
+    As in real reconstructions, track lengths are 2 + a log-normal tail (median 5, mean 10, maximum several hundred),
+    and the numbers of points per image vary by two orders of magnitude.
     """
     rng = np.random.default_rng(seed)
     crowd = rng.random(num_images) < 0.5
     headings = np.sort(np.where(crowd, rng.normal(0, 0.4, num_images), rng.uniform(-np.pi, np.pi, num_images)))
-    # Each image takes a stretch of a circle as long as it is good, and a point's track falls on the circle.
+    # Each image has an arc of a circle, long if it sees many points; the observations of a point fall on the circle.
     ends = np.cumsum(rng.lognormal(0, 1, num_images))
     lengths = np.minimum(2 + rng.lognormal(np.log(4.2), 1.35, num_points).astype(np.int64), num_images // 2)
     points = np.repeat(np.arange(num_points), lengths)
     spread = np.repeat(rng.lognormal(np.log(0.02), 0.5, num_points), lengths)
     place = np.repeat(rng.random(num_points), lengths) + rng.normal(0, 1, len(points)) * spread
     images = np.searchsorted(ends, place % 1 * ends[-1])
-    key = np.unique(points * num_images + images)  # no point twice in an image
+    key = np.unique(points * num_images + images)  # a point once per image
     return Scene((key % num_images).astype(np.int32), key // num_images, headings)
 
 
 def write_binary_model(scene: Scene, folder: Path) -> None:
-    """The scene as cameras.bin, images.bin and points3D.bin of COLMAP."""
+    """Write COLMAP's cameras.bin, images.bin and points3D.bin."""
     folder.mkdir(parents=True)
     (folder / "cameras.bin").write_bytes(struct.pack("<QiiQQdddd", 1, 1, 1, 640, 480, 500.0, 500.0, 320.0, 240.0))
     order = np.argsort(scene.images, kind="stable")

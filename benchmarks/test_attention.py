@@ -1,7 +1,7 @@
-"""Attention across the frames of a sequence: every backend that is here against torch's, sequence by sequence.
+"""Global and frame attention: every available backend against torch's attention.
 
-Equal lengths are one call of `scaled_dot_product_attention` for the reference, as in the released model; ragged ones a
-call for each sequence. Backends make their plan once a batch, outside of what is timed, as in training.
+The reference calls `scaled_dot_product_attention` once for equal lengths, as the released model does, and once per
+sequence for ragged ones. Plans of the backends are not timed: training makes them once per batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastmum.attention import BACKENDS, Segments, dense_attention
 
 
 def ragged_lengths(frames: int) -> list[int]:
-    """Half of the frames that are left, at most the paper's 24, again and again: 96 -> 24, 24, 24, 12, 6, 3, 2, 1."""
+    """Half of the remaining frames, at most 24, until none remain: 96 -> 24, 24, 24, 12, 6, 3, 2, 1."""
     lengths: list[int] = []
     while rest := frames - sum(lengths):
         lengths.append(min(24, (rest + 1) // 2))
@@ -38,7 +38,7 @@ class Heads:
             torch.randn(shape, generator=generator).to(sizes.device, sizes.dtype) for _ in range(4)
         )
         self.spans = [n * tokens for n in lengths]
-        # Operations of scores and of values weighted by them: forward, and twice that backward.
+        # Operations of the forward pass; the backward pass has twice as many.
         self.flops = 4 * model.decoder_embed_dim * sum(span * span for span in self.spans)
 
     def plan(self, name: str) -> object:
@@ -48,7 +48,7 @@ class Heads:
         return BACKENDS[name].plan(segments, self.sizes.device)
 
     def passes(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], backward: bool) -> Callable[[], list[Tensor]]:
-        """A call of forward, or of forward and backward."""
+        """The forward pass, or forward and backward."""
         q, k, v = (x.detach().clone().requires_grad_(backward) for x in (self.q, self.k, self.v))
 
         def run() -> list[Tensor]:
@@ -60,7 +60,7 @@ class Heads:
 
 
 def by_sequence(spans: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """torch's attention: one call for spans that are equal, else one for each."""
+    """torch's attention: one call for equal lengths, else one per sequence."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if len(set(spans)) == 1:

@@ -16,7 +16,7 @@ from fastmum.engine.checkpoint import Checkpoints, load_checkpoint
 
 
 def test_checkpoint(duel: Duel, sizes: Sizes, quick: bool, tmp_path: Path) -> None:
-    """Weights and moments of a model in training on the CPU, from and to the disk of the system's temporary folder."""
+    """Weights and moments of a model on the CPU; files in the temporary folder."""
     training, plain = Training(sizes.preset, frames=1), tmp_path / "plain.pt"
     training.step(lambda: None)
     config = dataclasses.asdict(training.config)

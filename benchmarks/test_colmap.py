@@ -1,4 +1,4 @@
-"""From a large COLMAP model to sequences, step by step and as a whole build."""
+"""Sequences from a large COLMAP model: each step, and the whole build."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def size(sizes: Sizes):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, size):
-    """A MegaDepth of one scene, its model as text; the binary one lies beside it."""
+    """MegaDepth's layout with one scene, whose model is there as text and as binary."""
     pycolmap = pytest.importorskip("pycolmap")
     root = tmp_path_factory.mktemp("megadepth")
     scene = root / "Undistorted_SfM/0000"

@@ -1,4 +1,4 @@
-"""Decoding to 256 pixels: CPU time of an image, the decoders and the reference's pipeline in turn."""
+"""CPU time to decode an image to 256 pixels: the decoders and the reference's pipeline."""
 
 import importlib.util
 import os
@@ -28,14 +28,14 @@ DECODERS = ["pillow", *(["dali_cpu"] * HAS_DALI), *(["dali"] * (HAS_DALI and tor
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/stat").exists(),
-    reason="CPU time of worker processes is read from /proc, which is not here",
+    reason="no /proc, from which CPU time of worker processes is read",
 )
 
 
 @pytest.fixture(scope="module", params=["320 pixels", "1920 x 1080", "3840 x 2160"])
 def files(request, tmp_path_factory, quick) -> list[Path]:
     if quick and request.param != "320 pixels":
-        pytest.skip("large photographs take a minute to make and to decode: --quick leaves them out")
+        pytest.skip("--quick: large photographs take a minute")
     folder = tmp_path_factory.mktemp("photographs")
     match request.param:
         case "320 pixels":
@@ -46,7 +46,7 @@ def files(request, tmp_path_factory, quick) -> list[Path]:
 
 
 def test_cpu_time_of_an_image(duel: Duel, files: list[Path], tmp_path: Path, request):
-    """Every round runs each of them over the same files; the first warms up."""
+    """Every round decodes the same files with each; the first round warms up."""
     plans = whole_batches(len(files))
     reference = image_loader.loader(files, SIZE, BATCH, WORKERS)
     manifests = open_manifest(tmp_path, files)
@@ -70,7 +70,7 @@ def test_cpu_time_of_an_image(duel: Duel, files: list[Path], tmp_path: Path, req
 
 
 def whole_batches(num_files: int) -> list[StepPlan]:
-    """Plans that take the files in turn."""
+    """Plans over all files in order."""
     rng = np.random.default_rng(0)
     return [
         StepPlan(
@@ -93,7 +93,7 @@ def open_manifest(folder: Path, files: list[Path]) -> Manifests:
 
 
 def agree_with_reference(loader: Loader, files: list[Path], plan: StepPlan) -> None:
-    """What is faster must be the same: at most 2 grey levels apart on average."""
+    """Frames differ by at most 2 grey levels on average."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGENET_MEAN, IMAGENET_STD))
     for row, frame, crop, flip in zip(plan.rows, loader.load(plan).frames, plan.crops, plan.flips, strict=True):
         with Image.open(files[row]) as image:
@@ -103,7 +103,7 @@ def agree_with_reference(loader: Loader, files: list[Path], plan: StepPlan) -> N
 
 
 def cpu_seconds(reference) -> float:
-    """CPU time of this process with all its threads, and of the reference's worker processes."""
+    """CPU time of this process and of the reference's worker processes."""
     workers = getattr(reference._iterator, "_workers", [])
     ticks = sum(
         sum(map(int, Path(f"/proc/{w.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) for w in workers

@@ -1,4 +1,4 @@
-"""From a fresh process: time until the first training step is done, peak memory, and imports by themselves."""
+"""Fresh processes: time to the end of the first training step, peak memory, and time of imports."""
 
 import subprocess
 import sys
@@ -9,12 +9,9 @@ from benchmarks.fresh import ROOT, measure
 from benchmarks.results import FASTMUM, REFERENCE
 from benchmarks.sizes import Sizes
 
-STEPS = 2  # the second has moments, and what the allocator kept of the first
-INITIAL_LOSS = (0.9, 1.5)  # of a model that has learnt nothing: it predicts little, and targets have variance 1
-IMPORTS = {
-    REFERENCE: "import benchmarks.reference.step",
-    FASTMUM: "import fastmum; fastmum.MuM",
-}
+STEPS = 2  # moments exist in the second
+INITIAL_LOSS = (0.9, 1.5)  # of an untrained model: targets have variance 1
+IMPORTS = {REFERENCE: "import benchmarks.reference.step", FASTMUM: "import fastmum; fastmum.MuM"}
 
 
 def test_start_up_and_memory(duel: Duel, sizes: Sizes, quick: bool) -> None:
@@ -34,12 +31,12 @@ def test_start_up_and_memory(duel: Duel, sizes: Sizes, quick: bool) -> None:
 
 
 def test_import(duel: Duel, quick: bool) -> None:
-    """The reference's is PyTorch's, as far as can be seen."""
+    """The reference imports PyTorch and little else."""
     times = {side: [] for side in IMPORTS}
     for number in range(0 if quick else -1, 1 if quick else 4):
         for side in rotated(list(IMPORTS), max(number, 0)):
             began = perf_counter()
             subprocess.run([sys.executable, "-c", IMPORTS[side]], check=True, cwd=ROOT)
-            if number >= 0:  # the first reads files from the disk
+            if number >= 0:  # the first fills the page cache
                 times[side].append(perf_counter() - began)
     duel.record("start-up", "import and exit", times)

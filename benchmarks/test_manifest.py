@@ -1,4 +1,4 @@
-"""Opening and reading manifests of 20 M frames, of a quarter without a GPU: time and memory of a process."""
+"""Time and memory to open and read manifests of 20 M frames (a quarter of them without a GPU)."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from benchmarks.large_manifests import write_large_manifests
 from fastmum.data.manifest import Manifests
 
-# Before and after opening, in MB: resident, of it private (not of mapped files), and the peak.
+# MB before and after opening: resident, private (not mapped files), peak.
 MEMORY = """
 import json, sys
 from fastmum.data.manifest import Manifests
@@ -30,9 +30,7 @@ def paths(tmp_path_factory, quick, sizes):
     return write_large_manifests(tmp_path_factory.mktemp("manifests"), share)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="memory of a process is read from /proc, which is not here"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc, from which memory is read")
 def test_open(benchmark, paths):
     out = subprocess.run([sys.executable, "-c", MEMORY, *paths], check=True, capture_output=True, text=True).stdout
     frames, before, after = json.loads(out)
@@ -42,6 +40,6 @@ def test_open(benchmark, paths):
 
 
 def test_files(benchmark, paths):
-    """The paths of a batch of 96 frames from all over."""
+    """Paths of 96 random frames."""
     manifests, rng = Manifests(paths), np.random.default_rng(0)
     benchmark(lambda: manifests.files(rng.integers(0, manifests.num_frames, 96)))

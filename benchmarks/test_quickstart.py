@@ -1,4 +1,4 @@
-"""The parts of the quickstart: a training step, loading its frames, rendering a scene."""
+"""Parts of the quickstart: training step, loading, rendering."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ FRAMES, SIZE, VIEWS = 32, 128, 4
 
 @pytest.fixture(autouse=True)
 def _named_after_the_cpu(benchmark):
-    """All of it is computed there, on any machine: a page on a GPU must not show it as the GPU's."""
+    """Runs on the CPU of any machine, which a page about a GPU must say."""
     benchmark.fullname += " (on the CPU)"
 
 

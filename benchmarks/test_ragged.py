@@ -1,4 +1,4 @@
-"""Packed sequences of different length against equal ones, per operation: what raggedness itself costs."""
+"""Cost of raggedness: packed sequences of different lengths against equal ones, per FLOP."""
 
 from benchmarks.duel import Duel, no_collection, rotated
 from benchmarks.results import FASTMUM, REFERENCE
@@ -11,7 +11,7 @@ ROUNDS = 3
 
 
 def test_ragged_batches(duel: Duel, sizes: Sizes) -> None:
-    """Seconds for 10^12 operations of the model; the reference is fastmum itself on sequences of equal length."""
+    """Seconds per TFLOP of the model; the reference is fastmum on sequences of equal length."""
     settings = [*sizes.settings, *([] if sizes.device.type == "cuda" else ["model.compile=off"])]
     problem = make_problem(sizes.frames, sizes.frames, settings)
     equal = (sizes.views,) * (sizes.frames // sizes.views)

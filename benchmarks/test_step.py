@@ -1,4 +1,4 @@
-"""The training step against the released model's in plain PyTorch, eager and compiled: what fastmum is for."""
+"""The training step against the released model in plain PyTorch, eager and compiled."""
 
 import os
 
@@ -10,12 +10,12 @@ from benchmarks.step import PHASES, Comparison
 from fastmum.engine.gpus import peak_flops
 from fastmum.model.flops import step_flops
 
-PHASE_NAMES = {"optimizer": "optimiser", "norm": "norm of the gradient", "step": "whole step"}
-STATE_BYTES = 4 * 4 + 8  # of a parameter: weight, gradient, moments; activations of a few frames beside them
+PHASE_NAMES = {"norm": "gradient norm", "step": "whole step"}
+STATE_BYTES = 4 * 4 + 8  # per parameter: weight, gradient, moments, and some activations
 
 
 def test_step(duel: Duel, sizes: Sizes) -> None:
-    """Forward, backward, norm, optimiser, and the whole of them with what lies between."""
+    """Forward, backward, norm, optimizer, and the whole step."""
     lengths = [sizes.views] * (sizes.frames // sizes.views)
     _need_memory(sizes)
     on_cuda = sizes.device.type == "cuda"
@@ -45,5 +45,5 @@ def _need_memory(sizes: Sizes) -> None:
     model = sizes.model
     width = model.depth * model.embed_dim**2 + model.decoder_depth * model.decoder_embed_dim**2
     need = 12 * width * STATE_BYTES * (3 if sizes.compiled else 2)
-    if (there := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < need:
-        pytest.skip(f"models of {sizes.preset} in training want {need / 1e9:.0f} GB of memory, of {there / 1e9:.0f}")
+    if (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) < need:
+        pytest.skip(f"training {sizes.preset} needs {need / 1e9:.0f} GB of memory, this machine has {memory / 1e9:.0f}")

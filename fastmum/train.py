@@ -286,7 +286,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"keys (type, default):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file, such as configs/quickstart.yaml")
+    parser.add_argument("--config", metavar="FILE", help="YAML file, or the name of an installed one: quickstart")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys that override the file")
     return parser.parse_intermixed_args(argv)

@@ -3,6 +3,18 @@
 One file per operation, from the public function down to the jitted kernel. See docs/kernels.md.
 """
 
+from pathlib import Path
+
+import fastmum
+
+_kernels, _package = Path(__file__).resolve().parent, Path(fastmum.__file__).resolve().parent
+if _kernels not in (_package / "kernels", _package.parent / "kernels"):
+    raise ImportError(
+        f"fastmum is imported from '{_package}', but fastmum.kernels from '{_kernels}', another checkout: "
+        "run `pip install -e .` in the checkout that you use"
+    )
+
+# ruff: noqa: E402
 from fastmum.kernels.feedforward import mlp
 from fastmum.kernels.loss import patch_loss
 from fastmum.kernels.matmul import linear

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on a SLURM cluster that survives preemption and time limits: it saves on a signal and is queued again.
 #
-#   sbatch --nodes=8 slurm.sh --config configs/mum_vitl16.yaml data.manifests=[/data/co3d.arrow] data.mode=balanced
+#   sbatch --nodes=8 slurm.sh --config mum_vitl16 data.manifests=[/data/co3d.arrow] data.mode=balanced
 #
 # One task per GPU. Put what your cluster needs (--partition, --account, --time) on the sbatch line or in here.
 #SBATCH --job-name=fastmum

@@ -1,4 +1,4 @@
-"""Shared fixtures: where the project's test data lie, tiny models and folders of small images."""
+"""Shared fixtures: the project's test data, a tiny model and a folder of small images."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ TINY = ModelConfig(32, 2, 2, 32, 2, 2)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The project's test data, which are not part of the repository."""
+    """Folder of the project's test data, which is not in the repository."""
     if not SHARED.is_dir():
-        pytest.skip(f"test data of the project are absent: no {SHARED.name}/ beside the checkout")
+        pytest.skip(f"test data of the project are absent: no {SHARED.name}/ next to the checkout")
     return SHARED
 
 
 @pytest.fixture
 def tiny() -> MuM:
-    """A model small enough for any test, the same every time."""
+    """A tiny model with fixed weights."""
     torch.manual_seed(0)
     return MuM(TINY)
 

@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastmum.config.schema import Bounds, ConfigError, EngineConfig
+from fastmum.errors import FastmumError
+from fastmum.resources import find_config
 
 COMMAND_LINE = "the command line"
 C = TypeVar("C", bound=EngineConfig)
@@ -107,12 +109,10 @@ def _parse(word: str, keys: dict[str, Key]) -> DictConfig:
 
 
 def _read(file: Path, keys: dict[str, Key]) -> DictConfig:
-    if not file.is_file():
-        near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean '{file.parent / near[0]}'?" if near else ""
-        raise ConfigError(f"configuration file '{file}' does not exist{hint}")
     try:
-        content = OmegaConf.load(file)
+        content = OmegaConf.load(find_config(file))
+    except FastmumError as error:
+        raise ConfigError(str(error)) from None
     except Exception as error:
         raise ConfigError(f"'{file}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):

@@ -1,4 +1,4 @@
-"""`make gpu`: what it runs, and what it says of it, without a GPU."""
+"""`make gpu` without a GPU: its stages and its page."""
 
 import pytest
 import torch
@@ -12,52 +12,46 @@ XML = """<testsuites><testsuite tests="5" skipped="1" failures="1" errors="1">
 <testcase classname="c" name="test_c"><skipped/></testcase>
 <testcase classname="c" name="test_d"><failure/></testcase><testcase classname="c" name="test_e"><error/></testcase>
 </testsuite></testsuites>"""
+PROFILE = "run/profile/steps_12-14_rank_0.txt"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_one_line(tmp_path, capsys):
+def test_without_a_gpu(tmp_path, capsys):
     assert main(["--folder", str(tmp_path / "gpu")]) == 2
-    assert capsys.readouterr().err == (
-        "error: torch sees no CUDA device: `make gpu` measures a GPU, `make benchmark` a CPU\n"
-    )
+    assert "make benchmark" in capsys.readouterr().err
     assert not (tmp_path / "gpu").exists()
 
 
-@pytest.mark.parametrize(
-    ("gpu", "name"),
-    [("NVIDIA H200", "BENCHMARKS-h200.md"), ("NVIDIA A100-SXM4-80GB", "BENCHMARKS-a100-sxm4-80gb.md"),
-     ("NVIDIA GeForce RTX 4090", "BENCHMARKS-geforce-rtx-4090.md")],
-)  # fmt: skip
-def test_page_is_named_after_the_gpu(gpu, name):
-    assert page_name(gpu) == name
+def test_page_name():
+    assert page_name("NVIDIA H200") == "BENCHMARKS-h200.md"
+    assert page_name("NVIDIA A100-SXM4-80GB") == "BENCHMARKS-a100-sxm4-80gb.md"
 
 
 def test_outcome_of_tests(tmp_path):
-    assert outcome(tmp_path, "X") == "**Tests of the kernels and backends on X: they did not finish.**"
+    assert "did not finish" in outcome(tmp_path, "X")
     (tmp_path / "tests.xml").write_text(XML)
-    sentence = outcome(tmp_path, "X")
-    assert "2 passed, 1 skipped, 2 failed: `c.test_d`, `c.test_e`" in sentence
+    assert "2 passed, 1 skipped, 2 failed: `c.test_d`, `c.test_e`" in outcome(tmp_path, "X")
     (tmp_path / "tests.xml").write_text(XML.replace("<failure/>", "").replace("<error/>", ""))
-    assert outcome(tmp_path, "X") == "Tests of the kernels and backends on X: 4 passed, 1 skipped, 0 failed."
+    assert outcome(tmp_path, "X").endswith("on X: 4 passed, 1 skipped, 0 failed.")
 
 
 def test_profile(tmp_path):
     assert "not written" in profile_note(tmp_path)
-    folder = tmp_path / "run" / "profile"
-    folder.mkdir(parents=True)
-    (folder / "steps_12-14_rank_0.txt").write_text("Name  Self CUDA\naten::mm  3 ms\n" + "more\n" * 100)
+    (tmp_path / PROFILE).parent.mkdir(parents=True)
+    (tmp_path / PROFILE).write_text("Name  Self CUDA\naten::mm  3 ms\n" + "more\n" * 100)
     note = profile_note(tmp_path)
     assert "aten::mm  3 ms" in note
     assert note.count("more") == 22
 
 
 @pytest.fixture
-def machine(monkeypatch):
-    """A GPU that is not there, and stages that end with a code and leave what they are told to."""
+def run_with(monkeypatch, tmp_path):
+    """Runs `main` with a fake GPU, stages that exit with given codes, and files that they leave."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    folder, out = tmp_path / "gpu", tmp_path / "docs" / "PAGE.md"
 
-    def outcomes(folder, codes: dict[str, int], files: dict[str, str]):
+    def call(codes: dict[str, int], files: dict[str, str], out=out) -> tuple[int, str]:
         def run(stage) -> int:
             for name, text in files.items() if stage.name == "tests" else ():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -65,49 +59,37 @@ def machine(monkeypatch):
             return codes.get(stage.name, 0)
 
         monkeypatch.setattr(gpu, "run", run)
+        code = main(["--folder", str(folder), "--out", str(out)])
+        return code, out.read_text() if out.exists() else ""
 
-    return outcomes
+    return call
 
 
-def test_benchmarks_that_die_leave_a_page(machine, tmp_path, capsys):
-    folder, out = tmp_path / "gpu", tmp_path / "docs" / "BENCHMARKS-h200.md"
-    files = {"tests.xml": XML, "result.json": "", "run/profile/steps_12-14_rank_0.txt": "aten::mm  3 ms"}
-    machine(folder, {"tests": 1, "benchmarks": -9}, files)
-    assert main(["--folder", str(folder), "--out", str(out)]) == 1
-    page = out.read_text()
-    assert "2 passed, 1 skipped, 2 failed: `c.test_d`, `c.test_e`" in page
-    assert "What failed: tests, benchmarks." in page
-    assert "aten::mm  3 ms" in page
+def test_failed_benchmarks_leave_a_page(run_with, tmp_path, capsys):
+    files = {"tests.xml": XML, "result.json": "", PROFILE: "aten::mm  3 ms"}
+    code, page = run_with({"tests": 1, "benchmarks": -9}, files)
+    assert code == 1
+    assert all(text in page for text in ("2 failed: `c.test_d`", "Failed: tests, benchmarks.", "aten::mm  3 ms"))
     assert str(tmp_path) not in page
-    assert "is no JSON" in capsys.readouterr().err
+    assert "result.json" in capsys.readouterr().err
 
 
-def test_profile_of_another_time_is_not_shown(machine, tmp_path):
-    folder, out = tmp_path / "gpu", tmp_path / "BENCHMARKS-h200.md"
-    old = folder / "run" / "profile" / "steps_12-14_rank_0.txt"
-    old.parent.mkdir(parents=True)
-    old.write_text("of yesterday")
-    machine(folder, {}, {})
-    assert main(["--folder", str(folder), "--out", str(out)]) == 1
-    assert "The profile was not written" in out.read_text()
-    assert not old.exists()
+def test_profiles_of_earlier_and_failed_runs_are_not_shown(run_with, tmp_path):
+    (tmp_path / "gpu" / PROFILE).parent.mkdir(parents=True)
+    (tmp_path / "gpu" / PROFILE).write_text("of an earlier run")
+    code, page = run_with({}, {})
+    assert code == 1
+    assert "The profile was not written" in page
+    code, page = run_with({"profile": 1}, {PROFILE: "of a failed run"})
+    assert code == 1
+    assert "of a failed run" not in page
+    assert "Failed: profile, benchmarks." in page
 
 
-def test_profile_of_a_trainer_that_failed_is_not_shown(machine, tmp_path):
-    folder, out = tmp_path / "gpu", tmp_path / "BENCHMARKS-h200.md"
-    machine(folder, {"profile": 1}, {"run/profile/steps_12-14_rank_0.txt": "of half a run"})
-    assert main(["--folder", str(folder), "--out", str(out)]) == 1
-    page = out.read_text()
-    assert "of half a run" not in page
-    assert "No profile: the trainer failed" in page
-    assert "What failed: profile, benchmarks." in page
-
-
-def test_a_page_for_a_gpu_that_cannot_be_written_is_an_error(machine, tmp_path, capsys):
-    machine(tmp_path / "gpu", {}, {})
+def test_a_page_that_cannot_be_written(run_with, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["--folder", str(tmp_path / "gpu"), "--out", str(tmp_path / "file" / "PAGE.md")]) == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert run_with({}, {}, tmp_path / "file" / "PAGE.md")[0] == 2
+    assert "file' cannot be written" in capsys.readouterr().err
 
 
 def test_stages(tmp_path):
@@ -115,5 +97,5 @@ def test_stages(tmp_path):
     assert {"tests/kernels", "tests/attention"} <= set(tests.words)
     assert "--quick" not in benchmarks.words
     assert f"--benchmark-json={tmp_path / 'result.json'}" in benchmarks.words
-    assert "profile.steps=12-14" in profile.words
+    assert {"mum_vitl16", "profile.steps=12-14"} <= set(profile.words)
     assert "--quick" in stages(tmp_path, quick=True)[1].words

@@ -1,4 +1,4 @@
-"""Predictions from the offline count, and GPU-hours projected from them."""
+"""Tables of offline predictions, and GPU-hours projected from them."""
 
 import json
 
@@ -14,8 +14,7 @@ PREDICTIONS = {
 
 
 def test_hours():
-    # 500,000 x 0.5184 s x 64 GPUs: the paper's 4,608 GPU-hours.
-    assert gpu_hours(518.4, 64) == pytest.approx(4608)
+    assert gpu_hours(518.4, 64) == pytest.approx(4608)  # 500,000 x 0.5184 s x 64: the paper's 4,608 GPU-hours
     assert gpu_hours(3600.0, 1, steps=1000) == pytest.approx(1.0)
 
 
@@ -26,29 +25,21 @@ def test_tables(tmp_path):
     assert "For mum_vitl16, 96 frames a GPU, A100-80GB." in text
     assert "| fastmum | 26.00 | 150.0 | 1,200 | 31.0 | 150.0 | 2.00 |" in text
     assert "| reference | 26.00 | 150.0 | 5,000 | 31.0 | 300.0 | 1.00 |" in text
-    assert "**projection**" in text
     assert "4,608 GPU-hours" in text
     assert "| fastmum | 1,333 | 0.87 | 29% |" in text
-    assert "| reference | 2,667 | 1.74 | 58% |" in text
     assert "compiled" not in text
-
-
-def test_the_compiled_reference_where_it_is_there():
     text = "\n".join(projection_tables(PREDICTIONS | {"reference_compiled": SIDE | {"predicted_ms": 200.0}}))
     assert "| reference, compiled | 26.00 | 150.0 | 1,200 | 31.0 | 200.0 | 1.50 |" in text
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [(None, "cannot be read"), ("{", "is no JSON"), ("[]", "has no predictions of 'fastmum'"),
-     (json.dumps({"fastmum": SIDE}), "has no predictions of 'reference'"),
-     (json.dumps(PREDICTIONS | {"reference": {"flops": 1}}), "has no number reference.bytes")],
+    ("text", "named"),
+    [(None, "cannot be read"), ("{", "JSON"), ("[]", "'fastmum'"), (json.dumps({"fastmum": SIDE}), "'reference'"),
+     (json.dumps(PREDICTIONS | {"reference": {"flops": 1}}), "reference.bytes")],
 )  # fmt: skip
-def test_other_files_are_one_line(tmp_path, text, message):
+def test_other_files_are_refused(tmp_path, text, named):
     path = tmp_path / "offline.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ProjectionError, match=message) as caught:
+    with pytest.raises(ProjectionError, match=f"offline.json.*{named}"):
         read_predictions(path)
-    assert "\n" not in str(caught.value)
-    assert "benchmarks.offline --json" in str(caught.value)
