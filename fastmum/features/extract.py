@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmum.data.decode.header import FrameError
+from fastmum.data.decode.image import FrameError
 from fastmum.features.errors import FeaturesError
 from fastmum.features.images import Images, Placement, Sizing, read_image
 from fastmum.features.memory import available_memory
