@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastmum.data.decode.header import ORIENTATION, SIDEWAYS
+from fastmum.data.decode.image import ORIENTATION
 from fastmum.data.depth import DepthFormat, read_depth, read_mask
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import Manifest, Manifests
@@ -119,5 +119,5 @@ def image_size(file: Path) -> tuple[int, int]:
         DataError: it cannot be read.
     """
     with reading(file, "an image"), Image.open(file) as image:
-        sideways = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+        sideways = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)  # rotated by 90 degrees
         return image.size[::-1] if sideways else image.size

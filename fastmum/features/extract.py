@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmum.data.decode.header import FrameError
+from fastmum.data.decode.image import FrameError
 from fastmum.features.images import FeaturesError, Images, Placement, Sizing, read_image
 from fastmum.features.store import Tokens
 from fastmum.model.encoder import Encoder

@@ -15,10 +15,7 @@ import numpy as np
 
 from fastmum.data.builders.base import images_in
 from fastmum.data.builders.folder import image_folders
-from fastmum.data.decode.geometry import place
-from fastmum.data.decode.header import FrameError, read_file, read_header
-from fastmum.data.decode.pillow import rgb
-from fastmum.data.decode.resize import resize
+from fastmum.data.decode.image import FrameError, place, read_file, read_header, resize, rgb
 from fastmum.data.errors import DataError
 from fastmum.errors import FastmumError
 from fastmum.model.inputs import IMAGENET_MEAN

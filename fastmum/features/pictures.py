@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmum.data.decode.header import FrameError
+from fastmum.data.decode.image import FrameError
 from fastmum.features.images import FeaturesError, Images, read_image
 from fastmum.features.store import Tokens
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastmum.data.decode.header import FrameError
+from fastmum.data.decode.image import FrameError
 from fastmum.features import FeaturesError, Sizing, find_images
 from fastmum.features.images import PADDING, read_image
 

@@ -1,4 +1,4 @@
-"""From image files to training frames: three decoders that make the same frames of a plan."""
+"""Decoding image files to training frames: three decoders that produce the same frames for a plan."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import logging
 
 import torch
 
-from fastmum.data.decode.decoder import Decoded, Decoder
-from fastmum.data.decode.header import FrameError
-from fastmum.data.decode.pillow import PillowDecoder
+from fastmum.data.decode.image import FrameError
+from fastmum.data.decode.pillow import Decoded, Decoder, PillowDecoder
 from fastmum.data.errors import DataError
 
 __all__ = ["DECODERS", "Decoded", "Decoder", "FrameError", "PillowDecoder", "make_decoder"]
@@ -21,27 +20,26 @@ INSTALL_DALI = "pip install 'fastmum[dali]'"
 
 
 def make_decoder(name: str, size: int, device: torch.device | str = "cpu", cache_bytes: int = 0) -> Decoder:
-    """The decoder of a name.
+    """Create a decoder.
 
     Args:
         name: `dali` (on the GPU), `dali_cpu`, `pillow`, or `auto`: dali for a CUDA device where it is installed, else
             pillow.
         size: side of a frame in pixels.
         device: where training runs; for a GPU, frames decoded on the CPU are page-locked.
-        cache_bytes: memory for decoded images; pillow's alone.
+        cache_bytes: memory for decoded images; only pillow has a cache.
 
     Raises:
-        DataError: an unknown name, DALI that is not installed, `dali` without a GPU to decode on.
+        DataError: an unknown name, DALI is not installed, `dali` without a GPU.
     """
     device = torch.device(device)
+    on_gpu, installed = device.type == "cuda", _has_dali()
     if name not in DECODERS:
         raise DataError(f"data.decoder is '{name}', but must be one of {', '.join(DECODERS)}")
-    installed = _has_dali()
     if name == "auto":
-        name = "dali" if device.type == "cuda" and installed else "pillow"
-        if device.type == "cuda" and not installed:
+        name = "dali" if on_gpu and installed else "pillow"
+        if on_gpu and not installed:
             log.warning("frames are decoded on the CPU by Pillow; for decoding on the GPU: %s", INSTALL_DALI)
-    on_gpu = device.type == "cuda"
     if name == "pillow":
         return PillowDecoder(size, cache_bytes, pin_memory=on_gpu)
     if not installed:
@@ -61,5 +59,5 @@ def make_decoder(name: str, size: int, device: torch.device | str = "cpu", cache
 def _has_dali() -> bool:
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # no package at all of NVIDIA's
+    except ModuleNotFoundError:  # no NVIDIA package at all
         return False

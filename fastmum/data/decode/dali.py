@@ -1,7 +1,7 @@
-"""Decoding with DALI on a GPU or on the CPU.
+"""Decoding with DALI, on a GPU or on the CPU.
 
-A thread of the loader reads the files of a batch, looks at their headers, turns crops into pixels, and runs a pipeline
-of its own on them. What DALI cannot decode, Pillow does, and its frame travels through the same pipeline as a PPM.
+Each loader thread reads the files of a batch, checks their headers, converts crops to pixels and runs a pipeline that
+no other thread uses. Files that DALI cannot decode are decoded by Pillow and enter the same pipeline as PPM images.
 """
 
 from __future__ import annotations
@@ -11,52 +11,85 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from nvidia.dali.tensors import TensorListCPU, TensorListGPU
+from nvidia.dali import Pipeline, fn, types
+from nvidia.dali.data_node import DataNode
 
 from fastmum.data.crops import crop_box
-from fastmum.data.decode.decoder import Decoded
-from fastmum.data.decode.geometry import UPRIGHT, place
-from fastmum.data.decode.graph import Pipeline, define_pipeline
-from fastmum.data.decode.header import FrameError, read_file, read_header
-from fastmum.data.decode.pillow import PillowDecoder
-from fastmum.data.decode.resize import resize
+from fastmum.data.decode.image import UPRIGHT, FrameError, place, read_file, read_header, resize
+from fastmum.data.decode.pillow import Decoded, PillowDecoder
 
-TensorList = TensorListCPU | TensorListGPU
+GraphDevice = Literal["gpu", "cpu"]
 
 log = logging.getLogger(__name__)
 
-FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})  # DALI's that are tested here to equal Pillow's
-CPU_RUN = 8  # most frames of a run on the CPU: bounds the memory for regions of large images
+FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})  # decoded by DALI; tested to equal Pillow
+CPU_RUN = 8  # frames per run on the CPU; bounds the memory for regions of large images
 GPU_THREADS = 4  # of each pipeline, for the part of JPEG decoding that stays on the CPU
 
 
-class Encoded(NamedTuple):
-    """One frame on its way into a pipeline.
+def frame_nodes(device: GraphDevice, size: int) -> tuple[DataNode, DataNode]:
+    """Define the graph in the current pipeline: region of interest, resize, flip.
+
+    Inputs, one batch each: `encoded` (n,) uint8, the bytes of a file; `anchor` and `shape` (2,) int32, left and top,
+    width and height of the region in the upright image; `mirror` () int32, only used by the frames.
+
+    Returns:
+        Regions (h, w, 3) and resized, flipped frames (size, size, 3), both uint8 RGB, upright.
+    """
+    encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
+    anchor = fn.external_source(name="anchor", dtype=types.DALIDataType.INT32, ndim=1)
+    shape = fn.external_source(name="shape", dtype=types.DALIDataType.INT32, ndim=1)
+    mirror = fn.external_source(name="mirror", dtype=types.DALIDataType.INT32, ndim=0)
+    regions = fn.decoders.image_slice(
+        encoded,
+        anchor,
+        shape,
+        device="mixed" if device == "gpu" else "cpu",  # mixed: from bytes in host memory to pixels on the GPU
+        output_type=types.DALIImageType.RGB,
+        jpeg_fancy_upsampling=True,  # as libjpeg, so that nvJPEG's chroma equals the CPU decoders'
+    )
+    resized: Any = fn.resize(regions, size=(size, size), interp_type=types.DALIInterpType.INTERP_CUBIC, antialias=True)
+    return regions, fn.flip(resized, horizontal=mirror)
+
+
+def define_pipeline(
+    device: GraphDevice,
+    size: int,
+    output: Literal["regions", "frames"],
+    *,
+    max_frames: int,
+    threads: int,
+    device_id: int | None,
+) -> Pipeline:
+    """A pipeline that returns `output` of the graph; DALI prunes the rest.
 
     Args:
-        data: (n,) uint8, the bytes of a file.
-        box: left, top, width, height of its region in the upright image.
+        device: where regions and frames are computed.
+        size: side of a frame in pixels.
+        output: what a run returns.
+        max_frames: most frames of a run.
+        threads: DALI's CPU threads.
+        device_id: index of the GPU; None: no GPU.
     """
-
-    data: np.ndarray
-    box: tuple[int, int, int, int]
-
-
-NOTHING = Encoded(np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8), (0, 0, 1, 1))
+    # The loader's threads prefetch batches, each with its own pipeline.
+    pipeline = Pipeline(batch_size=max_frames, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
+    with pipeline:
+        pipeline.set_outputs(frame_nodes(device, size)[output == "frames"])
+    return pipeline
 
 
 class DaliCpuDecoder:
-    """DALI decodes regions on the CPU, a thread each for those that call; torch resizes them.
+    """DALI decodes regions on the CPU, with one thread per caller; torch resizes them.
 
-    DALI's own resizing, at the end of the graph that the GPU runs in full, takes six times as long on a CPU.
+    The graph's own resize, which the GPU uses, takes six times as long on a CPU.
 
     Args:
         size: side of a frame in pixels.
-        pin_memory: return page-locked memory, from which copies to a GPU are asynchronous.
+        pin_memory: return page-locked memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, size: int, pin_memory: bool = False) -> None:
@@ -69,18 +102,19 @@ class DaliCpuDecoder:
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
         frames = torch.empty(len(files), self.size, self.size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
-        out, bad = frames.numpy(), {}
+        out = frames.numpy()
+        bad: dict[int, str] = {}
         for begin in range(0, len(files), CPU_RUN):
-            part = slice(begin, begin + CPU_RUN)
-            regions, failed = self._runner.run(files[part], crops[part], None, max_frames=CPU_RUN)
+            chunk = slice(begin, begin + CPU_RUN)
+            regions, failed = self._runner.run(files[chunk], crops[chunk], None, max_frames=CPU_RUN)
             bad |= {begin + i: reason for i, reason in failed.items()}
-            for i, flip in enumerate(flips[part].tolist()):
+            for i, flip in enumerate(flips[chunk].tolist()):
                 place(resize(regions.at(i), self.size), out[begin + i], UPRIGHT, flip)
         return Decoded(frames, bad)
 
 
 class DaliGpuDecoder:
-    """DALI decodes with nvJPEG, resizes and flips on a GPU; the frames stay where they are.
+    """DALI decodes with nvJPEG, resizes and flips on a GPU; the frames stay there.
 
     Args:
         size: side of a frame in pixels.
@@ -90,12 +124,8 @@ class DaliGpuDecoder:
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
         self.device = torch.device("cuda", device.index or 0)
-        self._runner = _Runner(
-            size,
-            lambda n: define_pipeline(
-                "gpu", size, "frames", max_frames=n, threads=GPU_THREADS, device_id=self.device.index
-            ),
-        )
+        options = {"threads": GPU_THREADS, "device_id": self.device.index}
+        self._runner = _Runner(size, lambda n: define_pipeline("gpu", size, "frames", max_frames=n, **options))
 
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
@@ -105,50 +135,57 @@ class DaliGpuDecoder:
             return Decoded(torch.from_dlpack(outputs.as_tensor()), bad)
 
 
+class _Encoded(NamedTuple):
+    """Input of a pipeline for one frame: (n,) uint8 bytes of a file; left, top, width, height of the region."""
+
+    data: np.ndarray
+    box: tuple[int, int, int, int]
+
+
+_NOTHING = _Encoded(np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8), (0, 0, 1, 1))
+
+
 class _Runner:
-    """Runs pipelines on files: as many as threads call at once; no batch is lost to a file that DALI cannot decode."""
+    """Runs pipelines on files, one pipeline per concurrent caller; a file that DALI cannot decode loses no batch."""
 
     def __init__(self, size: int, define: Callable[[int], Pipeline]) -> None:
         self.size = size
         self._define = define
         self._pillow = PillowDecoder(size)
-        self._for_pillow: set[Path] = set()  # files that DALI has failed on
+        self._for_pillow: set[Path] = set()  # files on which DALI failed
         self._idle: list[Pipeline] = []
-        self._room = 0  # most frames asked for: a replacement's run of one must not leave a pipeline that small
+        self._room = 0  # largest run so far: the run of one replacement must not leave a pipeline that small
         self._lock = threading.Lock()
 
     def run(
         self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray | None, max_frames: int
-    ) -> tuple[TensorList, dict[int, str]]:
+    ) -> tuple[Any, dict[int, str]]:
         """One run of a pipeline.
 
         Args:
             files, crops: as in `Decoder.decode`.
             flips: likewise; None for pipelines that return regions.
-            max_frames: that pipelines are to have room for.
+            max_frames: capacity of the pipeline.
 
         Returns:
-            The pipeline's output; index and reason of every file that cannot be decoded.
+            The pipeline's output, a DALI TensorList; index and reason of every file that cannot be decoded.
         """
         frames, bad = self._encode_all(files, crops)
         try:
             return self._feed(frames, flips, max_frames), bad
-        except Exception as error:  # DALI raises whatever its operators do, and seldom says for which frame
-            log.debug("DALI lost a batch, which is decoded again: %s", error)
+        except Exception as error:  # DALI raises any type, and rarely names the frame
+            log.debug("DALI failed on a batch, which is decoded again: %s", error)
         for i, file in enumerate(files):
-            if i not in bad and not self._succeeds(frames[i], flips, max_frames):
+            if i in bad:
+                continue
+            try:
+                self._feed([frames[i]], flips if flips is None else flips[:1], max_frames)
+            except Exception:  # as above
                 self._for_pillow.add(file)
         frames, bad = self._encode_all(files, crops)
         return self._feed(frames, flips, max_frames), bad
 
-    def _succeeds(self, frame: Encoded, flips: np.ndarray | None, max_frames: int) -> bool:
-        try:
-            self._feed([frame], flips if flips is None else flips[:1], max_frames)
-        except Exception:  # as above
-            return False
-        return True
-
-    def _feed(self, frames: Sequence[Encoded], flips: np.ndarray | None, max_frames: int) -> TensorList:
+    def _feed(self, frames: Sequence[_Encoded], flips: np.ndarray | None, max_frames: int) -> Any:
         boxes = np.array([frame.box for frame in frames], np.int32)
         inputs = {
             "encoded": [frame.data for frame in frames],
@@ -163,7 +200,7 @@ class _Runner:
 
     @contextmanager
     def _pipeline(self, max_frames: int) -> Iterator[Pipeline]:
-        """A pipeline for the calling thread alone; one that fails is given up, its state being unknown."""
+        """A pipeline for the calling thread; one that fails is discarded, since its state is unknown."""
         with self._lock:
             self._room = max(self._room, max_frames)
             pipeline = self._idle.pop() if self._idle else None
@@ -173,33 +210,29 @@ class _Runner:
         with self._lock:
             self._idle.append(pipeline)
 
-    def _encode_all(self, files: Sequence[Path], crops: np.ndarray) -> tuple[list[Encoded], dict[int, str]]:
+    def _encode_all(self, files: Sequence[Path], crops: np.ndarray) -> tuple[list[_Encoded], dict[int, str]]:
         frames, bad = [], {}
         for i, (file, crop) in enumerate(zip(files, crops, strict=True)):
             try:
                 frames.append(self._encode(file, crop))
             except FrameError as error:
-                frames.append(NOTHING)
+                frames.append(_NOTHING)
                 bad[i] = str(error)
         return frames, bad
 
-    def _encode(self, file: Path, crop: np.ndarray) -> Encoded:
-        """Read a file.
+    def _encode(self, file: Path, crop: np.ndarray) -> _Encoded:
+        """Read a file; one that DALI cannot decode is decoded by Pillow.
 
         Raises:
             FrameError: it cannot be decoded.
         """
-        if file in self._for_pillow:
-            return self._encode_with_pillow(file, crop)
-        data = read_file(file)
-        header = read_header(data)
-        if header.image.format not in FORMATS:
-            return self._encode_with_pillow(file, crop)
-        left, top, right, bottom = crop_box(crop, header.width, header.height)
-        return Encoded(np.frombuffer(data, np.uint8), (left, top, right - left, bottom - top))
-
-    def _encode_with_pillow(self, file: Path, crop: np.ndarray) -> Encoded:
+        if file not in self._for_pillow:
+            data = read_file(file)
+            header = read_header(data)
+            if header.image.format in FORMATS:
+                left, top, right, bottom = crop_box(crop, header.width, header.height)
+                return _Encoded(np.frombuffer(data, np.uint8), (left, top, right - left, bottom - top))
         frame = np.empty((self.size, self.size, 3), np.uint8)
         self._pillow.decode_to(frame, file, crop, flip=False)
-        header = b"P6 %d %d 255\n" % (self.size, self.size)
-        return Encoded(np.frombuffer(header + frame.tobytes(), np.uint8), (0, 0, self.size, self.size))
+        ppm = b"P6 %d %d 255\n" % (self.size, self.size) + frame.tobytes()
+        return _Encoded(np.frombuffer(ppm, np.uint8), (0, 0, self.size, self.size))

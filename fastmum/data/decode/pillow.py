@@ -1,4 +1,4 @@
-"""Decoding with Pillow: needs nothing but fastmum itself, keeps decoded images in memory where they fit."""
+"""The interface of decoders, and decoding with Pillow, which needs no extra and caches decoded images."""
 
 from __future__ import annotations
 
@@ -6,35 +6,75 @@ import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from fastmum.data.crops import crop_box
-from fastmum.data.decode.decoder import Decoded
-from fastmum.data.decode.geometry import Box, jpeg_scale, place, stored_box
-from fastmum.data.decode.header import FrameError, Header, read_file, read_header
-from fastmum.data.decode.resize import resize
+from fastmum.data.decode.image import (
+    Box,
+    FrameError,
+    Header,
+    jpeg_scale,
+    place,
+    read_file,
+    read_header,
+    resize,
+    rgb,
+    stored_box,
+)
+
+
+class Decoded(NamedTuple):
+    """Decoded frames.
+
+    Args:
+        frames: (F, size, size, 3) uint8, RGB, contiguous, owned by the caller; complete if on a GPU.
+        bad: index and reason of every frame that cannot be decoded; the pixels of these frames are undefined.
+    """
+
+    frames: Tensor
+    bad: dict[int, str]
+
+
+class Decoder(Protocol):
+    """Decodes frames of `size` x `size` pixels; safe to call from several threads."""
+
+    size: int
+
+    def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
+        """Decode, crop, resize and flip.
+
+        Args:
+            files: F image files in any format that Pillow reads. EXIF orientation is applied; grey, palette and CMYK
+                become RGB, alpha is dropped, 16 bits become 8.
+            crops: (F, CROP_WIDTH), for `fastmum.data.crops.crop_box`.
+            flips: (F,) bool, mirror left to right.
+        """
+        ...
 
 
 class PillowDecoder:
-    """Decodes in the calling threads: Pillow and torch release Python's lock while they work.
+    """Decodes in the calling thread; Pillow and torch release the GIL meanwhile.
 
-    Large JPEGs are decoded at a half, a quarter or an eighth of their size where the crop allows it. They are never
-    kept in memory, since a frame must not depend on what was decoded before.
+    Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop allows it. These are never cached, because
+    a frame must not depend on what was decoded before.
 
     Args:
         size: side of a frame in pixels.
-        cache_bytes: memory for decoded images; what does not fit is decoded anew each time.
-        pin_memory: return page-locked memory, from which copies to a GPU are asynchronous.
+        cache_bytes: memory for decoded images, which are never evicted; further images are decoded each time.
+        pin_memory: return page-locked memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, size: int, cache_bytes: int = 0, pin_memory: bool = False) -> None:
         self.size = size
         self.pin_memory = pin_memory
-        self._cache = _Cache(cache_bytes)
+        self._cache: dict[Path, _Decompressed] = {}
+        self._cache_room = cache_bytes
+        self._lock = threading.Lock()
 
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
@@ -53,84 +93,46 @@ class PillowDecoder:
         Raises:
             FrameError: a file that cannot be decoded.
         """
-        whole = self._cache.get(file)
-        if whole is None:
+        image = self._cache.get(file)
+        if image is None:
             header = read_header(read_file(file))
-            if self._scalable(header) or not self._cache.has_room(3 * header.width * header.height):
-                self._decode_region(out, header, crop, flip)
+            scalable = header.image.format in ("JPEG", "MPO") and jpeg_scale(*header.image.size, self.size) > 1
+            if scalable or 3 * header.width * header.height > self._cache_room:
+                place(self._decode_region(header, crop, scalable), out, header.orientation, flip)
                 return
-            whole = _Whole(np.array(rgb(header.image)), header.orientation, header.width, header.height)
-            self._cache.put(file, whole)
-        left, top, right, bottom = _stored_box(crop, whole)
-        place(resize(whole.pixels[top:bottom, left:right], self.size), out, whole.orientation, flip)
+            image = _Decompressed(np.array(rgb(header.image)), header.orientation, header.width, header.height)
+            self._keep(file, image)
+        left, top, right, bottom = _box_in_file(crop, image)
+        place(resize(image.pixels[top:bottom, left:right], self.size), out, image.orientation, flip)
 
-    def _scalable(self, header: Header) -> bool:
-        return header.image.format in ("JPEG", "MPO") and jpeg_scale(*header.image.size, self.size) > 1
+    def _keep(self, file: Path, image: _Decompressed) -> None:
+        with self._lock:
+            if file not in self._cache and image.pixels.nbytes <= self._cache_room:
+                self._cache_room -= image.pixels.nbytes
+                self._cache[file] = image
 
-    def _decode_region(self, out: np.ndarray, header: Header, crop: np.ndarray, flip: bool) -> None:
-        box = _stored_box(crop, header)
-        scale = jpeg_scale(box[2] - box[0], box[3] - box[1], self.size) if self._scalable(header) else 1
-        if scale > 1:
-            frame = self._decode_scaled(header.image, box, scale)
-        else:
-            frame = resize(np.array(rgb(header.image, box)), self.size)
-        place(frame, out, header.orientation, flip)
-
-    def _decode_scaled(self, image: Image.Image, box: Box, scale: int) -> np.ndarray:
-        image.draft(None, (image.width // scale, image.height // scale))
-        # The box now has fractions of pixels, which only Pillow's own resizing knows.
+    def _decode_region(self, header: Header, crop: np.ndarray, scalable: bool) -> np.ndarray:
+        box = _box_in_file(crop, header)
+        scale = jpeg_scale(box[2] - box[0], box[3] - box[1], self.size) if scalable else 1
+        if scale == 1:
+            return resize(np.array(rgb(header.image, box)), self.size)
+        header.image.draft(None, (header.image.width // scale, header.image.height // scale))
+        # The scaled box has fractions of pixels, which only Pillow's resize supports.
         left, top, right, bottom = (side / scale for side in box)
         outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
         inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
-        frame = rgb(image, outer).resize((self.size, self.size), Image.Resampling.BICUBIC, box=inner)
+        frame = rgb(header.image, outer).resize((self.size, self.size), Image.Resampling.BICUBIC, box=inner)
         return np.asarray(frame)
 
 
-class _Whole(NamedTuple):
-    """A decoded image as stored, and its upright size."""
+class _Decompressed(NamedTuple):
+    """The pixels of a file, (h, w, 3) uint8 as stored, and the upright size."""
 
-    pixels: np.ndarray  # (h, w, 3) uint8
+    pixels: np.ndarray
     orientation: int
     width: int
     height: int
 
 
-def _stored_box(crop: np.ndarray, image: Header | _Whole) -> Box:
+def _box_in_file(crop: np.ndarray, image: Header | _Decompressed) -> Box:
     return stored_box(crop_box(crop, image.width, image.height), image.orientation, image.width, image.height)
-
-
-def rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
-    """Decode an image, or a box of it, as 8-bit RGB.
-
-    Raises:
-        FrameError: pixels that Pillow cannot decode.
-    """
-    try:
-        region = image.crop(box) if box else image
-        region.load()
-        if region.mode.startswith("I"):  # 16 bits
-            region = Image.fromarray((np.asarray(region).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-        return region if region.mode == "RGB" else region.convert("RGB")  # which would copy RGB, too
-    except Exception as error:  # Pillow's readers raise whatever a malformed file leads them to
-        raise FrameError(str(error) or type(error).__name__) from None
-
-
-class _Cache:
-    """Decoded images, up to a number of bytes; never gives one up again."""
-
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._images: dict[Path, _Whole] = {}
-        self._lock = threading.Lock()
-
-    def get(self, file: Path) -> _Whole | None:
-        return self._images.get(file)
-
-    def has_room(self, size: int) -> bool:
-        return size <= self._room
-
-    def put(self, file: Path, image: _Whole) -> None:
-        with self._lock:
-            if file not in self._images and self.has_room(image.pixels.nbytes):
-                self._room -= image.pixels.nbytes
-                self._images[file] = image

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastmum.data.crops import whole_frames
 from fastmum.data.decode import PillowDecoder, pillow
-from fastmum.data.decode.header import ORIENTATION
+from fastmum.data.decode.image import ORIENTATION
 
 SIZE = 32
 

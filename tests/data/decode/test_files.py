@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastmum.data.crops import whole_frames
 from fastmum.data.decode import make_decoder
-from fastmum.data.decode.header import ORIENTATION
+from fastmum.data.decode.image import ORIENTATION
 
 KINDS = {
     "jpg": ["RGB", "L", "CMYK"],
