@@ -24,7 +24,7 @@ from torch import Tensor
 from fastmum import PRESETS, MuM
 from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, load_checkpoint
 from fastmum.engine.checkpoint.shards import file_damage
-from fastmum.engine.memory import keep_freed_memory
+from fastmum.engine.device import keep_freed_memory
 
 
 class Training:

@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from benchmarks.duel import Duel
 from benchmarks.results import results_of, text_table
 from benchmarks.sizes import Sizes, pick_sizes
-from fastmum.engine.memory import keep_freed_memory
+from fastmum.engine.device import keep_freed_memory
 
 SIZES_KEY = pytest.StashKey[Sizes]()
 COMMIT_KEY = pytest.StashKey[str]()

@@ -24,11 +24,10 @@ from benchmarks.reference.step import build_optimizer as build_reference_optimiz
 from benchmarks.reference.step import train_step
 from benchmarks.results import COMPILED, FASTMUM, REFERENCE
 from fastmum.config import Config, ConfigError, load_config
-from fastmum.engine.device import MATRIX_DTYPE, autocast, pick_device, pick_precision
+from fastmum.engine.device import MATRIX_DTYPE, autocast, keep_freed_memory, pick_device, pick_precision
 from fastmum.engine.distributed import DistContext, LaunchInfo
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.guard import NonFiniteGuard
-from fastmum.engine.memory import keep_freed_memory
 from fastmum.engine.optimizer import build_optimizer
 from fastmum.errors import FastmumError, run_command
 from fastmum.model.masking import seeded_noise

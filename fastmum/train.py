@@ -22,23 +22,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastmum.config.load import describe_keys, load_config, peek
 from fastmum.config.schema import ConfigError, EngineConfig
 from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, set_aside_after
-from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, autocast, pick_device, pick_precision
-from fastmum.engine.distributed import DistributedError, init_distributed, read_launch_env
-from fastmum.engine.efficiency import Efficiency
+from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, autocast, keep_freed_memory, pick_device, pick_precision
+from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
+from fastmum.engine.efficiency import Efficiency, paper_line
 from fastmum.engine.ema import Ema
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.guard import NonFiniteGuard, TrainingError
 from fastmum.engine.heartbeat import Heartbeat, is_collective_error
-from fastmum.engine.memory import keep_freed_memory
 from fastmum.engine.meter import Meter
-from fastmum.engine.optimizer import build_optimizer
-from fastmum.engine.paper import paper_line
+from fastmum.engine.optimizer import build_optimizer, learning_rate
 from fastmum.engine.prefetcher import Prefetcher
 from fastmum.engine.profile import StepProfiler
 from fastmum.engine.resume import checkpoint_values, resume
 from fastmum.engine.rundir import RunDir
-from fastmum.engine.schedule import learning_rate
-from fastmum.engine.shard import broadcast_weights, shard
 from fastmum.engine.step import Step
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task

@@ -1,9 +1,11 @@
-"""The device of a process, its precision, and the dtypes that follow."""
+"""Device, precision and dtypes of a process; memory settings of the CPU."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import re
+import sys
 from contextlib import AbstractContextManager
 
 import torch
@@ -60,3 +62,21 @@ def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.d
         process = f", and this is process {launch.local_rank} of {launch.local_size} on its machine"
         raise ConfigError(f"{key} is '{name}', but torch sees {count} CUDA devices{process if launch.size > 1 else ''}")
     return device
+
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
+
+
+def keep_freed_memory() -> bool:
+    """Configure glibc to keep freed memory; returns False with other C libraries.
+
+    Gradients and activations are freed and allocated every step. Otherwise the system takes the pages back each time,
+    and clears them again on the next touch.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library, such as musl
+        return False
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))

@@ -1,11 +1,11 @@
-"""Throughput, FLOP utilisation, memory, and device-hours of a run so far and projected."""
+"""Throughput, FLOP utilisation, memory, device-hours of a run so far and projected; cost of the paper's runs."""
 
 from __future__ import annotations
 
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -104,3 +104,30 @@ def _memory_gb(device: torch.device) -> float | None:
     if not statm.exists():
         return None
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+SOURCE = "MuM, supplement, Table 12"
+
+
+class PaperRun(NamedTuple):
+    """A pretraining run of the paper."""
+
+    name: str
+    gpus: int
+    gpu: str
+    days: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of all devices together."""
+        return self.gpus * self.days * 24
+
+
+# A footnote gives 66 A100 days for the lighter run; its columns, 32 GPUs and 3 days, make 96.
+PAPER_RUNS = (PaperRun("MuM", 64, "A100", 3), PaperRun("MuM, lighter", 32, "A100", 3))
+
+
+def paper_line() -> str:
+    """The paper's runs in one line."""
+    runs = (f"{r.name} {r.gpus} x {r.gpu} x {r.days:g} days = {r.gpu_hours:,.0f} GPU-hours" for r in PAPER_RUNS)
+    return f"the paper's runs ({SOURCE}): {'; '.join(runs)}"

@@ -1,4 +1,4 @@
-"""AdamW on float32 weights. bfloat16 models keep the float32 weights in two halves.
+"""AdamW and the learning-rate schedules. bfloat16 models keep the float32 weights in two halves.
 
 Under autocast every step would cast every matrix to bfloat16 and every gradient back. Here the model holds the matrices
 in bfloat16 and their gradients are bfloat16. The optimizer holds the lower 16 bits of the float32 weight (the `rest`),
@@ -8,6 +8,7 @@ exact ties, one value of 131,072, which are rounded away from zero instead of to
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -255,3 +256,27 @@ def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
             start = stop
     if chunk:
         yield chunk
+
+
+BASE_SAMPLES = 256  # the base learning rate is that of so many samples (frames) per step
+
+
+def learning_rate(step: int, steps: int, optim: OptimSection, samples_per_step: int) -> float:
+    """The learning rate of a step, counted from 0.
+
+    Linear warm-up to the peak `base_lr` * samples_per_step / 256, then by `optim.schedule`:
+    cosine: half a cosine down to `min_lr` (scaled like the peak); step: times `gamma` at each milestone; wsd: constant,
+    then linear to `min_lr` over the last `decay_share` of all steps.
+    """
+    scale = samples_per_step / BASE_SAMPLES
+    peak, least = optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * scale
+    if step < optim.warmup_steps:
+        return peak * (step + 1) / optim.warmup_steps
+    if optim.schedule == "step":
+        return peak * optim.gamma ** sum(step >= milestone for milestone in optim.milestones)
+    if optim.schedule == "wsd":
+        decay = max(1, round(steps * optim.decay_share))
+        progress = max(0.0, (step - (steps - decay)) / decay)
+        return peak + (least - peak) * progress
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * progress))

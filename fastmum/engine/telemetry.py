@@ -23,8 +23,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import image, scalar
 
-from fastmum.engine.metrics import end_of_step, finite, metrics_line, read_metrics
-from fastmum.engine.rundir import RunDir
+from fastmum.engine.rundir import RunDir, end_of_step, finite, metrics_line, read_metrics
 from fastmum.engine.wandb_sink import WandbSink
 from fastmum.files import write_atomic
 

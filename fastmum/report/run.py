@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fastmum.engine.metrics import read_metrics
-from fastmum.engine.rundir import RunDir
+from fastmum.engine.rundir import RunDir, read_metrics
 from fastmum.errors import FastmumError
 
 Point = tuple[float, float]

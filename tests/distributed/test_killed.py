@@ -9,7 +9,7 @@ import pytest
 from crew import SMALL
 
 from fastmum.engine.checkpoint import find_checkpoints
-from fastmum.engine.metrics import read_metrics
+from fastmum.engine.rundir import read_metrics
 from fastmum.engine.stop import REQUEUE
 
 KILLS = 20

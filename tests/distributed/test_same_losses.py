@@ -10,7 +10,7 @@ from fastmum.data.build import build
 from fastmum.data.manifest import Manifests
 from fastmum.data.plan import MODES, StepPlanner
 from fastmum.engine.checkpoint import set_aside_after
-from fastmum.engine.metrics import read_metrics
+from fastmum.engine.rundir import read_metrics
 from fastmum.model.compile import has_cpp_compiler
 
 STRATEGIES = {

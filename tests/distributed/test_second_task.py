@@ -12,7 +12,7 @@ from tiny_task import TinyConfig, TinyTask
 from fastmum.config import ConfigError, load_config
 from fastmum.engine.checkpoint import CheckpointError, find_checkpoints, read_weights
 from fastmum.engine.distributed import DistContext
-from fastmum.engine.metrics import read_metrics
+from fastmum.engine.rundir import read_metrics
 from fastmum.engine.stop import REQUEUE
 from fastmum.train import train
 

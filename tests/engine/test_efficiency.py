@@ -7,9 +7,8 @@ import torch
 
 from fastmum.config import load_config
 from fastmum.engine.distributed import DistContext
-from fastmum.engine.efficiency import Efficiency
+from fastmum.engine.efficiency import PAPER_RUNS, Efficiency, paper_line
 from fastmum.engine.gpus import PEAKS, peak_flops
-from fastmum.engine.paper import PAPER_RUNS, paper_line
 from fastmum.model.config import PRESETS
 from fastmum.model.flops import step_flops
 from fastmum.tasks.mum import MuMBatch, MuMTask

@@ -7,7 +7,7 @@ import pytest
 PROGRAM = """
 import resource, sys
 import torch
-from fastmum.engine.memory import keep_freed_memory
+from fastmum.engine.device import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():

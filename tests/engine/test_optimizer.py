@@ -14,8 +14,15 @@ from fastmum.config.schema import OptimSection
 from fastmum.engine import optimizer as engine_optimizer
 from fastmum.engine.checkpoint import Checkpoints, load_checkpoint, read_weights
 from fastmum.engine.ema import Ema
-from fastmum.engine.optimizer import CAST_MODULES, Piece, build_optimizer, chunks, default_groups, split_weights
-from fastmum.engine.schedule import learning_rate
+from fastmum.engine.optimizer import (
+    CAST_MODULES,
+    Piece,
+    build_optimizer,
+    chunks,
+    default_groups,
+    learning_rate,
+    split_weights,
+)
 from fastmum.engine.task import ParamGroup
 from fastmum.kernels.reference import nearest_bfloat16
 
