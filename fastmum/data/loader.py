@@ -1,4 +1,4 @@
-"""Batches in the background: threads decode the plans of the coming steps while the current one trains."""
+"""Background loading: threads decode the plans of the next steps while the current one trains."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastmum.data.plan import StepPlan
 
 
 class Batch(NamedTuple):
-    """What a step trains on.
+    """Decoded frames of a plan.
 
     Args:
-        frames: (F, size, size, 3) uint8, sequences one behind another; on the GPU if the decoder works there.
-        lengths: frames of every sequence.
+        frames: (F, size, size, 3) uint8, sequence by sequence; on the GPU if the decoder works there.
+        lengths: frames of each sequence.
     """
 
     frames: Tensor
@@ -35,17 +35,17 @@ class Batch(NamedTuple):
 class Loader:
     """Decodes plans ahead of time, in order.
 
-    Decoders release Python's lock where they read, decode and resize, so threads are enough, and share what they keep.
+    Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches.
 
     Args:
         decoder: decodes the frames of a plan.
-        manifests: the plans' rows are of.
-        workers: threads, each with a whole batch at a time.
+        manifests: the plans' rows index these.
+        workers: threads; each decodes a whole batch at a time.
         bad_frames: file that lists the frames that cannot be decoded.
         held_out: (sequences,) bool, see `Faults`.
 
     Attributes:
-        wait_seconds: time that callers of `batches` have waited for a batch.
+        wait_seconds: total time that callers of `batches` waited for a batch.
         faults: the frames that cannot be decoded.
     """
 
@@ -64,9 +64,9 @@ class Loader:
         self.faults = Faults(manifests, bad_frames, held_out)
 
     def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
-        """Decoded batches in the order of the plans; as many batches as workers are decoded ahead.
+        """Decoded batches in the order of the plans; up to `workers` batches are decoded ahead.
 
-        On a GPU a batch may be used on the stream that is current when the next one is asked for.
+        On a GPU a batch may be used on the stream that is current when the next batch is requested.
 
         Raises:
             DataError: as `load`, in place of the batch.
@@ -88,7 +88,7 @@ class Loader:
                 self.wait_seconds += time.perf_counter() - start
                 try:
                     yield batch
-                finally:  # also where the caller stops in the middle
+                finally:  # also when the caller closes the generator
                     in_use.add(batch)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -98,49 +98,48 @@ class Loader:
         """Decode one plan in the calling thread.
 
         Raises:
-            DataError: a frame that cannot be replaced, or too many that had to be.
+            DataError: a frame that cannot be replaced, or too many bad frames.
         """
-        files = self.manifests.files(plan.rows)
-        frames, bad = self.decoder.decode(files, plan.crops, plan.flips)
-        self._note(plan.rows, files, bad)
+        frames, bad = self._decode(plan.rows, plan.crops, plan.flips)
         taken = set(plan.rows.tolist())
-        others = {}
+        replaced = {}
         for i in bad:
-            others[i], row = self._replacement(plan, i, taken)
+            replaced[i], row = self._replacement(plan, i, taken)
             taken.add(row)
-        for i, frame in others.items():
+        for i, frame in replaced.items():
             frames[i] = frame
-        if others and frames.is_cuda:
-            torch.cuda.current_stream(frames.device).synchronize()  # those who train on them use another stream
+        if replaced and frames.is_cuda:
+            torch.cuda.current_stream(frames.device).synchronize()  # training uses another stream
         return Batch(frames, tuple(plan.lengths.tolist()))
 
-    def _note(self, rows: np.ndarray, files: list[Path], bad: dict[int, str]) -> None:
+    def _decode(self, rows: np.ndarray, crops: np.ndarray, flips: np.ndarray) -> tuple[Tensor, dict[int, str]]:
+        """Decode frames and record the bad ones."""
+        files = self.manifests.files(rows)
+        frames, bad = self.decoder.decode(files, crops, flips)
         self.faults.read(rows)
         for i, reason in bad.items():
             self.faults.add(int(rows[i]), files[i], reason)
         self.faults.check()
+        return frames, bad
 
     def _replacement(self, plan: StepPlan, index: int, taken: set[int]) -> tuple[Tensor, int]:
         """Another frame with the same crop and flip, and its row."""
         same = slice(index, index + 1)
         for row in self.faults.replacements(int(plan.rows[index]), taken):
-            files = self.manifests.files([row])
-            frames, bad = self.decoder.decode(files, plan.crops[same], plan.flips[same])
-            self._note(np.array([row]), files, bad)
+            frames, bad = self._decode(np.array([row]), plan.crops[same], plan.flips[same])
             if not bad:
                 return frames[0], row
         file = self.manifests.file(int(plan.rows[index]))
         raise DataError(
-            f"'{file}' cannot be decoded, nor can any other frame of its sequence or of those that may replace it; "
-            "restore the files, or leave the data set out"
+            f"'{file}' cannot be decoded, nor can any other frame of its sequence or of the next; restore the files, "
+            "or leave the data set out"
         )
 
 
 class _InUse:
-    """Batches on a GPU whose memory must not be used again yet.
+    """Keeps references to GPU batches until the queued work on them is done.
 
-    DALI takes the memory of a batch back as soon as nothing in Python refers to it, although the work on it that the
-    caller has queued may still lie ahead.
+    DALI reuses the memory of a batch as soon as Python holds no reference, even if kernels that read it are queued.
     """
 
     def __init__(self) -> None:
@@ -157,7 +156,7 @@ class _InUse:
             self._batches.popleft()
 
     def wait(self) -> None:
-        """Let go of all batches as soon as that is safe."""
+        """Release all batches once their work is done."""
         while self._batches:
             self._batches[0][1].synchronize()
             self._batches.popleft()

@@ -1,21 +1,21 @@
-"""Which frames a step trains on, in which sequences, and how each is cropped and flipped.
+"""Sampling plans: which frames a step trains on, in which sequences, with which crops and flips.
 
-A plan is a pure function of (seed, step, rank, world size): resuming a run needs the number of the step and nothing
-else, no rank has to hear of another, and whoever decodes the frames, the batch is the same.
+A plan is a pure function of (seed, step, rank, world size), so a run resumes from a step number, ranks need no
+communication, and every decoder gets the same batch.
 
 Modes:
-    paper: with the probability `imagenet_share` a batch of single images; otherwise one number of views S, uniform,
-        and floor(frames / S) sequences (supplement, "Sampling"). Independently on every rank.
-    packed: exactly full batches of sequences of many lengths, with the share of frames in sequences of S views that the
-        paper's sampler has (`packing`), and single images as `imagenet_share` of the frames.
-    balanced: packed, and the cost of attention is level over ranks and steps (`balance`).
+    paper: with probability `imagenet_share` a batch of single images; otherwise one number of views S, uniform, and
+        floor(frames / S) sequences (supplement, "Sampling"). Independent on every rank.
+    packed: exactly full batches of sequences of mixed lengths, with the paper's share of frames by length (`packing`);
+        single images are `imagenet_share` of the frames.
+    balanced: packed, and the cost of attention is equal over ranks and steps (`balance`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,14 +28,22 @@ from fastmum.data.mixture import Mixture, SequenceIndex
 MODES = ("packed", "balanced", "paper")
 
 
+class Catalogue(Protocol):
+    """The attributes of `Manifests` that planning reads."""
+
+    datasets: tuple[str, ...]
+    starts: np.ndarray
+    dataset_of: np.ndarray
+
+
 class StepPlan(NamedTuple):
     """What one rank decodes for one step, longest sequence first.
 
     Args:
-        rows: (F,) int64, frames by their row in the manifests, sequence by sequence.
-        lengths: (n,) int64, frames of every sequence; their sum is F.
+        rows: (F,) int64, rows of the manifests, sequence by sequence.
+        lengths: (n,) int64, frames of each sequence; they sum to F.
         crops: (F, CROP_WIDTH) float32, for `crops.crop_boxes`.
-        flips: (F,) bool, mirrored left to right.
+        flips: (F,) bool, mirror left to right.
     """
 
     rows: np.ndarray
@@ -47,27 +55,27 @@ class StepPlan(NamedTuple):
 class StepPlanner:
     """Draws plans.
 
-    Data sets all of whose sequences are one frame (ImageNet) are the single images; without such a set their share is
-    0, and with nothing else it is 1. Lengths that no sequence has, or that do not fit in a batch, are left out and the
-    shares of the others grow. What a person may want to know of that is in `notes`.
+    Data sets whose sequences all have one frame (ImageNet) are the single images; without them their share is 0, and
+    without sequences it is 1. Lengths that no sequence has, or that do not fit in a batch, are omitted, and the shares
+    of the others grow. `notes` report such deviations.
 
     Args:
-        manifests: paths of manifests, or manifests opened.
-        weights: of data sets by name, 1 for those not named. Multi-view sets share the frames of sequences by them,
-            sets of single images the frames of single images; 0 leaves a set out.
-        frames_per_gpu: frames of a plan; in the mode `paper`, the most.
+        manifests: paths of manifests, or open manifests.
+        weights: of data sets by name, default 1. They divide the frames of sequences among multi-view sets, and single
+            images among the others; 0 excludes a set.
+        frames_per_gpu: frames of a plan; an upper bound in mode `paper`.
         views: fewest and most views of a sequence.
-        imagenet_share: share of single images among frames; in the mode `paper`, among batches.
+        imagenet_share: share of single images among frames; among batches in mode `paper`.
         mode: one of `MODES`.
         seed: of the run.
         world_size: number of ranks.
-        crop_scale, crop_aspect: ranges of the random crop's area, as a share of the image's, and of width over height.
+        crop_scale, crop_aspect: ranges of the random crop's share of the image area, and of width over height.
         flip: probability of a flip.
-        exclude: numbers of sequences never to draw from (held out).
-        only: numbers of the sequences to draw from; none: all.
+        exclude: sequences never to draw from (held out).
+        only: sequences to draw from; None: all.
 
     Attributes:
-        notes: one line each on what differs from what was asked for.
+        notes: one line per deviation from the settings.
         length_shares: expected share of frames in sequences of each length, by length; 0 stands for single images.
         dataset_shares: expected share of frames of each data set, by name.
 
@@ -77,7 +85,7 @@ class StepPlanner:
 
     def __init__(
         self,
-        manifests: Manifests | Sequence[Path | str],
+        manifests: Catalogue | Sequence[Path | str],
         weights: Mapping[str, float] | None = None,
         frames_per_gpu: int = PAPER_FRAMES,
         views: tuple[int, int] = (2, 24),
@@ -89,11 +97,11 @@ class StepPlanner:
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
-        exclude: Iterable[int] | None = None,
+        exclude: Iterable[int] = (),
         only: Iterable[int] | None = None,
     ) -> None:
         _check(frames_per_gpu, views, imagenet_share, mode, seed, world_size)
-        self.manifests = manifests if hasattr(manifests, "starts") else Manifests(manifests)
+        self.manifests: Any = Manifests(manifests) if isinstance(manifests, Sequence) else manifests
         self.frames_per_gpu = frames_per_gpu
         self.mode = mode
         self.seed = seed
@@ -101,12 +109,14 @@ class StepPlanner:
         self.crop_scale, self.crop_aspect, self.flip = crop_scale, crop_aspect, flip
 
         names, starts = self.manifests.datasets, self.manifests.starts
-        keep = _kept(len(starts) - 1, exclude, only)
+        keep = np.full(len(starts) - 1, only is None)
+        keep[np.array(() if only is None else list(only), np.int64)] = True
+        keep[np.array(list(exclude), np.int64)] = False
         index = SequenceIndex(starts, self.manifests.dataset_of, len(names), max(views[1], 2), keep)
         self._mixture = Mixture(index, names, weights, views[0])
         self.notes = self._mixture.notes
         self.imagenet_share = self._share_of_singles(imagenet_share)
-        self._sizes = self._lengths_there_are(views)
+        self._sizes = self._available_lengths(views)
         single, shares = self._paper_shares() if mode == "paper" else self._fill(views)
         by_length = zip(self._sizes.tolist(), ((1 - single) * shares).tolist(), strict=True)
         self.length_shares = {0: single} | dict(by_length)
@@ -126,32 +136,36 @@ class StepPlanner:
             self.notes.append(f"there are no single images, so data.imagenet_share is 0 and not {share:g}")
         return 0.0
 
-    def _lengths_there_are(self, views: tuple[int, int]) -> np.ndarray:
-        eligible = self._mixture.index.eligible[self._mixture.multiple].any(axis=0)
+    def _available_lengths(self, views: tuple[int, int]) -> np.ndarray:
+        eligible = self._mixture.index.eligible[self._mixture.multiple].sum(axis=0)
         sizes = views[0] + np.flatnonzero(eligible[views[0] : min(views[1], self.frames_per_gpu) + 1])
         if self.imagenet_share < 1 and not len(sizes):
-            raise DataError(f"data.frames_per_batch is {self.frames_per_gpu}, but sequences have at least {views[0]} "
-                            "views (data.views)")  # fmt: skip
+            raise DataError(
+                f"data.frames_per_batch is {self.frames_per_gpu}, but sequences have at least {views[0]} views "
+                "(data.views)"
+            )
         if len(sizes) and sizes[-1] < views[1]:
-            self.notes.append(f"sequences have at most {sizes[-1]} views instead of {views[1]} (data.views): none is "
-                              "longer, or a batch has no room for it")  # fmt: skip
+            self.notes.append(
+                f"sequences have at most {sizes[-1]} views instead of {views[1]} (data.views): no sequence is longer, "
+                "or a batch has no room for it"
+            )
         return sizes
 
     def _paper_shares(self) -> tuple[float, np.ndarray]:
-        """Expected share of frames of single images, and of each length among those of sequences."""
+        """Expected share of single images among all frames, and of each length among the frames of sequences."""
         frames = self.frames_per_gpu // self._sizes * self._sizes
         singles = self.imagenet_share * self.frames_per_gpu
         sequences = (1 - self.imagenet_share) * frames.mean() if len(frames) else 0.0
         return singles / (singles + sequences), frames / max(frames.sum(), 1)
 
     def _fill(self, views: tuple[int, int]) -> tuple[float, np.ndarray]:
-        """Find how to fill batches exactly; the shares that this gives, as in `_paper_shares`."""
+        """Compute how batches are filled exactly; returns the resulting shares, as `_paper_shares`."""
         filling = fill_rank(self.frames_per_gpu, self._sizes, self.imagenet_share, level=self.mode == "balanced")
         if filling is None:
             raise DataError(
                 f"sequences of {views[0]} to {views[1]} views (data.views) cannot fill {self.frames_per_gpu} frames "
                 f"(data.frames_per_batch) exactly with {self.imagenet_share:.0%} single images (data.imagenet_share): "
-                "change one of them, or take data.mode=paper, which leaves part of a batch empty"
+                "change one of them, or use data.mode=paper, which leaves part of a batch empty"
             )
         if filling.distance > SHARES_MISSED:
             self.notes.append(
@@ -162,29 +176,29 @@ class StepPlanner:
         return self.imagenet_share, filling.shares(self._sizes)
 
     def plan(self, step: int, rank: int = 0) -> StepPlan:
-        """The plan of a step and rank, the same whenever it is asked for."""
-        parts = [self._part(*stream) for stream in self._streams(step, rank)]
-        rows, lengths, crops, flips = (np.concatenate(column) for column in zip(*parts, strict=True))
-        # Longest first: what takes longest should be started first, and equal lengths are computed in one go.
+        """The plan of a rank for a step."""
+        units = [self._plan_unit(*stream) for stream in self._streams(step, rank)]
+        rows, lengths, crops, flips = (np.concatenate(column) for column in zip(*units, strict=True))
+        # Longest first: the slowest work starts first, and sequences of equal length are adjacent.
         order = np.argsort(-np.repeat(lengths, lengths), kind="stable")
         return StepPlan(rows[order], -np.sort(-lengths), crops[order], flips[order])
 
     def lengths(self, step: int, rank: int = 0) -> np.ndarray:
-        """The lengths of a plan alone, in a fraction of the time."""
+        """Only the lengths of a plan, in a fraction of the time."""
         drawn = [self._draw_lengths(*stream)[0] for stream in self._streams(step, rank)]
         return -np.sort(-np.concatenate(drawn))
 
     def step_frames(self, step: int) -> int:
-        """Frames of a step on all ranks together; in the mode `paper` it varies."""
+        """Frames of a step on all ranks together; varies in mode `paper`."""
         if self.mode != "paper":
             return self.frames_per_gpu * self.world_size
         return sum(int(self.lengths(step, rank).sum()) for rank in range(self.world_size))
 
     def _streams(self, step: int, rank: int) -> Iterator[tuple[np.random.Generator, bool]]:
-        """Of every unit of a rank: its random numbers, and whether it takes the greater of the two totals."""
+        """For each unit of a rank: its random generator, and whether it takes the larger of the two totals."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not one of {self.world_size}")
-        # Streams of a step: 0 is common to the ranks, the others are those of ranks or units.
+        # Seeds of a step: 0 is shared by all ranks, the others belong to one rank or unit.
         if self.mode == "paper":
             yield np.random.default_rng((self.seed, step, rank + 1)), False
             return
@@ -192,12 +206,12 @@ class StepPlanner:
         chance = self.filling.totals.chances[1]
         offset = np.random.default_rng((self.seed, step, 0)).random()
         for unit in range(rank * units, (rank + 1) * units):
-            # Systematic sampling: of the units of a step the right number, to within one.
+            # Systematic sampling: the number of such units of a step is exact to within one.
             second = int(offset + (unit + 1) * chance) > int(offset + unit * chance)
             yield np.random.default_rng((self.seed, step, unit + 1)), second
 
     def _draw_lengths(self, rng: np.random.Generator, second: bool) -> tuple[np.ndarray, int]:
-        """Lengths, single images last, and the number of these."""
+        """Lengths, single images last, and the number of single images."""
         if self.mode != "paper":
             lengths = self.filling.draw(second, rng)
             singles = self.filling.frames - self.filling.totals.frames[second]
@@ -208,7 +222,7 @@ class StepPlanner:
             lengths, singles = np.full(self.frames_per_gpu // size, size), 0
         return np.concatenate([lengths, np.ones(singles, np.int64)]), singles
 
-    def _part(self, rng: np.random.Generator, second: bool) -> StepPlan:
+    def _plan_unit(self, rng: np.random.Generator, second: bool) -> StepPlan:
         lengths, singles = self._draw_lengths(rng, second)
         sequences = self._mixture.draw(lengths, singles, rng)
         rows = self._mixture.index.rows(sequences, lengths, rng)
@@ -217,27 +231,13 @@ class StepPlanner:
 
 
 def _check(frames_per_gpu: int, views: Sequence[int], share: float, mode: str, seed: int, world_size: int) -> None:
-    if mode not in MODES:
-        raise DataError(f"data.mode is '{mode}', but must be one of {', '.join(MODES)}")
-    if frames_per_gpu < 1 or world_size < 1:
-        raise DataError(f"data.frames_per_batch is {frames_per_gpu} on {world_size} ranks; both must be at least 1")
-    if seed < 0:
-        raise DataError(f"run.seed is {seed}, but must be at least 0")
-    if len(views) != 2:
-        raise DataError(f"data.views is {views}, but must be two numbers, the fewest and the most")
-    if not 1 <= views[0] <= views[1]:
-        raise DataError(f"data.views is {views[0]} to {views[1]}; the fewest must be at least 1 and at most the most")
-    if not 0 <= share <= 1:
-        raise DataError(f"data.imagenet_share is {share}, but must lie between 0 and 1")
-
-
-def _kept(count: int, exclude: Iterable[int] | None, only: Iterable[int] | None) -> np.ndarray | None:
-    """(count,) bool, sequences to draw from; none: all."""
-    if exclude is None and only is None:
-        return None
-    keep = np.full(count, only is None)
-    if only is not None:
-        keep[np.asarray(list(only), np.int64)] = True
-    if exclude is not None:
-        keep[np.asarray(list(exclude), np.int64)] = False
-    return keep
+    for key, value, valid, allowed in (
+        ("data.mode", f"'{mode}'", mode in MODES, f"one of {', '.join(MODES)}"),
+        ("data.frames_per_batch", frames_per_gpu, frames_per_gpu >= 1, "at least 1"),
+        ("world_size", world_size, world_size >= 1, "at least 1"),
+        ("run.seed", seed, seed >= 0, "at least 0"),
+        ("data.views", views, len(views) == 2 and 1 <= views[0] <= views[-1], "[fewest, most], 1 <= fewest <= most"),
+        ("data.imagenet_share", share, 0 <= share <= 1, "between 0 and 1"),
+    ):
+        if not valid:
+            raise DataError(f"{key} is {value}, but must be {allowed}")

@@ -1,22 +1,22 @@
-"""What full and level batches gain: the modes of the sampler side by side, for any number of ranks, by simulation.
+"""Simulated throughput of the sampling modes for any number of ranks.
 
     python -m fastmum.data.plan_table
 
-A synchronous step takes as long as its costliest rank, and a rank's time is taken proportional to the floating-point
-operations of the model. The plans are the real ones; the time is not measured.
+Assumes that a synchronous step takes as long as its costliest rank, and that a rank's time is proportional to the
+floating-point operations of the model. The plans are the real ones; no time is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import sys
 from typing import NamedTuple
 
 import numpy as np
 
 from fastmum.data.balance import PAPER_FRAMES
-from fastmum.data.errors import DataError
 from fastmum.data.plan import StepPlanner
+from fastmum.errors import run_command
 from fastmum.model.config import MLP_RATIO, PRESETS, ModelConfig
 
 IMAGE_SIZE, VISIBLE = 256, 0.25  # pixels and share of patches that the encoder sees (supplement)
@@ -24,30 +24,21 @@ MODES = ("paper", "packed", "balanced")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-@dataclass(frozen=True)
 class LongSequences:
-    """In place of manifests, for lengths alone: a sequence of `views` frames and a single image."""
+    """A `Catalogue` of one sequence of `views` frames and one single image, for planning lengths."""
 
-    views: int
-    datasets: tuple[str, ...] = ("sequences", "images")
-
-    @property
-    def starts(self) -> np.ndarray:
-        """As of `Manifests`."""
-        return np.array([0, self.views, self.views + 1])
-
-    @property
-    def dataset_of(self) -> np.ndarray:
-        """As of `Manifests`."""
-        return np.array([0, 1])
+    def __init__(self, views: int) -> None:
+        self.datasets: tuple[str, ...] = ("sequences", "images")
+        self.starts = np.array([0, views, views + 1])
+        self.dataset_of = np.array([0, 1])
 
 
-class Cost(NamedTuple):
+class PlanCost(NamedTuple):
     """Floating-point operations of a forward pass; backward takes twice as many everywhere.
 
     Args:
-        frame: of a frame by itself.
-        pair: of the attention of one frame to one frame of its sequence in all global blocks.
+        frame: per frame.
+        pair: per pair of frames of a sequence, for the attention in all global blocks.
     """
 
     frame: float
@@ -55,13 +46,13 @@ class Cost(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One number of ranks under one mode, means over steps.
+    """One mode at one number of ranks, means over steps.
 
     Args:
-        ranks, mode: which.
+        ranks, mode: the settings.
         fill: share of the frames that a step could hold.
         imbalance: cost of attention, sum of S squared, of the costliest rank over the mean of the ranks.
-        speed: frames a second relative to the paper's sampler.
+        speed: frames per second relative to the paper's sampler.
     """
 
     ranks: int
@@ -71,10 +62,10 @@ class Row(NamedTuple):
     speed: float
 
 
-def operations(config: ModelConfig, image_size: int = IMAGE_SIZE) -> Cost:
+def operations(config: ModelConfig, image_size: int = IMAGE_SIZE) -> PlanCost:
     """Operations of the model's matrix products: projections and MLP of every token, and attention."""
     patches = (image_size // config.patch_size) ** 2
-    projections = 2 * (4 + 2 * MLP_RATIO)  # query, key, value, output; up and down; an addition and a multiplication
+    projections = 2 * (4 + 2 * MLP_RATIO)  # query, key, value, output; up and down; multiply and add
 
     def block(tokens: int, width: int) -> float:
         return projections * tokens * width**2
@@ -86,20 +77,20 @@ def operations(config: ModelConfig, image_size: int = IMAGE_SIZE) -> Cost:
     encoder = config.depth * (block(visible, config.embed_dim) + attention(visible, config.embed_dim))
     width, depth = config.decoder_embed_dim, config.decoder_depth
     decoder = depth * block(patches, width) + depth / 2 * attention(patches, width)
-    return Cost(encoder + decoder, depth / 2 * attention(patches, width))
+    return PlanCost(encoder + decoder, depth / 2 * attention(patches, width))
 
 
 def draw(planner: StepPlanner, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Frames and sum of S squared of every rank in every step, both (steps, ranks)."""
     lengths = [[planner.lengths(step, rank) for rank in range(planner.world_size)] for step in range(steps)]
-    frames = np.array([[part.sum() for part in step] for step in lengths])
-    return frames, np.array([[(part**2).sum() for part in step] for step in lengths])
+    frames = np.array([[drawn.sum() for drawn in step] for step in lengths])
+    return frames, np.array([[(drawn**2).sum() for drawn in step] for step in lengths])
 
 
 def table(
     ranks: tuple[int, ...],
     steps: int,
-    cost: Cost,
+    cost: PlanCost,
     frames_per_gpu: int = PAPER_FRAMES,
     views: tuple[int, int] = (2, 24),
     imagenet_share: float = 0.1,
@@ -115,7 +106,7 @@ def table(
     for count in ranks:
         paper = None
         for mode in MODES:
-            # What a rank draws does not depend on how many others there are.
+            # The draws of a rank do not depend on the number of ranks.
             frames, squares = (values[:, :count] for values in drawn[mode])
             rate = float(frames.sum() / (frames * cost.frame + squares * cost.pair).max(axis=1).sum())
             paper = paper or rate
@@ -124,8 +115,8 @@ def table(
     return rows
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print the table as Markdown."""
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table as Markdown; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastmum.data.plan_table", description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=300, help="steps to draw (default: %(default)s)")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="numbers of ranks (default: 1 to 256)")
@@ -134,11 +125,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--imagenet-share", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--preset", choices=PRESETS, default="mum_vitl16", help="model (default: %(default)s)")
     args = parser.parse_args(arguments)
+    return run_command(lambda: _print_table(args))
+
+
+def _print_table(args: argparse.Namespace) -> None:
     cost = operations(PRESETS[args.preset])
-    try:
-        rows = table(tuple(args.ranks), args.steps, cost, args.frames_per_gpu, tuple(args.views), args.imagenet_share)
-    except DataError as error:
-        parser.exit(2, f"error: {error}\n")
+    rows = table(tuple(args.ranks), args.steps, cost, args.frames_per_gpu, tuple(args.views), args.imagenet_share)
     print(f"Forward: {cost.frame / 1e9:.1f} GFLOP a frame, and {cost.pair / 1e9:.2f} for each frame of its sequence.\n")
     print("| ranks | mode | frames filled | attention, costliest rank / mean | frames/s, paper = 1 |")
     print("|---|---|---|---|---|")
@@ -147,4 +139,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,10 +1,12 @@
-"""What a run trains and is evaluated on, from its configuration."""
+"""Training and held-out data of a run, from its configuration."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,21 +18,20 @@ from fastmum.data.builders.listing import images_in
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, ManifestError, Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlanner
-from fastmum.data.split import held_out
 
 log = logging.getLogger(__name__)
 
-HELD_OUT_SEED = 0  # not the run's: runs of different seeds are evaluated on the same batches
+HELD_OUT_SEED = 0  # independent of run.seed: runs of different seeds are evaluated on the same batches
 
 
 class DataSplits(NamedTuple):
-    """Planners of the two splits, and sequences to draw pictures from.
+    """Planners of the two splits, and sequences for pictures.
 
     Args:
-        manifests: the planners' rows are of.
-        training: draws from everything that is not held out.
-        held_out: draws from what is, None where nothing is.
-        shown: numbers of the held-out sequences, or of those of training where nothing is held out.
+        manifests: the planners' rows index these.
+        training: draws from all sequences that are not held out.
+        held_out: draws from the held-out sequences; None if there are none.
+        shown: (n,) held-out sequences, or those of training if none is held out.
         is_held_out: (sequences,) bool.
     """
 
@@ -41,63 +42,68 @@ class DataSplits(NamedTuple):
     is_held_out: np.ndarray
 
 
-def open_splits(config: Config, folder: Path, resumed: bool = False, parts: int = 1) -> DataSplits:
-    """Open the manifests of a run and hold some of their sequences out.
+def held_out(names: Sequence[str], share: float) -> np.ndarray:
+    """Indices of the held-out names, ascending: at least one if `share` > 0 and there are two or more names.
 
-    Folders of images (`data.root`, `data.image_root`) and the embedded scenes, which are rendered where nothing else is
-    given, get a manifest of their own. Held-out sequences are sampled like those of training, so that the two losses
-    can be compared; single images are not held out.
+    Names are ordered by their hashes, so that adding sequences does not reshuffle the others.
+    """
+    count = min(len(names) - 1, max(1, round(share * len(names)))) if share > 0 and names else 0
+    by_hash = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())
+    return np.sort(np.array(by_hash[:count], np.int64))
+
+
+def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batches: int = 1) -> DataSplits:
+    """Open the manifests of a run and hold out some of their sequences.
+
+    Manifests of image folders (`data.root`, `data.image_root`) and of the embedded scenes, which are rendered if no
+    other data is given, are written to `folder`. Held-out sequences are sampled like training sequences, so that the
+    two losses are comparable; single images are not held out.
 
     Args:
         config: of the run.
-        folder: the run's, for manifests of its own.
-        resumed: take the manifests that the run wrote when it began, so that it goes on with the same sequences.
-        parts: batches of `data.frames_per_batch` frames that a step of training has, on all processes together.
+        folder: the run's, for its manifests.
+        resumed: reuse the manifests that the run wrote at its start, so that it continues with the same sequences.
+        micro_batches: batches of `data.frames_per_batch` frames in a training step, on all processes together.
 
     Raises:
-        DataError: a manifest or folder that is missing or holds no sequences, scenes that cannot be rendered, or
-            settings that cannot be met.
+        DataError: a manifest or folder that is missing or has no sequences, scenes that cannot be rendered, or settings
+            that cannot be met.
     """
-    data, views = config.data, (config.data.views[0], config.data.views[1])
+    data = config.data
     manifests = Manifests(_manifests(config, folder / "manifests", resumed))
     lengths = np.diff(manifests.starts)
-    candidates = np.flatnonzero((lengths >= max(2, views[0])) & _drawn(manifests, data.weights))
+    used = np.array([data.weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
+    candidates = np.flatnonzero((lengths >= max(2, data.views[0])) & used)
     held = candidates[held_out([manifests.sequence_name(i) for i in candidates.tolist()], data.held_out)]
     planner = functools.partial(
         StepPlanner,
         manifests,
         weights=data.weights,
         frames_per_gpu=data.frames_per_batch,
-        views=views,
+        views=(data.views[0], data.views[1]),
         mode=data.mode,
         crop_scale=(data.crop_scale[0], data.crop_scale[1]),
         crop_aspect=(data.crop_aspect[0], data.crop_aspect[1]),
         flip=data.flip,
     )
-    training = planner(imagenet_share=data.imagenet_share, seed=config.run.seed, world_size=parts, exclude=held)
+    training = planner(imagenet_share=data.imagenet_share, seed=config.run.seed, world_size=micro_batches, exclude=held)
     for note in training.notes:
         log.info("%s", note)
-    if not len(held):
-        log.warning("no sequence is held out, so there is no evaluation: data.held_out is %g", data.held_out)
     log.info(
         "training on %d sequences (%d frames), held out: %d (%d frames)",
         len(lengths) - len(held), manifests.num_frames - lengths[held].sum(), len(held), lengths[held].sum(),
     )  # fmt: skip
     is_held_out = np.isin(np.arange(manifests.num_sequences), held)
     if not len(held):
+        log.warning("no sequence is held out, so there is no evaluation: data.held_out is %g", data.held_out)
         return DataSplits(manifests, training, None, np.arange(manifests.num_sequences), is_held_out)
     evaluated = functools.partial(planner, imagenet_share=0.0, seed=HELD_OUT_SEED, only=held)
     try:
         evaluation = evaluated()
-    except DataError as error:  # what is held out has fewer lengths than what is trained on
+    except DataError as error:  # the held-out sequences have fewer lengths than those of training
         evaluation = evaluated(mode="paper")
         log.warning("held-out sequences are evaluated as with data.mode=paper: %s", error)
     return DataSplits(manifests, training, evaluation, held, is_held_out)
-
-
-def _drawn(manifests: Manifests, weights: dict[str, float]) -> np.ndarray:
-    """(sequences,) bool, those of data sets that are not left out."""
-    return np.array([weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
 
 
 def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:

@@ -107,7 +107,7 @@ def test_a_file_of_two_data_sets_is_bad_in_both(tmp_path):
 
 
 def test_a_log_that_cannot_be_read_is_named(manifests_of, tmp_path, monkeypatch):
-    (tmp_path / "bad_frames.log").write_text("")
+    (tmp_path / "bad_frames.log").write_text("a\t0.jpg\tempty\n")
 
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")

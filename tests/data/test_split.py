@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastmum.data.split import held_out
+from fastmum.data.splits import held_out
 
 
 @pytest.mark.parametrize(

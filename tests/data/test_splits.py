@@ -10,8 +10,7 @@ from fastmum.config import load_config
 from fastmum.data.build import build
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord, write_manifest
-from fastmum.data.split import held_out
-from fastmum.data.splits import open_splits
+from fastmum.data.splits import held_out, open_splits
 
 SETTINGS = ["data.views=[2,3]", "data.frames_per_batch=6", "data.held_out=0.3"]
 
