@@ -60,8 +60,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     two losses are comparable; single images are not held out.
 
     Args:
-        config: of the run.
-        folder: the run's, for its manifests.
+        folder: of the run.
         resumed: reuse the manifests that the run wrote at its start, so that it continues with the same sequences.
         micro_batches: batches of `data.frames_per_batch` frames in a training step, on all processes together.
 
