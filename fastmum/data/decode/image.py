@@ -106,7 +106,7 @@ def rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
         raise FrameError(str(error) or type(error).__name__) from None
 
 
-def to_file(box: Box, orientation: int, width: int, height: int) -> Box:
+def stored_box(box: Box, orientation: int, width: int, height: int) -> Box:
     """Map a box of the upright image of `width` x `height` pixels to the pixels of the file."""
     mirror_x, mirror_y, swap = _TO_UPRIGHT[orientation]
     left, top, right, bottom = box

@@ -23,7 +23,7 @@ from fastmum.data.decode.image import (
     read_header,
     resize,
     rgb,
-    to_file,
+    stored_box,
 )
 
 
@@ -130,4 +130,4 @@ class _Decompressed(NamedTuple):
 
 
 def _box_in_file(crop: np.ndarray, image: Header | _Decompressed) -> tuple[int, int, int, int]:
-    return to_file(crop_box(crop, image.width, image.height), image.orientation, image.width, image.height)
+    return stored_box(crop_box(crop, image.width, image.height), image.orientation, image.width, image.height)

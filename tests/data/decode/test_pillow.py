@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from fastmum.data.crops import whole_frames
 from fastmum.data.decode import PillowDecoder, pillow
-from fastmum.data.decode.image import KEPT, ORIENTATION, jpeg_scale, place, to_file
+from fastmum.data.decode.image import KEPT, ORIENTATION, jpeg_scale, place, stored_box
 
 SIZE = 32
 
@@ -21,7 +21,7 @@ def test_a_box_of_the_file_turned_upright_is_the_box_of_the_upright_image(orient
     image.getexif()[ORIENTATION] = orientation
     whole = ImageOps.exif_transpose(image)
     box = (1, 2, 6, 5)
-    left, top, right, bottom = to_file(box, orientation, *whole.size)
+    left, top, right, bottom = stored_box(box, orientation, *whole.size)
     for flip in (False, True):
         theirs = np.asarray(ImageOps.mirror(whole.crop(box)) if flip else whole.crop(box))
         ours = np.empty_like(theirs)
