@@ -119,7 +119,7 @@ class Mixture:
         """
         eligible = self.index.eligible[self.multiple][:, sizes].T > 0
         table = by_frames(self._weights, eligible, shares) if level else by_weight(self._weights, eligible)
-        self._sizes, self._chances, self._single_chances = sizes, _cumulative(table), _cumulative(self._single_weights)
+        self._sizes, self._chances, self._single_chances = sizes, cumulative(table), cumulative(self._single_weights)
         got = shares @ table
         for i, share, weight in zip(self.multiple.tolist(), got, self._weights, strict=True):
             if drawn and len(sizes) and abs(share - weight) > WEIGHT_MISSED * weight:
@@ -174,7 +174,7 @@ def by_frames(weights: np.ndarray, eligible: np.ndarray, shares: np.ndarray) -> 
     return table
 
 
-def _cumulative(chances: np.ndarray) -> np.ndarray:
+def cumulative(chances: np.ndarray) -> np.ndarray:
     """Cumulative probabilities that end in exactly 1, so that a uniform number in [0, 1) stays within the last one."""
     total = chances.cumsum(axis=-1)
     return total / total[..., -1:]

@@ -8,28 +8,30 @@ Modes:
         floor(frames / S) sequences (supplement, "Sampling"). Independent on every rank.
     packed: exactly full batches of sequences of mixed lengths, with the paper's share of frames by length (`packing`);
         single images are `imagenet_share` of the frames.
-    balanced: packed, and the cost of attention is equal over ranks and steps (`balance`).
+    balanced: packed, and the cost of attention is equal over ranks and steps to within 1 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastmum.data.balance import PAPER_FRAMES, SHARES_MISSED, fill_rank
 from fastmum.data.crops import draw_crops
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
 from fastmum.data.mixture import Mixture, SequenceIndex
+from fastmum.data.packing import PAPER_FRAMES, SHARES_MISSED, fill_rank
 
 MODES = ("packed", "balanced", "paper")
 
 
-class Catalogue(Protocol):
-    """The attributes of `Manifests` that planning reads."""
+@dataclass(frozen=True)
+class Catalogue:
+    """The attributes of `Manifests` that planning reads, for planning without files."""
 
     datasets: tuple[str, ...]
     starts: np.ndarray
@@ -85,7 +87,7 @@ class StepPlanner:
 
     def __init__(
         self,
-        manifests: Catalogue | Sequence[Path | str],
+        manifests: Manifests | Catalogue | Sequence[Path | str],
         weights: Mapping[str, float] | None = None,
         frames_per_gpu: int = PAPER_FRAMES,
         views: tuple[int, int] = (2, 24),
@@ -160,7 +162,8 @@ class StepPlanner:
 
     def _fill(self, views: tuple[int, int]) -> tuple[float, np.ndarray]:
         """Compute how batches are filled exactly; returns the resulting shares, as `_paper_shares`."""
-        filling = fill_rank(self.frames_per_gpu, self._sizes, self.imagenet_share, level=self.mode == "balanced")
+        lengths = tuple(self._sizes.tolist())
+        filling = fill_rank(self.frames_per_gpu, lengths, self.imagenet_share, level=self.mode == "balanced")
         if filling is None:
             raise DataError(
                 f"sequences of {views[0]} to {views[1]} views (data.views) cannot fill {self.frames_per_gpu} frames "
@@ -173,11 +176,12 @@ class StepPlanner:
                 f"of lengths: the total variation between them is {filling.distance:.2f}"
             )
         self.filling = filling
-        return self.imagenet_share, filling.shares(self._sizes)
+        single, *shares = filling.shares
+        return single, np.array(shares) / max(1 - single, 1e-300)
 
     def plan(self, step: int, rank: int = 0) -> StepPlan:
         """The plan of a rank for a step."""
-        units = [self._plan_unit(*stream) for stream in self._streams(step, rank)]
+        units = [self._plan_unit(rng) for rng in self._generators(step, rank)]
         rows, lengths, crops, flips = (np.concatenate(column) for column in zip(*units, strict=True))
         # Longest first: the slowest work starts first, and sequences of equal length are adjacent.
         order = np.argsort(-np.repeat(lengths, lengths), kind="stable")
@@ -185,7 +189,7 @@ class StepPlanner:
 
     def lengths(self, step: int, rank: int = 0) -> np.ndarray:
         """Only the lengths of a plan, in a fraction of the time."""
-        drawn = [self._draw_lengths(*stream)[0] for stream in self._streams(step, rank)]
+        drawn = [self._draw_lengths(rng)[0] for rng in self._generators(step, rank)]
         return -np.sort(-np.concatenate(drawn))
 
     def step_frames(self, step: int) -> int:
@@ -194,27 +198,17 @@ class StepPlanner:
             return self.frames_per_gpu * self.world_size
         return sum(int(self.lengths(step, rank).sum()) for rank in range(self.world_size))
 
-    def _streams(self, step: int, rank: int) -> Iterator[tuple[np.random.Generator, bool]]:
-        """For each unit of a rank: its random generator, and whether it takes the larger of the two totals."""
+    def _generators(self, step: int, rank: int) -> list[np.random.Generator]:
+        """One random generator per unit of a rank; consecutive ranks have consecutive units."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not one of {self.world_size}")
-        # Seeds of a step: 0 is shared by all ranks, the others belong to one rank or unit.
-        if self.mode == "paper":
-            yield np.random.default_rng((self.seed, step, rank + 1)), False
-            return
-        units = self.frames_per_gpu // self.filling.frames
-        chance = self.filling.totals.chances[1]
-        offset = np.random.default_rng((self.seed, step, 0)).random()
-        for unit in range(rank * units, (rank + 1) * units):
-            # Systematic sampling: the number of such units of a step is exact to within one.
-            second = int(offset + (unit + 1) * chance) > int(offset + unit * chance)
-            yield np.random.default_rng((self.seed, step, unit + 1)), second
+        units = 1 if self.mode == "paper" else self.frames_per_gpu // self.filling.frames
+        return [np.random.default_rng((self.seed, step, rank * units + unit)) for unit in range(units)]
 
-    def _draw_lengths(self, rng: np.random.Generator, second: bool) -> tuple[np.ndarray, int]:
+    def _draw_lengths(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Lengths, single images last, and the number of single images."""
         if self.mode != "paper":
-            lengths = self.filling.draw(second, rng)
-            singles = self.filling.frames - self.filling.totals.frames[second]
+            lengths, singles = self.filling.draw(rng)
         elif rng.random() < self.imagenet_share:
             lengths, singles = np.empty(0, np.int64), self.frames_per_gpu
         else:
@@ -222,8 +216,8 @@ class StepPlanner:
             lengths, singles = np.full(self.frames_per_gpu // size, size), 0
         return np.concatenate([lengths, np.ones(singles, np.int64)]), singles
 
-    def _plan_unit(self, rng: np.random.Generator, second: bool) -> StepPlan:
-        lengths, singles = self._draw_lengths(rng, second)
+    def _plan_unit(self, rng: np.random.Generator) -> StepPlan:
+        lengths, singles = self._draw_lengths(rng)
         sequences = self._mixture.draw(lengths, singles, rng)
         rows = self._mixture.index.rows(sequences, lengths, rng)
         crops = draw_crops(rng, len(rows), self.crop_scale, self.crop_aspect)
