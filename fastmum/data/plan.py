@@ -23,8 +23,8 @@ import numpy as np
 from fastmum.data.crops import draw_crops
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
-from fastmum.data.mixture import Mixture, SequenceIndex
-from fastmum.data.packing import PAPER_FRAMES, SHARES_MISSED, fill_rank
+from fastmum.data.mixture import Mixture
+from fastmum.data.packing import PAPER_FRAMES, SHARES_MISSED, fill_rank, paper_shares
 
 MODES = ("packed", "balanced", "paper")
 
@@ -78,8 +78,6 @@ class StepPlanner:
 
     Attributes:
         notes: one line per deviation from the settings.
-        length_shares: expected share of frames in sequences of each length, by length; 0 stands for single images.
-        dataset_shares: expected share of frames of each data set, by name.
 
     Raises:
         DataError: settings that cannot be met, manifests that cannot be read.
@@ -110,21 +108,15 @@ class StepPlanner:
         self.world_size = world_size
         self.crop_scale, self.crop_aspect, self.flip = crop_scale, crop_aspect, flip
 
-        names, starts = self.manifests.datasets, self.manifests.starts
-        keep = np.full(len(starts) - 1, only is None)
+        keep = np.full(len(self.manifests.starts) - 1, only is None)
         keep[np.array(() if only is None else list(only), np.int64)] = True
         keep[np.array(list(exclude), np.int64)] = False
-        index = SequenceIndex(starts, self.manifests.dataset_of, len(names), max(views[1], 2), keep)
-        self._mixture = Mixture(index, names, weights, views[0])
+        self._mixture = Mixture(self.manifests, weights, views, keep)
         self.notes = self._mixture.notes
         self.imagenet_share = self._share_of_singles(imagenet_share)
         self._sizes = self._available_lengths(views)
-        single, shares = self._paper_shares() if mode == "paper" else self._fill(views)
-        by_length = zip(self._sizes.tolist(), ((1 - single) * shares).tolist(), strict=True)
-        self.length_shares = {0: single} | dict(by_length)
-        self.dataset_shares = self._mixture.dataset_shares(
-            single, self._mixture.settle(self._sizes, shares, level=mode != "paper", drawn=single < 1)
-        )
+        shares = paper_shares(self._sizes, frames_per_gpu) if mode == "paper" else self._fill(views)
+        self._mixture.settle(self._sizes, shares, level=mode != "paper", drawn=self.imagenet_share < 1)
 
     def _share_of_singles(self, share: float) -> float:
         if not len(self._mixture.multiple):
@@ -139,7 +131,7 @@ class StepPlanner:
         return 0.0
 
     def _available_lengths(self, views: tuple[int, int]) -> np.ndarray:
-        eligible = self._mixture.index.eligible[self._mixture.multiple].sum(axis=0)
+        eligible = self._mixture.eligible[self._mixture.multiple].sum(axis=0)
         sizes = views[0] + np.flatnonzero(eligible[views[0] : min(views[1], self.frames_per_gpu) + 1])
         if self.imagenet_share < 1 and not len(sizes):
             raise DataError(
@@ -153,15 +145,8 @@ class StepPlanner:
             )
         return sizes
 
-    def _paper_shares(self) -> tuple[float, np.ndarray]:
-        """Expected share of single images among all frames, and of each length among the frames of sequences."""
-        frames = self.frames_per_gpu // self._sizes * self._sizes
-        singles = self.imagenet_share * self.frames_per_gpu
-        sequences = (1 - self.imagenet_share) * frames.mean() if len(frames) else 0.0
-        return singles / (singles + sequences), frames / max(frames.sum(), 1)
-
-    def _fill(self, views: tuple[int, int]) -> tuple[float, np.ndarray]:
-        """Compute how batches are filled exactly; returns the resulting shares, as `_paper_shares`."""
+    def _fill(self, views: tuple[int, int]) -> np.ndarray:
+        """Compute how batches are filled exactly; returns the share of each length among the frames of sequences."""
         lengths = tuple(self._sizes.tolist())
         filling = fill_rank(self.frames_per_gpu, lengths, self.imagenet_share, level=self.mode == "balanced")
         if filling is None:
@@ -176,8 +161,7 @@ class StepPlanner:
                 f"of lengths: the total variation between them is {filling.distance:.2f}"
             )
         self.filling = filling
-        single, *shares = filling.shares
-        return single, np.array(shares) / max(1 - single, 1e-300)
+        return filling.shares[1:] / max(filling.shares[1:].sum(), 1e-300)
 
     def plan(self, step: int, rank: int = 0) -> StepPlan:
         """The plan of a rank for a step."""
@@ -218,8 +202,7 @@ class StepPlanner:
 
     def _plan_unit(self, rng: np.random.Generator) -> StepPlan:
         lengths, singles = self._draw_lengths(rng)
-        sequences = self._mixture.draw(lengths, singles, rng)
-        rows = self._mixture.index.rows(sequences, lengths, rng)
+        rows = self._mixture.draw(lengths, singles, rng)
         crops = draw_crops(rng, len(rows), self.crop_scale, self.crop_aspect)
         return StepPlan(rows, lengths, crops, rng.random(len(rows)) < self.flip)
 
