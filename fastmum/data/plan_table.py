@@ -33,20 +33,13 @@ class PlanCost(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One mode at one number of ranks, means over steps.
-
-    Args:
-        ranks, mode: the settings.
-        fill: share of the frames that a step could hold.
-        imbalance: cost of attention, sum of S squared, of the costliest rank over the mean of the ranks.
-        speed: frames per second relative to the paper's sampler.
-    """
+    """One mode at one number of ranks, means over steps."""
 
     ranks: int
     mode: str
-    fill: float
-    imbalance: float
-    speed: float
+    fill: float  # share of the frames that a step could hold
+    imbalance: float  # cost of attention, sum of S squared, of the costliest rank over the mean of the ranks
+    speed: float  # frames per second relative to the paper's sampler
 
 
 def operations(config: ModelConfig) -> PlanCost:

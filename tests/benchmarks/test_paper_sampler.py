@@ -16,24 +16,16 @@ def sampler(batches=400, **settings) -> PaperSampler:
     return PaperSampler([LONG, SHORT], IMAGES, batches, **settings)
 
 
-def test_batches_are_one_s_of_whole_sequences_without_repetition():
+def test_batches_are_whole_sequences_of_one_length_without_repetition():
     batches = list(sampler())
     assert len(batches) == len(sampler()) == 400
+    sequences = [range(s, s + n) for d in (LONG, SHORT) for s, n in zip(d.starts, d.lengths, strict=True)]
     for batch in batches:
         (views,) = {len(sequence) for sequence in batch}
         assert len(batch) == 96 // views
         for sequence in batch:
             assert len(set(sequence)) == views
-            if views == 1:
-                assert sequence[0] in IMAGES
-            else:
-                of = [
-                    r
-                    for d in (LONG, SHORT)
-                    for s, n in zip(d.starts, d.lengths, strict=True)
-                    for r in [range(s, s + n)]
-                ]
-                assert any(set(sequence) <= set(frames) for frames in of)
+            assert any(set(sequence) <= set(frames) for frames in ([IMAGES] if views == 1 else sequences))
 
 
 def test_a_tenth_are_single_images_and_s_is_uniform():
@@ -51,11 +43,8 @@ def test_datasets_are_drawn_by_weight():
     assert sum(frame >= 300 for frame in sequences) / 4000 == pytest.approx(0.75, abs=0.03)
 
 
-def test_single_images_are_not_repeated_in_a_batch():
+def test_single_images_are_not_repeated_and_seeds_are_gpus():
     for batch in sampler(batches=20, image_share=1.0):
         images = list(chain.from_iterable(batch))
         assert len(images) == len(set(images)) == 96
-
-
-def test_seeds_are_gpus():
     assert list(sampler(5, seed=1)) == list(sampler(5, seed=1)) != list(sampler(5, seed=2))

@@ -120,23 +120,6 @@ def test_data_sets_have_their_weights_of_the_frames(catalogue, mode):
     assert np.abs(got - list(expected.values())).max() < 0.01
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("mode", ["packed", "balanced"])
-def test_shares_of_twelve_data_sets_over_a_cluster(mode):
-    """Each within 1 % of its weight, on 64 ranks: on one rank the sampling noise is larger."""
-    sets = {f"d{i}": [24 + 10 * i] * 50 for i in range(10)} | {"short": [12] * 50, "images": [1] * 1000}
-    catalogue = Catalogue(**sets)
-    planner = StepPlanner(catalogue, mode=mode, world_size=64)
-    seen = np.zeros(12)
-    for step in range(2000):
-        for rank in range(64):
-            rows = planner.plan(step, rank).rows
-            seen += np.bincount(catalogue.dataset_of[catalogue.sequence_of(rows)], minlength=12)
-    share = seen / seen.sum()
-    assert share[-1] == pytest.approx(0.1, rel=0.005)
-    assert share[:-1] == pytest.approx(0.9 / 11, rel=0.01)
-
-
 def test_sequences_and_frames_are_uniform():
     catalogue = Catalogue(a=[30, 50, 40], images=[1] * 10)
     planner = StepPlanner(catalogue, imagenet_share=0.3)
@@ -244,5 +227,4 @@ def test_manifests_are_opened_by_path(tmp_path):
         write_manifest(tmp_path / f"{name}.arrow", records, dataset=name, root=tmp_path, metadata={})
     planner = StepPlanner([tmp_path / "a.arrow", str(tmp_path / "images.arrow")])
     assert same(planner.plan(1), StepPlanner(Catalogue(a=[30] * 4, images=[1] * 9)).plan(1))
-    assert planner.manifests.file(planner.plan(1).rows[0]).suffix == ".jpg"
     assert same(pickle.loads(pickle.dumps(planner)).plan(1), planner.plan(1))
