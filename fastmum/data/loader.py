@@ -146,7 +146,7 @@ class _InUse:
         self._batches: deque[tuple[Batch, torch.cuda.Event]] = deque()
 
     def add(self, batch: Batch) -> None:
-        """Keep a batch until the work that is queued on the current stream is done."""
+        """Keep a batch until the work queued on the current stream is done."""
         if not batch.frames.is_cuda:
             return
         event = torch.cuda.Event()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,67 +14,19 @@ SINKHORN_TOLERANCE = 1e-9
 WEIGHT_MISSED = 0.01  # relative; `notes` report a data set whose share of frames differs more from its weight
 
 
-class SequenceIndex:
-    """Sequences sorted by data set and length, longest first, so that the eligible ones of a data set are a prefix.
-
-    Args:
-        starts: (n + 1,) first row of each sequence, and the end.
-        dataset_of: (n,) data set of each sequence.
-        num_datasets: number of data sets.
-        longest: lengths above this count as this.
-        keep: (n,) bool, sequences to draw from; None: all.
-
-    Attributes:
-        eligible: (num_datasets, longest + 1) number of sequences with at least so many frames.
-    """
-
-    def __init__(
-        self,
-        starts: np.ndarray,
-        dataset_of: np.ndarray,
-        num_datasets: int,
-        longest: int,
-        keep: np.ndarray | None = None,
-    ) -> None:
-        self._starts = starts
-        keys, levels = num_datasets * (longest + 1), longest + 1
-        key = np.asarray(dataset_of).astype(np.int32) * levels + (longest - np.minimum(np.diff(starts), longest))
-        if keep is not None:
-            key = np.where(keep, key, keys)
-        if keys < 2**15:
-            key = key.astype(np.int16)  # radix sort
-        counts = np.bincount(key, minlength=keys)[:keys].reshape(num_datasets, levels)
-        self._order = np.argsort(key, kind="stable")[: counts.sum()].astype(np.int32)
-        self._first = np.concatenate([[0], counts.sum(axis=1).cumsum()[:-1]])
-        self.eligible = counts.cumsum(axis=1)[:, ::-1]
-
-    def sequences(self, datasets: np.ndarray, lengths: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """(n,) sequences of these data sets with at least these lengths, chosen by uniform numbers in [0, 1)."""
-        place = (uniform * self.eligible[datasets, lengths]).astype(np.int64)
-        return self._order[self._first[datasets] + place]
-
-    def rows(self, sequences: np.ndarray, lengths: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """(sum of lengths,) rows of frames, drawn without replacement within each sequence, in random order."""
-        begins, ends = self._starts[sequences], self._starts[sequences + 1]
-        drawn = [
-            begin + rng.choice(end - begin, size=length, replace=False)
-            for begin, end, length in zip(begins.tolist(), ends.tolist(), lengths.tolist(), strict=True)
-        ]
-        return np.concatenate(drawn)
-
-
 class Mixture:
     """Data sets of sequences and of single images, and how often each is drawn.
 
     Args:
-        index: their sequences.
-        names: of the data sets.
-        weights: by name, default 1; 0 excludes a data set.
-        least: fewest views of a sequence.
+        manifests: `Manifests`, or a `plan.Catalogue`.
+        weights: of data sets by name, default 1; 0 excludes a data set.
+        views: fewest and most frames of a sequence.
+        keep: (n,) bool, sequences to draw from; None: all.
 
     Attributes:
         singles, multiple: (k,) data sets of single images, all of whose sequences have one frame; the other data sets
-            that have a sequence of at least `least` frames.
+            that have a sequence of at least `views[0]` frames.
+        eligible: (data sets, views[1] + 1) number of sequences with at least so many frames.
         notes: one line per data set that is not drawn according to its weight.
 
     Raises:
@@ -81,29 +34,48 @@ class Mixture:
     """
 
     def __init__(
-        self, index: SequenceIndex, names: Sequence[str], weights: Mapping[str, float] | None, least: int
+        self,
+        manifests: Any,
+        weights: Mapping[str, float] | None,
+        views: tuple[int, int],
+        keep: np.ndarray | None = None,
     ) -> None:
-        self.index = index
+        self._names, self._starts = manifests.datasets, manifests.starts
         self.notes: list[str] = []
-        self._names = names
+        self._sort_sequences(manifests.dataset_of, max(views[1], 2), keep)
         weights = weights or {}
         for name, weight in weights.items():
-            if name not in names:
-                raise DataError(f"data.weights names '{name}', but the data sets are {', '.join(names)}")
+            if name not in self._names:
+                raise DataError(f"data.weights names '{name}', but the data sets are {', '.join(self._names)}")
             if not 0 <= weight < np.inf:
                 raise DataError(f"data.weights.{name} is {weight}, but must be a finite number of at least 0")
-        given = np.array([weights.get(name, 1.0) for name in names])
+        given = np.array([weights.get(name, 1.0) for name in self._names])
         if not given.any():
             raise DataError("data.weights is 0 for every data set, so there is nothing to draw from; raise one of them")
-        used = (given > 0) & (index.eligible[:, 1] > 0)
-        single, long_enough = used & (index.eligible[:, 2] == 0), index.eligible[:, least] > 0
+        used = (given > 0) & (self.eligible[:, 1] > 0)
+        single, long_enough = used & (self.eligible[:, 2] == 0), self.eligible[:, views[0]] > 0
         for i in np.flatnonzero(used & ~single & ~long_enough).tolist():
-            self.notes.append(f"data set '{names[i]}' is never drawn: no sequence of {least} frames (data.views)")
+            self.notes.append(
+                f"data set '{self._names[i]}' is never drawn: no sequence of {views[0]} frames (data.views)"
+            )
         self.singles, self.multiple = np.flatnonzero(single), np.flatnonzero(used & ~single & long_enough)
         if not len(self.singles) + len(self.multiple):
-            raise DataError(f"there is no sequence of at least {least} frames (data.views) to draw from")
-        self._single_weights = given[self.singles] / given[self.singles].sum()
+            raise DataError(f"there is no sequence of at least {views[0]} frames (data.views) to draw from")
+        self._single_chances = cumulative(given[self.singles])
         self._weights = given[self.multiple] / given[self.multiple].sum()
+
+    def _sort_sequences(self, dataset_of: np.ndarray, longest: int, keep: np.ndarray | None) -> None:
+        """Sort by data set and length, longest first, so that the eligible sequences of a data set are a prefix."""
+        sets, levels = len(self._names), longest + 1  # lengths above `longest` count as this
+        key = np.asarray(dataset_of).astype(np.int32) * levels + (longest - np.minimum(np.diff(self._starts), longest))
+        if keep is not None:
+            key = np.where(keep, key, sets * levels)
+        if sets * levels < 2**15:
+            key = key.astype(np.int16)  # radix sort
+        counts = np.bincount(key, minlength=sets * levels)[: sets * levels].reshape(sets, levels)
+        self._order = np.argsort(key, kind="stable")[: counts.sum()].astype(np.int32)
+        self._first = np.concatenate([[0], counts.sum(axis=1).cumsum()[:-1]])
+        self.eligible = counts.cumsum(axis=1)[:, ::-1]
 
     def settle(self, sizes: np.ndarray, shares: np.ndarray, level: bool, drawn: bool = True) -> np.ndarray:
         """Compute how often each data set is drawn for each length.
@@ -117,9 +89,9 @@ class Mixture:
         Returns:
             (multiple,) expected share of each data set among the frames of sequences.
         """
-        eligible = self.index.eligible[self.multiple][:, sizes].T > 0
+        eligible = self.eligible[self.multiple][:, sizes].T > 0
         table = by_frames(self._weights, eligible, shares) if level else by_weight(self._weights, eligible)
-        self._sizes, self._chances, self._single_chances = sizes, _cumulative(table), _cumulative(self._single_weights)
+        self._sizes, self._chances = sizes, cumulative(table)
         got = shares @ table
         for i, share, weight in zip(self.multiple.tolist(), got, self._weights, strict=True):
             if drawn and len(sizes) and abs(share - weight) > WEIGHT_MISSED * weight:
@@ -129,21 +101,28 @@ class Mixture:
                 )
         return got
 
-    def dataset_shares(self, single_share: float, shares: np.ndarray) -> dict[str, float]:
-        """Expected share of all frames of each data set by name; `shares` is the result of `settle`."""
-        named = np.zeros(len(self._names))
-        named[self.multiple] = (1 - single_share) * shares
-        named[self.singles] = single_share * self._single_weights
-        return dict(zip(self._names, named.tolist(), strict=True))
-
     def draw(self, lengths: np.ndarray, num_singles: int, rng: np.random.Generator) -> np.ndarray:
-        """(n,) sequences of at least these lengths (n,), the last `num_singles` of them single images."""
+        """Rows of frames (sum of lengths,) of sequences of these lengths (n,), the last `num_singles` single images.
+
+        Frames are drawn without replacement within each sequence, in random order.
+        """
         split = len(lengths) - num_singles
-        dataset, sequence = rng.random((2, len(lengths)))
+        dataset, uniform = rng.random((2, len(lengths)))
         chances = self._chances[np.searchsorted(self._sizes, lengths[:split])]
         multiple = self.multiple[(chances <= dataset[:split, None]).sum(axis=1)]
         singles = self.singles[(self._single_chances <= dataset[split:, None]).sum(axis=1)]
-        return self.index.sequences(np.concatenate([multiple, singles]), lengths, sequence)
+        sequences = self.sequences(np.concatenate([multiple, singles]), lengths, uniform)
+        begins, ends = self._starts[sequences], self._starts[sequences + 1]
+        rows = [
+            begin + rng.choice(end - begin, size=length, replace=False)
+            for begin, end, length in zip(begins.tolist(), ends.tolist(), lengths.tolist(), strict=True)
+        ]
+        return np.concatenate(rows)
+
+    def sequences(self, datasets: np.ndarray, lengths: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """(n,) sequences of these data sets with at least these lengths, chosen by uniform numbers in [0, 1)."""
+        place = (uniform * self.eligible[datasets, lengths]).astype(np.int64)
+        return self._order[self._first[datasets] + place]
 
 
 def by_weight(weights: np.ndarray, eligible: np.ndarray) -> np.ndarray:
@@ -174,7 +153,7 @@ def by_frames(weights: np.ndarray, eligible: np.ndarray, shares: np.ndarray) -> 
     return table
 
 
-def _cumulative(chances: np.ndarray) -> np.ndarray:
+def cumulative(chances: np.ndarray) -> np.ndarray:
     """Cumulative probabilities that end in exactly 1, so that a uniform number in [0, 1) stays within the last one."""
     total = chances.cumsum(axis=-1)
     return total / total[..., -1:]

@@ -8,28 +8,30 @@ Modes:
         floor(frames / S) sequences (supplement, "Sampling"). Independent on every rank.
     packed: exactly full batches of sequences of mixed lengths, with the paper's share of frames by length (`packing`);
         single images are `imagenet_share` of the frames.
-    balanced: packed, and the cost of attention is equal over ranks and steps (`balance`).
+    balanced: packed, and the cost of attention is equal over ranks and steps to within 1 %.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastmum.data.balance import PAPER_FRAMES, SHARES_MISSED, fill_rank
 from fastmum.data.crops import draw_crops
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
-from fastmum.data.mixture import Mixture, SequenceIndex
+from fastmum.data.mixture import Mixture
+from fastmum.data.packing import PAPER_FRAMES, SHARES_MISSED, fill_rank, paper_shares
 
 MODES = ("packed", "balanced", "paper")
 
 
-class Catalogue(Protocol):
-    """The attributes of `Manifests` that planning reads."""
+@dataclass(frozen=True)
+class Catalogue:
+    """The attributes of `Manifests` that planning reads, for planning without files."""
 
     datasets: tuple[str, ...]
     starts: np.ndarray
@@ -76,8 +78,6 @@ class StepPlanner:
 
     Attributes:
         notes: one line per deviation from the settings.
-        length_shares: expected share of frames in sequences of each length, by length; 0 stands for single images.
-        dataset_shares: expected share of frames of each data set, by name.
 
     Raises:
         DataError: settings that cannot be met, manifests that cannot be read.
@@ -85,7 +85,7 @@ class StepPlanner:
 
     def __init__(
         self,
-        manifests: Catalogue | Sequence[Path | str],
+        manifests: Manifests | Catalogue | Sequence[Path | str],
         weights: Mapping[str, float] | None = None,
         frames_per_gpu: int = PAPER_FRAMES,
         views: tuple[int, int] = (2, 24),
@@ -108,21 +108,15 @@ class StepPlanner:
         self.world_size = world_size
         self.crop_scale, self.crop_aspect, self.flip = crop_scale, crop_aspect, flip
 
-        names, starts = self.manifests.datasets, self.manifests.starts
-        keep = np.full(len(starts) - 1, only is None)
+        keep = np.full(len(self.manifests.starts) - 1, only is None)
         keep[np.array(() if only is None else list(only), np.int64)] = True
         keep[np.array(list(exclude), np.int64)] = False
-        index = SequenceIndex(starts, self.manifests.dataset_of, len(names), max(views[1], 2), keep)
-        self._mixture = Mixture(index, names, weights, views[0])
+        self._mixture = Mixture(self.manifests, weights, views, keep)
         self.notes = self._mixture.notes
         self.imagenet_share = self._share_of_singles(imagenet_share)
         self._sizes = self._available_lengths(views)
-        single, shares = self._paper_shares() if mode == "paper" else self._fill(views)
-        by_length = zip(self._sizes.tolist(), ((1 - single) * shares).tolist(), strict=True)
-        self.length_shares = {0: single} | dict(by_length)
-        self.dataset_shares = self._mixture.dataset_shares(
-            single, self._mixture.settle(self._sizes, shares, level=mode != "paper", drawn=single < 1)
-        )
+        shares = paper_shares(self._sizes, frames_per_gpu) if mode == "paper" else self._fill(views)
+        self._mixture.settle(self._sizes, shares, level=mode != "paper", drawn=self.imagenet_share < 1)
 
     def _share_of_singles(self, share: float) -> float:
         if not len(self._mixture.multiple):
@@ -137,7 +131,7 @@ class StepPlanner:
         return 0.0
 
     def _available_lengths(self, views: tuple[int, int]) -> np.ndarray:
-        eligible = self._mixture.index.eligible[self._mixture.multiple].sum(axis=0)
+        eligible = self._mixture.eligible[self._mixture.multiple].sum(axis=0)
         sizes = views[0] + np.flatnonzero(eligible[views[0] : min(views[1], self.frames_per_gpu) + 1])
         if self.imagenet_share < 1 and not len(sizes):
             raise DataError(
@@ -151,16 +145,10 @@ class StepPlanner:
             )
         return sizes
 
-    def _paper_shares(self) -> tuple[float, np.ndarray]:
-        """Expected share of single images among all frames, and of each length among the frames of sequences."""
-        frames = self.frames_per_gpu // self._sizes * self._sizes
-        singles = self.imagenet_share * self.frames_per_gpu
-        sequences = (1 - self.imagenet_share) * frames.mean() if len(frames) else 0.0
-        return singles / (singles + sequences), frames / max(frames.sum(), 1)
-
-    def _fill(self, views: tuple[int, int]) -> tuple[float, np.ndarray]:
-        """Compute how batches are filled exactly; returns the resulting shares, as `_paper_shares`."""
-        filling = fill_rank(self.frames_per_gpu, self._sizes, self.imagenet_share, level=self.mode == "balanced")
+    def _fill(self, views: tuple[int, int]) -> np.ndarray:
+        """Compute how batches are filled exactly; returns the share of each length among the frames of sequences."""
+        lengths = tuple(self._sizes.tolist())
+        filling = fill_rank(self.frames_per_gpu, lengths, self.imagenet_share, level=self.mode == "balanced")
         if filling is None:
             raise DataError(
                 f"sequences of {views[0]} to {views[1]} views (data.views) cannot fill {self.frames_per_gpu} frames "
@@ -173,11 +161,11 @@ class StepPlanner:
                 f"of lengths: the total variation between them is {filling.distance:.2f}"
             )
         self.filling = filling
-        return self.imagenet_share, filling.shares(self._sizes)
+        return filling.shares[1:] / max(filling.shares[1:].sum(), 1e-300)
 
     def plan(self, step: int, rank: int = 0) -> StepPlan:
         """The plan of a rank for a step."""
-        units = [self._plan_unit(*stream) for stream in self._streams(step, rank)]
+        units = [self._plan_unit(rng) for rng in self._generators(step, rank)]
         rows, lengths, crops, flips = (np.concatenate(column) for column in zip(*units, strict=True))
         # Longest first: the slowest work starts first, and sequences of equal length are adjacent.
         order = np.argsort(-np.repeat(lengths, lengths), kind="stable")
@@ -185,7 +173,7 @@ class StepPlanner:
 
     def lengths(self, step: int, rank: int = 0) -> np.ndarray:
         """Only the lengths of a plan, in a fraction of the time."""
-        drawn = [self._draw_lengths(*stream)[0] for stream in self._streams(step, rank)]
+        drawn = [self._draw_lengths(rng)[0] for rng in self._generators(step, rank)]
         return -np.sort(-np.concatenate(drawn))
 
     def step_frames(self, step: int) -> int:
@@ -194,27 +182,17 @@ class StepPlanner:
             return self.frames_per_gpu * self.world_size
         return sum(int(self.lengths(step, rank).sum()) for rank in range(self.world_size))
 
-    def _streams(self, step: int, rank: int) -> Iterator[tuple[np.random.Generator, bool]]:
-        """For each unit of a rank: its random generator, and whether it takes the larger of the two totals."""
+    def _generators(self, step: int, rank: int) -> list[np.random.Generator]:
+        """One random generator per unit of a rank; consecutive ranks have consecutive units."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is not one of {self.world_size}")
-        # Seeds of a step: 0 is shared by all ranks, the others belong to one rank or unit.
-        if self.mode == "paper":
-            yield np.random.default_rng((self.seed, step, rank + 1)), False
-            return
-        units = self.frames_per_gpu // self.filling.frames
-        chance = self.filling.totals.chances[1]
-        offset = np.random.default_rng((self.seed, step, 0)).random()
-        for unit in range(rank * units, (rank + 1) * units):
-            # Systematic sampling: the number of such units of a step is exact to within one.
-            second = int(offset + (unit + 1) * chance) > int(offset + unit * chance)
-            yield np.random.default_rng((self.seed, step, unit + 1)), second
+        units = 1 if self.mode == "paper" else self.frames_per_gpu // self.filling.frames
+        return [np.random.default_rng((self.seed, step, rank * units + unit)) for unit in range(units)]
 
-    def _draw_lengths(self, rng: np.random.Generator, second: bool) -> tuple[np.ndarray, int]:
+    def _draw_lengths(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Lengths, single images last, and the number of single images."""
         if self.mode != "paper":
-            lengths = self.filling.draw(second, rng)
-            singles = self.filling.frames - self.filling.totals.frames[second]
+            lengths, singles = self.filling.draw(rng)
         elif rng.random() < self.imagenet_share:
             lengths, singles = np.empty(0, np.int64), self.frames_per_gpu
         else:
@@ -222,17 +200,16 @@ class StepPlanner:
             lengths, singles = np.full(self.frames_per_gpu // size, size), 0
         return np.concatenate([lengths, np.ones(singles, np.int64)]), singles
 
-    def _plan_unit(self, rng: np.random.Generator, second: bool) -> StepPlan:
-        lengths, singles = self._draw_lengths(rng, second)
-        sequences = self._mixture.draw(lengths, singles, rng)
-        rows = self._mixture.index.rows(sequences, lengths, rng)
+    def _plan_unit(self, rng: np.random.Generator) -> StepPlan:
+        lengths, singles = self._draw_lengths(rng)
+        rows = self._mixture.draw(lengths, singles, rng)
         crops = draw_crops(rng, len(rows), self.crop_scale, self.crop_aspect)
         return StepPlan(rows, lengths, crops, rng.random(len(rows)) < self.flip)
 
 
 def _check(frames_per_gpu: int, views: Sequence[int], share: float, mode: str, seed: int, world_size: int) -> None:
     for key, value, valid, allowed in (
-        ("data.mode", mode, mode in MODES, f"one of {', '.join(MODES)}"),
+        ("data.mode", f"'{mode}'", mode in MODES, f"one of {', '.join(MODES)}"),
         ("data.frames_per_batch", frames_per_gpu, frames_per_gpu >= 1, "at least 1"),
         ("world_size", world_size, world_size >= 1, "at least 1"),
         ("run.seed", seed, seed >= 0, "at least 0"),

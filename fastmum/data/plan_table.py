@@ -14,70 +14,40 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.data.balance import PAPER_FRAMES
-from fastmum.data.plan import StepPlanner
+from fastmum.data.packing import PAPER_FRAMES
+from fastmum.data.plan import Catalogue, StepPlanner
 from fastmum.errors import run_command
-from fastmum.model.config import MLP_RATIO, PRESETS, ModelConfig
+from fastmum.model.config import PRESETS, ModelConfig
+from fastmum.model.flops import step_flops
 
 IMAGE_SIZE, VISIBLE = 256, 0.25  # pixels and share of patches that the encoder sees (supplement)
 MODES = ("paper", "packed", "balanced")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class LongSequences:
-    """A `Catalogue` of one sequence of `views` frames and one single image, for planning lengths."""
-
-    def __init__(self, views: int) -> None:
-        self.datasets: tuple[str, ...] = ("sequences", "images")
-        self.starts = np.array([0, views, views + 1])
-        self.dataset_of = np.array([0, 1])
-
-
 class PlanCost(NamedTuple):
-    """Floating-point operations of a forward pass; backward takes twice as many everywhere.
-
-    Args:
-        frame: per frame.
-        pair: per pair of frames of a sequence, for the attention in all global blocks.
-    """
+    """Floating-point operations of a training step: per frame, and per pair of frames of a sequence (attention)."""
 
     frame: float
     pair: float
 
 
 class Row(NamedTuple):
-    """One mode at one number of ranks, means over steps.
-
-    Args:
-        ranks, mode: the settings.
-        fill: share of the frames that a step could hold.
-        imbalance: cost of attention, sum of S squared, of the costliest rank over the mean of the ranks.
-        speed: frames per second relative to the paper's sampler.
-    """
+    """One mode at one number of ranks, means over steps."""
 
     ranks: int
     mode: str
-    fill: float
-    imbalance: float
-    speed: float
+    fill: float  # share of the frames that a step could hold
+    imbalance: float  # cost of attention, sum of S squared, of the costliest rank over the mean of the ranks
+    speed: float  # frames per second relative to the paper's sampler
 
 
-def operations(config: ModelConfig, image_size: int = IMAGE_SIZE) -> PlanCost:
-    """Operations of the model's matrix products: projections and MLP of every token, and attention."""
-    patches = (image_size // config.patch_size) ** 2
-    projections = 2 * (4 + 2 * MLP_RATIO)  # query, key, value, output; up and down; multiply and add
-
-    def block(tokens: int, width: int) -> float:
-        return projections * tokens * width**2
-
-    def attention(tokens: int, width: int) -> float:
-        return 4 * tokens**2 * width
-
-    visible = int(patches * VISIBLE)
-    encoder = config.depth * (block(visible, config.embed_dim) + attention(visible, config.embed_dim))
-    width, depth = config.decoder_embed_dim, config.decoder_depth
-    decoder = depth * block(patches, width) + depth / 2 * attention(patches, width)
-    return PlanCost(encoder + decoder, depth / 2 * attention(patches, width))
+def operations(config: ModelConfig) -> PlanCost:
+    """Costs of frames and pairs; the operations of a sequence are S * frame + S * S * pair."""
+    patches = (IMAGE_SIZE // config.patch_size) ** 2
+    one, two = (step_flops(config, patches, int(patches * VISIBLE), [views]).total for views in (1, 2))
+    pair = two / 2 - one
+    return PlanCost(one - pair, pair)
 
 
 def draw(planner: StepPlanner, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +67,8 @@ def table(
     seed: int = 0,
 ) -> list[Row]:
     """Rows for every number of ranks and every mode, the paper's first."""
-    sequences = LongSequences(max(views[1], 2))
+    longest = max(views[1], 2)
+    sequences = Catalogue(("sequences", "images"), np.array([0, longest, longest + 1]), np.array([0, 1]))
     drawn = {
         mode: draw(StepPlanner(sequences, None, frames_per_gpu, views, imagenet_share, mode, seed, max(ranks)), steps)
         for mode in MODES
@@ -131,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _print_table(args: argparse.Namespace) -> None:
     cost = operations(PRESETS[args.preset])
     rows = table(tuple(args.ranks), args.steps, cost, args.frames_per_gpu, tuple(args.views), args.imagenet_share)
-    print(f"Forward: {cost.frame / 1e9:.1f} GFLOP a frame, and {cost.pair / 1e9:.2f} for each frame of its sequence.\n")
+    print(
+        f"A step: {cost.frame / 1e9:.1f} GFLOP per frame and {cost.pair / 1e9:.2f} per pair of frames of a sequence.\n"
+    )
     print("| ranks | mode | frames filled | attention, costliest rank / mean | frames/s, paper = 1 |")
     print("|---|---|---|---|---|")
     for row in rows:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.config import Config
+from fastmum.config.mum import Config
 from fastmum.data.build import NoSequenceError, build
 from fastmum.data.builders.scenes import rendered
 from fastmum.data.errors import DataError
@@ -60,8 +60,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     two losses are comparable; single images are not held out.
 
     Args:
-        config: of the run.
-        folder: the run's, for its manifests.
+        folder: of the run.
         resumed: reuse the manifests that the run wrote at its start, so that it continues with the same sequences.
         micro_batches: batches of `data.frames_per_batch` frames in a training step, on all processes together.
 
@@ -111,25 +110,23 @@ def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
     paths = [Path(path).expanduser() for path in data.manifests]
     if data.root is not None:
         options = {"min_frames": data.views[0], "single": False}
-        paths.append(_folder_manifest("data.root", data.root, folder / "folder.arrow", "folder", options, keep))
+        paths.append(_folder_manifest("data.root", data.root, folder / "folder.arrow", options, keep))
     elif not data.manifests:
         paths.append(_scenes_manifest(config, folder / "scenes.arrow"))
     if data.image_root is not None:
         options = {"min_frames": 1, "single": True}
-        paths.append(
-            _folder_manifest("data.image_root", data.image_root, folder / "images.arrow", "images", options, keep)
-        )
+        paths.append(_folder_manifest("data.image_root", data.image_root, folder / "images.arrow", options, keep))
     return paths
 
 
-def _folder_manifest(key: str, root: str, out: Path, dataset: str, options: dict, keep: bool) -> Path:
+def _folder_manifest(key: str, root: str, out: Path, options: dict, keep: bool) -> Path:
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"{key} is '{root}', but there is no such folder")
     if keep and _made_from(out, folder, options):
         return out
     try:
-        build("folder", folder, out, dataset=dataset, **options)
+        build("folder", folder, out, dataset=out.stem, **options)
     except NoSequenceError:
         raise DataError(
             f"{key}: no folder under '{folder}' has {options['min_frames']} images (data.views[0]); "

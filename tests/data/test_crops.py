@@ -1,4 +1,4 @@
-"""Crops: torchvision's algorithm, with the same draws."""
+"""Crops: torchvision's algorithm with the same draws."""
 
 import math
 
@@ -46,7 +46,7 @@ def test_a_long_image_falls_back_to_its_middle():
     assert {crop_box(crop, 100, 1000) for crop in crops} == {(0, 433, 100, 566)}
 
 
-def test_draws_have_the_distribution_asked_for():
+def test_draws_are_uniform():
     crops = draw_crops(np.random.default_rng(0), 20_000, (0.2, 1.0), (3 / 4, 4 / 3)).astype(float)
     assert crops.shape == (20_000, CROP_WIDTH)
     uniform = [

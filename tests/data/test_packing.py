@@ -1,116 +1,109 @@
-"""Conditioned Poisson counts, against the list of all multisets."""
-
-import itertools
-import math
+"""Pools of full batches: exact sums, expected shares, level cost."""
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fastmum.data.packing import Packing, Totals, fit
+from fastmum.data.packing import _calibrate, fill_rank, paper_shares
+
+LENGTHS = tuple(range(2, 25))
 
 
-def multisets(sizes, total, budget=None):
-    """All counts (n,) of the sizes with this total and at most `budget` pairs."""
-    ranges = [range(total // size + 1) for size in sizes]
-    found = np.array([c for c in itertools.product(*ranges) if np.dot(c, sizes) == total]).reshape(-1, len(sizes))
-    pairs = found @ (np.array(sizes) * (np.array(sizes) - 1) // 2)
-    return found if budget is None else found[pairs <= budget]
+def chances(filling):
+    return np.diff(filling.cumulative, prepend=0)
 
 
-@pytest.fixture(params=[None, 20])
-def small(request):
-    """A packing of 12 frames, and every multiset with its probability and weight."""
-    sizes, weights = np.array([2, 3, 5, 6]), np.array([0.7, 1.9, 0.2, 1.1])
-    counts = multisets(sizes, 12, request.param)
-    weight = np.array([np.prod([w**n / math.factorial(n) for w, n in zip(weights, c, strict=True)]) for c in counts])
-    return Packing(sizes, weights, 12, request.param), counts, weight
+def sums(frames, lengths):
+    """Totals up to `frames` of sequences, by brute force."""
+    totals = {0}
+    for _ in range(frames):
+        totals |= {t + s for t in totals for s in lengths if t + s <= frames}
+    return totals
 
 
-def test_moments_are_those_of_all_multisets(small):
-    packing, counts, weight = small
-    chance = weight / weight.sum()
-    mean = chance @ counts
-    assert packing.log_weight(12) == pytest.approx(math.log(weight.sum()))
-    np.testing.assert_allclose(packing.counts(12), mean)
-    np.testing.assert_allclose(packing.covariance(12), (counts.T * chance) @ counts - np.outer(mean, mean), atol=1e-12)
-
-
-def test_draws_have_the_probabilities_of_the_multisets(small):
-    packing, counts, weight = small
-    rng = np.random.default_rng(0)
-    drawn = [np.bincount(packing.draw(12, rng), minlength=7)[[2, 3, 5, 6]] for _ in range(20_000)]
-    seen = np.array([(np.array(drawn) == c).all(1).mean() for c in counts])
-    assert seen.sum() == 1, "each is a multiset of the list"
-    np.testing.assert_allclose(seen, weight / weight.sum(), atol=0.012)
-
-
-sizes_and_total = st.tuples(st.sets(st.integers(1, 9), min_size=1, max_size=4), st.integers(1, 24))
-
-
-@given(sizes_and_total, st.integers(0, 2**32), st.none() | st.integers(0, 60))
-@settings(deadline=None)
-def test_a_draw_fills_exactly_within_the_budget(case, seed, budget):
-    sizes, total = np.array(sorted(case[0])), case[1]
-    packing = fit(sizes, np.full(len(sizes), 1 / len(sizes)), Totals((total, total), (1.0, 0.0)), budget)
-    if not len(multisets(sizes, total, budget)):
-        assert packing is None
+@given(
+    st.integers(1, 130), st.sets(st.integers(1, 24), min_size=1, max_size=6),
+    st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]), st.booleans(), st.integers(0, 2**32),
+)  # fmt: skip
+@example(6, {2, 3}, 0.1, True, 0)
+@example(8, {4}, 0.0, False, 0)
+@settings(deadline=None, max_examples=40)
+def test_every_batch_is_exactly_full(frames, lengths, single_share, level, seed):
+    lengths = tuple(sorted(s for s in lengths if s <= frames))
+    filling = fill_rank(frames, lengths, single_share, level)
+    if filling is None:
+        assert max(sums(frames, lengths)) < (1 - single_share) * frames, "the rest would be too many single images"
         return
-    lengths = packing.draw(total, np.random.default_rng(seed))
-    assert lengths.sum() == total
-    assert set(lengths) <= set(sizes)
-    if budget is not None:
-        assert (lengths * (lengths - 1) // 2).sum() <= budget
+    assert frames % filling.frames == 0
+    assert (filling.counts >= 0).all()
+    assert (filling.counts @ filling.sizes == filling.frames).all()
+    assert filling.shares[0] == pytest.approx(single_share, abs=1e-4)
+    assert filling.shares == pytest.approx(chances(filling) @ filling.counts * filling.sizes / filling.frames)
+    drawn, singles = filling.draw(np.random.default_rng(seed))
+    assert drawn.sum() + singles == filling.frames
+    assert set(drawn) <= set(lengths)
 
 
-@given(sizes_and_total, st.integers(0, 2**32), st.none() | st.integers(0, 60))
-@settings(deadline=None)
-def test_shares_that_can_be_met_are_met(case, seed, budget):
-    """Any mixture of all multisets with positive probabilities can be met."""
-    sizes, total = np.array(sorted(case[0])), case[1]
-    counts = multisets(sizes, total, budget)
-    assume(len(counts) and (counts.sum(axis=0) > 0).all())
-    chance = np.random.default_rng(seed).random(len(counts)) + 0.2
-    shares = sizes * (chance / chance.sum() @ counts) / total
-    totals = Totals((total, total), (1.0, 0.0))
-    np.testing.assert_allclose(fit(sizes, shares, totals, budget).shares(sizes, totals), shares, atol=1e-6)
+@pytest.mark.parametrize(
+    ("frames", "single_share"), [(96, 0.1), (96, 0.0), (97, 0.0), (128, 0.1), (192, 0.1), (1021, 0.1)]
+)
+def test_level_batches_have_the_paper_s_shares_and_a_bounded_cost(frames, single_share):
+    filling = fill_rank(frames, LENGTHS, single_share, True)
+    wanted = (1 - single_share) * paper_shares(np.array(LENGTHS), filling.frames)
+    assert np.abs(filling.shares - [single_share, *wanted]).sum() / 2 <= 3e-3
+    assert filling.distance <= 3e-3
+    cost = filling.counts @ filling.sizes**2
+    mean = filling.frames * (filling.shares @ filling.sizes)
+    assert chances(filling) @ cost == pytest.approx(mean)
+    assert np.abs(cost / mean - 1).max() <= 0.011
+    assert 1 / (chances(filling) ** 2).sum() > 500, "effective number of batches"
 
 
-def test_how_a_machine_rounds_does_not_matter(monkeypatch):
-    """Near the end the value falls by less than its rounding error, which must not look like standing still."""
-    sizes, total = np.array([1, 2, 4, 9]), 14
-    counts, totals = multisets(sizes, total), Totals((total, total), (1.0, 0.0))
-    chance = np.random.default_rng(1679).random(len(counts)) + 0.2
-    shares = sizes * (chance / chance.sum() @ counts) / total
-    rounding, exact = np.random.default_rng(0), Packing.log_weight
-    monkeypatch.setattr(
-        Packing, "log_weight", lambda self, total: exact(self, total) * (1 + 2e-14 * rounding.standard_normal())
-    )
-    for _ in range(300):
-        np.testing.assert_allclose(fit(sizes, shares, totals).shares(sizes, totals), shares, atol=1e-6)
+def test_units_are_the_paper_s_batch_where_it_divides_the_frames():
+    units = {frames: fill_rank(frames, LENGTHS, 0.1, False).frames for frames in (48, 96, 128, 192, 200, 288, 97)}
+    assert units == {48: 48, 96: 96, 128: 128, 192: 96, 200: 100, 288: 96, 97: 97}
 
 
-def test_two_totals_are_fitted_together():
-    sizes, totals = np.arange(2, 25), Totals((86, 87), (0.6, 0.4))
-    shares = sizes * (96 // sizes) / (sizes * (96 // sizes)).sum()
-    for budget in (None, 517):
-        packing = fit(sizes, shares, totals, budget)
-        np.testing.assert_allclose(packing.shares(sizes, totals), shares, atol=1e-7)
+def test_small_batches_are_as_level_as_their_shares_allow():
+    """One sequence of 24 views costs more than the mean of 48 frames, whatever the others are."""
+    filling = fill_rank(48, LENGTHS, 0.1, True)
+    cost = filling.counts @ filling.sizes**2
+    assert filling.distance <= 3e-3
+    assert 0.01 < np.abs(cost / (chances(filling) @ cost) - 1).max() < 0.2
 
 
-def test_shares_that_cannot_be_met_are_met_nearly():
-    """Two of 5 fill 10 and 4 does not go with them: with 4s there must be 2s."""
-    sizes, totals = np.array([2, 4, 5]), Totals((10, 10), (1.0, 0.0))
-    packing = fit(sizes, np.array([0.02, 0.49, 0.49]), totals)
-    got = packing.shares(sizes, totals)
-    assert got.sum() == pytest.approx(1)
-    assert got[0] >= got[1] / 4 - 1e-9
-    assert abs(got[2] - 0.49) < 0.15
-    assert packing.draw(10, np.random.default_rng(0)).sum() == 10
+def test_shares_that_cannot_be_met_are_approximated_and_larger_units_tried():
+    """Four sequences of 86 or 87 frames have a mean of 21.6 views, five lengths from 20 to 24 one of 22.1."""
+    lengths = tuple(range(20, 25))
+    small, large = fill_rank(96, lengths, 0.1, False), fill_rank(960, lengths, 0.1, False)
+    assert 0.05 < small.distance < 0.2
+    assert small.shares[0] == pytest.approx(0.1, abs=1e-4), "single images have priority"
+    assert (large.frames, large.distance) == (960, pytest.approx(0, abs=3e-3))
 
 
-def test_lengths_in_no_multiset_are_dropped():
-    packing = fit(np.array([2, 4, 7]), np.full(3, 1 / 3), Totals((8, 8), (1.0, 0.0)))
-    assert packing.sizes.tolist() == [2, 4]
-    np.testing.assert_allclose(packing.shares(np.array([2, 4, 7]), Totals((8, 8), (1.0, 0.0))), [0.5, 0.5, 0])
+def test_calibration_finds_the_known_solution():
+    """Of the batches 3 + 3, 2 + 2 + 2 and 3 + 2 + a single image; no batch has a sequence of 5."""
+    batches, sizes = np.array([[0, 0, 2, 0], [0, 3, 0, 0], [1, 1, 1, 0]]), np.array([1, 2, 3, 5])
+    p = np.array([0.5, 0.2, 0.3])
+    wanted = p @ (batches * sizes / 6)
+    assert chances(_calibrate(6, sizes, batches, wanted)) == pytest.approx(p, abs=1e-3)
+    with_five = np.array([wanted[0], *0.9 * wanted[1:3], 1 - wanted[0] - 0.9 * wanted[1:3].sum()])
+    filling = _calibrate(6, sizes, batches, with_five)
+    assert chances(filling) == pytest.approx(p, abs=1e-3), "the other lengths share its part"
+    assert filling.distance == pytest.approx(with_five[3], abs=1e-3)
+
+
+def test_draws_follow_the_probabilities():
+    filling = fill_rank(12, (2, 3, 5), 0.25, False)
+    rng = np.random.default_rng(0)
+    frames = np.zeros(4)
+    for _ in range(4000):
+        lengths, singles = filling.draw(rng)
+        frames += [singles, *(s * (lengths == s).sum() for s in (2, 3, 5))]
+    assert frames / frames.sum() == pytest.approx(filling.shares, abs=0.012)
+
+
+def test_shares_of_the_paper():
+    """S = 20 leaves 16 of 96 frames empty."""
+    assert paper_shares(np.array([20, 24]), 96).tolist() == [80 / 176, 96 / 176]

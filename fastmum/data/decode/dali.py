@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from fastmum.data.decode.image import UPRIGHT, FrameError, place, read_file, rea
 from fastmum.data.decode.pillow import Decoded, PillowDecoder
 
 GraphDevice = Literal["gpu", "cpu"]
+GraphOutput = Literal["regions", "frames"]
 
 log = logging.getLogger(__name__)
 
@@ -60,23 +61,22 @@ def define_pipeline(
     device: GraphDevice,
     size: int,
     output: Literal["regions", "frames"],
-    *,
-    max_frames: int,
     threads: int,
     device_id: int | None,
+    frames: int,
 ) -> Pipeline:
-    """A pipeline that returns `output` of the graph; DALI prunes the rest.
+    """A pipeline that returns `output` of the graph, for runs of up to `frames` frames; DALI prunes the rest.
 
     Args:
         device: where regions and frames are computed.
         size: side of a frame in pixels.
         output: what a run returns.
-        max_frames: most frames of a run.
         threads: DALI's CPU threads.
         device_id: index of the GPU; None: no GPU.
+        frames: capacity.
     """
-    # The loader's threads prefetch batches, each with its own pipeline.
-    pipeline = Pipeline(batch_size=max_frames, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
+    # No prefetching here: the loader's threads do it, each with its own pipeline.
+    pipeline = Pipeline(batch_size=frames, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
     with pipeline:
         pipeline.set_outputs(frame_nodes(device, size)[output == "frames"])
     return pipeline
@@ -95,9 +95,7 @@ class DaliCpuDecoder:
     def __init__(self, size: int, pin_memory: bool = False) -> None:
         self.size = size
         self.pin_memory = pin_memory
-        self._runner = _Runner(
-            size, lambda n: define_pipeline("cpu", size, "regions", max_frames=n, threads=1, device_id=None)
-        )
+        self._runner = _Runner(size, partial(define_pipeline, "cpu", size, "regions", 1, None))
 
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
@@ -106,7 +104,7 @@ class DaliCpuDecoder:
         bad: dict[int, str] = {}
         for begin in range(0, len(files), CPU_RUN):
             chunk = slice(begin, begin + CPU_RUN)
-            regions, failed = self._runner.run(files[chunk], crops[chunk], None, max_frames=CPU_RUN)
+            regions, failed = self._runner.run(files[chunk], crops[chunk], None, CPU_RUN)
             bad |= {begin + i: reason for i, reason in failed.items()}
             for i, flip in enumerate(flips[chunk].tolist()):
                 place(resize(regions.at(i), self.size), out[begin + i], UPRIGHT, flip)
@@ -124,14 +122,13 @@ class DaliGpuDecoder:
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
         self.device = torch.device("cuda", device.index or 0)
-        options = {"threads": GPU_THREADS, "device_id": self.device.index}
-        self._runner = _Runner(size, lambda n: define_pipeline("gpu", size, "frames", max_frames=n, **options))
+        self._runner = _Runner(size, partial(define_pipeline, "gpu", size, "frames", GPU_THREADS, self.device.index))
 
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
         with torch.cuda.device(self.device):
             # DALI returns once the frames are complete, so no stream has to wait for them.
-            outputs, bad = self._runner.run(files, crops, flips, max_frames=len(files))
+            outputs, bad = self._runner.run(files, crops, flips, len(files))
             return Decoded(torch.from_dlpack(outputs.as_tensor()), bad)
 
 
@@ -148,7 +145,7 @@ _NOTHING = _Encoded(np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8), (0, 0, 1, 1)
 class _Runner:
     """Runs pipelines on files, one pipeline per concurrent caller; a file that DALI cannot decode loses no batch."""
 
-    def __init__(self, size: int, define: Callable[[int], Pipeline]) -> None:
+    def __init__(self, size: int, define: Callable[..., Pipeline]) -> None:
         self.size = size
         self._define = define
         self._pillow = PillowDecoder(size)
@@ -158,57 +155,43 @@ class _Runner:
         self._lock = threading.Lock()
 
     def run(
-        self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray | None, max_frames: int
+        self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray | None, capacity: int
     ) -> tuple[Any, dict[int, str]]:
-        """One run of a pipeline.
-
-        Args:
-            files, crops: as in `Decoder.decode`.
-            flips: likewise; None for pipelines that return regions.
-            max_frames: capacity of the pipeline.
+        """Run a pipeline for up to `capacity` frames; `flips` is None for pipelines that return regions.
 
         Returns:
             The pipeline's output, a DALI TensorList; index and reason of every file that cannot be decoded.
         """
         frames, bad = self._encode_all(files, crops)
         try:
-            return self._feed(frames, flips, max_frames), bad
+            return self._feed(frames, flips, capacity), bad
         except Exception as error:  # DALI raises any type, and rarely names the frame
             log.debug("DALI failed on a batch, which is decoded again: %s", error)
         for i, file in enumerate(files):
             if i in bad:
                 continue
             try:
-                self._feed([frames[i]], flips if flips is None else flips[:1], max_frames)
+                self._feed([frames[i]], flips if flips is None else flips[:1], capacity)
             except Exception:  # as above
                 self._for_pillow.add(file)
         frames, bad = self._encode_all(files, crops)
-        return self._feed(frames, flips, max_frames), bad
+        return self._feed(frames, flips, capacity), bad
 
-    def _feed(self, frames: Sequence[_Encoded], flips: np.ndarray | None, max_frames: int) -> Any:
+    def _feed(self, frames: Sequence[_Encoded], flips: np.ndarray | None, capacity: int) -> Any:
         boxes = np.array([frame.box for frame in frames], np.int32)
-        inputs = {
-            "encoded": [frame.data for frame in frames],
-            "anchor": np.ascontiguousarray(boxes[:, :2]),
-            "shape": np.ascontiguousarray(boxes[:, 2:]),
-        }
+        inputs: dict[str, Any] = {"encoded": [frame.data for frame in frames]}
+        inputs |= {"anchor": np.ascontiguousarray(boxes[:, :2]), "shape": np.ascontiguousarray(boxes[:, 2:])}
         if flips is not None:
             inputs["mirror"] = flips.astype(np.int32)
-        with self._pipeline(max_frames) as pipeline:
-            (output,) = pipeline.run(**inputs)
-        return output
-
-    @contextmanager
-    def _pipeline(self, max_frames: int) -> Iterator[Pipeline]:
-        """A pipeline for the calling thread; one that fails is discarded, since its state is unknown."""
         with self._lock:
-            self._room = max(self._room, max_frames)
+            self._room = max(self._room, capacity)
             pipeline = self._idle.pop() if self._idle else None
-        if pipeline is None or pipeline.max_batch_size < max_frames:
-            pipeline = self._define(self._room)
-        yield pipeline
+        if pipeline is None or pipeline.max_batch_size < capacity:
+            pipeline = self._define(frames=self._room)
+        (output,) = pipeline.run(**inputs)  # a pipeline that raises is not used again, since its state is unknown
         with self._lock:
             self._idle.append(pipeline)
+        return output
 
     def _encode_all(self, files: Sequence[Path], crops: np.ndarray) -> tuple[list[_Encoded], dict[int, str]]:
         frames, bad = [], {}
@@ -221,11 +204,7 @@ class _Runner:
         return frames, bad
 
     def _encode(self, file: Path, crop: np.ndarray) -> _Encoded:
-        """Read a file; one that DALI cannot decode is decoded by Pillow.
-
-        Raises:
-            FrameError: it cannot be decoded.
-        """
+        """Read a file, and decode it with Pillow if DALI cannot; raises FrameError if neither can."""
         if file not in self._for_pillow:
             data = read_file(file)
             header = read_header(data)

@@ -56,17 +56,12 @@ class Header(NamedTuple):
 
 
 def read_file(file: Path) -> bytes:
-    """Read a file.
-
-    Raises:
-        FrameError: missing, empty, unreadable.
-    """
+    """Read a file; raises FrameError if it is missing, empty or unreadable."""
     try:
         data = file.read_bytes()
-    except FileNotFoundError:
-        raise FrameError("missing") from None
     except OSError as error:
-        raise FrameError(error.strerror or str(error)) from None
+        missing = isinstance(error, FileNotFoundError)
+        raise FrameError("missing" if missing else error.strerror or str(error)) from None
     if not data:
         raise FrameError("empty")
     return data
@@ -100,11 +95,7 @@ def read_header(data: bytes) -> Header:
 
 
 def rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
-    """Decode an image, or a box of it, as 8-bit RGB.
-
-    Raises:
-        FrameError: pixels that Pillow cannot decode.
-    """
+    """Decode an image, or a box of it, as 8-bit RGB; raises FrameError if Pillow cannot."""
     try:
         region = image.crop(box) if box else image
         region.load()
@@ -116,13 +107,7 @@ def rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
 
 
 def stored_box(box: Box, orientation: int, width: int, height: int) -> Box:
-    """Map a box of the upright image to the pixels of the file.
-
-    Args:
-        box: in the upright image.
-        orientation: EXIF orientation, 1 to 8.
-        width, height: of the upright image.
-    """
+    """Map a box of the upright image of `width` x `height` pixels to the pixels of the file."""
     mirror_x, mirror_y, swap = _TO_UPRIGHT[orientation]
     left, top, right, bottom = box
     if swap:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fastmum.data.crops import crop_box
 from fastmum.data.decode.image import (
-    Box,
     FrameError,
     Header,
     jpeg_scale,
@@ -88,11 +87,7 @@ class PillowDecoder:
         return Decoded(frames, bad)
 
     def decode_to(self, out: np.ndarray, file: Path, crop: np.ndarray, flip: bool) -> None:
-        """Decode one frame to `out` (size, size, 3) uint8.
-
-        Raises:
-            FrameError: a file that cannot be decoded.
-        """
+        """Decode one frame to `out` (size, size, 3) uint8; raises FrameError if it cannot be decoded."""
         image = self._cache.get(file)
         if image is None:
             header = read_header(read_file(file))
@@ -134,5 +129,5 @@ class _Decompressed(NamedTuple):
     height: int
 
 
-def _box_in_file(crop: np.ndarray, image: Header | _Decompressed) -> Box:
+def _box_in_file(crop: np.ndarray, image: Header | _Decompressed) -> tuple[int, int, int, int]:
     return stored_box(crop_box(crop, image.width, image.height), image.orientation, image.width, image.height)
