@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastmum import PRESETS, MuM
 from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, load_checkpoint
-from fastmum.engine.checkpoint.files import damage
+from fastmum.engine.checkpoint.shards import file_damage
 from fastmum.engine.memory import keep_freed_memory
 
 
@@ -124,14 +124,14 @@ def report(training: Training, folder: Path, rounds: int) -> Iterator[str]:
         steps += [quiet() for _ in range(rounds)]
     yield f"step without one, all through    {_spread(steps)}"
     state, config = training.state(), dataclasses.asdict(training.config)
-    about = find_checkpoints(folder)[0].about
+    about = find_checkpoints(folder)[0].manifest
     del checkpoints
     gc.collect()
     verify: list[float] = []
     load: list[float] = []
     for _ in range(rounds):
         with timed(verify):
-            assert not any(damage(about.path / name, file) for name, file in about.files.items())
+            assert not any(file_damage(about.path / name, file) for name, file in about.files.items())
         with timed(load):
             load_checkpoint(folder, state, config)
     size = sum(file.size for file in about.files.values())

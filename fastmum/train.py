@@ -1,4 +1,4 @@
-"""Pretrain MuM: `python -m fastmum.train --config configs/quickstart.yaml [key.sub=value ...]`."""
+"""Train: `python -m fastmum.train --config configs/quickstart.yaml [key.sub=value ...]`."""
 
 from __future__ import annotations
 
@@ -13,223 +13,251 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastmum.config import Config, ConfigError, describe_keys, load_config
-from fastmum.data.decode import make_decoder
-from fastmum.data.errors import DataError
-from fastmum.data.loader import Loader
-from fastmum.data.splits import DataSplits, open_splits
-from fastmum.engine.bad_steps import BadSteps, TrainingError
-from fastmum.engine.checkpoint import CheckpointError, Checkpoints, set_aside_after
-from fastmum.engine.compile import compile_model
-from fastmum.engine.consensus import StopConsensus
-from fastmum.engine.cost import Cost, paper_line
-from fastmum.engine.device import pick_device, pick_precision
-from fastmum.engine.distributed import DistContext, DistributedError, init_distributed, read_launch_env
-from fastmum.engine.evaluation import Evaluation
+from fastmum.config.load import describe_keys, load_config, peek
+from fastmum.config.schema import ConfigError, EngineConfig
+from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, set_aside_after
+from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, autocast, pick_device, pick_precision
+from fastmum.engine.distributed import DistributedError, init_distributed, read_launch_env
+from fastmum.engine.efficiency import Efficiency
+from fastmum.engine.ema import Ema
 from fastmum.engine.gradients import Gradients
-from fastmum.engine.guard import NonFiniteGuard
-from fastmum.engine.heartbeat import Heartbeat, is_of_processes
+from fastmum.engine.guard import NonFiniteGuard, TrainingError
+from fastmum.engine.heartbeat import Heartbeat, is_collective_error
 from fastmum.engine.memory import keep_freed_memory
 from fastmum.engine.meter import Meter
-from fastmum.engine.model import REDUCE, build_model, matrix_dtype
 from fastmum.engine.optimizer import build_optimizer
+from fastmum.engine.paper import paper_line
 from fastmum.engine.prefetcher import Prefetcher
 from fastmum.engine.profile import StepProfiler
-from fastmum.engine.readout import Readout
-from fastmum.engine.resume import ResumeState, about_checkpoint, resume
+from fastmum.engine.resume import checkpoint_values, resume
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.schedule import learning_rate
+from fastmum.engine.shard import broadcast_weights, shard
 from fastmum.engine.step import Step
-from fastmum.engine.stop import StopRequest, exit_code
+from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
+from fastmum.engine.task import Task
 from fastmum.engine.telemetry import Telemetry
-from fastmum.model.mum import MuM
+from fastmum.errors import FastmumError, run_command
+from fastmum.tasks import find_task
 
 log = logging.getLogger("fastmum")
 
-SHOWN = ("loss", "held_out_loss", "frames_per_s")  # beside the progress bar
+SHOWN = ("loss", "held_out_loss", "frames_per_s")  # next to the progress bar
 
 
-class PeerError(RuntimeError):
-    """Another process has died; the message is one line for the user, and says which."""
+class PeerError(FastmumError):
+    """Another process has died; the message says which."""
 
 
-def train(config: Config) -> int:
-    """Do the whole of a run, or what is left of it; every process of the run calls it.
+def train(config: EngineConfig, task: type[Task] | None = None) -> int:
+    """Train a run, or continue it. Every process of the run calls this.
+
+    Args:
+        config: an instance of the task's `Config`.
+        task: its class; None: the one that `run.task` names.
 
     Returns:
         0, or the exit code of the signal that stopped the run after it saved (`fastmum.engine.stop`).
 
     Raises:
-        ConfigError, DataError, DistributedError, CheckpointError, TrainingError, PeerError: as their one line says.
+        FastmumError: ConfigError, DataError, DistributedError, CheckpointError, TrainingError or PeerError.
     """
-    place = read_launch_env()
-    world = init_distributed(place, pick_device(config.train.device, place))
+    launch = read_launch_env()
+    world = init_distributed(launch, pick_device(config.train.device, launch))
     precision = pick_precision(config.train.precision, world.device)
     config = replace(config, train=replace(config.train, precision=precision))
-    with Heartbeat(world, config.parallel.dead_after_s) as watch:
+    with Heartbeat(world, config.parallel.dead_after_s) as heartbeat:
         try:
-            code = _train(config, world)
+            code = _train(config, (task or find_task(config.run.task))(config, world))
             world.wait()
+        except FastmumError:
+            raise
         except RuntimeError as error:
-            dead = watch.culprit() if is_of_processes(error) else None
+            dead = heartbeat.failed_rank() if is_collective_error(error) else None
             if dead is None:
                 raise
-            raise PeerError(f"{dead}; the run goes on from its last checkpoint") from error
+            raise PeerError(f"{dead}; the run continues from its last checkpoint") from error
     world.close()
     return code
 
 
-def _train(config: Config, world: DistContext) -> int:
+def _train(config: EngineConfig, task: Task) -> int:
     torch.manual_seed(config.run.seed)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
+    world, steps, precision = task.world, config.train.steps, config.train.precision
+    run = RunDir(Path(config.run.dir).expanduser())
 
-    run, steps = RunDir(Path(config.run.dir).expanduser()), config.train.steps
-    model = build_model(config, world)
-    optimizer = build_optimizer(model, config.optim, matrix_dtype(config, world))
-    start = resume(config, run, world, optimizer)
+    model = task.build()
+    broadcast_weights(model, world)
+    dtype, reduce_dtype = MATRIX_DTYPE[precision], REDUCE_DTYPE[config.parallel.reduce]
+    blocks, parallel = task.blocks(model), config.parallel
+    if shard(model, blocks, world, parallel.strategy, parallel.shard, dtype, reduce_dtype):
+        dtype = torch.float32  # FSDP casts the weights that it gathers
+    groups = task.groups(model)
+    optimizer = build_optimizer(model, config.optim, dtype, groups)
+    ema = Ema(optimizer.weights, config.train.ema) if config.train.ema is not None else None
+    guard, meter = NonFiniteGuard(world.device), Meter(task.metrics, world)
+
+    def state() -> dict[str, Any]:
+        buffers = {f"model.{name}": buffer for name, buffer in task.buffers(model).items()}
+        return optimizer.state() | buffers | (ema.state() if ema else {}) | guard.state() | meter.state()
+
+    start = resume(config, run, task, loaded := state())
+    if start.resumed:
+        guard.load(loaded)
+        meter.load(loaded)
+    elif ema:
+        ema.restart()
     if start.step >= steps:
-        log.info(
-            "nothing to do: the run in '%s' has done its %d steps; another run.dir starts anew", run.root, start.step
-        )
+        log.info("nothing to do: the run in '%s' has done its %d steps; use another run.dir", run.root, start.step)
         return 0
 
-    _compile(config, model, world, steps - start.step)
-    sources = _open_sources(config, run, world, start)
-    decoder = make_decoder(config.data.decoder, config.data.image_size, world.device, int(config.data.cache_gb * 1e9))
-    loader = Loader(decoder, sources.manifests, config.data.workers, run.bad_frames, sources.is_held_out)
-    feed = Prefetcher(loader, sources.training, world, config)
-    evaluation = Evaluation(sources, loader, config, world)
-    gradients = Gradients(model.parameters(), world, feed.batches_per_step, REDUCE[config.parallel.reduce])
-    guard, meter = NonFiniteGuard(world.device), Meter(world, loader)
-    if start.state:
-        guard.load(start.state)
-        meter.load(start.state)
-    step = Step(model, optimizer, gradients, guard, meter, world, config)
-    cost = Cost(
-        config.model_config, config.data.image_size, config.model.mask_ratio, world.device, config.train.precision,
-        steps, start.step, world.size, start.device_seconds,
-    )  # fmt: skip
+    task.compile(model, steps - start.step)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    task.batches_per_step = start.samples_per_step // task.samples.micro_batch // world.size
+    _open_data(config, run, task, start.step, start.samples_per_step)
+    gradients = Gradients(groups, world, task.batches_per_step, reduce_dtype)
+    step = Step(task, model, groups, optimizer, gradients, guard, meter, ema, precision)
+    efficiency = Efficiency(task, precision, steps, start.step, start.device_seconds)
     checkpoints = Checkpoints(
         run.checkpoints, config.train.keep_checkpoints, config.train.keep_every, config.train.checkpoint_async,
         world.background,
     )  # fmt: skip
-    checkpoints.prepare(optimizer.state() | guard.state() | meter.state())
-    readout = Readout(step, guard, meter, cost, loader, checkpoints, BadSteps(config, run, world, feed, checkpoints))
-    telemetry = Telemetry(run, start.step, config) if world.is_main else None
+    checkpoints.prepare(state())
+    telemetry = None
+    if world.is_main:
+        telemetry = Telemetry(run, start.step, config.telemetry.wandb, config.run.name, config.to_dict())
     profiler = StepProfiler(config.profile.window, run.root / "profile", world.device, start.step, world.rank)
     progress = tqdm(
-        initial=start.step,
-        total=steps,
-        unit="step",
-        desc=config.run.name,
-        dynamic_ncols=True,
+        initial=start.step, total=steps, unit="step", desc=config.run.name, dynamic_ncols=True,
         disable=not world.is_main,
-    )
-    agreement, batches = StopConsensus(world), feed.batches(start.step, steps)
-    log.info("%d frames a step; %s", start.frames_per_step, paper_line())
+    )  # fmt: skip
+    consensus, batches = StopConsensus(world), Prefetcher(task.batches(start.step, steps), world.device)
+    log.info("%d %s per step; %s", start.samples_per_step, task.samples.unit, paper_line())
+    waited, values = 0.0, {}
 
     with (
-        StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(batches), _closing(telemetry),
-        profiler, _collector_off(),
+        StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(batches),
+        contextlib.closing(telemetry) if telemetry else contextlib.nullcontext(),
+        profiler, _collector_off(), contextlib.closing(task),
     ):  # fmt: skip
         for done in range(start.step + 1, steps + 1):
-            for part in range(1, feed.batches_per_step + 1):
+            for part in range(1, task.batches_per_step + 1):
                 batch = next(batches)
-                step.accumulate(batch, last=part == feed.batches_per_step)
-                cost.add(batch.lengths)
+                step.accumulate(batch, last=part == task.batches_per_step)
+                efficiency.add(batch)
             checkpoints.before_update()
-            rate = learning_rate(done - 1, steps, config.optim, start.frames_per_step)
+            rate = learning_rate(done - 1, steps, config.optim, start.samples_per_step)
             step.update(done, rate)
-            stopped = agreement.largest(stop.signal or 0)
+            stopped = consensus.largest(stop.signal or 0)
             with meter.paused():
                 profiler.step(done)
 
-            evaluates = evaluation.has_held_out and _due(done, config.train.eval_every, steps)
+            evaluates = task.evaluates and _due(done, config.train.eval_every, steps)
             if evaluates or _due(done, config.train.log_every, steps):
-                values = readout.values(done, rate)
+                # The only place where training waits for the device.
+                means, seconds, samples, numbers = meter.read(guard.counts, *step.norms.values())
+                counts, norms = [int(n) for n in numbers[:4]], numbers[4:]
+                _check_bad_steps(config, run, task, checkpoints, counts)
+                values = means | {
+                    "lr": rate,
+                    **dict(zip(step.norms, norms, strict=True)),
+                    "skipped_steps": counts[1],
+                    "data_wait": (batches.wait_seconds - waited) / seconds,
+                    **efficiency.read(done, seconds, samples),
+                    "checkpoint_stall_s": checkpoints.stall_seconds,
+                    **task.counters(),
+                }
+                waited = batches.wait_seconds
                 if evaluates:
-                    with meter.paused():
-                        values["held_out_loss"] = evaluation.held_out_loss(model)
+                    with meter.paused(), autocast(world.device, precision):
+                        values |= task.evaluate(model)
+                        if ema:
+                            with ema.applied():
+                                values |= {f"{name}_ema": value for name, value in task.evaluate(model).items()}
                 if telemetry:
                     telemetry.log(done, values)
                 progress.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if values.get(k) is not None}, refresh=False)
             if _due(done, config.train.picture_every, steps):
-                with meter.paused():
-                    picture = evaluation.picture(model)
+                averaged = ema.applied() if ema else contextlib.nullcontext()
+                with meter.paused(), autocast(world.device, precision), averaged:
+                    pictures = task.pictures(model)
                     if telemetry:
-                        telemetry.picture(done, picture)
+                        telemetry.pictures(done, pictures)
             if stopped or _due(done, config.train.checkpoint_every, steps):
                 with meter.paused():
-                    state = optimizer.state() | guard.state() | meter.state()
-                    checkpoints.save(done, state, about_checkpoint(config, world, start.frames_per_step, cost.state()))
+                    checkpoints.save(
+                        done, state(), checkpoint_values(config, task, start.samples_per_step, efficiency.state())
+                    )
             if done % config.train.collect_every == 0:
                 gc.collect()
             progress.update()
             if stopped:
                 checkpoints.close()
-                log.warning(
-                    "%s: saved at step %d; train.resume=auto goes on from there", signal.Signals(stopped).name, done
-                )
+                log.warning("%s: saved at step %d; train.resume=auto continues", signal.Signals(stopped).name, done)
                 return exit_code(stopped)
-        agreement.finish()
+        consensus.finish()
         checkpoints.close()
-    log.info("done: %s", _summary(run, values))
+    log.info("done: %s; run folder: %s", task.summary(values), run.root)
     return 0
 
 
-def _compile(config: Config, model: MuM, world: DistContext, steps: int) -> None:
-    """Compile the model, and make the most of the device.
+def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, samples_per_step: int) -> None:
+    """Open the task's data and write the configuration; the first process goes first and makes what is missing.
 
     Raises:
-        ConfigError: `train.cuda_graphs` cannot be used.
+        ConfigError, DataError: the folder cannot be written, or the data cannot be used.
     """
-    try:
-        compile_model(
-            model, config.model.compile, steps, several_devices=world.size > 1, cuda_graphs=config.train.cuda_graphs
-        )
-    except ValueError as error:
-        raise ConfigError(f"train.cuda_graphs is true, but {error}") from None
-    if world.device.type == "cpu":
-        keep_freed_memory()
-
-
-def _open_sources(config: Config, run: RunDir, world: DistContext, start: ResumeState) -> DataSplits:
-    """Open what the run draws from, and write its configuration down; the first process makes what is missing.
-
-    Raises:
-        ConfigError, DataError: the folder cannot be written, the data cannot be used.
-    """
-    parts, sources = start.frames_per_step // config.data.frames_per_batch, None
-    if world.is_main:
+    if task.world.is_main:
         try:
             run.root.mkdir(parents=True, exist_ok=True)
-            sources = open_splits(config, run.root, start.step > 0, parts)
+            task.open_data(run.root, start, samples_per_step)
             run.config.write_text(config.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"run.dir is '{run.root}', but cannot be written ({error.strerror})") from None
-        set_aside_after(run.checkpoints, start.step)
-    world.wait()
-    return sources or open_splits(config, run.root, True, parts)
+        set_aside_after(run.checkpoints, start)
+    task.world.wait()
+    if not task.world.is_main:
+        task.open_data(run.root, start, samples_per_step)
+    task.prepare()
 
 
-@contextlib.contextmanager
-def _closing(telemetry: Telemetry | None) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if telemetry:
-            telemetry.close()
+def _check_bad_steps(
+    config: EngineConfig, run: RunDir, task: Task, checkpoints: Checkpoints, counts: Sequence[int]
+) -> None:
+    """Stop a run with too many consecutive non-finite steps; checkpoints after the first of them are set aside.
+
+    Raises:
+        TrainingError: more than `train.max_bad_steps`; with the steps, the data and the last good checkpoint.
+    """
+    _, _, longest, end = counts
+    if longest <= config.train.max_bad_steps:
+        return
+    first = end - longest + 1
+    checkpoints.close()
+    if task.world.is_main:
+        set_aside_after(run.checkpoints, first - 1)
+    task.world.wait()
+    good = next((found.path for found in find_checkpoints(run.checkpoints)), None)
+    raise TrainingError(
+        f"loss or gradient was not finite in {longest} consecutive steps ({first} to {end}; train.max_bad_steps is "
+        f"{config.train.max_bad_steps}), which were skipped; {task.describe_steps(range(first - 1, end))}. The last "
+        f"good checkpoint is {good or 'none'}: the same command continues from it; a lower optim.base_lr (now "
+        f"{config.optim.base_lr:g}) or train.precision=fp32 may help"
+    )
 
 
 @contextlib.contextmanager
 def _collector_off() -> Iterator[None]:
-    """Python's garbage collector runs at fixed steps, on all processes at once, and passes over what lives on."""
+    """Run Python's garbage collector only at fixed steps, on all processes at once, and exempt what exists already."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -244,31 +272,23 @@ def _due(done: int, every: int, steps: int) -> bool:
     return done % every == 0 or done == steps
 
 
-def _summary(run: RunDir, values: dict[str, float]) -> str:
-    held_out = f", held-out loss {values['held_out_loss']:.3f}" if "held_out_loss" in values else ""
-    loss = "none" if values["loss"] is None else f"{values['loss']:.3f}"
-    return f"loss {loss}{held_out} (the patch mean alone scores 1.0); picture: {run.newest_picture}"
-
-
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     keys = "\n".join(
         textwrap.fill(
-            f"{key.name} ({key.kind}, {key.default}): {key.meaning}",
-            110,
-            initial_indent="  ",
-            subsequent_indent="      ",
+            f"{key.name} ({key.kind}, {key.default}): {key.meaning}", 110,
+            initial_indent="  ", subsequent_indent="      ",
         )
         for key in describe_keys()
-    )
+    )  # fmt: skip
     parser = argparse.ArgumentParser(
         prog="python -m fastmum.train",
-        description="Pretrain a MuM encoder and decoder. A run that was stopped goes on with the same command.",
+        description="Pretrain a MuM encoder and decoder. A stopped run continues with the same command.",
         epilog=f"keys (type, default):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, such as configs/quickstart.yaml")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys to set, after the file's")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="keys that override the file")
     return parser.parse_intermixed_args(argv)
 
 
@@ -276,29 +296,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parse(argv)
     _log_to_stderr()
-    try:
-        config = load_config(args.config, args.overrides)
+
+    def command() -> int:
+        task = find_task(peek(args.config, args.overrides, "run.task", "mum"))
+        config = load_config(args.config, args.overrides, task.Config)
         if args.print_config:
             print(config.to_yaml(), end="")
             return 0
-        return train(config)
-    except KeyboardInterrupt:
-        print("interrupted; a run goes on from its last checkpoint", file=sys.stderr)
-        return 130
-    except (ConfigError, DataError, DistributedError, CheckpointError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except PeerError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # threads may wait for the dead process for as long as their timeouts say
+        try:
+            return train(config, task)
+        except PeerError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)  # threads may wait for the dead process until their timeouts
+
+    return run_command(command, "interrupted; a run continues from its last checkpoint")
 
 
 def _log_to_stderr() -> None:
-    """One process tells what happens; the others only what is wrong, and who they are."""
+    """INFO on rank 0, warnings with a rank prefix elsewhere."""
     try:
         rank = read_launch_env().rank
     except DistributedError:
-        rank = 0  # train will say it
+        rank = 0  # train reports it
     if rank == 0:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     else:

@@ -1,18 +1,20 @@
-"""From a YAML file and words of the command line to a checked configuration, or one line that says what is wrong."""
+"""Read a YAML file and command-line overrides into a checked configuration."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastmum.config.bounds import check_values
-from fastmum.config.schema import Config, ConfigError
+from fastmum.config.schema import Bounds, ConfigError, EngineConfig
+
+COMMAND_LINE = "the command line"
+C = TypeVar("C", bound=EngineConfig)
 
 
 class Key(NamedTuple):
@@ -22,38 +24,55 @@ class Key(NamedTuple):
     kind: str
     default: Any
     meaning: str
+    bounds: Bounds
 
 
-def load_config(file: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then a YAML file, then `key.sub=value` overrides.
+def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: type[C] | None = None) -> C:
+    """Merge the defaults, a YAML file and `key.sub=value` overrides, in this order.
+
+    Args:
+        file: YAML file; None for the defaults.
+        overrides: `key.sub=value`; a last name that only one section has needs no section.
+        schema: the task's configuration class; None: MuM's `Config`.
 
     Raises:
-        ConfigError: missing file, unknown key, wrong type or a value out of range, with the key, the nearest valid
-            key and the file.
+        ConfigError: missing file, unknown key (with the nearest valid one), wrong type, or a value out of bounds.
     """
-    config = OmegaConf.structured(Config)
+    schema = schema or cast(type[C], _mum_config())
+    keys = {k.name: k for k in describe_keys(schema)}
+    config = OmegaConf.structured(schema)
     if file is not None:
-        config = _merge(config, _read(Path(file)), source=str(file))
+        config = _merge(config, _read(Path(file), keys), keys, source=str(file))
     for word in overrides:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"'{word}' on the command line is not of the form key.sub=value")
-        key = _with_section(key)
-        try:
-            given = OmegaConf.from_dotlist([f"{key}={value}"])
-        except Exception:
-            raise ConfigError(f"'{value}' for {key} on the command line is not valid YAML") from None
-        config = _merge(config, given, source="the command line")
+        config = _merge(config, _parse(word, keys), keys, source=COMMAND_LINE)
     try:
-        typed = OmegaConf.to_object(config)
+        typed = cast(C, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
-    check_values(typed)
+    for name, k in keys.items():
+        value = OmegaConf.select(config, name)
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        entries = {f"{name}.{entry}": v for entry, v in value.items()} if isinstance(value, dict) else {name: value}
+        for entry, v in entries.items():
+            if problem := k.bounds.problem(v):
+                raise ConfigError(f"{entry} is {v}, but must be {problem}")
+    typed.check()
     return typed
 
 
-def describe_keys(section: type = Config, prefix: str = "") -> Iterator[Key]:
-    """Every key with its type, default and meaning, in the order of the file."""
+def peek(file: str | Path | None, overrides: Sequence[str], name: str, default: str) -> str:
+    """The value of one key before the schema is known, such as `run.task`."""
+    sources = [_read(Path(file), {})] if file is not None else []
+    for word in overrides:
+        if word.partition("=")[0] in (name, name.rpartition(".")[2]):
+            sources.append(OmegaConf.create({name.split(".")[0]: {name.split(".")[1]: word.partition("=")[2]}}))
+    found = [value for source in sources if (value := OmegaConf.select(source, name)) is not None]
+    return str(found[-1]) if found else default
+
+
+def describe_keys(section: type | None = None, prefix: str = "") -> Iterator[Key]:
+    """Every key with its type, default, meaning and bounds, in the order of the schema; None: MuM's `Config`."""
+    section = section or _mum_config()
     instance, hints = section(), get_type_hints(section)
     for entry in dataclasses.fields(section):
         value, name = getattr(instance, entry.name), f"{prefix}{entry.name}"
@@ -62,21 +81,32 @@ def describe_keys(section: type = Config, prefix: str = "") -> Iterator[Key]:
         else:
             hint = hints[entry.name]
             kind = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
-            yield Key(name, kind, value, entry.metadata["meaning"])
+            yield Key(name, kind, value, entry.metadata["meaning"], entry.metadata["bounds"])
 
 
-def _with_section(key: str) -> str:
-    """A key as it is, or the only one with this last name: `precision` is `train.precision`."""
-    names = [k.name for k in describe_keys()]
-    if key in names or key in _sections() or "." in key:
-        return key
-    found = [name for name in names if name.rpartition(".")[2] == key]
-    if len(found) > 1:
-        raise ConfigError(f"'{key}' on the command line may be {' or '.join(found)}: write the section too")
-    return found[0] if found else key
+def _mum_config() -> type[EngineConfig]:
+    from fastmum.config.mum import Config  # imports torch
+
+    return Config
 
 
-def _read(file: Path) -> DictConfig:
+def _parse(word: str, keys: dict[str, Key]) -> DictConfig:
+    """One `key=value` of the command line; `precision` is completed to `train.precision`."""
+    name, equals, value = word.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"'{word}' on the command line is not of the form key.sub=value")
+    if name not in _sections(keys) and "." not in name:
+        found = [full for full in keys if full.rpartition(".")[2] == name]
+        if len(found) > 1:
+            raise ConfigError(f"'{name}' on the command line may be {' or '.join(found)}: write the section too")
+        name = found[0] if found else name
+    try:
+        return OmegaConf.from_dotlist([f"{name}={value}"])
+    except Exception:
+        raise ConfigError(f"'{value}' for {name} on the command line is not valid YAML") from None
+
+
+def _read(file: Path, keys: dict[str, Key]) -> DictConfig:
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [f.name for f in file.parent.glob("*.yaml")], n=1)
         hint = f"; did you mean '{file.parent / near[0]}'?" if near else ""
@@ -84,17 +114,16 @@ def _read(file: Path) -> DictConfig:
     try:
         content = OmegaConf.load(file)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"'{file}' is not valid YAML: {reason}") from None
+        raise ConfigError(f"'{file}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"'{file}' must hold sections of keys ({', '.join(_sections())}), not a list")
+        raise ConfigError(f"'{file}' must hold sections of keys ({', '.join(_sections(keys))}), not a list")
     return content
 
 
-def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
-    keys = {key.name: key for key in describe_keys()}
-    for name, value in _leaves(given, tables={name for name, key in keys.items() if isinstance(key.default, dict)}):
-        if name in _sections():
+def _merge(config: DictConfig, given: DictConfig, keys: dict[str, Key], source: str) -> DictConfig:
+    tables = {name for name, k in keys.items() if isinstance(k.default, dict)}
+    for name, value in _leaves(cast(dict, OmegaConf.to_container(given, resolve=False)), tables):
+        if name in _sections(keys):
             if value is None:  # a section whose keys are all commented out
                 continue
             raise ConfigError(f"'{name}' in {source} is {value!r}, but is a section: it takes keys, not a value")
@@ -102,34 +131,29 @@ def _merge(config: DictConfig, given: DictConfig, source: str) -> DictConfig:
             near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown key '{name}' in {source}; the nearest valid key is '{near}'")
         if isinstance(value, bool) and keys[name].kind == "str":
-            value = "on" if value else "off"  # YAML takes these words for booleans
+            value = "on" if value else "off"  # YAML reads these words as booleans
+        nested: Any = value
+        for part in reversed(name.split(".")):
+            nested = {part: nested}
         try:
-            config = OmegaConf.merge(config, _nested(name, value))
+            config = cast(DictConfig, OmegaConf.merge(config, nested))
         except OmegaConfBaseException as error:
-            if isinstance(value, dict) and error.full_key != name:  # a key of the user's own
-                raise ConfigError(
-                    f"'{error.full_key}' in {source} is {OmegaConf.select(given, error.full_key)!r}, "
-                    "but must be a number"
-                ) from None
+            if isinstance(value, dict) and error.full_key and error.full_key != name:  # an entry of a table
+                wrong = OmegaConf.select(given, error.full_key)
+                raise ConfigError(f"'{error.full_key}' in {source} is {wrong!r}, but must be a number") from None
             raise ConfigError(f"'{name}' in {source} is {value!r}, but must be {keys[name].kind}") from None
     return config
 
 
-def _leaves(given: DictConfig, tables: Set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys and values; what `tables` names holds keys of the user's own and stays whole."""
-    for name, value in OmegaConf.to_container(given, resolve=False).items():
-        if isinstance(value, dict) and f"{prefix}{name}" not in tables:
-            yield from _leaves(OmegaConf.create(value), tables, f"{prefix}{name}.")
+def _leaves(given: dict, tables: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full names and values. A table, whose keys are the user's, stays whole."""
+    for name, value in given.items():
+        full = f"{prefix}{name}"
+        if isinstance(value, dict) and full not in tables:
+            yield from _leaves(value, tables, f"{full}.")
         else:
-            yield f"{prefix}{name}", value
+            yield full, value
 
 
-def _nested(name: str, value: Any) -> dict[str, Any]:
-    for part in reversed(name.split(".")):
-        value = {part: value}
-    return value
-
-
-def _sections() -> list[str]:
-    names = [key.name.rpartition(".")[0] for key in describe_keys()]
-    return list(dict.fromkeys(names))
+def _sections(keys: dict[str, Key]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in keys))

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastmum.config.schema import ConfigError, OptimSection
 from fastmum.engine.gradients import local
-from fastmum.engine.master import MasterWeights
-from fastmum.engine.optimizer import GradientOf, Optimizer, own_gradient
+from fastmum.engine.optimizer import GradientOf, Optimizer, Weight, own_gradient
 
 INSTALL = (
     "build it from its source with its CUDA extensions (https://github.com/NVIDIA/apex), or take optim.optimizer=adamw"
@@ -59,23 +58,23 @@ class ApexAdamW(Optimizer):
     """AdamW by `apex.optimizers.FusedAdam`, in its capturable form, which reads rate and verdict on the device.
 
     Args:
-        masters, optim: as in `Optimizer`.
+        weights, optim: as in `Optimizer`.
         fused_adam: the class.
 
     Raises:
         ConfigError: Apex has no CUDA extensions, or the model is not on a GPU.
     """
 
-    def __init__(self, masters: MasterWeights, optim: OptimSection, fused_adam: type) -> None:
-        super().__init__(masters, optim)
+    def __init__(self, weights: list[Weight], optim: OptimSection, fused_adam: type) -> None:
+        super().__init__(weights, optim)
         if self.steps.device.type != NEEDED:
             raise ConfigError("optim.optimizer is apex, which needs a CUDA device: take optim.optimizer=adamw")
         # Apex wants float32 weights: those that are kept in halves are whole only during an update.
         self._parts = [_empty(self.steps) if w.rest is not None else local(w.master) for w in self.weights]
         groups = [
-            {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if self.decay(w) == decay],
+            {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if w.weight_decay == decay],
              "weight_decay": decay}
-            for decay in sorted({self.decay(w) for w in self.weights})
+            for decay in sorted({w.weight_decay for w in self.weights})
         ]  # fmt: skip
         try:
             self._apex = fused_adam(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from fastmum.config import ConfigError
-from fastmum.model.block import Block
+from fastmum.config.schema import ConfigError
 
 CAPABILITY = (8, 9)  # CUDA compute capability whose tensor cores multiply float8: Ada, Hopper, Blackwell
 MULTIPLE = 16  # of both sides of a matrix, for torch._scaled_mm
@@ -16,10 +16,10 @@ INSTALL = "pip install 'fastmum[fp8]'"
 
 
 def check_fp8(device: torch.device) -> None:
-    """Whether a device can train in fp8.
+    """Check that a device can train in fp8.
 
     Raises:
-        ConfigError: it cannot, or torchao is not installed; with the reason and the remedy.
+        ConfigError: it cannot, or torchao is not installed.
     """
     key = "train.precision is fp8, but"
     if device.type != "cuda":
@@ -40,25 +40,25 @@ def is_there() -> bool:
     return importlib.util.find_spec("torchao") is not None
 
 
-def use_fp8(model: nn.Module, emulate: bool = False) -> int:
-    """Make the linear layers of all blocks multiply in float8, scaled per tensor at every step; in place.
+def use_fp8(model: nn.Module, blocks: Iterable[nn.Module], emulate: bool = False) -> int:
+    """Make the linear layers of blocks multiply in float8, scaled per tensor at every step; in place.
 
-    Embedding, norms, attention and the head stay as they are, weights keep names, shapes and dtypes.
+    Everything outside the blocks stays as it is. Weights keep names, shapes and dtypes.
 
     Args:
-        model: not yet shared out, nor compiled.
-        emulate: compute the same rounding where there are no such products, to test it.
+        model: not yet sharded, nor compiled.
+        blocks: modules of the model.
+        emulate: compute the same rounding without float8 hardware, for tests.
 
     Returns:
-        How many layers there are.
+        Number of converted layers.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    blocks = {name for name, module in model.named_modules() if isinstance(module, Block)}
+    inside = {layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
 
     def wanted(module: nn.Module, name: str) -> bool:
-        inside = any(name.startswith(f"{block}.") for block in blocks)
-        return inside and isinstance(module, nn.Linear) and not any(n % MULTIPLE for n in module.weight.shape)
+        return module in inside and not any(n % MULTIPLE for n in module.weight.shape)
 
     convert_to_float8_training(model, module_filter_fn=wanted, config=Float8LinearConfig(emulate=emulate))
     return sum("Float8" in type(module).__name__ for module in model.modules())

@@ -1,13 +1,13 @@
-"""Gradients of a step: summed over its batches and over devices, in float32, while the backward pass goes on.
+"""Gradients of a step: summed over micro-batches and devices in float32, while the backward pass runs.
 
-Weights that every device has whole are summed here. Their gradients go into flat buckets in the order in which the
-backward pass makes them, and a bucket that is full is sent while the layers below are computed; what is compiled block
-by block keeps this overlap. Weights that are shared out (`shard`) arrive summed, by FSDP.
+Replicated weights are reduced here. Flat buckets collect their gradients in the order of the backward pass, and a full
+bucket is all-reduced while earlier layers are computed. FSDP reduces sharded weights (`shard`). Frozen parameters have
+no hook and no place in a bucket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,86 +15,101 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fastmum.engine.distributed import DistContext
+from fastmum.engine.task import ParamGroup
 from fastmum.kernels import total_norm
 
-# Values of a bucket: enough for full bandwidth, few enough that the last one, which nothing hides, is short.
+# Elements of a bucket: enough for full bandwidth, few enough that the last all-reduce, which nothing hides, is short.
 BUCKET = {"cpu": 1 << 21, "cuda": 1 << 24}
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This device's part of a tensor, which shares its memory."""
+    """The local shard of a tensor, which shares its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class Gradients:
-    """Where the gradients of a model's parameters are.
+    """Gradients of a model's trainable parameters.
 
-    A single device with a single batch a step leaves them with the parameters, in their dtype. Otherwise they are
-    summed in float32; what is sent is `reduce_dtype`. Sums are not averaged: the loss of each batch was scaled by its
-    share of the step beforehand.
+    A single device with one micro-batch per step leaves them in `parameter.grad`, in the parameter's dtype. Otherwise
+    they are summed in float32 and sent in `reduce_dtype`. They are sums, not means.
 
     Args:
-        parameters: of the model, in the order of the forward pass; those that are DTensors are summed by FSDP.
+        groups: parameters in the order of the forward pass; DTensors are reduced by FSDP.
         world: of the processes.
-        batches: of a step on this process.
+        batches: micro-batches per step on this process.
         reduce_dtype: torch.float32 or torch.bfloat16.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        groups: Sequence[ParamGroup],
         world: DistContext,
         batches: int = 1,
         reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._parameters = list(parameters)
-        whole = [p for p in self._parameters if not isinstance(p, DTensor)]
-        self._buckets: list[_Bucket] = []
+        self._groups = [list(group.parameters) for group in groups]
+        self._buckets: list[list[_Bucket]] = [[] for _ in groups]
         if world.size > 1 or batches > 1:
             sent_as = reduce_dtype if world.size > 1 else None
-            self._buckets = [_Bucket(some, sent_as) for some in _split(whole[::-1], world.device)]
-        self._views = {p: view for bucket in self._buckets for p, view in bucket.views.items()}
+            for buckets, parameters in zip(self._buckets, self._groups, strict=True):
+                replicated = [p for p in parameters if not isinstance(p, DTensor)]
+                buckets += [_Bucket(some, sent_as) for some in _split(replicated[::-1], world.device)]
+        self._all_buckets = [bucket for buckets in self._buckets for bucket in buckets]
+        self._views = {p: view for bucket in self._all_buckets for p, view in bucket.views.items()}
         self._last = True
-        for bucket in self._buckets:
+        for bucket in self._all_buckets:
             for parameter in bucket.views:
                 parameter.register_post_accumulate_grad_hook(self._take(bucket))
 
     def next_batch(self, last: bool) -> None:
-        """Say before each backward pass whether it is the step's last one, after which sums are complete."""
+        """Announce a backward pass; after the step's last one the sums are complete."""
         self._last = last
 
     def finish(self) -> None:
-        """Wait, on the device, for what is under way; after the last backward pass. Sums are then complete."""
+        """Send what was not sent, and make the device wait for the reductions. Call after the last backward pass."""
         self._send()
-        for bucket in self._buckets:
+        for bucket in self._all_buckets:
             bucket.finish()
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
-        """This device's part of the sum, None where nothing flowed into it."""
+        """The local shard of the sum; None if the parameter got no gradient."""
         if parameter in self._views:
             return self._views[parameter]
         return None if parameter.grad is None else local(parameter.grad)
 
-    def norm(self) -> Tensor:
-        """The 2-norm of all gradients of the step, 0-d float32 on the device, the same on every one."""
-        whole = [bucket.sum for bucket in self._buckets]
-        parts = []
-        for p in self._parameters:
-            if p.grad is not None:
-                (parts if isinstance(p, DTensor) else whole).append(local(p.grad))
-        norm = total_norm(whole)
-        if parts:
-            # Devices of one group have different parts; groups have the same.
-            squares = total_norm(parts).square_()
-            dist.all_reduce(squares, group=_shard_group(self._parameters))
-            norm = (norm.square() + squares).sqrt()
-        return norm
+    def norms(self) -> list[Tensor]:
+        """The 2-norm of each group's gradient, 0-d float32 on the device, the same on every device."""
+        norms, sharded = [], []
+        for parameters, buckets in zip(self._groups, self._buckets, strict=True):
+            grads = [p.grad for p in parameters if p.grad is not None]
+            norms.append(total_norm([b.sum for b in buckets] + [g for g in grads if not isinstance(g, DTensor)]))
+            sharded.append([g.to_local() for g in grads if isinstance(g, DTensor)])
+        if any(sharded):
+            # The devices of a shard group have different shards; replicas have the same.
+            device = next(grad.device for some in sharded for grad in some)
+            squares = torch.stack([total_norm(some).to(device) for some in sharded]).square()
+            dist.all_reduce(squares, group=_shard_group([p for group in self._groups for p in group]))
+            norms = [(norm.square() + square).sqrt() for norm, square in zip(norms, squares, strict=True)]
+        return norms
+
+    @torch.no_grad()
+    def scale_(self, factors: Sequence[Tensor | None]) -> None:
+        """Multiply the gradient of each group by a 0-d float32 tensor; None leaves it as it is."""
+        for parameters, buckets, factor in zip(self._groups, self._buckets, factors, strict=True):
+            if factor is None:
+                continue
+            for bucket in buckets:
+                bucket.sum.mul_(factor)
+            for p in parameters:
+                if p.grad is not None:
+                    local(p.grad).mul_(factor)
 
     def clear(self) -> None:
         """Forget the gradients of the step."""
-        for p in self._parameters:
-            p.grad = None
-        for bucket in self._buckets:
+        for parameters in self._groups:
+            for p in parameters:
+                p.grad = None
+        for bucket in self._all_buckets:
             bucket.clear()
 
     def _take(self, bucket: _Bucket) -> Callable[[nn.Parameter], None]:
@@ -107,19 +122,19 @@ class Gradients:
         return hook
 
     def _send(self, full_only: bool = False) -> None:
-        # In the same order on all devices, whatever the order in which buckets fill up.
-        for bucket in self._buckets:
+        # In the same order on all devices, in whatever order buckets fill up.
+        for bucket in self._all_buckets:
             if full_only and bucket.missing > 0:
                 break
             bucket.send()
 
 
 class _Bucket:
-    """Sums of the gradients of some parameters, side by side.
+    """Flat float32 sum of the gradients of some replicated parameters.
 
     Args:
-        parameters: whole on every device.
-        sent_as: dtype in which devices are summed; None: there is one device.
+        parameters: in the order of the backward pass.
+        sent_as: dtype of the all-reduce; None on a single device.
     """
 
     def __init__(self, parameters: list[nn.Parameter], sent_as: torch.dtype | None) -> None:
@@ -131,7 +146,7 @@ class _Bucket:
         self._wire: Tensor | None = None
         start = 0
         for p in parameters:
-            # In the layout of its parameter, so that the optimiser passes over both in the order of memory.
+            # In the layout of the parameter, so that the optimizer reads both in memory order.
             self.views[p] = torch.as_strided(self.sum, p.shape, p.stride(), start)
             start += p.numel()
         self.clear()
@@ -142,19 +157,20 @@ class _Bucket:
         self._sent = False
 
     def add(self, parameter: nn.Parameter) -> None:
-        view = self.views[parameter]
+        view, grad = self.views[parameter], parameter.grad
+        assert grad is not None
         if parameter in self._empty:
-            view.copy_(parameter.grad)
+            view.copy_(grad)
             self._empty.discard(parameter)
         else:
-            view.add_(parameter.grad)
+            view.add_(grad)
         parameter.grad = None
 
     def send(self) -> None:
         if self._sent:
             return
         self._sent = True
-        for parameter in self._empty:  # nothing flowed into it
+        for parameter in self._empty:  # got no gradient
             self.views[parameter].zero_()
         if self._sent_as is not None:
             self._wire = self.sum.to(self._sent_as)
@@ -163,13 +179,14 @@ class _Bucket:
     def finish(self) -> None:
         if self._work is not None:
             self._work.wait()
-            if self._wire is not self.sum:
+            if self._wire is not None and self._wire is not self.sum:
                 self.sum.copy_(self._wire)
             self._work = self._wire = None
 
 
 def _split(parameters: list[nn.Parameter], device: torch.device) -> Iterator[list[nn.Parameter]]:
-    limit, some, size = BUCKET.get(device.type, BUCKET["cuda"]), [], 0
+    limit, size = BUCKET.get(device.type, BUCKET["cuda"]), 0
+    some: list[nn.Parameter] = []
     for p in parameters:
         if some and size + p.numel() > limit:
             yield some
@@ -181,6 +198,6 @@ def _split(parameters: list[nn.Parameter], device: torch.device) -> Iterator[lis
 
 
 def _shard_group(parameters: list[nn.Parameter]) -> dist.ProcessGroup:
-    """The devices that have the parts of one copy."""
+    """The devices that hold the shards of one copy."""
     mesh = next(p.device_mesh for p in parameters if isinstance(p, DTensor))
     return mesh.get_group(mesh.ndim - 1)

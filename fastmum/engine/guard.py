@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: passed over on the device, counted there, and stopped when too many."""
+"""Steps with a non-finite loss or gradient: skipped and counted on the device; too many in a row stop the run."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fastmum.errors import FastmumError
+
+
+class TrainingError(FastmumError):
+    """Training that cannot continue."""
+
 
 class NonFiniteGuard:
-    """Judges steps without waiting for them.
+    """Checks steps without a synchronisation.
 
     Args:
         device: of the model.
 
     Attributes:
-        counts: (4,) int64 on the device: bad steps in a row up to now; bad steps in all; the longest row; the step that
-            it ended with. The same on all processes, as what they judge is.
+        counts: (4,) int64 on the device, the same on all processes: length of the current row of bad steps, bad steps
+            in total, length of the longest row, last step of that row.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
-    def judge(self, step: int, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether a step is to be passed over: 0-d float32 on the device, 1 where loss or norm are not finite.
+    def check(self, step: int, loss: Tensor, *norms: Tensor) -> Tensor:
+        """found_inf of a step: 0-d float32 on the device, 1 if the loss or a norm is not finite.
 
         Args:
             step: its number.
-            loss, norm: 0-d, of all processes together.
+            loss, norms: 0-d, reduced over all processes.
         """
-        bad = ~(loss.isfinite() & norm.isfinite())
+        finite = loss.isfinite()
+        for norm in norms:
+            finite = finite & norm.isfinite()
+        bad = ~finite
         row, total, longest, end = self.counts.unbind()
         row = (row + 1) * bad
         is_longest = row > longest
@@ -38,9 +47,9 @@ class NonFiniteGuard:
         return bad.float()
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs to go on counting."""
+        """Copies of the counts, to save or to load into."""
         return {"meter.bad_steps": self.counts.clone()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on counting."""
+        """Continue counting."""
         self.counts.copy_(state["meter.bad_steps"])

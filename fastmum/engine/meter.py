@@ -1,7 +1,4 @@
-"""The mean loss and the pace of training between two log steps, and the steps that were passed over.
-
-Everything is added up on the device; steps between log steps do not wait for it.
-"""
+"""Means of a task's metrics and the pace of training between two log steps, summed on the device."""
 
 from __future__ import annotations
 
@@ -12,88 +9,86 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fastmum.data.loader import Loader
 from fastmum.engine.distributed import DistContext
-
-MOST_VIEWS = 256  # longer sequences are counted as this
-
-
-def no_losses(device: torch.device) -> Tensor:
-    """Losses of frames added up, and frames, by views of their sequence: none yet, (2, MOST_VIEWS + 1) float64."""
-    return torch.zeros(2, MOST_VIEWS + 1, dtype=torch.float64, device=device)
+from fastmum.engine.task import Metric, StepOutput
 
 
 class Meter:
-    """Losses of all processes, by the number of views of a sequence.
+    """Sums and counts of metrics over steps and processes.
 
     Args:
+        metrics: of the task, by name.
         world: of the processes.
-        loader: whose waiting time is reported.
     """
 
-    def __init__(self, world: DistContext, loader: Loader) -> None:
-        self._world, self._loader = world, loader
-        self._totals = no_losses(world.device)  # of this process
-        self._views = torch.arange(MOST_VIEWS + 1, device=world.device)
-        self._frames, self._seconds, self._waited = 0, 0.0, loader.wait_seconds
+    def __init__(self, metrics: Mapping[str, Metric], world: DistContext) -> None:
+        self._metrics, self._world = {"loss": Metric()} | dict(metrics), world
+        columns = sum(max(1, metric.size) for metric in self._metrics.values())
+        # Sums and counts of this process: (2, columns).
+        self._totals = torch.zeros(2, columns, dtype=torch.float64, device=world.device)
+        self._samples, self._seconds = 0, 0.0
         self._began = time.perf_counter()
 
-    def totals_of(self, losses: Tensor, views: Tensor) -> Tensor:
-        """What a batch adds to the totals.
+    def totals_of(self, output: StepOutput) -> Tensor:
+        """Sums and counts of a micro-batch, (2, columns) float64."""
+        device, columns = self._totals.device, []
+        for name in self._metrics:
+            if name == "loss" and name not in output.metrics:
+                pair: tuple[Tensor | float, Tensor | float] = output.loss_sum.detach(), output.weight
+            else:
+                pair = output.metrics[name]
+            values = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(-1) for x in pair]
+            columns.append(torch.stack(values))
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
-        Args:
-            losses: (F,) of frames.
-            views: (F,) int64, frames of the sequence that each belongs to.
-        """
-        # A product adds up in the same order every time; index_add on CUDA does not.
-        which = (views.clamp(max=MOST_VIEWS)[:, None] == self._views).double()
-        return torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)]) @ which
-
-    def add(self, totals: Tensor, found_inf: Tensor, frames: int) -> None:
+    def add(self, totals: Tensor, found_inf: Tensor, samples: int) -> None:
         """Count a step of this process.
 
         Args:
-            totals: sum of `totals_of` its batches.
-            found_inf: 0-d, 1 where the step was passed over: it is then not part of the mean.
-            frames: of all processes.
+            totals: sum of `totals_of` its micro-batches.
+            found_inf: 0-d, 1 if the step was skipped; it is then left out of the means.
+            samples: of this process.
         """
         self._totals += torch.where(found_inf > 0, 0.0, totals)
-        self._frames += frames
+        self._samples += samples
 
-    def read(self, *others: Tensor) -> tuple[dict[str, float | None], float, int, list[list[float]]]:
-        """The only wait for the device; starts anew.
+    def read(self, *others: Tensor) -> tuple[dict[str, float | None], float, int, list[float]]:
+        """Read the means and start again: the only wait for the device.
 
         Args:
-            others: small tensors to read in the same transfer, the same on all processes.
+            others: 0-d or small tensors to read in the same transfer, the same on all processes.
 
         Returns:
-            "loss", the mean over frames, and "loss/views_<S>" where there were any; None where all steps were passed
-            over. "frames_per_s" of all processes, and "data_wait", the share of time that this one waited for data.
-            Then seconds of training and frames that all this covers, and what was in the others.
+            Means by name (None for `loss` if all steps were skipped; others are left out without a count), seconds of
+            training and samples of all processes in them, and the values of the others.
         """
-        totals = self._summed()
-        values = torch.cat([totals.flatten(), *(x.double().flatten() for x in others)]).tolist()
-        columns = totals.shape[1]
-        losses, frames, rest = values[:columns], values[columns : 2 * columns], values[2 * columns :]
-        counted = sum(frames)
-        metrics: dict[str, float | None] = {"loss": sum(losses) / counted if counted else None}
-        metrics |= {
-            f"loss/views_{views}": loss / count
-            for views, (loss, count) in enumerate(zip(losses, frames, strict=True))
-            if count
-        }
-        seconds, seen = self._seconds + time.perf_counter() - self._began, self._frames
-        metrics["frames_per_s"] = seen / seconds
-        metrics["data_wait"] = (self._loader.wait_seconds - self._waited) / seconds
+        totals = torch.cat([self._totals.flatten(), self._totals.new_tensor([self._samples])])
+        self._world.sum_(totals)
+        values = torch.cat([totals, *(x.double().flatten() for x in others)]).tolist()
+        count = self._totals.shape[1]
+        sums, counts, samples, rest = (
+            values[:count], values[count : 2 * count], round(values[2 * count]), values[2 * count + 1 :],
+        )  # fmt: skip
+        means: dict[str, float | None] = {"loss": None}
+        start = 0
+        for name, metric in self._metrics.items():
+            stop = start + max(1, metric.size)
+            pairs = list(zip(sums[start:stop], counts[start:stop], strict=True))
+            total = sum(counts[start:stop])
+            if total:
+                means[name] = sum(sums[start:stop]) / total
+            if metric.size:
+                means |= {f"{name}/{metric.index_name}_{i}": s / n for i, (s, n) in enumerate(pairs) if n}
+            start = stop
+        seconds = self._seconds + time.perf_counter() - self._began
         self._totals.zero_()
-        self._frames, self._seconds, self._waited = 0, 0.0, self._loader.wait_seconds
+        self._samples, self._seconds = 0, 0.0
         self._began = time.perf_counter()
-        lists = [[rest.pop(0) for _ in range(x.numel())] for x in others]
-        return metrics, seconds, seen, lists
+        return means, seconds, samples, rest
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the pace: it is not training."""
+        """Leave the time inside the block out of the pace."""
         self._seconds += time.perf_counter() - self._began
         try:
             yield
@@ -101,15 +96,12 @@ class Meter:
             self._began = time.perf_counter()
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs to continue the mean, of all processes together."""
-        return {"meter.totals": self._summed()}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue the mean; the first process takes what all had."""
-        if self._world.is_main:
-            self._totals.copy_(state["meter.totals"])
-
-    def _summed(self) -> Tensor:
+        """Sums and counts of all processes together, to save or to load into."""
         totals = self._totals.clone()
         self._world.sum_(totals)
-        return totals
+        return {"meter.totals": totals}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue the means; the first process takes the sums of all."""
+        if self._world.is_main:
+            self._totals.copy_(state["meter.totals"])

@@ -1,9 +1,15 @@
-"""AdamW on float32 weights, whole or in halves, that can pass over a step on the device."""
+"""AdamW on float32 weights. bfloat16 models keep the float32 weights in two halves.
+
+Under autocast every step would cast every matrix to bfloat16 and every gradient back. Here the model holds the matrices
+in bfloat16 and their gradients are bfloat16. The optimizer holds the lower 16 bits of the float32 weight (the `rest`),
+and joins and splits the halves in its one pass (`fastmum.kernels.halves`). The numbers are those of autocast except for
+exact ties, one value of 131,072, which are rounded away from zero instead of to even.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,70 +17,151 @@ from torch import Tensor, nn
 
 from fastmum.config.schema import OptimSection
 from fastmum.engine.gradients import local
-from fastmum.engine.master import MasterWeights, Weight
+from fastmum.engine.task import ParamGroup
 from fastmum.kernels.adamw import adamw_
 from fastmum.kernels.halves import Halves
 
-# Weights updated at once: what stays in a CPU's cache; everything on a GPU, in one launch.
-BUNDLE = {"cpu": 1 << 20, "cuda": 1 << 62}
+# Elements updated by one call: what stays in a CPU's cache; everything in one launch on a GPU.
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 62}
+# Modules whose weights and biases autocast would cast.
+CAST_MODULES = (nn.Linear, nn.Conv2d)
 
 GradientOf = Callable[[nn.Parameter], Tensor | None]
 
 
-def build_optimizer(model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32) -> Optimizer:
-    """The optimiser of a model that computes with matrices of `dtype`; bfloat16 splits them, see `MasterWeights`.
+class Weight(NamedTuple):
+    """A trainable weight.
+
+    Args:
+        name: in the model's `state_dict`.
+        parameter: what the model computes with.
+        rest: int16 lower half of the float32 weight of a bfloat16 parameter, else None.
+        lr_scale, weight_decay: of its group.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    rest: Tensor | None
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0
+
+    @property
+    def stored(self) -> Tensor | Halves:
+        """The float32 weight as it lies in memory: a tensor or its halves."""
+        parameter = self.parameter.detach()
+        return parameter if self.rest is None else Halves(parameter, self.rest)
+
+    @property
+    def master(self) -> Tensor:
+        """The float32 weight: the parameter, or its joined halves in new memory."""
+        stored = self.stored
+        return stored.join() if isinstance(stored, Halves) else stored
+
+
+def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:
+    """All trainable parameters in one group."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
+
+
+def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.dtype) -> list[Weight]:
+    """The trainable weights of a model, in its order; matrices and their biases become `dtype`, in place.
+
+    Frozen parameters stay as they are.
+
+    Args:
+        model: in float32.
+        groups: of its parameters.
+        dtype: torch.bfloat16 splits the weights into halves. torch.float32 changes nothing, as for models sharded by
+            FSDP, which casts when it gathers.
 
     Raises:
-        ConfigError: NVIDIA's Apex is asked for and is not there.
+        ValueError: a trainable parameter in no group or in several, or a frozen one in a group.
     """
+    group_of: dict[nn.Parameter, ParamGroup] = {}
+    for group in groups:
+        for parameter in group.parameters:
+            if parameter in group_of:
+                raise ValueError(f"a parameter is in the groups '{group_of[parameter].name}' and '{group.name}'")
+            group_of[parameter] = group
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (parameter in group_of):
+            state = "trainable, but in no group" if parameter.requires_grad else "frozen, but in a group"
+            raise ValueError(f"the parameter '{name}' is {state}")
+    rests: dict[nn.Parameter, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, CAST_MODULES):
+            for p in module.parameters(recurse=False):
+                if p in group_of and p.dtype != dtype:
+                    p.data, rests[p] = Halves.of(p.detach())
+    weights = [
+        Weight(name, p, rests.get(p), group_of[p].lr_scale, group_of[p].weight_decay if p.ndim > 1 else 0.0)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+
+    def clear_rests(model: nn.Module, incompatible: object) -> None:
+        for weight in weights:
+            if weight.rest is not None:
+                weight.rest.zero_()
+
+    model.register_load_state_dict_post_hook(clear_rests)  # the loaded bfloat16 weights are exact
+    return weights
+
+
+def build_optimizer(
+    model: nn.Module,
+    optim: OptimSection,
+    dtype: torch.dtype = torch.float32,
+    groups: Sequence[ParamGroup] | None = None,
+) -> Optimizer:
+    """The optimizer of a model that computes with matrices of `dtype`.
+
+    Raises:
+        ConfigError: `optim.optimizer=apex`, but NVIDIA's Apex is not installed.
+    """
+    weights = split_weights(model, groups or default_groups(model, optim), dtype)
     if optim.optimizer == "apex":
         from fastmum.engine.apex import ApexAdamW, find_fused_adam
 
-        return ApexAdamW(MasterWeights(model, dtype), optim, find_fused_adam())
-    return AdamW(MasterWeights(model, dtype), optim)
+        return ApexAdamW(weights, optim, find_fused_adam())
+    return AdamW(weights, optim)
 
 
 def own_gradient(parameter: nn.Parameter) -> Tensor | None:
-    """Where the gradient of a parameter is when nobody sums it up."""
+    """Default gradient source: the local shard of `parameter.grad`."""
     return None if parameter.grad is None else local(parameter.grad)
 
 
 class Optimizer(ABC):
-    """AdamW: what its implementations have in common.
-
-    Biases, norms and other 1-D parameters do not decay. A device updates its parts of weights that are shared out.
+    """What all implementations of AdamW share. Each process updates its own shards.
 
     Args:
-        masters: of the model.
+        weights: of the model.
         optim: settings.
 
     Attributes:
         steps: 0-d float32 on the device, updates that were made.
-        moments: Adam's two averages of every weight, shared out and laid out in memory as it is.
+        moments: the two averages of every weight by name, in its layout and sharding.
     """
 
-    def __init__(self, masters: MasterWeights, optim: OptimSection) -> None:
-        self.masters, self.optim = masters, optim
-        self.weights = masters.weights
-        self.moments = {w.name: (_zeros_like(w.parameter), _zeros_like(w.parameter)) for w in self.weights}
-        self.steps = torch.zeros((), device=self.weights[0].parameter.device)
+    def __init__(self, weights: list[Weight], optim: OptimSection) -> None:
+        self.weights, self.optim = weights, optim
+        self.moments = {w.name: (_zeros_like(w.parameter), _zeros_like(w.parameter)) for w in weights}
+        self.steps = torch.zeros((), device=weights[0].parameter.device)
 
     @abstractmethod
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
         """One update.
 
         Args:
-            rate: the learning rate.
-            gradient: of a parameter; it is passed over where that is None.
-            found_inf: 0-d float32 on the device, 1 where nothing is to be updated. The device alone looks at it.
+            rate: the learning rate, before the groups' scales.
+            gradient: of a parameter; those without one are skipped.
+            found_inf: 0-d float32 on the device; 1 skips the update, without a synchronisation.
         """
 
-    def decay(self, weight: Weight) -> float:
-        """The weight decay of a weight."""
-        return self.optim.weight_decay if weight.parameter.ndim > 1 else 0.0
-
     def state(self) -> dict[str, Tensor | Halves]:
-        """All that is learnt, by name and live, to save and to fill in place: weights, moments, number of updates."""
+        """Live tensors by name, to save and to fill in place: weights, moments, number of updates."""
         state: dict[str, Tensor | Halves] = {"optimizer.steps": self.steps}
         for weight in self.weights:
             state[f"model.{weight.name}"] = weight.stored
@@ -83,54 +170,47 @@ class Optimizer(ABC):
 
 
 class AdamW(Optimizer):
-    """AdamW of `fastmum.kernels`, on a CPU in pieces that stay in the cache."""
+    """AdamW of `fastmum.kernels`, on a CPU in chunks that stay in the cache."""
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
-        updates = [
-            _Update(*(local(x) for x in (w.parameter.detach(), *self.moments[w.name])), grad, w.rest, self.decay(w))
-            for w in self.weights
-            if (grad := gradient(w.parameter)) is not None
-        ]
+        updates: dict[tuple, list[_Update]] = {}  # by what one call must have in common
+        for w in self.weights:
+            grad = gradient(w.parameter)
+            if grad is not None:
+                exp_avg, exp_avg_sq = map(local, self.moments[w.name])
+                update = _Update(local(w.parameter.detach()), exp_avg, exp_avg_sq, grad, w.rest)
+                key = w.weight_decay, w.lr_scale, update.weight.dtype, grad.dtype
+                updates.setdefault(key, []).append(update)
         self.steps += 1 if found_inf is None else 1 - found_inf
-        for alike in _alike(updates):
-            for bundle in _bundles([update.weight for update in alike]):
-                self._update([(piece, alike[piece.index]) for piece in bundle], rate, found_inf)
+        for (decay, lr_scale, *_), alike in updates.items():
+            for pieces in chunks([update.weight for update in alike]):
+                self._update([(piece, alike[piece.number]) for piece in pieces], rate * lr_scale, decay, found_inf)
 
-    def _update(self, bundle: list[tuple[Piece, _Update]], rate: float, found_inf: Tensor | None) -> None:
+    def _update(self, pieces: list[tuple[Piece, _Update]], rate: float, decay: float, found_inf: Tensor | None) -> None:
         adamw_(
-            [piece.of(update.weight) for piece, update in bundle],
-            [piece.of(update.gradient) for piece, update in bundle],
-            [piece.of(update.exp_avg) for piece, update in bundle],
-            [piece.of(update.exp_avg_sq) for piece, update in bundle],
-            [piece.of(update.rest) for piece, update in bundle if update.rest is not None],
+            [piece.of(update.weight) for piece, update in pieces],
+            [piece.of(update.gradient) for piece, update in pieces],
+            [piece.of(update.exp_avg) for piece, update in pieces],
+            [piece.of(update.exp_avg_sq) for piece, update in pieces],
+            [piece.of(update.rest) for piece, update in pieces if update.rest is not None],
             self.steps,
             lr=rate,
             betas=(self.optim.betas[0], self.optim.betas[1]),
-            weight_decay=bundle[0][1].decay,
+            weight_decay=decay,
             eps=self.optim.eps,
             found_inf=found_inf,
         )
 
 
 class _Update(NamedTuple):
-    """What is updated, this device's part of it, by which gradient."""
+    """Local tensors of one weight."""
 
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     gradient: Tensor
     rest: Tensor | None
-    decay: float
-
-
-def _alike(updates: list[_Update]) -> list[list[_Update]]:
-    """Those that can be updated together: of the same decay, whole or halves, of one dtype of gradients."""
-    groups: dict[tuple, list[_Update]] = {}
-    for update in updates:
-        key = update.decay, update.weight.dtype, update.gradient.dtype
-        groups.setdefault(key, []).append(update)
-    return list(groups.values())
 
 
 def _zeros_like(weight: Tensor) -> Tensor:
@@ -138,20 +218,20 @@ def _zeros_like(weight: Tensor) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """Elements [start, stop) of a tensor, in the order of its memory.
+    """Elements [start, stop) of a tensor, in memory order.
 
     Args:
-        tensor: with the layout that others must have.
-        index: of the tensor in its list.
+        tensor: its strides are those that related tensors must have.
+        number: of the tensor in its list.
     """
 
     tensor: Tensor
     start: int
     stop: int
-    index: int = 0
+    number: int = 0
 
     def of(self, like: Tensor) -> Tensor:
-        """The same elements of another tensor with the same shape, (stop - start,)."""
+        """The same elements of another tensor with the same layout, (stop - start,)."""
         if like.stride() != self.tensor.stride():
             raise RuntimeError(
                 f"strides {like.stride()} of a gradient or moment differ from {self.tensor.stride()} of its weight"
@@ -159,19 +239,19 @@ class Piece(NamedTuple):
         return like.as_strided((self.stop - self.start,), (1,), like.storage_offset() + self.start)
 
 
-def _bundles(tensors: list[Tensor]) -> Iterator[list[Piece]]:
-    """All elements of the tensors in lists of pieces, each list of as many elements but the last."""
-    bundle: list[Piece] = []
-    for index, tensor in enumerate(tensors):
-        limit = BUNDLE.get(tensor.device.type, BUNDLE["cuda"])
+def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
+    """All elements of the tensors, in lists of pieces with `CHUNK` elements each; the last has fewer."""
+    chunk: list[Piece] = []
+    for number, tensor in enumerate(tensors):
+        limit = CHUNK.get(tensor.device.type, CHUNK["cuda"])
         start = 0
         while start < tensor.numel():
-            room = limit - sum(piece.stop - piece.start for piece in bundle)
+            room = limit - sum(piece.stop - piece.start for piece in chunk)
             stop = min(tensor.numel(), start + room)
-            bundle.append(Piece(tensor, start, stop, index))
+            chunk.append(Piece(tensor, start, stop, number))
+            if room == stop - start:
+                yield chunk
+                chunk = []
             start = stop
-            if room == stop - bundle[-1].start:
-                yield bundle
-                bundle = []
-    if bundle:
-        yield bundle
+    if chunk:
+        yield chunk

@@ -1,85 +1,105 @@
-"""A training step on the device: forward, backward, sums over devices, verdict, update. Nothing here waits for it."""
+"""An optimizer step on the device: forward, backward, reduction, check, clipping, update. Nothing here waits for it."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any
 
-from fastmum.config import Config
-from fastmum.engine.distributed import DistContext
+import torch
+from torch import Tensor, nn
+
+from fastmum.engine.device import autocast
+from fastmum.engine.ema import Ema
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.guard import NonFiniteGuard
 from fastmum.engine.meter import Meter
 from fastmum.engine.optimizer import Optimizer
-from fastmum.engine.prefetcher import StepBatch
-from fastmum.model.mum import MuM, MuMOutput
-
-
-def forward(model: MuM, batch: StepBatch, config: Config) -> MuMOutput:
-    """The model on one batch, in the precision of the run, with the loss of every frame."""
-    with torch.autocast(batch.frames.device.type, torch.bfloat16, enabled=config.train.precision != "fp32"):
-        # The same for all batches of training; the picture may show more views.
-        max_views = max(config.data.views[1], *batch.lengths)
-        return model(batch.frames, batch.lengths, config.model.mask_ratio, batch.noise, max_views, reduction="none")
+from fastmum.engine.task import ParamGroup, Task
 
 
 class Step:
-    """One optimiser step after another, each of one batch or several.
-
-    The loss of a step is the mean over the masked patches of all its batches on all processes. Every frame has as many
-    of them, so a batch's part of it is the sum over its frames divided by the frames of the step.
+    """Optimizer steps, each of one or more micro-batches.
 
     Args:
+        task: computes the loss.
         model: compiled or not.
-        optimizer, gradients: of its parameters.
+        groups: of its parameters.
+        optimizer, gradients: of the same groups.
         guard, meter: get the loss of every step.
-        world: of the processes.
-        config: of the run.
+        ema: averages of the weights, or None.
+        precision: bf16, fp32 or fp8.
 
     Attributes:
-        norm: 0-d on the device, of the gradient of the last step.
+        norms: names and 0-d norms on the device of the last step's gradient, before clipping: `grad_norm` of all, and
+            `grad_norm/<group>` if there are several groups.
     """
 
     def __init__(
-        self, model: MuM, optimizer: Optimizer, gradients: Gradients, guard: NonFiniteGuard, meter: Meter,
-        world: DistContext, config: Config,
+        self, task: Task, model: nn.Module, groups: Sequence[ParamGroup], optimizer: Optimizer, gradients: Gradients,
+        guard: NonFiniteGuard, meter: Meter, ema: Ema | None = None, precision: str = "fp32",
     ) -> None:  # fmt: skip
-        self._model, self._optimizer, self._gradients = model, optimizer, gradients
-        self._guard, self._meter, self._world, self._config = guard, meter, world, config
-        self._graphs = config.train.cuda_graphs
+        self._task, self._model, self._groups = task, model, groups
+        self._optimizer, self._gradients, self._ema = optimizer, gradients, ema
+        self._guard, self._meter, self._precision = guard, meter, precision
+        self._world, self._graphs = task.world, task.config.train.cuda_graphs
+        self.norms: dict[str, Tensor] = {}
         self._begin()
 
     def _begin(self) -> None:
-        self._loss = torch.zeros((), device=self._world.device)
-        self._totals: Tensor | float = 0.0
-        self._frames = 0
+        self._loss = torch.zeros(2, device=self._world.device)  # loss or its sum, weight if not known beforehand
+        self._known_weight = True
+        self._totals: Tensor | None = None
+        self._samples = 0
 
-    def accumulate(self, batch: StepBatch, last: bool) -> None:
-        """Add the gradient of one of the step's batches; `last`: there is no other."""
+    def accumulate(self, batch: Any, last: bool) -> None:
+        """Forward and backward of a micro-batch; `last`: the step's last one."""
         if self._graphs:
             torch.compiler.cudagraph_mark_step_begin()
         self._gradients.next_batch(last)
-        losses = forward(self._model, batch, self._config).loss
-        part = losses.sum() / batch.step_frames
-        self._loss += part.detach()
-        self._totals = self._totals + self._meter.totals_of(losses, batch.views)
-        self._frames = batch.step_frames
-        under_way = self._world.sum_(self._loss, wait=False) if last else None  # beside the backward pass
-        part.backward()
-        if under_way is not None:
-            under_way.wait()
+        with autocast(self._world.device, self._precision):
+            output = self._task.loss(self._model, batch)
+        self._known_weight = output.step_weight is not None
+        loss = output.loss_sum if output.step_weight is None else output.loss_sum / output.step_weight
+        self._loss[0] += loss.detach()
+        if not self._known_weight:
+            self._loss[1] += output.weight
+        totals = self._meter.totals_of(output)
+        self._totals = totals if self._totals is None else self._totals + totals
+        self._samples += self._task.sizes(batch)[0]
+        reduction = self._world.sum_(self._loss, wait=False) if last else None  # during the backward pass
+        loss.backward()
+        if reduction is not None:
+            reduction.wait()
 
     def update(self, step: int, rate: float) -> None:
-        """Update the weights with the gradients of all batches, unless loss or gradient are not finite.
+        """Update the weights, unless loss or gradient are not finite.
 
         Args:
             step: its number, counted from 1.
             rate: the learning rate.
         """
         self._gradients.finish()
-        self.norm = self._gradients.norm()
-        found_inf = self._guard.judge(step, self._loss, self.norm)
+        loss, weight = self._loss.unbind()
+        norms: list[Tensor] = self._gradients.norms()
+        factors: list[Tensor | None] = [None] * len(norms)
+        if not self._known_weight:
+            loss = loss / weight
+            factors = [1 / weight] * len(norms)
+            norms = [norm / weight for norm in norms]
+        total = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+        found_inf = self._guard.check(step, loss, total)
+        for i, group in enumerate(self._groups):
+            if group.clip is not None:
+                clip = (group.clip / (norms[i] + 1e-6)).clamp(max=1.0)
+                factors[i] = clip if (factor := factors[i]) is None else clip * factor
+        self._gradients.scale_(factors)
         self._optimizer.step(rate, self._gradients.of, found_inf)
+        if self._ema is not None:
+            self._ema.update(found_inf)
         self._gradients.clear()
-        self._meter.add(self._totals, found_inf, self._frames)
+        assert self._totals is not None
+        self._meter.add(self._totals, found_inf, self._samples)
+        self.norms = {"grad_norm": total}
+        if len(norms) > 1:
+            self.norms |= {f"grad_norm/{g.name}": norm for g, norm in zip(self._groups, norms, strict=True)}
         self._begin()

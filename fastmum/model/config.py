@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+COMPILE_MODES = ("auto", "block", "full", "off")
 MLP_RATIO = 4  # hidden width of every MLP over its block's width
 
 

@@ -63,6 +63,7 @@ class MuM(Encoder):
     """
 
     attention = "auto"
+    norm_pix = True  # whether the loss normalises each target patch
     compiled_autoencode: Callable[..., MuMOutput] | None = None  # `_autoencode`, where all of it is compiled
 
     def _build(self, config: ModelConfig) -> None:
@@ -138,7 +139,7 @@ class MuM(Encoder):
         _, encoded = self.encode(pixels, visible_ids)
         pred = computed(self.decoder_pred, self.decode(encoded, visible_ids, masked_ids, views, pixels.grid))
         target = pixels.frames, masked_ids, pixels.mean, pixels.std, pixels.patch_size
-        loss = patch_loss(pred, *target, reduction=reduction)
+        loss = patch_loss(pred, *target, norm_pix=self.norm_pix, reduction=reduction)
         return MuMOutput(loss, pred, visible_ids, masked_ids)
 
     def decode(

@@ -3,12 +3,10 @@
 import os
 import random
 import signal
-import sys
 import time
 
 import pytest
-from crew import SMALL, environment, free_port
-from processes import FORKSERVER
+from crew import SMALL
 
 from fastmum.engine.checkpoint import find_checkpoints
 from fastmum.engine.metrics import read_metrics
@@ -19,40 +17,6 @@ ENDLESS = (
     "train.steps=100000", "model.compile=off", "train.eval_every=100000", "train.picture_every=100000",
     "train.checkpoint_every=50",
 )  # fmt: skip
-
-
-def run_main(rank, size, port, words, errors):
-    """The command line in a process of its own, its words to a file."""
-    stream = open(errors, "w", buffering=1)  # noqa: SIM115 (until the process ends)
-    os.dup2(stream.fileno(), 2)
-    os.dup2(stream.fileno(), 1)
-    sys.stderr = sys.stdout = stream
-    os.environ |= environment(rank, size, port)
-    from fastmum.train import main
-
-    os._exit(main(words))
-
-
-@pytest.fixture
-def start(image_folder, tmp_path):
-    """Start a run of some processes; all are killed behind the test."""
-    processes = []
-
-    def start(size, *more):
-        port, words = free_port(), [*SMALL, f"data.root={image_folder}", f"run.dir={tmp_path}/run", *more]
-        started = [
-            FORKSERVER.Process(target=run_main, args=(rank, size, port, words, str(tmp_path / f"words-{rank}")))
-            for rank in range(size)
-        ]
-        for process in started:
-            process.start()
-        processes.extend(started)
-        return started
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.join()
 
 
 def wait_for(condition, what, seconds=90):
@@ -78,13 +42,13 @@ def test_killed_at_20_random_moments_it_goes_on_bit_for_bit(start, tmp_path, bac
     words = ("train.steps=60", "train.checkpoint_every=2", "train.eval_every=20", "data.frames_per_step=12",
              "train.precision=bf16", f"train.checkpoint_async={background}")  # fmt: skip
     run, whole = tmp_path / "run", tmp_path / "whole"
-    (process,) = start(1, *words, f"run.dir={whole}")
+    (process,) = start(1, *SMALL, *words, f"run.dir={whole}")
     process.join()
     assert process.exitcode == 0, (tmp_path / "words-0").read_text()
     rng = random.Random(0)
     kills = 0
     while kills < KILLS and not reached(run, 60)():
-        (process,) = start(1, *words)
+        (process,) = start(1, *SMALL, *words)
         # Some time after its first step, or before it; 20 times that are fewer steps than the run has.
         first = max((r["step"] for r in read_metrics(run / "metrics.jsonl")), default=0)
         wait_for(reached(run, first + 1 - kills % 2), "a step")
@@ -93,7 +57,7 @@ def test_killed_at_20_random_moments_it_goes_on_bit_for_bit(start, tmp_path, bac
         process.join()
         kills += 1
     assert kills >= KILLS // 2, "the run was too short to be killed often"
-    (process,) = start(1, *words)
+    (process,) = start(1, *SMALL, *words)
     process.join()
     assert process.exitcode == 0, (tmp_path / "words-0").read_text()
     assert losses(run) == losses(whole)
@@ -101,7 +65,7 @@ def test_killed_at_20_random_moments_it_goes_on_bit_for_bit(start, tmp_path, bac
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_stop_when_the_first_process_is_gone_with_the_store(start, tmp_path, number):
-    processes = start(3, *ENDLESS, "parallel.dead_after_s=2", "data.frames_per_step=18")
+    processes = start(3, *SMALL, *ENDLESS, "parallel.dead_after_s=2", "data.frames_per_step=18")
     wait_for(reached(tmp_path / "run", 3), "a step")
     os.kill(processes[0].pid, number)
     began = time.monotonic()
@@ -114,7 +78,7 @@ def test_the_others_stop_when_the_first_process_is_gone_with_the_store(start, tm
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_others_stop_and_name_a_process_that_is_gone(start, tmp_path, number):
-    processes = start(3, *ENDLESS, "parallel.dead_after_s=2", "data.frames_per_step=18")
+    processes = start(3, *SMALL, *ENDLESS, "parallel.dead_after_s=2", "data.frames_per_step=18")
     wait_for(reached(tmp_path / "run", 3), "a step")
     os.kill(processes[1].pid, number)
     began = time.monotonic()
@@ -123,12 +87,12 @@ def test_the_others_stop_and_name_a_process_that_is_gone(start, tmp_path, number
         assert processes[rank].exitcode == 2, f"rank {rank} goes on"
         words = (tmp_path / f"words-{rank}").read_text()
         assert "error: rank 1 (" in words
-        assert f"process {processes[1].pid}) has died or hangs: no sign of life for 2 s" in words
+        assert f"process {processes[1].pid}) died or hangs: no heartbeat for 2 s" in words
     assert time.monotonic() - began < 60
 
 
 def test_the_others_name_a_process_that_fails_and_why(start, tmp_path, image_folder):
-    processes = start(2, *ENDLESS, "parallel.dead_after_s=2", "data.frames_per_step=12", "data.cache_gb=0")
+    processes = start(2, *SMALL, *ENDLESS, "parallel.dead_after_s=2", "data.frames_per_step=12", "data.cache_gb=0")
     wait_for(reached(tmp_path / "run", 3), "a step")
     for scene in image_folder.iterdir():
         for image in scene.iterdir():
@@ -142,12 +106,12 @@ def test_the_others_name_a_process_that_fails_and_why(start, tmp_path, image_fol
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_told_to_end_by_one_signal_to_one_process_all_save_the_same_step(start, tmp_path, number):
-    processes = start(2, *ENDLESS, "data.frames_per_step=12")
+    processes = start(2, *SMALL, *ENDLESS, "data.frames_per_step=12")
     wait_for(reached(tmp_path / "run", 3), "a step")
     os.kill(processes[1].pid, number)
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == REQUEUE
     assert f"{signal.Signals(number).name}: saved at step" in (tmp_path / "words-0").read_text()
-    newest = find_checkpoints(tmp_path / "run")[0].about
+    newest = find_checkpoints(tmp_path / "run")[0].manifest
     assert newest.step == read_metrics(tmp_path / "run/metrics.jsonl")[-1]["step"]

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from fastmum.config import ConfigError
-from fastmum.engine.consensus import StopConsensus
 from fastmum.engine.device import pick_device, pick_precision
 from fastmum.engine.distributed import DistContext, DistributedError, LaunchInfo, init_distributed, read_launch_env
 from fastmum.engine.heartbeat import Heartbeat
-from fastmum.engine.stop import REQUEUE, StopRequest, exit_code
+from fastmum.engine.stop import REQUEUE, StopConsensus, StopRequest, exit_code
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
@@ -41,7 +40,7 @@ def test_no_place(environ):
 def test_an_address_that_is_missing_is_named(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(DistributedError, match="MASTER_ADDR must say where the process of rank 0 listens"):
+    with pytest.raises(DistributedError, match="MASTER_ADDR must be set"):
         init_distributed(LaunchInfo(1, 2), torch.device("cpu"))
 
 
@@ -131,7 +130,7 @@ def test_a_process_without_signs_of_life_is_named(pair):
         other._store.set("left/1", "")
         other._store.set("beat/1", "0")
         wait_for(lambda: told)
-    assert told == ["rank 1 (there, process 7) has died or hangs: no sign of life for 1 s"]
+    assert told == ["rank 1 (there, process 7) died or hangs: no heartbeat for 1 s"]
 
 
 def test_a_process_that_fails_says_why_and_one_that_is_done_is_missed_by_nobody(pair):
@@ -140,7 +139,7 @@ def test_a_process_that_fails_says_why_and_one_that_is_done_is_missed_by_nobody(
         raise ValueError("broken")
     with Heartbeat(pair[0], 1.0, told.append):
         wait_for(lambda: told)
-    assert "has stopped: ValueError: broken" in told[0]
+    assert "failed: ValueError: broken" in told[0]
     told.clear()
     with Heartbeat(pair[0], 0.5, told.append):
         with Heartbeat(pair[1], 0.5):
@@ -163,5 +162,5 @@ def test_the_main_thread_learns_who_it_was(pair):
     with Heartbeat(pair[0], 1.0, told.append) as watch:
         for key in ("name/1", "left/1", "beat/1"):
             watch._store.set(key, "" if key == "left/1" else "rank 1")
-        assert "rank 1 has died" in watch.culprit()
+        assert "rank 1 died" in watch.failed_rank()
     assert not told, "who has asked ends the process itself"

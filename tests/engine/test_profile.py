@@ -40,8 +40,8 @@ def test_exactly_the_steps_of_the_window(tmp_path, window, start, span, steps):
     names = loop(folder, window, 8, start, rank=3)
     assert names == [f"steps_{span}_rank_3.json.gz", f"steps_{span}_rank_3.txt"]
     found = events(folder / names[0])
-    labels = [name for name in found if name and name.startswith("training step")]
-    assert labels[: len(steps)] == [f"training step {n}" for n in steps]  # a run that ends has begun one more
+    labels = [name for name in found if name and name.startswith("ProfilerStep#")]
+    assert labels[: len(steps)] == [f"ProfilerStep#{n}" for n in steps]  # a run that ends has begun one more
     assert found.count("aten::mm") == len(steps)
     assert "aten::mm" in (folder / names[1]).read_text()
 
@@ -49,9 +49,9 @@ def test_exactly_the_steps_of_the_window(tmp_path, window, start, span, steps):
 @pytest.mark.parametrize(
     ("window", "start", "message"),
     [
-        (range(3, 5), 4, "profile.steps is 3-4, but the run goes on at step 5: nothing is profiled"),
-        (range(9, 12), 0, "profile.steps is 9-11, but training ended after step 8: nothing was profiled"),
-        (range(20, 21), 0, "profile.steps is 20, but training ended after step 8: nothing was profiled"),
+        (range(3, 5), 4, "profile.steps is 3-4, but the run resumes at step 5: nothing is profiled"),
+        (range(9, 12), 0, "profile.steps is 9-11, but training ended after step 8: nothing is profiled"),
+        (range(20, 21), 0, "profile.steps is 20, but training ended after step 8: nothing is profiled"),
         (range(0), 0, None),
     ],
 )

@@ -39,7 +39,7 @@ def write_for_ever(folder, pipe):
             tensor.fill_(step)
         writer.save(step, state, ABOUT)
         if writer.newest:
-            pipe.send(find_checkpoints(writer.newest)[0].about.step)
+            pipe.send(find_checkpoints(writer.newest)[0].manifest.step)
 
 
 def kill_while_writing(folder, times):
@@ -194,7 +194,7 @@ def test_one_rank_that_cannot_write_fails_on_all_alike(team, tmp_path, strategy)
         assert "step_0000002' could not be written (rank 1: File too large)" in outcomes[1]
         assert (failed, newest) == (1, "step_0000003")
         assert len(lines) == (rank == 0)
-    assert [found.about.step for found in find_checkpoints(tmp_path)] == [3, 1]
+    assert [found.manifest.step for found in find_checkpoints(tmp_path)] == [3, 1]
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -65,7 +65,7 @@ def test_a_missing_file_falls_back_too_and_is_named(two, tmp_path, name, caplog)
         assert load_newest(folder, full_state(9), CONFIG).step == 1
     assert "step_0000002' cannot be read" in caplog.text
     assert name in caplog.text
-    assert "the one before is tried" in caplog.text
+    assert "trying the one before" in caplog.text
 
 
 def test_nothing_readable_is_an_error(two, tmp_path):
@@ -79,9 +79,9 @@ def test_nothing_readable_is_an_error(two, tmp_path):
 
 
 def test_one_of_a_later_format_says_so(two, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastmum.engine.checkpoint.about.FORMAT", 2)
+    monkeypatch.setattr("fastmum.engine.checkpoint.manifest.FORMAT", 3)
     (found, _) = find_checkpoints(two)
-    assert "its format is 1, this fastmum reads 2" in found.problem
+    assert "its format is 2, this fastmum reads 3" in found.problem
 
 
 def test_all_ranks_fall_back_together(team, two, tmp_path):

@@ -32,7 +32,7 @@ def write(folder, *steps, keep=10, **kwargs):
 
 
 def steps(folder):
-    return [found.about.step for found in find_checkpoints(folder)]
+    return [found.manifest.step for found in find_checkpoints(folder)]
 
 
 def same(state, seed):
@@ -47,22 +47,22 @@ def test_everything_comes_back_into_the_live_tensors(tmp_path, background):
     about = load_newest(tmp_path, state, CONFIG)
     same(live, 5)
     assert live["model.conv.weight"].is_contiguous(memory_format=torch.channels_last)
-    assert (about.path, about.step, about.model_config) == (writer.newest, 5, CONFIG)
+    assert (about.path, about.step, about.values["model_config"]) == (writer.newest, 5, CONFIG)
     assert about.values == {**ABOUT, "step": 5}
     assert about.tensors["meter.losses"] == ((25,), "float64")
 
 
 def test_memory_for_copies_is_taken_once():
     snapshot = Snapshot(rank=0, size=1)
-    snapshot.make_buffers(full_state(1))
+    snapshot.allocate(full_state(1))
     seen = []
     for step in (1, 2):
         state = full_state(step)
         snapshot.begin(state)
-        snapshot.copy()
-        same(snapshot.parts, step)
-        assert all(part.stride() == state[name].stride() for name, part in snapshot.parts.items())
-        seen.append({name: part.data_ptr() for name, part in snapshot.parts.items()})
+        copies = snapshot.copy()
+        same(copies, step)
+        assert all(copy.stride() == state[name].stride() for name, copy in copies.items())
+        seen.append({name: copy.data_ptr() for name, copy in copies.items()})
     assert seen[0] == seen[1]
 
 
@@ -104,7 +104,7 @@ def test_what_is_written_is_the_state_of_its_step(tmp_path):
     for found in find_checkpoints(tmp_path):
         seen = {name: torch.empty_like(tensor) for name, tensor in state.items()}
         load_checkpoint(found.path, seen, CONFIG)
-        assert all((tensor == found.about.step).all() for tensor in seen.values())
+        assert all((tensor == found.manifest.step).all() for tensor in seen.values())
 
 
 def test_training_goes_on_while_the_disk_is_slow(tmp_path, monkeypatch):
@@ -207,7 +207,7 @@ def test_other_tensors_are_named(tmp_path):
     state["model.extra"] = torch.zeros(1)
     with pytest.raises(
         CheckpointError,
-        match=r"lacks model.extra; has besides model.bias; has in other shapes exp_avg.bias is \[3\] \(ours: \[4\]\)",
+        match=r"exp_avg.bias \(3,\) \(expected: \(4,\)\), model.bias \(3,\) .*, model.extra missing",
     ):
         load_newest(tmp_path, state, CONFIG)
 
@@ -262,8 +262,8 @@ def test_a_folder_that_cannot_be_made_is_logged_and_the_next_is_tried(tmp_path, 
     with pytest.raises(CheckpointError, match=r"checkpoints/step_0000001' could not be written \(.*irectory"):
         writer.wait()
     assert (writer.failed, writer.newest) == (1, None)
-    (line,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert "training goes on" in line.message
+    (line,) = [r for r in caplog.records if r.levelno == logging.ERROR and r.name.startswith("fastmum")]
+    assert "training continues" in line.message
     assert "\n" not in line.message
     (tmp_path / "checkpoints").unlink()
     writer.save(2, full_state(2), ABOUT)
@@ -274,4 +274,4 @@ def test_a_folder_that_cannot_be_made_is_logged_and_the_next_is_tried(tmp_path, 
 def test_the_manifest_is_for_people_too(tmp_path):
     write(tmp_path, 1)
     content = json.loads((tmp_path / "step_0000001/checkpoint.json").read_text())["content"]
-    assert (content["step"], content["about"]["model_config"]) == (1, CONFIG)
+    assert (content["step"], content["values"]["model_config"]) == (1, CONFIG)

@@ -69,23 +69,23 @@ def test_lines_wait_for_room_and_none_is_lost(small_disk, caplog):
     run = RunDir(small_disk / "run")
     caplog.set_level(logging.INFO)
     telemetry = Telemetry(run, 0)
-    telemetry.picture(1, noise(0))
+    telemetry.pictures(1, {"reconstruction": noise(0)})
     values = {f"curve_{i}": i / 7 for i in range(20)}
     telemetry.log(1, values)
     ballast = fill(small_disk)
     # A page has room behind its last line: a few still fit, and the one on the edge in part.
     for step in range(2, 20):
         telemetry.log(step, values)
-        telemetry.picture(step, noise(step))
+        telemetry.pictures(step, {"reconstruction": noise(step)})
         lines = run.metrics.read_bytes().split(b"\n")
         assert lines[-1] == b"", "half a line was left"
         assert all(json.loads(line) for line in lines[:-1])
     assert len(read_metrics(run.metrics)) < 19
     assert sorted(warnings(caplog)) == sorted(
         [
-            f"{run.metrics} cannot be written (No space left on device); training goes on",
-            f"{next(run.tensorboard.iterdir())} cannot be written (No space left on device); training goes on",
-            f"{run.picture(2)} cannot be written (No space left on device); training goes on",
+            f"{run.metrics} cannot be written (No space left on device); training continues",
+            f"{next(run.tensorboard.iterdir())} cannot be written (No space left on device); training continues",
+            f"{run.picture(2)} cannot be written (No space left on device); training continues",
         ]
     )
     assert Image.open(run.newest_picture).tobytes() == noise(0).tobytes()
@@ -94,7 +94,7 @@ def test_lines_wait_for_room_and_none_is_lost(small_disk, caplog):
     caplog.clear()
     ballast.unlink()
     telemetry.log(20, values)
-    telemetry.picture(20, noise(20))
+    telemetry.pictures(20, {"reconstruction": noise(20)})
     assert [record["step"] for record in read_metrics(run.metrics)] == list(range(1, 21))
     assert any("can be written again" in record.getMessage() for record in caplog.records)
     assert Image.open(run.newest_picture).tobytes() == noise(20).tobytes()
@@ -149,12 +149,12 @@ def test_a_folder_in_the_way_is_a_warning(tmp_path, caplog):
     run.metrics.mkdir()
     telemetry.log(1, {"loss": 1.0})
     telemetry.log(2, {"loss": 1.0})
-    telemetry.picture(2, noise(0))
+    telemetry.pictures(2, {"reconstruction": noise(0)})
     run.metrics.rmdir()
     (tmp_path / "tensorboard").unlink()
     telemetry.log(3, {"loss": 1.0})
     telemetry.close()
     assert len(warnings(caplog)) == 2
-    assert f"{run.metrics} cannot be written (Is a directory); training goes on" in warnings(caplog)
+    assert f"{run.metrics} cannot be written (Is a directory); training continues" in warnings(caplog)
     assert [record["step"] for record in read_metrics(run.metrics)] == [1, 2, 3]
     assert Path(run.newest_picture).exists()

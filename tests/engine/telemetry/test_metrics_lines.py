@@ -73,7 +73,7 @@ def test_the_board_forgets_what_a_resumed_run_repeats(tmp_path):
 def test_a_clock_that_was_set_back_does_not_order_the_boards_files(tmp_path, monkeypatch):
     run = RunDir(tmp_path)
     tell(run, 0, (10, 20, 30), lambda step: step)
-    monkeypatch.setattr("fastmum.engine.telemetry.board.time.time", lambda: 1000.0)
+    monkeypatch.setattr("fastmum.engine.telemetry.time.time", lambda: 1000.0)
     tell(run, 20, (30, 40), lambda step: 2 * step)
     assert points(run, "loss") == [(10, 10), (20, 20), (30, 60), (40, 80)]
 

@@ -1,5 +1,6 @@
 import logging
 import sys
+from dataclasses import asdict
 
 import pytest
 from PIL import Image
@@ -52,10 +53,10 @@ def service(monkeypatch):
 
 
 def tell(config, tmp_path, start=0):
-    telemetry = Telemetry(RunDir(tmp_path), start, config)
+    telemetry = Telemetry(RunDir(tmp_path), start, config.telemetry.wandb, config.run.name, asdict(config))
     for step in (start + 1, start + 2):
         telemetry.log(step, {"loss": 1.0, "mfu": None, "grad_norm": float("nan")})
-    telemetry.picture(start + 2, Image.new("RGB", (6, 4)))
+    telemetry.pictures(start + 2, {"reconstruction": Image.new("RGB", (6, 4))})
     telemetry.close()
 
 
@@ -91,7 +92,7 @@ def test_a_failure_is_one_warning(config, tmp_path, service, caplog, where):
     with caplog.at_level(logging.WARNING):
         tell(config, tmp_path)
     assert [record.message for record in caplog.records] == [
-        f"Weights & Biases is left out from here on: no way to the service in {where}"
+        f"Weights & Biases is not used from here on: no way to the service in {where}"
     ]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
@@ -99,7 +100,7 @@ def test_a_failure_is_one_warning(config, tmp_path, service, caplog, where):
 def test_without_the_package_it_is_one_line_and_nothing_is_written(config, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     with pytest.raises(ConfigError, match=r"telemetry.wandb is 'mum', .* pip install 'fastmum\[wandb\]'"):
-        Telemetry(RunDir(tmp_path), 0, config)
+        Telemetry(RunDir(tmp_path), 0, "mum")
     assert list(tmp_path.iterdir()) == []
 
 

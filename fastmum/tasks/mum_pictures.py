@@ -18,40 +18,46 @@ GAP = 4  # pixels between pictures
 SEQUENCE_GAP = 16  # pixels between sequences
 
 
-def draw_reconstruction(frames: Tensor, lengths: tuple[int, ...], masked_ids: Tensor, pred: Tensor) -> Image.Image:
+def draw_reconstruction(
+    frames: Tensor, lengths: tuple[int, ...], masked_ids: Tensor, pred: Tensor, norm_pix: bool = True
+) -> Image.Image:
     """Draw what the model made of masked frames.
 
     Args:
         frames: (F, H, W, 3) uint8, sequences one behind another.
         lengths: frames of each sequence.
         masked_ids, pred: (F, M) and (F, M, 3*p*p) float32 of `MuMOutput`; all on the CPU.
+        norm_pix: whether the loss normalised its targets.
 
     Returns:
         For each sequence three rows (original, masked, predicted), one column a view.
     """
-    masked, predicted = reconstructions(frames, masked_ids, pred)
+    masked, predicted = reconstructions(frames, masked_ids, pred, norm_pix)
     rows = []
     for sequence in zip(*(stack.split(lengths) for stack in (frames, masked, predicted)), strict=True):
         rows += [_side_by_side(stack.numpy()) for stack in sequence]
     return Image.fromarray(_stack(rows))
 
 
-def reconstructions(frames: Tensor, masked_ids: Tensor, pred: Tensor) -> tuple[Tensor, Tensor]:
+def reconstructions(frames: Tensor, masked_ids: Tensor, pred: Tensor, norm_pix: bool = True) -> tuple[Tensor, Tensor]:
     """Frames with their masked patches in grey, and as predicted, (F, H, W, 3) uint8 each; arguments as above."""
     side = int((pred.shape[-1] // 3) ** 0.5)
-    patches = _pixels(frames, masked_ids, pred, side)
+    patches = _pixels(frames, masked_ids, pred, side, norm_pix)
     return _put(frames, masked_ids, torch.full_like(patches, GREY)), _put(frames, masked_ids, patches)
 
 
-def _pixels(frames: Tensor, ids: Tensor, pred: Tensor, side: int) -> Tensor:
+def _pixels(frames: Tensor, ids: Tensor, pred: Tensor, side: int, norm_pix: bool) -> Tensor:
     """Predictions as uint8 pixels (F, M, p, p, 3).
 
-    The model predicts patches without their mean and contrast; the picture takes those two from the original.
+    With `norm_pix` the model predicts patches without mean and contrast; the picture takes both from the original.
     """
-    original = gather_patches(frames, ids, IMAGENET_MEAN, IMAGENET_STD, side, torch.float32)
-    var, mean = torch.var_mean(original, dim=-1, keepdim=True)
-    normalised = (pred * (var + 1e-6).sqrt() + mean).unflatten(-1, (side, side, 3))
-    pixels = (normalised * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)) * 255
+    values = pred
+    if norm_pix:
+        original = gather_patches(frames, ids, IMAGENET_MEAN, IMAGENET_STD, side, torch.float32)
+        var, mean = torch.var_mean(original, dim=-1, keepdim=True)
+        values = pred * (var + 1e-6).sqrt() + mean
+    values = values.unflatten(-1, (side, side, 3))
+    pixels = (values * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)) * 255
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 

@@ -7,12 +7,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._dynamo
 
-from fastmum.config.schema import COMPILE_MODES
 from fastmum.model.block import Block
+from fastmum.model.config import COMPILE_MODES
 from fastmum.model.mum import MuM
 
 log = logging.getLogger(__name__)
@@ -69,10 +70,12 @@ def compile_model(
     log.info("torch.compile: %s%s", chosen, f" (model.compile={mode})" if mode != chosen else "")
     if chosen != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    how = {"fullgraph": True, "backend": backend} | ({"options": {"triton.cudagraphs": True}} if cuda_graphs else {})
+    how: dict[str, Any] = {"fullgraph": True, "backend": backend} | (
+        {"options": {"triton.cudagraphs": True}} if cuda_graphs else {}
+    )
     if chosen == "block":
         compute = torch.compile(Block._compute, **how)
-        for block in _blocks(model):
+        for block in blocks_of(model):
             block.compiled_compute = compute
     elif chosen == "full":
         model.compiled_autoencode = torch.compile(MuM._autoencode, **how)
@@ -85,7 +88,7 @@ def eager(model: MuM) -> Iterator[None]:
 
     Attention that is compiled by itself (`flex`) stays so: as written, it would hold the scores of all tokens at once.
     """
-    blocks = [(block, block.compiled_compute) for block in _blocks(model)]
+    blocks = [(block, block.compiled_compute) for block in blocks_of(model)]
     whole = model.compiled_autoencode
     for block, _ in blocks:
         block.compiled_compute = None
@@ -98,7 +101,7 @@ def eager(model: MuM) -> Iterator[None]:
         model.compiled_autoencode = whole
 
 
-def _blocks(model: MuM) -> tuple[Block, ...]:
+def blocks_of(model: MuM) -> tuple[Block, ...]:
     return (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks)
 
 

@@ -1,0 +1,193 @@
+"""The interface between the training engine and what it trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from PIL import Image
+from torch import Tensor, nn
+
+from fastmum.config.schema import ConfigError, EngineConfig
+from fastmum.engine.distributed import DistContext
+
+
+class Metric(NamedTuple):
+    """A mean that a task reports, reduced as a sum and a count over micro-batches and processes.
+
+    Args:
+        size: number of sums; 0 for a single one.
+        index_name: of several sums: `loss` with the index `views` is reported as `loss` (the mean over all) and
+            `loss/views_<i>`.
+    """
+
+    size: int = 0
+    index_name: str = ""
+
+
+class StepOutput(NamedTuple):
+    """Loss of a micro-batch, as a sum and its weight, so that accumulation and data parallelism are exact.
+
+    Args:
+        loss_sum: 0-d, differentiable: the sum of all terms. The loss of a step is the sum over its micro-batches on
+            all processes, divided by the sum of their weights.
+        weight: number of terms in the sum (pixels, frames, ...): a float, or 0-d on the device.
+        step_weight: total weight of the step if it is known beforehand. The gradient is then scaled before the backward
+            pass instead of after it, which saves a pass over the gradients.
+        metrics: sum and count of each of the task's `metrics`, (size,) or 0-d each, detached.
+    """
+
+    loss_sum: Tensor
+    weight: Tensor | float
+    step_weight: float | None = None
+    metrics: Mapping[str, tuple[Tensor, Tensor]] = {}
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that share settings. Every trainable parameter is in exactly one group, frozen ones are in none.
+
+    Args:
+        parameters: in the order of the forward pass.
+        name: in the log: `grad_norm/<name>`, if there are several groups.
+        lr_scale: factor of the learning rate.
+        weight_decay: of parameters with two or more dimensions; biases, norms and other 1-D parameters do not decay.
+        clip: largest norm of the group's gradient; None: not clipped.
+    """
+
+    parameters: list[nn.Parameter]
+    name: str = "all"
+    lr_scale: float = 1.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+
+
+@dataclass
+class Samples:
+    """Size of a step.
+
+    Args:
+        micro_batch: samples that a device computes at once.
+        step: samples of an optimizer step over all devices; None: one micro-batch per device, or as in the resumed run.
+        unit: name of a sample, as in `frames_per_s`.
+        keys: configuration keys of `micro_batch` and `step`, for messages.
+    """
+
+    micro_batch: int
+    step: int | None
+    unit: str = "samples"
+    keys: tuple[str, str] = ("data.batch", "data.batch_per_step")
+
+
+class Task(ABC):
+    """What is trained: model, data and loss. Subclasses override what they need; `fastmum.tasks` lists them.
+
+    All processes of a run construct the task and call its methods in the same order.
+
+    Args:
+        config: an instance of `Config`.
+        world: processes of the run.
+
+    Attributes:
+        Config: class of the configuration; a subclass of `EngineConfig`.
+        metrics: what `loss` reports. `loss` itself is always reported, by default as the mean of the step's losses.
+        samples: size of a step.
+        batches_per_step: micro-batches per step on this process, set before `open_data`.
+    """
+
+    Config: ClassVar[type[EngineConfig]] = EngineConfig
+    metrics: Mapping[str, Metric] = {"loss": Metric()}
+    samples: Samples
+
+    def __init__(self, config: Any, world: DistContext) -> None:
+        self.config, self.world = config, world
+        self.batches_per_step = 1
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """The model on `world.device`, in float32. Frozen parts have `requires_grad=False` and are in `eval()`."""
+
+    def blocks(self, model: Any) -> list[nn.Module]:
+        """Modules whose matrices FSDP gathers one after another."""
+        return []
+
+    def groups(self, model: Any) -> list[ParamGroup]:
+        """Parameter groups; the default is one group with the settings of `optim`."""
+        optim = self.config.optim
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
+
+    def buffers(self, model: Any) -> dict[str, Tensor]:
+        """Buffers that training changes (statistics of batch norm, ...), saved in checkpoints."""
+        return {}
+
+    def manifest(self) -> dict[str, Any]:
+        """JSON that a checkpoint must agree with to be resumed: sizes of the model."""
+        return {}
+
+    def compile(self, model: Any, steps: int) -> None:
+        """Compile the model in place; `steps` are still to be done."""
+        if self.config.train.cuda_graphs:
+            raise ConfigError(f"train.cuda_graphs is true, but the task '{self.config.run.task}' compiles nothing")
+
+    def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:  # noqa: B027
+        """Open the data sets; called by the first process, then by the others.
+
+        Args:
+            folder: of the run, for files of the task's own.
+            start: steps already done; the run continues with the same data.
+            samples_per_step: over all devices.
+        """
+
+    def prepare(self) -> None:  # noqa: B027
+        """Read what is used again and again (held-out batches); called by all processes after `open_data`."""
+
+    @abstractmethod
+    def batches(self, start: int, stop: int) -> Iterator[Any]:
+        """`batches_per_step` micro-batches for every step in [start, stop), counted from 0: pytrees of tensors.
+
+        A pure function of (seed, step, rank, world size): resuming needs no other state.
+        """
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Any) -> StepOutput:
+        """Forward pass of a micro-batch on the device, under autocast. Must not wait for the device."""
+
+    def sizes(self, batch: Any) -> tuple[int, float]:
+        """Samples of a micro-batch and its model FLOPs, forward and backward, without looking at the device."""
+        return self.samples.micro_batch, 0.0
+
+    def tokens(self, samples: int) -> float:
+        """Tokens of so many samples; 0 where that means nothing."""
+        return 0.0
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is data to evaluate on."""
+        return False
+
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Metrics on held-out data, reduced over all processes; called under autocast, like `loss`."""
+        return {}
+
+    def pictures(self, model: Any) -> dict[str, Image.Image]:
+        """Pictures by name; all processes call it, the first one writes them."""
+        return {}
+
+    def counters(self) -> dict[str, float | None]:
+        """More numbers for a log line, such as bad frames."""
+        return {}
+
+    def describe_steps(self, steps: range) -> str:
+        """The data of these steps, counted from 0, for the message about non-finite steps."""
+        return ""
+
+    def summary(self, values: Mapping[str, float | None]) -> str:
+        """One line at the end of a run from its last log line."""
+        return "loss none" if values.get("loss") is None else f"loss {values['loss']:.4g}"
+
+    def close(self) -> None:  # noqa: B027
+        """Release threads and files."""

@@ -1,0 +1,24 @@
+"""What the engine can train. A task is a subclass of `fastmum.engine.task.Task`, found by the key `run.task`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from fastmum.config.schema import ConfigError
+from fastmum.engine.task import Task
+
+TASKS = {"mum": "fastmum.tasks.mum:MuMTask"}
+
+
+def find_task(name: str) -> type[Task]:
+    """The class of a task.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"run.task is '{name}', but must be one of {', '.join(TASKS)}; the nearest is '{near}'")
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,265 @@
+"""MuM's pretraining: masked reconstruction of the views of a scene (paper, section 3; supplement, "Sampling")."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastmum.attention import AttentionError, choose_backend
+from fastmum.config.mum import Config as MuMConfig
+from fastmum.config.schema import ConfigError
+from fastmum.data.crops import whole_frames
+from fastmum.data.decode import make_decoder
+from fastmum.data.loader import Loader
+from fastmum.data.plan import StepPlan, StepPlanner
+from fastmum.data.splits import DataSplits, open_splits
+from fastmum.engine.device import MATRIX_DTYPE
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.fp8 import check_fp8, use_fp8
+from fastmum.engine.prefetcher import to_device
+from fastmum.engine.task import Metric, Samples, StepOutput, Task
+from fastmum.model.compile import blocks_of, compile_model, eager
+from fastmum.model.flops import step_flops
+from fastmum.model.masking import num_visible, seeded_noise
+from fastmum.model.mum import MuM, MuMOutput
+from fastmum.tasks.mum_pictures import draw_reconstruction
+
+log = logging.getLogger(__name__)
+
+MOST_VIEWS = 256  # longer sequences are counted as this
+EVAL_SEED = 0  # of the masks; not the run's, so that runs with different seeds can be compared
+PICTURE_SEQUENCES = 3
+PICTURE_VIEWS = 6
+
+
+class MuMBatch(NamedTuple):
+    """A micro-batch.
+
+    Args:
+        frames: (F, size, size, 3) uint8, packed sequences.
+        lengths: frames of every sequence.
+        noise: (F, P) float32, for the masks.
+        views: (F,) int64, length of the sequence that each frame belongs to.
+        step_frames: frames of the step over all processes.
+    """
+
+    frames: Tensor
+    lengths: tuple[int, ...]
+    noise: Tensor
+    views: Tensor
+    step_frames: int
+
+
+class MuMTask(Task):
+    """Masked reconstruction.
+
+    A step is planned in micro-batches of `data.frames_per_batch` frames, whatever the number of processes: each takes
+    as many consecutive ones as it must. So a step has the same frames, in the same micro-batches, on any number of
+    processes that divides theirs.
+    """
+
+    Config = MuMConfig
+    metrics: Mapping[str, Metric] = {"loss": Metric(MOST_VIEWS + 1, "views")}
+    config: MuMConfig
+
+    def __init__(self, config: MuMConfig, world: DistContext) -> None:
+        super().__init__(config, world)
+        data, model = config.data, config.model_config
+        self.samples = Samples(
+            data.frames_per_batch, data.frames_per_step, "frames", ("data.frames_per_batch", "data.frames_per_step")
+        )
+        self._patches = (data.image_size // model.patch_size) ** 2
+        visible = num_visible(self._patches, config.model.mask_ratio)
+        # FLOPs are a F + b sum(S^2): two counts give both factors.
+        one, two = (step_flops(model, self._patches, visible, [S]).total for S in (1, 2))
+        self._flops_per_square = (two - 2 * one) // 2
+        self._flops_per_frame = one - self._flops_per_square
+        self._view_numbers = torch.arange(MOST_VIEWS + 1, device=world.device)
+        self._splits: DataSplits
+        self._loader: Loader
+        self._held_out: dict[int, MuMBatch] = {}
+        self._shown: MuMBatch
+
+    def build(self) -> MuM:
+        """The model with the run's attention backend.
+
+        Raises:
+            ConfigError: `model.attention` or `train.precision` is not available on the device.
+        """
+        config, device = self.config, self.world.device
+        try:
+            backend = choose_backend(config.model.attention, device, MATRIX_DTYPE[config.train.precision])
+        except AttentionError as error:
+            raise ConfigError(f"model.attention: {error}") from None
+        log.info("global attention: %s", backend.name)
+        if config.train.precision == "fp8":
+            check_fp8(device)
+        model = MuM(config.model_config).to(device)
+        model.attention, model.norm_pix = backend.name, config.loss.norm_pix
+        recompute = config.model.recompute
+        if recompute == "auto":
+            recompute = "mlp" if device.type == "cuda" else "none"
+        model.set_recompute(recompute)
+        if config.train.precision == "fp8":
+            log.info("float8 products in %d linear layers", use_fp8(model, blocks_of(model)))
+        return model
+
+    def blocks(self, model: MuM) -> list[nn.Module]:
+        return [*blocks_of(model)]
+
+    def manifest(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config.model_config)
+
+    def compile(self, model: MuM, steps: int) -> None:
+        """Compile by `model.compile`.
+
+        Raises:
+            ConfigError: `train.cuda_graphs` cannot be used.
+        """
+        mode, graphs = self.config.model.compile, self.config.train.cuda_graphs
+        try:
+            compile_model(model, mode, steps, several_devices=self.world.size > 1, cuda_graphs=graphs)
+        except ValueError as error:
+            raise ConfigError(f"train.cuda_graphs is true, but {error}") from None
+
+    def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
+        """Open manifests, planners and decoder.
+
+        Raises:
+            DataError: the data cannot be used.
+        """
+        data = self.config.data
+        micro_batches = samples_per_step // data.frames_per_batch
+        self._splits = open_splits(self.config, folder, start > 0, micro_batches)
+        decoder = make_decoder(data.decoder, data.image_size, self.world.device, int(data.cache_gb * 1e9))
+        self._loader = Loader(
+            decoder, self._splits.manifests, data.workers, folder / "bad_frames.log", self._splits.is_held_out
+        )
+
+    def prepare(self) -> None:
+        """Decode the held-out batches of this process and the frames of the picture.
+
+        Every process has as many batches, since FSDP's collectives must match: those without one repeat the last,
+        uncounted.
+        """
+        planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
+        if planner is not None:
+            for i in range(self.world.rank, -(-count // size) * size, size):
+                number = min(i, count - 1)
+                frames, lengths = self._loader.load(planner.plan(number))
+                self._held_out[i] = self._batch(frames, lengths, EVAL_SEED, number)
+        frames, lengths = self._loader.load(_picture_plan(self._splits, self.config.data.frames_per_batch))
+        self._shown = self._batch(frames, lengths, EVAL_SEED, 0)
+
+    @property
+    def _planner(self) -> StepPlanner:
+        return self._splits.training
+
+    def batches(self, start: int, stop: int) -> Iterator[MuMBatch]:
+        first = self.world.rank * self.batches_per_step
+        places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
+        batches = self._loader.batches(self._planner.plan(step, part) for step, part in places)
+        for (step, part), (frames, lengths) in zip(places, batches, strict=True):
+            yield self._batch(frames, lengths, self.config.run.seed, step, part, self._planner.step_frames(step))
+
+    def _batch(
+        self, frames: Tensor, lengths: tuple[int, ...], seed: int, step: int, part: int = 0, step_frames: int = 0
+    ) -> MuMBatch:
+        noise = seeded_noise(seed, part, step, len(frames), self._patches)
+        views = torch.tensor(lengths)
+        return MuMBatch(frames, lengths, noise, views.repeat_interleave(views), step_frames or len(frames))
+
+    def forward(self, model: MuM, batch: MuMBatch) -> MuMOutput:
+        """The model's output with the loss of every frame."""
+        # The same for all training batches; pictures may show more views.
+        max_views = max(self.config.data.views[1], *batch.lengths)
+        mask_ratio = self.config.model.mask_ratio
+        return model(batch.frames, batch.lengths, mask_ratio, batch.noise, max_views, reduction="none")
+
+    def loss(self, model: MuM, batch: MuMBatch) -> StepOutput:
+        """Mean over the masked patches of all frames of the step: every frame has as many of them."""
+        losses = self.forward(model, batch).loss
+        # A product adds in the same order every time; index_add on CUDA does not.
+        which = (batch.views.clamp(max=MOST_VIEWS)[:, None] == self._view_numbers).double()
+        sums, counts = torch.stack([losses.detach().double(), torch.ones_like(losses, dtype=torch.float64)]) @ which
+        return StepOutput(losses.sum(), float(len(losses)), float(batch.step_frames), {"loss": (sums, counts)})
+
+    def sizes(self, batch: MuMBatch) -> tuple[int, float]:
+        frames, squares = sum(batch.lengths), sum(S * S for S in batch.lengths)
+        return frames, float(self._flops_per_frame * frames + self._flops_per_square * squares)
+
+    def tokens(self, samples: int) -> float:
+        return samples * self._patches
+
+    @property
+    def evaluates(self) -> bool:
+        return self._splits.held_out is not None
+
+    @torch.no_grad()
+    def evaluate(self, model: MuM) -> dict[str, float]:
+        """Masked loss over held-out frames: the same batches and masks every time, sharded over the processes."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for i, batch in self._held_out.items():
+            losses = self._evaluated(model, batch).loss.double()
+            if i < self.config.train.eval_batches:
+                total += torch.stack([losses.sum(), torch.ones_like(losses).sum()])
+        self.world.sum_(total)
+        loss, frames = total.tolist()
+        return {"held_out_loss": loss / frames}
+
+    @torch.no_grad()
+    def pictures(self, model: MuM) -> dict[str, Image.Image]:
+        """Originals, masked frames and predictions of a few sequences."""
+        batch = self._shown
+        output = self._evaluated(model, batch)
+        frames, masked_ids, pred = batch.frames.cpu(), output.masked_ids.cpu(), output.pred.float().cpu()
+        norm_pix = self.config.loss.norm_pix
+        return {"reconstruction": draw_reconstruction(frames, batch.lengths, masked_ids, pred, norm_pix)}
+
+    def counters(self) -> dict[str, float | None]:
+        counts = self._loader.faults.counts
+        return {"bad_frames": sum(counts.values()), **{f"bad_frames/{name}": n for name, n in counts.items()}}
+
+    def describe_steps(self, steps: range) -> str:
+        """Share of frames of each data set in these steps, over all processes."""
+        manifests, planner = self._splits.manifests, self._planner
+        counts = np.zeros(len(manifests.datasets), np.int64)
+        for step in steps:
+            for part in range(planner.world_size):
+                sets = manifests.dataset_of[manifests.sequence_of(planner.plan(step, part).rows)]
+                counts += np.bincount(sets, minlength=len(counts))
+        shares = zip(manifests.datasets, counts / counts.sum(), strict=True)
+        return "their frames are from " + ", ".join(f"{name} {share:.0%}" for name, share in shares if share)
+
+    def summary(self, values: Mapping[str, float | None]) -> str:
+        loss, held_out = values["loss"], values.get("held_out_loss")
+        return (
+            f"loss {'none' if loss is None else f'{loss:.3f}'}"
+            + (f", held-out loss {held_out:.3f}" if held_out is not None else "")
+            + (" (predicting each patch's mean scores 1.0)" if self.config.loss.norm_pix else "")
+        )
+
+    def _evaluated(self, model: MuM, batch: MuMBatch) -> MuMOutput:
+        with eager(model):
+            return self.forward(model, to_device(batch, self.world.device))
+
+
+def _picture_plan(splits: DataSplits, max_frames: int) -> StepPlan:
+    """A few neighbouring views of a few sequences, uncropped."""
+    shown, starts = splits.shown, splits.manifests.starts
+    which = np.linspace(0, len(shown) - 1, min(PICTURE_SEQUENCES, len(shown))).round().astype(int)
+    views = max(1, min(PICTURE_VIEWS, max_frames // len(which)))
+    picked = []
+    for first, end in zip(starts[shown[which]].tolist(), starts[shown[which] + 1].tolist(), strict=True):
+        stride = max(1, (end - first) // (2 * views))
+        picked.append(np.arange(first, end)[: views * stride : stride])
+    rows, lengths = np.concatenate(picked), np.array([len(rows) for rows in picked])
+    return StepPlan(rows, lengths, whole_frames(len(rows)), np.zeros(len(rows), bool))
