@@ -86,24 +86,23 @@ def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.nd
     return axes @ pose, np.concatenate([fx_fy, centre]), True
 
 
-def read_nerfstudio(
-    file: Path, names: Sequence[str], size: tuple[int, int] | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Poses and intrinsics from a nerfstudio `transforms.json`, without lens distortion; None if it is missing.
 
     Args:
-        file: the JSON.
-        names: of the images, which the file may list in any folder.
-        size: width and height of those images in pixels; the file's intrinsics may be for larger ones.
+        file: the JSON. It may list the images in any folder, and its intrinsics may be for larger ones.
+        names: of the images.
+        images: folder of the images.
 
     Returns:
-        (n, 4, 4) poses and (n, 4) intrinsics (None if `size` is), NaN for images that are not listed.
+        (n, 4, 4) poses and (n, 4) intrinsics (None if no image is readable), NaN for images that are not listed.
 
     Raises:
         DataError: the file has another format.
     """
     if not file.is_file():
         return None, None
+    size = image_size(images, names)
     with reading(file, "a nerfstudio transforms.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         listed = {f["file_path"].rpartition("/")[2]: f for f in content["frames"] + content.get("test_frames", [])}

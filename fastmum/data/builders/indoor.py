@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import natsort
@@ -36,29 +37,33 @@ SCANNETPP_IMAGES, SCANNETPP_MASKS = "resized_undistorted_images", "resized_undis
 
 def arkitscenes(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """Frames of the wide camera of a scan, in chunks."""
-    name = part.rpartition("/")[2]
-    folder = f"{part}/{name}_frames"
+    scan_id = part.rpartition("/")[2]
+    folder = f"{part}/{scan_id}_frames"
     names = base.images_in(root / folder / ARKIT_IMAGES)
-    scan = base.make_scene(
-        root,
-        name,
-        [f"{folder}/{ARKIT_IMAGES}/{name}" for name in names],
-        options,
-        cameras=lambda: (arkit_poses(root / folder, names), arkit_intrinsics(root / folder, names)),
-        depths=[f"{folder}/lowres_depth/{name}" for name in names],
-        # "uint16 png format in millimeters" (the data set's DATA.md), z: its tools unproject x = (u - cx) z / fx.
-        depth_format=DepthFormat("png16", unit=1e-3),
-    )
+    frames = [f"{folder}/{ARKIT_IMAGES}/{name}" for name in names]
+    depths = [f"{folder}/lowres_depth/{name}" for name in names]
+    # "uint16 png format in millimeters" (the data set's DATA.md), z: its tools unproject x = (u - cx) z / fx.
+    z = DepthFormat("png16", unit=1e-3)
+    cameras = partial(arkit_cameras, root / folder, names)
+    scan = base.make_scene(root, scan_id, frames, options, cameras, depths, z)
     yield from base.chunks(scan, options, ARKIT_RELEASED_CHUNK)
 
 
-def arkit_poses(folder: Path, names: list[str]) -> np.ndarray | None:
-    """Lines of seconds, rotation vector, translation: camera_from_world, OpenCV axes (the data set's code)."""
+def arkit_cameras(folder: Path, names: list[str]) -> tuple[np.ndarray | None, np.ndarray]:
+    """Poses (None if there is no trajectory) and intrinsics.
+
+    The trajectory has lines of seconds, rotation vector, translation: camera_from_world, OpenCV axes (the data set's
+    code). There is one file of intrinsics per frame, `width height fx fy cx cy`.
+    """
     from scipy.spatial.transform import Rotation  # slow to import
 
+    # Names contain seconds with a decimal point.
+    files = {name: folder / f"{ARKIT_IMAGES}_intrinsics" / f"{name.rpartition('.')[0]}.pincam" for name in names}
+    found = {name: read_table(file, 6, "intrinsics")[0, 2:] for name, file in files.items() if file.is_file()}
+    intrinsics = by_name(names, found, (4,))
     file = folder / f"{ARKIT_IMAGES}.traj"
     if not file.is_file():
-        return None
+        return None, intrinsics
     lines = read_table(file, 7, "a trajectory")
     lines = lines[np.argsort(lines[:, 0])]
     times = np.array([_seconds(name) for name in names])
@@ -67,15 +72,7 @@ def arkit_poses(folder: Path, names: list[str]) -> np.ndarray | None:
     poses[:, :3, :3] = Rotation.from_rotvec(lines[nearest, 1:4]).as_matrix()
     poses[:, :3, 3] = lines[nearest, 4:]
     poses[~(np.abs(lines[nearest, 0] - times) < ARKIT_TIME_TOLERANCE)] = np.nan
-    return poses
-
-
-def arkit_intrinsics(folder: Path, names: list[str]) -> np.ndarray:
-    """`width height fx fy cx cy` in one file per frame."""
-    # Names contain seconds with a decimal point.
-    files = {name: folder / f"{ARKIT_IMAGES}_intrinsics" / f"{name.rpartition('.')[0]}.pincam" for name in names}
-    found = {name: read_table(file, 6, "intrinsics")[0, 2:] for name, file in files.items() if file.is_file()}
-    return by_name(names, found, (4,))
+    return poses, intrinsics
 
 
 def _seconds(name: str) -> float:
@@ -101,20 +98,15 @@ def hypersim(root: Path, part: str, options: Options) -> Iterator[SequenceRecord
             names = [name for name in names if name.endswith(".tonemap.jpg")] or names
         cameras[camera] = names
     prefix = f"{part}/images/{HYPERSIM_PREFIX}"
-    scene = base.make_scene(
-        root,
-        part,
-        [f"{prefix}{camera}{HYPERSIM_SUFFIX}/{name}" for camera, names in cameras.items() for name in names],
-        options,
-        cameras=lambda: hypersim_cameras(root, part, cameras),
-        depths=[
-            f"{prefix}{camera}_geometry_hdf5/frame.{name.split('.')[1]}.depth_meters.hdf5"
-            for camera, names in cameras.items()
-            for name in names
-        ],
-        # "Euclidean distances (in meters) to the optical center" (the data set's README), NaN where nothing is hit.
-        depth_format=DepthFormat("hdf5", kind="ray"),
-    )
+    frames = [f"{prefix}{camera}{HYPERSIM_SUFFIX}/{name}" for camera, names in cameras.items() for name in names]
+    depths = [
+        f"{prefix}{camera}_geometry_hdf5/frame.{name.split('.')[1]}.depth_meters.hdf5"
+        for camera, names in cameras.items()
+        for name in names
+    ]
+    # "Euclidean distances (in meters) to the optical center" (the data set's README), NaN where nothing is hit.
+    ray = DepthFormat("hdf5", kind="ray")
+    scene = base.make_scene(root, part, frames, options, partial(hypersim_cameras, root, part, cameras), depths, ray)
     yield from base.whole(scene, options)
 
 
@@ -170,18 +162,15 @@ def scannetpp(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     outside the fisheye image.
     """
     dslr = root / part / "dslr"
-    lists, cameras = dslr / "train_test_lists.json", dslr / "nerfstudio" / "transforms_undistorted.json"
+    lists = dslr / "train_test_lists.json"
     with reading(lists, "a scene's training list"):
         listed = set(json.loads(lists.read_text(encoding="utf-8"))["train"])
     names = natsort.natsorted(listed.intersection(base.images_in(dslr / SCANNETPP_IMAGES)))
-    scene = base.make_scene(
-        root,
-        part,
-        [f"{part}/dslr/{SCANNETPP_IMAGES}/{name}" for name in names],
-        options,
-        cameras=lambda: read_nerfstudio(cameras, names, image_size(dslr / SCANNETPP_IMAGES, names)),
-        masks=[f"{part}/dslr/{SCANNETPP_MASKS}/{name.rpartition('.')[0]}.png" for name in names],
-    )
+    frames = [f"{part}/dslr/{SCANNETPP_IMAGES}/{name}" for name in names]
+    masks = [f"{part}/dslr/{SCANNETPP_MASKS}/{name.rpartition('.')[0]}.png" for name in names]
+    file = dslr / "nerfstudio" / "transforms_undistorted.json"
+    cameras = partial(read_nerfstudio, file, names, dslr / SCANNETPP_IMAGES)
+    scene = base.make_scene(root, part, frames, options, cameras, masks=masks)
     yield from base.chunks(scene, options, released=base.CHUNK)
 
 
