@@ -127,19 +127,20 @@ def hypersim_cameras(
         row = {row["scene_name"]: row for row in csv.DictReader(stream)}[scene]
         cam_from_uv = np.array([[float(row[f"M_cam_from_uv_{i}{j}"]) for j in range(3)] for i in range(3)])
         scale = float(row["settings_units_info_meters_scale"])
-    poses, intrinsics = [], []
-    for camera, names in cameras.items():
-        images = root / scene / "images" / (HYPERSIM_PREFIX + camera + HYPERSIM_SUFFIX)
-        width, height = image_size(images, names) or (np.nan, np.nan)
-        uv_from_pixel = np.array([[2 / width, 0, -1], [0, -2 / height, 1], [0, 0, 1]])
-        pixel_from_ray = np.linalg.inv(OPENGL_TO_OPENCV[:3, :3] @ cam_from_uv @ uv_from_pixel)
-        K, R = rq(pixel_from_ray)
-        signs = np.sign(np.diag(K))
-        turn = np.eye(4, dtype=np.float32)
-        turn[:3, :3] = R * signs[:, None]
-        poses.append(turn @ hypersim_poses(root / scene / "_detail" / f"cam_{camera}", names, scale))
-        intrinsics.append(np.tile(from_K(K * signs / np.abs(K[2, 2])), (len(names), 1)))
-    return np.concatenate(poses), np.concatenate(intrinsics)
+    folders = {camera: root / scene / "images" / (HYPERSIM_PREFIX + camera + HYPERSIM_SUFFIX) for camera in cameras}
+    sizes = [image_size(folders[camera], names) for camera, names in cameras.items()]
+    if (size := next(filter(None, sizes), None)) is None:
+        return None, None
+    uv_from_pixel = np.array([[2 / size[0], 0, -1], [0, -2 / size[1], 1], [0, 0, 1]])
+    K, R = rq(np.linalg.inv(OPENGL_TO_OPENCV[:3, :3] @ cam_from_uv @ uv_from_pixel))
+    signs = np.sign(np.diag(K))
+    turn = np.eye(4, dtype=np.float32)
+    turn[:3, :3] = R * signs[:, None]
+    detail = root / scene / "_detail"
+    poses = np.concatenate(
+        [hypersim_poses(detail / f"cam_{camera}", names, scale) for camera, names in cameras.items()]
+    )
+    return turn @ poses, np.tile(from_K(K * signs / np.abs(K[2, 2])), (len(poses), 1))
 
 
 def hypersim_poses(folder: Path, names: list[str], scale: float) -> np.ndarray:
