@@ -194,8 +194,9 @@ class _Spool:
             raise DataError(f"{where} has {name} of shape {values.shape}, but must have {shape}")
         flat = np.ascontiguousarray(values.reshape(n, -1)[:, :width], np.float32)
         known = np.asarray(np.isfinite(flat).all(1))
-        self._append(name, known)
-        self._append(f"{name} values", np.where(known[:, None], flat, np.float32(0)))
+        if known.any() or name in self._columns:
+            self._append(name, known)
+            self._append(f"{name} values", np.where(known[:, None], flat, np.float32(0)))
 
     def _append_format(self, record: SequenceRecord, n: int, where: str) -> None:
         format = record.depth_format
@@ -203,6 +204,8 @@ class _Spool:
             raise DataError(f"{where} has depth maps, but no depth_format")
         fields = "" if format is None else json.dumps({k: v for k, v in format._asdict().items() if k != "unit"})
         units = np.full(n, 0.0 if format is None else format.unit) if record.depth_units is None else record.depth_units
+        if units.shape != (n,):
+            raise DataError(f"{where} has depth_units of shape {units.shape}, but must have {(n,)}")
         self._append("depth format", np.full(n, self._index("depth format", fields), np.int16))
         self._append("depth unit", np.ascontiguousarray(units, np.float64))
 

@@ -9,7 +9,7 @@ from PIL import Image
 from fastmum.data.depth import READERS, DepthFormat, read_depth, read_mask
 from fastmum.data.errors import DataError
 
-VALUES = np.array([[0.0, 1.5, 3.0], [2.0, np.inf, -1.0]], np.float32)
+VALUES = np.array([[0.0, 0.5, 3.0], [2.0, np.inf, -1.0]], np.float32)
 
 
 def write(folder, reader):
@@ -29,7 +29,7 @@ def write(folder, reader):
             file.parent.mkdir()
             Image.fromarray(VALUES.astype(np.float16).view(np.uint16)).save(file)
         case "png16":
-            Image.fromarray(np.array([[0, 15, 30], [20, 65535, 0]], np.uint16)).save(file, "png")
+            Image.fromarray(np.array([[0, 5, 30], [20, 65535, 0]], np.uint16)).save(file, "png")
     return file
 
 
@@ -38,20 +38,20 @@ def test_depth_is_in_metres_and_0_where_unknown(tmp_path, reader):
     file, unit = write(tmp_path, reader), 0.2 if reader == "png16" else 2.0
     depth = read_depth(file, DepthFormat(reader, unit, unknown=65535))
     assert depth.dtype == np.float32
-    assert np.allclose(depth, [[0, 3, 6], [4, 0, 0]])
-    assert np.allclose(read_depth(file, DepthFormat(reader, unit, unknown=65535, max=4)), [[0, 3, 0], [4, 0, 0]])
+    assert np.allclose(depth, [[0, 1, 6], [4, 0, 0]])
+    assert np.allclose(read_depth(file, DepthFormat(reader, unit, unknown=65535, max=4)), [[0, 1, 0], [4, 0, 0]])
 
 
 def test_big_endian_maps_are_read(tmp_path):
     (tmp_path / "d.pfm").write_bytes(b"Pf\n3 2\n1\n" + VALUES[::-1].astype(">f4").tobytes())
-    assert read_depth(tmp_path / "d.pfm", DepthFormat("pfm")).tolist() == [[0, 1.5, 3], [2, 0, 0]]
+    assert read_depth(tmp_path / "d.pfm", DepthFormat("pfm")).tolist() == [[0, 0.5, 3], [2, 0, 0]]
 
 
 def test_depth_of_co3d_is_unknown_outside_its_mask(tmp_path):
     file = write(tmp_path, "co3d")
     (tmp_path / "depth_masks").mkdir()
     Image.fromarray(np.array([[1, 1, 0], [1, 1, 1]], np.uint8)).save(tmp_path / "depth_masks/frame000001.png")
-    assert read_depth(file, DepthFormat("co3d")).tolist() == [[0, 1.5, 0], [2, 0, 0]]
+    assert read_depth(file, DepthFormat("co3d")).tolist() == [[0, 0.5, 0], [2, 0, 0]]
 
 
 def test_masks_are_split_at_half(tmp_path):

@@ -48,7 +48,8 @@ def everything():
 
 
 def test_rows_sequences_and_names(tmp_path):
-    counts = write(tmp_path / "m.arrow", [numbered("a", 3), numbered("b/c", 2), SequenceRecord("top", ["x.png"])])
+    unknown = SequenceRecord("top", ["x.png"], np.full((1, 4, 4), np.nan), np.full((1, 4), np.nan), masks=[""])
+    counts = write(tmp_path / "m.arrow", [numbered("a", 3), numbered("b/c", 2), unknown])
     assert counts == Counts(sequences=3, frames=6)
     manifest = Manifest.open(tmp_path / "m.arrow")
     assert (manifest.num_sequences, manifest.num_frames) == (3, 6)
@@ -191,6 +192,7 @@ def test_starts_are_found_for_any_lengths(lengths, block):
         ([numbered("a", 1, depths=["../e.png"], depth_format=MILLIMETRES)], "'../e.png'"),
         ([numbered("a", 2, masks=["m.png"])], "1 mask paths for 2 frames"),
         ([numbered("a", 1, depths=["d.png"])], "no depth_format"),
+        ([numbered("a", 1, depths=["d"], depth_format=RAYS, depth_units=np.ones(2))], "depth_units of shape"),
     ],
 )
 def test_an_invalid_sequence_is_named(tmp_path, records, message):

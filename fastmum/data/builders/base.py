@@ -97,7 +97,6 @@ def make_scene(
     name: str,
     frames: list[str],
     options: Options,
-    *,
     cameras: Callable[[], tuple[np.ndarray | None, np.ndarray | None]] | None = None,
     depths: Iterable[str] = (),
     depth_format: DepthFormat | None = None,

@@ -50,16 +50,6 @@ def inverse(world_from_camera: np.ndarray) -> np.ndarray:
     return np.linalg.inv(world_from_camera).astype(np.float32)
 
 
-def rotation(axis_angle: np.ndarray) -> np.ndarray:
-    """(3, 3) rotation matrix of a rotation vector in radians (Rodrigues)."""
-    angle = np.linalg.norm(axis_angle)
-    if angle < 1e-12:
-        return np.eye(3)
-    x, y, z = axis_angle / angle
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-
-
 def by_name(names: Sequence[str], values: Mapping[str, np.ndarray], shape: tuple[int, ...] = (4, 4)) -> np.ndarray:
     """(n, *shape) float32: the value of each name, NaN where there is none."""
     unknown = np.full(shape, np.nan)
@@ -96,24 +86,23 @@ def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.nd
     return axes @ pose, np.concatenate([fx_fy, centre]), True
 
 
-def read_nerfstudio(
-    file: Path, names: Sequence[str], size: tuple[int, int] | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Poses and intrinsics from a nerfstudio `transforms.json`, without lens distortion; None if it is missing.
 
     Args:
-        file: the JSON.
-        names: of the images, which the file may list in any folder.
-        size: width and height of those images in pixels; the file's intrinsics may be for larger ones.
+        file: the JSON. It may list the images in any folder, and its intrinsics may be for larger ones.
+        names: of the images.
+        images: folder of the images.
 
     Returns:
-        (n, 4, 4) poses and (n, 4) intrinsics (None if `size` is), NaN for images that are not listed.
+        (n, 4, 4) poses and (n, 4) intrinsics (None if no image is readable), NaN for images that are not listed.
 
     Raises:
         DataError: the file has another format.
     """
     if not file.is_file():
         return None, None
+    size = image_size(images, names)
     with reading(file, "a nerfstudio transforms.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         listed = {f["file_path"].rpartition("/")[2]: f for f in content["frames"] + content.get("test_frames", [])}

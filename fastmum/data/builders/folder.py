@@ -18,11 +18,6 @@ log = logging.getLogger(__name__)
 OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normals"})
 
 
-def parts(root: Path, options: Options) -> list[str]:
-    """Every folder with images."""
-    return image_folders(root)
-
-
 def image_folders(root: Path) -> list[str]:
     """Every folder at or below the root that contains images, '.' for the root itself.
 
@@ -53,7 +48,7 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
 BUILDER = Builder(
     layout="any folders of images; depth, mask and normal folders are skipped",
     paper="every folder with images is a sequence, in natural order",
-    parts=parts,
+    parts=lambda root, options: image_folders(root),
     sequences=sequences,
     options={
         "min_frames": Option(1, "skip shorter sequences", min=1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import natsort
@@ -21,7 +22,6 @@ from fastmum.data.builders.cameras import (
     read_nerfstudio,
     read_table,
     reading,
-    rotation,
 )
 from fastmum.data.depth import DepthFormat, read_hdf5
 from fastmum.data.manifest import SequenceRecord
@@ -37,45 +37,42 @@ SCANNETPP_IMAGES, SCANNETPP_MASKS = "resized_undistorted_images", "resized_undis
 
 def arkitscenes(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """Frames of the wide camera of a scan, in chunks."""
-    name = part.rpartition("/")[2]
-    folder = f"{part}/{name}_frames"
+    scan_id = part.rpartition("/")[2]
+    folder = f"{part}/{scan_id}_frames"
     names = base.images_in(root / folder / ARKIT_IMAGES)
-    scan = base.make_scene(
-        root,
-        name,
-        [f"{folder}/{ARKIT_IMAGES}/{name}" for name in names],
-        options,
-        cameras=lambda: (arkit_poses(root / folder, names), arkit_intrinsics(root / folder, names)),
-        depths=[f"{folder}/lowres_depth/{name}" for name in names],
-        # "uint16 png format in millimeters" (the data set's DATA.md), z: its tools unproject x = (u - cx) z / fx.
-        depth_format=DepthFormat("png16", unit=1e-3),
-    )
+    frames = [f"{folder}/{ARKIT_IMAGES}/{name}" for name in names]
+    depths = [f"{folder}/lowres_depth/{name}" for name in names]
+    # "uint16 png format in millimeters" (the data set's DATA.md), z: its tools unproject x = (u - cx) z / fx.
+    z = DepthFormat("png16", unit=1e-3)
+    cameras = partial(arkit_cameras, root / folder, names)
+    scan = base.make_scene(root, scan_id, frames, options, cameras, depths, z)
     yield from base.chunks(scan, options, ARKIT_RELEASED_CHUNK)
 
 
-def arkit_poses(folder: Path, names: list[str]) -> np.ndarray | None:
-    """Lines of seconds, rotation vector, translation: camera_from_world, OpenCV axes (the data set's code)."""
+def arkit_cameras(folder: Path, names: list[str]) -> tuple[np.ndarray | None, np.ndarray]:
+    """Poses (None if there is no trajectory) and intrinsics.
+
+    The trajectory has lines of seconds, rotation vector, translation: camera_from_world, OpenCV axes (the data set's
+    code). There is one file of intrinsics per frame, `width height fx fy cx cy`.
+    """
+    from scipy.spatial.transform import Rotation  # slow to import
+
+    # Names contain seconds with a decimal point.
+    files = {name: folder / f"{ARKIT_IMAGES}_intrinsics" / f"{name.rpartition('.')[0]}.pincam" for name in names}
+    found = {name: read_table(file, 6, "intrinsics")[0, 2:] for name, file in files.items() if file.is_file()}
+    intrinsics = by_name(names, found, (4,))
     file = folder / f"{ARKIT_IMAGES}.traj"
     if not file.is_file():
-        return None
+        return None, intrinsics
     lines = read_table(file, 7, "a trajectory")
     lines = lines[np.argsort(lines[:, 0])]
     times = np.array([_seconds(name) for name in names])
     nearest = np.searchsorted((lines[1:, 0] + lines[:-1, 0]) / 2, times)
-    poses = np.full((len(names), 4, 4), np.nan, np.float32)
-    for i in np.flatnonzero(np.abs(lines[nearest, 0] - times) < ARKIT_TIME_TOLERANCE):
-        line = lines[nearest[i]]
-        poses[i] = np.eye(4)
-        poses[i, :3, :3], poses[i, :3, 3] = rotation(line[1:4]), line[4:]
-    return poses
-
-
-def arkit_intrinsics(folder: Path, names: list[str]) -> np.ndarray:
-    """`width height fx fy cx cy` in one file per frame."""
-    # Names contain seconds with a decimal point.
-    files = {name: folder / f"{ARKIT_IMAGES}_intrinsics" / f"{name.rpartition('.')[0]}.pincam" for name in names}
-    found = {name: read_table(file, 6, "intrinsics")[0, 2:] for name, file in files.items() if file.is_file()}
-    return by_name(names, found, (4,))
+    poses = np.tile(np.eye(4, dtype=np.float32), (len(names), 1, 1))
+    poses[:, :3, :3] = Rotation.from_rotvec(lines[nearest, 1:4]).as_matrix()
+    poses[:, :3, 3] = lines[nearest, 4:]
+    poses[~(np.abs(lines[nearest, 0] - times) < ARKIT_TIME_TOLERANCE)] = np.nan
+    return poses, intrinsics
 
 
 def _seconds(name: str) -> float:
@@ -101,20 +98,15 @@ def hypersim(root: Path, part: str, options: Options) -> Iterator[SequenceRecord
             names = [name for name in names if name.endswith(".tonemap.jpg")] or names
         cameras[camera] = names
     prefix = f"{part}/images/{HYPERSIM_PREFIX}"
-    scene = base.make_scene(
-        root,
-        part,
-        [f"{prefix}{camera}{HYPERSIM_SUFFIX}/{name}" for camera, names in cameras.items() for name in names],
-        options,
-        cameras=lambda: hypersim_cameras(root, part, cameras),
-        depths=[
-            f"{prefix}{camera}_geometry_hdf5/frame.{name.split('.')[1]}.depth_meters.hdf5"
-            for camera, names in cameras.items()
-            for name in names
-        ],
-        # "Euclidean distances (in meters) to the optical center" (the data set's README), NaN where nothing is hit.
-        depth_format=DepthFormat("hdf5", kind="ray"),
-    )
+    frames = [f"{prefix}{camera}{HYPERSIM_SUFFIX}/{name}" for camera, names in cameras.items() for name in names]
+    depths = [
+        f"{prefix}{camera}_geometry_hdf5/frame.{name.split('.')[1]}.depth_meters.hdf5"
+        for camera, names in cameras.items()
+        for name in names
+    ]
+    # "Euclidean distances (in meters) to the optical center" (the data set's README), NaN where nothing is hit.
+    ray = DepthFormat("hdf5", kind="ray")
+    scene = base.make_scene(root, part, frames, options, partial(hypersim_cameras, root, part, cameras), depths, ray)
     yield from base.whole(scene, options)
 
 
@@ -126,6 +118,8 @@ def hypersim_cameras(
     The file's matrix maps u v 1, from -1 to 1 and v upwards, to rays. Some scenes have a tilted image plane: their
     pixels are those of a rotated pinhole camera, so pixel_from_ray = K R, an RQ decomposition.
     """
+    from scipy.linalg import rq  # slow to import
+
     file = root / HYPERSIM_CAMERAS
     if not file.is_file():
         return None, None
@@ -133,20 +127,20 @@ def hypersim_cameras(
         row = {row["scene_name"]: row for row in csv.DictReader(stream)}[scene]
         cam_from_uv = np.array([[float(row[f"M_cam_from_uv_{i}{j}"]) for j in range(3)] for i in range(3)])
         scale = float(row["settings_units_info_meters_scale"])
-    poses, intrinsics = [], []
-    for camera, names in cameras.items():
-        images = root / scene / "images" / (HYPERSIM_PREFIX + camera + HYPERSIM_SUFFIX)
-        width, height = image_size(images, names) or (np.nan, np.nan)
-        uv_from_pixel = np.array([[2 / width, 0, -1], [0, -2 / height, 1], [0, 0, 1]])
-        pixel_from_ray = np.linalg.inv(OPENGL_TO_OPENCV[:3, :3] @ cam_from_uv @ uv_from_pixel)
-        q, r = np.linalg.qr(pixel_from_ray[::-1].T)
-        K, R = r.T[::-1, ::-1], q.T[::-1]
-        signs = np.sign(np.diag(K))
-        turn = np.eye(4, dtype=np.float32)
-        turn[:3, :3] = R * signs[:, None]
-        poses.append(turn @ hypersim_poses(root / scene / "_detail" / f"cam_{camera}", names, scale))
-        intrinsics.append(np.tile(from_K(K * signs / np.abs(K[2, 2])), (len(names), 1)))
-    return np.concatenate(poses), np.concatenate(intrinsics)
+    folders = {camera: root / scene / "images" / (HYPERSIM_PREFIX + camera + HYPERSIM_SUFFIX) for camera in cameras}
+    sizes = [image_size(folders[camera], names) for camera, names in cameras.items()]
+    if (size := next(filter(None, sizes), None)) is None:
+        return None, None
+    uv_from_pixel = np.array([[2 / size[0], 0, -1], [0, -2 / size[1], 1], [0, 0, 1]])
+    K, R = rq(np.linalg.inv(OPENGL_TO_OPENCV[:3, :3] @ cam_from_uv @ uv_from_pixel))
+    signs = np.sign(np.diag(K))
+    turn = np.eye(4, dtype=np.float32)
+    turn[:3, :3] = R * signs[:, None]
+    detail = root / scene / "_detail"
+    poses = np.concatenate(
+        [hypersim_poses(detail / f"cam_{camera}", names, scale) for camera, names in cameras.items()]
+    )
+    return turn @ poses, np.tile(from_K(K * signs / np.abs(K[2, 2])), (len(poses), 1))
 
 
 def hypersim_poses(folder: Path, names: list[str], scale: float) -> np.ndarray:
@@ -169,18 +163,15 @@ def scannetpp(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     outside the fisheye image.
     """
     dslr = root / part / "dslr"
-    lists, cameras = dslr / "train_test_lists.json", dslr / "nerfstudio" / "transforms_undistorted.json"
+    lists = dslr / "train_test_lists.json"
     with reading(lists, "a scene's training list"):
         listed = set(json.loads(lists.read_text(encoding="utf-8"))["train"])
     names = natsort.natsorted(listed.intersection(base.images_in(dslr / SCANNETPP_IMAGES)))
-    scene = base.make_scene(
-        root,
-        part,
-        [f"{part}/dslr/{SCANNETPP_IMAGES}/{name}" for name in names],
-        options,
-        cameras=lambda: read_nerfstudio(cameras, names, image_size(dslr / SCANNETPP_IMAGES, names)),
-        masks=[f"{part}/dslr/{SCANNETPP_MASKS}/{name.rpartition('.')[0]}.png" for name in names],
-    )
+    frames = [f"{part}/dslr/{SCANNETPP_IMAGES}/{name}" for name in names]
+    masks = [f"{part}/dslr/{SCANNETPP_MASKS}/{name.rpartition('.')[0]}.png" for name in names]
+    file = dslr / "nerfstudio" / "transforms_undistorted.json"
+    cameras = partial(read_nerfstudio, file, names, dslr / SCANNETPP_IMAGES)
+    scene = base.make_scene(root, part, frames, options, cameras, masks=masks)
     yield from base.chunks(scene, options, released=base.CHUNK)
 
 

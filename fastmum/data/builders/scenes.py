@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,11 @@ def blendedmvs(root: Path, part: str, options: Options) -> Iterator[SequenceReco
     """The images without a blended mask, in chunks; released: whole."""
     names = [name for name in base.images_in(root / part / "blended_images") if "_masked" not in name]
     stems = [name.partition(".")[0] for name in names]
-    scene = base.make_scene(
-        root,
-        part,
-        [f"{part}/blended_images/{name}" for name in names],
-        options,
-        cameras=lambda: mvsnet_cameras(root / part / "cams", stems),
-        depths=[f"{part}/rendered_depth_maps/{stem}.pfm" for stem in stems],
-        depth_format=DepthFormat("pfm"),  # z in the unit of the reconstruction, 0 where the mesh has a hole
-    )
+    frames = [f"{part}/blended_images/{name}" for name in names]
+    depths = [f"{part}/rendered_depth_maps/{stem}.pfm" for stem in stems]
+    z = DepthFormat("pfm")  # in the unit of the reconstruction, 0 where the mesh has a hole
+    cameras = partial(mvsnet_cameras, root / part / "cams", stems)
+    scene = base.make_scene(root, part, frames, options, cameras, depths, z)
     yield from base.chunks(scene, options, released=None)
 
 
@@ -49,29 +46,22 @@ def mvsnet_cameras(folder: Path, stems: list[str]) -> tuple[np.ndarray, np.ndarr
 
 def dl3dv(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """The whole scene."""
-    folder, cameras = root / part / options.images, root / part / "transforms.json"
+    folder = root / part / options.images
     names = [name for name in base.images_in(folder) if name.startswith("frame_")]
     frames = [f"{part}/{options.images}/{name}" for name in names]
-    read = lambda: read_nerfstudio(cameras, names, image_size(folder, names))  # noqa: E731
-    yield from base.whole(base.make_scene(root, part, frames, options, cameras=read), options)
+    cameras = partial(read_nerfstudio, root / part / "transforms.json", names, folder)
+    yield from base.whole(base.make_scene(root, part, frames, options, cameras), options)
 
 
 def realestate10k(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """The clip in chunks; released: whole."""
     names = base.images_in(root / part)
-    clip = base.make_scene(
-        root,
-        part.rpartition("/")[2],
-        [f"{part}/{name}" for name in names],
-        options,
-        cameras=lambda: realestate10k_cameras(root / f"{part}.txt", names, image_size(root / part, names)),
-    )
+    cameras = partial(realestate10k_cameras, root / f"{part}.txt", names, root / part)
+    clip = base.make_scene(root, part.rpartition("/")[2], [f"{part}/{name}" for name in names], options, cameras)
     yield from base.chunks(clip, options, released=None)
 
 
-def realestate10k_cameras(
-    file: Path, names: list[str], size: tuple[int, int] | None
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+def realestate10k_cameras(file: Path, names: list[str], images: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Poses and intrinsics of frames that are named after their time stamps; NaN where the file has no line.
 
     After the clip's address, one line per frame: time stamp, fx fy cx cy as fractions of width and height, two zeros,
@@ -83,7 +73,7 @@ def realestate10k_cameras(
     stems = {name: name.partition(".")[0] for name in names}
     found = {name: lines[int(stem)] for name, stem in stems.items() if stem.isdecimal() and int(stem) in lines}
     poses = by_name(names, {name: np.vstack([line[7:].reshape(3, 4), [0, 0, 0, 1]]) for name, line in found.items()})
-    if size is None:
+    if (size := image_size(images, names)) is None:
         return poses, None
     return poses, by_name(names, {name: line[1:5] * np.tile(size, 2) for name, line in found.items()}, (4,))
 
