@@ -107,15 +107,10 @@ def _pinhole(number: int, parameters: np.ndarray) -> tuple[float, ...]:
 
 
 def _poses(motions: np.ndarray) -> np.ndarray:
-    w, x, y, z = (motions[:, :4] / np.linalg.norm(motions[:, :4], axis=1, keepdims=True)).T
-    poses = np.tile(np.eye(4), (len(w), 1, 1))
-    poses[:, :3, :3] = np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    ).transpose(2, 0, 1)
+    from scipy.spatial.transform import Rotation  # slow to import
+
+    poses = np.tile(np.eye(4), (len(motions), 1, 1))
+    poses[:, :3, :3] = Rotation.from_quat(motions[:, [1, 2, 3, 0]]).as_matrix()
     poses[:, :3, 3] = motions[:, 4:]
     return poses
 

@@ -27,7 +27,7 @@ def rooms(tmp_path):
 
 def test_every_builder_is_in_the_documentation(request):
     text = (request.config.rootpath / "docs/data.md").read_text()
-    table = {line.split("|")[1].strip(" `"): line for line in text.splitlines() if line.startswith("| `")}
+    table = {line.split("|")[1].strip(" `"): line for line in text.splitlines()[::-1] if line.startswith("| `")}
     for name, builder in BUILDERS.items():
         assert name in table
         assert (builder.released is None) == ("| the same |" in table[name])

@@ -50,16 +50,6 @@ def inverse(world_from_camera: np.ndarray) -> np.ndarray:
     return np.linalg.inv(world_from_camera).astype(np.float32)
 
 
-def rotation(axis_angle: np.ndarray) -> np.ndarray:
-    """(3, 3) rotation matrix of a rotation vector in radians (Rodrigues)."""
-    angle = np.linalg.norm(axis_angle)
-    if angle < 1e-12:
-        return np.eye(3)
-    x, y, z = axis_angle / angle
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-
-
 def by_name(names: Sequence[str], values: Mapping[str, np.ndarray], shape: tuple[int, ...] = (4, 4)) -> np.ndarray:
     """(n, *shape) float32: the value of each name, NaN where there is none."""
     unknown = np.full(shape, np.nan)

@@ -21,7 +21,6 @@ from fastmum.data.builders.cameras import (
     read_nerfstudio,
     read_table,
     reading,
-    rotation,
 )
 from fastmum.data.depth import DepthFormat, read_hdf5
 from fastmum.data.manifest import SequenceRecord
@@ -55,6 +54,8 @@ def arkitscenes(root: Path, part: str, options: Options) -> Iterator[SequenceRec
 
 def arkit_poses(folder: Path, names: list[str]) -> np.ndarray | None:
     """Lines of seconds, rotation vector, translation: camera_from_world, OpenCV axes (the data set's code)."""
+    from scipy.spatial.transform import Rotation  # slow to import
+
     file = folder / f"{ARKIT_IMAGES}.traj"
     if not file.is_file():
         return None
@@ -62,11 +63,10 @@ def arkit_poses(folder: Path, names: list[str]) -> np.ndarray | None:
     lines = lines[np.argsort(lines[:, 0])]
     times = np.array([_seconds(name) for name in names])
     nearest = np.searchsorted((lines[1:, 0] + lines[:-1, 0]) / 2, times)
-    poses = np.full((len(names), 4, 4), np.nan, np.float32)
-    for i in np.flatnonzero(np.abs(lines[nearest, 0] - times) < ARKIT_TIME_TOLERANCE):
-        line = lines[nearest[i]]
-        poses[i] = np.eye(4)
-        poses[i, :3, :3], poses[i, :3, 3] = rotation(line[1:4]), line[4:]
+    poses = np.tile(np.eye(4, dtype=np.float32), (len(names), 1, 1))
+    poses[:, :3, :3] = Rotation.from_rotvec(lines[nearest, 1:4]).as_matrix()
+    poses[:, :3, 3] = lines[nearest, 4:]
+    poses[~(np.abs(lines[nearest, 0] - times) < ARKIT_TIME_TOLERANCE)] = np.nan
     return poses
 
 
@@ -126,6 +126,8 @@ def hypersim_cameras(
     The file's matrix maps u v 1, from -1 to 1 and v upwards, to rays. Some scenes have a tilted image plane: their
     pixels are those of a rotated pinhole camera, so pixel_from_ray = K R, an RQ decomposition.
     """
+    from scipy.linalg import rq  # slow to import
+
     file = root / HYPERSIM_CAMERAS
     if not file.is_file():
         return None, None
@@ -139,8 +141,7 @@ def hypersim_cameras(
         width, height = image_size(images, names) or (np.nan, np.nan)
         uv_from_pixel = np.array([[2 / width, 0, -1], [0, -2 / height, 1], [0, 0, 1]])
         pixel_from_ray = np.linalg.inv(OPENGL_TO_OPENCV[:3, :3] @ cam_from_uv @ uv_from_pixel)
-        q, r = np.linalg.qr(pixel_from_ray[::-1].T)
-        K, R = r.T[::-1, ::-1], q.T[::-1]
+        K, R = rq(pixel_from_ray)
         signs = np.sign(np.diag(K))
         turn = np.eye(4, dtype=np.float32)
         turn[:3, :3] = R * signs[:, None]

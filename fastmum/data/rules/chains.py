@@ -28,12 +28,6 @@ def overlap_chains(
     Anchors are drawn with replacement from the images that share points with another one; equal anchors give equal
     chains. Without shared points there are no chains.
 
-    Args:
-        overlap: of the scene.
-        rng: draws the anchors.
-        sequences: number of chains.
-        length: most images of a chain.
-
     Returns:
         Image numbers (2..length,) int32 of each chain.
     """
@@ -70,14 +64,7 @@ def nearest_of_anchor(
     """The released script instead of MegaDepth's rule: a random anchor and the images of most overlap with it.
 
     Images without overlap fill up to the exact length, in the order of their numbers. A scene with fewer images gives
-    nothing. Anchors are drawn from all images; one whose file is missing costs a sequence.
-
-    Args:
-        overlap: of the scene.
-        rng: draws the anchors.
-        sequences: anchors drawn.
-        length: images of a sequence.
-        present: (n,) bool, images whose file exists; default all.
+    nothing. Anchors are drawn from all images; one whose file is missing (`present`, (n,) bool) costs a sequence.
 
     Returns:
         Image numbers (length,) int32 of each sequence, the anchor first.
@@ -114,11 +101,9 @@ def angle_chains(
     in the released code, but do not start another one.
 
     Args:
-        overlap: of the scene.
+        overlap: of the scene, shared points / points of the current image.
         rotations: (n, 3, 3) camera_from_world.
-        min_views: shorter chains are dropped.
-        min_overlap: shared points / points of the current image.
-        min_angle: degrees.
+        min_views, min_overlap, min_angle: the bounds above; the angle in degrees.
 
     Returns:
         Image numbers (>= min_views,) int32 of each chain, in the order they are found.

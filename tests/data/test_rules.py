@@ -1,12 +1,15 @@
+"""Rules that form sequences, against the same rules on Python sets and against examples computed by hand."""
+
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmum.data.rules.chains import angle_chains, nearest_of_anchor, overlap_chains
+from fastmum.data.rules.chunks import CHUNK, cut_into_chunks
 from fastmum.data.rules.overlap import count_shared
 
 scenes = st.lists(st.sets(st.integers(0, 15)), min_size=1, max_size=10)
@@ -33,26 +36,55 @@ def as_lists(chains):
     return [chain.tolist() for chain in chains]
 
 
-# Shared points: 01 3, 02 2, 12 2, 23 1; image 4 is alone.
+@pytest.mark.parametrize(
+    ("frames", "lengths"), [(0, []), (1, [1]), (23, [23]), (24, [24]), (47, [47]), (48, [24, 24]), (73, [24, 24, 25])]
+)
+def test_the_released_scripts_give_the_rest_to_the_last_chunk(frames, lengths):
+    assert CHUNK == 100
+    assert [len(c) for c in cut_into_chunks(frames, 24, last_takes_rest=True)] == lengths
+
+
+@settings(deadline=None)
+@given(st.integers(0, 400), st.integers(1, 120), st.booleans())
+def test_every_frame_is_in_one_chunk(frames, size, rest):
+    chunks = cut_into_chunks(frames, size, rest)
+    assert [i for chunk in chunks for i in chunk] == list(range(frames))
+    assert all(len(chunk) == size for chunk in chunks[:-1])
+    assert all(len(chunk) <= (2 * size - 1 if rest else size) for chunk in chunks)
+
+
+@settings(deadline=None)
+@given(scenes, st.randoms())
+def test_overlap_equals_intersections_of_sets(seen, random):
+    observations = [(i, p) for i, points in enumerate(seen) for p in points]
+    # Repeated observations count once, and their order does not matter.
+    observations += random.sample(observations, len(observations) // 2)
+    random.shuffle(observations)
+    overlap = count_shared(*np.array(observations, np.int64).reshape(-1, 2).T, len(seen))
+    assert overlap.points.tolist() == [len(points) for points in seen]
+    for i, points in enumerate(seen):
+        expected = {j: len(points & other) / len(points) for j, other in enumerate(seen) if j != i and points & other}
+        neighbours, share = overlap.row(i)
+        assert neighbours.tolist() == sorted(expected)
+        assert share.tolist() == [expected[j] for j in sorted(expected)]
+        assert overlap.ranked(i).tolist() == sorted(expected, key=lambda j: (-expected[j], j))
+
+
+# Shared points: 01 3, 02 2, 12 2, 23 1; image 4 shares none.
 FIVE = [{1, 2, 3, 4}, {1, 2, 3, 5}, {3, 4, 5, 6}, {6}, {9}]
-FROM = {0: [0, 1, 2, 3], 1: [1, 0, 2, 3], 2: [2, 0, 1], 3: [3, 2, 0, 1]}
 
 
 def test_chains_of_overlap_by_hand():
-    chains = as_lists(overlap_chains(overlap_of(FIVE), rng(), sequences=40))
-    assert len(chains) == 40
-    assert {chain[0]: chain for chain in chains} == FROM
-
-
-def test_chains_of_overlap_stop_at_their_length():
-    assert {len(chain) for chain in overlap_chains(overlap_of(FIVE), rng(), 20, length=2)} == {2}
-
-
-def test_no_chain_where_nothing_is_shared():
+    chains = overlap_chains(overlap_of(FIVE), rng(), 4000)
+    by_anchor = {chain[0]: chain for chain in as_lists(chains)}
+    assert by_anchor == {0: [0, 1, 2, 3], 1: [1, 0, 2, 3], 2: [2, 0, 1], 3: [3, 2, 0, 1]}
+    anchors = np.bincount([chain[0] for chain in chains], minlength=5)
+    assert anchors == pytest.approx([1000, 1000, 1000, 1000, 0], abs=100), "drawn evenly"
     assert overlap_chains(overlap_of([{1}, {2}, set()]), rng()) == []
-    assert overlap_chains(overlap_of([set()]), rng()) == []
+    assert overlap_chains(overlap_of([]), rng()) == []
 
 
+@settings(deadline=None)
 @given(scenes, st.integers(2, 12))
 def test_chains_of_overlap_equal_the_rule_on_sets(seen, length):
     for chain in overlap_chains(overlap_of(seen), rng(), 5, length):
@@ -67,35 +99,22 @@ def test_chains_of_overlap_equal_the_rule_on_sets(seen, length):
         assert len(chain) >= 2
 
 
-def test_anchors_are_spread_evenly():
-    anchors = [chain[0] for chain in overlap_chains(overlap_of(FIVE), rng(), 4000)]
-    assert np.bincount(anchors, minlength=5) == pytest.approx([1000, 1000, 1000, 1000, 0], abs=100)
-
-
-def test_nearest_of_an_anchor_by_hand():
-    # Of 4, which shares nothing: all the others in their order.
-    nearest = {0: [0, 1, 2, 3], 1: [1, 0, 2, 3], 2: [2, 0, 1, 3], 3: [3, 2, 0, 1], 4: [4, 0, 1, 2]}
-    found = as_lists(nearest_of_anchor(overlap_of(FIVE), rng(), 60, length=4))
-    assert len(found) == 60
-    assert {sequence[0]: sequence for sequence in found} == nearest
-
-
 def test_missing_files_cost_the_released_script_sequences():
     present = np.array([True, False, True, True, True])
     found = as_lists(nearest_of_anchor(overlap_of(FIVE), rng(), 60, 4, present))
     assert 30 < len(found) < 60
     nearest = {0: [0, 2, 3, 4], 2: [2, 0, 3, 4], 3: [3, 2, 0, 4], 4: [4, 0, 2, 3]}
     assert {sequence[0]: sequence for sequence in found} == nearest
-
-
-def test_a_scene_too_small_gives_the_released_script_nothing():
     assert nearest_of_anchor(overlap_of(FIVE), rng(), 10, length=6) == []
-    assert nearest_of_anchor(overlap_of(FIVE), rng(), 10, 5, np.array([True, True, True, True, False])) == []
+    assert nearest_of_anchor(overlap_of(FIVE), rng(), 10, 5, present) == []
 
 
+@settings(deadline=None)
 @given(scenes, st.integers(2, 10))
 def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length):
-    for sequence in nearest_of_anchor(overlap_of(seen), rng(), 5, length):
+    found = nearest_of_anchor(overlap_of(seen), rng(), 5, length)
+    assert len(found) == (5 if len(seen) >= length else 0)
+    for sequence in found:
         anchor = int(sequence[0])
         others = sorted((j for j in range(len(seen)) if j != anchor), key=lambda j: (-len(seen[anchor] & seen[j]), j))
         assert sequence.tolist() == [anchor, *others][:length]
@@ -104,12 +123,12 @@ def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length):
 # From 0 (20 points): 1 scores 4/20 x 4 x .5 x .5 = .2, 2 scores 8/20 x .464 = .186, 3 turns by less than 10 degrees,
 # 4 overlaps by less than .1. From 1 (4 points): 3 shares all. From 3 (18 points): 2 shares 8.
 VIEWS = [set(range(20)), {0, 1, 2, 3}, set(range(4, 12)), set(range(18)), {19, 30, 31}]
-HEADINGS = [0, 60, 30, 5, 60]
 
 
 def test_chain_of_angles_by_hand():
-    assert as_lists(angle_chains(overlap_of(VIEWS), turns(HEADINGS), min_views=4)) == [[0, 1, 3, 2]]
-    assert angle_chains(overlap_of(VIEWS), turns(HEADINGS)) == []  # the paper drops those under 24
+    cameras = turns([0, 60, 30, 5, 60])
+    assert as_lists(angle_chains(overlap_of(VIEWS), cameras, min_views=4)) == [[0, 1, 3, 2]]
+    assert angle_chains(overlap_of(VIEWS), cameras) == []  # the paper drops those under 24
 
 
 def test_bounds_of_the_rule_are_inclusive():
@@ -127,6 +146,7 @@ def test_images_of_a_short_chain_are_free_again():
     assert as_lists(angle_chains(overlap, cameras, 3)) == [[3, 2, 1, 0]]
 
 
+@settings(deadline=None)
 @given(scenes, headings, st.integers(1, 4))
 def test_chains_of_angles_follow_the_rule_on_sets(seen, degrees, min_views):
     degrees = degrees[: len(seen)]
