@@ -201,6 +201,9 @@ def test_pairs_in_a_text_file(wall_file):
     assert [len(part) for part in parts] == [4, 4]
     assert not keys[0] & keys[1]
     assert len(open_pairs(name, "trainable").pairs) == 8
+    for key in ("set", "scene"):
+        spoil(wall_file, **{key: key})
+        assert [pair.scene for pair in open_pairs(name).pairs[1:3]] == ["pairs", key]
 
 
 def test_depth_units_of_records(wall_file):

@@ -163,6 +163,7 @@ def test_motorcycle_looks_the_same_when_warped():
     pair = open_pairs("motorcycle").pairs[0]
     view = pair.b.view()
     assert view.size == view.camera.size == view.depth.shape[::-1] == (741, 500)
+    assert view.camera.K[:2, 2] == pytest.approx([311.193 + 31.086 + 0.5, 254.877 + 0.5])  # published with centres at 0
     for forward in (pair, pair.reversed()):
         a, b = (load_image(frame, 256).float() for frame in (forward.a, forward.b))
         warp = pair_warp(forward, 256, 256)
