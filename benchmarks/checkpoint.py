@@ -1,7 +1,7 @@
-"""What checkpoints cost training on the CPU: in the background and not, and how long they take to verify and load.
+"""Cost of checkpoints for training on the CPU, in the background and not, and the time to verify and load them.
 
-`python -m benchmarks.checkpoint --preset mum_vitl16 --frames 1 --rounds 3`; the full size wants 14 GB of memory and
-three times 4.7 GB of disk.
+`python -m benchmarks.checkpoint --preset mum_vitl16 --frames 1 --rounds 3`; the full size needs 14 GB of memory and
+3 x 4.7 GB of disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastmum import PRESETS, MuM
 from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, load_checkpoint
-from fastmum.engine.checkpoint.files import damage
+from fastmum.engine.checkpoint.shards import file_damage
 from fastmum.engine.memory import keep_freed_memory
 
 
@@ -32,7 +32,7 @@ class Training:
 
     Args:
         preset: of the model.
-        frames: F, of a step, one sequence.
+        frames: per step, one sequence.
     """
 
     def __init__(self, preset: str, frames: int) -> None:
@@ -44,7 +44,7 @@ class Training:
         self._lengths = [frames]
 
     def step(self, before_update: Callable[[], None]) -> float:
-        """One step; its seconds, waiting included."""
+        """Seconds of one step, including waits."""
         began = perf_counter()
         self._model(self._pixels, self._lengths).loss.backward()
         before_update()
@@ -53,7 +53,7 @@ class Training:
         return perf_counter() - began
 
     def state(self) -> dict[str, Tensor]:
-        """Weights and moments, live."""
+        """Live weights and moments."""
         state = {f"model.{name}": tensor for name, tensor in self._model.state_dict(keep_vars=True).items()}
         for name, parameter in self._model.named_parameters():
             moments = self._optimizer.state[parameter]
@@ -62,12 +62,12 @@ class Training:
 
 
 class Cost(NamedTuple):
-    """Of one checkpoint, in seconds.
+    """Seconds of one checkpoint.
 
     Args:
-        stall: training waited for it.
-        steps: of the steps beside it, that wait not included.
-        total: from asking for it until it was there.
+        stall: that training waited.
+        steps: of each step meanwhile, without the wait.
+        total: from `save` until it was published.
     """
 
     stall: float
@@ -76,7 +76,7 @@ class Cost(NamedTuple):
 
 
 def write(training: Training, checkpoints: Checkpoints, step: int) -> Cost:
-    """Write one, and train meanwhile."""
+    """Write a checkpoint and train meanwhile."""
     began, stalled, before = perf_counter(), checkpoints.stall_seconds, checkpoints.newest
     checkpoints.save(step, training.state(), {"model_config": dataclasses.asdict(training.config)})
     steps = []
@@ -91,14 +91,14 @@ def write(training: Training, checkpoints: Checkpoints, step: int) -> Cost:
 
 @contextmanager
 def timed(seconds: list[float]) -> Iterator[None]:
-    """Note how long something takes."""
+    """Append the seconds of a block."""
     began = perf_counter()
     yield
     seconds.append(perf_counter() - began)
 
 
 def report(training: Training, folder: Path, rounds: int) -> Iterator[str]:
-    """Measure; lines of a table as they come."""
+    """Measure; yields the lines of a table."""
     number = 0
 
     def quiet() -> float:
@@ -116,25 +116,25 @@ def report(training: Training, folder: Path, rounds: int) -> Iterator[str]:
         stalls = [cost.stall for cost in costs]
         yield f"background={background}"
         yield f"  training waits                 {_spread(stalls)}, {median(stalls) / usual:.1%} of a step"
-        yield f"  memory taken beforehand        {_spread(prepare)}"
-        yield f"  asked for until there          {_spread([cost.total for cost in costs])}"
+        yield f"  memory allocated before        {_spread(prepare)}"
+        yield f"  save until published           {_spread([cost.total for cost in costs])}"
         if background:
-            beside = [seconds for cost in costs for seconds in cost.steps]
-            yield f"  steps beside                   {_spread(beside)}, {median(beside) / usual - 1:+.0%}"
+            meanwhile = [seconds for cost in costs for seconds in cost.steps]
+            yield f"  steps meanwhile                {_spread(meanwhile)}, {median(meanwhile) / usual - 1:+.0%}"
         steps += [quiet() for _ in range(rounds)]
-    yield f"step without one, all through    {_spread(steps)}"
+    yield f"step without, whole run          {_spread(steps)}"
     state, config = training.state(), dataclasses.asdict(training.config)
-    about = find_checkpoints(folder)[0].about
+    manifest = find_checkpoints(folder)[0].manifest
     del checkpoints
     gc.collect()
     verify: list[float] = []
     load: list[float] = []
     for _ in range(rounds):
         with timed(verify):
-            assert not any(damage(about.path / name, file) for name, file in about.files.items())
+            assert not any(file_damage(manifest.path / name, file) for name, file in manifest.files.items())
         with timed(load):
             load_checkpoint(folder, state, config)
-    size = sum(file.size for file in about.files.values())
+    size = sum(file.size for file in manifest.files.values())
     yield f"verify {size / 1e9:.2f} GB                   {_spread(verify)}"
     yield f"verify and load                  {_spread(load)}"
 
@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="mum_vitl16", help="sizes of the model (%(default)s)")
     parser.add_argument("--frames", type=int, default=1, help="frames of a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="checkpoints of each kind (%(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (its own choice)")
-    parser.add_argument("--folder", type=Path, help="on the disk that is to be measured (the system's temporary one)")
+    parser.add_argument("--threads", type=int, help="of torch (torch's default)")
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (the system's temporary folder)")
     args = parser.parse_args(argv)
     for name in ("frames", "rounds"):
         if getattr(args, name) < 1:

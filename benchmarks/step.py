@@ -24,7 +24,6 @@ from benchmarks.reference.step import build_optimizer as build_reference_optimiz
 from benchmarks.reference.step import train_step
 from benchmarks.results import COMPILED, FASTMUM, REFERENCE
 from fastmum.config import Config, ConfigError, load_config
-from fastmum.engine.compile import compile_model
 from fastmum.engine.device import pick_device, pick_precision
 from fastmum.engine.distributed import DistContext, LaunchInfo
 from fastmum.engine.gradients import Gradients
@@ -34,6 +33,7 @@ from fastmum.engine.model import PRECISION, build_model
 from fastmum.engine.optimizer import build_optimizer
 from fastmum.engine.prefetcher import StepBatch, noise_for
 from fastmum.engine.step import forward
+from fastmum.model.compile import compile_model
 from fastmum.model.mum import MuM
 
 PHASES = ("forward", "backward", "norm", "optimizer")

@@ -1,4 +1,4 @@
-"""Checkpoints: what training waits for, and how long a verified load takes, against `torch.save` and `torch.load`."""
+"""Checkpoints: stall of training and time of a verified load, against `torch.save` and `torch.load`."""
 
 from __future__ import annotations
 

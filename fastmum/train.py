@@ -22,14 +22,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastmum.config.load import describe_keys, load_config, peek
 from fastmum.config.schema import ConfigError, EngineConfig
 from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, set_aside_after
-from fastmum.engine.consensus import StopConsensus
-from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, pick_device, pick_precision
+from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, autocast, pick_device, pick_precision
 from fastmum.engine.distributed import DistributedError, init_distributed, read_launch_env
 from fastmum.engine.efficiency import Efficiency
 from fastmum.engine.ema import Ema
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.guard import NonFiniteGuard, TrainingError
-from fastmum.engine.heartbeat import Heartbeat, is_of_processes
+from fastmum.engine.heartbeat import Heartbeat, is_collective_error
 from fastmum.engine.memory import keep_freed_memory
 from fastmum.engine.meter import Meter
 from fastmum.engine.optimizer import build_optimizer
@@ -39,9 +38,9 @@ from fastmum.engine.profile import StepProfiler
 from fastmum.engine.resume import checkpoint_values, resume
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.schedule import learning_rate
-from fastmum.engine.shard import make_same, shard
+from fastmum.engine.shard import broadcast_weights, shard
 from fastmum.engine.step import Step
-from fastmum.engine.stop import StopRequest, exit_code
+from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task
 from fastmum.engine.telemetry import Telemetry
 from fastmum.errors import FastmumError, run_command
@@ -77,8 +76,10 @@ def train(config: EngineConfig, task: type[Task] | None = None) -> int:
         try:
             code = _train(config, (task or find_task(config.run.task))(config, world))
             world.wait()
+        except FastmumError:
+            raise
         except RuntimeError as error:
-            dead = heartbeat.culprit() if is_of_processes(error) else None
+            dead = heartbeat.failed_rank() if is_collective_error(error) else None
             if dead is None:
                 raise
             raise PeerError(f"{dead}; the run continues from its last checkpoint") from error
@@ -94,7 +95,7 @@ def _train(config: EngineConfig, task: Task) -> int:
     run = RunDir(Path(config.run.dir).expanduser())
 
     model = task.build()
-    make_same(model, world)
+    broadcast_weights(model, world)
     dtype, reduce_dtype = MATRIX_DTYPE[precision], REDUCE_DTYPE[config.parallel.reduce]
     blocks, parallel = task.blocks(model), config.parallel
     if shard(model, blocks, world, parallel.strategy, parallel.shard, dtype, reduce_dtype):
@@ -131,7 +132,9 @@ def _train(config: EngineConfig, task: Task) -> int:
         world.background,
     )  # fmt: skip
     checkpoints.prepare(state())
-    telemetry = Telemetry(run, start.step, config) if world.is_main else None
+    telemetry = None
+    if world.is_main:
+        telemetry = Telemetry(run, start.step, config.telemetry.wandb, config.run.name, config.to_dict())
     profiler = StepProfiler(config.profile.window, run.root / "profile", world.device, start.step, world.rank)
     progress = tqdm(
         initial=start.step, total=steps, unit="step", desc=config.run.name, dynamic_ncols=True,
@@ -142,7 +145,8 @@ def _train(config: EngineConfig, task: Task) -> int:
     waited, values = 0.0, {}
 
     with (
-        StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(batches), _closing(telemetry),
+        StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(batches),
+        contextlib.closing(telemetry) if telemetry else contextlib.nullcontext(),
         profiler, _collector_off(), contextlib.closing(task),
     ):  # fmt: skip
         for done in range(start.step + 1, steps + 1):
@@ -174,7 +178,7 @@ def _train(config: EngineConfig, task: Task) -> int:
                 }
                 waited = batches.wait_seconds
                 if evaluates:
-                    with meter.paused():
+                    with meter.paused(), autocast(world.device, precision):
                         values |= task.evaluate(model)
                         if ema:
                             with ema.applied():
@@ -183,11 +187,11 @@ def _train(config: EngineConfig, task: Task) -> int:
                     telemetry.log(done, values)
                 progress.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if values.get(k) is not None}, refresh=False)
             if _due(done, config.train.picture_every, steps):
-                with meter.paused(), ema.applied() if ema else contextlib.nullcontext():
+                averaged = ema.applied() if ema else contextlib.nullcontext()
+                with meter.paused(), autocast(world.device, precision), averaged:
                     pictures = task.pictures(model)
                     if telemetry:
-                        for picture in pictures.values():
-                            telemetry.picture(done, picture)
+                        telemetry.pictures(done, pictures)
             if stopped or _due(done, config.train.checkpoint_every, steps):
                 with meter.paused():
                     checkpoints.save(
@@ -245,19 +249,10 @@ def _check_bad_steps(
     good = next((found.path for found in find_checkpoints(run.checkpoints)), None)
     raise TrainingError(
         f"loss or gradient was not finite in {longest} consecutive steps ({first} to {end}; train.max_bad_steps is "
-        f"{config.train.max_bad_steps}), which were skipped; {task.describe_steps(range(first - 1, end))}. The last good "
-        f"checkpoint is {good or 'none'}: the same command continues from it; a lower optim.base_lr (now "
+        f"{config.train.max_bad_steps}), which were skipped; {task.describe_steps(range(first - 1, end))}. The last "
+        f"good checkpoint is {good or 'none'}: the same command continues from it; a lower optim.base_lr (now "
         f"{config.optim.base_lr:g}) or train.precision=fp32 may help"
     )
-
-
-@contextlib.contextmanager
-def _closing(telemetry: Telemetry | None) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if telemetry:
-            telemetry.close()
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A run on machines of one's own: the same line on every machine.
+# A run on your own machines: the same command on every machine.
 #
-#   1 GPU    launch/torchrun.sh --config configs/mum_vitl16.yaml ...
-#   8 GPUs   GPUS=8 launch/torchrun.sh --config configs/mum_vitl16.yaml ...
-#   64 GPUs  GPUS=8 NODES=8 HOST=node0 launch/torchrun.sh --config configs/mum_vitl16.yaml data.mode=balanced ...
+#   1 GPU    torchrun.sh --config configs/mum_vitl16.yaml ...
+#   8 GPUs   GPUS=8 torchrun.sh --config configs/mum_vitl16.yaml ...
+#   64 GPUs  GPUS=8 NODES=8 HOST=node0 torchrun.sh --config configs/mum_vitl16.yaml data.mode=balanced ...
 #
-# GPUS: processes on this machine (1). NODES: machines (1). HOST: of the first machine, and PORT (29500), where NODES > 1.
-# RESTARTS (3): how often the processes are started again after one has died; the run then goes on from its newest
-# checkpoint. SIGTERM or SIGUSR1 to this script are handed on: the run saves, within GRACE seconds (180), and ends.
+# GPUS: processes on this machine (1). NODES: machines (1). HOST, PORT: first machine, needed if NODES > 1, and its port
+# (29500). RESTARTS: how often the processes are restarted from the newest checkpoint after one died (3).
+# On SIGTERM or SIGUSR1 the run saves and ends; after GRACE seconds (180) it is killed.
 set -euo pipefail
 
 gpus=${GPUS:-1} nodes=${NODES:-1} port=${PORT:-29500} restarts=${RESTARTS:-3} grace=${GRACE:-180}
@@ -16,7 +16,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace
 
 if [ "$nodes" -gt 1 ]; then
-  : "${HOST:?HOST must name the first machine where NODES is more than 1}"
+  : "${HOST:?HOST must name the first machine if NODES is more than 1}"
   meet=(--rdzv-backend=c10d --rdzv-endpoint="$HOST:$port" --rdzv-id=fastmum)
 else
   meet=(--standalone)

@@ -1,4 +1,4 @@
-"""Processes that are started once and do the jobs of many tests: importing torch takes seconds."""
+"""Processes that are started once for many tests: importing torch takes seconds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 SIZE = 4
 
-# Processes are forked from one that has imported everything, and has no threads yet.
+# Processes are forked from one that has imported everything and has no threads yet.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["fastmum.train"])
 
@@ -20,15 +20,15 @@ class Failure(str):
 
 
 class Pool:
-    """Four processes, of which the first 1, 2 or 4 do what a test wants.
+    """Four processes; a test uses the first 1, 2 or 4.
 
     Args:
-        patience: seconds that a job may take.
-        prepare: called in each with its rank and `args`; returns what jobs of so many processes are given.
+        timeout: seconds for a job.
+        prepare: called in each process with its rank and `args`; returns the first argument of jobs by their size.
     """
 
-    def __init__(self, patience: float, prepare: Callable[..., Mapping[int, Any]], *args: Any) -> None:
-        self._patience, self._pipes, self._processes = patience, [], []
+    def __init__(self, timeout: float, prepare: Callable[..., Mapping[int, Any]], *args: Any) -> None:
+        self._timeout, self._pipes, self._processes = timeout, [], []
         for rank in range(SIZE):
             ours, theirs = FORKSERVER.Pipe()
             process = FORKSERVER.Process(target=_work, args=(theirs, prepare, rank, *args), daemon=True)
@@ -39,19 +39,19 @@ class Pool:
             pipe.recv()
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(prepared, *args)` in the first `size` processes; what each returned."""
+        """Results of `function(prepared, *args)` in the first `size` processes."""
         for pipe in self._pipes[:size]:
             pipe.send((size, function, args))
         outcomes = []
         for rank, pipe in enumerate(self._pipes[:size]):
-            assert pipe.poll(self._patience), f"rank {rank} hangs"
+            assert pipe.poll(self._timeout), f"rank {rank} hangs"
             outcomes.append(pipe.recv())
         for rank, outcome in enumerate(outcomes):
             assert not isinstance(outcome, Failure), f"rank {rank}: {outcome}"
         return outcomes
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for process in self._processes:
             process.kill()
             process.join()

@@ -17,9 +17,9 @@ import torch
 from fastmum.data.build import build
 from fastmum.data.loader import Loader
 from fastmum.engine.checkpoint import find_checkpoints, read_weights
-from fastmum.engine.step import forward
 from fastmum.engine.stop import REQUEUE
 from fastmum.engine.telemetry import read_metrics
+from fastmum.tasks.mum import MuMTask
 from fastmum.train import main
 
 needs_dali = pytest.mark.skipif(
@@ -63,7 +63,7 @@ def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
     assert 0 <= records[0]["data_wait"] <= 1
     names = {str(p.relative_to(run)) for p in run.rglob("*") if p.is_file()}
     assert {"config.yaml", "reconstruction.png", "pictures/step_0000004.png", "pictures/step_0000008.png"} <= names
-    assert [found.about.step for found in find_checkpoints(run)] == [8, 6, 3]
+    assert [found.manifest.step for found in find_checkpoints(run)] == [8, 6, 3]
     assert any("tfevents" in n for n in names)
     assert (run / "pictures/step_0000008.png").read_bytes() == (run / "reconstruction.png").read_bytes()
 
@@ -123,7 +123,7 @@ def test_stopped_from_outside_it_saves_and_goes_on(image_folder, tmp_path, numbe
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
     assert "saved at step" in errors
-    saved = find_checkpoints(tmp_path / "run")[0].about.step
+    saved = find_checkpoints(tmp_path / "run")[0].manifest.step
     steps = saved + 4
     assert main(words(image_folder, tmp_path / "run", *long, f"train.steps={steps}")) == 0
     assert [s for s, _, _ in losses(tmp_path / "run")] == [*range(3, steps, 3), steps]
@@ -197,11 +197,11 @@ def test_too_many_bad_steps_stop_the_run_and_their_checkpoints_are_set_aside(ima
             "train.eval_every=8")  # fmt: skip
     assert main(words(image_folder, tmp_path / "run", *more)) == 2
     error = capsys.readouterr().err
-    assert "not finite in 7 steps in a row (2 to 8; train.max_bad_steps is 3)" in error
+    assert "not finite in 7 consecutive steps (2 to 8; train.max_bad_steps is 3)" in error
     assert "from a 100%" in error
-    assert f"The last good checkpoint is {tmp_path}/run/checkpoints/step_0000001:" in error
+    assert f"checkpoint is {tmp_path}/run/checkpoints/step_0000001:" in error
     assert "a lower optim.base_lr" in error
-    assert [found.about.step for found in find_checkpoints(tmp_path / "run")] == [1]
+    assert [found.manifest.step for found in find_checkpoints(tmp_path / "run")] == [1]
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -209,15 +209,15 @@ def test_too_many_bad_steps_stop_the_run_and_their_checkpoints_are_set_aside(ima
 def test_a_bad_step_is_passed_over_and_counted(image_folder, tmp_path, monkeypatch, where, more):
     """The weights after it are those of a run that had made no such update; the mean loss leaves it out."""
     bad, poison = 5, {"loss": lambda loss: loss * math.nan, "gradient": Poison.apply}[where]
-    calls = []
+    calls, loss = [], MuMTask.loss
 
-    def poisoned(model, batch, config):
+    def poisoned(self, model, batch):
         calls.append(0)
-        output = forward(model, batch, config)
-        parts = 1 + len(more)
-        return output._replace(loss=poison(output.loss)) if len(calls) == bad * parts else output
+        output = loss(self, model, batch)
+        micro_batches = 1 + len(more)
+        return output._replace(loss_sum=poison(output.loss_sum)) if len(calls) == bad * micro_batches else output
 
-    monkeypatch.setattr("fastmum.engine.step.forward", poisoned)
+    monkeypatch.setattr(MuMTask, "loss", poisoned)
     short = (*more, "train.steps=6", "train.checkpoint_every=1", "train.keep_checkpoints=9", "train.eval_every=6")
     assert main(words(image_folder, tmp_path / "run", *short)) == 0
     records = read_metrics(tmp_path / "run/metrics.jsonl")
@@ -240,6 +240,28 @@ class Poison(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * math.inf
+
+
+def test_ema_clipping_and_plain_pixels(image_folder, tmp_path):
+    """Both losses are logged, a resumed run continues both, and clipped steps have smaller updates."""
+    more = ("train.ema=0.5", "optim.clip=0.01", "loss.norm_pix=false", "train.precision=fp32")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert main(words(image_folder, whole, *more)) == 0
+    assert main(words(image_folder, resumed, *more, "train.steps=6", "train.eval_every=4")) == 0
+    shutil.rmtree(resumed / "checkpoints/step_0000006")
+    assert main(words(image_folder, resumed, *more)) == 0
+    ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (resumed, whole))
+    for key in ("loss", "held_out_loss", "held_out_loss_ema", "grad_norm"):
+        assert [r.get(key) for r in ours] == [r.get(key) for r in theirs], key
+    assert theirs[-1]["held_out_loss_ema"] != theirs[-1]["held_out_loss"]
+    plain = tmp_path / "plain"
+    assert main(words(image_folder, plain, "train.precision=fp32")) == 0
+    first = read_metrics(plain / "metrics.jsonl")
+    assert first[0]["loss"] != theirs[0]["loss"], "targets are other pixels"
+    assert main(words(image_folder, tmp_path / "clipped", "train.precision=fp32", "optim.clip=0.01")) == 0
+    clipped = read_metrics(tmp_path / "clipped/metrics.jsonl")
+    assert clipped[0]["grad_norm"] == first[0]["grad_norm"] > 0.01, "the norm before clipping is logged"
+    assert clipped[-1]["loss"] != first[-1]["loss"]
 
 
 def test_without_held_out_scenes_there_is_still_a_picture(image_folder, tmp_path):
@@ -269,7 +291,7 @@ def test_a_resumed_run_goes_on_counting_broken_images(image_folder, tmp_path):
 
 def test_replacements_keep_to_the_split_of_the_run(image_folder, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("fastmum.train.Loader", lambda *args: seen.append(Loader(*args)) or seen[-1])
+    monkeypatch.setattr("fastmum.tasks.mum.Loader", lambda *args: seen.append(Loader(*args)) or seen[-1])
     assert main(words(image_folder, tmp_path / "run")) == 0
     (loader,) = seen
     assert loader.faults.held_out.sum() == 1

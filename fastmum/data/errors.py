@@ -1,7 +1,25 @@
-"""The error of everything that a user can put right in the data."""
+"""Errors in data that a user can fix."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
-class DataError(ValueError):
+from fastmum.errors import FastmumError
+
+
+class DataError(FastmumError, ValueError):
     """Data that cannot be trained on; the message is one line for the user."""
+
+
+@contextlib.contextmanager
+def reading(file: Path, what: str, remedy: str = "restore or remove it") -> Iterator[None]:
+    """Turn any error of reading a file into a `DataError` of one line that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, EOFError, SyntaxError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"'{file}' cannot be read as {what} ({reason}); {remedy}") from None

@@ -72,9 +72,9 @@ class ApexAdamW(Optimizer):
         # Apex wants float32 weights: those that are kept in halves are whole only during an update.
         self._parts = [_empty(self.steps) if w.rest is not None else local(w.master) for w in self.weights]
         groups = [
-            {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if self.decay(w) == decay],
+            {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if w.weight_decay == decay],
              "weight_decay": decay}
-            for decay in sorted({self.decay(w) for w in self.weights})
+            for decay in sorted({w.weight_decay for w in self.weights})
         ]  # fmt: skip
         try:
             self._apex = fused_adam(

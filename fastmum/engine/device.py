@@ -24,7 +24,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """Resolve `train.precision`: auto is bf16, except on CPUs that multiply bfloat16 in plain loops, where it is fp32."""
+    """Resolve `train.precision`: auto is bf16, but fp32 on CPUs that multiply bfloat16 in plain loops."""
     slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if name == "bf16" and slow:
         log.warning("this CPU multiplies bfloat16 in float32; train.precision=fp32 is as fast and does not round")

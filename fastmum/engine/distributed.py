@@ -1,37 +1,37 @@
-"""The processes of a run: started by torchrun or by SLURM's srun, one for each device, or a single one."""
+"""The processes of a run: started by torchrun or srun, one per device, or a single one."""
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-log = logging.getLogger(__name__)
+from fastmum.errors import FastmumError
 
-START_TIMEOUT = timedelta(minutes=10)  # for all processes to come up
-PORTS = range(20_000, 40_000)  # of which SLURM jobs take one by their number
+START_TIMEOUT = timedelta(minutes=10)  # for all processes to start
+PORTS = range(20_000, 40_000)  # a SLURM job picks one by its id
 
 
-class DistributedError(RuntimeError):
-    """Processes that do not find one another; the message is one line for the user."""
+class DistributedError(FastmumError):
+    """The processes of a run cannot connect, or do not fit the configuration."""
 
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """Where a process stands among the others, as its launcher says.
+    """Rank and world size as the launcher put them into the environment.
 
     Args:
-        rank, size: number of this process and of all.
-        local_rank, local_size: the same on this machine.
-        launcher: "torchrun", "srun" or "" for a process by itself.
+        rank, size: of this process among all.
+        local_rank, local_size: of this process on its machine.
+        launcher: "torchrun", "srun", or "" without a launcher.
     """
 
     rank: int = 0
@@ -43,13 +43,13 @@ class LaunchInfo:
 
 @dataclass(frozen=True)
 class DistContext(LaunchInfo):
-    """A process among others that it can talk to.
+    """Device and communicators of a process; the default is a single process on the CPU.
 
     Args:
-        device: of this process.
-        store: shared by all; None for a single process.
-        control: a group of CPU tensors for the main thread.
-        background: one for the thread that writes checkpoints.
+        device: on which this process trains.
+        store: shared by all ranks; None for a single process.
+        control: gloo group for CPU tensors of the main thread.
+        background: gloo group for the thread that writes checkpoints.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -59,11 +59,11 @@ class DistContext(LaunchInfo):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what one process writes."""
+        """Whether this is rank 0, which writes files."""
         return self.rank == 0
 
     def sum_(self, tensor: Tensor, wait: bool = True) -> dist.Work | None:
-        """Sum a tensor on the device over all processes, in place; without `wait`, what to wait for."""
+        """All-reduce (sum) a tensor on the device in place; without `wait`, return the pending work."""
         if self.size == 1:
             return None
         work = dist.all_reduce(tensor, async_op=True)
@@ -73,25 +73,25 @@ class DistContext(LaunchInfo):
         return None
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Barrier of all ranks."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def close(self) -> None:
-        """Leave the others."""
+        """Destroy the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def read_launch_env(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
-    """Read what torchrun or srun has put into the environment.
+    """Read rank and world size from the environment of torchrun or srun.
 
     Raises:
-        DistributedError: only a part of it is there, or it is no number.
+        DistributedError: a value is not a number, or out of range.
     """
     names = {
         "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-        # SLURM_STEP_*: a batch script without srun has SLURM_NTASKS too, but is one process.
+        # SLURM_STEP_*: a batch script without srun also has SLURM_NTASKS, but is one process.
         "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
     }
     for launcher, (rank, size, local_rank, local_size) in names.items():
@@ -99,56 +99,53 @@ def read_launch_env(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
             continue
         try:
             number, count = int(environ[rank]), int(environ[size])
-            place = LaunchInfo(
-                number, count, int(environ.get(local_rank, number)), int(environ.get(local_size, count)), launcher
-            )
+            local = int(environ.get(local_rank, number)), int(environ.get(local_size, count))
         except ValueError as error:
-            raise DistributedError(f"the environment that {launcher} has made holds no number: {error}") from None
+            raise DistributedError(f"an environment variable of {launcher} is not a number: {error}") from None
         if not 0 <= number < count:
-            raise DistributedError(
-                f"{rank} is {number} and {size} is {count}; the first must be at least 0 and smaller"
-            )
-        return place if count > 1 else LaunchInfo(launcher=launcher)
+            raise DistributedError(f"{rank} is {number}, but must be at least 0 and less than {size}, which is {count}")
+        return LaunchInfo(number, count, *local, launcher) if count > 1 else LaunchInfo(launcher=launcher)
     return LaunchInfo()
 
 
-def init_distributed(place: LaunchInfo, device: torch.device) -> DistContext:
-    """Find the other processes.
+def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
+    """Connect to the other processes.
 
     Raises:
-        DistributedError: they are not there, or their address is not known.
+        DistributedError: they cannot be reached, or the address of rank 0 is not known.
     """
-    if place.size == 1:
-        return DistContext(**vars(place), device=device)
-    if place.launcher == "srun":
-        _address_of_slurm()
+    if launch.size == 1:
+        return DistContext(**vars(launch), device=device)
+    if launch.launcher == "srun":
+        _set_slurm_address()
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise DistributedError(
-            f"{' and '.join(missing)} must say where the process of rank 0 listens; torchrun sets them, and so does "
-            "launch/slurm.sh"
+            f"{' and '.join(missing)} must be set to where rank 0 listens; torchrun and launch/slurm.sh set them"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=START_TIMEOUT))
+        store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=START_TIMEOUT))
         dist.init_process_group(
-            backend, store=dist.PrefixStore("fastmum", store), rank=place.rank, world_size=place.size,
+            backend, store=dist.PrefixStore("fastmum", store), rank=launch.rank, world_size=launch.size,
             timeout=START_TIMEOUT,
         )  # fmt: skip
-        control, background = (dist.new_group(backend="gloo", timeout=START_TIMEOUT) for _ in range(2))
+        control, background = (
+            cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START_TIMEOUT)) for _ in range(2)
+        )
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise DistributedError(
-            f"process {place.rank} of {place.size} does not find the others at "
+            f"rank {launch.rank} of {launch.size} cannot connect to the others at "
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason})"
         ) from None
-    return DistContext(**vars(place), device=device, store=store, control=control, background=background)
+    return DistContext(**vars(launch), device=device, store=store, control=control, background=background)
 
 
-def _address_of_slurm() -> None:
-    """The first machine of the job, and a port that another job is unlikely to have."""
+def _set_slurm_address() -> None:
+    """Default MASTER_ADDR and MASTER_PORT: the job's first node, and a port that other jobs are unlikely to use."""
     environ = os.environ
     if "MASTER_ADDR" not in environ and "SLURM_JOB_NODELIST" in environ:
         try:
@@ -157,9 +154,7 @@ def _address_of_slurm() -> None:
                 capture_output=True, text=True, check=True, timeout=60,
             ).stdout.split()  # fmt: skip
         except (OSError, subprocess.SubprocessError) as error:
-            raise DistributedError(
-                f"scontrol cannot say which machines this job has ({error}): set MASTER_ADDR"
-            ) from None
+            raise DistributedError(f"scontrol cannot list the nodes of this job ({error}): set MASTER_ADDR") from None
         environ["MASTER_ADDR"] = hosts[0]
     if "SLURM_JOB_ID" in environ:
         environ.setdefault("MASTER_PORT", str(PORTS[int(environ["SLURM_JOB_ID"]) % len(PORTS)]))

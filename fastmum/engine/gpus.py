@@ -1,4 +1,4 @@
-"""What GPUs can do at most: the dense peaks that the manufacturer publishes, by the name that the driver gives."""
+"""Published dense peak FLOP/s of GPUs, by the name that the driver reports."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 
 class Peak(NamedTuple):
-    """Most operations a second on dense matrices, in TFLOP/s; None where the device has no such units.
+    """Dense matrix products in TFLOP/s; None where the device has no such units.
 
     Args:
-        bf16: products of bfloat16, summed in float32.
-        tf32: products of float32 rounded to TF32.
-        fp32: float32, without tensor cores.
-        fp8: products of 8-bit floats, summed in float32.
-        source: of the numbers. Sheets that give them for 2:4 sparsity alone are halved.
+        bf16, fp8: accumulated in float32.
+        tf32: float32 rounded to TF32.
+        fp32: without tensor cores.
+        source: of the numbers; those for 2:4 sparsity only are halved.
     """
 
     bf16: float
@@ -32,7 +31,7 @@ PEAKS: dict[str, Peak] = {
     "a10": Peak(125, 62.5, 31.2, None, "NVIDIA A10 datasheet"),
     "a30": Peak(165, 82, 10.3, None, "NVIDIA A30 datasheet"),
     "a40": Peak(149.7, 74.8, 37.4, None, "NVIDIA A40 datasheet"),
-    # The same on its SXM and PCIe boards, and on the A800, whose links alone are slower.
+    # SXM and PCIe boards have the same peaks; the A800 differs in its links only.
     "a100": _A100,
     "a100 pcie": _A100,
     "a800": _A100,
@@ -56,33 +55,21 @@ PEAKS: dict[str, Peak] = {
     "rtx a6000": Peak(154.8, 77.4, 38.7, None, "NVIDIA Ampere GA102 GPU Architecture, appendix"),
 }
 
-# What says nothing about speed: makers, memory, the socket of the boards that are the default of their kind.
-_SILENT = re.compile(r"nvidia|tesla|geforce|\d+gb?|hbm\d\w*|sxm\d?")
-
-
-def peak_of(name: str) -> Peak | None:
-    """The peaks of a GPU.
-
-    Args:
-        name: as `torch.cuda.get_device_name` gives it, such as "NVIDIA A100-SXM4-80GB".
-
-    Returns:
-        None for devices that are not in the table, such as parts (MIG) and laptop versions of those that are.
-    """
-    words = [word for word in re.split(r"[\s-]+", name.lower()) if word and not _SILENT.fullmatch(word)]
-    return PEAKS.get(" ".join(words))
+# Words that do not change the speed: makers, memory, the socket of the default boards.
+_IGNORED = re.compile(r"nvidia|tesla|geforce|\d+gb?|hbm\d\w*|sxm\d?")
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Operations a second at most.
+    """Peak FLOP/s of dense products.
 
     Args:
-        name: of the GPU, as `torch.cuda.get_device_name` gives it.
+        name: of the GPU, from `torch.cuda.get_device_name`, such as "NVIDIA A100-SXM4-80GB".
         precision: bf16, tf32, fp32 or fp8.
 
     Returns:
-        FLOP/s of dense products; None where they are not known.
+        None for devices that are not in the table, such as MIG partitions and laptop versions.
     """
-    peak = peak_of(name)
+    words = [word for word in re.split(r"[\s-]+", name.lower()) if word and not _IGNORED.fullmatch(word)]
+    peak = PEAKS.get(" ".join(words))
     rate = getattr(peak, precision) if peak else None
     return rate and rate * 1e12

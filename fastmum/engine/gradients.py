@@ -1,8 +1,8 @@
 """Gradients of a step: summed over micro-batches and devices in float32, while the backward pass runs.
 
-Replicated weights are reduced here. Their gradients are gathered in flat buckets in the order in which the backward pass
-produces them, and a full bucket is all-reduced while earlier layers are computed. Sharded weights (`shard`) are reduced
-by FSDP. Frozen parameters have no hook and no place in a bucket.
+Replicated weights are reduced here. Flat buckets collect their gradients in the order of the backward pass, and a full
+bucket is all-reduced while earlier layers are computed. FSDP reduces sharded weights (`shard`). Frozen parameters have
+no hook and no place in a bucket.
 """
 
 from __future__ import annotations
@@ -157,12 +157,13 @@ class _Bucket:
         self._sent = False
 
     def add(self, parameter: nn.Parameter) -> None:
-        view = self.views[parameter]
+        view, grad = self.views[parameter], parameter.grad
+        assert grad is not None
         if parameter in self._empty:
-            view.copy_(parameter.grad)
+            view.copy_(grad)
             self._empty.discard(parameter)
         else:
-            view.add_(parameter.grad)
+            view.add_(grad)
         parameter.grad = None
 
     def send(self) -> None:
@@ -178,13 +179,14 @@ class _Bucket:
     def finish(self) -> None:
         if self._work is not None:
             self._work.wait()
-            if self._wire is not self.sum:
+            if self._wire is not None and self._wire is not self.sum:
                 self.sum.copy_(self._wire)
             self._work = self._wire = None
 
 
 def _split(parameters: list[nn.Parameter], device: torch.device) -> Iterator[list[nn.Parameter]]:
-    limit, some, size = BUCKET.get(device.type, BUCKET["cuda"]), [], 0
+    limit, size = BUCKET.get(device.type, BUCKET["cuda"]), 0
+    some: list[nn.Parameter] = []
     for p in parameters:
         if some and size + p.numel() > limit:
             yield some

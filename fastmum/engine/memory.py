@@ -1,4 +1,4 @@
-"""Keeping freed memory in the process while training on a CPU."""
+"""Keeps freed memory in the process while training on a CPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def keep_freed_memory() -> bool:
-    """Tell the C library not to give memory back to the system, where it can be told: glibc.
+    """Configure glibc to keep freed memory; returns False with other C libraries.
 
-    Gradients and activations are freed and allocated anew every step; otherwise the system takes the pages each time,
-    and clears them when they are touched again.
-
-    Returns:
-        Whether it was told.
+    Gradients and activations are freed and allocated every step. Otherwise the system takes the pages back each time,
+    and clears them again on the next touch.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -78,7 +78,7 @@ class Meter:
             if total:
                 means[name] = sum(sums[start:stop]) / total
             if metric.size:
-                means |= {f"{name}/{metric.index}_{i}": s / n for i, (s, n) in enumerate(pairs) if n}
+                means |= {f"{name}/{metric.index_name}_{i}": s / n for i, (s, n) in enumerate(pairs) if n}
             start = stop
         seconds = self._seconds + time.perf_counter() - self._began
         self._totals.zero_()

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: one JSON object a log step."""
+"""The lines of metrics.jsonl: one JSON object per log step."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from typing import Any
 
 
 def metrics_line(step: int, values: Mapping[str, float | None]) -> bytes:
-    """A line. Strict JSON: what is not a finite number is null."""
+    """A line of strict JSON: non-finite values are null."""
     content = {"step": step, **{name: finite(value) for name, value in values.items()}}
     return json.dumps(content, allow_nan=False).encode() + b"\n"
 
 
 def finite(value: float | None) -> float | None:
-    """The number, or None where it is none."""
+    """The value as a Python number, None if it is not finite."""
     if value is None or isinstance(value, int):
         return value
     return float(value) if math.isfinite(value) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, of none that is not there; a last line cut short by a crash is left out."""
+    """The lines of a metrics.jsonl, without a last line cut short by a crash; none if the file is missing."""
     return [record for _, record in _records(path)]
 
 
 def end_of_step(path: Path, step: int) -> int:
-    """The place in bytes at which the lines up to a step end."""
+    """Offset in bytes after the lines of the first `step` steps."""
     return max((end for end, record in _records(path) if record["step"] <= step), default=0)
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The whole lines, each with the place in bytes at which it ends."""
+    """The whole lines, each with the offset of its end."""
     end = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:  # also bytes that are no text
+        except ValueError:  # also of bytes that are not UTF-8
             return
         if not line.endswith(b"\n"):
             return

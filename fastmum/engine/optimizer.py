@@ -1,9 +1,9 @@
 """AdamW on float32 weights. bfloat16 models keep the float32 weights in two halves.
 
 Under autocast every step would cast every matrix to bfloat16 and every gradient back. Here the model holds the matrices
-in bfloat16, their gradients are bfloat16, and the lower 16 bits of the float32 weight (the `rest`) lie in the optimizer,
-which joins and splits the halves in its one pass (`fastmum.kernels.halves`). The numbers are those of autocast except
-for exact ties, one value of 131,072, which are rounded away from zero instead of to even.
+in bfloat16 and their gradients are bfloat16. The optimizer holds the lower 16 bits of the float32 weight (the `rest`),
+and joins and splits the halves in its one pass (`fastmum.kernels.halves`). The numbers are those of autocast except for
+exact ties, one value of 131,072, which are rounded away from zero instead of to even.
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ class AdamW(Optimizer):
         for w in self.weights:
             grad = gradient(w.parameter)
             if grad is not None:
-                update = _Update(local(w.parameter.detach()), *map(local, self.moments[w.name]), grad, w.rest)
+                exp_avg, exp_avg_sq = map(local, self.moments[w.name])
+                update = _Update(local(w.parameter.detach()), exp_avg, exp_avg_sq, grad, w.rest)
                 key = w.weight_decay, w.lr_scale, update.weight.dtype, grad.dtype
                 updates.setdefault(key, []).append(update)
         self.steps += 1 if found_inf is None else 1 - found_inf

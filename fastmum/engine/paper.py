@@ -1,4 +1,4 @@
-"""What the paper's pretraining runs took (supplement, Table 12, "GPU hours")."""
+"""Cost of the paper's pretraining runs (supplement, Table 12, "GPU hours")."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ SOURCE = "MuM, supplement, Table 12"
 
 
 class PaperRun(NamedTuple):
-    """A pretraining run of the paper.
-
-    Args:
-        name: of the model in the paper.
-        gpus: devices.
-        gpu: their kind.
-        days: that they ran.
-    """
+    """A pretraining run of the paper."""
 
     name: str
     gpus: int
@@ -28,13 +21,11 @@ class PaperRun(NamedTuple):
         return self.gpus * self.days * 24
 
 
-# The table's lighter run carries a footnote of 66 A100 days; its columns, 32 GPUs and 3 days, make 96.
+# A footnote gives 66 A100 days for the lighter run; its columns, 32 GPUs and 3 days, make 96.
 PAPER_RUNS = (PaperRun("MuM", 64, "A100", 3), PaperRun("MuM, lighter", 32, "A100", 3))
 
 
 def paper_line() -> str:
-    """What the paper's runs took, in one line."""
-    runs = (
-        f"{run.name} {run.gpus} x {run.gpu} x {run.days:g} days = {run.gpu_hours:,.0f} GPU-hours" for run in PAPER_RUNS
-    )
+    """The paper's runs in one line."""
+    runs = (f"{r.name} {r.gpus} x {r.gpu} x {r.days:g} days = {r.gpu_hours:,.0f} GPU-hours" for r in PAPER_RUNS)
     return f"the paper's runs ({SOURCE}): {'; '.join(runs)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import torch
@@ -37,7 +37,9 @@ class Prefetcher:
     def __init__(self, batches: Iterator[Any], device: torch.device) -> None:
         self.wait_seconds = 0.0
         self._source, self._device = batches, device
-        self._moved = self._ahead() if device.type == "cuda" else (to_device(batch, device) for batch in self._timed())
+        self._moved: Generator[Any, None, None] = (
+            self._ahead() if device.type == "cuda" else (to_device(batch, device) for batch in self._timed())
+        )
 
     def __iter__(self) -> Iterator[Any]:
         return self._moved
@@ -60,7 +62,7 @@ class Prefetcher:
                 return
             yield batch
 
-    def _ahead(self) -> Iterator[Any]:
+    def _ahead(self) -> Generator[Any, None, None]:
         copies = torch.cuda.Stream(self._device)
         waiting: tuple[Any, torch.cuda.Event] | None = None
         for batch in self._timed():

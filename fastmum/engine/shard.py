@@ -1,24 +1,24 @@
-"""Weights shared out over devices (FSDP2): the matrices of the model; vectors, 0.3 % of it, stay whole on every device.
+"""Weights sharded over devices (FSDP2): the matrices of the model; vectors, 0.3 % of it, are replicated.
 
-fsdp2: a device keeps 1/N of every matrix, of its moments and of its gradient; what a block needs is gathered before it
-runs. hsdp: so within groups of devices, and the groups have copies of one another.
+fsdp2: each device holds 1/N of every matrix, its gradient and its moments; a block's matrices are gathered before it
+runs. hsdp: sharded within groups of devices, replicated over groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from fastmum.engine.distributed import DistContext, DistributedError
 
 
-def make_same(model: nn.Module, world: DistContext) -> None:
-    """Give every process the weights and buffers of the first."""
+def broadcast_weights(model: nn.Module, world: DistContext) -> None:
+    """Copy the parameters and buffers of rank 0 to all ranks."""
     if world.size > 1:
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.detach(), src=0)
@@ -26,26 +26,28 @@ def make_same(model: nn.Module, world: DistContext) -> None:
 
 def shard(
     model: nn.Module,
-    blocks: Sequence[nn.Module],
+    blocks: Iterable[nn.Module],
     world: DistContext,
     strategy: str,
     group_size: int,
     dtype: torch.dtype,
     reduce_dtype: torch.dtype,
 ) -> bool:
-    """Share the matrices of a model out, in place; their gradients are summed over devices, not averaged.
+    """Shard the trained weights of all `nn.Linear` in a model, in place; gradients are summed, not averaged.
 
     Args:
-        model: in float32, the same on every process.
-        blocks: modules whose matrices are gathered one after another.
-        world: of the processes.
-        strategy: "fsdp2", "hsdp", or "ddp", which shares nothing out.
-        group_size: of "hsdp", devices with one copy of the weights; 0: those of a machine.
-        dtype: that gathered matrices have.
-        reduce_dtype: that their gradients are summed in.
+        model: float32, equal on all ranks.
+        blocks: modules of the model whose matrices are gathered together.
+        strategy: "fsdp2", "hsdp", or "ddp", which shards nothing.
+        group_size: devices that share one copy of the weights ("hsdp"); 0: the devices of a machine.
+        dtype: of the gathered matrices.
+        reduce_dtype: in which their gradients are summed.
+
+    Returns:
+        Whether anything was sharded.
 
     Raises:
-        DistributedError: groups that the processes cannot form.
+        DistributedError: `group_size` does not divide the number of devices.
     """
     if strategy == "ddp" or world.size == 1:
         return False
@@ -57,8 +59,9 @@ def shard(
             module, mesh=mesh, mp_policy=policy, reshard_after_forward=True,
             ignored_params=set(model.parameters()) - matrices,
         )  # fmt: skip
+        assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # dividing by 1 is not for every backend
+        module.set_force_sum_reduction_for_comms(True)  # not every backend can divide
     return True
 
 
@@ -68,5 +71,4 @@ def _mesh(world: DistContext, strategy: str, group_size: int) -> DeviceMesh:
     size = group_size or world.local_size
     if world.size % size:
         raise DistributedError(f"parallel.shard is {size}, but must divide the number of devices, {world.size}")
-    shape = world.size // size, size
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))

@@ -20,12 +20,12 @@ class Metric(NamedTuple):
 
     Args:
         size: number of sums; 0 for a single one.
-        index: name of the index of several sums: `loss` with the index `views` is reported as `loss` (the mean over
-            all) and `loss/views_<i>`.
+        index_name: of several sums: `loss` with the index `views` is reported as `loss` (the mean over all) and
+            `loss/views_<i>`.
     """
 
     size: int = 0
-    index: str = ""
+    index_name: str = ""
 
 
 class StepOutput(NamedTuple):
@@ -110,17 +110,17 @@ class Task(ABC):
     def build(self) -> nn.Module:
         """The model on `world.device`, in float32. Frozen parts have `requires_grad=False` and are in `eval()`."""
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
+    def blocks(self, model: Any) -> list[nn.Module]:
         """Modules whose matrices FSDP gathers one after another."""
         return []
 
-    def groups(self, model: nn.Module) -> list[ParamGroup]:
+    def groups(self, model: Any) -> list[ParamGroup]:
         """Parameter groups; the default is one group with the settings of `optim`."""
         optim = self.config.optim
         parameters = [p for p in model.parameters() if p.requires_grad]
         return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
 
-    def buffers(self, model: nn.Module) -> dict[str, Tensor]:
+    def buffers(self, model: Any) -> dict[str, Tensor]:
         """Buffers that training changes (statistics of batch norm, ...), saved in checkpoints."""
         return {}
 
@@ -128,12 +128,12 @@ class Task(ABC):
         """JSON that a checkpoint must agree with to be resumed: sizes of the model."""
         return {}
 
-    def compile(self, model: nn.Module, steps: int) -> None:
+    def compile(self, model: Any, steps: int) -> None:
         """Compile the model in place; `steps` are still to be done."""
         if self.config.train.cuda_graphs:
             raise ConfigError(f"train.cuda_graphs is true, but the task '{self.config.run.task}' compiles nothing")
 
-    def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
+    def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:  # noqa: B027
         """Open the data sets; called by the first process, then by the others.
 
         Args:
@@ -142,7 +142,7 @@ class Task(ABC):
             samples_per_step: over all devices.
         """
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027
         """Read what is used again and again (held-out batches); called by all processes after `open_data`."""
 
     @abstractmethod
@@ -153,7 +153,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Any) -> StepOutput:
+    def loss(self, model: Any, batch: Any) -> StepOutput:
         """Forward pass of a micro-batch on the device, under autocast. Must not wait for the device."""
 
     def sizes(self, batch: Any) -> tuple[int, float]:
@@ -169,11 +169,11 @@ class Task(ABC):
         """Whether there is data to evaluate on."""
         return False
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Metrics on held-out data, reduced over all processes."""
+    def evaluate(self, model: Any) -> dict[str, float]:
+        """Metrics on held-out data, reduced over all processes; called under autocast, like `loss`."""
         return {}
 
-    def pictures(self, model: nn.Module) -> dict[str, Image.Image]:
+    def pictures(self, model: Any) -> dict[str, Image.Image]:
         """Pictures by name; all processes call it, the first one writes them."""
         return {}
 
@@ -187,9 +187,7 @@ class Task(ABC):
 
     def summary(self, values: Mapping[str, float | None]) -> str:
         """One line at the end of a run from its last log line."""
-        return ", ".join(
-            f"{name} {value:.4g}" for name, value in values.items() if name == "loss" and value is not None
-        )
+        return "loss none" if values.get("loss") is None else f"loss {values['loss']:.4g}"
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Release threads and files."""

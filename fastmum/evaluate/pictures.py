@@ -10,13 +10,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from fastmum.engine.pictures import reconstructions
 from fastmum.evaluate.attention import attention_maps
 from fastmum.evaluate.features import load_image, patch_size
 from fastmum.evaluate.pairs import Pair
 from fastmum.evaluate.views import Shown, reconstruct
 from fastmum.evaluate.warp import finer, move, pair_warp
 from fastmum.model.mum import MuM
+from fastmum.tasks.mum_pictures import reconstructions
 
 GAP, LABEL = 4, 18  # pixels between pictures, height of a line of text
 QUERY, TRUTH = (255, 64, 64), (64, 224, 255)  # colours of the query patch and of its true match

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -69,7 +70,9 @@ def compile_model(
     log.info("torch.compile: %s%s", chosen, f" (model.compile={mode})" if mode != chosen else "")
     if chosen != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    how = {"fullgraph": True, "backend": backend} | ({"options": {"triton.cudagraphs": True}} if cuda_graphs else {})
+    how: dict[str, Any] = {"fullgraph": True, "backend": backend} | (
+        {"options": {"triton.cudagraphs": True}} if cuda_graphs else {}
+    )
     if chosen == "block":
         compute = torch.compile(Block._compute, **how)
         for block in blocks_of(model):

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastmum.attention import AttentionError, choose_backend
-from fastmum.config.mum import Config
+from fastmum.config.mum import Config as MuMConfig
 from fastmum.config.schema import ConfigError
 from fastmum.data.crops import whole_frames
 from fastmum.data.decode import make_decoder
 from fastmum.data.loader import Loader
 from fastmum.data.plan import StepPlan, StepPlanner
 from fastmum.data.splits import DataSplits, open_splits
-from fastmum.engine.device import MATRIX_DTYPE, autocast
+from fastmum.engine.device import MATRIX_DTYPE
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.engine.prefetcher import to_device
@@ -66,11 +66,11 @@ class MuMTask(Task):
     processes that divides theirs.
     """
 
-    Config = Config
+    Config = MuMConfig
     metrics: Mapping[str, Metric] = {"loss": Metric(MOST_VIEWS + 1, "views")}
-    config: Config
+    config: MuMConfig
 
-    def __init__(self, config: Config, world: DistContext) -> None:
+    def __init__(self, config: MuMConfig, world: DistContext) -> None:
         super().__init__(config, world)
         data, model = config.data, config.model_config
         self.samples = Samples(
@@ -112,13 +112,13 @@ class MuMTask(Task):
             log.info("float8 products in %d linear layers", use_fp8(model, blocks_of(model)))
         return model
 
-    def blocks(self, model: nn.Module) -> list[nn.Module]:
+    def blocks(self, model: MuM) -> list[nn.Module]:
         return [*blocks_of(model)]
 
     def manifest(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config.model_config)
 
-    def compile(self, model: nn.Module, steps: int) -> None:
+    def compile(self, model: MuM, steps: int) -> None:
         """Compile by `model.compile`.
 
         Raises:
@@ -184,7 +184,7 @@ class MuMTask(Task):
         mask_ratio = self.config.model.mask_ratio
         return model(batch.frames, batch.lengths, mask_ratio, batch.noise, max_views, reduction="none")
 
-    def loss(self, model: nn.Module, batch: MuMBatch) -> StepOutput:
+    def loss(self, model: MuM, batch: MuMBatch) -> StepOutput:
         """Mean over the masked patches of all frames of the step: every frame has as many of them."""
         losses = self.forward(model, batch).loss
         # A product adds in the same order every time; index_add on CUDA does not.
@@ -204,7 +204,7 @@ class MuMTask(Task):
         return self._splits.held_out is not None
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: MuM) -> dict[str, float]:
         """Masked loss over held-out frames: the same batches and masks every time, sharded over the processes."""
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for i, batch in self._held_out.items():
@@ -216,7 +216,7 @@ class MuMTask(Task):
         return {"held_out_loss": loss / frames}
 
     @torch.no_grad()
-    def pictures(self, model: nn.Module) -> dict[str, Image.Image]:
+    def pictures(self, model: MuM) -> dict[str, Image.Image]:
         """Originals, masked frames and predictions of a few sequences."""
         batch = self._shown
         output = self._evaluated(model, batch)
@@ -226,7 +226,7 @@ class MuMTask(Task):
 
     def counters(self) -> dict[str, float | None]:
         counts = self._loader.faults.counts
-        return {"bad_frames": sum(counts.values())} | {f"bad_frames/{name}": n for name, n in counts.items()}
+        return {"bad_frames": sum(counts.values()), **{f"bad_frames/{name}": n for name, n in counts.items()}}
 
     def describe_steps(self, steps: range) -> str:
         """Share of frames of each data set in these steps, over all processes."""
@@ -247,9 +247,8 @@ class MuMTask(Task):
             + (" (predicting each patch's mean scores 1.0)" if self.config.loss.norm_pix else "")
         )
 
-    def _evaluated(self, model: nn.Module, batch: MuMBatch) -> MuMOutput:
-        assert isinstance(model, MuM)
-        with eager(model), autocast(self.world.device, self.config.train.precision):
+    def _evaluated(self, model: MuM, batch: MuMBatch) -> MuMOutput:
+        with eager(model):
             return self.forward(model, to_device(batch, self.world.device))
 
 

@@ -5,7 +5,7 @@ import pytest
 from benchmarks.contestant import Apart
 from benchmarks.step import Comparison, build_fastmum, main
 from fastmum.config import ConfigError
-from fastmum.engine.compile import has_cpp_compiler
+from fastmum.model.compile import has_cpp_compiler
 
 TINY = ["model.preset=mum_tiny", "data.image_size=32", "model.compile=off"]
 

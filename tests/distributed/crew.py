@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Sequence
 
 from processes import Pool
@@ -52,14 +53,32 @@ def _places(rank: int) -> dict[int, tuple[int, int]]:
     return {size: (rank, size) for size in (1, 2, 4)}
 
 
+def run_main(rank: int, size: int, port: int, words: list[str], errors: str) -> None:
+    """The command line in a separate process, its output in a file."""
+    stream = open(errors, "w", buffering=1)  # noqa: SIM115 (until the process ends)
+    os.dup2(stream.fileno(), 2)
+    os.dup2(stream.fileno(), 1)
+    sys.stderr = sys.stdout = stream
+    os.environ |= environment(rank, size, port)
+    from fastmum import tasks
+    from fastmum.train import main
+
+    tasks.TASKS["tiny"] = "tiny_task:TinyTask"
+    os._exit(main(words))
+
+
 def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
+    from tiny_task import TinyTask
+
     from fastmum.config import load_config
+    from fastmum.tasks import find_task
     from fastmum.train import train
 
     for name in ("RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
     os.environ |= environment(*place, port)
     try:
-        return train(load_config(None, words))
+        task = TinyTask if "run.task=tiny" in words else find_task("mum")
+        return train(load_config(None, words, task.Config), task)
     except ValueError as error:  # of configuration or data
         return f"{type(error).__name__}: {error}"

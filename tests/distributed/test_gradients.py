@@ -9,6 +9,7 @@ from torch import nn
 from fastmum.engine import gradients
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import Gradients
+from fastmum.engine.task import ParamGroup
 
 shapes = st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=6)
 
@@ -20,7 +21,7 @@ def test_sums_of_several_batches(sizes, bucket, batches, data):
     used = [data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes))) for _ in range(batches)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gradients.BUCKET, "cpu", bucket)
-        ours = Gradients(parameters, DistContext(), batches)
+        ours = Gradients([ParamGroup(parameters)], DistContext(), batches)
     for _ in range(2):  # a step leaves nothing to the next
         truth = [torch.zeros(p.shape, dtype=torch.float64) for p in parameters]
         for batch, some in enumerate(used):
@@ -36,14 +37,14 @@ def test_sums_of_several_batches(sizes, bucket, batches, data):
             assert ours.of(p).stride() == p.stride()
             torch.testing.assert_close(ours.of(p).double(), total, rtol=1e-5, atol=1e-5)
         norm = torch.stack([total.square().sum() for total in truth]).sum().sqrt()
-        torch.testing.assert_close(ours.norm().double(), norm, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.norms()[0].double(), norm, rtol=1e-4, atol=1e-5)
         ours.clear()
     assert all(p.grad is None for p in parameters)
 
 
 def test_bfloat16_gradients_are_summed_in_float32():
     p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
-    ours = Gradients([p], DistContext(), batches=3)
+    ours = Gradients([ParamGroup([p])], DistContext(), batches=3)
     for batch, value in enumerate((256.0, 1.0, 1.0)):  # in bfloat16 256 + 1 is 256
         ours.next_batch(last=batch == 2)
         (p * value).sum().backward()
@@ -62,7 +63,7 @@ def test_buckets_travel_while_the_backward_pass_goes_on(monkeypatch):
     sent, arrived = [], []
     monkeypatch.setitem(gradients.BUCKET, "cpu", 32)
     monkeypatch.setattr(gradients.dist, "all_reduce", lambda wire, async_op: sent.append(len(arrived)) or Sent())
-    ours = Gradients([layer.weight for layer in layers], DistContext(size=2), batches=2)
+    ours = Gradients([ParamGroup([layer.weight for layer in layers])], DistContext(size=2), batches=2)
     for layer in layers:
         layer.weight.register_post_accumulate_grad_hook(lambda p: arrived.append(p))
     x = torch.randn(3, 4)
@@ -80,12 +81,12 @@ def test_buckets_travel_while_the_backward_pass_goes_on(monkeypatch):
 
 
 def test_a_single_batch_stays_where_it_is(tiny):
-    ours = Gradients(tiny.parameters(), DistContext())
+    ours = Gradients([ParamGroup(list(tiny.parameters()))], DistContext())
     tiny(torch.randn(2, 3, 32, 32), [2], 0.5).loss.backward()
     ours.finish()
     assert all(ours.of(p).data_ptr() == p.grad.data_ptr() for p in tiny.parameters())
     expected = torch.cat([p.grad.flatten() for p in tiny.parameters()]).norm()
-    torch.testing.assert_close(ours.norm(), expected)
+    torch.testing.assert_close(ours.norms()[0], expected)
     p = tiny.mask_token
     p.grad.fill_(torch.nan)
-    assert not ours.norm().isfinite()
+    assert not ours.norms()[0].isfinite()

@@ -10,8 +10,8 @@ from fastmum.data.build import build
 from fastmum.data.manifest import Manifests
 from fastmum.data.plan import MODES, StepPlanner
 from fastmum.engine.checkpoint import set_aside_after
-from fastmum.engine.compile import has_cpp_compiler
 from fastmum.engine.metrics import read_metrics
+from fastmum.model.compile import has_cpp_compiler
 
 STRATEGIES = {
     "ddp": [],
@@ -91,7 +91,7 @@ def test_another_number_of_processes_at_every_resume(run, folder):
 def test_a_number_of_processes_that_does_not_divide_the_step(crew, image_folder, tmp_path):
     words = [*SMALL, f"data.root={image_folder}", f"run.dir={tmp_path}/run", "data.frames_per_step=18"]
     outcomes = crew.train(2, words)
-    assert all("which 2 processes cannot take in batches of 6" in outcome for outcome in outcomes), outcomes
+    assert all("2 processes cannot split" in outcome for outcome in outcomes), outcomes
     assert all("start 1, 3 processes" in outcome for outcome in outcomes), outcomes
 
 

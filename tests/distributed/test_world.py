@@ -1,4 +1,4 @@
-"""Who a process is, where it computes, what it is told; signs of life."""
+"""Ranks, devices, signals, heartbeats."""
 
 import signal
 import time
@@ -7,18 +7,17 @@ import pytest
 import torch
 
 from fastmum.config import ConfigError
-from fastmum.engine.consensus import StopConsensus
 from fastmum.engine.device import pick_device, pick_precision
 from fastmum.engine.distributed import DistContext, DistributedError, LaunchInfo, init_distributed, read_launch_env
 from fastmum.engine.heartbeat import Heartbeat
-from fastmum.engine.stop import REQUEUE, StopRequest, exit_code
+from fastmum.engine.stop import REQUEUE, StopConsensus, StopRequest, exit_code
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"}
 
 
 @pytest.mark.parametrize(
-    ("environ", "place"),
+    ("environ", "launch"),
     [
         ({}, LaunchInfo()),
         (TORCHRUN, LaunchInfo(3, 8, 1, 2, "torchrun")),
@@ -28,20 +27,20 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1",
         (TORCHRUN | {"RANK": "0", "WORLD_SIZE": "1"}, LaunchInfo(launcher="torchrun")),
     ],
 )
-def test_place(environ, place):
-    assert read_launch_env(environ) == place
+def test_launch_environment(environ, launch):
+    assert read_launch_env(environ) == launch
 
 
 @pytest.mark.parametrize("environ", [TORCHRUN | {"RANK": "x"}, TORCHRUN | {"RANK": "8"}])
-def test_no_place(environ):
-    with pytest.raises(DistributedError):
+def test_a_launch_environment_that_is_wrong(environ):
+    with pytest.raises(DistributedError, match=r"torchrun|RANK"):
         read_launch_env(environ)
 
 
-def test_an_address_that_is_missing_is_named(monkeypatch):
+def test_a_missing_address_is_named(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("MASTER_PORT", "1")
-    with pytest.raises(DistributedError, match="MASTER_ADDR must say where the process of rank 0 listens"):
+    with pytest.raises(DistributedError, match=r"^MASTER_ADDR must"):
         init_distributed(LaunchInfo(1, 2), torch.device("cpu"))
 
 
@@ -53,12 +52,13 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert pick_device("auto", LaunchInfo(5, 8, 1, 4)) == torch.device("cuda", 1)
     assert pick_device("cuda:3", LaunchInfo()) == torch.device("cuda", 3)
-    with pytest.raises(ConfigError, match="each must have one of its own"):
+    with pytest.raises(ConfigError, match=r"train.device is 'cuda:3'"):
         pick_device("cuda:3", LaunchInfo(0, 2, 0, 2))
     with pytest.raises(ConfigError, match="this is process 4 of 8 on its machine"):
         pick_device("cuda", LaunchInfo(4, 8, 4, 8))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert pick_device("cuda", LaunchInfo(5, 8, 1, 4)) == torch.device("cuda", 0), "srun shows each task its own alone"
+    device = pick_device("cuda", LaunchInfo(5, 8, 1, 4))
+    assert device == torch.device("cuda", 0), "srun shows each task its own device only"
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -73,14 +73,14 @@ def test_precision_that_suits_the_device(monkeypatch, caplog, fast):
 
 
 @pytest.fixture(autouse=True)
-def interrupts():
-    """As a terminal sets them; what is started in the background inherits that they are ignored."""
+def sigint_handler():
+    """The default one: processes in the background inherit that SIGINT is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_signals_are_remembered_and_handlers_come_back():
+def test_the_first_signal_is_recorded_and_handlers_are_restored():
     before = signal.getsignal(signal.SIGUSR1)
     with StopRequest() as stop:
         assert stop.signal is None
@@ -98,22 +98,25 @@ def test_a_second_interrupt_acts_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_single_process_agrees_with_itself():
-    agreement = StopConsensus(DistContext())
-    assert [agreement.largest(n) for n in (0, 15, 0)] == [0, 15, 0]
-    assert agreement.finish() == 0
+def test_a_single_process_has_its_own_consensus():
+    consensus = StopConsensus(DistContext())
+    assert [consensus.largest(n) for n in (0, 15, 0)] == [0, 15, 0]
+    assert consensus.finish() == 0
 
 
 @pytest.fixture
-def pair():
-    """Two processes as their watches see them, with a store of their own."""
+def pair(monkeypatch):
+    """The contexts of two ranks that share a store."""
+    monkeypatch.setattr(DistContext, "wait", lambda self: None)
     store = torch.distributed.HashStore()
     return [DistContext(rank=rank, size=2, store=store) for rank in range(2)]
 
 
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    monkeypatch.setattr(DistContext, "wait", lambda self: None)
+def start_and_hang(pair):
+    """What rank 1 writes to the store when it starts."""
+    store = Heartbeat(pair[1], 1.0)._store
+    for key, value in {"name/1": "rank 1 (there, process 7)", "left/1": "", "beat/1": "0"}.items():
+        store.set(key, value)
 
 
 def wait_for(condition):
@@ -123,45 +126,43 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_a_process_without_signs_of_life_is_named(pair):
-    told = []
-    with Heartbeat(pair[0], 1.0, told.append):
-        other = Heartbeat(pair[1], 1.0)
-        other._store.set("name/1", "rank 1 (there, process 7)")
-        other._store.set("left/1", "")
-        other._store.set("beat/1", "0")
-        wait_for(lambda: told)
-    assert told == ["rank 1 (there, process 7) has died or hangs: no sign of life for 1 s"]
+def test_a_rank_without_heartbeats_is_named(pair):
+    lines = []
+    with Heartbeat(pair[0], 1.0, lines.append):
+        start_and_hang(pair)
+        wait_for(lambda: lines)
+    (line,) = lines
+    assert line.startswith("rank 1 (there, process 7)")
+    assert line.endswith("1 s")
 
 
-def test_a_process_that_fails_says_why_and_one_that_is_done_is_missed_by_nobody(pair):
-    told = []
-    with Heartbeat(pair[0], 1.0, told.append), pytest.raises(ValueError, match="broken"), Heartbeat(pair[1], 1.0):
+def test_the_main_thread_gets_the_failed_rank_and_reports_it_itself(pair):
+    lines = []
+    with Heartbeat(pair[0], 1.0, lines.append) as heartbeat:
+        start_and_hang(pair)
+        assert "rank 1 (there, process 7)" in heartbeat.failed_rank()
+    assert not lines
+
+
+def test_a_rank_that_fails_is_named_with_its_error_and_one_that_finishes_is_not(pair):
+    lines = []
+    with Heartbeat(pair[0], 1.0, lines.append), pytest.raises(ValueError, match="broken"), Heartbeat(pair[1], 1.0):
         raise ValueError("broken")
-    with Heartbeat(pair[0], 1.0, told.append):
-        wait_for(lambda: told)
-    assert "has stopped: ValueError: broken" in told[0]
-    told.clear()
-    with Heartbeat(pair[0], 0.5, told.append):
+    with Heartbeat(pair[0], 1.0, lines.append):
+        wait_for(lambda: lines)
+    assert "ValueError: broken" in lines[0]
+    lines.clear()
+    with Heartbeat(pair[0], 0.5, lines.append):
         with Heartbeat(pair[1], 0.5):
             pass
         time.sleep(1.5)
-    assert not told
+    assert not lines
 
 
-def test_a_clock_that_jumps_kills_nobody(pair, monkeypatch):
-    told, clock = [], time.time
-    with Heartbeat(pair[0], 1.0, told.append), Heartbeat(pair[1], 1.0, told.append):
+def test_a_clock_that_jumps_kills_no_rank(pair, monkeypatch):
+    lines, clock = [], time.time
+    with Heartbeat(pair[0], 1.0, lines.append), Heartbeat(pair[1], 1.0, lines.append):
         for jump in (1e6, -1e6):
             monkeypatch.setattr(time, "time", lambda jump=jump: clock() + jump)
             time.sleep(1.2)
-    assert not told
-
-
-def test_the_main_thread_learns_who_it_was(pair):
-    told = []
-    with Heartbeat(pair[0], 1.0, told.append) as watch:
-        for key in ("name/1", "left/1", "beat/1"):
-            watch._store.set(key, "" if key == "left/1" else "rank 1")
-        assert "rank 1 has died" in watch.culprit()
-    assert not told, "who has asked ends the process itself"
+    assert not lines

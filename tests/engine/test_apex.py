@@ -10,8 +10,7 @@ from fastmum.config import ConfigError
 from fastmum.config.schema import OptimSection
 from fastmum.engine import apex
 from fastmum.engine.apex import ApexAdamW, find_fused_adam
-from fastmum.engine.master import MasterWeights
-from fastmum.engine.optimizer import AdamW
+from fastmum.engine.optimizer import AdamW, default_groups, split_weights
 
 
 @pytest.fixture
@@ -57,9 +56,13 @@ def test_found(package):
     assert find_fused_adam().__name__ == "FusedAdam"
 
 
+def weights_of(model, dtype):
+    return split_weights(model, default_groups(model, OptimSection()), dtype)
+
+
 def test_needs_a_gpu(tiny):
     with pytest.raises(ConfigError, match="needs a CUDA device"):
-        ApexAdamW(MasterWeights(tiny, torch.float32), OptimSection(), StandIn)
+        ApexAdamW(weights_of(tiny, torch.float32), OptimSection(), StandIn)
 
 
 class StandIn(torch.optim.Optimizer):
@@ -96,8 +99,8 @@ def test_the_same_updates_as_torch(tiny, monkeypatch, dtype):
     """Steps that are passed over included."""
     monkeypatch.setattr(apex, "NEEDED", "cpu")
     twin = copy.deepcopy(tiny)
-    ours = ApexAdamW(MasterWeights(tiny, dtype), OptimSection(), StandIn)
-    theirs = AdamW(MasterWeights(twin, dtype), OptimSection())
+    ours = ApexAdamW(weights_of(tiny, dtype), OptimSection(), StandIn)
+    theirs = AdamW(weights_of(twin, dtype), OptimSection())
     for step in range(4):
         for p, q in zip(tiny.parameters(), twin.parameters(), strict=True):
             p.grad = torch.randn_like(p)

@@ -9,6 +9,7 @@ from fastmum import MuM
 from fastmum.config import ConfigError
 from fastmum.engine import fp8
 from fastmum.engine.fp8 import check_fp8, use_fp8
+from fastmum.model.compile import blocks_of
 
 needs_torchao = pytest.mark.skipif(not fp8.is_there(), reason="torchao is not installed: pip install 'fastmum[fp8]'")
 
@@ -43,7 +44,7 @@ def test_taken_from_sm_89_on(gpu, monkeypatch, capability):
 def test_layers_of_the_blocks_alone_and_the_same_state(tiny):
     plain = copy.deepcopy(tiny)
     # Two encoder blocks, a frame block and a global one, four layers each.
-    assert use_fp8(tiny, emulate=True) == 4 * 4
+    assert use_fp8(tiny, blocks_of(tiny), emulate=True) == 4 * 4
     assert not any("Float8" in type(module).__name__ for module in (tiny.decoder_embed, tiny.decoder_pred))
     torch.testing.assert_close(tiny.state_dict(), plain.state_dict(), rtol=0, atol=0)
 
@@ -51,7 +52,7 @@ def test_layers_of_the_blocks_alone_and_the_same_state(tiny):
 @needs_torchao
 def test_emulated_products_learn_what_bfloat16_learns(tiny):
     plain: MuM = copy.deepcopy(tiny)
-    use_fp8(tiny, emulate=True)
+    use_fp8(tiny, blocks_of(tiny), emulate=True)
     frames, noise = torch.randn(4, 3, 64, 64), torch.rand(4, 16)
     gradients, losses = [], []
     for model in (plain, tiny):

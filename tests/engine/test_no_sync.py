@@ -10,32 +10,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastmum
 from fastmum.config import load_config
 from fastmum.data.build import build
-from fastmum.data.decode import PillowDecoder
-from fastmum.data.loader import Loader
-from fastmum.data.manifest import Manifests
-from fastmum.data.plan import StepPlanner
+from fastmum.engine.device import MATRIX_DTYPE
 from fastmum.engine.distributed import DistContext
+from fastmum.engine.ema import Ema
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.guard import NonFiniteGuard
 from fastmum.engine.meter import Meter
-from fastmum.engine.model import build_model
 from fastmum.engine.optimizer import build_optimizer
 from fastmum.engine.prefetcher import Prefetcher
 from fastmum.engine.step import Step
+from fastmum.tasks.mum import MuMTask
 
 SYNCS = {
     "_local_scalar_dense", "item", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "is_nonzero", "equal",
     "unique", "_unique2", "unique_dim", "unique_consecutive", "allclose", "bincount", "histc",
 }  # fmt: skip
-PACKAGE = Path(fastmum.__file__).parent / "engine"
+ENGINE = Path(fastmum.__file__).parent / "engine"
 # What a step goes through, but for functions that belong to the host: plans of attention, checks, log steps.
 ON_THE_PATH = {
     "step.py": set(),
     "guard.py": set(),
     "meter.py": {"read"},
     "optimizer.py": set(),
-    "prefetcher.py": {"mixture"},
+    "prefetcher.py": set(),
     "gradients.py": set(),
+    "ema.py": set(),
 }
 CALLS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}
 
@@ -59,17 +58,19 @@ class NoSync(TorchDispatchMode):
 def test_a_step_makes_no_operator_that_waits(image_folder, tmp_path, precision, parts):
     build("folder", image_folder, tmp_path / "a.arrow")
     config = load_config(None, [
-        "model.preset=mum_tiny", "data.image_size=32", "data.views=[2,3]", "data.frames_per_batch=6",
-        "model.mask_ratio=0.5", f"train.precision={precision}",
+        f"data.manifests=[{tmp_path}/a.arrow]", "model.preset=mum_tiny", "data.image_size=32", "data.views=[2,3]",
+        "data.frames_per_batch=6", "model.mask_ratio=0.5", f"train.precision={precision}", "optim.clip=0.1",
     ])  # fmt: skip
-    world, manifests = DistContext(), Manifests([tmp_path / "a.arrow"])
-    planner = StepPlanner(manifests, frames_per_gpu=6, views=(2, 3), world_size=parts)
-    loader = Loader(PillowDecoder(32, 0), manifests, workers=1)
-    model = build_model(config, world)
-    optimizer = build_optimizer(model, config.optim)
-    guard, meter = NonFiniteGuard(world.device), Meter(world, loader)
-    step = Step(model, optimizer, Gradients(model.parameters(), world, parts), guard, meter, world, config)
-    batches = Prefetcher(loader, planner, world, config).batches(0, 2)
+    task = MuMTask(config, DistContext())
+    task.batches_per_step = parts
+    task.open_data(tmp_path, 0, 6 * parts)
+    model = task.build()
+    groups = task.groups(model)
+    optimizer = build_optimizer(model, config.optim, MATRIX_DTYPE[precision], groups)
+    guard, meter = NonFiniteGuard(torch.device("cpu")), Meter(task.metrics, task.world)
+    gradients, ema = Gradients(groups, task.world, parts), Ema(optimizer.weights, 0.9)
+    step = Step(task, model, groups, optimizer, gradients, guard, meter, ema, precision)
+    batches = Prefetcher(task.batches(0, 2), torch.device("cpu"))
     with NoSync() as mode:
         for done in (1, 2):
             for part in range(parts):
@@ -91,7 +92,7 @@ def test_the_mode_sees_what_waits():
 @pytest.mark.parametrize("file", ON_THE_PATH)
 def test_nothing_on_the_path_asks_for_values(file):
     """Tensors on the CPU cannot show a copy from a device: their .cpu() is nothing."""
-    tree = ast.parse((PACKAGE / file).read_text())
+    tree = ast.parse((ENGINE / file).read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     assert {f.name for f in functions} >= ON_THE_PATH[file]
     for function in functions:

@@ -1,4 +1,4 @@
-"""Checkpoints read: found, verified to the last byte, compared with what they are for, put into place."""
+"""Reading checkpoints: the newest intact one is verified, compared with the model, and loaded in place."""
 
 from __future__ import annotations
 
@@ -8,70 +8,60 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 
-from fastmum.engine.checkpoint.about import About, State
-from fastmum.engine.checkpoint.errors import CheckpointError, UnreadableError
-from fastmum.engine.checkpoint.files import damage
-from fastmum.engine.checkpoint.folder import find_checkpoints
-from fastmum.engine.checkpoint.parts import read_parts
-from fastmum.engine.checkpoint.ranks import Ranks
+from fastmum.engine.checkpoint.manifest import (
+    CheckpointError,
+    CheckpointManifest,
+    State,
+    UnreadableError,
+    find_checkpoints,
+)
+from fastmum.engine.checkpoint.shards import Group, Ranks, file_damage, read_shards
 
 log = logging.getLogger(__name__)
 
-class Weights(NamedTuple):
-    """The model of a checkpoint.
 
-    Args:
-        about: the checkpoint.
-        tensors: a state dict, float32 on the CPU.
-    """
+class CheckpointWeights(NamedTuple):
+    """Weights of a checkpoint: a state dict, float32 on the CPU."""
 
-    about: About
+    manifest: CheckpointManifest
     tensors: dict[str, Tensor]
 
 
 def load_newest(
-    path: Path, state: State, model_config: Mapping[str, Any], group: dist.ProcessGroup | None = None
-) -> About | None:
-    """Fill `state` in place from the newest checkpoint that is whole; None where there is none at all.
+    path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
+) -> CheckpointManifest | None:
+    """Fill `state` in place from the newest intact checkpoint; None if there is no checkpoint.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run.
-        state: of the names and global shapes that were saved, sharded in any way.
-        model_config: sizes of our model.
-        group: all ranks, over gloo; None: a single process.
+        state: tensors of the saved names and global shapes, sharded in any way.
+        model_config: compared with the saved one.
 
     Raises:
-        CheckpointError: none is whole, or the newest that is holds another model or other tensors.
+        CheckpointError: no checkpoint is intact, or the newest intact one holds another model or other tensors.
     """
     ranks = Ranks(group)
 
-    def fill(about: About) -> None:
-        about.check_model(model_config)
-        ranks.each(lambda: about.check_tensors(state))
-        _read(about, state, ranks)
+    def fill(manifest: CheckpointManifest) -> None:
+        manifest.check_model(model_config)
+        manifest.check_tensors(state)
+        _read(manifest, state, ranks)
 
     return _newest(path, fill, ranks, remedy="; train.resume=never sets the run aside")
 
 
 def load_checkpoint(
-    path: Path, state: State, model_config: Mapping[str, Any], group: dist.ProcessGroup | None = None
-) -> About:
-    """As `load_newest`, where there must be one.
-
-    Raises:
-        CheckpointError: there is none, and as there.
-    """
-    about = load_newest(path, state, model_config, group)
-    if about is None:
-        raise _none(path)
-    return about
+    path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
+) -> CheckpointManifest:
+    """`load_newest`, but raises CheckpointError if there is no checkpoint."""
+    return load_newest(path, state, model_config, group) or _raise_missing(path)
 
 
-def read_weights(path: Path, prefix: str = "model.") -> Weights:
-    """Read the tensors named `prefix`* of the newest whole checkpoint, in this process only.
+def read_weights(path: Path, prefix: str = "model.") -> CheckpointWeights:
+    """Read the tensors named `prefix`* of the newest intact checkpoint, in this process only.
 
     Args:
         path: a checkpoint, a folder of checkpoints, or a run.
@@ -80,56 +70,59 @@ def read_weights(path: Path, prefix: str = "model.") -> Weights:
     Raises:
         CheckpointError: there is none.
     """
-    weights: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
-    def read(about: About) -> None:
-        weights.clear()
-        weights.update({name: spec.empty() for name, spec in about.tensors.items() if name.startswith(prefix)})
-        _read(about, weights, alone)
+    def read(manifest: CheckpointManifest) -> None:
+        tensors.clear()
+        for name, (shape, dtype) in manifest.tensors.items():
+            if name.startswith(prefix):
+                tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        _read(manifest, tensors, single)
 
-    alone = Ranks(None)
-    about = _newest(path, read, alone)
-    if about is None:
-        raise _none(path)
-    return Weights(about, {name.removeprefix(prefix): tensor for name, tensor in weights.items()})
+    single = Ranks(None)
+    manifest = _newest(path, read, single) or _raise_missing(path)
+    return CheckpointWeights(manifest, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
 
 
-def _newest(path: Path, use: Callable[[About], None], ranks: Ranks, remedy: str = "") -> About | None:
-    """The newest checkpoint that `use` does not find damaged."""
-    found = ranks.first(lambda: find_checkpoints(path))
+def _newest(
+    path: Path, use: Callable[[CheckpointManifest], None], ranks: Ranks, remedy: str = ""
+) -> CheckpointManifest | None:
+    """The newest checkpoint for which `use` does not raise UnreadableError."""
+    found = ranks.on_main(lambda: find_checkpoints(path))
     for candidate in found:
         try:
-            if candidate.about is None:
+            if candidate.manifest is None:
                 raise UnreadableError(candidate.problem)
-            use(candidate.about)
+            use(candidate.manifest)
         except UnreadableError as error:
             if candidate.path == path:
                 raise
             if ranks.rank == 0:
-                log.warning("%s; the one before is tried", error)
+                log.warning("%s; trying the one before", error)
         else:
-            return candidate.about
+            return candidate.manifest
     if found:
         raise CheckpointError(f"no checkpoint in '{path}' can be read{remedy}")
-    if old := ranks.first(lambda: next(chain(path.glob("step_*.pt"), path.glob("checkpoints/step_*.pt")), None)):
-        raise CheckpointError(f"'{old}' is a checkpoint of fastmum 0.1, which this one cannot read{remedy}")
+    if old := ranks.on_main(lambda: next(chain(path.glob("step_*.pt"), path.glob("checkpoints/step_*.pt")), None)):
+        raise CheckpointError(f"'{old}' is a checkpoint of fastmum 0.1, which cannot be read{remedy}")
     return None
 
 
-def _read(about: About, state: State, ranks: Ranks) -> None:
-    """Compare all files with the manifest, each rank some of them, then fill `state`."""
-    share = sorted(about.files, key=lambda name: about.files[name].size)[ranks.rank :: ranks.size]
+def _read(manifest: CheckpointManifest, state: State, ranks: Ranks) -> None:
+    """Verify all files, each rank some of them, then fill `state`."""
+    own = sorted(manifest.files, key=lambda name: manifest.files[name].size)[ranks.rank :: ranks.size]
 
-    def look() -> str | None:
-        return next((found for name in share if (found := damage(about.path / name, about.files[name]))), None)
+    def verify() -> None:
+        for name in own:
+            if damage := file_damage(manifest.path / name, manifest.files[name]):
+                raise CheckpointError(damage)
 
     try:
-        for problem in filter(None, ranks.each(look)):
-            raise CheckpointError(problem)
-        read_parts(about.path, state, ranks)
+        ranks.on_all(verify)
+        read_shards(manifest.path, state, ranks)
     except CheckpointError as error:
-        raise UnreadableError(f"checkpoint '{about.path}' cannot be read ({error})") from None
+        raise UnreadableError(f"checkpoint '{manifest.path}' cannot be read ({error})") from None
 
 
-def _none(path: Path) -> CheckpointError:
-    return CheckpointError(f"there is no checkpoint in '{path}'" if path.exists() else f"'{path}' does not exist")
+def _raise_missing(path: Path) -> CheckpointManifest:
+    raise CheckpointError(f"there is no checkpoint in '{path}'" if path.exists() else f"'{path}' does not exist")

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on, each in a folder of its own that appears when it is whole."""
+"""Checkpoints written while training continues, each in a folder that appears when it is complete."""
 
 from __future__ import annotations
 
@@ -9,113 +9,106 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from torch import Tensor
 
-from fastmum.engine.checkpoint.about import About, State, TensorAbout
-from fastmum.engine.checkpoint.errors import CheckpointError, reason
-from fastmum.engine.checkpoint.files import FileAbout, sync_folder
-from fastmum.engine.checkpoint.folder import PARTIAL, find_checkpoints, free_name, prune, remove_partial
-from fastmum.engine.checkpoint.parts import write_parts
-from fastmum.engine.checkpoint.ranks import Ranks
+from fastmum.engine.checkpoint.manifest import (
+    PARTIAL,
+    CheckpointError,
+    CheckpointManifest,
+    State,
+    TensorSpec,
+    find_checkpoints,
+    free_path,
+    reason,
+)
+from fastmum.engine.checkpoint.shards import Group, Ranks, sync_folder, write_shards
 from fastmum.engine.checkpoint.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds that a process which ends without `close` gives the checkpoint that is being written
+EXIT_TIMEOUT = 60.0  # seconds that a process which exits without `close` waits for the checkpoint being written
 
 
 class Checkpoints:
-    """Writes a run's checkpoints; all ranks call the same in the same order.
+    """Writes the checkpoints of a run; all ranks make the same calls in the same order.
 
-    `newest` is the newest checkpoint there is, `failed` counts those that could not be written, and `stall_seconds` is
-    how long training has waited in `save` and `before_update`.
+    `newest` is the path of the newest checkpoint, `failed` the number of those that could not be written, and
+    `stall_seconds` the time that training waited in `save` and `before_update`.
 
     Args:
-        folder: of the checkpoints; made when the first is written. What a crash left half written there goes.
-        keep: so many of the newest stay,
-        keep_every: and those whose step is a multiple of this; 0: no others.
-        background: write while training goes on; else `save` returns when the checkpoint is there.
-        group: all ranks, over gloo, and used by nothing else meanwhile; None: a single process.
+        folder: of the checkpoints; leftovers of a crash in it are deleted.
+        keep: number of newest checkpoints to keep.
+        keep_every: multiples of this step are kept too; 0: none.
+        background: write while training continues; otherwise `save` returns when the checkpoint is published.
+        group: used by nothing else.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        keep_every: int = 0,
-        background: bool = True,
-        group: dist.ProcessGroup | None = None,
+        self, folder: Path, keep: int, keep_every: int = 0, background: bool = True, group: Group = None
     ) -> None:
-        self.newest = next((found.path for found in find_checkpoints(folder) if found.about), None)
+        self.newest = next((found.path for found in find_checkpoints(folder) if found.manifest), None)
         self.failed = 0
         self.stall_seconds = 0.0
         self._folder, self._keep, self._keep_every, self._background = folder, keep, keep_every, background
         self._ranks = Ranks(group)
         self._snapshot = Snapshot(self._ranks.rank, self._ranks.size)
-        self._writing: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None  # of the last checkpoint
         if self._ranks.rank == 0:
-            remove_partial(folder)
+            for leftover in folder.glob(f"*{PARTIAL}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def prepare(self, state: State) -> None:
-        """Take the memory for copies of such a state before training; else the first `save` does.
+        """Allocate the memory for copies of such a state before training; otherwise the first `save` does."""
+        self._snapshot.allocate(state)
 
-        Raises:
-            RuntimeError: there is not so much.
-        """
-        self._snapshot.make_buffers(state)
+    def save(self, step: int, state: State, values: Mapping[str, Any], volatile: Collection[str] = ()) -> None:
+        """Start a checkpoint of the current state; waits for the one before.
 
-    def save(self, step: int, state: State, about: Mapping[str, Any]) -> None:
-        """Begin a checkpoint of the state as it is now; waits for the one before, if that is still being written.
-
-        One that cannot be written is logged and counted; training goes on.
+        A checkpoint that cannot be written is logged and counted; training continues.
 
         Args:
             step: optimiser steps done.
-            state: tensors, DTensors and halves; those that are not sharded are the same on every rank. What is neither
-                0-d nor called `meter.*` changes only behind `before_update`.
-            about: JSON; `model_config` at least.
+            state: tensors, DTensors and halves; those that are not sharded are equal on all ranks. They change only
+                after `before_update`, except 0-d tensors, `meter.*` and those in `volatile`, which are cloned at once.
+            values: JSON for the manifest, with the key `model_config`.
         """
-        with self._stalling():
+        with self._count_stall():
             self._join()
-            values = json.loads(json.dumps({**about, "step": step}))
-            tensors = {name: TensorAbout.of(tensor) for name, tensor in state.items()}
-            self._snapshot.begin(state)
-            arguments = (step, dict(state), values, tensors)
+            content = json.loads(json.dumps({**values, "step": step}))
+            tensors = {name: TensorSpec.of(tensor) for name, tensor in state.items()}
+            self._snapshot.begin(state, volatile)
+            manifest = CheckpointManifest(self._folder / f"step_{step:07d}{PARTIAL}", step, content, tensors, {})
             if self._background:
-                self._writing = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
-                self._writing.start()
-                # A process that ends while another thread is inside torch crashes; one whose peer is dead must end.
-                atexit.register(self._writing.join, PATIENCE)
+                self._thread = threading.Thread(
+                    target=self._write, args=(manifest, dict(state)), name="checkpoint", daemon=True
+                )
+                self._thread.start()
+                # Exiting while another thread is inside torch crashes; exiting must not hang when a peer is dead.
+                atexit.register(self._thread.join, EXIT_TIMEOUT)
             else:
-                self._write(*arguments)
+                self._write(manifest, dict(state))
 
     def before_update(self) -> None:
-        """To be called before every optimiser update: waits until the state has been copied."""
-        with self._stalling():
+        """Call before every optimiser update: waits until the state has been copied."""
+        with self._count_stall():
             self._snapshot.before_update()
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is there.
-
-        Raises:
-            CheckpointError: the last one could not be written.
-        """
+        """Wait for the checkpoint being written; CheckpointError if the last one could not be written."""
         self._join()
         if self._error:
             raise self._error
 
-    def close(self) -> None:
-        """The same as `wait`, at the end."""
-        self.wait()
+    close = wait
 
     @contextmanager
-    def _stalling(self) -> Iterator[None]:
+    def _count_stall(self) -> Iterator[None]:
         began = time.perf_counter()
         try:
             yield
@@ -123,60 +116,60 @@ class Checkpoints:
             self.stall_seconds += time.perf_counter() - began
 
     def _join(self) -> None:
-        if self._writing:
-            self._writing.join()
-            atexit.unregister(self._writing.join)
-            self._writing = None
+        if self._thread:
+            self._thread.join()
+            atexit.unregister(self._thread.join)
+            self._thread = None
 
-    def _write(self, step: int, state: State, values: dict[str, Any], tensors: dict[str, TensorAbout]) -> None:
-        partial = self._folder / f"step_{step:07d}{PARTIAL}"
+    def _write(self, manifest: CheckpointManifest, state: State) -> None:
+        partial = manifest.path
         try:
-            self._ranks.each(self._snapshot.copy)
+            copies: dict[str, Tensor] = {}
+            self._ranks.on_all(lambda: copies.update(self._snapshot.copy()))
             if self._background:
-                _step_back()
-            self._ranks.first(lambda: _make_empty(partial))
-            written = write_parts(partial, state, self._snapshot.parts, self._ranks)
-            every = self._ranks.each(lambda: _synced(partial, written))
-            files = {name: about for files in every for name, about in files.items()}
-            self.newest = self._ranks.first(lambda: self._publish(About(partial, step, values, tensors, files)))
+                _lower_priority()
+            written = write_shards(partial, state, copies, self._ranks)
+            for files in self._ranks.on_all(lambda: written):
+                manifest.files.update(files)
+            self.newest = self._ranks.on_main(lambda: self._publish(manifest))
             self._error = None
-        except Exception as error:  # in a thread that no one looks at, and training goes on
-            self._fail(partial, error)
+        except Exception as error:  # training continues
+            self.failed += 1
+            self._error = CheckpointError(
+                f"checkpoint '{partial.with_suffix('')}' could not be written ({reason(error)}); free space or repair "
+                "the folder: the next one will be tried"
+            )
+            log.debug("while writing '%s'", partial, exc_info=error)
+            if self._ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                log.error("%s; training continues", self._error)
 
-    def _publish(self, about: About) -> Path:
-        about.write()
-        sync_folder(about.path)
-        path = about.path.rename(free_name(self._folder, about.step))
+    def _publish(self, manifest: CheckpointManifest) -> Path:
+        manifest.write()
+        sync_folder(manifest.path)
+        path = manifest.path.rename(free_path(self._folder / f"step_{manifest.step:07d}"))
         sync_folder(self._folder)
         try:
-            prune(self._folder, self._keep, self._keep_every)
+            self._prune()
         except OSError as error:
             log.warning("an old checkpoint in '%s' could not be deleted (%s)", self._folder, reason(error))
         return path
 
-    def _fail(self, partial: Path, error: Exception) -> None:
-        self.failed += 1
-        self._error = CheckpointError(
-            f"checkpoint '{partial.with_suffix('')}' could not be written ({reason(error)}); free space or mend the "
-            "folder: the next one is tried anew"
-        )
-        log.debug("while writing '%s'", partial, exc_info=error)
-        if self._ranks.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            log.error("%s, and training goes on", self._error)
+    def _prune(self) -> None:
+        """Delete what `keep` and `keep_every` do not cover; of equal steps, all but the last written."""
+        seen: set[int] = set()
+        for path, manifest, _ in find_checkpoints(self._folder):
+            if manifest is None:
+                continue  # perhaps a transient error; set aside on resume
+            step = manifest.step
+            wanted = len(seen) < self._keep or (self._keep_every and step % self._keep_every == 0)
+            if step in seen or not wanted:
+                # Renamed first: an interrupted deletion leaves no checkpoint that looks intact.
+                shutil.rmtree(path.rename(free_path(path.with_name(path.name + PARTIAL))))
+            seen.add(step)
 
 
-def _step_back() -> None:
-    """Let training have the processor first, but never starve: Linux, where threads have priorities of their own."""
+def _lower_priority() -> None:
+    """Let training use the processor first, without starving: on Linux, threads have their own nice values."""
     with suppress(AttributeError, OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _synced(folder: Path, written: dict[str, FileAbout]) -> dict[str, FileAbout]:
-    sync_folder(folder)
-    return written

@@ -1,10 +1,11 @@
 import pytest
-from team import Team
+from processes import Pool
+from states import TIMEOUT, join
 
 
 @pytest.fixture(scope="session")
 def team(tmp_path_factory):
-    """Processes that talk over gloo, for all tests that want some."""
-    team = Team(tmp_path_factory.mktemp("team"))
-    yield team
-    team.close()
+    """Processes that communicate over gloo; jobs get their `Team`."""
+    pool = Pool(TIMEOUT, join, str(tmp_path_factory.mktemp("team") / "store"))
+    yield pool
+    pool.close()

@@ -1,25 +1,46 @@
-"""States to save and load, and what the processes of a team do with them."""
+"""States to save and load, and teams of processes that do it."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
-from team import Processes
-from torch import Tensor
+import torch.distributed as dist
+from processes import SIZE
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from fastmum.engine.checkpoint import Checkpoints, load_newest
 
+TIMEOUT = 60  # seconds for a job
 CONFIG = {"depth": 2, "embed_dim": 32}
-ABOUT = {"model_config": CONFIG, "frames_per_step": 96}
+VALUES = {"model_config": CONFIG, "frames_per_step": 96}
 PLACEMENTS = {"fsdp2": [Shard(0)], "hsdp": [Replicate(), Shard(0)]}
-# Rows that two and four ranks divide, do not divide, and that are fewer than ranks.
+# Rows that two and four ranks divide, rows that they do not divide, and fewer rows than ranks.
 SHAPES = {"even.weight": (8, 6), "uneven.weight": (7, 5), "token": (1, 1, 6), "conv.weight": (8, 3, 4, 4), "bias": (3,)}
 
 
-def full_state(seed: int) -> dict[str, Tensor]:
-    """Plain tensors, other ones for every seed; the convolution's lie in memory channels last."""
+class Team(NamedTuple):
+    """The process group of a job, and meshes by strategy."""
+
+    group: Any
+    meshes: dict[str, DeviceMesh]
+
+
+def join(rank, store):
+    """Connect a process of the pool; its teams by size."""
+    timeout = timedelta(seconds=TIMEOUT / 2)
+    dist.init_process_group("gloo", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE, timeout=timeout)
+    teams = {size: Team(dist.new_group(list(range(size)), backend="gloo"), {}) for size in (1, 2, 4)}
+    for size in (2, 4):  # every process takes part in making every mesh
+        teams[size].meshes["fsdp2"] = DeviceMesh("cpu", torch.arange(size))
+        teams[size].meshes["hsdp"] = DeviceMesh("cpu", torch.arange(size).view(2, size // 2))
+    return teams
+
+
+def full_state(seed):
+    """Plain tensors, different for every seed; the convolution's are channels last."""
     random = torch.Generator().manual_seed(seed)
     state = {
         f"{kind}.{name}": torch.randn(shape, generator=random)
@@ -34,30 +55,32 @@ def full_state(seed: int) -> dict[str, Tensor]:
     return state
 
 
-def placed_state(team: Processes, strategy: str, seed: int) -> dict[str, Tensor]:
-    """The same as `full_state`, weights and moments sharded by a strategy; "ddp": by none."""
-    state = full_state(seed)
-    if strategy == "ddp":
-        return state
+def placed_state(team, strategy, seed):
+    """`full_state`, with weights and moments sharded by a strategy other than "ddp"."""
     return {
         name: tensor
-        if name.startswith(("optimizer.", "meter."))
+        if strategy == "ddp" or name.startswith(("optimizer.", "meter."))
         else distribute_tensor(tensor, team.meshes[strategy], PLACEMENTS[strategy])
-        for name, tensor in state.items()
+        for name, tensor in full_state(seed).items()
     }
 
 
-def save(team: Processes, folder: Path, strategy: str, seed: int, step: int) -> None:
+def save(team, folder, strategy, seed, step):
     """Write a checkpoint."""
     writer = Checkpoints(folder, keep=3, group=team.group)
-    writer.save(step, placed_state(team, strategy, seed), ABOUT)
+    writer.save(step, placed_state(team, strategy, seed), VALUES)
     writer.close()
 
 
-def load(team: Processes, folder: Path, strategy: str) -> tuple[int, dict[str, Tensor]]:
-    """Load the newest checkpoint over other values; its step and the whole tensors."""
+def load(team, folder, strategy):
+    """Load the newest checkpoint over other values; returns its step and the whole tensors."""
     state = placed_state(team, strategy, seed=99)
     before = dict(state)
-    about = load_newest(folder, state, CONFIG, team.group)
+    manifest = load_newest(folder, state, CONFIG, team.group)
     assert all(state[name] is tensor for name, tensor in before.items())
-    return about.step, {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
+    return manifest.step, {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
+
+
+def assert_same(state, seed):
+    """Compare with `full_state`, exactly."""
+    torch.testing.assert_close(state, full_state(seed), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Files cut off and bits flipped: what cannot be trusted is not loaded, and the checkpoint before it is."""
+"""Truncated files and flipped bits: a damaged checkpoint is not loaded, the one before it is."""
 
 import logging
 import shutil
@@ -6,10 +6,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from states import ABOUT, CONFIG, full_state, load
+from states import CONFIG, VALUES, assert_same, full_state, load
 
 from fastmum.engine.checkpoint import CheckpointError, Checkpoints, find_checkpoints, load_checkpoint, load_newest
 
@@ -22,7 +21,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     writer = Checkpoints(folder, keep=2)
     for step in (1, 2):
-        writer.save(step, full_state(step), ABOUT)
+        writer.save(step, full_state(step), VALUES)
     writer.close()
     return folder
 
@@ -45,7 +44,7 @@ def extend(data, position, bit):
     bit=st.integers(0, 7),
     damage=st.sampled_from([cut, flip, extend]),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_damage_falls_back_to_the_one_before(two, name, place, bit, damage):
     with tempfile.TemporaryDirectory() as copy:
         folder = shutil.copytree(two, Path(copy) / "checkpoints")
@@ -54,34 +53,32 @@ def test_any_damage_falls_back_to_the_one_before(two, name, place, bit, damage):
         file.write_bytes(damage(data, int(place * len(data)), bit))
         state = full_state(9)
         assert load_newest(folder, state, CONFIG).step == 1
-        torch.testing.assert_close(state, full_state(1), rtol=0, atol=0)
+        assert_same(state, 1)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_missing_file_falls_back_too_and_is_named(two, tmp_path, name, caplog):
+def test_a_missing_file_is_named(two, tmp_path, name, caplog):
     folder = shutil.copytree(two, tmp_path / "copy")
     (folder / "step_0000002" / name).unlink()
     with caplog.at_level(logging.WARNING):
         assert load_newest(folder, full_state(9), CONFIG).step == 1
-    assert "step_0000002' cannot be read" in caplog.text
+    assert "step_0000002'" in caplog.text
     assert name in caplog.text
-    assert "the one before is tried" in caplog.text
 
 
 def test_nothing_readable_is_an_error(two, tmp_path):
     folder = shutil.copytree(two, tmp_path / "copy")
     for step in (1, 2):
         (folder / f"step_000000{step}/__0_0.distcp").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read; train.resume=never"):
+    with pytest.raises(CheckpointError, match=r"train.resume=never"):
         load_newest(folder, full_state(9), CONFIG)
-    with pytest.raises(CheckpointError, match=r"step_0000002' cannot be read \(__0_0.distcp has 0 bytes instead"):
+    with pytest.raises(CheckpointError, match=r"step_0000002' .*__0_0.distcp has 0 bytes"):
         load_checkpoint(folder / "step_0000002", full_state(9), CONFIG)
 
 
-def test_one_of_a_later_format_says_so(two, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastmum.engine.checkpoint.about.FORMAT", 2)
-    (found, _) = find_checkpoints(two)
-    assert "its format is 1, this fastmum reads 2" in found.problem
+def test_another_format_is_named(two, monkeypatch):
+    monkeypatch.setattr("fastmum.engine.checkpoint.manifest.FORMAT", 99)
+    assert "reads 99" in find_checkpoints(two)[0].problem
 
 
 def test_all_ranks_fall_back_together(team, two, tmp_path):
@@ -91,4 +88,4 @@ def test_all_ranks_fall_back_together(team, two, tmp_path):
     file.write_bytes(flip(data, len(data) // 2, 3))
     for step, state in team.run(4, load, folder, "hsdp"):
         assert step == 1
-        torch.testing.assert_close(state, full_state(1), rtol=0, atol=0)
+        assert_same(state, 1)

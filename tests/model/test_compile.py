@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastmum import ModelConfig, MuM
-from fastmum.engine.compile import CPU_STEPS_TO_PAY, compile_model, eager, has_cpp_compiler
+from fastmum.model.compile import CPU_STEPS_TO_PAY, compile_model, eager, has_cpp_compiler
 from fastmum.model.masking import seeded_noise
 
 F, SIDE = 8, 32
@@ -32,7 +32,7 @@ def forget_compiled_code():
 
 @pytest.fixture
 def compiler(monkeypatch):
-    monkeypatch.setattr("fastmum.engine.compile.has_cpp_compiler", lambda: True)
+    monkeypatch.setattr("fastmum.model.compile.has_cpp_compiler", lambda: True)
 
 
 def random_lengths(rng: np.random.Generator) -> list[int]:

@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from fastmum.engine.cost import Cost
+from fastmum.config import load_config
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.efficiency import Efficiency
 from fastmum.engine.gpus import PEAKS, peak_flops
 from fastmum.engine.paper import PAPER_RUNS, paper_line
 from fastmum.model.config import PRESETS
 from fastmum.model.flops import step_flops
+from fastmum.tasks.mum import MuMBatch, MuMTask
 
 CPU = torch.device("cpu")
 TINY = PRESETS["mum_tiny"]
@@ -18,12 +21,19 @@ TINY = PRESETS["mum_tiny"]
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("fastmum.engine.cost.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("fastmum.engine.efficiency.time.perf_counter", lambda: now[0])
     return now
 
 
-def make(preset="mum_tiny", device=CPU, image_size=128, steps=100, **kwargs):
-    return Cost(PRESETS[preset], image_size, 0.75, device, kwargs.pop("precision", "bf16"), steps, **kwargs)
+def make(preset="mum_tiny", device=CPU, image_size=128, steps=100, world_size=1, precision="bf16", **kwargs):
+    config = load_config(None, [f"model.preset={preset}", f"data.image_size={image_size}"])
+    task = MuMTask(config, DistContext(size=world_size))
+    task.world = DistContext(size=world_size, device=device)  # after tensors were made: there may be no such device
+    return Efficiency(task, precision, steps, **kwargs)
+
+
+def batch(lengths):
+    return MuMBatch(None, tuple(lengths), None, None, sum(lengths))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -32,11 +42,11 @@ def test_operations_are_those_of_the_model(preset):
     cost, expected = make(preset, image_size=256), 0
     for _ in range(20):
         lengths = rng.integers(1, 25, rng.integers(1, 30)).tolist()
-        cost.add(lengths)
+        cost.add(batch(lengths))
         expected += step_flops(PRESETS[preset], 256, 64, lengths).total
     # Every operation counts: a float of 64 bits holds 15 digits.
     assert cost.read(20, 2.0, 96)["tflops"] == pytest.approx(expected / 2 / 1e12, rel=1e-15)
-    cost.add([3])
+    cost.add(batch([3]))
     assert cost.read(21, 1.0, 3)["tflops"] == pytest.approx(
         step_flops(PRESETS[preset], 256, 64, [3]).total / 1e12, rel=1e-15
     )
@@ -44,18 +54,18 @@ def test_operations_are_those_of_the_model(preset):
 
 def test_tokens_are_patches_of_all_frames():
     cost = make()
-    cost.add([4, 4])
+    cost.add(batch([4, 4]))
     assert cost.read(1, 2.0, 8)["tokens_per_s"] == 8 * 64 / 2
 
 
 def test_hours_go_on_and_are_projected(clock):
     cost = make(start=10, world_size=8, device_seconds=8 * 3600.0)
     clock[0] += 500  # the first step compiles
-    cost.add([2])
+    cost.add(batch([2]))
     assert cost.read(11, 500.0, 2)["gpu_hours_projected"] is None
     for _ in range(4):
         clock[0] += 36
-        cost.add([2])
+        cost.add(batch([2]))
     values = cost.read(15, 100.0, 8)  # less than 4 x 36: an evaluation is no training, but costs
     assert values["gpu_hours"] == pytest.approx(8 + 8 * (500 + 4 * 36) / 3600)
     assert values["gpu_hours_projected"] == pytest.approx(values["gpu_hours"] + 8 * 85 * 36 / 3600)
@@ -70,7 +80,7 @@ def test_at_the_end_projection_and_cost_are_one(clock):
     cost = make(steps=3)
     for _ in range(3):
         clock[0] += 10
-        cost.add([2])
+        cost.add(batch([2]))
     values = cost.read(3, 30.0, 6)
     assert values["gpu_hours_projected"] == values["gpu_hours"] == pytest.approx(30 / 3600)
 
@@ -78,8 +88,8 @@ def test_at_the_end_projection_and_cost_are_one(clock):
 def test_a_clock_that_is_set_back_changes_nothing(monkeypatch):
     cost = make()
     monkeypatch.setattr(time, "time", lambda: -1e9)
-    cost.add([2])
-    cost.add([2])
+    cost.add(batch([2]))
+    cost.add(batch([2]))
     values = cost.read(2, 1.0, 4)
     assert 0 < values["gpu_hours"] < 1
     assert values["gpu_hours"] <= values["gpu_hours_projected"] < 10
@@ -152,7 +162,7 @@ def test_mfu_is_held_against_what_the_products_use(monkeypatch, matmul, peak):
     costs = {precision: make(device=cuda, precision=precision) for precision in ("bf16", "fp32", "fp8")}
     read = {}
     for precision, cost in costs.items():
-        cost.add([8] * 12)
+        cost.add(batch([8] * 12))
         read[precision] = cost.read(1, 1.0, 96)
     flops = step_flops(TINY, 64, 16, [8] * 12).total
     assert read["bf16"]["mfu"] == pytest.approx(flops / 989.4e12)
@@ -164,14 +174,14 @@ def test_mfu_is_held_against_what_the_products_use(monkeypatch, matmul, peak):
 
 def test_on_a_cpu_there_is_memory_and_no_mfu():
     cost = make()
-    cost.add([2])
+    cost.add(batch([2]))
     values = cost.read(1, 1.0, 2)
     assert values["mfu"] is None
     assert 0.05 < values["memory_gb"] < 100
 
 
 def test_counting_a_step_takes_microseconds():
-    cost, lengths = make(), [2] * 48
+    cost, lengths = make(), batch([2] * 48)
     began = time.process_time()  # of this process alone: others may keep the machine busy
     for _ in range(1000):
         cost.add(lengths)

@@ -1,0 +1,183 @@
+"""Checkpoint manifests, and the checkpoints of a folder ordered by them: file names and times have no meaning."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import xxhash
+from torch import Tensor
+
+from fastmum.errors import FastmumError
+from fastmum.kernels.halves import Halves
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "checkpoint.json"
+PARTIAL, ABANDONED = ".partial", ".abandoned"
+FORMAT = 2
+MAX_NAMES = 5  # tensors listed in a message
+
+State = Mapping[str, Tensor | Halves]  # halves are saved as one float32 tensor
+
+
+class CheckpointError(FastmumError):
+    """A checkpoint cannot be used or written."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint is damaged; an older one may be intact."""
+
+
+def reason(error: BaseException) -> str:
+    """The cause of a failure in a few words."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+class TensorSpec(NamedTuple):
+    """Global shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor | Halves) -> TensorSpec:
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+class FileHash(NamedTuple):
+    """Size in bytes and XXH3-128."""
+
+    size: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """Contents of the checkpoint in the folder `path`.
+
+    Args:
+        values: JSON dict that was passed to `Checkpoints.save`, with the key `model_config`.
+        tensors, files: by name, without the manifest.
+    """
+
+    path: Path
+    step: int
+    values: dict[str, Any]
+    tensors: dict[str, TensorSpec]
+    files: dict[str, FileHash]
+
+    def write(self) -> None:
+        """Write and fsync the manifest."""
+        content = {
+            "format": FORMAT, "step": self.step, "values": self.values, "files": self.files, "tensors": self.tensors
+        }  # fmt: skip
+        with open(self.path / MANIFEST, "w", encoding="utf-8") as file:
+            file.write(_dump({"xxh3": _hash(content), "content": content}))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def check_model(self, configured: Mapping[str, Any]) -> None:
+        """Raise CheckpointError naming the keys of `configured` that differ from those of the saved model."""
+        saved = self.values["model_config"]
+        wrong = [f"{k} {saved.get(k)} (configured: {v})" for k, v in configured.items() if saved.get(k) != v]
+        if wrong:
+            raise CheckpointError(
+                f"checkpoint '{self.path}' holds another model: {', '.join(wrong)}; "
+                "choose another run.dir, or train.resume=never to set the old run aside"
+            )
+
+    def check_tensors(self, state: State) -> None:
+        """Raise CheckpointError if names or shapes differ from the saved ones; dtypes are converted on load."""
+        saved = {name: spec.shape for name, spec in self.tensors.items()}
+        ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        wrong = [
+            f"{name} {saved.get(name, 'missing')} (expected: {ours.get(name, 'none')})"
+            for name in sorted(saved.keys() | ours.keys())
+            if saved.get(name) != ours.get(name)
+        ]
+        if wrong:
+            more = f" and {len(wrong) - MAX_NAMES} more" if len(wrong) > MAX_NAMES else ""
+            raise CheckpointError(f"checkpoint '{self.path}' does not fit: {', '.join(wrong[:MAX_NAMES])}{more}")
+
+
+class FoundCheckpoint(NamedTuple):
+    """A checkpoint and its manifest, or why the manifest cannot be read."""
+
+    path: Path
+    manifest: CheckpointManifest | None
+    problem: str = ""
+
+
+def find_checkpoints(path: Path) -> list[FoundCheckpoint]:
+    """The checkpoints in a folder or run, or the checkpoint `path`; unreadable ones first, then most steps first."""
+    if (path / MANIFEST).exists():
+        return [_found(path)]
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = [_found(child) for child in (folder.iterdir() if folder.is_dir() else ()) if _is_checkpoint(child)]
+    return sorted(found, key=lambda f: (f.manifest.step if f.manifest else math.inf, f.path.name), reverse=True)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    # .metadata of torch.distributed.checkpoint: a checkpoint that lost its manifest is reported as damaged.
+    exists = any((path / name).exists() for name in (MANIFEST, ".metadata"))
+    return exists and PARTIAL not in path.name and ABANDONED not in path.name
+
+
+def _found(path: Path) -> FoundCheckpoint:
+    """Read the manifest, without verifying the other files."""
+    try:
+        outer = json.loads((path / MANIFEST).read_bytes())
+        content = outer["content"]
+        if _hash(content) != outer["xxh3"]:
+            problem = "does not match its hash"
+        elif content["format"] != FORMAT:
+            problem = f"has format {content['format']}, this fastmum reads {FORMAT}"
+        else:
+            tensors = {name: TensorSpec(tuple(shape), dtype) for name, (shape, dtype) in content["tensors"].items()}
+            files = {name: FileHash(*file) for name, file in content["files"].items()}
+            return FoundCheckpoint(path, CheckpointManifest(path, content["step"], content["values"], tensors, files))
+    except OSError as error:
+        problem = reason(error)
+    except (ValueError, KeyError, TypeError):
+        problem = "is damaged"
+    return FoundCheckpoint(path, None, f"checkpoint '{path}' cannot be read ({MANIFEST}: {problem})")
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename damaged checkpoints and those after the step that a run resumes from: they belong to another branch.
+
+    Called by one rank, before `Checkpoints` of the folder exist.
+    """
+    for found in find_checkpoints(folder):
+        if found.manifest is None or found.manifest.step > step:
+            found.path.rename(free_path(found.path.with_name(found.path.name + ABANDONED)))
+            why = f"is after step {step}, from which the run resumes" if found.manifest else "cannot be read"
+            log.info("'%s' %s and was renamed", found.path, why)
+
+
+def free_path(path: Path) -> Path:
+    """The path, with a number if it exists."""
+    name, number = path.name, 2
+    while path.exists():
+        path = path.with_name(f"{name}-{number}")
+        number += 1
+    return path
+
+
+def _dump(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _hash(content: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(_dump(content).encode())

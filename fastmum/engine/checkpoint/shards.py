@@ -1,0 +1,197 @@
+"""Shards of a state written and read by `torch.distributed.checkpoint` (DCP), hashed while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from fastmum.engine.checkpoint.manifest import CheckpointError, FileHash, State, reason
+from fastmum.kernels.halves import Halves
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a run of one process
+
+T = TypeVar("T")
+Group = dist.ProcessGroup | None  # gloo group of all ranks; None: a single process
+
+
+class Ranks:
+    """Calls functions on the ranks of a group; if one raises, all raise CheckpointError."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group else 0
+        self.size = dist.get_world_size(group) if group else 1
+
+    def on_all(self, compute: Callable[[], T]) -> list[T]:
+        """Call `compute` on every rank; all-gather its results."""
+        outcomes: list[Any] = [_attempt(compute)]
+        if self.group:
+            own, outcomes = outcomes[0], [None] * self.size
+            dist.all_gather_object(outcomes, own, group=self.group)
+        for rank, outcome in enumerate(outcomes):
+            if isinstance(outcome, CheckpointError):
+                raise CheckpointError(f"rank {rank}: {outcome}" if self.size > 1 else str(outcome))
+        return outcomes
+
+    def on_main(self, compute: Callable[[], T]) -> T:
+        """Call `compute` on rank 0; broadcast its result."""
+        outcome: list[Any] = [_attempt(compute) if self.rank == 0 else None]
+        if self.group:
+            dist.broadcast_object_list(outcome, group=self.group, group_src=0)
+        if isinstance(outcome[0], CheckpointError):
+            raise outcome[0]
+        return outcome[0]
+
+
+def _attempt(compute: Callable[[], T]) -> T | CheckpointError:
+    try:
+        return compute()
+    except Exception as error:  # the other ranks wait for an outcome
+        return CheckpointError(reason(error))
+
+
+class _HashedFileSystem(FileSystem):
+    """DCP's file system; `written` holds the hashes of the files, which are fsynced by DCP."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, FileHash] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with _HashedFile(path) as file:
+            yield file
+        self.written[Path(path).name] = FileHash(file.size, file.hash.hexdigest())
+        sync_folder(Path(path).parent)
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.written[Path(new_path).name] = self.written.pop(Path(path).name)
+
+
+class _HashedFile(io.BufferedWriter):
+    """Hashes what it writes. Defers write errors to flush(), because torch.save would mask the OSError."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.hash, self.size = xxhash.xxh3_128(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.hash.update(data)
+        self.size += size
+        try:
+            if self.error is None:
+                super().write(data)
+        except OSError as error:
+            self.error = error
+        return size
+
+    def flush(self) -> None:
+        if self.error:
+            raise self.error
+        super().flush()
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans from the live tensors' metadata, writes the staged copies."""
+
+    def __init__(self, copies: Mapping[str, Tensor]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._copies[index.fqn]
+
+
+def write_shards(path: Path, state: State, copies: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileHash]:
+    """Write the shards of all ranks to disk; returns the files of this rank.
+
+    Args:
+        path: a folder, made if missing.
+        state: live tensors, of which only the metadata is used.
+        copies: CPU copies of the shards that this rank writes.
+    """
+    files = _HashedFileSystem()
+    # Copying ahead would synchronise with the device at every tensor; the copies are on the CPU.
+    writer = dcp.FileSystemWriter(path, per_thread_copy_ahead=0)
+    writer.fs = files
+    with _raise_checkpoint_error(ranks), torch.no_grad():
+        dcp.save(
+            {name: copy if isinstance(state[name], Halves) else state[name] for name, copy in copies.items()},
+            storage_writer=writer,
+            planner=_Planner(copies),
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
+        )
+    return files.written
+
+
+def read_shards(path: Path, state: State, ranks: Ranks) -> None:
+    """Fill the tensors of `state`, sharded in any way, from a checkpoint."""
+    buffers = {
+        name: torch.empty_like(tensor.parameter, dtype=torch.float32, device="cpu")
+        if isinstance(tensor, Halves)
+        else tensor.detach()
+        for name, tensor in state.items()
+    }
+    with _raise_checkpoint_error(ranks), torch.no_grad():
+        dcp.load(
+            buffers,
+            storage_reader=dcp.FileSystemReader(path),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
+        )
+        for name, tensor in state.items():
+            if isinstance(tensor, Halves):
+                tensor.fill_(buffers[name].to(tensor.parameter.device))
+
+
+@contextlib.contextmanager
+def _raise_checkpoint_error(ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointException as error:  # DCP raises it on all ranks
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise CheckpointError(f"rank {rank}: {reason(cause)}" if ranks.size > 1 else reason(cause)) from error
+
+
+def file_damage(path: Path, expected: FileHash) -> str | None:
+    """How a file differs from its hash, None if it is intact."""
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"{path.name} has {size} bytes instead of {expected.size}"
+        with open(path, "rb", buffering=0) as file:
+            xxh3 = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+    return None if xxh3 == expected.xxh3 else f"{path.name} does not match its hash"
+
+
+def sync_folder(path: Path) -> None:
+    """Fsync the directory entries of a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,208 @@
+"""Sinks of a run's metrics and pictures: metrics.jsonl, TensorBoard, image files, Weights & Biases.
+
+A full disk never stops training: metrics wait in memory until there is room again, pictures are dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import image, scalar
+
+from fastmum.engine.metrics import end_of_step, finite, metrics_line, read_metrics
+from fastmum.engine.rundir import RunDir
+from fastmum.engine.wandb_sink import WandbSink
+from fastmum.files import write_atomic
+
+__all__ = ["Telemetry", "read_metrics"]
+
+log = logging.getLogger(__name__)
+
+
+class Telemetry:
+    """Writes metrics and pictures; a resumed run first drops what was written after the step it resumes from.
+
+    Args:
+        run: folder of the run.
+        step: steps done by the checkpoint that the run resumes from, 0 for a new run.
+        project: of Weights & Biases; None: not used.
+        name: of the run there.
+        config: of the run there, a JSON dict.
+
+    Raises:
+        ConfigError: `telemetry.wandb` is set, but its package is not installed.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        step: int,
+        project: str | None = None,
+        name: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._run = run
+        self._picture_warned = False
+        self._wandb = WandbSink(project, run, name, config) if project else None  # first: it may raise
+        self._lines = RecordFile(run.metrics, end_of_step(run.metrics, step))
+        self._board = TensorBoard(run, step)
+
+    def log(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Log one line of metrics by name after `step` steps; None and non-finite values are null, without a point."""
+        self._lines.append(metrics_line(step, values))
+        points = {name: number for name, value in values.items() if (number := finite(value)) is not None}
+        self._board.log(step, points)
+        if self._wandb:
+            self._wandb.log(step, points)
+
+    def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Write pictures by name: one file per step, and the newest as `<name>.png` in the run's folder."""
+        for name, picture in pictures.items():
+            content = io.BytesIO()
+            picture.save(content, "PNG")
+            for path in (self._run.picture(step, name), self._run.root / f"{name}.png"):
+                self._write(path, content.getvalue())
+            self._board.picture(step, name, picture)
+            if self._wandb:
+                self._wandb.picture(step, name, picture)
+
+    def close(self) -> None:
+        """Flush and close all sinks."""
+        self._lines.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.close()
+
+    def _write(self, path: Path, content: bytes) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+        except OSError as error:
+            if not self._picture_warned:
+                log.warning("%s cannot be written (%s); training continues", path, error.strerror)
+            self._picture_warned = True
+        else:
+            self._picture_warned = False
+
+
+class TensorBoard:
+    """One event file per process.
+
+    `SummaryWriter` is not used: its thread dies of a full disk, and it raises OSError ever after, even with room again.
+
+    Args:
+        run: folder of the run.
+        step: steps done by the checkpoint that the run resumes from; TensorBoard hides later points of older files.
+    """
+
+    def __init__(self, run: RunDir, step: int) -> None:
+        # TensorBoard reads the files of a folder in the order of their names, which start with a time.
+        newest = max((path.name for path in run.tensorboard.glob("events.out.tfevents.*")), default="")
+        seconds = newest.removeprefix("events.out.tfevents.").partition(".")[0]
+        began = max(int(time.time()), int(seconds) + 1 if seconds.isdigit() else 0)
+        name = f"events.out.tfevents.{began:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = RecordFile(run.tensorboard / name)
+        self._append(step + 1, file_version="brain.Event:2")
+        self._append(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to every curve."""
+        self._append(
+            step, summary=Summary(value=[p for name, value in values.items() for p in scalar(name, value).value])
+        )
+
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """Add a picture, unless the disk is full."""
+        self._append(step, keep=False, summary=image(name, np.asarray(picture), dataformats="HWC"))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, step: int, keep: bool = True, **content: Any) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(step=step, wall_time=time.time(), **content).SerializeToString())
+        self._file.append(record.getvalue(), keep)
+
+
+class RecordFile:
+    """An append-only file of whole records; records that cannot be written wait in memory.
+
+    A partial write is truncated. Warns once per outage.
+
+    Args:
+        path: of the file; made with its folder when needed.
+        end: size in bytes to which an existing file is truncated at once.
+    """
+
+    def __init__(self, path: Path, end: int = 0) -> None:
+        self._path, self._end = path, end
+        self._file: int | None = None
+        self._waiting: deque[bytes] = deque()
+        self._failed_bytes = 0  # of the last failed write; 0: no outage
+        if path.exists():
+            self._flush()
+
+    def append(self, record: bytes, keep: bool = True) -> None:
+        """Append a record after those that wait; without `keep`, drop it if it cannot be written now."""
+        self._waiting.append(record)
+        self._flush()
+        if self._waiting and not keep:
+            self._waiting.pop()
+
+    def close(self) -> None:
+        """Try once more to write what waits, and close the file."""
+        self._flush()
+        if self._waiting:
+            log.warning("%s: %d records could not be written and are lost", self._path, len(self._waiting))
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._file)
+            self._file = None
+
+    def _flush(self) -> None:
+        records, size = len(self._waiting), sum(map(len, self._waiting))
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._truncate(self._file)
+            while self._waiting:
+                record, written = self._waiting[0], 0
+                while written < len(record):  # a disk that fills up accepts a part
+                    written += os.pwrite(self._file, record[written:], self._end + written)
+                self._end += written
+                self._waiting.popleft()
+        except OSError as error:
+            if not self._failed_bytes:
+                log.warning("%s cannot be written (%s); training continues", self._path, error.strerror)
+            self._failed_bytes = max(1, sum(map(len, self._waiting)))
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    self._truncate(self._file)
+        else:
+            # A small record that fits where a large one did not does not end the outage.
+            if 0 < self._failed_bytes <= size:
+                log.info("%s can be written again; wrote %d records that waited", self._path, records)
+                self._failed_bytes = 0
+
+    def _truncate(self, file: int) -> None:
+        """Drop what follows the last whole record: a part of one, or what a resumed run does not keep."""
+        size = os.fstat(file).st_size
+        if size > self._end:
+            os.ftruncate(file, self._end)
+        self._end = min(self._end, size)  # leaves no hole in a file that was truncated by others

@@ -1,0 +1,99 @@
+"""A second task for the engine: a frozen encoder, a head in two groups, and micro-batches of unequal weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import nn
+
+from fastmum.config.schema import EngineConfig, key
+from fastmum.engine.prefetcher import to_device
+from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput, Task
+
+
+@dataclass
+class TinySection:
+    """Sizes."""
+
+    hidden: int = key(16, "width of the head", least=1)
+    batch: int = key(6, "samples of a micro-batch", least=1)
+    batch_per_step: int | None = key(24, "samples of a step")
+
+
+@dataclass
+class TinyConfig(EngineConfig):
+    """Of the task."""
+
+    tiny: TinySection = field(default_factory=TinySection)
+
+
+class TinyModel(nn.Module):
+    """Regression of four values on features that do not learn."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 12)).requires_grad_(False).eval()
+        self.trunk = nn.Linear(12, hidden)
+        self.out = nn.Linear(hidden, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.tanh(self.trunk(self.encoder(x))))
+
+
+class TinyTask(Task):
+    """Masked regression."""
+
+    Config = TinyConfig
+    metrics = {"mae": Metric(4, "output")}  # noqa: RUF012
+
+    def __init__(self, config, world) -> None:
+        super().__init__(config, world)
+        tiny = config.tiny
+        self.samples = Samples(tiny.batch, tiny.batch_per_step, "samples", ("tiny.batch", "tiny.batch_per_step"))
+
+    def build(self):
+        return TinyModel(self.config.tiny.hidden).to(self.world.device)
+
+    def blocks(self, model):
+        return [model.trunk]
+
+    def groups(self, model):
+        return [
+            ParamGroup(list(model.trunk.parameters()), "trunk", lr_scale=0.5, weight_decay=0.1, clip=0.05),
+            ParamGroup(list(model.out.parameters()), "out", clip=self.config.optim.clip),
+        ]
+
+    def manifest(self):
+        return {"hidden": self.config.tiny.hidden}
+
+    def _batch(self, *seed):
+        generator = torch.Generator().manual_seed(hash((self.config.run.seed, *seed)) % 2**31)
+        x = torch.randn(self.config.tiny.batch, 8, generator=generator)
+        share = torch.rand((), generator=generator)
+        mask = (torch.rand(len(x), 4, generator=generator) < share) & (x[:, :4] > -1.5)
+        return {"x": x, "y": torch.sin(x[:, :4] * 2), "mask": mask}
+
+    def batches(self, start, stop):
+        first = self.world.rank * self.batches_per_step
+        for step in range(start, stop):
+            for part in range(first, first + self.batches_per_step):
+                yield self._batch(step, part)
+
+    def loss(self, model, batch):
+        difference = (model(batch["x"]).float() - batch["y"]) * batch["mask"]
+        mae = difference.detach().abs().sum(0), batch["mask"].sum(0)
+        return StepOutput(difference.square().sum(), batch["mask"].sum(), metrics={"mae": mae})
+
+    @property
+    def evaluates(self):
+        return True
+
+    @torch.no_grad()
+    def evaluate(self, model):
+        output = self.loss(model, to_device(self._batch(-1), self.world.device))
+        return {"held_out_loss": float(output.loss_sum / output.weight)}
+
+    def pictures(self, model):
+        return {"reconstruction": Image.new("RGB", (4, 4))}
