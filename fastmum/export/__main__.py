@@ -23,15 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="a run, a folder of checkpoints, a checkpoint, or a file of weights")
     add("--format", metavar="NAME", default="released", help="see below (default %(default)s)")
-    add(
-        "--out", type=Path, metavar="FILE",
-        help="default: mum_<step><suffix> in the run's folder, or next to the file of weights under its name",
-    )  # fmt: skip
+    add("--out", type=Path, metavar="FILE", help="default: mum_<step><suffix> in the run's folder, or next to the file")
     add("--encoder-only", action="store_true", help="without the decoder, as for features")
-    add(
-        "--ema", choices=("auto", "on", "off"), default="auto",
-        help="export a checkpoint's EMA weights; auto: if it has them (default %(default)s)",
-    )  # fmt: skip
+    add("--ema", choices=("auto", "on", "off"), default="auto", help="EMA weights; auto: if the checkpoint has them")
     add("--force", action="store_true", help="replace FILE")
     add_overrides(parser)
     return parser

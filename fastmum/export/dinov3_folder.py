@@ -14,17 +14,12 @@ from fastmum.pretrained import Pretrained
 from fastmum.pretrained.dinov3 import dinov3_config, to_dinov3
 
 IMAGE_SIZE = 256  # of the paper's pretraining; supplement, "Sampling"
+# Bicubic (3); DINOv3's own processor needs torchvision.
 PREPROCESSOR = {
-    "image_processor_type": "ViTImageProcessor",  # DINOv3's processor needs torchvision
-    "do_resize": True,
-    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "resample": 3,  # bicubic
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": list(IMAGENET_MEAN),
-    "image_std": list(IMAGENET_STD),
-}
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3,
+    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD),
+}  # fmt: skip
 
 
 def write_dinov3(folder: Path, source: Pretrained) -> None:

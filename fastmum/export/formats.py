@@ -152,6 +152,7 @@ def export(
 def _atomic_folder(out: Path) -> Iterator[Path]:
     """`atomic_path` for a folder, which may replace another one."""
     partial = out.with_name(f".partial-{os.getpid()}-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
         if out.is_dir():

@@ -29,23 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     add("images", nargs="+", metavar="IMAGES", help="folders of images, image files, or patterns in quotes")
     add("--weights", required=True, metavar="W", help="a run, a checkpoint, or a file that load_pretrained reads")
     add("--out", type=Path, required=True, metavar="FILE", help=f"ends in {' or '.join(SUFFIXES)}")
+    size = "native (each image's size, rounded to a multiple of the patch size), a number, or HEIGHTxWIDTH"
+    add("--size", default="native", metavar="S", help=f"{size} (default %(default)s)")
+    add("--fit", choices=("resize", "pad"), default="resize", help="pad: keep the aspect ratio (default %(default)s)")
+    add("--max-side", type=int, default=1024, metavar="N", help="limit for native size; 0: none (default %(default)s)")
     add(
-        "--size", default="native", metavar="S",
-        help="native: each image keeps its size, rounded to a multiple of the patch size; or the side of a square, or "
-        "HEIGHTxWIDTH (default %(default)s)",
-    )  # fmt: skip
-    add(
-        "--fit", choices=("resize", "pad"), default="resize",
-        help="resize, or keep the aspect ratio and pad at the right and bottom (default %(default)s)",
-    )  # fmt: skip
-    add(
-        "--max-side", type=int, default=1024, metavar="N",
-        help="scale larger images of native size down to this; 0: never (default %(default)s)",
-    )  # fmt: skip
-    add(
-        "--layers", metavar="L",
-        help="number of last blocks, or block indices from 0, such as 5,11,17,23 (`11,` for one); default: the last",
-    )  # fmt: skip
+        "--layers", metavar="L", help="number of last blocks, or indices such as 5,11,17,23 or `11,`; default: the last"
+    )
     add("--no-norm", action="store_true", help="without the encoder's last norm")
     add("--batch", type=int, default=16, metavar="B", help="images computed together (default %(default)s)")
     add("--dtype", default="float32", metavar="T", help="float32, bfloat16 or float16 (default %(default)s)")

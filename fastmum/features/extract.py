@@ -29,20 +29,16 @@ def extract(
     encoder: Encoder, images: Images, sizing: Sizing | None = None, layers: Layers = None, norm: bool = True,
     batch: int = 16, progress: bool = False,
 ) -> dict[str, Tokens]:  # fmt: skip
-    """Features of images; unreadable images are skipped and noted in `images.skipped`.
+    """Tokens by names of images, in the order of the files; unreadable images are noted in `images.skipped`.
 
     Args:
         encoder: in eval mode, as `fastmum.load_pretrained` returns it.
         images: from `find_images`.
         sizing: None: each image keeps its size as nearly as the patch size permits.
-        layers: number of last blocks, or block indices in ascending order; None: the last block, without a dimension
-            for it.
+        layers: number of last blocks, or block indices in ascending order; None: the last, without a dimension for it.
         norm: apply the encoder's last norm.
         batch: images of equal size computed together.
         progress: show a progress bar.
-
-    Returns:
-        Tokens by names of images, in the order of the files.
 
     Raises:
         FeaturesError: no image can be read, features do not fit in memory, the device's memory is too small, or
@@ -60,10 +56,8 @@ def extract(
                 for file, cls, patch in zip(files, *_tokens(encoder, frames.to(device), layers, norm), strict=True):
                     name = images.name(file)
                     if not patch.isfinite().all():
-                        raise FeaturesError(
-                            f"features of '{name}' are not finite: the weights are damaged, or {patch.dtype} is too "
-                            "narrow for them"
-                        )
+                        cause = f"the weights are damaged, or {patch.dtype} is too narrow"
+                        raise FeaturesError(f"features of '{name}' are not finite: {cause}")
                     found[name] = Tokens(cls, patch, placements[file])
             bar.update(len(files))
     if not found:

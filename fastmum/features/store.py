@@ -72,11 +72,7 @@ def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[st
 
 
 def read_features(file: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
-    """Features by names of images, and their description, as `write_features` wrote them.
-
-    Raises:
-        FeaturesError: no such file, or no features in it.
-    """
+    """Features by names of images, and their description; FeaturesError if the file has no features."""
     try:
         if file.suffix == ".npz":
             with np.load(file) as arrays:

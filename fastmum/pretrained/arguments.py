@@ -16,13 +16,7 @@ from fastmum.pretrained.load import OPTIONS, PLACEMENT, check_names
 
 
 def add_overrides(parser: argparse.ArgumentParser, *aliases: str, more: str = "") -> None:
-    """Add the option `--set`, which fills `args.overrides` for `parse_overrides`.
-
-    Args:
-        parser: gets the option.
-        aliases: further names of the option.
-        more: appended to the examples in the help.
-    """
+    """Add the option `--set`, with further names, which fills `args.overrides`; `more` is appended to its help."""
     parser.add_argument(
         "--set", *aliases, action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="an override of load_pretrained, such as norm_eps=1e-6, rope_dtype=float32, key=teacher, ema=off"
@@ -33,12 +27,9 @@ def add_overrides(parser: argparse.ArgumentParser, *aliases: str, more: str = ""
 def parse_overrides(words: Sequence[str], flags: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Keyword arguments of `load_pretrained` from words KEY=VALUE with YAML values; the last word of a key counts.
 
-    Args:
-        words: from the command line.
-        flags: overrides that must be set by a separate flag instead.
-
     Raises:
-        WeightsError: a word without "=", a value that is not YAML, an override that is unknown or has a flag.
+        WeightsError: a word without "=", a value that is not YAML, an override that is unknown or is in `flags`, which
+            names the flag to use instead.
     """
     overrides, flags = dict[str, Any](), flags or {}
     for word in words:

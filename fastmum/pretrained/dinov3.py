@@ -37,34 +37,23 @@ FIXED = {"num_register_tokens": 0, "use_gated_mlp": False, "hidden_act": "gelu",
 def dinov3_config(config: ModelConfig, image_size: int) -> dict[str, Any]:
     """Content of `config.json`; `image_size` in pixels is a default, the model takes any."""
     return {
-        "architectures": ["DINOv3ViTModel"],
-        "model_type": MODEL_TYPE,
-        "patch_size": config.patch_size,
-        "num_channels": config.in_chans,
-        "image_size": image_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": MLP_RATIO * config.embed_dim,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        "layer_norm_eps": config.norm_eps,
+        "architectures": ["DINOv3ViTModel"], "model_type": MODEL_TYPE, "patch_size": config.patch_size,
+        "num_channels": config.in_chans, "image_size": image_size, "hidden_size": config.embed_dim,
+        "intermediate_size": MLP_RATIO * config.embed_dim, "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads, "layer_norm_eps": config.norm_eps,
         **FIXED,
         **dict.fromkeys(("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"), True),
-        "layerscale_value": 1.0,
-        "drop_path_rate": 0.0,
-        "attention_dropout": 0.0,
+        "layerscale_value": 1.0, "drop_path_rate": 0.0, "attention_dropout": 0.0,
         **dict.fromkeys(("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"), None),
         "dtype": "float32",
-    }
+    }  # fmt: skip
 
 
 def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of an encoder under the names of a `DINOv3ViTModel`, float32."""
     width = state["cls_token"].shape[2]
     # The model has both, but uses neither here.
-    out = {
-        "embeddings.mask_token": torch.zeros(1, 1, width),
-        "embeddings.register_tokens": torch.zeros(1, 0, width),
-    }
+    out = {f"embeddings.{name}": torch.zeros(1, n, width) for name, n in (("mask_token", 1), ("register_tokens", 0))}
     for name, tensor in state.items():
         if name == "rope_embed.periods":
             continue  # computed from rope_theta

@@ -40,13 +40,8 @@ class _Candidate(NamedTuple):
 def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
     """The state dict of a MuM in saved mappings, without wrappers and prefixes.
 
-    Args:
-        path: for messages.
-        tree: names -> tensors or further mappings.
-        key: its place, such as "teacher" or "model.backbone"; None: there is only one.
-
-    Raises:
-        WeightsError: there is none, or several.
+    `key` is its place, such as "teacher" or "model.backbone"; None: there is only one. WeightsError if there is no such
+    state dict, or several; `path` is for messages.
     """
     found = list(_candidates(tree))
     if not found:
@@ -88,11 +83,6 @@ def _groups(tree: Mapping[str, Any], place: str, levels: int) -> Iterator[tuple[
     for name, value in items.items():
         if isinstance(value, Mapping) and levels:
             yield from _groups(value, f"{place}{name}.", levels - 1)
-
-
-def has_decoder(state: Iterable[str]) -> bool:
-    """Whether a state dict has keys of the decoder."""
-    return any(name.startswith(DECODER) for name in state)
 
 
 def sizes_by_shape(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from fastmum.model.mum import MuM
 from fastmum.model.rope import AxialRope
 from fastmum.pretrained.errors import MismatchError, WeightsError
 from fastmum.pretrained.files import read_saved
-from fastmum.pretrained.layout import DECODER, SIZES, State, find_state, has_decoder, sizes_by_shape
+from fastmum.pretrained.layout import DECODER, SIZES, State, find_state, sizes_by_shape
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class Pretrained(NamedTuple):
         """A summary."""
         model = "encoder" if self.encoder_only else "encoder and decoder"
         preset = _preset(self.config, self.encoder_only) or "sizes of no preset"
-        positions = f"positions in {str(self.rope_dtype).removeprefix('torch.')}"
-        return ", ".join([model, preset, positions, *(["EMA weights"] if self.ema else [])])
+        positions = str(self.rope_dtype).removeprefix("torch.")
+        return f"{model}, {preset}, positions in {positions}{', EMA weights' if self.ema else ''}"
 
 
 def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder | MuM:
@@ -83,11 +83,11 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     check_names(overrides, (*SIZES, *OPTIONS))
     saved = read_saved(Path(path).expanduser(), _ema(overrides.get("ema", "auto")))
     state = find_state(saved.path, saved.tree, overrides.get("key"))
-    if overrides.get("encoder_only") is False and not has_decoder(state):
+    encoder = {name: tensor for name, tensor in state.items() if not name.startswith(DECODER)}
+    if overrides.get("encoder_only") is False and len(encoder) == len(state):
         raise WeightsError(f"'{saved.path}' holds an encoder without a decoder, but encoder_only is False")
-    encoder_only = bool(overrides.get("encoder_only")) or not has_decoder(state)
-    if encoder_only:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(DECODER)}
+    encoder_only = bool(overrides.get("encoder_only")) or len(encoder) == len(state)
+    state = encoder if encoder_only else state
     sizes = {name: overrides[name] for name in SIZES if name in overrides}
     try:
         config = ModelConfig(**{**sizes_by_shape(state), **saved.sizes, **sizes})

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastmum.scenes.layout import Scene
 from fastmum.scenes.light import Illumination, face_nodes
-from fastmum.scenes.shapes import CYLINDER, SHELL, SPHERE, Solids, side_size, sides_of
+from fastmum.scenes.shapes import CYLINDER, SHELL, SIDES, SPHERE, Solids, side_size
 from fastmum.scenes.textures import MATERIALS, Face, worn_edges
 
 LEVELS = 11
@@ -69,11 +69,8 @@ def _mix(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def bake(scene: Scene, eyes_V3: np.ndarray, pixel: float, seed: tuple[int, ...]) -> Atlas:
     """Paint and light every face that a camera can see.
 
-    Args:
-        scene: to paint.
-        eyes_V3: camera positions along the whole path; they determine the resolution of each texture.
-        pixel: width of a pixel at a distance of one metre, metres.
-        seed: of the materials and the random shadow rays.
+    `eyes_V3`, the camera positions along the whole path, and `pixel`, the width in metres of a pixel at a distance of
+    one metre, determine the resolution of each texture.
     """
     solids = scene.solids
     faces = _visible_faces(solids, eyes_V3)
@@ -118,7 +115,7 @@ def _visible_faces(solids: Solids, eyes_V3: np.ndarray) -> list[tuple[int, int, 
     for s, kind in enumerate(solids.kind_S.tolist()):
         local_V3 = (eyes_V3 - solids.centre_S3[s]) @ solids.axes_S33[s].T
         over_V3 = np.maximum(np.abs(local_V3) - solids.half_S3[s], 0)
-        for side in sides_of(kind):
+        for side in SIDES[kind]:
             if kind == SPHERE or (kind == CYLINDER and side == 0):
                 faces.append((s, side, float(np.sqrt((over_V3**2).sum(1)).min())))
                 continue

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmum.scenes.furniture import PIECES, add_fixtures, hang_pictures, pillar, wall_paint
-from fastmum.scenes.light import Lamp, Lighting, Sun
+from fastmum.scenes.light import Lamp, Lighting
 from fastmum.scenes.room import Paint, Palette, Part, Room, as_solids, box, sphere
 from fastmum.scenes.shapes import SHELL, Solids
 from fastmum.scenes.textures import shade
@@ -138,7 +138,7 @@ def build_scene(seed: int, index: int) -> Scene:
     height = float(rng.uniform(2.1, 2.8) if open_top else rng.uniform(2.5, 3.5))
     palette = Palette(rng, float(rng.choice(HUES)), float(rng.uniform(0.055, 0.1)), float(rng.uniform(0.5, 0.8)))
     path = draw_path(rng, length, width, height)
-    room = Room(palette, (length, width, height), *path.eyes(np.linspace(0, 1, 49)))
+    room = Room(palette, np.array([length, width, height]), *path.eyes(np.linspace(0, 1, 49)))
     lamps = add_fixtures(room, kind)
     hang_pictures(room, KINDS[kind].pictures)
     _furnish(room, KINDS[kind])
@@ -194,6 +194,4 @@ def _lighting(rng: np.random.Generator, open_top: bool, lamps: list[Lamp]) -> Li
         return Lighting(lamps, np.array([0.50, 0.48, 0.46]) * rng.uniform(0.35, 0.75))
     azimuth, up = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.15)
     direction = np.array([np.cos(azimuth) * np.cos(up), np.sin(azimuth) * np.cos(up), np.sin(up)])
-    return Lighting(
-        [], np.array([0.30, 0.35, 0.43]), Sun(direction, np.array([1.3, 1.18, 0.98]) * rng.uniform(0.8, 1.1))
-    )
+    return Lighting([], np.array([0.30, 0.35, 0.43]), (direction, np.array([1.3, 1.18, 0.98]) * rng.uniform(0.8, 1.1)))

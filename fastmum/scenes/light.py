@@ -26,19 +26,12 @@ class Lamp(NamedTuple):
     colour_3: np.ndarray
 
 
-class Sun(NamedTuple):
-    """Parallel light; `direction_3` points at the sun."""
-
-    direction_3: np.ndarray
-    colour_3: np.ndarray
-
-
 class Lighting(NamedTuple):
-    """All light of a scene; `ambient_3` comes from all directions."""
+    """All light of a scene."""
 
     lamps: list[Lamp]
-    ambient_3: np.ndarray
-    sun: Sun | None = None
+    ambient_3: np.ndarray  # from all directions
+    sun: tuple[np.ndarray, np.ndarray] | None = None  # direction towards it, colour
 
 
 def face_nodes(solids: Solids, s: int, side: int, nu: int, nv: int) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +62,8 @@ class Illumination:
         for lamp in lighting.lamps:
             light += lamp.colour_3.astype(np.float32)[:, None] * self._from_lamp(lamp)[None]
         if lighting.sun is not None:
-            light += lighting.sun.colour_3.astype(np.float32)[:, None] * self._from_sun(lighting.sun)
+            direction_3, colour_3 = lighting.sun
+            light += colour_3.astype(np.float32)[:, None] * self._from_sun(direction_3)
         return light
 
     def _to_unit(self, s: int, x_3N: np.ndarray) -> list[np.ndarray]:
@@ -114,13 +108,13 @@ class Illumination:
             light.append(np.maximum((d * self.n_3N).sum(0), 0) / np.sqrt(dd) / (dd + np.float32(0.35)))
         return self._unshadowed(rays, light, 0.97)
 
-    def _from_sun(self, sun: Sun) -> np.ndarray:
+    def _from_sun(self, direction_3: np.ndarray) -> np.ndarray:
         rays, light = [], []
         o_unit = self._to_unit(self.shell, self.x_3N)
         outside = np.maximum(np.abs(o_unit[0]), np.abs(o_unit[1])) > 1
         for _ in range(4):
             blur = np.float32(0.02) * self.rng.standard_normal(self.x_3N.shape, dtype=np.float32)
-            d = sun.direction_3.astype(np.float32)[:, None] + blur
+            d = direction_3.astype(np.float32)[:, None] + blur
             d_unit = rotate(self.solids.to_unit_S33[self.shell], list(d))
             _, t_walls = intersect(BOX, [*o_unit[:2], np.float32(0)], [*d_unit[:2], np.float32(0)])
             over_wall = o_unit[2] + t_walls * d_unit[2] > 1  # it passes above the walls

@@ -63,10 +63,7 @@ def render(view: View, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
 def trace(view: View, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """First hits of rays from the camera: z-depth float32 and solid int64 (-1: sky).
 
-    Args:
-        view: the camera and its solids.
-        d: directions [3, H, W] of the pixel grid, or [3, N] of any rays.
-        at: pixel coordinates (x_N, y_N) of the N rays; None for the grid.
+    `d` are the directions [3, H, W] of the pixel grid, or [3, N] of rays `at` pixel coordinates (x_N, y_N).
     """
     eye, solids = view.eye_3, view.solids
     depth, solid = np.full(d.shape[1:], FAR, np.float32), np.full(d.shape[1:], -1, np.int64)

@@ -112,10 +112,8 @@ def as_solids(parts: list[Part]) -> Solids:
 class Room:
     """What has been placed so far, and whether a further piece fits."""
 
-    def __init__(
-        self, palette: Palette, size: tuple[float, float, float], eye_V3: np.ndarray, look_V3: np.ndarray
-    ) -> None:
-        self.palette, self.rng, self.size = palette, palette.rng, np.array(size)
+    def __init__(self, palette: Palette, size: np.ndarray, eye_V3: np.ndarray, look_V3: np.ndarray) -> None:
+        self.palette, self.rng, self.size = palette, palette.rng, size
         self.eye_V3, self.look_V3 = eye_V3, look_V3
         self.parts: list[Part] = []
         self.standing: list[Part] = []  # on the floor

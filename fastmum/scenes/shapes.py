@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 BOX, SPHERE, CYLINDER, SHELL = 0, 1, 2, 3  # a shell is a box seen from inside: the room
+SIDES = {BOX: range(6), SPHERE: (0, 1), CYLINDER: (0, 4, 5), SHELL: range(6)}
 FAR = np.float32(1e9)
 
 # Directions of a texture's u (right) and v (down) on each side of a box seen from outside.
@@ -147,17 +148,11 @@ def fold(kind: int, side: int, u_N: np.ndarray, v_N: np.ndarray) -> tuple[np.nda
     return q.astype(np.float32), n.astype(np.float32)
 
 
-def sides_of(kind: int) -> tuple[int, ...]:
-    """The sides of a kind of solid."""
-    return {SPHERE: (0, 1), CYLINDER: (0, 4, 5)}.get(kind, (0, 1, 2, 3, 4, 5))
-
-
 def side_size(kind: int, side: int, half_3: np.ndarray) -> tuple[float, float]:
     """Width and height in metres of a side's texture."""
     x, y, z = (float(2 * h) for h in half_3)
     if kind == SPHERE:
-        reach = float(np.sqrt(2.0)) * (x + y + z) / 3
-        return reach, reach
+        return (float(np.sqrt(2.0)) * (x + y + z) / 3,) * 2
     if kind == CYLINDER and side == 0:
         return float(np.pi) * (x + y) / 2, z
     return ((y, z), (x, z), (x, y))[side // 2]

@@ -10,7 +10,7 @@ from scipy.ndimage import map_coordinates
 
 from fastmum.scenes.layout import build_scene
 from fastmum.scenes.raycast import View, trace
-from fastmum.scenes.shapes import BOX, CYLINDER, SHELL, SPHERE, fold, sides_of, unfold
+from fastmum.scenes.shapes import CYLINDER, SHELL, SIDES, SPHERE, fold, unfold
 
 
 def centres(shape):
@@ -118,7 +118,7 @@ def test_whole_grid_and_single_rays_agree():
 
 def test_unfold_is_the_inverse_of_fold():
     rng = np.random.default_rng(2)
-    for kind, side in ((k, side) for k in (BOX, SPHERE, CYLINDER, SHELL) for side in sides_of(k)):
+    for kind, side in ((k, side) for k in SIDES for side in SIDES[k]):
         u, v = rng.uniform(0.25, 0.75, (2, 50))  # inside the disc of a lid or half a sphere
         q, _ = fold(kind, side, u, v)
         found, u2, v2 = unfold(np.full(50, kind), np.ascontiguousarray(q.T))
