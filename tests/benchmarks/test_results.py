@@ -58,7 +58,8 @@ def test_the_spread_encloses_the_median(pairs):
 def test_units():
     for value, unit, text in (
         (2.5, "s", "2.5 s"), (0.0123, "s", "12.3 ms"), (4.2e-5, "s", "42 us"), (1e-8, "s", "0.01 us"),
-        (0.0, "s", "0 us"), (3.25e9, "bytes", "3.25 GB"), (4.1e12, "FLOP/s", "4.1 TFLOP/s"), (7.0, "apples", "7 apples"),
+        (0.0, "s", "0 us"), (3.25e9, "bytes", "3.25 GB"), (4.1e12, "FLOP/s", "4.1 TFLOP/s"),
+        (7.0, "apples", "7 apples"),
     ):  # fmt: skip
         assert write(value, unit) == text
 
