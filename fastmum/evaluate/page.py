@@ -7,7 +7,7 @@ from typing import Any
 
 from fastmum.evaluate.features import NORMS
 from fastmum.evaluate.folder import Record
-from fastmum.evaluate.table import COMPANY, MATCHERS, NOTE, SCORES, TITLES, table
+from fastmum.evaluate.table import MATCHERS, NOTE, OTHER_VIEWS, SCORES, TITLES, table
 from fastmum.report.charts import Chart, Line, color
 from fastmum.report.page import embed, number, render
 
@@ -50,7 +50,7 @@ def _charts(content: dict[str, Any]) -> list[Chart]:
     elif content["task"] == "views":
         lines = [
             Line(label, list(zip(content["views"], content[name], strict=True)), color(i), dots=True)
-            for i, (name, label) in enumerate(COMPANY.items())
+            for i, (name, label) in enumerate(OTHER_VIEWS.items())
         ]
         note = "same frames, same masks"
         charts = [Chart("Masked loss by number of views", lines, "masked loss", note, x_label="views")]
@@ -63,7 +63,7 @@ def _table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         return [], []
     if content["task"] == "views":
         names = ["loss, minus that of one view", *(f"{count} views" for count in content["views"][1:])]
-        changes = {label: content[f"change_{name}"][1:] for name, label in COMPANY.items()}
+        changes = {label: content[f"change_{name}"][1:] for name, label in OTHER_VIEWS.items()}
         return names, [[each, *(f"{m:+.4f} ± {number(error)}" for m, error in row)] for each, row in changes.items()]
     blocks = content.get("blocks") or {norm: content[norm]["scores"] for norm in NORMS}
     columns = [score for score in SCORES if score in next(iter(blocks.values()))]

@@ -17,7 +17,7 @@ from typing import Any
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command
 from fastmum.evaluate.folder import Record, make_folder, read
-from fastmum.evaluate.table import COMPANY, MATCHERS, NONE, SCORES, TITLES, VIEWS, score_title
+from fastmum.evaluate.table import MATCHERS, NONE, OTHER_VIEWS, SCORES, TITLES, VIEWS, score_title
 
 SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
 
@@ -74,9 +74,9 @@ def _score_cells(seeds: Contents) -> dict[str, str]:
 def _view_cells(seeds: Contents) -> dict[str, str]:
     """The loss of one view, and its change with each number of related and of unrelated views."""
     cells = {score_title(f"{VIEWS}1"): _spread([c["same"][0] for c in seeds], ".4f")}
-    for company, label in (("same", "views"), ("other", "unrelated")):
+    for kind, label in (("same", "views"), ("other", "unrelated")):
         for i, count in enumerate(seeds[0]["views"][1:], 1):
-            cells[f"{count} {label}"] = _spread([c[company][i] - c[company][0] for c in seeds], "+.4f")
+            cells[f"{count} {label}"] = _spread([c[kind][i] - c[kind][0] for c in seeds], "+.4f")
     return cells
 
 
@@ -116,9 +116,9 @@ def _draw_views(axes: Any, weights: dict[str, Contents]) -> None:
     """Change of the loss: thin lines for the seeds, thick ones for their mean, dashed ones for unrelated views."""
     for i, (name, seeds) in enumerate(weights.items()):
         counts = seeds[0]["views"]
-        for company, label in COMPANY.items():
-            style = {"color": f"C{i}", "linestyle": "-" if company == "same" else "--"}
-            rows = [[loss - content[company][0] for loss in content[company]] for content in seeds]
+        for kind, label in OTHER_VIEWS.items():
+            style = {"color": f"C{i}", "linestyle": "-" if kind == "same" else "--"}
+            rows = [[loss - content[kind][0] for loss in content[kind]] for content in seeds]
             for row in rows:
                 axes.plot(counts, row, linewidth=0.7, alpha=0.5, **style)
             means = [mean(column) for column in zip(*rows, strict=True)]

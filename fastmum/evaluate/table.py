@@ -31,7 +31,7 @@ SCORES = {
     "epe": "EPE ↓", "robustness": "R ↑", "pck1": "PCK@1 ↑", "pck3": "PCK@3 ↑", "pck5": "PCK@5 ↑",
     "recall": "Recall ↑", "recall_1cm": "1 cm ↑", "recall_2cm": "2 cm ↑", "recall_5cm": "5 cm ↑",
 }  # fmt: skip
-COMPANY = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
+OTHER_VIEWS = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
 VIEWS = "views_"  # prefix of scores that are losses; the number of views follows
 NONE = "–"
 NOTE = (

@@ -126,6 +126,8 @@ def report_charts(runs: list[Run]) -> list[Chart]:
         prefix, second = (f"{run.label}, ", color(i)) if several else ("", color(1))
         loss.append(Line(f"{prefix}training", run.series("loss"), color(i)))
         loss.append(Line(f"{prefix}held out", run.series("held_out_loss"), second, dots=True, dashed=several))
+        ema = color(i) if several else color(2)
+        loss.append(Line(f"{prefix}held out, EMA", run.series("held_out_loss_ema"), ema, dots=True, dashed=True))
         faults.append(Line(f"{prefix}skipped steps", run.series("skipped_steps"), color(i)))
         faults.append(Line(f"{prefix}bad frames", run.series("bad_frames"), second, dashed=several))
     found = [

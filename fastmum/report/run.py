@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
@@ -38,7 +38,7 @@ class Run:
 
     root: Path
     label: str
-    records: list[dict[str, Any]]  # lines of metrics.jsonl, at least one
+    records: list[dict[str, float]]  # lines of metrics.jsonl, at least one; finite numbers only
     config: str  # text of config.yaml, "" without that file
     steps: int | None  # train.steps, if the configuration has it
     pictures: dict[int, Path]  # reconstructions by step
@@ -49,12 +49,11 @@ class Run:
     @property
     def step(self) -> int:
         """Steps done at the last line."""
-        return self.records[-1]["step"]
+        return int(self.records[-1]["step"])
 
     def series(self, name: str, x: str = "step") -> list[Point]:
-        """Points (x, value) of the records in which both are finite numbers."""
-        pairs = [(_finite(record.get(x)), _finite(record.get(name))) for record in self.records]
-        return [(a, b) for a, b in pairs if a is not None and b is not None]
+        """Points (x, value) of the records that have both."""
+        return [(record[x], record[name]) for record in self.records if x in record and name in record]
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric, None if it has none."""
@@ -79,7 +78,10 @@ def read_run(root: Path) -> Run:
             raise ReportError(f"there is no run '{root}'")
         if not paths.metrics.is_file():
             raise ReportError(f"'{root}' is no run: it has no {paths.metrics.name}")
-        records = [record for record in read_metrics(paths.metrics) if isinstance(record.get("step"), int)]
+        lines = [line for line in read_metrics(paths.metrics) if isinstance(line.get("step"), int)]
+        records = [
+            {key: v for key, v in line.items() if isinstance(v, int | float) and math.isfinite(v)} for line in lines
+        ]
         if not records:
             raise ReportError(f"'{paths.metrics}' has no line yet; the first comes after train.log_every steps")
         config, bad_frames = (
@@ -115,10 +117,6 @@ def _checkpoints(folder: Path) -> list[Checkpoint]:
                 size = sum(file.stat().st_size for file in files)
                 found.append(Checkpoint(int(match[1]), path.name, size, _time(path)))
     return sorted(found)
-
-
-def _finite(value: object) -> float | None:
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _time(path: Path) -> datetime:

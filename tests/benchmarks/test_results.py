@@ -1,4 +1,4 @@
-"""Ratios, units and tables of what duels measured."""
+"""Ratios, units and tables of duels."""
 
 import pytest
 from hypothesis import given
@@ -21,7 +21,7 @@ TIMES = st.lists(st.tuples(*[st.floats(1e-6, 1e3)] * 2), min_size=1, max_size=20
 
 
 def test_ratio_is_taken_round_by_round():
-    # Both slow down together: the medians' ratio would be the same, but not the spread.
+    # Both slow down together, so every round has the same ratio.
     result = Result("g", "w", rounds={REFERENCE: [2.0, 4.0, 8.0], FASTMUM: [1.0, 2.0, 4.0]})
     assert result.ratio() == (2.0, 2.0, 2.0)
     result = Result("g", "w", rounds={REFERENCE: [1.0, 2.0, 3.0, 4.0, 5.0], FASTMUM: [1.0] * 5})
@@ -31,13 +31,13 @@ def test_ratio_is_taken_round_by_round():
     assert result.ratio(COMPILED) is None
 
 
-def test_of_frames_a_second_more_is_better():
+def test_more_frames_a_second_are_better():
     result = Result("g", "w", FRAMES_A_SECOND, rounds={REFERENCE: [10.0, 15.0], FASTMUM: [20.0, 50.0]})
     assert result.ratio() == (pytest.approx(8 / 3), 2.0, pytest.approx(10 / 3))
     assert result.value(FASTMUM) == "35 frames/s"
 
 
-def test_of_few_rounds_the_spread_is_least_to_most():
+def test_spread_of_few_rounds():
     result = Result("g", "w", rounds={REFERENCE: [1.0, 2.0, 4.0], FASTMUM: [1.0] * 3})
     assert result.ratio() == (2.0, 1.0, 4.0)
     assert result.spread == "least to most of 3"
@@ -55,13 +55,13 @@ def test_the_spread_encloses_the_median(pairs):
     assert ratio.high <= max(a / b for a, b in pairs) + slack
 
 
-@pytest.mark.parametrize(
-    ("value", "unit", "text"),
-    [(2.5, "s", "2.5 s"), (0.0123, "s", "12.3 ms"), (4.2e-5, "s", "42 us"), (1e-8, "s", "0.01 us"), (0.0, "s", "0 us"),
-     (3.25e9, "bytes", "3.25 GB"), (4.1e12, "FLOP/s", "4.1 TFLOP/s"), (7.0, "apples", "7 apples")],
-)  # fmt: skip
-def test_units(value, unit, text):
-    assert write(value, unit) == text
+def test_units():
+    for value, unit, text in (
+        (2.5, "s", "2.5 s"), (0.0123, "s", "12.3 ms"), (4.2e-5, "s", "42 us"), (1e-8, "s", "0.01 us"),
+        (0.0, "s", "0 us"), (3.25e9, "bytes", "3.25 GB"), (4.1e12, "FLOP/s", "4.1 TFLOP/s"),
+        (7.0, "apples", "7 apples"),
+    ):  # fmt: skip
+        assert write(value, unit) == text
 
 
 def test_note_has_rates_and_the_share_of_the_peak():
@@ -76,7 +76,7 @@ def entry(name: str, what: str = "thing", data=(1.0, 2.0), **info) -> dict:
     return {"extra_info": about, "stats": {"data": list(data)}}
 
 
-def test_entries_of_other_benchmarks_are_left_out():
+def test_entries_of_other_benchmarks_are_skipped():
     entries = [{"extra_info": {}, "stats": {"data": [1.0]}}, entry(REFERENCE), entry(FASTMUM, data=(0.5, 0.5))]
     (result,) = results_of(entries)
     assert result.ratio() == (3.0, 2.0, 4.0)
