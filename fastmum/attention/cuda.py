@@ -187,7 +187,7 @@ class Flex(Backend):
 
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, h, T, d)
         # Uncompiled FlexAttention holds the scores of all pairs of tokens.
-        function = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+        function: Any = _compiled_flex() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
         return function(q, k, v, block_mask=plan)[0].transpose(0, 1).contiguous()
 
 
