@@ -1,7 +1,7 @@
-"""What each of `fastmum.kernels` does, as one writes it in plain PyTorch; no code of fastmum.
+"""Each operation of `fastmum.kernels` as one writes it in plain PyTorch, without code of fastmum.
 
-The forms are those of the released model (`benchmarks.reference`): everything is normalised and cut into patches before
-some are taken, holes are appended and sorted into place, rotary tables are as large as the tokens they rotate.
+They follow the released model (`benchmarks.reference`): all patches are normalised before some are selected, mask
+tokens are appended and sorted into place, rotary tables are as large as the tokens.
 
 Legend: F frames, H W pixels, p patch side, P patches of a frame, K visible, M masked, D width, L tokens of a frame,
 h heads, d width of a head.
@@ -36,7 +36,7 @@ def gather_patches(frames: Tensor, ids: Tensor, patch_size: int, dtype: torch.dt
 
 
 def patch_loss(pred: Tensor, frames: Tensor, ids: Tensor, patch_size: int) -> Tensor:
-    """Mean squared distance of predictions (F, M, p*p*3) to the patches `ids`, each normalised by itself."""
+    """Mean squared distance of predictions (F, M, p*p*3) to the patches `ids`, each normalised separately."""
     target = all_patches(frames, patch_size)
     mean, var = target.mean(dim=-1, keepdim=True), target.var(dim=-1, keepdim=True)
     target = (target - mean) / (var + 1e-6) ** 0.5
@@ -46,8 +46,8 @@ def patch_loss(pred: Tensor, frames: Tensor, ids: Tensor, patch_size: int) -> Te
 def scatter_tokens(visible: Tensor, mask_token: Tensor, ids_restore: Tensor) -> Tensor:
     """Visible tokens (F, 1 + K, D), CLS first, and mask tokens, sorted by `ids_restore` (F, P) -> (F, 1 + P, D)."""
     num_frames, num_patches = ids_restore.shape
-    holes = mask_token.to(visible.dtype).expand(num_frames, num_patches + 1 - visible.shape[1], -1)
-    patches = torch.cat([visible[:, 1:], holes], dim=1)
+    masks = mask_token.to(visible.dtype).expand(num_frames, num_patches + 1 - visible.shape[1], -1)
+    patches = torch.cat([visible[:, 1:], masks], dim=1)
     patches = patches.gather(1, _rows(ids_restore, patches.shape[-1]))
     return torch.cat([visible[:, :1], patches], dim=1)
 
@@ -75,6 +75,6 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
 
 def add_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The stream (T, D) after an update, and its layer norm, rounded for the products that follow."""
+    """The stream (T, D) after an update, and its layer norm, rounded for the next products."""
     x = x + update
     return x, F.layer_norm(x, x.shape[-1:], weight, bias).to(dtype)

@@ -1,7 +1,7 @@
-"""Global and frame attention: every available backend against torch's attention.
+"""Attention across the frames of a sequence: every available backend against torch's, sequence by sequence.
 
-The reference calls `scaled_dot_product_attention` once for equal lengths, as the released model does, and once per
-sequence for ragged ones. Plans of the backends are not timed: training makes them once per batch.
+For equal lengths the reference is one call of `scaled_dot_product_attention`, as in the released model; for ragged
+ones, one call per sequence. Backends make their plan once per batch, which is not timed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastmum.attention import BACKENDS, Segments, dense_attention
 
 
 def ragged_lengths(frames: int) -> list[int]:
-    """Half of the remaining frames, at most 24, until none remain: 96 -> 24, 24, 24, 12, 6, 3, 2, 1."""
+    """Repeatedly half of the remaining frames, at most the paper's 24: 96 -> 24, 24, 24, 12, 6, 3, 2, 1."""
     lengths: list[int] = []
     while rest := frames - sum(lengths):
         lengths.append(min(24, (rest + 1) // 2))
@@ -27,7 +27,7 @@ def ragged_lengths(frames: int) -> list[int]:
 
 
 class Heads:
-    """Queries, keys, values and the gradient of the output, (T, h, d), and the sequences that they belong to."""
+    """Queries, keys, values and the gradient of the output, (T, h, d), of some sequences."""
 
     def __init__(self, sizes: Sizes, lengths: list[int]) -> None:
         model, generator = sizes.model, torch.Generator().manual_seed(0)
@@ -37,18 +37,18 @@ class Heads:
         self.q, self.k, self.v, self.grad = (
             torch.randn(shape, generator=generator).to(sizes.device, sizes.dtype) for _ in range(4)
         )
-        self.spans = [n * tokens for n in lengths]
-        # Operations of the forward pass; the backward pass has twice as many.
-        self.flops = 4 * model.decoder_embed_dim * sum(span * span for span in self.spans)
+        self.tokens = [n * tokens for n in lengths]
+        # Operations of scores and of weighted values: forward, and twice that backward.
+        self.flops = 4 * model.decoder_embed_dim * sum(n * n for n in self.tokens)
 
     def plan(self, name: str) -> object:
-        """Of a backend for these sequences."""
+        """A backend's plan for these sequences."""
         tokens, most = 1 + self.sizes.patches, max(self.lengths)
         segments = Segments.of_frames(self.lengths, sum(self.lengths), tokens, tokens, most)
         return BACKENDS[name].plan(segments, self.sizes.device)
 
     def passes(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], backward: bool) -> Callable[[], list[Tensor]]:
-        """The forward pass, or forward and backward."""
+        """A call of forward, or of forward and backward."""
         q, k, v = (x.detach().clone().requires_grad_(backward) for x in (self.q, self.k, self.v))
 
         def run() -> list[Tensor]:
@@ -59,21 +59,21 @@ class Heads:
         return run
 
 
-def by_sequence(spans: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def by_sequence(lengths: list[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """torch's attention: one call for equal lengths, else one per sequence."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if len(set(spans)) == 1:
-            return batched(q, k, v, spans[0])
-        parts = zip(*(x.split(spans) for x in (q, k, v)), strict=True)
-        return torch.cat([batched(*part, len(part[0])) for part in parts])
+        if len(set(lengths)) == 1:
+            return batched(q, k, v, lengths[0])
+        sequences = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([batched(*sequence, len(sequence[0])) for sequence in sequences])
 
     return attend
 
 
-def batched(q: Tensor, k: Tensor, v: Tensor, span: int) -> Tensor:
+def batched(q: Tensor, k: Tensor, v: Tensor, seqlen: int) -> Tensor:
     """(T, h, d) as (n, h, L, d) in one call."""
-    q, k, v = (x.unflatten(0, (-1, span)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.unflatten(0, (-1, seqlen)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
 
 
@@ -88,7 +88,7 @@ def test_across_frames(duel: Duel, sizes: Sizes, name: str, kind: str, backward:
     heads = Heads(sizes, equal if kind == "equal" else ragged_lengths(sizes.frames))
     plan = heads.plan(name)
     contestants = {
-        REFERENCE: heads.passes(by_sequence(heads.spans), backward),
+        REFERENCE: heads.passes(by_sequence(heads.tokens), backward),
         FASTMUM: heads.passes(lambda q, k, v: backend.attend(q, k, v, plan), backward),
     }
     what = f"{name}, {' + '.join(map(str, heads.lengths))} frames, {'forward + backward' if backward else 'forward'}"
@@ -97,11 +97,11 @@ def test_across_frames(duel: Duel, sizes: Sizes, name: str, kind: str, backward:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward + backward"])
 def test_within_frames(duel: Duel, sizes: Sizes, backward: bool) -> None:
-    """Of the decoder's frame blocks."""
+    """The decoder's frame blocks."""
     heads = Heads(sizes, [1] * sizes.frames)
     contestants = {
-        REFERENCE: heads.passes(by_sequence(heads.spans), backward),
-        FASTMUM: heads.passes(lambda q, k, v: dense_attention(q, k, v, heads.spans[0]), backward),
+        REFERENCE: heads.passes(by_sequence(heads.tokens), backward),
+        FASTMUM: heads.passes(lambda q, k, v: dense_attention(q, k, v, heads.tokens[0]), backward),
     }
     what = f"within {sizes.frames} frames, {'forward + backward' if backward else 'forward'}"
     duel("attention", what, contestants, flops=(3 if backward else 1) * heads.flops, dtype=sizes.precision)

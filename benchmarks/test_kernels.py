@@ -1,7 +1,7 @@
-"""Each of fastmum's kernels against its plain form in PyTorch, eager and compiled: forward, and with its backward pass.
+"""Each of fastmum's kernels against plain PyTorch, eager and compiled: forward, and forward with backward.
 
-Bytes are those that any implementation moves: every input and output once, and in the backward pass the gradients, and
-once more the inputs that they are made of. GB/s are these over fastmum's time.
+Bytes are those that any implementation moves: every input and output once, and in the backward pass the gradients and
+the inputs again. GB/s are these over fastmum's time.
 
 Legend: F frames, P patches of a frame, K visible, M masked, D width, E decoder width, L tokens of a frame, T = F * L.
 """
@@ -38,9 +38,9 @@ class Case:
         ours, plain: functions of the inputs.
         inputs: floating-point tensors; some get gradients.
         learnt: numbers of those that do.
-        more: from the results and these gradients, what a backward pass must make beside them in plain PyTorch.
+        more: from these gradients, further ones that a backward pass in plain PyTorch must compute.
         flops: of the products of a forward pass.
-        fixed_bytes: of inputs that are no floating-point tensors, and are needed.
+        fixed_bytes: of other inputs than floating-point tensors.
     """
 
     ours: Function
@@ -75,7 +75,7 @@ class Inputs:
         self.frames = torch.randint(0, 256, pixels, dtype=torch.uint8, generator=self.generator).to(self.device)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        """Normal values in the dtype of products unless told otherwise."""
+        """Normal values, by default in the dtype of products."""
         return (scale * torch.randn(shape, generator=self.generator)).to(self.device, dtype or self.dtype)
 
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,7 @@ class Inputs:
 
     @property
     def pixels(self) -> tuple:
-        """What kernels are told of the frames' values."""
+        """Arguments for the frames' values."""
         return IMAGENET_MEAN, IMAGENET_STD, self.sizes.model.patch_size
 
 
@@ -150,7 +150,7 @@ def _by_frames(t: Inputs, parts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def rope_qk(t: Inputs) -> Case:
-    """Rotary positions by themselves, into another tensor."""
+    """Rotary positions, out of place."""
     ours, tables = _rotation(t)
 
     def rotated(qkv: Tensor) -> list[Tensor]:
@@ -186,7 +186,7 @@ def mlp(t: Inputs) -> Case:
 
 
 def add_norm(t: Inputs) -> Case:
-    """The end of a residual branch; its backward pass makes the gradient of the bias that the update holds."""
+    """The end of a residual branch; its backward pass makes the gradient of the update's bias."""
     T, vector = t.F * (1 + t.P), {"dtype": torch.float32}
     x, update, update_bias = t.normal(T, t.E, **vector), t.normal(T, t.E), t.normal(t.E)
     weight, bias = t.normal(t.E, **vector), t.normal(t.E, **vector)
@@ -231,12 +231,12 @@ def test_forward_and_backward(duel: Duel, inputs: Inputs, sizes: Sizes, make: Ca
     weights = [inputs.normal(*x.shape, dtype=x.dtype) for x in _listed(case.ours(*case.inputs))]
 
     def caller(function: Function) -> Callable[[], list[Tensor]]:
-        # Gradients of heads come in the layout of the attention behind them: ours is packed.
+        # Gradients of heads have the layout of the attention's output: ours is packed.
         own = [_packed_in_memory(x) if function is case.ours and x.ndim == 4 else x for x in weights]
 
         def run() -> list[Tensor]:
             out = _listed(function(*case.inputs))
-            # A plain form that lacks an input's gradient leaves it to `more`.
+            # Gradients that plain PyTorch lacks are from `more`.
             gradients = torch.autograd.grad(out, learnt, own, allow_unused=True)
             gradients = [g for g in gradients if g is not None]
             missing = len(learnt) - len(gradients)

@@ -1,6 +1,6 @@
-"""What a training step costs on a GPU, predicted on a machine without one: `python -m benchmarks.offline`.
+"""The cost of a training step on a GPU, predicted on a machine without one: `python -m benchmarks.offline`.
 
-The step is traced with tensors that have no memory, lowered for the GPU by Inductor where a side compiles, and every
-kernel that would be launched is written down with its operations and bytes. See `steps` for what is lowered, `kernel`
-for the roofline, `operators` for the formulas.
+The step is traced with fake tensors, lowered for the GPU by Inductor if the side compiles, and every kernel that would
+be launched is recorded with its operations and bytes. See `steps` for the steps, `kernel` for the roofline, `operators`
+for the formulas.
 """

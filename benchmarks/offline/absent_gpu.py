@@ -1,6 +1,6 @@
-"""A GPU that is not there: what Inductor and Triton ask about a device is answered from the table.
+"""An absent GPU: queries of Inductor and Triton about the device are answered from the table.
 
-Nothing is run on it. Tensors "on" it are fake ones; Triton code for it is compiled by the `ptxas` in Triton's wheel.
+Nothing runs on it. Its tensors are fake; Triton code for it is compiled by the `ptxas` of Triton's wheel.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REMEMBERED = (torch.utils._triton.has_triton, torch.utils._triton.triton_backend
 
 
 class _Driver(DriverBase):
-    """Triton's driver, which knows its target and can do nothing."""
+    """A driver of Triton that has a target and cannot launch."""
 
     def __init__(self, arch: int) -> None:
         self._target = GPUTarget("cuda", arch, 32)
@@ -85,7 +85,7 @@ def absent_gpu(gpu: Gpu) -> Iterator[None]:
         stack.enter_context(mock.patch.multiple(torch.cuda, **answers))
         stack.enter_context(mock.patch.multiple(CudaInterface, **interface))
         stack.enter_context(mock.patch.multiple(CudaInterface.Worker, **worker))
-        # It would look for a driver that is really there.
+        # It would search for a real driver.
         stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu"))
         triton.runtime.driver.set_active(_Driver(gpu.arch))
         try:

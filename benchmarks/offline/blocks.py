@@ -1,7 +1,6 @@
-"""Blocks that are compiled one by one, within a model that runs eager: `model.compile=block`.
+"""Blocks that are compiled one by one in an eager model: `model.compile=block`.
 
-Each kind of block is lowered once. Where the model calls one, the kernels of its two graphs are recorded and nothing
-is computed.
+Each kind of block is lowered once. A call of the model records the kernels of its two graphs and computes nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Blocks:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it a block's call is its region's."""
+        """Within it calls of blocks are calls of their regions."""
 
         def call(block: Block, *args: object) -> object:
             region = self.regions[_kind(args)]
@@ -76,12 +75,12 @@ def compile_blocks(loss: Callable[[], Tensor], recorder: Recorder) -> Blocks:
 
 
 def _as_input(x: Tensor) -> Tensor:
-    """A leaf of the same shape, that needs a gradient where `x` does."""
+    """A leaf of the same shape that needs a gradient if `x` does."""
     return x if x.is_leaf else x.detach().requires_grad_(x.requires_grad)
 
 
 def _kind(args: tuple) -> str:
-    """What the compiler tells calls apart by: shapes, dtypes and everything that is no tensor."""
+    """The key of a compilation: shapes, dtypes, strides and everything else than tensors."""
     return repr(pytree.tree_map_only(Tensor, lambda x: f"{x.dtype}{tuple(x.shape)}{x.stride()}", args))
 
 
@@ -100,10 +99,10 @@ class _Call(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # The graph's own peak holds what was saved, and the gradients that come in.
+        # The graph's own peak includes saved tensors and incoming gradients.
         ctx.saved = None
-        coming = sum(x.untyped_storage().nbytes() for x in grads)
-        ctx.recorder.lived_with(ctx.region.backward.peak - coming)
+        incoming = sum(x.untyped_storage().nbytes() for x in grads)
+        ctx.recorder.lived_with(ctx.region.backward.peak - incoming)
         ctx.recorder.record(ctx.region.backward.kernels)
         needed = ctx.needs_input_grad[2:]
         signatures = zip(ctx.signatures, needed, strict=True)

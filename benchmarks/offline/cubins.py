@@ -1,7 +1,7 @@
-"""Triton code, Inductor's and ours, compiled to machine code for a GPU that is not there.
+"""Triton code, Inductor's and ours, compiled for an absent GPU.
 
-Inductor offers several configurations of a kernel and drops, where it runs, those that spill registers. A kernel
-counts as spilled when every one does.
+Inductor generates several configurations of a kernel and drops those that spill registers when it runs. A kernel
+counts as spilled if all of them spill.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _spills(code: str) -> bool:
 
 
 def _spilled_bytes(ptx: str) -> int:
-    """Bytes of registers that the assembler spills, stores and loads; arrays on the stack, as of sines, are none."""
+    """Bytes of registers that spill, stores and loads; arrays on the stack, such as those of sines, are no spills."""
     target = re.search(r"^\.target (\w+)", ptx, re.M).group(1)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

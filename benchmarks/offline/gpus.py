@@ -1,4 +1,4 @@
-"""The GPUs that can be modelled: one table of constants, from the makers' data sheets.
+"""The GPUs that can be modelled, from data sheets.
 
 NVIDIA A100 Tensor Core GPU data sheet (80GB SXM), NVIDIA H100 data sheet (SXM5), NVIDIA H200 data sheet: dense
 bfloat16 Tensor Core peak, memory bandwidth and size. CUDA C++ Programming Guide, table of technical specifications by
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-REACHED_PEAK = 0.7  # of the operations' peak: what good matrix products sustain (a convention)
-REACHED_BANDWIDTH = 0.85  # of the memory's: what streaming kernels sustain (a convention)
+REACHED_PEAK = 0.7  # of the peak, sustained by good matrix products (a convention)
+REACHED_BANDWIDTH = 0.85  # of the memory bandwidth, sustained by streaming kernels (a convention)
 LEAST_SECONDS = 3e-6  # of any kernel: launch and drain (a convention)
 
 
-# `fastmum.engine.gpus` has 989.4e12 for the H100 and H200, from the whitepaper: a measured share of the peak is of
-# that. The data sheets round it to 989e12, which recorded predictions and their goals are of.
+# `fastmum.engine.gpus` has 989.4e12 for the H100 and H200, from the whitepaper, for measured shares of the peak.
+# Recorded predictions and their goals use the 989e12 of the data sheets.
 
 
 class Gpu(NamedTuple):

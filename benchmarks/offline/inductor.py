@@ -1,8 +1,8 @@
-"""What Inductor makes of a region, forward and backward, for a GPU that is not there.
+"""Inductor's kernels of a region, forward and backward, for an absent GPU.
 
-The region is traced on fake CPU tensors, because autograd would wait for a CUDA driver; then every device in the two
-graphs is exchanged, and Inductor lowers them as it would on that GPU. Its scheduler says what each generated kernel
-reads and writes; calls of operators are costed by `operators`.
+The region is traced on fake CPU tensors, because autograd needs a driver for CUDA tensors; then the devices in the two
+graphs are replaced, and Inductor lowers them as it would on that GPU. Its scheduler knows the bytes of each generated
+kernel; calls of operators are costed by `operators`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.offline.absent_gpu import DEVICE
 from benchmarks.offline.kernel import POINTWISE, REDUCTIONS, Kernel
 from benchmarks.offline.recorder import Recorder
 
-# A reduction across the rows that a kernel also reduces along them: partial sums, which PyTorch adds up afterwards.
+# A kernel that reduces along both axes writes partial sums, which PyTorch sums afterwards.
 SUM_OF_PARTIALS = re.compile(r"workspace_\d+\[.*\]\.view\((\d+), (\d+)\)\.sum\(dim=0\)")
 
 
@@ -43,7 +43,7 @@ Signature = tuple[torch.Size, torch.dtype]
 
 
 def signature(x: Tensor) -> Signature:
-    """What tells the inputs of a block apart that are large: the stream is float32, its norm bfloat16."""
+    """A key of a block's large inputs: the stream is float32, its norm bfloat16."""
     return x.shape, x.dtype
 
 
@@ -65,8 +65,8 @@ class Region(NamedTuple):
     Args:
         forward, backward: its graphs.
         outputs: what it returns.
-        saved: what the forward pass keeps for the backward pass, but for its inputs.
-        held: signatures of the inputs that it keeps.
+        saved: tensors saved for the backward pass, without inputs.
+        held: signatures of the inputs that are saved.
         sources: Triton code of its kernels by name.
     """
 
@@ -78,8 +78,8 @@ class Region(NamedTuple):
     sources: dict[str, str]
 
 
-class _Traced(BaseException):  # nothing on the way may catch it
-    """Ends a call as soon as its graph is there."""
+class _Traced(BaseException):  # no caller may catch it
+    """Ends a call as soon as it is traced."""
 
 
 def compile_region(function: Callable, args: Sequence, recorder: Recorder) -> Region:
@@ -166,14 +166,14 @@ def _lower(gm: fx.GraphModule, is_backward: bool, recorder: Recorder) -> _Lowere
 
 
 def _complete(code: str) -> str:
-    """Generated code, with one name for all kernels so that equal ones are equal."""
+    """Generated code with one name for all kernels, so that equal kernels have equal code."""
     for placeholder in (Placeholder.DESCRIPTIVE_NAME, Placeholder.KERNEL_NAME):
         code = code.replace(str(placeholder), "triton_")
     return code.replace("#pragma CMT", "#")
 
 
 def _move(gm: fx.GraphModule, mode: FakeTensorMode) -> list[object]:
-    """Exchange the device of everything in a graph; returns its inputs there."""
+    """Replace the device of everything in a graph; returns its inputs on the new device."""
 
     def there(x: object) -> object:
         return DEVICE if isinstance(x, torch.device) and x.type == "cpu" else x
@@ -199,7 +199,7 @@ def _kernels(graph: GraphLowering, wrapper: str, recorder: Recorder) -> list[Ker
         elif not isinstance(node, NopKernelSchedulerNode):
             kernels.append(_of_generated(node))
     for rows, columns in SUM_OF_PARTIALS.findall(wrapper):
-        # They are written by the kernel and read here, in float32.
+        # The kernel writes them in float32; they are read here.
         partials, sums = 4 * int(rows) * int(columns), 4 * int(columns)
         kernels.append(Kernel("sum of partial sums", REDUCTIONS, 0, 2 * partials + sums))
     return kernels
@@ -212,7 +212,7 @@ def _of_generated(node: BaseSchedulerNode) -> Kernel:
 
 
 def _of_call(node: ir.ExternKernel, recorder: Recorder) -> list[Kernel]:
-    """What a call of an operator out of generated code launches."""
+    """Kernels of an operator that generated code calls."""
     if isinstance(node, ir.MultiOutput):
         return []
     with V.fake_mode:

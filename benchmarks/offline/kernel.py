@@ -18,8 +18,8 @@ class Kernel(NamedTuple):
 
     Args:
         name: of the operator, or of the Triton kernel.
-        kind: the class that it is counted in.
-        flops: operations of matrix products and attention, two for every multiply-add; 0 for all else.
+        kind: its class.
+        flops: operations of matrix products and attention, two per multiply-add; 0 for others.
         moved: bytes read from and written to memory, each tensor once.
     """
 
@@ -34,9 +34,9 @@ class Cost(NamedTuple):
 
     Args:
         kernels: of one step, in order.
-        peak_bytes: the most memory that is in use at once; `state_bytes` of it live from step to step.
+        peak_bytes: peak memory; `state_bytes` of it persist between steps.
         sources: Triton kernels that were compiled for the GPU.
-        spilled: those of them whose every configuration spills registers.
+        spilled: those whose configurations all spill registers.
     """
 
     kernels: Sequence[Kernel]
@@ -61,8 +61,8 @@ class Cost(NamedTuple):
 
 
 def seconds(kernels: Iterable[Kernel], gpu: Gpu) -> float:
-    """One kernel after the other."""
-    # Equal kernels are counted together: the sum does not depend on their order.
+    """Time of the kernels, one after the other."""
+    # Equal kernels are summed together, so that the sum does not depend on their order.
     alike = Counter((k.flops, k.moved) for k in kernels)
     return sum(count * gpu.seconds(*cost) for cost, count in sorted(alike.items()))
 

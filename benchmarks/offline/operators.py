@@ -1,9 +1,8 @@
-"""Operations and bytes of what an operator launches, by formula.
+"""Operations and bytes of the kernels of an operator, by formula.
 
 Bytes are those of every tensor that a kernel must read or write, once; gathers read what they select. Matrix products
-and attention count two operations for every multiply-add, attention's backward pass five products where the forward
-pass has two. An operator is one launch, but for those of several kernels by design: layer norm's backward pass, and
-operators on lists of tensors, whose launches hold so many tensors and chunks.
+and attention count two operations per multiply-add; attention has two products in the forward and five in the backward
+pass. An operator is one launch, except layer norm's backward pass and operators on lists of tensors.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ ATTENTION_OPS = {
 }
 COPY_OPS = {aten._to_copy, aten.clone, aten.copy_, aten.cat, aten.stack, aten.slice_backward, aten.repeat}
 GATHER_OPS = {aten.gather, aten.index_select, aten.index}
-WRITE_ONLY = {aten.copy_, aten.fill_, aten.zero_}  # what they overwrite they do not read
-# They make a name for memory, or memory without values.
+WRITE_ONLY = {aten.copy_, aten.fill_, aten.zero_}  # they do not read their output
+# Views and allocations.
 NO_KERNEL = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 NO_KERNEL |= {"_local_scalar_dense", "lift_fresh", "_reshape_alias"}
 
-# ATen/native/cuda/MultiTensorApply.cuh: tensors of a launch by the number of lists, chunks of a launch, of a tensor.
+# ATen/native/cuda/MultiTensorApply.cuh: tensors per launch by the number of lists, chunks per launch, values per chunk.
 TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 CHUNKS_A_LAUNCH = 320
 CHUNK = 65_536
@@ -53,12 +52,12 @@ def nbytes(x: Tensor) -> int:
 
 
 def kernels_of(op: OpOverload, args: Sequence, kwargs: dict, out: object, sequences: int) -> list[Kernel]:
-    """What a call of an operator launches; none for views and allocations.
+    """Kernels of a call of an operator; none for views and allocations.
 
     Args:
         op: anything but fastmum's own, see `kernel_of_launch`.
         args, kwargs, out: of the call; tensors may be fake.
-        sequences: equal spans of ragged attention.
+        sequences: equal segments of ragged attention.
     """
     packet, schema = op.overloadpacket, op._schema.name
     name = schema.split("::")[1]
@@ -111,7 +110,7 @@ def _of_lists(name: str, op: OpOverload, args: Sequence, kwargs: dict, out: obje
     results = 0 if any(written for written, _ in lists) or name == "_foreach_norm" else 1
     depth = results + sum(value[0].ndim > 0 for _, value in lists)
     launches = multi_tensor_launches([x.numel() for x in first], depth)
-    # Bytes belong to the whole; they are spread over its launches.
+    # The bytes are divided over the launches.
     kernels = [Kernel(name, ATEN, 0, moved // launches)] * launches
     return kernels + [Kernel(f"{name} (sums)", ATEN, 0, 0)] * launches if name == "_foreach_norm" else kernels
 
@@ -133,7 +132,7 @@ def multi_tensor_launches(numels: Sequence[int], depth: int) -> int:
 
 
 def kernel_of_launch(launch: Launch) -> Kernel:
-    """One of our own Triton kernels: what it touches, every byte once."""
+    """One of our Triton kernels, with every byte that it accesses once."""
     name = launch.kernel.__name__
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
     tensors = {key: x for key, x in arguments.items() if isinstance(x, Tensor)}
@@ -163,14 +162,14 @@ def _rotated_in_place(a: dict) -> tuple[tuple[str, ...], int]:
 
 
 def _packed_parts(a: dict) -> tuple[tuple[str, ...], int]:
-    return ("second_ptr", "third_ptr")[a["PARTS"] - 1 :], 0  # beyond the parts the last is given again
+    return ("second_ptr", "third_ptr")[a["PARTS"] - 1 :], 0  # unused arguments repeat the last part
 
 
 def _finished_sums(a: dict) -> tuple[tuple[str, ...], int]:
     return ("out1_ptr", "out2_ptr")[len(a["partial_ptr"]) - 1 :], 0
 
 
-# Kernels that touch a part of an argument: arguments to leave out, bytes to count in their place.
+# Kernels that access a part of an argument: arguments to leave out, and bytes to count instead.
 PARTIAL = {
     "_finish_kernel": _finished_sums,
     "_gather_kernel": _selected_tokens,

@@ -1,4 +1,4 @@
-"""Everything that a piece of Python would launch, written down as it runs on fake tensors."""
+"""Records all kernels that Python code would launch, as it runs on fake tensors."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from fastmum.kernels.dispatch import Launch, recorded_launches
 
 
 class Recorder(TorchDispatchMode):
-    """Records kernels, and the memory of the tensors that are made under it and live.
+    """Records kernels, and the memory of live tensors that were created under it.
 
-    Tensors are let go as Python and autograd let them go, so that `peak` is what eager PyTorch would hold, without
-    what its allocator rounds up.
+    Tensors are freed as Python and autograd free them, so `peak` is that of eager PyTorch without its allocator's
+    rounding.
 
     Args:
         arch: compute capability.
-        sequences: equal spans of ragged attention.
+        sequences: equal segments of ragged attention.
     """
 
     def __init__(self, arch: int, sequences: int) -> None:
         super().__init__()
         self.arch, self.sequences = arch, sequences
         self.kernels: list[Kernel] = []
-        self.launches: list[Launch] = []  # of our own kernels, each kind once
+        self.launches: list[Launch] = []  # of our kernels, each kind once
         self.live = self.peak = 0
         self._kind: str | None = None
         self._alive: dict[int, int] = {}
@@ -53,12 +53,12 @@ class Recorder(TorchDispatchMode):
         return out
 
     def record(self, kernels: Sequence[Kernel]) -> None:
-        """Write down kernels in the class of the phase, if there is one."""
+        """Record kernels, in the class of `counted_as` if there is one."""
         self.kernels += kernels if self._kind is None else [k._replace(kind=self._kind) for k in kernels]
 
     @contextmanager
     def counted_as(self, kind: str) -> Iterator[None]:
-        """Within it everything belongs to one class."""
+        """Within it all kernels are of one class."""
         self._kind, before = kind, self._kind
         try:
             yield
@@ -66,11 +66,11 @@ class Recorder(TorchDispatchMode):
             self._kind = before
 
     def restart(self) -> None:
-        """Forget kernels and the peak; what lives, lives."""
+        """Forget kernels and the peak, but not live tensors."""
         self.kernels, self.peak = [], self.live
 
     def lived_with(self, transient: int) -> None:
-        """So much more was in use for a moment."""
+        """Account for memory that was in use temporarily, in bytes."""
         self.peak = max(self.peak, self.live + transient)
 
     def _hold(self, out: object) -> None:
@@ -91,7 +91,7 @@ class Recorder(TorchDispatchMode):
         key = (op, repr(pytree.tree_map_only(Tensor, _signature, (args, kwargs))))
         if key not in self._known:
             with unset_fake_temporarily(), recorded_launches(self.arch) as launches:
-                # What PyTorch does around the kernels is recorded as well.
+                # PyTorch operators around the kernels are recorded, too.
                 around = Recorder(self.arch, self.sequences)
                 meta_args, meta_kwargs = _meta((args, kwargs))
                 with around:
@@ -99,7 +99,7 @@ class Recorder(TorchDispatchMode):
             self.launches += launches
             kernels = [kernel_of_launch(launch) for launch in launches]
             if op in (torch.ops.fastmum.adamw_.default, torch.ops.fastmum.total_norm.default):
-                # Their tensors are addresses in a table.
+                # The kernels take their tensors by address.
                 moved = sum((1 + argument.is_write) * sum(map(nbytes, value)) for argument, value in _lists(op, args))
                 kernels = [kernel._replace(moved=moved // len(kernels)) for kernel in kernels]
             self._known[key] = [*kernels, *around.kernels]

@@ -14,9 +14,9 @@ from benchmarks.offline.steps import Batch, fastmum_cost, reference_cost
 from fastmum.model.config import ModelConfig
 
 SIDES = ("fastmum", "reference", "reference_compiled")
-# What is recorded, too: fastmum with its blocks compiled, as `model.compile=auto` has it and as several GPUs must.
+# Also recorded: fastmum with `model.compile=block`, which `auto` selects and several GPUs require.
 BLOCKS = "fastmum_block"
-RECORD = Path(__file__).with_name("record.json")  # tests hold the figures to it
+RECORD = Path(__file__).with_name("record.json")  # limits of the tests
 RECORDED = ("flops", "bytes", "launches", "peak_bytes", "predicted_ms")
 
 
@@ -35,7 +35,7 @@ def measure(
         batch: frames of a step.
         gpu: that it runs on.
         mode: what fastmum compiles, "full" or "block".
-        recompute: what it computes again in the backward pass, "mlp" or "none".
+        recompute: as `model.recompute`, "mlp" or "none".
         sides: some of `SIDES` and `BLOCKS`.
     """
     ways = {
@@ -48,7 +48,7 @@ def measure(
 
 
 def record(found: dict[str, dict[str, dict]]) -> None:
-    """Write summaries by GPU and side as what tests allow from now on."""
+    """Write summaries by GPU and side as the limits of the tests."""
     kept = {
         gpu: {side: {key: summary[key] for key in RECORDED} for side, summary in sides.items()}
         for gpu, sides in found.items()

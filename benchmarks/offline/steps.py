@@ -1,11 +1,10 @@
-"""The training steps that are costed: fastmum's, and the reference's, eager and compiled.
+"""The training steps: fastmum's, and the reference's, eager and compiled.
 
-All on fake tensors: weights, batch and gradients have shapes and no values. Attention is FlashAttention as PyTorch
-calls it on CUDA, within frames by `scaled_dot_product_attention` and across them by `varlen_attn` (backend `flash`).
+All tensors are fake. Attention is FlashAttention as PyTorch calls it on CUDA, within frames by
+`scaled_dot_product_attention` and across them by `varlen_attn` (backend `flash`).
 
-Memory is simulated: eager code holds what Python and autograd hold, a compiled graph what Inductor's planner lets live
-between its kernels; weights, masters, gradients and moments are in both. The allocator's rounding and cuBLAS's and
-Triton's workspaces are not counted.
+Memory is simulated: that of Python and autograd in eager code, and that of Inductor's planner in a compiled graph, with
+weights, masters, gradients and moments. The allocator's rounding and workspaces of cuBLAS and Triton are not counted.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from fastmum.model.inputs import check_frames
 from fastmum.model.masking import num_visible
 from fastmum.model.mum import GlobalAttention, MuM
 
-MAX_VIEWS = 24  # of the paper's run: what attention kernels launch for
+MAX_VIEWS = 24  # of the paper's run, for which attention kernels are launched
 MASK_RATIO = 0.75
 
 
@@ -70,7 +69,7 @@ class Batch(NamedTuple):
 
 
 def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompute: str = "mlp") -> Cost:
-    """fastmum's step between two lines of its log.
+    """fastmum's step, without logging.
 
     Args:
         config: sizes.
@@ -150,7 +149,7 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
                 _place(model)
                 decayed, plain = ([p for p in model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
                 groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-                # What `build_optimizer` of the reference is on CUDA, where torch chooses the foreach implementation.
+                # As `build_optimizer` of the reference on CUDA, where torch selects the foreach implementation.
                 optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=True)
                 shape = (batch.sequences, batch.views, 3, batch.side, batch.side)
                 frames = torch.empty(shape, dtype=torch.uint8)
@@ -182,7 +181,7 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
 def _compiled_step(
     function: Callable, args: tuple, model: nn.Module, update: Callable[[], None], recorder: Recorder
 ) -> Cost:
-    """A step whose loss is computed by one compiled region; what led to its arguments has been recorded."""
+    """A step whose loss is one compiled region; the preparation of its arguments is recorded already."""
     state = recorder.live
     region = compile_region(function, args, recorder)
     with recorder:
@@ -212,7 +211,7 @@ def _cost(recorder: Recorder, state: int, sources: dict[str, str]) -> Cost:
 
 
 def _give_gradients(model: nn.Module) -> None:
-    """What a compiled region leaves behind; they take no memory beyond its peak."""
+    """Gradients as a compiled region returns them; its peak includes their memory."""
     for p in model.parameters():
         p.grad = torch.empty_like(p)
 
@@ -245,7 +244,7 @@ def _in_triton(x: Tensor) -> bool:
 
 @contextmanager
 def _pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
-    """What asks for the device of a tensor is told what it would be told on that GPU."""
+    """Within it device queries are answered as on that GPU."""
     with (
         absent_gpu(gpu),
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _flash),

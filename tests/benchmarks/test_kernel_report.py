@@ -67,6 +67,26 @@ def test_the_number_of_frames_compiles_nothing_anew() -> None:
     assert len(set(found)) == 1
 
 
+OPTIMISER = """
+import json
+from benchmarks.kernel_report import __main__ as report
+from benchmarks.kernel_report.compiled import compile_launch
+cases = [case for case in report.cases() if case.name.startswith(("adamw", "total_norm squares"))]
+for case in cases:
+    made = compile_launch(report.record(case, 90), 90)
+    print(json.dumps([case.name, made.spills, made.vector_share(case.main)]))
+"""
+
+
+def test_the_optimiser_uses_wide_accesses() -> None:
+    """By a table of addresses, whose alignment the compiler cannot see."""
+    pytest.importorskip("triton")
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
+    result = subprocess.run([sys.executable, "-c", OPTIMISER], env=clean, capture_output=True, text=True)
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row[1:] for row in found] == 4 * [[0, 1.0]], result.stderr or found
+
+
 def small_cases() -> list[Case]:
     """Every kernel, on the CPU."""
     s, tokens = SMALL, 1 + SMALL.patches
