@@ -31,7 +31,7 @@ def test_quick_run_prints_a_summary(ran):
     out, _ = ran
     assert "sizes: quick: mum_tiny" in out
     assert "commit" in out
-    table = out[out.index("how many times faster") :]
+    table = out[out.index("speed-ups") :]
     assert "gather_tokens forward + backward" in table
     assert "reference / fastmum" in table
 
