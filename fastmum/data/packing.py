@@ -77,9 +77,8 @@ def fill_rank(frames_per_gpu: int, lengths: tuple[int, ...], single_share: float
     """
     least = max((PAPER_FRAMES, *lengths))
     smallest = next((n for n in range(least, frames_per_gpu) if frames_per_gpu % n == 0), frames_per_gpu)
-    fillings: list[Filling] = []
+    sizes, fillings = np.array([1, *lengths]), list[Filling]()
     for frames in dict.fromkeys([smallest, frames_per_gpu]):
-        sizes = np.array([1, *lengths])
         wanted = np.array([single_share, *(1 - single_share) * paper_shares(sizes[1:], frames)])
         for totals in _totals(frames, sizes[1:], single_share):
             fillings.append(_fill(frames, sizes, wanted, totals, level))
