@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedules. bfloat16 models keep the float32 weights in two halves.
+"""AdamW, averages of the weights, learning-rate schedules. bfloat16 models keep the float32 weights in two halves.
 
 Under autocast every step would cast every matrix to bfloat16 and every gradient back. Here the model holds the matrices
 in bfloat16 and their gradients are bfloat16. The optimizer holds the lower 16 bits of the float32 weight (the `rest`),
@@ -8,6 +8,7 @@ exact ties, one value of 131,072, which are rounded away from zero instead of to
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,14 +32,7 @@ GradientOf = Callable[[nn.Parameter], Tensor | None]
 
 
 class Weight(NamedTuple):
-    """A trainable weight.
-
-    Args:
-        name: in the model's `state_dict`.
-        parameter: what the model computes with.
-        rest: int16 lower half of the float32 weight of a bfloat16 parameter, else None.
-        lr_scale, weight_decay: of its group.
-    """
+    """A trainable weight; `rest` is the int16 lower half of the float32 weight of a bfloat16 parameter, else None."""
 
     name: str
     parameter: nn.Parameter
@@ -48,7 +42,7 @@ class Weight(NamedTuple):
 
     @property
     def stored(self) -> Tensor | Halves:
-        """The float32 weight as it lies in memory: a tensor or its halves."""
+        """The float32 weight in memory: a tensor or its halves."""
         parameter = self.parameter.detach()
         return parameter if self.rest is None else Halves(parameter, self.rest)
 
@@ -72,7 +66,6 @@ def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.d
 
     Args:
         model: in float32.
-        groups: of its parameters.
         dtype: torch.bfloat16 splits the weights into halves. torch.float32 changes nothing, as for models sharded by
             FSDP, which casts when it gathers.
 
@@ -116,11 +109,7 @@ def build_optimizer(
     dtype: torch.dtype = torch.float32,
     groups: Sequence[ParamGroup] | None = None,
 ) -> Optimizer:
-    """The optimizer of a model that computes with matrices of `dtype`.
-
-    Raises:
-        ConfigError: `optim.optimizer=apex`, but NVIDIA's Apex is not installed.
-    """
+    """The optimizer of a model with matrices of `dtype`; ConfigError if `optim.optimizer` cannot be used."""
     weights = split_weights(model, groups or default_groups(model, optim), dtype)
     if optim.optimizer == "apex":
         from fastmum.engine.apex import ApexAdamW, find_fused_adam
@@ -135,11 +124,7 @@ def own_gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 class Optimizer(ABC):
-    """What all implementations of AdamW share. Each process updates its own shards.
-
-    Args:
-        weights: of the model.
-        optim: settings.
+    """Base of the implementations of AdamW. Each process updates its own shards.
 
     Attributes:
         steps: 0-d float32 on the device, updates that were made.
@@ -175,43 +160,70 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
-        updates: dict[tuple, list[_Update]] = {}  # by what one call must have in common
+        # Local weight, gradient, moments and rest, by the settings that one call must have in common.
+        updates: dict[tuple, list[list[Tensor]]] = {}
         for w in self.weights:
             grad = gradient(w.parameter)
             if grad is not None:
-                exp_avg, exp_avg_sq = map(local, self.moments[w.name])
-                update = _Update(local(w.parameter.detach()), exp_avg, exp_avg_sq, grad, w.rest)
-                key = w.weight_decay, w.lr_scale, update.weight.dtype, grad.dtype
-                updates.setdefault(key, []).append(update)
+                rest = [] if w.rest is None else [w.rest]
+                tensors = [local(w.parameter.detach()), grad, *map(local, self.moments[w.name]), *rest]
+                key = w.weight_decay, w.lr_scale, tensors[0].dtype, grad.dtype, len(rest)
+                updates.setdefault(key, []).append(tensors)
         self.steps += 1 if found_inf is None else 1 - found_inf
         for (decay, lr_scale, *_), alike in updates.items():
-            for pieces in chunks([update.weight for update in alike]):
-                self._update([(piece, alike[piece.number]) for piece in pieces], rate * lr_scale, decay, found_inf)
-
-    def _update(self, pieces: list[tuple[Piece, _Update]], rate: float, decay: float, found_inf: Tensor | None) -> None:
-        adamw_(
-            [piece.of(update.weight) for piece, update in pieces],
-            [piece.of(update.gradient) for piece, update in pieces],
-            [piece.of(update.exp_avg) for piece, update in pieces],
-            [piece.of(update.exp_avg_sq) for piece, update in pieces],
-            [piece.of(update.rest) for piece, update in pieces if update.rest is not None],
-            self.steps,
-            lr=rate,
-            betas=(self.optim.betas[0], self.optim.betas[1]),
-            weight_decay=decay,
-            eps=self.optim.eps,
-            found_inf=found_inf,
-        )
+            for pieces in chunks([weight for weight, *_ in alike]):
+                parts = zip(*([piece.of(tensor) for tensor in alike[piece.number]] for piece in pieces), strict=True)
+                weights, grads, exp_avgs, exp_avg_sqs, *rests = map(list, parts)
+                adamw_(
+                    weights, grads, exp_avgs, exp_avg_sqs, rests[0] if rests else [], self.steps, lr=rate * lr_scale,
+                    betas=(self.optim.betas[0], self.optim.betas[1]), weight_decay=decay, eps=self.optim.eps,
+                    found_inf=found_inf,
+                )  # fmt: skip
 
 
-class _Update(NamedTuple):
-    """Local tensors of one weight."""
+class Ema:
+    """float32 exponential moving averages of the trainable weights (`train.ema`), sharded as they are.
 
-    weight: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    gradient: Tensor
-    rest: Tensor | None
+    Args:
+        weights: of the optimizer.
+        decay: share of the old average that a step keeps.
+    """
+
+    def __init__(self, weights: Sequence[Weight], decay: float) -> None:
+        self._weights, self._decay = weights, decay
+        self._averages = {w.name: _zeros_like(w.parameter) for w in weights}
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start again from the weights as they are."""
+        for w in self._weights:
+            self._averages[w.name].copy_(w.master)
+
+    @torch.no_grad()
+    def update(self, found_inf: Tensor) -> None:
+        """Average in the weights of a step; a skipped step (`found_inf` is 1) changes nothing."""
+        share = (1 - self._decay) * (1 - found_inf)
+        for w in self._weights:
+            local(self._averages[w.name]).lerp_(local(w.master), share)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Replace the parameters' values by the averages inside the block."""
+        with torch.no_grad():
+            kept = [local(w.parameter).clone() for w in self._weights]
+            for w in self._weights:
+                local(w.parameter).copy_(local(self._averages[w.name]))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for w, values in zip(self._weights, kept, strict=True):
+                    local(w.parameter).copy_(values)
+
+    def state(self) -> dict[str, Tensor]:
+        """Live averages by name, to save and to fill in place."""
+        return {f"ema.{name}": average for name, average in self._averages.items()}
 
 
 def _zeros_like(weight: Tensor) -> Tensor:
@@ -219,12 +231,7 @@ def _zeros_like(weight: Tensor) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """Elements [start, stop) of a tensor, in memory order.
-
-    Args:
-        tensor: its strides are those that related tensors must have.
-        number: of the tensor in its list.
-    """
+    """Elements [start, stop) of the tensor `number` of a list, in memory order."""
 
     tensor: Tensor
     start: int

@@ -19,17 +19,11 @@ NAME_WIDTH = 80  # of its first column
 
 
 class StepProfiler:
-    """Context manager around the training loop; call `step` after every step.
+    """Context manager around the training loop, which has done `start` steps; call `step` after every step.
 
-    After the window or the loop it writes `steps_<first>-<last>_rank_<rank>.json.gz`, a Chrome trace for
-    ui.perfetto.dev with ranges `ProfilerStep#<step>`, and `.txt`, a table by self time. If that fails, it warns.
-
-    Args:
-        window: steps to profile, counted from 1 (`ProfileSection.window`); empty: none.
-        folder: for the files.
-        device: on which the model trains.
-        start: steps done before the loop.
-        rank: of this process.
+    After the window (steps counted from 1) or the loop it writes `steps_<first>-<last>_rank_<rank>.json.gz`, a Chrome
+    trace for ui.perfetto.dev with ranges `ProfilerStep#<step>`, and `.txt`, a table by self time. If that fails, it
+    warns.
     """
 
     def __init__(self, window: range, folder: Path, device: torch.device, start: int = 0, rank: int = 0) -> None:
@@ -39,9 +33,9 @@ class StepProfiler:
 
     def __enter__(self) -> StepProfiler:
         window = self._window
-        if window and self._start >= window[-1]:
+        if self._start >= window[-1]:
             self._warn(f"the run resumes at step {self._start + 1}")
-        elif window:
+        else:
             # The step before the window warms up: the first events of a trace are slow.
             self._profile = profile(
                 activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])],
@@ -83,9 +77,8 @@ class StepProfiler:
             self._profile = None
 
     def _warn(self, reason: str) -> None:
-        log.warning(
-            "profile.steps is %s, but %s: nothing is profiled", _span(self._window[0], self._window[-1]), reason
-        )
+        steps = _span(self._window[0], self._window[-1])
+        log.warning("profile.steps is %s, but %s: nothing is profiled", steps, reason)
 
     def _write(self, recorded: profile) -> None:
         first = max(self._window[0], self._start + 1)

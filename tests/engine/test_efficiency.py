@@ -7,8 +7,8 @@ import torch
 
 from fastmum.config import load_config
 from fastmum.engine.distributed import DistContext
-from fastmum.engine.efficiency import PAPER_RUNS, Efficiency, paper_line
 from fastmum.engine.gpus import PEAKS, peak_flops
+from fastmum.engine.meter import PAPER_RUNS, Efficiency, paper_line
 from fastmum.model.config import PRESETS
 from fastmum.model.flops import step_flops
 from fastmum.tasks.mum import MuMBatch, MuMTask
@@ -20,7 +20,7 @@ TINY = PRESETS["mum_tiny"]
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("fastmum.engine.efficiency.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("fastmum.engine.meter.time.perf_counter", lambda: now[0])
     return now
 
 

@@ -12,7 +12,7 @@ from fastmum.engine.checkpoint.manifest import (
     find_checkpoints,
     set_aside_after,
 )
-from fastmum.engine.checkpoint.reader import CheckpointWeights, load_checkpoint, load_newest, read_weights
+from fastmum.engine.checkpoint.shards import CheckpointWeights, load_checkpoint, load_newest, read_weights
 from fastmum.engine.checkpoint.writer import Checkpoints
 
 __all__ = [

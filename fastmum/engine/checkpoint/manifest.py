@@ -64,12 +64,7 @@ class FileHash(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """Contents of the checkpoint in the folder `path`.
-
-    Args:
-        values: JSON dict that was passed to `Checkpoints.save`, with the key `model_config`.
-        tensors, files: by name, without the manifest.
-    """
+    """Contents of the checkpoint in the folder `path`; `values` were passed to `Checkpoints.save`."""
 
     path: Path
     step: int
@@ -79,9 +74,7 @@ class CheckpointManifest:
 
     def write(self) -> None:
         """Write and fsync the manifest."""
-        content = {
-            "format": FORMAT, "step": self.step, "values": self.values, "files": self.files, "tensors": self.tensors
-        }  # fmt: skip
+        content = {"format": FORMAT} | {n: getattr(self, n) for n in ("step", "values", "files", "tensors")}
         with open(self.path / MANIFEST, "w", encoding="utf-8") as file:
             file.write(_dump({"xxh3": _hash(content), "content": content}))
             file.flush()
