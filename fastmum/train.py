@@ -22,13 +22,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastmum.config.load import describe_keys, load_config, peek_task
 from fastmum.config.schema import ConfigError, EngineConfig
 from fastmum.engine.checkpoint import Checkpoints, set_aside_after
-from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, autocast, keep_freed_memory, pick_device, pick_precision
+from fastmum.engine.device import (
+    MATRIX_DTYPE,
+    REDUCE_DTYPE,
+    Prefetcher,
+    autocast,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+)
 from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.heartbeat import Heartbeat, PeerError
 from fastmum.engine.meter import Efficiency, Meter, paper_line
 from fastmum.engine.optimizer import Ema, build_optimizer, learning_rate
-from fastmum.engine.prefetcher import Prefetcher
 from fastmum.engine.resume import checkpoint_values, resume
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
@@ -179,7 +186,7 @@ def _train(config: EngineConfig, task: Task) -> int:
                         telemetry.pictures(done, pictures)
             if stopped or _due(done, config.train.checkpoint_every, steps):
                 with meter.paused():
-                    content = checkpoint_values(config, task, start.samples_per_step, efficiency.state())
+                    content = checkpoint_values(config, task, start.samples_per_step, efficiency.device_seconds())
                     checkpoints.save(done, state(), content, volatile=buffers)
             if done % config.train.collect_every == 0:
                 gc.collect()

@@ -1,7 +1,7 @@
 """Detects dead or hanging ranks: every rank writes a heartbeat to the shared store and checks those of the others.
 
-Without it, a collective operation waits for a dead rank until its timeout, minutes later. With it the other ranks exit
-within seconds and report which rank failed, its host and process, and its error where it could still write one.
+Without it, a collective operation waits for a dead rank for minutes. With it the other ranks exit within seconds and
+report which rank failed, its host and process, and its error where it could still write one.
 """
 
 from __future__ import annotations
@@ -35,12 +35,10 @@ class PeerError(FastmumError):
 class Heartbeat:
     """Context manager that sends heartbeats and checks those of the other ranks, in two threads.
 
-    It compares counts and monotonic clocks only, so setting a clock kills no run. A process that was suspended and
-    continues sees that the other counts moved on. A collective operation that fails inside the block because a rank
-    failed raises `PeerError`.
+    It compares counts and monotonic clocks only: setting a clock or suspending this process kills no run. A collective
+    operation that fails inside the block because a rank failed raises `PeerError`.
 
     Args:
-        world: of several processes.
         dead_after: seconds without a heartbeat after which a rank counts as dead.
         stop: called with one line after another rank failed; by default it is printed and this process exits with 2.
     """
@@ -57,10 +55,9 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         store, rank = self._store, self._world.rank
         store.set_timeout(STORE_TIMEOUT)
-        store.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
-        store.set(f"left/{rank}", "")
-        store.set(f"beat/{rank}", "0")
-        store.set("dead", "")
+        name = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
+        for key, value in {f"name/{rank}": name, f"left/{rank}": "", f"beat/{rank}": "0", "dead": ""}.items():
+            store.set(key, value)
         self._world.wait()  # all keys exist before any rank reads them
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._watch_ranks, self._watch_store)]
         for thread in self._threads:
@@ -85,10 +82,7 @@ class Heartbeat:
             raise PeerError(f"{failed}; the run continues from its last checkpoint") from error
 
     def failed_rank(self) -> str | None:
-        """One line about the failed rank, None if there is none; waits up to two times `dead_after`.
-
-        The error of a collective operation arrives before the missing heartbeat is detected.
-        """
+        """One line about the failed rank, None if there is none; waits up to two times `dead_after` to detect it."""
         self._handled.set()
         self._found.wait(2 * self._dead_after)
         return self._failed

@@ -25,8 +25,7 @@ class Meter:
         columns = sum(max(1, metric.size) for metric in self._metrics.values())
         # Sums and counts of this process: (2, columns).
         self._totals = torch.zeros(2, columns, dtype=torch.float64, device=world.device)
-        self._samples, self._seconds = 0, 0.0
-        self._began = time.perf_counter()
+        self._samples, self._seconds, self._began = 0, 0.0, time.perf_counter()
 
     def totals_of(self, output: StepOutput) -> Tensor:
         """Sums and counts of a micro-batch, (2, columns) float64."""
@@ -71,8 +70,7 @@ class Meter:
             start = stop
         seconds = self._seconds + time.perf_counter() - self._began
         self._totals.zero_()
-        self._samples, self._seconds = 0, 0.0
-        self._began = time.perf_counter()
+        self._samples, self._seconds, self._began = 0, 0.0, time.perf_counter()
         return means, seconds, round(samples), rest
 
     @contextlib.contextmanager
@@ -104,7 +102,7 @@ class Efficiency:
 
     Args:
         steps, start: of the whole run, and those done before this process.
-        device_seconds: `state()["device_seconds"]` of the resumed checkpoint.
+        device_seconds: of the resumed checkpoint.
     """
 
     def __init__(self, task: Task, precision: str, steps: int, start: int = 0, device_seconds: float = 0.0) -> None:
@@ -125,40 +123,34 @@ class Efficiency:
         """Numbers after `step` steps, from the seconds of training and samples of all processes since the last call.
 
         Returns:
-            <unit>_per_s, tokens_per_s: samples and tokens on all devices.
+            <unit>_per_s, tokens_per_s: of all devices.
             tflops: of the model on this process's device, in TFLOP/s.
             mfu: their share of the device's peak; None if that is unknown.
-            memory_gb: in GB of 10^9 bytes. CUDA: the most that torch allocated since the last call; CPU: resident
+            memory_gb: in GB of 10^9 bytes. CUDA: the peak that torch allocated since the last call; CPU: resident
                 memory of the process, None if the system does not report it.
             gpu_hours: of all devices since the run began, earlier processes and pauses included.
             gpu_hours_projected: of the whole run, at this process's mean pace without its first step, which compiles;
                 None until there is a second step.
         """
         rate, self._flops = self._flops / seconds, 0.0
-        hours = self._device_seconds() / 3600
-        tokens = self._task.tokens(samples)
+        hours, tokens = self.device_seconds() / 3600, self._task.tokens(samples)
+        counted, pace = step - self._start - 1, None
+        if self._first_step_done is not None and counted >= 1:
+            pace = (time.perf_counter() - self._first_step_done) / counted
         return {
             f"{self._task.samples.unit}_per_s": samples / seconds,
             **({"tokens_per_s": tokens / seconds} if tokens else {}),
             **({"tflops": rate / 1e12, "mfu": rate / self._peak if self._peak else None} if rate else {}),
             "memory_gb": _memory_gb(self._device),
             "gpu_hours": hours,
-            "gpu_hours_projected": self._projected(step, hours),
+            "gpu_hours_projected": None
+            if pace is None
+            else hours + (self._steps - step) * pace * self._world_size / 3600,
         }
 
-    def state(self) -> dict[str, float]:
-        """Seconds of all devices together, for a resumed run."""
-        return {"device_seconds": self._device_seconds()}
-
-    def _device_seconds(self) -> float:
+    def device_seconds(self) -> float:
+        """Seconds of all devices together since the run began."""
         return self._before + (time.perf_counter() - self._began) * self._world_size
-
-    def _projected(self, step: int, hours: float) -> float | None:
-        counted = step - self._start - 1
-        if self._first_step_done is None or counted < 1:
-            return None
-        pace = (time.perf_counter() - self._first_step_done) / counted
-        return hours + (self._steps - step) * pace * self._world_size / 3600
 
 
 def _peak(device: torch.device, precision: str) -> float | None:

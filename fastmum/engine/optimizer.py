@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastmum.config.schema import OptimSection
 from fastmum.engine.gradients import local
-from fastmum.engine.task import ParamGroup
+from fastmum.engine.task import ParamGroup, default_groups
 from fastmum.kernels.adamw import adamw_
 from fastmum.kernels.halves import Halves
 
@@ -53,24 +53,11 @@ class Weight(NamedTuple):
         return stored.join() if isinstance(stored, Halves) else stored
 
 
-def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:
-    """All trainable parameters in one group."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
-
-
 def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.dtype) -> list[Weight]:
-    """The trainable weights of a model, in its order; matrices and their biases become `dtype`, in place.
+    """The trainable weights of a float32 model, in its order; matrices and their biases become `dtype`, in place.
 
-    Frozen parameters stay as they are.
-
-    Args:
-        model: in float32.
-        dtype: torch.bfloat16 splits the weights into halves. torch.float32 changes nothing, as for models sharded by
-            FSDP, which casts when it gathers.
-
-    Raises:
-        ValueError: a trainable parameter in no group or in several, or a frozen one in a group.
+    torch.bfloat16 splits the weights into halves. torch.float32 changes nothing, as for models sharded by FSDP, which
+    casts when it gathers. ValueError: a trainable parameter in no group or in several, or a frozen one in a group.
     """
     group_of: dict[nn.Parameter, ParamGroup] = {}
     for group in groups:
@@ -104,11 +91,9 @@ def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.d
 
 
 def build_optimizer(
-    model: nn.Module,
-    optim: OptimSection,
-    dtype: torch.dtype = torch.float32,
+    model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32,
     groups: Sequence[ParamGroup] | None = None,
-) -> Optimizer:
+) -> Optimizer:  # fmt: skip
     """The optimizer of a model with matrices of `dtype`; ConfigError if `optim.optimizer` cannot be used."""
     weights = split_weights(model, groups or default_groups(model, optim), dtype)
     if optim.optimizer == "apex":
@@ -126,9 +111,8 @@ def own_gradient(parameter: nn.Parameter) -> Tensor | None:
 class Optimizer(ABC):
     """Base of the implementations of AdamW. Each process updates its own shards.
 
-    Attributes:
-        steps: 0-d float32 on the device, updates that were made.
-        moments: the two averages of every weight by name, in its layout and sharding.
+    `steps` counts the updates made, 0-d float32 on the device; `moments` has the two averages of every weight by name,
+    in its layout and sharding.
     """
 
     def __init__(self, weights: list[Weight], optim: OptimSection) -> None:
@@ -138,12 +122,9 @@ class Optimizer(ABC):
 
     @abstractmethod
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
-        """One update.
+        """One update at a learning rate, before the groups' scales; weights without a gradient are skipped.
 
-        Args:
-            rate: the learning rate, before the groups' scales.
-            gradient: of a parameter; those without one are skipped.
-            found_inf: 0-d float32 on the device; 1 skips the update, without a synchronisation.
+        `found_inf`, 0-d float32 on the device, skips the update if it is 1, without a synchronisation.
         """
 
     def state(self) -> dict[str, Tensor | Halves]:
@@ -182,12 +163,7 @@ class AdamW(Optimizer):
 
 
 class Ema:
-    """float32 exponential moving averages of the trainable weights (`train.ema`), sharded as they are.
-
-    Args:
-        weights: of the optimizer.
-        decay: share of the old average that a step keeps.
-    """
+    """float32 exponential moving averages of the trainable weights (`train.ema`), sharded as they are."""
 
     def __init__(self, weights: Sequence[Weight], decay: float) -> None:
         self._weights, self._decay = weights, decay
@@ -210,16 +186,15 @@ class Ema:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Replace the parameters' values by the averages inside the block."""
-        with torch.no_grad():
-            kept = [local(w.parameter).clone() for w in self._weights]
-            for w in self._weights:
-                local(w.parameter).copy_(local(self._averages[w.name]))
+        live = [local(w.parameter.detach()) for w in self._weights]
+        kept = [values.clone() for values in live]
+        for values, w in zip(live, self._weights, strict=True):
+            values.copy_(local(self._averages[w.name]))
         try:
             yield
         finally:
-            with torch.no_grad():
-                for w, values in zip(self._weights, kept, strict=True):
-                    local(w.parameter).copy_(values)
+            for values, before in zip(live, kept, strict=True):
+                values.copy_(before)
 
     def state(self) -> dict[str, Tensor]:
         """Live averages by name, to save and to fill in place."""
@@ -241,26 +216,24 @@ class Piece(NamedTuple):
     def of(self, like: Tensor) -> Tensor:
         """The same elements of another tensor with the same layout, (stop - start,)."""
         if like.stride() != self.tensor.stride():
-            raise RuntimeError(
-                f"strides {like.stride()} of a gradient or moment differ from {self.tensor.stride()} of its weight"
-            )
+            raise RuntimeError(f"a gradient or moment has strides {like.stride()}, its weight {self.tensor.stride()}")
         return like.as_strided((self.stop - self.start,), (1,), like.storage_offset() + self.start)
 
 
 def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
     """All elements of the tensors, in lists of pieces with `CHUNK` elements each; the last has fewer."""
     chunk: list[Piece] = []
+    room = 0
     for number, tensor in enumerate(tensors):
-        limit = CHUNK.get(tensor.device.type, CHUNK["cuda"])
         start = 0
         while start < tensor.numel():
-            room = limit - sum(piece.stop - piece.start for piece in chunk)
+            room = room or CHUNK.get(tensor.device.type, CHUNK["cuda"])
             stop = min(tensor.numel(), start + room)
             chunk.append(Piece(tensor, start, stop, number))
-            if room == stop - start:
+            start, room = stop, room - (stop - start)
+            if not room:
                 yield chunk
                 chunk = []
-            start = stop
     if chunk:
         yield chunk
 
@@ -275,8 +248,7 @@ def learning_rate(step: int, steps: int, optim: OptimSection, samples_per_step: 
     cosine: half a cosine down to `min_lr` (scaled like the peak); step: times `gamma` at each milestone; wsd: constant,
     then linear to `min_lr` over the last `decay_share` of all steps.
     """
-    scale = samples_per_step / BASE_SAMPLES
-    peak, least = optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * scale
+    peak, least = (optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * (samples_per_step / BASE_SAMPLES))
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     if optim.schedule == "step":

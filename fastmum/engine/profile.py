@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -13,9 +12,6 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from fastmum.files import atomic_path
 
 log = logging.getLogger(__name__)
-
-ROWS = 100  # of the table
-NAME_WIDTH = 80  # of its first column
 
 
 class StepProfiler:
@@ -32,17 +28,14 @@ class StepProfiler:
         self._cuda = device.type == "cuda"
 
     def __enter__(self) -> StepProfiler:
-        window = self._window
-        if self._start >= window[-1]:
+        if self._start >= self._window[-1]:
             self._warn(f"the run resumes at step {self._start + 1}")
-        else:
-            # The step before the window warms up: the first events of a trace are slow.
-            self._profile = profile(
-                activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])],
-                schedule=schedule(skip_first=window[0] - 1, wait=0, warmup=1, active=len(window), repeat=1),
-                on_trace_ready=self._write,
-            )
-            self._attempt(self._begin)
+            return self
+        # The step before the window warms up: the first events of a trace are slow.
+        steps = schedule(skip_first=self._window[0] - 1, wait=0, warmup=1, active=len(self._window), repeat=1)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._write)
+        self._attempt(self._begin)
         return self
 
     def step(self, done: int) -> None:
@@ -53,7 +46,7 @@ class StepProfiler:
             if done >= self._window[-1]:
                 self._stop()
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._profile and self._done < self._window[0]:
             self._warn(f"training ended after step {self._done}")
         self._stop()
@@ -89,7 +82,7 @@ class StepProfiler:
         by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            rows = recorded.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=NAME_WIDTH)
+            rows = recorded.key_averages().table(sort_by=by, row_limit=100, max_name_column_width=80)
             table.write_text(rows + "\n", encoding="utf-8")
             with atomic_path(path) as partial:
                 recorded.export_chrome_trace(str(partial))

@@ -21,10 +21,9 @@ from fastmum.data.decode import make_decoder
 from fastmum.data.loader import Loader
 from fastmum.data.plan import StepPlan, StepPlanner
 from fastmum.data.splits import DataSplits, open_splits
-from fastmum.engine.device import MATRIX_DTYPE
+from fastmum.engine.device import MATRIX_DTYPE, to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.fp8 import check_fp8, use_fp8
-from fastmum.engine.prefetcher import to_device
 from fastmum.engine.task import Metric, Samples, StepOutput, Task
 from fastmum.kernels import gather_patches
 from fastmum.model.compile import blocks_of, compile_model, eager

@@ -10,12 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastmum
 from fastmum.config import load_config
 from fastmum.data.build import build
-from fastmum.engine.device import MATRIX_DTYPE
+from fastmum.engine.device import MATRIX_DTYPE, Prefetcher
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.meter import Meter
 from fastmum.engine.optimizer import Ema, build_optimizer
-from fastmum.engine.prefetcher import Prefetcher
 from fastmum.engine.step import NonFiniteGuard, Step
 from fastmum.tasks.mum import MuMTask
 
@@ -29,7 +28,7 @@ ON_THE_PATH = {
     "step.py": set(),
     "meter.py": {"read"},
     "optimizer.py": set(),
-    "prefetcher.py": set(),
+    "device.py": set(),
     "gradients.py": set(),
 }
 CALLS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}

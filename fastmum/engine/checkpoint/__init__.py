@@ -16,15 +16,6 @@ from fastmum.engine.checkpoint.shards import CheckpointWeights, load_checkpoint,
 from fastmum.engine.checkpoint.writer import Checkpoints
 
 __all__ = [
-    "CheckpointError",
-    "CheckpointManifest",
-    "CheckpointWeights",
-    "Checkpoints",
-    "FoundCheckpoint",
-    "State",
-    "find_checkpoints",
-    "load_checkpoint",
-    "load_newest",
-    "read_weights",
-    "set_aside_after",
-]
+    "CheckpointError", "CheckpointManifest", "CheckpointWeights", "Checkpoints", "FoundCheckpoint", "State",
+    "find_checkpoints", "load_checkpoint", "load_newest", "read_weights", "set_aside_after",
+]  # fmt: skip

@@ -94,11 +94,8 @@ class CheckpointManifest:
         """Raise CheckpointError if names or shapes differ from the saved ones; dtypes are converted on load."""
         saved = {name: spec.shape for name, spec in self.tensors.items()}
         ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        wrong = [
-            f"{name} {saved.get(name, 'missing')} (expected: {ours.get(name, 'none')})"
-            for name in sorted(saved.keys() | ours.keys())
-            if saved.get(name) != ours.get(name)
-        ]
+        names = sorted(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
+        wrong = [f"{name} {saved.get(name, 'missing')} (expected: {ours.get(name, 'none')})" for name in names]
         if wrong:
             more = f" and {len(wrong) - MAX_NAMES} more" if len(wrong) > MAX_NAMES else ""
             raise CheckpointError(f"checkpoint '{self.path}' does not fit: {', '.join(wrong[:MAX_NAMES])}{more}")

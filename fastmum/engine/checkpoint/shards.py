@@ -150,33 +150,24 @@ def write_shards(path: Path, state: State, copies: Mapping[str, Tensor], ranks: 
     with _raise_checkpoint_error(ranks), torch.no_grad():
         dcp.save(
             {name: copy if isinstance(state[name], Halves) else state[name] for name, copy in copies.items()},
-            storage_writer=writer,
-            planner=_Planner(copies),
-            process_group=ranks.group,
-            no_dist=ranks.group is None,
-        )
+            storage_writer=writer, planner=_Planner(copies), process_group=ranks.group, no_dist=ranks.group is None,
+        )  # fmt: skip
     return files.written
 
 
 def read_shards(path: Path, state: State, ranks: Ranks) -> None:
     """Fill the tensors of `state`, sharded in any way, from a checkpoint."""
-    buffers = {
-        name: torch.empty_like(tensor.parameter, dtype=torch.float32, device="cpu")
-        if isinstance(tensor, Halves)
-        else tensor.detach()
-        for name, tensor in state.items()
-    }
+    halves = {name: tensor for name, tensor in state.items() if isinstance(tensor, Halves)}
+    whole = {n: torch.empty_like(h.parameter, dtype=torch.float32, device="cpu") for n, h in halves.items()}
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _raise_checkpoint_error(ranks), torch.no_grad():
         dcp.load(
-            buffers,
-            storage_reader=dcp.FileSystemReader(path),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=ranks.group,
+            whole | {name: tensor.detach() for name, tensor in state.items() if not isinstance(tensor, Halves)},
+            storage_reader=dcp.FileSystemReader(path), planner=planner, process_group=ranks.group,
             no_dist=ranks.group is None,
-        )
-        for name, tensor in state.items():
-            if isinstance(tensor, Halves):
-                tensor.fill_(buffers[name].to(tensor.parameter.device))
+        )  # fmt: skip
+        for name, tensor in halves.items():
+            tensor.fill_(whole[name].to(tensor.parameter.device))
 
 
 @contextlib.contextmanager
@@ -252,8 +243,7 @@ def load_checkpoint(
 def read_weights(path: Path, prefix: str = "model.") -> CheckpointWeights:
     """Read the tensors named `prefix`* of the newest intact checkpoint, in this process; the prefix is removed.
 
-    Args:
-        path: a checkpoint, a folder of checkpoints, or a run; CheckpointError if there is none.
+    `path` is a checkpoint, a folder of checkpoints, or a run; CheckpointError if there is none.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -295,11 +285,10 @@ def _newest(
 
 def _read(manifest: CheckpointManifest, state: State, ranks: Ranks) -> None:
     """Verify all files, each rank some of them, then fill `state`."""
-    own = sorted(manifest.files, key=lambda name: manifest.files[name].size)[ranks.rank :: ranks.size]
 
     def verify() -> None:
-        for name in own:
-            if damage := file_damage(manifest.path / name, manifest.files[name]):
+        for name, file in sorted(manifest.files.items(), key=lambda item: item[1].size)[ranks.rank :: ranks.size]:
+            if damage := file_damage(manifest.path / name, file):
                 raise CheckpointError(damage)
 
     try:

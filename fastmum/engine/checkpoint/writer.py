@@ -45,8 +45,7 @@ EXIT_TIMEOUT = 60.0  # seconds that a process which exits without `close` waits 
 class Snapshot:
     """The shards that one rank writes, copied into reused buffers.
 
-    Not DCP's `DefaultStager`: it stages replicated tensors on every rank, its stream does not wait for the last update
-    nor the next update's stream for it, and it cannot join halves.
+    DCP's `DefaultStager` stages replicated tensors on every rank, is not ordered with the updates, cannot join halves.
     """
 
     def __init__(self, rank: int, size: int) -> None:
@@ -60,7 +59,7 @@ class Snapshot:
         self._after: torch.cuda.Event | None = None  # the next update starts after this
 
     def allocate(self, state: State) -> None:
-        """Allocate and touch the buffers for a state before training: the first time is slow."""
+        """Allocate and touch the buffers for a state: the first time is slow."""
         self._allocate(own_shards(state, self._rank, self._size))
 
     @torch.no_grad()
