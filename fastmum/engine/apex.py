@@ -34,8 +34,7 @@ def find_fused_adam() -> type:
 class ApexAdamW(Optimizer):
     """AdamW by the class `fused_adam` in its capturable form, which reads rate and found_inf on the device.
 
-    Raises:
-        ConfigError: Apex has no CUDA extensions, or the model is not on a GPU.
+    ConfigError: Apex has no CUDA extensions, or the model is not on a GPU.
     """
 
     def __init__(self, weights: list[Weight], optim: OptimSection, fused_adam: type) -> None:
@@ -50,9 +49,8 @@ class ApexAdamW(Optimizer):
             for decay in sorted({w.weight_decay for w in self.weights})
         ]  # fmt: skip
         try:
-            self._apex = fused_adam(
-                groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, adam_w_mode=True, capturable=True
-            )
+            betas = tuple(optim.betas)
+            self._apex = fused_adam(groups, lr=0.0, betas=betas, eps=optim.eps, adam_w_mode=True, capturable=True)
         except RuntimeError as error:
             raise ConfigError(f"optim.optimizer is apex, but it cannot be used ({error}): {INSTALL}") from None
         for part, weight in zip(self._parts, self.weights, strict=True):

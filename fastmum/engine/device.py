@@ -98,12 +98,8 @@ class Prefetcher:
     def __init__(self, batches: Iterator[Any], device: torch.device) -> None:
         self.wait_seconds = 0.0
         self._source, self._device = batches, device
-        self._moved: Generator[Any, None, None] = (
-            self._ahead() if device.type == "cuda" else (to_device(batch, device) for batch in self._timed())
-        )
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._moved
+        on_cpu = (to_device(batch, device) for batch in self._timed())
+        self._moved: Generator[Any, None, None] = self._ahead() if device.type == "cuda" else on_cpu
 
     def __next__(self) -> Any:
         return next(self._moved)

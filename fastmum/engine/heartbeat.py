@@ -67,9 +67,12 @@ class Heartbeat:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         # gloo raises RuntimeError with its source path.
         collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-        failed = self.failed_rank() if collective and not isinstance(error, FastmumError) else None
-        self._closed.set()
+        failed = None
         self._handled.set()
+        if collective and not isinstance(error, FastmumError):
+            self._found.wait(2 * self._dead_after)  # the error arrives before the missing heartbeat is detected
+            failed = self._failed
+        self._closed.set()
         for thread in self._threads:
             thread.join(self._dead_after)  # it may wait for a store that never answers
         if self._failed is None:  # otherwise the others know, or the store is gone
@@ -80,12 +83,6 @@ class Heartbeat:
                 log.debug("the store is gone: %s", lost)
         if failed:
             raise PeerError(f"{failed}; the run continues from its last checkpoint") from error
-
-    def failed_rank(self) -> str | None:
-        """One line about the failed rank, None if there is none; waits up to two times `dead_after` to detect it."""
-        self._handled.set()
-        self._found.wait(2 * self._dead_after)
-        return self._failed
 
     def _watch_ranks(self) -> None:
         store, rank = self._store, self._world.rank

@@ -167,14 +167,7 @@ class Ema:
 
     def __init__(self, weights: Sequence[Weight], decay: float) -> None:
         self._weights, self._decay = weights, decay
-        self._averages = {w.name: _zeros_like(w.parameter) for w in weights}
-        self.restart()
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Start again from the weights as they are."""
-        for w in self._weights:
-            self._averages[w.name].copy_(w.master)
+        self._averages = {w.name: w.master.detach().clone() for w in weights}
 
     @torch.no_grad()
     def update(self, found_inf: Tensor) -> None:
@@ -248,7 +241,7 @@ def learning_rate(step: int, steps: int, optim: OptimSection, samples_per_step: 
     cosine: half a cosine down to `min_lr` (scaled like the peak); step: times `gamma` at each milestone; wsd: constant,
     then linear to `min_lr` over the last `decay_share` of all steps.
     """
-    peak, least = (optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * (samples_per_step / BASE_SAMPLES))
+    peak, least = optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * (samples_per_step / BASE_SAMPLES)
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     if optim.schedule == "step":

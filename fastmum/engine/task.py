@@ -33,8 +33,7 @@ class StepOutput(NamedTuple):
         loss_sum: 0-d, differentiable: the sum of all terms. The loss of a step is the sum over its micro-batches on
             all processes, divided by the sum of their weights.
         weight: number of terms in the sum (pixels, frames, ...): a float, or 0-d on the device.
-        step_weight: total weight of the step if it is known beforehand. The gradient is then scaled before the backward
-            pass instead of after it, which saves a pass over the gradients.
+        step_weight: total weight of the step if it is known beforehand, which saves a pass over the gradients.
         metrics: sum and count of each of the task's `metrics`, (size,) or 0-d each, detached.
     """
 
@@ -53,7 +52,7 @@ class ParamGroup:
         name: in the log: `grad_norm/<name>`, if there are several groups.
         lr_scale: factor of the learning rate.
         weight_decay: of parameters with two or more dimensions; biases, norms and other 1-D parameters do not decay.
-        clip: largest norm of the group's gradient; None: not clipped.
+        clip: largest norm of the gradient; None: not clipped.
     """
 
     parameters: list[nn.Parameter]

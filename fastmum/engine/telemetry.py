@@ -195,9 +195,8 @@ class WandbSink:
         try:
             import wandb  # an extra
         except ImportError:
-            raise ConfigError(
-                f"telemetry.wandb is '{project}', but the package wandb is not installed: pip install 'fastmum[wandb]'"
-            ) from None
+            key = f"telemetry.wandb is '{project}'"
+            raise ConfigError(f"{key}, but wandb is not installed: pip install 'fastmum[wandb]'") from None
         self._wandb = wandb
         self._run: Any = None
 

@@ -155,8 +155,7 @@ class Checkpoints:
 
     Args:
         folder: of the checkpoints; leftovers of a crash in it are deleted.
-        keep: number of newest checkpoints to keep.
-        keep_every: multiples of this step are kept too; 0: none.
+        keep, keep_every: number of newest checkpoints to keep; multiples of this step are kept too, 0: none.
         background: write while training continues; otherwise `save` returns when the checkpoint is published.
         group: used by nothing else.
     """
@@ -279,6 +278,5 @@ class Checkpoints:
 
 
 def _lower_priority() -> None:
-    """Let training use the processor first, without starving: on Linux, threads have their own nice values."""
-    with suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError):  # on Linux, threads have their own nice values
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
