@@ -42,7 +42,7 @@ class ApexAdamW(Optimizer):
         if self.steps.device.type != NEEDED:
             raise ConfigError("optim.optimizer is apex, which needs a CUDA device: take optim.optimizer=adamw")
         # Apex needs float32 weights: halves are joined during an update only.
-        self._parts = [_empty(self.steps) if w.rest is not None else local(w.master) for w in self.weights]
+        self._parts = [self.steps.new_empty(0) if w.rest is not None else local(w.master) for w in self.weights]
         groups = [
             {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if w.weight_decay == decay],
              "weight_decay": decay}
@@ -75,11 +75,7 @@ class ApexAdamW(Optimizer):
             part.grad = None
             if weight.rest is not None:
                 weight.stored.fill_(part)
-                part.data = _empty(self.steps)
-
-
-def _empty(like: Tensor) -> Tensor:
-    return like.new_empty(0)
+                part.data = self.steps.new_empty(0)
 
 
 class _FoundInf:

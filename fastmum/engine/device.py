@@ -66,8 +66,7 @@ def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.d
 def keep_freed_memory() -> bool:
     """Configure glibc to keep freed memory; returns False with other C libraries.
 
-    Gradients and activations are freed and allocated every step. Otherwise the system takes the pages back each time,
-    and clears them again on the next touch.
+    Otherwise the system takes the pages of gradients and activations back in every step, and clears them again.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -62,12 +62,10 @@ class DistContext(LaunchInfo):
         return None
 
     def wait(self) -> None:
-        """Barrier of all ranks."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def close(self) -> None:
-        """Destroy the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

@@ -76,7 +76,7 @@ class Heartbeat:
         for thread in self._threads:
             thread.join(self._dead_after)  # it may wait for a store that never answers
         if self._failed is None:  # otherwise the others know, or the store is gone
-            reason = DONE if error is None else f"{type(error).__name__}: {_first_line(error)}"
+            reason = DONE if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
             try:
                 self._store.set(f"left/{self._world.rank}", reason)
             except RuntimeError as lost:
@@ -98,7 +98,7 @@ class Heartbeat:
             except RuntimeError as error:
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > self._dead_after / 2:
-                    return self._report(f"{STORE} cannot be reached ({_first_line(error)})")
+                    return self._report(f"{STORE} cannot be reached ({str(error).partition(chr(10))[0]})")
                 continue
             failing_since, now = None, time.monotonic()
             self._answers += 1
@@ -131,10 +131,6 @@ class Heartbeat:
         # The main thread may have caught the error of its collective operation and report the failure itself.
         if not self._handled.wait(self._interval):
             self._stop(failed)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _exit(failed: str) -> None:

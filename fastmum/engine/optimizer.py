@@ -9,6 +9,7 @@ exact ties, one value of 131,072, which are rounded away from zero instead of to
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,7 +118,8 @@ class Optimizer(ABC):
 
     def __init__(self, weights: list[Weight], optim: OptimSection) -> None:
         self.weights, self.optim = weights, optim
-        self.moments = {w.name: (_zeros_like(w.parameter), _zeros_like(w.parameter)) for w in weights}
+        zeros = functools.partial(torch.zeros_like, dtype=torch.float32)
+        self.moments = {w.name: (zeros(w.parameter.detach()), zeros(w.parameter.detach())) for w in weights}
         self.steps = torch.zeros((), device=weights[0].parameter.device)
 
     @abstractmethod
@@ -192,10 +194,6 @@ class Ema:
     def state(self) -> dict[str, Tensor]:
         """Live averages by name, to save and to fill in place."""
         return {f"ema.{name}": average for name, average in self._averages.items()}
-
-
-def _zeros_like(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight.detach(), dtype=torch.float32)
 
 
 class Piece(NamedTuple):

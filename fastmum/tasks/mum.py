@@ -43,21 +43,13 @@ GAP, SEQUENCE_GAP = 4, 16  # pixels between pictures and between sequences
 
 
 class MuMBatch(NamedTuple):
-    """A micro-batch.
+    """A micro-batch of packed sequences."""
 
-    Args:
-        frames: (F, size, size, 3) uint8, packed sequences.
-        lengths: frames of every sequence.
-        noise: (F, P) float32, for the masks.
-        views: (F,) int64, length of the sequence that each frame belongs to.
-        step_frames: frames of the step over all processes.
-    """
-
-    frames: Tensor
-    lengths: tuple[int, ...]
-    noise: Tensor
-    views: Tensor
-    step_frames: int
+    frames: Tensor  # (F, size, size, 3) uint8
+    lengths: tuple[int, ...]  # frames of every sequence
+    noise: Tensor  # (F, P) float32, for the masks
+    views: Tensor  # (F,) int64, length of the sequence that each frame belongs to
+    step_frames: int  # frames of the step over all processes
 
 
 class MuMTask(Task):
