@@ -68,6 +68,7 @@ def run_main(rank: int, size: int, port: int, words: list[str], errors: str) -> 
 
 
 def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
+    import torch.distributed as dist
     from tiny_task import TinyTask
 
     from fastmum.config import load_config
@@ -81,4 +82,6 @@ def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
         task = TinyTask if "run.task=tiny" in words else find_task("mum")
         return train(load_config(None, words, task.Config), task)
     except ValueError as error:  # of configuration or data
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return f"{type(error).__name__}: {error}"
