@@ -43,7 +43,7 @@ def losses(run_dir):
     return [(r["step"], r["loss"], r.get("held_out_loss")) for r in read_metrics(run_dir / "metrics.jsonl")]
 
 
-def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
+def test_files_and_metrics_of_a_run(image_folder, tmp_path):
     run = tmp_path / "run"
     assert main(words(image_folder, run)) == 0
     records = read_metrics(run / "metrics.jsonl")
@@ -198,7 +198,7 @@ def test_too_many_bad_steps_stop_the_run_and_their_checkpoints_are_set_aside(ima
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("more", [(), ("data.frames_per_step=12",)], ids=["one batch", "two batches"])
-def test_a_bad_step_is_passed_over_and_counted(image_folder, tmp_path, monkeypatch, where, more):
+def test_a_bad_step_is_skipped_and_counted(image_folder, tmp_path, monkeypatch, where, more):
     """The weights after it are those of a run that had made no such update; the mean loss leaves it out."""
     bad, poison = 5, {"loss": lambda loss: loss * math.nan, "gradient": Poison.apply}[where]
     calls, loss = [], MuMTask.loss

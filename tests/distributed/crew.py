@@ -11,7 +11,7 @@ from processes import Pool
 
 PATIENCE = 120  # seconds that a run may take
 
-# A run of the smallest model there is; a step has 24 frames, in four parts.
+# The smallest model; a step has 24 frames in four micro-batches.
 SMALL = [
     "model.preset=mum_tiny", "model.embed_dim=32", "model.depth=1", "model.num_heads=2", "model.decoder_embed_dim=32",
     "model.decoder_depth=2", "model.decoder_num_heads=2", "data.image_size=32", "data.views=[2,3]",
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun would put into it; nothing for a single process."""
+    """Environment variables of torchrun; none for a single process."""
     if size == 1:
         return {}
     return {
@@ -45,7 +45,7 @@ class Crew(Pool):
         super().__init__(PATIENCE, _places)
 
     def train(self, size: int, words: Sequence[str]) -> list[int | str]:
-        """What `train` returned in each of so many processes, or the error's words."""
+        """Results of `train` in `size` processes, or the error."""
         return self.run(size, _train, free_port(), list(words))
 
 
