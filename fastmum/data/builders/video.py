@@ -15,7 +15,7 @@ import natsort
 from fastmum.data.builders.base import CHUNK_RULE, CHUNKED, Builder, Option, Options, chunks, images_in
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
-from fastmum.data.rules.chunks import CHUNK
+from fastmum.data.rules import CHUNK
 
 if TYPE_CHECKING:
     from PIL import Image
