@@ -1,4 +1,4 @@
-"""The predicted cost of the full-size step: within the record, which is within the goals; and what it is made of."""
+"""The predicted cost of the full-size step is within the record, and the record within the goals; its components."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from benchmarks.offline.operators import CHUNK, CHUNKS_A_LAUNCH, kernels_of, mul
 
 ROOT = Path(__file__).parents[2]
 RECORD = json.loads((ROOT / "benchmarks/offline/record.json").read_text())
-# 96 frames, bfloat16: what the project set out to reach.
+# Goals for 96 frames in bfloat16.
 BYTES, LAUNCHES = 95e9, 1_200
 MILLISECONDS = {"a100": 165, "h200": 56}
 CLEAN = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS", "FASTMUM_PRODUCTS")}
 
 
 def offline(*words: str) -> subprocess.CompletedProcess:
-    """In a process of its own, where Triton compiles instead of interpreting."""
+    """In a separate process, where Triton compiles instead of interpreting."""
     command = [sys.executable, "-m", "benchmarks.offline", *words]
     return subprocess.run(command, env=CLEAN, cwd=ROOT, capture_output=True, text=True)
 
@@ -42,7 +42,7 @@ def test_the_record_is_within_the_goals():
             assert ours["bytes"] <= BYTES
             assert ours["launches"] <= LAUNCHES
             assert ours["predicted_ms"] <= MILLISECONDS.get(gpu, float("inf"))
-        # Compiled block by block it holds a little more, 0.53 of the eager reference's.
+        # Compiled block by block the peak is 0.53 of the eager reference's.
         assert 2 * sides["fastmum"]["peak_bytes"] <= sides["reference"]["peak_bytes"]
 
 
@@ -50,7 +50,7 @@ def within_the_record(gpu: str, found: dict, side: str) -> None:
     recorded = RECORD[gpu][side]
     for key in ("flops", "bytes", "launches", "peak_bytes"):
         assert found[side][key] <= recorded[key], (
-            f"{key} of {side} on {gpu} are {found[side][key]}, {recorded[key]} are recorded: if that is on purpose, "
+            f"{key} of {side} on {gpu} are {found[side][key]}, {recorded[key]} are recorded: if intended, "
             "`python -m benchmarks.offline --record` records it"
         )
     assert found[side]["predicted_ms"] <= 1.0001 * recorded["predicted_ms"]

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.offline` where it cannot work, and its batch where only the frames are given."""
+"""`python -m benchmarks.offline` where it cannot run, and its default number of views."""
 
 import importlib.util
 import logging
