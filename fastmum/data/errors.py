@@ -13,6 +13,7 @@ from fastmum.errors import FastmumError
 
 OTHERS = (struct.error, DecompressionBombError)
 
+
 class DataError(FastmumError, ValueError):
     """Data that cannot be trained on; the message is one line for the user."""
 
