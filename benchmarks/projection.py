@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastmum.engine.efficiency import PAPER_RUNS, SOURCE
+from fastmum.engine.gpus import PAPER_RUNS, SOURCE
 from fastmum.errors import FastmumError
 
 STEPS = 500_000  # of the paper's run (supplement)

@@ -170,6 +170,23 @@ def test_any_numbers_can_be_drawn(values):
         assert drawing(Chart("t", [line], "y", **options)) is not None
 
 
+def test_axes():
+    points = [(0.0, 90.0), (50.0, 2.0), (100.0, 3.0)]
+
+    def ticks(scale=1.0, shift=0.0, **options):
+        line = Line("a", [(x, scale * y + shift) for x, y in points], "red")
+        texts = [text.strip() for text in drawing(Chart("t", [line], "y", **options)).itertext() if text.strip()]
+        return texts[texts.index("step") + 1 : texts.index("y")]
+
+    assert ticks() == ["0", "20", "40", "60", "80"]
+    assert ticks(settling=0.1) == ["2.00", "2.25", "2.50", "2.75", "3.00"]
+    assert [ticks(shift=900.0, from_zero=zero)[0] for zero in (False, True)] == ["900", "0"]
+    assert ticks(scale=-1.0, from_zero=True)[0] == "−80"
+    assert ticks(scale=0.01, percent=True)[-1] == "80%"
+    assert ticks(log=True) == ["2", "5", "10", "20", "50", "100"]
+    assert ticks(scale=0.0, counts=True, from_zero=True) == ["0", "1"]
+
+
 def test_several_runs_over_each_other(tmp_path):
     a = make_run(tmp_path / "a", [full(step) for step in range(2, 50, 2)], name="first", pictures=(2,))
     b = make_run(tmp_path / "b", [full(step) for step in range(2, 30, 2)], name="second")
