@@ -14,7 +14,6 @@ import numpy as np
 
 from fastmum.config.mum import Config
 from fastmum.data.build import NoSequenceError, build
-from fastmum.data.builders.scenes import rendered
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests, write_manifest
 from fastmum.data.plan import StepPlanner
@@ -147,6 +146,7 @@ def _made_from(manifest: Path, folder: Path, options: dict) -> bool:
 
 def _scenes_manifest(config: Config, out: Path) -> Path:
     # Rendering needs packages that own data does not.
+    from fastmum.data.builders.scenes import rendered
     from fastmum.scenes import ensure_scenes, scene_dirs
 
     scenes = config.data.scenes
