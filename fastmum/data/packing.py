@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.data.mixture import cumulative
-
 PAPER_FRAMES = 96  # per GPU (supplement)
 POOL = 4096  # batches in a pool, at most
 TRIALS = 16  # simulated per batch of a pool with level cost; 4 % of the batches of 96 frames are level
@@ -168,3 +166,9 @@ def _calibrate(frames: int, sizes: np.ndarray, batches: np.ndarray, wanted: np.n
         expected = p @ shares
         x[1:][occurs] += np.log(target[occurs] / expected[1:][occurs])
     return Filling(frames, sizes, batches, cumulative(p), expected, float(np.abs(expected - wanted).sum() / 2))
+
+
+def cumulative(chances: np.ndarray) -> np.ndarray:
+    """Cumulative probabilities that end in exactly 1, so that a uniform number in [0, 1) stays within the last one."""
+    total = chances.cumsum(axis=-1)
+    return total / total[..., -1:]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmum.data.crops import AREAS, ASPECTS, CORNER, CROP_WIDTH, crop_box, crop_boxes, draw_crops, whole_frames
+from fastmum.data.decode.image import AREAS, ASPECTS, CORNER, CROP_WIDTH, crop_box, crop_boxes, draw_crops, whole_frames
 
 
 def reference(crop, width, height):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastmum.data.errors import DataError
-from fastmum.data.faults import MIN_FRAMES, Faults
+from fastmum.data.loader import MIN_FRAMES, Faults
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 
 

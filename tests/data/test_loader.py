@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmum.data.crops import draw_crops, whole_frames
 from fastmum.data.decode import make_decoder
+from fastmum.data.decode.image import draw_crops, whole_frames
 from fastmum.data.errors import DataError
 from fastmum.data.loader import Batch, Loader, _InUse
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmum.data.errors import DataError
-from fastmum.data.mixture import Mixture, by_frames, by_weight
+from fastmum.data.plan import Mixture, by_frames, by_weight
 
 
 @given(

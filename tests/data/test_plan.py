@@ -8,7 +8,7 @@ from catalogue import Catalogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmum.data.crops import CROP_WIDTH
+from fastmum.data.decode.image import CROP_WIDTH
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord, write_manifest
 from fastmum.data.packing import paper_shares

@@ -18,9 +18,8 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
-from fastmum.data.crops import crop_box
-from fastmum.data.decode.image import UPRIGHT, FrameError, place, read_file, read_header, resize
-from fastmum.data.decode.pillow import Decoded, PillowDecoder
+from fastmum.data.decode import Decoded, PillowDecoder
+from fastmum.data.decode.image import UPRIGHT, FrameError, crop_box, place, read_file, read_header, resize
 
 GraphDevice = Literal["gpu", "cpu"]
 GraphOutput = Literal["regions", "frames"]

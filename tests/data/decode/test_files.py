@@ -11,9 +11,8 @@ import skimage.data
 import torch
 from PIL import Image
 
-from fastmum.data.crops import whole_frames
 from fastmum.data.decode import make_decoder
-from fastmum.data.decode.image import ORIENTATION
+from fastmum.data.decode.image import ORIENTATION, whole_frames
 
 KINDS = {
     "jpg": ["RGB", "L", "CMYK"],
