@@ -33,15 +33,10 @@ NAMED = 3  # files named in messages
 
 
 class Batch(NamedTuple):
-    """Decoded frames of a plan.
+    """Decoded frames of a plan."""
 
-    Args:
-        frames: (F, size, size, 3) uint8, sequence by sequence; on the GPU if the decoder works there.
-        lengths: frames of each sequence.
-    """
-
-    frames: Tensor
-    lengths: tuple[int, ...]
+    frames: Tensor  # (F, size, size, 3) uint8, sequence by sequence; on the GPU if the decoder works there
+    lengths: tuple[int, ...]  # frames of each sequence
 
 
 class Loader:
@@ -50,7 +45,6 @@ class Loader:
     Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches.
 
     Args:
-        decoder: decodes the frames of a plan.
         manifests: the plans' rows index these.
         workers: threads; each decodes a whole batch at a time.
         bad_frames: file that lists the frames that cannot be decoded.
@@ -58,20 +52,13 @@ class Loader:
 
     Attributes:
         wait_seconds: total time that callers of `batches` waited for a batch.
-        faults: the frames that cannot be decoded.
     """
 
     def __init__(
-        self,
-        decoder: Decoder,
-        manifests: Manifests,
-        workers: int,
-        bad_frames: Path | None = None,
-        held_out: np.ndarray | None = None,
-    ) -> None:
-        self.decoder = decoder
-        self.manifests = manifests
-        self.workers = workers
+        self, decoder: Decoder, manifests: Manifests, workers: int,
+        bad_frames: Path | None = None, held_out: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        self.decoder, self.manifests, self.workers = decoder, manifests, workers
         self.wait_seconds = 0.0
         self.faults = Faults(manifests, bad_frames, held_out)
 
@@ -114,13 +101,10 @@ class Loader:
         """
         frames, bad = self._decode(plan.rows, plan.crops, plan.flips)
         taken = set(plan.rows.tolist())
-        replaced = {}
         for i in bad:
-            replaced[i], row = self._replacement(plan, i, taken)
+            frames[i], row = self._replacement(plan, i, taken)
             taken.add(row)
-        for i, frame in replaced.items():
-            frames[i] = frame
-        if replaced and frames.is_cuda:
+        if bad and frames.is_cuda:
             torch.cuda.current_stream(frames.device).synchronize()  # training uses another stream
         return Batch(frames, tuple(plan.lengths.tolist()))
 
@@ -155,14 +139,10 @@ class Faults:
     ones must exceed 5 % by three standard errors. Fewer than 20 read frames never stop a run.
 
     Args:
-        manifests: the rows of frames index these.
         log_file: gets one line per bad frame: data set, file, reason. Lines of an earlier start of the run, or of other
-            processes, are counted and not repeated.
+            processes, are counted and not repeated. DataError if it cannot be read or written.
         held_out: (sequences,) bool; held-out and training sequences never replace each other. None: nothing is held
             out.
-
-    Raises:
-        DataError: the log cannot be read.
     """
 
     def __init__(self, manifests: Manifests, log_file: Path | None = None, held_out: np.ndarray | None = None) -> None:
@@ -199,11 +179,7 @@ class Faults:
             self._read += np.bincount(datasets, minlength=len(self._read))
 
     def add(self, row: int, file: Path, reason: str) -> None:
-        """Record a bad frame, which must have been passed to `read`.
-
-        Raises:
-            DataError: the log cannot be written.
-        """
+        """Record a bad frame, which must have been passed to `read`."""
         with self._lock:
             if row in self._bad:
                 return
@@ -259,24 +235,16 @@ class Faults:
 
 
 class _LogFile:
-    """Tab-separated bad frames, appended by several processes; lists each file of a data set once.
-
-    Attributes:
-        listed: data set and file of every line read or written so far.
-    """
+    """Tab-separated bad frames, appended by several processes; lists each file of a data set once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.listed: set[tuple[str, str]] = set()
+        self.listed: set[tuple[str, str]] = set()  # data set and file of every line read or written so far
         self._offset = 0
         self.update()
 
     def update(self) -> None:
-        """Read the lines that other processes appended.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
+        """Read the lines that other processes appended."""
         try:
             if self.path.is_file() and self.path.stat().st_size > self._offset:
                 with self._open("r") as file:
@@ -285,11 +253,7 @@ class _LogFile:
             raise DataError(f"'{self.path}' cannot be read ({error.strerror or error})") from None
 
     def write(self, dataset: str, file: Path, reason: str) -> None:
-        """Append a line, unless the file is listed.
-
-        Raises:
-            DataError: the file cannot be written.
-        """
+        """Append a line, unless the file is listed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._open("a+") as out:

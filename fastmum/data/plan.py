@@ -41,19 +41,12 @@ class Catalogue:
 
 
 class StepPlan(NamedTuple):
-    """What one rank decodes for one step, longest sequence first.
+    """What one rank decodes for one step, longest sequence first."""
 
-    Args:
-        rows: (F,) int64, rows of the manifests, sequence by sequence.
-        lengths: (n,) int64, frames of each sequence; they sum to F.
-        crops: (F, CROP_WIDTH) float32, for `crops.crop_boxes`.
-        flips: (F,) bool, mirror left to right.
-    """
-
-    rows: np.ndarray
-    lengths: np.ndarray
-    crops: np.ndarray
-    flips: np.ndarray
+    rows: np.ndarray  # (F,) int64, rows of the manifests, sequence by sequence
+    lengths: np.ndarray  # (n,) int64, frames of each sequence; they sum to F
+    crops: np.ndarray  # (F, CROP_WIDTH) float32, for `crop_boxes`
+    flips: np.ndarray  # (F,) bool, mirror left to right
 
 
 class StepPlanner:
@@ -61,7 +54,7 @@ class StepPlanner:
 
     Data sets whose sequences all have one frame (ImageNet) are the single images; without them their share is 0, and
     without sequences it is 1. Lengths that no sequence has, or that do not fit in a batch, are omitted, and the shares
-    of the others grow. `notes` report such deviations.
+    of the others grow. `notes` has one line per deviation from the settings.
 
     Args:
         manifests: paths of manifests, or open manifests.
@@ -71,15 +64,9 @@ class StepPlanner:
         views: fewest and most views of a sequence.
         imagenet_share: share of single images among frames; among batches in mode `paper`.
         mode: one of `MODES`.
-        seed: of the run.
-        world_size: number of ranks.
         crop_scale, crop_aspect: ranges of the random crop's share of the image area, and of width over height.
         flip: probability of a flip.
-        exclude: sequences never to draw from (held out).
-        only: sequences to draw from; None: all.
-
-    Attributes:
-        notes: one line per deviation from the settings.
+        exclude, only: sequences never to draw from, and sequences to draw from (None: all).
 
     Raises:
         DataError: settings that cannot be met, manifests that cannot be read.
@@ -104,10 +91,7 @@ class StepPlanner:
     ) -> None:
         _check(frames_per_gpu, views, imagenet_share, mode, seed, world_size)
         self.manifests: Any = Manifests(manifests) if isinstance(manifests, Sequence) else manifests
-        self.frames_per_gpu = frames_per_gpu
-        self.mode = mode
-        self.seed = seed
-        self.world_size = world_size
+        self.frames_per_gpu, self.mode, self.seed, self.world_size = frames_per_gpu, mode, seed, world_size
         self.crop_scale, self.crop_aspect, self.flip = crop_scale, crop_aspect, flip
 
         keep = np.full(len(self.manifests.starts) - 1, only is None)
@@ -225,10 +209,10 @@ def _check(frames_per_gpu: int, views: Sequence[int], share: float, mode: str, s
 class Mixture:
     """Data sets of sequences and of single images, and how often each is drawn.
 
+    Sequences are uniform among those with enough frames (supplement, "Sampling").
+
     Args:
-        manifests: `Manifests`, or a `plan.Catalogue`.
-        weights: of data sets by name, default 1; 0 excludes a data set.
-        views: fewest and most frames of a sequence.
+        manifests, weights, views: as in `StepPlanner`.
         keep: (n,) bool, sequences to draw from; None: all.
 
     Attributes:
@@ -236,9 +220,6 @@ class Mixture:
             that have a sequence of at least `views[0]` frames.
         eligible: (data sets, views[1] + 1) number of sequences with at least so many frames.
         notes: one line per data set that is not drawn according to its weight.
-
-    Raises:
-        DataError: invalid weights, an unknown name, nothing to draw from.
     """
 
     def __init__(
@@ -286,16 +267,12 @@ class Mixture:
         self.eligible = counts.cumsum(axis=1)[:, ::-1]
 
     def settle(self, sizes: np.ndarray, shares: np.ndarray, level: bool, drawn: bool = True) -> np.ndarray:
-        """Compute how often each data set is drawn for each length.
+        """Compute how often each data set is drawn for each length; returns its expected share of frames (multiple,).
 
         Args:
-            sizes: (n,) lengths that occur, ascending.
-            shares: (n,) expected share of each length among the frames of sequences.
+            sizes, shares: (n,) lengths that occur, ascending, and their expected shares of the frames of sequences.
             level: give every data set its weight of the frames (`by_frames`), not of the draws (`by_weight`).
             drawn: whether sequences are drawn at all; if not, `notes` do not report missed weights.
-
-        Returns:
-            (multiple,) expected share of each data set among the frames of sequences.
         """
         eligible = self.eligible[self.multiple][:, sizes].T > 0
         table = by_frames(self._weights, eligible, shares) if level else by_weight(self._weights, eligible)
@@ -321,11 +298,8 @@ class Mixture:
         singles = self.singles[(self._single_chances <= dataset[split:, None]).sum(axis=1)]
         sequences = self.sequences(np.concatenate([multiple, singles]), lengths, uniform)
         begins, ends = self._starts[sequences], self._starts[sequences + 1]
-        rows = [
-            begin + rng.choice(end - begin, size=length, replace=False)
-            for begin, end, length in zip(begins.tolist(), ends.tolist(), lengths.tolist(), strict=True)
-        ]
-        return np.concatenate(rows)
+        bounds = zip(begins.tolist(), ends.tolist(), lengths.tolist(), strict=True)
+        return np.concatenate([begin + rng.choice(end - begin, n, replace=False) for begin, end, n in bounds])
 
     def sequences(self, datasets: np.ndarray, lengths: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         """(n,) sequences of these data sets with at least these lengths, chosen by uniform numbers in [0, 1)."""
@@ -344,12 +318,8 @@ def by_frames(weights: np.ndarray, eligible: np.ndarray, shares: np.ndarray) -> 
 
     A data set of short sequences has no long ones, so it is drawn more often for short lengths: Sinkhorn's iteration
     finds the nearest such table to `by_weight`. If none exists, the shares of the lengths are exact and the weights
-    approximate.
-
-    Args:
-        weights: (data sets,) wanted share of frames of each, summing to 1.
-        eligible: (lengths, data sets) bool: it has sequences of this length; at least one in every row.
-        shares: (lengths,) share of frames in sequences of each length, summing to 1.
+    approximate. `weights` (data sets,) and `shares` (lengths,), the wanted shares of frames, each sum to 1; every row
+    of `eligible` (lengths, data sets) bool has a data set.
     """
     table = by_weight(weights, eligible)
     for _ in range(SINKHORN_STEPS):

@@ -36,15 +36,10 @@ INSTALL_DALI = "pip install 'fastmum[dali]'"
 
 
 class Decoded(NamedTuple):
-    """Decoded frames.
+    """Decoded frames."""
 
-    Args:
-        frames: (F, size, size, 3) uint8, RGB, contiguous, owned by the caller; complete if on a GPU.
-        bad: index and reason of every frame that cannot be decoded; the pixels of these frames are undefined.
-    """
-
-    frames: Tensor
-    bad: dict[int, str]
+    frames: Tensor  # (F, size, size, 3) uint8, RGB, contiguous, owned by the caller; complete if on a GPU
+    bad: dict[int, str]  # index and reason of every frame that cannot be decoded; the pixels of these are undefined
 
 
 class Decoder(Protocol):
@@ -71,7 +66,6 @@ class PillowDecoder:
     a frame must not depend on what was decoded before.
 
     Args:
-        size: side of a frame in pixels.
         cache_bytes: memory for decoded images, which are never evicted; further images are decoded each time.
         pin_memory: return page-locked memory, for asynchronous copies to a GPU.
     """
@@ -103,16 +97,13 @@ class PillowDecoder:
             if scalable or 3 * header.width * header.height > self._cache_room:
                 place(self._decode_region(header, crop, scalable), out, header.orientation, flip)
                 return
-            image = _Decompressed(np.array(rgb(header.image)), header.orientation, header.width, header.height)
-            self._keep(file, image)
+            image = _Decompressed(np.array(rgb(header.image)), *header[1:])
+            with self._lock:
+                if file not in self._cache and image.pixels.nbytes <= self._cache_room:
+                    self._cache_room -= image.pixels.nbytes
+                    self._cache[file] = image
         left, top, right, bottom = _box_in_file(crop, image)
         place(resize(image.pixels[top:bottom, left:right], self.size), out, image.orientation, flip)
-
-    def _keep(self, file: Path, image: _Decompressed) -> None:
-        with self._lock:
-            if file not in self._cache and image.pixels.nbytes <= self._cache_room:
-                self._cache_room -= image.pixels.nbytes
-                self._cache[file] = image
 
     def _decode_region(self, header: Header, crop: np.ndarray, scalable: bool) -> np.ndarray:
         box = _box_in_file(crop, header)
@@ -142,12 +133,11 @@ def _box_in_file(crop: np.ndarray, image: Header | _Decompressed) -> tuple[int, 
 
 
 def make_decoder(name: str, size: int, device: torch.device | str = "cpu", cache_bytes: int = 0) -> Decoder:
-    """Create a decoder.
+    """Create a decoder of frames of `size` x `size` pixels.
 
     Args:
         name: `dali` (on the GPU), `dali_cpu`, `pillow`, or `auto`: dali for a CUDA device where it is installed, else
             pillow.
-        size: side of a frame in pixels.
         device: where training runs; for a GPU, frames decoded on the CPU are page-locked.
         cache_bytes: memory for decoded images; only pillow has a cache.
 

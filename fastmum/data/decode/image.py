@@ -25,15 +25,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 ORIENTATION = 0x0112  # the EXIF tag
 # EXIF orientation -> the stored image is mirrored in x, mirrored in y, then its axes are swapped.
 _TO_UPRIGHT = {
-    1: (False, False, False),
-    2: (True, False, False),
-    3: (True, True, False),
-    4: (False, True, False),
-    5: (False, False, True),
-    6: (False, True, True),
-    7: (True, True, True),
-    8: (True, False, True),
-}
+    1: (False, False, False), 2: (True, False, False), 3: (True, True, False), 4: (False, True, False),
+    5: (False, False, True), 6: (False, True, True), 7: (True, True, True), 8: (True, False, True),
+}  # fmt: skip
 UPRIGHT = 1
 JPEG_SCALES = (8, 4, 2)  # JPEG's scaled decoding: 8 x 8 pixels become one, ...
 # Scaled decoding must leave this many pixels per pixel of the frame and side. With 2, frames differ from full decoding
@@ -54,17 +48,11 @@ class FrameError(Exception):
 
 
 class Header(NamedTuple):
-    """An image whose pixels have not been decoded.
-
-    Args:
-        image: opened by Pillow.
-        orientation: EXIF orientation, 1 (as stored) to 8.
-        width, height: of the upright image, in pixels.
-    """
+    """An image whose pixels have not been decoded."""
 
     image: Image.Image
-    orientation: int
-    width: int
+    orientation: int  # EXIF, 1 (as stored) to 8
+    width: int  # of the upright image, in pixels
     height: int
 
 
@@ -124,9 +112,7 @@ def draw_crops(
 ) -> np.ndarray:
     """Draw crops, (count, CROP_WIDTH) float32.
 
-    Args:
-        scale: range of the share of the image's area, uniform.
-        aspect: range of width over height, log-uniform.
+    `scale` is the range of the share of the image's area, uniform; `aspect` that of width over height, log-uniform.
     """
     crops = rng.random((count, CROP_WIDTH), dtype=np.float32)  # drawn as float32: rounding a float64 could give 1.0
     crops[:, AREAS] = scale[0] + (scale[1] - scale[0]) * crops[:, AREAS]
@@ -146,12 +132,9 @@ def whole_frames(count: int) -> np.ndarray:
 def crop_boxes(crops: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Boxes in pixels, (F, 4) int64: left, top, right, bottom; within the image and not empty.
 
-    Args:
-        crops: (F, CROP_WIDTH).
-        sizes: (F, 2) width and height of the upright images in pixels.
+    `crops` (F, CROP_WIDTH); `sizes` (F, 2), width and height of the upright images in pixels.
     """
-    crops = np.asarray(crops, np.float64)
-    sizes = np.asarray(sizes, np.float64)
+    crops, sizes = np.asarray(crops, np.float64), np.asarray(sizes, np.float64)
     side = np.sqrt(sizes.prod(1)[:, None] * crops[:, AREAS])
     stretch = np.sqrt(crops[:, ASPECTS])
     attempts = np.rint(np.stack([side * stretch, side / stretch], axis=2))  # (F, ATTEMPTS, 2)
