@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmum import load_pretrained
-from fastmum.export import ExportError, dinov3_folder, export
+from fastmum.export import ExportError, export, formats
 from fastmum.export.__main__ import main
 
 transformers = pytest.importorskip("transformers")
@@ -77,9 +77,9 @@ def test_force_replaces_an_earlier_export_and_nothing_else(folder, weights, tmp_
 
 
 def test_wrong_features_are_refused_and_transformers_is_optional(weights, monkeypatch):
-    right = dinov3_folder.dinov3_config
+    right = formats.dinov3_config
     with monkeypatch.context() as patch:
-        patch.setattr(dinov3_folder, "dinov3_config", lambda *sizes: right(*sizes) | {"layer_norm_eps": 0.1})
+        patch.setattr(formats, "dinov3_config", lambda *sizes: right(*sizes) | {"layer_norm_eps": 0.1})
         with pytest.raises(ExportError, match=r"transformers .* computes other features"):
             export(weights, "hf")
     assert [file.name for file in weights.parent.iterdir()] == ["weights.pth"]
