@@ -111,7 +111,6 @@ def test_failures_keep_the_existing_file(run, name, monkeypatch, capsys):
 def test_mistakes_are_one_line(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, message in (
-        ([str(tmp_path / "nothing")], f"'{tmp_path}/nothing' does not exist"),
         ([str(tmp_path / "empty")], f"no checkpoint in '{tmp_path}/empty'"),
         ([str(run), "--format", "none"], ", ".join(FORMATS)),
         ([str(run), "--out", str(run)], f"--out is '{run}'"),
@@ -127,10 +126,6 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert error.startswith("error: ")
         assert message in error
         assert error.count("\n") == 1
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"{name} " in text for name in FORMATS)
 
 
 def test_ema_weights(tmp_path, tiny, capsys, caplog):
@@ -155,15 +150,13 @@ def test_ema_weights(tmp_path, tiny, capsys, caplog):
 def test_checkpoints_of_something_else(tmp_path, tiny):
     writer = Checkpoints(tmp_path, keep=1)
     state, config = {f"model.{n}": tensor for n, tensor in tiny.state_dict().items()}, dataclasses.asdict(tiny.config)
+    damaged = state | {"model.cls_token": torch.zeros(1, 1, 31)}
     for step, (tensors, values, message) in enumerate((
         ({"model.weight": torch.zeros(3)}, {"model_config": {}}, "does not hold a MuM"),
         ({"model.encoder.weight": torch.zeros(3)}, {"task": "depth", "model_config": {"depth": 2}}, "task 'depth'"),
         (state, {"model_config": config | {"heads": 3}}, "one of a MuM is expected"),
         (state, {"model_config": {"depth": 0}}, "depth is 0"),
-        (
-            state | {"model.cls_token": torch.zeros(1, 1, 31)}, {"model_config": config},
-            r"cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)",
-        ),
+        (damaged, {"model_config": config}, r"cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)"),
     )):  # fmt: skip
         writer.save(step + 1, tensors, values)
         writer.wait()
