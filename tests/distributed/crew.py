@@ -68,6 +68,7 @@ def run_main(rank: int, size: int, port: int, words: list[str], errors: str) -> 
 
 
 def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
+    import torch.distributed as dist
     from tiny_task import TinyTask
 
     from fastmum.config import load_config
@@ -82,3 +83,6 @@ def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
         return train(load_config(None, words, task.Config), task)
     except ValueError as error:  # of configuration or data
         return f"{type(error).__name__}: {error}"
+    finally:
+        if dist.is_initialized():  # the run failed; the process goes on to the next
+            dist.destroy_process_group()
