@@ -45,7 +45,7 @@ def test_the_project_of_the_same_name_on_pypi(package):
 
 def test_a_namesake_that_cannot_be_imported(package):
     package(__init__="import a_web_framework_that_is_not_there")
-    with pytest.raises(ConfigError, match="not NVIDIA's: .*a_web_framework_that_is_not_there"):
+    with pytest.raises(ConfigError, match=r"not NVIDIA's: .*a_web_framework_that_is_not_there"):
         find_fused_adam()
 
 
