@@ -7,8 +7,7 @@ from benchmarks.sizes import Sizes
 from benchmarks.synthetic_scene import draw_scene, write_binary_model
 from fastmum.data.build import build
 from fastmum.data.colmap import read_model
-from fastmum.data.rules.chains import angle_chains, nearest_of_anchor, overlap_chains
-from fastmum.data.rules.overlap import count_shared
+from fastmum.data.rules import angle_chains, count_shared, nearest_of_anchor, overlap_chains
 
 
 @pytest.fixture(scope="module")

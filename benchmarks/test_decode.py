@@ -15,8 +15,8 @@ from benchmarks.duel import Duel, rotated
 from benchmarks.reference import image_loader
 from benchmarks.reference.step import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.results import FASTMUM, REFERENCE
-from fastmum.data.crops import crop_box, draw_crops
 from fastmum.data.decode import make_decoder
+from fastmum.data.decode.image import crop_box, draw_crops
 from fastmum.data.loader import Loader
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlan

@@ -36,7 +36,8 @@ from fastmum.engine.gradients import Gradients
 from fastmum.engine.heartbeat import Heartbeat, PeerError
 from fastmum.engine.meter import Efficiency, Meter, paper_line
 from fastmum.engine.optimizer import Ema, build_optimizer, learning_rate
-from fastmum.engine.rundir import RunDir, checkpoint_values, resume
+from fastmum.engine.resume import checkpoint_values, resume
+from fastmum.engine.rundir import RunDir
 from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task

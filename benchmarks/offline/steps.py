@@ -64,7 +64,7 @@ class Batch(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """Of the batch."""
+        """Number of sequences."""
         return self.frames // self.views
 
 

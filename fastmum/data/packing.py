@@ -17,8 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.data.mixture import cumulative
-
 PAPER_FRAMES = 96  # per GPU (supplement)
 POOL = 4096  # batches in a pool, at most
 TRIALS = 16  # simulated per batch of a pool with level cost; 4 % of the batches of 96 frames are level
@@ -35,23 +33,14 @@ def paper_shares(sizes: np.ndarray, frames: int) -> np.ndarray:
 
 
 class Filling(NamedTuple):
-    """How units are filled. Column 0 stands for single images, the others for the n lengths of sequences, ascending.
+    """How units are filled. Column 0 stands for single images, the others for the n lengths of sequences, ascending."""
 
-    Args:
-        frames: of a unit.
-        sizes: (1 + n,) frames of one image or sequence.
-        counts: (batches, 1 + n) numbers of each in the batches of the pool.
-        cumulative: (batches,) cumulative probabilities of the batches.
-        shares: (1 + n,) expected shares of frames.
-        distance: total variation between `shares` and the wanted ones.
-    """
-
-    frames: int
-    sizes: np.ndarray
-    counts: np.ndarray
-    cumulative: np.ndarray
-    shares: np.ndarray
-    distance: float
+    frames: int  # of a unit
+    sizes: np.ndarray  # (1 + n,) frames of one image or sequence
+    counts: np.ndarray  # (batches, 1 + n) numbers of each in the batches of the pool
+    cumulative: np.ndarray  # (batches,) cumulative probabilities of the batches
+    shares: np.ndarray  # (1 + n,) expected shares of frames
+    distance: float  # total variation between `shares` and the wanted ones
 
     def draw(self, rng: np.random.Generator) -> tuple[np.ndarray, int]:
         """Lengths of a unit's sequences (k,) int64, and the number of single images."""
@@ -67,7 +56,6 @@ def fill_rank(frames_per_gpu: int, lengths: tuple[int, ...], single_share: float
     the cost of a level batch of 96 frames. The result depends only on the arguments.
 
     Args:
-        frames_per_gpu: frames of a rank.
         lengths: of sequences, ascending, none longer than `frames_per_gpu`.
         single_share: wanted share of single images among all frames.
         level: reject batches whose cost differs from the mean, as strictly as the shares allow.
@@ -168,3 +156,9 @@ def _calibrate(frames: int, sizes: np.ndarray, batches: np.ndarray, wanted: np.n
         expected = p @ shares
         x[1:][occurs] += np.log(target[occurs] / expected[1:][occurs])
     return Filling(frames, sizes, batches, cumulative(p), expected, float(np.abs(expected - wanted).sum() / 2))
+
+
+def cumulative(chances: np.ndarray) -> np.ndarray:
+    """Cumulative probabilities that end in exactly 1, so that a uniform number in [0, 1) stays within the last one."""
+    total = chances.cumsum(axis=-1)
+    return total / total[..., -1:]

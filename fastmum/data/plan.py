@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastmum.data.crops import draw_crops
+from fastmum.data.decode.image import draw_crops
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
-from fastmum.data.mixture import Mixture
-from fastmum.data.packing import PAPER_FRAMES, SHARES_MISSED, fill_rank, paper_shares
+from fastmum.data.packing import PAPER_FRAMES, SHARES_MISSED, cumulative, fill_rank, paper_shares
 
 MODES = ("packed", "balanced", "paper")
+SINKHORN_STEPS = 2000
+SINKHORN_TOLERANCE = 1e-9
+WEIGHT_MISSED = 0.01  # relative; `notes` report a data set whose share of frames differs more from its weight
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,12 @@ class Catalogue:
 
 
 class StepPlan(NamedTuple):
-    """What one rank decodes for one step, longest sequence first.
+    """What one rank decodes for one step, longest sequence first."""
 
-    Args:
-        rows: (F,) int64, rows of the manifests, sequence by sequence.
-        lengths: (n,) int64, frames of each sequence; they sum to F.
-        crops: (F, CROP_WIDTH) float32, for `crops.crop_boxes`.
-        flips: (F,) bool, mirror left to right.
-    """
-
-    rows: np.ndarray
-    lengths: np.ndarray
-    crops: np.ndarray
-    flips: np.ndarray
+    rows: np.ndarray  # (F,) int64, rows of the manifests, sequence by sequence
+    lengths: np.ndarray  # (n,) int64, frames of each sequence; they sum to F
+    crops: np.ndarray  # (F, CROP_WIDTH) float32, for `crop_boxes`
+    flips: np.ndarray  # (F,) bool, mirror left to right
 
 
 class StepPlanner:
@@ -59,7 +54,7 @@ class StepPlanner:
 
     Data sets whose sequences all have one frame (ImageNet) are the single images; without them their share is 0, and
     without sequences it is 1. Lengths that no sequence has, or that do not fit in a batch, are omitted, and the shares
-    of the others grow. `notes` report such deviations.
+    of the others grow. `notes` has one line per deviation from the settings.
 
     Args:
         manifests: paths of manifests, or open manifests.
@@ -69,15 +64,9 @@ class StepPlanner:
         views: fewest and most views of a sequence.
         imagenet_share: share of single images among frames; among batches in mode `paper`.
         mode: one of `MODES`.
-        seed: of the run.
-        world_size: number of ranks.
         crop_scale, crop_aspect: ranges of the random crop's share of the image area, and of width over height.
         flip: probability of a flip.
-        exclude: sequences never to draw from (held out).
-        only: sequences to draw from; None: all.
-
-    Attributes:
-        notes: one line per deviation from the settings.
+        exclude, only: sequences never to draw from, and sequences to draw from (None: all).
 
     Raises:
         DataError: settings that cannot be met, manifests that cannot be read.
@@ -102,10 +91,7 @@ class StepPlanner:
     ) -> None:
         _check(frames_per_gpu, views, imagenet_share, mode, seed, world_size)
         self.manifests: Any = Manifests(manifests) if isinstance(manifests, Sequence) else manifests
-        self.frames_per_gpu = frames_per_gpu
-        self.mode = mode
-        self.seed = seed
-        self.world_size = world_size
+        self.frames_per_gpu, self.mode, self.seed, self.world_size = frames_per_gpu, mode, seed, world_size
         self.crop_scale, self.crop_aspect, self.flip = crop_scale, crop_aspect, flip
 
         keep = np.full(len(self.manifests.starts) - 1, only is None)
@@ -218,3 +204,128 @@ def _check(frames_per_gpu: int, views: Sequence[int], share: float, mode: str, s
     ):
         if not valid:
             raise DataError(f"{key} is {value}, but must be {allowed}")
+
+
+class Mixture:
+    """Data sets of sequences and of single images, and how often each is drawn.
+
+    Sequences are uniform among those with enough frames (supplement, "Sampling").
+
+    Args:
+        manifests, weights, views: as in `StepPlanner`.
+        keep: (n,) bool, sequences to draw from; None: all.
+
+    Attributes:
+        singles, multiple: (k,) data sets of single images, all of whose sequences have one frame; the other data sets
+            that have a sequence of at least `views[0]` frames.
+        eligible: (data sets, views[1] + 1) number of sequences with at least so many frames.
+        notes: one line per data set that is not drawn according to its weight.
+    """
+
+    def __init__(
+        self,
+        manifests: Any,
+        weights: Mapping[str, float] | None,
+        views: tuple[int, int],
+        keep: np.ndarray | None = None,
+    ) -> None:
+        self._names, self._starts = manifests.datasets, manifests.starts
+        self.notes: list[str] = []
+        self._sort_sequences(manifests.dataset_of, max(views[1], 2), keep)
+        weights = weights or {}
+        for name, weight in weights.items():
+            if name not in self._names:
+                raise DataError(f"data.weights names '{name}', but the data sets are {', '.join(self._names)}")
+            if not 0 <= weight < np.inf:
+                raise DataError(f"data.weights.{name} is {weight}, but must be a finite number of at least 0")
+        given = np.array([weights.get(name, 1.0) for name in self._names])
+        if not given.any():
+            raise DataError("data.weights is 0 for every data set, so there is nothing to draw from; raise one of them")
+        used = (given > 0) & (self.eligible[:, 1] > 0)
+        single, long_enough = used & (self.eligible[:, 2] == 0), self.eligible[:, views[0]] > 0
+        for i in np.flatnonzero(used & ~single & ~long_enough).tolist():
+            self.notes.append(
+                f"data set '{self._names[i]}' is never drawn: no sequence of {views[0]} frames (data.views)"
+            )
+        self.singles, self.multiple = np.flatnonzero(single), np.flatnonzero(used & ~single & long_enough)
+        if not len(self.singles) + len(self.multiple):
+            raise DataError(f"there is no sequence of at least {views[0]} frames (data.views) to draw from")
+        self._single_chances = cumulative(given[self.singles])
+        self._weights = given[self.multiple] / given[self.multiple].sum()
+
+    def _sort_sequences(self, dataset_of: np.ndarray, longest: int, keep: np.ndarray | None) -> None:
+        """Sort by data set and length, longest first, so that the eligible sequences of a data set are a prefix."""
+        sets, levels = len(self._names), longest + 1  # lengths above `longest` count as this
+        key = np.asarray(dataset_of).astype(np.int32) * levels + (longest - np.minimum(np.diff(self._starts), longest))
+        if keep is not None:
+            key = np.where(keep, key, sets * levels)
+        if sets * levels < 2**15:
+            key = key.astype(np.int16)  # radix sort
+        counts = np.bincount(key, minlength=sets * levels)[: sets * levels].reshape(sets, levels)
+        self._order = np.argsort(key, kind="stable")[: counts.sum()].astype(np.int32)
+        self._first = np.concatenate([[0], counts.sum(axis=1).cumsum()[:-1]])
+        self.eligible = counts.cumsum(axis=1)[:, ::-1]
+
+    def settle(self, sizes: np.ndarray, shares: np.ndarray, level: bool, drawn: bool = True) -> np.ndarray:
+        """Compute how often each data set is drawn for each length; returns its expected share of frames (multiple,).
+
+        Args:
+            sizes, shares: (n,) lengths that occur, ascending, and their expected shares of the frames of sequences.
+            level: give every data set its weight of the frames (`by_frames`), not of the draws (`by_weight`).
+            drawn: whether sequences are drawn at all; if not, `notes` do not report missed weights.
+        """
+        eligible = self.eligible[self.multiple][:, sizes].T > 0
+        table = by_frames(self._weights, eligible, shares) if level else by_weight(self._weights, eligible)
+        self._sizes, self._chances = sizes, cumulative(table)
+        got = shares @ table
+        for i, share, weight in zip(self.multiple.tolist(), got, self._weights, strict=True):
+            if drawn and len(sizes) and abs(share - weight) > WEIGHT_MISSED * weight:
+                self.notes.append(
+                    f"data set '{self._names[i]}' gets {share:.1%} of the frames of sequences and not {weight:.1%} as "
+                    "its weight says: many of its sequences are short"
+                )
+        return got
+
+    def draw(self, lengths: np.ndarray, num_singles: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows of frames (sum of lengths,) of sequences of these lengths (n,), the last `num_singles` single images.
+
+        Frames are drawn without replacement within each sequence, in random order.
+        """
+        split = len(lengths) - num_singles
+        dataset, uniform = rng.random((2, len(lengths)))
+        chances = self._chances[np.searchsorted(self._sizes, lengths[:split])]
+        multiple = self.multiple[(chances <= dataset[:split, None]).sum(axis=1)]
+        singles = self.singles[(self._single_chances <= dataset[split:, None]).sum(axis=1)]
+        sequences = self.sequences(np.concatenate([multiple, singles]), lengths, uniform)
+        begins, ends = self._starts[sequences], self._starts[sequences + 1]
+        bounds = zip(begins.tolist(), ends.tolist(), lengths.tolist(), strict=True)
+        return np.concatenate([begin + rng.choice(end - begin, n, replace=False) for begin, end, n in bounds])
+
+    def sequences(self, datasets: np.ndarray, lengths: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """(n,) sequences of these data sets with at least these lengths, chosen by uniform numbers in [0, 1)."""
+        place = (uniform * self.eligible[datasets, lengths]).astype(np.int64)
+        return self._order[self._first[datasets] + place]
+
+
+def by_weight(weights: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+    """(lengths, data sets) probabilities of the data sets for each length: the weights of the eligible ones."""
+    table = np.where(eligible, weights, 0.0)
+    return table / table.sum(axis=1, keepdims=True)
+
+
+def by_frames(weights: np.ndarray, eligible: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """(lengths, data sets) probabilities that give every data set its weight of the frames.
+
+    A data set of short sequences has no long ones, so it is drawn more often for short lengths: Sinkhorn's iteration
+    finds the nearest such table to `by_weight`. If none exists, the shares of the lengths are exact and the weights
+    approximate. `weights` (data sets,) and `shares` (lengths,), the wanted shares of frames, each sum to 1; every row
+    of `eligible` (lengths, data sets) bool has a data set.
+    """
+    table = by_weight(weights, eligible)
+    for _ in range(SINKHORN_STEPS):
+        got = shares @ table
+        if np.abs(got - weights).max(initial=0) < SINKHORN_TOLERANCE:
+            break
+        table *= weights / np.where(got > 0, got, 1.0)
+        table /= table.sum(axis=1, keepdims=True)
+    return table

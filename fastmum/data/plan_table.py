@@ -26,10 +26,10 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class PlanCost(NamedTuple):
-    """Floating-point operations of a training step: per frame, and per pair of frames of a sequence (attention)."""
+    """Floating-point operations of a training step."""
 
     frame: float
-    pair: float
+    pair: float  # of frames of a sequence (attention)
 
 
 class Row(NamedTuple):
@@ -58,21 +58,14 @@ def draw(planner: StepPlanner, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(
-    ranks: tuple[int, ...],
-    steps: int,
-    cost: PlanCost,
-    frames_per_gpu: int = PAPER_FRAMES,
-    views: tuple[int, int] = (2, 24),
-    imagenet_share: float = 0.1,
-    seed: int = 0,
-) -> list[Row]:
+    ranks: tuple[int, ...], steps: int, cost: PlanCost, frames_per_gpu: int = PAPER_FRAMES,
+    views: tuple[int, int] = (2, 24), imagenet_share: float = 0.1,
+) -> list[Row]:  # fmt: skip
     """Rows for every number of ranks and every mode, the paper's first."""
     longest = max(views[1], 2)
     sequences = Catalogue(("sequences", "images"), np.array([0, longest, longest + 1]), np.array([0, 1]))
-    drawn = {
-        mode: draw(StepPlanner(sequences, None, frames_per_gpu, views, imagenet_share, mode, seed, max(ranks)), steps)
-        for mode in MODES
-    }
+    settings = sequences, None, frames_per_gpu, views, imagenet_share
+    drawn = {mode: draw(StepPlanner(*settings, mode, world_size=max(ranks)), steps) for mode in MODES}
     rows = []
     for count in ranks:
         paper = None
@@ -102,9 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _print_table(args: argparse.Namespace) -> None:
     cost = operations(PRESETS[args.preset])
     rows = table(tuple(args.ranks), args.steps, cost, args.frames_per_gpu, tuple(args.views), args.imagenet_share)
-    print(
-        f"A step: {cost.frame / 1e9:.1f} GFLOP per frame and {cost.pair / 1e9:.2f} per pair of frames of a sequence.\n"
-    )
+    figures = f"{cost.frame / 1e9:.1f} GFLOP per frame and {cost.pair / 1e9:.2f} per pair of frames of a sequence"
+    print(f"A step: {figures}.\n")
     print("| ranks | mode | frames filled | attention, costliest rank / mean | frames/s, paper = 1 |")
     print("|---|---|---|---|---|")
     for row in rows:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -13,10 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmum.config.mum import Config
-from fastmum.data.build import NoSequenceError, build
-from fastmum.data.builders.scenes import rendered
-from fastmum.data.errors import DataError
-from fastmum.data.manifest import Manifest, Manifests, write_manifest
+from fastmum.data.depth import DepthFormat
+from fastmum.data.errors import DataError, reading
+from fastmum.data.manifest import Manifest, Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlanner
 
 log = logging.getLogger(__name__)
@@ -25,21 +26,13 @@ HELD_OUT_SEED = 0  # independent of run.seed: runs of different seeds are evalua
 
 
 class DataSplits(NamedTuple):
-    """Planners of the two splits, and sequences for pictures.
+    """Planners of the two splits, and sequences for pictures."""
 
-    Args:
-        manifests: the planners' rows index these.
-        training: draws from all sequences that are not held out.
-        held_out: draws from the held-out sequences; None if there are none.
-        shown: (n,) held-out sequences, or those of training if none is held out.
-        is_held_out: (sequences,) bool.
-    """
-
-    manifests: Manifests
-    training: StepPlanner
-    held_out: StepPlanner | None
-    shown: np.ndarray
-    is_held_out: np.ndarray
+    manifests: Manifests  # the planners' rows index these
+    training: StepPlanner  # draws from all sequences that are not held out
+    held_out: StepPlanner | None  # draws from the held-out sequences; None if there are none
+    shown: np.ndarray  # (n,) held-out sequences, or those of training if none is held out
+    is_held_out: np.ndarray  # (sequences,) bool
 
 
 def held_out(names: Sequence[str], share: float) -> np.ndarray:
@@ -120,11 +113,16 @@ def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
 
 
 def _folder_manifest(key: str, root: str, out: Path, options: dict, keep: bool) -> Path:
+    from fastmum.data.build import NoSequenceError, build  # runs on manifests need no builder
+
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise DataError(f"{key} is '{root}', but there is no such folder")
-    if keep and _made_from(out, folder, options):
-        return out
+    if keep:
+        with contextlib.suppress(DataError):
+            made = Manifest.open(out).metadata
+            if (made["source"], made["options"]) == (os.path.abspath(folder), options):
+                return out
     try:
         build("folder", folder, out, dataset=out.stem, **options)
     except NoSequenceError:
@@ -137,17 +135,8 @@ def _folder_manifest(key: str, root: str, out: Path, options: dict, keep: bool) 
     return out
 
 
-def _made_from(manifest: Path, folder: Path, options: dict) -> bool:
-    try:
-        about = Manifest.open(manifest).metadata
-    except DataError:
-        return False
-    return (about["source"], about["options"]) == (os.path.abspath(folder), options)
-
-
 def _scenes_manifest(config: Config, out: Path) -> Path:
-    # Rendering needs packages that own data does not.
-    from fastmum.scenes import ensure_scenes, scene_dirs
+    from fastmum.scenes import ensure_scenes, scene_dirs  # rendering needs packages that own data does not
 
     scenes = config.data.scenes
     try:
@@ -156,6 +145,29 @@ def _scenes_manifest(config: Config, out: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, RuntimeError) as error:
         raise DataError(f"the embedded scenes cannot be rendered: {error}") from error
-    records = (rendered(root, folder.name) for folder in folders)
+    records = (rendered_scene(root, folder.name) for folder in folders)
     write_manifest(out, records, dataset="scenes", root=root, metadata={"builder": "scenes", **vars(scenes)})
     return out
+
+
+def rendered_scene(root: Path, name: str) -> SequenceRecord:
+    """All views of a rendered scene, described by `cameras.json` (fastmum/scenes/files.py).
+
+    Raises:
+        DataError: `cameras.json` cannot be read.
+    """
+    file = root / name / "cameras.json"
+    with reading(file, "cameras of a rendered scene", "restore the file or remove its scene"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        frames = content["frames"]
+        poses = np.array([frame["T_cam_world"] for frame in frames], np.float32).reshape(-1, 4, 4)
+        K = np.array([frame["K"] for frame in frames], np.float32).reshape(-1, 9)
+        depths = [f"{name}/{frame['depth']}" for frame in frames]
+        return SequenceRecord(
+            name,
+            [f"{name}/{frame['file']}" for frame in frames],
+            poses,
+            K[:, [0, 4, 2, 5]],  # fx fy cx cy
+            depths=[depth if (root / depth).is_file() else "" for depth in depths],
+            depth_format=DepthFormat("png16", unit=float(content["depth_unit"])),  # z in metres, 0 is the sky
+        )

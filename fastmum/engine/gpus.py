@@ -1,4 +1,4 @@
-"""Published dense peak FLOP/s of GPUs, by the name that the driver reports."""
+"""Published dense peak FLOP/s of GPUs, by the name that the driver reports; GPUs of the paper's runs."""
 
 from __future__ import annotations
 
@@ -54,3 +54,24 @@ def peak_flops(name: str, precision: str) -> float | None:
     peak = PEAKS.get(" ".join(words))
     rate = getattr(peak, precision) if peak else None
     return rate and rate * 1e12
+
+
+SOURCE = "MuM, supplement, Table 12"
+
+
+class PaperRun(NamedTuple):
+    """A pretraining run of the paper."""
+
+    name: str
+    gpus: int
+    gpu: str
+    days: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of all devices together."""
+        return self.gpus * self.days * 24
+
+
+# A footnote gives 66 A100 days for the lighter run; its columns, 32 GPUs and 3 days, make 96.
+PAPER_RUNS = (PaperRun("MuM", 64, "A100", 3), PaperRun("MuM, lighter", 32, "A100", 3))

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmum.engine.distributed import DistContext
-from fastmum.engine.gpus import peak_flops
+from fastmum.engine.gpus import PAPER_RUNS, SOURCE, peak_flops
 from fastmum.engine.task import Metric, StepOutput, Task
 
 
@@ -166,26 +166,6 @@ def _memory_gb(device: torch.device) -> float | None:
     if not statm.exists():
         return None
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
-
-
-SOURCE = "MuM, supplement, Table 12"
-
-
-class PaperRun(NamedTuple):
-    """A pretraining run of the paper."""
-
-    name: str
-    gpus: int
-    gpu: str
-    days: float
-
-    @property
-    def gpu_hours(self) -> float:
-        return self.gpus * self.days * 24
-
-
-# A footnote gives 66 A100 days for the lighter run; its columns, 32 GPUs and 3 days, make 96.
-PAPER_RUNS = (PaperRun("MuM", 64, "A100", 3), PaperRun("MuM, lighter", 32, "A100", 3))
 
 
 def paper_line() -> str:

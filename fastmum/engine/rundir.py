@@ -1,4 +1,4 @@
-"""The folder of a run: paths, lines of metrics.jsonl, and the start of a run from a checkpoint in it."""
+"""The folder of a run, and the lines of its metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-
-from fastmum.config.schema import ConfigError, EngineConfig
-from fastmum.engine.checkpoint import load_checkpoint, load_newest
-from fastmum.engine.distributed import DistContext
-from fastmum.engine.task import Samples, Task
+from typing import Any
 
 log = logging.getLogger(__name__)
 
@@ -84,67 +77,3 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             return
         end += len(line)
         yield end, record
-
-
-class ResumeState(NamedTuple):
-    """Where a run starts: steps done, samples per step and seconds of all devices, whether the state was loaded."""
-
-    step: int
-    samples_per_step: int
-    device_seconds: float
-    resumed: bool
-
-
-def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, Any]) -> ResumeState:
-    """Do what `train.resume` says; `state` is then that of the checkpoint.
-
-    CheckpointError: no checkpoint fits. ConfigError: the number of processes does not divide the samples of a step.
-    """
-    world, manifest, sizes = task.world, None, task.manifest()
-    match config.train.resume:
-        case "never":
-            if world.is_main:
-                run.set_aside()
-            world.wait()
-        case "auto":
-            manifest = load_newest(run.checkpoints, state, sizes, world.control)
-        case "latest":
-            manifest = load_checkpoint(run.checkpoints, state, sizes, world.control)
-        case path:
-            manifest = load_checkpoint(Path(path).expanduser(), state, sizes, world.control)
-    if manifest is None:
-        return ResumeState(0, _samples_per_step(task.samples, world, None), 0.0, resumed=False)
-    values = manifest.values
-    before = values["strategy"], values["world_size"]
-    log.info("resumed from %s at step %d (%s, %d processes)", manifest.path, manifest.step, *before)
-    samples = _samples_per_step(task.samples, world, values["samples_per_step"])
-    if samples != values["samples_per_step"]:
-        log.warning(
-            "a step has %d %s from here on instead of %d: the data order changes, and so does the learning rate",
-            samples, task.samples.unit, values["samples_per_step"],
-        )  # fmt: skip
-    return ResumeState(manifest.step, samples, values["device_seconds"], resumed=True)
-
-
-def checkpoint_values(config: EngineConfig, task: Task, samples_per_step: int, device_seconds: float) -> dict[str, Any]:
-    """Contents of a checkpoint's manifest."""
-    return {
-        "task": config.run.task, "model_config": task.manifest(), "samples_per_step": samples_per_step,
-        "device_seconds": device_seconds, "world_size": task.world.size, "strategy": config.parallel.strategy,
-        "precision": config.train.precision, "torch": str(torch.__version__),
-    }  # fmt: skip
-
-
-def _samples_per_step(samples: Samples, world: DistContext, before: int | None) -> int:
-    """As configured, as the resumed run had them, or one micro-batch per process."""
-    total = samples.step or before or samples.micro_batch * world.size
-    origin = "" if samples.step else " (as in the resumed run)"
-    if total % (samples.micro_batch * world.size):
-        parts = total // samples.micro_batch
-        fits = [n for n in range(1, parts + 1) if parts % n == 0]
-        raise ConfigError(
-            f"{samples.keys[1]} is {total}{origin}, which {world.size} processes cannot split into micro-batches of "
-            f"{samples.micro_batch} ({samples.keys[0]}): start {', '.join(map(str, fits))} processes, or change one of "
-            "the two"
-        )
-    return total

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastmum.attention import AttentionError, choose_backend
 from fastmum.config.mum import Config as MuMConfig
 from fastmum.config.schema import ConfigError
-from fastmum.data.crops import whole_frames
 from fastmum.data.decode import make_decoder
+from fastmum.data.decode.image import whole_frames
 from fastmum.data.loader import Loader
 from fastmum.data.plan import StepPlan, StepPlanner
 from fastmum.data.splits import DataSplits, open_splits

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastmum.data.errors import DataError
-from fastmum.data.faults import MIN_FRAMES, Faults
+from fastmum.data.loader import MIN_FRAMES, Faults
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 
 
@@ -16,9 +16,8 @@ def manifests_of(tmp_path):
 
     def of(**datasets):
         for name, lengths in datasets.items():
-            records = [
-                SequenceRecord(f"s{i}", [f"{name}/s{i}/{j}.jpg" for j in range(n)]) for i, n in enumerate(lengths)
-            ]
+            frames = [[f"{name}/s{i}/{j}.jpg" for j in range(n)] for i, n in enumerate(lengths)]
+            records = [SequenceRecord(f"s{i}", files) for i, files in enumerate(frames)]
             write_manifest(tmp_path / f"{name}.arrow", records, dataset=name, root=tmp_path, metadata={})
         return Manifests([tmp_path / f"{name}.arrow" for name in datasets])
 
@@ -121,14 +120,10 @@ def test_more_than_five_per_cent_of_a_data_set_stop_the_run(manifests_of, tmp_pa
 def test_where_the_limit_is(manifests_of, length, read, limit):
     faults = Faults(manifests_of(a=[length]))
     faults.read(np.arange(read))
-    stopped = None
-    for row in range(min(read, 300)):
-        try:
-            fail(faults, [row])
-        except DataError:
-            stopped = row + 1
-            break
-    assert stopped == limit
+    fail(faults, range(read if limit is None else limit - 1))
+    if limit is not None:
+        with pytest.raises(DataError):
+            fail(faults, [limit - 1])
 
 
 def test_good_frames_can_settle_the_verdict(manifests_of):
@@ -141,43 +136,6 @@ def test_good_frames_can_settle_the_verdict(manifests_of):
     faults.read(np.arange(180, 200))
     with pytest.raises(DataError, match="11 of 200 frames of the data set 'a'"):
         faults.check()
-
-
-def test_the_verdict_over_all_frames_is_exact_in_every_order(manifests_of):
-    """10 of 200 are 5 % and do not stop once the last was read; 11 always do."""
-    manifests = manifests_of(a=[200])
-    for seed in range(20):
-        bad = 10 + seed % 2
-        faults, order = Faults(manifests), np.random.default_rng(seed).permutation(200)
-        broken = set(np.random.default_rng((seed, 1)).permutation(200)[:bad].tolist())
-        stopped = None
-        for begin in range(0, 200, 20):
-            rows = order[begin : begin + 20]
-            faults.read(rows)
-            try:
-                fail(faults, broken.intersection(rows.tolist()))
-            except DataError:
-                stopped = begin + 20
-        assert (stopped == 200) == (bad == 11)
-
-
-def test_four_per_cent_rarely_stop_a_run_and_twelve_soon_do(manifests_of):
-    manifests = manifests_of(a=[20_000])
-
-    def stops(share, seed):
-        rng = np.random.default_rng(seed)
-        faults, bad = Faults(manifests), set(np.flatnonzero(rng.random(20_000) < share).tolist())
-        try:
-            for _ in range(20):
-                rows = rng.integers(0, 20_000, 100)
-                faults.read(rows)
-                fail(faults, bad.intersection(rows.tolist()))
-        except DataError:
-            return True
-        return False
-
-    assert sum(stops(0.04, seed) for seed in range(20)) <= 1
-    assert all(stops(0.12, seed) for seed in range(20))
 
 
 def test_replacements_are_neighbours_that_the_batch_does_not_have(manifests_of):

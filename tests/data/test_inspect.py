@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from fastmum.data.build import build
-from fastmum.data.contact_sheet import COLUMNS, MISSING, UNKNOWN, contact_sheet
 from fastmum.data.depth import DepthFormat
-from fastmum.data.inspect import find_missing, main, summary
+from fastmum.data.inspect import COLUMNS, MISSING, UNKNOWN, contact_sheet, find_missing, main, summary
 from fastmum.data.manifest import Manifest, SequenceRecord, write_manifest
 
 

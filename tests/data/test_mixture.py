@@ -6,8 +6,7 @@ from catalogue import Catalogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmum.data.errors import DataError
-from fastmum.data.mixture import Mixture, by_frames, by_weight
+from fastmum.data.plan import Mixture, by_frames, by_weight
 
 
 @given(
@@ -63,16 +62,3 @@ def test_weights_that_cannot_be_met_are_noted():
     np.testing.assert_allclose(got, [0.2, 0.8], atol=1e-3)
     assert len(mixture.notes) == 2
     assert "'short' gets 20.0%" in mixture.notes[0]
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ({"a": -1.0}, "data.weights.a"),
-        ({"a": float("nan")}, "data.weights.a"),
-        ({"a": 0.0, "b": 0.0}, "data.weights is 0 for every data set"),
-    ],
-)
-def test_wrong_weights_are_refused(weights, message):
-    with pytest.raises(DataError, match=message):
-        Mixture(Catalogue(a=[5], b=[1]), weights, (2, 24))

@@ -94,16 +94,6 @@ def test_calibration_finds_the_known_solution():
     assert filling.distance == pytest.approx(with_five[3], abs=1e-3)
 
 
-def test_draws_follow_the_probabilities():
-    filling = fill_rank(12, (2, 3, 5), 0.25, False)
-    rng = np.random.default_rng(0)
-    frames = np.zeros(4)
-    for _ in range(4000):
-        lengths, singles = filling.draw(rng)
-        frames += [singles, *(s * (lengths == s).sum() for s in (2, 3, 5))]
-    assert frames / frames.sum() == pytest.approx(filling.shares, abs=0.012)
-
-
 def test_shares_of_the_paper():
     """S = 20 leaves 16 of 96 frames empty."""
     assert paper_shares(np.array([20, 24]), 96).tolist() == [80 / 176, 96 / 176]

@@ -8,7 +8,7 @@ from catalogue import Catalogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmum.data.crops import CROP_WIDTH
+from fastmum.data.decode.image import CROP_WIDTH
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord, write_manifest
 from fastmum.data.packing import paper_shares
@@ -44,9 +44,8 @@ def test_a_plan_is_a_function_of_seed_step_rank_and_world_size(catalogue, mode):
     distinct = {plan.rows.tobytes() for plan in plans.values()}
     distinct |= {StepPlanner(catalogue, mode=mode, seed=4, world_size=4).plan(0, 0).rows.tobytes()}
     assert len(distinct) == 21
-    assert [planner.step_frames(step) for step in range(5)] == [
-        sum(len(plans[step, rank].rows) for rank in range(4)) for step in range(5)
-    ]
+    frames = [sum(len(plans[step, rank].rows) for rank in range(4)) for step in range(5)]
+    assert [planner.step_frames(step) for step in range(5)] == frames
     with pytest.raises(ValueError, match="rank 4"):
         planner.plan(0, 4)
 
@@ -109,27 +108,13 @@ def test_the_cost_of_balanced_plans_is_level_for_any_number_of_ranks():
         assert level["balanced"] < level["packed"] < level["paper"]
 
 
-@pytest.mark.parametrize("mode", ["packed", "balanced"])
-def test_data_sets_have_their_weights_of_the_frames(catalogue, mode):
+def test_data_sets_have_their_weights_of_the_frames(catalogue):
     """Even if the sequences of one are too short for most lengths."""
-    planner = StepPlanner(catalogue, {"a": 2.0, "b": 1.0, "short": 1.0}, mode=mode)
-    expected = {"a": 0.45, "b": 0.225, "short": 0.225, "images": 0.1}
+    planner = StepPlanner(catalogue, {"a": 2.0, "b": 1.0, "short": 1.0})
     assert not planner.notes
     rows = np.concatenate([planner.plan(step).rows for step in range(2000)])
     got = np.bincount(catalogue.dataset_of[catalogue.sequence_of(rows)]) / len(rows)
-    assert np.abs(got - list(expected.values())).max() < 0.01
-
-
-def test_sequences_and_frames_are_uniform():
-    catalogue = Catalogue(a=[30, 50, 40], images=[1] * 10)
-    planner = StepPlanner(catalogue, imagenet_share=0.3)
-    rows = np.concatenate([planner.plan(step).rows for step in range(3000)])
-    share = np.bincount(rows) / len(rows)
-    for sequence, size in enumerate((30, 50, 40)):
-        frames = share[catalogue.starts[sequence] : catalogue.starts[sequence + 1]]
-        assert frames.sum() == pytest.approx(0.7 / 3, rel=0.03)
-        assert np.abs(frames * size / frames.sum() - 1).max() < 0.08  # four standard errors of 2,200 draws
-    assert np.abs(share[-10:] - 0.03).max() < 0.002
+    assert np.abs(got - [0.45, 0.225, 0.225, 0.1]).max() < 0.01
 
 
 @pytest.mark.parametrize("mode", ["packed", "balanced"])
@@ -170,11 +155,10 @@ def test_any_settings_are_planned_or_refused_in_one_line(frames, least, more, sh
         assert set(plan.lengths[plan.lengths > 1]) <= set(range(least, views[1] + 1))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_held_out_sequences_are_never_drawn(catalogue, mode):
+def test_held_out_sequences_are_never_drawn(catalogue):
     held_out = [0, 1, 31, 240]
-    training = StepPlanner(catalogue, mode=mode, exclude=held_out)
-    evaluation = StepPlanner(catalogue, mode=mode, only=held_out, imagenet_share=0.0)
+    training = StepPlanner(catalogue, exclude=held_out)
+    evaluation = StepPlanner(catalogue, only=held_out, imagenet_share=0.0)
     for step in range(40):
         assert not set(held_out) & set(catalogue.sequence_of(training.plan(step).rows))
         assert set(catalogue.sequence_of(evaluation.plan(step).rows)) <= {0, 1, 31}
@@ -206,13 +190,15 @@ def test_deviations_from_the_settings_are_noted(datasets, options, note):
         ({"mode": "fast"}, "data.mode"),
         ({"views": (24, 24), "frames_per_gpu": 97}, "data.views.*data.frames_per_batch.*data.imagenet_share"),
         ({"views": (8, 4)}, "data.views"),
-        ({"views": (2, 3, 4)}, "data.views"),
         ({"views": (30, 40)}, "at least 30 frames .data.views"),
         ({"frames_per_gpu": 4, "views": (8, 9)}, "data.frames_per_batch"),
         ({"frames_per_gpu": 0}, "data.frames_per_batch"),
         ({"imagenet_share": 1.5}, "data.imagenet_share"),
         ({"seed": -1}, "run.seed"),
         ({"weights": {"mega": 1.0}}, "data.weights names 'mega', but the data sets are a"),
+        ({"weights": {"a": -1.0}}, "data.weights.a"),
+        ({"weights": {"a": float("nan")}}, "data.weights.a"),
+        ({"weights": {"a": 0.0}}, "data.weights is 0 for every data set"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(options, message):

@@ -8,9 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmum.data.rules.chains import angle_chains, nearest_of_anchor, overlap_chains
-from fastmum.data.rules.chunks import CHUNK, cut_into_chunks
-from fastmum.data.rules.overlap import count_shared
+from fastmum.data.rules import CHUNK, angle_chains, count_shared, cut_into_chunks, nearest_of_anchor, overlap_chains
 
 scenes = st.lists(st.sets(st.integers(0, 15)), min_size=1, max_size=10)
 # Multiples of 7 degrees up to 343: no two cameras differ by the 10 degrees where rounding would decide.

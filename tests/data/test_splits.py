@@ -1,5 +1,6 @@
 """Training and held-out data of a run, from its configuration."""
 
+import json
 import logging
 import shutil
 
@@ -92,7 +93,10 @@ def test_embedded_scenes_become_a_manifest_of_as_many_as_asked_for(tmp_path, mon
             for j in range(views):
                 (tmp_path / f"cache/scene_{i:04d}").mkdir(parents=True, exist_ok=True)
                 (tmp_path / f"cache/scene_{i:04d}/{j:03d}.png").touch()
-            (tmp_path / f"cache/scene_{i:04d}/cameras.json").touch()
+            frames = [{"file": f"{j:03d}.png", "depth": "", "K": np.eye(3).tolist(), "T_cam_world": np.eye(4).tolist()}
+                      for j in range(views)]  # fmt: skip
+            cameras = json.dumps({"depth_unit": 1, "frames": frames})
+            (tmp_path / f"cache/scene_{i:04d}/cameras.json").write_text(cameras)
         return tmp_path / "cache"
 
     monkeypatch.setattr("fastmum.scenes.ensure_scenes", ensure_scenes)

@@ -82,6 +82,7 @@ def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
         task = TinyTask if "run.task=tiny" in words else find_task("mum")
         return train(load_config(None, words, task.Config), task)
     except ValueError as error:  # of configuration or data
-        if dist.is_initialized():
-            dist.destroy_process_group()
         return f"{type(error).__name__}: {error}"
+    finally:
+        if dist.is_initialized():  # the run failed; the process goes on to the next
+            dist.destroy_process_group()

@@ -20,7 +20,7 @@ import numpy as np
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
-from fastmum.data.rules.chunks import CHUNK, cut_into_chunks
+from fastmum.data.rules import CHUNK, cut_into_chunks
 
 RULES = ("paper", "released")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})

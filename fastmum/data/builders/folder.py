@@ -45,13 +45,15 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
         yield SequenceRecord(root.resolve().name if part == "." else part, frames)
 
 
-BUILDER = Builder(
-    layout="any folders of images; depth, mask and normal folders are skipped",
-    paper="every folder with images is a sequence, in natural order",
-    parts=lambda root, options: image_folders(root),
-    sequences=sequences,
-    options={
-        "min_frames": Option(1, "skip shorter sequences", min=1),
-        "single": Option(False, "every image is a sequence"),
-    },
-)
+BUILDERS = {
+    "folder": Builder(
+        layout="any folders of images; depth, mask and normal folders are skipped",
+        paper="every folder with images is a sequence, in natural order",
+        parts=lambda root, options: image_folders(root),
+        sequences=sequences,
+        options={
+            "min_frames": Option(1, "skip shorter sequences", min=1),
+            "single": Option(False, "every image is a sequence"),
+        },
+    )
+}

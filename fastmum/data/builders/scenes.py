@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from fastmum.data.builders.base import Builder, Option, Options
 from fastmum.data.builders.cameras import by_name, from_K, image_size, read_nerfstudio, read_table, reading
 from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
+from fastmum.data.splits import rendered_scene
 
 STREETVIEW_RELEASED_CHUNK = 24
 
@@ -95,26 +95,6 @@ def imagenet(root: Path, part: str, options: Options) -> Iterator[SequenceRecord
         yield SequenceRecord(f"{part}/{name}", [f"{part}/{name}"])
 
 
-def rendered(root: Path, name: str) -> SequenceRecord:
-    """All views of a rendered scene, described by `cameras.json` (fastmum/scenes/files.py).
-
-    Raises:
-        DataError: `cameras.json` cannot be read.
-    """
-    file = root / name / "cameras.json"
-    with reading(file, "cameras of a rendered scene"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        frames = content["frames"]
-        return SequenceRecord(
-            name,
-            [f"{name}/{frame['file']}" for frame in frames],
-            np.array([frame["T_cam_world"] for frame in frames], np.float32).reshape(-1, 4, 4),
-            np.array([from_K(np.array(frame["K"]).reshape(3, 3)) for frame in frames]),
-            depths=base.existing(root, [f"{name}/{frame['depth']}" for frame in frames]),
-            depth_format=DepthFormat("png16", unit=float(content["depth_unit"])),  # z in metres, 0 is the sky
-        )
-
-
 BUILDERS = {
     "dl3dv": Builder(
         layout="<xK>/<scene>/images_8/frame_*.png; optional: transforms.json",
@@ -157,7 +137,7 @@ BUILDERS = {
         layout="scene_*/{cameras.json,*.png,depth/*.png}, as `python -m fastmum.scenes` renders them",
         paper="the whole scene",
         parts=lambda root, options: base.matching_folders(root, "*", "cameras.json"),
-        sequences=lambda root, part, options: base.whole(rendered(root, part), options),
+        sequences=lambda root, part, options: base.whole(rendered_scene(root, part), options),
         options=base.MIN_FRAMES,
     ),
 }

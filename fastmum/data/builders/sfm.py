@@ -12,6 +12,7 @@ from typing import TypeVar
 import natsort
 import numpy as np
 
+from fastmum.data import rules
 from fastmum.data.builders import base
 from fastmum.data.builders.base import Builder, Option, Options
 from fastmum.data.builders.cameras import upright
@@ -19,8 +20,7 @@ from fastmum.data.colmap import Model, find_format, read_model
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
-from fastmum.data.rules import chains
-from fastmum.data.rules.overlap import count_shared
+from fastmum.data.rules import count_shared
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def _sequences(
     if not present.all():
         log.warning("%d of %d images of the COLMAP model are not in %s", (~present).sum(), len(present), root / images)
     nearest = chain == "overlap" and options.rule == "released"
-    if not nearest:  # draws its anchors from all images
+    if not nearest:  # the released script draws its anchors from all images
         model = model.select(present)
         frames = [frame for frame, exists in zip(frames, present, strict=True) if exists]
     if chain == "angle" and options.rule == "released":
@@ -176,13 +176,13 @@ def _sequences(
     else:
         overlap = count_shared(model.images, model.points, len(frames))
         if nearest:
-            found = chains.nearest_of_anchor(overlap, options.rng(part), options.sequences, options.length, present)
+            found = rules.nearest_of_anchor(overlap, options.rng(part), options.sequences, options.length, present)
         elif chain == "overlap":
-            found = chains.overlap_chains(overlap, options.rng(part), options.sequences, options.length)
+            found = rules.overlap_chains(overlap, options.rng(part), options.sequences, options.length)
             found = [rows for rows in found if len(rows) >= (options.min_frames or SHORTEST)]
         else:
-            rotations, least = model.poses[:, :3, :3], options.min_frames or chains.MIN_VIEWS
-            found = chains.angle_chains(overlap, rotations, least, options.min_overlap, options.min_angle)
+            rotations, least = model.poses[:, :3, :3], options.min_frames or rules.MIN_VIEWS
+            found = rules.angle_chains(overlap, rotations, least, options.min_overlap, options.min_angle)
 
     scene = SequenceRecord(part, frames)
     listed = depth is not None and options.depth
@@ -204,12 +204,12 @@ def _sequences(
 
 
 OVERLAP_OPTIONS = {
-    "sequences": Option(chains.CHAINS_PER_SCENE, "sequences drawn per scene", min=1),
-    "length": Option(chains.CHAIN_LENGTH, "most images of a sequence", min=2),
+    "sequences": Option(rules.CHAINS_PER_SCENE, "sequences drawn per scene", min=1),
+    "length": Option(rules.CHAIN_LENGTH, "most images of a sequence", min=2),
 }
 ANGLE_OPTIONS = {
-    "min_overlap": Option(chains.MIN_OVERLAP, "least overlap of consecutive images", min=0),
-    "min_angle": Option(chains.MIN_ANGLE, "least rotation between consecutive images, in degrees", min=0),
+    "min_overlap": Option(rules.MIN_OVERLAP, "least overlap of consecutive images", min=0),
+    "min_angle": Option(rules.MIN_ANGLE, "least rotation between consecutive images, in degrees", min=0),
 }
 BROKEN = {"broken": Option("stop", "at a model that cannot be read", choices=("stop", "skip"))}
 MIN_FRAMES = Option(None, "skip shorter sequences (default 24; released 12)", type=int, min=1)

@@ -15,7 +15,7 @@ import natsort
 from fastmum.data.builders.base import CHUNK_RULE, CHUNKED, Builder, Option, Options, chunks, images_in
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
-from fastmum.data.rules.chunks import CHUNK
+from fastmum.data.rules import CHUNK
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -134,20 +134,22 @@ def _upright(frame: Any, short_side: int) -> Image.Image:
     return image
 
 
-BUILDER = Builder(
-    layout="video files at any depth; their frames are written next to FILE, into <stem of FILE>_frames",
-    paper=f"frames in {CHUNK_RULE}",
-    released=f"chunks of {CHUNK}, the last one takes the rest",
-    parts=parts,
-    sequences=sequences,
-    begin=begin,
-    root=frame_folder,
-    options={
-        "fps": Option(None, f"frames per second to take (default {FPS:g})", type=float, min=1e-3),
-        "every": Option(None, "take every N-th frame instead", type=int, min=1),
-        "short_side": Option(0, "shrink frames to this shorter side in pixels, 0: keep their size", min=0),
-        "quality": Option(92, "of the JPEG files", min=1, max=95),
-        "broken": Option("stop", "at a video that cannot be read", choices=("stop", "skip")),
-        **CHUNKED,
-    },
-)
+BUILDERS = {
+    "video": Builder(
+        layout="video files at any depth; their frames are written next to FILE, into <stem of FILE>_frames",
+        paper=f"frames in {CHUNK_RULE}",
+        released=f"chunks of {CHUNK}, the last one takes the rest",
+        parts=parts,
+        sequences=sequences,
+        begin=begin,
+        root=frame_folder,
+        options={
+            "fps": Option(None, f"frames per second to take (default {FPS:g})", type=float, min=1e-3),
+            "every": Option(None, "take every N-th frame instead", type=int, min=1),
+            "short_side": Option(0, "shrink frames to this shorter side in pixels, 0: keep their size", min=0),
+            "quality": Option(92, "of the JPEG files", min=1, max=95),
+            "broken": Option("stop", "at a video that cannot be read", choices=("stop", "skip")),
+            **CHUNKED,
+        },
+    )
+}

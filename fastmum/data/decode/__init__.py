@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import Tensor
 
-from fastmum.data.decode.image import FrameError
-from fastmum.data.decode.pillow import Decoded, Decoder, PillowDecoder
+from fastmum.data.decode.image import FrameError as FrameError  # public here
+from fastmum.data.decode.image import (
+    Header,
+    crop_box,
+    jpeg_scale,
+    place,
+    read_file,
+    read_header,
+    resize,
+    rgb,
+    stored_box,
+)
 from fastmum.data.errors import DataError
-
-__all__ = ["DECODERS", "Decoded", "Decoder", "FrameError", "PillowDecoder", "make_decoder"]
 
 log = logging.getLogger(__name__)
 
@@ -19,13 +35,109 @@ DECODERS = ("auto", "dali", "dali_cpu", "pillow")
 INSTALL_DALI = "pip install 'fastmum[dali]'"
 
 
+class Decoded(NamedTuple):
+    """Decoded frames."""
+
+    frames: Tensor  # (F, size, size, 3) uint8, RGB, contiguous, owned by the caller; complete if on a GPU
+    bad: dict[int, str]  # index and reason of every frame that cannot be decoded; the pixels of these are undefined
+
+
+class Decoder(Protocol):
+    """Decodes frames of `size` x `size` pixels; safe to call from several threads."""
+
+    size: int
+
+    def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
+        """Decode, crop, resize and flip.
+
+        Args:
+            files: F image files in any format that Pillow reads. EXIF orientation is applied; grey, palette and CMYK
+                become RGB, alpha is dropped, 16 bits become 8.
+            crops: (F, CROP_WIDTH), for `fastmum.data.decode.image.crop_box`.
+            flips: (F,) bool, mirror left to right.
+        """
+        ...
+
+
+class PillowDecoder:
+    """Decodes in the calling thread; Pillow and torch release the GIL meanwhile.
+
+    Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop allows it. These are never cached, because
+    a frame must not depend on what was decoded before.
+
+    Args:
+        cache_bytes: memory for decoded images, which are never evicted; further images are decoded each time.
+        pin_memory: return page-locked memory, for asynchronous copies to a GPU.
+    """
+
+    def __init__(self, size: int, cache_bytes: int = 0, pin_memory: bool = False) -> None:
+        self.size = size
+        self.pin_memory = pin_memory
+        self._cache: dict[Path, _Decompressed] = {}
+        self._cache_room = cache_bytes
+        self._lock = threading.Lock()
+
+    def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
+        """See `Decoder.decode`."""
+        frames = torch.empty(len(files), self.size, self.size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
+        out, bad = frames.numpy(), {}
+        for i, (file, crop, flip) in enumerate(zip(files, crops, flips.tolist(), strict=True)):
+            try:
+                self.decode_to(out[i], file, crop, flip)
+            except FrameError as error:
+                bad[i] = str(error)
+        return Decoded(frames, bad)
+
+    def decode_to(self, out: np.ndarray, file: Path, crop: np.ndarray, flip: bool) -> None:
+        """Decode one frame to `out` (size, size, 3) uint8; raises FrameError if it cannot be decoded."""
+        image = self._cache.get(file)
+        if image is None:
+            header = read_header(read_file(file))
+            scalable = header.image.format in ("JPEG", "MPO") and jpeg_scale(*header.image.size, self.size) > 1
+            if scalable or 3 * header.width * header.height > self._cache_room:
+                place(self._decode_region(header, crop, scalable), out, header.orientation, flip)
+                return
+            image = _Decompressed(np.array(rgb(header.image)), *header[1:])
+            with self._lock:
+                if file not in self._cache and image.pixels.nbytes <= self._cache_room:
+                    self._cache_room -= image.pixels.nbytes
+                    self._cache[file] = image
+        left, top, right, bottom = _box_in_file(crop, image)
+        place(resize(image.pixels[top:bottom, left:right], self.size), out, image.orientation, flip)
+
+    def _decode_region(self, header: Header, crop: np.ndarray, scalable: bool) -> np.ndarray:
+        box = _box_in_file(crop, header)
+        scale = jpeg_scale(box[2] - box[0], box[3] - box[1], self.size) if scalable else 1
+        if scale == 1:
+            return resize(np.array(rgb(header.image, box)), self.size)
+        header.image.draft(None, (header.image.width // scale, header.image.height // scale))
+        # The scaled box has fractions of pixels, which only Pillow's resize supports.
+        left, top, right, bottom = (side / scale for side in box)
+        outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+        inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
+        frame = rgb(header.image, outer).resize((self.size, self.size), Image.Resampling.BICUBIC, box=inner)
+        return np.asarray(frame)
+
+
+class _Decompressed(NamedTuple):
+    """The pixels of a file, (h, w, 3) uint8 as stored, and the upright size."""
+
+    pixels: np.ndarray
+    orientation: int
+    width: int
+    height: int
+
+
+def _box_in_file(crop: np.ndarray, image: Header | _Decompressed) -> tuple[int, int, int, int]:
+    return stored_box(crop_box(crop, image.width, image.height), image.orientation, image.width, image.height)
+
+
 def make_decoder(name: str, size: int, device: torch.device | str = "cpu", cache_bytes: int = 0) -> Decoder:
-    """Create a decoder.
+    """Create a decoder of frames of `size` x `size` pixels.
 
     Args:
         name: `dali` (on the GPU), `dali_cpu`, `pillow`, or `auto`: dali for a CUDA device where it is installed, else
             pillow.
-        size: side of a frame in pixels.
         device: where training runs; for a GPU, frames decoded on the CPU are page-locked.
         cache_bytes: memory for decoded images; only pillow has a cache.
 

@@ -18,9 +18,8 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
-from fastmum.data.crops import crop_box
-from fastmum.data.decode.image import UPRIGHT, FrameError, place, read_file, read_header, resize
-from fastmum.data.decode.pillow import Decoded, PillowDecoder
+from fastmum.data.decode import Decoded, PillowDecoder
+from fastmum.data.decode.image import UPRIGHT, FrameError, crop_box, place, read_file, read_header, resize
 
 GraphDevice = Literal["gpu", "cpu"]
 GraphOutput = Literal["regions", "frames"]
@@ -67,13 +66,7 @@ def define_pipeline(
 ) -> Pipeline:
     """A pipeline that returns `output` of the graph, for runs of up to `frames` frames; DALI prunes the rest.
 
-    Args:
-        device: where regions and frames are computed.
-        size: side of a frame in pixels.
-        output: what a run returns.
-        threads: DALI's CPU threads.
-        device_id: index of the GPU; None: no GPU.
-        frames: capacity.
+    It has `threads` CPU threads, and the GPU `device_id` (None: no GPU).
     """
     # No prefetching here: the loader's threads do it, each with its own pipeline.
     pipeline = Pipeline(batch_size=frames, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
@@ -85,16 +78,12 @@ def define_pipeline(
 class DaliCpuDecoder:
     """DALI decodes regions on the CPU, with one thread per caller; torch resizes them.
 
-    The graph's own resize, which the GPU uses, takes six times as long on a CPU.
-
-    Args:
-        size: side of a frame in pixels.
-        pin_memory: return page-locked memory, for asynchronous copies to a GPU.
+    The graph's own resize, which the GPU uses, takes six times as long on a CPU. With `pin_memory` frames are in
+    page-locked memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, size: int, pin_memory: bool = False) -> None:
-        self.size = size
-        self.pin_memory = pin_memory
+        self.size, self.pin_memory = size, pin_memory
         self._runner = _Runner(size, partial(define_pipeline, "cpu", size, "regions", 1, None))
 
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
@@ -112,12 +101,7 @@ class DaliCpuDecoder:
 
 
 class DaliGpuDecoder:
-    """DALI decodes with nvJPEG, resizes and flips on a GPU; the frames stay there.
-
-    Args:
-        size: side of a frame in pixels.
-        device: the GPU.
-    """
+    """DALI decodes with nvJPEG, resizes and flips on a GPU; the frames stay there."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size

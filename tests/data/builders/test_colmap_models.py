@@ -115,13 +115,6 @@ class TestMegaDepth:
             image.unlink()
         assert {name[:4] for name in found("megadepth", rule=rule, sequences=9, length=3).sequences} == {"0000"}
 
-    def test_same_bytes_for_any_number_of_workers(self, raw, tmp_path):
-        made = []
-        for workers in (1, 2, 2):
-            build("megadepth", raw, tmp_path / "out.arrow", sequences=20, workers=workers)
-            made.append((tmp_path / "out.arrow").read_bytes())
-        assert made[0] == made[1] == made[2]
-
     def test_a_broken_model_stops_the_build_or_is_skipped(self, raw, found, tmp_path, caplog):
         (raw / "Undistorted_SfM/0015/sparse-txt/images.txt").unlink()
         with pytest.raises(DataError, match=r"0015/sparse-txt' is not whole: images.txt.*--broken skip"):

@@ -8,8 +8,8 @@ import skimage.data
 import torch
 from PIL import Image, ImageOps
 
-from fastmum.data.crops import crop_box, draw_crops
 from fastmum.data.decode import make_decoder
+from fastmum.data.decode.image import crop_box, draw_crops
 
 
 @pytest.fixture(params=["pillow", "dali_cpu"])

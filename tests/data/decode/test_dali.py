@@ -9,9 +9,9 @@ import torch
 
 dali = pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
-from fastmum.data.crops import crop_boxes  # noqa: E402
 from fastmum.data.decode import make_decoder  # noqa: E402
 from fastmum.data.decode.dali import CPU_RUN, DaliCpuDecoder, _Runner, define_pipeline, frame_nodes  # noqa: E402  # noqa: E402
+from fastmum.data.decode.image import crop_boxes  # noqa: E402
 
 SIZE = 64
 

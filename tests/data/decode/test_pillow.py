@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from fastmum.data.crops import whole_frames
-from fastmum.data.decode import PillowDecoder, pillow
-from fastmum.data.decode.image import KEPT, ORIENTATION, jpeg_scale, place, stored_box
+from fastmum.data import decode
+from fastmum.data.decode import PillowDecoder
+from fastmum.data.decode.image import KEPT, ORIENTATION, jpeg_scale, place, stored_box, whole_frames
 
 SIZE = 32
 
@@ -41,8 +41,8 @@ def test_scaled_decoding_keeps_pixels_for_the_frame(width, height, size):
 def reads(monkeypatch):
     """Names of the files that were read, in order."""
     files = []
-    read = pillow.read_file
-    monkeypatch.setattr(pillow, "read_file", lambda file: files.append(file.name) or read(file))
+    read = decode.read_file
+    monkeypatch.setattr(decode, "read_file", lambda file: files.append(file.name) or read(file))
     return files
 
 

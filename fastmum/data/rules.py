@@ -1,15 +1,18 @@
-"""Sequences from an unordered image collection, by the overlap of its images.
+"""Rules that form sequences: pure functions of what a data set says about its frames.
 
-Two rules of the paper, and what the authors' released script does instead of the first. Each returns arrays of image
-numbers. Ties go to the lower number, so results depend on the scene and the seed only.
+Numbered frames are cut into chunks. Unordered collections are chained by overlap, the 3-D points that two images share:
+two rules of the paper, and what the authors' released script does instead of the first. Chains are arrays of image
+numbers; ties go to the lower number, so results depend on the scene and the seed only.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from fastmum.data.rules.overlap import Overlap
-
+# "We find that a chunk size of 100 frames usually works fine" (supplement, "Data sequences").
+CHUNK = 100
 # Released MegaDepth script: an anchor and its 255 nearest. The paper states no bound, so its rule uses this one too.
 CHAIN_LENGTH = 256
 # Supplement A, "Data sequences".
@@ -18,6 +21,71 @@ MIN_VIEWS = 24
 # Rule of MegaScenes, after CroCo v2: least share of the current image's points, least rotation of the camera, degrees.
 MIN_OVERLAP = 0.10
 MIN_ANGLE = 10.0
+
+
+def cut_into_chunks(num_frames: int, size: int = CHUNK, last_takes_rest: bool = False) -> list[range]:
+    """Consecutive ranges that cover 0 .. num_frames - 1; none for 0 frames.
+
+    The frames that do not fill a chunk are a shorter one, or with `last_takes_rest` (the released scripts) belong to
+    the last one, which then has up to 2 size - 1 frames.
+    """
+    count = max(1, num_frames // size) if last_takes_rest else -(-num_frames // size)
+    ends = [i * size for i in range(1, count)] + [num_frames]
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False) if start < end]
+
+
+class Overlap(NamedTuple):
+    """Shared points of all pairs of images that share any (compressed sparse rows, no diagonal).
+
+    Args:
+        points: (n,) int64, 3-D points that each image sees.
+        starts: (n + 1,) int64, entries of image i are starts[i]:starts[i + 1].
+        neighbours: (e,) int32, images that share points with the row's image, ascending in each row.
+        shared: (e,) int32, number of shared points.
+    """
+
+    points: np.ndarray
+    starts: np.ndarray
+    neighbours: np.ndarray
+    shared: np.ndarray
+
+    @property
+    def num_images(self) -> int:
+        """Images of the scene, including those without points."""
+        return len(self.points)
+
+    def row(self, image: int) -> tuple[np.ndarray, np.ndarray]:
+        """Neighbours of an image (k,) and overlap_ij = shared points / points of i (k,) float64: not symmetric."""
+        entries = slice(self.starts[image], self.starts[image + 1])
+        return self.neighbours[entries], self.shared[entries] / self.points[image]
+
+    def ranked(self, image: int) -> np.ndarray:
+        """Neighbours of an image (k,), most overlap first; ties go to the lower number."""
+        entries = slice(self.starts[image], self.starts[image + 1])
+        return self.neighbours[entries][np.argsort(-self.shared[entries], kind="stable")]
+
+
+def count_shared(images: np.ndarray, points: np.ndarray, num_images: int) -> Overlap:
+    """Overlap of all pairs, from the product of the sparse image x point incidence matrix with its transpose.
+
+    The work grows with the sum of squared track lengths, not with the number of pairs.
+
+    Args:
+        images, points: (m,) integers, image and point of each observation. Repeated observations count once.
+        num_images: of the scene.
+    """
+    from scipy import sparse  # slow to import
+
+    num_points = int(points.max(initial=-1)) + 1
+    ones = np.ones(len(images), np.int32)
+    seen = sparse.coo_array((ones, (images, points)), shape=(num_images, num_points)).tocsr()
+    seen.data.fill(1)
+    shared = seen @ seen.T.tocsr()
+    count = shared.diagonal().astype(np.int64)
+    shared.setdiag(0)
+    shared.eliminate_zeros()
+    shared.sort_indices()
+    return Overlap(count, shared.indptr.astype(np.int64), shared.indices.astype(np.int32), shared.data)
 
 
 def overlap_chains(
