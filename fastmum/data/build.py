@@ -36,31 +36,22 @@ class NoSequenceError(DataError):
 
 
 class Built(NamedTuple):
-    """Result of a build: size of the manifest, parts of the data set, parts without a sequence."""
+    """Result of a build."""
 
     counts: Counts
     parts: int
-    empty: int
+    empty: int  # parts without a sequence
 
 
 def build(
-    name: str,
-    root: str | Path,
-    out: str | Path,
-    *,
-    rule: str = "paper",
-    seed: int = 0,
-    workers: int = 1,
-    dataset: str | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> Built:
+    name: str, root: str | Path, out: str | Path, *, rule: str = "paper", seed: int = 0, workers: int = 1,
+    dataset: str | None = None, progress: bool = False, **options: Any,
+) -> Built:  # fmt: skip
     """Write the manifest of a data set; equal arguments give equal bytes, for any number of workers.
 
     Args:
         name: a key of `BUILDERS`.
-        root: folder of the data set.
-        out: the manifest, written atomically.
+        root, out: folder of the data set, and the manifest, written atomically.
         rule: "paper", or "released" for the rule of the authors' script.
         seed: of the rules that draw.
         workers: reading processes; 0 or 1 reads in this one.
@@ -95,9 +86,8 @@ def build(
         if empty == len(parts):
             least = values.get("min_frames") or 1
             short = f" of at least {least} frames (--min-frames)" if least > 1 else ""
-            raise NoSequenceError(
-                f"nothing under '{root}' makes a sequence of {name}{short}; expected: {builder.layout}"
-            )
+            what = f"nothing under '{root}' makes a sequence of {name}{short}"
+            raise NoSequenceError(f"{what}; expected: {builder.layout}")
 
     frame_root = builder.root(root, settings) if builder.root else root
     if frame_root.is_relative_to(out.parent):  # then both can be moved together
@@ -207,12 +197,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--rule", choices=RULES, default="paper", help="default %(default)s")
         command.add_argument("--seed", type=int, default=0, metavar="S", help="of rules that draw (default 0)")
         workers = min(os.cpu_count() or 1, 8)
-        command.add_argument(
-            "--workers", type=int, default=workers, metavar="N", help="reading processes (default %(default)s)"
-        )
+        help = "reading processes (default %(default)s)"
+        command.add_argument("--workers", type=int, default=workers, metavar="N", help=help)
         command.add_argument("--dataset", metavar="D", help=f"name of the data set in the manifest (default {name})")
         for key, option in builder.options.items():
-            _add_option(command, key, option)
+            command.add_argument(_flag(key), dest=key, default=option.default, **_value(option))
     return parser
 
 
@@ -220,17 +209,12 @@ def _flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _add_option(parser: argparse.ArgumentParser, key: str, option: Option) -> None:
-    default = option.default
-    if isinstance(default, bool):
-        action = argparse.BooleanOptionalAction
-        parser.add_argument(_flag(key), dest=key, action=action, default=default, help=option.help)
-        return
-    shown = "" if default is None else f" (default {default})"
-    parser.add_argument(
-        _flag(key), dest=key, type=option.type or type(default), default=default, choices=option.choices or None,
-        help=_escaped(option.help + shown),
-    )  # fmt: skip
+def _value(option: Option) -> dict[str, Any]:
+    if isinstance(option.default, bool):
+        return {"action": argparse.BooleanOptionalAction, "help": option.help}
+    shown = "" if option.default is None else f" (default {option.default})"
+    kind, choices = option.type or type(option.default), option.choices or None
+    return {"type": kind, "choices": choices, "help": _escaped(option.help + shown)}
 
 
 def _escaped(text: str) -> str:

@@ -62,11 +62,7 @@ def summary(manifest: Manifest) -> Iterator[str]:
 
 
 def find_missing(manifest: Manifest, column: str = "path", progress: bool = False) -> tuple[int, list[Path]]:
-    """Look up all files of a column ("path", "depth", "mask") in the listings of their folders.
-
-    Returns:
-        Number of different files, and the missing ones. Broken files are for the decoder to find.
-    """
+    """Number of different files of a column ("path", "depth", "mask"), and those missing in their folders' listings."""
     total, missing = 0, []
     with ThreadPoolExecutor(THREADS) as pool, tqdm(unit="file", desc="checking", disable=not progress) as bar:
         for folder, names, absent in pool.map(_absent, manifest.folders(column)):
@@ -104,11 +100,7 @@ def _check_files(manifest: Manifest) -> int:
 def contact_sheet(manifest: Manifest, sequences: int = 12, seed: int = 0, tile: int = 96) -> Image.Image:
     """Random sequences, each with as many random frames as training might draw, in order; depth below its frames.
 
-    Args:
-        manifest: to draw from.
-        sequences: to show, all if there are fewer.
-        seed: of the draws.
-        tile: side of a frame in pixels. The centre square of a frame is shown; unreadable files are red.
+    Shows the centre square of a frame, `tile` pixels wide; unreadable files are red.
     """
     rng = np.random.default_rng(seed)
     count = min(sequences, manifest.num_sequences)
