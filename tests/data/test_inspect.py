@@ -127,7 +127,6 @@ def test_a_reader_may_close_the_pipe(rooms):
         (["--sheet", "/proc/s.jpg"], "--sheet '/proc/s.jpg'"),
         (["--sheet", "s.doc"], "--sheet 's.doc'"),
         (["--sequences", "0"], "--sequences is 0"),
-        (["--seed", "-1"], "--seed is -1"),
     ],
 )
 def test_errors_are_one_line(rooms, capsys, words, message):

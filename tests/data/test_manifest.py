@@ -176,9 +176,8 @@ def test_starts_are_found_for_any_lengths(lengths, block):
     assert _changes(numbers, block).tolist() == np.cumsum([0, *lengths])[:-1].tolist()
 
 
-@pytest.mark.parametrize(
-    ("records", "message"),
-    [
+def test_an_invalid_sequence_is_named(tmp_path):
+    for records, message in (
         ([], "no sequence"),
         ([numbered("a", 0)], "sequence 'a' of rooms has no frames"),
         ([SequenceRecord("", ["a.jpg"])], "has no name"),
@@ -193,13 +192,11 @@ def test_starts_are_found_for_any_lengths(lengths, block):
         ([numbered("a", 2, masks=["m.png"])], "1 mask paths for 2 frames"),
         ([numbered("a", 1, depths=["d.png"])], "no depth_format"),
         ([numbered("a", 1, depths=["d"], depth_format=RAYS, depth_units=np.ones(2))], "depth_units of shape"),
-    ],
-)
-def test_an_invalid_sequence_is_named(tmp_path, records, message):
-    with pytest.raises(DataError, match=message) as caught:
-        write(tmp_path / "m", records)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            write(tmp_path / "m", records)
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
 
 
 def test_files_that_cannot_be_opened_are_named_in_one_line(tmp_path, monkeypatch):
@@ -212,15 +209,10 @@ def test_files_that_cannot_be_opened_are_named_in_one_line(tmp_path, monkeypatch
         newer.setattr("fastmum.data.manifest_writer.VERSION", 9)
         write(tmp_path / "newer", [numbered("a", 200)])
     pa.ipc.new_file(tmp_path / "other", pa.schema([("a", pa.int8())])).close()
-    for name, message in {
-        "nowhere": "there is no manifest",
-        "short": "truncated",
-        "empty": "is not a manifest",
-        "text": "is not a manifest",
-        "other": "is not a manifest",
-        "newer": "has version 9, but this fastmum reads 1",
-        ".": "cannot be read",
-    }.items():
+    none = "is not a manifest"
+    messages = {"nowhere": "there is no manifest", "short": "truncated", "empty": none, "text": none, "other": none,
+                "newer": "has version 9, but this fastmum reads 1", ".": "cannot be read"}  # fmt: skip
+    for name, message in messages.items():
         with pytest.raises(DataError, match=message) as caught:
             Manifest.open(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
