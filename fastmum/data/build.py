@@ -1,7 +1,5 @@
 """Build manifests: `python -m fastmum.data.build NAME --root RAW --out FILE`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging
@@ -95,7 +93,7 @@ def build(
     metadata = {"builder": name, "rule": rule, "seed": seed, "options": values, "source": str(root)}
     with contextlib.closing(records()) as found:  # an error ends the bar and the workers at once
         counts = write_manifest(out, found, dataset=dataset or name, root=frame_root, metadata=metadata)
-    for what, known in Manifest.open(out).known.items():
+    for what, known in Manifest(out).known.items():
         if 0 < known < counts.frames:
             log.warning("%d of %d frames have no %s", counts.frames - known, counts.frames, what)
     return Built(counts, len(parts), empty)
@@ -106,12 +104,10 @@ def _in_order(
 ) -> Iterator[list[SequenceRecord]]:
     """Sequences of every part, in the order of the parts."""
     if workers <= 1 or len(parts) == 1:
-        for part in parts:
-            yield _read(BUILDERS[name], root, part, options)
+        yield from (_read(BUILDERS[name], root, part, options) for part in parts)
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(parts)), multiprocessing.get_context("spawn"), _init_worker, (name, root, options)
-    )
+    spawn, started = multiprocessing.get_context("spawn"), (name, root, options)
+    pool = ProcessPoolExecutor(min(workers, len(parts)), spawn, _init_worker, started)
     try:
         pending: deque = deque()
         for part in parts:
@@ -186,12 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True, title="data sets and their layouts")
     for name, builder in BUILDERS.items():
         released = f"\n--rule released: {builder.released}" if builder.released else ""
-        command = names.add_parser(
-            name,
-            help=_escaped(builder.layout),
-            description=_escaped(f"layout: {builder.layout}\n--rule paper: {builder.paper}{released}"),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        description = _escaped(f"layout: {builder.layout}\n--rule paper: {builder.paper}{released}")
+        plain = argparse.RawDescriptionHelpFormatter
+        command = names.add_parser(name, help=_escaped(builder.layout), description=description, formatter_class=plain)
         command.add_argument("--root", required=True, metavar="RAW", help="folder of the data set")
         command.add_argument("--out", required=True, metavar="FILE", help="the manifest, such as data/NAME.arrow")
         command.add_argument("--rule", choices=RULES, default="paper", help="default %(default)s")

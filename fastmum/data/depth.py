@@ -1,7 +1,5 @@
 """Depth maps and masks as data sets store them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -70,11 +70,6 @@ class Manifest:
             name: len(column) - column.null_count for name, column in self._columns.items() if name != "path"
         }
 
-    @classmethod
-    def open(cls, path: str | Path) -> Manifest:
-        """Map a manifest."""
-        return cls(path)
-
     def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
         return Manifest, (self.path,)
 
@@ -175,7 +170,7 @@ class Manifests:
     def __init__(self, paths: Sequence[str | Path]) -> None:
         if not paths:
             raise DataError("no manifest was given; build one with `python -m fastmum.data.build`")
-        self.parts = tuple(Manifest.open(path) for path in paths)
+        self.parts = tuple(Manifest(path) for path in paths)
         self._first_row = np.cumsum([0, *(part.num_frames for part in self.parts)])
         self._first_sequence = np.cumsum([0, *(part.num_sequences for part in self.parts)])
         self.num_frames, self.num_sequences = int(self._first_row[-1]), int(self._first_sequence[-1])

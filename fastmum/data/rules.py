@@ -5,8 +5,6 @@ two rules of the paper, and what the authors' released script does instead of th
 numbers; ties go to the lower number, so results depend on the scene and the seed only.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

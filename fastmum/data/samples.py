@@ -1,7 +1,5 @@
 """Frames with image, depth, mask and camera, read together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

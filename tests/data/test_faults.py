@@ -107,23 +107,20 @@ def test_more_than_five_per_cent_of_a_data_set_stop_the_run(manifests_of, tmp_pa
     assert "3.jpg" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("length", "read", "limit"),
-    [
+def test_where_the_limit_is(manifests_of):
+    for length, read, limit in (
         (MIN_FRAMES - 1, MIN_FRAMES - 1, None),  # too few
         (MIN_FRAMES, MIN_FRAMES, 2),  # all were read: 5 % exactly
         (1000, 1000, 51),
         (10**5, 100, 12),  # few of many were read: 5 % and three standard errors
         (10**5, 5_000, 296),
-    ],
-)
-def test_where_the_limit_is(manifests_of, length, read, limit):
-    faults = Faults(manifests_of(a=[length]))
-    faults.read(np.arange(read))
-    fail(faults, range(read if limit is None else limit - 1))
-    if limit is not None:
-        with pytest.raises(DataError):
-            fail(faults, [limit - 1])
+    ):
+        faults = Faults(manifests_of(a=[length]))
+        faults.read(np.arange(read))
+        fail(faults, range(read if limit is None else limit - 1))
+        if limit is not None:
+            with pytest.raises(DataError):
+                fail(faults, [limit - 1])
 
 
 def test_good_frames_can_settle_the_verdict(manifests_of):

@@ -128,17 +128,14 @@ def test_nothing_held_out_is_said(image_folder, tmp_path, caplog):
     assert "training on 4 sequences (24 frames), held out: 0 (0 frames)" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_what_cannot_be_opened_is_one_line(image_folder, tmp_path):
+    for words, message in (
         (["data.root=nowhere"], "data.root is 'nowhere'"),
         (["data.manifests=[nowhere.arrow]"], "'nowhere.arrow'"),
         (["data.weights={sclaes: 1}"], "'sclaes'"),
         (["data.views=[7,8]", "data.frames_per_batch=8"], "7 images (data.views[0])"),
-    ],
-)
-def test_what_cannot_be_opened_is_one_line(image_folder, tmp_path, words, message):
-    with pytest.raises(DataError) as caught:
-        sources(tmp_path, *([] if "root" in words[0] else [f"data.root={image_folder}"]), *words)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(DataError) as caught:
+            sources(tmp_path, *([] if "root" in words[0] else [f"data.root={image_folder}"]), *words)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -4,8 +4,6 @@ A data set is read in independent parts (scenes, categories ...), in any order a
 manifest holds their sequences in the order of `Builder.parts`, so it does not depend on the number of workers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

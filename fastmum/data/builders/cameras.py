@@ -4,8 +4,6 @@ Camera axes: OpenCV x right, y down, z forward; OpenGL (nerfstudio, Hypersim) x 
 (CO3D) x left, y up, z forward.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Indoor scenes: ARKitScenes, Hypersim and ScanNet++, with poses, intrinsics, and depth or masks."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterator

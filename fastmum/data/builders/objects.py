@@ -1,7 +1,5 @@
 """Videos of objects: CO3D and WildRGB-D, with poses, intrinsics, depth and masks. A video is a sequence."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Image collections with COLMAP models: MegaDepth, MegaScenes and any others, chained by the paper's rules."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -113,25 +113,3 @@ def test_dali_that_fails_on_everything_is_an_error(files, draw, monkeypatch):
     monkeypatch.setattr(decoder._runner, "_define", lambda frames: Broken())
     with pytest.raises(RuntimeError, match="out of memory"):
         decoder.decode(files, *draw(len(files)))
-
-
-def test_the_output_of_a_run_outlives_the_next_run(files):
-    """It is returned without a copy."""
-    pipeline = define_pipeline("cpu", SIZE, "frames", 1, None, 4)
-    assert pipeline.exec_dynamic
-
-    def run(file):
-        output = pipeline.run(
-            encoded=[np.frombuffer(file.read_bytes(), np.uint8)],
-            anchor=np.zeros((1, 2), np.int32),
-            shape=np.full((1, 2), 100, np.int32),
-            mirror=np.zeros(1, np.int32),
-        )[0]
-        return torch.from_dlpack(output.as_tensor())
-
-    first = run(files[0])
-    before = first.clone()
-    for file in files[1:]:
-        run(file)
-    assert torch.equal(first, before)
-    assert not torch.equal(run(files[1]), before)
