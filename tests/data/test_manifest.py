@@ -67,7 +67,7 @@ def test_rows_sequences_and_names(tmp_path):
     assert pa.ipc.open_file(tmp_path / "m.arrow").schema.names == ["dataset", "sequence", "path"]
 
 
-def test_cameras_where_they_are_known(tmp_path):
+def test_cameras_depth_and_masks_where_they_are_known(tmp_path):
     write(tmp_path / "m.arrow", everything())
     manifest = Manifest(tmp_path / "m.arrow")
     assert [row for row in range(11) if manifest.camera_arrays(row)[0] is not None] == [2, 3, 4]
@@ -77,11 +77,6 @@ def test_cameras_where_they_are_known(tmp_path):
     assert intrinsics.tolist() == [8, 9, 10, 11]
     assert pose.dtype == intrinsics.dtype == np.float32
     assert manifest.known == {"pose": 2, "intrinsics": 3, "depth": 4, "mask": 1}
-
-
-def test_depth_and_masks_where_frames_have_them(tmp_path):
-    write(tmp_path / "m.arrow", everything())
-    manifest = Manifest(tmp_path / "m.arrow")
     found = {row: manifest.depth_file(row) for row in range(11) if manifest.depth_file(row)}
     assert found == {
         5: (Path("/data/a/d/0.png"), MILLIMETRES), 7: (Path("/data/a/d/2.png"), MILLIMETRES),

@@ -25,15 +25,11 @@ def drawn(planner, steps=200):
     return set(planner.manifests.sequence_of(rows).tolist())
 
 
-@pytest.mark.parametrize(("count", "share", "held"), [(20, 0.2, 4), (20, 0.01, 1), (2, 0.1, 1), (1, 0.5, 0), (9, 0, 0)])
-def test_the_number_of_held_out_names(count, share, held):
-    found = held_out([f"s{i}" for i in range(count)], share)
-    assert len(found) == held
-    assert sorted(set(found.tolist())) == found.tolist()
-    assert set(found.tolist()) <= set(range(count))
-
-
 def test_only_names_decide_what_is_held_out():
+    for count, share, held in ((20, 0.2, 4), (20, 0.01, 1), (2, 0.1, 1), (1, 0.5, 0), (9, 0, 0)):
+        found = held_out([f"s{i}" for i in range(count)], share)
+        assert len(found) == held
+        assert sorted(set(found.tolist()) & set(range(count))) == found.tolist()
     names = [f"s{i}" for i in range(50)]
     chosen = {names[i] for i in held_out(names, 0.3)}
     assert {names[::-1][i] for i in held_out(names[::-1], 0.3)} == chosen

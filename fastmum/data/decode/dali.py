@@ -21,7 +21,6 @@ from fastmum.data.decode.image import UPRIGHT, FrameError, crop_box, place, read
 
 GraphDevice = Literal["gpu", "cpu"]
 GraphOutput = Literal["regions", "frames"]
-GraphOutput = Literal["regions", "frames"]
 
 log = logging.getLogger(__name__)
 
