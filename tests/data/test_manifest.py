@@ -1,8 +1,6 @@
 """Manifests: what is written is read back, cheaply, and a file is whole or absent."""
 
 import pickle
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -227,27 +225,3 @@ def test_opening_allocates_a_few_bytes_per_sequence_not_per_frame(tmp_path):
     assert peak < 40 * manifest.num_sequences + (8 << 20)
     assert pa.total_allocated_bytes() - arrow < 1 << 16, "Arrow maps the columns, it does not read them"
     assert manifest.file(999_999).name == "9999_00099.jpg"
-
-
-MEMORY = """
-import sys
-from fastmum.data.manifest import Manifest
-manifest = Manifest(sys.argv[1])
-lines = dict(line.split(":") for line in open("/proc/self/status"))
-print(manifest.num_frames, *(int(lines[key].split()[0]) // 1000 for key in ("VmHWM", "RssAnon")))
-"""
-
-
-@pytest.mark.exhaustive
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_twenty_million_frames_take_less_than_200_mb(tmp_path):
-    """Of a new process, interpreter and Arrow included; all but the private part is shared by processes."""
-    names = [f"{i:05d}.jpg" for i in range(100)]
-    scenes = (SequenceRecord(f"s{s}", [f"scene_{s:06d}/rgb/{name}" for name in names]) for s in range(200_000))
-    write(tmp_path / "m.arrow", scenes)
-    command = [sys.executable, "-c", MEMORY, str(tmp_path / "m.arrow")]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    frames, peak, private = map(int, out.split())
-    assert frames == 20_000_000
-    assert peak <= 200
-    assert private <= 60

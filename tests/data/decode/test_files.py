@@ -188,12 +188,11 @@ def test_decoders_agree_on_photographs(request, tmp_path, draw, distance, check,
     assert max(by_file.values()) <= 2, by_file
 
 
-def test_decoding_stays_in_its_thread(tmp_path, decoder_name, photograph, draw):
+def test_decoding_stays_in_its_thread(tmp_path, decoder, photograph, draw):
     """Thread pools of torch or DALI for each loader thread would compete with training."""
     files = [tmp_path / "a.jpg", tmp_path / "b.png"] * 4
     photograph.resize((1200, 900)).save(files[0], exif=oriented(6))
     photograph.save(files[1])
-    decoder = make_decoder(decoder_name, 256, cache_bytes=10**7)
     crops, flips = draw(8)
     decoder.decode(files, crops, flips)  # DALI's one thread a pipeline starts here
     counts = []
