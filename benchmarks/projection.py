@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastmum.engine.efficiency import PAPER_RUNS, SOURCE
+from fastmum.engine.gpus import PAPER_RUNS, SOURCE
 from fastmum.errors import FastmumError
 
 STEPS = 500_000  # of the paper's run (supplement)
@@ -61,8 +61,8 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
         f"{before}{predictions[key]}{unit}"
         for before, key, unit in (
             ("", "model", ""),
-            ("", "frames", " frames a GPU"),
-            ("", "views", " views a sequence"),
+            ("", "frames", " frames per GPU"),
+            ("", "views", " views per sequence"),
             ("", "gpu", ""),
             ("model.compile=", "compile", " (fastmum; full on one GPU, block on several)"),
             ("model.recompute=", "recompute", ""),
@@ -72,8 +72,8 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
     lines = [
         f"## Predictions, {predictions['gpu']}" if "gpu" in predictions else "## Predictions",
         "",
-        "Not measured: operations, bytes and launches of a step are counted in what PyTorch and Inductor would launch"
-        " (`python -m benchmarks.offline`), and every kernel takes its roofline time."
+        "Not measured. Operations, bytes and launches of a step are counted from the kernels that PyTorch and Inductor"
+        " would launch (`python -m benchmarks.offline`); every kernel takes its roofline time."
         + (f" For {where}." if where else ""),
         "",
         "| step, predicted | TFLOP | GB moved | launches | peak GB | ms | reference / this |",
@@ -89,9 +89,9 @@ def projection_tables(predictions: dict[str, Any]) -> list[str]:
     paper = PAPER_RUNS[0]
     lines += [
         "",
-        f"A **projection**: {STEPS:,} steps on {paper.gpus} GPUs, without waiting for data, other GPUs,"
+        f"A **projection** from these: {STEPS:,} steps on {paper.gpus} GPUs, without waiting for data, other GPUs,"
         f" checkpoints or faults. The paper's run took {paper.gpus} x {paper.gpu} x {paper.days:g} days ="
-        f" {paper.gpu_hours:,.0f} GPU-hours ({SOURCE}), all of these included.",
+        f" {paper.gpu_hours:,.0f} GPU-hours ({SOURCE}), including all of these.",
         "",
         "| run, projected | GPU-hours | days | share of the paper's |",
         "|---|---|---|---|",

@@ -23,30 +23,31 @@ OFFLINE_MARK = "<!-- predictions: python -m benchmarks.offline --json > FILE, th
 
 # Group -> explanation on the page.
 ABOUT = {
-    "training step": "The same weights, frames and masks; losses of two steps agree before anything is timed. The "
-    "reference computes what the released code does: every patch embedded and predicted, rotary tables for every head, "
-    "autocast, AdamW of PyTorch. What fastmum does differently is in the phases. On a CPU PyTorch's default AdamW is "
-    "its loop over parameters, where fastmum calls PyTorch's fused one: `AdamW(fused=True)` would be about even. Also "
-    "on a CPU fastmum's trainer tells glibc to keep freed memory, which the reference's process does not.",
-    "kernels": "What stands between the matrix products, each against its plain form in PyTorch. Bytes are by formula, "
-    "every input and output once; GB/s and FLOP/s are fastmum's. On a CPU `adamw_` is PyTorch's fused AdamW against "
-    "its default there, the loop over parameters: `AdamW(fused=True)` would be about even.",
-    "attention": "Backends that are available here against PyTorch's attention: one call for equal sequences, a call "
-    "for each ragged one. FLOP/s are fastmum's, of scores and weighted values.",
-    "ragged batches": "fastmum against itself: sequences of different length against equal ones, per operation of the "
-    "model. 1 is no cost.",
-    "peak memory": "Of a fresh process that imports, builds the model and trains.",
-    "loader": "CPU time from a JPEG to a crop of 256 pixels, of all threads and worker processes, against Pillow and "
-    "torchvision's transforms in a DataLoader. Crops agree within two grey levels. The reference "
-    "returns float32, normalised; fastmum uint8, which its model normalises on the device.",
-    "sampler": "Time of planning, where fastmum's plan also holds crops and flips; and what full and level batches "
-    "gain over the paper's sampler on many ranks. The latter is simulated: frames a second that all ranks together "
-    "train on where each does 10^12 operations a second (1 TFLOP/s) of the model's products, forward and backward, and "
-    "a step takes as long as its slowest rank. At x TFLOP/s a rank it is x times as many, and the ratio the same.",
-    "start-up": "A fresh process each time.",
-    "checkpoint": "Weights and moments on the disk of the temporary folder, of a model that trains on the CPU on any "
-    "machine. fastmum writes in the background, and verifies checksums when it loads.",
-    "training loop": "What the loop adds to forward, backward and update.",
+    "training step": "The same weights, frames and masks; the losses of two steps agree before anything is timed. The "
+    "reference computes what the released code does: it embeds and predicts every patch, computes rotary tables for "
+    "every head, and uses autocast and PyTorch's AdamW. The phases show where fastmum differs. On a CPU PyTorch's "
+    "default AdamW loops over parameters, while fastmum calls PyTorch's fused one: `AdamW(fused=True)` would be about "
+    "on par. Also on a CPU, fastmum's trainer tells glibc to keep freed memory; the reference's process does not.",
+    "kernels": "The operations between the matrix products, each against its plain form in PyTorch. Bytes are by "
+    "formula, every input and output once; GB/s and FLOP/s are fastmum's. On a CPU `adamw_` is PyTorch's fused AdamW "
+    "against its default there, the loop over parameters: `AdamW(fused=True)` would be about on par.",
+    "attention": "The backends available here against PyTorch's attention: one call for equal sequences, one call per "
+    "sequence for ragged ones. FLOP/s are fastmum's, of scores and weighted values.",
+    "ragged batches": "fastmum against itself: sequences of different lengths against equal ones, time per operation "
+    "of the model. 1 is no overhead.",
+    "peak memory": "Peak memory of a fresh process that imports, builds the model and trains.",
+    "loader": "CPU time from a JPEG to a crop of 256 pixels, summed over threads and worker processes, against Pillow "
+    "and torchvision's transforms in a DataLoader. Crops agree within two grey levels. The reference returns "
+    "normalised float32; fastmum returns uint8, which its model normalises on the device.",
+    "sampler": "Planning time (fastmum's plan also holds crops and flips), and the gain of full and level batches "
+    "over the paper's sampler on many ranks. The gain is simulated: frames per second of all ranks together if each "
+    "rank does 10^12 operations per second (1 TFLOP/s) of the model's products, forward and backward, and a step "
+    "takes as long as its slowest rank. At x TFLOP/s per rank the frames per second are x times as many and the ratio "
+    "is the same.",
+    "start-up": "Each round is a fresh process.",
+    "checkpoint": "Weights and moments of a model that trains on the CPU on any machine, written to the disk of the "
+    "temporary folder. fastmum writes in the background, and verifies checksums when it loads.",
+    "training loop": "The time that the loop adds to forward, backward and update.",
 }  # fmt: skip
 ORDER = list(ABOUT)
 COLORS = {REFERENCE: "#2a6fbb", COMPILED: "#c98a1b"}
@@ -192,19 +193,19 @@ def _head(data: Mapping[str, Any]) -> list[str]:
     return [
         "# Benchmarks",
         "",
-        "How much faster than the released model in plain PyTorch is fastmum, and where? Written by `python -m"
-        " benchmarks.report` from",
+        "Speed of fastmum relative to the released model in plain PyTorch. `python -m benchmarks.report` writes this"
+        " page:",
         "",
         "```",
         f"pytest benchmarks/ --benchmark-only{quick} --benchmark-json=result.json",
         "python -m benchmarks.report result.json",
         "```",
         "",
-        "which is what to run for numbers of your own machine. Contestants get the same inputs and are timed by turns."
-        " Before that, results are compared: those of the kernels, attention, the training step, the loader and the"
-        " checkpoint. Of start-up and peak memory only the first loss is checked, for plausibility; ragged batches and"
-        " the training loop are fastmum against itself, and what samplers draw is random. Ratios are taken round by"
-        " round: median, and in brackets the quartiles, or the least and the most of fewer than 4 rounds. Above 1"
+        "Run the same for your own machine. All contestants get the same inputs, and their rounds alternate. Results"
+        " are compared before anything is timed for kernels, attention, the training step, the loader and the"
+        " checkpoint. For start-up and peak memory only the first loss is checked, for plausibility; ragged batches"
+        " and the training loop compare fastmum with itself; samplers draw at random. Ratios are computed round by"
+        " round: the median, and in brackets the quartiles, or minimum and maximum of fewer than 4 rounds. Above 1"
         " fastmum is better.",
         "",
         "| | |",
@@ -229,7 +230,7 @@ def _others(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     others = [entry for entry in entries if "contestant" not in entry["extra_info"]]
     if not others:
         return []
-    lines = ["## fastmum alone", "", "| | median | least to most | rounds | |", "|---|---|---|---|---|"]
+    lines = ["## fastmum only", "", "| | median | least to most | rounds | |", "|---|---|---|---|---|"]
     for entry in others:
         stats, info = entry["stats"], entry["extra_info"]
         spread = f"{write(stats['min'], 's')} to {write(stats['max'], 's')}"

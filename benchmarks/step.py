@@ -27,8 +27,8 @@ from fastmum.config import Config, ConfigError, load_config
 from fastmum.engine.device import MATRIX_DTYPE, autocast, keep_freed_memory, pick_device, pick_precision
 from fastmum.engine.distributed import DistContext, LaunchInfo
 from fastmum.engine.gradients import Gradients
-from fastmum.engine.guard import NonFiniteGuard
 from fastmum.engine.optimizer import build_optimizer
+from fastmum.engine.step import NonFiniteGuard
 from fastmum.errors import FastmumError, run_command
 from fastmum.model.masking import seeded_noise
 from fastmum.model.mum import MuM

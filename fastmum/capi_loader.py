@@ -37,12 +37,8 @@ def __model_loader__(pretrained_weights: str, device: str | None = None, **overr
 
     Args:
         pretrained_weights: anything that `fastmum.load_pretrained` reads.
-        device: default: the GPU if there is one.
-        overrides: of `fastmum.load_pretrained`, without encoder_only, which is always True.
-
-    Raises:
-        WeightsError: as `fastmum.load_pretrained`, or encoder_only.
-        ConfigError: there is no such device.
+        device: default: the GPU if there is one; ConfigError if there is no such device.
+        overrides: of `fastmum.load_pretrained`; WeightsError for encoder_only, which is always True.
     """
     if "encoder_only" in overrides:
         raise WeightsError("model_loader_kwargs.encoder_only cannot be set: CAPI only evaluates the encoder")

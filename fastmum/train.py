@@ -11,7 +11,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +19,35 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastmum.config.load import describe_keys, load_config, peek
+from fastmum.config.load import describe_keys, load_config, peek_task
 from fastmum.config.schema import ConfigError, EngineConfig
-from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, set_aside_after
-from fastmum.engine.device import MATRIX_DTYPE, REDUCE_DTYPE, autocast, keep_freed_memory, pick_device, pick_precision
+from fastmum.engine.checkpoint import Checkpoints, set_aside_after
+from fastmum.engine.device import (
+    MATRIX_DTYPE,
+    REDUCE_DTYPE,
+    Prefetcher,
+    autocast,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+)
 from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
-from fastmum.engine.efficiency import Efficiency, paper_line
-from fastmum.engine.ema import Ema
 from fastmum.engine.gradients import Gradients
-from fastmum.engine.guard import NonFiniteGuard, TrainingError
-from fastmum.engine.heartbeat import Heartbeat, is_collective_error
-from fastmum.engine.meter import Meter
-from fastmum.engine.optimizer import build_optimizer, learning_rate
-from fastmum.engine.prefetcher import Prefetcher
-from fastmum.engine.profile import StepProfiler
+from fastmum.engine.heartbeat import Heartbeat, PeerError
+from fastmum.engine.meter import Efficiency, Meter, paper_line
+from fastmum.engine.optimizer import Ema, build_optimizer, learning_rate
 from fastmum.engine.resume import checkpoint_values, resume
 from fastmum.engine.rundir import RunDir
-from fastmum.engine.step import Step
+from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task
 from fastmum.engine.telemetry import Telemetry
-from fastmum.errors import FastmumError, run_command
+from fastmum.errors import run_command
 from fastmum.tasks import find_task
 
 log = logging.getLogger("fastmum")
 
 SHOWN = ("loss", "held_out_loss", "frames_per_s")  # next to the progress bar
-
-
-class PeerError(FastmumError):
-    """Another process has died; the message says which."""
 
 
 def train(config: EngineConfig, task: type[Task] | None = None) -> int:
@@ -68,17 +67,9 @@ def train(config: EngineConfig, task: type[Task] | None = None) -> int:
     world = init_distributed(launch, pick_device(config.train.device, launch))
     precision = pick_precision(config.train.precision, world.device)
     config = replace(config, train=replace(config.train, precision=precision))
-    with Heartbeat(world, config.parallel.dead_after_s) as heartbeat:
-        try:
-            code = _train(config, (task or find_task(config.run.task))(config, world))
-            world.wait()
-        except FastmumError:
-            raise
-        except RuntimeError as error:
-            dead = heartbeat.failed_rank() if is_collective_error(error) else None
-            if dead is None:
-                raise
-            raise PeerError(f"{dead}; the run continues from its last checkpoint") from error
+    with Heartbeat(world, config.parallel.dead_after_s) if world.size > 1 else contextlib.nullcontext():
+        code = _train(config, (task or find_task(config.run.task))(config, world))
+        world.wait()
     world.close()
     return code
 
@@ -100,9 +91,9 @@ def _train(config: EngineConfig, task: Task) -> int:
     optimizer = build_optimizer(model, config.optim, dtype, groups)
     ema = Ema(optimizer.weights, config.train.ema) if config.train.ema is not None else None
     guard, meter = NonFiniteGuard(world.device), Meter(task.metrics, world)
+    buffers = {f"model.{name}": buffer for name, buffer in task.buffers(model).items()}
 
     def state() -> dict[str, Any]:
-        buffers = {f"model.{name}": buffer for name, buffer in task.buffers(model).items()}
         return optimizer.state() | buffers | (ema.state() if ema else {}) | guard.state() | meter.state()
 
     start = resume(config, run, task, loaded := state())
@@ -130,8 +121,12 @@ def _train(config: EngineConfig, task: Task) -> int:
     checkpoints.prepare(state())
     telemetry = None
     if world.is_main:
-        telemetry = Telemetry(run, start.step, config.telemetry.wandb, config.run.name, config.to_dict())
-    profiler = StepProfiler(config.profile.window, run.root / "profile", world.device, start.step, world.rank)
+        telemetry = Telemetry(run, start.step, config.telemetry.wandb, config.run.name, asdict(config))
+    profiler = None
+    if window := config.profile.window:
+        from fastmum.engine.profile import StepProfiler
+
+        profiler = StepProfiler(window, run.profile, world.device, start.step, world.rank)
     progress = tqdm(
         initial=start.step, total=steps, unit="step", desc=config.run.name, dynamic_ncols=True,
         disable=not world.is_main,
@@ -143,7 +138,7 @@ def _train(config: EngineConfig, task: Task) -> int:
     with (
         StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(batches),
         contextlib.closing(telemetry) if telemetry else contextlib.nullcontext(),
-        profiler, _collector_off(), contextlib.closing(task),
+        profiler or contextlib.nullcontext(), _collector_off(), contextlib.closing(task),
     ):  # fmt: skip
         for done in range(start.step + 1, steps + 1):
             for part in range(1, task.batches_per_step + 1):
@@ -154,15 +149,16 @@ def _train(config: EngineConfig, task: Task) -> int:
             rate = learning_rate(done - 1, steps, config.optim, start.samples_per_step)
             step.update(done, rate)
             stopped = consensus.largest(stop.signal or 0)
-            with meter.paused():
-                profiler.step(done)
+            if profiler:
+                with meter.paused():
+                    profiler.step(done)
 
             evaluates = task.evaluates and _due(done, config.train.eval_every, steps)
             if evaluates or _due(done, config.train.log_every, steps):
                 # The only place where training waits for the device.
                 means, seconds, samples, numbers = meter.read(guard.counts, *step.norms.values())
                 counts, norms = [int(n) for n in numbers[:4]], numbers[4:]
-                _check_bad_steps(config, run, task, checkpoints, counts)
+                check_bad_steps(config, run, task, checkpoints, counts)
                 values = means | {
                     "lr": rate,
                     **dict(zip(step.norms, norms, strict=True)),
@@ -190,9 +186,8 @@ def _train(config: EngineConfig, task: Task) -> int:
                         telemetry.pictures(done, pictures)
             if stopped or _due(done, config.train.checkpoint_every, steps):
                 with meter.paused():
-                    checkpoints.save(
-                        done, state(), checkpoint_values(config, task, start.samples_per_step, efficiency.state())
-                    )
+                    content = checkpoint_values(config, task, start.samples_per_step, efficiency.device_seconds())
+                    checkpoints.save(done, state(), content, volatile=buffers)
             if done % config.train.collect_every == 0:
                 gc.collect()
             progress.update()
@@ -224,31 +219,6 @@ def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, sample
     if not task.world.is_main:
         task.open_data(run.root, start, samples_per_step)
     task.prepare()
-
-
-def _check_bad_steps(
-    config: EngineConfig, run: RunDir, task: Task, checkpoints: Checkpoints, counts: Sequence[int]
-) -> None:
-    """Stop a run with too many consecutive non-finite steps; checkpoints after the first of them are set aside.
-
-    Raises:
-        TrainingError: more than `train.max_bad_steps`; with the steps, the data and the last good checkpoint.
-    """
-    _, _, longest, end = counts
-    if longest <= config.train.max_bad_steps:
-        return
-    first = end - longest + 1
-    checkpoints.close()
-    if task.world.is_main:
-        set_aside_after(run.checkpoints, first - 1)
-    task.world.wait()
-    good = next((found.path for found in find_checkpoints(run.checkpoints)), None)
-    raise TrainingError(
-        f"loss or gradient was not finite in {longest} consecutive steps ({first} to {end}; train.max_bad_steps is "
-        f"{config.train.max_bad_steps}), which were skipped; {task.describe_steps(range(first - 1, end))}. The last "
-        f"good checkpoint is {good or 'none'}: the same command continues from it; a lower optim.base_lr (now "
-        f"{config.optim.base_lr:g}) or train.precision=fp32 may help"
-    )
 
 
 @contextlib.contextmanager
@@ -294,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _log_to_stderr()
 
     def command() -> int:
-        task = find_task(peek(args.config, args.overrides, "run.task", "mum"))
+        task = find_task(peek_task(args.config, args.overrides))
         config = load_config(args.config, args.overrides, task.Config)
         if args.print_config:
             print(config.to_yaml(), end="")

@@ -37,7 +37,6 @@ def test_the_evaluations_use_of_a_model(load, tiny):
     assert isinstance(model, torch.nn.Module)
     assert not model.training
     assert model.patch_size == 16
-    model.requires_grad_(False)
     images = torch.randn(2, 3, 48, 80)
     ours = tiny.forward_features(images)
     with torch.inference_mode():  # feature extraction
@@ -57,19 +56,12 @@ def test_the_evaluations_use_of_a_model(load, tiny):
 
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(forward, backend="aot_eager")(images), forward(images))
-    model.cpu()  # then it is emptied
-    for part in (model._parameters, model._modules):
-        part.clear()
 
 
 def test_overrides_and_mistakes(load):
     model = load(norm_eps="1e-6", dtype="bfloat16")
     assert model.encoder.norm.eps == 1e-6
     assert model.encoder.cls_token.dtype == torch.bfloat16
-    for words, message in (
-        ({"norm_esp": 1e-6}, "norm_eps"),
-        ({"encoder_only": 1}, "encoder_only"),
-        ({"device": "tpu"}, "tpu"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
+    for words in ({"encoder_only": 1}, {"device": "tpu"}):
+        with pytest.raises(RuntimeError, match=f"model_loader_kwargs.{next(iter(words))}"):
             load(**words)

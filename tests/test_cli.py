@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from fastmum import cli
+from fastmum.config.load import config_names, find_config
 from fastmum.errors import FastmumError
-from fastmum.resources import config_names, find_config, resource_dir
+from fastmum.resources import resource_dir
 
 
 def test_help_lists_every_command_and_imports_no_torch():

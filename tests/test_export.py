@@ -14,7 +14,7 @@ from fastmum.engine.optimizer import build_optimizer
 from fastmum.export import FORMATS, export, released_state
 from fastmum.export.__main__ import main
 from fastmum.model.encoder import Encoder
-from fastmum.pretrained import WeightsError
+from fastmum.pretrained import WeightsError, read_pretrained
 
 
 @pytest.fixture
@@ -43,9 +43,8 @@ def test_the_released_layout(shared):
     assert shapes_and_dtypes(released_state(encoder, encoder_only=True)) == released["MuM_ViTLarge.pth"]
 
 
-@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/step_0000007"])
-def test_a_run_a_folder_of_checkpoints_or_one(run, tiny, where, capsys):
-    assert main([str(run / where)]) == 0
+def test_a_run(run, tiny, capsys):
+    assert main([str(run / "checkpoints")]) == 0
     file = run / "mum_0000007.pth"
     out = capsys.readouterr().out
     assert all(word in out for word in (str(file), f"{len(tiny.state_dict())} tensors", "step_0000007"))
@@ -66,7 +65,7 @@ def test_exports_load(run, tiny, tmp_path, name, encoder_only):
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
         assert json.loads(metadata["model_config"]) == dataclasses.asdict(tiny.config)
-        assert metadata["step"] == "7"
+        assert (metadata["step"], read_pretrained(file).step) == ("7", 7)
     model = load_pretrained(file, rope_dtype="float32")
     assert type(model) is (Encoder if encoder_only else MuM)
     assert (model.config.num_heads, model.config.norm_eps) == (tiny.config.num_heads, tiny.config.norm_eps)
@@ -111,7 +110,6 @@ def test_failures_keep_the_existing_file(run, name, monkeypatch, capsys):
 def test_mistakes_are_one_line(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for words, message in (
-        ([str(tmp_path / "nothing")], f"'{tmp_path}/nothing' does not exist"),
         ([str(tmp_path / "empty")], f"no checkpoint in '{tmp_path}/empty'"),
         ([str(run), "--format", "none"], ", ".join(FORMATS)),
         ([str(run), "--out", str(run)], f"--out is '{run}'"),
@@ -127,10 +125,6 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert error.startswith("error: ")
         assert message in error
         assert error.count("\n") == 1
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    text = capsys.readouterr().out
-    assert all(f"{name} " in text for name in FORMATS)
 
 
 def test_ema_weights(tmp_path, tiny, capsys, caplog):
@@ -155,15 +149,13 @@ def test_ema_weights(tmp_path, tiny, capsys, caplog):
 def test_checkpoints_of_something_else(tmp_path, tiny):
     writer = Checkpoints(tmp_path, keep=1)
     state, config = {f"model.{n}": tensor for n, tensor in tiny.state_dict().items()}, dataclasses.asdict(tiny.config)
+    damaged = state | {"model.cls_token": torch.zeros(1, 1, 31)}
     for step, (tensors, values, message) in enumerate((
         ({"model.weight": torch.zeros(3)}, {"model_config": {}}, "does not hold a MuM"),
         ({"model.encoder.weight": torch.zeros(3)}, {"task": "depth", "model_config": {"depth": 2}}, "task 'depth'"),
         (state, {"model_config": config | {"heads": 3}}, "one of a MuM is expected"),
         (state, {"model_config": {"depth": 0}}, "depth is 0"),
-        (
-            state | {"model.cls_token": torch.zeros(1, 1, 31)}, {"model_config": config},
-            r"cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)",
-        ),
+        (damaged, {"model_config": config}, r"cls_token \[1, 1, 31\] \(expected: \[1, 1, 32\]\)"),
     )):  # fmt: skip
         writer.save(step + 1, tensors, values)
         writer.wait()

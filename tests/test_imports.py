@@ -13,7 +13,7 @@ LIBRARIES = BASE | {"kernels", "geometry", "attention", "model", "config", "engi
 ALLOWED = {
     "errors": set(),
     "files": set(),
-    "resources": {"errors"},
+    "resources": set(),
     "kernels": {"errors"},
     "geometry": {"errors"},
     "attention": BASE | {"kernels"},

@@ -1,1 +1,1 @@
-"""What the compiler makes of every Triton kernel, without a GPU: `python -m fastmum.kernels.report`."""
+"""Registers, spills, accesses and bytes of every Triton kernel, without a GPU: `python -m fastmum.kernels.report`."""

@@ -39,7 +39,7 @@ from fastmum.config.schema import OptimSection
 from fastmum.engine import optimizer as optimizers
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import Gradients
-from fastmum.engine.guard import NonFiniteGuard
+from fastmum.engine.step import NonFiniteGuard
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import check_frames
 from fastmum.model.masking import num_visible
@@ -64,7 +64,7 @@ class Batch(NamedTuple):
 
     @property
     def sequences(self) -> int:
-        """Of the batch."""
+        """Number of sequences."""
         return self.frames // self.views
 
 

@@ -1,4 +1,4 @@
-"""What every attention backend builds on: segments, the interface, and an operator that the compiler does not trace.
+"""The base of attention backends: segments, the interface, and a custom operator that the compiler does not trace.
 
 The operator reads the lengths on the CPU: they may vary without a graph break, a recompilation or a synchronisation.
 """

@@ -36,7 +36,7 @@ def _usable(name: str, device_name: str, dtype_name: str) -> str:
         raise AttentionError(f"attention backend '{name}' is unknown; one of auto, {', '.join(BACKENDS)} is allowed")
     reason = BACKENDS[name].why_not(device) or BACKENDS[name].why_not_dtype(dtype)
     if reason is not None:
-        raise AttentionError(f"attention backend '{name}' cannot be used: {reason}; 'auto' takes what is there")
+        raise AttentionError(f"attention backend '{name}' cannot be used: {reason}; 'auto' selects one that can")
     return name
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
@@ -12,15 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastmum.config.schema import Bounds, ConfigError, EngineConfig
-from fastmum.errors import FastmumError
-from fastmum.resources import find_config
+from fastmum.resources import resource_dir
 
-COMMAND_LINE = "the command line"
 C = TypeVar("C", bound=EngineConfig)
 
 
 class Key(NamedTuple):
-    """One key of the configuration, as `--help` shows it."""
+    """A key, as `--help` shows it."""
 
     name: str
     kind: str
@@ -33,8 +32,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
     """Merge the defaults, a YAML file and `key.sub=value` overrides, in this order.
 
     Args:
-        file: YAML file; None for the defaults.
-        overrides: `key.sub=value`; a last name that only one section has needs no section.
+        overrides: a last name that only one section has needs no section.
         schema: the task's configuration class; None: MuM's `Config`.
 
     Raises:
@@ -46,14 +44,14 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
     if file is not None:
         config = _merge(config, _read(Path(file), keys), keys, source=str(file))
     for word in overrides:
-        config = _merge(config, _parse(word, keys), keys, source=COMMAND_LINE)
+        config = _merge(config, _parse(word, keys), keys, source="the command line")
     try:
         typed = cast(C, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     for name, k in keys.items():
-        value = OmegaConf.select(config, name)
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        section, _, entry = name.rpartition(".")
+        value = getattr(reduce(getattr, section.split("."), typed), entry)
         entries = {f"{name}.{entry}": v for entry, v in value.items()} if isinstance(value, dict) else {name: value}
         for entry, v in entries.items():
             if problem := k.bounds.problem(v):
@@ -62,18 +60,15 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
     return typed
 
 
-def peek(file: str | Path | None, overrides: Sequence[str], name: str, default: str) -> str:
-    """The value of one key before the schema is known, such as `run.task`."""
-    sources = [_read(Path(file), {})] if file is not None else []
-    for word in overrides:
-        if word.partition("=")[0] in (name, name.rpartition(".")[2]):
-            sources.append(OmegaConf.create({name.split(".")[0]: {name.split(".")[1]: word.partition("=")[2]}}))
-    found = [value for source in sources if (value := OmegaConf.select(source, name)) is not None]
-    return str(found[-1]) if found else default
+def peek_task(file: str | Path | None, overrides: Sequence[str]) -> str:
+    """The value of `run.task`, which decides about the schema."""
+    in_file = OmegaConf.select(_read(Path(file), {}), "run.task") if file is not None else None
+    given = [value for word in overrides for key, _, value in [word.partition("=")] if key in ("run.task", "task")]
+    return given[-1] if given else str(in_file or "mum")
 
 
 def describe_keys(section: type | None = None, prefix: str = "") -> Iterator[Key]:
-    """Every key with its type, default, meaning and bounds, in the order of the schema; None: MuM's `Config`."""
+    """Every key of a configuration class, in its order; None: MuM's `Config`."""
     section = section or _mum_config()
     instance, hints = section(), get_type_hints(section)
     for entry in dataclasses.fields(section):
@@ -90,6 +85,28 @@ def _mum_config() -> type[EngineConfig]:
     from fastmum.config.mum import Config  # imports torch
 
     return Config
+
+
+def config_names() -> list[str]:
+    """Names of the installed configurations, such as "quickstart" and "evidence/mum"."""
+    folder = resource_dir("configs")
+    return sorted(str(file.relative_to(folder).with_suffix("")) for file in folder.rglob("*.yaml"))
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """An existing file, or the installed configuration of that name; ConfigError if there is neither."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    installed = config_names()
+    if path.as_posix() in installed:
+        return resource_dir("configs") / f"{path}.yaml"
+    near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
+    nearest = [str(path.parent / near[0])] if near else difflib.get_close_matches(str(path), installed, n=1)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    raise ConfigError(
+        f"configuration file '{path}' does not exist{hint} (installed configurations: {', '.join(installed)})"
+    )
 
 
 def _parse(word: str, keys: dict[str, Key]) -> DictConfig:
@@ -111,8 +128,8 @@ def _parse(word: str, keys: dict[str, Key]) -> DictConfig:
 def _read(file: Path, keys: dict[str, Key]) -> DictConfig:
     try:
         content = OmegaConf.load(find_config(file))
-    except FastmumError as error:
-        raise ConfigError(str(error)) from None
+    except ConfigError:
+        raise
     except Exception as error:
         raise ConfigError(f"'{file}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):
@@ -132,9 +149,7 @@ def _merge(config: DictConfig, given: DictConfig, keys: dict[str, Key], source: 
             raise ConfigError(f"unknown key '{name}' in {source}; the nearest valid key is '{near}'")
         if isinstance(value, bool) and keys[name].kind == "str":
             value = "on" if value else "off"  # YAML reads these words as booleans
-        nested: Any = value
-        for part in reversed(name.split(".")):
-            nested = {part: nested}
+        nested = reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), value)
         try:
             config = cast(DictConfig, OmegaConf.merge(config, nested))
         except OmegaConfBaseException as error:

@@ -10,8 +10,6 @@ from fastmum.config.schema import ConfigError, EngineConfig, key
 from fastmum.model.config import COMPILE_MODES, PRESETS, ModelConfig
 from fastmum.model.masking import num_visible
 
-RECOMPUTE_MODES = ("auto", "none", "mlp", "blocks")
-
 
 @dataclass
 class ModelSection:
@@ -26,19 +24,15 @@ class ModelSection:
     decoder_num_heads: int | None = key(None, "decoder heads. Empty: the preset's")
     patch_size: int | None = key(None, "side of a patch in pixels. Empty: the preset's")
     mask_ratio: float = key(0.75, "share of masked patches in every frame", above=0, below=1)
-    attention: str = key(
-        "auto", f"backend of global attention: auto, {', '.join(BACKENDS)}", choices=("auto", *BACKENDS)
-    )
+    attention: str = key("auto", f"global attention: auto, {', '.join(BACKENDS)}", choices=("auto", *BACKENDS))
     compile: str = key(
         "auto", f"torch.compile: {', '.join(COMPILE_MODES)}; block: each kind of block, full: one graph",
         choices=COMPILE_MODES,
     )  # fmt: skip
     recompute: str = key(
-        "auto",
-        f"activations recomputed in the backward pass, to save memory: {', '.join(RECOMPUTE_MODES)}; mlp: inside the "
-        "MLPs, blocks: everything inside blocks; auto: mlp on CUDA, none on the CPU",
-        choices=RECOMPUTE_MODES,
-    )
+        "auto", "activations recomputed in the backward pass, to save memory: none, mlp (inside the MLPs), blocks "
+        "(everything inside blocks); auto: mlp on CUDA, none on the CPU", choices=("auto", "none", "mlp", "blocks"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -63,39 +57,29 @@ class DataSection:
     """Training data and sampling (supplement, "Sampling"; crops from the released code)."""
 
     manifests: list[str] = key([], "files of sequences, built by python -m fastmum.data.build")
-    weights: dict[str, float] = key(
-        {}, "sampling weights of data sets, {co3d: 2}; 1 for those not named, 0 for never", least=0
-    )
+    weights: dict[str, float] = key({}, "weights of data sets, {co3d: 2}; 1 for those not named, 0 for never", least=0)
     root: str | None = key(
-        None, "folder; every sub-folder with images is a sequence. Without it and manifests: the embedded scenes"
+        None, "folder; its folders of images are sequences. Without it and manifests: embedded scenes"
     )
     image_root: str | None = key(None, "folder of single images, at any depth")
-    imagenet_share: float = key(
-        0.1, "share of single images (ImageNet-1K in the paper), if there are any", least=0, most=1
-    )
-    mode: str = key(
-        "packed", "paper: one number of views a batch; packed: full batches; balanced: and equal cost on every device"
-    )
+    imagenet_share: float = key(0.1, "share of single images (ImageNet-1K in the paper), if any", least=0, most=1)
+    mode: str = key("packed", "paper: one number of views a batch; packed: full batches; balanced: also equal costs")
     image_size: int = key(256, "side of a training frame in pixels")
     views: list[int] = key(
-        [2, 24], "fewest and most views of a sequence, drawn with the paper's probabilities", above=0, length=2
+        [2, 24], "fewest and most views of a sequence (the paper's probabilities)", above=0, length=2
     )
     frames_per_batch: int = key(96, "frames that a device computes at once; in the mode paper, at most", least=1)
     frames_per_step: int | None = key(
         None, "frames of an optimizer step over all devices, a multiple of frames_per_batch; micro-batches beyond one "
         "per device are accumulated. Empty: one batch per device, or the value of the resumed run"
     )  # fmt: skip
-    crop_scale: list[float] = key(
-        [0.2, 1.0], "share of a frame's area that a random crop keeps", above=0, most=1, length=2
-    )
+    crop_scale: list[float] = key([0.2, 1.0], "share of a frame's area in a random crop", above=0, most=1, length=2)
     crop_aspect: list[float] = key([0.75, 1.3333333], "aspect ratio of a random crop", above=0, length=2)
     flip: float = key(0.5, "probability of a horizontal flip, drawn for each frame", least=0, most=1)
     held_out: float = key(0.1, "share of sequences held out from training for evaluation", least=0, below=1)
     decoder: str = key("auto", "auto, dali (on the GPU), dali_cpu or pillow")
     workers: int = key(2, "threads that decode images", least=1)
-    cache_gb: float = key(
-        1.0, "memory for decoded images in GB, for pillow; saves decoding if a data set fits", least=0
-    )
+    cache_gb: float = key(1.0, "memory for decoded images in GB, for pillow; saves decoding if they fit", least=0)
     scenes: ScenesSection = field(default_factory=ScenesSection)
 
 
@@ -109,13 +93,7 @@ class Config(EngineConfig):
 
     @property
     def model_config(self) -> ModelConfig:
-        """The preset with the sizes that the run overrides.
-
-        Raises:
-            ConfigError: an unknown preset or sizes that do not fit.
-        """
-        if self.model.preset not in PRESETS:
-            raise ConfigError(f"model.preset is '{self.model.preset}', but must be one of {', '.join(PRESETS)}")
+        """The preset with the sizes that the run overrides; ConfigError if they do not fit."""
         names = {f.name for f in dataclasses.fields(ModelConfig)}
         given = {k: v for k, v in dataclasses.asdict(self.model).items() if k in names and v is not None}
         try:
@@ -126,29 +104,25 @@ class Config(EngineConfig):
     def check(self) -> None:
         """Check rules between keys of model and data."""
         super().check()
-        data, patch_size = self.data, self.model_config.patch_size
+        data, scenes, patch_size = self.data, self.data.scenes, self.model_config.patch_size
+        batch, step, size = data.frames_per_batch, data.frames_per_step, data.image_size
         embedded = data.root is None and not data.manifests
-        for name in ("views", "crop_scale", "crop_aspect"):
-            least, most = getattr(data, name)
-            if least > most:
-                raise ConfigError(f"data.{name} is {[least, most]}, but must be [least, most]")
+        pairs = [(name, getattr(data, name)) for name in ("views", "crop_scale", "crop_aspect")]
         rules = [
-            ("data.views", data.views, data.views[1] <= data.frames_per_batch, "at most data.frames_per_batch"),
-            ("data.image_size", data.image_size, data.image_size > 0 and data.image_size % patch_size == 0,
+            *((name, pair, pair[0] <= pair[1], "[least, most]") for name, pair in pairs),
+            ("views", data.views, data.views[1] <= batch, "at most data.frames_per_batch"),
+            ("image_size", size, size > 0 and size % patch_size == 0,
              f"a positive multiple of the patch size {patch_size}"),
-            ("data.frames_per_step", data.frames_per_step,
-             data.frames_per_step is None
-             or (data.frames_per_step > 0 and data.frames_per_step % data.frames_per_batch == 0),
-             f"a positive multiple of data.frames_per_batch ({data.frames_per_batch})"),
-            ("data.scenes.count", data.scenes.count, not embedded or data.scenes.count >= 2,
-             "at least 2, since one scene is held out"),
-            ("data.scenes.views", data.scenes.views, not embedded or data.scenes.views >= data.views[0],
+            ("frames_per_step", step, step is None or (step > 0 and step % batch == 0),
+             f"a positive multiple of data.frames_per_batch ({batch})"),
+            ("scenes.count", scenes.count, not embedded or scenes.count >= 2, "at least 2, one of them held out"),
+            ("scenes.views", scenes.views, not embedded or scenes.views >= data.views[0],
              "at least the fewest data.views"),
         ]  # fmt: skip
         for name, value, fits, allowed in rules:
             if not fits:
-                raise ConfigError(f"{name} is {value}, but must be {allowed}")
+                raise ConfigError(f"data.{name} is {value}, but must be {allowed}")
         try:
-            num_visible((data.image_size // patch_size) ** 2, self.model.mask_ratio)
+            num_visible((size // patch_size) ** 2, self.model.mask_ratio)
         except ValueError as error:
             raise ConfigError(f"model.{error}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import operator
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from fastmum.errors import FastmumError
 
-STRATEGIES = ("ddp", "fsdp2", "hsdp")
-PRECISIONS = ("bf16", "fp32", "fp8", "auto")
-REDUCE_DTYPES = ("fp32", "bf16")
-OPTIMIZERS = ("adamw", "apex")
-SCHEDULES = ("cosine", "step", "wsd")
+# Name of a bound: its words in a message, and the comparison.
+LIMITS = {
+    "least": ("at least", operator.ge), "above": ("greater than", operator.gt),
+    "most": ("at most", operator.le), "below": ("less than", operator.lt),
+}  # fmt: skip
 
 
 class ConfigError(FastmumError, ValueError):
@@ -24,13 +24,8 @@ class ConfigError(FastmumError, ValueError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """Allowed values of a key; of a list or table, of every element. None and strings are not compared.
-
-    Args:
-        least, above: inclusive and exclusive lower bound.
-        most, below: inclusive and exclusive upper bound.
-        choices: the only allowed values.
-        length: number of elements of a list.
+    """Allowed values of a key, or of every element of a list or table: inclusive `least` and `most`, exclusive `above`
+    and `below`, the only `choices`, the `length` of a list. None and strings are not compared.
     """
 
     least: float | None = None
@@ -49,23 +44,16 @@ class Bounds:
         for number in value if isinstance(value, list) else [value]:
             if number is None or isinstance(number, str):
                 continue
-            for limit, word, fits in (
-                (self.least, "at least", lambda limit, number=number: number >= limit),
-                (self.above, "greater than", lambda limit, number=number: number > limit),
-                (self.most, "at most", lambda limit, number=number: number <= limit),
-                (self.below, "less than", lambda limit, number=number: number < limit),
-            ):
-                if limit is not None and not fits(limit):
-                    return f"{word} {limit:g}"
+            for name, (words, fits) in LIMITS.items():
+                if (limit := getattr(self, name)) is not None and not fits(number, limit):
+                    return f"{words} {limit:g}"
         return None
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
     """A configuration key; `bounds` are the arguments of `Bounds`."""
-    metadata = {"meaning": meaning, "bounds": Bounds(**bounds)}
-    if isinstance(default, list | dict):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    given: dict = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
+    return field(**given, metadata={"meaning": meaning, "bounds": Bounds(**bounds)})
 
 
 @dataclass
@@ -82,27 +70,21 @@ class RunSection:
 class OptimSection:
     """AdamW and the learning-rate schedule (the paper's run by default)."""
 
-    optimizer: str = key(
-        "adamw", "adamw (fused), or apex: FusedAdam of NVIDIA Apex, installed from source", choices=OPTIMIZERS
-    )
-    base_lr: float = key(
-        1e-4, "peak learning rate for 256 frames per step; scaled linearly with the frames of a step", above=0
-    )
+    optimizer: str = key("adamw", "adamw (fused), or apex (NVIDIA's, built from source)", choices=("adamw", "apex"))
+    base_lr: float = key(1e-4, "peak learning rate for 256 frames per step, scaled linearly with them", above=0)
     weight_decay: float = key(0.05, "not applied to biases, norms and other 1-D parameters", least=0)
     betas: list[float] = key([0.9, 0.95], "AdamW's betas", least=0, below=1, length=2)
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
     clip: float | None = key(None, "largest norm of the gradient; larger ones are scaled down. Empty: off", above=0)
     schedule: str = key(
         "cosine", "after the warm-up: cosine, step (multiply at milestones) or wsd (constant, then linear decay)",
-        choices=SCHEDULES,
+        choices=("cosine", "step", "wsd"),
     )  # fmt: skip
     warmup_steps: int = key(25_000, "steps of linear warm-up", least=0)
     min_lr: float = key(0.0, "cosine, wsd: learning rate at the end, scaled like base_lr", least=0)
     milestones: list[int] = key([], "step: steps at which the learning rate is multiplied by gamma", least=1)
     gamma: float = key(0.1, "step: factor at each milestone", above=0)
-    decay_share: float = key(
-        0.2, "wsd: share of all steps in which the learning rate decays, at the end", least=0, most=1
-    )
+    decay_share: float = key(0.2, "wsd: share of all steps, the last ones, in which the rate decays", least=0, most=1)
 
 
 @dataclass
@@ -112,13 +94,10 @@ class TrainSection:
     steps: int = key(500_000, "optimizer steps of the whole run", least=1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     precision: str = key(
-        "bf16",
-        "bf16 (autocast), fp32, fp8 (torchao, from sm_89 on), or auto: bf16 where it is fast",
-        choices=PRECISIONS,
-    )
-    ema: float | None = key(
-        None, "decay of an exponential moving average of the weights, such as 0.999. Empty: off", above=0, below=1
-    )
+        "bf16", "bf16 (autocast), fp32, fp8 (torchao, from sm_89 on), or auto: bf16 where it is fast",
+        choices=("bf16", "fp32", "fp8", "auto"),
+    )  # fmt: skip
+    ema: float | None = key(None, "decay of the moving average of weights, 0.999 or so. Empty: off", above=0, below=1)
     threads: int = key(0, "CPU threads of torch; 0: torch's default", least=0)
     log_every: int = key(50, "steps between lines of metrics.jsonl", least=1)
     checkpoint_every: int = key(1000, "steps between checkpoints", least=1)
@@ -132,10 +111,9 @@ class TrainSection:
     eval_batches: int = key(8, "batches of an evaluation, the same every time", least=1)
     picture_every: int = key(5000, "steps between pictures", least=1)
     resume: str = key(
-        "auto",
-        "auto: from the newest good checkpoint in run.dir, if there is one; latest: there must be one; "
-        "never: set an old run aside; or the path of a checkpoint or of a run",
-    )
+        "auto", "auto: from the newest good checkpoint in run.dir, if there is one; latest: there must be one; "
+        "never: set an old run aside; or the path of a checkpoint or of a run"
+    )  # fmt: skip
 
 
 @dataclass
@@ -144,9 +122,9 @@ class ParallelSection:
 
     strategy: str = key(
         "ddp", "ddp: weights replicated; fsdp2: sharded; hsdp: sharded within a group, replicated over groups",
-        choices=STRATEGIES,
+        choices=("ddp", "fsdp2", "hsdp"),
     )  # fmt: skip
-    reduce: str = key("fp32", "dtype in which gradients are reduced over devices: fp32 or bf16", choices=REDUCE_DTYPES)
+    reduce: str = key("fp32", "dtype of the reduction of gradients: fp32 or bf16", choices=("fp32", "bf16"))
     shard: int = key(0, "hsdp: devices that share one copy of the weights; 0: those of a machine", least=0)
     dead_after_s: float = key(30.0, "seconds without a heartbeat after which a process counts as dead", least=1)
 
@@ -166,11 +144,7 @@ class ProfileSection:
 
     @property
     def window(self) -> range:
-        """The steps to profile, counted from 1; empty if there are none.
-
-        Raises:
-            ConfigError: not of the form 10-15 or 12.
-        """
+        """The steps to profile, counted from 1; empty if there are none. ConfigError: not of the form 10-15 or 12."""
         if self.steps is None:
             return range(0)
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", self.steps)
@@ -192,17 +166,9 @@ class EngineConfig:
     profile: ProfileSection = field(default_factory=ProfileSection)
 
     def check(self) -> None:
-        """Check rules that involve more than one key; subclasses extend it.
-
-        Raises:
-            ConfigError: the first rule that is broken, with its key.
-        """
+        """Raise ConfigError for the first broken rule that involves more than one key; subclasses extend it."""
         _ = self.profile.window
 
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, which `load_config` reads again."""
         return OmegaConf.to_yaml(OmegaConf.structured(self), resolve=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration as nested dictionaries."""
-        return dataclasses.asdict(self)

@@ -5,7 +5,11 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL.Image import DecompressionBombError
+
 from fastmum.errors import FastmumError
+
+OTHERS = (struct.error, DecompressionBombError)
 
 
 class DataError(FastmumError, ValueError):
@@ -19,6 +23,6 @@ def reading(file: Path, what: str, remedy: str = "restore or remove it") -> Iter
         yield
     except DataError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, EOFError, SyntaxError, OverflowError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, EOFError, SyntaxError, OverflowError, *OTHERS) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"'{file}' cannot be read as {what} ({reason}); {remedy}") from None

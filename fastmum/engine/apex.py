@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
+import sys
 
 import torch
 from torch import Tensor
@@ -12,54 +12,27 @@ from fastmum.config.schema import ConfigError, OptimSection
 from fastmum.engine.gradients import local
 from fastmum.engine.optimizer import GradientOf, Optimizer, Weight, own_gradient
 
-INSTALL = (
-    "build it from its source with its CUDA extensions (https://github.com/NVIDIA/apex), or take optim.optimizer=adamw"
-)
-
+INSTALL = "build it with its CUDA extensions from https://github.com/NVIDIA/apex, or take optim.optimizer=adamw"
 NEEDED = "cuda"  # type of the device
 
 
 def find_fused_adam() -> type:
-    """Apex's class.
-
-    Raises:
-        ConfigError: it is not installed, is the unrelated project of that name on PyPI, or was built without CUDA.
-    """
+    """Apex's class; ConfigError if it is not installed, or is the unrelated project of that name on PyPI."""
     key = "optim.optimizer is apex, but"
     try:
-        apex = importlib.import_module("apex")
-    except ImportError as error:
+        return importlib.import_module("apex.optimizers").FusedAdam
+    except (ImportError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "apex":
             raise ConfigError(f"{key} NVIDIA's Apex is not installed: {INSTALL}") from None
-        # The other one fails on imports of its own (pyramid and friends).
-        raise ConfigError(f"{key} the package 'apex' cannot be imported ({error}): {_which()}{INSTALL}") from None
-    try:
-        return importlib.import_module("apex.optimizers").FusedAdam
-    except (ImportError, AttributeError):
-        where = getattr(apex, "__file__", None) or "a folder of that name"
+        where = getattr(sys.modules.get("apex"), "__file__", None) or "on the path"
         raise ConfigError(
-            f"{key} the package 'apex' found here ({where}) is not NVIDIA's: it has no apex.optimizers.FusedAdam; "
-            f"'pip install apex' installs an unrelated project, so 'pip uninstall apex' and {INSTALL}"
+            f"{key} the package 'apex' found here ({where}) is not NVIDIA's: it has no apex.optimizers.FusedAdam "
+            f"({error}); 'pip install apex' installs an unrelated project, so 'pip uninstall apex' and {INSTALL}"
         ) from None
 
 
-def _which() -> str:
-    """What a package called apex is that PyPI has given."""
-    try:
-        about = importlib.metadata.metadata("apex")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    return (
-        f"'{about['Summary']}', {about['Version']}, is what pip has installed; if that is not NVIDIA's, uninstall it; "
-    )
-
-
 class ApexAdamW(Optimizer):
-    """AdamW by `apex.optimizers.FusedAdam`, in its capturable form, which reads rate and verdict on the device.
-
-    Args:
-        weights, optim: as in `Optimizer`.
-        fused_adam: the class.
+    """AdamW by the class `fused_adam` in its capturable form, which reads rate and found_inf on the device.
 
     Raises:
         ConfigError: Apex has no CUDA extensions, or the model is not on a GPU.
@@ -69,7 +42,7 @@ class ApexAdamW(Optimizer):
         super().__init__(weights, optim)
         if self.steps.device.type != NEEDED:
             raise ConfigError("optim.optimizer is apex, which needs a CUDA device: take optim.optimizer=adamw")
-        # Apex wants float32 weights: those that are kept in halves are whole only during an update.
+        # Apex needs float32 weights: halves are joined during an update only.
         self._parts = [_empty(self.steps) if w.rest is not None else local(w.master) for w in self.weights]
         groups = [
             {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if w.weight_decay == decay],
@@ -97,8 +70,8 @@ class ApexAdamW(Optimizer):
         for group in self._apex.param_groups:
             group["lr"].fill_(rate)
             group["step"] = self.steps.to(torch.int32).reshape(1)  # Apex adds 1
-        self._apex._dummy_overflow_buf.zero_()  # else it does not add after a step that was passed over
-        self._apex.step(grad_scaler=_Verdict(found_inf))
+        self._apex._dummy_overflow_buf.zero_()  # else it does not add after a skipped step
+        self._apex.step(grad_scaler=_FoundInf(found_inf))
         self.steps += 1 - found_inf
         for part, weight in zip(self._parts, self.weights, strict=True):
             part.grad = None
@@ -111,8 +84,8 @@ def _empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-class _Verdict:
-    """What Apex asks a gradient scaler for: whether to pass over, and a scale of 1."""
+class _FoundInf:
+    """Gradient scaler with the two methods that Apex calls: whether to skip the step, and a scale of 1."""
 
     def __init__(self, found_inf: Tensor) -> None:
         self._found_inf = found_inf.reshape(1)

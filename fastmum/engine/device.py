@@ -1,14 +1,18 @@
-"""Device, precision and dtypes of a process; memory settings of the CPU."""
+"""Device, precision and dtypes of a process, its batches on the device, and memory settings of the CPU."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
 import re
-import sys
+import time
+from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from fastmum.config.schema import ConfigError
 from fastmum.engine.distributed import LaunchInfo
@@ -34,15 +38,10 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.device") -> torch.device:
-    """The device of a name; with several processes on a machine each gets a separate GPU.
-
-    Args:
-        name: auto, cpu, cuda or cuda:N.
-        launch: of the process; None: a single process.
-        key: names the option in messages.
+    """The device auto, cpu, cuda or cuda:N; with several processes on a machine each gets a separate GPU.
 
     Raises:
-        ConfigError: no such device, or fewer than processes.
+        ConfigError: no such device, or fewer than processes; the message names the option `key`.
     """
     launch = launch or LaunchInfo()
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
@@ -64,19 +63,88 @@ def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.d
     return device
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
-
-
 def keep_freed_memory() -> bool:
     """Configure glibc to keep freed memory; returns False with other C libraries.
 
     Gradients and activations are freed and allocated every step. Otherwise the system takes the pages back each time,
     and clears them again on the next touch.
     """
-    if not sys.platform.startswith("linux"):
-        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library, such as musl
+    except (AttributeError, OSError, TypeError):  # another C library or system
         return False
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt
     return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a pytree; copies to a GPU start from pinned memory and are not waited for."""
+
+    def move(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        pinned = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+        return pinned.to(device, non_blocking=True)
+
+    return pytree.tree_map(move, batch)
+
+
+class Prefetcher:
+    """Iterates over a task's batches (pytrees of tensors) and moves them to the device, on CUDA one ahead.
+
+    `wait_seconds` is the time that the training loop has waited for `batches`.
+    """
+
+    def __init__(self, batches: Iterator[Any], device: torch.device) -> None:
+        self.wait_seconds = 0.0
+        self._source, self._device = batches, device
+        self._moved: Generator[Any, None, None] = (
+            self._ahead() if device.type == "cuda" else (to_device(batch, device) for batch in self._timed())
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._moved
+
+    def __next__(self) -> Any:
+        return next(self._moved)
+
+    def close(self) -> None:
+        """Stop the source."""
+        self._moved.close()
+        if hasattr(self._source, "close"):
+            self._source.close()
+
+    def _timed(self) -> Iterator[Any]:
+        while True:
+            began = time.perf_counter()
+            batch = next(self._source, None)
+            self.wait_seconds += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def _ahead(self) -> Generator[Any, None, None]:
+        copies = torch.cuda.Stream(self._device)
+        waiting: tuple[Any, torch.cuda.Event] | None = None
+        for batch in self._timed():
+            if any(isinstance(x, Tensor) and x.is_cuda for x in pytree.tree_leaves(batch)):
+                # Decoded on the GPU by DALI, whose memory must not be held beyond the next batch.
+                yield to_device(batch, self._device)
+                continue
+            with torch.cuda.stream(copies):
+                moved = to_device(batch, self._device)
+                done = torch.cuda.Event()
+                done.record(copies)
+            if waiting is not None:
+                yield self._arrived(*waiting)
+            waiting = moved, done
+        if waiting is not None:
+            yield self._arrived(*waiting)
+
+    def _arrived(self, batch: Any, copied: torch.cuda.Event) -> Any:
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(copied)
+        for x in pytree.tree_leaves(batch):
+            if isinstance(x, Tensor):
+                x.record_stream(stream)  # allocated on the other stream
+        return batch

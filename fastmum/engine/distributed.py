@@ -28,36 +28,23 @@ class DistributedError(FastmumError):
 
 @dataclass(frozen=True)
 class LaunchInfo:
-    """Rank and world size as the launcher put them into the environment.
-
-    Args:
-        rank, size: of this process among all.
-        local_rank, local_size: of this process on its machine.
-        launcher: "torchrun", "srun", or "" without a launcher.
-    """
+    """Rank and world size as the launcher put them into the environment; `local_*`: on this machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
-    launcher: str = ""
+    launcher: str = ""  # "torchrun", "srun", or none
 
 
 @dataclass(frozen=True)
 class DistContext(LaunchInfo):
-    """Device and communicators of a process; the default is a single process on the CPU.
-
-    Args:
-        device: on which this process trains.
-        store: shared by all ranks; None for a single process.
-        control: gloo group for CPU tensors of the main thread.
-        background: gloo group for the thread that writes checkpoints.
-    """
+    """Device and communicators of a process; the default is a single process on the CPU."""
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    store: dist.Store | None = None
-    control: dist.ProcessGroup | None = None
-    background: dist.ProcessGroup | None = None
+    store: dist.Store | None = None  # shared by all ranks; None for a single process
+    control: dist.ProcessGroup | None = None  # gloo group for CPU tensors of the main thread
+    background: dist.ProcessGroup | None = None  # gloo group for the thread that writes checkpoints
 
     @property
     def is_main(self) -> bool:
@@ -86,11 +73,7 @@ class DistContext(LaunchInfo):
 
 
 def read_launch_env(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
-    """Read rank and world size from the environment of torchrun or srun.
-
-    Raises:
-        DistributedError: a value is not a number, or out of range.
-    """
+    """Read rank and world size of torchrun or srun; DistributedError if one is not a number, or out of range."""
     names = {
         "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
         # SLURM_STEP_*: a batch script without srun also has SLURM_NTASKS, but is one process.
@@ -111,20 +94,13 @@ def read_launch_env(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
 
 
 def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
-    """Connect to the other processes.
-
-    Raises:
-        DistributedError: they cannot be reached, or the address of rank 0 is not known.
-    """
+    """Connect to the other processes; DistributedError if they cannot be reached, or rank 0 has no known address."""
     if launch.size == 1:
         return DistContext(**vars(launch), device=device)
     if launch.launcher == "srun":
         _set_slurm_address()
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise DistributedError(
-            f"{' and '.join(missing)} must be set to where rank 0 listens; torchrun and launch/slurm.sh set them"
-        )
+    if missing := " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ):
+        raise DistributedError(f"{missing} must be set to where rank 0 listens; torchrun and launch/slurm.sh set them")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -134,14 +110,13 @@ def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
             backend, store=dist.PrefixStore("fastmum", store), rank=launch.rank, world_size=launch.size,
             timeout=START_TIMEOUT,
         )  # fmt: skip
-        control, background = (
-            cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=START_TIMEOUT)) for _ in range(2)
-        )
+        groups = [dist.new_group(backend="gloo", timeout=START_TIMEOUT) for _ in range(2)]
+        control, background = cast(list[dist.ProcessGroup], groups)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise DistributedError(
-            f"rank {launch.rank} of {launch.size} cannot connect to the others at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({reason})"
+            f"rank {launch.rank} of {launch.size} cannot connect to the others at {address} ({reason})"
         ) from None
     return DistContext(**vars(launch), device=device, store=store, control=control, background=background)
 
@@ -170,14 +145,9 @@ def broadcast_weights(model: nn.Module, world: DistContext) -> None:
 
 
 def shard(
-    model: nn.Module,
-    blocks: Iterable[nn.Module],
-    world: DistContext,
-    strategy: str,
-    group_size: int,
-    dtype: torch.dtype,
-    reduce_dtype: torch.dtype,
-) -> bool:
+    model: nn.Module, blocks: Iterable[nn.Module], world: DistContext, strategy: str, group_size: int,
+    dtype: torch.dtype, reduce_dtype: torch.dtype,
+) -> bool:  # fmt: skip
     """Shard the trained weights of all `nn.Linear` in a model, in place; gradients are summed, not averaged.
 
     Args:
@@ -185,14 +155,10 @@ def shard(
         blocks: modules of the model whose matrices are gathered together.
         strategy: "fsdp2", "hsdp", or "ddp", which shards nothing.
         group_size: devices that share one copy of the weights ("hsdp"); 0: the devices of a machine.
-        dtype: of the gathered matrices.
-        reduce_dtype: in which their gradients are summed.
+        dtype, reduce_dtype: of the gathered matrices, and of the sums of their gradients.
 
     Returns:
-        Whether anything was sharded.
-
-    Raises:
-        DistributedError: `group_size` does not divide the number of devices.
+        Whether anything was sharded; DistributedError if `group_size` does not divide the number of devices.
     """
     if strategy == "ddp" or world.size == 1:
         return False

@@ -16,11 +16,7 @@ INSTALL = "pip install 'fastmum[fp8]'"
 
 
 def check_fp8(device: torch.device) -> None:
-    """Check that a device can train in fp8.
-
-    Raises:
-        ConfigError: it cannot, or torchao is not installed.
-    """
+    """Raise ConfigError if a device cannot train in fp8, or torchao is not installed."""
     key = "train.precision is fp8, but"
     if device.type != "cuda":
         raise ConfigError(f"{key} {device.type} devices have no float8 products: take bf16 or fp32")
@@ -43,15 +39,10 @@ def is_there() -> bool:
 def use_fp8(model: nn.Module, blocks: Iterable[nn.Module], emulate: bool = False) -> int:
     """Make the linear layers of blocks multiply in float8, scaled per tensor at every step; in place.
 
-    Everything outside the blocks stays as it is. Weights keep names, shapes and dtypes.
-
-    Args:
-        model: not yet sharded, nor compiled.
-        blocks: modules of the model.
-        emulate: compute the same rounding without float8 hardware, for tests.
+    Weights keep names, shapes and dtypes. `emulate` computes the same rounding without float8 hardware, for tests.
 
     Returns:
-        Number of converted layers.
+        Number of converted layers of the model, which must not be sharded or compiled yet.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

@@ -1,4 +1,4 @@
-"""Published dense peak FLOP/s of GPUs, by the name that the driver reports."""
+"""Published dense peak FLOP/s of GPUs, by the name that the driver reports; GPUs of the paper's runs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from typing import NamedTuple
 
 
 class Peak(NamedTuple):
-    """Dense matrix products in TFLOP/s; None where the device has no such units.
+    """Dense matrix products in TFLOP/s; fp32 is without tensor cores, bf16 and fp8 are accumulated in float32.
 
-    Args:
-        bf16, fp8: accumulated in float32.
-        tf32: float32 rounded to TF32.
-        fp32: without tensor cores.
-        source: of the numbers; those for 2:4 sparsity only are halved.
+    fp8 is None where the device has no such units. Numbers that a source gives for 2:4 sparsity only are halved.
     """
 
     bf16: float
@@ -32,19 +28,12 @@ PEAKS: dict[str, Peak] = {
     "a30": Peak(165, 82, 10.3, None, "NVIDIA A30 datasheet"),
     "a40": Peak(149.7, 74.8, 37.4, None, "NVIDIA A40 datasheet"),
     # SXM and PCIe boards have the same peaks; the A800 differs in its links only.
-    "a100": _A100,
-    "a100 pcie": _A100,
-    "a800": _A100,
-    "a800 pcie": _A100,
+    **dict.fromkeys(("a100", "a100 pcie", "a800", "a800 pcie"), _A100),
     "b200": Peak(2250, 1125, 75, 4500, "NVIDIA HGX B200 datasheet, an eighth of a board, halved"),
     "gb200": Peak(2500, 1250, 80, 5000, "NVIDIA GB200 NVL72 datasheet, a 72nd of a rack, halved"),
-    "gh200": _H100,
-    "h100": _H100,
-    "h100 nvl": _HOPPER_NVL,
+    **dict.fromkeys(("gh200", "h100", "h200", "h800"), _H100),
+    **dict.fromkeys(("h100 nvl", "h200 nvl"), _HOPPER_NVL),
     "h100 pcie": Peak(756, 378, 51.2, 1513, "NVIDIA H100 Tensor Core GPU Architecture, v1.04, table 2 (PCIe)"),
-    "h200": _H100,
-    "h200 nvl": _HOPPER_NVL,
-    "h800": _H100,
     "l4": Peak(121, 60, 30.3, 242.5, "NVIDIA L4 datasheet, halved"),
     "l40": Peak(181.05, 90.5, 90.5, 362, "NVIDIA L40 datasheet"),
     "l40s": Peak(362.05, 183, 91.6, 733, "NVIDIA L40S datasheet"),
@@ -60,16 +49,32 @@ _IGNORED = re.compile(r"nvidia|tesla|geforce|\d+gb?|hbm\d\w*|sxm\d?")
 
 
 def peak_flops(name: str, precision: str) -> float | None:
-    """Peak FLOP/s of dense products.
+    """Peak FLOP/s of dense products in bf16, tf32, fp32 or fp8, by the name from `torch.cuda.get_device_name`.
 
-    Args:
-        name: of the GPU, from `torch.cuda.get_device_name`, such as "NVIDIA A100-SXM4-80GB".
-        precision: bf16, tf32, fp32 or fp8.
-
-    Returns:
-        None for devices that are not in the table, such as MIG partitions and laptop versions.
+    None for devices that are not in the table, such as MIG partitions and laptop versions.
     """
     words = [word for word in re.split(r"[\s-]+", name.lower()) if word and not _IGNORED.fullmatch(word)]
     peak = PEAKS.get(" ".join(words))
     rate = getattr(peak, precision) if peak else None
     return rate and rate * 1e12
+
+
+SOURCE = "MuM, supplement, Table 12"
+
+
+class PaperRun(NamedTuple):
+    """A pretraining run of the paper."""
+
+    name: str
+    gpus: int
+    gpu: str
+    days: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """Hours of all devices together."""
+        return self.gpus * self.days * 24
+
+
+# A footnote gives 66 A100 days for the lighter run; its columns, 32 GPUs and 3 days, make 96.
+PAPER_RUNS = (PaperRun("MuM", 64, "A100", 3), PaperRun("MuM, lighter", 32, "A100", 3))

@@ -35,18 +35,14 @@ class Gradients:
 
     Args:
         groups: parameters in the order of the forward pass; DTensors are reduced by FSDP.
-        world: of the processes.
         batches: micro-batches per step on this process.
         reduce_dtype: torch.float32 or torch.bfloat16.
     """
 
     def __init__(
-        self,
-        groups: Sequence[ParamGroup],
-        world: DistContext,
-        batches: int = 1,
+        self, groups: Sequence[ParamGroup], world: DistContext, batches: int = 1,
         reduce_dtype: torch.dtype = torch.float32,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._groups = [list(group.parameters) for group in groups]
         self._buckets: list[list[_Bucket]] = [[] for _ in groups]
         if world.size > 1 or batches > 1:
@@ -88,7 +84,8 @@ class Gradients:
             # The devices of a shard group have different shards; replicas have the same.
             device = next(grad.device for some in sharded for grad in some)
             squares = torch.stack([total_norm(some).to(device) for some in sharded]).square()
-            dist.all_reduce(squares, group=_shard_group([p for group in self._groups for p in group]))
+            mesh = next(p.device_mesh for group in self._groups for p in group if isinstance(p, DTensor))
+            dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
             norms = [(norm.square() + square).sqrt() for norm, square in zip(norms, squares, strict=True)]
         return norms
 
@@ -130,25 +127,21 @@ class Gradients:
 
 
 class _Bucket:
-    """Flat float32 sum of the gradients of some replicated parameters.
+    """Flat float32 sum of the gradients of replicated parameters, in the order of the backward pass.
 
-    Args:
-        parameters: in the order of the backward pass.
-        sent_as: dtype of the all-reduce; None on a single device.
+    `sent_as` is the dtype of the all-reduce, None on a single device.
     """
 
     def __init__(self, parameters: list[nn.Parameter], sent_as: torch.dtype | None) -> None:
         device = parameters[0].device
-        self.sum = torch.zeros(sum(p.numel() for p in parameters), device=device)
-        self.views: dict[nn.Parameter, Tensor] = {}
+        sizes = [p.numel() for p in parameters]
+        self.sum = torch.zeros(sum(sizes), device=device)
+        # In the layout of the parameter, so that the optimizer reads both in memory order.
+        flat = zip(parameters, self.sum.split(sizes), strict=True)
+        self.views = {p: part.as_strided(p.shape, p.stride(), part.storage_offset()) for p, part in flat}
         self._sent_as = sent_as
         self._work: dist.Work | None = None
-        self._wire: Tensor | None = None
-        start = 0
-        for p in parameters:
-            # In the layout of the parameter, so that the optimizer reads both in memory order.
-            self.views[p] = torch.as_strided(self.sum, p.shape, p.stride(), start)
-            start += p.numel()
+        self._wire = self.sum
         self.clear()
 
     def clear(self) -> None:
@@ -179,9 +172,9 @@ class _Bucket:
     def finish(self) -> None:
         if self._work is not None:
             self._work.wait()
-            if self._wire is not None and self._wire is not self.sum:
+            if self._wire is not self.sum:
                 self.sum.copy_(self._wire)
-            self._work = self._wire = None
+            self._work, self._wire = None, self.sum
 
 
 def _split(parameters: list[nn.Parameter], device: torch.device) -> Iterator[list[nn.Parameter]]:
@@ -195,9 +188,3 @@ def _split(parameters: list[nn.Parameter], device: torch.device) -> Iterator[lis
         size += p.numel()
     if some:
         yield some
-
-
-def _shard_group(parameters: list[nn.Parameter]) -> dist.ProcessGroup:
-    """The devices that hold the shards of one copy."""
-    mesh = next(p.device_mesh for p in parameters if isinstance(p, DTensor))
-    return mesh.get_group(mesh.ndim - 1)

@@ -1,7 +1,7 @@
 """Detects dead or hanging ranks: every rank writes a heartbeat to the shared store and checks those of the others.
 
-Without it, a collective operation waits for a dead rank until its timeout, minutes later. With it the other ranks exit
-within seconds and report which rank failed, its host and process, and its error where it could still write one.
+Without it, a collective operation waits for a dead rank for minutes. With it the other ranks exit within seconds and
+report which rank failed, its host and process, and its error where it could still write one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from fastmum.engine.distributed import DistContext
+from fastmum.errors import FastmumError
 
 log = logging.getLogger(__name__)
 
@@ -27,49 +28,46 @@ DONE = "done"  # reason of a rank that finished
 STORE = "rank 0, or the launcher that holds the shared store,"
 
 
-def is_collective_error(error: RuntimeError) -> bool:
-    """Whether a collective operation failed, as it does after the death of a rank."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)  # gloo raises RuntimeError with its source path
+class PeerError(FastmumError):
+    """Another process has died; the message says which."""
 
 
 class Heartbeat:
     """Context manager that sends heartbeats and checks those of the other ranks, in two threads.
 
-    It compares counts and monotonic clocks only, so setting a clock kills no run. A process that was suspended and
-    continues sees that the other counts moved on.
+    It compares counts and monotonic clocks only: setting a clock or suspending this process kills no run. A collective
+    operation that fails inside the block because a rank failed raises `PeerError`.
 
     Args:
-        world: a single process is not watched.
         dead_after: seconds without a heartbeat after which a rank counts as dead.
         stop: called with one line after another rank failed; by default it is printed and this process exits with 2.
     """
 
     def __init__(self, world: DistContext, dead_after: float, stop: Callable[[str], None] | None = None) -> None:
+        assert world.store is not None
         self._world, self._dead_after, self._interval = world, dead_after, dead_after / BEATS
         self._stop, self._silence = stop or _exit, f"no heartbeat for {dead_after:g} s"
-        self._store = dist.PrefixStore("watch", world.store) if world.store is not None else None
+        self._store = dist.PrefixStore("watch", world.store)
         self._closed, self._found, self._handled = threading.Event(), threading.Event(), threading.Event()
         self._failed: str | None = None
         self._answers = 0  # of the store
-        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Heartbeat:
         store, rank = self._store, self._world.rank
-        if store is not None:
-            store.set_timeout(STORE_TIMEOUT)
-            store.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
-            store.set(f"left/{rank}", "")
-            store.set(f"beat/{rank}", "0")
-            store.set("dead", "")
-            self._world.wait()  # all keys exist before any rank reads them
-            for run in (self._watch_ranks, self._watch_store):
-                self._threads.append(threading.Thread(target=run, args=(store,), name="watch", daemon=True))
-                self._threads[-1].start()
+        store.set_timeout(STORE_TIMEOUT)
+        name = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
+        for key, value in {f"name/{rank}": name, f"left/{rank}": "", f"beat/{rank}": "0", "dead": ""}.items():
+            store.set(key, value)
+        self._world.wait()  # all keys exist before any rank reads them
+        self._threads = [threading.Thread(target=run, daemon=True) for run in (self._watch_ranks, self._watch_store)]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self._store is None:
-            return
+        # gloo raises RuntimeError with its source path.
+        collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+        failed = self.failed_rank() if collective and not isinstance(error, FastmumError) else None
         self._closed.set()
         self._handled.set()
         for thread in self._threads:
@@ -80,20 +78,17 @@ class Heartbeat:
                 self._store.set(f"left/{self._world.rank}", reason)
             except RuntimeError as lost:
                 log.debug("the store is gone: %s", lost)
+        if failed:
+            raise PeerError(f"{failed}; the run continues from its last checkpoint") from error
 
     def failed_rank(self) -> str | None:
-        """One line about the failed rank, None if there is none; waits up to two times `dead_after`.
-
-        For a rank whose collective operation failed: its error arrives before the missing heartbeat is detected.
-        """
-        if self._store is None:
-            return None
+        """One line about the failed rank, None if there is none; waits up to two times `dead_after` to detect it."""
         self._handled.set()
         self._found.wait(2 * self._dead_after)
         return self._failed
 
-    def _watch_ranks(self, store: dist.Store) -> None:
-        rank = self._world.rank
+    def _watch_ranks(self) -> None:
+        store, rank = self._store, self._world.rank
         others = [other for other in range(self._world.size) if other != rank]
         count, seen = 0, {other: (b"", time.monotonic()) for other in others}
         failing_since: float | None = None
@@ -125,7 +120,7 @@ class Heartbeat:
                     self._closed.wait(2 * self._interval)  # the store may end with this process: all read it first
                     return self._report(failed)
 
-    def _watch_store(self, store: dist.Store) -> None:
+    def _watch_store(self) -> None:
         """Detect a store that does not answer: reads from a suspended process have no timeout."""
         answers, silent = 0, 0
         while not self._closed.wait(self._interval):  # counts intervals: this process may have been suspended

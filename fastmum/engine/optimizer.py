@@ -1,4 +1,4 @@
-"""AdamW and the learning-rate schedules. bfloat16 models keep the float32 weights in two halves.
+"""AdamW, averages of the weights, learning-rate schedules. bfloat16 models keep the float32 weights in two halves.
 
 Under autocast every step would cast every matrix to bfloat16 and every gradient back. Here the model holds the matrices
 in bfloat16 and their gradients are bfloat16. The optimizer holds the lower 16 bits of the float32 weight (the `rest`),
@@ -8,6 +8,7 @@ exact ties, one value of 131,072, which are rounded away from zero instead of to
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fastmum.config.schema import OptimSection
 from fastmum.engine.gradients import local
-from fastmum.engine.task import ParamGroup
+from fastmum.engine.task import ParamGroup, default_groups
 from fastmum.kernels.adamw import adamw_
 from fastmum.kernels.halves import Halves
 
@@ -31,14 +32,7 @@ GradientOf = Callable[[nn.Parameter], Tensor | None]
 
 
 class Weight(NamedTuple):
-    """A trainable weight.
-
-    Args:
-        name: in the model's `state_dict`.
-        parameter: what the model computes with.
-        rest: int16 lower half of the float32 weight of a bfloat16 parameter, else None.
-        lr_scale, weight_decay: of its group.
-    """
+    """A trainable weight; `rest` is the int16 lower half of the float32 weight of a bfloat16 parameter, else None."""
 
     name: str
     parameter: nn.Parameter
@@ -48,7 +42,7 @@ class Weight(NamedTuple):
 
     @property
     def stored(self) -> Tensor | Halves:
-        """The float32 weight as it lies in memory: a tensor or its halves."""
+        """The float32 weight in memory: a tensor or its halves."""
         parameter = self.parameter.detach()
         return parameter if self.rest is None else Halves(parameter, self.rest)
 
@@ -59,25 +53,11 @@ class Weight(NamedTuple):
         return stored.join() if isinstance(stored, Halves) else stored
 
 
-def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:
-    """All trainable parameters in one group."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
-
-
 def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.dtype) -> list[Weight]:
-    """The trainable weights of a model, in its order; matrices and their biases become `dtype`, in place.
+    """The trainable weights of a float32 model, in its order; matrices and their biases become `dtype`, in place.
 
-    Frozen parameters stay as they are.
-
-    Args:
-        model: in float32.
-        groups: of its parameters.
-        dtype: torch.bfloat16 splits the weights into halves. torch.float32 changes nothing, as for models sharded by
-            FSDP, which casts when it gathers.
-
-    Raises:
-        ValueError: a trainable parameter in no group or in several, or a frozen one in a group.
+    torch.bfloat16 splits the weights into halves. torch.float32 changes nothing, as for models sharded by FSDP, which
+    casts when it gathers. ValueError: a trainable parameter in no group or in several, or a frozen one in a group.
     """
     group_of: dict[nn.Parameter, ParamGroup] = {}
     for group in groups:
@@ -111,16 +91,10 @@ def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.d
 
 
 def build_optimizer(
-    model: nn.Module,
-    optim: OptimSection,
-    dtype: torch.dtype = torch.float32,
+    model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32,
     groups: Sequence[ParamGroup] | None = None,
-) -> Optimizer:
-    """The optimizer of a model that computes with matrices of `dtype`.
-
-    Raises:
-        ConfigError: `optim.optimizer=apex`, but NVIDIA's Apex is not installed.
-    """
+) -> Optimizer:  # fmt: skip
+    """The optimizer of a model with matrices of `dtype`; ConfigError if `optim.optimizer` cannot be used."""
     weights = split_weights(model, groups or default_groups(model, optim), dtype)
     if optim.optimizer == "apex":
         from fastmum.engine.apex import ApexAdamW, find_fused_adam
@@ -135,15 +109,10 @@ def own_gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 class Optimizer(ABC):
-    """What all implementations of AdamW share. Each process updates its own shards.
+    """Base of the implementations of AdamW. Each process updates its own shards.
 
-    Args:
-        weights: of the model.
-        optim: settings.
-
-    Attributes:
-        steps: 0-d float32 on the device, updates that were made.
-        moments: the two averages of every weight by name, in its layout and sharding.
+    `steps` counts the updates made, 0-d float32 on the device; `moments` has the two averages of every weight by name,
+    in its layout and sharding.
     """
 
     def __init__(self, weights: list[Weight], optim: OptimSection) -> None:
@@ -153,12 +122,9 @@ class Optimizer(ABC):
 
     @abstractmethod
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
-        """One update.
+        """One update at a learning rate, before the groups' scales; weights without a gradient are skipped.
 
-        Args:
-            rate: the learning rate, before the groups' scales.
-            gradient: of a parameter; those without one are skipped.
-            found_inf: 0-d float32 on the device; 1 skips the update, without a synchronisation.
+        `found_inf`, 0-d float32 on the device, skips the update if it is 1, without a synchronisation.
         """
 
     def state(self) -> dict[str, Tensor | Halves]:
@@ -175,43 +141,64 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
-        updates: dict[tuple, list[_Update]] = {}  # by what one call must have in common
+        # Local weight, gradient, moments and rest, by the settings that one call must have in common.
+        updates: dict[tuple, list[list[Tensor]]] = {}
         for w in self.weights:
             grad = gradient(w.parameter)
             if grad is not None:
-                exp_avg, exp_avg_sq = map(local, self.moments[w.name])
-                update = _Update(local(w.parameter.detach()), exp_avg, exp_avg_sq, grad, w.rest)
-                key = w.weight_decay, w.lr_scale, update.weight.dtype, grad.dtype
-                updates.setdefault(key, []).append(update)
+                rest = [] if w.rest is None else [w.rest]
+                tensors = [local(w.parameter.detach()), grad, *map(local, self.moments[w.name]), *rest]
+                key = w.weight_decay, w.lr_scale, tensors[0].dtype, grad.dtype, len(rest)
+                updates.setdefault(key, []).append(tensors)
         self.steps += 1 if found_inf is None else 1 - found_inf
         for (decay, lr_scale, *_), alike in updates.items():
-            for pieces in chunks([update.weight for update in alike]):
-                self._update([(piece, alike[piece.number]) for piece in pieces], rate * lr_scale, decay, found_inf)
-
-    def _update(self, pieces: list[tuple[Piece, _Update]], rate: float, decay: float, found_inf: Tensor | None) -> None:
-        adamw_(
-            [piece.of(update.weight) for piece, update in pieces],
-            [piece.of(update.gradient) for piece, update in pieces],
-            [piece.of(update.exp_avg) for piece, update in pieces],
-            [piece.of(update.exp_avg_sq) for piece, update in pieces],
-            [piece.of(update.rest) for piece, update in pieces if update.rest is not None],
-            self.steps,
-            lr=rate,
-            betas=(self.optim.betas[0], self.optim.betas[1]),
-            weight_decay=decay,
-            eps=self.optim.eps,
-            found_inf=found_inf,
-        )
+            for pieces in chunks([weight for weight, *_ in alike]):
+                parts = zip(*([piece.of(tensor) for tensor in alike[piece.number]] for piece in pieces), strict=True)
+                weights, grads, exp_avgs, exp_avg_sqs, *rests = map(list, parts)
+                adamw_(
+                    weights, grads, exp_avgs, exp_avg_sqs, rests[0] if rests else [], self.steps, lr=rate * lr_scale,
+                    betas=(self.optim.betas[0], self.optim.betas[1]), weight_decay=decay, eps=self.optim.eps,
+                    found_inf=found_inf,
+                )  # fmt: skip
 
 
-class _Update(NamedTuple):
-    """Local tensors of one weight."""
+class Ema:
+    """float32 exponential moving averages of the trainable weights (`train.ema`), sharded as they are."""
 
-    weight: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    gradient: Tensor
-    rest: Tensor | None
+    def __init__(self, weights: Sequence[Weight], decay: float) -> None:
+        self._weights, self._decay = weights, decay
+        self._averages = {w.name: _zeros_like(w.parameter) for w in weights}
+        self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start again from the weights as they are."""
+        for w in self._weights:
+            self._averages[w.name].copy_(w.master)
+
+    @torch.no_grad()
+    def update(self, found_inf: Tensor) -> None:
+        """Average in the weights of a step; a skipped step (`found_inf` is 1) changes nothing."""
+        share = (1 - self._decay) * (1 - found_inf)
+        for w in self._weights:
+            local(self._averages[w.name]).lerp_(local(w.master), share)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Replace the parameters' values by the averages inside the block."""
+        live = [local(w.parameter.detach()) for w in self._weights]
+        kept = [values.clone() for values in live]
+        for values, w in zip(live, self._weights, strict=True):
+            values.copy_(local(self._averages[w.name]))
+        try:
+            yield
+        finally:
+            for values, before in zip(live, kept, strict=True):
+                values.copy_(before)
+
+    def state(self) -> dict[str, Tensor]:
+        """Live averages by name, to save and to fill in place."""
+        return {f"ema.{name}": average for name, average in self._averages.items()}
 
 
 def _zeros_like(weight: Tensor) -> Tensor:
@@ -219,12 +206,7 @@ def _zeros_like(weight: Tensor) -> Tensor:
 
 
 class Piece(NamedTuple):
-    """Elements [start, stop) of a tensor, in memory order.
-
-    Args:
-        tensor: its strides are those that related tensors must have.
-        number: of the tensor in its list.
-    """
+    """Elements [start, stop) of the tensor `number` of a list, in memory order."""
 
     tensor: Tensor
     start: int
@@ -234,26 +216,24 @@ class Piece(NamedTuple):
     def of(self, like: Tensor) -> Tensor:
         """The same elements of another tensor with the same layout, (stop - start,)."""
         if like.stride() != self.tensor.stride():
-            raise RuntimeError(
-                f"strides {like.stride()} of a gradient or moment differ from {self.tensor.stride()} of its weight"
-            )
+            raise RuntimeError(f"a gradient or moment has strides {like.stride()}, its weight {self.tensor.stride()}")
         return like.as_strided((self.stop - self.start,), (1,), like.storage_offset() + self.start)
 
 
 def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
     """All elements of the tensors, in lists of pieces with `CHUNK` elements each; the last has fewer."""
     chunk: list[Piece] = []
+    room = 0
     for number, tensor in enumerate(tensors):
-        limit = CHUNK.get(tensor.device.type, CHUNK["cuda"])
         start = 0
         while start < tensor.numel():
-            room = limit - sum(piece.stop - piece.start for piece in chunk)
+            room = room or CHUNK.get(tensor.device.type, CHUNK["cuda"])
             stop = min(tensor.numel(), start + room)
             chunk.append(Piece(tensor, start, stop, number))
-            if room == stop - start:
+            start, room = stop, room - (stop - start)
+            if not room:
                 yield chunk
                 chunk = []
-            start = stop
     if chunk:
         yield chunk
 
@@ -268,8 +248,7 @@ def learning_rate(step: int, steps: int, optim: OptimSection, samples_per_step: 
     cosine: half a cosine down to `min_lr` (scaled like the peak); step: times `gamma` at each milestone; wsd: constant,
     then linear to `min_lr` over the last `decay_share` of all steps.
     """
-    scale = samples_per_step / BASE_SAMPLES
-    peak, least = optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * scale
+    peak, least = (optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * (samples_per_step / BASE_SAMPLES))
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     if optim.schedule == "step":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -14,22 +13,13 @@ from fastmum.files import atomic_path
 
 log = logging.getLogger(__name__)
 
-ROWS = 100  # of the table
-NAME_WIDTH = 80  # of its first column
-
 
 class StepProfiler:
-    """Context manager around the training loop; call `step` after every step.
+    """Context manager around the training loop, which has done `start` steps; call `step` after every step.
 
-    After the window or the loop it writes `steps_<first>-<last>_rank_<rank>.json.gz`, a Chrome trace for
-    ui.perfetto.dev with ranges `ProfilerStep#<step>`, and `.txt`, a table by self time. If that fails, it warns.
-
-    Args:
-        window: steps to profile, counted from 1 (`ProfileSection.window`); empty: none.
-        folder: for the files.
-        device: on which the model trains.
-        start: steps done before the loop.
-        rank: of this process.
+    After the window (steps counted from 1) or the loop it writes `steps_<first>-<last>_rank_<rank>.json.gz`, a Chrome
+    trace for ui.perfetto.dev with ranges `ProfilerStep#<step>`, and `.txt`, a table by self time. If that fails, it
+    warns.
     """
 
     def __init__(self, window: range, folder: Path, device: torch.device, start: int = 0, rank: int = 0) -> None:
@@ -38,17 +28,14 @@ class StepProfiler:
         self._cuda = device.type == "cuda"
 
     def __enter__(self) -> StepProfiler:
-        window = self._window
-        if window and self._start >= window[-1]:
+        if self._start >= self._window[-1]:
             self._warn(f"the run resumes at step {self._start + 1}")
-        elif window:
-            # The step before the window warms up: the first events of a trace are slow.
-            self._profile = profile(
-                activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])],
-                schedule=schedule(skip_first=window[0] - 1, wait=0, warmup=1, active=len(window), repeat=1),
-                on_trace_ready=self._write,
-            )
-            self._attempt(self._begin)
+            return self
+        # The step before the window warms up: the first events of a trace are slow.
+        steps = schedule(skip_first=self._window[0] - 1, wait=0, warmup=1, active=len(self._window), repeat=1)
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._write)
+        self._attempt(self._begin)
         return self
 
     def step(self, done: int) -> None:
@@ -59,7 +46,7 @@ class StepProfiler:
             if done >= self._window[-1]:
                 self._stop()
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._profile and self._done < self._window[0]:
             self._warn(f"training ended after step {self._done}")
         self._stop()
@@ -83,9 +70,8 @@ class StepProfiler:
             self._profile = None
 
     def _warn(self, reason: str) -> None:
-        log.warning(
-            "profile.steps is %s, but %s: nothing is profiled", _span(self._window[0], self._window[-1]), reason
-        )
+        steps = _span(self._window[0], self._window[-1])
+        log.warning("profile.steps is %s, but %s: nothing is profiled", steps, reason)
 
     def _write(self, recorded: profile) -> None:
         first = max(self._window[0], self._start + 1)
@@ -96,7 +82,7 @@ class StepProfiler:
         by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            rows = recorded.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=NAME_WIDTH)
+            rows = recorded.key_averages().table(sort_by=by, row_limit=100, max_name_column_width=80)
             table.write_text(rows + "\n", encoding="utf-8")
             with atomic_path(path) as partial:
                 recorded.export_chrome_trace(str(partial))

@@ -19,14 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class ResumeState(NamedTuple):
-    """Where a run starts.
-
-    Args:
-        step: steps done.
-        samples_per_step: over all processes.
-        device_seconds: spent by all devices so far.
-        resumed: whether the state was loaded.
-    """
+    """Where a run starts: steps done, samples per step and seconds of all devices, whether the state was loaded."""
 
     step: int
     samples_per_step: int
@@ -56,10 +49,8 @@ def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, An
     if manifest is None:
         return ResumeState(0, _samples_per_step(task.samples, world, None), 0.0, resumed=False)
     values = manifest.values
-    log.info(
-        "resumed from %s at step %d (%s, %d processes)",
-        manifest.path, manifest.step, values["strategy"], values["world_size"],
-    )  # fmt: skip
+    before = values["strategy"], values["world_size"]
+    log.info("resumed from %s at step %d (%s, %d processes)", manifest.path, manifest.step, *before)
     samples = _samples_per_step(task.samples, world, values["samples_per_step"])
     if samples != values["samples_per_step"]:
         log.warning(
@@ -69,15 +60,13 @@ def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, An
     return ResumeState(manifest.step, samples, values["device_seconds"], resumed=True)
 
 
-def checkpoint_values(
-    config: EngineConfig, task: Task, samples_per_step: int, efficiency: Mapping[str, float]
-) -> dict[str, Any]:
-    """Contents of a checkpoint's manifest; `efficiency` is the state of `Efficiency`."""
+def checkpoint_values(config: EngineConfig, task: Task, samples_per_step: int, device_seconds: float) -> dict[str, Any]:
+    """Contents of a checkpoint's manifest."""
     return {
         "task": config.run.task,
         "model_config": task.manifest(),
         "samples_per_step": samples_per_step,
-        **efficiency,
+        "device_seconds": device_seconds,
         "world_size": task.world.size,
         "strategy": config.parallel.strategy,
         "precision": config.train.precision,

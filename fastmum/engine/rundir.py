@@ -13,29 +13,17 @@ log = logging.getLogger(__name__)
 
 
 class RunDir:
-    """Paths of the files that a run writes.
-
-    Args:
-        root: folder of the run.
-
-    Attributes:
-        config: the resolved configuration.
-        metrics: one JSON object per log step.
-        bad_frames: a line per frame that cannot be decoded.
-        wandb_id: id of the run in Weights & Biases.
-        profile: folder of the traces of `profile.steps`.
-        newest_picture: the newest reconstruction.
-    """
+    """Paths of the files that a run writes into the folder `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.config = root / "config.yaml"
-        self.metrics = root / "metrics.jsonl"
-        self.bad_frames = root / "bad_frames.log"
+        self.config = root / "config.yaml"  # resolved
+        self.metrics = root / "metrics.jsonl"  # one JSON object per log step
+        self.bad_frames = root / "bad_frames.log"  # a line per frame that cannot be decoded
         self.checkpoints = root / "checkpoints"
         self.tensorboard = root / "tensorboard"
-        self.wandb_id = root / "wandb_id"
-        self.profile = root / "profile"
+        self.wandb_id = root / "wandb_id"  # id of the run in Weights & Biases
+        self.profile = root / "profile"  # traces of `profile.steps`
         self.newest_picture = root / "reconstruction.png"
 
     def picture(self, step: int, name: str = "reconstruction") -> Path:

@@ -1,33 +1,90 @@
-"""An optimizer step on the device: forward, backward, reduction, check, clipping, update. Nothing here waits for it."""
+"""An optimizer step on the device: forward, backward, reduction, check, clipping, update. The host never waits for it.
+
+Steps with a non-finite loss or gradient are skipped and counted on the device; too many in a row stop the run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmum.config.schema import EngineConfig
+from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, set_aside_after
 from fastmum.engine.device import autocast
-from fastmum.engine.ema import Ema
 from fastmum.engine.gradients import Gradients
-from fastmum.engine.guard import NonFiniteGuard
 from fastmum.engine.meter import Meter
-from fastmum.engine.optimizer import Optimizer
+from fastmum.engine.optimizer import Ema, Optimizer
+from fastmum.engine.rundir import RunDir
 from fastmum.engine.task import ParamGroup, Task
+from fastmum.errors import FastmumError
+
+
+class TrainingError(FastmumError):
+    """Training that cannot continue."""
+
+
+class NonFiniteGuard:
+    """Checks steps without a synchronisation.
+
+    Attributes:
+        counts: (4,) int64 on the device, the same on all processes: length of the current row of bad steps, bad steps
+            in total, length of the longest row, last step of that row.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+
+    def check(self, step: int, loss: Tensor, *norms: Tensor) -> Tensor:
+        """found_inf of a step: 0-d float32 on the device, 1 if the (reduced, 0-d) loss or a norm is not finite."""
+        finite = loss.isfinite()
+        for norm in norms:
+            finite = finite & norm.isfinite()
+        bad = ~finite
+        row, total, longest, end = self.counts.unbind()
+        row = (row + 1) * bad
+        end = torch.where(row > longest, step, end)
+        self.counts.copy_(torch.stack([row, total + bad, torch.maximum(row, longest), end]))
+        return bad.float()
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the counts, to save or to load into."""
+        return {"meter.bad_steps": self.counts.clone()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Continue counting."""
+        self.counts.copy_(state["meter.bad_steps"])
+
+
+def check_bad_steps(
+    config: EngineConfig, run: RunDir, task: Task, checkpoints: Checkpoints, counts: Sequence[int]
+) -> None:
+    """Stop a run with too many consecutive non-finite steps; checkpoints after the first of them are set aside.
+
+    Raises:
+        TrainingError: more than `train.max_bad_steps`; with the steps, the data and the last good checkpoint.
+    """
+    _, _, longest, end = counts
+    if longest <= config.train.max_bad_steps:
+        return
+    first = end - longest + 1
+    checkpoints.close()
+    if task.world.is_main:
+        set_aside_after(run.checkpoints, first - 1)
+    task.world.wait()
+    good = next((found.path for found in find_checkpoints(run.checkpoints)), None)
+    raise TrainingError(
+        f"loss or gradient was not finite in {longest} consecutive steps ({first} to {end}; train.max_bad_steps is "
+        f"{config.train.max_bad_steps}), which were skipped; {task.describe_steps(range(first - 1, end))}. The last "
+        f"good checkpoint is {good or 'none'}: the same command continues from it; a lower optim.base_lr (now "
+        f"{config.optim.base_lr:g}) or train.precision=fp32 may help"
+    )
 
 
 class Step:
     """Optimizer steps, each of one or more micro-batches.
-
-    Args:
-        task: computes the loss.
-        model: compiled or not.
-        groups: of its parameters.
-        optimizer, gradients: of the same groups.
-        guard, meter: get the loss of every step.
-        ema: averages of the weights, or None.
-        precision: bf16, fp32 or fp8.
 
     Attributes:
         norms: names and 0-d norms on the device of the last step's gradient, before clipping: `grad_norm` of all, and
@@ -72,12 +129,7 @@ class Step:
             reduction.wait()
 
     def update(self, step: int, rate: float) -> None:
-        """Update the weights, unless loss or gradient are not finite.
-
-        Args:
-            step: its number, counted from 1.
-            rate: the learning rate.
-        """
+        """Update the weights at a learning rate, unless loss or gradient are not finite; `step` counts from 1."""
         self._gradients.finish()
         loss, weight = self._loss.unbind()
         norms: list[Tensor] = self._gradients.norms()

@@ -7,7 +7,7 @@ SLURM sends SIGUSR1 (`#SBATCH --signal=USR1@180`) or SIGTERM before it takes the
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Context manager that records the first of `SIGNALS` in `signal`; a second SIGINT acts at once, as usual.
 
-    Repeated SIGTERM and SIGUSR1 are ignored: launchers signal all processes, and then once more.
+    Repeated SIGTERM and SIGUSR1 are ignored: launchers signal all processes twice.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class StopRequest:
             self._handlers[number] = signal.signal(number, self._record)
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -45,10 +45,7 @@ class StopRequest:
 
 
 class StopConsensus:
-    """Non-blocking MAX all-reduce of the stop flag over gloo.
-
-    Every rank learns one step later whether any rank got a signal; a single process learns at once.
-    """
+    """Non-blocking MAX all-reduce of the stop flag over gloo: every rank learns one step later about any signal."""
 
     def __init__(self, world: DistContext) -> None:
         self._group = world.control

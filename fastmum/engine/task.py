@@ -11,17 +11,15 @@ from typing import Any, ClassVar, NamedTuple
 from PIL import Image
 from torch import Tensor, nn
 
-from fastmum.config.schema import ConfigError, EngineConfig
+from fastmum.config.schema import ConfigError, EngineConfig, OptimSection
 from fastmum.engine.distributed import DistContext
 
 
 class Metric(NamedTuple):
     """A mean that a task reports, reduced as a sum and a count over micro-batches and processes.
 
-    Args:
-        size: number of sums; 0 for a single one.
-        index_name: of several sums: `loss` with the index `views` is reported as `loss` (the mean over all) and
-            `loss/views_<i>`.
+    With a `size` there are several sums: `loss` with the `index_name` views is reported as `loss`, the mean over all,
+    and `loss/views_<i>`.
     """
 
     size: int = 0
@@ -65,6 +63,12 @@ class ParamGroup:
     clip: float | None = None
 
 
+def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:
+    """All trainable parameters in one group."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
+
+
 @dataclass
 class Samples:
     """Size of a step.
@@ -73,7 +77,7 @@ class Samples:
         micro_batch: samples that a device computes at once.
         step: samples of an optimizer step over all devices; None: one micro-batch per device, or as in the resumed run.
         unit: name of a sample, as in `frames_per_s`.
-        keys: configuration keys of `micro_batch` and `step`, for messages.
+        keys: of `micro_batch` and `step` in the configuration.
     """
 
     micro_batch: int
@@ -87,12 +91,8 @@ class Task(ABC):
 
     All processes of a run construct the task and call its methods in the same order.
 
-    Args:
-        config: an instance of `Config`.
-        world: processes of the run.
-
     Attributes:
-        Config: class of the configuration; a subclass of `EngineConfig`.
+        Config: class of the configuration.
         metrics: what `loss` reports. `loss` itself is always reported, by default as the mean of the step's losses.
         samples: size of a step.
         batches_per_step: micro-batches per step on this process, set before `open_data`.
@@ -116,9 +116,7 @@ class Task(ABC):
 
     def groups(self, model: Any) -> list[ParamGroup]:
         """Parameter groups; the default is one group with the settings of `optim`."""
-        optim = self.config.optim
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
+        return default_groups(model, self.config.optim)
 
     def buffers(self, model: Any) -> dict[str, Tensor]:
         """Buffers that training changes (statistics of batch norm, ...), saved in checkpoints."""
@@ -134,12 +132,9 @@ class Task(ABC):
             raise ConfigError(f"train.cuda_graphs is true, but the task '{self.config.run.task}' compiles nothing")
 
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:  # noqa: B027
-        """Open the data sets; called by the first process, then by the others.
+        """Open the data sets after `start` steps; called by the first process, then by the others.
 
-        Args:
-            folder: of the run, for files of the task's own.
-            start: steps already done; the run continues with the same data.
-            samples_per_step: over all devices.
+        The task may write files into the run's folder. `samples_per_step` counts those of all devices.
         """
 
     def prepare(self) -> None:  # noqa: B027

@@ -11,8 +11,9 @@ import logging
 import os
 import socket
 import time
+import uuid
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +24,41 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import image, scalar
 
+from fastmum.config.schema import ConfigError
 from fastmum.engine.rundir import RunDir, end_of_step, finite, metrics_line, read_metrics
-from fastmum.engine.wandb_sink import WandbSink
 from fastmum.files import write_atomic
 
 __all__ = ["Telemetry", "read_metrics"]
 
 log = logging.getLogger(__name__)
 
+# Seconds that Weights & Biases may block a run at its start and at its end, where a preempted run has little time left.
+# Unsent data stay in the run's folder for `wandb sync`.
+WANDB_TIMEOUT = 20
+
 
 class Telemetry:
     """Writes metrics and pictures; a resumed run first drops what was written after the step it resumes from.
 
     Args:
-        run: folder of the run.
         step: steps done by the checkpoint that the run resumes from, 0 for a new run.
-        project: of Weights & Biases; None: not used.
-        name: of the run there.
-        config: of the run there, a JSON dict.
-
-    Raises:
-        ConfigError: `telemetry.wandb` is set, but its package is not installed.
+        project, name, config: of the run in Weights & Biases; ConfigError if its package is not installed.
     """
 
     def __init__(
-        self,
-        run: RunDir,
-        step: int,
-        project: str | None = None,
-        name: str = "",
-        config: Mapping[str, Any] | None = None,
+        self, run: RunDir, step: int, project: str | None = None, name: str = "", config: dict[str, Any] | None = None
     ) -> None:
-        self._run = run
-        self._picture_warned = False
-        self._wandb = WandbSink(project, run, name, config) if project else None  # first: it may raise
+        self._run, self._picture_warned = run, False
+        wandb = [WandbSink(project, run, name, config)] if project else []  # first: it may raise
         self._lines = RecordFile(run.metrics, end_of_step(run.metrics, step))
-        self._board = TensorBoard(run, step)
+        self._sinks: list[TensorBoard | WandbSink] = [TensorBoard(run, step), *wandb]
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Log one line of metrics by name after `step` steps; None and non-finite values are null, without a point."""
         self._lines.append(metrics_line(step, values))
         points = {name: number for name, value in values.items() if (number := finite(value)) is not None}
-        self._board.log(step, points)
-        if self._wandb:
-            self._wandb.log(step, points)
+        for sink in self._sinks:
+            sink.log(step, points)
 
     def pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
         """Write pictures by name: one file per step, and the newest as `<name>.png` in the run's folder."""
@@ -75,37 +67,29 @@ class Telemetry:
             picture.save(content, "PNG")
             for path in (self._run.picture(step, name), self._run.root / f"{name}.png"):
                 self._write(path, content.getvalue())
-            self._board.picture(step, name, picture)
-            if self._wandb:
-                self._wandb.picture(step, name, picture)
+            for sink in self._sinks:
+                sink.picture(step, name, picture)
 
     def close(self) -> None:
         """Flush and close all sinks."""
-        self._lines.close()
-        self._board.close()
-        if self._wandb:
-            self._wandb.close()
+        for sink in (self._lines, *self._sinks):
+            sink.close()
 
     def _write(self, path: Path, content: bytes) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, content)
+            self._picture_warned = False
         except OSError as error:
             if not self._picture_warned:
                 log.warning("%s cannot be written (%s); training continues", path, error.strerror)
             self._picture_warned = True
-        else:
-            self._picture_warned = False
 
 
 class TensorBoard:
-    """One event file per process.
+    """One event file per process; TensorBoard hides the points of older files after `step`, from which a run resumes.
 
     `SummaryWriter` is not used: its thread dies of a full disk, and it raises OSError ever after, even with room again.
-
-    Args:
-        run: folder of the run.
-        step: steps done by the checkpoint that the run resumes from; TensorBoard hides later points of older files.
     """
 
     def __init__(self, run: RunDir, step: int) -> None:
@@ -120,16 +104,14 @@ class TensorBoard:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Add a point to every curve."""
-        self._append(
-            step, summary=Summary(value=[p for name, value in values.items() for p in scalar(name, value).value])
-        )
+        points = [point for name, value in values.items() for point in scalar(name, value).value]
+        self._append(step, summary=Summary(value=points))
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
         """Add a picture, unless the disk is full."""
         self._append(step, keep=False, summary=image(name, np.asarray(picture), dataformats="HWC"))
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     def _append(self, step: int, keep: bool = True, **content: Any) -> None:
@@ -141,11 +123,7 @@ class TensorBoard:
 class RecordFile:
     """An append-only file of whole records; records that cannot be written wait in memory.
 
-    A partial write is truncated. Warns once per outage.
-
-    Args:
-        path: of the file; made with its folder when needed.
-        end: size in bytes to which an existing file is truncated at once.
+    A partial write is truncated; an existing file at once to `end` bytes. Warns once per outage.
     """
 
     def __init__(self, path: Path, end: int = 0) -> None:
@@ -205,3 +183,58 @@ class RecordFile:
         if size > self._end:
             os.ftruncate(file, self._end)
         self._end = min(self._end, size)  # leaves no hole in a file that was truncated by others
+
+
+class WandbSink:
+    """A run of Weights & Biases, which a resumed run continues; its id is kept in the run's folder.
+
+    Nothing is sent after the first failure, which is a warning. ConfigError: the package `wandb` is not installed.
+    """
+
+    def __init__(self, project: str, run: RunDir, name: str, config: dict[str, Any] | None) -> None:
+        try:
+            import wandb  # an extra
+        except ImportError:
+            raise ConfigError(
+                f"telemetry.wandb is '{project}', but the package wandb is not installed: pip install 'fastmum[wandb]'"
+            ) from None
+        self._wandb = wandb
+        self._run: Any = None
+
+        def init() -> None:
+            if not run.wandb_id.exists():
+                run.root.mkdir(parents=True, exist_ok=True)
+                run.wandb_id.write_text(uuid.uuid4().hex[:12] + "\n", encoding="utf-8")
+            self._run = wandb.init(
+                project=project, name=name, id=run.wandb_id.read_text(encoding="utf-8").strip(), resume="allow",
+                dir=str(run.root), config=config or {},
+                settings=wandb.Settings(init_timeout=WANDB_TIMEOUT, finish_timeout=WANDB_TIMEOUT),
+            )  # fmt: skip
+
+        self._attempt(init)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point to every curve; the service keeps the old ones of the steps that a resumed run repeats."""
+        self._send(step, lambda: dict(values))
+
+    def picture(self, step: int, name: str, picture: Image.Image) -> None:
+        """Add a picture."""
+        self._send(step, lambda: {name: self._wandb.Image(picture)})
+
+    def close(self) -> None:
+        """Wait until everything is sent, at most `WANDB_TIMEOUT`."""
+        if self._run is not None:
+            self._attempt(self._run.finish)
+
+    def _send(self, step: int, content: Callable[[], dict[str, Any]]) -> None:
+        run = self._run
+        if run is not None and step >= run.starting_step:
+            self._attempt(lambda: run.log(content(), step=step))
+
+    def _attempt(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # training continues whatever the service or its client raises
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            log.warning("Weights & Biases is not used from here on: %s", reason)
+            self._run = None

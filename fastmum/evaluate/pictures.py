@@ -15,7 +15,7 @@ from fastmum.evaluate.pairs import Pair, pair_warp
 from fastmum.evaluate.views import Batch, reconstruct
 from fastmum.geometry.warp import upsample_warp, warp_image
 from fastmum.model.mum import MuM
-from fastmum.tasks.mum_pictures import reconstructions
+from fastmum.tasks.mum import reconstructions
 
 GAP, LABEL = 4, 18  # pixels between pictures, height of a line of text
 QUERY, TRUTH = (255, 64, 64), (64, 224, 255)  # colours of the query patch and of its true match

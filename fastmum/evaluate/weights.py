@@ -13,7 +13,7 @@ import fastmum
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
-from fastmum.pretrained.errors import WeightsError
+from fastmum.pretrained import WeightsError
 
 RANDOM = "random:"
 

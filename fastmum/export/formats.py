@@ -19,16 +19,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmum.errors import FastmumError
-from fastmum.export.dinov3_folder import dinov3_features, write_dinov3
 from fastmum.export.onnx_file import onnx_features, write_onnx
 from fastmum.files import atomic_path
+from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 from fastmum.pretrained import Pretrained, build, read_pretrained
+from fastmum.pretrained.dinov3 import dinov3_config, to_dinov3
 
 log = logging.getLogger(__name__)
 
 # Largest ||difference|| / ||features||, by the dtype of positions: another order of sums changes float32 features a
 # little, and sometimes rounds a bfloat16 the other way.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+IMAGE_SIZE = 256  # of the paper's pretraining; supplement, "Sampling"
+# Bicubic (3); DINOv3's own processor needs torchvision.
+PREPROCESSOR = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3,
+    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "do_rescale": True, "rescale_factor": 1 / 255,
+    "do_normalize": True, "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD),
+}  # fmt: skip
 
 
 class ExportError(FastmumError):
@@ -56,9 +64,34 @@ def _write_safetensors(file: Path, source: Pretrained) -> None:
     save_file(tensors, file, metadata)
 
 
-class Format(NamedTuple):
-    """An export format."""
+def _write_dinov3(folder: Path, source: Pretrained) -> None:
+    """Write a folder for `from_pretrained`: weights, sizes, and how images are prepared."""
+    folder.mkdir(parents=True)
+    save_file(to_dinov3(source.state), folder / "model.safetensors", {"format": "pt"})
+    config = dinov3_config(source.config, IMAGE_SIZE)
+    for name, content in (("config.json", config), ("preprocessor_config.json", PREPROCESSOR)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
+
+def _dinov3_features(folder: Path, images: Tensor) -> tuple[str, Tensor] | None:
+    """The version of transformers and its patch tokens of normalised images; None if it is not installed."""
+    try:
+        import transformers
+        from transformers import DINOv3ViTModel
+    except ImportError:
+        return None
+    bar = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = DINOv3ViTModel.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
+    with torch.inference_mode():
+        return f"transformers {transformers.__version__}", model(images).last_hidden_state[:, 1:]
+
+
+class Format(NamedTuple):
     suffix: str
     meaning: str  # for the help
     write: Callable[[Path, Pretrained], None]
@@ -73,11 +106,11 @@ class Format(NamedTuple):
 FORMATS = {
     "released": Format(".pth", "a state dict by torch.save, as the released checkpoints", _write_released),
     "safetensors": Format(
-        ".safetensors", "float32, with the model's sizes as JSON in the metadata key model_config", _write_safetensors
+        ".safetensors", "float32, with the model's sizes as JSON in the metadata key model_config", _write_safetensors,
     ),
     "hf": Format(
         "_hf", "the encoder as a folder for DINOv3ViTModel.from_pretrained of transformers",
-        write_dinov3, folder=True, features=dinov3_features, bfloat16_positions=False,
+        _write_dinov3, folder=True, features=_dinov3_features, bfloat16_positions=False,
     ),
     "onnx": Format(
         ".onnx", "the encoder's features, any number of images of any size",
@@ -88,8 +121,6 @@ ALIASES = {"transformers": "hf", "huggingface": "hf"}
 
 
 class Exported(NamedTuple):
-    """What was written."""
-
     file: Path  # a folder for some formats
     tensors: int
     parameters: int  # learnt values in the tensors
@@ -171,8 +202,7 @@ def _quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)

@@ -6,12 +6,13 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from fastmum.engine.device import pick_device
 from fastmum.errors import run_command
 from fastmum.features.extract import extract
-from fastmum.features.images import FeaturesError, Images, Sizing, find_images
+from fastmum.features.images import FeaturesError, Sizing, find_images
 from fastmum.features.pictures import write_pictures
 from fastmum.features.store import SUFFIXES, check_file, write_features
 from fastmum.pretrained import build, read_pretrained
@@ -33,9 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", default="native", metavar="S", help=f"{size} (default %(default)s)")
     add("--fit", choices=("resize", "pad"), default="resize", help="pad: keep the aspect ratio (default %(default)s)")
     add("--max-side", type=int, default=1024, metavar="N", help="limit for native size; 0: none (default %(default)s)")
-    add(
-        "--layers", metavar="L", help="number of last blocks, or indices such as 5,11,17,23 or `11,`; default: the last"
-    )
+    layers = "number of last blocks, or indices such as 5,11,17,23 or `11,`; default: the last"
+    add("--layers", metavar="L", help=layers)
     add("--no-norm", action="store_true", help="without the encoder's last norm")
     add("--batch", type=int, default=16, metavar="B", help="images computed together (default %(default)s)")
     add("--dtype", default="float32", metavar="T", help="float32, bfloat16 or float16 (default %(default)s)")
@@ -62,9 +62,8 @@ def _layers(text: str | None, depth: int) -> int | list[int] | None:
         return None
     if re.fullmatch(r"\d+", text) and 1 <= int(text) <= depth:
         return int(text)
-    layers = (
-        sorted({int(number) for number in text.split(",") if number}) if re.fullmatch(r"[\d,]*,[\d,]*", text) else []
-    )
+    numbers = text.split(",") if re.fullmatch(r"[\d,]*,[\d,]*", text) else []
+    layers = sorted({int(number) for number in numbers if number})
     if not layers or layers[-1] >= depth:
         raise FeaturesError(f"--layers is '{text}', but must be a number, 1 to {depth}, or blocks, 0 to {depth - 1}")
     return layers
@@ -96,15 +95,9 @@ def _run(args: argparse.Namespace) -> None:
         write_pictures(folder, images, features, patch_size, progress=True)
         print(f"pictures: {folder}")
     if images.skipped:
-        _print_skipped(images)
-
-
-def _print_skipped(images: Images) -> None:
-    print(f"skipped: {len(images.skipped)} of {len(images.files)} images", file=sys.stderr)
-    for name, why in list(images.skipped.items())[:MAX_NAMES]:
-        print(f"  {name}: {why}", file=sys.stderr)
-    if len(images.skipped) > MAX_NAMES:
-        print("  ...", file=sys.stderr)
+        lines = [f"skipped: {len(images.skipped)} of {len(images.files)} images"]
+        lines += [f"  {name}: {why}" for name, why in islice(images.skipped.items(), MAX_NAMES)]
+        print("\n".join(lines + ["  ..."] * (len(images.skipped) > MAX_NAMES)), file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,12 +33,10 @@ def extract(
 
     Args:
         encoder: in eval mode, as `fastmum.load_pretrained` returns it.
-        images: from `find_images`.
         sizing: None: each image keeps its size as nearly as the patch size permits.
         layers: number of last blocks, or block indices in ascending order; None: the last, without a dimension for it.
         norm: apply the encoder's last norm.
         batch: images of equal size computed together.
-        progress: show a progress bar.
 
     Raises:
         FeaturesError: no image can be read, features do not fit in memory, the device's memory is too small, or
@@ -97,15 +95,13 @@ def _tokens(encoder: Encoder, frames: Tensor, layers: Layers, norm: bool) -> tup
     """CLS (F, [n,] D) and patch tokens (F, [n,] P, D) of frames (F, H, W, 3) uint8."""
     try:
         with torch.inference_mode():
-            outputs = encoder.get_intermediate_layers(
-                frames, 1 if layers is None else layers, return_class_token=True, norm=norm
-            )
+            n = 1 if layers is None else layers
+            outputs = encoder.get_intermediate_layers(frames, n, return_class_token=True, norm=norm)
             patch, cls = (torch.stack(tensors, dim=1).cpu() for tensors in zip(*outputs, strict=True))
     except torch.OutOfMemoryError:
-        raise FeaturesError(
-            f"the device's memory is too small for {len(frames)} images of {frames.shape[1]} x {frames.shape[2]} "
-            "pixels: use a smaller --batch or --size"
-        ) from None
+        size = f"{len(frames)} images of {frames.shape[1]} x {frames.shape[2]} pixels"
+        reason = f"the device's memory is too small for {size}: use a smaller --batch or --size"
+        raise FeaturesError(reason) from None
     return (cls[:, 0], patch[:, 0]) if layers is None else (cls, patch)
 
 

@@ -54,28 +54,21 @@ class Sizing:
 
     def place(self, height: int, width: int) -> Placement:
         """The placement of an image of this height and width."""
-        m = self.multiple
+        m, resize = self.multiple, self.fit == "resize"
         if self.size:
-            rows, columns = self.size
-            scale = min(rows / height, columns / width)
-            content = height * scale, width * scale
+            scale = min(self.size[0] / height, self.size[1] / width)
         else:
             scale = min(1.0, self.max_side / max(height, width)) if self.max_side else 1.0
-            content = height * scale, width * scale
-            if self.fit == "resize":
-                rows, columns = (max(1, round(side / m)) * m for side in content)
-            else:  # round to pixels first, so that only whole pixels are padded
-                rows, columns = (max(1, math.ceil(round(side) / m)) * m for side in content)
-        if self.fit == "resize":
-            return Placement(rows, columns, rows, columns)
-        inner_rows, inner_columns = (max(1, round(side)) for side in content)
+        content = height * scale, width * scale
+        # For padding, sides are rounded to pixels first, so that only whole pixels are padded.
+        patches = (max(1, round(side / m) if resize else math.ceil(round(side) / m)) for side in content)
+        rows, columns = self.size or (count * m for count in patches)
+        inner_rows, inner_columns = (rows, columns) if resize else (max(1, round(side)) for side in content)
         return Placement(rows, columns, min(rows, inner_rows), min(columns, inner_columns))
 
 
 @dataclass
 class Images:
-    """Image files."""
-
     root: Path  # folder that names are relative to
     files: list[Path]
     skipped: dict[str, str] = field(default_factory=dict)  # names of unreadable files, and why; filled during reading
@@ -100,9 +93,7 @@ def find_images(words: Iterable[str | os.PathLike[str]]) -> Images:
     """Find images by folders, file names, or patterns such as "scenes/**/*.jpg".
 
     A folder stands for all images below it, except those in hidden folders and in folders of depth, masks and normals.
-
-    Raises:
-        FeaturesError: a word matches no image.
+    FeaturesError if a word matches no image.
     """
     names = [os.path.expanduser(os.fspath(word)) for word in words]
     files = list(dict.fromkeys(Path(os.path.abspath(file)) for name in names for file in _found(name)))

@@ -65,11 +65,7 @@ def content(tokens: Tokens, patch_size: int) -> Tensor:
 def write_pictures(
     folder: Path, images: Images, features: Mapping[str, Tokens], patch_size: int, progress: bool = False
 ) -> None:
-    """Draw each image as the encoder saw it, without padding, next to its tokens.
-
-    Raises:
-        FeaturesError: a picture cannot be written.
-    """
+    """Draw each image as the encoder saw it, without padding, next to its tokens."""
     maps = {name: content(tokens, patch_size) for name, tokens in features.items()}
     basis = fit_basis(list(maps.values()))
     files = {images.name(file): file for file in images.files}

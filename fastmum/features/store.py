@@ -27,8 +27,6 @@ ABOUT = "about"
 
 
 class Tokens(NamedTuple):
-    """Features of an image, on the CPU."""
-
     cls: Tensor  # (D,), or (n, D) for several layers
     patch: Tensor  # (P, D) or (n, P, D), patches row by row
     placement: Placement  # of the image in the encoder's input
@@ -50,8 +48,7 @@ def check_file(file: Path, force: bool) -> None:
 def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[str, Any]) -> None:
     """Write features and their description to a .safetensors file, or .npz, which stores bfloat16 as float32.
 
-    Raises:
-        FeaturesError: the file cannot be written; an existing file is kept.
+    FeaturesError if the file cannot be written; an existing file is kept.
     """
     tensors: dict[str, Tensor] = {}
     for name, (cls, patch, placement) in features.items():

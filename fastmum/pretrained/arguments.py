@@ -10,8 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fastmum.pretrained.errors import WeightsError
-from fastmum.pretrained.layout import SIZES
+from fastmum.pretrained.layout import SIZES, WeightsError
 from fastmum.pretrained.load import OPTIONS, PLACEMENT, check_names
 
 
@@ -27,9 +26,7 @@ def add_overrides(parser: argparse.ArgumentParser, *aliases: str, more: str = ""
 def parse_overrides(words: Sequence[str], flags: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Keyword arguments of `load_pretrained` from words KEY=VALUE with YAML values; the last word of a key counts.
 
-    Raises:
-        WeightsError: a word without "=", a value that is not YAML, an override that is unknown or is in `flags`, which
-            names the flag to use instead.
+    WeightsError for invalid words, and overrides that are unknown or in `flags`, which names the flag to use instead.
     """
     overrides, flags = dict[str, Any](), flags or {}
     for word in words:

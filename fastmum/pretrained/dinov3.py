@@ -17,17 +17,15 @@ from torch import Tensor
 
 from fastmum.model.config import MLP_RATIO, ModelConfig
 from fastmum.model.rope import BASE, AxialRope
-from fastmum.pretrained.errors import WeightsError
+from fastmum.pretrained.layout import WeightsError
 
 MODEL_TYPE = "dinov3_vit"
 CLS = "embeddings.cls_token"
 NAMES = {
-    "cls_token": CLS,
-    "patch_embed.proj": "embeddings.patch_embeddings",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.up_proj",
-    "mlp.fc2": "mlp.down_proj",
-}
+    "cls_token": CLS, "patch_embed.proj": "embeddings.patch_embeddings", "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj",
+}  # fmt: skip
+UNUSED = ("embeddings.mask_token", "embeddings.register_tokens")
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
 SCALED = {"attn.proj": "layer_scale1.lambda1", "mlp.fc2": "layer_scale2.lambda1"}
 # Required values of settings that change the computation.
@@ -52,8 +50,7 @@ def dinov3_config(config: ModelConfig, image_size: int) -> dict[str, Any]:
 def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of an encoder under the names of a `DINOv3ViTModel`, float32."""
     width = state["cls_token"].shape[2]
-    # The model has both, but uses neither here.
-    out = {f"embeddings.{name}": torch.zeros(1, n, width) for name, n in (("mask_token", 1), ("register_tokens", 0))}
+    out = {name: torch.zeros(1, count, width) for name, count in zip(UNUSED, (1, 0), strict=True)}
     for name, tensor in state.items():
         if name == "rope_embed.periods":
             continue  # computed from rope_theta
@@ -73,20 +70,14 @@ def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of an encoder from that of a `DINOv3ViTModel` and the content of its `config.json`.
 
-    LayerScale is multiplied into the layer before it; a missing key bias is 0.
-
-    Returns:
-        The state dict, and fields of `ModelConfig` that it does not determine.
-
-    Raises:
-        WeightsError: the model computes something else.
+    LayerScale is multiplied into the layer before it; a missing key bias is 0. Also returns fields of `ModelConfig`
+    that the state dict does not determine. WeightsError if the model computes something else.
     """
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise WeightsError(f"{key} is {config[key]}, but an encoder of fastmum has {value}")
     theirs = {re.sub(r"^model\.layer\.", "layer.", name): tensor for name, tensor in tensors.items()}
-    theirs.pop("embeddings.mask_token", None)
-    theirs.pop("embeddings.register_tokens", None)
+    theirs = {name: tensor for name, tensor in theirs.items() if name not in UNUSED}
     rope = AxialRope(theirs[CLS].shape[2] // config["num_attention_heads"])
     rope.init_weights()
     state = {"rope_embed.periods": rope.periods}

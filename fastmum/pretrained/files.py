@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
-from fastmum.pretrained.errors import WeightsError, some
-from fastmum.pretrained.layout import SIZES
+from fastmum.pretrained.layout import SIZES, WeightsError, some
 
 KINDS = "a run, a folder of checkpoints, a checkpoint, a torch.save or safetensors file, a folder of transformers"
 
@@ -34,11 +33,7 @@ class Saved(NamedTuple):
 
 
 def read_saved(path: Path, ema: bool | None = None) -> Saved:
-    """Read the weights at a path, the EMA weights of a checkpoint if `ema` is True, or None and it has them.
-
-    Raises:
-        WeightsError: there are no such weights, or they cannot be read.
-    """
+    """Read the weights at a path, the EMA weights of a checkpoint if `ema` is True, or None and it has them."""
     if path.is_dir() and not is_dinov3(path):
         return _read_run(path, ema)
     if ema:
@@ -109,10 +104,8 @@ def _read_torch(path: Path) -> Saved:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"'{path}' holds {_objects(path)} next to tensors, which are not loaded, because they can run code; "
-            "save only its state dict"
-        ) from error
+        why = "which are not loaded, because they can run code; save only its state dict"
+        raise WeightsError(f"'{path}' holds {_objects(path)} next to tensors, {why}") from error
     except Exception as error:  # a damaged file raises any type
         raise WeightsError(f"'{path}' cannot be read ({str(error).partition(chr(10))[0]})") from error
     if not isinstance(content, Mapping):

@@ -1,4 +1,4 @@
-"""Finding the state dict of a MuM among saved tensors, and its sizes from their shapes."""
+"""Finding the state dict of a MuM among saved tensors, its sizes from their shapes, and errors of weights."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import dataclasses
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastmum.errors import FastmumError
 from fastmum.model.config import PRESETS, ModelConfig
-from fastmum.pretrained.errors import WeightsError, some
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +26,30 @@ ANCHORS = ("cls_token", "patch_embed.proj.weight", "rope_embed.periods", "norm.w
 # Parts of names that torch.compile, FSDP and activation checkpointing insert.
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 NESTING = 4  # levels of mappings that are searched
+MAX_NAMES = 10  # keys listed in a message
+
+
+class WeightsError(FastmumError):
+    """Weights that cannot be used."""
+
+
+class MismatchError(WeightsError):
+    """A state dict that does not fit the model; `missing`, `extra` and `misshapen` are its keys with their shapes."""
+
+    def __init__(self, where: str, missing: Sequence[str], extra: Sequence[str], misshapen: Sequence[str]) -> None:
+        self.missing, self.extra, self.misshapen = list(missing), list(extra), list(misshapen)
+        findings = [("missing", missing), ("unexpected", extra), ("of another shape", misshapen)]
+        super().__init__(f"{where}: {'; '.join(f'{what} {some(keys)}' for what, keys in findings if keys)}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and the number of the others."""
+    more = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 class _Candidate(NamedTuple):
-    """A possible state dict of a MuM; `name` is its place: mappings and prefix, joined by dots."""
-
-    name: str
+    name: str  # mappings and prefix, joined by dots
     state: State
     left_out: list[str]
     anchors: int
@@ -94,20 +112,16 @@ def sizes_by_shape(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     kernel = state.get("patch_embed.proj.weight")
     width = _width(state, r"(norm|blocks\.\d+\.norm[12])\.(weight|bias)|cls_token|patch_embed\.proj\.bias")
-    decoder_width = _width(
-        state, r"(decoder_norm|decoder_(frame|global)_blocks\.\d+\.norm[12])\.(weight|bias)|mask_token"
-    )
+    decoder_norms = r"(decoder_norm|decoder_(frame|global)_blocks\.\d+\.norm[12])\.(weight|bias)"
+    decoder_width = _width(state, rf"{decoder_norms}|mask_token")
     shape = kernel.shape if kernel is not None and kernel.ndim == 4 else (None,) * 4
     found = {
-        "embed_dim": width,
-        "depth": _depth(state, r"blocks\.(\d+)\."),
-        "num_heads": _heads(width, state.get("rope_embed.periods")),
-        "decoder_embed_dim": decoder_width,
+        "embed_dim": width, "depth": _depth(state, r"blocks\.(\d+)\."),
+        "num_heads": _heads(width, state.get("rope_embed.periods")), "decoder_embed_dim": decoder_width,
         "decoder_depth": 2 * _depth(state, r"decoder_(?:frame|global)_blocks\.(\d+)\."),
         "decoder_num_heads": _heads(decoder_width, state.get("rope_embed_decoder.periods")),
-        "in_chans": shape[1],
-        "patch_size": shape[2],
-    }
+        "in_chans": shape[1], "patch_size": shape[2],
+    }  # fmt: skip
     known = {name: size for name, size in found.items() if size}
     presets = [PRESETS["mum_vitl16_released"], *PRESETS.values()]
     nearest = max(presets, key=lambda preset: sum(getattr(preset, name) == size for name, size in known.items()))

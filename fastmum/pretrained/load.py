@@ -16,9 +16,8 @@ from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.model.rope import AxialRope
-from fastmum.pretrained.errors import MismatchError, WeightsError
 from fastmum.pretrained.files import read_saved
-from fastmum.pretrained.layout import DECODER, SIZES, State, find_state, sizes_by_shape
+from fastmum.pretrained.layout import DECODER, SIZES, MismatchError, State, WeightsError, find_state, sizes_by_shape
 
 log = logging.getLogger(__name__)
 
@@ -109,11 +108,7 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
 def build(
     pretrained: Pretrained, device: torch.device | str = "cpu", dtype: torch.dtype | str = torch.float32
 ) -> Encoder | MuM:
-    """The model of weights; arguments as in `load_pretrained`.
-
-    Raises:
-        WeightsError: an unknown dtype, or a device that cannot be used.
-    """
+    """The model of weights; arguments as in `load_pretrained`. WeightsError for an unusable dtype or device."""
     dtype = _dtype(dtype, "dtype")
     model = _empty(pretrained.config, pretrained.encoder_only)
     for parameter in model.parameters():  # not the buffers: positions have a separate precision
@@ -196,10 +191,7 @@ def _empty(config: ModelConfig, encoder_only: bool) -> Encoder | MuM:
 def _check_fit(where: str, state: State, expected: Mapping[str, Tensor]) -> None:
     missing = [f"{name} {list(like.shape)}" for name, like in expected.items() if name not in state]
     extra = [name for name in state if name not in expected]
-    misshapen = [
-        f"{name} {list(state[name].shape)} (expected: {list(like.shape)})"
-        for name, like in expected.items()
-        if name in state and state[name].shape != like.shape
-    ]
+    different = [name for name, like in expected.items() if name in state and state[name].shape != like.shape]
+    misshapen = [f"{n} {list(state[n].shape)} (expected: {list(expected[n].shape)})" for n in different]
     if missing or extra or misshapen:
         raise MismatchError(where, missing, extra, misshapen)

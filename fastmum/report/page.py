@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from fastmum.engine.efficiency import PAPER_RUNS, SOURCE
+from fastmum.engine.gpus import PAPER_RUNS, SOURCE
 from fastmum.report.charts import color, report_charts
 from fastmum.report.run import Run
 

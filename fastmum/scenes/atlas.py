@@ -91,11 +91,8 @@ def bake(scene: Scene, eyes_V3: np.ndarray, pixel: float, seed: tuple[int, ...])
         for level in range(LEVELS):
             h, w = image.shape[:2]
             offset[level, face_id], height[level, face_id], width[level, face_id] = end, h, w
-            if level == 0 or (h, w) != (height[level - 1, face_id], width[level - 1, face_id]):
-                chunks.append(np.ascontiguousarray(image).view(np.uint32).ravel())
-                end += h * w
-            else:
-                offset[level, face_id] = offset[level - 1, face_id]
+            chunks.append(np.ascontiguousarray(image).view(np.uint32).ravel())
+            end += h * w
             image = _halve(image)
     return Atlas(np.concatenate(chunks), offset, height, width, texel_F)
 

@@ -9,11 +9,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from queue import SimpleQueue
 from typing import NamedTuple
 
 from fastmum.errors import FastmumError
@@ -137,42 +134,24 @@ def _render_in_processes(
     package = str(Path(__file__).resolve().parents[2])
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    command, pipe = [sys.executable, "-m", "fastmum.scenes.files"], subprocess.PIPE
-    workers = [subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) for _ in range(processes)]
-    lock, idle = threading.Lock(), SimpleQueue[subprocess.Popen[str]]()
-    for worker in workers:
-        idle.put(worker)
-
-    def render(index: int) -> None:
-        worker = idle.get()
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        try:
-            worker.stdin.write(json.dumps({"root": str(root.resolve()), "index": index, **settings._asdict()}) + "\n")
-            worker.stdin.flush()
-            for line in worker.stdout:
-                word, _, message = line.strip().partition(" ")
-                if word == "done":
-                    return
-                if word == "error":
-                    raise OSError(json.loads(message))
-                with lock:
-                    on_view()
-        except BrokenPipeError:
-            pass  # it ended before it read the job
-        finally:
-            idle.put(worker)
-        raise ScenesError(f"the process rendering scene {index} ended early (exit code {worker.wait()})")
-
-    pool = ThreadPoolExecutor(processes)
+    reader, writer = os.pipe()
+    workers = []
+    for shard in (missing[i::processes] for i in range(processes)):
+        job = json.dumps({"root": str(root.resolve()), "indices": shard, "settings": settings._asdict()})
+        command = [sys.executable, "-m", "fastmum.scenes.files", job]
+        workers.append(subprocess.Popen(command, env=environment, stdout=writer))
+    os.close(writer)
     try:
-        for future in as_completed([pool.submit(render, index) for index in missing]):
-            future.result()
+        with open(reader) as lines:  # ends when all workers have ended
+            for line in lines:
+                if line.startswith("error "):
+                    raise OSError(json.loads(line.removeprefix("error ")))
+                on_view()
     except BaseException:
         for worker in workers:
             worker.terminate()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
-        for worker in workers:
-            worker.communicate()
+        codes = [worker.wait() for worker in workers]
+    if any(codes):
+        raise ScenesError(f"a rendering process ended early (exit code {next(filter(None, codes))})")

@@ -29,13 +29,11 @@ from fastmum.scenes.raycast import View, render
 STALE_SECONDS = 3600  # age after which a temporary folder is taken for one of a dead process
 
 
-def write_scene(root: Path, index: int, settings: Settings, on_view: Callable[[], object] = lambda: None) -> Path:
+def write_scene(root: Path, index: int, settings: Settings, on_view: Callable[[], object] = lambda: None) -> None:
     """Render a scene into a temporary folder in `root`, which must exist, and rename it when it is complete.
 
-    If another process was faster, its identical copy is kept. `on_view` is called after every view.
-
-    Raises:
-        OSError: the folder cannot be written.
+    If another process was faster, its identical copy is kept. `on_view` is called after every view. OSError if the
+    folder cannot be written.
     """
     final = scene_folder(root, index)
     # Unlike tempfile's, the folder has the usual access rights, because a cache may be shared.
@@ -43,17 +41,13 @@ def write_scene(root: Path, index: int, settings: Settings, on_view: Callable[[]
     part.mkdir()
     try:
         _render_into(part, final.name, index, settings, on_view)
-        for _ in range(3):
-            try:
-                os.replace(part, final)
-                return final
-            except OSError:
-                if not final.exists():
-                    raise
-            if is_complete(final, settings):
-                return final
+        if not is_complete(final, settings):
             shutil.rmtree(final, ignore_errors=True)
-        raise OSError(f"{final} is in the way and cannot be replaced")
+        try:
+            os.replace(part, final)
+        except OSError:
+            if not is_complete(final, settings):
+                raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -91,20 +85,22 @@ def _render_into(folder: Path, name: str, index: int, settings: Settings, on_vie
     (folder / "cameras.json").write_text(json.dumps(cameras, indent=1) + "\n")
 
 
+def _send(message: str) -> None:
+    sys.stdout.write(f"{message}\n")  # in one piece, since processes share the pipe
+    sys.stdout.flush()
+
+
 def main() -> int:
-    """Render jobs, lines of JSON, from stdin. Print "view" after each view, then "done" or "error" with a message."""
+    """Render the scenes of a job, JSON in argv. Print "view" after each view, "error" and a message after a failure."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` deletes the temporary folder
+    job = json.loads(sys.argv[1])
     try:
-        for line in sys.stdin:
-            job = json.loads(line)
-            try:
-                settings = Settings(job["seed"], job["views"], job["size"])
-                write_scene(Path(job["root"]), job["index"], settings, lambda: print("view", flush=True))
-                print("done", flush=True)
-            except (OSError, ScenesError) as error:
-                print("error", json.dumps(getattr(error, "strerror", None) or str(error)), flush=True)
+        for index in job["indices"]:
+            write_scene(Path(job["root"]), index, Settings(**job["settings"]), lambda: _send("view"))
     except (KeyboardInterrupt, BrokenPipeError):
         return 130  # the parent has ended or is ending, and reports it
+    except (OSError, ScenesError) as error:
+        _send(f"error {json.dumps(getattr(error, 'strerror', None) or str(error))}")
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no exception while the interpreter shuts down
     return 0

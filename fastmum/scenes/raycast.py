@@ -21,8 +21,6 @@ SUBPIXELS = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375
 
 
 class View(NamedTuple):
-    """A camera in a scene."""
-
     solids: Solids
     open_top: bool
     K_33: np.ndarray
@@ -68,14 +66,11 @@ def trace(view: View, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = 
     eye, solids = view.eye_3, view.solids
     depth, solid = np.full(d.shape[1:], FAR, np.float32), np.full(d.shape[1:], -1, np.int64)
     to_unit = solids.to_unit_S33
-    for s, window in _windows(view):
-        part: Any = ...
-        if window is not None:
-            x0, x1, y0, y1 = window
-            part = slice(y0, y1), slice(x0, x1)
-            if at is not None:
-                part = np.flatnonzero((at[0] >= x0) & (at[0] <= x1) & (at[1] >= y0) & (at[1] <= y1))
-        inside = d[:, *part] if isinstance(part, tuple) else d[:, part]
+    for s, (x0, x1, y0, y1) in _windows(view):
+        part: Any = slice(y0, y1), slice(x0, x1)
+        if at is not None:
+            part = (np.flatnonzero((at[0] >= x0) & (at[0] <= x1) & (at[1] >= y0) & (at[1] <= y1)),)
+        inside = d[:, *part]
         if inside.size == 0:
             continue
         o_unit = (to_unit[s].astype(np.float64) @ (eye - solids.centre_S3[s])).astype(np.float32)
@@ -91,16 +86,12 @@ def trace(view: View, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = 
             closer = t_in < best
         else:
             closer = (t_in < best) & (t_in <= t_out) & (t_in > 0)
-        if isinstance(part, np.ndarray):
-            depth[part[closer]], solid[part[closer]] = t_in[closer], s
-        else:
-            np.copyto(best, t_in, where=closer)
-            np.copyto(solid[part], s, where=closer)
+        depth[part], solid[part] = np.where(closer, t_in, best), np.where(closer, s, solid[part])
     return depth, solid
 
 
-def _windows(view: View) -> list[tuple[int, list[int] | None]]:
-    """Solids that may be visible, each with its pixel window (x0, x1, y0, y1); None: the whole image."""
+def _windows(view: View) -> list[tuple[int, list[int]]]:
+    """Solids that may be visible, each with its pixel window (x0, x1, y0, y1)."""
     corners = view.solids.corners_S83().astype(np.float64) @ view.T_44[:3, :3].T + view.T_44[:3, 3]
     z = corners[:, :, 2]
     xy = np.diag(view.K_33)[:2] * corners[:, :, :2] / np.maximum(z, 1e-3)[:, :, None] + view.K_33[:2, 2]
@@ -109,8 +100,9 @@ def _windows(view: View) -> list[tuple[int, list[int] | None]]:
     nearest, farthest = z.min(1), z.max(1)
     whole = (view.solids.kind_S == SHELL) | ((nearest < 0.05) & (farthest > 0.05))
     boxed = (nearest >= 0.05) & (low < high).all(1)
-    windows = np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1).tolist()
-    return [(int(s), None if whole[s] else windows[s]) for s in np.flatnonzero(whole | boxed)]
+    windows = np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1)
+    windows[whole] = 0, view.width, 0, view.height
+    return [(s, windows[s].tolist()) for s in np.flatnonzero(whole | boxed).tolist()]
 
 
 def _outline(face_HW: np.ndarray) -> np.ndarray:
@@ -125,12 +117,10 @@ def _colours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Colours [N, 3] float32 in 0..255 and face numbers [N] (-1: sky) of traced rays."""
     colour, face = np.empty((depth_N.size, 3), np.float32), np.full(depth_N.size, -1, np.int64)
-    sky, solids = solid_N < 0, view.solids
-    seen: slice | np.ndarray = slice(None)
-    if sky.any():
+    solids, sky, seen = view.solids, np.flatnonzero(solid_N < 0), np.flatnonzero(solid_N >= 0)
+    if sky.size:
         colour[sky] = _sky(d_3N[:, sky], 997 * solids.half_S3[0])
-        seen = np.flatnonzero(~sky)
-        d_3N, depth_N, solid_N = d_3N[:, seen], depth_N[seen], solid_N[seen]
+    d_3N, depth_N, solid_N = d_3N[:, seen], depth_N[seen], solid_N[seen]
     to_unit = solids.to_unit_S33
     o_S3 = np.einsum("sij,sj->si", to_unit, (view.eye_3 - solids.centre_S3).astype(np.float32))
     dq_3N = np.stack([reduce(np.add, (to_unit[:, i, j][solid_N] * d_3N[j] for j in range(3))) for i in range(3)])
@@ -146,27 +136,18 @@ def _colours(
     along = np.choose(axis, dq_3N) * solids.half_S3[solid_N, axis]
     slope = np.sqrt(length2) / np.maximum(np.abs(along), np.float32(0.02))
     slope[(kind == SPHERE) | ((kind == CYLINDER) & (side == 0))] = 1.2
-    out = np.empty((face_N.size, 3), np.float32)
-    near_round = slope < np.float32(1.4)
-    one, two = np.flatnonzero(near_round), np.flatnonzero(~near_round)
-    out[one] = atlas.sample(face_N[one], u[one], v[one], footprint[one] * np.float32(0.9))
-    if two.size:
-        reach = footprint[two] * slope[two]
-        tangent = np.sqrt(np.maximum(length2[two] - along[two] ** 2, np.float32(1e-6)))
-        quarter = np.float32(0.25) * reach / tangent
-        du, dv = (quarter * dq for dq in _in_face(kind[two], side[two], dq_3N[:, two]))
-        width = np.maximum(footprint[two] * np.float32(0.9), reach * np.float32(0.4))
-        before = atlas.sample(face_N[two], u[two] - du, v[two] - dv, width)
-        out[two] = (before + atlas.sample(face_N[two], u[two] + du, v[two] + dv, width)) * np.float32(0.5)
-    colour[seen] = out
+    one, two = np.flatnonzero(slope < np.float32(1.4)), np.flatnonzero(slope >= np.float32(1.4))
+    colour[seen[one]] = atlas.sample(face_N[one], u[one], v[one], footprint[one] * np.float32(0.9))
+    reach, (x, y, z) = footprint[two] * slope[two], dq_3N[:, two]
+    tangent = np.sqrt(np.maximum(length2[two] - along[two] ** 2, np.float32(1e-6)))
+    quarter = np.float32(0.25) * reach / tangent
+    across = np.choose(side[two], [y, -y, -x, x, x, x]) * np.float32(0.5)  # in units of u and v
+    du = quarter * np.where(kind[two] == SHELL, -across, across)
+    dv = quarter * (np.choose(side[two], [-z, -z, -z, -z, -y, y]) * np.float32(0.5))
+    width = np.maximum(footprint[two] * np.float32(0.9), reach * np.float32(0.4))
+    before = atlas.sample(face_N[two], u[two] - du, v[two] - dv, width)
+    colour[seen[two]] = (before + atlas.sample(face_N[two], u[two] + du, v[two] + dv, width)) * np.float32(0.5)
     return colour, face
-
-
-def _in_face(kind_N: np.ndarray, side_N: np.ndarray, dq_3N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Change of (u, v) in 0..1 for a step dq in unit coordinates along flat sides."""
-    across = np.choose(side_N, [dq_3N[1], -dq_3N[1], -dq_3N[0], dq_3N[0], dq_3N[0], dq_3N[0]]) * np.float32(0.5)
-    down = np.choose(side_N, [-dq_3N[2]] * 4 + [-dq_3N[1], dq_3N[1]]) * np.float32(0.5)
-    return np.where(kind_N == SHELL, -across, across), down
 
 
 def _sky(d_3N: np.ndarray, offset_2: np.ndarray) -> np.ndarray:

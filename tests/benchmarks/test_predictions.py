@@ -22,7 +22,7 @@ def test_tables(tmp_path):
     path = tmp_path / "offline.json"
     path.write_text(json.dumps(PREDICTIONS))
     text = "\n".join(projection_tables(read_predictions(path)))
-    assert "For mum_vitl16, 96 frames a GPU, A100-80GB." in text
+    assert "For mum_vitl16, 96 frames per GPU, A100-80GB." in text
     assert "| fastmum | 26.00 | 150.0 | 1,200 | 31.0 | 150.0 | 2.00 |" in text
     assert "| reference | 26.00 | 150.0 | 5,000 | 31.0 | 300.0 | 1.00 |" in text
     assert "4,608 GPU-hours" in text

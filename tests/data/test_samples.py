@@ -99,6 +99,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
             frame.view()
 
 
+def test_images_of_too_many_pixels_are_named(tmp_path, monkeypatch):
+    frame = manifest_frame(write(tmp_path), 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"1\.png"):
+        frame.view()
+
+
 def test_images_are_upright(tmp_path):
     file = tmp_path / "sideways.jpg"
     exif = Image.Exif()

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 from fastmum.config.schema import EngineConfig, key
-from fastmum.engine.prefetcher import to_device
+from fastmum.engine.device import to_device
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput, Task
 
 

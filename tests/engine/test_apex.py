@@ -33,21 +33,19 @@ def package(tmp_path, monkeypatch):
 
 @pytest.mark.skipif("apex" in sys.modules, reason="an apex is installed")
 def test_absent():
-    with pytest.raises(ConfigError, match="NVIDIA's Apex is not installed: build it from its source"):
+    with pytest.raises(ConfigError, match="NVIDIA's Apex is not installed: build it"):
         find_fused_adam()
 
 
 def test_the_project_of_the_same_name_on_pypi(package):
     package(__init__="")
-    with pytest.raises(
-        ConfigError, match=r"is not NVIDIA's: it has no apex\.optimizers\.FusedAdam; 'pip install apex'"
-    ):
+    with pytest.raises(ConfigError, match=r"apex/__init__.py\) is not NVIDIA's: .*; 'pip install apex'"):
         find_fused_adam()
 
 
 def test_a_namesake_that_cannot_be_imported(package):
     package(__init__="import a_web_framework_that_is_not_there")
-    with pytest.raises(ConfigError, match="the package 'apex' cannot be imported"):
+    with pytest.raises(ConfigError, match="not NVIDIA's: .*a_web_framework_that_is_not_there"):
         find_fused_adam()
 
 

@@ -1,4 +1,3 @@
-import json
 import time
 
 import numpy as np
@@ -7,8 +6,7 @@ import torch
 
 from fastmum.config import load_config
 from fastmum.engine.distributed import DistContext
-from fastmum.engine.efficiency import PAPER_RUNS, Efficiency, paper_line
-from fastmum.engine.gpus import PEAKS, peak_flops
+from fastmum.engine.gpus import PAPER_RUNS, PEAKS, Efficiency, paper_line, peak_flops
 from fastmum.model.config import PRESETS
 from fastmum.model.flops import step_flops
 from fastmum.tasks.mum import MuMBatch, MuMTask
@@ -20,7 +18,7 @@ TINY = PRESETS["mum_tiny"]
 @pytest.fixture
 def clock(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("fastmum.engine.efficiency.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("fastmum.engine.meter.time.perf_counter", lambda: now[0])
     return now
 
 
@@ -68,9 +66,9 @@ def test_hours_go_on_and_are_projected(clock):
     values = cost.read(15, 100.0, 8)  # less than 4 x 36: an evaluation is no training, but costs
     assert values["gpu_hours"] == pytest.approx(8 + 8 * (500 + 4 * 36) / 3600)
     assert values["gpu_hours_projected"] == pytest.approx(values["gpu_hours"] + 8 * 85 * 36 / 3600)
-    state = json.loads(json.dumps(cost.state()))
+    before = cost.device_seconds()
     clock[0] = 5.0  # another machine's clock starts anywhere
-    resumed = make(start=15, world_size=4, device_seconds=state["device_seconds"])
+    resumed = make(start=15, world_size=4, device_seconds=before)
     clock[0] += 3600
     assert resumed.read(16, 1.0, 1)["gpu_hours"] == pytest.approx(values["gpu_hours"] + 4)
 

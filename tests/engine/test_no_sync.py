@@ -10,15 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastmum
 from fastmum.config import load_config
 from fastmum.data.build import build
-from fastmum.engine.device import MATRIX_DTYPE
+from fastmum.engine.device import MATRIX_DTYPE, Prefetcher
 from fastmum.engine.distributed import DistContext
-from fastmum.engine.ema import Ema
 from fastmum.engine.gradients import Gradients
-from fastmum.engine.guard import NonFiniteGuard
 from fastmum.engine.meter import Meter
-from fastmum.engine.optimizer import build_optimizer
-from fastmum.engine.prefetcher import Prefetcher
-from fastmum.engine.step import Step
+from fastmum.engine.optimizer import Ema, build_optimizer
+from fastmum.engine.step import NonFiniteGuard, Step
 from fastmum.tasks.mum import MuMTask
 
 SYNCS = {
@@ -29,12 +26,10 @@ ENGINE = Path(fastmum.__file__).parent / "engine"
 # What a step goes through, but for functions that belong to the host: plans of attention, checks, log steps.
 ON_THE_PATH = {
     "step.py": set(),
-    "guard.py": set(),
     "meter.py": {"read"},
     "optimizer.py": set(),
-    "prefetcher.py": set(),
+    "device.py": set(),
     "gradients.py": set(),
-    "ema.py": set(),
 }
 CALLS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}
 

@@ -13,9 +13,9 @@ from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
 from fastmum.engine import optimizer as engine_optimizer
 from fastmum.engine.checkpoint import Checkpoints, load_checkpoint, read_weights
-from fastmum.engine.ema import Ema
 from fastmum.engine.optimizer import (
     CAST_MODULES,
+    Ema,
     Piece,
     build_optimizer,
     chunks,

@@ -1,4 +1,4 @@
-"""The folder for Hugging Face transformers, read by the real package."""
+"""Folders of Hugging Face transformers, written for the real package and read from it."""
 
 import json
 import sys
@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastmum import load_pretrained
-from fastmum.export import ExportError, dinov3_folder, export
+from fastmum.export import ExportError, export, formats
 from fastmum.export.__main__ import main
+from fastmum.pretrained import WeightsError
 
 transformers = pytest.importorskip("transformers")
 
@@ -77,9 +79,9 @@ def test_force_replaces_an_earlier_export_and_nothing_else(folder, weights, tmp_
 
 
 def test_wrong_features_are_refused_and_transformers_is_optional(weights, monkeypatch):
-    right = dinov3_folder.dinov3_config
+    right = formats.dinov3_config
     with monkeypatch.context() as patch:
-        patch.setattr(dinov3_folder, "dinov3_config", lambda *sizes: right(*sizes) | {"layer_norm_eps": 0.1})
+        patch.setattr(formats, "dinov3_config", lambda *sizes: right(*sizes) | {"layer_norm_eps": 0.1})
         with pytest.raises(ExportError, match=r"transformers .* computes other features"):
             export(weights, "hf")
     assert [file.name for file in weights.parent.iterdir()] == ["weights.pth"]
@@ -87,3 +89,51 @@ def test_wrong_features_are_refused_and_transformers_is_optional(weights, monkey
     done = export(weights, "hf")
     assert done.agreement == ""
     assert json.loads((done.file / "config.json").read_text())["model_type"] == "dinov3_vit"
+
+
+def test_there_and_back(folder, model):
+    again = export(folder, "safetensors").file
+    assert again == folder.with_name(f"{folder.name}.safetensors")
+    for encoder in (load_pretrained(folder), load_pretrained(again)):
+        assert (encoder.config.norm_eps, encoder.config.num_heads) == (1e-6, model.config.num_heads)
+        for name, tensor in encoder.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+    assert load_pretrained(again, norm_eps=1e-4).config.norm_eps == 1e-4  # before that of the metadata
+
+
+def test_layer_scale_and_absent_biases_of_others(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, layerscale_value=0.3,
+        pos_embed_rescale=None,
+    )  # fmt: skip
+    theirs = transformers.DINOv3ViTModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "mask_token" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    images = torch.randn(2, 3, 32, 48)
+    with torch.no_grad():
+        ours = load_pretrained(tmp_path / "theirs").forward_features(images)
+        output = theirs(images)
+    torch.testing.assert_close(ours["x_norm_patchtokens"], output.last_hidden_state[:, 1:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours["x_norm_clstoken"], output.pooler_output, rtol=0, atol=1e-4)
+
+
+def test_other_models_are_refused(folder):
+    before = (folder / "config.json").read_text()
+    for key, value in (("num_register_tokens", 4), ("use_gated_mlp", True), ("rope_theta", 10.0)):
+        (folder / "config.json").write_text(json.dumps(json.loads(before) | {key: value}))
+        with pytest.raises(WeightsError, match=f"{folder}.*{key} is {value}"):
+            load_pretrained(folder)
+    (folder / "config.json").write_text(before)
+    tensors = load_file(folder / "model.safetensors")
+    for name, error in (("layer.1.norm2.bias", r"blocks.1.norm2.bias \[48\]"), ("embeddings.cls_token", "cls_token")):
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(WeightsError, match=error):
+            load_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"no model.safetensors"):
+        load_pretrained(folder)

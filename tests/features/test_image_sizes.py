@@ -1,17 +1,18 @@
-"""Finding images, and their sizes."""
+"""Finding images, their sizes, and pictures of their tokens."""
 
 import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastmum.data.decode.image import FrameError
-from fastmum.features import FeaturesError, Sizing, find_images
-from fastmum.features.images import PADDING, read_image
+from fastmum.features import FeaturesError, Sizing, Tokens, find_images
+from fastmum.features.images import PADDING, Placement, read_image
+from fastmum.features.pictures import _file_names, content, fit_basis
 
 SIDES = st.integers(1, 3000)
 
@@ -56,30 +57,24 @@ def test_examples():
         Sizing(16, max_side=10)
 
 
+def names(*words):
+    images = find_images(words)
+    return [images.name(file) for file in images.files]
+
+
 def test_folders_files_and_patterns(image_folder):
-    whole = find_images([image_folder])
-    names = [whole.name(file) for file in whole.files]
-    assert names == [f"scene{scene}/{view}.png" for scene in range(4) for view in range(6)]
+    assert names(image_folder) == [f"scene{scene}/{view}.png" for scene in range(4) for view in range(6)]
     (image_folder / "scene1/notes.txt").touch()
     (image_folder / "scene1/depth").mkdir()
     shutil.copy(image_folder / "scene1/5.png", image_folder / "scene1/depth/5.png")
-    one = find_images([str(image_folder / "scene1")])
-    assert [one.name(file) for file in one.files] == [f"{view}.png" for view in range(6)]
-    pattern = find_images([str(image_folder / "scene[01]/[24].png"), image_folder / "scene0/2.png"])
-    assert [pattern.name(file) for file in pattern.files] == [
-        "scene0/2.png", "scene0/4.png", "scene1/2.png", "scene1/4.png",
-    ]  # fmt: skip
-    deep = find_images([str(image_folder / "**/5.png")])
-    assert len(deep.files) == 5  # a pattern is not filtered
-    folders = find_images([str(image_folder / "scene[23]")])
-    assert len(folders.files) == 12
-    single = find_images([image_folder / "scene0/3.png"])
-    assert [single.name(file) for file in single.files] == ["3.png"]
-
-
-def test_a_name_with_brackets_is_a_name_first(image_folder):
+    assert names(str(image_folder / "scene1")) == [f"{view}.png" for view in range(6)]
+    pattern = names(str(image_folder / "scene[01]/[24].png"), image_folder / "scene0/2.png")
+    assert pattern == ["scene0/2.png", "scene0/4.png", "scene1/2.png", "scene1/4.png"]
+    assert len(names(str(image_folder / "**/5.png"))) == 5  # a pattern is not filtered
+    assert len(names(str(image_folder / "scene[23]"))) == 12
+    assert names(image_folder / "scene0/3.png") == ["3.png"]
     (image_folder / "scene0/0.png").rename(image_folder / "scene0/[1].png")
-    assert [file.name for file in find_images([image_folder / "scene0/[1].png"]).files] == ["[1].png"]
+    assert names(image_folder / "scene0/[1].png") == ["[1].png"]  # a name first
     (image_folder / "empty").mkdir()
     for word in ("none", "*.jpg", "empty"):
         with pytest.raises(FeaturesError, match=re.escape(word)):
@@ -106,11 +101,30 @@ def test_reading_turns_resizes_and_pads(tmp_path):
     assert abs(resized - expected).max() <= 1
 
 
-def test_unreadable_files_are_skipped(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"no image")
-    (tmp_path / "b.png").touch()
-    images = find_images([tmp_path])
-    assert images.sizes() == {}
-    assert images.skipped == {"a.png": "not an image", "b.png": "empty"}
-    with pytest.raises(FrameError, match="not an image"):
-        read_image(tmp_path / "a.png", Sizing(16).place(32, 32))
+def test_the_main_directions_are_found_largest_first():
+    torch.manual_seed(0)
+    frame, _ = torch.linalg.qr(torch.randn(16, 16))
+    strength = torch.tensor([9.0, 5.0, 3.0] + [0.01] * 13)
+    tokens = (torch.randn(500, 16) * strength) @ frame.T + 7
+    basis = fit_basis([tokens[:100], tokens[100:]])
+    overlap = (basis.directions.T @ frame[:, :3]).abs()
+    torch.testing.assert_close(overlap, torch.eye(3), atol=0.1, rtol=0)
+    colours = basis.colours(tokens)
+    assert colours.dtype == np.uint8
+    assert (colours.min(0) == 0).all()
+    assert (colours.max(0) == 255).all()
+    mirrored = fit_basis([tokens.flip(0)])  # independent of the signs of the solver's vectors
+    np.testing.assert_allclose(mirrored.colours(tokens).astype(int), colours, atol=2)
+    assert fit_basis([torch.ones(4, 8)]).colours(torch.ones(2, 3, 8)).shape == (2, 3, 3)  # no direction at all
+
+
+def test_padding_is_omitted():
+    tokens = Tokens(torch.zeros(2), torch.arange(12.0)[:, None].expand(12, 2), Placement(48, 64, 20, 50))
+    assert content(tokens, 16)[..., 0].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    layers = tokens._replace(patch=torch.stack([tokens.patch, tokens.patch + 100]))
+    assert content(layers, 16)[0, 0, 0] == 100
+
+
+def test_file_names_are_unique():
+    names = {"s/a.jpg": "s/a.jpg.png", "s/b.jpg": "s/b.png", "s/a.png": "s/a.png.png"}
+    assert _file_names(names) == names

@@ -47,12 +47,14 @@ def check(ours: Callable, plain: Callable, inputs: Sequence[Tensor], *weights: T
     return found
 
 
-def check_compiles(function: Callable, inputs: Sequence[Tensor], *weights: Tensor) -> None:
+def check_compiles(
+    function: Callable, inputs: Sequence[Tensor], *weights: Tensor, autocast: Sequence[bool] = (False, True)
+) -> None:
     """Compiled in one graph, with and without autocast, outputs and gradients are those of eager mode."""
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     eager = results(function, inputs, *weights)
-    for autocast in (False, True):
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+    for enabled in autocast:
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
             assert_equal(results(compiled, inputs, *weights), eager)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: the implementation under test, and memory that shows when it was not written."""
+"""Fixtures of the kernel tests: the implementation under test, and NaN in unwritten memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support import DEVICE
 
 @pytest.fixture(params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run the test with the PyTorch and with the Triton implementation, interpreted where there is no GPU."""
+    """Run the test with the PyTorch and with the Triton implementation, interpreted without a GPU."""
     if request.param == "triton" and DEVICE == "cpu":
         triton = pytest.importorskip("triton")
         assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before the first import of Triton"
@@ -20,13 +20,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
-    """Errors in bfloat16 are compared with errors: chance decides nothing."""
+    """Errors in bfloat16 are compared with errors, so inputs must not vary."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` in the host wrappers returns NaN: what a kernel leaves unwritten shows."""
+    """`torch.empty` in the host wrappers returns NaN, to detect memory that a kernel does not write."""
     plain = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:
@@ -38,7 +38,7 @@ def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter truncates float32 to bfloat16, where the GPU rounds to the nearest: correct it."""
+    """Round float32 to the nearest bfloat16 as a GPU does; the interpreter truncates."""
     if DEVICE != "cpu":
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from support import DEVICE, DTYPES, MEAN, STD, each_backend, guarded, pairs, results, split_ids, strided
 
 from fastmum.kernels import patch_loss, reference
+from fastmum.kernels.loss import _launch
 
 SIZES = [  # frames, rows, columns, patch side, masked
     (1, 1, 1, 16, 1),
@@ -82,6 +83,15 @@ def test_constant_patch_has_target_zero(backend, value):
     loss = patch_loss(pred, frames, ids, (0.3,) * 3, (0.7,) * 3, 16)
     assert loss.item() <= 1e-12
     assert float(torch.autograd.grad(loss, pred)[0].norm()) <= 1e-8
+
+
+def test_ids_out_of_range_give_nan_on_the_gpu():
+    """Without the check of the CPU, nothing out of bounds is read."""
+    pytest.importorskip("triton")
+    pred, frames, _ = problem(2, 2, 2, 8, 2, torch.float32)
+    ids, losses = torch.tensor([[4, 0], [-1, 3]], device=DEVICE), torch.zeros(4, device=DEVICE)
+    _launch(losses, None, pred, frames, ids, [1.0] * 3, [0.0] * 3, 8, True, 1e-6)
+    assert losses.isnan().tolist() == [True, False, True, False]
 
 
 def test_no_gradient_without_requires_grad(backend):

@@ -96,7 +96,7 @@ def test_ids_out_of_range_give_nan_on_the_gpu():
 
 def test_offsets_beyond_32_bits(backend):
     frames, (ids, _) = random_frames(3, 1, 2, 8), split_ids(3, 2, 1)
-    stride = 2**31 - 16  # fits 32 bits; the third frame's offset does not. Untouched memory costs nothing.
+    stride = 2**31 - 16  # fits 32 bits; the third frame's offset does not. Unused memory costs nothing.
     far = torch.empty(2 * stride + 384, dtype=torch.uint8, device=DEVICE)
     far = far.as_strided((3, 8, 16, 3), (stride, 48, 3, 1)).copy_(frames)
     truth = reference.gather_patches(frames, ids, MEAN, STD, 8, torch.float64)

@@ -58,7 +58,7 @@ def record(step, **values):
 
 def full(step):
     names = ("tokens_per_s", "tflops", "memory_gb", "data_wait", "checkpoint_stall_s")
-    more = {"held_out_loss": 0.7} if step % 20 == 0 else {}
+    more = {"held_out_loss": 0.7, "held_out_loss_ema": 0.6} if step % 20 == 0 else {}
     views = {f"loss/views_{S}": 0.5 + S / 100 + 1 / step for S in (1, 2, 3, 10)}
     faults = {"skipped_steps": int(step >= 30) * 2, "bad_frames": step // 10, "bad_frames/co3d": step // 10}
     cost = {"gpu_hours": step / 10, "gpu_hours_projected": 12.5, "frames_per_s": 100.0 + step % 7, "mfu": 0.431}
@@ -129,6 +129,7 @@ def test_charts_have_the_numbers(tmp_path):
     lines = lines_of(make_run(tmp_path / "run", [full(step) for step in range(2, 51, 2)]))
     assert lines["Loss"]["training"] == [(step, 1 / (1 + step / 50)) for step in range(2, 51, 2)]
     assert lines["Loss"]["held out"] == [(20, 0.7), (40, 0.7)]
+    assert lines["Loss"]["held out, EMA"] == [(20, 0.6), (40, 0.6)]
     late = sum(1 / step for step in (46, 48, 50)) / 3
     (profile,) = lines["Loss against number of views"].values()
     assert profile == [(S, pytest.approx(0.5 + S / 100 + late)) for S in (1, 2, 3, 10)]
@@ -168,6 +169,23 @@ def test_any_numbers_can_be_drawn(values):
     line = Line("a", list(enumerate(values)), "var(--series-1)", dots=True)
     for options in ({}, {"log": True}, {"from_zero": True, "counts": True}, {"settling": 0.05}):
         assert drawing(Chart("t", [line], "y", **options)) is not None
+
+
+def test_axes():
+    points = [(0.0, 90.0), (50.0, 2.0), (100.0, 3.0)]
+
+    def ticks(scale=1.0, shift=0.0, **options):
+        line = Line("a", [(x, scale * y + shift) for x, y in points], "red")
+        texts = [text.strip() for text in drawing(Chart("t", [line], "y", **options)).itertext() if text.strip()]
+        return texts[texts.index("step") + 1 : texts.index("y")]
+
+    assert ticks() == ["0", "20", "40", "60", "80"]
+    assert ticks(settling=0.1) == ["2.00", "2.25", "2.50", "2.75", "3.00"]
+    assert [ticks(shift=900.0, from_zero=zero)[0] for zero in (False, True)] == ["900", "0"]
+    assert ticks(scale=-1.0, from_zero=True)[0] == "−80"
+    assert ticks(scale=0.01, percent=True)[-1] == "80%"
+    assert ticks(log=True) == ["2", "5", "10", "20", "50", "100"]
+    assert ticks(scale=0.0, counts=True, from_zero=True) == ["0", "1"]
 
 
 def test_several_runs_over_each_other(tmp_path):

@@ -3,7 +3,7 @@ import torch
 
 from fastmum.kernels.reference import gather_patches, normalise_patches
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
-from fastmum.tasks.mum_pictures import GAP, GREY, draw_reconstruction
+from fastmum.tasks.mum import GAP, GREY, draw_reconstruction
 
 
 def test_a_perfect_prediction_shows_the_original():

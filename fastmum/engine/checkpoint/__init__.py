@@ -12,19 +12,10 @@ from fastmum.engine.checkpoint.manifest import (
     find_checkpoints,
     set_aside_after,
 )
-from fastmum.engine.checkpoint.reader import CheckpointWeights, load_checkpoint, load_newest, read_weights
+from fastmum.engine.checkpoint.shards import CheckpointWeights, load_checkpoint, load_newest, read_weights
 from fastmum.engine.checkpoint.writer import Checkpoints
 
 __all__ = [
-    "CheckpointError",
-    "CheckpointManifest",
-    "CheckpointWeights",
-    "Checkpoints",
-    "FoundCheckpoint",
-    "State",
-    "find_checkpoints",
-    "load_checkpoint",
-    "load_newest",
-    "read_weights",
-    "set_aside_after",
-]
+    "CheckpointError", "CheckpointManifest", "CheckpointWeights", "Checkpoints", "FoundCheckpoint", "State",
+    "find_checkpoints", "load_checkpoint", "load_newest", "read_weights", "set_aside_after",
+]  # fmt: skip

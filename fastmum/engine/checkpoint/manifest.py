@@ -64,12 +64,7 @@ class FileHash(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """Contents of the checkpoint in the folder `path`.
-
-    Args:
-        values: JSON dict that was passed to `Checkpoints.save`, with the key `model_config`.
-        tensors, files: by name, without the manifest.
-    """
+    """Contents of the checkpoint in the folder `path`; `values` were passed to `Checkpoints.save`."""
 
     path: Path
     step: int
@@ -79,9 +74,7 @@ class CheckpointManifest:
 
     def write(self) -> None:
         """Write and fsync the manifest."""
-        content = {
-            "format": FORMAT, "step": self.step, "values": self.values, "files": self.files, "tensors": self.tensors
-        }  # fmt: skip
+        content = {"format": FORMAT} | {n: getattr(self, n) for n in ("step", "values", "files", "tensors")}
         with open(self.path / MANIFEST, "w", encoding="utf-8") as file:
             file.write(_dump({"xxh3": _hash(content), "content": content}))
             file.flush()
@@ -101,11 +94,8 @@ class CheckpointManifest:
         """Raise CheckpointError if names or shapes differ from the saved ones; dtypes are converted on load."""
         saved = {name: spec.shape for name, spec in self.tensors.items()}
         ours = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        wrong = [
-            f"{name} {saved.get(name, 'missing')} (expected: {ours.get(name, 'none')})"
-            for name in sorted(saved.keys() | ours.keys())
-            if saved.get(name) != ours.get(name)
-        ]
+        names = sorted(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
+        wrong = [f"{name} {saved.get(name, 'missing')} (expected: {ours.get(name, 'none')})" for name in names]
         if wrong:
             more = f" and {len(wrong) - MAX_NAMES} more" if len(wrong) > MAX_NAMES else ""
             raise CheckpointError(f"checkpoint '{self.path}' does not fit: {', '.join(wrong[:MAX_NAMES])}{more}")

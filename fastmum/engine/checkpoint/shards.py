@@ -1,15 +1,21 @@
-"""Shards of a state written and read by `torch.distributed.checkpoint` (DCP), hashed while they are written."""
+"""Shards of a state written and read by `torch.distributed.checkpoint` (DCP), and the loading of whole checkpoints.
+
+Files are hashed while they are written. The newest intact checkpoint is verified, compared with the model, and loaded
+in place.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import io
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +27,18 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from fastmum.engine.checkpoint.manifest import CheckpointError, FileHash, State, reason
+from fastmum.engine.checkpoint.manifest import (
+    CheckpointError,
+    CheckpointManifest,
+    FileHash,
+    State,
+    UnreadableError,
+    find_checkpoints,
+    reason,
+)
 from fastmum.kernels.halves import Halves
+
+log = logging.getLogger(__name__)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a run of one process
 
@@ -121,10 +137,9 @@ class _Planner(DefaultSavePlanner):
 
 
 def write_shards(path: Path, state: State, copies: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileHash]:
-    """Write the shards of all ranks to disk; returns the files of this rank.
+    """Write the shards of all ranks into a folder, made if missing; returns the files of this rank.
 
     Args:
-        path: a folder, made if missing.
         state: live tensors, of which only the metadata is used.
         copies: CPU copies of the shards that this rank writes.
     """
@@ -135,33 +150,24 @@ def write_shards(path: Path, state: State, copies: Mapping[str, Tensor], ranks: 
     with _raise_checkpoint_error(ranks), torch.no_grad():
         dcp.save(
             {name: copy if isinstance(state[name], Halves) else state[name] for name, copy in copies.items()},
-            storage_writer=writer,
-            planner=_Planner(copies),
-            process_group=ranks.group,
-            no_dist=ranks.group is None,
-        )
+            storage_writer=writer, planner=_Planner(copies), process_group=ranks.group, no_dist=ranks.group is None,
+        )  # fmt: skip
     return files.written
 
 
 def read_shards(path: Path, state: State, ranks: Ranks) -> None:
     """Fill the tensors of `state`, sharded in any way, from a checkpoint."""
-    buffers = {
-        name: torch.empty_like(tensor.parameter, dtype=torch.float32, device="cpu")
-        if isinstance(tensor, Halves)
-        else tensor.detach()
-        for name, tensor in state.items()
-    }
+    halves = {name: tensor for name, tensor in state.items() if isinstance(tensor, Halves)}
+    whole = {n: torch.empty_like(h.parameter, dtype=torch.float32, device="cpu") for n, h in halves.items()}
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _raise_checkpoint_error(ranks), torch.no_grad():
         dcp.load(
-            buffers,
-            storage_reader=dcp.FileSystemReader(path),
-            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            process_group=ranks.group,
+            whole | {name: tensor.detach() for name, tensor in state.items() if not isinstance(tensor, Halves)},
+            storage_reader=dcp.FileSystemReader(path), planner=planner, process_group=ranks.group,
             no_dist=ranks.group is None,
-        )
-        for name, tensor in state.items():
-            if isinstance(tensor, Halves):
-                tensor.fill_(buffers[name].to(tensor.parameter.device))
+        )  # fmt: skip
+        for name, tensor in halves.items():
+            tensor.fill_(whole[name].to(tensor.parameter.device))
 
 
 @contextlib.contextmanager
@@ -195,3 +201,102 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class CheckpointWeights(NamedTuple):
+    """Weights of a checkpoint: a state dict, float32 on the CPU."""
+
+    manifest: CheckpointManifest
+    tensors: dict[str, Tensor]
+
+
+def load_newest(
+    path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
+) -> CheckpointManifest | None:
+    """Fill `state` in place from the newest intact checkpoint; None if there is no checkpoint.
+
+    Args:
+        path: a checkpoint, a folder of checkpoints, or a run.
+        state: tensors of the saved names and global shapes, sharded in any way.
+        model_config: must equal the saved one.
+
+    Raises:
+        CheckpointError: no checkpoint is intact, or the newest intact one holds another model or other tensors.
+    """
+    ranks = Ranks(group)
+
+    def fill(manifest: CheckpointManifest) -> None:
+        manifest.check_model(model_config)
+        manifest.check_tensors(state)
+        _read(manifest, state, ranks)
+
+    return _newest(path, fill, ranks, remedy="; train.resume=never sets the run aside")
+
+
+def load_checkpoint(
+    path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
+) -> CheckpointManifest:
+    """`load_newest`, but raises CheckpointError if there is no checkpoint."""
+    return load_newest(path, state, model_config, group) or _raise_missing(path)
+
+
+def read_weights(path: Path, prefix: str = "model.") -> CheckpointWeights:
+    """Read the tensors named `prefix`* of the newest intact checkpoint, in this process; the prefix is removed.
+
+    `path` is a checkpoint, a folder of checkpoints, or a run; CheckpointError if there is none.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def read(manifest: CheckpointManifest) -> None:
+        tensors.clear()
+        for name, (shape, dtype) in manifest.tensors.items():
+            if name.startswith(prefix):
+                tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        _read(manifest, tensors, single)
+
+    single = Ranks(None)
+    manifest = _newest(path, read, single) or _raise_missing(path)
+    return CheckpointWeights(manifest, {name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+
+
+def _newest(
+    path: Path, use: Callable[[CheckpointManifest], None], ranks: Ranks, remedy: str = ""
+) -> CheckpointManifest | None:
+    """The newest checkpoint for which `use` does not raise UnreadableError."""
+    found = ranks.on_main(lambda: find_checkpoints(path))
+    for candidate in found:
+        try:
+            if candidate.manifest is None:
+                raise UnreadableError(candidate.problem)
+            use(candidate.manifest)
+        except UnreadableError as error:
+            if candidate.path == path:
+                raise
+            if ranks.rank == 0:
+                log.warning("%s; trying the one before", error)
+        else:
+            return candidate.manifest
+    if found:
+        raise CheckpointError(f"no checkpoint in '{path}' can be read{remedy}")
+    if old := ranks.on_main(lambda: next(chain(path.glob("step_*.pt"), path.glob("checkpoints/step_*.pt")), None)):
+        raise CheckpointError(f"'{old}' is a checkpoint of fastmum 0.1, which cannot be read{remedy}")
+    return None
+
+
+def _read(manifest: CheckpointManifest, state: State, ranks: Ranks) -> None:
+    """Verify all files, each rank some of them, then fill `state`."""
+
+    def verify() -> None:
+        for name, file in sorted(manifest.files.items(), key=lambda item: item[1].size)[ranks.rank :: ranks.size]:
+            if damage := file_damage(manifest.path / name, file):
+                raise CheckpointError(damage)
+
+    try:
+        ranks.on_all(verify)
+        read_shards(manifest.path, state, ranks)
+    except CheckpointError as error:
+        raise UnreadableError(f"checkpoint '{manifest.path}' cannot be read ({error})") from None
+
+
+def _raise_missing(path: Path) -> CheckpointManifest:
+    raise CheckpointError(f"there is no checkpoint in '{path}'" if path.exists() else f"'{path}' does not exist")

@@ -18,7 +18,7 @@ from fastmum.engine.checkpoint import (
     read_weights,
     set_aside_after,
 )
-from fastmum.engine.checkpoint.snapshot import Snapshot
+from fastmum.engine.checkpoint.writer import Snapshot
 
 
 def write(folder, *steps, keep=10, **kwargs):
