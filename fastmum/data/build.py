@@ -1,7 +1,5 @@
 """Build manifests: `python -m fastmum.data.build NAME --root RAW --out FILE`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging
@@ -36,31 +34,22 @@ class NoSequenceError(DataError):
 
 
 class Built(NamedTuple):
-    """Result of a build: size of the manifest, parts of the data set, parts without a sequence."""
+    """Result of a build."""
 
     counts: Counts
     parts: int
-    empty: int
+    empty: int  # parts without a sequence
 
 
 def build(
-    name: str,
-    root: str | Path,
-    out: str | Path,
-    *,
-    rule: str = "paper",
-    seed: int = 0,
-    workers: int = 1,
-    dataset: str | None = None,
-    progress: bool = False,
-    **options: Any,
-) -> Built:
+    name: str, root: str | Path, out: str | Path, *, rule: str = "paper", seed: int = 0, workers: int = 1,
+    dataset: str | None = None, progress: bool = False, **options: Any,
+) -> Built:  # fmt: skip
     """Write the manifest of a data set; equal arguments give equal bytes, for any number of workers.
 
     Args:
         name: a key of `BUILDERS`.
-        root: folder of the data set.
-        out: the manifest, written atomically.
+        root, out: folder of the data set, and the manifest, written atomically.
         rule: "paper", or "released" for the rule of the authors' script.
         seed: of the rules that draw.
         workers: reading processes; 0 or 1 reads in this one.
@@ -95,9 +84,8 @@ def build(
         if empty == len(parts):
             least = values.get("min_frames") or 1
             short = f" of at least {least} frames (--min-frames)" if least > 1 else ""
-            raise NoSequenceError(
-                f"nothing under '{root}' makes a sequence of {name}{short}; expected: {builder.layout}"
-            )
+            what = f"nothing under '{root}' makes a sequence of {name}{short}"
+            raise NoSequenceError(f"{what}; expected: {builder.layout}")
 
     frame_root = builder.root(root, settings) if builder.root else root
     if frame_root.is_relative_to(out.parent):  # then both can be moved together
@@ -105,7 +93,7 @@ def build(
     metadata = {"builder": name, "rule": rule, "seed": seed, "options": values, "source": str(root)}
     with contextlib.closing(records()) as found:  # an error ends the bar and the workers at once
         counts = write_manifest(out, found, dataset=dataset or name, root=frame_root, metadata=metadata)
-    for what, known in Manifest.open(out).known.items():
+    for what, known in Manifest(out).known.items():
         if 0 < known < counts.frames:
             log.warning("%d of %d frames have no %s", counts.frames - known, counts.frames, what)
     return Built(counts, len(parts), empty)
@@ -116,12 +104,10 @@ def _in_order(
 ) -> Iterator[list[SequenceRecord]]:
     """Sequences of every part, in the order of the parts."""
     if workers <= 1 or len(parts) == 1:
-        for part in parts:
-            yield _read(BUILDERS[name], root, part, options)
+        yield from (_read(BUILDERS[name], root, part, options) for part in parts)
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(parts)), multiprocessing.get_context("spawn"), _init_worker, (name, root, options)
-    )
+    spawn, started = multiprocessing.get_context("spawn"), (name, root, options)
+    pool = ProcessPoolExecutor(min(workers, len(parts)), spawn, _init_worker, started)
     try:
         pending: deque = deque()
         for part in parts:
@@ -196,23 +182,19 @@ def _parser() -> argparse.ArgumentParser:
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True, title="data sets and their layouts")
     for name, builder in BUILDERS.items():
         released = f"\n--rule released: {builder.released}" if builder.released else ""
-        command = names.add_parser(
-            name,
-            help=_escaped(builder.layout),
-            description=_escaped(f"layout: {builder.layout}\n--rule paper: {builder.paper}{released}"),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        description = _escaped(f"layout: {builder.layout}\n--rule paper: {builder.paper}{released}")
+        plain = argparse.RawDescriptionHelpFormatter
+        command = names.add_parser(name, help=_escaped(builder.layout), description=description, formatter_class=plain)
         command.add_argument("--root", required=True, metavar="RAW", help="folder of the data set")
         command.add_argument("--out", required=True, metavar="FILE", help="the manifest, such as data/NAME.arrow")
         command.add_argument("--rule", choices=RULES, default="paper", help="default %(default)s")
         command.add_argument("--seed", type=int, default=0, metavar="S", help="of rules that draw (default 0)")
         workers = min(os.cpu_count() or 1, 8)
-        command.add_argument(
-            "--workers", type=int, default=workers, metavar="N", help="reading processes (default %(default)s)"
-        )
+        help = "reading processes (default %(default)s)"
+        command.add_argument("--workers", type=int, default=workers, metavar="N", help=help)
         command.add_argument("--dataset", metavar="D", help=f"name of the data set in the manifest (default {name})")
         for key, option in builder.options.items():
-            _add_option(command, key, option)
+            command.add_argument(_flag(key), dest=key, default=option.default, **_value(option))
     return parser
 
 
@@ -220,17 +202,12 @@ def _flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _add_option(parser: argparse.ArgumentParser, key: str, option: Option) -> None:
-    default = option.default
-    if isinstance(default, bool):
-        action = argparse.BooleanOptionalAction
-        parser.add_argument(_flag(key), dest=key, action=action, default=default, help=option.help)
-        return
-    shown = "" if default is None else f" (default {default})"
-    parser.add_argument(
-        _flag(key), dest=key, type=option.type or type(default), default=default, choices=option.choices or None,
-        help=_escaped(option.help + shown),
-    )  # fmt: skip
+def _value(option: Option) -> dict[str, Any]:
+    if isinstance(option.default, bool):
+        return {"action": argparse.BooleanOptionalAction, "help": option.help}
+    shown = "" if option.default is None else f" (default {option.default})"
+    kind, choices = option.type or type(option.default), option.choices or None
+    return {"type": kind, "choices": choices, "help": _escaped(option.help + shown)}
 
 
 def _escaped(text: str) -> str:

@@ -29,19 +29,14 @@ POINTS_2D = np.dtype([("x", "<f8"), ("y", "<f8"), ("point", "<i8")])
 class Model(NamedTuple):
     """The n registered images of a reconstruction, in the order of their COLMAP numbers.
 
-    Args:
-        names: (n) image names: paths below the folder of images, '/'-separated.
-        poses: (n, 4, 4) float64 camera_from_world, OpenCV axes.
-        intrinsics: (n, 4) float64 fx fy cx cy in stored pixels, pixel centres at +0.5, without lens distortion; NaN
-            for panoramas, which have no focal length.
-        images, points: (m,) int32 and int64, image 0..n-1 and point 0..p-1 of every observation, grouped by image.
+    Intrinsics: pixel centres at +0.5, no lens distortion, NaN for panoramas, which have no focal length.
     """
 
-    names: tuple[str, ...]
-    poses: np.ndarray
-    intrinsics: np.ndarray
-    images: np.ndarray
-    points: np.ndarray
+    names: tuple[str, ...]  # (n) paths below the folder of images, '/'-separated
+    poses: np.ndarray  # (n, 4, 4) float64 camera_from_world, OpenCV axes
+    intrinsics: np.ndarray  # (n, 4) float64 fx fy cx cy in stored pixels
+    images: np.ndarray  # (m,) int32, image 0..n-1 of every observation, grouped by image
+    points: np.ndarray  # (m,) int64, point 0..p-1 of every observation
 
     def select(self, keep: np.ndarray) -> Model:
         """The images where `keep` (n,) bool is true, renumbered; points keep their numbers."""
@@ -56,11 +51,7 @@ Image = tuple[int, str, np.ndarray, int, np.ndarray]
 
 
 def find_format(folder: Path) -> str:
-    """`".bin"` or `".txt"`, the binary files if both are complete.
-
-    Raises:
-        DataError: files are missing or empty.
-    """
+    """`".bin"` or `".txt"`, the binary files if both are complete; raises DataError if files are missing or empty."""
     try:
         sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
     except OSError as error:
@@ -76,11 +67,7 @@ def find_format(folder: Path) -> str:
 
 
 def read_model(folder: str | Path) -> Model:
-    """Read the model in a folder. Coordinates of 3-D points are not read.
-
-    Raises:
-        DataError: there is no complete model, or it is broken.
-    """
+    """Read the model in a folder, without coordinates of 3-D points; raises DataError if none is whole."""
     folder = Path(folder)
     suffix = find_format(folder)
     read_cameras, read_images = {".bin": (_cameras_bin, _images_bin), ".txt": (_cameras_txt, _images_txt)}[suffix]

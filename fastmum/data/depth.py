@@ -1,8 +1,7 @@
 """Depth maps and masks as data sets store them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,21 +12,13 @@ from fastmum.data.errors import DataError, reading
 
 
 class DepthFormat(NamedTuple):
-    """How depth maps are stored.
+    """How depth maps are stored."""
 
-    Args:
-        reader: key of `READERS`.
-        unit: metres per stored unit; 1.0 where the scale is that of a reconstruction, hence arbitrary.
-        kind: "z" (distance along the optical axis) or "ray" (distance to the camera centre).
-        unknown: stored value of pixels without depth, besides 0, negative and non-finite ones.
-        max: larger depths, in metres, are unknown (sky).
-    """
-
-    reader: str
-    unit: float = 1.0
-    kind: str = "z"
-    unknown: float | None = None
-    max: float | None = None
+    reader: str  # key of `READERS`
+    unit: float = 1.0  # metres per stored unit; 1.0 where the scale is that of a reconstruction, hence arbitrary
+    kind: str = "z"  # distance along the optical axis, or "ray": distance to the camera centre
+    unknown: float | None = None  # stored value of pixels without depth, besides 0, negative and non-finite ones
+    max: float | None = None  # larger depths, in metres, are unknown (sky)
 
 
 def read_depth(file: Path, format: DepthFormat) -> np.ndarray:
@@ -68,10 +59,6 @@ def _co3d(file: Path) -> np.ndarray:
     return np.where(_png16(mask) > 0, depth, np.float16(0)) if mask.is_file() else depth
 
 
-def _npy(file: Path) -> np.ndarray:
-    return np.load(file, allow_pickle=False)
-
-
 def read_hdf5(file: Path) -> np.ndarray:
     """Read the data set "depth" of an HDF5 file, else the only one."""
     try:
@@ -100,10 +87,6 @@ def _colmap(file: Path) -> np.ndarray:
 
 
 READERS: dict[str, Callable[[Path], np.ndarray]] = {
-    "png16": _png16,
-    "co3d": _co3d,
-    "npy": _npy,
-    "hdf5": read_hdf5,
-    "pfm": _pfm,
+    "png16": _png16, "co3d": _co3d, "npy": partial(np.load, allow_pickle=False), "hdf5": read_hdf5, "pfm": _pfm,
     "colmap": _colmap,
-}
+}  # fmt: skip

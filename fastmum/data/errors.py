@@ -1,7 +1,5 @@
 """Errors in data that a user can fix."""
 
-from __future__ import annotations
-
 import contextlib
 import struct
 from collections.abc import Iterator

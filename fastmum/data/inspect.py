@@ -1,7 +1,5 @@
 """Show what a manifest contains: `python -m fastmum.data.inspect FILE [--check] [--sheet PATH | --no-sheet]`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -62,11 +60,7 @@ def summary(manifest: Manifest) -> Iterator[str]:
 
 
 def find_missing(manifest: Manifest, column: str = "path", progress: bool = False) -> tuple[int, list[Path]]:
-    """Look up all files of a column ("path", "depth", "mask") in the listings of their folders.
-
-    Returns:
-        Number of different files, and the missing ones. Broken files are for the decoder to find.
-    """
+    """Number of different files of a column ("path", "depth", "mask"), and those missing in their folders' listings."""
     total, missing = 0, []
     with ThreadPoolExecutor(THREADS) as pool, tqdm(unit="file", desc="checking", disable=not progress) as bar:
         for folder, names, absent in pool.map(_absent, manifest.folders(column)):
@@ -104,11 +98,7 @@ def _check_files(manifest: Manifest) -> int:
 def contact_sheet(manifest: Manifest, sequences: int = 12, seed: int = 0, tile: int = 96) -> Image.Image:
     """Random sequences, each with as many random frames as training might draw, in order; depth below its frames.
 
-    Args:
-        manifest: to draw from.
-        sequences: to show, all if there are fewer.
-        seed: of the draws.
-        tile: side of a frame in pixels. The centre square of a frame is shown; unreadable files are red.
+    Shows the centre square of a frame, `tile` pixels wide; unreadable files are red.
     """
     rng = np.random.default_rng(seed)
     count = min(sequences, manifest.num_sequences)
@@ -170,24 +160,19 @@ def _write_sheet(manifest: Manifest, file: Path, sequences: int, seed: int) -> N
         contact_sheet(manifest, sequences, seed).save(file, quality=85)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"--sheet '{file}' cannot be written ({reason}); its name ends in .jpg or .png (--no-sheet writes none)"
-        ) from None
+        remedy = "its name ends in .jpg or .png (--no-sheet writes none)"
+        raise DataError(f"--sheet '{file}' cannot be written ({reason}); {remedy}") from None
     print(f"\ncontact sheet: {file}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastmum.data.inspect",
-        description="What a manifest contains: sequences, frames, lengths, data sets, and how it was built.",
-    )
+    description = "What a manifest contains: sequences, frames, lengths, data sets, and how it was built."
+    parser = argparse.ArgumentParser(prog="python -m fastmum.data.inspect", description=description)
     parser.add_argument("file", type=Path, metavar="FILE", help="the manifest")
     parser.add_argument("--check", action="store_true", help="look for missing files; exit code 1 if there are any")
     sheet = parser.add_mutually_exclusive_group()
-    sheet.add_argument(
-        "--sheet", type=Path, metavar="PATH",
-        help="contact sheet of sampled sequences with their depth (default: <stem of FILE>_sheet.jpg next to FILE)",
-    )  # fmt: skip
+    help = "contact sheet of sampled sequences with their depth (default: <stem of FILE>_sheet.jpg next to FILE)"
+    sheet.add_argument("--sheet", type=Path, metavar="PATH", help=help)
     sheet.add_argument("--no-sheet", action="store_true", help="write no contact sheet")
     parser.add_argument("--sequences", type=int, default=12, metavar="N", help="on the sheet (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sheet's samples (default %(default)s)")
@@ -198,7 +183,7 @@ def _command(args: argparse.Namespace) -> int:
     for name, least in (("sequences", 1), ("seed", 0)):
         if (value := getattr(args, name)) < least:
             raise DataError(f"--{name} is {value}, but must be at least {least}")
-    manifest = Manifest.open(args.file)
+    manifest = Manifest(args.file)
     try:
         print("\n".join(summary(manifest)))
         if not args.no_sheet:

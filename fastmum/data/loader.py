@@ -3,8 +3,6 @@
 Frames that cannot be decoded are replaced, counted and listed; too many stop the run.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time
@@ -12,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +28,7 @@ MIN_FRAMES = 20  # frames of a data set that must have been read before it can s
 STANDARD_ERRORS = 3.0  # by which the share must exceed MAX_SHARE while the data set has unread frames
 MAX_SEQUENCES = 4  # searched for a replacement: the frame's own sequence and the next three
 NAMED = 3  # files named in messages
+TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
 
 
 class Batch(NamedTuple):
@@ -65,10 +64,8 @@ class Loader:
     def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
         """Decoded batches in the order of the plans; up to `workers` batches are decoded ahead.
 
-        On a GPU a batch may be used on the stream that is current when the next batch is requested.
-
-        Raises:
-            DataError: as `load`, in place of the batch.
+        On a GPU a batch may be used on the stream that is current when the next batch is requested. Raises the
+        DataError of `load` in place of the batch.
         """
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
         ahead: deque[Future[Batch]] = deque()
@@ -94,11 +91,7 @@ class Loader:
             in_use.wait()
 
     def load(self, plan: StepPlan) -> Batch:
-        """Decode one plan in the calling thread.
-
-        Raises:
-            DataError: a frame that cannot be replaced, or too many bad frames.
-        """
+        """Decode one plan in the calling thread; DataError if a frame cannot be replaced, or too many are bad."""
         frames, bad = self._decode(plan.rows, plan.crops, plan.flips)
         taken = set(plan.rows.tolist())
         for i in bad:
@@ -197,9 +190,6 @@ class Faults:
         """Stop the run if a data set has too many bad frames; call it after `read` and `add` of a batch.
 
         A batch of good frames can stop a run too: fewer unread frames mean a smaller standard error.
-
-        Raises:
-            DataError: too many bad frames.
         """
         with self._lock:
             for number, files in self._first.items():
@@ -247,7 +237,7 @@ class _LogFile:
         """Read the lines that other processes appended."""
         try:
             if self.path.is_file() and self.path.stat().st_size > self._offset:
-                with self._open("r") as file:
+                with open(self.path, **TEXT) as file:
                     self._read(file)
         except OSError as error:
             raise DataError(f"'{self.path}' cannot be read ({error.strerror or error})") from None
@@ -256,7 +246,7 @@ class _LogFile:
         """Append a line, unless the file is listed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._open("a+") as out:
+            with open(self.path, "a+", **TEXT) as out:
                 self._read(out)
                 if (dataset, str(file)) not in self.listed:
                     self.listed.add((dataset, str(file)))
@@ -264,9 +254,6 @@ class _LogFile:
                 self._offset = out.tell()
         except OSError as error:
             raise DataError(f"'{self.path}' cannot be written ({error.strerror or error})") from None
-
-    def _open(self, mode: str) -> IO[str]:
-        return open(self.path, mode, encoding="utf-8", errors="surrogateescape")  # file names may be any bytes
 
     def _read(self, file: IO[str]) -> None:
         file.seek(self._offset)

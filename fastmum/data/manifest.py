@@ -40,10 +40,8 @@ class Manifest:
     """A memory-mapped manifest; pickled as its path.
 
     Attributes:
-        path: the file.
         root: folder that paths are relative to.
         metadata: rule, options, seed, counts, source ...
-        datasets: names of the data sets.
         starts: (num_sequences + 1,) int64; the rows of sequence i are starts[i]:starts[i + 1].
         dataset_of: (num_sequences,) int16, index into `datasets`.
         known: frames that have a pose, intrinsics, depth, mask.
@@ -72,11 +70,6 @@ class Manifest:
             name: len(column) - column.null_count for name, column in self._columns.items() if name != "path"
         }
 
-    @classmethod
-    def open(cls, path: str | Path) -> Manifest:
-        """Map a manifest."""
-        return cls(path)
-
     def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
         return Manifest, (self.path,)
 
@@ -99,11 +92,9 @@ class Manifest:
         return [Path(self.root, folder, file) for folder, file in pairs]
 
     def camera_arrays(self, row: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Camera of a frame, None where unknown.
+        """Intrinsics (4,) float32 and camera_from_world (4, 4) float32 of a frame, None where unknown.
 
-        Returns:
-            intrinsics: (4,) float32 fx fy cx cy in pixels of the upright image, pixel centres at +0.5.
-            camera_from_world: (4, 4) float32, OpenCV axes.
+        Intrinsics are fx fy cx cy in pixels of the upright image, pixel centres at +0.5; axes are OpenCV's.
         """
         intrinsics, upper = self._value("intrinsics", row), self._value("pose", row)
         K = None if intrinsics is None else np.array(intrinsics, np.float32)
@@ -113,9 +104,8 @@ class Manifest:
         """Absolute path and format of the depth map of a frame."""
         if (depth := self._value("depth", row)) is None:
             return None
-        return self.root / depth["folder"] / depth["file"], DepthFormat(
-            unit=depth["unit"], **json.loads(depth["format"])
-        )
+        format = DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
+        return self.root / depth["folder"] / depth["file"], format
 
     def mask_file(self, row: int) -> Path | None:
         """Absolute path of the mask of a frame."""
@@ -175,15 +165,12 @@ class Manifests:
     """Several manifests concatenated; rows and sequences are numbered through. Attributes and methods as `Manifest`.
 
     Data sets of the same name are one.
-
-    Raises:
-        DataError: no path, or as `Manifest`.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         if not paths:
             raise DataError("no manifest was given; build one with `python -m fastmum.data.build`")
-        self.parts = tuple(Manifest.open(path) for path in paths)
+        self.parts = tuple(Manifest(path) for path in paths)
         self._first_row = np.cumsum([0, *(part.num_frames for part in self.parts)])
         self._first_sequence = np.cumsum([0, *(part.num_sequences for part in self.parts)])
         self.num_frames, self.num_sequences = int(self._first_row[-1]), int(self._first_sequence[-1])
@@ -191,9 +178,8 @@ class Manifests:
         starts = [part.starts[:-1] + first for part, first in zip(self.parts, self._first_row, strict=False)]
         self.starts = np.append(np.concatenate(starts), self.num_frames)
         merged = [np.array([self.datasets.index(name) for name in part.datasets], np.int16) for part in self.parts]
-        self.dataset_of = np.concatenate(
-            [index[part.dataset_of] for index, part in zip(merged, self.parts, strict=True)]
-        )
+        numbers = [index[part.dataset_of] for index, part in zip(merged, self.parts, strict=True)]
+        self.dataset_of = np.concatenate(numbers)
 
     def __reduce__(self) -> tuple[type[Manifests], tuple[list[Path]]]:
         return Manifests, ([part.path for part in self.parts],)

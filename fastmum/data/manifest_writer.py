@@ -25,29 +25,17 @@ OPTIONAL = (*WIDTHS, "depth", "mask")
 
 
 class SequenceRecord(NamedTuple):
-    """One sequence of n frames, as builders yield it. Paths are relative to the root, with '/' between folders.
+    """One sequence of n frames, as builders yield it. Paths are relative to the root, with '/' between folders."""
 
-    Args:
-        name: unique in its data set.
-        frames: image paths, in order.
-        poses: (n, 4, 4) float32 camera_from_world, OpenCV axes; NaN where unknown.
-        intrinsics: (n, 4) float32 fx fy cx cy in pixels of the upright image; NaN where unknown.
-        dataset: only if a builder writes several.
-        depths: paths of depth maps, "" for frames that have none.
-        masks: paths of masks (`read_mask`), "" for frames that have none.
-        depth_format: of all depth maps of the sequence.
-        depth_units: (n,) float64, replaces `depth_format.unit` where each frame has a separate scale.
-    """
-
-    name: str
-    frames: Sequence[str]
-    poses: np.ndarray | None = None
-    intrinsics: np.ndarray | None = None
-    dataset: str | None = None
-    depths: Sequence[str] | None = None
-    masks: Sequence[str] | None = None
-    depth_format: DepthFormat | None = None
-    depth_units: np.ndarray | None = None
+    name: str  # unique in its data set
+    frames: Sequence[str]  # image paths, in order
+    poses: np.ndarray | None = None  # (n, 4, 4) float32 camera_from_world, OpenCV axes; NaN where unknown
+    intrinsics: np.ndarray | None = None  # (n, 4) float32 fx fy cx cy in pixels of the upright image; NaN where unknown
+    dataset: str | None = None  # only if a builder writes several
+    depths: Sequence[str] | None = None  # paths of depth maps, "" for frames that have none
+    masks: Sequence[str] | None = None  # paths of masks (`read_mask`), "" for frames that have none
+    depth_format: DepthFormat | None = None  # of all depth maps of the sequence
+    depth_units: np.ndarray | None = None  # (n,) float64, replaces the format's `unit` where each frame has its own
 
     def select(self, rows: Sequence[int] | np.ndarray, name: str) -> SequenceRecord:
         """Some of the frames as another sequence."""
@@ -76,8 +64,6 @@ def write_manifest(
     Records are streamed; only the names of sequences, folders and files stay in memory.
 
     Args:
-        out: the file; its folder must exist.
-        records: the sequences; may be a generator.
         dataset: data set of the records that name none.
         root: folder that the frames' paths are relative to; stored as given, relative to the folder of `out`.
         metadata: rule, options, seed, source ...: JSON. The counts are added.
@@ -86,7 +72,7 @@ def write_manifest(
         DataError: no sequence, an invalid one (named), or a file that cannot be written.
     """
     out = Path(out)
-    with _Spool(out.parent) as spool:
+    with contextlib.closing(_Spool(out.parent)) as spool:
         for record in records:  # errors of the generator itself are not errors of writing
             with _writing(out):
                 spool.add(record, record.dataset or dataset)
@@ -96,9 +82,8 @@ def write_manifest(
             batch = spool.batch()
             counts = Counts(len(spool.sequences), batch.num_rows)
             content = metadata | {"root": str(root), "counts": counts._asdict()}
-            batch = batch.replace_schema_metadata(
-                {VERSION_KEY: str(VERSION), METADATA_KEY: json.dumps(content, sort_keys=True)}
-            )
+            stored = {VERSION_KEY: str(VERSION), METADATA_KEY: json.dumps(content, sort_keys=True)}
+            batch = batch.replace_schema_metadata(stored)
             with atomic_path(out) as partial, open(partial, "wb") as file:
                 with pa.ipc.new_file(file, batch.schema) as writer:
                     writer.write_batch(batch)
@@ -126,10 +111,7 @@ class _Spool:
         self._rows = 0
         self._columns: dict[str, IO[bytes]] = {}
 
-    def __enter__(self) -> _Spool:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
+    def close(self) -> None:
         for column in self._columns.values():
             column.close()
 
@@ -164,7 +146,7 @@ class _Spool:
     def _append(self, name: str, values: np.ndarray) -> None:
         column = self._columns.get(name)
         if column is None:
-            column = self._columns[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed by __exit__)
+            column = self._columns[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (see `close`)
             before = self._rows * (values.nbytes // len(values))
             column.truncate(before)  # zeros for the earlier rows, which lack this column
             column.seek(before)
@@ -216,8 +198,8 @@ class _Spool:
     def batch(self) -> pa.RecordBatch:
         """All rows; the buffers are maps of the temporary files."""
         sequences = pa.DictionaryArray.from_arrays(self._array("sequence", pa.int32()), pa.array(self.sequences, TEXT))
-        columns: dict[str, pa.Array] = {"dataset": self._dictionary("dataset", pa.int16()), "sequence": sequences}
-        columns["path"] = self._struct("path")
+        dataset, path = self._dictionary("dataset", pa.int16()), self._struct("path")
+        columns: dict[str, pa.Array] = {"dataset": dataset, "sequence": sequences, "path": path}
         for name in OPTIONAL:
             if name in self._columns:
                 columns[name] = self._vectors(name) if name in WIDTHS else self._struct(name)

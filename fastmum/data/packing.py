@@ -10,8 +10,6 @@ differs from the mean are rejected. The probabilities of the others are then til
 expected shares of frames by length are the wanted ones.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import NamedTuple
 

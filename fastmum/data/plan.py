@@ -11,8 +11,6 @@ Modes:
     balanced: packed, and the cost of attention is equal over ranks and steps to within 1 %.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,21 +72,12 @@ class StepPlanner:
 
     def __init__(
         self,
-        manifests: Manifests | Catalogue | Sequence[Path | str],
-        weights: Mapping[str, float] | None = None,
-        frames_per_gpu: int = PAPER_FRAMES,
-        views: tuple[int, int] = (2, 24),
-        imagenet_share: float = 0.1,
-        mode: str = "packed",
-        seed: int = 0,
-        world_size: int = 1,
-        *,
-        crop_scale: tuple[float, float] = (0.2, 1.0),
-        crop_aspect: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        exclude: Iterable[int] = (),
-        only: Iterable[int] | None = None,
-    ) -> None:
+        manifests: Manifests | Catalogue | Sequence[Path | str], weights: Mapping[str, float] | None = None,
+        frames_per_gpu: int = PAPER_FRAMES, views: tuple[int, int] = (2, 24), imagenet_share: float = 0.1,
+        mode: str = "packed", seed: int = 0, world_size: int = 1, *, crop_scale: tuple[float, float] = (0.2, 1.0),
+        crop_aspect: tuple[float, float] = (3 / 4, 4 / 3), flip: float = 0.5,
+        exclude: Iterable[int] = (), only: Iterable[int] | None = None,
+    ) -> None:  # fmt: skip
         _check(frames_per_gpu, views, imagenet_share, mode, seed, world_size)
         self.manifests: Any = Manifests(manifests) if isinstance(manifests, Sequence) else manifests
         self.frames_per_gpu, self.mode, self.seed, self.world_size = frames_per_gpu, mode, seed, world_size
@@ -107,23 +96,21 @@ class StepPlanner:
     def _share_of_singles(self, share: float) -> float:
         if not len(self._mixture.multiple):
             return 1.0
-        if len(self._mixture.singles):
-            if share in (0, 1):
-                never = "sequences" if share else "single images"
-                self.notes.append(f"{never} are never drawn: data.imagenet_share is {share:g}")
-            return share
-        if share:
-            self.notes.append(f"there are no single images, so data.imagenet_share is 0 and not {share:g}")
-        return 0.0
+        if not len(self._mixture.singles):
+            if share:
+                self.notes.append(f"there are no single images, so data.imagenet_share is 0 and not {share:g}")
+            return 0.0
+        if share in (0, 1):
+            never = "sequences" if share else "single images"
+            self.notes.append(f"{never} are never drawn: data.imagenet_share is {share:g}")
+        return share
 
     def _available_lengths(self, views: tuple[int, int]) -> np.ndarray:
         eligible = self._mixture.eligible[self._mixture.multiple].sum(axis=0)
         sizes = views[0] + np.flatnonzero(eligible[views[0] : min(views[1], self.frames_per_gpu) + 1])
         if self.imagenet_share < 1 and not len(sizes):
-            raise DataError(
-                f"data.frames_per_batch is {self.frames_per_gpu}, but sequences have at least {views[0]} views "
-                "(data.views)"
-            )
+            least = f"sequences have at least {views[0]} views (data.views)"
+            raise DataError(f"data.frames_per_batch is {self.frames_per_gpu}, but {least}")
         if len(sizes) and sizes[-1] < views[1]:
             self.notes.append(
                 f"sequences have at most {sizes[-1]} views instead of {views[1]} (data.views): no sequence is longer, "
@@ -244,9 +231,8 @@ class Mixture:
         used = (given > 0) & (self.eligible[:, 1] > 0)
         single, long_enough = used & (self.eligible[:, 2] == 0), self.eligible[:, views[0]] > 0
         for i in np.flatnonzero(used & ~single & ~long_enough).tolist():
-            self.notes.append(
-                f"data set '{self._names[i]}' is never drawn: no sequence of {views[0]} frames (data.views)"
-            )
+            reason = f"no sequence of {views[0]} frames (data.views)"
+            self.notes.append(f"data set '{self._names[i]}' is never drawn: {reason}")
         self.singles, self.multiple = np.flatnonzero(single), np.flatnonzero(used & ~single & long_enough)
         if not len(self.singles) + len(self.multiple):
             raise DataError(f"there is no sequence of at least {views[0]} frames (data.views) to draw from")

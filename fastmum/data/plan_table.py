@@ -6,8 +6,6 @@ Assumes that a synchronous step takes as long as its costliest rank, and that a 
 floating-point operations of the model. The plans are the real ones; no time is measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import NamedTuple

@@ -5,8 +5,6 @@ two rules of the paper, and what the authors' released script does instead of th
 numbers; ties go to the lower number, so results depend on the scene and the seed only.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np
@@ -35,19 +33,12 @@ def cut_into_chunks(num_frames: int, size: int = CHUNK, last_takes_rest: bool = 
 
 
 class Overlap(NamedTuple):
-    """Shared points of all pairs of images that share any (compressed sparse rows, no diagonal).
+    """Shared points of all pairs of images that share any (compressed sparse rows, no diagonal)."""
 
-    Args:
-        points: (n,) int64, 3-D points that each image sees.
-        starts: (n + 1,) int64, entries of image i are starts[i]:starts[i + 1].
-        neighbours: (e,) int32, images that share points with the row's image, ascending in each row.
-        shared: (e,) int32, number of shared points.
-    """
-
-    points: np.ndarray
-    starts: np.ndarray
-    neighbours: np.ndarray
-    shared: np.ndarray
+    points: np.ndarray  # (n,) int64, 3-D points that each image sees
+    starts: np.ndarray  # (n + 1,) int64, entries of image i are starts[i]:starts[i + 1]
+    neighbours: np.ndarray  # (e,) int32, images that share points with the row's image, ascending in each row
+    shared: np.ndarray  # (e,) int32, number of shared points
 
     @property
     def num_images(self) -> int:
@@ -68,11 +59,8 @@ class Overlap(NamedTuple):
 def count_shared(images: np.ndarray, points: np.ndarray, num_images: int) -> Overlap:
     """Overlap of all pairs, from the product of the sparse image x point incidence matrix with its transpose.
 
-    The work grows with the sum of squared track lengths, not with the number of pairs.
-
-    Args:
-        images, points: (m,) integers, image and point of each observation. Repeated observations count once.
-        num_images: of the scene.
+    The work grows with the sum of squared track lengths, not with the number of pairs. `images`, `points` (m,) are the
+    image and point of each observation; repeated observations count once.
     """
     from scipy import sparse  # slow to import
 
@@ -94,10 +82,7 @@ def overlap_chains(
     """MegaDepth's rule: from a random anchor, always on to the unused image of most overlap, while there is any.
 
     Anchors are drawn with replacement from the images that share points with another one; equal anchors give equal
-    chains. Without shared points there are no chains.
-
-    Returns:
-        Image numbers (2..length,) int32 of each chain.
+    chains. Without shared points there are no chains. Returns image numbers (2..length,) int32 of each chain.
     """
     linked = np.flatnonzero(np.diff(overlap.starts))
     if not len(linked):
@@ -123,19 +108,14 @@ def _chain_from(anchor: int, ranked: list[np.ndarray], length: int) -> np.ndarra
 
 
 def nearest_of_anchor(
-    overlap: Overlap,
-    rng: np.random.Generator,
-    sequences: int = CHAINS_PER_SCENE,
-    length: int = CHAIN_LENGTH,
+    overlap: Overlap, rng: np.random.Generator, sequences: int = CHAINS_PER_SCENE, length: int = CHAIN_LENGTH,
     present: np.ndarray | None = None,
-) -> list[np.ndarray]:
+) -> list[np.ndarray]:  # fmt: skip
     """The released script instead of MegaDepth's rule: a random anchor and the images of most overlap with it.
 
     Images without overlap fill up to the exact length, in the order of their numbers. A scene with fewer images gives
     nothing. Anchors are drawn from all images; one whose file is missing (`present`, (n,) bool) costs a sequence.
-
-    Returns:
-        Image numbers (length,) int32 of each sequence, the anchor first.
+    Returns image numbers (length,) int32 of each sequence, the anchor first.
     """
     present = np.ones(overlap.num_images, bool) if present is None else present
     if present.sum() < length:
@@ -155,12 +135,9 @@ def _nearest(anchor: int, overlap: Overlap, length: int, present: np.ndarray) ->
 
 
 def angle_chains(
-    overlap: Overlap,
-    rotations: np.ndarray,
-    min_views: int = MIN_VIEWS,
-    min_overlap: float = MIN_OVERLAP,
-    min_angle: float = MIN_ANGLE,
-) -> list[np.ndarray]:
+    overlap: Overlap, rotations: np.ndarray, min_views: int = MIN_VIEWS,
+    min_overlap: float = MIN_OVERLAP, min_angle: float = MIN_ANGLE,
+) -> list[np.ndarray]:  # fmt: skip
     """MegaScenes' rule: chains of overlapping images whose cameras rotate.
 
     A chain starts at the unused image that sees most points. The next image is the unused one of the largest
@@ -168,13 +145,8 @@ def angle_chains(
     overlap >= `min_overlap` and t >= `min_angle`. Images of a chain that is too short become free for later chains, as
     in the released code, but do not start another one.
 
-    Args:
-        overlap: of the scene, shared points / points of the current image.
-        rotations: (n, 3, 3) camera_from_world.
-        min_views, min_overlap, min_angle: the bounds above; the angle in degrees.
-
-    Returns:
-        Image numbers (>= min_views,) int32 of each chain, in the order they are found.
+    `rotations` (n, 3, 3) are camera_from_world, `min_angle` is in degrees. Returns image numbers (>= min_views,) int32
+    of each chain, in the order they are found.
     """
     flat = np.ascontiguousarray(rotations, np.float64).reshape(-1, 9)
     unused = np.ones(overlap.num_images, bool)

@@ -1,7 +1,5 @@
 """Frames with image, depth, mask and camera, read together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,40 +20,26 @@ UNKNOWN_POSE = np.full((4, 4), np.nan)
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The files and the camera of a frame. Methods read the files when they are called.
+    """The files and the camera of a frame.
 
-    Args:
-        key: identifies the frame in its data set.
-        file: the image.
-        K: (3, 3) intrinsics in pixels of the upright image; None where unknown.
-        camera_from_world: (4, 4), OpenCV axes; None where unknown.
-        depth, depth_format: the depth map of the whole image, of any resolution; None if there is none.
-        mask: a file of any resolution; None if there is none.
+    Methods read the files when they are called, and raise DataError if one cannot be read.
     """
 
-    key: str
-    file: Path | None = None
-    K: np.ndarray | None = None
-    camera_from_world: np.ndarray | None = None
-    depth: Path | None = None
+    key: str  # identifies the frame in its data set
+    file: Path | None = None  # the image
+    K: np.ndarray | None = None  # (3, 3) intrinsics in pixels of the upright image; None where unknown
+    camera_from_world: np.ndarray | None = None  # (4, 4), OpenCV axes; None where unknown
+    depth: Path | None = None  # the map of the whole image, of any resolution; None if there is none
     depth_format: DepthFormat | None = None
-    mask: Path | None = None
+    mask: Path | None = None  # of any resolution; None if there is none
 
     def read_image(self) -> Image.Image:
-        """The upright image, RGB.
-
-        Raises:
-            DataError: the file cannot be read.
-        """
+        """The upright image, RGB."""
         assert self.file is not None
         return read_rgb(self.file)
 
     def read_camera(self) -> Camera | None:
-        """The camera of the image; None where the intrinsics are unknown.
-
-        Raises:
-            DataError: the header of the image cannot be read.
-        """
+        """The camera of the image; None where the intrinsics are unknown."""
         if self.K is None:
             return None
         assert self.file is not None
@@ -65,8 +49,7 @@ class Frame:
     def read_depth(self) -> np.ndarray | None:
         """z-depth (h, w) float32 at the resolution that it is stored at, 0 where unknown; None if there is none.
 
-        Raises:
-            DataError: a file cannot be read, or ray distances without the intrinsics that convert them.
+        Raises DataError also for ray distances without the intrinsics that convert them.
         """
         if self.depth is None or self.depth_format is None:
             return None
@@ -80,11 +63,7 @@ class Frame:
     def view(self, augment: Callable[[View], View] | None = None) -> View:
         """Image, depth, mask and camera of one size, that of the image; absent ones are None.
 
-        Args:
-            augment: crops, resizes, flips; see `fastmum.geometry.crop`.
-
-        Raises:
-            DataError: a file cannot be read.
+        `augment` crops, resizes, flips; see `fastmum.geometry.crop`.
         """
         image, camera = np.asarray(self.read_image()), self.read_camera()
         maps = self.read_depth(), None if self.mask is None else read_mask(self.mask)
@@ -103,21 +82,13 @@ def manifest_frame(manifest: Manifest | Manifests, row: int) -> Frame:
 
 
 def read_rgb(file: Path) -> Image.Image:
-    """An image, rotated by its EXIF tag.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """An image, rotated by its EXIF tag; raises DataError if it cannot be read."""
     with reading(file, "an image"), Image.open(file) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """Width and height of the upright image, from its header.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Width and height of the upright image, from its header; raises DataError if it cannot be read."""
     with reading(file, "an image"), Image.open(file) as image:
         sideways = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)  # rotated by 90 degrees
         return image.size[::-1] if sideways else image.size

@@ -1,7 +1,5 @@
 """Training and held-out data of a run, from its configuration."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -49,17 +47,15 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     """Open the manifests of a run and hold out some of their sequences.
 
     Manifests of image folders (`data.root`, `data.image_root`) and of the embedded scenes, which are rendered if no
-    other data is given, are written to `folder`. Held-out sequences are sampled like training sequences, so that the
-    two losses are comparable; single images are not held out.
+    other data is given, are written to the run's `folder`. Held-out sequences are sampled like training sequences, so
+    that the two losses are comparable; single images are not held out.
 
     Args:
-        folder: of the run.
         resumed: reuse the manifests that the run wrote at its start, so that it continues with the same sequences.
         micro_batches: batches of `data.frames_per_batch` frames in a training step, on all processes together.
 
     Raises:
-        DataError: a manifest or folder that is missing or has no sequences, scenes that cannot be rendered, or settings
-            that cannot be met.
+        DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met.
     """
     data = config.data
     manifests = Manifests(_manifests(config, folder / "manifests", resumed))
@@ -67,17 +63,11 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     used = np.array([data.weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
     candidates = np.flatnonzero((lengths >= max(2, data.views[0])) & used)
     held = candidates[held_out([manifests.sequence_name(i) for i in candidates.tolist()], data.held_out)]
+    views, (scale, aspect) = (data.views[0], data.views[1]), ((p[0], p[1]) for p in (data.crop_scale, data.crop_aspect))
     planner = functools.partial(
-        StepPlanner,
-        manifests,
-        weights=data.weights,
-        frames_per_gpu=data.frames_per_batch,
-        views=(data.views[0], data.views[1]),
-        mode=data.mode,
-        crop_scale=(data.crop_scale[0], data.crop_scale[1]),
-        crop_aspect=(data.crop_aspect[0], data.crop_aspect[1]),
-        flip=data.flip,
-    )
+        StepPlanner, manifests, data.weights, data.frames_per_batch, views, mode=data.mode,
+        crop_scale=scale, crop_aspect=aspect, flip=data.flip,
+    )  # fmt: skip
     training = planner(imagenet_share=data.imagenet_share, seed=config.run.seed, world_size=micro_batches, exclude=held)
     for note in training.notes:
         log.info("%s", note)
@@ -120,7 +110,7 @@ def _folder_manifest(key: str, root: str, out: Path, options: dict, keep: bool) 
         raise DataError(f"{key} is '{root}', but there is no such folder")
     if keep:
         with contextlib.suppress(DataError):
-            made = Manifest.open(out).metadata
+            made = Manifest(out).metadata
             if (made["source"], made["options"]) == (os.path.abspath(folder), options):
                 return out
     try:
@@ -151,11 +141,7 @@ def _scenes_manifest(config: Config, out: Path) -> Path:
 
 
 def rendered_scene(root: Path, name: str) -> SequenceRecord:
-    """All views of a rendered scene, described by `cameras.json` (fastmum/scenes/files.py).
-
-    Raises:
-        DataError: `cameras.json` cannot be read.
-    """
+    """All views of a rendered scene, described by `cameras.json` (fastmum/scenes/files.py)."""
     file = root / name / "cameras.json"
     with reading(file, "cameras of a rendered scene", "restore the file or remove its scene"):
         content = json.loads(file.read_text(encoding="utf-8"))

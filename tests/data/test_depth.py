@@ -14,22 +14,20 @@ VALUES = np.array([[0.0, 0.5, 3.0], [2.0, np.inf, -1.0]], np.float32)
 
 def write(folder, reader):
     file = folder / f"depth.{reader}"
-    match reader:
-        case "npy":
-            np.save(file, VALUES)
-        case "hdf5":
-            with pytest.importorskip("h5py").File(file, "w") as archive:
-                archive["anything"] = VALUES
-        case "pfm":
-            file.write_bytes(b"Pf\n3 2\n-1.0\n" + VALUES[::-1].astype("<f4").tobytes())
-        case "colmap":
-            file.write_bytes(b"3&2&1&" + VALUES.astype("<f4").tobytes())
-        case "co3d":
-            file = folder / "depths/frame000001.jpg.geometric.png"
-            file.parent.mkdir()
-            Image.fromarray(VALUES.astype(np.float16).view(np.uint16)).save(file)
-        case "png16":
-            Image.fromarray(np.array([[0, 5, 30], [20, 65535, 0]], np.uint16)).save(file, "png")
+    if reader == "npy":
+        np.save(file, VALUES)
+    elif reader == "hdf5":
+        with pytest.importorskip("h5py").File(file, "w") as archive:
+            archive["anything"] = VALUES
+    elif reader == "co3d":
+        file = folder / "depths/frame000001.jpg.geometric.png"
+        file.parent.mkdir()
+        Image.fromarray(VALUES.astype(np.float16).view(np.uint16)).save(file)
+    elif reader == "png16":
+        Image.fromarray(np.array([[0, 5, 30], [20, 65535, 0]], np.uint16)).save(file, "png")
+    else:
+        header, values = {"pfm": (b"Pf\n3 2\n-1.0\n", VALUES[::-1]), "colmap": (b"3&2&1&", VALUES)}[reader]
+        file.write_bytes(header + values.astype("<f4").tobytes())
     return file
 
 
@@ -59,16 +57,13 @@ def test_masks_are_split_at_half(tmp_path):
     assert read_mask(tmp_path / "m.png").tolist() == [[False, False, True, True]]
 
 
-@pytest.mark.parametrize("reader", READERS)
-def test_broken_maps_are_named_in_one_line(tmp_path, reader):
+def test_broken_maps_are_named_in_one_line(tmp_path):
     (tmp_path / "broken").write_bytes(b"Pf\n3 2\nx\n")
-    for name in ("broken", "absent"):
-        with pytest.raises(DataError, match=name) as caught:
-            read_depth(tmp_path / name, DepthFormat(reader))
-        assert "\n" not in str(caught.value)
-
-
-def test_colour_images_are_no_depth(tmp_path):
+    for reader in READERS:
+        for name in ("broken", "absent"):
+            with pytest.raises(DataError, match=name) as caught:
+                read_depth(tmp_path / name, DepthFormat(reader))
+            assert "\n" not in str(caught.value)
     Image.new("RGB", (3, 2)).save(tmp_path / "d.png")
     with pytest.raises(DataError, match=r"\(2, 3, 3\)"):
         read_depth(tmp_path / "d.png", DepthFormat("png16"))

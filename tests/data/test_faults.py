@@ -73,10 +73,9 @@ def test_frames_found_before_a_resume_do_not_count_towards_the_limit(manifests_o
 
 
 def test_a_file_of_two_data_sets_is_bad_in_both(tmp_path):
-    for name in ("a", "b"):
-        records = [SequenceRecord("s", ["0.jpg"])]
-        write_manifest(tmp_path / f"{name}.arrow", records, dataset=name, root=tmp_path, metadata={})
-    faults = Faults(Manifests([tmp_path / "a.arrow", tmp_path / "b.arrow"]), tmp_path / "bad_frames.log")
+    record = SequenceRecord("s", ["0.jpg"])
+    write_manifest(tmp_path / "m", [record, record._replace(dataset="b")], dataset="a", root=tmp_path, metadata={})
+    faults = Faults(Manifests([tmp_path / "m"]), tmp_path / "bad_frames.log")
     faults.read(np.arange(2))
     fail(faults, [0, 1])
     assert faults.counts == Faults(faults.manifests, tmp_path / "bad_frames.log").counts == {"a": 1, "b": 1}
@@ -107,23 +106,20 @@ def test_more_than_five_per_cent_of_a_data_set_stop_the_run(manifests_of, tmp_pa
     assert "3.jpg" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("length", "read", "limit"),
-    [
+def test_where_the_limit_is(manifests_of):
+    for length, read, limit in (
         (MIN_FRAMES - 1, MIN_FRAMES - 1, None),  # too few
         (MIN_FRAMES, MIN_FRAMES, 2),  # all were read: 5 % exactly
         (1000, 1000, 51),
         (10**5, 100, 12),  # few of many were read: 5 % and three standard errors
         (10**5, 5_000, 296),
-    ],
-)
-def test_where_the_limit_is(manifests_of, length, read, limit):
-    faults = Faults(manifests_of(a=[length]))
-    faults.read(np.arange(read))
-    fail(faults, range(read if limit is None else limit - 1))
-    if limit is not None:
-        with pytest.raises(DataError):
-            fail(faults, [limit - 1])
+    ):
+        faults = Faults(manifests_of(a=[length]))
+        faults.read(np.arange(read))
+        fail(faults, range(read if limit is None else limit - 1))
+        if limit is not None:
+            with pytest.raises(DataError):
+                fail(faults, [limit - 1])
 
 
 def test_good_frames_can_settle_the_verdict(manifests_of):
@@ -155,9 +151,6 @@ def test_held_out_and_training_frames_never_replace_each_other(manifests_of):
     assert list(faults.replacements(3, {2, 3})) == [2, 7, 6], "a duplicate in the sequence before another sequence"
     assert list(faults.replacements(8, {8})) == [9, 0, 1, 4, 5]
     assert list(faults.replacements(10, {10})) == [11]
-
-
-def test_single_images_are_replaced_by_the_next_of_their_set(manifests_of):
     faults = Faults(manifests_of(a=[5], imagenet=[1] * 50))
-    assert list(faults.replacements(20, taken={20})) == [21, 22, 23]
+    assert list(faults.replacements(20, taken={20})) == [21, 22, 23], "the next single images"
     assert list(faults.replacements(54, taken={54})) == [5, 6, 7], "the first follow the last"

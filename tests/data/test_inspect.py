@@ -22,7 +22,7 @@ def rooms(image_folder, tmp_path):
 
 def written(out, *records, root="/data", **metadata):
     write_manifest(out, records, dataset="rooms", root=root, metadata=metadata)
-    return Manifest.open(out)
+    return Manifest(out)
 
 
 def test_the_summary(tmp_path):
@@ -74,10 +74,10 @@ def test_missing_files_are_named_and_change_the_exit_code(rooms, image_folder, c
 
 
 def test_the_sheet_shows_frames(rooms, image_folder):
-    sheet = np.asarray(contact_sheet(Manifest.open(rooms), tile=32), dtype=float)
+    sheet = np.asarray(contact_sheet(Manifest(rooms), tile=32), dtype=float)
     assert sheet.shape[:2] == (4 * (16 + 34 + 2), COLUMNS * 34 - 2), "four sequences of at most six frames, a line each"
-    assert np.array_equal(sheet, contact_sheet(Manifest.open(rooms), tile=32))
-    assert not np.array_equal(sheet, np.asarray(contact_sheet(Manifest.open(rooms), tile=32, seed=1))[: len(sheet)])
+    assert np.array_equal(sheet, contact_sheet(Manifest(rooms), tile=32))
+    assert not np.array_equal(sheet, np.asarray(contact_sheet(Manifest(rooms), tile=32, seed=1))[: len(sheet)])
     thumbnails = []
     for file in sorted((image_folder / "scene0").iterdir()):
         with Image.open(file) as image:
@@ -102,7 +102,6 @@ def test_the_sheet_shows_depth_and_what_is_unreadable(tmp_path):
 
 def test_where_the_sheet_is_written(rooms, tmp_path, capsys):
     assert main([str(rooms), "--no-sheet"]) == 0
-    assert "contact sheet" not in capsys.readouterr().out
     assert not (tmp_path / "rooms_sheet.jpg").exists()
     assert main([str(rooms)]) == 0
     assert (tmp_path / "rooms_sheet.jpg").stat().st_size > 0
@@ -120,19 +119,15 @@ def test_a_reader_may_close_the_pipe(rooms):
     assert process.wait() == 0
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_errors_are_one_line(rooms, capsys):
+    for words, message in (
         (["nowhere.arrow"], "nowhere.arrow"),
         (["--sheet", "/proc/s.jpg"], "--sheet '/proc/s.jpg'"),
         (["--sheet", "s.doc"], "--sheet 's.doc'"),
         (["--sequences", "0"], "--sequences is 0"),
-        (["--seed", "-1"], "--seed is -1"),
-    ],
-)
-def test_errors_are_one_line(rooms, capsys, words, message):
-    assert main([*([] if words[0].startswith("nowhere") else [str(rooms)]), *words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+    ):
+        assert main([*([] if words[0].startswith("nowhere") else [str(rooms)]), *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+        assert error.count("\n") == 1

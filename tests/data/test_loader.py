@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -106,6 +106,11 @@ def test_which_frames_replace_broken_ones(manifests, decoder, broken, held_out, 
 
 
 def test_a_data_set_without_a_readable_frame_stops_and_is_named(manifests, decoder):
+    for row in (3, 4):
+        manifests.file(row).unlink()
+    loader = Loader(decoder, manifests, workers=1)
+    with pytest.raises(DataError, match="2 of 24 frames of the data set 'scenes'"):
+        list(loader.batches([whole(range(20)), whole(range(20, 24))]))  # even in a good batch
     for row in range(24):
         manifests.file(row).write_bytes(b"")
     loader = Loader(decoder, manifests, workers=2)
@@ -114,35 +119,9 @@ def test_a_data_set_without_a_readable_frame_stops_and_is_named(manifests, decod
     assert not decode_threads()
 
 
-def test_more_than_five_per_cent_stop_even_in_a_good_batch(manifests, decoder):
-    for row in (3, 4):
-        manifests.file(row).unlink()
-    loader = Loader(decoder, manifests, workers=1)
-    with pytest.raises(DataError, match="2 of 24 frames of the data set 'scenes'"):
-        list(loader.batches([whole(range(20)), whole(range(20, 24))]))
-    assert not decode_threads()
-
-
-class FakeEvent:
-    """A CUDA event that is done when the test sets it."""
-
-    all: ClassVar[list] = []
-
-    def __init__(self):
-        self.done = False
-        self.all.append(self)
-        self.query = lambda: self.done
-
-    def record(self, stream):
-        assert stream == "the stream"
-
-    def synchronize(self):
-        self.done = True
-
-
 def test_the_memory_of_a_gpu_batch_is_kept_until_the_work_on_it_is_done(monkeypatch):
-    monkeypatch.setattr(FakeEvent, "all", [])
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    events = [Mock(**{"query.return_value": False}) for _ in range(4)]
+    monkeypatch.setattr(torch.cuda, "Event", Mock(side_effect=events))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the stream")
 
     class Frames:
@@ -154,10 +133,12 @@ def test_the_memory_of_a_gpu_batch_is_kept_until_the_work_on_it_is_done(monkeypa
         alive.append(weakref.ref(frames))
         in_use.add(Batch(frames, ()))
     del frames
-    assert [ref() is not None for ref in alive] == [True] * 3
-    FakeEvent.all[0].done = True
+    assert all(ref() is not None for ref in alive)
+    events[0].query.return_value = True
     in_use.add(Batch(Frames(), ()))
     assert [ref() is not None for ref in alive] == [False, True, True]
     in_use.wait()
-    assert [ref() is not None for ref in alive] == [False] * 3
-    assert all(event.done for event in FakeEvent.all[1:])
+    assert not any(ref() for ref in alive)
+    for event in events[1:]:
+        event.record.assert_called_once_with("the stream")
+        event.synchronize.assert_called_once()

@@ -25,15 +25,11 @@ def drawn(planner, steps=200):
     return set(planner.manifests.sequence_of(rows).tolist())
 
 
-@pytest.mark.parametrize(("count", "share", "held"), [(20, 0.2, 4), (20, 0.01, 1), (2, 0.1, 1), (1, 0.5, 0), (9, 0, 0)])
-def test_the_number_of_held_out_names(count, share, held):
-    found = held_out([f"s{i}" for i in range(count)], share)
-    assert len(found) == held
-    assert sorted(set(found.tolist())) == found.tolist()
-    assert set(found.tolist()) <= set(range(count))
-
-
 def test_only_names_decide_what_is_held_out():
+    for count, share, held in ((20, 0.2, 4), (20, 0.01, 1), (2, 0.1, 1), (1, 0.5, 0), (9, 0, 0)):
+        found = held_out([f"s{i}" for i in range(count)], share)
+        assert len(found) == held
+        assert sorted(set(found.tolist()) & set(range(count))) == found.tolist()
     names = [f"s{i}" for i in range(50)]
     chosen = {names[i] for i in held_out(names, 0.3)}
     assert {names[::-1][i] for i in held_out(names[::-1], 0.3)} == chosen
@@ -128,17 +124,14 @@ def test_nothing_held_out_is_said(image_folder, tmp_path, caplog):
     assert "training on 4 sequences (24 frames), held out: 0 (0 frames)" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_what_cannot_be_opened_is_one_line(image_folder, tmp_path):
+    for words, message in (
         (["data.root=nowhere"], "data.root is 'nowhere'"),
         (["data.manifests=[nowhere.arrow]"], "'nowhere.arrow'"),
         (["data.weights={sclaes: 1}"], "'sclaes'"),
         (["data.views=[7,8]", "data.frames_per_batch=8"], "7 images (data.views[0])"),
-    ],
-)
-def test_what_cannot_be_opened_is_one_line(image_folder, tmp_path, words, message):
-    with pytest.raises(DataError) as caught:
-        sources(tmp_path, *([] if "root" in words[0] else [f"data.root={image_folder}"]), *words)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    ):
+        with pytest.raises(DataError) as caught:
+            sources(tmp_path, *([] if "root" in words[0] else [f"data.root={image_folder}"]), *words)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -1,7 +1,5 @@
 """The data sets that `python -m fastmum.data.build` knows. A module is imported when one of its builders is used."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator, Mapping
 

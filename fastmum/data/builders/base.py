@@ -4,8 +4,6 @@ A data set is read in independent parts (scenes, categories ...), in any order a
 manifest holds their sequences in the order of `Builder.parts`, so it does not depend on the number of workers.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,22 +25,14 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".
 
 
 class Option(NamedTuple):
-    """An option of a builder, `--min-frames` for the name `min_frames`.
+    """An option of a builder, `--min-frames` for the name `min_frames`."""
 
-    Args:
-        default: None where the default depends on the rule.
-        help: one line for `--help`.
-        type: of the value; None is the type of the default.
-        min, max: bounds of the value.
-        choices: allowed values, empty for any.
-    """
-
-    default: Any
-    help: str
-    type: Callable[[str], Any] | None = None
+    default: Any  # None where the default depends on the rule
+    help: str  # one line for `--help`
+    type: Callable[[str], Any] | None = None  # of the value; None is the type of the default
     min: float | None = None
     max: float | None = None
-    choices: tuple[Any, ...] = ()
+    choices: tuple[Any, ...] = ()  # allowed values, empty for any
 
 
 class Options(SimpleNamespace):
@@ -60,58 +50,34 @@ class Options(SimpleNamespace):
 
 @dataclass(frozen=True)
 class Builder:
-    """A data set that `python -m fastmum.data.build` knows.
+    """A data set that `python -m fastmum.data.build` knows."""
 
-    Args:
-        layout: files below --root, in one line.
-        paper: the paper's rule, in a few words.
-        parts: (root, options) -> names of the parts, in order; empty if the layout is another one.
-        sequences: (root, part, options) -> sequences of a part. The function and its results must be picklable.
-        released: the rule of the authors' released script, None if it is the same.
-        options: by name.
-        begin: called once before anything is read; checks packages, folders and options.
-        root: folder that the frames' paths are relative to, None for --root.
-    """
-
-    layout: str
-    paper: str
-    parts: Callable[[Path, Options], Sequence[str]]
-    sequences: Callable[[Path, str, Options], Iterable[SequenceRecord]]
-    released: str | None = None
+    layout: str  # files below --root, in one line
+    paper: str  # the paper's rule, in a few words
+    parts: Callable[[Path, Options], Sequence[str]]  # their names, in order; empty if the layout is another one
+    sequences: Callable[[Path, str, Options], Iterable[SequenceRecord]]  # of a part; must be picklable, and the results
+    released: str | None = None  # the rule of the authors' released script, None if it is the same
     options: Mapping[str, Option] = field(default_factory=dict)
-    begin: Callable[[Path, Options], None] | None = None
-    root: Callable[[Path, Options], Path] | None = None
+    begin: Callable[[Path, Options], None] | None = None  # called before anything is read; checks packages, folders ...
+    root: Callable[[Path, Options], Path] | None = None  # folder that the frames' paths are relative to, None: --root
 
 
 MIN_FRAMES = {"min_frames": Option(2, "skip shorter sequences", min=1)}
 POSES = {"poses": Option(True, "read poses and intrinsics if present")}
 DEPTH = {"depth": Option(True, "list depth maps and masks if present")}
-CHUNKED = MIN_FRAMES | {
-    "chunk": Option(None, "frames per chunk, 0: the whole scene (default: the rule's)", type=int, min=0)
-}
+CHUNK_OPTION = Option(None, "frames per chunk, 0: the whole scene (default: the rule's)", type=int, min=0)
+CHUNKED = MIN_FRAMES | {"chunk": CHUNK_OPTION}
 CHUNK_RULE = f"natural order, chunks of {CHUNK}, the last one shorter"
 
 
 def make_scene(
-    root: Path,
-    name: str,
-    frames: list[str],
-    options: Options,
+    root: Path, name: str, frames: list[str], options: Options,
     cameras: Callable[[], tuple[np.ndarray | None, np.ndarray | None]] | None = None,
-    depths: Iterable[str] = (),
-    depth_format: DepthFormat | None = None,
-    masks: Iterable[str] = (),
-) -> SequenceRecord:
+    depths: Iterable[str] = (), depth_format: DepthFormat | None = None, masks: Iterable[str] = (),
+) -> SequenceRecord:  # fmt: skip
     """A scene with what the options ask for.
 
-    Args:
-        root: of the data set.
-        name: of the scene.
-        frames: paths of its images.
-        options: of the builder.
-        cameras: returns poses and intrinsics of the frames; called with `--poses` if there are frames.
-        depths, masks: paths of the maps of the frames, which may not exist.
-        depth_format: of the depth maps.
+    `cameras` returns poses and intrinsics of the frames; `depths` and `masks` are paths of maps, which may not exist.
     """
     poses, intrinsics = cameras() if cameras and frames and options.poses else (None, None)
     scene = SequenceRecord(name, frames, poses, intrinsics)

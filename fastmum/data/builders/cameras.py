@@ -4,8 +4,6 @@ Camera axes: OpenCV x right, y down, z forward; OpenGL (nerfstudio, Hypersim) x 
 (CO3D) x left, y up, z forward.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import warnings
@@ -27,11 +25,7 @@ reading = partial(errors.reading, remedy="restore the file or remove its scene")
 
 
 def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray:
-    """(lines, columns) float64 of a text file, without its first `skip` lines.
-
-    Raises:
-        DataError: other text, another number of columns, or no line.
-    """
+    """(lines, columns) float64 of a text file, without its first `skip` lines."""
     with reading(file, f"{what}, {columns} numbers a line"), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # numpy warns about an empty file
         try:
@@ -59,14 +53,9 @@ def by_name(names: Sequence[str], values: Mapping[str, np.ndarray], shape: tuple
 def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     """Turn the camera of an image that is stored rotated, as decoders turn the image by its EXIF tag.
 
-    Args:
-        file: the image; one that cannot be read counts as upright.
-        pose: (4, 4) camera_from_world of the stored pixels.
-        intrinsics: (4,) fx fy cx cy in the stored pixels.
-
-    Returns:
-        Pose and intrinsics of the upright image (NaN for mirrored images, which no rigid motion describes), and
-        whether the image is turned or mirrored.
+    Takes camera_from_world (4, 4) and fx fy cx cy (4,) of the stored pixels. Returns those of the upright image (NaN
+    for mirrored images, which no rigid motion describes), and whether the image is turned or mirrored. An image that
+    cannot be read counts as upright.
     """
     try:
         with Image.open(file) as image:
@@ -89,16 +78,10 @@ def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.nd
 def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Poses and intrinsics from a nerfstudio `transforms.json`, without lens distortion; None if it is missing.
 
-    Args:
-        file: the JSON. It may list the images in any folder, and its intrinsics may be for larger ones.
-        names: of the images.
-        images: folder of the images.
+    The file may list the images in any folder, and its intrinsics may be for larger ones than those in `images`.
 
     Returns:
         (n, 4, 4) poses and (n, 4) intrinsics (None if no image is readable), NaN for images that are not listed.
-
-    Raises:
-        DataError: the file has another format.
     """
     if not file.is_file():
         return None, None

@@ -1,7 +1,5 @@
 """Any folders of images: every folder that contains images is a sequence, in natural order."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator

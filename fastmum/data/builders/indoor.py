@@ -1,7 +1,5 @@
 """Indoor scenes: ARKitScenes, Hypersim and ScanNet++, with poses, intrinsics, and depth or masks."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterator
@@ -99,11 +97,8 @@ def hypersim(root: Path, part: str, options: Options) -> Iterator[SequenceRecord
         cameras[camera] = names
     prefix = f"{part}/images/{HYPERSIM_PREFIX}"
     frames = [f"{prefix}{camera}{HYPERSIM_SUFFIX}/{name}" for camera, names in cameras.items() for name in names]
-    depths = [
-        f"{prefix}{camera}_geometry_hdf5/frame.{name.split('.')[1]}.depth_meters.hdf5"
-        for camera, names in cameras.items()
-        for name in names
-    ]
+    numbers = [(camera, name.split(".")[1]) for camera, names in cameras.items() for name in names]
+    depths = [f"{prefix}{camera}_geometry_hdf5/frame.{number}.depth_meters.hdf5" for camera, number in numbers]
     # "Euclidean distances (in meters) to the optical center" (the data set's README), NaN where nothing is hit.
     ray = DepthFormat("hdf5", kind="ray")
     scene = base.make_scene(root, part, frames, options, partial(hypersim_cameras, root, part, cameras), depths, ray)
@@ -137,9 +132,7 @@ def hypersim_cameras(
     turn = np.eye(4, dtype=np.float32)
     turn[:3, :3] = R * signs[:, None]
     detail = root / scene / "_detail"
-    poses = np.concatenate(
-        [hypersim_poses(detail / f"cam_{camera}", names, scale) for camera, names in cameras.items()]
-    )
+    poses = np.vstack([hypersim_poses(detail / f"cam_{camera}", names, scale) for camera, names in cameras.items()])
     return turn @ poses, np.tile(from_K(K * signs / np.abs(K[2, 2])), (len(poses), 1))
 
 

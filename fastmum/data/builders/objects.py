@@ -1,7 +1,5 @@
 """Videos of objects: CO3D and WildRGB-D, with poses, intrinsics, depth and masks. A video is a sequence."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections import defaultdict
@@ -22,6 +20,7 @@ from fastmum.geometry.camera import camera_from_pytorch3d
 PAPER = "the whole video, if it has at least 24 frames"
 OPTIONS = {"min_frames": base.MIN_FRAMES["min_frames"]._replace(default=24)} | base.POSES | base.DEPTH
 
+CATEGORIES = Option("all", "all, or seen: the 41 that others train on", choices=("all", "seen"))
 ANNOTATIONS = "frame_annotations.jgz"
 # The 41 categories that RelPose and later work train on, as many as the paper names; the other ten are for tests.
 SEEN = frozenset(
@@ -33,9 +32,8 @@ SEEN = frozenset(
 
 def co3d_parts(root: Path, options: Options) -> list[str]:
     """Categories with annotations."""
-    return [
-        name for name in base.matching_folders(root, "*", ANNOTATIONS) if options.categories == "all" or name in SEEN
-    ]
+    names = base.matching_folders(root, "*", ANNOTATIONS)
+    return names if options.categories == "all" else [name for name in names if name in SEEN]
 
 
 def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
@@ -50,17 +48,11 @@ def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
         for name in sorted(videos):
             frames = sorted(videos[name], key=lambda frame: frame["frame_number"])
             depths, masks = ([frame.get(key) or {} for frame in frames] for key in ("depth", "mask"))
-            video = base.make_scene(
-                root,
-                f"{part}/{name}",
-                [frame["image"]["path"] for frame in frames],
-                options,
-                cameras=partial(co3d_cameras, frames),
-                depths=[depth.get("path", "") for depth in depths],
-                # "depth = png * scale_adjustment" (the data set's data_types.py), z in the unit of the reconstruction.
-                depth_format=DepthFormat("co3d"),
-                masks=[mask.get("path", "") for mask in masks],
-            )
+            images = [frame["image"]["path"] for frame in frames]
+            maps = {"depths": [depth.get("path", "") for depth in depths], "masks": [m.get("path", "") for m in masks]}
+            # "depth = png * scale_adjustment" (the data set's data_types.py), z in the unit of the reconstruction.
+            z, cameras = DepthFormat("co3d"), partial(co3d_cameras, frames)
+            video = base.make_scene(root, f"{part}/{name}", images, options, cameras, depth_format=z, **maps)
             units = np.array([depth.get("scale_adjustment", 1.0) for depth in depths], np.float64)
             yield from base.whole(video._replace(depth_units=units), options)
 
@@ -80,17 +72,10 @@ def co3d_cameras(frames: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
 def wildrgbd(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """The whole video."""
     names = base.images_in(root / part / "rgb")
-    video = base.make_scene(
-        root,
-        part.replace("/scenes/", "/"),
-        [f"{part}/rgb/{name}" for name in names],
-        options,
-        cameras=lambda: wildrgbd_cameras(root / part, names),
-        depths=[f"{part}/depth/{name}" for name in names],
-        # "depth scale of 1000 ... in meters" (the data set's README); z, as its script of point clouds unprojects it.
-        depth_format=DepthFormat("png16", unit=1e-3),
-        masks=[f"{part}/masks/{name}" for name in names],
-    )
+    frames, depths, masks = ([f"{part}/{kind}/{name}" for name in names] for kind in ("rgb", "depth", "masks"))
+    # "depth scale of 1000 ... in meters" (the data set's README); z, as its script of point clouds unprojects it.
+    z, cameras = DepthFormat("png16", unit=1e-3), partial(wildrgbd_cameras, root / part, names)
+    video = base.make_scene(root, part.replace("/scenes/", "/"), frames, options, cameras, depths, z, masks)
     yield from base.whole(video, options)
 
 
@@ -120,8 +105,7 @@ BUILDERS = {
         paper=PAPER,
         parts=co3d_parts,
         sequences=co3d,
-        options={"categories": Option("all", "all, or seen: the 41 that others train on", choices=("all", "seen"))}
-        | OPTIONS,
+        options={"categories": CATEGORIES} | OPTIONS,
     ),
     "wildrgbd": Builder(
         layout="<category>/scenes/<video>/rgb/*; optional: cam_poses.txt, metadata, depth/*, masks/*",

@@ -1,7 +1,5 @@
 """Scenes and images in one folder each: DL3DV, 3DStreetView, RealEstate10K, BlendedMVS, ImageNet, rendered scenes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path

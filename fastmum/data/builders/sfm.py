@@ -1,7 +1,5 @@
 """Image collections with COLMAP models: MegaDepth, MegaScenes and any others, chained by the paper's rules."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -153,14 +151,10 @@ def _sequences(
     """Chains of a model by the paper's rules, or what the released scripts do instead.
 
     Args:
-        root: of the data set.
         part: name of the model, prefix of its sequences' names.
         images: folder of the images, below the root.
-        model: the reconstruction.
-        options: of the builder.
         chain: "overlap" (MegaDepth) or "angle" (MegaScenes, whose released script takes whole models).
         depth: path of the depth map of an image, "" if there is none.
-        depth_format: of the depth maps.
     """
     frames = [name if images == "." else f"{images}/{name}" for name in model.names]
     present = np.array([bool(path) for path in base.existing(root, frames) or [""] * len(frames)])
@@ -212,7 +206,14 @@ ANGLE_OPTIONS = {
     "min_angle": Option(rules.MIN_ANGLE, "least rotation between consecutive images, in degrees", min=0),
 }
 BROKEN = {"broken": Option("stop", "at a model that cannot be read", choices=("stop", "skip"))}
+EXCLUDE = Option("", "scenes to skip, separated by commas; 0015,0022 are those of MegaDepth-1500")
 MIN_FRAMES = Option(None, "skip shorter sequences (default 24; released 12)", type=int, min=1)
+COLMAP_OPTIONS = {
+    "chain": Option("overlap", "the rule that forms sequences", choices=("overlap", "angle")),
+    "images": Option("images", "folder of the images, relative to the model's folder or one above it"),
+    "models": Option("*", "pattern of the models' folders, such as '*/sparse/0'"),
+    "min_frames": MIN_FRAMES._replace(help="skip shorter sequences (default 2; angle 24, released 12)"),
+}
 
 BUILDERS = {
     "megadepth": Builder(
@@ -221,12 +222,7 @@ BUILDERS = {
         released="a random anchor and its 255 images of most overlap, even if 0",
         parts=megadepth_parts,
         sequences=megadepth,
-        options=OVERLAP_OPTIONS
-        | base.MIN_FRAMES
-        | {"exclude": Option("", "scenes to skip, separated by commas; 0015,0022 are those of MegaDepth-1500")}
-        | BROKEN
-        | base.POSES
-        | base.DEPTH,
+        options=OVERLAP_OPTIONS | base.MIN_FRAMES | {"exclude": EXCLUDE} | BROKEN | base.POSES | base.DEPTH,
     ),
     "megascenes": Builder(
         layout=f"{MEGASCENES}/<001>/<234>/colmap/<n>/{{cameras,images,points3D}}.bin and "
@@ -246,16 +242,6 @@ BUILDERS = {
         released="--chain overlap: as megadepth; --chain angle: as megascenes",
         parts=colmap_parts,
         sequences=colmap,
-        options={
-            "chain": Option("overlap", "the rule that forms sequences", choices=("overlap", "angle")),
-            "images": Option("images", "folder of the images, relative to the model's folder or one above it"),
-            "models": Option("*", "pattern of the models' folders, such as '*/sparse/0'"),
-            "min_frames": MIN_FRAMES._replace(help="skip shorter sequences (default 2; angle 24, released 12)"),
-        }
-        | OVERLAP_OPTIONS
-        | ANGLE_OPTIONS
-        | BROKEN
-        | base.POSES
-        | base.DEPTH,
+        options=COLMAP_OPTIONS | OVERLAP_OPTIONS | ANGLE_OPTIONS | BROKEN | base.POSES | base.DEPTH,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -63,7 +64,10 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     rate = {"every": options.every} if options.every is not None else {"fps": options.fps or FPS}
     sizes = {"short_side": options.short_side, "quality": options.quality}
     settings = rate | sizes | {"bytes": file.st_size, "modified_ns": file.st_mtime_ns}
-    if _read_settings(folder) != settings:
+    earlier = None
+    with contextlib.suppress(OSError, ValueError):
+        earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    if earlier != settings:
         try:
             _extract(video, folder, settings)
         except UnreadableVideoError as error:
@@ -72,13 +76,6 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
             log.warning("skipped: %s", error)
             return
     yield from chunks(SequenceRecord(part, [f"{part}/{name}" for name in images_in(folder)]), options, released=CHUNK)
-
-
-def _read_settings(folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _extract(video: Path, folder: Path, settings: dict[str, Any]) -> None:

@@ -1,7 +1,5 @@
 """Decoding image files to training frames: three decoders that produce the same frames for a plan."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math
@@ -71,8 +69,7 @@ class PillowDecoder:
     """
 
     def __init__(self, size: int, cache_bytes: int = 0, pin_memory: bool = False) -> None:
-        self.size = size
-        self.pin_memory = pin_memory
+        self.size, self.pin_memory = size, pin_memory
         self._cache: dict[Path, _Decompressed] = {}
         self._cache_room = cache_bytes
         self._lock = threading.Lock()
@@ -140,9 +137,6 @@ def make_decoder(name: str, size: int, device: torch.device | str = "cpu", cache
             pillow.
         device: where training runs; for a GPU, frames decoded on the CPU are page-locked.
         cache_bytes: memory for decoded images; only pillow has a cache.
-
-    Raises:
-        DataError: an unknown name, DALI is not installed, `dali` without a GPU.
     """
     device = torch.device(device)
     on_gpu, installed = device.type == "cuda", _has_dali()
@@ -161,10 +155,8 @@ def make_decoder(name: str, size: int, device: torch.device | str = "cpu", cache
     if name == "dali_cpu":
         return DaliCpuDecoder(size, pin_memory=on_gpu)
     if not on_gpu:
-        raise DataError(
-            f"data.decoder is 'dali', which decodes on a GPU, but the run is on '{device}'; "
-            "data.decoder=dali_cpu or pillow decode on the CPU"
-        )
+        remedy = "data.decoder=dali_cpu or pillow decode on the CPU"
+        raise DataError(f"data.decoder is 'dali', which decodes on a GPU, but the run is on '{device}'; {remedy}")
     return DaliGpuDecoder(size, device)
 
 

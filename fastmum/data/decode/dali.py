@@ -4,8 +4,6 @@ Each loader thread reads the files of a batch, checks their headers, converts cr
 no other thread uses. Files that DALI cannot decode are decoded by Pillow and enter the same pipeline as PPM images.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -41,28 +39,19 @@ def frame_nodes(device: GraphDevice, size: int) -> tuple[DataNode, DataNode]:
         Regions (h, w, 3) and resized, flipped frames (size, size, 3), both uint8 RGB, upright.
     """
     encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
-    anchor = fn.external_source(name="anchor", dtype=types.DALIDataType.INT32, ndim=1)
-    shape = fn.external_source(name="shape", dtype=types.DALIDataType.INT32, ndim=1)
+    anchor, shape = (fn.external_source(name=n, dtype=types.DALIDataType.INT32, ndim=1) for n in ("anchor", "shape"))
     mirror = fn.external_source(name="mirror", dtype=types.DALIDataType.INT32, ndim=0)
+    where = "mixed" if device == "gpu" else "cpu"  # mixed: from bytes in host memory to pixels on the GPU
+    # Fancy upsampling, as libjpeg, so that nvJPEG's chroma equals the CPU decoders'.
     regions = fn.decoders.image_slice(
-        encoded,
-        anchor,
-        shape,
-        device="mixed" if device == "gpu" else "cpu",  # mixed: from bytes in host memory to pixels on the GPU
-        output_type=types.DALIImageType.RGB,
-        jpeg_fancy_upsampling=True,  # as libjpeg, so that nvJPEG's chroma equals the CPU decoders'
+        encoded, anchor, shape, device=where, output_type=types.DALIImageType.RGB, jpeg_fancy_upsampling=True
     )
     resized: Any = fn.resize(regions, size=(size, size), interp_type=types.DALIInterpType.INTERP_CUBIC, antialias=True)
     return regions, fn.flip(resized, horizontal=mirror)
 
 
 def define_pipeline(
-    device: GraphDevice,
-    size: int,
-    output: Literal["regions", "frames"],
-    threads: int,
-    device_id: int | None,
-    frames: int,
+    device: GraphDevice, size: int, output: GraphOutput, threads: int, device_id: int | None, frames: int
 ) -> Pipeline:
     """A pipeline that returns `output` of the graph, for runs of up to `frames` frames; DALI prunes the rest.
 

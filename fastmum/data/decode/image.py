@@ -9,8 +9,6 @@ to ten attempts at an area and an aspect ratio; the first that fits in the image
 largest centred box within the bounds of the aspect ratio.
 """
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from typing import NamedTuple
@@ -71,8 +69,7 @@ def read_file(file: Path) -> bytes:
 def read_header(data: bytes) -> Header:
     """Open an image without decoding it; about 20 microseconds for a JPEG.
 
-    Raises:
-        FrameError: not an image, truncated, or larger than Pillow's decompression-bomb limit.
+    FrameError if it is no image, truncated, or larger than Pillow's decompression-bomb limit.
     """
     if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(data):  # WebP
         raise FrameError("truncated")

@@ -72,6 +72,6 @@ def found(raw: Path, tmp_path: Path) -> Callable[..., Found]:
 
     def make(name: str, **options) -> Found:
         build(name, raw, tmp_path / f"{name}.arrow", **options)
-        return Found(Manifest.open(tmp_path / f"{name}.arrow"))
+        return Found(Manifest(tmp_path / f"{name}.arrow"))
 
     return make

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from fastmum.data.builders.objects import SEEN, co3d_cameras
+from fastmum.data.builders.objects import SEEN
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 
@@ -47,31 +47,6 @@ def test_whole_sequences_of_at_least_24_frames(annotate, found, raw):
     assert len(SEEN) == 41
     assert found("co3d", min_frames=23).lengths["apple/110_13051_23361"] == 23
     assert found("co3d", poses=False).poses("zebra/1_2_3") == [None] * 24
-
-
-def test_a_camera_by_hand():
-    """PyTorch3D's camera at (1, 2, 3), turned by 90 degrees about y; a picture 100 wide and 200 high.
-
-    R takes rows: x_camera = x_world R + T. This R sends the world's x axis to the camera's z: it looks along +x. With
-    T = -c R the centre goes to 0. A point 4 in front, 1 to the camera's left and 2 above then lies at
-    c + 4 x + left + 2 y; the camera's left (+x of PyTorch3D) is the row vector that R sends to (1, 0, 0): -z.
-    """
-    R = np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], float)
-    c = np.array([1.0, 2.0, 3.0])
-    point = c + 4 * np.array([1, 0, 0]) + 1 * np.array([0, 0, -1]) + 2 * np.array([0, 1, 0])
-    T = -c @ R
-    assert np.allclose(point @ R + T, [1, 2, 4]), "the example itself: left 1, up 2, in front 4"
-
-    # Isotropic: the unit is half the shorter side, 50 pixels. The point is 2 * 1/4 = 0.5 units left of the principal
-    # point, which is 0.1 units left and 0.2 below the centre (50, 100): at x = 50 - 0.6 * 50, y = 100 - 0.8 * 50.
-    # By image bounds the vertical unit is half the height, 100 pixels: y = 100 - 0.8 * 100.
-    view = {"R": R.tolist(), "T": T.tolist(), "focal_length": [2, 2], "principal_point": [0.1, -0.2]}
-    for kind, expected in (("ndc_isotropic", (20, 60)), ("ndc_norm_image_bounds", (20, 20))):
-        (pose,), ((fx, fy, cx, cy),) = co3d_cameras([frame("a", 1, **view, intrinsics_format=kind)])
-        x, y, z, _ = pose @ [*point, 1]
-        assert np.allclose((x, y, z), (-1, -2, 4)), "OpenCV: x to the right, y down"
-        assert np.allclose(np.linalg.det(pose[:3, :3]), 1)
-        assert np.allclose((fx * x / z + cx, fy * y / z + cy), expected), kind
 
 
 def test_cameras_depth_and_masks_reach_the_manifest(annotate, add, found):

@@ -27,9 +27,8 @@ def is_camera(pose):
 
 
 def fails_in_one_line(found, name, match):
-    with pytest.raises(DataError, match=match) as caught:
+    with pytest.raises(DataError, match=rf"^[^\n]*{match}[^\n]*$"):
         found(name)
-    assert "\n" not in str(caught.value)
 
 
 def test_streetview3d_and_the_size_of_chunks(add, found):
@@ -244,8 +243,8 @@ def test_rendered_scenes(add, found):
     fails_in_one_line(found, "scenes", r"scene_0003/cameras\.json' cannot be read")
 
 
-@pytest.mark.parametrize("prefix", ["train/", ""])
-def test_imagenet(add, found, prefix):
-    images = [f"{prefix}n01440764/n01440764_{i}.JPEG" for i in (2, 18, 100)] + [f"{prefix}n01443537/a.JPEG"]
-    add(*images, f"{prefix}n01440764/readme.txt")
-    assert found("imagenet").sequences == {image: [image] for image in images}
+def test_imagenet(add, found):
+    for prefix in ("", "train/"):
+        images = [f"{prefix}n01440764/n01440764_{i}.JPEG" for i in (2, 18, 100)] + [f"{prefix}n01443537/a.JPEG"]
+        add(*images, f"{prefix}n01440764/readme.txt")
+        assert found("imagenet").sequences == {image: [image] for image in images}

@@ -13,17 +13,11 @@ from fastmum.data.decode.image import crop_box, draw_crops
 
 
 @pytest.fixture(params=["pillow", "dali_cpu"])
-def decoder_name(request) -> str:
-    """Every decoder that runs on a CPU."""
+def decoder(request):
+    """Every decoder that runs on a CPU, for frames of 64 pixels."""
     if request.param == "dali_cpu":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    return request.param
-
-
-@pytest.fixture
-def decoder(decoder_name):
-    """Frames of 64 pixels."""
-    return make_decoder(decoder_name, 64)
+    return make_decoder(request.param, 64)
 
 
 @pytest.fixture(scope="session")

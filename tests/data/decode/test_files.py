@@ -68,25 +68,20 @@ def test_images_smaller_than_a_frame(tmp_path, decoder, photograph, check):
 
 def break_file(file, how):
     whole = file.read_bytes()
-    match how:
-        case "missing":
-            file.unlink()
-        case "empty":
-            file.write_bytes(b"")
-        case "truncated":
-            file.write_bytes(whole[: len(whole) // 2])
-        case "without its end":
-            file.write_bytes(whole[:-20])
-        case "text":
-            file.write_text("not an image")
-        case "a folder":
-            file.unlink()
-            file.mkdir()
-        case "a bomb":  # 60,000 x 60,000 pixels, says the header
-            size = whole.index(b"\xff\xc0") + 5
-            file.write_bytes(whole[:size] + struct.pack(">HH", 60_000, 60_000) + whole[size + 4 :])
-        case "bad pixels":  # header and end are intact
-            file.write_bytes(whole[:2000] + bytes(400) + whole[2400:])
+    file.unlink()
+    if how == "a folder":
+        file.mkdir()
+    elif how != "missing":
+        size = whole.find(b"\xff\xc0") + 5
+        broken = {
+            "empty": b"",
+            "truncated": whole[: len(whole) // 2],
+            "without its end": whole[:-20],
+            "text": b"not an image",
+            "a bomb": whole[:size] + struct.pack(">HH", 60_000, 60_000) + whole[size + 4 :],  # pixels, says the header
+            "bad pixels": whole[:2000] + bytes(400) + whole[2400:],  # header and end are intact
+        }
+        file.write_bytes(broken[how])
 
 
 DAMAGE = {
@@ -131,8 +126,7 @@ def test_data_after_the_end_of_a_jpeg_are_allowed(tmp_path, decoder, photograph)
     photograph.save(tmp_path / "a.jpg")
     crops, flips = whole_frames(1), np.zeros(1, bool)
     before = decoder.decode([tmp_path / "a.jpg"], crops, flips).frames
-    with open(tmp_path / "a.jpg", "ab") as file:
-        file.write(b"trailer" * 500)
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes() + b"trailer" * 500)
     after, bad = decoder.decode([tmp_path / "a.jpg"], crops, flips)
     assert not bad
     assert torch.equal(before, after)
@@ -194,12 +188,11 @@ def test_decoders_agree_on_photographs(request, tmp_path, draw, distance, check,
     assert max(by_file.values()) <= 2, by_file
 
 
-def test_decoding_stays_in_its_thread(tmp_path, decoder_name, photograph, draw):
+def test_decoding_stays_in_its_thread(tmp_path, decoder, photograph, draw):
     """Thread pools of torch or DALI for each loader thread would compete with training."""
     files = [tmp_path / "a.jpg", tmp_path / "b.png"] * 4
     photograph.resize((1200, 900)).save(files[0], exif=oriented(6))
     photograph.save(files[1])
-    decoder = make_decoder(decoder_name, 256, cache_bytes=10**7)
     crops, flips = draw(8)
     decoder.decode(files, crops, flips)  # DALI's one thread a pipeline starts here
     counts = []
@@ -212,10 +205,8 @@ def test_decoding_stays_in_its_thread(tmp_path, decoder_name, photograph, draw):
 
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
-    try:
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-    finally:
-        torch.set_num_threads(threads)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(threads)
     assert counts[0] == counts[1]
