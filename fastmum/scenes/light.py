@@ -27,8 +27,6 @@ class Lamp(NamedTuple):
 
 
 class Lighting(NamedTuple):
-    """All light of a scene."""
-
     lamps: list[Lamp]
     ambient_3: np.ndarray  # from all directions
     sun: tuple[np.ndarray, np.ndarray] | None = None  # direction towards it, colour
@@ -56,14 +54,12 @@ class Illumination:
         self.shell = int(np.flatnonzero(solids.kind_S == SHELL)[0])
 
     def compute(self, lighting: Lighting) -> np.ndarray:
-        """Light on all nodes, [3, N]."""
         sky = 0.82 + 0.18 * self.n_3N[2]  # a little more from above
-        light = lighting.ambient_3.astype(np.float32)[:, None] * (self._ambient() * sky)[None]
+        light = np.outer(lighting.ambient_3.astype(np.float32), self._ambient() * sky)
         for lamp in lighting.lamps:
-            light += lamp.colour_3.astype(np.float32)[:, None] * self._from_lamp(lamp)[None]
+            light += np.outer(lamp.colour_3.astype(np.float32), self._from_lamp(lamp))
         if lighting.sun is not None:
-            direction_3, colour_3 = lighting.sun
-            light += colour_3.astype(np.float32)[:, None] * self._from_sun(direction_3)
+            light += np.outer(lighting.sun[1].astype(np.float32), self._from_sun(lighting.sun[0]))
         return light
 
     def _to_unit(self, s: int, x_3N: np.ndarray) -> list[np.ndarray]:
