@@ -150,7 +150,6 @@ def _smooth(grid_CHW: np.ndarray) -> np.ndarray:
 
 
 def _paint(scene: Scene, s: int, face: Face, gain_CHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One lit face: [h, w, 4] uint8."""
     part = scene.parts[s]
     thin = min(face.h, face.w) * face.texel < 0.07
     paint = part.edge if thin and part.edge is not None else part.paint

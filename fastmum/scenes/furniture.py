@@ -17,7 +17,6 @@ WALLS = range(4)
 
 
 def wall_paint(p: Palette, kind: str) -> Paint:
-    """The material of the walls."""
     rng, value = p.rng, p.rng.uniform(0.6, 0.86)
     a, b = p.near(0, rng.uniform(0.05, 0.3), value), p.near(0.04, rng.uniform(0.1, 0.35), value * 0.85)
     rustic = kind in ("courtyard", "storage")
@@ -33,7 +32,6 @@ def wall_paint(p: Palette, kind: str) -> Paint:
 
 
 def floor_paint(p: Palette, kind: str) -> Paint:
-    """The material of the floor: boards, tiles or marble; outdoors also grass and gravel."""
     rng, value = p.rng, p.rng.uniform(0.5, 0.75)
     a, b = p.near(0.08, 0.18, value), p.near(0.05, 0.25, value * 0.72)
     if kind == "courtyard":
@@ -109,7 +107,6 @@ def _add_window(room: Room, wall: int, trim: Paint) -> Lamp:
 
 
 def _add_lamps(room: Room, trim: Paint) -> list[Lamp]:
-    """One or two lamps on the ceiling, where they are clear of the camera path."""
     rng, height, lamps = room.rng, room.size[2], []
     for _ in range(rng.integers(1, 3)):
         x, y = rng.uniform(-0.3, 0.3, 2) * room.size[:2]
@@ -124,7 +121,6 @@ def _add_lamps(room: Room, trim: Paint) -> list[Lamp]:
 
 
 def hang_pictures(room: Room, count: int) -> None:
-    """Add up to `count` framed pictures to the walls, at about eye height and without overlap."""
     rng, p, hung = room.rng, room.palette, 0
     for _ in range(3 * count):
         wall = int(rng.integers(0, 4))
@@ -143,7 +139,6 @@ def hang_pictures(room: Room, count: int) -> None:
 
 
 def clutter(p: Palette, width: float, depth: float, count: int) -> list[Part]:
-    """Small objects on a surface of width x depth."""
     rng, parts = p.rng, list[Part]()
     for x in (rng.permutation(np.linspace(-0.5, 0.5, count + 2)[1:-1]) * width).tolist():
         y, kind = float(rng.uniform(-0.25, 0.25) * depth), rng.integers(0, 5)
@@ -284,7 +279,6 @@ def steps(p: Palette) -> list[Part]:
 
 
 def pillar(p: Palette, height: float) -> list[Part]:
-    """A round or square column from the floor to `height`."""
     shaft, foot = p.stone(), p.stone()
     r = p.rng.uniform(0.14, 0.24)
     base = box(0, 0, 0, 2.6 * r, 2.6 * r, 0.12, foot)

@@ -113,10 +113,8 @@ def draw_path(rng: np.random.Generator, length: float, width: float, height: flo
 
 
 class Scene(NamedTuple):
-    """A scene to render; parts[i] is the paint of solid i."""
-
     kind: str
-    parts: list[Part]
+    parts: list[Part]  # one for each solid
     solids: Solids
     lighting: Lighting
     path: Path
@@ -147,7 +145,6 @@ def build_scene(seed: int, index: int) -> Scene:
 
 
 def _furnish(room: Room, kind: Kind) -> None:
-    """Place pieces along the walls and in the open, most of them in view of a camera."""
     rng, p = room.rng, room.palette
     for _ in range(kind.wall_count):
         piece = PIECES[str(rng.choice(kind.at_wall))](p)
@@ -167,7 +164,6 @@ def _furnish(room: Room, kind: Kind) -> None:
 
 
 def _surroundings(p: Palette, radius: float, height: float) -> list[Part]:
-    """Buildings and trees outside a courtyard."""
     rng, parts = p.rng, []
     for i in range(int(rng.integers(3, 6))):
         angle = i * 1.3 + rng.uniform(-0.4, 0.4)
@@ -184,7 +180,6 @@ def _surroundings(p: Palette, radius: float, height: float) -> list[Part]:
 
 
 def _lighting(rng: np.random.Generator, open_top: bool, lamps: list[Lamp]) -> Lighting:
-    """Lamps and dim ambient light indoors; sun and blue sky outdoors."""
     if not open_top:
         return Lighting(lamps, np.array([0.50, 0.48, 0.46]) * rng.uniform(0.35, 0.75))
     azimuth, up = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.15)

@@ -66,7 +66,6 @@ class Illumination:
         return rotate(self.solids.to_unit_S33[s], list(x_3N - self.solids.centre_S3[s][:, None]))
 
     def _blocked(self, s: int, o_3N: np.ndarray, d_3N: np.ndarray, reach: np.ndarray | float) -> np.ndarray:
-        """Whether rays o + t d hit solid s for t in 0..reach."""
         d = rotate(self.solids.to_unit_S33[s], list(d_3N))
         t_in, t_out = intersect(int(self.solids.kind_S[s]), self._to_unit(s, o_3N), d)
         return (np.maximum(t_in, 0) < np.minimum(t_out, reach)) & (t_out > 0)

@@ -30,7 +30,6 @@ class View(NamedTuple):
 
     @property
     def eye_3(self) -> np.ndarray:
-        """World position of the camera's centre, float64."""
         return -self.T_44[:3, :3].T @ self.T_44[:3, 3]
 
     def directions(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -106,7 +105,6 @@ def _windows(view: View) -> list[tuple[int, list[int]]]:
 
 
 def _outline(face_HW: np.ndarray) -> np.ndarray:
-    """Pixels that have one of four neighbours on another face."""
     padded = np.pad(face_HW, 1, mode="edge")
     neighbours = padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]
     return reduce(np.logical_or, (face_HW != other for other in neighbours))
