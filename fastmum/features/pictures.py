@@ -44,8 +44,7 @@ def fit_basis(patches: Sequence[Tensor]) -> Basis:
     tokens = torch.cat([patch.flatten(0, -2)[::every].float() for patch in patches])
     mean = tokens.mean(0)
     centred = tokens - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
-    directions = vectors[:, -3:].flip(1)
+    directions = torch.linalg.eigh(centred.T @ centred)[1][:, -3:].flip(1)  # eigenvalues ascend
     values = centred @ directions
     # The sign of a direction is chosen so that the longer tail is positive.
     directions = directions * torch.where(values.amax(0) < -values.amin(0), -1.0, 1.0)
@@ -62,15 +61,13 @@ def content(tokens: Tokens, patch_size: int) -> Tensor:
     return grid[: -(-place.content_height // patch_size), : -(-place.content_width // patch_size)]
 
 
-def write_pictures(
-    folder: Path, images: Images, features: Mapping[str, Tokens], patch_size: int, progress: bool = False
-) -> None:
+def write_pictures(folder: Path, images: Images, features: Mapping[str, Tokens], patch_size: int) -> None:
     """Draw each image as the encoder saw it, without padding, next to its tokens."""
     maps = {name: content(tokens, patch_size) for name, tokens in features.items()}
     basis = fit_basis(list(maps.values()))
     files = {images.name(file): file for file in images.files}
     pictures = _file_names(maps)
-    for name, patch in tqdm(maps.items(), unit="image", desc="pictures", disable=not progress):
+    for name, patch in tqdm(maps.items(), unit="image", desc="pictures"):
         place, file = features[name].placement, folder / pictures[name]
         height, width = place.content_height, place.content_width
         colours = basis.colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]

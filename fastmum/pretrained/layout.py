@@ -43,7 +43,6 @@ class MismatchError(WeightsError):
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names, and the number of the others."""
     more = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
@@ -93,7 +92,6 @@ def _candidates(tree: Mapping[str, Any]) -> Iterator[_Candidate]:
 
 
 def _groups(tree: Mapping[str, Any], place: str, levels: int) -> Iterator[tuple[str, State]]:
-    """Every mapping that has tensors, and its place."""
     items = {name: value for name, value in tree.items() if isinstance(name, str)}
     tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
     if tensors:
