@@ -46,8 +46,6 @@ def test_the_evaluations_use_of_a_model(load, tiny):
     assert torch.equal(patches.reshape(2, 15, 32), ours["x_norm_patchtokens"])
     assert patches.shape == (2, 3, 5, 32)
     assert torch.equal(patches[1, 2, 4], ours["x_norm_patchtokens"][1, -1])
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert (model(images)[2] - patches).abs().max() < 0.05
     head = torch.nn.Linear(32, 5)
 
     def forward(images):  # classification: CLS and the mean of the patches, compiled
