@@ -73,17 +73,6 @@ def test_exports_load(run, tiny, tmp_path, name, encoder_only):
         assert torch.equal(tensor, tiny.state_dict()[key]), key
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys, caplog):
-    newest = run / "checkpoints/step_0000007"
-    (newest / ".metadata").write_bytes(b"")
-    assert export(run).source.step == 3
-    assert newest.name in caplog.text
-    for checkpoint in (run / "checkpoints").iterdir():
-        (checkpoint / ".metadata").unlink()
-    assert main([str(run)]) == 2
-    assert f"no checkpoint in '{run}'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "name", ["released", "safetensors", "hf", pytest.param("onnx", marks=pytest.mark.exhaustive)], ids=list(FORMATS)
 )
