@@ -52,6 +52,8 @@ def test_a_run(run, tiny, capsys):
     assert list(weights) == list(tiny.state_dict())
     torch.testing.assert_close(weights, dict(tiny.state_dict()), rtol=0, atol=0)
     assert all(tensor.is_contiguous() for tensor in weights.values())
+    (run / "checkpoints/step_0000007/.metadata").write_bytes(b"")
+    assert export(run).source.step == 3  # the newest whole one
 
 
 @pytest.mark.parametrize(("name", "encoder_only"), [("released", True), ("safetensors", False), ("safetensors", True)])
