@@ -15,8 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import fastmum
-from fastmum import ModelConfig
+from fastmum import PRESETS, ModelConfig, load_pretrained
 from fastmum.engine.checkpoint import Checkpoints
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
@@ -49,31 +48,29 @@ def test_runs(tmp_path, tiny):
     writer.save(7, state, values)
     writer.wait()
     for where in ("", "checkpoints", "checkpoints/step_0000007"):
-        assert_same(fastmum.load_pretrained(tmp_path / where), tiny)
+        assert_same(load_pretrained(tmp_path / where), tiny)
         assert read_pretrained(str(tmp_path / where)).step == 7
     del state["model.norm.weight"]
     writer.save(8, state, values)
     writer.close()
     with pytest.raises(MismatchError, match=r"norm.weight \[32\]$"):
-        fastmum.load_pretrained(tmp_path)
-
-
-WRAPPED = {
-    "module": lambda s: {f"module.{k}": v for k, v in s.items()},
-    "compiled": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
-    "compiled blocks": lambda s: {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()},
-    "model": lambda s: {"model": s, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
-    "state_dict": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "loss": torch.zeros(2)},
-    "teacher": lambda s: {"teacher": {f"module.backbone.{k}": v for k, v in s.items()}, "optimizer": {"state": {}}},
-    "parameters": lambda s: {k: torch.nn.Parameter(v) for k, v in s.items()},
-}
+        load_pretrained(tmp_path)
 
 
 def test_wrappers(tiny, save, caplog):
-    for wrap in WRAPPED.values():
-        assert_same(fastmum.load_pretrained(save(wrap(tiny.state_dict()))), tiny)
+    s = tiny.state_dict()
+    for wrapped in (
+        {f"module.{k}": v for k, v in s.items()},
+        {f"_orig_mod.{k}": v for k, v in s.items()},
+        {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()},
+        {"model": s, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        {"state_dict": {f"model.{k}": v for k, v in s.items()}, "loss": torch.zeros(2)},
+        {"teacher": {f"module.backbone.{k}": v for k, v in s.items()}, "optimizer": {"state": {}}},
+        {k: torch.nn.Parameter(v) for k, v in s.items()},
+    ):
+        assert_same(load_pretrained(save(wrapped)), tiny)
     state = {f"backbone.{k}": v for k, v in tiny.state_dict().items()} | {"dino_head.weight": torch.zeros(3)}
-    assert_same(fastmum.load_pretrained(save({"teacher": state})), tiny)
+    assert_same(load_pretrained(save({"teacher": state})), tiny)
     assert "'teacher.backbone'" in caplog.text
     assert "dino_head.weight" in caplog.text
 
@@ -82,27 +79,27 @@ def test_of_several_models_one_must_be_chosen(tiny, save):
     other = {name: tensor + 1 for name, tensor in tiny.state_dict().items()}
     file = save({"student": {f"backbone.{k}": v for k, v in other.items()}, "teacher": tiny.state_dict()})
     with pytest.raises(WeightsError, match=r"'student.backbone', 'teacher'"):
-        fastmum.load_pretrained(file)
+        load_pretrained(file)
     for key in ("teacher", "student"):
-        model = fastmum.load_pretrained(file, key=key)
+        model = load_pretrained(file, key=key)
         assert torch.equal(model.norm.bias, (tiny if key == "teacher" else model).norm.bias)
     assert torch.equal(model.norm.bias, other["norm.bias"])
     with pytest.raises(WeightsError, match=r"key='ema'.* 'student.backbone', 'teacher'"):
-        fastmum.load_pretrained(file, key="ema")
+        load_pretrained(file, key="ema")
 
 
 def test_encoder_only(tiny, save):
     file = save(tiny.state_dict())
-    encoder = fastmum.load_pretrained(file, encoder_only=True)
+    encoder = load_pretrained(file, encoder_only=True)
     assert_same(encoder, tiny, Encoder)
     alone = save(encoder.state_dict(), "alone")
-    assert_same(fastmum.load_pretrained(alone), tiny, Encoder)
+    assert_same(load_pretrained(alone), tiny, Encoder)
     with pytest.raises(WeightsError, match="encoder_only is False"):
-        fastmum.load_pretrained(alone, encoder_only=False)
+        load_pretrained(alone, encoder_only=False)
 
 
 def test_heads_given_against_the_periods(tiny, save):
-    model = fastmum.load_pretrained(save(tiny.state_dict()), num_heads=4, decoder_num_heads=1)
+    model = load_pretrained(save(tiny.state_dict()), num_heads=4, decoder_num_heads=1)
     fresh = MuM(dataclasses.replace(tiny.config, num_heads=4, decoder_num_heads=1))
     assert model.config == fresh.config
     assert torch.equal(model.rope_embed.periods, fresh.rope_embed.periods)
@@ -111,7 +108,7 @@ def test_heads_given_against_the_periods(tiny, save):
 
 def test_half_precision_weights_become_float32_and_periods_exact(tiny, save):
     for dtype in (torch.bfloat16, torch.float16):
-        model = fastmum.load_pretrained(save({k: v.to(dtype) for k, v in tiny.state_dict().items()}))
+        model = load_pretrained(save({k: v.to(dtype) for k, v in tiny.state_dict().items()}))
         assert torch.equal(model.rope_embed.periods, tiny.rope_embed.periods)
         assert torch.equal(model.norm.weight, tiny.norm.weight)
 
@@ -123,12 +120,12 @@ def test_periods_that_were_computed_in_bfloat16_become_exact(head_width, save):
     state = encoder.state_dict() | {"rope_embed.periods": 100.0**exponent}  # as in the released encoder-only file
     assert state["rope_embed.periods"].dtype == torch.bfloat16
     file = save(state)
-    assert torch.equal(fastmum.load_pretrained(file).rope_embed.periods, state["rope_embed.periods"])
-    exact = fastmum.load_pretrained(file, rope_dtype="float32").rope_embed.periods
+    assert torch.equal(load_pretrained(file).rope_embed.periods, state["rope_embed.periods"])
+    exact = load_pretrained(file, rope_dtype="float32").rope_embed.periods
     assert torch.equal(exact, encoder.rope_embed.periods)
     # Periods of another base are kept.
     other = save(state | {"rope_embed.periods": 1000.0**exponent})
-    kept = fastmum.load_pretrained(other, rope_dtype="float32").rope_embed.periods
+    kept = load_pretrained(other, rope_dtype="float32").rope_embed.periods
     assert torch.equal(kept, (1000.0**exponent).float())
 
 
@@ -151,7 +148,7 @@ def test_every_mismatch_is_listed(tiny, save, data):
         else:
             state[name] = torch.zeros(*state[name].shape[:-1], state[name].shape[-1] + 1)
     with pytest.raises(MismatchError) as caught:
-        fastmum.load_pretrained(save(state))
+        load_pretrained(save(state))
     for kind, keys in expected.items():
         assert sorted(key.split(" ")[0] for key in getattr(caught.value, kind)) == sorted(keys)
         assert all(key in str(caught.value) for key in keys)
@@ -171,7 +168,7 @@ def test_invalid_overrides(tiny, save):
         ({"ema": True}, "no EMA weights"),
     ):
         with pytest.raises(WeightsError, match=words) as caught:
-            fastmum.load_pretrained(save(tiny.state_dict()), **overrides)
+            load_pretrained(save(tiny.state_dict()), **overrides)
         assert "\n" not in str(caught.value)
 
 
@@ -199,7 +196,7 @@ def test_files_that_hold_no_mum(tiny, tmp_path, save):
         (save({"model": Custom()}, "custom"), r"test_load_pretrained.Custom"),
     ):
         with pytest.raises(WeightsError, match=words) as caught:
-            fastmum.load_pretrained(path)
+            load_pretrained(path)
         assert "\n" not in str(caught.value)
         assert str(path) in str(caught.value)
 
@@ -239,7 +236,7 @@ def features(model, images):
 
 
 def test_features_of_the_released_model(reference, save):
-    model = fastmum.load_pretrained(save(reference.state), norm_eps=reference.norm_eps)
+    model = load_pretrained(save(reference.state), norm_eps=reference.norm_eps)
     assert type(model) is MuM
     assert not model.training
     sizes = {name: value for name, value in vars(model.config).items() if name in reference.config}
@@ -265,7 +262,7 @@ def test_the_released_files_by_their_shapes(shared, save, name, encoder_only, ro
         )
     }
     pretrained = read_pretrained(save(like))
-    assert pretrained.config == fastmum.PRESETS["mum_vitl16_released"]
+    assert pretrained.config == PRESETS["mum_vitl16_released"]
     assert (pretrained.encoder_only, pretrained.rope_dtype) == (encoder_only, rope)
     assert "mum_vitl16_released" in pretrained.title
 
@@ -314,11 +311,11 @@ def released_encoder(state, images, heads, eps):
 def test_the_encoder_only_file_has_positions_in_bfloat16(reference, encoder_file):
     heads = reference.config["num_heads"]
     theirs = released_encoder(reference.state, reference.images, heads, 1e-5)
-    model = fastmum.load_pretrained(encoder_file)
+    model = load_pretrained(encoder_file)
     assert type(model) is Encoder
     assert model.rope_embed.periods.dtype == torch.bfloat16
     assert difference(features(model, reference.images), theirs) < 2e-6
-    exact = fastmum.load_pretrained(encoder_file, rope_dtype="float32")
+    exact = load_pretrained(encoder_file, rope_dtype="float32")
     assert difference(features(exact, reference.images), theirs) > 1e-5
 
 
@@ -326,16 +323,16 @@ def test_positions_in_either_precision_from_either_file(reference, encoder_file,
     whole = save(reference.state, "whole")
     for rope in ("float32", torch.bfloat16):
         ours, theirs = (
-            features(fastmum.load_pretrained(file, rope_dtype=rope, encoder_only=True), reference.images)
+            features(load_pretrained(file, rope_dtype=rope, encoder_only=True), reference.images)
             for file in (whole, encoder_file)
         )
         assert torch.equal(ours, theirs)
-    exact = fastmum.load_pretrained(encoder_file, rope_dtype="float32", norm_eps=reference.norm_eps)
+    exact = load_pretrained(encoder_file, rope_dtype="float32", norm_eps=reference.norm_eps)
     assert difference(features(exact, reference.images), reference.tensors["features.patch"]) < 1e-5
 
 
 def test_parameters_in_bfloat16_keep_positions_in_float32(reference, save):
-    model = fastmum.load_pretrained(save(reference.state), dtype="bfloat16", norm_eps=reference.norm_eps)
+    model = load_pretrained(save(reference.state), dtype="bfloat16", norm_eps=reference.norm_eps)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in model.buffers()} == {torch.float32}
     assert difference(features(model, reference.images).float(), reference.tensors["features.patch"]) < 0.02
