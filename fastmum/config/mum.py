@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fastmum.attention import BACKENDS
 from fastmum.config.schema import ConfigError, EngineConfig, key
 from fastmum.model.config import COMPILE_MODES, PRESETS, ModelConfig
-from fastmum.model.masking import num_visible
+from fastmum.model.inputs import num_visible
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Under autocast every step would cast every matrix to bfloat16 and every gradient back. Here the model holds the matrices
 in bfloat16 and their gradients are bfloat16. The optimizer holds the lower 16 bits of the float32 weight (the `rest`),
-and joins and splits the halves in its one pass (`fastmum.kernels.halves`). The numbers are those of autocast except for
+and joins and splits the halves in its one pass (`fastmum.kernels.adamw`). The numbers are those of autocast except for
 exact ties, one value of 131,072, which are rounded away from zero instead of to even.
 """
 
@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from fastmum.config.schema import OptimSection
 from fastmum.engine.gradients import local
 from fastmum.engine.task import ParamGroup, default_groups
-from fastmum.kernels.adamw import adamw_
-from fastmum.kernels.halves import Halves
+from fastmum.kernels.adamw import Halves, adamw_
 
 # Elements updated by one call: what stays in a CPU's cache; everything in one launch on a GPU.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 62}

@@ -28,7 +28,7 @@ from fastmum.evaluate.features import check_size, patch_size, squared
 from fastmum.evaluate.matching import Result
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pairs.scenes import SIZE, embedded_folders
-from fastmum.model.masking import num_visible, seeded_noise
+from fastmum.model.inputs import num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmum.model.block import AxialRope
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
-from fastmum.model.rope import AxialRope
 from fastmum.pretrained.files import read_saved
 from fastmum.pretrained.layout import DECODER, SIZES, MismatchError, State, WeightsError, find_state, sizes_by_shape
 

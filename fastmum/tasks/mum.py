@@ -27,9 +27,8 @@ from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.engine.task import Metric, Samples, StepOutput, Task
 from fastmum.kernels import gather_patches
 from fastmum.model.compile import blocks_of, compile_model, eager
-from fastmum.model.flops import step_flops
-from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
-from fastmum.model.masking import num_visible, seeded_noise
+from fastmum.model.config import step_flops
+from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD, num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 
 log = logging.getLogger(__name__)

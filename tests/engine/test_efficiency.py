@@ -7,8 +7,7 @@ import torch
 from fastmum.config import load_config
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.gpus import PAPER_RUNS, PEAKS, Efficiency, paper_line, peak_flops
-from fastmum.model.config import PRESETS
-from fastmum.model.flops import step_flops
+from fastmum.model.config import PRESETS, step_flops
 from fastmum.tasks.mum import MuMBatch, MuMTask
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from fastmum.errors import FastmumError
-from fastmum.kernels.halves import Halves
+from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
 

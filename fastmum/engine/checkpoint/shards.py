@@ -36,7 +36,7 @@ from fastmum.engine.checkpoint.manifest import (
     find_checkpoints,
     reason,
 )
-from fastmum.kernels.halves import Halves
+from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
 

@@ -35,7 +35,7 @@ from fastmum.engine.checkpoint.manifest import (
 )
 from fastmum.engine.checkpoint.shards import Group, Ranks, sync_folder, write_shards
 from fastmum.engine.gradients import local
-from fastmum.kernels.halves import Halves
+from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
 
