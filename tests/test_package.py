@@ -75,9 +75,7 @@ def test_the_reference_shares_no_code_with_fastmum():
 
 
 def run(code: str, **kwargs) -> str:
-    return subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, **kwargs
-    ).stdout.strip()
+    return subprocess.check_output([sys.executable, "-c", code], text=True, **kwargs).strip()
 
 
 @pytest.mark.parametrize(
