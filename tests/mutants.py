@@ -1,9 +1,9 @@
 """Mutation test: how many small errors in the source do the fast tests find?
 
-    python tests/mutants.py --seed 0 --count 80 --out mutants.json [--tree CHECKOUT] [--jobs 2]
+    python tests/mutants.py --seed 0 --count 80 --out mutants.json [--tree CHECKOUT] [--jobs AREAS_AT_ONCE]
 
 Picks seeded random mutants of five areas (swapped operators, constants + 1, negated conditions, removed statements),
-applies one at a time to a copy of the checkout and runs the tests of its area there (`--jobs` areas at the same time). A mutant is killed when a test
+applies one at a time to a copy of the checkout and runs the tests of its area there. A mutant is killed when a test
 fails or takes five times the CPU time of the unchanged copy. An interrupted run continues with the same `--out`.
 """
 
@@ -113,13 +113,9 @@ def mutations(node: Any) -> Iterator[tuple[str, Any, str]]:
             yield "condition", test, f"(not ({ast.unparse(test)}))"
         case ast.Expr(value=ast.Call() as call) if not is_skipped(call):
             yield "statement", node, "pass"
-        case (
-            ast.AugAssign()
-            | ast.Continue()
-            | ast.Break()
-            | ast.Delete()
-            | ast.Assign(targets=[ast.Attribute() | ast.Subscript()])
-        ):
+        case ast.AugAssign() | ast.Continue() | ast.Break() | ast.Delete():
+            yield "statement", node, "pass"
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield "statement", node, "pass"
     for name, value in ast.iter_fields(node):
         if name not in ("annotation", "returns", "decorator_list", "bases"):
