@@ -6,7 +6,8 @@ import torch
 
 from fastmum.config import load_config
 from fastmum.engine.distributed import DistContext
-from fastmum.engine.gpus import PAPER_RUNS, PEAKS, Efficiency, paper_line, peak_flops
+from fastmum.engine.gpus import PAPER_RUNS, PEAKS, peak_flops
+from fastmum.engine.meter import Efficiency, paper_line
 from fastmum.model.config import PRESETS
 from fastmum.model.flops import step_flops
 from fastmum.tasks.mum import MuMBatch, MuMTask
