@@ -69,7 +69,6 @@ class PaperRun(NamedTuple):
 
     @property
     def gpu_hours(self) -> float:
-        """Hours of all devices together."""
         return self.gpus * self.days * 24
 
 
