@@ -174,11 +174,9 @@ def _file(out: str | Path) -> Path:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m fastmum.data.build",
-        description="Build the manifest of a data set: which frames make up which sequences.",
-        epilog="`python -m fastmum.data.build NAME --help` shows the rules and options of a data set.",
-    )
+    description = "Build the manifest of a data set: which frames make up which sequences."
+    epilog = "`python -m fastmum.data.build NAME --help` shows the rules and options of a data set."
+    parser = argparse.ArgumentParser(prog="python -m fastmum.data.build", description=description, epilog=epilog)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True, title="data sets and their layouts")
     for name, builder in BUILDERS.items():
         released = f"\n--rule released: {builder.released}" if builder.released else ""

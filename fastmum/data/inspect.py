@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
+from fastmum.data.builders.base import names_in
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest
@@ -72,12 +73,7 @@ def find_missing(manifest: Manifest, column: str = "path", progress: bool = Fals
 
 def _absent(folder_names: tuple[Path, list[str]]) -> tuple[Path, list[str], list[str]]:
     folder, names = folder_names
-    try:
-        present = set(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        present = set()
-    except OSError as error:
-        raise DataError(f"the folder '{folder}' cannot be read ({error.strerror})") from None
+    present = set(names_in(folder))
     return folder, names, [name for name in names if name not in present]
 
 

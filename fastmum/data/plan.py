@@ -112,10 +112,8 @@ class StepPlanner:
             least = f"sequences have at least {views[0]} views (data.views)"
             raise DataError(f"data.frames_per_batch is {self.frames_per_gpu}, but {least}")
         if len(sizes) and sizes[-1] < views[1]:
-            self.notes.append(
-                f"sequences have at most {sizes[-1]} views instead of {views[1]} (data.views): no sequence is longer, "
-                "or a batch has no room for it"
-            )
+            most = f"sequences have at most {sizes[-1]} views instead of {views[1]} (data.views)"
+            self.notes.append(f"{most}: no sequence is longer, or a batch has no room for it")
         return sizes
 
     def _fill(self, views: tuple[int, int]) -> np.ndarray:
@@ -210,12 +208,9 @@ class Mixture:
     """
 
     def __init__(
-        self,
-        manifests: Any,
-        weights: Mapping[str, float] | None,
-        views: tuple[int, int],
+        self, manifests: Any, weights: Mapping[str, float] | None, views: tuple[int, int],
         keep: np.ndarray | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._names, self._starts = manifests.datasets, manifests.starts
         self.notes: list[str] = []
         self._sort_sequences(manifests.dataset_of, max(views[1], 2), keep)
@@ -266,10 +261,8 @@ class Mixture:
         got = shares @ table
         for i, share, weight in zip(self.multiple.tolist(), got, self._weights, strict=True):
             if drawn and len(sizes) and abs(share - weight) > WEIGHT_MISSED * weight:
-                self.notes.append(
-                    f"data set '{self._names[i]}' gets {share:.1%} of the frames of sequences and not {weight:.1%} as "
-                    "its weight says: many of its sequences are short"
-                )
+                got_share = f"gets {share:.1%} of the frames of sequences and not {weight:.1%} as its weight says"
+                self.notes.append(f"data set '{self._names[i]}' {got_share}: many of its sequences are short")
         return got
 
     def draw(self, lengths: np.ndarray, num_singles: int, rng: np.random.Generator) -> np.ndarray:

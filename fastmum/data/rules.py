@@ -35,15 +35,10 @@ def cut_into_chunks(num_frames: int, size: int = CHUNK, last_takes_rest: bool = 
 class Overlap(NamedTuple):
     """Shared points of all pairs of images that share any (compressed sparse rows, no diagonal)."""
 
-    points: np.ndarray  # (n,) int64, 3-D points that each image sees
+    points: np.ndarray  # (n,) int64, 3-D points that each image of the scene sees
     starts: np.ndarray  # (n + 1,) int64, entries of image i are starts[i]:starts[i + 1]
     neighbours: np.ndarray  # (e,) int32, images that share points with the row's image, ascending in each row
     shared: np.ndarray  # (e,) int32, number of shared points
-
-    @property
-    def num_images(self) -> int:
-        """Images of the scene, including those without points."""
-        return len(self.points)
 
     def row(self, image: int) -> tuple[np.ndarray, np.ndarray]:
         """Neighbours of an image (k,) and overlap_ij = shared points / points of i (k,) float64: not symmetric."""
@@ -88,7 +83,7 @@ def overlap_chains(
     if not len(linked):
         return []
     anchors = rng.choice(linked, size=sequences)
-    ranked = [overlap.ranked(i) for i in range(overlap.num_images)]
+    ranked = [overlap.ranked(i) for i in range(len(overlap.points))]
     chains = {anchor: _chain_from(anchor, ranked, length) for anchor in np.unique(anchors)}
     return [chains[anchor] for anchor in anchors]
 
@@ -117,10 +112,10 @@ def nearest_of_anchor(
     nothing. Anchors are drawn from all images; one whose file is missing (`present`, (n,) bool) costs a sequence.
     Returns image numbers (length,) int32 of each sequence, the anchor first.
     """
-    present = np.ones(overlap.num_images, bool) if present is None else present
+    present = np.ones(len(overlap.points), bool) if present is None else present
     if present.sum() < length:
         return []
-    anchors = rng.integers(overlap.num_images, size=sequences)
+    anchors = rng.integers(len(overlap.points), size=sequences)
     found = {anchor: _nearest(anchor, overlap, length, present) for anchor in np.unique(anchors[present[anchors]])}
     return [found[anchor] for anchor in anchors if present[anchor]]
 
@@ -149,7 +144,7 @@ def angle_chains(
     of each chain, in the order they are found.
     """
     flat = np.ascontiguousarray(rotations, np.float64).reshape(-1, 9)
-    unused = np.ones(overlap.num_images, bool)
+    unused = np.ones(len(overlap.points), bool)
     chains = []
     for seed in np.argsort(-overlap.points, kind="stable"):
         if not unused[seed]:

@@ -109,12 +109,12 @@ def is_image(name: str) -> bool:
 
 def images_in(folder: Path) -> list[str]:
     """Names of the images in a folder in natural order (2 before 10); empty if there is no such folder."""
-    return natsort.natsorted(name for name in _names(folder) if is_image(name))
+    return natsort.natsorted(name for name in names_in(folder) if is_image(name))
 
 
 def folders_in(folder: Path) -> list[str]:
     """Names of the visible sub-folders in natural order; empty if there is no such folder."""
-    names = (name for name in _names(folder) if not name.startswith("."))
+    names = (name for name in names_in(folder) if not name.startswith("."))
     return natsort.natsorted(name for name in names if os.path.isdir(os.path.join(folder, name)))
 
 
@@ -133,12 +133,13 @@ def existing(root: Path, paths: Iterable[str]) -> list[str] | None:
     for path in paths:
         folder, _, name = path.rpartition("/")
         if folder not in listed:
-            listed[folder] = frozenset(_names(root / folder))
+            listed[folder] = frozenset(names_in(root / folder))
         found.append(path if name in listed[folder] else "")
     return found if any(found) else None
 
 
-def _names(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
+    """Names of all files and sub-folders; empty if there is no such folder."""
     try:
         return os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
