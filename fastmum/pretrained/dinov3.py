@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmum.model.block import BASE, AxialRope
+from fastmum.model.block import BASE
 from fastmum.model.config import MLP_RATIO, ModelConfig
 from fastmum.pretrained.layout import WeightsError
 
 MODEL_TYPE = "dinov3_vit"
-CLS = "embeddings.cls_token"
 NAMES = {
-    "cls_token": CLS, "patch_embed.proj": "embeddings.patch_embeddings", "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj",
+    "cls_token": "embeddings.cls_token", "patch_embed.proj": "embeddings.patch_embeddings",
+    "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.up_proj", "mlp.fc2": "mlp.down_proj",
 }  # fmt: skip
 UNUSED = ("embeddings.mask_token", "embeddings.register_tokens")
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
@@ -68,19 +67,16 @@ def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of an encoder from that of a `DINOv3ViTModel` and the content of its `config.json`.
+    """The parameters of an encoder from those of a `DINOv3ViTModel` and the content of its `config.json`.
 
     LayerScale is multiplied into the layer before it; a missing key bias is 0. Also returns fields of `ModelConfig`
-    that the state dict does not determine. WeightsError if the model computes something else.
+    that the parameters do not determine. WeightsError if the model computes something else.
     """
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise WeightsError(f"{key} is {config[key]}, but an encoder of fastmum has {value}")
     theirs = {re.sub(r"^model\.layer\.", "layer.", name): tensor for name, tensor in tensors.items()}
-    theirs = {name: tensor for name, tensor in theirs.items() if name not in UNUSED}
-    rope = AxialRope(theirs[CLS].shape[2] // config["num_attention_heads"])
-    rope.init_weights()
-    state = {"rope_embed.periods": rope.periods}
+    state, theirs = {}, {name: tensor for name, tensor in theirs.items() if name not in UNUSED}
     scales = {name: theirs.pop(name) for name in list(theirs) if name.endswith(".lambda1")}
     for name in [name for name in theirs if f".{QKV[0]}." in name]:
         names = [name.replace(QKV[0], part) for part in QKV]
@@ -94,7 +90,7 @@ def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tup
                 factor = scales[f"layer.{name.split('.')[1]}.{scale}"]
                 tensor = tensor * (factor[:, None] if tensor.ndim == 2 else factor)
         state[name] = tensor
-    return state, {"norm_eps": config["layer_norm_eps"]}
+    return state, {"num_heads": config["num_attention_heads"], "norm_eps": config["layer_norm_eps"]}
 
 
 def _ours(name: str) -> str:

@@ -78,7 +78,7 @@ def _read_dinov3(path: Path) -> Saved:
     except (KeyError, RuntimeError, TypeError) as error:
         what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
         raise WeightsError(f"'{path}' does not hold an encoder of fastmum ({what})") from None
-    return Saved(path, state, sizes)
+    return Saved(path, state, sizes, parameters_only=True)
 
 
 def _read_safetensors(path: Path) -> Saved:

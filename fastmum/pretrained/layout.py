@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 
 SIZES = tuple(field.name for field in dataclasses.fields(ModelConfig))
+RELEASED_FIRST = tuple(dict.fromkeys(("mum_vitl16_released", *PRESETS)))  # presets in the order of preference
 DECODER = ("mask_token", "decoder_", "rope_embed_decoder.")
 # Keys of every MuM, with or without decoder.
 ANCHORS = ("cls_token", "patch_embed.proj.weight", "rope_embed.periods", "norm.weight")
@@ -116,7 +117,7 @@ def sizes_by_shape(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "in_chans": shape[1], "patch_size": shape[2],
     }  # fmt: skip
     known = {name: size for name, size in found.items() if size}
-    presets = [PRESETS["mum_vitl16_released"], *PRESETS.values()]
+    presets = (PRESETS[name] for name in RELEASED_FIRST)
     nearest = max(presets, key=lambda preset: sum(getattr(preset, name) == size for name, size in known.items()))
     sizes = vars(nearest) | known
     for name, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):

@@ -17,7 +17,16 @@ from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.pretrained.files import read_saved
-from fastmum.pretrained.layout import DECODER, SIZES, MismatchError, State, WeightsError, find_state, sizes_by_shape
+from fastmum.pretrained.layout import (
+    DECODER,
+    RELEASED_FIRST,
+    SIZES,
+    MismatchError,
+    State,
+    WeightsError,
+    find_state,
+    sizes_by_shape,
+)
 
 log = logging.getLogger(__name__)
 
@@ -175,8 +184,7 @@ def _is_rounded(saved: Tensor, exact: Tensor) -> bool:
 def _preset(config: ModelConfig, encoder_only: bool) -> str | None:
     """The preset of these sizes, or None. Without a decoder, only the encoder's sizes count."""
     counted = [name for name in SIZES if not (encoder_only and name.startswith("decoder_"))]
-    released_first = {"mum_vitl16_released": PRESETS["mum_vitl16_released"]} | PRESETS
-    matches = (n for n, p in released_first.items() if all(getattr(p, s) == getattr(config, s) for s in counted))
+    matches = (n for n in RELEASED_FIRST if all(getattr(PRESETS[n], s) == getattr(config, s) for s in counted))
     return next(matches, None)
 
 
