@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from plane_world import Shot, exact, shot, walk
 from scipy.spatial.transform import Rotation
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import load_image
-from fastmum.evaluate.pairs import SETS, open_pairs, overlap, pair_warp
+from fastmum.evaluate.pairs import SETS, open_pairs, overlap, pair_warp, same_set
 from fastmum.evaluate.pairs.jsonl import split
+from fastmum.evaluate.pairs.scenes import embedded_folders
 from fastmum.geometry.warp import grid_points
 
 
@@ -227,10 +230,8 @@ def test_pairs_without_depth_are_skipped(wall_file, caplog):
 
 
 def test_pairs_that_share_pictures_stay_together(wall_pairs):
-    test, train = split(wall_pairs.pairs)
-    assert (len(test), len(train)) == (5, 0)
-    apart = [wall_pairs.pairs[0], wall_pairs.pairs[2], wall_pairs.pairs[4]]
-    assert [len(part) for part in split(apart)] == [2, 1]
+    assert [len(part) for part in split(wall_pairs.pairs)] == [5, 0]
+    assert [len(part) for part in split(wall_pairs.pairs[::2])] == [2, 1]
 
 
 def test_project_pairs(shared):
@@ -248,9 +249,9 @@ def spoil(file: Path, **changes) -> None:
     file.write_text("\n".join([*lines[:2], json.dumps({k: v for k, v in record.items() if v != "drop"}), *lines[3:]]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_records_and_files_that_cannot_be_used(wall_file):
+    lines = wall_file.read_text()
+    for changes, message in (
         ({"K_a": "drop"}, "line 3 .* K_a"),
         ({"K_a": [[1, 0], [0, 1]]}, "K_a in line 3"),
         ({"K_a": np.zeros((3, 3)).tolist()}, "K_a in line 3 .* singular"),
@@ -261,15 +262,12 @@ def spoil(file: Path, **changes) -> None:
         ({"depth_b": "pairs.jsonl"}, "pairs.jsonl"),
         ({"id": "pair 0"}, "line 3 .* 'pair 0' of line 1"),
         ({"depth_unit": "millimetres"}, "depth_unit in line 3"),
-    ],
-)
-def test_records_that_cannot_be_used(wall_file, changes, message):
-    spoil(wall_file, **changes)
-    with pytest.raises(DataError, match=message):
-        open_pairs(str(wall_file))
-
-
-def test_files_that_cannot_be_read(wall_file):
+    ):
+        wall_file.write_text(lines)
+        spoil(wall_file, **changes)
+        with pytest.raises(DataError, match=message):
+            open_pairs(str(wall_file))
+    wall_file.write_text(lines)
     pairs = open_pairs(str(wall_file)).pairs
     for file, read in (("0.png", lambda: load_image(pairs[0].a, 32)), ("3_depth.png", pairs[1].b.read_depth)):
         (wall_file.parent / file).write_bytes(b"nothing")
@@ -280,47 +278,33 @@ def test_files_that_cannot_be_read(wall_file):
         open_pairs(str(wall_file))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nowhere", "there is no 'nowhere'"),
-        ("megadepth", "write megadepth:/path"),
-        ("motorcycle:/x", "write motorcycle"),
-        ("scenes:/nowhere", "there is no '/nowhere'"),
-    ],
-)
-def test_names_that_name_nothing(name, message):
-    with pytest.raises(DataError, match=message):
-        open_pairs(name)
-
-
-@pytest.mark.parametrize("kind", [kind for kind, layout in SETS.items() if layout.open])
-def test_folders_that_hold_something_else(tmp_path, kind):
+def test_names_that_name_nothing(tmp_path):
     (tmp_path / "readme.txt").touch()
-    with pytest.raises(DataError, match=str(tmp_path)):
-        open_pairs(f"{kind}:{tmp_path}")
-    with pytest.raises(DataError, match="no set of pairs"):
-        open_pairs(str(tmp_path))
+    kinds = [kind for kind, layout in SETS.items() if layout.open]
+    for name, message in (
+        ("nowhere", "there is no 'nowhere'"), ("megadepth", "write megadepth:/path"),
+        ("motorcycle:/x", "write motorcycle"), ("scenes:/nowhere", "there is no '/nowhere'"),
+        (str(tmp_path), "no set of pairs"), *((f"{kind}:{tmp_path}", str(tmp_path)) for kind in kinds),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            open_pairs(name)
 
 
 NO_FOCAL = '[{"filename": "a.jpg", "image_size": [1, 1], "camera": {"q": [1, 0, 0, 0], "focal_length": 0}}]'
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_cameras_that_are_none(tmp_path):
+    for i, (name, content, message) in enumerate((
         ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "annotations.json"),
         ("cat/wild_set/annotations.json", NO_FOCAL, "'a.jpg' in '.*annotations.json' has .* focal_length 0"),
         ("scene_0000/cameras.json", '{"depth_unit": "x"}', "cameras.json"),
         ("scene_0000/cameras.json", "{", "cameras.json"),
-    ],
-)
-def test_cameras_that_are_none(tmp_path, name, content, message):
-    file = tmp_path / name
-    file.parent.mkdir(parents=True)
-    file.write_text(content)
-    with pytest.raises(DataError, match=message):
-        open_pairs(str(tmp_path))
+    )):  # fmt: skip
+        file = tmp_path / str(i) / name
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            open_pairs(str(tmp_path / str(i)))
 
 
 def test_singular_cameras_are_named(tmp_path):
@@ -347,3 +331,56 @@ def test_scene_information_that_is_none(tmp_path):
     np.savez(tmp_path / "0015_0.1_0.3.npz", poses=np.zeros(3))
     with pytest.raises(DataError, match=r"0015_0.1_0.3.npz.* MegaDepth"):
         open_pairs(str(tmp_path))
+
+
+def test_rendered_scenes_are_split_by_scene(rendered):
+    test, train, everything = (open_pairs(str(rendered), part) for part in ("test", "train", "all"))
+    assert {pair.scene for pair in test.pairs} == {"scene_0001"}
+    assert {pair.scene for pair in train.pairs} == {"scene_0000"}
+    assert len(everything.pairs) == len(test.pairs) + len(train.pairs)
+    assert len(open_pairs(str(rendered), "trainable").pairs) == len(everything.pairs)
+    assert overlap(train, test) is None
+    assert overlap(everything, test) == "scene 'scene_0001'"
+    assert load_image(test.pairs[0].a, 96).shape == (96, 96, 3)
+
+
+def test_embedded_scenes_to_test_and_to_train_on_differ(rendered, monkeypatch):
+    folders = {"train": [rendered / "scene_0000"], "all": [rendered / "scene_0001"]}
+    with monkeypatch.context() as patched:
+        patched.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
+        for name in ("scenes", "motorcycle"):
+            assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.ensure_scenes", lambda count, *settings: count)
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.scene_dirs", lambda root, count: list(range(count)))
+    assert embedded_folders("test") == embedded_folders("all") == list(range(6))
+    assert embedded_folders("train") == list(range(6, 18))
+
+
+def test_pictures_are_shared_under_any_name(rendered, wall_file, tmp_path):
+    """Scene names mean nothing across folders, files do."""
+    again = tmp_path / "again"
+    shutil.copytree(rendered, again)
+    scenes, copied = open_pairs(str(rendered), "all"), open_pairs(str(again), "all")
+    assert overlap(scenes, copied) is None
+    (tmp_path / "link").symlink_to(rendered)
+    assert overlap(open_pairs(str(tmp_path / "link"), "all"), scenes) == "scene 'scene_0000'"
+    text = "".join(wall_file.read_text().splitlines(True)[5:])
+    (tmp_path / "mine.jsonl").write_text(text.replace('a": "', 'a": "wall/').replace('b": "', 'b": "wall/'))
+    shared = overlap(open_pairs(str(tmp_path / "mine.jsonl")), open_pairs(str(wall_file)))
+    assert shared == f"picture '{(wall_file.parent / '10.png').resolve()}'"
+
+
+def test_names_of_one_set(rendered, wall_file, tmp_path):
+    names = [str(wall_file), str(wall_file.parent), f"{wall_file.parent}/", f"pairs:{wall_file}"]
+    assert all(same_set(one, other) for one in names for other in names)
+    assert same_set("scenes", "scenes")
+    for one, other in (("scenes", "motorcycle"), ("scenes", str(rendered)), (str(rendered), str(wall_file))):
+        assert not same_set(one, other)
+
+
+def test_some_pairs_of_a_set(wall_pairs):
+    assert [pair.name for pair in wall_pairs.first(2).pairs] == ["0-1", "4-5"]
+    assert wall_pairs.first(9) is wall_pairs.first(None) is wall_pairs
+    both = wall_pairs.both_ways().pairs
+    assert len(both) == 10
+    assert torch.equal(torch.from_numpy(both[0].T_b_a @ both[1].T_b_a).round(decimals=9), torch.eye(4).double())
