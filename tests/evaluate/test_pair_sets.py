@@ -307,8 +307,14 @@ def test_cameras_that_are_none(tmp_path):
             open_pairs(str(tmp_path / str(i)))
 
 
-def test_singular_cameras_are_named(tmp_path):
-    shots = walk(3)
+def test_broken_scene_information_and_singular_cameras_are_named(tmp_path):
+    file, shots = tmp_path / "0015_0.1_0.3.npz", walk(3)
+    file.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=file.name):
+        open_pairs(str(tmp_path))
+    np.savez(file, poses=np.zeros(3))
+    with pytest.raises(DataError, match=rf"{file.name}.* MegaDepth"):
+        open_pairs(str(tmp_path))
     for key, what in (("poses", "pose 1 in"), ("intrinsics", "intrinsics 1 in")):
         information = megadepth(tmp_path / key, "0015", shots)
         information[key][1] = np.zeros_like(information[key][1])
@@ -322,15 +328,6 @@ def test_singular_cameras_are_named(tmp_path):
         np.savetxt(root / "scene0707_00" / name, np.zeros(shape))
         with pytest.raises(DataError, match=f"scene0707_00/{name}' .* singular"):
             open_pairs(str(root))
-
-
-def test_scene_information_that_is_none(tmp_path):
-    (tmp_path / "0015_0.1_0.3.npz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"0015_0.1_0.3.npz"):
-        open_pairs(str(tmp_path))
-    np.savez(tmp_path / "0015_0.1_0.3.npz", poses=np.zeros(3))
-    with pytest.raises(DataError, match=r"0015_0.1_0.3.npz.* MegaDepth"):
-        open_pairs(str(tmp_path))
 
 
 def test_rendered_scenes_are_split_by_scene(rendered):
