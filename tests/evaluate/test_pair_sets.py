@@ -119,7 +119,7 @@ def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
 
 @pytest.mark.parametrize("folder", ["scans_test", ""])
 def test_scannet_of_roma(tmp_path, folder):
-    shots, scene = walk(4), tmp_path / folder / "scene0707_00"
+    shots, scene, files = walk(4), tmp_path / folder / "scene0707_00", tmp_path / "scannet_indices"
     scannet(scene, dict(zip((0, 15, 30, 45), shots, strict=True)), np.diag([20, 20, 1]))
     np.savetxt(scene / "pose/45.txt", np.full((4, 4), -np.inf))  # tracking was lost
     listed = np.array([[707, 0, 15, 30], [707, 0, 0, 45], [707, 0, 30, 0]])
@@ -131,6 +131,12 @@ def test_scannet_of_roma(tmp_path, folder):
     check(pairs.pairs[1], shots[2], shots[0])
     with pytest.raises(DataError, match="--train-data"):
         open_pairs(str(tmp_path), "train")
+    scannet(tmp_path / "scans/scans_train/scene0001_00", dict(zip((0, 10, 25), shots[:3], strict=True)), np.eye(3))
+    files.mkdir()
+    listed, scores = np.array([[1, 0, 0, 10], [1, 0, 10, 25], [1, 0, 10, 0]]), np.array([0.6, 0.6, 0.2])
+    np.savez(files / "scene0001_00.npz", name=listed, score=scores)
+    assert names(f"scannet:{tmp_path}", "train") == names(tmp_path, "trainable") == ["scene0001_00/0-10"]
+    check(open_pairs(str(tmp_path), "train").pairs[0], *shots[:2])
 
 
 def test_scannet_of_loftr_with_intrinsics_of_depth(tmp_path):
@@ -143,17 +149,6 @@ def test_scannet_of_loftr_with_intrinsics_of_depth(tmp_path):
     np.savez(root / "test.npz", name=np.array([[708, 1, 0, 100]]))
     np.savez(root / "intrinsics.npz", scene0708_01=shots[0].K)
     check(open_pairs(str(tmp_path)).pairs[0], *shots)
-
-
-def test_scannet_training_pairs(tmp_path):
-    shots = walk(3)
-    scannet(tmp_path / "scans/scans_train/scene0001_00", dict(zip((0, 10, 25), shots, strict=True)), np.eye(3))
-    (tmp_path / "scannet_indices").mkdir()
-    listed, scores = np.array([[1, 0, 0, 10], [1, 0, 10, 25], [1, 0, 10, 0]]), np.array([0.6, 0.6, 0.2])
-    np.savez(tmp_path / "scannet_indices/scene0001_00.npz", name=listed, score=scores)
-    np.savez(tmp_path / "test.npz", name=np.zeros((0, 4), int))
-    assert names(f"scannet:{tmp_path}", "train") == names(tmp_path, "trainable") == ["scene0001_00/0-10"]
-    check(open_pairs(str(tmp_path), "train").pairs[0], *shots[:2])
 
 
 def navi(root: Path, count: int = 9) -> list[Shot]:
@@ -209,7 +204,7 @@ def test_pairs_in_a_text_file(wall_file):
         assert [pair.scene for pair in open_pairs(name).pairs[1:3]] == ["pairs", key]
 
 
-def test_depth_units_of_records(wall_file):
+def test_depth_of_records(wall_file, caplog):
     """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
     folder, shots = wall_file.parent, walk(16)
     np.save(folder / "4.npy", shots[4].depth())
@@ -221,9 +216,6 @@ def test_depth_units_of_records(wall_file):
     pair = open_pairs(str(wall_file)).pairs[2]
     assert np.allclose(pair.a.read_depth(), shots[4].depth(), rtol=1e-5)
     assert np.allclose(pair.b.read_depth(), 100 * shots[5].depth(), atol=0.1)
-
-
-def test_pairs_without_depth_are_skipped(wall_file, caplog):
     spoil(wall_file, depth_b=None)
     assert len(open_pairs(str(wall_file)).pairs) == 7
     assert "1 of 8 pairs have no depth" in caplog.text
