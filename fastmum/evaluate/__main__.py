@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -174,13 +174,13 @@ def _run(args: Namespace) -> None:
     make_folder(out)
     read(out)  # the page needs every result; fail before the evaluation
     overrides = parse_overrides(args.overrides, {"device": "--device"})
-    weights = load_weights(args.weights, args.name, pick_device(args.device, key="--device"), overrides, args.seed)
+    device = pick_device(args.device, key="--device")
+    name, model = load_weights(args.weights, args.name, device, overrides, args.seed)
     if args.size is not None:
-        check_size(weights.model, args.size)
-    about = {"task": args.task, "set": "", "weights": weights.name, "source": args.weights, "data": args.data}
-    set_name, numbers, pictures = EVALUATIONS[args.task](
-        args, weights.model, lambda name: check_free(out, about | {"set": name})
-    )
+        check_size(model, args.size)
+    about = {"task": args.task, "set": "", "weights": name, "source": args.weights, "data": args.data}
+    evaluate = EVALUATIONS[args.task]
+    set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
     about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     saved = save(out, about | numbers, pictures)
     records = read(out)
@@ -190,23 +190,13 @@ def _run(args: Namespace) -> None:
     print(f"{text}\n{saved.file}\n{out / 'report.html'}")
 
 
-class Weights(NamedTuple):
-    """A model in eval mode, and its name in tables and files."""
-
-    name: str
-    model: Encoder
-
-
 def load_weights(
     source: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
-) -> Weights:
-    """Load weights that `fastmum.load_pretrained` reads, or create an untrained model from "random:PRESET".
+) -> tuple[str, Encoder]:
+    """A model in eval mode, and its name in tables and files, by default derived from the source.
 
-    `overrides` are those of `fastmum.load_pretrained`, or sizes that differ from the preset. The name is derived from
-    the source if it is None.
-
-    Raises:
-        WeightsError: weights that cannot be loaded, an unknown preset or an invalid size.
+    `source` and `overrides` are those of `fastmum.load_pretrained`, or "random:PRESET" and sizes that differ from the
+    preset, for an untrained model. Raises `WeightsError`.
     """
     if not source.startswith(RANDOM):
         path = Path(source).expanduser().absolute()
@@ -214,7 +204,7 @@ def load_weights(
             derived = f"{path.parent.parent.name} {path.name}"
         else:
             derived = path.parent.name if path.name == "checkpoints" else path.stem if path.is_file() else path.name
-        return Weights(name or derived, fastmum.load_pretrained(source, device=device, **overrides))
+        return name or derived, fastmum.load_pretrained(source, device=device, **overrides)
     preset = source.removeprefix(RANDOM)
     if preset not in PRESETS:
         raise WeightsError(f"there is no preset '{preset}' for --weights {RANDOM}PRESET: one of {', '.join(PRESETS)}")
@@ -228,7 +218,7 @@ def load_weights(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MuM(config)
-    return Weights(name or f"untrained {preset}", model.to(device).eval())
+    return name or f"untrained {preset}", model.to(device).eval()
 
 
 def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:

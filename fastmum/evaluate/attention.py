@@ -34,17 +34,13 @@ class Recorder:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (T_q, h, d), k and v (T, h, d), T = n * 2 * (1 + P) -> (T_q, h, d); q may lack the CLS tokens."""
-        self.maps.append(self._map(q, k))
+        queries_A = q.unflatten(0, (self._pairs, 2, -1))[:, 0, -self._patches :].float()  # CLS, if present, is first
+        logits = torch.einsum("nqhd,nkhd->nhqk", queries_A, k.unflatten(0, (self._pairs, -1)).float())
+        maps = (logits * q.shape[-1] ** -0.5).softmax(-1)[..., -self._patches :].mean(1)
+        self.maps.append(maps.cpu())  # (n, P, P) float32, from patches of A to patches of B
         queries, keys = (len(x) // self._pairs for x in (q, k))
         ends_q, ends_k = (torch.arange(self._pairs + 1, dtype=torch.int32) * tokens for tokens in (queries, keys))
         return ragged_attention(q, k, v, ends_k, keys, cu_seqlens_q=ends_q, max_seqlen_q=queries)
-
-    def _map(self, q: Tensor, k: Tensor) -> Tensor:
-        """Weights from patches of A to patches of B, mean over heads, (n, P, P) float32 on the CPU."""
-        queries = q.unflatten(0, (self._pairs, 2, -1))[:, 0, -self._patches :].float()  # CLS, if present, is first
-        keys = k.unflatten(0, (self._pairs, -1)).float()
-        logits = torch.einsum("nqhd,nkhd->nhqk", queries, keys) * q.shape[-1] ** -0.5
-        return logits.softmax(-1)[..., -self._patches :].mean(1).cpu()
 
 
 @torch.no_grad()

@@ -90,7 +90,7 @@ def check_free(folder: Path, content: dict[str, Any]) -> None:
     old = _content(file) if file.exists() else content
     if (old["set"], old["weights"]) != (content["set"], content["weights"]):
         new, other = (f"'{each['weights']}' on '{each['set']}'" for each in (content, old))
-    elif "source" in old and "source" in content and _resolved(old) != _resolved(content):
+    elif len({Path(each["source"]).expanduser().resolve() for each in (content, old) if "source" in each}) == 2:
         new, other = (f"'{each['source']}'" for each in (content, old))
     else:
         return
@@ -137,10 +137,6 @@ def _content(file: Path) -> dict[str, Any]:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise DataError(f"'{file}' is no result of fastmum.evaluate ({reason}); move it elsewhere") from None
     return content
-
-
-def _resolved(content: dict[str, Any]) -> Path:
-    return Path(content["source"]).expanduser().resolve()
 
 
 def _pictures(folder: Path, stem: str) -> list[Path]:

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmum.errors import run_command
+from fastmum.errors import FastmumError, run_command
 from fastmum.files import write_atomic
 from fastmum.report.page import report_page
-from fastmum.report.run import ReportError, distinct_labels, read_run
+from fastmum.report.run import distinct_labels, read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,16 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run (run.dir)")
     parser.add_argument("--out", type=Path, help="file to write (default: report.html in the folder of the first run)")
     args = parser.parse_args(argv)
-    return run_command(lambda: _write(args.runs, (args.out or args.runs[0] / "report.html").expanduser()))
 
+    def write() -> None:
+        out = (args.out or args.runs[0] / "report.html").expanduser()
+        content = report_page(distinct_labels([read_run(root.expanduser()) for root in args.runs]))
+        try:
+            write_atomic(out, content)
+        except OSError as error:
+            raise FastmumError(f"'{out}' cannot be written ({error.strerror})") from None
+        print(f"{out} ({len(content.encode()) / 1e6:.1f} MB)")
 
-def _write(roots: list[Path], out: Path) -> None:
-    content = report_page(distinct_labels([read_run(root.expanduser()) for root in roots]))
-    try:
-        write_atomic(out, content)
-    except OSError as error:
-        raise ReportError(f"'{out}' cannot be written ({error.strerror})") from None
-    print(f"{out} ({len(content.encode()) / 1e6:.1f} MB)")
+    return run_command(write)
 
 
 if __name__ == "__main__":

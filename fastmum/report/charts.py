@@ -16,7 +16,6 @@ import numpy as np
 
 from fastmum.report.run import Point, Run
 
-COLORS = [f"var(--series-{n})" for n in range(1, 7)]  # page.html
 INK, GRID = ("#fffd00", "var(--soft)"), ("#fffd01", "var(--line)")  # placeholder, CSS colour
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 9, "text.color": INK[0], "axes.labelcolor": INK[0], "xtick.color": INK[0],
@@ -44,8 +43,6 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A line chart for a page."""
-
     title: str
     lines: list[Line]
     y_label: str  # quantity and unit
@@ -95,8 +92,7 @@ class Chart:
                 axes.set_ylim(min(values) - room, max(values) + room)
             if self.from_zero and min(values, default=0.0) >= 0:
                 axes.set_ylim(0, max(axes.get_ylim()[1], float(self.counts)))
-            file = io.StringIO()
-            metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none
+            file, metadata = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none
             figure.savefig(file, format="svg", transparent=True, metadata=metadata)
         text = re.sub(r' id="[\w.]+_\d+"', "", file.getvalue())  # ids must be unique in a page
         return re.sub(r"#fff[de]\w\w\b", lambda found: colors[found[0]], text[text.index("<svg") :])
@@ -110,8 +106,8 @@ def thin(points: list[Point], most: int) -> np.ndarray:
 
 
 def color(index: int) -> str:
-    """CSS colour of a run or series."""
-    return COLORS[index % len(COLORS)]
+    """CSS colour of a run or series, from page.html."""
+    return f"var(--series-{index % 6 + 1})"
 
 
 def report_charts(runs: list[Run]) -> list[Chart]:

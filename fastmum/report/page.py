@@ -36,16 +36,11 @@ def report_page(runs: list[Run]) -> str:
         hours.append((f"paper: {paper.name}", paper.gpu_hours, paper.gpu_hours, text, "var(--quiet)"))
     return render(
         "report/report.html",
-        title=" · ".join(run.label for run in runs),
-        runs=runs,
-        pictures=[_pictures(run) for run in runs],
+        title=" · ".join(run.label for run in runs), runs=runs, hours=hours, source=SOURCE, color=color,
+        charts=report_charts(runs), pictures=[_pictures(run) for run in runs],
         summaries=[_summary(run) for run in runs],
         details=[row for run in runs for row in _details(run, f" of {run.label}" if len(runs) > 1 else "")],
-        charts=report_charts(runs),
-        hours=hours,
-        source=SOURCE,
-        color=color,
-    )
+    )  # fmt: skip
 
 
 def render(template: str, **values: Any) -> str:
@@ -72,12 +67,11 @@ def number(value: float | None, percent: bool = False) -> str:
 
 
 def date(time: datetime) -> str:
-    """2026-11-28 20:15 UTC."""
     return f"{time:%Y-%m-%d %H:%M} UTC"
 
 
 def embed(path: Path, max_side: int = 1280) -> str | None:
-    """A picture as a data URL, at most `max_side` pixels wide and high; None if the file is no (whole) picture."""
+    """A picture as a data URL, at most `max_side` pixels wide and high; None if it cannot be read."""
     try:
         with Image.open(path) as file:
             picture = file.convert("RGB")
@@ -91,10 +85,9 @@ def embed(path: Path, max_side: int = 1280) -> str | None:
 
 def _pictures(run: Run) -> list[tuple[int, str]]:
     """(step, data URL) of reconstructions, evenly spread over the run."""
-    steps = np.array(list(run.pictures), int)
-    if len(steps) > MAX_PICTURES:
-        steps = steps[np.linspace(0, len(steps) - 1, MAX_PICTURES).round().astype(int)]
-    return [(int(step), url) for step in steps if (url := embed(run.pictures[step]))]
+    steps = list(run.pictures)
+    shown = np.linspace(0, len(steps) - 1, min(MAX_PICTURES, len(steps))).round().astype(int)
+    return [(steps[i], url) for i in shown if (url := embed(run.pictures[steps[i]]))]
 
 
 def _summary(run: Run) -> list[tuple[str, str, str]]:

@@ -19,16 +19,10 @@ from fastmum.errors import FastmumError
 Point = tuple[float, float]
 
 
-class ReportError(FastmumError):
-    """A run that cannot be read, or a page that cannot be written."""
-
-
 class Checkpoint(NamedTuple):
-    """A checkpoint in the folder; `size` in bytes."""
-
     step: int
     name: str
-    size: int
+    size: int  # bytes
     written: datetime
 
 
@@ -42,13 +36,12 @@ class Run:
     config: str  # text of config.yaml, "" without that file
     steps: int | None  # train.steps, if the configuration has it
     pictures: dict[int, Path]  # reconstructions by step
-    checkpoints: list[Checkpoint]
+    checkpoints: list[Checkpoint]  # ascending
     bad_frames: list[str]  # lines of bad_frames.log
     written: datetime  # when metrics.jsonl was
 
     @property
     def step(self) -> int:
-        """Steps done at the last line."""
         return int(self.records[-1]["step"])
 
     def series(self, name: str, x: str = "step") -> list[Point]:
@@ -67,23 +60,20 @@ class Run:
 
 
 def read_run(root: Path) -> Run:
-    """Read the folder of a run.
-
-    Raises:
-        ReportError: it is missing, unreadable or has no metrics yet.
-    """
+    """Read the folder of a run; a `FastmumError` if it is missing, unreadable or has no metrics yet."""
     paths = RunDir(root)
     try:
         if not root.is_dir():
-            raise ReportError(f"there is no run '{root}'")
+            raise FastmumError(f"there is no run '{root}'")
         if not paths.metrics.is_file():
-            raise ReportError(f"'{root}' is no run: it has no {paths.metrics.name}")
-        lines = [line for line in read_metrics(paths.metrics) if isinstance(line.get("step"), int)]
+            raise FastmumError(f"'{root}' is no run: it has no {paths.metrics.name}")
         records = [
-            {key: v for key, v in line.items() if isinstance(v, int | float) and math.isfinite(v)} for line in lines
+            {key: value for key, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
+            for line in read_metrics(paths.metrics)
+            if isinstance(line.get("step"), int)
         ]
         if not records:
-            raise ReportError(f"'{paths.metrics}' has no line yet; the first comes after train.log_every steps")
+            raise FastmumError(f"'{paths.metrics}' has no line yet; the first comes after train.log_every steps")
         config, bad_frames = (
             path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
             for path in (paths.config, paths.bad_frames)
@@ -97,7 +87,7 @@ def read_run(root: Path) -> Run:
         pictures = {int(found[1]): file for file in files if (found := re.fullmatch(r"step_(\d+)\.png", file.name))}
         checkpoints, written = _checkpoints(paths.checkpoints), _time(paths.metrics)
     except OSError as error:
-        raise ReportError(f"'{error.filename or root}' cannot be read ({error.strerror})") from None
+        raise FastmumError(f"'{error.filename or root}' cannot be read ({error.strerror})") from None
     pictures = dict(sorted(pictures.items()))
     return Run(root, name, records, config, steps, pictures, checkpoints, bad_frames.splitlines(), written)
 

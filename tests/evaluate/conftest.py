@@ -37,12 +37,10 @@ def wall_pairs() -> PairSet:
 class ByColour(nn.Module):
     """Features that are waves of a patch's mean red and green: patches of one place on the wall have like features.
 
-    Before the norm, patches come behind CLS and four registers, as in DINOv2 with registers. With `noise`, as many
-    channels again are nothing but noise of that size, other in every picture.
+    Before the norm, CLS and four registers come first, as in DINOv2 with registers.
     """
 
     patch_size = 4
-    noise = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,8 +51,6 @@ class ByColour(nn.Module):
         colours = images[:, :2].unfold(2, p, p).unfold(3, p, p).mean((-2, -1)).flatten(2).mT
         phases = colours[..., None] * self.waves
         patches = torch.cat([phases.sin(), phases.cos()], -1).flatten(2)
-        if self.noise:
-            patches = torch.cat([patches, self.noise * torch.randn_like(patches)], -1)
         others = torch.full_like(patches[:, :5], 7.0)
         return {"x_norm_patchtokens": patches, "x_prenorm": torch.cat([others, patches], 1)}
 
@@ -80,6 +76,5 @@ def wall_file(tmp_path: Path) -> Path:
         record |= {"depth_a": f"{i}_depth.png", "depth_b": f"{i + 1}_depth.png"}
         record |= {"K_a": a.K.tolist(), "K_b": b.K.tolist(), "T_b_a": relative_pose(a.T, b.T).tolist()}
         lines.append(json.dumps(record))
-    file = folder / "pairs.jsonl"
-    file.write_text("\n".join(lines) + "\n")
-    return file
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder / "pairs.jsonl"

@@ -61,36 +61,31 @@ def test_recording_changes_nothing(tiny, images):
     with torch.no_grad():
         features = tiny.forward_features(images)
         encoded = torch.cat([features["x_norm_clstoken"][:, None], features["x_norm_patchtokens"]], 1)
-        ids = torch.arange(6).repeat(4, 1)
-        recorder = Recorder(2, 6)
+        ids, recorder = torch.arange(6).repeat(4, 1), Recorder(2, 6)
         recorded = tiny.decode(encoded, ids, ids, GlobalAttention(recorder, recorder), (2, 3))
         own = tiny._global_attention(torch.tensor([2, 2]), 4, 6, 6, 2, images.device)
         assert torch.allclose(recorded, tiny.decode(encoded, ids, ids, own, (2, 3)), atol=1e-5)
 
 
-def test_matching_by_attention(wall_pairs):
+def test_matching_by_attention(wall_pairs, monkeypatch):
     torch.manual_seed(0)
     model = MuM(ModelConfig(32, 2, 2, 32, 4, 2)).eval()
+    seen, forward = [], model.forward_features
+    monkeypatch.setattr(model, "forward_features", lambda images: seen.append(len(images)) or forward(images))
     result = evaluate_attention(model, wall_pairs.first(3), 64)
+    assert seen == [4, 2]  # two pairs, and one
     blocks = result.numbers["blocks"]
     assert list(blocks) == ["mean", "0", "1"]
     assert result.numbers["scores"]["epe"] == pytest.approx(min(block["epe"] for block in blocks.values()))
     assert result.warps.shape == (3, 16, 2)
 
 
-def test_pairs_are_encoded_in_batches(wall_pairs, tiny, monkeypatch):
-    tiny.eval()
-    seen, forward = [], tiny.forward_features
-    monkeypatch.setattr(tiny, "forward_features", lambda images: seen.append(len(images)) or forward(images))
-    evaluate_attention(tiny, wall_pairs.first(3), 32)
-    assert seen == [4, 2]  # two pairs, and one
-
-
-def test_attention_that_is_not_finite(wall_pairs, tiny):
+def test_models_without_finite_attention_or_decoder(wall_pairs, tiny):
     with torch.no_grad():
         tiny.norm.bias[0] = torch.nan
-    with pytest.raises(DataError, match="'wall'"):
-        evaluate_attention(tiny.eval(), wall_pairs, 32)
+    for model, message in ((tiny.eval(), "'wall'"), (Encoder(tiny.config), "decoder")):
+        with pytest.raises(DataError, match=message):
+            evaluate_attention(model, wall_pairs, 32)
 
 
 def test_attention_on_the_true_place_matches(wall_pairs, monkeypatch, tiny):
@@ -108,11 +103,6 @@ def test_attention_on_the_true_place_matches(wall_pairs, monkeypatch, tiny):
     monkeypatch.setattr("fastmum.evaluate.attention.attention_maps", true_maps)
     result = evaluate_attention(tiny, PairSet("wall", wall_pairs.pairs[:2], 64), 64)
     assert result.numbers["scores"]["epe"] < 448 / 4 * 0.71
-
-
-def test_an_encoder_has_no_attention_across_views(wall_pairs):
-    with pytest.raises(DataError, match="decoder"):
-        evaluate_attention(Encoder(ModelConfig(32, 2, 2, 32, 2, 2)), wall_pairs, 64)
 
 
 def test_pictures(tiny, wall_pairs):

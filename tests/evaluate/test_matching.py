@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from plane_world import shot
 
 from fastmum.data.errors import DataError
-from fastmum.evaluate import evaluate_cosine, evaluate_matching
+from fastmum.evaluate import evaluate_cosine
 from fastmum.evaluate.features import Prepared, Truth, load_image, patch_features, prepare
 from fastmum.evaluate.matching import (
     ProbeSettings,
@@ -113,21 +113,19 @@ def test_prepared_sets_read_each_frame_once(wall_pairs, by_colour):
     assert torch.allclose(data.features.float().square().mean(-1), torch.tensor(1.0), atol=1e-2)
 
 
-def counted(encoder, monkeypatch):
-    """Numbers of pictures that the encoder is given from now on."""
-    seen, forward = [], encoder.forward_features
-    monkeypatch.setattr(encoder, "forward_features", lambda images: seen.append(len(images)) or forward(images))
-    return seen
-
-
 def test_both_norms_are_of_one_pass(wall_pairs, tiny, by_colour, monkeypatch):
-    seen = counted(tiny.eval(), monkeypatch)
+    def counted(encoder):
+        seen, forward = [], encoder.forward_features
+        monkeypatch.setattr(encoder, "forward_features", lambda images: seen.append(len(images)) or forward(images))
+        return seen
+
+    seen = counted(tiny.eval())
     data = prepare(tiny, wall_pairs, 32)
     assert list(data) == ["layernorm", "raw"]
     assert not torch.equal(data["layernorm"].features, data["raw"].features)
     evaluate_cosine(tiny, wall_pairs, 32)
     assert seen == [6, 6]
-    seen = counted(by_colour, monkeypatch)
+    seen = counted(by_colour)
     evaluate_cosine(by_colour, object_pairs(), 64)
     assert seen == [2, 2]  # a pair at a time
 
@@ -148,17 +146,6 @@ def test_features_by_place_match_and_others_do_not(wall_pairs, by_colour):
     with torch.no_grad():
         by_colour.waves.zero_()  # every patch alike
     assert evaluate_cosine(by_colour, wall_pairs, 64).numbers["scores"]["epe"] > 80
-
-
-def test_a_probe_sees_through_noise(wall_pairs, by_colour):
-    by_colour.noise = 2.0
-    test, train = (PairSet("wall", pairs, 64) for pairs in (wall_pairs.pairs[:2], wall_pairs.pairs[2:]))
-    settings = ProbeSettings(steps=60, evaluate_every=20, learning_rates=(1e-3, 1e-2), weight_decays=(0.0,))
-    numbers = evaluate_matching(by_colour, test, train, settings, 64).numbers
-    assert numbers["scores"]["epe"] < 0.5 * evaluate_cosine(by_colour, test, 64).numbers["scores"]["epe"]
-    assert len(numbers["probes"]) == 2
-    least = min(each["epe"] for probe in numbers["probes"] for each in probe["evaluations"])
-    assert numbers["scores"]["epe"] == pytest.approx(least)
 
 
 def object_pairs(count: int = 2) -> PairSet:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from plane_world import Shot, exact, shot, walk
 from scipy.spatial.transform import Rotation
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import load_image
-from fastmum.evaluate.pairs import SETS, open_pairs, overlap, pair_warp
+from fastmum.evaluate.pairs import SETS, open_pairs, overlap, pair_warp, same_set
 from fastmum.evaluate.pairs.jsonl import split
+from fastmum.evaluate.pairs.scenes import embedded_folders
 from fastmum.geometry.warp import grid_points
 
 
@@ -116,7 +119,7 @@ def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
 
 @pytest.mark.parametrize("folder", ["scans_test", ""])
 def test_scannet_of_roma(tmp_path, folder):
-    shots, scene = walk(4), tmp_path / folder / "scene0707_00"
+    shots, scene, files = walk(4), tmp_path / folder / "scene0707_00", tmp_path / "scannet_indices"
     scannet(scene, dict(zip((0, 15, 30, 45), shots, strict=True)), np.diag([20, 20, 1]))
     np.savetxt(scene / "pose/45.txt", np.full((4, 4), -np.inf))  # tracking was lost
     listed = np.array([[707, 0, 15, 30], [707, 0, 0, 45], [707, 0, 30, 0]])
@@ -128,6 +131,12 @@ def test_scannet_of_roma(tmp_path, folder):
     check(pairs.pairs[1], shots[2], shots[0])
     with pytest.raises(DataError, match="--train-data"):
         open_pairs(str(tmp_path), "train")
+    scannet(tmp_path / "scans/scans_train/scene0001_00", dict(zip((0, 10, 25), shots[:3], strict=True)), np.eye(3))
+    files.mkdir()
+    listed, scores = np.array([[1, 0, 0, 10], [1, 0, 10, 25], [1, 0, 10, 0]]), np.array([0.6, 0.6, 0.2])
+    np.savez(files / "scene0001_00.npz", name=listed, score=scores)
+    assert names(f"scannet:{tmp_path}", "train") == names(tmp_path, "trainable") == ["scene0001_00/0-10"]
+    check(open_pairs(str(tmp_path), "train").pairs[0], *shots[:2])
 
 
 def test_scannet_of_loftr_with_intrinsics_of_depth(tmp_path):
@@ -140,17 +149,6 @@ def test_scannet_of_loftr_with_intrinsics_of_depth(tmp_path):
     np.savez(root / "test.npz", name=np.array([[708, 1, 0, 100]]))
     np.savez(root / "intrinsics.npz", scene0708_01=shots[0].K)
     check(open_pairs(str(tmp_path)).pairs[0], *shots)
-
-
-def test_scannet_training_pairs(tmp_path):
-    shots = walk(3)
-    scannet(tmp_path / "scans/scans_train/scene0001_00", dict(zip((0, 10, 25), shots, strict=True)), np.eye(3))
-    (tmp_path / "scannet_indices").mkdir()
-    listed, scores = np.array([[1, 0, 0, 10], [1, 0, 10, 25], [1, 0, 10, 0]]), np.array([0.6, 0.6, 0.2])
-    np.savez(tmp_path / "scannet_indices/scene0001_00.npz", name=listed, score=scores)
-    np.savez(tmp_path / "test.npz", name=np.zeros((0, 4), int))
-    assert names(f"scannet:{tmp_path}", "train") == names(tmp_path, "trainable") == ["scene0001_00/0-10"]
-    check(open_pairs(str(tmp_path), "train").pairs[0], *shots[:2])
 
 
 def navi(root: Path, count: int = 9) -> list[Shot]:
@@ -206,7 +204,7 @@ def test_pairs_in_a_text_file(wall_file):
         assert [pair.scene for pair in open_pairs(name).pairs[1:3]] == ["pairs", key]
 
 
-def test_depth_units_of_records(wall_file):
+def test_depth_of_records(wall_file, caplog):
     """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
     folder, shots = wall_file.parent, walk(16)
     np.save(folder / "4.npy", shots[4].depth())
@@ -218,19 +216,14 @@ def test_depth_units_of_records(wall_file):
     pair = open_pairs(str(wall_file)).pairs[2]
     assert np.allclose(pair.a.read_depth(), shots[4].depth(), rtol=1e-5)
     assert np.allclose(pair.b.read_depth(), 100 * shots[5].depth(), atol=0.1)
-
-
-def test_pairs_without_depth_are_skipped(wall_file, caplog):
     spoil(wall_file, depth_b=None)
     assert len(open_pairs(str(wall_file)).pairs) == 7
     assert "1 of 8 pairs have no depth" in caplog.text
 
 
 def test_pairs_that_share_pictures_stay_together(wall_pairs):
-    test, train = split(wall_pairs.pairs)
-    assert (len(test), len(train)) == (5, 0)
-    apart = [wall_pairs.pairs[0], wall_pairs.pairs[2], wall_pairs.pairs[4]]
-    assert [len(part) for part in split(apart)] == [2, 1]
+    assert [len(part) for part in split(wall_pairs.pairs)] == [5, 0]
+    assert [len(part) for part in split(wall_pairs.pairs[::2])] == [2, 1]
 
 
 def test_project_pairs(shared):
@@ -248,9 +241,9 @@ def spoil(file: Path, **changes) -> None:
     file.write_text("\n".join([*lines[:2], json.dumps({k: v for k, v in record.items() if v != "drop"}), *lines[3:]]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_records_and_files_that_cannot_be_used(wall_file):
+    lines = wall_file.read_text()
+    for changes, message in (
         ({"K_a": "drop"}, "line 3 .* K_a"),
         ({"K_a": [[1, 0], [0, 1]]}, "K_a in line 3"),
         ({"K_a": np.zeros((3, 3)).tolist()}, "K_a in line 3 .* singular"),
@@ -261,15 +254,12 @@ def spoil(file: Path, **changes) -> None:
         ({"depth_b": "pairs.jsonl"}, "pairs.jsonl"),
         ({"id": "pair 0"}, "line 3 .* 'pair 0' of line 1"),
         ({"depth_unit": "millimetres"}, "depth_unit in line 3"),
-    ],
-)
-def test_records_that_cannot_be_used(wall_file, changes, message):
-    spoil(wall_file, **changes)
-    with pytest.raises(DataError, match=message):
-        open_pairs(str(wall_file))
-
-
-def test_files_that_cannot_be_read(wall_file):
+    ):
+        wall_file.write_text(lines)
+        spoil(wall_file, **changes)
+        with pytest.raises(DataError, match=message):
+            open_pairs(str(wall_file))
+    wall_file.write_text(lines)
     pairs = open_pairs(str(wall_file)).pairs
     for file, read in (("0.png", lambda: load_image(pairs[0].a, 32)), ("3_depth.png", pairs[1].b.read_depth)):
         (wall_file.parent / file).write_bytes(b"nothing")
@@ -280,51 +270,43 @@ def test_files_that_cannot_be_read(wall_file):
         open_pairs(str(wall_file))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nowhere", "there is no 'nowhere'"),
-        ("megadepth", "write megadepth:/path"),
-        ("motorcycle:/x", "write motorcycle"),
-        ("scenes:/nowhere", "there is no '/nowhere'"),
-    ],
-)
-def test_names_that_name_nothing(name, message):
-    with pytest.raises(DataError, match=message):
-        open_pairs(name)
-
-
-@pytest.mark.parametrize("kind", [kind for kind, layout in SETS.items() if layout.open])
-def test_folders_that_hold_something_else(tmp_path, kind):
+def test_names_that_name_nothing(tmp_path):
     (tmp_path / "readme.txt").touch()
-    with pytest.raises(DataError, match=str(tmp_path)):
-        open_pairs(f"{kind}:{tmp_path}")
-    with pytest.raises(DataError, match="no set of pairs"):
-        open_pairs(str(tmp_path))
+    kinds = [kind for kind, layout in SETS.items() if layout.open]
+    for name, message in (
+        ("nowhere", "there is no 'nowhere'"), ("megadepth", "write megadepth:/path"),
+        ("motorcycle:/x", "write motorcycle"), ("scenes:/nowhere", "there is no '/nowhere'"),
+        (str(tmp_path), "no set of pairs"), *((f"{kind}:{tmp_path}", str(tmp_path)) for kind in kinds),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            open_pairs(name)
 
 
 NO_FOCAL = '[{"filename": "a.jpg", "image_size": [1, 1], "camera": {"q": [1, 0, 0, 0], "focal_length": 0}}]'
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
+def test_cameras_that_are_none(tmp_path):
+    for i, (name, content, message) in enumerate((
         ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "annotations.json"),
         ("cat/wild_set/annotations.json", NO_FOCAL, "'a.jpg' in '.*annotations.json' has .* focal_length 0"),
         ("scene_0000/cameras.json", '{"depth_unit": "x"}', "cameras.json"),
         ("scene_0000/cameras.json", "{", "cameras.json"),
-    ],
-)
-def test_cameras_that_are_none(tmp_path, name, content, message):
-    file = tmp_path / name
-    file.parent.mkdir(parents=True)
-    file.write_text(content)
-    with pytest.raises(DataError, match=message):
+    )):  # fmt: skip
+        file = tmp_path / str(i) / name
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            open_pairs(str(tmp_path / str(i)))
+
+
+def test_broken_scene_information_and_singular_cameras_are_named(tmp_path):
+    file, shots = tmp_path / "0015_0.1_0.3.npz", walk(3)
+    file.write_bytes(b"nothing")
+    with pytest.raises(DataError, match=file.name):
         open_pairs(str(tmp_path))
-
-
-def test_singular_cameras_are_named(tmp_path):
-    shots = walk(3)
+    np.savez(file, poses=np.zeros(3))
+    with pytest.raises(DataError, match=rf"{file.name}.* MegaDepth"):
+        open_pairs(str(tmp_path))
     for key, what in (("poses", "pose 1 in"), ("intrinsics", "intrinsics 1 in")):
         information = megadepth(tmp_path / key, "0015", shots)
         information[key][1] = np.zeros_like(information[key][1])
@@ -340,10 +322,54 @@ def test_singular_cameras_are_named(tmp_path):
             open_pairs(str(root))
 
 
-def test_scene_information_that_is_none(tmp_path):
-    (tmp_path / "0015_0.1_0.3.npz").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"0015_0.1_0.3.npz"):
-        open_pairs(str(tmp_path))
-    np.savez(tmp_path / "0015_0.1_0.3.npz", poses=np.zeros(3))
-    with pytest.raises(DataError, match=r"0015_0.1_0.3.npz.* MegaDepth"):
-        open_pairs(str(tmp_path))
+def test_rendered_scenes_are_split_by_scene(rendered):
+    test, train, everything = (open_pairs(str(rendered), part) for part in ("test", "train", "all"))
+    assert {pair.scene for pair in test.pairs} == {"scene_0001"}
+    assert {pair.scene for pair in train.pairs} == {"scene_0000"}
+    assert len(everything.pairs) == len(test.pairs) + len(train.pairs)
+    assert len(open_pairs(str(rendered), "trainable").pairs) == len(everything.pairs)
+    assert overlap(train, test) is None
+    assert overlap(everything, test) == "scene 'scene_0001'"
+    assert load_image(test.pairs[0].a, 96).shape == (96, 96, 3)
+
+
+def test_embedded_scenes_to_test_and_to_train_on_differ(rendered, monkeypatch):
+    folders = {"train": [rendered / "scene_0000"], "all": [rendered / "scene_0001"]}
+    with monkeypatch.context() as patched:
+        patched.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
+        for name in ("scenes", "motorcycle"):
+            assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.ensure_scenes", lambda count, *settings: count)
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.scene_dirs", lambda root, count: list(range(count)))
+    assert embedded_folders("test") == embedded_folders("all") == list(range(6))
+    assert embedded_folders("train") == list(range(6, 18))
+
+
+def test_pictures_are_shared_under_any_name(rendered, wall_file, tmp_path):
+    """Scene names mean nothing across folders, files do."""
+    again = tmp_path / "again"
+    shutil.copytree(rendered, again)
+    scenes, copied = open_pairs(str(rendered), "all"), open_pairs(str(again), "all")
+    assert overlap(scenes, copied) is None
+    (tmp_path / "link").symlink_to(rendered)
+    assert overlap(open_pairs(str(tmp_path / "link"), "all"), scenes) == "scene 'scene_0000'"
+    text = "".join(wall_file.read_text().splitlines(True)[5:])
+    (tmp_path / "mine.jsonl").write_text(text.replace('a": "', 'a": "wall/').replace('b": "', 'b": "wall/'))
+    shared = overlap(open_pairs(str(tmp_path / "mine.jsonl")), open_pairs(str(wall_file)))
+    assert shared == f"picture '{(wall_file.parent / '10.png').resolve()}'"
+
+
+def test_names_of_one_set(rendered, wall_file, tmp_path):
+    names = [str(wall_file), str(wall_file.parent), f"{wall_file.parent}/", f"pairs:{wall_file}"]
+    assert all(same_set(one, other) for one in names for other in names)
+    assert same_set("scenes", "scenes")
+    for one, other in (("scenes", "motorcycle"), ("scenes", str(rendered)), (str(rendered), str(wall_file))):
+        assert not same_set(one, other)
+
+
+def test_some_pairs_of_a_set(wall_pairs):
+    assert [pair.name for pair in wall_pairs.first(2).pairs] == ["0-1", "4-5"]
+    assert wall_pairs.first(9) is wall_pairs.first(None) is wall_pairs
+    both = wall_pairs.both_ways().pairs
+    assert len(both) == 10
+    assert torch.equal(torch.from_numpy(both[0].T_b_a @ both[1].T_b_a).round(decimals=9), torch.eye(4).double())

@@ -23,15 +23,10 @@ def views(weights, same, other):
 
 @pytest.fixture
 def folder(tmp_path):
-    contents = [
-        matching("mum 0", 40.0),
-        matching("mum 1", 44.0),
-        matching("mae-v2 0", 60.0, None),
-        matching("untrained", 90.0),
-        views("mum 0", [0.8, 0.78, 0.76], [0.8, 0.81, 0.82]),
-        views("mum 1", [0.9, 0.86, 0.84], [0.9, 0.90, 0.90]),
-    ]
-    for content in contents:
+    for content in (
+        matching("mum 0", 40.0), matching("mum 1", 44.0), matching("mae-v2 0", 60.0, None), matching("untrained", 90.0),
+        views("mum 0", [0.8, 0.78, 0.76], [0.8, 0.81, 0.82]), views("mum 1", [0.9, 0.86, 0.84], [0.9, 0.90, 0.90]),
+    ):  # fmt: skip
         save(tmp_path, content | {"settings": {}}, [])
     return tmp_path
 
@@ -41,14 +36,11 @@ def cells(text, weights):
     return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
-def test_a_number_at_the_end_is_a_seed(folder):
+def test_tables_have_mean_and_deviation(folder):
     spread = by_seed(read(folder))
     names = {name: [c["weights"] for c in contents] for name, contents in spread["matching", "scenes"].items()}
     assert names == {"mae-v2 0": ["mae-v2 0"], "mum": ["mum 0", "mum 1"], "untrained": ["untrained"]}
-
-
-def test_tables_have_mean_and_deviation(folder):
-    of_matching, of_views = tables(by_seed(read(folder))).split("\n\n**")
+    of_matching, of_views = tables(spread).split("\n\n**")
     assert cells(of_matching, "mum") == ["2", "42.0 ± 2.8", "50.0 ± 0.0"]
     assert cells(of_matching, "mae-v2 0") == ["1", "60.0", "–"]
     assert cells(of_matching, "no motion") == ["", "70.0", "20.0"]

@@ -14,9 +14,8 @@ from plane_world import WallFrame, exact, shot
 
 from fastmum.evaluate.features import load_image
 from fastmum.evaluate.pairs import Pair, open_pairs, pair_warp
-from fastmum.evaluate.pairs.pair import depth_and_K
 from fastmum.evaluate.pairs.scenes import from_folders
-from fastmum.geometry.warp import Warp, grid_points, true_warp, upsample_warp, warp_image
+from fastmum.geometry.warp import Warp, grid_points, upsample_warp, warp_image
 from fastmum.scenes.layout import build_scene
 from fastmum.scenes.raycast import View, trace
 
@@ -45,13 +44,6 @@ def test_wall_is_warped_by_its_homography(eye, turn, focal, rows, columns):
     assert error.size == 0 or error.max() < 0.5
 
 
-def test_identity_for_one_camera_twice():
-    frame = shot((0.2, 0.1, 0), (0.1, -0.2, 0.3)).frame()
-    warp = warp_of(frame, frame, 7, 5)
-    assert warp.visible.all()
-    assert torch.allclose(warp.points, grid_points(7, 5), atol=1e-9)
-
-
 def test_depth_of_another_resolution_than_the_image():
     a, b = shot((0.1, 0, 0), (0, 0, 0.1)), shot((0.3, 0.1, 0), size=(64, 48))
     fine = replace(shot((0.3, 0.1, 0), size=(128, 96), focal=120).frame(), shot=b, K=b.K)
@@ -69,13 +61,13 @@ def test_rendered_scenes_against_rays(rendered):
     pairs = from_folders([folder], gaps=(1, 2), stride=2).pairs
     assert len(pairs) == 5
     errors, missed = [], []
+    x, y = grid_points(16, 16).numpy().T * size
     for pair in pairs:
-        ends = (int(name) for name in pair.name.split("/")[1].split("-"))
+        frames = (cameras["frames"][int(name)] for name in pair.name.split("/")[1].split("-"))
         views = [
             View(scene.solids, scene.open_top, np.array(frame["K"]), np.array(frame["T_cam_world"]), size, size)
-            for frame in (cameras["frames"][i] for i in ends)
+            for frame in frames
         ]
-        x, y = grid_points(16, 16).numpy().T * size
         depth, solid = trace(views[0], views[0].directions(x, y), (x, y))
         in_a = np.stack([x, y, np.ones_like(x)]).T @ np.linalg.inv(views[0].K_33).T * depth[:, None]
         in_b = in_a @ pair.T_b_a[:3, :3].T + pair.T_b_a[:3, 3]
@@ -84,23 +76,12 @@ def test_rendered_scenes_against_rays(rendered):
         met, _ = trace(views[1], views[1].directions(*truth.T), tuple(truth.T))
         seen = inside & (np.abs(met - in_b[:, 2]) < 0.02 * in_b[:, 2])
         warp = pair_warp(pair, 16, 16)
-        errors.append(np.linalg.norm(warp.points.numpy() * size - truth, axis=1)[warp.visible.numpy()])
+        errors.extend(np.linalg.norm(warp.points.numpy() * size - truth, axis=1)[warp.visible.numpy()])
         missed.append(warp.visible.numpy() != seen)
-    errors = np.concatenate(errors)
     assert len(errors) > 500
     assert np.median(errors) < 0.05
     assert np.quantile(errors, 0.95) < 1
     assert np.mean(missed) < 0.06  # at outlines, where neighbouring pixels show different surfaces
-
-
-def test_there_and_back_on_rendered_scenes(rendered):
-    for pair in open_pairs(str(rendered), "all").pairs:
-        there, back_pair = pair_warp(pair, 24, 24), pair.reversed()
-        depths, Ks = zip(depth_and_K(pair.b), depth_and_K(pair.a), strict=True)
-        back = true_warp(there.points[there.visible], *depths, *Ks, torch.from_numpy(back_pair.T_b_a))
-        assert back.visible.double().mean() > 0.8
-        error = (back.points - grid_points(24, 24)[there.visible]).norm(dim=1)[back.visible] * 96
-        assert error.median() < 0.05
 
 
 def test_what_stands_in_front_hides():
@@ -115,13 +96,12 @@ def test_what_stands_in_front_hides():
     assert torch.equal(hidden.visible[right], free.visible[right])
 
 
-@pytest.mark.parametrize("side", ["a", "b"])
-def test_unknown_depth_is_not_visible(wall_pairs, side):
+def test_unknown_depth_is_not_visible(wall_pairs):
     pair = wall_pairs.pairs[0]
-    frame = getattr(pair, side)
-    blank = replace(frame, depth_map=np.zeros_like(frame.depth_map))
     assert pair_warp(pair, 6, 6).visible.any()
-    assert not pair_warp(replace(pair, **{side: blank}), 6, 6).visible.any()
+    for side, frame in (("a", pair.a), ("b", pair.b)):
+        blank = replace(frame, depth_map=np.zeros_like(frame.depth_map))
+        assert not pair_warp(replace(pair, **{side: blank}), 6, 6).visible.any()
 
 
 def test_holes_in_depth_do_not_bend_it():
@@ -135,11 +115,9 @@ def test_holes_in_depth_do_not_bend_it():
 
 
 def test_behind_the_camera_is_not_visible():
-    a = shot().frame()
-    back = shot((0, 0, 2 * 4.0), (0, np.pi, 0)).frame()  # beyond the wall, looking back at it
-    away = shot((0, 0, 2 * 4.0)).frame()  # beyond the wall, looking away
-    for other, expected in ((back, True), (away, False)):
-        other = replace(other, depth_map=np.full_like(a.depth_map, 4.0))
+    a, beyond = shot().frame(), (0, 0, 2 * 4.0)  # beyond the wall, looking back at it, or away
+    for turn, expected in (((0, np.pi, 0), True), ((0, 0, 0), False)):
+        other = replace(shot(beyond, turn).frame(), depth_map=np.full_like(a.depth_map, 4.0))
         assert warp_of(a, other, 4, 4).visible.any() == expected
 
 

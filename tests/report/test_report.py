@@ -84,9 +84,9 @@ def lines_of(root):
     return {chart.title: {line.label: line.points for line in chart.lines} for chart in report_charts([read_run(root)])}
 
 
-def drawing(chart):
-    """The parsed SVG, after checks that it is valid and contains finite numbers only."""
-    text = chart.svg()
+def drawing(values, label="y", **options):
+    """The parsed SVG of a line, after checks that it is valid and contains finite numbers only."""
+    text = Chart("t", [Line("a", values, "var(--series-1)", dots=True)], label, **options).svg()
     assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', text)
     assert "#fff" not in text  # placeholders of colours
     return ElementTree.fromstring(text)
@@ -159,24 +159,21 @@ def test_thinned_points_are_means_of_all(values, most):
 
 def test_a_spike_in_a_long_run_is_drawn():
     points = [(float(step), 1.0 + step % 2) for step in range(20_000)]
-    svg = drawing(Chart("Gradient norm", [Line("a", [*points, (20_000.0, 9e4)], "red")], "L2 norm"))
+    svg = drawing([*points, (20_000.0, 9e4)])
     assert "80000" in "".join(svg.itertext())  # the axis reaches it
     assert len(ElementTree.tostring(svg)) < 100_000
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0], [-1.0, 2.0], [1e-30, 1e30], [5.0], [1e300, -1e300]], ids=str)
-def test_any_numbers_can_be_drawn(values):
-    line = Line("a", list(enumerate(values)), "var(--series-1)", dots=True)
-    for options in ({}, {"log": True}, {"from_zero": True, "counts": True}, {"settling": 0.05}):
-        assert drawing(Chart("t", [line], "y", **options)) is not None
+def test_any_numbers_can_be_drawn():
+    for values in ([0.0, 0.0], [-1.0, 2.0], [1e-30, 1e30], [5.0], [1e300, -1e300]):
+        for options in ({}, {"log": True}, {"from_zero": True, "counts": True}, {"settling": 0.05}):
+            assert drawing(list(enumerate(values)), **options) is not None
 
 
 def test_axes():
-    points = [(0.0, 90.0), (50.0, 2.0), (100.0, 3.0)]
-
     def ticks(scale=1.0, shift=0.0, **options):
-        line = Line("a", [(x, scale * y + shift) for x, y in points], "red")
-        texts = [text.strip() for text in drawing(Chart("t", [line], "y", **options)).itertext() if text.strip()]
+        svg = drawing([(x, scale * y + shift) for x, y in ((0.0, 90.0), (50.0, 2.0), (100.0, 3.0))], **options)
+        texts = [text.strip() for text in svg.itertext() if text.strip()]
         return texts[texts.index("step") + 1 : texts.index("y")]
 
     assert ticks() == ["0", "20", "40", "60", "80"]
@@ -216,15 +213,12 @@ def test_names_and_files_cannot_become_markup(tmp_path):
         assert evil in read.text
 
 
-def test_a_run_in_progress(tmp_path):
+def test_a_run_in_progress_without_finite_values_or_configuration(tmp_path):
     for tail in ("", '{"step": 9, "lo', "\x00\x00", "{}"):
         read, text = shown(make_run(tmp_path / "run", [record(1), record(2)], tail=tail))
         for expected in ("of 100 steps (2%), not finished", "not evaluated yet"):
             assert expected in read.text
         assert '<figure class="pictures"' not in text
-
-
-def test_values_that_are_not_finite_are_no_points(tmp_path):
     tail = '{"step": 3, "loss": NaN, "lr": Infinity}\n'
     root = make_run(tmp_path / "run", [record(1, mfu=None), record(2)], tail=tail)
     (root / "config.yaml").unlink()
@@ -249,9 +243,9 @@ def test_pictures_are_few_and_small(tmp_path):
 
 
 def test_numbers():
-    values = (0, 12345.6, 0.08123, 0.5, 2.0, 1.5e6, 2.2e9, 3e-5, -0.25, 12.34, None)
-    texts = ["0", "12,346", "0.0812", "0.500", "2", "1.5M", "2.2G", "3e-05", "-0.250", "12.3", "–"]
-    assert [number(value) for value in values] == texts
+    texts = {0: "0", 12345.6: "12,346", 0.08123: "0.0812", 0.5: "0.500", 2.0: "2", 1.5e6: "1.5M", 2.2e9: "2.2G",
+             3e-5: "3e-05", -0.25: "-0.250", 12.34: "12.3", None: "–"}  # fmt: skip
+    assert {value: number(value) for value in texts} == texts
     assert number(0.4312, percent=True) == "43.1 %"
 
 
@@ -285,6 +279,4 @@ def test_errors_are_one_line(tmp_path, capsys):
     ):
         assert main([str(word) for word in arguments]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-        assert named in error
+        assert re.fullmatch(f"error: .*{re.escape(named)}.*\n", error)

@@ -21,20 +21,15 @@ Part = Literal["test", "train", "all", "trainable"]
 
 
 class Layout(NamedTuple):
-    """A kind of set.
+    """A kind of set. Both openers take a part ("test", "train" or "all") and raise `DataError`.
 
-    Args:
-        meaning: for the help.
-        embedded: opens a part of the set that needs no path; None if there is none.
-        open: opens a part ("test", "train" or "all") of a set at a path; None if there is none. Raises `DataError`.
-        recognises: whether a path holds such a set.
-        splits: whether "test" and "train" are cut from one set, so all of it may be trained on if none of it is tested
-            on. Else "all" is the published test set.
+    `splits`: "test" and "train" are cut from one set, so all of it may be trained on if none of it is tested on. Else
+    "all" is the published test set.
     """
 
-    meaning: str
-    embedded: Callable[[str], PairSet] | None = None
-    open: Callable[[Path, str], PairSet] | None = None
+    meaning: str  # for the help
+    embedded: Callable[[str], PairSet] | None = None  # opens a set that needs no path
+    open: Callable[[Path, str], PairSet] | None = None  # opens a set at a path
     recognises: Callable[[Path], bool] = lambda path: False
     splits: bool = False
 

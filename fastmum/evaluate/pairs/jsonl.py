@@ -21,7 +21,6 @@ from fastmum.evaluate.pairs.pair import Pair, PairSet, matrix, square
 
 log = logging.getLogger(__name__)
 
-SIZE = 448  # as in RoMa's metrics
 PARENTS = 3  # folders that paths are searched in, from that of the file upwards
 NEEDED = ("image_a", "image_b", "K_a", "K_b", "T_b_a")
 DEPTHS = {".png": DepthFormat("png16", 1e-3), ".npy": DepthFormat("npy"), ".h5": DepthFormat("hdf5")}
@@ -60,7 +59,7 @@ def from_file(path: Path, part: str) -> PairSet:
     pairs = {"all": pairs, "test": test, "train": train}[part]
     if not pairs:
         raise DataError(f"the pairs of '{file}' share pictures, so none is left to train on: name --train-data")
-    return PairSet(name, pairs, SIZE)
+    return PairSet(name, pairs)
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:

@@ -28,7 +28,6 @@ NOT_TRAINED_ON = (*TEST_SCENES, "0008", "0019", "0021", "0024", "0025", "0032", 
 MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
 TRAIN_PAIRS = 50  # drawn from each file, which may list hundreds of thousands
 TEST_PAIRS = 1500  # drawn from DKM's files, which list more, if LoFTR's are absent
-SIZE = 448
 
 _LOFTR_TEST = ("", "megadepth_test_1500_scene_info", "index/megadepth_test_1500_scene_info")
 _LOFTR_TRAIN = ("index/scene_info_0.1_0.7", "scene_info_0.1_0.7")
@@ -53,7 +52,7 @@ def from_root(root: Path, part: str) -> PairSet:
     files = _information(root, part)
     if not files:
         raise DataError(f"'{root}' {NO_TRAINING if part == 'train' else NO_TEST}")
-    return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], SIZE, origin="megadepth")
+    return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], origin="megadepth")
 
 
 def _information(root: Path, part: str) -> list[Path]:

@@ -22,7 +22,6 @@ FOCAL = 994.978  # pixels
 CENTRE_X, CENTRE_Y = 311.193, 254.877  # pixels, left camera, centre of the first pixel at 0
 OFFSET = 31.086  # pixels that the principal point of the right camera is further right
 BASELINE = 0.193001  # metres
-SIZE = 448
 
 
 def stereo(part: str) -> PairSet:
@@ -31,7 +30,7 @@ def stereo(part: str) -> PairSet:
         return scenes.embedded("train")
     _read()  # fail early
     left, right = _side(0, "left"), _side(1, "right")
-    return PairSet("motorcycle", [Pair("motorcycle", "motorcycle", left, right)], SIZE)
+    return PairSet("motorcycle", [Pair("motorcycle", "motorcycle", left, right)])
 
 
 @dataclass(frozen=True, eq=False)

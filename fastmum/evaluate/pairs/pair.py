@@ -63,7 +63,7 @@ class PairSet:
 
     name: str  # a column of the published tables if there is one
     pairs: list[Pair]
-    size: int  # default side in pixels that the images are resized to
+    size: int = 448  # default side in pixels that the images are resized to, as in RoMa's metrics
     objects: bool = False  # each scene is one object in front of changing backgrounds, with depth on the object only
     origin: str = ""  # data set or folder in which scene names are unique; "" if they mean nothing elsewhere
 

@@ -23,7 +23,6 @@ from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, read_table,
 
 log = logging.getLogger(__name__)
 
-SIZE = 448
 DEPTH = DepthFormat("png16", 1e-3)
 MIN_OVERLAP = 0.4  # score of training pairs, as in LoFTR's training
 TRAIN_PAIRS = 10  # drawn from each of 1,513 scenes, since every pose is a file
@@ -53,7 +52,7 @@ def from_root(root: Path, part: str) -> PairSet:
             raise DataError(f"'{root}' holds no ScanNet-1500: none of {', '.join(_TEST)} is there")
         scans = _Scans(root, _TEST_SCANS, indices[0].with_name("intrinsics.npz"))
     pairs = [pair for file in indices for pair in _pairs(file, scans, part)]
-    return PairSet("scannet", pairs, SIZE, origin="scannet")
+    return PairSet("scannet", pairs, origin="scannet")
 
 
 def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
