@@ -26,14 +26,6 @@ from fastmum.kernels.tokens import gather_tokens, scatter_tokens
 from fastmum.kernels.total_norm import total_norm
 
 __all__ = [
-    "add_norm",
-    "gather_patches",
-    "gather_tokens",
-    "linear",
-    "mlp",
-    "patch_loss",
-    "rope_qk",
-    "rotary_projection",
-    "scatter_tokens",
-    "total_norm",
-]
+    "add_norm", "gather_patches", "gather_tokens", "linear", "mlp", "patch_loss", "rope_qk", "rotary_projection",
+    "scatter_tokens", "total_norm",
+]  # fmt: skip

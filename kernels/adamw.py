@@ -132,19 +132,10 @@ def adamw_(
 
 @torch.library.custom_op("fastmum::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "rests"))
 def _adamw_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    rests: Sequence[Tensor],
-    step: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
+    weights: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    rests: Sequence[Tensor], step: Tensor, lr: float, beta1: float, beta2: float, weight_decay: float, eps: float,
     found_inf: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     run = _adamw_triton if use_triton(weights[0]) else _adamw_torch
     run(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf)
 
@@ -154,22 +145,9 @@ _adamw_.register_fake(lambda *_: None)
 
 def _adamw_torch(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf):
     masters = [join(*halves) for halves in zip(weights, rests, strict=True)] if rests else weights
-    torch._fused_adamw_(
-        masters,
-        [grad.to(torch.float32) for grad in grads],
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [step] * len(masters),
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        found_inf=found_inf,
-    )
+    lists = masters, [grad.to(torch.float32) for grad in grads], exp_avgs, exp_avg_sqs, [], [step] * len(masters)
+    rates = {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "eps": eps}
+    torch._fused_adamw_(*lists, **rates, amsgrad=False, maximize=False, found_inf=found_inf)
     for master, weight, rest in zip(masters, weights, rests, strict=False):
         split_(master, weight, rest)
 
@@ -177,18 +155,9 @@ def _adamw_torch(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, 
 def _adamw_triton(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf):
     table = make_table((weights, grads, exp_avgs, exp_avg_sqs, rests or weights))
     typed = torch.empty(0, dtype=grads[0].dtype, device=weights[0].device)
-    launch(
-        _adamw_kernel,
-        (table.chunks,),
-        *(table.words, typed, step, found_inf, table.rows, lr, beta1, beta2, weight_decay, eps),
-        SPLIT=bool(rests),
-        ALIGN=table.align,
-        DIVISOR=table.divisor,
-        CHUNK=CHUNK,
-        COLUMNS=COLUMNS,
-        BLOCK=1024,
-        num_warps=4,
-    )
+    args = table.words, typed, step, found_inf, table.rows, lr, beta1, beta2, weight_decay, eps
+    constants = {"SPLIT": bool(rests), "ALIGN": table.align, "DIVISOR": table.divisor, "COLUMNS": COLUMNS}
+    launch(_adamw_kernel, (table.chunks,), *args, **constants, CHUNK=CHUNK, BLOCK=1024, num_warps=4)
 
 
 @jit(do_not_specialize=["rows", "lr", "beta1", "beta2", "weight_decay", "eps"])
@@ -197,19 +166,12 @@ def _adamw_kernel(
     grad_ptr,  # empty, of the gradients' dtype
     step_ptr,  # scalar
     found_inf_ptr,  # scalar, or None
-    rows,
-    lr,
-    beta1,
-    beta2,
-    weight_decay,
-    eps,
+    rows, lr, beta1, beta2, weight_decay, eps,
     SPLIT: tl.constexpr,  # weights are halves
     ALIGN: tl.constexpr,  # divides all addresses, bytes
     DIVISOR: tl.constexpr,  # divides all numbers of values
-    CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    CHUNK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     if found_inf_ptr is not None:  # noqa: SIM102 (Triton decides the outer one when it compiles)
         if tl.load(found_inf_ptr) != 0.0:
             return

@@ -1,11 +1,8 @@
 """Two linear layers with a GELU between them.
 
 Legend: T tokens, D width, N hidden width. The forward kernel applies bias and GELU to the first product in registers;
-the backward kernel applies the GELU's slope to the gradient of the second layer's input and sums the bias gradient. Of
-the GELU's own four passes over (T, N) values, and the bias gradient's one, a single read of `hidden` remains.
-
-The backward pass can recompute the GELU from `hidden`, and `hidden` by the first product, which then never reaches
-memory.
+the backward kernel applies the GELU's slope to the gradient of the second layer's input and sums the bias gradient. It
+can recompute the GELU from `hidden`, and `hidden` by the first product, which then never reaches memory.
 """
 
 from __future__ import annotations
@@ -54,21 +51,14 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
 
 class _Mlp(torch.autograd.Function):
-    """The forward and the backward pass fuse different operations."""
-
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2, recompute):
         needs_x, needs_weight1, _, needs_weight2 = ctx.needs_input_grad[:4]
         hidden, active = _linear_gelu(x, weight1, bias1, recompute != "mlp")
         again = (x, weight1, bias1) if recompute == "mlp" else (None, None, None)
-        ctx.save_for_backward(
-            x if needs_weight1 else again[0],
-            weight1 if needs_x else again[1],
-            again[2],
-            weight2,
-            None if recompute == "mlp" else hidden,
-            active if recompute == "none" and needs_weight2 else None,
-        )
+        first = x if needs_weight1 else again[0], weight1 if needs_x else again[1], again[2]
+        hidden = None if recompute == "mlp" else hidden
+        ctx.save_for_backward(*first, weight2, hidden, active if recompute == "none" and needs_weight2 else None)
         ctx.recompute = recompute
         return product(active, weight2.t(), bias2)
 
@@ -83,14 +73,10 @@ class _Mlp(torch.autograd.Function):
             again = ctx.recompute == "act" and needs_weight2
             grad_hidden, grad_bias1, recomputed = _linear_gelu_backward(grad, weight2, hidden, again)
             active = recomputed if again else active
-        return (
-            product(grad_hidden, weight1) if needs_x else None,
-            product(grad_hidden.t(), x) if needs_weight1 else None,
-            grad_bias1 if needs_bias1 else None,
-            product(grad.t(), active) if needs_weight2 else None,
-            None,
-            None,
-        )
+        grad_x = product(grad_hidden, weight1) if needs_x else None
+        grad_weight1 = product(grad_hidden.t(), x) if needs_weight1 else None
+        grad_weight2 = product(grad.t(), active) if needs_weight2 else None
+        return grad_x, grad_weight1, grad_bias1 if needs_bias1 else None, grad_weight2, None, None
 
 
 @torch.library.custom_op("fastmum::linear_gelu", mutates_args=())
@@ -117,11 +103,8 @@ def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor, again: b
 
 @_linear_gelu_backward.register_fake
 def _(grad, weight, hidden, again):
-    return (
-        hidden.new_empty(hidden.shape),
-        hidden.new_empty(hidden.shape[1]),
-        hidden.new_empty(hidden.shape if again else 0),
-    )
+    shapes = hidden.shape, hidden.shape[1], hidden.shape if again else 0
+    return tuple(hidden.new_empty(shape) for shape in shapes)
 
 
 @torch.library.custom_op("fastmum::linear_gelu_again_backward", mutates_args=())
@@ -163,14 +146,8 @@ def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> 
     (T, D), N, tiles = x.shape, len(weight), Tiles()
     active = torch.empty(T, N, dtype=x.dtype, device=x.device)
     hidden = torch.empty((T, N) if keep else 0, dtype=x.dtype, device=x.device)
-    launch(
-        _linear_gelu_kernel,
-        tiles.grid(T, ceil_div(N, tiles.BLOCK_N)),
-        *(x, weight, bias.contiguous(), hidden if keep else None, active, T),
-        N=N,
-        K=D,
-        **tiles.constants(D, x),
-    )
+    args = x, weight, bias.contiguous(), hidden if keep else None, active, T
+    launch(_linear_gelu_kernel, tiles.grid(T, ceil_div(N, tiles.BLOCK_N)), *args, N=N, K=D, **tiles.constants(D, x))
     return hidden, active
 
 
@@ -184,15 +161,9 @@ def _backward_triton(
     grad_hidden = torch.empty(T, N, dtype=grad.dtype, device=grad.device)
     active = torch.empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
     partial = torch.empty(1, ceil_div(T, tiles.BLOCK_M), N, dtype=torch.float32, device=grad.device)
-    launch(
-        _linear_gelu_backward_kernel,
-        tiles.grid(T, ceil_div(N, tiles.BLOCK_N)),
-        *(grad, weight, hidden, *(first or (None, None, None))),
-        *(grad_hidden, active if again else None, partial, T),
-        N=N,
-        K=D,
-        **tiles.constants(D, grad),
-    )
+    grid = tiles.grid(T, ceil_div(N, tiles.BLOCK_N))
+    args = grad, weight, hidden, *(first or (None,) * 3), grad_hidden, active if again else None, partial, T
+    launch(_linear_gelu_backward_kernel, grid, *args, N=N, K=D, **tiles.constants(D, grad))
     return grad_hidden, *finish_sums(partial, (grad.dtype,)), active
 
 
@@ -206,15 +177,8 @@ def _gelu_backward_triton(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Te
     # Programs of all columns share the multiprocessors: the more columns, the fewer partial sums of each.
     programs, share = row_split(T, BLOCK_T * max(1, columns // 2), grad.device)
     partial = torch.empty(1, programs, N, dtype=torch.float32, device=grad.device)
-    launch(
-        _gelu_backward_kernel,
-        (columns, programs),
-        *(grad, hidden, grad_hidden, active if again else None, partial, T, share),
-        N=N,
-        BLOCK_T=BLOCK_T,
-        BLOCK_N=BLOCK_N,
-        num_warps=4,
-    )
+    args = grad, hidden, grad_hidden, active if again else None, partial, T, share
+    launch(_gelu_backward_kernel, (columns, programs), *args, N=N, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=4)
     return grad_hidden, *finish_sums(partial, (hidden.dtype,)), active
 
 
@@ -237,15 +201,9 @@ def _linear_gelu_kernel(
     hidden_ptr,  # (M, N), or None
     active_ptr,  # (M, N)
     M,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     row, column = tile_of(M, (N + BLOCK_N - 1) // BLOCK_N, BLOCK_M, GROUP_M)
     i, n = tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = product_tile(x_ptr, weight_ptr, row, n, M, n < N, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
@@ -270,15 +228,9 @@ def _linear_gelu_backward_kernel(
     active_ptr,  # (M, N), or None
     partial_ptr,  # (rows of tiles, N)
     M,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     row, column = tile_of(M, (N + BLOCK_N - 1) // BLOCK_N, BLOCK_M, GROUP_M)
     i, n = tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (row * BLOCK_M + i < M)[:, None] & (n < N)[None, :]
@@ -311,10 +263,8 @@ def _gelu_backward_kernel(
     partial_ptr,  # (programs, N)
     T,
     share,  # rows of a program
-    N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, T)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

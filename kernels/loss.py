@@ -72,15 +72,9 @@ def patch_loss(
 
 @torch.library.custom_op("fastmum::patch_loss", mutates_args=())
 def _patch_loss(
-    pred: Tensor,
-    frames: Tensor,
-    ids: Tensor,
-    gain: list[float],
-    bias: list[float],
-    patch_size: int,
-    norm_pix: bool,
+    pred: Tensor, frames: Tensor, ids: Tensor, gain: list[float], bias: list[float], patch_size: int, norm_pix: bool,
     eps: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     check_range("ids", ids, 0, frames.shape[1] * frames.shape[2] // patch_size**2)
     settings = gain, bias, patch_size, norm_pix, eps
     if use_triton(pred):
@@ -98,16 +92,9 @@ def _(pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
 
 @torch.library.custom_op("fastmum::patch_loss_backward", mutates_args=())
 def _patch_loss_backward(
-    grad_losses: Tensor,
-    pred: Tensor,
-    frames: Tensor,
-    ids: Tensor,
-    gain: list[float],
-    bias: list[float],
-    patch_size: int,
-    norm_pix: bool,
-    eps: float,
-) -> Tensor:
+    grad_losses: Tensor, pred: Tensor, frames: Tensor, ids: Tensor, gain: list[float], bias: list[float],
+    patch_size: int, norm_pix: bool, eps: float,
+) -> Tensor:  # fmt: skip
     grad = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
     settings = gain, bias, patch_size, norm_pix, eps
     if use_triton(pred):
@@ -162,19 +149,13 @@ def _launch(out, grad_losses, pred, frames, ids, gain, bias, patch_size, norm_pi
     F, H, W, C = frames.shape
     p, M = patch_size, ids.shape[1]
     ROWS, COLS = power_of_2(p), power_of_2(p * C)
-    launch(
-        _patch_loss_kernel,
-        (F * M,),  # one program per patch; 32 of them on an SM have 70 kB in flight
-        *(out, grad_losses, pred.contiguous(), frames, ids.contiguous()),
-        *(M, W // p, (H // p) * (W // p), *frames.stride(), tuple(gain), tuple(bias), 1.0 / pred[0].numel(), eps),
-        C=C,
-        p=p,
-        NORM_PIX=norm_pix,
-        DENSE=frames.stride()[2:] == (C, 1),
-        ROWS=ROWS,
-        COLS=COLS,
-        num_warps=min(8, max(1, ROWS * COLS // 512)),  # 16 values per thread: a 16-byte load of uint8
-    )
+    sizes = M, W // p, (H // p) * (W // p), *frames.stride()
+    settings = tuple(gain), tuple(bias), 1.0 / pred[0].numel(), eps
+    args = out, grad_losses, pred.contiguous(), frames, ids.contiguous(), *sizes, *settings
+    constants = {"C": C, "p": p, "NORM_PIX": norm_pix, "DENSE": frames.stride()[2:] == (C, 1)}
+    num_warps = min(8, max(1, ROWS * COLS // 512))  # 16 values per thread: a 16-byte load of uint8
+    # One program per patch; 32 of them on an SM have 70 kB in flight.
+    launch(_patch_loss_kernel, (F * M,), *args, **constants, ROWS=ROWS, COLS=COLS, num_warps=num_warps)
 
 
 @jit(do_not_specialize=["M"])
@@ -184,24 +165,14 @@ def _patch_loss_kernel(
     pred_ptr,  # (F * M, p * p * C)
     frames_ptr,  # (F, H, W, C) by the strides
     ids_ptr,  # (F * M,)
-    M,
-    grid_w,
-    num_patches,
-    stride_f,
-    stride_h,
-    stride_w,
-    stride_c,
+    M, grid_w, num_patches, stride_f, stride_h, stride_w, stride_c,
     gain,  # C floats
     bias,
     inverse_count,  # 1 / (M * p * p * C)
     eps,
-    C: tl.constexpr,
-    p: tl.constexpr,
-    NORM_PIX: tl.constexpr,
-    DENSE: tl.constexpr,
-    ROWS: tl.constexpr,
+    C: tl.constexpr, p: tl.constexpr, NORM_PIX: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr,
     COLS: tl.constexpr,
-):
+):  # fmt: skip
     patch = tl.program_id(0)
     patch_id = tl.load(ids_ptr + patch).to(tl.int32)
     valid = (patch_id >= 0) & (patch_id < num_patches)

@@ -62,11 +62,7 @@ class _Linear(torch.autograd.Function):
 
 
 def fuses_products(x: Tensor) -> bool:
-    """Whether a product with `x` and the operations after it are one kernel.
-
-    Raises:
-        ValueError: `FASTMUM_PRODUCTS` has an unknown value.
-    """
+    """Whether a product with `x` and the operations after it are one kernel; a ValueError for an unknown choice."""
     choice = os.environ.get("FASTMUM_PRODUCTS", "auto")
     if choice not in ("auto", "library"):
         raise ValueError(f"FASTMUM_PRODUCTS is {choice!r}, but must be auto or library")
@@ -81,17 +77,11 @@ class Tiles(NamedTuple):
     BLOCK_K: int = 64
 
     def constants(self, K: int, x: Tensor) -> dict[str, object]:
-        """Constants of a kernel."""
-        return self._asdict() | {
-            "GROUP_M": GROUP_M,
-            "EVEN_K": K % self.BLOCK_K == 0,
-            "WIDEN": x.device.type == "cpu",
-            "num_warps": 8,
-            "num_stages": 3,
-        }
+        """Constants and options of a kernel."""
+        constants = {"GROUP_M": GROUP_M, "EVEN_K": K % self.BLOCK_K == 0, "WIDEN": x.device.type == "cpu"}
+        return self._asdict() | constants | {"num_warps": 8, "num_stages": 3}
 
     def grid(self, M: int, columns: int) -> tuple[int]:
-        """Grid for M rows and a number of columns of tiles."""
         return (ceil_div(M, self.BLOCK_M) * columns,)
 
 
@@ -114,15 +104,10 @@ def product_tile(
     n,  # (BLOCK_N,) columns of the product
     M,
     exists,  # (BLOCK_N,) whether the column exists
-    N: tl.constexpr,
-    K: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
     WIDEN: tl.constexpr,  # in the interpreter, which would multiply bit patterns of bfloat16
-):
+):  # fmt: skip
     """(BLOCK_M, BLOCK_N) float32: the tile's rows and columns n of a @ b' or a @ b."""
     i, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     # Only the start of the tile needs 64 bits.

@@ -3,10 +3,8 @@
 Legend: T tokens, D width. The residual stream is float32; inputs and outputs of products may be bfloat16.
 
 Fuses sum, mean and variance, normalisation and rounding: the stream is read and written once. The backward pass reads
-each tensor once: along rows for the gradient of the stream, along columns for the gradients of norm weight, norm bias,
-and the bias of the linear layer whose output was added.
-
-The backward pass needs the norm's output, which the next product saves anyway, and not the stream. On the CPU,
+each tensor once, for the gradients of the stream, the norm's weight and bias, and the bias of the linear layer whose
+output was added. It needs the norm's output, which the next product saves anyway, and not the stream. On the CPU,
 PyTorch's own operations run, which save the stream.
 """
 
@@ -110,15 +108,8 @@ def _add_norm(
     rstd = torch.empty(T, 1, dtype=torch.float32, device=x.device)
     BLOCK_D = power_of_2(D)
     BLOCK_T = max(1, tile_bytes(x.device) // (BLOCK_D * x.element_size()))
-    launch(
-        _add_norm_kernel,
-        (ceil_div(T, BLOCK_T),),
-        *(x.contiguous(), update.contiguous(), weight.contiguous(), bias.contiguous(), total, normed, rstd, T, eps),
-        D=D,
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-    )
+    args = *(y.contiguous() for y in (x, update, weight, bias)), total, normed, rstd, T, eps
+    launch(_add_norm_kernel, (ceil_div(T, BLOCK_T),), *args, D=D, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4)
     return total, normed, rstd
 
 
@@ -130,15 +121,9 @@ def _(x, update, update_bias, weight, bias, eps, dtype):
 
 @torch.library.custom_op("fastmum::add_norm_backward", mutates_args=())
 def _add_norm_backward(
-    grad_total: Tensor | None,
-    grad_normed: Tensor,
-    normed: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    update_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_total: Tensor | None, grad_normed: Tensor, normed: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+    dtype: torch.dtype, update_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, update (empty if of x's dtype, as they are equal), weight, bias and update_bias."""
     T, D = normed.shape
     same = update_dtype == dtype
@@ -149,17 +134,10 @@ def _add_norm_backward(
     BLOCK_T = max(1, 2048 // BLOCK_D)  # of each of three tensors in flight
     programs, share = row_split(T, BLOCK_T, normed.device)
     partial = torch.empty(3, programs, D, dtype=torch.float32, device=normed.device)
-    launch(
-        _add_norm_backward_kernel,
-        (programs,),
-        *(grad_normed.contiguous(), grad_total, normed.contiguous(), rstd, weight.contiguous(), bias.contiguous()),
-        *(grad_x, None if same else grad_update, partial, T, share),
-        LEAST=LEAST_WEIGHT,
-        D=D,
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=8,
-    )
+    inputs = grad_normed.contiguous(), grad_total, normed.contiguous(), rstd, weight.contiguous(), bias.contiguous()
+    args = *inputs, grad_x, None if same else grad_update, partial, T, share
+    constants = {"LEAST": LEAST_WEIGHT, "D": D, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
+    launch(_add_norm_backward_kernel, (programs,), *args, **constants, num_warps=8)
     return grad_x, grad_update, *finish_sums(partial, (weight.dtype, weight.dtype, update_dtype))
 
 
@@ -204,12 +182,9 @@ def _add_norm_kernel(
     total_ptr,  # (T, D)
     normed_ptr,  # (T, D)
     rstd_ptr,  # (T,)
-    T,
-    eps,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    T, eps,
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.arange(0, BLOCK_D)
     inside = (t < T)[:, None] & (d < D)[None, :]
@@ -242,11 +217,8 @@ def _add_norm_backward_kernel(
     partial_ptr,  # (3, programs, D): weight, bias, update_bias
     T,
     share,  # rows of a program
-    LEAST: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    LEAST: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     begin = tl.program_id(0) * share
     end = tl.minimum(begin + share, T)
     d = tl.arange(0, BLOCK_D)

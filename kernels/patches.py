@@ -132,18 +132,10 @@ def _gather_patches_triton(
     out = torch.empty(F, K, p * p * C, dtype=dtype, device=frames.device)
     rows, COLS = F * K * p, power_of_2(p * C)
     ROWS = power_of_2(max(1, tile_bytes(frames.device) // (p * C * out.element_size())))
-    launch(
-        _gather_patches_kernel,
-        (ceil_div(rows, ROWS),),
-        *(frames, ids.contiguous(), out, rows, K, W // p, (H // p) * (W // p), *frames.stride()),
-        *(tuple(gain), tuple(bias)),
-        C=C,
-        p=p,
-        DENSE=frames.stride()[2:] == (C, 1),
-        ROWS=ROWS,
-        COLS=COLS,
-        num_warps=4,
-    )
+    sizes = rows, K, W // p, (H // p) * (W // p), *frames.stride()
+    args = frames, ids.contiguous(), out, *sizes, tuple(gain), tuple(bias)
+    constants = {"C": C, "p": p, "DENSE": frames.stride()[2:] == (C, 1), "ROWS": ROWS, "COLS": COLS}
+    launch(_gather_patches_kernel, (ceil_div(rows, ROWS),), *args, **constants, num_warps=4)
     return out
 
 
@@ -153,21 +145,11 @@ def _gather_patches_kernel(
     ids_ptr,  # (F, K)
     out_ptr,  # (F * K * p, p * C)
     rows,  # F * K * p pixel rows, below 2^31
-    K,
-    grid_w,
-    num_patches,
-    stride_f,
-    stride_h,
-    stride_w,
-    stride_c,
+    K, grid_w, num_patches, stride_f, stride_h, stride_w, stride_c,
     gain,  # C floats
     bias,
-    C: tl.constexpr,
-    p: tl.constexpr,
-    DENSE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    C: tl.constexpr, p: tl.constexpr, DENSE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     patch = row // p
     patch_id = tl.load(ids_ptr + patch, mask=row < rows, other=-1).to(tl.int32)
@@ -191,18 +173,9 @@ def pixel_row_start(f, patch_id, row, grid_w, stride_f, stride_h, stride_w, p: t
 
 @jit()
 def load_pixel_rows(
-    frames_ptr,
-    start,
-    valid,
-    stride_w,
-    stride_c,
-    gain,
-    bias,
-    C: tl.constexpr,
-    p: tl.constexpr,
-    DENSE: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    frames_ptr, start, valid, stride_w, stride_c, gain, bias,
+    C: tl.constexpr, p: tl.constexpr, DENSE: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """Pixel rows of patches at `start` where `valid`, value * gain - bias in float32; 0 outside -> (rows, COLS)."""
     col = tl.arange(0, COLS)
     gain_col = tl.zeros((COLS,), tl.float32)

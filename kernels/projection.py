@@ -71,12 +71,9 @@ class _RotaryProjection(torch.autograd.Function):
         x, weight, positions, sin, cos = ctx.saved_tensors
         packed, grad_bias = _pack_rotated(list(grads), positions, sin, cos, *ctx.settings)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        return (
-            product(packed, weight) if needs_x else None,
-            product(packed.t(), x) if needs_weight else None,
-            grad_bias if needs_bias else None,
-            *(None,) * 6,
-        )
+        grad_x = product(packed, weight) if needs_x else None
+        grad_weight = product(packed.t(), x) if needs_weight else None
+        return grad_x, grad_weight, grad_bias if needs_bias else None, *(None,) * 6
 
 
 @torch.library.custom_op("fastmum::rotary_linear", mutates_args=())
@@ -137,20 +134,12 @@ def _rotary_linear_triton(
     heads, tiles = width // (2 * half), Tiles()
     BLOCK_C = power_of_2(half)
     BLOCK_H = max(1, tiles.BLOCK_N // (2 * BLOCK_C))
-    launch(
-        _rotary_linear_kernel,
-        tiles.grid(T, ceil_div(heads, BLOCK_H)),
-        *(x, weight, bias.contiguous(), positions.contiguous(), sin, cos, packed),
-        *(T, len(sin), sin.stride(0), cos.stride(0)),
-        N=width,
-        K=C,
-        ROTATED=rotated,
-        HALF=half,
-        ZERO=zero,
-        BLOCK_H=BLOCK_H,
-        BLOCK_C=BLOCK_C,
-        **{name: value for name, value in tiles.constants(C, x).items() if name != "BLOCK_N"},
-    )
+    sizes = T, len(sin), sin.stride(0), cos.stride(0)
+    args = x, weight, bias.contiguous(), positions.contiguous(), sin, cos, packed, *sizes
+    constants = {"N": width, "K": C, "ROTATED": rotated, "HALF": half, "ZERO": zero}
+    constants |= {"BLOCK_H": BLOCK_H, "BLOCK_C": BLOCK_C} | tiles.constants(C, x)
+    del constants["BLOCK_N"]
+    launch(_rotary_linear_kernel, tiles.grid(T, ceil_div(heads, BLOCK_H)), *args, **constants)
     return packed
 
 
@@ -168,22 +157,11 @@ def _pack_triton(
     programs, share = row_split(T, BLOCK_T * max(1, columns // 2), out.device)
     partial = torch.empty(1, programs, out.shape[1], dtype=torch.float32, device=out.device)
     first, second, third = (grads[min(i, len(grads) - 1)] for i in range(3))
-    launch(
-        _pack_kernel,
-        (columns, programs),
-        *(first, second, third, positions.contiguous(), sin, cos, out, partial, T, len(sin), share),
-        *(s for grad in (first, second, third) for s in grad.stride()[:2]),
-        *(sin.stride(0), cos.stride(0)),
-        PARTS=len(grads),
-        ROTATED=rotated,
-        HEADS=heads,
-        HALF=half,
-        ZERO=zero,
-        BLOCK_T=BLOCK_T,
-        BLOCK_H=BLOCK_H,
-        BLOCK_C=BLOCK_C,
-        num_warps=4,
-    )
+    strides = *first.stride()[:2], *second.stride()[:2], *third.stride()[:2], sin.stride(0), cos.stride(0)
+    args = first, second, third, positions.contiguous(), sin, cos, out, partial, T, len(sin), share, *strides
+    constants = {"PARTS": len(grads), "ROTATED": rotated, "HEADS": heads, "HALF": half, "ZERO": zero}
+    blocks = {"BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_C": BLOCK_C}
+    launch(_pack_kernel, (columns, programs), *args, **constants, **blocks, num_warps=4)
     (grad_bias,) = finish_sums(partial, (out.dtype,))
     return grad_bias
 
@@ -197,23 +175,12 @@ def _rotary_linear_kernel(
     sin_ptr,  # (positions, HALF), rows by the stride
     cos_ptr,
     packed_ptr,  # (M, N)
-    M,
-    positions,
-    stride_sin,
-    stride_cos,
-    N: tl.constexpr,
-    K: tl.constexpr,
+    M, positions, stride_sin, stride_cos,
+    N: tl.constexpr, K: tl.constexpr,
     ROTATED: tl.constexpr,  # heads that are rotated
-    HALF: tl.constexpr,
-    ZERO: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    HALF: tl.constexpr, ZERO: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     HEADS: tl.constexpr = N // (2 * HALF)
     HALVES: tl.constexpr = BLOCK_H * BLOCK_C
     row, column = tile_of(M, (HEADS + BLOCK_H - 1) // BLOCK_H, BLOCK_M, GROUP_M)
@@ -261,33 +228,18 @@ def _rotary_linear_kernel(
 @jit(do_not_specialize=["T", "N", "share"])
 def _pack_kernel(
     first_ptr,  # (T, HEADS, 2 * HALF) by the strides, each
-    second_ptr,
-    third_ptr,
+    second_ptr, third_ptr,
     positions_ptr,  # (T,)
     sin_ptr,  # (N, HALF), rows by the stride
     cos_ptr,
     out_ptr,  # (T, PARTS * HEADS * 2 * HALF)
     partial_ptr,  # (programs, PARTS * HEADS * 2 * HALF)
-    T,
-    N,
+    T, N,
     share,  # rows of a program
-    first_t,
-    first_h,
-    second_t,
-    second_h,
-    third_t,
-    third_h,
-    stride_sin,
-    stride_cos,
-    PARTS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    ZERO: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    first_t, first_h, second_t, second_h, third_t, third_h, stride_sin, stride_cos,
+    PARTS: tl.constexpr, ROTATED: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, ZERO: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     groups: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     part = tl.program_id(0) // groups
     head = (tl.program_id(0) % groups * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]

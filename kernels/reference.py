@@ -35,15 +35,9 @@ def normalise_patches(patches: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 def patch_loss(
-    pred: Tensor,
-    frames: Tensor,
-    ids: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    patch_size: int,
-    norm_pix: bool = True,
-    eps: float = 1e-6,
-) -> Tensor:
+    pred: Tensor, frames: Tensor, ids: Tensor, mean: Sequence[float], std: Sequence[float], patch_size: int,
+    norm_pix: bool = True, eps: float = 1e-6,
+) -> Tensor:  # fmt: skip
     """As `fastmum.kernels.patch_loss`, with reduction "mean"."""
     work = torch.promote_types(pred.dtype, torch.float32)
     target = gather_patches(frames, ids, mean, std, patch_size, work)
@@ -105,16 +99,9 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
 
 
 def rotary_projection(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    positions: Tensor,
-    sin: Tensor,
-    cos: Tensor,
-    num_heads: int,
-    special: str = "keep",
-    parts: str = "qkv",
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int,
+    special: str = "keep", parts: str = "qkv",
+) -> tuple[Tensor, ...]:  # fmt: skip
     """x @ weight' + bias, rotated as in `rope_qk`, as one (T, h, D / h) tensor per part."""
     packed = rope_qk(x @ weight.t() + bias, positions, sin, cos, num_heads, special, parts)
     return packed.view(len(x), len(parts), num_heads, -1).unbind(1)
@@ -128,16 +115,9 @@ def nearest_bfloat16(x: Tensor) -> Tensor:
 
 
 def adamw(
-    weight: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, lr: float,
+    betas: tuple[float, float], weight_decay: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Step number `step`, from 1, of AdamW (Loshchilov and Hutter, algorithm 2): weight and both moments."""
     exp_avg = betas[0] * exp_avg + (1 - betas[0]) * grad
     exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad * grad

@@ -176,20 +176,12 @@ def _rotate(
     BLOCK_C = power_of_2(half)
     BLOCK_H = min(power_of_2(rotated), max(1, 256 // BLOCK_C))
     BLOCK_T = max(1, tile_bytes(qkv.device) // (2 * BLOCK_H * BLOCK_C * qkv.element_size()))
-    launch(
-        _rope_kernel,
-        (ceil_div(T, BLOCK_T),),
-        *(qkv, out, positions.contiguous(), sin, cos, T, len(sin)),
-        *(qkv.stride(0), out.stride(0), sin.stride(0), cos.stride(0), -1.0 if inverse else 1.0),
-        ROTATED=rotated,
-        HEADS=rotated if out is qkv else width // (2 * half),  # in place, v is not touched
-        HALF=half,
-        ZERO=zero,
-        BLOCK_T=BLOCK_T,
-        BLOCK_H=BLOCK_H,
-        BLOCK_C=BLOCK_C,
-        num_warps=4,
-    )
+    strides = qkv.stride(0), out.stride(0), sin.stride(0), cos.stride(0)
+    args = qkv, out, positions.contiguous(), sin, cos, T, len(sin), *strides, -1.0 if inverse else 1.0
+    heads = rotated if out is qkv else width // (2 * half)  # in place, v is not touched
+    blocks = {"BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_C": BLOCK_C}
+    constants = {"ROTATED": rotated, "HEADS": heads, "HALF": half, "ZERO": zero}
+    launch(_rope_kernel, (ceil_div(T, BLOCK_T),), *args, **constants, **blocks, num_warps=4)
 
 
 def _rotate_torch(
@@ -221,22 +213,12 @@ def _rope_kernel(
     out_ptr,  # likewise; the same tensor in place
     positions_ptr,  # (T,)
     sin_ptr,  # (N, HALF), rows by the stride
-    cos_ptr,
-    T,
-    N,
-    stride_qkv,
-    stride_out,
-    stride_sin,
-    stride_cos,
+    cos_ptr, T, N, stride_qkv, stride_out, stride_sin, stride_cos,
     sign,  # -1 for the inverse rotation
     ROTATED: tl.constexpr,  # heads that are rotated; the others are copied
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    ZERO: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    HEADS: tl.constexpr, HALF: tl.constexpr, ZERO: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     position = tl.load(positions_ptr + t, mask=t < T, other=-1)

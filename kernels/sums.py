@@ -26,16 +26,8 @@ def finish_sums(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Sum partial sums (n, programs, D) float32 over the programs -> n vectors (D,) of `dtypes`, n at most 3."""
     count, programs, D = partial.shape
     outs = [torch.empty(D, dtype=dtype, device=partial.device) for dtype in dtypes]
-    BLOCK_D = 64
-    launch(
-        _finish_kernel,
-        (count, ceil_div(D, BLOCK_D)),
-        *(partial, outs[0], outs[1 % count], outs[2 % count], programs),
-        D=D,
-        BLOCK_P=64,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-    )
+    args = partial, outs[0], outs[1 % count], outs[2 % count], programs
+    launch(_finish_kernel, (count, ceil_div(D, 64)), *args, D=D, BLOCK_P=64, BLOCK_D=64, num_warps=4)
     return outs
 
 
@@ -43,13 +35,9 @@ def finish_sums(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
 def _finish_kernel(
     partial_ptr,  # (n, programs, D)
     out0_ptr,  # (D,) each; only the first n are written
-    out1_ptr,
-    out2_ptr,
-    programs,
-    D: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    out1_ptr, out2_ptr, programs,
+    D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     which = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_P, BLOCK_D), tl.float32)

@@ -179,15 +179,9 @@ def _place(source: Tensor, fill: Tensor | None, ids: Tensor, num_patches: int) -
         return out
     fill = None if fill is None else fill.contiguous()
     BLOCK_T, BLOCK_D = _tile(source)
-    launch(
-        _place_kernel,
-        (F * ceil_div(1 + num_patches, BLOCK_T), ceil_div(D, BLOCK_D)),
-        *(source, fill, ids.contiguous(), out, count, ids.shape[1], 1 + num_patches),
-        D=D,
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-    )
+    grid = F * ceil_div(1 + num_patches, BLOCK_T), ceil_div(D, BLOCK_D)
+    args = source, fill, ids.contiguous(), out, count, ids.shape[1], 1 + num_patches
+    launch(_place_kernel, grid, *args, D=D, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4)
     return out
 
 
@@ -195,15 +189,9 @@ def _gather_tokens_triton(tokens: Tensor, ids: Tensor) -> Tensor:
     _, T, D = tokens.shape
     out = torch.empty(*ids.shape, D, dtype=tokens.dtype, device=tokens.device)
     BLOCK_T, BLOCK_D = _tile(tokens)
-    launch(
-        _gather_kernel,
-        (ceil_div(ids.numel(), BLOCK_T), ceil_div(D, BLOCK_D)),
-        *(tokens, ids.contiguous(), out, ids.numel(), ids.shape[1], T),
-        D=D,
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-    )
+    grid = ceil_div(ids.numel(), BLOCK_T), ceil_div(D, BLOCK_D)
+    args = tokens, ids.contiguous(), out, ids.numel(), ids.shape[1], T
+    launch(_gather_kernel, grid, *args, D=D, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4)
     return out
 
 
@@ -212,16 +200,10 @@ def _scatter_tokens_backward_triton(grad: Tensor, ids: Tensor, mask_dtype: torch
     grad_visible = torch.empty(F, 1 + ids.shape[1], D, dtype=grad.dtype, device=grad.device)
     partial = torch.empty(F * MASK_SPLIT, D, dtype=torch.float32, device=grad.device)
     BLOCK_T, BLOCK_D = _tile(grad)
-    launch(
-        _scatter_backward_kernel,
-        (F * MASK_SPLIT, ceil_div(D, BLOCK_D)),
-        *(grad, ids.contiguous(), grad_visible, partial, ids.shape[1], T),
-        D=D,
-        SPLIT=MASK_SPLIT,
-        BLOCK_T=BLOCK_T,
-        BLOCK_D=BLOCK_D,
-        num_warps=4,
-    )
+    grid = F * MASK_SPLIT, ceil_div(D, BLOCK_D)
+    args = grad, ids.contiguous(), grad_visible, partial, ids.shape[1], T
+    constants = {"D": D, "SPLIT": MASK_SPLIT, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
+    launch(_scatter_backward_kernel, grid, *args, **constants, num_warps=4)
     return grad_visible, partial.sum(0).to(mask_dtype)
 
 
@@ -242,10 +224,8 @@ def _place_kernel(
     count,  # 1 + K with CLS, K without
     K,
     T,  # 1 + P
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(T, BLOCK_T)
     f = tl.program_id(0) // blocks
     t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -269,10 +249,8 @@ def _gather_kernel(
     rows,  # F * M
     M,
     T,  # 1 + P
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     token = tl.load(ids_ptr + row, mask=row < rows, other=-1) + 1
@@ -291,11 +269,8 @@ def _scatter_backward_kernel(
     partial_ptr,  # (F * SPLIT, D)
     K,
     T,  # 1 + P
-    D: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     f = (tl.program_id(0) // SPLIT).to(tl.int64)
     share = tl.cdiv(T, SPLIT)
     begin = tl.program_id(0) % SPLIT * share

@@ -63,16 +63,9 @@ def _total_norm_triton(groups: list[list[Tensor]]) -> Tensor:
     sums = torch.empty(sum(table.chunks for table in tables), dtype=torch.float32, device=device)
     norm, begin = torch.empty((), dtype=torch.float32, device=device), 0
     for some, table in zip(groups, tables, strict=True):
-        launch(
-            _squares_kernel,
-            (table.chunks,),
-            *(table.words, torch.empty(0, dtype=some[0].dtype, device=device), sums[begin:], table.rows),
-            ALIGN=table.align,
-            DIVISOR=table.divisor,
-            CHUNK=CHUNK,
-            BLOCK=2048,
-            num_warps=4,
-        )
+        args = table.words, torch.empty(0, dtype=some[0].dtype, device=device), sums[begin:], table.rows
+        constants = {"ALIGN": table.align, "DIVISOR": table.divisor, "CHUNK": CHUNK, "BLOCK": 2048}
+        launch(_squares_kernel, (table.chunks,), *args, **constants, num_warps=4)
         begin += table.chunks
     launch(_root_kernel, (1,), sums, norm, len(sums), BLOCK=1024, num_warps=8)
     return norm
@@ -115,11 +108,8 @@ def _squares_kernel(
     like_ptr,  # empty, of the tensors' dtype
     sums_ptr,  # (chunks,)
     rows,
-    ALIGN: tl.constexpr,
-    DIVISOR: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    ALIGN: tl.constexpr, DIVISOR: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row_ptr, begin, numel = chunk_of(table_ptr, rows, 1, CHUNK, DIVISOR)
     x_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty)), ALIGN)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -134,9 +124,8 @@ def _squares_kernel(
 def _root_kernel(
     sums_ptr,  # (n,)
     norm_ptr,  # scalar
-    n,
-    BLOCK: tl.constexpr,
-):
+    n, BLOCK: tl.constexpr,
+):  # fmt: skip
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)

@@ -14,16 +14,11 @@ from torch import Tensor
 from fastmum.attention.backend import HALF, AttentionError, Backend, Segments, constant_in_graphs
 from fastmum.attention.cuda import Flash, FlashAttn2, FlashAttn4, Flex, Xformers
 from fastmum.attention.sdpa import Sdpa, dense_attention
+from fastmum.kernels.dispatch import check_tensors
 
 __all__ = [
-    "BACKENDS",
-    "AttentionError",
-    "Backend",
-    "Segments",
-    "choose_backend",
-    "dense_attention",
-    "ragged_attention",
-]
+    "BACKENDS", "AttentionError", "Backend", "Segments", "choose_backend", "dense_attention", "ragged_attention",
+]  # fmt: skip
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend for backend in (Flash(), FlashAttn2(), FlashAttn4(), Xformers(), Sdpa(), Flex())
@@ -35,8 +30,7 @@ def choose_backend(
 ) -> Backend:
     """Look up a backend of `BACKENDS`; "auto" is `flash` on CUDA in bfloat16 and float16, otherwise `sdpa`.
 
-    Raises:
-        AttentionError: unknown, or cannot compute tensors of `dtype` on `device`, with the reason and the remedy.
+    AttentionError with the reason and the remedy if it is unknown or cannot compute tensors of `dtype` on `device`.
     """
     return BACKENDS[_usable(name, str(device), str(dtype).removeprefix("torch."))]
 
@@ -55,17 +49,10 @@ def _usable(name: str, device_name: str, dtype_name: str) -> str:
 
 
 def ragged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    backend: str = "auto",
-    *,
-    cu_seqlens_q: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-) -> Tensor:
-    """Attention within consecutive segments of different lengths.
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str = "auto", *,
+    cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention within consecutive segments of different lengths; differentiable in q, k and v.
 
     Args:
         q, k, v: (T, h, d) of one floating-point dtype, any strides.
@@ -76,11 +63,10 @@ def ragged_attention(
         cu_seqlens_q, max_seqlen_q: the same of the queries, if q has another number of tokens, (T_q, h, d).
 
     Returns:
-        (T_q, h, d), contiguous, in the dtype of q. Differentiable in q, k and v.
+        (T_q, h, d), contiguous, in the dtype of q.
 
     Raises:
-        AttentionError: as `choose_backend`.
-        TypeError, ValueError: an invalid argument, named with its value and what is allowed.
+        AttentionError, TypeError, ValueError: as `choose_backend`; or an invalid argument, named with its value.
     """
     cu_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     segments = Segments(cu_q, cu_seqlens, max_seqlen if max_seqlen_q is None else max_seqlen_q, max_seqlen)
@@ -91,20 +77,18 @@ def ragged_attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
     cu_q, cu_k, max_q, max_k = segments
-    for name, x in {"q": q, "k": k, "v": v, "cu_seqlens": cu_k, "cu_seqlens_q": cu_q}.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}, but must be a tensor")
+    check_tensors(q=q, k=k, v=v)
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim != 3 or x.shape[1:] != q.shape[1:]:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but q, k and v must be (T, heads, width) alike")
         if x.dtype != q.dtype or not x.is_floating_point():
             raise TypeError(f"{name} has dtype {x.dtype}, but q, k and v must be of one floating-point dtype")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} and q on {q.device}, but q, k and v must be on one device")
     if len(k) != len(v):
         raise ValueError(f"k has {len(k)} tokens and v {len(v)}, but each key has a value")
     for suffix, cu, bound, tokens in (("", cu_k, max_k, len(k)), ("_q", cu_q, max_q, len(q))):
         name = f"cu_seqlens{suffix}"
+        if not isinstance(cu, Tensor):
+            raise TypeError(f"{name} is a {type(cu).__name__}, but must be a tensor")
         if cu.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} has dtype {cu.dtype}, but must be int32 or int64")
         if cu.ndim != 1 or len(cu) != len(cu_k) or len(cu) < 2:

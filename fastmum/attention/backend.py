@@ -9,7 +9,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ from torch import Tensor
 from fastmum.errors import FastmumError
 
 HALF = (torch.bfloat16, torch.float16)  # dtypes of the FlashAttention kernels
-Function = TypeVar("Function", bound=Callable)
 
 
 class AttentionError(FastmumError):
@@ -25,16 +24,11 @@ class AttentionError(FastmumError):
 
 
 class Segments(NamedTuple):
-    """Segments of packed queries, and the segment of keys that each attends to.
+    """Segments of packed queries, and the segment of keys that each attends to; segments may be empty."""
 
-    Args:
-        cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 cumulative lengths, 0, L_0, L_0 + L_1, ..., T; segments may be empty.
-        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; the same for every batch where code is compiled.
-    """
-
-    cu_seqlens_q: Tensor
+    cu_seqlens_q: Tensor  # (n + 1,) int32 cumulative lengths, 0, L_0, L_0 + L_1, ..., T
     cu_seqlens_k: Tensor
-    max_seqlen_q: int
+    max_seqlen_q: int  # upper bound of the lengths; the same for every batch where code is compiled
     max_seqlen_k: int
 
     @classmethod
@@ -53,24 +47,14 @@ class Segments(NamedTuple):
 
     def to(self, device: torch.device) -> Segments:
         """Copy to a device: asynchronously to a GPU, synchronously to the CPU, where the lengths are read at once."""
-        return self._replace(
-            cu_seqlens_q=self.cu_seqlens_q.to(device, torch.int32, non_blocking=device.type != "cpu"),
-            cu_seqlens_k=self.cu_seqlens_k.to(device, torch.int32, non_blocking=device.type != "cpu"),
-        )
+        cu_q, cu_k = (x.to(device, torch.int32, non_blocking=device.type != "cpu") for x in self[:2])
+        return self._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
 
 
-def constant_in_graphs(function: Function) -> Function:
+def constant_in_graphs(function: Any) -> Any:
     """As `torch.compiler.assume_constant_result`, without its import of the compiler, which takes seconds."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    function._dynamo_marked_constant = True
     return function
-
-
-def is_installed(package: str) -> bool:
-    """Whether a module can be found; ImportError if its parent package fails to import."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent package is missing
-        return False
 
 
 class Backend(ABC):
@@ -81,12 +65,20 @@ class Backend(ABC):
     package: ClassVar[str | None] = None  # required module
     install: ClassVar[str] = ""  # how to get it
 
+    @staticmethod
+    def is_installed(package: str) -> bool:
+        """Whether a module can be found; ImportError if its parent package fails to import."""
+        try:
+            return importlib.util.find_spec(package) is not None
+        except ModuleNotFoundError:  # the parent package is missing
+            return False
+
     def why_not(self, device: torch.device) -> str | None:
         """Why the backend cannot run on `device`, with the remedy; None if it can."""
         if device.type != "cuda":
             return f"it needs a CUDA device, and this is '{device.type}'"
         try:
-            if self.package is None or is_installed(self.package):
+            if self.package is None or self.is_installed(self.package):
                 return None
         except ImportError as error:  # built for another torch or CUDA
             return f"the package '{self.package}' is installed but cannot be imported ({error}): {self.install}"
@@ -118,24 +110,18 @@ class Group(NamedTuple):
 
     def queries(self, x: Tensor) -> Tensor:
         """Packed queries (T_q, h, d) -> a view of the group's, (n, h, Lq, d)."""
-        return x[self.first_q : self.first_q + self.n * self.Lq].unflatten(0, (self.n, -1)).transpose(1, 2)
+        return x.narrow(0, self.first_q, self.n * self.Lq).unflatten(0, (self.n, -1)).transpose(1, 2)
 
     def keys(self, x: Tensor) -> Tensor:
         """Packed keys or values (T_k, h, d) -> a view of the group's, (n, h, Lk, d)."""
-        return x[self.first_k : self.first_k + self.n * self.Lk].unflatten(0, (self.n, -1)).transpose(1, 2)
+        return x.narrow(0, self.first_k, self.n * self.Lk).unflatten(0, (self.n, -1)).transpose(1, 2)
 
 
-Forward = Callable[[Tensor, Tensor, Tensor, list[Group]], Tensor]
-Backward = Callable[[Tensor, Tensor, Tensor, Tensor, list[Group]], tuple[Tensor, Tensor, Tensor]]
-
-
-def attention_operator(name: str, forward: Forward, backward: Backward) -> Callable[..., Tensor]:
+def attention_operator(name: str, forward: Callable[..., Tensor], backward: Callable) -> Callable[..., Tensor]:
     """Register `fastmum::<name>` (q, k, v, cu_seqlens_q, cu_seqlens_k) -> out, cu_seqlens int32 on the CPU.
 
-    Args:
-        name: of the operator.
-        forward: q (T_q, h, d), k, v (T_k, h, d) and groups of non-empty segments -> (T_q, h, d), contiguous.
-        backward: output gradient, q, k, v, groups -> gradients of q, k and v, contiguous.
+    `forward` (q, k, v, groups of non-empty segments) returns the output, contiguous, and `backward` (output gradient,
+    q, k, v, groups) the gradients of q, k and v.
     """
 
     @torch.library.custom_op(f"fastmum::{name}", mutates_args=())
@@ -162,9 +148,8 @@ def attention_operator(name: str, forward: Forward, backward: Backward) -> Calla
 def _groups(cu_q: Tensor, cu_k: Tensor, num_queries: int, num_keys: int) -> list[Group]:
     ends_q, ends_k = cu_q.tolist(), cu_k.tolist()
     if (ends_q[-1], ends_k[-1]) != (num_queries, num_keys):
-        raise ValueError(
-            f"segments end at {ends_q[-1]} and {ends_k[-1]}, but there are {num_queries} queries and {num_keys} keys"
-        )
+        ends = f"segments end at {ends_q[-1]} and {ends_k[-1]}"
+        raise ValueError(f"{ends}, but there are {num_queries} queries and {num_keys} keys")
     groups: list[Group] = []
     for (first_q, end_q), (first_k, end_k) in zip(pairwise(ends_q), pairwise(ends_k), strict=True):
         new = Group(1, first_q, first_k, end_q - first_q, end_k - first_k)

@@ -10,15 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastmum.attention.backend import (
-    HALF,
-    Backend,
-    Group,
-    Segments,
-    attention_operator,
-    constant_in_graphs,
-    is_installed,
-)
+from fastmum.attention.backend import HALF, Backend, Group, Segments, attention_operator, constant_in_graphs
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -58,13 +50,11 @@ def _activate_newest_flash(device: torch.device) -> None:
     if version is None or not hasattr(attention, "activate_flash_attention_impl"):
         return
     try:
-        if not is_installed(package):
-            return
-        attention.activate_flash_attention_impl(version)
+        if Backend.is_installed(package):
+            attention.activate_flash_attention_impl(version)
+            log.info("flash attention by %s", version)
     except (ImportError, RuntimeError, ValueError) as error:
         log.warning("%s is installed but torch cannot use it (%s): using FlashAttention 2 of torch", version, error)
-    else:
-        log.info("flash attention by %s", version)
 
 
 class FlashAttn2(Backend):
@@ -91,18 +81,13 @@ class FlashAttn4(Backend):
 
     def why_not(self, device: torch.device) -> str | None:
         reason = super().why_not(device)
-        if reason is None:
-            major, minor = torch.cuda.get_device_capability(device)
-            if major < 9:
-                return f"it trains on sm_90 and later only, and this is sm_{major}{minor}"
-        return reason
+        major, minor = torch.cuda.get_device_capability(device) if reason is None else (9, 0)
+        return reason if major >= 9 else f"it trains on sm_90 and later only, and this is sm_{major}{minor}"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
         from flash_attn.cute import flash_attn_varlen_func
 
-        cu_q, cu_k, max_q, max_k = plan
-        lengths = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_seqlen_q": max_q, "max_seqlen_k": max_k}
-        out = flash_attn_varlen_func(q, k, v, **lengths)
+        out = flash_attn_varlen_func(q, k, v, **plan._asdict())
         return out[0] if isinstance(out, tuple) else out  # some versions also return the log-sum-exp
 
 
@@ -174,13 +159,8 @@ class Flex(Backend):
         (first_q, last_q, whole_q), (first_k, last_k, whole_k) = (_tiles(x) for x in (document_q, document_k))
         touching = (first_q[:, None] <= last_k) & (first_k <= last_q[:, None])
         full = (first_q[:, None] == last_k) & (last_q[:, None] == first_k) & whole_q[:, None] & whole_k
-        return BlockMask.from_kv_blocks(
-            *_indices(touching & ~full),
-            *_indices(full),
-            BLOCK_SIZE=TILE,
-            mask_mod=same_document,
-            seq_lengths=(len(document_q), len(document_k)),
-        )
+        blocks, lengths = (*_indices(touching & ~full), *_indices(full)), (len(document_q), len(document_k))
+        return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=TILE, mask_mod=same_document, seq_lengths=lengths)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockMask) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention

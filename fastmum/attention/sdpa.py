@@ -1,9 +1,8 @@
 """Dense attention for groups of equal segments: torch's SDPA; in bfloat16 on the CPU explicit matrix products.
 
-torch's CPU attention takes two to seven times its forward time for the backward pass. Here that is oneDNN products in
-blocks whose scores stay in the cache. Scores and their gradients are products of bfloat16 values with float32 results
-(`fp32_precision = "bf16"`); only probabilities and gradients of scores are rounded to bfloat16, for the next products.
-Measurements: docs/LOG.md, 2026-11-23.
+torch's CPU attention takes two to seven times its forward time for the backward pass (docs/LOG.md, 2026-11-23). Here
+that is oneDNN products in blocks whose scores stay in the cache. Scores and their gradients are products of bfloat16
+values with float32 results (`fp32_precision = "bf16"`); probabilities and gradients of scores are rounded to bfloat16.
 
 Legend: B (segment, head) pairs of a group; Lq, Lk tokens of a segment; d width of a head; P probabilities; S scores.
 """
@@ -31,15 +30,7 @@ def uses_products(q: Tensor) -> bool:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, seqlen: int) -> Tensor:
-    """Attention within segments of equal length, tokens [i*L, (i+1)*L).
-
-    Args:
-        q, k, v: (T, h, d), any strides.
-        seqlen: L; a ValueError if it does not divide T.
-
-    Returns:
-        (T, h, d), contiguous.
-    """
+    """Attention within segments of equal length; q, k, v (T, h, d) of any strides -> (T, h, d), contiguous."""
     if seqlen < 1 or len(q) % seqlen:
         raise ValueError(f"seqlen is {seqlen}, but must divide the number of tokens, {len(q)}")
     if uses_products(q):

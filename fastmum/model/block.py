@@ -55,15 +55,7 @@ class AxialRope(nn.Module):
 
 
 def rotate_rounded(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, parts: str) -> Tensor:
-    """`rope_qk` with q and k, both products and their sum rounded to the dtype of the tables; v is unchanged.
-
-    Args:
-        qkv, positions, num_heads, parts: as in `fastmum.kernels.rope_qk`, with special "keep".
-        sin, cos: (N, d) tables.
-
-    Returns:
-        A new tensor like `qkv`.
-    """
+    """`rope_qk` with special "keep" and q, k, both products and their sum rounded to the dtype of the tables (N, d)."""
     heads = qkv.unflatten(1, (-1, sin.shape[1]))
     turned, rest = heads.tensor_split([num_heads * len(parts.removesuffix("v"))], dim=1)
     # Position -1 takes the last row: no rotation.
@@ -76,34 +68,21 @@ def rotate_rounded(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num
 
 
 @dataclass(frozen=True)
-class QuerySubset:
-    """Query subset: the block outputs only these patches; keys and values still cover all tokens."""
-
-    query_ids: Tensor  # (F, M) patch numbers
-
-    def take(self, x_TD: Tensor) -> Tensor:
-        """Select the subset's tokens, (T, D) -> (F * M, D)."""
-        return gather_tokens(x_TD.unflatten(0, (len(self.query_ids), -1)), self.query_ids).flatten(0, 1)
-
-
-@dataclass(frozen=True)
 class Context:
-    """Attention and positions of a stack's tokens.
+    """Attention and positions of a stack's tokens."""
 
-    Args:
-        attend: attention, q, k, v (T, h, D / h) each -> (T, h, D / h).
-        positions: (T,) int64, patch number of every token, -1 for CLS.
-        sin, cos: (P, D / h) tables of `AxialRope`.
-        special: treatment of q and k of CLS, see `rope_qk`.
-        subset: the tokens that a block returns, None for all.
-    """
-
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    positions: Tensor
-    sin: Tensor
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v (T, h, D / h) each -> (T, h, D / h)
+    positions: Tensor  # (T,) int64, patch number of every token, -1 for CLS
+    sin: Tensor  # (P, D / h), tables of `AxialRope`
     cos: Tensor
-    special: Literal["keep", "zero"]
-    subset: QuerySubset | None = None
+    special: Literal["keep", "zero"]  # treatment of q and k of CLS, see `rope_qk`
+    # (F, M) patch numbers: the block outputs only these; keys and values still cover all tokens.
+    query_ids: Tensor | None = None
+
+    def take_queries(self, x_TD: Tensor) -> Tensor:
+        """Select the tokens of `query_ids`, (T, D) -> (F * M, D); all tokens if None."""
+        ids = self.query_ids
+        return x_TD if ids is None else gather_tokens(x_TD.unflatten(0, (len(ids), -1)), ids).flatten(0, 1)
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -150,12 +129,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Normed tokens (T, D) -> update of the residual stream, (T, D) or of the subset; bias for `add_norm`."""
-        subset = context.subset
-        if subset is None:
+        """Normed tokens (T, D) -> update of the residual stream, (T, D) or of the queries; bias for `add_norm`."""
+        if context.query_ids is None:
             q, k, v = self._project(x_TD, context.positions, context, "qkv")
         else:
-            (q,) = self._project(subset.take(x_TD), subset.query_ids.flatten(), context, "q")
+            (q,) = self._project(context.take_queries(x_TD), context.query_ids.flatten(), context, "q")
             k, v = self._project(x_TD, context.positions, context, "kv")
         return linear_detached_bias(self.proj, context.attend(q, k, v).flatten(1))
 
@@ -216,16 +194,13 @@ class Block(nn.Module):
     def forward(
         self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Apply the block.
+        """Apply the block to the residual stream and its `norm1`, (T, D) each.
 
         Args:
-            x_TD: the residual stream, (T, D).
-            normed_TD: its `norm1`, (T, D).
-            context: attention and positions.
             weight, bias: (D,) of the norm after this block, with the epsilon of this block's.
 
         Returns:
-            The stream after this block and its norm, (T, D) or the tokens of `context.subset` only.
+            The stream after this block and its norm, (T, D) or the tokens of `context.query_ids` only.
         """
         # The compiled part excludes the module's hooks, where FSDP gathers weights.
         compute = self.compiled_compute or Block._compute
@@ -235,6 +210,6 @@ class Block(nn.Module):
         self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor]:
         eps = self.norm2.eps
-        x_TD = x_TD if context.subset is None else context.subset.take(x_TD)
+        x_TD = context.take_queries(x_TD)
         x_TD, normed_TD = add_norm(x_TD, *self.attn(normed_TD, context), self.norm2.weight, self.norm2.bias, eps)
         return add_norm(x_TD, *self.mlp(normed_TD), weight, bias, eps)

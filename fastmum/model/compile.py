@@ -20,49 +20,40 @@ log = logging.getLogger(__name__)
 
 # On a CPU compiled blocks save at most 1 % of a step and cost half a minute (docs/LOG.md, 2026-11-23).
 CPU_STEPS_TO_PAY = 100_000
-# Four kinds of block, each once for every combination of gradients, sizes and precision that a program uses.
-RECOMPILE_LIMIT = 64
+RECOMPILE_LIMIT = 64  # four kinds of block, for every combination of gradients, sizes and precision of a program
 
 
 def compile_model(
-    model: MuM,
-    mode: str,
-    steps: int,
-    backend: str | Callable = "inductor",
-    several_devices: bool = False,
+    model: MuM, mode: str, steps: int, backend: str | Callable = "inductor", several_devices: bool = False,
     cuda_graphs: bool = False,
-) -> str:
-    """Compile a model in place and say in the log what was done; every region must be one graph.
+) -> str:  # fmt: skip
+    """Compile a model in place and log the regions; every region is one graph.
 
     Lengths that change between batches recompile nothing: regions have static shapes (see `MuM._global_attention`).
 
     Args:
-        model: on the device that it trains on.
+        model: on its training device.
         mode: "block" compiles each kind of block, "full" everything between the raw frames and the loss as one region,
-            "off" nothing; "auto" is "block" on CUDA, and on the CPU where a run is long enough to pay for it.
-        steps: that the run has still to do.
-        backend: of `torch.compile`.
-        several_devices: gradients are summed over devices while the backward pass goes on, which one graph for all of
-            it would not let them: "full" becomes "block".
-        cuda_graphs: record what is compiled as CUDA graphs.
+            "off" nothing; "auto" is "block" on CUDA, and on the CPU if the run is long enough to save time.
+        steps: remaining steps of the run.
+        several_devices: "full" becomes "block", because gradients are reduced over devices during the backward pass.
+        cuda_graphs: record compiled regions as CUDA graphs.
 
     Returns:
-        What was chosen: "block", "full" or "off".
+        The chosen mode: "block", "full" or "off".
 
     Raises:
         ValueError: an unknown mode, or CUDA graphs where there are none.
     """
     if mode not in COMPILE_MODES:
         raise ValueError(f"compile mode is '{mode}', but must be one of {', '.join(COMPILE_MODES)}")
-    chosen = mode
-    if mode == "auto":
-        pays = model.mask_token.is_cuda or steps >= CPU_STEPS_TO_PAY
-        chosen = "block" if pays else "off"
+    pays = model.mask_token.is_cuda or steps >= CPU_STEPS_TO_PAY
+    chosen = mode if mode != "auto" else "block" if pays else "off"
     if chosen != "off" and not has_cpp_compiler():
         log.warning("no C++ compiler is found (g++, clang++ or $CXX), so nothing is compiled and the model runs eager")
         chosen = "off"
     if chosen == "full" and several_devices:
-        log.warning("blocks are compiled, not the whole: gradients travel while the backward pass goes on")
+        log.warning("blocks are compiled instead of the whole model: gradients are reduced during the backward pass")
         chosen = "block"
     if cuda_graphs and (chosen == "off" or not model.mask_token.is_cuda):
         what = "nothing is compiled" if model.mask_token.is_cuda else "the model is not on a CUDA device"
@@ -70,9 +61,9 @@ def compile_model(
     log.info("torch.compile: %s%s", chosen, f" (model.compile={mode})" if mode != chosen else "")
     if chosen != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    how: dict[str, Any] = {"fullgraph": True, "backend": backend} | (
-        {"options": {"triton.cudagraphs": True}} if cuda_graphs else {}
-    )
+    how: dict[str, Any] = {"fullgraph": True, "backend": backend}
+    if cuda_graphs:
+        how["options"] = {"triton.cudagraphs": True}
     if chosen == "block":
         compute = torch.compile(Block._compute, **how)
         for block in blocks_of(model):
@@ -84,9 +75,9 @@ def compile_model(
 
 @contextmanager
 def eager(model: MuM) -> Iterator[None]:
-    """Run the regions of a model as they are written: evaluation has sizes of its own, not worth compiling for.
+    """Run the regions of a model uncompiled: evaluation has other sizes, for which compiling does not pay.
 
-    Attention that is compiled by itself (`flex`) stays so: as written, it would hold the scores of all tokens at once.
+    Attention that is compiled separately (`flex`) stays compiled: eager, it would hold the scores of all tokens.
     """
     blocks = [(block, block.compiled_compute) for block in blocks_of(model)]
     whole = model.compiled_autoencode

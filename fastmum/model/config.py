@@ -14,26 +14,19 @@ MLP_RATIO = 4  # hidden width of every MLP over its block's width
 class ModelConfig:
     """Sizes of encoder and decoder.
 
-    Args:
-        embed_dim, depth, num_heads: width, blocks and heads of the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder; its depth counts frame and global blocks.
-        patch_size: side of a square patch in pixels.
-        in_chans: channels of a frame.
-        norm_eps: epsilon of every LayerNorm; 1e-5 in the released training configuration.
-
     Raises:
         ValueError: an invalid size, named with its value and what is allowed.
     """
 
-    embed_dim: int
-    depth: int
+    embed_dim: int  # width of the encoder
+    depth: int  # its blocks
     num_heads: int
     decoder_embed_dim: int
-    decoder_depth: int
+    decoder_depth: int  # frame and global blocks together
     decoder_num_heads: int
-    patch_size: int = 16
-    in_chans: int = 3
-    norm_eps: float = 1e-5
+    patch_size: int = 16  # side of a square patch in pixels
+    in_chans: int = 3  # channels of a frame
+    norm_eps: float = 1e-5  # of every LayerNorm; value of the released training configuration
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -44,11 +37,10 @@ class ModelConfig:
             elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field.name} is {value!r}, but must be a positive integer")
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
-            if getattr(self, width) % (4 * getattr(self, heads)):
-                raise ValueError(
-                    f"{width} is {getattr(self, width)} with {heads} {getattr(self, heads)}, but a head's width "
-                    f"({width} / {heads}) must be a multiple of 4: a sine and a cosine for each image axis"
-                )
+            D, h = getattr(self, width), getattr(self, heads)
+            if D % (4 * h):
+                reason = "must be a multiple of 4: a sine and a cosine for each image axis"
+                raise ValueError(f"{width} is {D} with {heads} {h}, but a head's width ({width} / {heads}) {reason}")
         if self.decoder_depth % 2:
             raise ValueError(
                 f"decoder_depth is {self.decoder_depth}, but must be even: frame and global blocks alternate"
@@ -78,8 +70,7 @@ class Flops(NamedTuple):
 def step_flops(config: ModelConfig, num_patches: int, visible: int, lengths: Sequence[int]) -> Flops:
     """Operations of a step on sequences of `lengths` frames, two per multiply-add of a matrix product.
 
-    Legend: F frames, P patches of a frame, K visible, M masked, D encoder width, E decoder width, S frames of a
-    sequence.
+    Legend: F frames, P patches of a frame, K visible, M masked, D encoder width, E decoder width, S frames of one.
     """
     F, P, K, M = sum(lengths), num_patches, visible, num_patches - visible
     D, E, pixels = config.embed_dim, config.decoder_embed_dim, config.in_chans * config.patch_size**2
@@ -96,12 +87,8 @@ def step_flops(config: ModelConfig, num_patches: int, visible: int, lengths: Seq
     linear = 3 * (encoder + frame_blocks + global_blocks + last_block + ends) + 2 * F * K * 2 * pixels * D
 
     # Lq * Lk * width of all segments. Scores and weighted values take 2 of each, and twice that in the backward pass.
-    pairs_of_tokens = (
-        config.depth * F * (1 + K) ** 2 * D
-        + pairs * F * (1 + P) ** 2 * E
-        + (pairs - 1) * squares * (1 + P) ** 2 * E
-        + squares * M * (1 + P) * E
-    )
+    pairs_of_tokens = config.depth * F * (1 + K) ** 2 * D + pairs * F * (1 + P) ** 2 * E
+    pairs_of_tokens += (pairs - 1) * squares * (1 + P) ** 2 * E + squares * M * (1 + P) * E
     return Flops(linear, attention=3 * 4 * pairs_of_tokens)
 
 

@@ -26,8 +26,8 @@ RECOMPUTE = ("none", "mlp", "blocks")
 class PatchEmbed(nn.Module):
     """The convolution of the released model, computed as a matrix product on selected patches.
 
-    The weight has a convolution's shape (D, C, p, p) in channels-last memory (D, p, p, C), so that it is a matrix for
-    patches in the order (row, column, channel) without a copy. `state_dict` holds a contiguous copy.
+    The weight (D, C, p, p) is channels-last, so that it is a matrix for patches in the order (row, column, channel)
+    without a copy. `state_dict` holds a contiguous copy.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,8 +45,7 @@ class PatchEmbed(nn.Module):
 
 
 def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-    # safetensors requires contiguous tensors.
-    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()  # as safetensors requires
 
 
 class Encoder(nn.Module):
@@ -64,20 +63,15 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
         self.patch_embed = PatchEmbed(config)
         self.rope_embed = AxialRope(config.embed_dim // config.num_heads)
-        self.blocks = nn.ModuleList(
-            Block(config.embed_dim, config.num_heads, config.norm_eps) for _ in range(config.depth)
-        )
+        sizes = config.embed_dim, config.num_heads, config.norm_eps
+        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
 
     def set_recompute(self, what: str) -> None:
         """Set what the backward pass recomputes instead of saving it, in place; results do not change.
 
-        Args:
-            what: "none"; "mlp": outputs of the GELUs and, in the decoder with its many tokens, their inputs, at 5 %
-                more operations; "blocks": everything inside blocks.
-
-        Raises:
-            ValueError: another value.
+        "none"; "mlp": outputs of the GELUs and, in the decoder with its many tokens, their inputs, at 5 % more
+        operations; "blocks": everything inside blocks. A ValueError for another value.
         """
         if what not in RECOMPUTE:
             raise ValueError(f"recompute is '{what}', but must be one of {', '.join(RECOMPUTE)}")
@@ -163,13 +157,9 @@ class Encoder(nn.Module):
         return {"x_norm_clstoken": normed[:, 0], "x_norm_patchtokens": normed[:, 1:], "x_prenorm": x}
 
     def get_intermediate_layers(
-        self,
-        x: Tensor,
-        n: int | Sequence[int] = 1,
-        reshape: bool = False,
-        return_class_token: bool = False,
+        self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_class_token: bool = False,
         norm: bool = True,
-    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:  # fmt: skip
         """Patch tokens after some of the blocks.
 
         Args:
@@ -193,8 +183,7 @@ class Encoder(nn.Module):
         x_TD, context = self._embed(pixels, ids)
         _, _, kept = self._run(x_TD, self._stack(context), self.norm, keep=wanted)
         outputs = [x_TD.unflatten(0, (len(ids), -1)) for x_TD in kept]
-        if norm:
-            outputs = [self.norm(out) for out in outputs]
+        outputs = [self.norm(out) for out in outputs] if norm else outputs
         patches = [out[:, 1:] for out in outputs]
         if reshape:
             patches = [out.transpose(1, 2).unflatten(2, pixels.grid).contiguous() for out in patches]

@@ -37,8 +37,8 @@ def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "fr
     if not isinstance(frames, Tensor):
         raise TypeError(f"{name} is a {type(frames).__name__}, but must be a tensor")
     shape = tuple(frames.shape)
-    mean: Sequence[float] = IMAGENET_MEAN
-    std: Sequence[float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     if frames.dtype == torch.uint8:
         layout = "(F, H, W, 3) uint8"
         fits = frames.ndim == 4 and shape[3] == in_chans == len(mean)
@@ -63,10 +63,9 @@ def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "fr
 
 
 def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> Tensor:
-    """Check the frames of each sequence, a list or an integer tensor that may be padded with zeros.
+    """Check the frames of each sequence, a list or an integer tensor that may be padded with zeros -> (n,) int64, CPU.
 
-    Returns:
-        (n,) int64 on the CPU. Compiled code does not see values, and does not check them.
+    Compiled code does not see values, and does not check them.
     """
     expected = "must be a 1-D integer tensor or a list of integers"
     if isinstance(lengths, Tensor):
@@ -102,7 +101,7 @@ def check_max_views(max_views: int | None, lengths: Tensor, num_frames: int) -> 
     return max_views
 
 
-def check_noise(noise: Tensor, num_frames: int, num_patches: int) -> Tensor:
+def check_noise(noise: Tensor, num_frames: int, num_patches: int) -> None:
     """Check (F, P) floating-point noise."""
     if not isinstance(noise, Tensor) or not noise.is_floating_point():
         found = f"has dtype {noise.dtype}" if isinstance(noise, Tensor) else f"is a {type(noise).__name__}"
@@ -112,33 +111,21 @@ def check_noise(noise: Tensor, num_frames: int, num_patches: int) -> Tensor:
             f"noise has shape {tuple(noise.shape)}, but frames has {num_frames} frames of {num_patches} patches: "
             f"({num_frames}, {num_patches}) is expected"
         )
-    return noise
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """Visible patches of a frame, int(P * (1 - mask_ratio)).
-
-    Raises:
-        ValueError: no patch would be visible, or none masked.
-    """
+    """Visible patches of a frame, int(P * (1 - mask_ratio)); a ValueError if none were visible, or none masked."""
     count = int(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
     if not 0 < count < num_patches:
-        raise ValueError(
-            f"mask_ratio is {mask_ratio} for frames of {num_patches} patches, but must leave at least one patch "
-            "visible and one masked"
-        )
+        found = f"mask_ratio is {mask_ratio} for frames of {num_patches} patches"
+        raise ValueError(f"{found}, but must leave at least one patch visible and one masked")
     return count
 
 
 def split_by_noise(noise: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-    """Split the patches of every frame into visible and masked.
+    """Split the patches of every frame by uniform noise (F, P) -> visible_ids (F, K) and masked_ids (F, P - K).
 
-    Args:
-        noise: (F, P) uniform; the `visible` smallest of a row are visible, ties go to the lower patch number.
-        visible: K.
-
-    Returns:
-        visible_ids (F, K) and masked_ids (F, P - K), int64, ascending in each row.
+    The K = `visible` smallest of a row are visible, ties go to the lower number. Ids are int64, ascending in each row.
     """
     order = torch.argsort(noise, dim=1, stable=True)
     return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values

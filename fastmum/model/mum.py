@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastmum.attention import Segments, choose_backend, dense_attention
 from fastmum.kernels import patch_loss, scatter_tokens
-from fastmum.model.block import AxialRope, Block, Context, QuerySubset, apply_linear, compute_dtype, pack
+from fastmum.model.block import AxialRope, Block, Context, apply_linear, compute_dtype, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.inputs import (
@@ -35,19 +35,12 @@ from fastmum.model.inputs import (
 
 
 class MuMOutput(NamedTuple):
-    """Output of the forward pass.
+    """Output of the forward pass."""
 
-    Args:
-        loss: float32, a scalar, or (F,) with reduction "none".
-        pred: (F, M, 3*p*p), the patch-normalised pixels predicted for the masked patches, order (row, column, channel).
-        visible_ids: (F, K) int64, ascending.
-        masked_ids: (F, M) int64, ascending.
-    """
-
-    loss: Tensor
-    pred: Tensor
-    visible_ids: Tensor
-    masked_ids: Tensor
+    loss: Tensor  # float32, a scalar, or (F,) with reduction "none"
+    pred: Tensor  # (F, M, 3*p*p), predicted patch-normalised pixels of masked patches, order (row, column, channel)
+    visible_ids: Tensor  # (F, K) int64, ascending
+    masked_ids: Tensor  # (F, M) int64, ascending
 
 
 class GlobalAttention(NamedTuple):
@@ -84,14 +77,9 @@ class MuM(Encoder):
             block.mlp.recompute = "mlp" if what == "mlp" else "none"
 
     def forward(
-        self,
-        frames: Tensor,
-        lengths: Tensor | Sequence[int],
-        mask_ratio: float = 0.75,
-        noise: Tensor | None = None,
-        max_views: int | None = None,
-        reduction: Literal["mean", "none"] = "mean",
-    ) -> MuMOutput:
+        self, frames: Tensor, lengths: Tensor | Sequence[int], mask_ratio: float = 0.75, noise: Tensor | None = None,
+        max_views: int | None = None, reduction: Literal["mean", "none"] = "mean",
+    ) -> MuMOutput:  # fmt: skip
         """Predict the masked patches, and the loss.
 
         Args:
@@ -113,19 +101,17 @@ class MuM(Encoder):
         lengths = check_lengths(lengths, num_frames)
         max_views = check_max_views(max_views, lengths, num_frames)
         visible = num_visible(num_patches, mask_ratio)
-        if noise is None:
-            noise = torch.rand(num_frames, num_patches, device=frames.device)
-        noise = check_noise(noise, num_frames, num_patches)
+        noise = torch.rand(num_frames, num_patches, device=frames.device) if noise is None else noise
+        check_noise(noise, num_frames, num_patches)
         masked = num_patches - visible
         attend = self._global_attention(lengths, num_frames, num_patches, masked, max_views, frames.device)
-        if self.compiled_autoencode is not None:
-            return self.compiled_autoencode(self, pixels, noise, visible, attend, reduction)
-        return self._autoencode(pixels, noise, visible, attend, reduction)
+        autoencode = self.compiled_autoencode or MuM._autoencode
+        return autoencode(self, pixels, noise, visible, attend, reduction)
 
     def _global_attention(
         self, lengths: Tensor, num_frames: int, num_patches: int, masked: int, max_views: int, device: torch.device
     ) -> GlobalAttention:
-        """All that depends on the lengths, computed on the host once per batch; everything else has static shapes."""
+        """The only part that depends on the lengths, once per batch on the host; the rest has static shapes."""
         backend = choose_backend(self.attention, device, compute_dtype(self.mask_token))
         tokens = 1 + num_patches
         segments = (Segments.of_frames(lengths, num_frames, n, tokens, max_views) for n in (tokens, masked))
@@ -134,7 +120,7 @@ class MuM(Encoder):
     def _autoencode(
         self, pixels: Pixels, noise: Tensor, visible: int, attend: GlobalAttention, reduction: Literal["mean", "none"]
     ) -> MuMOutput:
-        """The whole computation: static shapes, no Python that depends on data."""
+        """The whole computation, with static shapes and no control flow that depends on data."""
         rows, columns = pixels.grid  # torch 2.10 cannot trace `*pixels.grid`
         visible_ids, masked_ids = split_by_noise(noise, visible)
         _, encoded = self.encode(pixels, visible_ids)
@@ -163,6 +149,6 @@ class MuM(Encoder):
         for frame_block, global_block in zip(self.decoder_frame_blocks, self.decoder_global_blocks, strict=True):
             stack += [(frame_block, within_frames), (global_block, across_frames)]
         # Only masked patches reach the loss, so the last block computes no others.
-        stack[-1] = stack[-1][0], replace(across_frames, attend=attend.masked, subset=QuerySubset(masked_ids))
+        stack[-1] = stack[-1][0], replace(across_frames, attend=attend.masked, query_ids=masked_ids)
         _, normed_TE, _ = self._run(x_TE, cast(list[tuple[Block, Context]], stack), self.decoder_norm)
         return normed_TE.unflatten(0, (num_frames, -1))

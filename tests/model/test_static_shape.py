@@ -59,7 +59,7 @@ def test_a_query_subset_gives_the_numbers_of_all_queries(tiny):
     whole_context = type(context)(
         lambda q, k, v: backend.attend(q, k, v, segments), context.positions, context.sin, context.cos, context.special
     )
-    whole = [context.subset.take(y) for y in block(x, normed, whole_context, *norm)]
+    whole = [context.take_queries(y) for y in block(x, normed, whole_context, *norm)]
     torch.testing.assert_close(list(some), whole, rtol=1e-5, atol=1e-6)
     weights = [torch.randn_like(y) for y in some]
     # `norm1` made what the block is given.
