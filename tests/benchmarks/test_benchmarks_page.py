@@ -55,7 +55,8 @@ def test_page(ran, tmp_path, capsys):
     page, plot = pages[0], plots[0]
     for text in (
         "--quick --benchmark-json", "## Kernels", "| gather_tokens forward |", "| gather_tokens forward + backward |",
-        "| least to most of 2 |", "Other work shares the cores.", OFFLINE_MARK, f"]({plot.relative_to(tmp_path / 'docs').as_posix()})",
+        "| least to most of 2 |", "Other work shares the cores.", OFFLINE_MARK,
+        f"]({plot.relative_to(tmp_path / 'docs').as_posix()})",
         f"| device | {machine['fastmum']['device']} |", f"| CPU | {machine['fastmum']['capability']}, ",
     ):  # fmt: skip
         assert text in page
