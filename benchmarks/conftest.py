@@ -60,7 +60,7 @@ def commit() -> str:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Adds what the report needs to the JSON."""
+    """Adds the machine, the commit and the sizes to the JSON."""
     machine_info["fastmum"] = describe_machine() | {
         "commit": config.stash[COMMIT_KEY],
         "sizes": str(config.stash[SIZES_KEY]),

@@ -89,7 +89,7 @@ class Contestant:
         return f"{self.name}\n{profiler.key_averages().table(sort_by=by, row_limit=PROFILED_OPERATORS)}"
 
     def close(self) -> None:
-        """Release what the contestant holds."""
+        """Release the contestant's memory and process."""
 
 
 class RemoteContestant(Contestant):

@@ -23,7 +23,7 @@ from benchmarks.results import COMPILED, FASTMUM, REFERENCE
 
 # Largest |result - expected| / |expected| of two correct implementations that sum in different order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-ROUND_SECONDS, MOST_CALLS = 0.03, 100  # a round repeats shorter calls, at most so often
+ROUND_SECONDS, MOST_CALLS = 0.03, 100  # a round repeats shorter calls, at most MOST_CALLS times
 CACHE_BYTES = 256 << 20  # more than the second-level cache of any GPU
 
 Results = Tensor | Sequence[Tensor]

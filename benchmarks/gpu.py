@@ -107,7 +107,7 @@ def write_page(
 
     Args:
         out: the page.
-        folder: what the stages wrote.
+        folder: of the files that the stages wrote.
         gpu: its name.
         codes: exit codes by stage.
         predictions: from `read_predictions`.

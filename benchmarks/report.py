@@ -78,7 +78,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def joined(paths: Sequence[Path]) -> dict[str, Any]:
-    """Several runs as one; the machine and the date are those of the first.
+    """Several runs as one; the machine and the date are the first run's.
 
     Raises:
         ReportError: as `read_results`, or the sizes or devices differ.

@@ -58,7 +58,7 @@ class Result:
 
     @property
     def spread(self) -> str:
-        """What the brackets after a ratio are, and the number of rounds."""
+        """Meaning of the brackets after a ratio, and the number of rounds."""
         count = max(map(len, self.rounds.values()))
         return f"{'quartiles' if count >= MIN_FOR_QUARTILES else 'least to most'} of {count}"
 
@@ -83,7 +83,7 @@ class Result:
 
 
 def write(value: float, unit: str) -> str:
-    """A number in the largest scale of its unit in which it is at least 1."""
+    """A number with the largest prefix of its unit that leaves it at least 1."""
     scales = SCALES.get(unit, ((1.0, unit),))
     scale, name = next((pair for pair in scales if abs(value) >= pair[0]), scales[-1])
     return f"{value / scale:.3g} {name}"

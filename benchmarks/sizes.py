@@ -83,7 +83,7 @@ class Sizes(NamedTuple):
 def pick_sizes(quick: bool = False) -> Sizes:
     """Sizes for this machine.
 
-    CUDA: those of the paper (supplement, "Sampling": 96 frames of 256 px per GPU) in bfloat16. CPU: ViT-L if bfloat16
+    CUDA: the paper's (supplement, "Sampling": 96 frames of 256 px per GPU) in bfloat16. CPU: ViT-L if bfloat16
     is fast, else the widths of ViT-B with fewer blocks, which `torch.compile` handles in reasonable time.
 
     Args:

@@ -91,7 +91,7 @@ class Comparison:
             contestant.close()
 
     def check(self) -> None:
-        """Warm up with two steps of each and compare their losses; the second is that of updated weights.
+        """Warm up with two steps of each and compare their losses; the second uses updated weights.
 
         Raises:
             DisagreementError: losses differ.

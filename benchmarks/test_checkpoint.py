@@ -60,4 +60,4 @@ def test_checkpoint(duel: Duel, sizes: Sizes, quick: bool, tmp_path: Path) -> No
 
 def _must_be_equal(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
     for name, tensor in saved.items():
-        assert torch.equal(loaded[name], tensor), f"{name} is not what was saved"
+        assert torch.equal(loaded[name], tensor), f"{name} differs from the saved tensor"

@@ -18,7 +18,7 @@ def size(sizes: Sizes):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, size):
-    """MegaDepth's layout with one scene, whose model is there as text and as binary."""
+    """MegaDepth's layout with one scene; its model is stored as text and as binary."""
     pycolmap = pytest.importorskip("pycolmap")
     root = tmp_path_factory.mktemp("megadepth")
     scene = root / "Undistorted_SfM/0000"

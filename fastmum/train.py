@@ -199,7 +199,7 @@ def _train(config: EngineConfig, task: Task) -> int:
 
 
 def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, samples_per_step: int) -> None:
-    """Open the task's data and write the configuration; the first process goes first and makes what is missing.
+    """Open the task's data and write the configuration; the first process runs first and creates missing files.
 
     Raises:
         ConfigError, DataError: the folder cannot be written, or the data cannot be used.
@@ -220,7 +220,7 @@ def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, sample
 
 @contextlib.contextmanager
 def _collector_off() -> Iterator[None]:
-    """Run Python's garbage collector only at fixed steps, on all processes at once, and exempt what exists already."""
+    """Run Python's garbage collector only at fixed steps, on all processes at once, and exempt existing objects."""
     gc.collect()
     gc.freeze()
     gc.disable()

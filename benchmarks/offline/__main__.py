@@ -1,4 +1,4 @@
-"""Predict what a training step costs on a GPU, without one, for fastmum and for the reference.
+"""Predict the cost of a training step on a GPU, without one, for fastmum and for the reference.
 
     python -m benchmarks.offline --gpu a100 --frames 96
 
@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-VIEWS = 12  # frames of a sequence, in what is recorded
+VIEWS = 12  # frames of a sequence in the record
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="JSON on standard output instead of the table")
     args = parser.parse_args(argv)
     if args.record and args != parser.parse_args(["--record"]):
-        return _refuse("--record takes no other option: what is recorded is the default step on every GPU")
+        return _refuse("--record takes no other option: it records the default step on every GPU")
     if args.views is None:
         args.views = max(views for views in range(1, VIEWS + 1) if args.frames % views == 0)
     if min(args.frames, args.views) < 1 or args.frames % args.views:

@@ -22,7 +22,7 @@ from fastmum.kernels.dispatch import Launch, recorded_launches
 class Recorder(TorchDispatchMode):
     """Records kernels, and the memory of live tensors that were created under it.
 
-    Tensors are freed as Python and autograd free them, so `peak` is that of eager PyTorch without its allocator's
+    Tensors are freed as Python and autograd free them, so `peak` is eager PyTorch's without its allocator's
     rounding.
 
     Args:

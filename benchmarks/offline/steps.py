@@ -3,7 +3,7 @@
 All tensors are fake. Attention is FlashAttention as PyTorch calls it on CUDA, within frames by
 `scaled_dot_product_attention` and across them by `varlen_attn` (backend `flash`).
 
-Memory is simulated: that of Python and autograd in eager code, and that of Inductor's planner in a compiled graph, with
+Memory is simulated: Python and autograd free it in eager code, Inductor's planner in a compiled graph. It includes
 weights, masters, gradients and moments. The allocator's rounding and workspaces of cuBLAS and Triton are not counted.
 """
 

@@ -24,7 +24,7 @@ Rope = tuple[Tensor, Tensor]  # sine and cosine, (B, h, N or N - 1, d) each
 
 
 class Output(NamedTuple):
-    """What a training pass returns.
+    """Results of a training pass.
 
     Args:
         loss: scalar, mean squared error over the masked patches.

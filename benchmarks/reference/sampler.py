@@ -76,7 +76,7 @@ class PaperSampler(Sampler[list[list[int]]]):
         return self.frames // views, views
 
     def sequence(self, views: int) -> list[int]:
-        """Frames of one sequence, of those that have so many."""
+        """Frames of a random sequence that has at least `views` frames."""
         while True:
             (dataset,) = self.random.choices(self.datasets, self.weights)
             i = self.random.randrange(len(dataset.lengths))

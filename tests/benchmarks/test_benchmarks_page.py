@@ -36,19 +36,10 @@ def refusal(capsys, *words: str | Path) -> str:
     return error
 
 
-def test_a_quick_run_prints_a_summary_and_writes_json(ran):
-    out, file = ran
-    assert "sizes: quick: mum_tiny" in out
-    assert "commit" in out
-    table = out[out.index("speed-ups") :]
-    what = ("gather_tokens forward", "gather_tokens forward + backward")
-    assert all(text in table for text in (what[1], "reference / fastmum"))
-    data = json.loads(file.read_text())
-    seen = {(e["extra_info"]["what"], e["extra_info"]["contestant"]) for e in data["benchmarks"]}
-    assert seen == {(w, c) for w in what for c in ("reference", "fastmum")}
-    assert all(len(entry["stats"]["data"]) == 2 for entry in data["benchmarks"])
-    assert data["machine_info"]["fastmum"]["quick"] is True
-    assert data["machine_info"]["fastmum"]["torch"]
+def test_a_quick_run_prints_a_summary(ran):
+    head, _, table = ran[0].partition("speed-ups")
+    assert all(text in head for text in ("sizes: quick: mum_tiny", "commit"))
+    assert all(text in table for text in ("gather_tokens forward + backward", "reference / fastmum"))
 
 
 def test_page(ran, tmp_path, capsys):
@@ -63,8 +54,9 @@ def test_page(ran, tmp_path, capsys):
         plots.append(out.parent / "images" / "benchmarks" / "kernels.svg")
     page, plot = pages[0], plots[0]
     for text in (
-        "--quick --benchmark-json", "## Kernels", "| gather_tokens forward |", "| least to most of 2 |",
-        "Other work shares the cores.", OFFLINE_MARK, f"]({plot.relative_to(tmp_path / 'docs').as_posix()})",
+        "--quick --benchmark-json", "## Kernels", "| gather_tokens forward |", "| gather_tokens forward + backward |",
+        "| least to most of 2 |", "Other work shares the cores.", OFFLINE_MARK,
+        f"]({plot.relative_to(tmp_path / 'docs').as_posix()})",
         f"| device | {machine['fastmum']['device']} |", f"| CPU | {machine['fastmum']['capability']}, ",
     ):  # fmt: skip
         assert text in page

@@ -75,12 +75,6 @@ def test_all_sides_on_all_gpus(gpu):
     check_record(gpu, "fastmum", "fastmum_block", "reference", "reference_compiled")
 
 
-@pytest.mark.exhaustive
-def test_the_same_twice():
-    words = ("--gpu", "a100", "--model", "mum_tiny", "--frames", "8", "--views", "4", "--side", "fastmum")
-    assert predict(*words) == predict(*words)
-
-
 def test_a_kernel_takes_the_slower_of_its_operations_and_its_bytes():
     gpu = GPUS["a100"]
     assert gpu.seconds(0, 0) == LEAST_SECONDS
