@@ -11,9 +11,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastmum/__init__.py").read_text(), re.M).group(1)
-
 MAPPED = {"fastmum.kernels": "kernels", "fastmum.configs": "configs", "fastmum.launch": "launch"}
-
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
     "colmap": ["scipy>=1.12"],
@@ -24,10 +22,14 @@ EXTRAS = {
     "wandb": ["wandb>=0.31"],
     "fp8": ["torchao>=0.12"],
     "evaluate": ["h5py>=3.10"],
-    # First version with DINOv3.
-    "hf": ["transformers>=4.56"],
+    "hf": ["transformers>=4.56"],  # first version with DINOv3
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
+TESTED_WITHOUT_GPU = ("dali", "colmap", "video", "wandb", "fp8", "evaluate", "hf", "onnx")
+EXTRAS["dev"] = [requirement for extra in TESTED_WITHOUT_GPU for requirement in EXTRAS[extra]]
+# pycolmap writes the binary models of tests.
+EXTRAS["dev"] += ["pycolmap>=3.12", "pytest>=8.2", "pytest-benchmark>=4.0", "hypothesis>=6.100", "ruff>=0.6"]
+EXTRAS["dev"] += ["mypy>=1.11", "types-PyYAML", "setuptools>=77"]
 
 setup(
     name="fastmum",
@@ -47,50 +49,14 @@ setup(
         "fastmum.launch": ["*.sh"],
     },
     entry_points={"console_scripts": ["fastmum=fastmum.cli:main"]},
+    # The wheel of scikit-image has the photographs that texture the rendered scenes.
     install_requires=[
-        "torch>=2.10",
-        "triton>=3.4; sys_platform == 'linux'",
-        "numpy>=1.26",
-        "omegaconf>=2.3",
-        "pillow>=10.3",
-        "safetensors>=0.4.3",
-        "xxhash>=3",
-        "tensorboard>=2.16",
-        "tqdm>=4.66",
-        "natsort>=8.4",
-        "scipy>=1.11.4",
-        "pyarrow>=16",
-        "pyyaml>=6",
-        "platformdirs>=4.2",
-        # Its wheel has the photographs that texture the rendered scenes.
-        "scikit-image>=0.24",
-        "jinja2>=3.1",
-        "matplotlib>=3.8",
+        "torch>=2.10", "triton>=3.4; sys_platform == 'linux'", "numpy>=1.26", "omegaconf>=2.3", "pillow>=10.3",
+        "safetensors>=0.4.3", "xxhash>=3", "tensorboard>=2.16", "tqdm>=4.66", "natsort>=8.4", "scipy>=1.11.4",
+        "pyarrow>=16", "pyyaml>=6", "platformdirs>=4.2", "scikit-image>=0.24", "jinja2>=3.1", "matplotlib>=3.8",
     ],
-    extras_require={
-        **EXTRAS,
-        "dev": [
-            # Extras that are tested without a GPU.
-            *EXTRAS["dali"],
-            *EXTRAS["colmap"],
-            *EXTRAS["video"],
-            *EXTRAS["wandb"],
-            *EXTRAS["fp8"],
-            *EXTRAS["evaluate"],
-            *EXTRAS["hf"],
-            *EXTRAS["onnx"],
-            "pycolmap>=3.12",  # writes the binary models of tests
-            "pytest>=8.2",
-            "pytest-benchmark>=4.0",
-            "hypothesis>=6.100",
-            "ruff>=0.6",
-            "mypy>=1.11",
-            "types-PyYAML",
-            "setuptools>=77",
-        ],
-    },
+    extras_require=EXTRAS,
     classifiers=[
-        "Programming Language :: Python :: 3.11",
-        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Programming Language :: Python :: 3.11", "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-)
+)  # fmt: skip

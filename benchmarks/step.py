@@ -30,7 +30,7 @@ from fastmum.engine.gradients import Gradients
 from fastmum.engine.optimizer import build_optimizer
 from fastmum.engine.step import NonFiniteGuard
 from fastmum.errors import FastmumError, run_command
-from fastmum.model.masking import seeded_noise
+from fastmum.model.inputs import seeded_noise
 from fastmum.model.mum import MuM
 from fastmum.tasks.mum import MuMBatch, MuMTask
 

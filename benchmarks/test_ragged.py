@@ -4,7 +4,7 @@ from benchmarks.duel import Duel, no_collection, rotated
 from benchmarks.results import FASTMUM, REFERENCE
 from benchmarks.sizes import Sizes
 from benchmarks.step import fastmum_steps, make_problem
-from fastmum.model.flops import step_flops
+from fastmum.model.config import step_flops
 
 CUTS = {4: [(1, 3)], 8: [(3, 5), (1, 2, 5)], 96: [(24, 24, 24, 24), (24, 20, 16, 12, 10, 6, 4, 2, 2), (2,) * 48]}
 ROUNDS = 3

@@ -8,7 +8,7 @@ from benchmarks.duel import Duel
 from benchmarks.sizes import Sizes
 from benchmarks.step import PHASES, Comparison
 from fastmum.engine.gpus import peak_flops
-from fastmum.model.flops import step_flops
+from fastmum.model.config import step_flops
 
 PHASE_NAMES = {"norm": "gradient norm", "step": "whole step"}
 STATE_BYTES = 4 * 4 + 8  # per parameter: weight, gradient, moments, and some activations

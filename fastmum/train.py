@@ -98,10 +98,7 @@ def _train(config: EngineConfig, task: Task) -> int:
 
     start = resume(config, run, task, loaded := state())
     if start.resumed:
-        guard.load(loaded)
         meter.load(loaded)
-    elif ema:
-        ema.restart()
     if start.step >= steps:
         log.info("nothing to do: the run in '%s' has done its %d steps; use another run.dir", run.root, start.step)
         return 0
@@ -239,13 +236,8 @@ def _due(done: int, every: int, steps: int) -> bool:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    keys = "\n".join(
-        textwrap.fill(
-            f"{key.name} ({key.kind}, {key.default}): {key.meaning}", 110,
-            initial_indent="  ", subsequent_indent="      ",
-        )
-        for key in describe_keys()
-    )  # fmt: skip
+    lines = [f"{key.name} ({key.kind}, {key.default}): {key.meaning}" for key in describe_keys()]
+    keys = "\n".join(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="      ") for line in lines)
     parser = argparse.ArgumentParser(
         prog="python -m fastmum.train",
         description="Pretrain a MuM encoder and decoder. A stopped run continues with the same command.",
@@ -284,10 +276,8 @@ def _log_to_stderr() -> None:
         rank = read_launch_env().rank
     except DistributedError:
         rank = 0  # train reports it
-    if rank == 0:
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-    else:
-        logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(message)s")
+    level, prefix = (logging.WARNING, f"[rank {rank}] ") if rank else (logging.INFO, "")
+    logging.basicConfig(level=level, format=f"{prefix}%(message)s")
 
 
 if __name__ == "__main__":

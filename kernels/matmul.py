@@ -1,16 +1,27 @@
-"""Matrix products of the library; bfloat16 ones in float32 on CPUs that have no bfloat16 instructions.
+"""Matrix products of the library, and tiles of products for kernels that process a product in registers.
 
-There the library multiplies bfloat16 in plain loops, 8 to 180 times slower than float32. Widening operands does not
-change their values, and the result is rounded once.
+On CPUs without bfloat16 instructions the library multiplies bfloat16 in plain loops, 8 to 180 times slower than
+float32. There `product` and `linear` widen the operands, which does not change their values, and round the result once.
+
+Legend of tiles: an (M, N) product of a (M, K) and b; M varies with the batch, N and K do not. Operands are bfloat16 or
+float16, sums float32. `FASTMUM_PRODUCTS` is read at every call: "auto" (default) fuses where Triton runs and operands
+have 16 bits; "library" uses cuBLAS and separate kernels for the operations after it.
 """
 
 from __future__ import annotations
+
+import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmum.kernels.dispatch import ceil_div, jit, tl, use_triton
+
 SLOW_BFLOAT16 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # no AVX-512 or later
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+GROUP_M = 8  # rows of tiles that are processed together, so that their operands stay in the L2 cache
 
 
 def widens(x: Tensor) -> bool:
@@ -48,3 +59,85 @@ class _Linear(torch.autograd.Function):
             product(rows.t(), x.flatten(0, -2)) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
+
+
+def fuses_products(x: Tensor) -> bool:
+    """Whether a product with `x` and the operations after it are one kernel.
+
+    Raises:
+        ValueError: `FASTMUM_PRODUCTS` has an unknown value.
+    """
+    choice = os.environ.get("FASTMUM_PRODUCTS", "auto")
+    if choice not in ("auto", "library"):
+        raise ValueError(f"FASTMUM_PRODUCTS is {choice!r}, but must be auto or library")
+    return choice == "auto" and x.dtype in SIXTEEN_BITS and use_triton(x)
+
+
+class Tiles(NamedTuple):
+    """Tile sizes; larger tiles leave no registers for the operations after the product (docs/LOG.md, 2026-11-25)."""
+
+    BLOCK_M: int = 128
+    BLOCK_N: int = 128
+    BLOCK_K: int = 64
+
+    def constants(self, K: int, x: Tensor) -> dict[str, object]:
+        """Constants of a kernel."""
+        return self._asdict() | {
+            "GROUP_M": GROUP_M,
+            "EVEN_K": K % self.BLOCK_K == 0,
+            "WIDEN": x.device.type == "cpu",
+            "num_warps": 8,
+            "num_stages": 3,
+        }
+
+    def grid(self, M: int, columns: int) -> tuple[int]:
+        """Grid for M rows and a number of columns of tiles."""
+        return (ceil_div(M, self.BLOCK_M) * columns,)
+
+
+@jit()
+def tile_of(M, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column of this program's tile."""
+    program = tl.program_id(0)
+    rows = tl.cdiv(M, BLOCK_M)
+    group = program // (GROUP_M * COLUMNS)
+    height = tl.minimum(rows - group * GROUP_M, GROUP_M)
+    inside = program % (GROUP_M * COLUMNS)
+    return group * GROUP_M + inside % height, inside // height
+
+
+@jit()
+def product_tile(
+    a_ptr,  # (M, K)
+    b_ptr,  # (N, K), or (K, N) where b is not transposed
+    row,  # of the tile
+    n,  # (BLOCK_N,) columns of the product
+    M,
+    exists,  # (BLOCK_N,) whether the column exists
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDEN: tl.constexpr,  # in the interpreter, which would multiply bit patterns of bfloat16
+):
+    """(BLOCK_M, BLOCK_N) float32: the tile's rows and columns n of a @ b' or a @ b."""
+    i, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
+    # Only the start of the tile needs 64 bits.
+    a_at = a_ptr + row.to(tl.int64) * (BLOCK_M * K) + (i[:, None] * K + k[None, :])
+    b_at = b_ptr + (n[None, :] * K + k[:, None] if TRANSPOSED else k[:, None] * N + n[None, :])
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        a_inside, b_inside = (row * BLOCK_M + i < M)[:, None], exists[None, :]
+        if not EVEN_K:
+            a_inside, b_inside = a_inside & (first + k < K)[None, :], b_inside & (first + k < K)[:, None]
+        a = tl.load(a_at, mask=a_inside, other=0.0)
+        b = tl.load(b_at, mask=b_inside, other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        acc = tl.dot(a, b, acc)
+        a_at += BLOCK_K
+        b_at += BLOCK_K if TRANSPOSED else BLOCK_K * N
+    return acc

@@ -11,8 +11,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmum.kernels.checks import INTEGERS, check_floating, check_range, check_tensors
-from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.dispatch import (
+    INTEGERS,
+    ceil_div,
+    check_floating,
+    check_range,
+    check_tensors,
+    jit,
+    launch,
+    power_of_2,
+    tile_bytes,
+    tl,
+    use_triton,
+)
 
 SPECIAL = ("keep", "zero")
 PARTS = ("qkv", "kv", "q")
@@ -34,7 +45,7 @@ def rope_qk(
     Args:
         qkv: (T, 3*D) floating point: q, k and v of each token, (h, d) each; or those in `parts`.
         positions: (T,) int64 or int32, row of the tables; -1 for a token without a position (CLS).
-        sin, cos: (N, d) tables of two equal halves (see `fastmum.model.rope`), or one half, (N, d / 2).
+        sin, cos: (N, d) tables of two equal halves (see `fastmum.model.block`), or one half, (N, d / 2).
         num_heads: h.
         special: q and k of tokens without a position: "keep" them, or set them to "zero" (the released model's
             treatment of CLS in global blocks).

@@ -10,7 +10,6 @@ from PIL import Image
 from fastmum import ModelConfig, MuM
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
 TINY = ModelConfig(32, 2, 2, 32, 2, 2)
 
 
@@ -32,12 +31,10 @@ def tiny() -> MuM:
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Four scenes of six smooth random images of 48 x 40 pixels."""
-    root = tmp_path / "images"
     rng = np.random.default_rng(0)
     for scene in range(4):
-        folder = root / f"scene{scene}"
+        folder = tmp_path / f"images/scene{scene}"
         folder.mkdir(parents=True)
-        coarse = rng.integers(0, 256, (6, 5, 6, 3), dtype=np.uint8)
-        for view, pixels in enumerate(coarse):
+        for view, pixels in enumerate(rng.integers(0, 256, (6, 5, 6, 3), dtype=np.uint8)):
             Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{view}.png")
-    return root
+    return tmp_path / "images"

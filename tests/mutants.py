@@ -1,6 +1,6 @@
 """Mutation test: how many small errors in the source do the fast tests find?
 
-    python tests/mutants.py --seed 0 --count 80 --out mutants.json [--tree CHECKOUT] [--jobs 2]
+    python tests/mutants.py --seed 0 --count 80 --out mutants.json [--tree CHECKOUT] [--jobs AREAS_AT_ONCE]
 
 Picks seeded random mutants of five areas (swapped operators, constants + 1, negated conditions, removed statements),
 applies one at a time to a copy of the checkout and runs the tests of its area there. A mutant is killed when a test
@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -110,9 +111,9 @@ def mutations(node: Any) -> Iterator[tuple[str, Any, str]]:
             yield "call", node.func, re.sub(rf"\b{name}$", CALL_SWAPS[name], ast.unparse(node.func))
         case ast.If(test=test) | ast.While(test=test) | ast.IfExp(test=test):
             yield "condition", test, f"(not ({ast.unparse(test)}))"
-        case ast.AugAssign() | ast.Continue() | ast.Break() | ast.Delete():
-            yield "statement", node, "pass"
         case ast.Expr(value=ast.Call() as call) if not is_skipped(call):
+            yield "statement", node, "pass"
+        case ast.AugAssign() | ast.Continue() | ast.Break() | ast.Delete():
             yield "statement", node, "pass"
         case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield "statement", node, "pass"
@@ -128,9 +129,7 @@ def mutants_of(root: Path, area: str) -> Iterator[Mutant]:
         if SKIPPED_FILES.search(file.name):
             continue
         source = file.read_bytes()
-        starts = [0]
-        for line in source.splitlines(keepends=True):
-            starts.append(starts[-1] + len(line))
+        starts = [0, *itertools.accumulate(map(len, source.splitlines(keepends=True)))]
         for kind, node, new in mutations(ast.parse(source)):
             span = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
             old = source[slice(*span)].decode()
@@ -236,10 +235,9 @@ def main() -> None:
     here = Path(__file__).resolve().parents[1]
     parser.add_argument("--tree", type=Path, default=here, help="the checkout to test (this one)")
     parser.add_argument("--shared", type=Path, default=here.parent / "shared", help="the project's test data")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=80)
+    for name, default in (("--seed", 0), ("--count", 80), ("--jobs", 1)):
+        parser.add_argument(name, type=int, default=default)
     parser.add_argument("--areas", nargs="+", choices=list(AREAS), default=list(AREAS))
-    parser.add_argument("--jobs", type=int, default=1, help="areas tested at the same time")
     parser.add_argument("--out", type=Path, default=Path("mutants.json"))
     args = parser.parse_args()
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:

@@ -1,6 +1,6 @@
-"""A world whose warps are known in closed form: a wall, seen by cameras that stand anywhere in front of it.
+"""A scene whose warps have a closed form: a wall, seen by cameras in front of it.
 
-Its colour says where on the wall a pixel is, so that features by colour find true matches.
+The wall's colour encodes the position on it, so that colours as features give true matches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fastmum.data.samples import Frame
 from fastmum.geometry import Camera
 
 WALL = 4.0  # metres from the origin along z
-WIDE = 3.0  # metres that the colours span either way
+WIDE = 3.0  # metres from the centre to where the colours saturate
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,16 @@ class Shot:
         return np.linalg.inv(self.T)
 
     def wall(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Points of the wall (N, 3) and their z-depth (N,) at pixel coordinates, the first centre at 0.5."""
+        """Points of the wall (..., 3) and their z-depth (...) at pixel coordinates, the first centre at 0.5."""
         rays = np.stack([x, y, np.ones_like(x)], -1) @ np.linalg.inv(self.K).T
         turned, eye = rays @ self.T_world[:3, :3].T, self.T_world[:3, 3]
-        depth = (WALL - eye[2]) / turned[:, 2]
-        return eye + turned * depth[:, None], depth
+        depth = (WALL - eye[2]) / turned[..., 2]
+        return eye + turned * depth[..., None], depth
+
+    def pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        """`wall` at all pixel centres: (height, width, 3) and (height, width)."""
+        y, x = np.mgrid[: self.size[1], : self.size[0]] + 0.5
+        return self.wall(x, y)
 
     def project(self, points: np.ndarray) -> np.ndarray:
         """Pixel coordinates (N, 2) of points of the world."""
@@ -44,29 +49,22 @@ class Shot:
 
     def depth(self) -> np.ndarray:
         """(height, width) float32."""
-        return self._grid()[1].astype(np.float32)
+        return self.pixels()[1].astype(np.float32)
 
     def image(self) -> Image.Image:
-        """Red grows to the right on the wall, green downwards, blue waves."""
-        points = self._grid()[0]
-        share = np.clip(points[..., :2] / (2 * WIDE) + 0.5, 0, 1)
-        blue = 0.5 + 0.5 * np.sin(7 * points[..., 0]) * np.cos(5 * points[..., 1])
-        return Image.fromarray((np.concatenate([share, blue[..., None]], -1) * 255).round().astype(np.uint8))
+        """Red grows to the right on the wall, green downwards, blue in waves."""
+        x, y, _ = np.moveaxis(self.pixels()[0], -1, 0)
+        red, green = (np.clip(a / (2 * WIDE) + 0.5, 0, 1) for a in (x, y))
+        blue = 0.5 + 0.5 * np.sin(7 * x) * np.cos(5 * y)
+        return Image.fromarray((np.stack([red, green, blue], -1) * 255).round().astype(np.uint8))
 
     def frame(self, key: str = "") -> WallFrame:
-        """A frame in memory."""
         return WallFrame(key, None, self.K, self.T, shot=self, depth_map=self.depth())
-
-    def _grid(self) -> tuple[np.ndarray, np.ndarray]:
-        width, height = self.size
-        y, x = np.mgrid[:height, :width] + 0.5
-        points, depth = self.wall(x.ravel(), y.ravel())
-        return points.reshape(height, width, 3), depth.reshape(height, width)
 
 
 @dataclass(frozen=True, eq=False)
 class WallFrame(Frame):
-    """A shot with a depth map of its own or another."""
+    """A shot in memory, with its depth map or another."""
 
     shot: Shot | None = None
     depth_map: np.ndarray | None = None
@@ -81,27 +79,20 @@ class WallFrame(Frame):
         return self.depth_map
 
 
-def shot(
-    eye: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    turn: tuple[float, float, float] = (0.0, 0.0, 0.0),
-    size: tuple[int, int] = (64, 48),
-    focal: float = 60.0,
-) -> Shot:
+def shot(eye=(0.0, 0.0, 0.0), turn=(0.0, 0.0, 0.0), size: tuple[int, int] = (64, 48), focal: float = 60.0) -> Shot:
     """A camera at `eye`, turned by small angles about its x, y and z axes (radians)."""
-    R = np.eye(3)
+    T = np.eye(4)
     for axis, angle in enumerate(turn):
         i, j = (axis + 1) % 3, (axis + 2) % 3
-        step = np.eye(3)
+        step = np.eye(4)
         step[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
-        R = step @ R
-    T = np.eye(4)
-    T[:3, :3], T[:3, 3] = R, -R @ np.array(eye)
-    K = np.array([[focal, 0, size[0] / 2], [0, focal, size[1] / 2], [0, 0, 1.0]])
-    return Shot(K, T, size)
+        T = step @ T
+    T[:3, 3] = -T[:3, :3] @ np.array(eye)
+    return Shot(np.array([[focal, 0, size[0] / 2], [0, focal, size[1] / 2], [0, 0, 1.0]]), T, size)
 
 
 def walk(count: int) -> list[Shot]:
-    """Cameras along the wall, each turned a little otherwise."""
+    """Cameras along the wall with varied rotations."""
     return [
         shot((0.25 * i - 0.3, 0.1 * np.sin(i), 0.05 * i), (0.05 * np.sin(2 * i), 0.06 - 0.04 * i, 0.03 * i))
         for i in range(count)
@@ -110,6 +101,5 @@ def walk(count: int) -> list[Shot]:
 
 def exact(a: Shot, b: Shot, points: np.ndarray) -> np.ndarray:
     """The warp of unit coordinates (N, 2) from a to b in closed form."""
-    pixels = points * np.array(a.size)
-    on_wall, _ = a.wall(pixels[:, 0], pixels[:, 1])
+    on_wall, _ = a.wall(*(points * np.array(a.size)).T)
     return b.project(on_wall) / np.array(b.size)

@@ -1,7 +1,6 @@
 """Whole runs through the command line, on a folder of small images."""
 
 import importlib.util
-import json
 import math
 import os
 import random
@@ -44,7 +43,7 @@ def losses(run_dir):
     return [(r["step"], r["loss"], r.get("held_out_loss")) for r in read_metrics(run_dir / "metrics.jsonl")]
 
 
-def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
+def test_files_and_metrics_of_a_run(image_folder, tmp_path):
     run = tmp_path / "run"
     assert main(words(image_folder, run)) == 0
     records = read_metrics(run / "metrics.jsonl")
@@ -53,11 +52,8 @@ def test_a_run_leaves_everything_it_promises(image_folder, tmp_path):
         "loss", "lr", "grad_norm", "frames_per_s", "tokens_per_s", "tflops", "mfu", "data_wait", "memory_gb",
         "skipped_steps", "bad_frames", "gpu_hours", "gpu_hours_projected",
     } <= records[0].keys()  # fmt: skip
-    by_views = [name for name in records[0] if name.startswith("loss/views_")]
-    assert by_views
-    assert (
-        min(records[0][name] for name in by_views) <= records[0]["loss"] <= max(records[0][name] for name in by_views)
-    )
+    by_views = [value for name, value in records[0].items() if name.startswith("loss/views_")]
+    assert min(by_views) <= records[0]["loss"] <= max(by_views)
     assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
     assert 0.5 < records[0]["loss"] < 2
     assert 0 <= records[0]["data_wait"] <= 1
@@ -159,19 +155,15 @@ def test_a_resumed_run_sees_the_images_that_it_began_with(image_folder, tmp_path
     assert losses(tmp_path / "new") != losses(whole)
 
 
-def test_a_finished_run_is_left_alone(image_folder, tmp_path, caplog):
+def test_a_finished_run_is_kept_or_set_aside(image_folder, tmp_path, caplog):
     main(words(image_folder, tmp_path / "run"))
     before = losses(tmp_path / "run")
     with caplog.at_level("INFO"):
         assert main(words(image_folder, tmp_path / "run")) == 0
     assert "nothing to do" in caplog.text
     assert losses(tmp_path / "run") == before
-
-
-def test_never_resuming_sets_the_old_run_aside(image_folder, tmp_path):
-    for _ in range(2):
-        assert main(words(image_folder, tmp_path / "run", "train.resume=never")) == 0
-    assert losses(tmp_path / "run") == losses(tmp_path / "run.old-1")
+    assert main(words(image_folder, tmp_path / "run", "train.resume=never")) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "run.old-1") == before
 
 
 def test_a_run_can_begin_from_a_checkpoint_of_another(image_folder, tmp_path):
@@ -206,7 +198,7 @@ def test_too_many_bad_steps_stop_the_run_and_their_checkpoints_are_set_aside(ima
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("more", [(), ("data.frames_per_step=12",)], ids=["one batch", "two batches"])
-def test_a_bad_step_is_passed_over_and_counted(image_folder, tmp_path, monkeypatch, where, more):
+def test_a_bad_step_is_skipped_and_counted(image_folder, tmp_path, monkeypatch, where, more):
     """The weights after it are those of a run that had made no such update; the mean loss leaves it out."""
     bad, poison = 5, {"loss": lambda loss: loss * math.nan, "gradient": Poison.apply}[where]
     calls, loss = [], MuMTask.loss
@@ -270,20 +262,14 @@ def test_without_held_out_scenes_there_is_still_a_picture(image_folder, tmp_path
     assert all(held_out is None for _, _, held_out in losses(tmp_path / "run"))
 
 
-def test_broken_images_are_counted_and_do_not_stop_a_run(image_folder, tmp_path):
+def test_broken_images_are_counted_also_over_a_resume(image_folder, tmp_path):
     broken = image_folder / "scene0/2.png"
+    whole = broken.read_bytes()
     broken.write_bytes(b"broken")
     assert main(words(image_folder, tmp_path / "run")) == 0
     last = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
     assert (last["bad_frames"], last["bad_frames/folder"]) == (1, 1)
     assert (tmp_path / "run/bad_frames.log").read_text().startswith(f"folder\t{broken}\t")
-
-
-def test_a_resumed_run_goes_on_counting_broken_images(image_folder, tmp_path):
-    broken = image_folder / "scene0/2.png"
-    whole = broken.read_bytes()
-    broken.write_bytes(b"broken")
-    assert main(words(image_folder, tmp_path / "run")) == 0
     broken.write_bytes(whole)
     assert main(words(image_folder, tmp_path / "run", "train.steps=10")) == 0
     assert read_metrics(tmp_path / "run/metrics.jsonl")[-1]["bad_frames/folder"] == 1
@@ -352,13 +338,3 @@ def test_print_config_trains_nothing(image_folder, tmp_path, capsys):
     assert main([*words(image_folder, tmp_path / "run"), "--print-config"]) == 0
     assert f"dir: {tmp_path}/run" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-
-
-def test_metrics_are_strict_json(image_folder, tmp_path):
-    main(words(image_folder, tmp_path / "run"))
-
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=refuse)

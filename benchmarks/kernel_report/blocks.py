@@ -11,8 +11,7 @@ import torch
 
 from benchmarks.kernel_report.cases import Case, Sizes, rotation, short, zeros
 from fastmum.kernels import adamw, feedforward, norm, projection, sums
-from fastmum.kernels.tables import CHUNK
-from fastmum.kernels.total_norm import _root_kernel, _squares_kernel, _total_norm_triton
+from fastmum.kernels.total_norm import CHUNK, _root_kernel, _squares_kernel, _total_norm_triton
 
 MLP_RATIO = 4
 FP32 = torch.float32

@@ -41,8 +41,7 @@ from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.step import NonFiniteGuard
 from fastmum.model.config import ModelConfig
-from fastmum.model.inputs import check_frames
-from fastmum.model.masking import num_visible
+from fastmum.model.inputs import check_frames, num_visible
 from fastmum.model.mum import GlobalAttention, MuM
 
 MAX_VIEWS = 24  # of the paper's run, for which attention kernels are launched

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 from collections.abc import Iterator, Sequence
 from functools import reduce
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fastmum.config.schema import Bounds, ConfigError, EngineConfig
+from fastmum.config.schema import ConfigError, EngineConfig, problem
 from fastmum.resources import resource_dir
 
 C = TypeVar("C", bound=EngineConfig)
@@ -25,18 +26,14 @@ class Key(NamedTuple):
     kind: str
     default: Any
     meaning: str
-    bounds: Bounds
+    bounds: dict[str, Any]
 
 
 def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: type[C] | None = None) -> C:
     """Merge the defaults, a YAML file and `key.sub=value` overrides, in this order.
 
-    Args:
-        overrides: a last name that only one section has needs no section.
-        schema: the task's configuration class; None: MuM's `Config`.
-
-    Raises:
-        ConfigError: missing file, unknown key (with the nearest valid one), wrong type, or a value out of bounds.
+    `schema` is the task's configuration class; None: MuM's `Config`. In `overrides`, a last name that only one section
+    has needs no section. ConfigError: missing file, unknown key, wrong type, or a value out of bounds.
     """
     schema = schema or cast(type[C], _mum_config())
     keys = {k.name: k for k in describe_keys(schema)}
@@ -50,12 +47,11 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     for name, k in keys.items():
-        section, _, entry = name.rpartition(".")
-        value = getattr(reduce(getattr, section.split("."), typed), entry)
-        entries = {f"{name}.{entry}": v for entry, v in value.items()} if isinstance(value, dict) else {name: value}
+        value = operator.attrgetter(name)(typed)
+        entries = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
         for entry, v in entries.items():
-            if problem := k.bounds.problem(v):
-                raise ConfigError(f"{entry} is {v}, but must be {problem}")
+            if allowed := problem(v, **k.bounds):
+                raise ConfigError(f"{entry} is {v}, but must be {allowed}")
     typed.check()
     return typed
 
@@ -126,10 +122,9 @@ def _parse(word: str, keys: dict[str, Key]) -> DictConfig:
 
 
 def _read(file: Path, keys: dict[str, Key]) -> DictConfig:
+    path = find_config(file)
     try:
-        content = OmegaConf.load(find_config(file))
-    except ConfigError:
-        raise
+        content = OmegaConf.load(path)
     except Exception as error:
         raise ConfigError(f"'{file}' is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, DictConfig):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fastmum.attention import BACKENDS
 from fastmum.config.schema import ConfigError, EngineConfig, key
 from fastmum.model.config import COMPILE_MODES, PRESETS, ModelConfig
-from fastmum.model.masking import num_visible
+from fastmum.model.inputs import num_visible
 
 
 @dataclass
@@ -25,10 +25,7 @@ class ModelSection:
     patch_size: int | None = key(None, "side of a patch in pixels. Empty: the preset's")
     mask_ratio: float = key(0.75, "share of masked patches in every frame", above=0, below=1)
     attention: str = key("auto", f"global attention: auto, {', '.join(BACKENDS)}", choices=("auto", *BACKENDS))
-    compile: str = key(
-        "auto", f"torch.compile: {', '.join(COMPILE_MODES)}; block: each kind of block, full: one graph",
-        choices=COMPILE_MODES,
-    )  # fmt: skip
+    compile: str = key("auto", "torch.compile: off, block (each kind), full (one graph) or auto", choices=COMPILE_MODES)
     recompute: str = key(
         "auto", "activations recomputed in the backward pass, to save memory: none, mlp (inside the MLPs), blocks "
         "(everything inside blocks); auto: mlp on CUDA, none on the CPU", choices=("auto", "none", "mlp", "blocks"),

@@ -22,38 +22,24 @@ class ConfigError(FastmumError, ValueError):
     """A configuration that cannot be used."""
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Allowed values of a key, or of every element of a list or table: inclusive `least` and `most`, exclusive `above`
-    and `below`, the only `choices`, the `length` of a list. None and strings are not compared.
-    """
-
-    least: float | None = None
-    above: float | None = None
-    most: float | None = None
-    below: float | None = None
-    choices: tuple[str, ...] = ()
-    length: int | None = None
-
-    def problem(self, value: Any) -> str | None:
-        """What the value must be, or None if it is allowed."""
-        if self.choices and value not in self.choices:
-            return f"one of {', '.join(self.choices)}"
-        if self.length is not None and len(value) != self.length:
-            return f"a list of {self.length} numbers"
-        for number in value if isinstance(value, list) else [value]:
-            if number is None or isinstance(number, str):
-                continue
-            for name, (words, fits) in LIMITS.items():
-                if (limit := getattr(self, name)) is not None and not fits(number, limit):
-                    return f"{words} {limit:g}"
-        return None
+def problem(value: Any, choices: tuple[str, ...] = (), length: int | None = None, **limits: float) -> str | None:
+    """What a value must be, or None if it is allowed; `limits` (see `LIMITS`) hold for every number of a list."""
+    if choices and value not in choices:
+        return f"one of {', '.join(choices)}"
+    if length is not None and len(value) != length:
+        return f"a list of {length} numbers"
+    for number in value if isinstance(value, list) else [value]:
+        for name, limit in limits.items():
+            words, fits = LIMITS[name]
+            if number is not None and not isinstance(number, str) and not fits(number, limit):
+                return f"{words} {limit:g}"
+    return None
 
 
 def key(default: Any, meaning: str, **bounds: Any) -> Any:
-    """A configuration key; `bounds` are the arguments of `Bounds`."""
+    """A configuration key; `bounds` are the arguments of `problem`."""
     given: dict = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
-    return field(**given, metadata={"meaning": meaning, "bounds": Bounds(**bounds)})
+    return field(**given, metadata={"meaning": meaning, "bounds": bounds})
 
 
 @dataclass
@@ -77,9 +63,8 @@ class OptimSection:
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
     clip: float | None = key(None, "largest norm of the gradient; larger ones are scaled down. Empty: off", above=0)
     schedule: str = key(
-        "cosine", "after the warm-up: cosine, step (multiply at milestones) or wsd (constant, then linear decay)",
-        choices=("cosine", "step", "wsd"),
-    )  # fmt: skip
+        "cosine", "cosine, step (at milestones) or wsd (constant, then linear)", choices=("cosine", "step", "wsd")
+    )
     warmup_steps: int = key(25_000, "steps of linear warm-up", least=0)
     min_lr: float = key(0.0, "cosine, wsd: learning rate at the end, scaled like base_lr", least=0)
     milestones: list[int] = key([], "step: steps at which the learning rate is multiplied by gamma", least=1)
@@ -94,9 +79,8 @@ class TrainSection:
     steps: int = key(500_000, "optimizer steps of the whole run", least=1)
     device: str = key("auto", "auto, cpu, cuda or cuda:N")
     precision: str = key(
-        "bf16", "bf16 (autocast), fp32, fp8 (torchao, from sm_89 on), or auto: bf16 where it is fast",
-        choices=("bf16", "fp32", "fp8", "auto"),
-    )  # fmt: skip
+        "bf16", "bf16 (autocast), fp32, fp8 (torchao), auto: bf16 where fast", choices=("bf16", "fp32", "fp8", "auto")
+    )
     ema: float | None = key(None, "decay of the moving average of weights, 0.999 or so. Empty: off", above=0, below=1)
     threads: int = key(0, "CPU threads of torch; 0: torch's default", least=0)
     log_every: int = key(50, "steps between lines of metrics.jsonl", least=1)
@@ -121,9 +105,8 @@ class ParallelSection:
     """Several devices: torchrun or SLURM starts one process per device."""
 
     strategy: str = key(
-        "ddp", "ddp: weights replicated; fsdp2: sharded; hsdp: sharded within a group, replicated over groups",
-        choices=("ddp", "fsdp2", "hsdp"),
-    )  # fmt: skip
+        "ddp", "weights: ddp: replicated; fsdp2: sharded; hsdp: sharded in groups", choices=("ddp", "fsdp2", "hsdp")
+    )
     reduce: str = key("fp32", "dtype of the reduction of gradients: fp32 or bf16", choices=("fp32", "bf16"))
     shard: int = key(0, "hsdp: devices that share one copy of the weights; 0: those of a machine", least=0)
     dead_after_s: float = key(30.0, "seconds without a heartbeat after which a process counts as dead", least=1)

@@ -15,8 +15,7 @@ import numpy as np
 from fastmum.data.packing import PAPER_FRAMES
 from fastmum.data.plan import Catalogue, StepPlanner
 from fastmum.errors import run_command
-from fastmum.model.config import PRESETS, ModelConfig
-from fastmum.model.flops import step_flops
+from fastmum.model.config import PRESETS, ModelConfig, step_flops
 
 IMAGE_SIZE, VISIBLE = 256, 0.25  # pixels and share of patches that the encoder sees (supplement)
 MODES = ("paper", "packed", "balanced")

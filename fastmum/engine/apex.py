@@ -34,8 +34,7 @@ def find_fused_adam() -> type:
 class ApexAdamW(Optimizer):
     """AdamW by the class `fused_adam` in its capturable form, which reads rate and found_inf on the device.
 
-    Raises:
-        ConfigError: Apex has no CUDA extensions, or the model is not on a GPU.
+    ConfigError: Apex has no CUDA extensions, or the model is not on a GPU.
     """
 
     def __init__(self, weights: list[Weight], optim: OptimSection, fused_adam: type) -> None:
@@ -43,16 +42,15 @@ class ApexAdamW(Optimizer):
         if self.steps.device.type != NEEDED:
             raise ConfigError("optim.optimizer is apex, which needs a CUDA device: take optim.optimizer=adamw")
         # Apex needs float32 weights: halves are joined during an update only.
-        self._parts = [_empty(self.steps) if w.rest is not None else local(w.master) for w in self.weights]
+        self._parts = [self.steps.new_empty(0) if w.rest is not None else local(w.master) for w in self.weights]
         groups = [
             {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if w.weight_decay == decay],
              "weight_decay": decay}
             for decay in sorted({w.weight_decay for w in self.weights})
         ]  # fmt: skip
         try:
-            self._apex = fused_adam(
-                groups, lr=0.0, betas=tuple(optim.betas), eps=optim.eps, adam_w_mode=True, capturable=True
-            )
+            betas = tuple(optim.betas)
+            self._apex = fused_adam(groups, lr=0.0, betas=betas, eps=optim.eps, adam_w_mode=True, capturable=True)
         except RuntimeError as error:
             raise ConfigError(f"optim.optimizer is apex, but it cannot be used ({error}): {INSTALL}") from None
         for part, weight in zip(self._parts, self.weights, strict=True):
@@ -77,11 +75,7 @@ class ApexAdamW(Optimizer):
             part.grad = None
             if weight.rest is not None:
                 weight.stored.fill_(part)
-                part.data = _empty(self.steps)
-
-
-def _empty(like: Tensor) -> Tensor:
-    return like.new_empty(0)
+                part.data = self.steps.new_empty(0)
 
 
 class _FoundInf:

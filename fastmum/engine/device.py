@@ -66,8 +66,7 @@ def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.d
 def keep_freed_memory() -> bool:
     """Configure glibc to keep freed memory; returns False with other C libraries.
 
-    Gradients and activations are freed and allocated every step. Otherwise the system takes the pages back each time,
-    and clears them again on the next touch.
+    Otherwise the system takes the pages of gradients and activations back in every step, and clears them again.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -98,12 +97,8 @@ class Prefetcher:
     def __init__(self, batches: Iterator[Any], device: torch.device) -> None:
         self.wait_seconds = 0.0
         self._source, self._device = batches, device
-        self._moved: Generator[Any, None, None] = (
-            self._ahead() if device.type == "cuda" else (to_device(batch, device) for batch in self._timed())
-        )
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._moved
+        on_cpu = (to_device(batch, device) for batch in self._timed())
+        self._moved: Generator[Any, None, None] = self._ahead() if device.type == "cuda" else on_cpu
 
     def __next__(self) -> Any:
         return next(self._moved)

@@ -62,12 +62,10 @@ class DistContext(LaunchInfo):
         return None
 
     def wait(self) -> None:
-        """Barrier of all ranks."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     def close(self) -> None:
-        """Destroy the process group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -115,9 +113,8 @@ def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise DistributedError(
-            f"rank {launch.rank} of {launch.size} cannot connect to the others at {address} ({reason})"
-        ) from None
+        rank = f"rank {launch.rank} of {launch.size}"
+        raise DistributedError(f"{rank} cannot connect to the others at {address} ({reason})") from None
     return DistContext(**vars(launch), device=device, store=store, control=control, background=background)
 
 
@@ -126,13 +123,10 @@ def _set_slurm_address() -> None:
     environ = os.environ
     if "MASTER_ADDR" not in environ and "SLURM_JOB_NODELIST" in environ:
         try:
-            hosts = subprocess.run(
-                ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]],
-                capture_output=True, text=True, check=True, timeout=60,
-            ).stdout.split()  # fmt: skip
+            command = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
+            environ["MASTER_ADDR"] = subprocess.check_output(command, text=True, timeout=60).split()[0]
         except (OSError, subprocess.SubprocessError) as error:
             raise DistributedError(f"scontrol cannot list the nodes of this job ({error}): set MASTER_ADDR") from None
-        environ["MASTER_ADDR"] = hosts[0]
     if "SLURM_JOB_ID" in environ:
         environ.setdefault("MASTER_PORT", str(PORTS[int(environ["SLURM_JOB_ID"]) % len(PORTS)]))
 
@@ -148,10 +142,9 @@ def shard(
     model: nn.Module, blocks: Iterable[nn.Module], world: DistContext, strategy: str, group_size: int,
     dtype: torch.dtype, reduce_dtype: torch.dtype,
 ) -> bool:  # fmt: skip
-    """Shard the trained weights of all `nn.Linear` in a model, in place; gradients are summed, not averaged.
+    """Shard the trained weights of all `nn.Linear` in a float32 model, in place; gradients are summed, not averaged.
 
     Args:
-        model: float32, equal on all ranks.
         blocks: modules of the model whose matrices are gathered together.
         strategy: "fsdp2", "hsdp", or "ddp", which shards nothing.
         group_size: devices that share one copy of the weights ("hsdp"); 0: the devices of a machine.

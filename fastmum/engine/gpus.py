@@ -7,10 +7,7 @@ from typing import NamedTuple
 
 
 class Peak(NamedTuple):
-    """Dense matrix products in TFLOP/s; fp32 is without tensor cores, bf16 and fp8 are accumulated in float32.
-
-    fp8 is None where the device has no such units. Numbers that a source gives for 2:4 sparsity only are halved.
-    """
+    """Dense matrix products in TFLOP/s, accumulated in float32; fp32 uses no tensor cores. Sparse rates are halved."""
 
     bf16: float
     tf32: float

@@ -36,7 +36,6 @@ class Gradients:
     Args:
         groups: parameters in the order of the forward pass; DTensors are reduced by FSDP.
         batches: micro-batches per step on this process.
-        reduce_dtype: torch.float32 or torch.bfloat16.
     """
 
     def __init__(

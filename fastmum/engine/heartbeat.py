@@ -67,25 +67,22 @@ class Heartbeat:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         # gloo raises RuntimeError with its source path.
         collective = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
-        failed = self.failed_rank() if collective and not isinstance(error, FastmumError) else None
-        self._closed.set()
+        failed = None
         self._handled.set()
+        if collective and not isinstance(error, FastmumError):
+            self._found.wait(2 * self._dead_after)  # the error arrives before the missing heartbeat is detected
+            failed = self._failed
+        self._closed.set()
         for thread in self._threads:
             thread.join(self._dead_after)  # it may wait for a store that never answers
         if self._failed is None:  # otherwise the others know, or the store is gone
-            reason = DONE if error is None else f"{type(error).__name__}: {_first_line(error)}"
+            reason = DONE if error is None else f"{type(error).__name__}: {error}".splitlines()[0]
             try:
                 self._store.set(f"left/{self._world.rank}", reason)
             except RuntimeError as lost:
                 log.debug("the store is gone: %s", lost)
         if failed:
             raise PeerError(f"{failed}; the run continues from its last checkpoint") from error
-
-    def failed_rank(self) -> str | None:
-        """One line about the failed rank, None if there is none; waits up to two times `dead_after` to detect it."""
-        self._handled.set()
-        self._found.wait(2 * self._dead_after)
-        return self._failed
 
     def _watch_ranks(self) -> None:
         store, rank = self._store, self._world.rank
@@ -101,7 +98,7 @@ class Heartbeat:
             except RuntimeError as error:
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > self._dead_after / 2:
-                    return self._report(f"{STORE} cannot be reached ({_first_line(error)})")
+                    return self._report(f"{STORE} cannot be reached ({str(error).partition(chr(10))[0]})")
                 continue
             failing_since, now = None, time.monotonic()
             self._answers += 1
@@ -134,10 +131,6 @@ class Heartbeat:
         # The main thread may have caught the error of its collective operation and report the failure itself.
         if not self._handled.wait(self._interval):
             self._stop(failed)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _exit(failed: str) -> None:

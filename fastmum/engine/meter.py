@@ -124,28 +124,24 @@ class Efficiency:
 
         Returns:
             <unit>_per_s, tokens_per_s: of all devices.
-            tflops: of the model on this process's device, in TFLOP/s.
-            mfu: their share of the device's peak; None if that is unknown.
-            memory_gb: in GB of 10^9 bytes. CUDA: the peak that torch allocated since the last call; CPU: resident
-                memory of the process, None if the system does not report it.
+            tflops, mfu: TFLOP/s of the model on this device, and their share of its peak (None if that is unknown).
+            memory_gb: peak that torch allocated since the last call; on the CPU resident memory, None if not known.
             gpu_hours: of all devices since the run began, earlier processes and pauses included.
-            gpu_hours_projected: of the whole run, at this process's mean pace without its first step, which compiles;
-                None until there is a second step.
+            gpu_hours_projected: of the whole run, at this process's mean pace without its first step, which compiles.
         """
         rate, self._flops = self._flops / seconds, 0.0
         hours, tokens = self.device_seconds() / 3600, self._task.tokens(samples)
-        counted, pace = step - self._start - 1, None
+        counted, projected = step - self._start - 1, None
         if self._first_step_done is not None and counted >= 1:
             pace = (time.perf_counter() - self._first_step_done) / counted
+            projected = hours + (self._steps - step) * pace * self._world_size / 3600
         return {
             f"{self._task.samples.unit}_per_s": samples / seconds,
             **({"tokens_per_s": tokens / seconds} if tokens else {}),
             **({"tflops": rate / 1e12, "mfu": rate / self._peak if self._peak else None} if rate else {}),
             "memory_gb": _memory_gb(self._device),
             "gpu_hours": hours,
-            "gpu_hours_projected": None
-            if pace is None
-            else hours + (self._steps - step) * pace * self._world_size / 3600,
+            "gpu_hours_projected": projected,
         }
 
     def device_seconds(self) -> float:

@@ -2,13 +2,14 @@
 
 Under autocast every step would cast every matrix to bfloat16 and every gradient back. Here the model holds the matrices
 in bfloat16 and their gradients are bfloat16. The optimizer holds the lower 16 bits of the float32 weight (the `rest`),
-and joins and splits the halves in its one pass (`fastmum.kernels.halves`). The numbers are those of autocast except for
+and joins and splits the halves in its one pass (`fastmum.kernels.adamw`). The numbers are those of autocast except for
 exact ties, one value of 131,072, which are rounded away from zero instead of to even.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +21,7 @@ from torch import Tensor, nn
 from fastmum.config.schema import OptimSection
 from fastmum.engine.gradients import local
 from fastmum.engine.task import ParamGroup, default_groups
-from fastmum.kernels.adamw import adamw_
-from fastmum.kernels.halves import Halves
+from fastmum.kernels.adamw import Halves, adamw_
 
 # Elements updated by one call: what stays in a CPU's cache; everything in one launch on a GPU.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 62}
@@ -117,7 +117,8 @@ class Optimizer(ABC):
 
     def __init__(self, weights: list[Weight], optim: OptimSection) -> None:
         self.weights, self.optim = weights, optim
-        self.moments = {w.name: (_zeros_like(w.parameter), _zeros_like(w.parameter)) for w in weights}
+        zeros = functools.partial(torch.zeros_like, dtype=torch.float32)
+        self.moments = {w.name: (zeros(w.parameter.detach()), zeros(w.parameter.detach())) for w in weights}
         self.steps = torch.zeros((), device=weights[0].parameter.device)
 
     @abstractmethod
@@ -167,14 +168,7 @@ class Ema:
 
     def __init__(self, weights: Sequence[Weight], decay: float) -> None:
         self._weights, self._decay = weights, decay
-        self._averages = {w.name: _zeros_like(w.parameter) for w in weights}
-        self.restart()
-
-    @torch.no_grad()
-    def restart(self) -> None:
-        """Start again from the weights as they are."""
-        for w in self._weights:
-            self._averages[w.name].copy_(w.master)
+        self._averages = {w.name: w.master.detach().clone() for w in weights}
 
     @torch.no_grad()
     def update(self, found_inf: Tensor) -> None:
@@ -199,10 +193,6 @@ class Ema:
     def state(self) -> dict[str, Tensor]:
         """Live averages by name, to save and to fill in place."""
         return {f"ema.{name}": average for name, average in self._averages.items()}
-
-
-def _zeros_like(weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight.detach(), dtype=torch.float32)
 
 
 class Piece(NamedTuple):
@@ -248,7 +238,7 @@ def learning_rate(step: int, steps: int, optim: OptimSection, samples_per_step: 
     cosine: half a cosine down to `min_lr` (scaled like the peak); step: times `gamma` at each milestone; wsd: constant,
     then linear to `min_lr` over the last `decay_share` of all steps.
     """
-    peak, least = (optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * (samples_per_step / BASE_SAMPLES))
+    peak, least = optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * (samples_per_step / BASE_SAMPLES)
     if step < optim.warmup_steps:
         return peak * (step + 1) / optim.warmup_steps
     if optim.schedule == "step":

@@ -30,9 +30,7 @@ class ResumeState(NamedTuple):
 def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, Any]) -> ResumeState:
     """Do what `train.resume` says; `state` is then that of the checkpoint.
 
-    Raises:
-        CheckpointError: there is none but must be one, it cannot be read, or holds another model.
-        ConfigError: the samples of a step do not fit the number of processes.
+    CheckpointError: no checkpoint fits. ConfigError: the number of processes does not divide the samples of a step.
     """
     world, manifest, sizes = task.world, None, task.manifest()
     match config.train.resume:
@@ -63,15 +61,10 @@ def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, An
 def checkpoint_values(config: EngineConfig, task: Task, samples_per_step: int, device_seconds: float) -> dict[str, Any]:
     """Contents of a checkpoint's manifest."""
     return {
-        "task": config.run.task,
-        "model_config": task.manifest(),
-        "samples_per_step": samples_per_step,
-        "device_seconds": device_seconds,
-        "world_size": task.world.size,
-        "strategy": config.parallel.strategy,
-        "precision": config.train.precision,
-        "torch": str(torch.__version__),
-    }
+        "task": config.run.task, "model_config": task.manifest(), "samples_per_step": samples_per_step,
+        "device_seconds": device_seconds, "world_size": task.world.size, "strategy": config.parallel.strategy,
+        "precision": config.train.precision, "torch": str(torch.__version__),
+    }  # fmt: skip
 
 
 def _samples_per_step(samples: Samples, world: DistContext, before: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -35,9 +36,8 @@ class RunDir:
         """Rename the folder, if it holds a run, to the next free `<name>.old-<n>`."""
         if not self.config.exists():
             return
-        number = 1
-        while (old := self.root.with_name(f"{self.root.name}.old-{number}")).exists():
-            number += 1
+        names = (self.root.with_name(f"{self.root.name}.old-{number}") for number in itertools.count(1))
+        old = next(name for name in names if not name.exists())
         self.root.rename(old)
         log.info("the run in %s was renamed to %s", self.root, old)
 

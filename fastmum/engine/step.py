@@ -5,7 +5,7 @@ Steps with a non-finite loss or gradient are skipped and counted on the device; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,22 +50,14 @@ class NonFiniteGuard:
         return bad.float()
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of the counts, to save or to load into."""
-        return {"meter.bad_steps": self.counts.clone()}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue counting."""
-        self.counts.copy_(state["meter.bad_steps"])
+        """The live counts, to save and to fill in place."""
+        return {"meter.bad_steps": self.counts}
 
 
 def check_bad_steps(
     config: EngineConfig, run: RunDir, task: Task, checkpoints: Checkpoints, counts: Sequence[int]
 ) -> None:
-    """Stop a run with too many consecutive non-finite steps; checkpoints after the first of them are set aside.
-
-    Raises:
-        TrainingError: more than `train.max_bad_steps`; with the steps, the data and the last good checkpoint.
-    """
+    """Raise TrainingError after too many consecutive non-finite steps; checkpoints after the first are set aside."""
     _, _, longest, end = counts
     if longest <= config.train.max_bad_steps:
         return
@@ -86,9 +78,8 @@ def check_bad_steps(
 class Step:
     """Optimizer steps, each of one or more micro-batches.
 
-    Attributes:
-        norms: names and 0-d norms on the device of the last step's gradient, before clipping: `grad_norm` of all, and
-            `grad_norm/<group>` if there are several groups.
+    `norms` has the 0-d norms on the device of the last step's gradient, before clipping: `grad_norm` of all, and
+    `grad_norm/<group>` if there are several groups.
     """
 
     def __init__(
@@ -97,8 +88,7 @@ class Step:
     ) -> None:  # fmt: skip
         self._task, self._model, self._groups = task, model, groups
         self._optimizer, self._gradients, self._ema = optimizer, gradients, ema
-        self._guard, self._meter, self._precision = guard, meter, precision
-        self._world, self._graphs = task.world, task.config.train.cuda_graphs
+        self._guard, self._meter, self._precision, self._world = guard, meter, precision, task.world
         self.norms: dict[str, Tensor] = {}
         self._begin()
 
@@ -110,7 +100,7 @@ class Step:
 
     def accumulate(self, batch: Any, last: bool) -> None:
         """Forward and backward of a micro-batch; `last`: the step's last one."""
-        if self._graphs:
+        if self._task.config.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         self._gradients.next_batch(last)
         with autocast(self._world.device, self._precision):

@@ -33,8 +33,7 @@ class StepOutput(NamedTuple):
         loss_sum: 0-d, differentiable: the sum of all terms. The loss of a step is the sum over its micro-batches on
             all processes, divided by the sum of their weights.
         weight: number of terms in the sum (pixels, frames, ...): a float, or 0-d on the device.
-        step_weight: total weight of the step if it is known beforehand. The gradient is then scaled before the backward
-            pass instead of after it, which saves a pass over the gradients.
+        step_weight: total weight of the step if it is known beforehand, which saves a pass over the gradients.
         metrics: sum and count of each of the task's `metrics`, (size,) or 0-d each, detached.
     """
 
@@ -46,21 +45,13 @@ class StepOutput(NamedTuple):
 
 @dataclass
 class ParamGroup:
-    """Parameters that share settings. Every trainable parameter is in exactly one group, frozen ones are in none.
+    """Parameters that share settings. Every trainable parameter is in exactly one group, frozen ones are in none."""
 
-    Args:
-        parameters: in the order of the forward pass.
-        name: in the log: `grad_norm/<name>`, if there are several groups.
-        lr_scale: factor of the learning rate.
-        weight_decay: of parameters with two or more dimensions; biases, norms and other 1-D parameters do not decay.
-        clip: largest norm of the group's gradient; None: not clipped.
-    """
-
-    parameters: list[nn.Parameter]
-    name: str = "all"
+    parameters: list[nn.Parameter]  # in the order of the forward pass
+    name: str = "all"  # in the log: `grad_norm/<name>`, if there are several groups
     lr_scale: float = 1.0
-    weight_decay: float = 0.0
-    clip: float | None = None
+    weight_decay: float = 0.0  # biases, norms and other 1-D parameters do not decay
+    clip: float | None = None  # largest norm of the group's gradient
 
 
 def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:
@@ -71,19 +62,12 @@ def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:
 
 @dataclass
 class Samples:
-    """Size of a step.
+    """Size of a step."""
 
-    Args:
-        micro_batch: samples that a device computes at once.
-        step: samples of an optimizer step over all devices; None: one micro-batch per device, or as in the resumed run.
-        unit: name of a sample, as in `frames_per_s`.
-        keys: of `micro_batch` and `step` in the configuration.
-    """
-
-    micro_batch: int
-    step: int | None
-    unit: str = "samples"
-    keys: tuple[str, str] = ("data.batch", "data.batch_per_step")
+    micro_batch: int  # samples that a device computes at once
+    step: int | None  # samples of a step over all devices; None: one micro-batch per device, or as in the resumed run
+    unit: str = "samples"  # as in `frames_per_s`
+    keys: tuple[str, str] = ("data.batch", "data.batch_per_step")  # of `micro_batch` and `step` in the configuration
 
 
 class Task(ABC):
@@ -132,10 +116,7 @@ class Task(ABC):
             raise ConfigError(f"train.cuda_graphs is true, but the task '{self.config.run.task}' compiles nothing")
 
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:  # noqa: B027
-        """Open the data sets after `start` steps; called by the first process, then by the others.
-
-        The task may write files into the run's folder. `samples_per_step` counts those of all devices.
-        """
+        """Open the data sets after `start` steps, in the first process first; may write files into the run's folder."""
 
     def prepare(self) -> None:  # noqa: B027
         """Read what is used again and again (held-out batches); called by all processes after `open_data`."""

@@ -103,12 +103,10 @@ class TensorBoard:
         self._append(step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point to every curve."""
         points = [point for name, value in values.items() for point in scalar(name, value).value]
         self._append(step, summary=Summary(value=points))
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """Add a picture, unless the disk is full."""
         self._append(step, keep=False, summary=image(name, np.asarray(picture), dataformats="HWC"))
 
     def close(self) -> None:
@@ -195,9 +193,8 @@ class WandbSink:
         try:
             import wandb  # an extra
         except ImportError:
-            raise ConfigError(
-                f"telemetry.wandb is '{project}', but the package wandb is not installed: pip install 'fastmum[wandb]'"
-            ) from None
+            key = f"telemetry.wandb is '{project}'"
+            raise ConfigError(f"{key}, but wandb is not installed: pip install 'fastmum[wandb]'") from None
         self._wandb = wandb
         self._run: Any = None
 
@@ -218,7 +215,6 @@ class WandbSink:
         self._send(step, lambda: dict(values))
 
     def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """Add a picture."""
         self._send(step, lambda: {name: self._wandb.Image(picture)})
 
     def close(self) -> None:

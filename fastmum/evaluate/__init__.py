@@ -6,25 +6,12 @@ masked loss. `open_pairs` and `open_sequences` open the data. `python -m fastmum
 """
 
 from fastmum.evaluate.attention import attention_maps, evaluate_attention
-from fastmum.evaluate.matching import Result, evaluate_cosine, evaluate_matching
+from fastmum.evaluate.matching import ProbeSettings, Result, evaluate_cosine, evaluate_matching
 from fastmum.evaluate.pairs import Frame, Pair, PairSet, open_pairs
-from fastmum.evaluate.probe import ProbeSettings
 from fastmum.evaluate.views import SequenceSet, ViewSequence, ViewSettings, evaluate_views, open_sequences
 
 __all__ = [
-    "Frame",
-    "Pair",
-    "PairSet",
-    "ProbeSettings",
-    "Result",
-    "SequenceSet",
-    "ViewSequence",
-    "ViewSettings",
-    "attention_maps",
-    "evaluate_attention",
-    "evaluate_cosine",
-    "evaluate_matching",
-    "evaluate_views",
-    "open_pairs",
+    "Frame", "Pair", "PairSet", "ProbeSettings", "Result", "SequenceSet", "ViewSequence", "ViewSettings",
+    "attention_maps", "evaluate_attention", "evaluate_cosine", "evaluate_matching", "evaluate_views", "open_pairs",
     "open_sequences",
-]
+]  # fmt: skip

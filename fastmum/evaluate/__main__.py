@@ -6,10 +6,11 @@ import argparse
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -21,33 +22,36 @@ from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, run_command
 from fastmum.evaluate.attention import evaluate_attention
 from fastmum.evaluate.features import check_size, patch_size
-from fastmum.evaluate.folder import check_free, make_folder, read, save
-from fastmum.evaluate.matcher import TEMPERATURE
-from fastmum.evaluate.matching import Result, evaluate_cosine, evaluate_matching
-from fastmum.evaluate.page import page
+from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result, evaluate_cosine, evaluate_matching
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
-from fastmum.evaluate.probe import ProbeSettings
-from fastmum.evaluate.table import table
+from fastmum.evaluate.results import check_free, make_folder, page, read, save, table
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
-from fastmum.evaluate.weights import load_weights
 from fastmum.files import write_atomic
+from fastmum.model.config import PRESETS, ModelConfig
+from fastmum.model.encoder import Encoder
+from fastmum.model.mum import MuM
+from fastmum.pretrained import WeightsError
 from fastmum.pretrained.arguments import add_overrides, parse_overrides
 
 T = TypeVar("T")
 
+RANDOM = "random:"  # followed by a preset: untrained weights
 STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and minutes on a CPU
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
-LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0, "masks": 1, "gap": 1}
+LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0}
 HELP = {
     "matching": "dense matching by linear probes, trained in one pass on frozen features",
     "cosine": "matching by cosine similarity of features, with and without the last LayerNorm",
     "attention": "matching by the decoder's attention across views, with pictures",
     "views": "masked loss of the same frames with more and more views, and with views of other scenes",
 }
-
+REMEDIES = {
+    "matching": "lower --batch or --size, or the number of --learning-rates",
+    "views": "lower --size or --views",
+}
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
 _EPILOG = f"""\
 DATA is scenes or motorcycle, which need no files; a path, whose kind is detected; or KIND:/path. Kinds:
@@ -59,44 +63,33 @@ DIR collects results: every evaluation adds a .json and pictures; report.html an
 paper's numbers. docs/evaluation.md describes the protocols.
 """
 
-REMEDIES = {
-    "matching": "lower --batch or --size, or the number of --learning-rates",
-    "cosine": "lower --size",
-    "attention": "lower --size",
-    "views": "lower --size or --views",
-}
-
 Claim = Callable[[str], None]  # checks, by the name of the set, that a result would not replace another one
 Evaluated = tuple[str, dict[str, Any], list[Image.Image]]  # name of the set, numbers, pictures
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `args.task` is matching, cosine, attention or views."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m fastmum.evaluate",
-        description="Measure correspondence between views: matching by linear probe, by cosine similarity of features, "
-        "and by the decoder's attention; and the effect of other views on the masked loss.",
-        epilog=_EPILOG,
-        formatter_class=raw,
+    description = (
+        "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
+        "decoder's attention; and the effect of other views on the masked loss."
     )
+    common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="python -m fastmum.evaluate", description=description, **common)
     commands = parser.add_subparsers(dest="task", required=True, metavar="|".join(HELP))
-    about: dict[str, Any] = {"parents": [_shared()], "epilog": _EPILOG, "formatter_class": raw}
-    tasks = {
-        task: commands.add_parser(task, help=text, description=f"{text[0].upper()}{text[1:]}.", **about)
-        for task, text in HELP.items()
-    }
-    _add_training(tasks["matching"])
-    _add_views(tasks["views"])
-    for task in ("matching", "cosine"):
-        temperature = "of the matcher (%(default)s)"
-        tasks[task].add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
+    for task, text in HELP.items():
+        command = commands.add_parser(task, help=text, description=f"{text[0].upper()}{text[1:]}.", **common)
+        _add_shared(command)
+        if task == "matching":
+            _add_training(command)
+        if task == "views":
+            _add_views(command)
+        if task in ("matching", "cosine"):
+            temperature = "of the matcher (%(default)s)"
+            command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
     return parser
 
 
-def _shared() -> argparse.ArgumentParser:
-    """Arguments of all evaluations."""
-    parser = argparse.ArgumentParser(add_help=False)
+def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     weights = "a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with"
     size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
@@ -112,7 +105,6 @@ def _shared() -> argparse.ArgumentParser:
     add("--pictures", type=int, default=4, metavar="N", help="pairs to draw (%(default)s)")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--seed", type=int, default=0, metavar="S", help=seed)
-    return parser
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -138,8 +130,8 @@ def _add_views(parser: argparse.ArgumentParser) -> None:
     add("--masks", type=int, default=defaults.masks, metavar="N", help="masks of every frame (%(default)s)")
 
 
-def check(args: Namespace) -> None:
-    """Check the numbers that no settings class checks; raises `DataError`."""
+def _check(args: Namespace) -> None:
+    """Check the numbers that no settings class checks, or only after the weights are loaded."""
     for name, least in LEAST.items():
         value = getattr(args, name, None)
         if value is not None and value < least:
@@ -148,31 +140,10 @@ def check(args: Namespace) -> None:
         raise DataError(f"--temperature is {args.temperature}, but must be positive")
 
 
-def probe_settings(args: Namespace, device: str) -> ProbeSettings:
-    """Settings of the probes, with the default steps of the device ("cuda" or "cpu"); raises `DataError`."""
-    steps = args.steps or STEPS[device]
-    return _settings(
-        ProbeSettings,
-        steps=steps,
-        batch=args.batch,
-        evaluate_every=args.every or max(1, steps // 10),
-        learning_rates=tuple(args.learning_rates),
-        weight_decays=tuple(args.weight_decays),
-        temperature=args.temperature,
-        seed=args.seed,
-    )
-
-
-def view_settings(args: Namespace) -> ViewSettings:
-    """Settings of the other views; raises `DataError`."""
-    more = {name: getattr(args, name) for name in ("mask_ratio", "gap", "masks", "seed")}
-    return _settings(ViewSettings, counts=tuple(args.views), **more)
-
-
-def _settings(kind: type[T], **values: Any) -> T:
-    """Settings of a class whose errors start with the field; raises a `DataError` that names the flag instead."""
+def _settings(kind: type[T], args: Namespace, names: Sequence[str], **more: Any) -> T:
+    """Settings from the arguments `names` and other fields; errors name the flag instead of the field."""
     try:
-        return kind(**values)
+        return kind(**{name: getattr(args, name) for name in names}, **more)
     except ValueError as error:
         field, _, rest = str(error).partition(" ")
         raise DataError(f"--{FLAGS.get(field, field).replace('_', '-')} {rest}") from None
@@ -189,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             _run(args)
         except torch.OutOfMemoryError:
-            remedy = f"{REMEDIES[args.task]}, or use --device cpu"
+            remedy = f"{REMEDIES.get(args.task, 'lower --size')}, or use --device cpu"
             raise FastmumError(f"the memory of the device is too small: {remedy}") from None
         except FloatingPointError as error:
             raise FastmumError(str(error)) from None
@@ -198,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Namespace) -> None:
-    check(args)
+    _check(args)
     out = args.out.expanduser()
     make_folder(out)
     read(out)  # the page needs every result; fail before the evaluation
@@ -219,8 +190,52 @@ def _run(args: Namespace) -> None:
     print(f"{text}\n{saved.file}\n{out / 'report.html'}")
 
 
+class Weights(NamedTuple):
+    """A model in eval mode, and its name in tables and files."""
+
+    name: str
+    model: Encoder
+
+
+def load_weights(
+    source: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
+) -> Weights:
+    """Load weights that `fastmum.load_pretrained` reads, or create an untrained model from "random:PRESET".
+
+    `overrides` are those of `fastmum.load_pretrained`, or sizes that differ from the preset. The name is derived from
+    the source if it is None.
+
+    Raises:
+        WeightsError: weights that cannot be loaded, an unknown preset or an invalid size.
+    """
+    if not source.startswith(RANDOM):
+        path = Path(source).expanduser().absolute()
+        if path.parent.name == "checkpoints":
+            derived = f"{path.parent.parent.name} {path.name}"
+        else:
+            derived = path.parent.name if path.name == "checkpoints" else path.stem if path.is_file() else path.name
+        return Weights(name or derived, fastmum.load_pretrained(source, device=device, **overrides))
+    preset = source.removeprefix(RANDOM)
+    if preset not in PRESETS:
+        raise WeightsError(f"there is no preset '{preset}' for --weights {RANDOM}PRESET: one of {', '.join(PRESETS)}")
+    sizes = [field.name for field in fields(ModelConfig)]
+    if unknown := [key for key in overrides if key not in sizes]:
+        raise WeightsError(f"--set {unknown[0]} is no size of an untrained model: one of {', '.join(sizes)}")
+    try:
+        config = replace(PRESETS[preset], **overrides)
+    except ValueError as error:
+        raise WeightsError(f"--set: {error}") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MuM(config)
+    return Weights(name or f"untrained {preset}", model.to(device).eval())
+
+
 def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
-    settings = probe_settings(args, next(model.parameters()).device.type)
+    steps = args.steps or STEPS[next(model.parameters()).device.type]
+    rates, decays, every = tuple(args.learning_rates), tuple(args.weight_decays), args.every or max(1, steps // 10)
+    more = {"steps": steps, "evaluate_every": every, "learning_rates": rates, "weight_decays": decays}
+    settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed"), **more)
     separate = args.train_data is not None and not same_set(args.train_data, args.data)
     pairs = open_pairs(args.data, "all" if separate else "test")
     train = open_pairs(args.train_data, "trainable") if separate else open_pairs(args.data, "train")
@@ -252,18 +267,15 @@ def _with_pictures(
     args: Namespace, pairs: PairSet, result: Result, draw: Callable[[Pair], Image.Image] | None = None
 ) -> Evaluated:
     """Draw a few pairs, by default their warps; there are no pictures of recall, which estimates no warps."""
-
-    def draw_pair_warp(pair: Pair) -> Image.Image:
-        assert result.warps is not None
-        return draw_warp(pair, result.warps[pairs.pairs.index(pair)], result.size)
-
-    few = pairs.first(args.pictures).pairs if args.pictures and result.warps is not None else []
-    pictures = [(draw or draw_pair_warp)(pair) for pair in tqdm(few, desc="drawing", unit="pair", leave=False)]
-    return pairs.name, {"pairs": len(pairs.pairs)} | result.numbers, pictures
+    few, warps = [], result.warps
+    if args.pictures and warps is not None:
+        draw = draw or (lambda pair: draw_warp(pair, warps[pairs.pairs.index(pair)], result.size))
+        few = [draw(each) for each in tqdm(pairs.first(args.pictures).pairs, desc="drawing", unit="pair", leave=False)]
+    return pairs.name, {"pairs": len(pairs.pairs)} | result.numbers, few
 
 
 def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
-    settings = view_settings(args)
+    settings = _settings(ViewSettings, args, ("mask_ratio", "gap", "masks", "seed"), counts=tuple(args.views))
     sequences = open_sequences(args.data, settings.least)
     claim(sequences.name)
     result = evaluate_views(model, sequences, settings, args.size, args.max_pairs)
@@ -274,11 +286,8 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
 
 
 EVALUATIONS: dict[str, Callable[[Namespace, Any, Claim], Evaluated]] = {
-    "matching": _matching,
-    "cosine": _cosine,
-    "attention": _attention,
-    "views": _views,
-}
+    "matching": _matching, "cosine": _cosine, "attention": _attention, "views": _views,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

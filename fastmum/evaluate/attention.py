@@ -16,8 +16,7 @@ from tqdm import tqdm
 from fastmum.attention import ragged_attention
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import check_finite, check_size, load_image, patch_size, true_warps
-from fastmum.evaluate.matcher import decode
-from fastmum.evaluate.matching import Result, measured
+from fastmum.evaluate.matching import Result, decode, measured
 from fastmum.evaluate.pairs import PairSet
 from fastmum.geometry.metrics import match_errors, match_scores
 from fastmum.model.mum import GlobalAttention, MuM
@@ -27,7 +26,7 @@ LEAST = 1e-12  # attention is clamped to this before the logarithm
 
 
 class Recorder:
-    """Global attention over `pairs` sequences of two frames with `patches` patches, which also stores its weights."""
+    """Global attention over `pairs` sequences of two frames with `patches` patches; it also stores its weights."""
 
     def __init__(self, pairs: int, patches: int) -> None:
         self._pairs, self._patches = pairs, patches
@@ -69,26 +68,21 @@ def attention_maps(model: MuM, images: Tensor) -> Tensor:
     return torch.stack(recorder.maps)
 
 
-def evaluate_attention(model: nn.Module, pairs: PairSet, size: int | None = None, progress: bool = True) -> Result:
-    """Match by the attention weights of every global block and of their mean.
-
-    Args:
-        model: a `MuM`; its device computes everything.
-        size: side of the pictures in pixels; None: the set's default.
+def evaluate_attention(model: nn.Module, pairs: PairSet, size: int | None = None) -> Result:
+    """Match by the attention weights of every global block of a `MuM` and of their mean.
 
     Returns:
         "scores" and "per_pair_epe" of the best, "best" which one that is, "blocks" the scores of "mean", "0", "1", ...
 
     Raises:
-        DataError: an encoder without decoder, or a set that cannot be read or does not fit it.
+        DataError: the model has no decoder, or the set cannot be read or does not fit the model.
     """
     if not isinstance(model, MuM):
         raise DataError("attention across views needs the decoder, but these weights have only an encoder")
     size = size or pairs.size
-    side = check_size(model, size) // patch_size(model)
-    truth = true_warps(pairs, side, progress)
+    truth = true_warps(pairs, check_size(model, size) // patch_size(model))
     batches = []
-    with tqdm(total=len(pairs.pairs), desc="attention", unit="pair", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(pairs.pairs), desc="attention", unit="pair", leave=False) as bar:
         for start in range(0, len(pairs.pairs), BATCH):
             some = pairs.pairs[start : start + BATCH]
             maps = attention_maps(model, torch.stack([load_image(f, size) for pair in some for f in (pair.a, pair.b)]))

@@ -54,12 +54,11 @@ class Prepared:
 
 
 def prepare(
-    encoder: nn.Module, pairs: PairSet, size: int | None = None, norms: Sequence[Norm] = NORMS, progress: bool = True
+    encoder: nn.Module, pairs: PairSet, size: int | None = None, norms: Sequence[Norm] = NORMS
 ) -> dict[Norm, Prepared]:
-    """Encode the frames of a set, each once, and compute its true warps.
+    """Encode the frames of a set, each once, by `patch_features`, and compute its true warps.
 
     Args:
-        encoder: see `patch_features`.
         size: side of the resized pictures in pixels; None: the set's default.
         norms: which features to keep.
 
@@ -68,10 +67,10 @@ def prepare(
             no visible point in any pair.
     """
     size = check_size(encoder, size or pairs.size)
-    frames = list({frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}.values())
-    index = {frame.key: i for i, frame in enumerate(frames)}
+    by_key = {frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}
+    frames, index = list(by_key.values()), {key: i for i, key in enumerate(by_key)}
     encoded: dict[Norm, list[Tensor]] = {norm: [] for norm in norms}
-    with tqdm(total=len(frames), desc=f"encoding {pairs.name}", unit="frame", disable=not progress, leave=False) as bar:
+    with tqdm(total=len(frames), desc=f"encoding {pairs.name}", unit="frame", leave=False) as bar:
         for start in range(0, len(frames), BATCH):
             images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
             found = patch_features(encoder, images)
@@ -80,18 +79,14 @@ def prepare(
                 scale = found[norm].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
                 encoded[norm].append((found[norm] / scale).to("cpu", STORED))
             bar.update(len(images))
-    truth = true_warps(pairs, size // patch_size(encoder), progress)
+    truth = true_warps(pairs, size // patch_size(encoder))
     first, second = torch.tensor([(index[pair.a.key], index[pair.b.key]) for pair in pairs.pairs]).T
     return {norm: Prepared(truth, torch.cat(batches), first, second) for norm, batches in encoded.items()}
 
 
-def true_warps(pairs: PairSet, side: int, progress: bool = True) -> Truth:
-    """True warps at the centres of side x side patches.
-
-    Raises:
-        DataError: depth that cannot be read, or no visible point in any pair.
-    """
-    bar = tqdm(pairs.pairs, desc="true warps", unit="pair", disable=not progress, leave=False)
+def true_warps(pairs: PairSet, side: int) -> Truth:
+    """True warps at the centres of side x side patches; a `DataError` if no point is visible in any pair."""
+    bar = tqdm(pairs.pairs, desc="true warps", unit="pair", leave=False)
     warps = [pair_warp(pair, side, side) for pair in bar]
     visible = torch.stack([warp.visible for warp in warps])
     if not visible.any():
@@ -100,7 +95,7 @@ def true_warps(pairs: PairSet, side: int, progress: bool = True) -> Truth:
 
 
 def check_finite(computed: Tensor, pairs: PairSet) -> None:
-    """Raise a `DataError` if features of a set are not finite."""
+    """Raise a `DataError` unless all features of a set are finite."""
     if not computed.isfinite().all():
         raise DataError(f"features of the set '{pairs.name}' are not finite: are the weights damaged?")
 
@@ -122,8 +117,7 @@ def patch_features(encoder: nn.Module, images: Tensor) -> dict[Norm, Tensor]:
     """Last-layer patch features of whole pictures.
 
     Args:
-        encoder: has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm", such as `Encoder` and
-            `MuM`. Features are computed on its device.
+        encoder: has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm". Its device computes.
         images: (F, H, W, 3) uint8.
 
     Returns:

@@ -1,22 +1,36 @@
-"""Dense matching by linear probes and by cosine similarity (Tables 4 and 13; supplement, sections B and C)."""
+"""Dense matching by linear probes and by cosine similarity (Tables 4 and 13; supplement, sections B and C).
+
+Matcher: the kernel nearest-neighbour matcher, RoMa's coarse matcher with an exponential cosine kernel. The warp is the
+softmax-weighted mean of the best patch and its four neighbours.
+
+Probe: a square matrix applied to frozen features. There is one for each learning rate and weight decay; they form one
+tensor, so that a step reads the features once for all of them.
+
+Legend: Q probes, B pairs of a step, N pairs, P patches of a frame, D width.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf, isfinite
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fastmum.evaluate.features import NORMS, Prepared, Truth, prepare
-from fastmum.evaluate.matcher import TEMPERATURE, cosine_logits, decode
 from fastmum.evaluate.pairs import PairSet
-from fastmum.evaluate.probe import ProbeSettings, train_probes
 from fastmum.evaluate.recall import object_recall
-from fastmum.geometry.metrics import match_errors, match_scores, pair_epe
+from fastmum.geometry.metrics import MatchScores, match_errors, match_scores, pair_epe
 from fastmum.geometry.warp import grid_points
 
-BATCH = 8  # pairs matched at once
+TEMPERATURE = 0.1  # of the exponential cosine kernel; RoMa's Gaussian process has 0.2
+TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the best patch and its neighbours
+BATCH = 8  # pairs matched at once by cosine similarity
 
 
 class Result(NamedTuple):
@@ -26,6 +40,99 @@ class Result(NamedTuple):
     warps: Tensor | None  # (N, P, 2) unit coordinates of the patch centres of A in B, if they are estimated
     size: int  # side of the pictures in pixels
     targets: Sequence[Any] = ()  # the `Target`s that `evaluate_views` measured
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Training of the probes: steps, batch and evaluate_every as in the paper (supplement, section B).
+
+    Every combination of learning rate and weight decay makes a probe; the paper does not name the values. A value out
+    of range is a ValueError that starts with the field.
+    """
+
+    steps: int = 25_000
+    batch: int = 8  # pairs
+    evaluate_every: int = 2_500  # steps
+    learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
+    weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
+    temperature: float = TEMPERATURE  # of the matcher
+    seed: int = 0  # of the order of pairs
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if not self.learning_rates or not all(0 < rate < inf for rate in self.learning_rates):
+            raise ValueError(f"learning_rates are {list(self.learning_rates)}, but must be positive")
+        if not self.weight_decays or not all(0 <= decay < inf for decay in self.weight_decays):
+            raise ValueError(f"weight_decays are {list(self.weight_decays)}, but must be at least 0")
+        if not 0 < self.temperature < inf:
+            raise ValueError(f"temperature is {self.temperature}, but must be positive")
+
+    def probes(self) -> list[tuple[float, float]]:
+        """(learning rate, weight decay) of each probe."""
+        return list(itertools.product(self.learning_rates, self.weight_decays))
+
+
+def evaluate_matching(
+    encoder: nn.Module, pairs: PairSet, train_pairs: PairSet, settings: ProbeSettings | None = None,
+    size: int | None = None,
+) -> Result:  # fmt: skip
+    """Train linear probes on frozen features (`patch_features`), each training pair both ways, and score the best one.
+
+    Returns:
+        "scores" and "per_pair_epe" of the best probe at its best evaluation, "best" which one that is, "probes" every
+        evaluation of every probe.
+
+    Raises:
+        DataError: a set that cannot be read or does not fit the encoder.
+        FloatingPointError: every probe diverged.
+    """
+    settings, size = settings or ProbeSettings(), size or pairs.size
+    device = next(encoder.parameters()).device
+    test = prepare(encoder, pairs, size, ("layernorm",))["layernorm"]
+    train = prepare(encoder, train_pairs.both_ways(), size, ("layernorm",))["layernorm"]
+    trained = train_probes(train, test, settings, device)
+    probe, evaluation = trained.best
+    probes: list[dict[str, Any]] = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in settings.probes()]
+    best = {**probes[probe], "step": trained.history[evaluation].step}
+    for i, each in enumerate(probes):
+        each["evaluations"] = [
+            {"step": e.step, "train_loss": e.losses[i], **e.scores[i].as_dict()} for e in trained.history
+        ]
+    fields = {name: getattr(settings, name) for name in ("steps", "batch", "evaluate_every", "temperature", "seed")}
+    about = {"size": size, **fields, "train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
+    numbers = measured(trained.warps, test.truth) | {"best": best, "probes": probes, "settings": about}
+    return Result(numbers, trained.warps, size)
+
+
+def evaluate_cosine(
+    encoder: nn.Module, pairs: PairSet, size: int | None = None, temperature: float = TEMPERATURE
+) -> Result:
+    """Score matching by cosine similarity, with and without the encoder's last LayerNorm, as Siméoni et al. do.
+
+    Sets of scenes are scored by dense warps, sets of objects by Probe3D's recall. `size` defaults to that of the set.
+
+    Returns:
+        "layernorm" and "raw" with the "scores" of each, "best" the better one, and its "scores".
+
+    Raises:
+        DataError: a set that cannot be read or does not fit the encoder.
+    """
+    size = size or pairs.size
+    if pairs.objects:
+        recalls = object_recall(encoder, pairs, size)
+        variants: dict[str, Any] = {norm: {"scores": found} for norm, found in recalls.items()}
+        best = max(NORMS, key=lambda norm: recalls[norm]["recall"])
+        return Result({**variants, "best": best, "settings": {"size": size}, **variants[best]}, None, size)
+    device = next(encoder.parameters()).device
+    prepared = prepare(encoder, pairs, size)
+    warps = {norm: match_pairs(data, BATCH, temperature, device) for norm, data in prepared.items()}
+    found = {norm: measured(warps[norm], data.truth) for norm, data in prepared.items()}
+    best = min(NORMS, key=lambda norm: found[norm]["scores"]["epe"])
+    by_norm: dict[str, Any] = {norm: {"scores": found[norm]["scores"]} for norm in NORMS}
+    settings = {"size": size, "temperature": temperature}
+    return Result({**by_norm, "best": best, "settings": settings, **found[best]}, warps[best], size)
 
 
 def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:
@@ -42,90 +149,128 @@ def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:
     }
 
 
-def evaluate_matching(
-    encoder: nn.Module,
-    pairs: PairSet,
-    train_pairs: PairSet,
-    settings: ProbeSettings | None = None,
-    size: int | None = None,
-    progress: bool = True,
-) -> Result:
-    """Train linear probes on frozen features and score the best one.
+def cosine_logits(a: Tensor, b: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+    """Cosine similarity over the temperature: (..., P_a, D) and (..., P_b, D) -> (..., P_a, P_b)."""
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).mT / temperature
 
-    Args:
-        encoder: see `patch_features`; its device computes everything.
-        pairs: test set.
-        train_pairs: training set; every pair is used in both directions.
-        size: side of the pictures in pixels; None: the test set's default.
+
+def decode(logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Warp from logits (..., P_a, P_b) over the patches of B, which lie row by row in a grid (rows, columns).
 
     Returns:
-        "scores" and "per_pair_epe" of the best probe at its best evaluation, "best" which one that is, "probes" every
-        evaluation of every probe.
-
-    Raises:
-        DataError: a set that cannot be read or does not fit the encoder.
-        FloatingPointError: every probe diverged.
+        (..., P_a, 2) unit coordinates in B, in the dtype of the logits.
     """
-    settings, size = settings or ProbeSettings(), size or pairs.size
-    device = next(encoder.parameters()).device
-    test = prepare(encoder, pairs, size, ("layernorm",), progress)["layernorm"]
-    train = prepare(encoder, train_pairs.both_ways(), size, ("layernorm",), progress)["layernorm"]
-    trained = train_probes(train, test, settings, device, progress)
-    probe, evaluation = trained.best
-    probes: list[dict[str, Any]] = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in settings.probes()]
-    best = {**probes[probe], "step": trained.history[evaluation].step}
-    for i, each in enumerate(probes):
-        each["evaluations"] = [
-            {"step": e.step, "train_loss": e.losses[i], **e.scores[i].as_dict()} for e in trained.history
-        ]
-    about = {name: getattr(settings, name) for name in ("steps", "batch", "evaluate_every", "temperature", "seed")}
-    about = {"size": size, **about, "train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
-    numbers = measured(trained.warps, test.truth) | {"best": best, "probes": probes, "settings": about}
-    return Result(numbers, trained.warps, size)
+    rows, columns = grid
+    best = logits.argmax(-1)
+    shifts = torch.tensor(TAPS, device=logits.device)
+    row, column = best[..., None] // columns + shifts[:, 0], best[..., None] % columns + shifts[:, 1]
+    outside = (row < 0) | (row >= rows) | (column < 0) | (column >= columns)
+    taps = row.clamp(0, rows - 1) * columns + column.clamp(0, columns - 1)
+    weights = logits.gather(-1, taps).masked_fill(outside, -torch.inf).softmax(-1)
+    return (weights[..., None] * grid_points(rows, columns).to(logits)[taps]).sum(-2)
 
 
-def evaluate_cosine(
-    encoder: nn.Module,
-    pairs: PairSet,
-    size: int | None = None,
-    temperature: float = TEMPERATURE,
-    progress: bool = True,
-) -> Result:
-    """Score matching by cosine similarity, with and without the encoder's last LayerNorm, as Siméoni et al. do.
-
-    Sets of scenes are scored by dense warps, sets of objects by Probe3D's recall.
-
-    Args:
-        encoder: see `patch_features`; its device computes everything.
-        size: side of the pictures in pixels; None: the set's default.
-        temperature: of the matcher.
-
-    Returns:
-        "layernorm" and "raw" with the "scores" of each, "best" the better one, and its "scores".
-
-    Raises:
-        DataError: a set that cannot be read or does not fit the encoder.
-    """
-    size = size or pairs.size
-    if pairs.objects:
-        recalls = object_recall(encoder, pairs, size, progress)
-        variants: dict[str, Any] = {norm: {"scores": found} for norm, found in recalls.items()}
-        best = max(NORMS, key=lambda norm: recalls[norm]["recall"])
-        return Result({**variants, "best": best, "settings": {"size": size}, **variants[best]}, None, size)
-    device = next(encoder.parameters()).device
-    prepared = prepare(encoder, pairs, size, progress=progress)
-    warps = {norm: cosine_warps(data, temperature, device) for norm, data in prepared.items()}
-    found = {norm: measured(warps[norm], data.truth) for norm, data in prepared.items()}
-    best = min(NORMS, key=lambda norm: found[norm]["scores"]["epe"])
-    by_norm: dict[str, Any] = {norm: {"scores": found[norm]["scores"]} for norm in NORMS}
-    settings = {"size": size, "temperature": temperature}
-    return Result({**by_norm, "best": best, "settings": settings, **found[best]}, warps[best], size)
+def nearest_patch(points: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Index of the patch that contains each point (..., 2), int64; points outside are clamped to the border."""
+    rows, columns = grid
+    sides = torch.tensor([columns, rows], device=points.device)
+    cell = (points * sides).floor().long().clamp(min=0).minimum(sides - 1)
+    return cell[..., 1] * columns + cell[..., 0]
 
 
 @torch.no_grad()
-def cosine_warps(data: Prepared, temperature: float, device: torch.device) -> Tensor:
-    """Warps of all pairs by cosine similarity of their features, (N, P, 2) unit coordinates, on the CPU."""
-    batches = torch.arange(len(data.first)).split(BATCH)
-    return torch.cat(
-        [decode(cosine_logits(*data.of(ids, device), temperature), data.truth.grid).cpu() for ids in batches]
-    )
+def match_pairs(
+    data: Prepared, batch: int, temperature: float, device: torch.device, stack: Tensor | None = None
+) -> Tensor:
+    """Warps (N, P, 2) of all pairs by their features, or (Q, N, P, 2) by each probe (Q, D, D), on the CPU."""
+    warps = []
+    for pairs in torch.arange(len(data.first)).split(batch):
+        a, b = (each if stack is None else project(stack, each) for each in data.of(pairs, device))
+        warps.append(decode(cosine_logits(a, b, temperature), data.truth.grid).cpu())
+    return torch.cat(warps, dim=-3)
+
+
+class Evaluated(NamedTuple):
+    """An evaluation of all probes."""
+
+    step: int
+    losses: list[float]  # training losses, means since the last evaluation
+    scores: list[MatchScores]
+
+
+class Trained(NamedTuple):
+    """Trained probes; the best has the least end-point error at any evaluation."""
+
+    history: list[Evaluated]
+    best: tuple[int, int]  # indices of the probe and of the evaluation
+    warps: Tensor  # (N, P, 2) of the test pairs by that probe at that evaluation
+
+
+def train_probes(train: Prepared, test: Prepared, settings: ProbeSettings, device: torch.device) -> Trained:
+    """Train all probes in one pass and keep the best. They start as the identity, which is cosine matching.
+
+    Raises:
+        FloatingPointError: no probe gave a finite warp at any evaluation.
+    """
+    probes, width, steps = settings.probes(), train.features.shape[-1], settings.steps
+    stack = torch.eye(width, device=device).repeat(len(probes), 1, 1)
+    matrices = list(stack.unbind())  # views: the optimizer updates the stack
+    groups = [{"params": [each], "lr": lr, "weight_decay": wd} for each, (lr, wd) in zip(matrices, probes, strict=True)]
+    optimizer = torch.optim.AdamW(groups, fused=True)
+    history: list[Evaluated] = []
+    best, least, kept = (0, 0), inf, torch.empty(0)
+    total, since = torch.zeros(len(probes), device=device), 0
+    bar = tqdm(_draw(train, settings), desc=f"{len(probes)} probes", unit="step", total=steps)
+    for step, pairs in enumerate(bar, 1):
+        leaf = stack.detach().requires_grad_()
+        losses = _losses(leaf, train, pairs, settings.temperature, device)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        for each, part in zip(matrices, gradient, strict=True):
+            each.grad = part
+        optimizer.step()
+        total, since = total + losses.detach(), since + 1
+        if step % settings.evaluate_every and step < steps:
+            continue
+        warps = match_pairs(test, settings.batch, settings.temperature, device, stack)
+        found = match_scores(match_errors(warps, test.truth.target), test.truth.visible)
+        history.append(Evaluated(step, (total / since).tolist(), found))
+        probe = min(range(len(found)), key=lambda i: found[i].epe if isfinite(found[i].epe) else inf)
+        if found[probe].epe < least:
+            best, least, kept = (probe, len(history) - 1), found[probe].epe, warps[probe]
+        total, since = torch.zeros_like(total), 0
+        bar.set_postfix(epe=f"{found[probe].epe:.2f}", best=f"{least:.2f}")
+    if least == inf:
+        raise FloatingPointError("all probes diverged: lower the learning rates")
+    return Trained(history, best, kept)
+
+
+def matching_losses(logits: Tensor, target: Tensor, visible: Tensor) -> Tensor:
+    """Negative log-likelihood of the target patches, mean over the visible points.
+
+    logits (..., B, P, P'), target (B, P) int64, visible (B, P) bool -> (...).
+    """
+    likelihood = logits.log_softmax(-1).gather(-1, target.expand(logits.shape[:-1])[..., None])[..., 0]
+    return -torch.where(visible, likelihood, 0).sum((-2, -1)) / visible.sum()
+
+
+def _losses(stack: Tensor, data: Prepared, pairs: Tensor, temperature: float, device: torch.device) -> Tensor:
+    a, b = (project(stack, each) for each in data.of(pairs, device))
+    target = nearest_patch(data.truth.target[pairs], data.truth.grid)
+    return matching_losses(cosine_logits(a, b, temperature), target.to(device), data.truth.visible[pairs].to(device))
+
+
+def project(stack: Tensor, features: Tensor) -> Tensor:
+    """Features (B, P, D) times every probe (Q, D, D) -> (Q, B, P, D)."""
+    return (features.flatten(0, 1) @ stack).unflatten(1, features.shape[:2])
+
+
+def _draw(data: Prepared, settings: ProbeSettings) -> Iterator[Tensor]:
+    """Indices of each step's pairs: random permutations of the pairs that have a visible point."""
+    rng = torch.Generator().manual_seed(settings.seed)
+    usable = data.truth.visible.any(-1).nonzero()[:, 0]
+    waiting = usable[:0]
+    for _ in range(settings.steps):
+        while len(waiting) < settings.batch:
+            waiting = torch.cat([waiting, usable[torch.randperm(len(usable), generator=rng)]])
+        yield waiting[: settings.batch]
+        waiting = waiting[settings.batch :]

@@ -26,9 +26,7 @@ FAINT = 0.35  # weight of the picture under the attention
 def draw_warp(pair: Pair, points: Tensor, size: int) -> Image.Image:
     """A, B warped onto A by a warp and by the true warp, and B (Fig. 7); white where the true warp does not exist.
 
-    Args:
-        points: (P, 2), the warp at the patch centres of A, unit coordinates.
-        size: side of each picture in pixels.
+    `points` (P, 2) is the warp at the patch centres of A, unit coordinates; `size` the side of a picture in pixels.
     """
     size = max(size, MIN_SIDE)
     side = round(len(points) ** 0.5)

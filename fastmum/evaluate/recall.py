@@ -26,25 +26,13 @@ WITHIN = (0.01, 0.02, 0.05)  # metres
 CHUNK = 4096  # points of A compared at a time
 
 
-def object_recall(
-    encoder: nn.Module, pairs: PairSet, size: int | None = None, progress: bool = True
-) -> dict[Norm, dict[str, float]]:
-    """Percentage of kept matches that are right, mean over pairs, by features after and before the last norm.
+def object_recall(encoder: nn.Module, pairs: PairSet, size: int | None = None) -> dict[Norm, dict[str, float]]:
+    """Percentage of right ones among the kept matches, mean over pairs, by features after and before the last norm.
 
-    Args:
-        encoder: see `patch_features`.
-        pairs: of objects.
-        size: side of the images in pixels; None: the set's default.
-        progress: whether to show a bar.
-
-    Returns:
-        For each norm "recall_1cm", "recall_2cm", "recall_5cm", their mean "recall", and the number of "pairs".
-
-    Raises:
-        DataError: a frame that cannot be read, or a size that does not fit the encoder.
+    The keys are "recall_1cm", "recall_2cm", "recall_5cm", their mean "recall", and the number of "pairs".
     """
     size = check_size(encoder, size or pairs.size)
-    bar = tqdm(pairs.pairs, desc=f"recall on {pairs.name}", unit="pair", disable=not progress, leave=False)
+    bar = tqdm(pairs.pairs, desc=f"recall on {pairs.name}", unit="pair", leave=False)
     recalls = torch.stack([_pair_recalls(encoder, pair, size) for pair in bar]).mean(0)
     names = [f"recall_{round(100 * bound)}cm" for bound in WITHIN]
     return {
@@ -74,11 +62,7 @@ def _pair_recalls(encoder: nn.Module, pair: Pair, size: int) -> Tensor:
 
 
 def best_matches(a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The matches with the best ratio test.
-
-    Args:
-        a, b: features (N, D) and (M, D).
-        count: largest number of matches.
+    """At most `count` matches of features (N, D) and (M, D) with the best ratio test.
 
     Returns:
         Indices into a and b, sorted by the weight 1 - d1 / d2, d the cosine distances of the two nearest.

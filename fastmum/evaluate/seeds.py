@@ -16,8 +16,8 @@ from typing import Any
 
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command
-from fastmum.evaluate.folder import Record, make_folder, read
-from fastmum.evaluate.table import MATCHERS, NONE, OTHER_VIEWS, SCORES, TITLES, VIEWS, score_title
+from fastmum.evaluate import results
+from fastmum.evaluate.results import NONE, OTHER_VIEWS, SCORES, Record, score_title
 
 SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
 
@@ -28,8 +28,7 @@ Spread = dict[tuple[str, str], dict[str, Contents]]  # by (task, set), then by n
 def by_seed(records: Iterable[Record]) -> Spread:
     """Results by evaluation and set, then by the name of the weights, without the seed if there are several.
 
-    Raises:
-        DataError: weights were evaluated with different settings.
+    Weights that were evaluated with different settings are a `DataError`.
     """
     found: Spread = {}
     for record in records:
@@ -62,7 +61,7 @@ def tables(spread: Spread) -> str:
             rows.append([each, str(len(seeds)), *(cells[each].get(column, NONE) for column in columns)])
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
-        parts.append("\n".join([f"**{MATCHERS[task]}, {TITLES.get(name, name)}**", "", *lines]))
+        parts.append("\n".join([f"**{results.MATCHERS[task]}, {results.TITLES.get(name, name)}**", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -73,7 +72,7 @@ def _score_cells(seeds: Contents) -> dict[str, str]:
 
 def _view_cells(seeds: Contents) -> dict[str, str]:
     """The loss of one view, and its change with each number of related and of unrelated views."""
-    cells = {score_title(f"{VIEWS}1"): _spread([c["same"][0] for c in seeds], ".4f")}
+    cells = {score_title(f"{results.VIEWS}1"): _spread([c["same"][0] for c in seeds], ".4f")}
     for kind, label in (("same", "views"), ("other", "unrelated")):
         for i, count in enumerate(seeds[0]["views"][1:], 1):
             cells[f"{count} {label}"] = _spread([c[kind][i] - c[kind][0] for c in seeds], "+.4f")
@@ -81,7 +80,6 @@ def _view_cells(seeds: Contents) -> dict[str, str]:
 
 
 def _spread(values: Sequence[float | None], digits: str) -> str:
-    """Mean and standard deviation."""
     there = [value for value in values if value is not None]
     if not there:
         return NONE
@@ -90,21 +88,17 @@ def _spread(values: Sequence[float | None], digits: str) -> str:
 
 
 def draw(spread: Spread, folder: Path) -> list[Path]:
-    """An SVG of every evaluation and set: losses by number of views, or end-point errors, with every seed.
-
-    Raises:
-        DataError: the folder cannot be written to.
-    """
+    """An SVG of every evaluation and set: losses by number of views, or end-point errors, with every seed."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    make_folder(folder)
+    results.make_folder(folder)
     files = []
     style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9}
     with matplotlib.rc_context(style):
         for (task, name), weights in spread.items():
             figure = Figure(figsize=(5.4, 3.2), layout="constrained")
-            axes = figure.add_subplot(title=f"{MATCHERS[task]}, {TITLES.get(name, name)}")
+            axes = figure.add_subplot(title=f"{results.MATCHERS[task]}, {results.TITLES.get(name, name)}")
             (_draw_views if task == "views" else _draw_scores)(axes, weights)
             axes.spines[["top", "right"]].set_visible(False)
             files.append(folder / f"{task}-{name}.svg")
@@ -148,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        spread = by_seed(read(args.folder))
+        spread = by_seed(results.read(args.folder))
         if not spread:
             raise DataError(f"'{args.folder}' holds no results of fastmum.evaluate")
         print(tables(spread))

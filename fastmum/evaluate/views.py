@@ -28,7 +28,7 @@ from fastmum.evaluate.features import check_size, patch_size, squared
 from fastmum.evaluate.matching import Result
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pairs.scenes import SIZE, embedded_folders
-from fastmum.model.masking import num_visible, seeded_noise
+from fastmum.model.inputs import num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 
 log = logging.getLogger(__name__)
@@ -54,8 +54,7 @@ class SequenceSet(NamedTuple):
 def open_sequences(name: str, least: int) -> SequenceSet:
     """The sequences with at least `least` views: "scenes", or a folder, each sub-folder of which is a sequence.
 
-    Raises:
-        DataError: no such folder, or fewer than two sequences of that length.
+    A missing folder or fewer than two sequences are a `DataError`.
     """
     if name == "scenes":
         folders, size = [*embedded_folders("test"), *embedded_folders("train")], SIZE
@@ -135,17 +134,11 @@ def _neighbours(frame: int, length: int, count: int, gap: int) -> list[int]:
 
 
 class Batch(NamedTuple):
-    """A target alone, then with each number of neighbours, then with each number of unrelated views.
+    """A target only, then with each number of neighbours, then with each number of unrelated views."""
 
-    Args:
-        frames: (F, size, size, 3) uint8, the target first in every sequence.
-        lengths: views of each sequence.
-        noise: (F, P) of the masks; a frame has the same noise in every sequence.
-    """
-
-    frames: Tensor
-    lengths: list[int]
-    noise: Tensor
+    frames: Tensor  # (F, size, size, 3) uint8, the target first in every sequence
+    lengths: list[int]  # views of each sequence
+    noise: Tensor  # (F, P) of the masks; a frame has the same noise in every sequence
 
     @property
     def firsts(self) -> Tensor:
@@ -159,14 +152,9 @@ def _load(file: Path, size: int) -> Tensor:
 
 
 def target_batch(
-    sequences: SequenceSet,
-    target: Target,
-    settings: ViewSettings,
-    size: int,
-    patches: int,
-    mask: int = 0,
+    sequences: SequenceSet, target: Target, settings: ViewSettings, size: int, patches: int, mask: int = 0,
     load: Callable[[Path, int], Tensor] = _load,
-) -> Batch:
+) -> Batch:  # fmt: skip
     """The batch of a target under its mask number `mask`; `load` reads a picture at a size."""
     related = [(target.sequence, frame) for frame in (target.frame, *target.near)]
     unrelated = [related[0], *((target.other, frame) for frame in target.far)]
@@ -185,19 +173,12 @@ def reconstruct(model: MuM, batch: Batch, mask_ratio: float) -> MuMOutput:
 
 
 def evaluate_views(
-    model: nn.Module,
-    sequences: SequenceSet,
-    settings: ViewSettings | None = None,
-    size: int | None = None,
+    model: nn.Module, sequences: SequenceSet, settings: ViewSettings | None = None, size: int | None = None,
     most: int | None = None,
-    progress: bool = True,
-) -> Result:
-    """The masked loss of targets without other views, with neighbours, and with views of another scene.
+) -> Result:  # fmt: skip
+    """The masked loss of a `MuM` on targets without other views, with neighbours, and with views of another scene.
 
-    Args:
-        model: a `MuM` in eval mode; its device computes everything.
-        size: side of the pictures in pixels; None: the set's default.
-        most: maximum number of targets, evenly spread over the set; None: all.
+    At most `most` targets, evenly spread over the set, are measured.
 
     Returns:
         "same" and "other", the mean loss by number of views (mean over targets and masks, then over sequences), with
@@ -222,7 +203,7 @@ def evaluate_views(
         raise DataError(f"no sequence of '{sequences.name}' has {settings.least} views, {settings.gap} apart")
     load = functools.lru_cache(maxsize=CACHED)(_load)
     losses: dict[str, list[Tensor]] = {}
-    for target in tqdm(found, desc="masked loss", unit="target", disable=not progress, leave=False):
+    for target in tqdm(found, desc="masked loss", unit="target", leave=False):
         for mask in range(settings.masks):
             batch = target_batch(sequences, target, settings, size, patches, mask, load)
             loss = reconstruct(model, batch, settings.mask_ratio).loss.cpu()[batch.firsts]
@@ -246,8 +227,7 @@ def _numbers(by_sequence: dict[str, Tensor], counts: tuple[int, ...]) -> dict[st
         change = each - each[:, :1]
         errors = (change.std(0) / len(each) ** 0.5).tolist() if len(each) > 1 else [None] * len(counts)
         numbers[f"change_{name}"] = [list(pair) for pair in zip(change.mean(0).tolist(), errors, strict=True)]
-    per_sequence = {name: each.tolist() for name, each in rows.items()}
     numbers["per_sequence"] = {
-        sequence: {name: per_sequence[name][i] for name in rows} for i, sequence in enumerate(by_sequence)
+        sequence: {name: each[i].tolist() for name, each in rows.items()} for i, sequence in enumerate(by_sequence)
     }
     return numbers

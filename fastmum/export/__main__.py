@@ -37,9 +37,8 @@ def _run(args: argparse.Namespace) -> None:
     count = f"{done.parameters:,}" if done.parameters < 1e5 else f"{done.parameters / 1e6:.1f} M"
     step, path = done.source.step, done.source.path
     source = f"of '{path}'" if step is None else f"of step {step} ({path})"
-    ema = ", EMA weights" if done.source.ema else ""
-    agreement = f"; {done.agreement}" if done.agreement else ""
-    print(f"{done.file}: {count} parameters in {done.tensors} tensors, {source}{ema}{agreement}")
+    more = (", EMA weights" if done.source.ema else "") + (f"; {done.agreement}" if done.agreement else "")
+    print(f"{done.file}: {count} parameters in {done.tensors} tensors, {source}{more}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

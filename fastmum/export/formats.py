@@ -140,10 +140,9 @@ def export(
         out: default: in the run's folder, named after the step, or next to the file that was read.
         encoder_only: omit the decoder; some formats always do.
         force: replace an existing file, or an existing folder of the same format.
-        overrides: of `fastmum.load_pretrained`.
+        overrides: of `fastmum.load_pretrained`; WeightsError as there.
 
     Raises:
-        WeightsError: the weights cannot be read.
         ExportError: the file cannot be written, a package is missing, or the written features are wrong.
     """
     kind = FORMATS.get(ALIASES.get(name, name))
@@ -152,7 +151,6 @@ def export(
     for package in kind.packages:
         if importlib.util.find_spec(package) is None:
             raise ExportError(f"the format {name} needs {package}: pip install 'fastmum[{name}]'")
-    _check_free(out, kind, force)
     if encoder_only or kind.features:
         overrides["encoder_only"] = True
     source = read_pretrained(run, **overrides)
@@ -224,9 +222,9 @@ def _compare(written: Path, read: Callable[[Path, Tensor], tuple[str, Tensor] | 
     return f"features of {package} agree to {difference:.0e}"
 
 
-def _check_free(out: Path | None, kind: Format, force: bool) -> None:
+def _check_free(out: Path, kind: Format, force: bool) -> None:
     """Raise ExportError if `out` exists and must not be replaced; an empty folder may be."""
-    if out is None or not out.exists() or (kind.folder and out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (kind.folder and out.is_dir() and not any(out.iterdir())):
         return
     if out.is_dir() and not kind.folder:
         raise ExportError(f"--out is '{out}', but that is a folder; name a file")

@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(features)} images, patch tokens of the first: {list(first.patch.shape)}")
     if not args.no_pictures:
         folder = args.pictures or args.out.with_name(f"{args.out.stem}_pictures")
-        write_pictures(folder, images, features, patch_size, progress=True)
+        write_pictures(folder, images, features, patch_size)
         print(f"pictures: {folder}")
     if images.skipped:
         lines = [f"skipped: {len(images.skipped)} of {len(images.files)} images"]

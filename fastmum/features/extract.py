@@ -39,8 +39,7 @@ def extract(
         batch: images of equal size computed together.
 
     Raises:
-        FeaturesError: no image can be read, features do not fit in memory, the device's memory is too small, or
-            features are not finite.
+        FeaturesError: no image can be read, features do not fit in memory (also the device's), or are not finite.
         ValueError: layers that the encoder does not have.
     """
     sizing = sizing or Sizing(encoder.config.patch_size)
@@ -106,7 +105,6 @@ def _tokens(encoder: Encoder, frames: Tensor, layers: Layers, norm: bool) -> tup
 
 
 def _batches(placements: Mapping[Path, Placement], batch: int) -> list[list[Path]]:
-    """Files whose images get the same size, at most `batch` together."""
     groups = defaultdict(list)
     for file, placement in placements.items():
         groups[placement[:2]].append(file)

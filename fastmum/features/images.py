@@ -53,7 +53,6 @@ class Sizing:
             raise FeaturesError(f"the longest side is at most {self.max_side}, less than a patch of {self.multiple}")
 
     def place(self, height: int, width: int) -> Placement:
-        """The placement of an image of this height and width."""
         m, resize = self.multiple, self.fit == "resize"
         if self.size:
             scale = min(self.size[0] / height, self.size[1] / width)

@@ -5,9 +5,8 @@ The directions are common to all images, so that equal colours are similar featu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,34 +23,24 @@ SPREAD = (0.01, 0.99)  # quantiles that become 0 and full intensity
 GAP = 4  # pixels between image and tokens
 
 
-class Basis(NamedTuple):
-    """A map from tokens to colours."""
-
-    mean: Tensor  # (D,)
-    directions: Tensor  # (D, 3), orthonormal
-    low: Tensor  # (3,) projections that become 0
-    high: Tensor  # (3,) projections that become 1
-
-    def colours(self, patch: Tensor) -> np.ndarray:
-        """Tokens (..., D) -> (..., 3) uint8."""
-        values = ((patch.float() - self.mean) @ self.directions - self.low) / (self.high - self.low).clamp_min(1e-12)
-        return (values.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-
-
-def fit_basis(patches: Sequence[Tensor]) -> Basis:
-    """The main directions of patch tokens, (..., D) each, by principal component analysis."""
+def fit_colours(patches: Sequence[Tensor]) -> Callable[[Tensor], np.ndarray]:
+    """A map from tokens (..., D) to colours (..., 3) uint8, by the principal components of all `patches` (..., D)."""
     every = -(-sum(patch[..., 0].numel() for patch in patches) // SAMPLES)
     tokens = torch.cat([patch.flatten(0, -2)[::every].float() for patch in patches])
     mean = tokens.mean(0)
     centred = tokens - mean
-    _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending
-    directions = vectors[:, -3:].flip(1)
+    directions = torch.linalg.eigh(centred.T @ centred)[1][:, -3:].flip(1)  # eigenvalues ascend
     values = centred @ directions
     # The sign of a direction is chosen so that the longer tail is positive.
     directions = directions * torch.where(values.amax(0) < -values.amin(0), -1.0, 1.0)
     values = (centred @ directions).numpy()
     low, high = (torch.from_numpy(np.quantile(values, q, axis=0)).float() for q in SPREAD)
-    return Basis(mean, directions, low, high)
+
+    def colours(patch: Tensor) -> np.ndarray:
+        share = ((patch.float() - mean) @ directions - low) / (high - low).clamp_min(1e-12)
+        return (share.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+
+    return colours
 
 
 def content(tokens: Tokens, patch_size: int) -> Tensor:
@@ -62,23 +51,21 @@ def content(tokens: Tokens, patch_size: int) -> Tensor:
     return grid[: -(-place.content_height // patch_size), : -(-place.content_width // patch_size)]
 
 
-def write_pictures(
-    folder: Path, images: Images, features: Mapping[str, Tokens], patch_size: int, progress: bool = False
-) -> None:
+def write_pictures(folder: Path, images: Images, features: Mapping[str, Tokens], patch_size: int) -> None:
     """Draw each image as the encoder saw it, without padding, next to its tokens."""
     maps = {name: content(tokens, patch_size) for name, tokens in features.items()}
-    basis = fit_basis(list(maps.values()))
+    colours = fit_colours(list(maps.values()))
     files = {images.name(file): file for file in images.files}
     pictures = _file_names(maps)
-    for name, patch in tqdm(maps.items(), unit="image", desc="pictures", disable=not progress):
+    for name, patch in tqdm(maps.items(), unit="image", desc="pictures"):
         place, file = features[name].placement, folder / pictures[name]
         height, width = place.content_height, place.content_width
-        colours = basis.colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]
+        drawn = colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]
         gap = np.full((height, GAP, 3), 255, np.uint8)
         try:
             image = read_image(files[name], place)[:height, :width]
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.concatenate([image, gap, colours], axis=1)).save(file)
+            Image.fromarray(np.concatenate([image, gap, drawn], axis=1)).save(file)
         except (OSError, FrameError) as error:
             reason = getattr(error, "strerror", None) or error
             raise FeaturesError(f"the picture '{file}' cannot be written ({reason})") from error

@@ -21,17 +21,11 @@ class Similarity(NamedTuple):
 
 
 class Registration(NamedTuple):
-    """Result of `icp`.
+    """Result of `icp`."""
 
-    Args:
-        transformation: (4, 4) float64, source to target.
-        fitness: share of the source points with a target point within the threshold.
-        rmse: root mean square distance of those.
-    """
-
-    transformation: np.ndarray
-    fitness: float
-    rmse: float
+    transformation: np.ndarray  # (4, 4) float64, source to target
+    fitness: float  # share of the source points with a target point within the threshold
+    rmse: float  # root mean square distance of those
 
 
 def umeyama(source: np.ndarray, target: np.ndarray, with_scale: bool = True) -> Similarity:
@@ -54,12 +48,8 @@ def icp(
 ) -> Registration:
     """Rigid point-to-point ICP from the identity, with open3d's rules.
 
-    Stops when fitness and rmse both change by less than `tolerance`, or no source point has a target point within
-    `threshold`.
-
-    Args:
-        source, target: (N, 3) and (M, 3).
-        threshold: largest distance of corresponding points.
+    Source (N, 3), target (M, 3); `threshold` is the largest distance of corresponding points. Stops when fitness and
+    rmse both change by less than `tolerance`, or no source point has a target point within the threshold.
     """
     tree, moved, T = cKDTree(target), source.astype(np.float64), np.eye(4)
     pairs, fitness, rmse = _correspondences(tree, moved, threshold)
@@ -67,8 +57,7 @@ def icp(
         if not fitness:
             break
         _, R, t = umeyama(moved[pairs[0]], target[pairs[1]], with_scale=False)
-        step = np.eye(4)
-        step[:3, :3], step[:3, 3] = R, t
+        step = np.vstack([np.c_[R, t], [0, 0, 0, 1]])
         T, moved = step @ T, moved @ R.T + t
         before = fitness, rmse
         pairs, fitness, rmse = _correspondences(tree, moved, threshold)

@@ -20,17 +20,11 @@ NDC = Literal["ndc_norm_image_bounds", "ndc_isotropic", "vggt"]
 
 @dataclass(frozen=True, eq=False)
 class Camera:
-    """Intrinsics and pose of an image.
+    """Intrinsics and pose of an image."""
 
-    Args:
-        K: (3, 3) float64, pixels. A mirrored image has a negative fx.
-        camera_from_world: (4, 4) float64; NaN where the pose is unknown.
-        size: width and height of the image in pixels.
-    """
-
-    K: np.ndarray
-    camera_from_world: np.ndarray
-    size: tuple[int, int]
+    K: np.ndarray  # (3, 3) float64, pixels; a mirrored image has a negative fx
+    camera_from_world: np.ndarray  # (4, 4) float64; NaN where the pose is unknown
+    size: tuple[int, int]  # width and height of the image in pixels
 
     def resized(self, size: tuple[int, int]) -> Camera:
         """The camera of the same image at another resolution (width, height)."""
@@ -91,34 +85,30 @@ def ray_to_z(distance: np.ndarray, K: np.ndarray) -> np.ndarray:
 
 
 def camera_from_pytorch3d(viewpoint: dict[str, Any], size: tuple[int, int], ndc: NDC | None = None) -> Camera:
-    """The camera of a CO3D annotation (PyTorch3D's conventions).
+    """The camera of a CO3D annotation; `size` is width and height of the image.
 
     PyTorch3D transforms row vectors, x_camera = x_world R + T, with x to the left and y up. NDC measures from the image
-    centre to the left and up.
+    centre to the left and up. ValueError for an unknown format.
 
     Args:
         viewpoint: R (3, 3), T (3), focal_length (2), principal_point (2), and perhaps intrinsics_format.
-        size: width and height of the image.
         ndc: unit of focal length and principal point: half sides ("ndc_norm_image_bounds"), half of the shorter side
             ("ndc_isotropic"), or VGGT's preprocessing: half of (side - 1) for the focal length and half of (shorter
             side - 1) for the principal point. None: the annotation's intrinsics_format, else half sides.
-
-    Raises:
-        ValueError: an unknown format.
     """
     ndc = ndc or viewpoint.get("intrinsics_format", "ndc_norm_image_bounds")
     half = np.array(size) / 2
-    if ndc == "ndc_norm_image_bounds":
-        unit, unit_centre = half, half
-    elif ndc == "ndc_isotropic":
-        unit = unit_centre = np.full(2, half.min())
-    elif ndc == "vggt":
-        unit, unit_centre = half - 0.5, np.full(2, half.min() - 0.5)
-    else:
+    shorter = half.min()
+    units = {
+        "ndc_norm_image_bounds": (half, half),
+        "ndc_isotropic": (shorter, shorter),
+        "vggt": (half - 0.5, shorter - 0.5),
+    }
+    if ndc not in units:
         raise ValueError(f"unknown intrinsics_format '{ndc}'")
+    R, T = np.array(viewpoint["R"], np.float64), np.array(viewpoint["T"], np.float64)
     pose = np.eye(4)
-    pose[:3, :3] = PYTORCH3D_TO_OPENCV @ np.array(viewpoint["R"], np.float64).T
-    pose[:3, 3] = PYTORCH3D_TO_OPENCV @ np.array(viewpoint["T"], np.float64)
-    focal = np.array(viewpoint["focal_length"]) * unit
-    centre = half - np.array(viewpoint["principal_point"]) * unit_centre
+    pose[:3, :3], pose[:3, 3] = PYTORCH3D_TO_OPENCV @ R.T, PYTORCH3D_TO_OPENCV @ T
+    focal = np.array(viewpoint["focal_length"]) * units[ndc][0]
+    centre = half - np.array(viewpoint["principal_point"]) * units[ndc][1]
     return Camera(intrinsics_matrix(*focal, *centre), pose, size)

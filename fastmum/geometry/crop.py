@@ -18,19 +18,12 @@ VGGT_MARGIN = 4.0  # pixels that VGGT resizes beyond the target before the last 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """An image with what is known of its geometry, all of one size.
+    """An image with what is known of its geometry, all of one size."""
 
-    Args:
-        image: (H, W, 3) uint8 RGB, upright.
-        camera: None where the intrinsics are unknown.
-        depth: (H, W) float32 z-depth, 0 where it is unknown; None if there is none.
-        mask: (H, W) bool, the object or the valid pixels; None if there is none.
-    """
-
-    image: np.ndarray
-    camera: Camera | None = None
-    depth: np.ndarray | None = None
-    mask: np.ndarray | None = None
+    image: np.ndarray  # (H, W, 3) uint8 RGB, upright
+    camera: Camera | None = None  # None where the intrinsics are unknown
+    depth: np.ndarray | None = None  # (H, W) float32 z-depth, 0 where it is unknown
+    mask: np.ndarray | None = None  # (H, W) bool, the object or the valid pixels
 
     @property
     def size(self) -> tuple[int, int]:
@@ -39,18 +32,12 @@ class View:
 
 
 def crop_resize(
-    view: View,
-    box: Box | None = None,
-    size: tuple[int, int] | None = None,
-    *,
-    resample: Image.Resampling = Image.Resampling.LANCZOS,
-    scale: float | None = None,
-    centred: bool = False,
-) -> View:
-    """Crop, then resize. K moves with the pixels; depth and mask take the nearest pixel.
+    view: View, box: Box | None = None, size: tuple[int, int] | None = None, *,
+    resample: Image.Resampling = Image.Resampling.LANCZOS, scale: float | None = None, centred: bool = False,
+) -> View:  # fmt: skip
+    """Crop, then resize. K moves with the pixels; depth and mask take the nearest pixel. `view` stays as it is.
 
     Args:
-        view: stays as it is.
         box: in pixels; parts outside the image are filled with 0 (unknown depth, mask False). None: the whole image.
         size: width and height of the result; None: those of the box.
         resample: filter for the image.
@@ -131,14 +118,12 @@ def vggt_view(
 ) -> View:
     """An image as VGGT trains on it (`process_one_image`): the principal point comes to the centre, the aspect stays.
 
+    FastmumError if the view has no camera, or a principal point outside the image.
+
     Args:
-        view: with a camera.
         size: width and height of the result.
         scale: share of the width and height that the first crop keeps; training draws min(1, U(0.8, 1.2)) for each.
         margin: pixels beyond `size` that the image is resized to; training adds Triangular(0, 0, 0.3) * max(size).
-
-    Raises:
-        FastmumError: no camera, or a principal point outside the image.
     """
     centre = _centre(view) - 0.5  # VGGT's pixel centres are at integers
     sides = [_around(c, min(int(n * s) / 2, c, n - c)) for c, n, s in zip(centre, view.size, scale, strict=True)]
@@ -153,15 +138,11 @@ def vggt_view(
 
 
 def reloc3r_view(view: View, size: tuple[int, int], rng: np.random.Generator) -> View:
-    """An image as Reloc3r trains on it (`_crop_resize_if_necessary`).
+    """An image as Reloc3r trains on it (`_crop_resize_if_necessary`); errors as in `vggt_view`.
 
     Args:
-        view: with a camera.
         size: width and height of the result, width >= height; exchanged for portraits.
         rng: drawn from for nearly square images only, to choose the orientation.
-
-    Raises:
-        FastmumError: no camera, or a principal point outside the image.
     """
     centre = np.round(_centre(view) - 0.5).astype(int).tolist()
     view = crop_resize(view, _box([_around(c, min(c, n - c)) for c, n in zip(centre, view.size, strict=True)]))

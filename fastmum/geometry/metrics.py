@@ -22,9 +22,7 @@ from fastmum.geometry.camera import quaternion, rigid_inverse
 DepthCrop = Literal["eigen", "garg"]
 CROPS: dict[DepthCrop | None, Callable[[int, int], tuple[float, float, float, float]]] = {  # top, bottom, left, right
     "eigen": lambda height, width: (45, 471, 41, 601),  # of 480 x 640
-    "garg": lambda height, width: (
-        0.40810811 * height, 0.99189189 * height, 0.03594771 * width, 0.96405229 * width
-    ),
+    "garg": lambda height, width: (0.40810811 * height, 0.99189189 * height, 0.03594771 * width, 0.96405229 * width),
     None: lambda height, width: (0, height, 0, width),
 }  # fmt: skip
 STANDARD = 448  # side of the image in pixels that match errors are expressed in, whatever size was computed at (RoMa)
@@ -47,9 +45,7 @@ def rotation_error_quaternion(R: np.ndarray, R_true: np.ndarray) -> np.ndarray:
 def direction_error(t: np.ndarray, t_true: np.ndarray, folded: bool = False) -> np.ndarray:
     """Angle between translation directions (..., 3), degrees (...); NaN for a zero translation.
 
-    Args:
-        t, t_true: translations.
-        folded: whether opposite directions count as equal (VGGT, RoMa: an essential matrix has no sign).
+    If `folded`, opposite directions count as equal (VGGT, RoMa: an essential matrix has no sign).
     """
     a, b = t.astype(np.float64), t_true.astype(np.float64)
     dot, cross = (a * b).sum(-1), np.linalg.norm(np.cross(a, b), axis=-1)
@@ -64,14 +60,9 @@ def pair_poses(camera_from_world: np.ndarray) -> np.ndarray:
 
 
 def pose_auc(errors: np.ndarray, thresholds: Sequence[float]) -> list[float]:
-    """Area under the recall curve up to each threshold by the trapezoid rule (SuperGlue, RoMa, Reloc3r).
+    """Area in [0, 1] under the recall curve up to each threshold by the trapezoid rule (SuperGlue, RoMa, Reloc3r).
 
-    Args:
-        errors: (N,) degrees, max of rotation and direction error; NaN counts as above every threshold.
-        thresholds: degrees.
-
-    Returns:
-        Areas in [0, 1].
+    `errors` (N,) are the max of rotation and direction error in degrees; NaN counts as above every threshold.
     """
     sorted_errors = np.sort(np.concatenate([[0.0], np.nan_to_num(errors.astype(np.float64), nan=np.inf)]))
     recall = np.linspace(0, 1, len(sorted_errors))
@@ -84,12 +75,7 @@ def pose_auc(errors: np.ndarray, thresholds: Sequence[float]) -> list[float]:
 
 
 def pose_auc_histogram(errors: np.ndarray, thresholds: Sequence[int]) -> list[float]:
-    """Mean over 1, 2, ..., t degrees of the share of errors below (VGGT); the last bin includes t.
-
-    Args:
-        errors: (N,) degrees, as in `pose_auc`.
-        thresholds: whole degrees.
-    """
+    """Mean over 1, 2, ..., t degrees of the share of errors below (VGGT), as in `pose_auc`; the last bin includes t."""
     errors = np.nan_to_num(errors.astype(np.float64), nan=np.inf)
     counts = (np.histogram(errors[errors <= t], np.arange(t + 1))[0] for t in thresholds)
     return [float((np.cumsum(each) / len(errors)).mean()) for each in counts]
@@ -174,21 +160,14 @@ def _mean_median(name: str, values: np.ndarray) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class MatchScores:
-    """Quality of the warps of a set: means over each pair's visible points, then over pairs.
+    """Quality of the warps of a set: means over each pair's visible points, then over pairs."""
 
-    Args:
-        epe: mean end-point error, pixels.
-        robustness: percentage of points with an error below 32 pixels.
-        pck1, pck3, pck5: percentage of points with an error below 1, 3 and 5 pixels.
-        pairs: number of pairs with a visible point.
-    """
-
-    epe: float
-    robustness: float
-    pck1: float
+    epe: float  # mean end-point error, pixels
+    robustness: float  # percentage of points with an error below 32 pixels
+    pck1: float  # below 1 pixel
     pck3: float
     pck5: float
-    pairs: int
+    pairs: int  # with a visible point
 
     def as_dict(self) -> dict[str, float | None]:
         """For JSON: None for values that are not finite."""
@@ -206,17 +185,11 @@ def mean_of_visible(values: Tensor, visible: Tensor) -> Tensor:
 
 
 def match_scores(errors: Tensor, visible: Tensor) -> list[MatchScores]:
-    """Scores of several matchers on the same pairs.
+    """Scores of Q matchers on the same N pairs; a warp that is not finite has an end-point error that is not finite.
 
     Args:
-        errors: (Q, N, P) pixels: Q matchers, N pairs, P points.
-        visible: (N, P) bool, which points count.
-
-    Returns:
-        Q scores; a warp that is not finite has an end-point error that is not finite.
-
-    Raises:
-        ValueError: no point is visible in any pair.
+        errors: (Q, N, P) pixels.
+        visible: (N, P) bool, which points count; ValueError if there are none.
     """
     if not visible.any():
         raise ValueError("no point is visible in both views of any pair, so there is nothing to measure")

@@ -20,15 +20,10 @@ KNOWN = 0.5  # least share of a bilinear sample's weight on known depth
 
 
 class Warp(NamedTuple):
-    """Where points of A are in B.
+    """Where points of A are in B."""
 
-    Args:
-        points: (..., N, 2), undefined where not visible.
-        visible: (..., N) bool.
-    """
-
-    points: Tensor
-    visible: Tensor
+    points: Tensor  # (..., N, 2), undefined where not visible
+    visible: Tensor  # (..., N) bool
 
 
 def grid_points(rows: int, columns: int) -> Tensor:
@@ -91,13 +86,5 @@ def upsample_warp(points: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def warp_image(image: Tensor, points: Tensor) -> Tensor:
-    """Image B seen from A (Fig. 7): its colours at the points of a warp.
-
-    Args:
-        image: (H, W, 3) uint8, B.
-        points: (h, w, 2), the warp at every pixel of A.
-
-    Returns:
-        (h, w, 3) uint8.
-    """
+    """Image B (H, W, 3) uint8 seen from A (Fig. 7): its colours (h, w, 3) uint8 at the points (h, w, 2) of a warp."""
     return sample(image.permute(2, 0, 1).float(), points).permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8)

@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmum.attention import dense_attention
 from fastmum.kernels import gather_patches, linear
-from fastmum.model.block import Block, Context, compute_dtype, pack
+from fastmum.model.block import AxialRope, Block, Context, compute_dtype, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import Pixels, check_frames
-from fastmum.model.rope import AxialRope
 
 RECOMPUTE = ("none", "mlp", "blocks")
 

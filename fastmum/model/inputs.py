@@ -1,6 +1,7 @@
-"""Checks of the model's arguments.
+"""Checks of the model's arguments, and random masking.
 
-All raise a TypeError or ValueError that names the argument, its value and what is allowed.
+Checks raise a TypeError or ValueError that names the argument, its value and what is allowed. Masks are uniform, with
+the same number of visible patches in every frame (paper, section 3).
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of values in 0..1, RGB
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_NOISE_STREAM = 1  # differs from the sampler's stream of the same seed, rank and step
 
 
 class Pixels(NamedTuple):
@@ -110,3 +113,38 @@ def check_noise(noise: Tensor, num_frames: int, num_patches: int) -> Tensor:
             f"({num_frames}, {num_patches}) is expected"
         )
     return noise
+
+
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """Visible patches of a frame, int(P * (1 - mask_ratio)).
+
+    Raises:
+        ValueError: no patch would be visible, or none masked.
+    """
+    count = int(num_patches * (1 - mask_ratio)) if 0 <= mask_ratio <= 1 else 0
+    if not 0 < count < num_patches:
+        raise ValueError(
+            f"mask_ratio is {mask_ratio} for frames of {num_patches} patches, but must leave at least one patch "
+            "visible and one masked"
+        )
+    return count
+
+
+def split_by_noise(noise: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    """Split the patches of every frame into visible and masked.
+
+    Args:
+        noise: (F, P) uniform; the `visible` smallest of a row are visible, ties go to the lower patch number.
+        visible: K.
+
+    Returns:
+        visible_ids (F, K) and masked_ids (F, P - K), int64, ascending in each row.
+    """
+    order = torch.argsort(noise, dim=1, stable=True)
+    return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values
+
+
+def seeded_noise(seed: int, rank: int, step: int, num_frames: int, num_patches: int) -> Tensor:
+    """The noise of a training step, (F, P) float32 on the CPU: a pure function of its arguments."""
+    rng = np.random.default_rng((seed, rank, step, _NOISE_STREAM))
+    return torch.from_numpy(rng.random((num_frames, num_patches), dtype=np.float32))

@@ -20,12 +20,18 @@ from torch import Tensor, nn
 
 from fastmum.attention import Segments, choose_backend, dense_attention
 from fastmum.kernels import patch_loss, scatter_tokens
-from fastmum.model.block import Block, Context, QuerySubset, apply_linear, compute_dtype, pack
+from fastmum.model.block import AxialRope, Block, Context, QuerySubset, apply_linear, compute_dtype, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
-from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_max_views, check_noise
-from fastmum.model.masking import num_visible, split_by_noise
-from fastmum.model.rope import AxialRope
+from fastmum.model.inputs import (
+    Pixels,
+    check_frames,
+    check_lengths,
+    check_max_views,
+    check_noise,
+    num_visible,
+    split_by_noise,
+)
 
 
 class MuMOutput(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmum.model.block import BASE, AxialRope
 from fastmum.model.config import MLP_RATIO, ModelConfig
-from fastmum.model.rope import BASE, AxialRope
 from fastmum.pretrained.layout import WeightsError
 
 MODEL_TYPE = "dinov3_vit"

@@ -22,8 +22,6 @@ KINDS = "a run, a folder of checkpoints, a checkpoint, a torch.save or safetenso
 
 
 class Saved(NamedTuple):
-    """Content of a path."""
-
     path: Path  # the file, or the chosen checkpoint
     tree: Mapping[str, Any]  # names -> tensors, further mappings or other values
     sizes: Mapping[str, Any] = MappingProxyType({})  # fields of `ModelConfig` that are stated

@@ -43,7 +43,6 @@ class MismatchError(WeightsError):
 
 
 def some(names: Sequence[str]) -> str:
-    """The first few names, and the number of the others."""
     more = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
@@ -61,7 +60,14 @@ def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
     `key` is its place, such as "teacher" or "model.backbone"; None: there is only one. WeightsError if there is no such
     state dict, or several; `path` is for messages.
     """
-    found = list(_candidates(tree))
+    found = []
+    for place, tensors in _groups(tree, "", NESTING):
+        plain = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
+        prefixes = Counter(n.removesuffix(a) for n in plain for a in ANCHORS if f".{n}".endswith(f".{a}"))
+        for prefix, anchors in prefixes.items():
+            state = {name.removeprefix(prefix): t for name, t in plain.items() if name.startswith(prefix)}
+            left_out = [name for name in plain if not name.startswith(prefix)]
+            found.append(_Candidate((place + prefix).removesuffix("."), state, left_out, anchors))
     if not found:
         keys = some([str(name) for name in tree]) or "none"
         raise WeightsError(f"'{path}' does not hold a MuM: none of {', '.join(ANCHORS)} is among its keys ({keys})")
@@ -80,20 +86,7 @@ def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
     return chosen.state
 
 
-def _candidates(tree: Mapping[str, Any]) -> Iterator[_Candidate]:
-    for place, tensors in _groups(tree, "", NESTING):
-        names = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-        prefixes = Counter(
-            name.removesuffix(anchor) for name in names for anchor in ANCHORS if f".{name}".endswith(f".{anchor}")
-        )
-        for prefix, anchors in prefixes.items():
-            state = {name.removeprefix(prefix): t for name, t in names.items() if name.startswith(prefix)}
-            left_out = [name for name in names if not name.startswith(prefix)]
-            yield _Candidate((place + prefix).removesuffix("."), state, left_out, anchors)
-
-
 def _groups(tree: Mapping[str, Any], place: str, levels: int) -> Iterator[tuple[str, State]]:
-    """Every mapping that has tensors, and its place."""
     items = {name: value for name, value in tree.items() if isinstance(name, str)}
     tensors = {name: value for name, value in items.items() if isinstance(value, Tensor)}
     if tensors:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmum.model.block import AxialRope
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
-from fastmum.model.rope import AxialRope
 from fastmum.pretrained.files import read_saved
 from fastmum.pretrained.layout import DECODER, SIZES, MismatchError, State, WeightsError, find_state, sizes_by_shape
 
@@ -41,7 +41,6 @@ class Pretrained(NamedTuple):
 
     @property
     def title(self) -> str:
-        """A summary."""
         model = "encoder" if self.encoder_only else "encoder and decoder"
         preset = _preset(self.config, self.encoder_only) or "sizes of no preset"
         positions = str(self.rope_dtype).removeprefix("torch.")
@@ -58,8 +57,7 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
         overrides: fields of `ModelConfig` that the weights do not determine (`norm_eps`, `decoder_num_heads`), and
             encoder_only: True omits the decoder, False requires one; default: as the weights are.
             rope_dtype: in which the encoder computes positions, torch.float32 or torch.bfloat16 (or their names).
-                Default: bfloat16 if the periods are bfloat16 and other weights are not, as in the released
-                encoder-only file, else float32.
+                Default: bfloat16 if only the periods are bfloat16, as in the released encoder-only file, else float32.
             key: which model of a file with several, such as "teacher".
             ema: True reads the EMA weights of a checkpoint, False the others, "auto" (default) EMA if there are any.
             device: default "cpu".
@@ -123,7 +121,6 @@ def build(
 
 
 def check_names(overrides: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    """Raise WeightsError if an override is not known."""
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -22,8 +22,6 @@ BRIGHTEST = np.float32(1.3)  # upper limit of the light's gain
 
 
 class Atlas(NamedTuple):
-    """Lit textures."""
-
     texels_T: np.ndarray
     offset_LF: np.ndarray
     height_LF: np.ndarray
@@ -69,8 +67,7 @@ def _mix(a: np.ndarray, b: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def bake(scene: Scene, eyes_V3: np.ndarray, pixel: float, seed: tuple[int, ...]) -> Atlas:
     """Paint and light every face that a camera can see.
 
-    `eyes_V3`, the camera positions along the whole path, and `pixel`, the width in metres of a pixel at a distance of
-    one metre, determine the resolution of each texture.
+    The camera positions `eyes_V3` and `pixel`, the metres per pixel at one metre, determine the resolution of textures.
     """
     solids = scene.solids
     faces = _visible_faces(solids, eyes_V3)
@@ -117,8 +114,7 @@ def _visible_faces(solids: Solids, eyes_V3: np.ndarray) -> list[tuple[int, int, 
                 faces.append((s, side, float(np.sqrt((over_V3**2).sum(1)).min())))
                 continue
             axis, sign = side // 2, 1 - 2 * (side % 2)
-            ahead_V = sign * local_V3[:, axis] - solids.half_S3[s, axis]
-            ahead_V = -ahead_V if kind == SHELL else ahead_V
+            ahead_V = (sign * local_V3[:, axis] - solids.half_S3[s, axis]) * (-1 if kind == SHELL else 1)
             distance_V = np.sqrt(ahead_V**2 + (np.delete(over_V3, axis, 1) ** 2).sum(1))
             if (ahead_V > 0).any():
                 faces.append((s, side, float(distance_V[ahead_V > 0].min())))
@@ -127,23 +123,20 @@ def _visible_faces(solids: Solids, eyes_V3: np.ndarray) -> list[tuple[int, int, 
 
 def _light_faces(scene: Scene, faces: list[tuple[int, int, float]], rng: np.random.Generator) -> list[np.ndarray]:
     """Display-space gain of each face on its coarse grid: [3, nv, nu]."""
-    solids, grids, nodes = scene.solids, [], []
+    solids, grids = scene.solids, []
     for s, side, _ in faces:
         size = side_size(int(solids.kind_S[s]), side, solids.half_S3[s])
-        nu, nv = (int(np.clip(round(m / NODE), 1, 96)) for m in size)
-        grids.append((nv, nu))
-        nodes.append(face_nodes(solids, s, side, nu, nv))
+        grids.append([int(np.clip(round(m / NODE), 1, 96)) for m in size])
+    nodes = [face_nodes(solids, s, side, *grid) for (s, side, _), grid in zip(faces, grids, strict=True)]
     x_3N, n_3N = (np.concatenate(arrays, 1) for arrays in zip(*nodes, strict=True))
     casters = [s for s, part in enumerate(scene.parts) if part.glow == 0 and part.kind != SHELL]
     light_3N = Illumination(solids, casters, x_3N, n_3N, rng).compute(scene.lighting)
     gain_3N = np.sqrt(light_3N * (0.55 / np.median(light_3N.mean(0))))
     gain_3N /= np.sqrt(np.sqrt(1 + (gain_3N / BRIGHTEST) ** 4))  # keeps the texture of a wall next to a lamp
-    out, start = [], 0
-    for (nv, nu), (s, _, _) in zip(grids, faces, strict=True):
-        gain = gain_3N[:, start : start + nv * nu].reshape(3, nv, nu)
+    out, ends = [], np.cumsum([nu * nv for nu, nv in grids])
+    for gain, (nu, nv), (s, _, _) in zip(np.split(gain_3N, ends[:-1], 1), grids, faces, strict=True):
         glow = scene.parts[s].glow
-        out.append(_smooth(gain) if glow == 0 else np.full((3, 1, 1), glow, np.float32))
-        start += nv * nu
+        out.append(_smooth(gain.reshape(3, nv, nu)) if glow == 0 else np.full((3, 1, 1), glow, np.float32))
     return out
 
 
@@ -157,7 +150,6 @@ def _smooth(grid_CHW: np.ndarray) -> np.ndarray:
 
 
 def _paint(scene: Scene, s: int, face: Face, gain_CHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One lit face: [h, w, 4] uint8."""
     part = scene.parts[s]
     thin = min(face.h, face.w) * face.texel < 0.07
     paint = part.edge if thin and part.edge is not None else part.paint

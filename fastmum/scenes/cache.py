@@ -44,11 +44,10 @@ def ensure_scenes(
         seed: chooses rooms and camera paths; not negative.
         cache_dir: default: $FASTMUM_CACHE, else the user's cache folder.
         workers: processes; 0 or 1 renders in this process; None: one per core, at most 8.
-        progress: show a progress bar.
 
     Raises:
-        ScenesError: an argument is out of range, the folder cannot be written, scikit-image's photographs are missing,
-            or a rendering process died.
+        ScenesError: an argument is out of range, the folder cannot be written, photographs are missing, or a rendering
+            process died.
     """
     settings = Settings(seed, views, size)
     root = cached_folder(settings, cache_dir)
@@ -57,7 +56,6 @@ def ensure_scenes(
 
 
 def cached_folder(settings: Settings, cache_dir: Path | None = None) -> Path:
-    """The folder of scenes with these settings; `cache_dir` as in `ensure_scenes`."""
     from platformdirs import user_cache_dir
 
     base = Path(cache_dir or os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum"))
@@ -65,7 +63,6 @@ def cached_folder(settings: Settings, cache_dir: Path | None = None) -> Path:
 
 
 def scene_folder(root: Path, index: int) -> Path:
-    """The folder of a scene."""
     return Path(root) / f"scene_{index:04d}"
 
 
@@ -131,9 +128,9 @@ def _render_in_processes(
     root: Path, missing: list[int], settings: Settings, processes: int, on_view: Callable[[], object]
 ) -> None:
     """Render in worker programs (see `files.main`), which unlike multiprocessing do not import the caller's script."""
-    package = str(Path(__file__).resolve().parents[2])
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    paths = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     reader, writer = os.pipe()
     workers = []
     for shard in (missing[i::processes] for i in range(processes)):

@@ -7,6 +7,7 @@ scene_0003/cameras.json: size, pixel_centre, depth_unit and, for each frame, fil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -55,11 +56,9 @@ def write_scene(root: Path, index: int, settings: Settings, on_view: Callable[[]
 def remove_leftovers(root: Path) -> None:
     """Delete temporary folders of processes that were killed more than an hour ago."""
     for part in root.glob(".scene_*.part"):
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if time.time() - part.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(part, ignore_errors=True)
-        except FileNotFoundError:
-            continue
 
 
 def _render_into(folder: Path, name: str, index: int, settings: Settings, on_view: Callable[[], object]) -> None:

@@ -13,11 +13,8 @@ from fastmum.scenes.light import Lamp
 from fastmum.scenes.room import Paint, Palette, Part, Room, box, cylinder, moved, sphere
 from fastmum.scenes.textures import shade
 
-WALLS = range(4)
-
 
 def wall_paint(p: Palette, kind: str) -> Paint:
-    """The material of the walls."""
     rng, value = p.rng, p.rng.uniform(0.6, 0.86)
     a, b = p.near(0, rng.uniform(0.05, 0.3), value), p.near(0.04, rng.uniform(0.1, 0.35), value * 0.85)
     rustic = kind in ("courtyard", "storage")
@@ -33,7 +30,6 @@ def wall_paint(p: Palette, kind: str) -> Paint:
 
 
 def floor_paint(p: Palette, kind: str) -> Paint:
-    """The material of the floor: boards, tiles or marble; outdoors also grass and gravel."""
     rng, value = p.rng, p.rng.uniform(0.5, 0.75)
     a, b = p.near(0.08, 0.18, value), p.near(0.05, 0.25, value * 0.72)
     if kind == "courtyard":
@@ -55,14 +51,14 @@ def add_fixtures(room: Room, kind: str) -> list[Lamp]:
     """Add floor, ceiling, skirting, doors, windows and lamps; returns the light sources."""
     p, rng = room.palette, room.rng
     length, width, height = room.size
+    lengths = [(wall, 2 * room.half_length(wall)) for wall in range(4)]
     room.parts.append(box(0, 0, 0.002, length + 0.1, width + 0.1, 0.008, floor_paint(p, kind)))
     if kind != "courtyard":
         pale = Paint("plaster", p.near(0.1, 0.06, 0.85), p.near(0.1, 0.1, 0.75))
         room.parts.append(box(0, 0, height - 0.01, length + 0.1, width + 0.1, 0.008, pale))
         panel, tall = p.wood() if rng.random() < 0.5 else p.paint(), rng.uniform(0.75, 1.0)
         if rng.random() < 0.45:  # panelling with a rail
-            for wall in WALLS:
-                long = 2 * room.half_length(wall)
+            for wall, long in lengths:
                 parts = [box(0, 0, 0, long, 0.015, tall, panel), box(0, -0.01, tall, long, 0.03, 0.05, panel)]
                 room.parts += room.moved_to_wall(parts, wall, 0, 0.008)
         if rng.random() < 0.4:
@@ -70,18 +66,17 @@ def add_fixtures(room: Room, kind: str) -> list[Lamp]:
             for x in np.arange(-length / 2 + rng.uniform(0.4, 0.9), length / 2, rng.uniform(0.9, 1.4)):
                 room.parts.append(box(x, 0, height - 0.15, 0.13, width, 0.15, timber))
     trim = p.paint()
-    for wall in WALLS:
-        skirting = box(0, 0, 0, 2 * room.half_length(wall), 0.02, rng.uniform(0.08, 0.16), trim)
+    for wall, long in lengths:
+        skirting = box(0, 0, 0, long, 0.02, rng.uniform(0.08, 0.16), trim)
         room.parts += room.moved_to_wall([skirting], wall, 0, 0.01)
     if kind == "courtyard":
         stone = p.stone()
-        for wall in WALLS:
-            coping = box(0, 0, 0, 2 * room.half_length(wall) + 0.3, 0.34, 0.12, stone)
+        for wall, long in lengths:
+            coping = box(0, 0, 0, long + 0.3, 0.34, 0.12, stone)
             room.parts += room.moved_to_wall([coping], wall, 0, 0.0, height - 0.06)
     order = rng.permutation(4).tolist()
     for wall in order[: rng.integers(1, 3)]:
-        along = float(rng.uniform(-0.55, 0.55) * room.half_length(wall))
-        tall = min(2.05, height - 0.25)
+        along, tall = float(rng.uniform(-0.55, 0.55) * room.half_length(wall)), min(2.05, height - 0.25)
         wood = Paint("door", p.near(0.5, 0.3, 0.6), p.near(0.5, 0.4, 0.45))
         door = [box(0, 0.01, 0, 0.98, 0.04, tall + 0.06, trim), box(0, 0, 0, 0.84, 0.06, tall, wood)]
         room.parts += room.moved_to_wall(door, wall, along, 0.03)
@@ -109,7 +104,6 @@ def _add_window(room: Room, wall: int, trim: Paint) -> Lamp:
 
 
 def _add_lamps(room: Room, trim: Paint) -> list[Lamp]:
-    """One or two lamps on the ceiling, where they are clear of the camera path."""
     rng, height, lamps = room.rng, room.size[2], []
     for _ in range(rng.integers(1, 3)):
         x, y = rng.uniform(-0.3, 0.3, 2) * room.size[:2]
@@ -124,7 +118,6 @@ def _add_lamps(room: Room, trim: Paint) -> list[Lamp]:
 
 
 def hang_pictures(room: Room, count: int) -> None:
-    """Add up to `count` framed pictures to the walls, at about eye height and without overlap."""
     rng, p, hung = room.rng, room.palette, 0
     for _ in range(3 * count):
         wall = int(rng.integers(0, 4))
@@ -143,7 +136,6 @@ def hang_pictures(room: Room, count: int) -> None:
 
 
 def clutter(p: Palette, width: float, depth: float, count: int) -> list[Part]:
-    """Small objects on a surface of width x depth."""
     rng, parts = p.rng, list[Part]()
     for x in (rng.permutation(np.linspace(-0.5, 0.5, count + 2)[1:-1]) * width).tolist():
         y, kind = float(rng.uniform(-0.25, 0.25) * depth), rng.integers(0, 5)
@@ -284,7 +276,6 @@ def steps(p: Palette) -> list[Part]:
 
 
 def pillar(p: Palette, height: float) -> list[Part]:
-    """A round or square column from the floor to `height`."""
     shaft, foot = p.stone(), p.stone()
     r = p.rng.uniform(0.14, 0.24)
     base = box(0, 0, 0, 2.6 * r, 2.6 * r, 0.12, foot)

@@ -59,9 +59,7 @@ class Path(NamedTuple):
     def eyes(self, s_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Eye positions and unit viewing directions, both [V, 3]."""
         heading = self.start + self.turn * (s_V - 0.5)
-        wobble = self.wobble
-        sway = np.sin(2 * np.pi * (s_V * wobble[0] + wobble[1]))
-        rise = np.sin(2 * np.pi * (s_V * wobble[2] + wobble[3]))
+        sway, rise = (np.sin(2 * np.pi * (s_V * self.wobble[i] + self.wobble[i + 1])) for i in (0, 2))
         x0, y0 = self.centre_2
         if self.kind == "orbit":  # looks across the centre
             radius = self.radius * (1 + 0.06 * sway)
@@ -81,22 +79,19 @@ class Path(NamedTuple):
         s_V = np.arange(views) / (max(views, FULL) - 1)
         eye, look = self.eyes(s_V)
         roll = 0.035 * np.sin(2 * np.pi * (s_V * self.wobble[2] + self.wobble[1]))
-        return np.stack([_pose(e, f, r) for e, f, r in zip(eye, look, roll, strict=True)])
+        poses = np.tile(np.eye(4), (views, 1, 1))
+        for T_44, eye_3, forward_3, cosine, sine in zip(poses, eye, look, np.cos(roll), np.sin(roll), strict=True):
+            right = np.cross(forward_3, [0.0, 0.0, 1.0])
+            right /= np.linalg.norm(right)
+            down = np.cross(forward_3, right)
+            R = np.stack([cosine * right + sine * down, cosine * down - sine * right, forward_3])
+            T_44[:3, :3], T_44[:3, 3] = R, -R @ eye_3
+        return poses
 
     def intrinsics(self, size: int) -> np.ndarray:
         """K [3, 3] float64 of a square image."""
         focal = size / 2 / np.tan(np.radians(self.field_of_view) / 2)
         return np.array([[focal, 0, size / 2], [0, focal, size / 2], [0, 0, 1]])
-
-
-def _pose(eye_3: np.ndarray, forward_3: np.ndarray, roll: float) -> np.ndarray:
-    right = np.cross(forward_3, [0.0, 0.0, 1.0])
-    right /= np.linalg.norm(right)
-    down = np.cross(forward_3, right)
-    R = np.stack([np.cos(roll) * right + np.sin(roll) * down, np.cos(roll) * down - np.sin(roll) * right, forward_3])
-    T = np.eye(4)
-    T[:3, :3], T[:3, 3] = R, -R @ eye_3
-    return T
 
 
 def draw_path(rng: np.random.Generator, length: float, width: float, height: float) -> Path:
@@ -118,10 +113,8 @@ def draw_path(rng: np.random.Generator, length: float, width: float, height: flo
 
 
 class Scene(NamedTuple):
-    """A scene to render; parts[i] is the paint of solid i."""
-
     kind: str
-    parts: list[Part]
+    parts: list[Part]  # one for each solid
     solids: Solids
     lighting: Lighting
     path: Path
@@ -152,7 +145,6 @@ def build_scene(seed: int, index: int) -> Scene:
 
 
 def _furnish(room: Room, kind: Kind) -> None:
-    """Place pieces along the walls and in the open, most of them in view of a camera."""
     rng, p = room.rng, room.palette
     for _ in range(kind.wall_count):
         piece = PIECES[str(rng.choice(kind.at_wall))](p)
@@ -172,7 +164,6 @@ def _furnish(room: Room, kind: Kind) -> None:
 
 
 def _surroundings(p: Palette, radius: float, height: float) -> list[Part]:
-    """Buildings and trees outside a courtyard."""
     rng, parts = p.rng, []
     for i in range(int(rng.integers(3, 6))):
         angle = i * 1.3 + rng.uniform(-0.4, 0.4)
@@ -189,7 +180,6 @@ def _surroundings(p: Palette, radius: float, height: float) -> list[Part]:
 
 
 def _lighting(rng: np.random.Generator, open_top: bool, lamps: list[Lamp]) -> Lighting:
-    """Lamps and dim ambient light indoors; sun and blue sky outdoors."""
     if not open_top:
         return Lighting(lamps, np.array([0.50, 0.48, 0.46]) * rng.uniform(0.35, 0.75))
     azimuth, up = rng.uniform(0, 2 * np.pi), rng.uniform(0.75, 1.15)

@@ -27,8 +27,6 @@ class Lamp(NamedTuple):
 
 
 class Lighting(NamedTuple):
-    """All light of a scene."""
-
     lamps: list[Lamp]
     ambient_3: np.ndarray  # from all directions
     sun: tuple[np.ndarray, np.ndarray] | None = None  # direction towards it, colour
@@ -56,21 +54,18 @@ class Illumination:
         self.shell = int(np.flatnonzero(solids.kind_S == SHELL)[0])
 
     def compute(self, lighting: Lighting) -> np.ndarray:
-        """Light on all nodes, [3, N]."""
         sky = 0.82 + 0.18 * self.n_3N[2]  # a little more from above
-        light = lighting.ambient_3.astype(np.float32)[:, None] * (self._ambient() * sky)[None]
+        light = np.outer(lighting.ambient_3.astype(np.float32), self._ambient() * sky)
         for lamp in lighting.lamps:
-            light += lamp.colour_3.astype(np.float32)[:, None] * self._from_lamp(lamp)[None]
+            light += np.outer(lamp.colour_3.astype(np.float32), self._from_lamp(lamp))
         if lighting.sun is not None:
-            direction_3, colour_3 = lighting.sun
-            light += colour_3.astype(np.float32)[:, None] * self._from_sun(direction_3)
+            light += np.outer(lighting.sun[1].astype(np.float32), self._from_sun(lighting.sun[0]))
         return light
 
     def _to_unit(self, s: int, x_3N: np.ndarray) -> list[np.ndarray]:
         return rotate(self.solids.to_unit_S33[s], list(x_3N - self.solids.centre_S3[s][:, None]))
 
     def _blocked(self, s: int, o_3N: np.ndarray, d_3N: np.ndarray, reach: np.ndarray | float) -> np.ndarray:
-        """Whether rays o + t d hit solid s for t in 0..reach."""
         d = rotate(self.solids.to_unit_S33[s], list(d_3N))
         t_in, t_out = intersect(int(self.solids.kind_S[s]), self._to_unit(s, o_3N), d)
         return (np.maximum(t_in, 0) < np.minimum(t_out, reach)) & (t_out > 0)

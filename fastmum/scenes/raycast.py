@@ -30,7 +30,6 @@ class View(NamedTuple):
 
     @property
     def eye_3(self) -> np.ndarray:
-        """World position of the camera's centre, float64."""
         return -self.T_44[:3, :3].T @ self.T_44[:3, 3]
 
     def directions(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -48,7 +47,9 @@ def render(view: View, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
     d_3N = view.directions(*xy_2N)
     depth_HW, solid_HW = trace(view, d_3N.reshape(3, *shape))
     colour_N3, face_N = _colours(view, atlas, d_3N, depth_HW.ravel(), solid_HW.ravel())
-    outline = np.flatnonzero(_outline(face_N.reshape(shape)))
+    face_HW, padded = face_N.reshape(shape), np.pad(face_N.reshape(shape), 1, mode="edge")
+    neighbours = padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]
+    outline = np.flatnonzero(reduce(np.logical_or, (face_HW != other for other in neighbours)))
     x, y = (xy_2N[:, None, outline] + SUBPIXELS.T[:, :, None]).reshape(2, -1)
     d = view.directions(x, y)
     more, _ = _colours(view, atlas, d, *trace(view, d, (x, y)))
@@ -103,13 +104,6 @@ def _windows(view: View) -> list[tuple[int, list[int]]]:
     windows = np.stack([low[:, 0], high[:, 0], low[:, 1], high[:, 1]], 1)
     windows[whole] = 0, view.width, 0, view.height
     return [(s, windows[s].tolist()) for s in np.flatnonzero(whole | boxed).tolist()]
-
-
-def _outline(face_HW: np.ndarray) -> np.ndarray:
-    """Pixels that have one of four neighbours on another face."""
-    padded = np.pad(face_HW, 1, mode="edge")
-    neighbours = padded[1:-1, :-2], padded[1:-1, 2:], padded[:-2, 1:-1], padded[2:, 1:-1]
-    return reduce(np.logical_or, (face_HW != other for other in neighbours))
 
 
 def _colours(

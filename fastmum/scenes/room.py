@@ -20,12 +20,10 @@ AHEAD = 0.95  # the same in front of a camera, where a near part would fill the 
 
 
 class Paint(NamedTuple):
-    """A material of `textures.MATERIALS`, its two colours and further arguments."""
-
-    material: str
+    material: str  # a key of `textures.MATERIALS`
     a: Colour
     b: Colour
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Any] = MappingProxyType({})  # further arguments
 
 
 class Part(NamedTuple):
@@ -41,8 +39,6 @@ class Part(NamedTuple):
 
 
 class Palette(NamedTuple):
-    """The colours of one scene; every call draws another shade."""
-
     rng: np.random.Generator
     hue: float
     wood_hue: float
@@ -101,7 +97,6 @@ def moved(parts: list[Part], x: float, y: float, z: float, yaw: float = 0.0) -> 
 
 
 def as_solids(parts: list[Part]) -> Solids:
-    """The geometry of parts as arrays."""
     cosine, sine = (f([p.yaw for p in parts]).astype(np.float32) for f in (np.cos, np.sin))
     axes = np.zeros((len(parts), 3, 3), np.float32)
     axes[:, 0, 0], axes[:, 0, 1], axes[:, 1, 0], axes[:, 1, 1], axes[:, 2, 2] = cosine, sine, -sine, cosine, 1
@@ -110,8 +105,6 @@ def as_solids(parts: list[Part]) -> Solids:
 
 
 class Room:
-    """What has been placed so far, and whether a further piece fits."""
-
     def __init__(self, palette: Palette, size: np.ndarray, eye_V3: np.ndarray, look_V3: np.ndarray) -> None:
         self.palette, self.rng, self.size = palette, palette.rng, size
         self.eye_V3, self.look_V3 = eye_V3, look_V3
@@ -121,7 +114,6 @@ class Room:
         self.hung: list[tuple[int, float, float]] = []  # doors, windows and pictures: wall, position along it, width
 
     def clear_of_path(self, parts: list[Part]) -> bool:
-        """Whether no part is within the margin of a camera."""
         solids = as_solids(parts)
         near = solids.distance_SN(self.eye_V3.astype(np.float32)) < MARGIN
         ahead = solids.distance_SN((self.eye_V3 + 0.55 * self.look_V3).astype(np.float32)) < AHEAD - MARGIN
@@ -157,7 +149,6 @@ class Room:
                 return
 
     def half_length(self, wall: int) -> float:
-        """Half the length of a wall (0 to 3)."""
         return float(self.size[wall % 2] / 2)
 
     def normal(self, wall: int) -> tuple[float, float]:

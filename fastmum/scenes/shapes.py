@@ -44,11 +44,9 @@ class Solids:
 
     @property
     def radius_S(self) -> np.ndarray:
-        """Radius in metres of a bounding sphere about the centre."""
         return np.sqrt((self.half_S3**2).sum(1))
 
     def corners_S83(self) -> np.ndarray:
-        """World corners of the bounding boxes."""
         signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float32)
         return self.centre_S3[:, None] + np.einsum("ki,sij->skj", signs, self.axes_S33 * self.half_S3[:, :, None])
 
@@ -149,7 +147,6 @@ def fold(kind: int, side: int, u_N: np.ndarray, v_N: np.ndarray) -> tuple[np.nda
 
 
 def side_size(kind: int, side: int, half_3: np.ndarray) -> tuple[float, float]:
-    """Width and height in metres of a side's texture."""
     x, y, z = (float(2 * h) for h in half_3)
     if kind == SPHERE:
         return (float(np.sqrt(2.0)) * (x + y + z) / 3,) * 2

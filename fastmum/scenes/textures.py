@@ -78,7 +78,6 @@ def field(kind: str) -> np.ndarray:
 
 
 def shade(rng: np.random.Generator, hue: float, saturation: float, value: float, spread: float = 0.04) -> Colour:
-    """A random colour near (hue, saturation, value)."""
     hue, saturation, value = np.array([hue, saturation, value]) + rng.normal(0, 1, 3) * [spread / 2, spread, spread]
     return colorsys.hsv_to_rgb(hue % 1.0, float(np.clip(saturation, 0, 0.9)), float(np.clip(value, 0.12, 0.93)))
 
@@ -93,12 +92,10 @@ def noise(rng: np.random.Generator, kind: str, h: int, w: int) -> np.ndarray:
 
 
 def column(colour: Colour) -> np.ndarray:
-    """A colour as [3, 1, 1] float32."""
     return np.asarray(colour, np.float32)[:, None, None]
 
 
 def flat(colour: Colour, tone_HW: np.ndarray) -> np.ndarray:
-    """A colour times a tone: [3, h, w]."""
     return column(colour) * tone_HW[None]
 
 
@@ -121,7 +118,6 @@ def plaster(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.nd
 
 
 def concrete(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """Poured panels with joints, pores and drips."""
     tone = 1 + noise(rng, "rough", face.h, face.w) * np.float32(0.08) + noise(rng, "cloud", face.h, face.w) * 0.07
     drips = noise(rng, "grain", face.w, face.h).T
     tone = tone + drips * np.float32(0.04)
@@ -296,7 +292,6 @@ def books(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndar
 
 
 def panes(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """A window with glazing bars of colour b: sky above trees."""
     height = np.linspace(1, 0, face.h, dtype=np.float32)[:, None]
     cloud = noise(rng, "cloud", face.h, face.w)
     sky = blend(flat((0.78, 0.83, 0.88), 1 + 0 * cloud), flat((0.48, 0.62, 0.82), 1 + 0 * cloud), height)
@@ -312,7 +307,6 @@ def panes(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndar
 
 
 def door(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """A panelled door or cabinet front with shaded grooves."""
     out = wood(rng, face, a, b, plank=3.0)
     rows, columns = max(1, round(face.h * face.texel / 0.6)), max(1, round(face.w * face.texel / 0.5))
     to_groove = []
@@ -324,7 +318,6 @@ def door(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarr
 
 
 def facade(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
-    """A house front of colour a with rows of windows in frames of colour b."""
     out = plaster(rng, face, a, b)
     pitch_x, pitch_y = (int(rng.uniform(1.0, 1.5) / face.texel) for _ in range(2))
     wide, high = int(pitch_x * 0.45), int(pitch_y * 0.6)

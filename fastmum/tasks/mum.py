@@ -27,9 +27,8 @@ from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.engine.task import Metric, Samples, StepOutput, Task
 from fastmum.kernels import gather_patches
 from fastmum.model.compile import blocks_of, compile_model, eager
-from fastmum.model.flops import step_flops
-from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
-from fastmum.model.masking import num_visible, seeded_noise
+from fastmum.model.config import step_flops
+from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD, num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 
 log = logging.getLogger(__name__)
@@ -43,21 +42,13 @@ GAP, SEQUENCE_GAP = 4, 16  # pixels between pictures and between sequences
 
 
 class MuMBatch(NamedTuple):
-    """A micro-batch.
+    """A micro-batch of packed sequences."""
 
-    Args:
-        frames: (F, size, size, 3) uint8, packed sequences.
-        lengths: frames of every sequence.
-        noise: (F, P) float32, for the masks.
-        views: (F,) int64, length of the sequence that each frame belongs to.
-        step_frames: frames of the step over all processes.
-    """
-
-    frames: Tensor
-    lengths: tuple[int, ...]
-    noise: Tensor
-    views: Tensor
-    step_frames: int
+    frames: Tensor  # (F, size, size, 3) uint8
+    lengths: tuple[int, ...]  # frames of every sequence
+    noise: Tensor  # (F, P) float32, for the masks
+    views: Tensor  # (F,) int64, length of the sequence that each frame belongs to
+    step_frames: int  # frames of the step over all processes
 
 
 class MuMTask(Task):
@@ -91,11 +82,7 @@ class MuMTask(Task):
         self._shown: MuMBatch
 
     def build(self) -> MuM:
-        """The model with the run's attention backend.
-
-        Raises:
-            ConfigError: `model.attention` or `train.precision` is not available on the device.
-        """
+        """The model; ConfigError if `model.attention` or `train.precision` is not available on the device."""
         config, device = self.config, self.world.device
         try:
             backend = choose_backend(config.model.attention, device, MATRIX_DTYPE[config.train.precision])
@@ -121,11 +108,7 @@ class MuMTask(Task):
         return dataclasses.asdict(self.config.model_config)
 
     def compile(self, model: MuM, steps: int) -> None:
-        """Compile by `model.compile`.
-
-        Raises:
-            ConfigError: `train.cuda_graphs` cannot be used.
-        """
+        """Compile as `model.compile` says; ConfigError if `train.cuda_graphs` cannot be used."""
         mode, graphs = self.config.model.compile, self.config.train.cuda_graphs
         try:
             compile_model(model, mode, steps, several_devices=self.world.size > 1, cuda_graphs=graphs)
@@ -133,18 +116,13 @@ class MuMTask(Task):
             raise ConfigError(f"train.cuda_graphs is true, but {error}") from None
 
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
-        """Open manifests, planners and decoder.
-
-        Raises:
-            DataError: the data cannot be used.
-        """
+        """Open manifests, planners and decoder; DataError if the data cannot be used."""
         data = self.config.data
         micro_batches = samples_per_step // data.frames_per_batch
         self._splits = open_splits(self.config, folder, start > 0, micro_batches)
         decoder = make_decoder(data.decoder, data.image_size, self.world.device, int(data.cache_gb * 1e9))
-        self._loader = Loader(
-            decoder, self._splits.manifests, data.workers, folder / "bad_frames.log", self._splits.is_held_out
-        )
+        splits, bad_frames = self._splits, folder / "bad_frames.log"
+        self._loader = Loader(decoder, splits.manifests, data.workers, bad_frames, splits.is_held_out)
 
     def prepare(self) -> None:
         """Decode the held-out batches of this process and the frames of the picture.
@@ -270,16 +248,12 @@ def _picture_plan(splits: DataSplits, max_frames: int) -> StepPlan:
 def draw_reconstruction(
     frames: Tensor, lengths: tuple[int, ...], masked_ids: Tensor, pred: Tensor, norm_pix: bool = True
 ) -> Image.Image:
-    """Draw what the model made of masked frames.
+    """Draw three rows for each sequence (original, masked, predicted), one column a view.
 
     Args:
-        frames: (F, H, W, 3) uint8, sequences one behind another.
-        lengths: frames of each sequence.
+        frames: (F, H, W, 3) uint8, packed sequences of `lengths` frames.
         masked_ids, pred: (F, M) and (F, M, 3*p*p) float32 of `MuMOutput`; all on the CPU.
         norm_pix: whether the loss normalised its targets.
-
-    Returns:
-        For each sequence three rows (original, masked, predicted), one column a view.
     """
     masked, predicted = reconstructions(frames, masked_ids, pred, norm_pix)
     rows = []
@@ -300,18 +274,16 @@ def _pixels(frames: Tensor, ids: Tensor, pred: Tensor, side: int, norm_pix: bool
 
     With `norm_pix` the model predicts patches without mean and contrast; the picture takes both from the original.
     """
-    values = pred
     if norm_pix:
         original = gather_patches(frames, ids, IMAGENET_MEAN, IMAGENET_STD, side, torch.float32)
         var, mean = torch.var_mean(original, dim=-1, keepdim=True)
-        values = pred * (var + 1e-6).sqrt() + mean
-    values = values.unflatten(-1, (side, side, 3))
-    pixels = (values * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)) * 255
+        pred = pred * (var + 1e-6).sqrt() + mean
+    pixels = (pred.unflatten(-1, (side, side, 3)) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)) * 255
     return pixels.round().clamp(0, 255).to(torch.uint8)
 
 
 def _put(frames: Tensor, ids: Tensor, patches: Tensor) -> Tensor:
-    """A copy of the frames (F, H, W, 3) with the patches (F, M, p, p, 3) at the places `ids` (F, M)."""
+    """A copy of the frames (F, H, W, 3) with the patches (F, M, p, p, 3) at `ids` (F, M)."""
     F, H, W, C = frames.shape
     p = patches.shape[2]
     grid = frames.clone().view(F, H // p, p, W // p, p, C)
@@ -326,12 +298,8 @@ def _side_by_side(views: np.ndarray) -> np.ndarray:
 
 
 def _stack(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows of three for each sequence, below one another, those of fewer views filled up with white."""
+    """Rows, three for each sequence, padded with white below and to the right."""
     width = max(row.shape[1] for row in rows)
-    parts = []
-    for i, row in enumerate(rows):
-        below = SEQUENCE_GAP if i % 3 == 2 else GAP
-        canvas = np.full((row.shape[0] + below, width, 3), 255, np.uint8)
-        canvas[: row.shape[0], : row.shape[1]] = row
-        parts.append(canvas)
-    return np.concatenate(parts)
+    below = (GAP, GAP, SEQUENCE_GAP)
+    pads = [((0, below[i % 3]), (0, width - row.shape[1]), (0, 0)) for i, row in enumerate(rows)]
+    return np.concatenate([np.pad(row, pad, constant_values=255) for row, pad in zip(rows, pads, strict=True)])

@@ -22,20 +22,16 @@ def test_without_a_gpu(tmp_path, capsys):
     assert not (tmp_path / "gpu").exists()
 
 
-def test_page_name():
+def test_parts_of_the_page(tmp_path):
     assert page_name("NVIDIA H200") == "BENCHMARKS-h200.md"
     assert page_name("NVIDIA A100-SXM4-80GB") == "BENCHMARKS-a100-sxm4-80gb.md"
 
-
-def test_outcome_of_tests(tmp_path):
     assert "did not finish" in outcome(tmp_path, "X")
     (tmp_path / "tests.xml").write_text(XML)
     assert "2 passed, 1 skipped, 2 failed: `c.test_d`, `c.test_e`" in outcome(tmp_path, "X")
     (tmp_path / "tests.xml").write_text(XML.replace("<failure/>", "").replace("<error/>", ""))
     assert outcome(tmp_path, "X").endswith("on X: 4 passed, 1 skipped, 0 failed.")
 
-
-def test_profile(tmp_path):
     assert "not written" in profile_note(tmp_path)
     (tmp_path / PROFILE).parent.mkdir(parents=True)
     (tmp_path / PROFILE).write_text("Name  Self CUDA\naten::mm  3 ms\n" + "more\n" * 100)
@@ -65,16 +61,7 @@ def run_with(monkeypatch, tmp_path):
     return call
 
 
-def test_failed_benchmarks_leave_a_page(run_with, tmp_path, capsys):
-    files = {"tests.xml": XML, "result.json": "", PROFILE: "aten::mm  3 ms"}
-    code, page = run_with({"tests": 1, "benchmarks": -9}, files)
-    assert code == 1
-    assert all(text in page for text in ("2 failed: `c.test_d`", "Failed: tests, benchmarks.", "aten::mm  3 ms"))
-    assert str(tmp_path) not in page
-    assert "result.json" in capsys.readouterr().err
-
-
-def test_profiles_of_earlier_and_failed_runs_are_not_shown(run_with, tmp_path):
+def test_failed_stages_leave_a_page_without_old_profiles(run_with, tmp_path, capsys):
     (tmp_path / "gpu" / PROFILE).parent.mkdir(parents=True)
     (tmp_path / "gpu" / PROFILE).write_text("of an earlier run")
     code, page = run_with({}, {})
@@ -85,8 +72,13 @@ def test_profiles_of_earlier_and_failed_runs_are_not_shown(run_with, tmp_path):
     assert "of a failed run" not in page
     assert "Failed: profile, benchmarks." in page
 
+    files = {"tests.xml": XML, "result.json": "", PROFILE: "aten::mm  3 ms"}
+    code, page = run_with({"tests": 1, "benchmarks": -9}, files)
+    assert code == 1
+    assert all(text in page for text in ("2 failed: `c.test_d`", "Failed: tests, benchmarks.", "aten::mm  3 ms"))
+    assert str(tmp_path) not in page
+    assert "result.json" in capsys.readouterr().err
 
-def test_a_page_that_cannot_be_written(run_with, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run_with({}, {}, tmp_path / "file" / "PAGE.md")[0] == 2
     assert "file' cannot be written" in capsys.readouterr().err

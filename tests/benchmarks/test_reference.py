@@ -1,9 +1,8 @@
-"""The plain reference of the benchmarks agrees with the released model and with fastmum, and shares no code with it."""
+"""The plain reference agrees with the released model and fastmum, and samples as the paper."""
 
-import ast
 import json
-import sys
-from pathlib import Path
+from collections import Counter
+from itertools import chain
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 
 from benchmarks.reference import step as reference_step
 from benchmarks.reference.model import ReferenceMuM
+from benchmarks.reference.sampler import PaperSampler, Sequences
 from fastmum import PRESETS, ModelConfig, MuM
-from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 TOLERANCE = 1e-5  # norm of the difference over the norm, float32
 SIZES = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
@@ -103,17 +102,36 @@ def test_step_learns_and_reports_its_loss_and_norm(precision):
     assert phases == 5 * ["forward", "backward", "norm", "optimizer"]
 
 
-def test_shares_no_code_with_fastmum():
-    allowed = {*sys.stdlib_module_names, "torch", "PIL", "numpy"}
-    files = sorted(Path(reference_step.__file__).parent.glob("**/*.py"))
-    assert {file.name for file in files} >= {"model.py", "step.py"}
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                assert node.level == 0, f"{file.name} has a relative import"
-                modules = [str(node.module)]
-            for module in modules:
-                inside = module.split(".")[:2] == ["benchmarks", "reference"]
-                assert inside or module.split(".")[0] in allowed, f"{file.name} imports {module}"
-    assert (reference_step.IMAGENET_MEAN, reference_step.IMAGENET_STD) == (IMAGENET_MEAN, IMAGENET_STD)
+LONG = Sequences(range(0, 300, 30), [30] * 10)
+SHORT = Sequences([300, 304], [4, 26], weight=3.0)
+IMAGES = range(1000, 1500)
+
+
+def sampler(batches=400, **settings) -> PaperSampler:
+    return PaperSampler([LONG, SHORT], IMAGES, batches, **settings)
+
+
+def test_batches_are_whole_sequences_of_one_length_without_repetition():
+    batches = list(sampler())
+    assert len(batches) == len(sampler()) == 400
+    sequences = [range(s, s + n) for d in (LONG, SHORT) for s, n in zip(d.starts, d.lengths, strict=True)]
+    for batch in batches:
+        (views,) = {len(sequence) for sequence in batch}
+        assert len(batch) == 96 // views
+        for sequence in batch:
+            assert len(set(sequence)) == views
+            assert any(set(sequence) <= set(frames) for frames in ([IMAGES] if views == 1 else sequences))
+    for batch in sampler(batches=20, image_share=1.0):
+        images = list(chain.from_iterable(batch))
+        assert len(images) == len(set(images)) == 96
+    assert list(sampler(5, seed=1)) == list(sampler(5, seed=1)) != list(sampler(5, seed=2))
+
+
+def test_a_tenth_are_single_images_s_is_uniform_and_weights_hold():
+    drawn = sampler()
+    shapes = Counter(drawn.shape()[1] for _ in range(46_000))
+    assert shapes.pop(1) / 46_000 == pytest.approx(0.1, abs=0.01)
+    assert set(shapes) == set(range(2, 25))
+    assert 0.85 * 1800 < min(shapes.values()) <= max(shapes.values()) < 1.15 * 1800  # 1,800 expected
+    sequences = [drawn.sequence(2)[0] for _ in range(4000)]
+    assert sum(frame >= 300 for frame in sequences) / 4000 == pytest.approx(0.75, abs=0.03)

@@ -1,54 +1,46 @@
-"""Ratios, units and tables of duels."""
+"""Ratios, units and tables of duels, and of offline predictions with the GPU-hours projected from them."""
+
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.results import (
-    COMPILED,
-    FASTMUM,
-    FRAMES_A_SECOND,
-    HEADINGS,
-    REFERENCE,
-    Result,
-    results_of,
-    rows,
-    text_table,
-    write,
-)
+from benchmarks import results as duels
+from benchmarks.projection import ProjectionError, gpu_hours, projection_tables, read_predictions
+from benchmarks.results import COMPILED, FASTMUM, FRAMES_A_SECOND, HEADINGS, REFERENCE, Result, results_of
 
 TIMES = st.lists(st.tuples(*[st.floats(1e-6, 1e3)] * 2), min_size=1, max_size=20)
+SIDE = {"flops": 2.6e13, "bytes": 1.5e11, "launches": 1200, "peak_bytes": 3.1e10, "predicted_ms": 150.0}
+PREDICTIONS = {
+    "gpu": "A100-80GB", "model": "mum_vitl16", "frames": 96, "fastmum": SIDE,
+    "reference": SIDE | {"predicted_ms": 300.0, "launches": 5000},
+}  # fmt: skip
+
+
+def duel(reference: list[float], fastmum: list[float], unit: str = "s", **info) -> Result:
+    return Result("g", "w", unit, rounds={REFERENCE: reference, FASTMUM: fastmum}, info=info)
 
 
 def test_ratio_is_taken_round_by_round():
-    # Both slow down together, so every round has the same ratio.
-    result = Result("g", "w", rounds={REFERENCE: [2.0, 4.0, 8.0], FASTMUM: [1.0, 2.0, 4.0]})
-    assert result.ratio() == (2.0, 2.0, 2.0)
-    result = Result("g", "w", rounds={REFERENCE: [1.0, 2.0, 3.0, 4.0, 5.0], FASTMUM: [1.0] * 5})
+    assert duel([2.0, 4.0, 8.0], [1.0, 2.0, 4.0]).ratio() == (2.0, 2.0, 2.0)  # both slow down together
+    result = duel([1.0, 2.0, 3.0, 4.0, 5.0], [1.0] * 5)
     assert result.ratio() == (3.0, 2.0, 4.0)
     assert str(result.ratio()) == "3.00 (2.00 to 4.00)"
     assert result.spread == "quartiles of 5"
     assert result.ratio(COMPILED) is None
-
-
-def test_more_frames_a_second_are_better():
-    result = Result("g", "w", FRAMES_A_SECOND, rounds={REFERENCE: [10.0, 15.0], FASTMUM: [20.0, 50.0]})
-    assert result.ratio() == (pytest.approx(8 / 3), 2.0, pytest.approx(10 / 3))
-    assert result.value(FASTMUM) == "35 frames/s"
-
-
-def test_spread_of_few_rounds():
-    result = Result("g", "w", rounds={REFERENCE: [1.0, 2.0, 4.0], FASTMUM: [1.0] * 3})
-    assert result.ratio() == (2.0, 1.0, 4.0)
-    assert result.spread == "least to most of 3"
-    (row,) = rows([result])
-    assert dict(zip(HEADINGS, row, strict=True))["rounds"] == "least to most of 3"
+    few = duel([1.0, 2.0, 4.0], [1.0] * 3)
+    assert few.ratio() == (2.0, 1.0, 4.0)
+    (row,) = duels.rows([few])
+    assert few.spread == dict(zip(HEADINGS, row, strict=True))["rounds"] == "least to most of 3"
+    rate = duel([10.0, 15.0], [20.0, 50.0], FRAMES_A_SECOND)  # more is better
+    assert rate.ratio() == (pytest.approx(8 / 3), 2.0, pytest.approx(10 / 3))
+    assert rate.value(FASTMUM) == "35 frames/s"
 
 
 @given(TIMES)
 def test_the_spread_encloses_the_median(pairs):
-    result = Result("g", "w", rounds={REFERENCE: [a for a, _ in pairs], FASTMUM: [b for _, b in pairs]})
-    ratio = result.ratio()
+    ratio = duel(*map(list, zip(*pairs, strict=True))).ratio()
     slack = 1e-12 * ratio.high
     assert ratio.low - slack <= ratio.median <= ratio.high + slack
     assert min(a / b for a, b in pairs) - slack <= ratio.low
@@ -61,38 +53,65 @@ def test_units():
         (0.0, "s", "0 us"), (3.25e9, "bytes", "3.25 GB"), (4.1e12, "FLOP/s", "4.1 TFLOP/s"),
         (7.0, "apples", "7 apples"),
     ):  # fmt: skip
-        assert write(value, unit) == text
+        assert duels.write(value, unit) == text
 
 
 def test_note_has_rates_and_the_share_of_the_peak():
     info = {"bytes": 3e9, "flops": 2e14, "peak": 8e14}
-    result = Result("g", "w", rounds={REFERENCE: [3.0], FASTMUM: [0.5]}, info=info)
-    assert result.note == "6 GB/s, 400 TFLOP/s, MFU 50.0%"
+    assert duel([3.0], [0.5], **info).note == "6 GB/s, 400 TFLOP/s, MFU 50.0%"
     assert Result("g", "w", rounds={REFERENCE: [1.0]}, info=info).note == ""
 
 
-def entry(name: str, what: str = "thing", data=(1.0, 2.0), **info) -> dict:
-    about = {"group": "g", "what": what, "contestant": name, "unit": "s", **info}
-    return {"extra_info": about, "stats": {"data": list(data)}}
+def entry(name: str, what: str = "thing", data=(1.0, 2.0)) -> dict:
+    info = {"group": "g", "what": what, "contestant": name, "unit": "s"}
+    return {"extra_info": info, "stats": {"data": list(data)}}
 
 
-def test_entries_of_other_benchmarks_are_skipped():
-    entries = [{"extra_info": {}, "stats": {"data": [1.0]}}, entry(REFERENCE), entry(FASTMUM, data=(0.5, 0.5))]
-    (result,) = results_of(entries)
+def test_entries_of_benchmarks():
+    other = {"extra_info": {}, "stats": {"data": [1.0]}}
+    (result,) = results_of([other, entry(REFERENCE), entry(FASTMUM, data=(0.5, 0.5))])
     assert result.ratio() == (3.0, 2.0, 4.0)
-
-
-def test_two_duels_of_one_name_are_an_error():
     with pytest.raises(ValueError, match="'g: thing' is there twice for reference"):
         results_of([entry(REFERENCE), entry(REFERENCE)])
 
 
 def test_table_is_aligned_and_grouped():
-    results = results_of(
-        [entry(REFERENCE), entry(FASTMUM), entry(REFERENCE, "a longer name"), entry(FASTMUM, "a longer name")]
-    )
-    header, *lines = text_table([*results, Result("other", "w", rounds={REFERENCE: [1.0], FASTMUM: [1.0]})])
+    results = results_of([entry(name, what) for what in ("thing", "a longer name") for name in (REFERENCE, FASTMUM)])
+    header, *lines = duels.text_table([*results, Result("other", "w", rounds={REFERENCE: [1.0], FASTMUM: [1.0]})])
     assert header.split("  ")[0].strip() == "g"
     assert lines[0].index("1.00 (") == lines[1].index("1.00 (")
     assert lines[2] == ""
     assert lines[3].startswith("other")
+
+
+def test_gpu_hours():
+    assert gpu_hours(518.4, 64) == pytest.approx(4608)  # 500,000 x 0.5184 s x 64: the paper's 4,608 GPU-hours
+    assert gpu_hours(3600.0, 1, steps=1000) == pytest.approx(1.0)
+
+
+def test_tables_of_predictions(tmp_path):
+    path = tmp_path / "offline.json"
+    path.write_text(json.dumps(PREDICTIONS))
+    text = "\n".join(projection_tables(read_predictions(path)))
+    for line in (
+        "For mum_vitl16, 96 frames per GPU, A100-80GB.", "4,608 GPU-hours", "| fastmum | 1,333 | 0.87 | 29% |",
+        "| fastmum | 26.00 | 150.0 | 1,200 | 31.0 | 150.0 | 2.00 |",
+        "| reference | 26.00 | 150.0 | 5,000 | 31.0 | 300.0 | 1.00 |",
+    ):  # fmt: skip
+        assert line in text
+    assert "compiled" not in text
+    text = "\n".join(projection_tables(PREDICTIONS | {"reference_compiled": SIDE | {"predicted_ms": 200.0}}))
+    assert "| reference, compiled | 26.00 | 150.0 | 1,200 | 31.0 | 200.0 | 1.50 |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [(None, "cannot be read"), ("{", "JSON"), ("[]", "'fastmum'"), (json.dumps({"fastmum": SIDE}), "'reference'"),
+     (json.dumps(PREDICTIONS | {"reference": {"flops": 1}}), "reference.bytes")],
+)  # fmt: skip
+def test_other_predictions_are_refused(tmp_path, text, named):
+    path = tmp_path / "offline.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ProjectionError, match=f"offline.json.*{named}"):
+        read_predictions(path)

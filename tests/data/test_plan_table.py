@@ -3,8 +3,7 @@
 import pytest
 
 from fastmum.data.plan_table import main, operations, table
-from fastmum.model.config import PRESETS
-from fastmum.model.flops import step_flops
+from fastmum.model.config import PRESETS, step_flops
 
 
 def test_costs_are_those_of_a_step():

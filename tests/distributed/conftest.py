@@ -5,7 +5,7 @@ from processes import FORKSERVER
 
 @pytest.fixture(scope="session")
 def crew():
-    """Processes that train together, for all tests that want some."""
+    """Processes that train together, shared by all tests."""
     crew = Crew()
     yield crew
     crew.close()

@@ -11,7 +11,7 @@ from processes import Pool
 
 PATIENCE = 120  # seconds that a run may take
 
-# A run of the smallest model there is; a step has 24 frames, in four parts.
+# The smallest model; a step has 24 frames in four micro-batches.
 SMALL = [
     "model.preset=mum_tiny", "model.embed_dim=32", "model.depth=1", "model.num_heads=2", "model.decoder_embed_dim=32",
     "model.decoder_depth=2", "model.decoder_num_heads=2", "data.image_size=32", "data.views=[2,3]",
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun would put into it; nothing for a single process."""
+    """Environment variables of torchrun; none for a single process."""
     if size == 1:
         return {}
     return {
@@ -45,7 +45,7 @@ class Crew(Pool):
         super().__init__(PATIENCE, _places)
 
     def train(self, size: int, words: Sequence[str]) -> list[int | str]:
-        """What `train` returned in each of so many processes, or the error's words."""
+        """Results of `train` in `size` processes, or the error."""
         return self.run(size, _train, free_port(), list(words))
 
 
@@ -68,6 +68,7 @@ def run_main(rank: int, size: int, port: int, words: list[str], errors: str) -> 
 
 
 def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
+    import torch.distributed as dist
     from tiny_task import TinyTask
 
     from fastmum.config import load_config
@@ -82,3 +83,6 @@ def _train(place: tuple[int, int], port: int, words: list[str]) -> int | str:
         return train(load_config(None, words, task.Config), task)
     except ValueError as error:  # of configuration or data
         return f"{type(error).__name__}: {error}"
+    finally:
+        if dist.is_initialized():  # the run failed; the process goes on to the next
+            dist.destroy_process_group()

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(crew, folder, image_folder):
-    """Train in a folder of a name, on so many processes, with more words; once."""
+    """Train in a named folder on a number of processes, with more words."""
 
     def run(name, size, *more):
         # Images of every test are the same, so that runs can be compared over tests.
@@ -69,7 +69,7 @@ def test_bfloat16(run, strategy):
 @pytest.mark.skipif(not has_cpp_compiler(), reason="Inductor needs a C++ compiler on the CPU")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_compiled(run, strategy):
-    """Whole where there is one process, block by block beside the sums of several."""
+    """One graph on a single process, block by block on several."""
     few = ("train.steps=5", "train.eval_every=5")
     alone = run(f"compiled-{strategy}", 1, *few, "model.compile=full")
     together = run(f"compiled-4-{strategy}", 4, *few, "model.compile=full", *STRATEGIES[strategy])

@@ -2,15 +2,18 @@
 
 import os
 import random
+import shutil
 import signal
+import threading
 import time
 
 import pytest
 import torch
-from tiny_task import TinyConfig, TinyTask
+from tiny_task import RunningModel, TinyConfig, TinyTask
 
 from fastmum.config import ConfigError, load_config
 from fastmum.engine.checkpoint import CheckpointError, find_checkpoints, read_weights
+from fastmum.engine.checkpoint.writer import Snapshot
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.rundir import read_metrics
 from fastmum.engine.stop import REQUEUE
@@ -136,6 +139,37 @@ def test_a_signal_to_one_of_two_processes_saves_both(start, tmp_path):
         assert process.exitcode == REQUEUE
     newest = find_checkpoints(tmp_path / "run")[0]
     assert newest.path.name == f"step_{read_metrics(tmp_path / 'run/metrics.jsonl')[-1]['step']:07d}"
+
+
+def test_buffers_are_saved_as_of_their_step_and_resumed(tmp_path, monkeypatch):
+    """The copy is made while the forward passes of the next step change them."""
+    means, copy, changed = [], Snapshot.copy, threading.Event()
+
+    class RunningTask(TinyTask):
+        def build(self):
+            return RunningModel(16)
+
+        def buffers(self, model):
+            return {"mean": model.mean}
+
+        def loss(self, model, batch):
+            output = super().loss(model, batch)
+            means.append(model.mean.clone())
+            if len(means) > 2 * 4:
+                changed.set()
+            return output
+
+    monkeypatch.setattr(Snapshot, "copy", lambda self: changed.wait(60) and copy(self))
+    words = [*TINY, f"run.dir={tmp_path}/run", "train.steps=3", "train.checkpoint_every=2"]
+    config = load_config(None, words, TinyConfig)
+    assert train(config, RunningTask) == 0
+    written = read_weights(tmp_path / "run/checkpoints/step_0000002").tensors["mean"]
+    assert torch.equal(written, means[2 * 4 - 1])
+    assert not torch.equal(written, means[2 * 4])
+    whole = read_metrics(tmp_path / "run/metrics.jsonl")
+    shutil.rmtree(tmp_path / "run/checkpoints/step_0000003")
+    assert train(config, RunningTask) == 0
+    assert numbers(read_metrics(tmp_path / "run/metrics.jsonl")) == numbers(whole)
 
 
 def test_other_sizes_and_groups_are_refused(tmp_path):

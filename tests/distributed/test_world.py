@@ -9,7 +9,7 @@ import torch
 from fastmum.config import ConfigError
 from fastmum.engine.device import pick_device, pick_precision
 from fastmum.engine.distributed import DistContext, DistributedError, LaunchInfo, init_distributed, read_launch_env
-from fastmum.engine.heartbeat import Heartbeat
+from fastmum.engine.heartbeat import Heartbeat, PeerError
 from fastmum.engine.stop import REQUEUE, StopConsensus, StopRequest, exit_code
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -138,9 +138,9 @@ def test_a_rank_without_heartbeats_is_named(pair):
 
 def test_the_main_thread_gets_the_failed_rank_and_reports_it_itself(pair):
     lines = []
-    with Heartbeat(pair[0], 1.0, lines.append) as heartbeat:
-        start_and_hang(pair)
-        assert "rank 1 (there, process 7)" in heartbeat.failed_rank()
+    start_and_hang(pair)
+    with pytest.raises(PeerError, match=r"rank 1 \(there, process 7\)"), Heartbeat(pair[0], 1.0, lines.append):
+        raise RuntimeError("gloo/transport/tcp/pair.cc: connection closed by peer")
     assert not lines
 
 

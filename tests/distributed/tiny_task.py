@@ -42,6 +42,19 @@ class TinyModel(nn.Module):
         return self.out(torch.tanh(self.trunk(self.encoder(x))))
 
 
+class RunningModel(TinyModel):
+    """Subtracts a running mean, which the forward pass updates as batch norm does."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__(hidden)
+        self.register_buffer("mean", torch.zeros(hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.trunk(self.encoder(x))
+        self.mean.lerp_(hidden.detach().mean(0), 0.1)
+        return self.out(torch.tanh(hidden - self.mean))
+
+
 class TinyTask(Task):
     """Masked regression."""
 

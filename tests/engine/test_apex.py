@@ -1,4 +1,4 @@
-"""NVIDIA's Apex: told apart from its namesake, and used as its FusedAdam wants to be, by a stand-in."""
+"""NVIDIA's Apex: detected, and not its namesake on PyPI; updates by a stand-in of FusedAdam."""
 
 import copy
 import sys
@@ -45,7 +45,7 @@ def test_the_project_of_the_same_name_on_pypi(package):
 
 def test_a_namesake_that_cannot_be_imported(package):
     package(__init__="import a_web_framework_that_is_not_there")
-    with pytest.raises(ConfigError, match="not NVIDIA's: .*a_web_framework_that_is_not_there"):
+    with pytest.raises(ConfigError, match=r"not NVIDIA's: .*a_web_framework_that_is_not_there"):
         find_fused_adam()
 
 
@@ -66,7 +66,7 @@ def test_needs_a_gpu(tiny):
 class StandIn(torch.optim.Optimizer):
     """What the capturable FusedAdam does in its step, with torch's AdamW for its kernel.
 
-    Its way to count is kept: a step adds 1 unless the step before was passed over.
+    Its way to count is kept: a step adds 1 unless the step before was skipped.
     """
 
     def __init__(self, groups, lr, betas, eps, adam_w_mode, capturable):
@@ -94,7 +94,7 @@ class StandIn(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_updates_as_torch(tiny, monkeypatch, dtype):
-    """Steps that are passed over included."""
+    """Skipped steps included."""
     monkeypatch.setattr(apex, "NEEDED", "cpu")
     twin = copy.deepcopy(tiny)
     ours = ApexAdamW(weights_of(tiny, dtype), OptimSection(), StandIn)

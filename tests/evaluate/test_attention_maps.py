@@ -71,7 +71,7 @@ def test_recording_changes_nothing(tiny, images):
 def test_matching_by_attention(wall_pairs):
     torch.manual_seed(0)
     model = MuM(ModelConfig(32, 2, 2, 32, 4, 2)).eval()
-    result = evaluate_attention(model, wall_pairs.first(3), 64, progress=False)
+    result = evaluate_attention(model, wall_pairs.first(3), 64)
     blocks = result.numbers["blocks"]
     assert list(blocks) == ["mean", "0", "1"]
     assert result.numbers["scores"]["epe"] == pytest.approx(min(block["epe"] for block in blocks.values()))
@@ -82,7 +82,7 @@ def test_pairs_are_encoded_in_batches(wall_pairs, tiny, monkeypatch):
     tiny.eval()
     seen, forward = [], tiny.forward_features
     monkeypatch.setattr(tiny, "forward_features", lambda images: seen.append(len(images)) or forward(images))
-    evaluate_attention(tiny, wall_pairs.first(3), 32, progress=False)
+    evaluate_attention(tiny, wall_pairs.first(3), 32)
     assert seen == [4, 2]  # two pairs, and one
 
 
@@ -90,7 +90,7 @@ def test_attention_that_is_not_finite(wall_pairs, tiny):
     with torch.no_grad():
         tiny.norm.bias[0] = torch.nan
     with pytest.raises(DataError, match="'wall'"):
-        evaluate_attention(tiny.eval(), wall_pairs, 32, progress=False)
+        evaluate_attention(tiny.eval(), wall_pairs, 32)
 
 
 def test_attention_on_the_true_place_matches(wall_pairs, monkeypatch, tiny):
@@ -106,13 +106,13 @@ def test_attention_on_the_true_place_matches(wall_pairs, monkeypatch, tiny):
         return torch.stack(maps)[None]
 
     monkeypatch.setattr("fastmum.evaluate.attention.attention_maps", true_maps)
-    result = evaluate_attention(tiny, PairSet("wall", wall_pairs.pairs[:2], 64), 64, progress=False)
+    result = evaluate_attention(tiny, PairSet("wall", wall_pairs.pairs[:2], 64), 64)
     assert result.numbers["scores"]["epe"] < 448 / 4 * 0.71
 
 
 def test_an_encoder_has_no_attention_across_views(wall_pairs):
     with pytest.raises(DataError, match="decoder"):
-        evaluate_attention(Encoder(ModelConfig(32, 2, 2, 32, 2, 2)), wall_pairs, 64, progress=False)
+        evaluate_attention(Encoder(ModelConfig(32, 2, 2, 32, 2, 2)), wall_pairs, 64)
 
 
 def test_pictures(tiny, wall_pairs):

@@ -11,10 +11,8 @@ from PIL import Image
 
 from fastmum import PRESETS, MuM
 from fastmum.data.errors import DataError
-from fastmum.evaluate.__main__ import main
-from fastmum.evaluate.folder import read, save
-from fastmum.evaluate.table import PUBLISHED, table
-from fastmum.evaluate.weights import load_weights
+from fastmum.evaluate.__main__ import load_weights, main
+from fastmum.evaluate.results import PUBLISHED, read, save, table
 
 QUICK = ["--size", "64", "--pictures", "1", "--device", "cpu"]
 PROBES = ["--steps", "6", "--every", "3", "--batch", "2", "--learning-rates", "1e-3", "1e-2", "--weight-decays", "0"]

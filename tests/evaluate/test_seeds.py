@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastmum.evaluate.folder import read, save
+from fastmum.evaluate.results import read, save
 from fastmum.evaluate.seeds import by_seed, main, tables
 
 STILL = {"epe": 70.0, "robustness": 20.0}

@@ -11,8 +11,8 @@ from fastmum import ModelConfig, MuM
 from fastmum.data.errors import DataError
 from fastmum.evaluate import SequenceSet, ViewSequence, ViewSettings, evaluate_views, open_sequences
 from fastmum.evaluate.__main__ import main
-from fastmum.evaluate.folder import read
 from fastmum.evaluate.pictures import draw_views
+from fastmum.evaluate.results import read
 from fastmum.evaluate.views import target_batch, targets
 from fastmum.model.encoder import Encoder
 
@@ -74,7 +74,7 @@ def test_the_batch_of_a_target(noisy):
 def test_numbers_are_the_models_losses(noisy, model):
     sequences = open_sequences(str(noisy), 4)
     settings = ViewSettings(counts=(1, 2, 4), mask_ratio=0.5, masks=2)
-    result = evaluate_views(model, sequences, settings, 32, progress=False)
+    result = evaluate_views(model, sequences, settings, 32)
     expected = {}
     for target in targets(sequences, settings):
         for mask in range(2):
@@ -93,7 +93,7 @@ def test_numbers_are_the_models_losses(noisy, model):
     assert numbers["change_same"][1] == pytest.approx([change.mean(), change.std(ddof=1) / 2**0.5], abs=1e-6)
     assert numbers["change_same"][0] == [0, 0]
     assert numbers["settings"]["targets"] == len(targets(sequences, settings)) == 3 + 3
-    few = evaluate_views(model, sequences, settings, 32, most=2, progress=False)
+    few = evaluate_views(model, sequences, settings, 32, most=2)
     assert few.numbers["settings"]["targets"] == 2
 
 
@@ -136,21 +136,21 @@ def test_a_loss_that_is_not_finite(noisy, model):
     with torch.no_grad():
         model.decoder_pred.bias[0] = float("nan")
     with pytest.raises(DataError, match="not finite"):
-        evaluate_views(model, open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2)), 32, most=1, progress=False)
+        evaluate_views(model, open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2)), 32, most=1)
 
 
 def test_one_sequence_has_no_standard_error_and_changed_pictures_are_read_again(noisy, model):
     sequences, settings = open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2), mask_ratio=0.5)
-    numbers = evaluate_views(model, sequences, settings, 32, most=1, progress=False).numbers
+    numbers = evaluate_views(model, sequences, settings, 32, most=1).numbers
     assert numbers["change_same"][1][1] is None
     (noisy / "a/0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"a/0.png'"):
-        evaluate_views(model, sequences, settings, 32, most=2, progress=False)
+        evaluate_views(model, sequences, settings, 32, most=2)
 
 
 def test_an_encoder_predicts_nothing(noisy):
     with pytest.raises(DataError, match="decoder"):
-        evaluate_views(Encoder(ModelConfig(32, 2, 2, 32, 2, 2)), open_sequences(str(noisy), 8), size=32, progress=False)
+        evaluate_views(Encoder(ModelConfig(32, 2, 2, 32, 2, 2)), open_sequences(str(noisy), 8), size=32)
 
 
 def test_pictures_are_of_measured_frames(noisy, tmp_path, monkeypatch):

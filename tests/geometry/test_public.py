@@ -106,9 +106,8 @@ def test_public_co3d_cameras_and_depth_thresholds(file):
 def test_public_pose_auc(file):
     for case in described(file).values():
         errors = np.maximum(case["rot"], case["trans"])
-        expected = {float(name.removeprefix("auc@")): area for name, area in case["reloc3r_trapezoid"].items()}
-        expected_roma = {float(name): area for name, area in case["roma_trapezoid"].items()}
-        for areas in (expected, expected_roma):
+        for key in ("reloc3r_trapezoid", "roma_trapezoid"):
+            areas = {float(name.removeprefix("auc@")): area for name, area in case[key].items()}
             assert metrics.pose_auc(errors, list(areas)) == pytest.approx(list(areas.values()), abs=1e-12)
         areas = {int(name): area for name, area in case["vggt_histogram"].items()}
         areas[30] = case.get("reloc3r_histogram_30", areas.get(30))

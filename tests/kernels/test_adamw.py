@@ -8,9 +8,8 @@ from asserts import assert_equal, assert_refuses, relative
 from support import DEVICE
 
 from fastmum.kernels import reference
-from fastmum.kernels.adamw import adamw_
-from fastmum.kernels.halves import Halves, join
-from fastmum.kernels.tables import CHUNK
+from fastmum.kernels.adamw import Halves, adamw_, join
+from fastmum.kernels.total_norm import CHUNK
 
 SHAPES = [(1,), (37, 5), (2, 3, 4, 4), (CHUNK + 3,), (7,)]
 STEP = 3

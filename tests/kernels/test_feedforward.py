@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmum.kernels import mlp, reference
 from fastmum.kernels.feedforward import RECOMPUTE
-from fastmum.kernels.products import fuses_products
+from fastmum.kernels.matmul import fuses_products
 
 SIZES = [(1, 16, 16), (37, 48, 64), (5, 33, 199), (150, 64, 257), (9, 130, 300)]  # tokens, width, hidden width
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support import DEVICE
 
 from fastmum.kernels import reference
+from fastmum.kernels.adamw import Halves, join, join_bits, split_, split_bits
 from fastmum.kernels.dispatch import jit, launch, tl
-from fastmum.kernels.halves import Halves, join, join_bits, split_, split_bits
 
 INFINITY, SIGN = 0x7F800000, -(1 << 31)  # bits
 

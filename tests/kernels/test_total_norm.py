@@ -8,7 +8,7 @@ from asserts import relative
 from support import DEVICE, guarded
 
 from fastmum.kernels import total_norm
-from fastmum.kernels.tables import CHUNK
+from fastmum.kernels.total_norm import CHUNK
 
 SHAPES = [(1,), (37, 5), (0,), (CHUNK + 3,), (), (769,), (2, CHUNK)]
 

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastmum import ModelConfig, MuM
 from fastmum.model.compile import CPU_STEPS_TO_PAY, compile_model, eager, has_cpp_compiler
-from fastmum.model.masking import seeded_noise
+from fastmum.model.inputs import seeded_noise
 
 F, SIDE = 8, 32
 REGIONS = {"block": 4, "full": 1}  # encoder, frame, global and last blocks; everything

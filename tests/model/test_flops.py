@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmum import PRESETS, ModelConfig, MuM
-from fastmum.model.flops import step_flops
+from fastmum.model.config import step_flops
 
 
 @pytest.mark.parametrize("config", [ModelConfig(32, 2, 2, 48, 4, 2), ModelConfig(64, 3, 2, 32, 2, 2)])

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastmum import PRESETS, ModelConfig, MuM
-from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
-from fastmum.model.masking import seeded_noise
+from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD, seeded_noise
 
 P = 6  # patches of a 32 x 48 frame
 

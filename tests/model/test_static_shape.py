@@ -5,7 +5,7 @@ import torch
 
 from fastmum.attention import Segments
 from fastmum.model.encoder import RECOMPUTE
-from fastmum.model.masking import seeded_noise
+from fastmum.model.inputs import seeded_noise
 
 
 def frames(count: int) -> torch.Tensor:

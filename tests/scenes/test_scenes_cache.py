@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -159,18 +158,6 @@ def test_command_line(tiny, tmp_path, capsys):
         assert message.startswith("error: ")
         assert name in message
     assert content(tiny) == before
-
-
-def test_a_script_without_a_main_guard_may_call_it(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from pathlib import Path\nfrom fastmum.scenes import ensure_scenes\n"
-        f"print(ensure_scenes(2, 1, 16, 0, Path({str(tmp_path)!r}), workers=2, progress=False))\n"
-    )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
-    root = Path(done.stdout.strip())
-    assert [folder.name for folder in sorted(root.iterdir())] == ["scene_0000", "scene_0001"]
-    assert json.loads((root / "scene_0000" / "cameras.json").read_text())["size"] == [16, 16]
 
 
 def test_opening_rendered_scenes_imports_no_renderer(tiny):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from fastmum.errors import FastmumError
-from fastmum.kernels.halves import Halves
+from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
 
@@ -145,10 +146,7 @@ def _found(path: Path) -> FoundCheckpoint:
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename damaged checkpoints and those after the step that a run resumes from: they belong to another branch.
-
-    Called by one rank, before `Checkpoints` of the folder exist.
-    """
+    """Rename damaged checkpoints and those after the step that a run resumes from; called by one rank."""
     for found in find_checkpoints(folder):
         if found.manifest is None or found.manifest.step > step:
             found.path.rename(free_path(found.path.with_name(found.path.name + ABANDONED)))
@@ -158,11 +156,8 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 def free_path(path: Path) -> Path:
     """The path, with a number if it exists."""
-    name, number = path.name, 2
-    while path.exists():
-        path = path.with_name(f"{name}-{number}")
-        number += 1
-    return path
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def _dump(content: Any) -> str:

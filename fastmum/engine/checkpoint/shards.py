@@ -36,7 +36,7 @@ from fastmum.engine.checkpoint.manifest import (
     find_checkpoints,
     reason,
 )
-from fastmum.kernels.halves import Halves
+from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
 
@@ -139,9 +139,7 @@ class _Planner(DefaultSavePlanner):
 def write_shards(path: Path, state: State, copies: Mapping[str, Tensor], ranks: Ranks) -> dict[str, FileHash]:
     """Write the shards of all ranks into a folder, made if missing; returns the files of this rank.
 
-    Args:
-        state: live tensors, of which only the metadata is used.
-        copies: CPU copies of the shards that this rank writes.
+    Of the live `state` only the metadata is used; `copies` are on the CPU, the shards that this rank writes.
     """
     files = _HashedFileSystem()
     # Copying ahead would synchronise with the device at every tensor; the copies are on the CPU.
@@ -218,7 +216,6 @@ def load_newest(
     Args:
         path: a checkpoint, a folder of checkpoints, or a run.
         state: tensors of the saved names and global shapes, sharded in any way.
-        model_config: must equal the saved one.
 
     Raises:
         CheckpointError: no checkpoint is intact, or the newest intact one holds another model or other tensors.

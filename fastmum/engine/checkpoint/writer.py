@@ -35,7 +35,7 @@ from fastmum.engine.checkpoint.manifest import (
 )
 from fastmum.engine.checkpoint.shards import Group, Ranks, sync_folder, write_shards
 from fastmum.engine.gradients import local
-from fastmum.kernels.halves import Halves
+from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +58,6 @@ class Snapshot:
         self._before: torch.cuda.Event | None = None  # the copy starts after this
         self._after: torch.cuda.Event | None = None  # the next update starts after this
 
-    def allocate(self, state: State) -> None:
-        """Allocate and touch the buffers for a state: the first time is slow."""
-        self._allocate(own_shards(state, self._rank, self._size))
-
     @torch.no_grad()
     def begin(self, state: State, volatile: Collection[str] = ()) -> None:
         """Select the state as it is now on the device; clones what changes at any time, without a synchronisation."""
@@ -82,7 +78,7 @@ class Snapshot:
         """Copy the selected state; returns the copies when they are complete."""
         stream, before, after = self._stream, self._before, self._after
         try:
-            self._allocate(self._live)
+            self.allocate(self._live)
             with torch.cuda.stream(stream) if stream else nullcontext():
                 if before:
                     before.wait()
@@ -104,7 +100,8 @@ class Snapshot:
             torch.cuda.current_stream(self._stream.device).wait_event(self._after)
             self._after = None
 
-    def _allocate(self, shards: Mapping[str, Tensor | Halves]) -> None:
+    def allocate(self, shards: Mapping[str, Tensor | Halves]) -> None:
+        """Allocate and touch the buffers: the first time is slow."""
         for name, shard in shards.items():
             if name not in self._buffers or self._buffers[name].shape != shard.shape:
                 # The strides of the live tensor make the copy contiguous; zeros touch the pages.
@@ -155,8 +152,7 @@ class Checkpoints:
 
     Args:
         folder: of the checkpoints; leftovers of a crash in it are deleted.
-        keep: number of newest checkpoints to keep.
-        keep_every: multiples of this step are kept too; 0: none.
+        keep, keep_every: number of newest checkpoints to keep; multiples of this step are kept too, 0: none.
         background: write while training continues; otherwise `save` returns when the checkpoint is published.
         group: used by nothing else.
     """
@@ -177,7 +173,7 @@ class Checkpoints:
 
     def prepare(self, state: State) -> None:
         """Allocate the memory for copies of such a state before training; otherwise the first `save` does."""
-        self._snapshot.allocate(state)
+        self._snapshot.allocate(own_shards(state, self._ranks.rank, self._ranks.size))
 
     def save(self, step: int, state: State, values: Mapping[str, Any], volatile: Collection[str] = ()) -> None:
         """Start a checkpoint of the state after `step` steps; waits for the one before.
@@ -279,6 +275,5 @@ class Checkpoints:
 
 
 def _lower_priority() -> None:
-    """Let training use the processor first, without starving: on Linux, threads have their own nice values."""
-    with suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError):  # on Linux, threads have their own nice values
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

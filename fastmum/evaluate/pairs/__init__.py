@@ -28,7 +28,6 @@ class Layout(NamedTuple):
         embedded: opens a part of the set that needs no path; None if there is none.
         open: opens a part ("test", "train" or "all") of a set at a path; None if there is none. Raises `DataError`.
         recognises: whether a path holds such a set.
-        place: the resolved path of a set, equal for equal sets.
         splits: whether "test" and "train" are cut from one set, so all of it may be trained on if none of it is tested
             on. Else "all" is the published test set.
     """
@@ -37,33 +36,20 @@ class Layout(NamedTuple):
     embedded: Callable[[str], PairSet] | None = None
     open: Callable[[Path, str], PairSet] | None = None
     recognises: Callable[[Path], bool] = lambda path: False
-    place: Callable[[Path], Path] = Path.resolve
     splits: bool = False
 
 
 SETS: dict[str, Layout] = {
-    "scenes": Layout(
-        "rendered scenes: the embedded ones, or a folder with scene_0000, ...",
-        scenes.embedded,
-        scenes.from_root,
-        scenes.is_scenes,
-        splits=True,
-    ),
+    "scenes": Layout("rendered scenes: the embedded ones, or a folder with scene_0000, ...",
+                     scenes.embedded, scenes.from_root, scenes.is_scenes, splits=True),
     "motorcycle": Layout("Middlebury's stereo pair of that name, from scikit-image", motorcycle.stereo),
-    "pairs": Layout(
-        "pairs.jsonl: images, K, T_b_a and depth, one pair per line",
-        None,
-        jsonl.from_file,
-        jsonl.is_jsonl,
-        lambda path: jsonl.file_of(path).resolve(),
-        splits=True,
-    ),
+    "pairs": Layout("pairs.jsonl: images, K, T_b_a and depth, one pair per line",
+                    None, jsonl.from_file, jsonl.is_jsonl, splits=True),
     "scannet": Layout("ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root, scannet.is_scannet),
-    "megadepth": Layout(
-        "MegaDepth-1500 as LoFTR, DKM and RoMa have it", None, megadepth.from_root, megadepth.is_megadepth
-    ),
+    "megadepth": Layout("MegaDepth-1500 as LoFTR, DKM and RoMa have it",
+                        None, megadepth.from_root, megadepth.is_megadepth),
     "navi": Layout("NAVI, for recall by cosine matching after Probe3D", None, navi.from_root, navi.is_navi),
-}
+}  # fmt: skip
 
 
 def open_pairs(name: str, part: Part = "all") -> PairSet:
@@ -88,35 +74,26 @@ def open_pairs(name: str, part: Part = "all") -> PairSet:
 
 
 def same_set(one: str, other: str) -> bool:
-    """Whether two names of sets mean the same data.
-
-    Raises:
-        DataError: no such set.
-    """
+    """Whether two names of sets mean the same data; raises `DataError` if there is no such set."""
     (layout, path), (other_layout, other_path) = map(_find, (one, other))
     if layout is not other_layout or path is None or other_path is None:
         return layout is other_layout and path is other_path
-    return layout.place(path) == layout.place(other_path)
+    return jsonl.file_of(path).resolve() == jsonl.file_of(other_path).resolve()
 
 
 def _find(name: str) -> tuple[Layout, Path | None]:
-    """The layout of a set that a user names, and its path; None for an embedded set.
-
-    Raises:
-        DataError: no such set.
-    """
+    """The layout of a set that a user names, and its path; None for an embedded set."""
     word, colon, rest = name.partition(":")
     if word in SETS and (colon or name == word):
         layout = SETS[word]
         if not rest and layout.embedded is not None:
             return layout, None
         if not rest or layout.open is None:
-            form = f"{word}:/path" if layout.open else word
-            raise DataError(f"'{name}' names no data: write {form}")
+            raise DataError(f"'{name}' names no data: write {f'{word}:/path' if layout.open else word}")
         return layout, _existing(rest)
     path = _existing(name)
     for layout in SETS.values():
-        if layout.open is not None and layout.recognises(path):
+        if layout.recognises(path):
             return layout, path
     raise DataError(f"'{name}' holds no set of pairs of a known layout: {', '.join(SETS)} (see --help)")
 

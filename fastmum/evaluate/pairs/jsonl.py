@@ -17,8 +17,7 @@ import numpy as np
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
-from fastmum.evaluate.pairs.pair import Pair, PairSet
-from fastmum.evaluate.pairs.reading import matrix, square
+from fastmum.evaluate.pairs.pair import Pair, PairSet, matrix, square
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ DEPTHS = {".png": DepthFormat("png16", 1e-3), ".npy": DepthFormat("npy"), ".h5":
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether a path is such a file, or a folder with a `pairs.jsonl`."""
+    """Whether a path is a .jsonl file, or a folder with a `pairs.jsonl`."""
     return path.suffix == ".jsonl" if path.is_file() else (path / "pairs.jsonl").is_file()
 
 
@@ -39,10 +38,7 @@ def file_of(path: Path) -> Path:
 
 
 def from_file(path: Path, part: str) -> PairSet:
-    """The pairs of a file, or of the `pairs.jsonl` in a folder, that have depth on both sides.
-
-    "test" and "train" share no image (`split`).
-    """
+    """The pairs of a file, or of the `pairs.jsonl` in a folder, that have depth on both sides; see `split`."""
     file = file_of(path)
     with reading(file, "a text file"):
         lines = [(i, line) for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
@@ -61,10 +57,10 @@ def from_file(path: Path, part: str) -> PairSet:
         raise DataError(f"'{file}' has no pair with depth_a and depth_b, and true warps need both")
     name = file.parent.name if file.stem == "pairs" else file.stem
     test, train = split(pairs)
-    picked = {"all": pairs, "test": test, "train": train}[part]
-    if not picked:
+    pairs = {"all": pairs, "test": test, "train": train}[part]
+    if not pairs:
         raise DataError(f"the pairs of '{file}' share pictures, so none is left to train on: name --train-data")
-    return PairSet(name, picked, SIZE)
+    return PairSet(name, pairs, SIZE)
 
 
 def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
@@ -84,8 +80,7 @@ def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault(root(pair.a.key), []).append(pair)
-    test: list[Pair] = []
-    train: list[Pair] = []
+    test, train = list[Pair](), list[Pair]()
     for group in groups.values():
         (test if len(test) < len(pairs) / 2 else train).extend(group)
     return test, train

@@ -20,8 +20,7 @@ import numpy as np
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
-from fastmum.evaluate.pairs.pair import Pair, PairSet, some
-from fastmum.evaluate.pairs.reading import read_archive, square
+from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, some, square
 
 TEST_SCENES = ("0015", "0022")  # LoFTR's split
 # The scenes that LoFTR's five test files and the Image Matching Challenge 2021 take their images from.
@@ -34,6 +33,14 @@ SIZE = 448
 _LOFTR_TEST = ("", "megadepth_test_1500_scene_info", "index/megadepth_test_1500_scene_info")
 _LOFTR_TRAIN = ("index/scene_info_0.1_0.7", "scene_info_0.1_0.7")
 _IMAGE_ROOTS = ("", "test", "train", "..")
+NO_TRAINING = (
+    f"has no pairs of other scenes than {' and '.join(TEST_SCENES)} to train on (prep_scene_info/*.npy or "
+    "index/scene_info_0.1_0.7/*.npz); --train-data names another set"
+)
+NO_TEST = (
+    "holds no MegaDepth-1500: neither 0015_0.1_0.3.npz and its siblings (also in megadepth_test_1500_scene_info/) nor "
+    "prep_scene_info/0015.npy"
+)
 
 
 def is_megadepth(root: Path) -> bool:
@@ -44,16 +51,8 @@ def is_megadepth(root: Path) -> bool:
 def from_root(root: Path, part: str) -> PairSet:
     """The 1,500 pairs for "test" and "all", or pairs of all other scenes for "train"."""
     files = _information(root, part)
-    if not files and part == "train":
-        raise DataError(
-            f"'{root}' has no pairs of other scenes than {' and '.join(TEST_SCENES)} to train on "
-            "(prep_scene_info/*.npy or index/scene_info_0.1_0.7/*.npz); --train-data names another set"
-        )
     if not files:
-        raise DataError(
-            f"'{root}' holds no MegaDepth-1500: neither 0015_0.1_0.3.npz and its siblings (also in "
-            "megadepth_test_1500_scene_info/) nor prep_scene_info/0015.npy"
-        )
+        raise DataError(f"'{root}' {NO_TRAINING if part == 'train' else NO_TEST}")
     return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], SIZE, origin="megadepth")
 
 

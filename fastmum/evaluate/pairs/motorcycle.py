@@ -30,7 +30,7 @@ def stereo(part: str) -> PairSet:
     if part == "train":
         return scenes.embedded("train")
     _read()  # fail early
-    left, right = (_side(i, name) for i, name in enumerate(("left", "right")))
+    left, right = _side(0, "left"), _side(1, "right")
     return PairSet("motorcycle", [Pair("motorcycle", "motorcycle", left, right)], SIZE)
 
 

@@ -22,8 +22,7 @@ from scipy.spatial.transform import Rotation
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame, read_rgb
-from fastmum.evaluate.pairs.pair import Pair, PairSet
-from fastmum.evaluate.pairs.reading import matrix, read_json
+from fastmum.evaluate.pairs.pair import Pair, PairSet, matrix, read_json
 from fastmum.geometry import Camera
 from fastmum.geometry.camera import intrinsics_matrix
 from fastmum.geometry.crop import Box
@@ -86,13 +85,9 @@ def _frame(annotation: dict[str, Any], folder: Path, where: str) -> _ObjectFrame
 
 @dataclass(frozen=True, eq=False)
 class _ObjectFrame(Frame):
-    """An image cropped to the square around its object.
+    """An image cropped to the square around its object."""
 
-    Args:
-        whole: camera of the whole image.
-    """
-
-    whole: Camera = field(kw_only=True)
+    whole: Camera = field(kw_only=True)  # camera of the whole image
 
     def read_image(self) -> Image.Image:
         assert self.file is not None

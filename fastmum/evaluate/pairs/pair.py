@@ -1,16 +1,20 @@
-"""Pairs of frames to evaluate on. Files are read when they are needed, so sets of thousands of pairs open fast."""
+"""Pairs of frames to evaluate on, and readers of their cameras, which raise a `DataError` that names the file.
+
+Images and depth are read when they are needed, so sets of thousands of pairs open fast.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmum.data.errors import DataError
+from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
 from fastmum.geometry import relative_pose
 from fastmum.geometry.warp import Warp, grid_points, true_warp
@@ -20,16 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two views of one scene.
+    """Two views of one scene: frames of different keys, with poses in the unit of their depths."""
 
-    Args:
-        name: identifies the pair in results.
-        scene: pairs of one scene are never split between training and test.
-        a, b: frames of different keys, with poses in the unit of their depths.
-    """
-
-    name: str
-    scene: str
+    name: str  # identifies the pair in results
+    scene: str  # pairs of one scene are never split between training and test
     a: Frame
     b: Frame
 
@@ -46,11 +44,7 @@ class Pair:
 
 
 def pair_warp(pair: Pair, rows: int, columns: int) -> Warp:
-    """The true warp of a pair at the centres of a grid on its first image.
-
-    Raises:
-        DataError: depth or camera cannot be read.
-    """
+    """The true warp of a pair at the centres of a grid on its first image; raises `DataError`."""
     depths, Ks = zip(depth_and_K(pair.a), depth_and_K(pair.b), strict=True)
     return true_warp(grid_points(rows, columns), *depths, *Ks, torch.from_numpy(pair.T_b_a))
 
@@ -65,21 +59,13 @@ def depth_and_K(frame: Frame) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PairSet:
-    """Pairs to evaluate on, or to train a probe on.
+    """At least one pair, to evaluate on or to train a probe on."""
 
-    Args:
-        name: of the set; a column of the published tables if there is one.
-        pairs: at least one.
-        size: default side in pixels that its images are resized to.
-        objects: whether each scene is one object in front of changing backgrounds, with depth on the object only.
-        origin: data set or folder in which scene names are unique; "" if they mean nothing elsewhere.
-    """
-
-    name: str
+    name: str  # a column of the published tables if there is one
     pairs: list[Pair]
-    size: int
-    objects: bool = False
-    origin: str = ""
+    size: int  # default side in pixels that the images are resized to
+    objects: bool = False  # each scene is one object in front of changing backgrounds, with depth on the object only
+    origin: str = ""  # data set or folder in which scene names are unique; "" if they mean nothing elsewhere
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -116,12 +102,56 @@ def overlap(train: PairSet, test: PairSet) -> str | None:
         scene = next((pair.scene for pair in train.pairs if pair.scene in tested), None)
         if scene is not None:
             return f"scene '{scene}'"
-    files = _files(test)
-    file = next((file for file in _files(train) if file in files), None)
+    trained_files, tested_files = (
+        {frame.file.resolve(): None for pair in each.pairs for frame in (pair.a, pair.b) if frame.file is not None}
+        for each in (train, test)
+    )
+    file = next((file for file in trained_files if file in tested_files), None)
     return None if file is None else f"picture '{file}'"
 
 
-def _files(pairs: PairSet) -> dict[Path, None]:
-    """Resolved image files in the order of the pairs."""
-    named = dict.fromkeys(frame.file for pair in pairs.pairs for frame in (pair.a, pair.b))
-    return {file.resolve(): None for file in named if file is not None}
+def read_table(file: Path, shape: tuple[int, int]) -> np.ndarray:
+    """The upper left part (rows, columns) of a matrix in a text file, float64."""
+    with reading(file, "a table of numbers"):
+        table = np.loadtxt(file, dtype=np.float64, ndmin=2)
+    if table.shape[0] < shape[0] or table.shape[1] < shape[1]:
+        raise DataError(f"'{file}' holds {table.shape} numbers, but at least {shape} are expected")
+    return table[: shape[0], : shape[1]]
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file."""
+    with reading(file, "JSON"):
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_archive(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, or of the dictionary in an .npy.
+
+    The published files hold pickled objects: read only files that you trust.
+    """
+    try:
+        loaded = np.load(file, allow_pickle=True)
+        return dict(loaded.item()) if file.suffix == ".npy" else dict(loaded)
+    except Exception as error:  # unpickling raises any error
+        raise DataError(f"archive '{file}' cannot be read ({str(error).partition(chr(10))[0] or error!r})") from None
+
+
+def matrix(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Finite numbers of a shape, float64; the message of the error starts with `what`."""
+    expected = f"{' x '.join(map(str, shape))} finite numbers" if shape else "a finite number"
+    try:
+        found = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise DataError(f"{what} must be {expected}") from None
+    if found.shape != shape or not np.isfinite(found).all():
+        raise DataError(f"{what} must be {expected}, but is of shape {found.shape}")
+    return found
+
+
+def square(value: Any, side: int, what: str) -> np.ndarray:
+    """Intrinsics (3, 3) or a pose (4, 4): a finite invertible matrix, float64; see `matrix` for `what`."""
+    found = matrix(value, (side, side), what)
+    if np.linalg.matrix_rank(found) < side:
+        raise DataError(f"{what} is a singular matrix, which intrinsics and poses never are")
+    return found

@@ -11,7 +11,7 @@ Training pairs: `scannet_indices/*.npz` or `index/scene_data/train/*.npz` with `
 from __future__ import annotations
 
 import logging
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,7 @@ import numpy as np
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame, image_size
-from fastmum.evaluate.pairs.pair import Pair, PairSet, some
-from fastmum.evaluate.pairs.reading import read_archive, read_table, square
+from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, read_table, some, square
 
 log = logging.getLogger(__name__)
 
@@ -78,10 +77,11 @@ def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
 
 
 class _Scans:
-    """The scenes in some folders of a root; `intrinsics` is LoFTR's file, which may be absent."""
+    """The scenes in some folders of a root, with the intrinsics of LoFTR's file if it exists."""
 
     def __init__(self, root: Path, folders: tuple[str, ...], intrinsics: Path | None) -> None:
         self._root, self._folders, self._intrinsics = root, folders, intrinsics
+        self._shared = read_archive(intrinsics) if intrinsics is not None and intrinsics.is_file() else {}
         self._folder, self._cameras = cache(self._find_folder), cache(self._find_cameras)
 
     def frame(self, scene: str, index: int) -> Frame | None:
@@ -115,8 +115,3 @@ class _Scans:
         if not cameras:
             raise DataError(f"'{scene}' has no intrinsics: neither '{files[0]}' nor intrinsics.npz is there")
         return cameras
-
-    @cached_property
-    def _shared(self) -> dict[str, np.ndarray]:
-        """Intrinsics of all scenes."""
-        return read_archive(self._intrinsics) if self._intrinsics is not None and self._intrinsics.is_file() else {}

@@ -7,8 +7,7 @@ from pathlib import Path
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
-from fastmum.evaluate.pairs.pair import Pair, PairSet
-from fastmum.evaluate.pairs.reading import read_json, square
+from fastmum.evaluate.pairs.pair import Pair, PairSet, read_json, square
 from fastmum.scenes import ensure_scenes, scene_dirs
 
 # Not the default seed of training (`data.scenes.seed`), so no model has seen these rooms.
@@ -52,23 +51,16 @@ def from_root(root: Path, part: str) -> PairSet:
     test = max(1, len(folders) // 3)
     if part == "train" and len(folders) == 1:
         raise DataError(f"'{root}' holds a single scene, which is tested on; --train-data names what to train on")
-    picked = {"test": folders[-test:], "train": folders[:-test], "all": folders}[part]
-    return from_folders(picked, f"{root.resolve().name} (folder)")  # not the name of the embedded scenes
+    folders = {"test": folders[-test:], "train": folders[:-test], "all": folders}[part]
+    return from_folders(folders, f"{root.resolve().name} (folder)")  # not the name of the embedded scenes
 
 
 def from_folders(
     folders: list[Path], name: str = "scenes", gaps: tuple[int, ...] = GAPS, stride: int = STRIDE
 ) -> PairSet:
-    """Pairs of views that are `gaps` steps apart on the path of their scene.
+    """Pairs of views that are `gaps` steps apart on the path of their scene; raises `DataError`.
 
-    Args:
-        folders: of scenes, in one folder.
-        name: of the set.
-        gaps: steps between the two views of a pair.
-        stride: steps between the first views of two pairs.
-
-    Raises:
-        DataError: a scene that cannot be read.
+    `stride` is the number of steps between the first views of two pairs. All scenes are in one folder.
     """
     pairs = []
     for folder in folders:
@@ -83,14 +75,9 @@ def _frames(folder: Path) -> list[Frame]:
     cameras = read_json(file)
     with reading(file, "the cameras.json of a scene"):
         depth_format = DepthFormat("png16", float(cameras["depth_unit"]))
-        return [
-            Frame(
-                f"{folder.name}/{entry['file']}",
-                folder / entry["file"],
-                square(entry["K"], 3, f"K of '{entry['file']}' in '{file}'"),
-                square(entry["T_cam_world"], 4, f"T_cam_world of '{entry['file']}' in '{file}'"),
-                folder / entry["depth"],
-                depth_format,
-            )
-            for entry in cameras["frames"]
-        ]
+        frames = []
+        for entry in cameras["frames"]:
+            name, where = entry["file"], f"of '{entry['file']}' in '{file}'"
+            K, pose = square(entry["K"], 3, f"K {where}"), square(entry["T_cam_world"], 4, f"T_cam_world {where}")
+            frames.append(Frame(f"{folder.name}/{name}", folder / name, K, pose, folder / entry["depth"], depth_format))
+        return frames

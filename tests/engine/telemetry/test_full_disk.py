@@ -46,7 +46,7 @@ def test_lines_wait_for_room_and_none_is_lost(small_disk, caplog):
     values = {f"curve_{i}": i / 7 for i in range(20)}
     telemetry.log(1, values)
     ballast = fill(small_disk)
-    # A page has room behind its last line: a few still fit, and the one on the edge in part.
+    # The last page has room for a few more lines, and for a part of one.
     for step in range(2, 20):
         telemetry.log(step, values)
         telemetry.pictures(step, {"reconstruction": noise(step)})

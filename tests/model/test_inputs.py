@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmum.model.masking import num_visible, seeded_noise, split_by_noise
+from fastmum.model.inputs import num_visible, seeded_noise, split_by_noise
 
 
 @given(

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face transformers, written for the real package and read from it."""
+"""Exports of features, read by the packages that they are made for: transformers' folders and ONNX files."""
 
 import json
 import sys
@@ -9,23 +9,51 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fastmum import load_pretrained
-from fastmum.export import ExportError, export, formats
+from fastmum import ModelConfig, MuM, load_pretrained
+from fastmum.export import ExportError, export, formats, released_state
 from fastmum.export.__main__ import main
+from fastmum.export.onnx_file import EncoderGraph
 from fastmum.pretrained import WeightsError
-
-transformers = pytest.importorskip("transformers")
 
 
 @pytest.fixture
-def folder(weights, model):
+def model() -> MuM:
+    """A model whose blocks change features a lot, unlike one that is fresh."""
+    torch.manual_seed(0)
+    model = MuM(ModelConfig(48, 3, 4, 32, 2, 1, norm_eps=1e-6)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+@pytest.fixture
+def weights(model, tmp_path):
+    """A file of the whole model."""
+    torch.save(released_state(model.state_dict(), encoder_only=False), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+@pytest.fixture
+def images():
+    """Normalised, neither square nor of the size that anything was made for."""
+    return torch.randn(3, 3, 48, 80, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def folder(transformers, weights, model):
     done = export(weights, "hf", norm_eps=model.config.norm_eps)
     assert done.file == weights.with_name("weights_hf")
     assert f"transformers {transformers.__version__}" in done.agreement
     return done.file
 
 
-def test_features_are_ours(folder, model, images):
+def test_features_are_ours(transformers, folder, model, images):
     theirs, report = transformers.DINOv3ViTModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report  # no key is missing, unexpected or of another shape
     with torch.no_grad():
@@ -41,7 +69,7 @@ def test_features_are_ours(folder, model, images):
     assert backbone(torch.zeros(1, 3, 32, 48)).feature_maps[-1].shape == (1, model.config.embed_dim, 2, 3)
 
 
-def test_the_processor_prepares_images_as_training_does(folder):
+def test_the_processor_prepares_images_as_training_does(transformers, folder):
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
     values = processor(image, return_tensors="pt")["pixel_values"]
@@ -50,7 +78,7 @@ def test_the_processor_prepares_images_as_training_does(folder):
     np.testing.assert_allclose(values[0].permute(1, 2, 0), expected, atol=1e-5)
 
 
-def test_bfloat16_positions_become_float32_with_a_warning(weights, model, tmp_path, images, caplog):
+def test_bfloat16_positions_become_float32_with_a_warning(transformers, weights, model, tmp_path, images, caplog):
     encoder = export(weights, "released", encoder_only=True, norm_eps=model.config.norm_eps).file
     done = export(encoder, "hf", tmp_path / "out", norm_eps=model.config.norm_eps)
     assert "positions" in caplog.text
@@ -101,7 +129,7 @@ def test_there_and_back(folder, model):
     assert load_pretrained(again, norm_eps=1e-4).config.norm_eps == 1e-4  # before that of the metadata
 
 
-def test_layer_scale_and_absent_biases_of_others(tmp_path):
+def test_layer_scale_and_absent_biases_of_others(transformers, tmp_path):
     torch.manual_seed(0)
     config = transformers.DINOv3ViTConfig(
         hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, layerscale_value=0.3,
@@ -137,3 +165,51 @@ def test_other_models_are_refused(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"no model.safetensors"):
         load_pretrained(folder)
+
+
+@pytest.mark.parametrize("positions", ["float32", "bfloat16"])
+def test_the_graph_computes_the_encoders_features(weights, images, positions):
+    encoder = load_pretrained(weights, encoder_only=True, rope_dtype=positions)
+    graph = EncoderGraph(encoder).eval()
+    with torch.no_grad():
+        cls, patches = graph(images)
+        ours = encoder.forward_features(images)
+    # In bfloat16 a bit of q may round the other way; positions in float32 would differ by more than 1e-3.
+    tolerance = {"float32": 1e-5, "bfloat16": 1e-4}[positions]
+    torch.testing.assert_close(cls, ours["x_norm_clstoken"], rtol=0, atol=tolerance)
+    torch.testing.assert_close(patches, ours["x_norm_patchtokens"], rtol=0, atol=tolerance)
+    program = torch.export.export(graph, (images,))
+    namespaces = {n.target.namespace for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+    assert namespaces == {"aten"}
+
+
+@pytest.mark.parametrize("positions", ["float32", pytest.param("bfloat16", marks=pytest.mark.exhaustive)])
+def test_features_of_any_number_of_images_of_any_size(weights, model, positions):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    overrides = {"norm_eps": model.config.norm_eps, "rope_dtype": positions}
+    done = export(weights, "onnx", **overrides)
+    assert done.file == weights.with_suffix(".onnx")
+    assert f"onnxruntime {onnxruntime.__version__}" in done.agreement
+    encoder = load_pretrained(weights, encoder_only=True, **overrides)
+    session = onnxruntime.InferenceSession(done.file, providers=["CPUExecutionProvider"])
+    names = ["x_norm_clstoken", "x_norm_patchtokens"]
+    for shape in ((1, 3, 64, 64), (3, 3, 48, 80), (2, 3, 16, 160), (1, 3, 16, 16)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            ours = encoder.forward_features(images)
+        for name, found in zip(names, session.run(names, {"images": images.numpy()}), strict=True):
+            torch.testing.assert_close(torch.from_numpy(found), ours[name], rtol=0, atol=1e-4)
+    graph = onnx.load(done.file)
+    onnx.checker.check_model(graph, full_check=True)
+    assert {node.domain for node in graph.graph.node} == {""}  # only ONNX's own operators
+    (images,) = graph.graph.input
+    assert images.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_missing_packages_are_named(weights, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main([str(weights), "--format", "onnx"]) == 2
+    error = capsys.readouterr().err
+    assert "onnx" in error
+    assert "pip install 'fastmum[onnx]'" in error
