@@ -1,7 +1,6 @@
 """Batches: order, waiting, bad frames, and no leftover threads."""
 
 import threading
-import time
 import weakref
 from unittest.mock import Mock
 
@@ -67,7 +66,7 @@ def test_batches_come_in_order_and_bad_frames_are_replaced(manifests, decoder, t
     assert listed == [str(manifests.file(8))]
 
 
-def test_few_batches_are_decoded_ahead_and_waiting_is_counted(manifests, decoder, monkeypatch):
+def test_few_batches_are_decoded_ahead_and_waiting_is_counted(manifests, decoder):
     asked = []
 
     def plans():
@@ -75,13 +74,11 @@ def test_few_batches_are_decoded_ahead_and_waiting_is_counted(manifests, decoder
             asked.append(step)
             yield plan_of([0, 1, 2, 3], [4], step)
 
-    decode = decoder.decode
-    monkeypatch.setattr(decoder, "decode", lambda *args: (time.sleep(0.02), decode(*args))[1])
     loader = Loader(decoder, manifests, workers=2)
     batches = loader.batches(plans())
     next(batches)
     assert len(asked) == 3, "the one returned and two ahead"
-    assert loader.wait_seconds > 0.01
+    assert loader.wait_seconds > 0
     batches.close()
     assert not decode_threads(), "no thread is left"
 
