@@ -47,8 +47,7 @@ class Recorder:
 def attention_maps(model: MuM, images: Tensor) -> Tensor:
     """Attention from the first to the second frame of every pair in every global block.
 
-    Args:
-        images: (2 n, H, W, 3) uint8, the two frames of a pair in succession.
+    `images` (2 n, H, W, 3) uint8 are the two frames of a pair in succession.
 
     Returns:
         (G, n, P, P) float32 on the CPU: weights from patches of A (rows) to patches of B, mean over heads. Rows sum to

@@ -43,7 +43,6 @@ NO_TEST = (
 
 
 def is_megadepth(root: Path) -> bool:
-    """Whether a folder holds scene information of MegaDepth."""
     return root.is_dir() and bool(_information(root, "test"))
 
 
