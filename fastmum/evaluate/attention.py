@@ -1,5 +1,4 @@
-"""Attention across views in the decoder's global blocks: pictures (Fig. 6), and matching without training (supplement,
-section C).
+"""Attention across views in the decoder's global blocks: pictures (Fig. 6), matching without training (section C).
 
 The decoder gets whole pictures without masks, as in ZeroCo: mask tokens have no content to match. Every patch counts as
 visible, and the last block, which in training outputs masked patches only, outputs all.

@@ -63,10 +63,10 @@ CAPTIONS = {
 
 
 class Record(NamedTuple):
-    """A result in the folder: its JSON file, the content ("task", "set", "weights", "scores", ...), its pictures."""
+    """A result in the folder."""
 
-    file: Path
-    content: dict[str, Any]
+    file: Path  # JSON
+    content: dict[str, Any]  # "task", "set", "weights", "scores", ...
     pictures: list[Path]
 
 
@@ -146,8 +146,6 @@ def _stem(content: dict[str, Any]) -> str:
 
 
 class Table(NamedTuple):
-    """Column names and rows of cells."""
-
     names: list[str]
     rows: list[list[str]]
 
