@@ -1,8 +1,6 @@
 """Evaluations of correspondence across views: docs/evaluation.md.
 
-`evaluate_matching` trains linear probes for dense matching, `evaluate_cosine` matches frozen features,
-`evaluate_attention` matches by the decoder's attention, and `evaluate_views` measures the effect of other views on the
-masked loss. `open_pairs` and `open_sequences` open the data. `python -m fastmum.evaluate --help` is the command.
+`open_pairs` and `open_sequences` open the data. `python -m fastmum.evaluate --help` is the command.
 """
 
 from fastmum.evaluate.attention import attention_maps, evaluate_attention

@@ -131,7 +131,7 @@ def _add_views(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: Namespace) -> None:
-    """Check the numbers that no settings class checks, or only after the weights are loaded."""
+    """Check the numbers that the settings don't check, or only after the weights are loaded."""
     for name, least in LEAST.items():
         value = getattr(args, name, None)
         if value is not None and value < least:

@@ -1,5 +1,4 @@
-"""Attention across views in the decoder's global blocks: pictures (Fig. 6), and matching without training (supplement,
-section C).
+"""Attention across views in the decoder's global blocks: pictures (Fig. 6), matching without training (section C).
 
 The decoder gets whole pictures without masks, as in ZeroCo: mask tokens have no content to match. Every patch counts as
 visible, and the last block, which in training outputs masked patches only, outputs all.
@@ -47,8 +46,7 @@ class Recorder:
 def attention_maps(model: MuM, images: Tensor) -> Tensor:
     """Attention from the first to the second frame of every pair in every global block.
 
-    Args:
-        images: (2 n, H, W, 3) uint8, the two frames of a pair in succession.
+    `images` (2 n, H, W, 3) uint8 are the two frames of a pair in succession.
 
     Returns:
         (G, n, P, P) float32 on the CPU: weights from patches of A (rows) to patches of B, mean over heads. Rows sum to

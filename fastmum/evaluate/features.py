@@ -58,13 +58,10 @@ def prepare(
 ) -> dict[Norm, Prepared]:
     """Encode the frames of a set, each once, by `patch_features`, and compute its true warps.
 
-    Args:
-        size: side of the resized pictures in pixels; None: the set's default.
-        norms: which features to keep.
+    `size` is the side of the resized pictures in pixels, by default that of the set.
 
     Raises:
-        DataError: a frame that cannot be read, a size that does not fit the encoder, features that are not finite, or
-            no visible point in any pair.
+        DataError: an unreadable frame, a size that does not fit, features that are not finite, or no visible point.
     """
     size = check_size(encoder, size or pairs.size)
     by_key = {frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}
@@ -114,11 +111,9 @@ def squared(image: Image.Image, size: int) -> Tensor:
 
 @torch.no_grad()
 def patch_features(encoder: nn.Module, images: Tensor) -> dict[Norm, Tensor]:
-    """Last-layer patch features of whole pictures.
+    """Last-layer patch features of whole pictures (F, H, W, 3) uint8, computed on the encoder's device.
 
-    Args:
-        encoder: has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm". Its device computes.
-        images: (F, H, W, 3) uint8.
+    The encoder has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm".
 
     Returns:
         (F, P, D) float32 each: "layernorm" after the encoder's last norm, "raw" before it.

@@ -1,10 +1,8 @@
 """Dense matching by linear probes and by cosine similarity (Tables 4 and 13; supplement, sections B and C).
 
-Matcher: the kernel nearest-neighbour matcher, RoMa's coarse matcher with an exponential cosine kernel. The warp is the
-softmax-weighted mean of the best patch and its four neighbours.
-
-Probe: a square matrix applied to frozen features. There is one for each learning rate and weight decay; they form one
-tensor, so that a step reads the features once for all of them.
+The kernel nearest-neighbour matcher is RoMa's coarse matcher with an exponential cosine kernel: the softmax-weighted
+mean of the best patch and its four neighbours. A probe is a square matrix applied to frozen features, one for each
+learning rate and weight decay. They form one tensor, so that a step reads the features once for all of them.
 
 Legend: Q probes, B pairs of a step, N pairs, P patches of a frame, D width.
 """
@@ -140,11 +138,11 @@ def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:
     identity = grid_points(*truth.grid).expand_as(truth.target)
     errors, errors_identity = (match_errors(points, truth.target) for points in (warps, identity))
     found, found_identity = match_scores(torch.stack([errors, errors_identity]), truth.visible)
-    names = [pair.name for pair in truth.pairs.pairs]
+    by_pair = zip(truth.pairs.pairs, pair_epe(errors, truth.visible), strict=True)
     return {
         "scores": found.as_dict(),
         "no_motion": found_identity.as_dict(),
-        "per_pair_epe": dict(zip(names, pair_epe(errors, truth.visible), strict=True)),
+        "per_pair_epe": {pair.name: error for pair, error in by_pair},
         "visible_share": truth.visible.double().mean().item(),
     }
 
@@ -155,11 +153,7 @@ def cosine_logits(a: Tensor, b: Tensor, temperature: float = TEMPERATURE) -> Ten
 
 
 def decode(logits: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Warp from logits (..., P_a, P_b) over the patches of B, which lie row by row in a grid (rows, columns).
-
-    Returns:
-        (..., P_a, 2) unit coordinates in B, in the dtype of the logits.
-    """
+    """Warp (..., P_a, 2), unit coordinates in B, from logits (..., P_a, P_b) over the patches of B, row by row."""
     rows, columns = grid
     best = logits.argmax(-1)
     shifts = torch.tensor(TAPS, device=logits.device)
@@ -223,7 +217,10 @@ def train_probes(train: Prepared, test: Prepared, settings: ProbeSettings, devic
     bar = tqdm(_draw(train, settings), desc=f"{len(probes)} probes", unit="step", total=steps)
     for step, pairs in enumerate(bar, 1):
         leaf = stack.detach().requires_grad_()
-        losses = _losses(leaf, train, pairs, settings.temperature, device)
+        a, b = (project(leaf, each) for each in train.of(pairs, device))
+        target = nearest_patch(train.truth.target[pairs], train.truth.grid).to(device)
+        logits, visible = cosine_logits(a, b, settings.temperature), train.truth.visible[pairs].to(device)
+        losses = matching_losses(logits, target, visible)
         (gradient,) = torch.autograd.grad(losses.sum(), leaf)
         for each, part in zip(matrices, gradient, strict=True):
             each.grad = part
@@ -251,12 +248,6 @@ def matching_losses(logits: Tensor, target: Tensor, visible: Tensor) -> Tensor:
     """
     likelihood = logits.log_softmax(-1).gather(-1, target.expand(logits.shape[:-1])[..., None])[..., 0]
     return -torch.where(visible, likelihood, 0).sum((-2, -1)) / visible.sum()
-
-
-def _losses(stack: Tensor, data: Prepared, pairs: Tensor, temperature: float, device: torch.device) -> Tensor:
-    a, b = (project(stack, each) for each in data.of(pairs, device))
-    target = nearest_patch(data.truth.target[pairs], data.truth.grid)
-    return matching_losses(cosine_logits(a, b, temperature), target.to(device), data.truth.visible[pairs].to(device))
 
 
 def project(stack: Tensor, features: Tensor) -> Tensor:

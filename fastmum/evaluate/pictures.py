@@ -41,8 +41,7 @@ def draw_warp(pair: Pair, points: Tensor, size: int) -> Image.Image:
 def draw_attention(model: MuM, pair: Pair, size: int) -> Image.Image:
     """Attention of a patch of A to the patches of B, in every global block and in their mean (Fig. 6).
 
-    The patch is the one with the most contrast among those visible in B; a cross marks its true place in B. `size` is
-    the side in pixels that the model sees.
+    It is the patch of most contrast among those visible in B, where a cross marks it. The model sees `size` pixels.
     """
     seen = torch.stack([load_image(frame, size) for frame in (pair.a, pair.b)])
     maps = attention_maps(model, seen)[:, 0]
@@ -71,10 +70,9 @@ def draw_views(model: MuM, batch: Batch, mask_ratio: float) -> Image.Image:
     output, firsts = reconstruct(model, batch, mask_ratio), batch.firsts
     frames, masked_ids, pred = (x.cpu()[firsts] for x in (batch.frames, output.masked_ids, output.pred.float()))
     masked, predicted = reconstructions(frames, masked_ids, pred)
-    related = len(batch.lengths) // 2 + 1
+    related, losses = len(batch.lengths) // 2 + 1, output.loss.cpu()[firsts].tolist()
     labels = [f"{count} view{'s' * (count > 1)}" for count in batch.lengths[:related]]
     labels += [f"{count} unrelated" for count in batch.lengths[related:]]
-    losses = output.loss.cpu()[firsts].tolist()
     named = [(f"{label}: {loss:.3f}", image) for label, loss, image in zip(labels, losses, predicted, strict=True)]
     return _row([("target", frames[0]), ("seen", masked[0]), *named[:related], named[-1]])
 

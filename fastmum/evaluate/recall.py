@@ -3,8 +3,6 @@
 Features are upsampled to a quarter of the image's side; each object point of A takes its nearest of B by cosine
 distance; the 1,000 matches with the best ratio to their second nearest are kept. A match is right if its two points are
 within 1, 2 or 5 cm of each other in space.
-
-Legend: D width, h w the finer grid, N and M points on the object in A and B.
 """
 
 from __future__ import annotations
@@ -62,10 +60,9 @@ def _pair_recalls(encoder: nn.Module, pair: Pair, size: int) -> Tensor:
 
 
 def best_matches(a: Tensor, b: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """At most `count` matches of features (N, D) and (M, D) with the best ratio test.
+    """Indices of at most `count` matches of features (N, D) and (M, D), width D, with the best ratio test.
 
-    Returns:
-        Indices into a and b, sorted by the weight 1 - d1 / d2, d the cosine distances of the two nearest.
+    They are sorted by the weight 1 - d1 / d2, d the cosine distances of the two nearest.
     """
     a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     nearest = [(1 - chunk @ b.T).topk(min(2, len(b)), largest=False) for chunk in a.split(CHUNK)]

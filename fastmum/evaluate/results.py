@@ -63,10 +63,10 @@ CAPTIONS = {
 
 
 class Record(NamedTuple):
-    """A result in the folder: its JSON file, the content ("task", "set", "weights", "scores", ...), its pictures."""
+    """A result in the folder."""
 
-    file: Path
-    content: dict[str, Any]
+    file: Path  # JSON
+    content: dict[str, Any]  # "task", "set", "weights", "scores", ...
     pictures: list[Path]
 
 
@@ -98,11 +98,7 @@ def check_free(folder: Path, content: dict[str, Any]) -> None:
 
 
 def save(folder: Path, content: dict[str, Any], pictures: Sequence[Image.Image]) -> Record:
-    """Write a result; an earlier one of the same evaluation, set and weights is replaced.
-
-    Raises:
-        DataError: it cannot be written, or see `check_free`.
-    """
+    """Write a result; an earlier one of the same evaluation, set and weights is replaced. Raises `DataError`."""
     check_free(folder, content)
     stem = _stem(content)
     try:
@@ -150,8 +146,6 @@ def _stem(content: dict[str, Any]) -> str:
 
 
 class Table(NamedTuple):
-    """Column names and rows of cells."""
-
     names: list[str]
     rows: list[list[str]]
 
@@ -209,28 +203,20 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 def page(records: Sequence[Record]) -> str:
     """The HTML of results; it needs no other file."""
+    contents = [record.content for record in records]
     return render(
-        "evaluate/results.html",
-        title="Correspondence across views",
-        results=table(records),
-        note=NOTE,
-        records=[record.content for record in records],
-        charts=[_charts(record.content) for record in records],
-        tables=[_table(record.content) for record in records],
+        "evaluate/results.html", title="Correspondence across views", results=table(records), records=contents,
+        charts=[_charts(content) for content in contents], tables=[_table(content) for content in contents],
         pictures=[[url for file in record.pictures if (url := embed(file, PICTURE_SIDE))] for record in records],
-        captions=CAPTIONS,
-        matchers=MATCHERS,
-        titles=TITLES,
-    )
+        note=NOTE, captions=CAPTIONS, matchers=MATCHERS, titles=TITLES,
+    )  # fmt: skip
 
 
 def _charts(content: dict[str, Any]) -> list[Chart]:
     charts = []
     if content["task"] == "matching":
-        charts = [
-            _curves(content["probes"], "epe", "End-point error on the test pairs", "pixels of 448 x 448"),
-            _curves(content["probes"], "train_loss", "Training loss", "negative log-likelihood"),
-        ]
+        error = _curves(content["probes"], "epe", "End-point error on the test pairs", "pixels of 448 x 448")
+        charts = [error, _curves(content["probes"], "train_loss", "Training loss", "negative log-likelihood")]
     elif content["task"] == "views":
         lines = [
             Line(label, list(zip(content["views"], content[name], strict=True)), color(i), dots=True)

@@ -26,10 +26,7 @@ Spread = dict[tuple[str, str], dict[str, Contents]]  # by (task, set), then by n
 
 
 def by_seed(records: Iterable[Record]) -> Spread:
-    """Results by evaluation and set, then by the name of the weights, without the seed if there are several.
-
-    Weights that were evaluated with different settings are a `DataError`.
-    """
+    """Results by evaluation and set, then by the name of the weights, without the seed if there are several."""
     found: Spread = {}
     for record in records:
         content = record.content
@@ -71,7 +68,6 @@ def _score_cells(seeds: Contents) -> dict[str, str]:
 
 
 def _view_cells(seeds: Contents) -> dict[str, str]:
-    """The loss of one view, and its change with each number of related and of unrelated views."""
     cells = {score_title(f"{results.VIEWS}1"): _spread([c["same"][0] for c in seeds], ".4f")}
     for kind, label in (("same", "views"), ("other", "unrelated")):
         for i, count in enumerate(seeds[0]["views"][1:], 1):

@@ -44,18 +44,13 @@ class ViewSequence(NamedTuple):
 
 
 class SequenceSet(NamedTuple):
-    """At least two sequences; `size` is the default side of the resized pictures in pixels."""
-
     name: str
-    sequences: list[ViewSequence]
-    size: int
+    sequences: list[ViewSequence]  # at least two
+    size: int  # default side of the resized pictures in pixels
 
 
 def open_sequences(name: str, least: int) -> SequenceSet:
-    """The sequences with at least `least` views: "scenes", or a folder, each sub-folder of which is a sequence.
-
-    A missing folder or fewer than two sequences are a `DataError`.
-    """
+    """The sequences with at least `least` views: "scenes", or a folder, each sub-folder of which is a sequence."""
     if name == "scenes":
         folders, size = [*embedded_folders("test"), *embedded_folders("train")], SIZE
         root, title = folders[0].parent, "scenes"
@@ -64,13 +59,10 @@ def open_sequences(name: str, least: int) -> SequenceSet:
         if not root.is_dir():
             raise DataError(f"there is no folder '{name}'; a folder or scenes is expected")
         folders, title = [root / folder for folder in image_folders(root)], f"{root.resolve().name} (folder)"
-    found = [
-        ViewSequence(folder.relative_to(root).as_posix(), [folder / image for image in images_in(folder)])
-        for folder in folders
-    ]
-    kept = [views for views in found if len(views.files) >= least]
-    if short := len(found) - len(kept):
-        log.warning("%d of %d sequences have fewer than %d views and are skipped", short, len(found), least)
+    found = ((folder, [folder / image for image in images_in(folder)]) for folder in folders)
+    kept = [ViewSequence(each.relative_to(root).as_posix(), files) for each, files in found if len(files) >= least]
+    if short := len(folders) - len(kept):
+        log.warning("%d of %d sequences have fewer than %d views and are skipped", short, len(folders), least)
     if len(kept) < 2:
         raise DataError(f"'{name}' has {len(kept)} sequences of at least {least} views, but two are needed")
     return SequenceSet(title, kept, size)
@@ -186,8 +178,7 @@ def evaluate_views(
         the difference to one view; "per_sequence"; "scores", those of "same" as "views_2" and so on.
 
     Raises:
-        DataError: an encoder without decoder, sequences that are too short, a picture that cannot be read, or a loss
-            that is not finite.
+        DataError: no decoder, sequences that are too short, an unreadable picture, or a loss that is not finite.
     """
     if not isinstance(model, MuM):
         raise DataError("the decoder predicts masked patches, but these weights have only an encoder")

@@ -10,6 +10,7 @@ import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -119,10 +120,9 @@ def report_charts(runs: list[Run]) -> list[Chart]:
 
     loss, faults, several = [], [], len(runs) > 1
     for i, run in enumerate(runs):
-        prefix, second = (f"{run.label}, ", color(i)) if several else ("", color(1))
+        prefix, second, ema = (f"{run.label}, ", color(i), color(i)) if several else ("", color(1), color(2))
         loss.append(Line(f"{prefix}training", run.series("loss"), color(i)))
         loss.append(Line(f"{prefix}held out", run.series("held_out_loss"), second, dots=True, dashed=several))
-        ema = color(i) if several else color(2)
         loss.append(Line(f"{prefix}held out, EMA", run.series("held_out_loss_ema"), ema, dots=True, dashed=True))
         faults.append(Line(f"{prefix}skipped steps", run.series("skipped_steps"), color(i)))
         faults.append(Line(f"{prefix}bad frames", run.series("bad_frames"), second, dashed=several))
@@ -156,10 +156,9 @@ def _by_views(run: Run) -> Chart:
         for S in group:
             for step, value in run.series(f"{VIEWS}{S}"):
                 values[step].append(value)
-        points = [(step, sum(found) / len(found)) for step, found in sorted(values.items())]
+        points = [(step, fmean(found)) for step, found in sorted(values.items())]
         label = f"{group[0]} views" if len(group) == 1 else f"{group[0]} to {group[-1]} views"
-        share = round(100 * i / max(1, len(groups) - 1))
-        shade = f"color-mix(in oklab, var(--ramp-1), var(--ramp-2) {share}%)"
+        shade = f"color-mix(in oklab, var(--ramp-1), var(--ramp-2) {round(100 * i / max(1, len(groups) - 1))}%)"
         lines.append(Line(label, points, shade, detail=120, band=False))
     return Chart("Loss by number of views", lines, "training loss", settling=0.05)
 
@@ -167,8 +166,8 @@ def _by_views(run: Run) -> Chart:
 def _against_views(runs: list[Run]) -> Chart:
     lines = []
     for i, run in enumerate(runs):
-        recent = {int(S): [y for x, y in run.series(f"{VIEWS}{S}") if x >= 0.9 * run.step] for S in run.names(VIEWS)}
-        points = [(float(S), sum(values) / len(values)) for S, values in recent.items() if values]
+        recent = {S: [y for x, y in run.series(f"{VIEWS}{S}") if x >= 0.9 * run.step] for S in run.names(VIEWS)}
+        points = [(float(S), fmean(values)) for S, values in recent.items() if values]
         lines.append(Line(run.label, points, color(i), dots=True))
     note = "mean of the last tenth of the steps"
     return Chart("Loss against number of views", lines, "training loss", note, x_label="views")

@@ -35,16 +35,14 @@ GRID = (5, 6)
 sizes = st.integers(1, 7)
 
 
-@pytest.mark.parametrize(
-    ("pixels", "expected"), [(0.5, (100, 100, 100, 100)), (2, (100, 0, 100, 100)), (4, (100, 0, 0, 100)),
-    (31, (100, 0, 0, 0)), (33, (0, 0, 0, 0))],
-)  # fmt: skip
-def test_shift_by_pixels_of_448(pixels, expected):
-    true = torch.rand(2, 5, 2, dtype=torch.float64)
-    moved = true + torch.tensor([0.6, 0.8], dtype=torch.float64) * pixels / 448
-    (found,) = match_scores(match_errors(moved, true)[None], torch.ones(2, 5, dtype=torch.bool))
-    assert found.epe == pytest.approx(pixels)
-    assert (found.robustness, found.pck1, found.pck3, found.pck5) == pytest.approx(expected)
+def test_shift_by_pixels_of_448():
+    for pixels, expected in ((0.5, (100, 100, 100, 100)), (2, (100, 0, 100, 100)), (4, (100, 0, 0, 100)),
+                             (31, (100, 0, 0, 0)), (33, (0, 0, 0, 0))):  # fmt: skip
+        true = torch.rand(2, 5, 2, dtype=torch.float64)
+        moved = true + torch.tensor([0.6, 0.8], dtype=torch.float64) * pixels / 448
+        (found,) = match_scores(match_errors(moved, true)[None], torch.ones(2, 5, dtype=torch.bool))
+        assert found.epe == pytest.approx(pixels)
+        assert (found.robustness, found.pck1, found.pck3, found.pck5) == pytest.approx(expected)
 
 
 def test_pairs_count_alike_and_hidden_points_not_at_all():

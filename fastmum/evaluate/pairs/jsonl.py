@@ -26,14 +26,13 @@ NEEDED = ("image_a", "image_b", "K_a", "K_b", "T_b_a")
 DEPTHS = {".png": DepthFormat("png16", 1e-3), ".npy": DepthFormat("npy"), ".h5": DepthFormat("hdf5")}
 
 
-def is_jsonl(path: Path) -> bool:
-    """Whether a path is a .jsonl file, or a folder with a `pairs.jsonl`."""
-    return path.suffix == ".jsonl" if path.is_file() else (path / "pairs.jsonl").is_file()
-
-
 def file_of(path: Path) -> Path:
     """The file, given it or its folder."""
     return path if path.is_file() else path / "pairs.jsonl"
+
+
+def is_jsonl(path: Path) -> bool:
+    return file_of(path).is_file() and file_of(path).suffix == ".jsonl"
 
 
 def from_file(path: Path, part: str) -> PairSet:

@@ -43,7 +43,6 @@ NO_TEST = (
 
 
 def is_megadepth(root: Path) -> bool:
-    """Whether a folder holds scene information of MegaDepth."""
     return root.is_dir() and bool(_information(root, "test"))
 
 
@@ -56,7 +55,7 @@ def from_root(root: Path, part: str) -> PairSet:
 
 
 def _information(root: Path, part: str) -> list[Path]:
-    """Files of scene information, LoFTR's if both kinds are there."""
+    """Files of scene information, LoFTR's if both kinds exist."""
     if part != "train":
         for folder in _LOFTR_TEST:
             found = sorted(file for scene in TEST_SCENES for file in (root / folder).glob(f"{scene}_*.npz"))

@@ -29,8 +29,13 @@ def stereo(part: str) -> PairSet:
     if part == "train":
         return scenes.embedded("train")
     _read()  # fail early
-    left, right = _side(0, "left"), _side(1, "right")
-    return PairSet("motorcycle", [Pair("motorcycle", "motorcycle", left, right)])
+    frames = []
+    for side, name in enumerate(("left", "right")):
+        pose = np.eye(4)
+        pose[0, 3] = -side * BASELINE
+        K = intrinsics_matrix(FOCAL, FOCAL, CENTRE_X + side * OFFSET + 0.5, CENTRE_Y + 0.5)
+        frames.append(_Side(name, K=K, camera_from_world=pose, side=side))
+    return PairSet("motorcycle", [Pair("motorcycle", "motorcycle", *frames)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +56,6 @@ class _Side(Frame):
         disparity = _read()[2]
         depth = FOCAL * BASELINE / ((_seen_from_right(disparity) if self.side else disparity) + OFFSET)
         return np.where(np.isfinite(depth) & (depth > 0), depth, 0).astype(np.float32)
-
-
-def _side(side: int, name: str) -> Frame:
-    pose = np.eye(4)
-    pose[0, 3] = -side * BASELINE
-    K = intrinsics_matrix(FOCAL, FOCAL, CENTRE_X + side * OFFSET + 0.5, CENTRE_Y + 0.5)
-    return _Side(name, K=K, camera_from_world=pose, side=side)
 
 
 @cache

@@ -29,15 +29,12 @@ from fastmum.geometry.crop import Box
 from fastmum.geometry.metrics import rotation_error
 
 SIZE = 512  # Probe3D's configuration
-EVERY = 4
-MAX_ANGLE = 120.0  # degrees
-SEED = 8
+EVERY, MAX_ANGLE, SEED = 4, 120.0, 8  # images, degrees
 INVERSE = 65535 * 10  # millimetres times counts, NAVI's `decode_depth`
 MILLIMETRE = 1e-3  # metres
 
 
 def is_navi(root: Path) -> bool:
-    """Whether a folder holds NAVI."""
     return root.is_dir() and any(root.glob("*/wild_set/annotations.json"))
 
 

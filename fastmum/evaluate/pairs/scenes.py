@@ -36,7 +36,6 @@ def embedded_folders(part: str) -> list[Path]:
 
 
 def is_scenes(root: Path) -> bool:
-    """Whether a folder holds rendered scenes."""
     return root.is_dir() and any(root.glob("scene_*/cameras.json"))
 
 
@@ -58,10 +57,7 @@ def from_root(root: Path, part: str) -> PairSet:
 def from_folders(
     folders: list[Path], name: str = "scenes", gaps: tuple[int, ...] = GAPS, stride: int = STRIDE
 ) -> PairSet:
-    """Pairs of views that are `gaps` steps apart on the path of their scene; raises `DataError`.
-
-    `stride` is the number of steps between the first views of two pairs. All scenes are in one folder.
-    """
+    """Pairs of views `gaps` steps apart on the path of their scene, one pair every `stride` steps."""
     pairs = []
     for folder in folders:
         frames = _frames(folder)
