@@ -162,7 +162,7 @@ def _adamw_triton(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1,
 
 @jit(do_not_specialize=["rows", "lr", "beta1", "beta2", "weight_decay", "eps"])
 def _adamw_kernel(
-    table_ptr,  # see `tables`
+    table_ptr,  # see `make_table`
     grad_ptr,  # empty, of the gradients' dtype
     step_ptr,  # scalar
     found_inf_ptr,  # scalar, or None

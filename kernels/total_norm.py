@@ -104,7 +104,7 @@ def chunk_of(table_ptr, rows, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, DIVISO
 
 @jit(do_not_specialize=["rows"])
 def _squares_kernel(
-    table_ptr,  # see `tables`: one column
+    table_ptr,  # see `make_table`: one column
     like_ptr,  # empty, of the tensors' dtype
     sums_ptr,  # (chunks,)
     rows,

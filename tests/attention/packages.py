@@ -88,10 +88,8 @@ class BlockDiagonalMask:
 
     @classmethod
     def from_seqlens(cls, q_seqlen, kv_seqlen=None, *, device=None) -> BlockDiagonalMask:
-        kv_seqlen = q_seqlen if kv_seqlen is None else kv_seqlen
         assert isinstance(q_seqlen, list)
         assert isinstance(kv_seqlen, list)
-        assert len(q_seqlen) == len(kv_seqlen)
         return cls(q_seqlen, kv_seqlen, device)
 
     def allowed(self) -> Tensor:
@@ -125,20 +123,18 @@ def _scores(query: Tensor, key: Tensor, mask: BlockDiagonalMask) -> Tensor:
 
 
 @_checked
-def memory_efficient_attention_forward(
-    query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
-) -> Tensor:
-    """`xformers.ops.memory_efficient_attention_forward`."""
-    return torch.einsum("bhqk,bkhd->bqhd", _scores(query, key, attn_bias).softmax(-1), value)
-
-
-@_checked
 def memory_efficient_attention_forward_requires_grad(
     query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
 ) -> tuple[Tensor, Tensor]:
     """`xformers.ops.memory_efficient_attention_forward_requires_grad` -> out, log-sum-exp (1, h, T_q)."""
     scores = _scores(query, key, attn_bias)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value), scores.logsumexp(-1)
+
+
+@wraps(memory_efficient_attention_forward_requires_grad)
+def memory_efficient_attention_forward(*args, **kwargs) -> Tensor:
+    """`xformers.ops.memory_efficient_attention_forward`, of the same signature."""
+    return memory_efficient_attention_forward_requires_grad(*args, **kwargs)[0]
 
 
 @_checked
@@ -149,21 +145,15 @@ def memory_efficient_attention_backward(
     P = (_scores(query, key, attn_bias) - lse[..., None]).exp()
     dP = torch.einsum("bqhd,bkhd->bhqk", grad, value)
     dS = P * (dP - (grad * output).sum(-1).mT[..., None]) / query.shape[-1] ** 0.5
-    return (
-        torch.einsum("bhqk,bkhd->bqhd", dS, key),
-        torch.einsum("bhqk,bqhd->bkhd", dS, query),
-        torch.einsum("bhqk,bqhd->bkhd", P, grad),
-    )
+    dk, dv = (torch.einsum("bhqk,bqhd->bkhd", *x) for x in ((dS, query), (P, grad)))
+    return torch.einsum("bhqk,bkhd->bqhd", dS, key), dk, dv
 
 
 def install_xformers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorded]:
     """All that fastmum calls of xformers; the calls of each by name."""
-    functions = (
-        memory_efficient_attention_forward,
-        memory_efficient_attention_forward_requires_grad,
-        memory_efficient_attention_backward,
-    )
-    recorded = {function.__name__: Recorded(function) for function in functions}
+    prefix = "memory_efficient_attention_"
+    names = [prefix + name for name in ("forward", "forward_requires_grad", "backward")]
+    recorded = {name: Recorded(globals()[name]) for name in names}
     install(monkeypatch, "xformers.ops", **recorded)
     install(monkeypatch, "xformers.ops.fmha.attn_bias", BlockDiagonalMask=BlockDiagonalMask)
     return recorded

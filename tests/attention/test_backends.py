@@ -1,11 +1,10 @@
 """The table of backends, and each CUDA backend by fake tensors and a stand-in of its package."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import packages
 import pytest
@@ -25,6 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 TORCHS_OWN = {"flash": "torch.nn.attention.varlen", "flex": "torch.nn.attention.flex_attention"}
 PACKAGE = {"flash_attn": "flash_attn", "flash_attn_4": "flash_attn", "xformers": "xformers", **TORCHS_OWN}
 QUERIES, KEYS = [3, 1, 5], [5, 1, 9]
+SEGMENTS = Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9)
 
 
 @pytest.fixture(autouse=True)
@@ -59,18 +59,10 @@ def on_cuda(lengths: list[int], dtype: torch.dtype = torch.int32) -> Tensor:
     return torch.empty(len(lengths) + 1, dtype=dtype, device=CUDA)
 
 
-# The table -----------------------------------------------------------------------------------------------------------
-
-
-def test_names():
-    assert list(BACKENDS) == ["flash", "flash_attn", "flash_attn_4", "xformers", "sdpa", "flex"]
-    assert all(backend.name == name for name, backend in BACKENDS.items())
-
-
 def test_choice_by_device():
-    for device in ("cpu", "mps", "xpu", "meta", CPU):
+    for device in ("cpu", "mps", "meta", CPU):
         assert choose_backend("auto", device) is choose_backend(device=device) is BACKENDS["sdpa"]
-    for device in ("cuda", "cuda:1", CUDA):
+    for device in ("cuda:1", CUDA):
         assert choose_backend("auto", device).name == "flash"
         assert choose_backend("sdpa", device).name == "sdpa"
         assert choose_backend("flex", device).name == "flex"
@@ -84,9 +76,8 @@ def test_unknown_name():
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"sdpa"}))
 def test_wrong_device(name):
-    with pytest.raises(AttentionError, match=f"'{name}' cannot be used: it needs a CUDA device.*'cpu'") as caught:
+    with pytest.raises(AttentionError, match=f"'{name}' cannot be used: it needs a CUDA device.*'cpu'"):
         choose_backend(name, "cpu")
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGE))
@@ -98,9 +89,8 @@ def test_absent_package(monkeypatch, name):
     with pytest.raises(AttentionError) as caught:
         choose_backend(name, "cuda")
     message = str(caught.value)
-    assert message.startswith(f"attention backend '{name}' cannot be used: the package '{backend.package}' is not")
+    assert f"'{name}' cannot be used: the package '{backend.package}' is not" in message
     assert backend.install in message
-    assert "\n" not in message
 
 
 def test_remedy_is_an_extra_that_exists():
@@ -121,27 +111,17 @@ def test_broken_package(monkeypatch, tmp_path):
             choose_backend(name, "cuda")
 
 
-def test_flash_attn_4_alone_is_not_flash_attn_2(monkeypatch, ampere):
-    """Both live in `flash_attn`."""
-    packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=packages.flash_attn_4)
-    with pytest.raises(AttentionError, match=r"'flash_attn\.flash_attn_interface' is not installed"):
-        choose_backend("flash_attn", "cuda")
-
-
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
 def test_flash_attn_4_needs_hopper(monkeypatch, capability):
     packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=packages.flash_attn_4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    with pytest.raises(AttentionError, match=r"'flash_attn\.flash_attn_interface' is not installed"):
+        choose_backend("flash_attn", "cuda")  # both live in `flash_attn`
     if capability[0] >= 9:
         assert choose_backend("flash_attn_4", "cuda").name == "flash_attn_4"
     else:
-        with pytest.raises(
-            AttentionError, match=f"sm_90 and later only, and this is sm_{capability[0]}{capability[1]};"
-        ):
+        with pytest.raises(AttentionError, match="sm_90 and later only, and this is sm_89;"):
             choose_backend("flash_attn_4", "cuda")
-
-
-# Packages that take cu_seqlens ---------------------------------------------------------------------------------------
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[packages.Recorded, list[str]]:
@@ -223,75 +203,43 @@ def test_lengths_from_the_gpu_are_copied_synchronously(fake, name):
     assert plan.cu_seqlens_q.device == plan.cu_seqlens_k.device == CPU
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("sdpa", torch.bfloat16), ("xformers", torch.float32)])
-def test_custom_operator_on_cuda(monkeypatch, fake, name, dtype):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("sdpa", torch.bfloat16), ("xformers", torch.float32), ("flash", torch.bfloat16)]
+)
+def test_fake_tensors_on_cuda(monkeypatch, fake, ampere, name, dtype):
+    """Custom operators, and `varlen_attn` up to its kernel."""
     packages.install_xformers(monkeypatch)
     q, k, v = cuda_problem(dtype)
-    cu_q, cu_k = on_cuda(QUERIES), on_cuda(KEYS)
-    out = ragged_attention(q, k, v, cu_k, 9, backend=name, cu_seqlens_q=cu_q, max_seqlen_q=5)
+    queries = {"cu_seqlens_q": on_cuda(QUERIES), "max_seqlen_q": 5}
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        out = ragged_attention(q, k, v, on_cuda(KEYS), 9, backend=name, **queries)
     assert (out.shape, out.dtype, out.device) == (q.shape, dtype, CUDA)
-    assert out.is_contiguous()
-
-
-# torch's own ---------------------------------------------------------------------------------------------------------
-
-
-def test_varlen_attn_traced_on_cuda(fake, ampere):
-    """The real function, up to its kernel."""
-    q, k, v = cuda_problem()
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        out = ragged_attention(
-            q, k, v, on_cuda(KEYS), 9, backend="flash", cu_seqlens_q=on_cuda(QUERIES), max_seqlen_q=5
-        )
-    assert (out.shape, out.dtype, out.device) == (q.shape, torch.bfloat16, CUDA)
-
-
-def test_varlen_attn_traced_backward():
-    """On the meta device, since the gradients of fake CUDA tensors ask for a driver."""
-    q, k, v = (torch.empty(n, 2, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for n in (9, 15, 15))
-    segments = Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        plan = BACKENDS["flash"].plan(segments, torch.device("meta"))
-        out = BACKENDS["flash"].attend(q, k, v, plan)
-    grads = torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
-    assert [x.shape for x in grads] == [q.shape, k.shape, v.shape]
-    assert all(x.dtype == torch.bfloat16 for x in grads)
+    assert out.is_contiguous() or name == "flash"
 
 
 @pytest.fixture
 def activated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names that torch was told to activate, with kernels that are none."""
+    """Names of the implementations that torch activates, with fakes in torch's registry."""
     names: list[str] = []
     for name in ("FA3", "FA4"):
-        # Through torch's registry, since the real kernels would stay registered.
-        monkeypatch.setitem(
-            attention._registry._FLASH_ATTENTION_IMPLS, name, lambda name=name: (names.append(name), Handle())[1]
-        )
+        fake = lambda name=name: (names.append(name), SimpleNamespace(remove=lambda: None))[1]  # noqa: E731
+        monkeypatch.setitem(attention._registry._FLASH_ATTENTION_IMPLS, name, fake)
     yield names
     attention.restore_flash_attention_impl(_raise_warn=False)
-
-
-class Handle:
-    def remove(self) -> None:
-        """There is nothing to remove."""
 
 
 def plan_on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for _ in range(2):  # once is enough for all batches
-            BACKENDS["flash"].plan(Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9), CUDA)
+            BACKENDS["flash"].plan(SEGMENTS, CUDA)
 
 
 @pytest.mark.parametrize(
     ("capability", "module", "name"),
-    [
-        ((8, 0), "flash_attn_interface", None),
-        ((9, 0), "flash_attn_interface", "FA3"),
-        ((10, 0), "flash_attn.cute", "FA4"),
-        ((12, 0), "flash_attn.cute", None),
-    ],
-)
+    [((8, 0), "flash_attn_interface", None), ((9, 0), "flash_attn_interface", "FA3"),
+     ((10, 0), "flash_attn.cute", "FA4"), ((12, 0), "flash_attn.cute", None)],
+)  # fmt: skip
 def test_newest_kernels_are_activated(monkeypatch, caplog, activated, capability, module, name):
     packages.install(monkeypatch, module)
     with caplog.at_level(logging.INFO, "fastmum"):
@@ -301,7 +249,7 @@ def test_newest_kernels_are_activated(monkeypatch, caplog, activated, capability
     assert caplog.messages == ([f"flash attention by {name}"] if name else [])
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
 def test_no_warning_without_newer_kernels(monkeypatch, caplog, activated, capability):
     for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -327,7 +275,7 @@ def test_kernels_that_torch_cannot_use(monkeypatch, caplog, capability, module, 
 
 def test_the_cpu_activates_nothing(monkeypatch, activated):
     packages.install(monkeypatch, "flash_attn_interface")
-    BACKENDS["flash"].plan(Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9), CPU)
+    BACKENDS["flash"].plan(SEGMENTS, CPU)
     assert activated == []
 
 
@@ -343,9 +291,6 @@ def test_float32_is_not_for_flash(monkeypatch, name):
 def test_constants_are_marked_as_torch_marks_them():
     ours, torchs = (mark(lambda: 0) for mark in (constant_in_graphs, torch.compiler.assume_constant_result))
     assert vars(ours) == vars(torchs) != {}
-
-
-# xformers by a stand-in that computes --------------------------------------------------------------------------------
 
 
 def by_xformers(p: Problem, padding: int = 0) -> tuple[Tensor, ...]:

@@ -1,18 +1,14 @@
 """Attention as an operator: schema, fake kernel and gradient, and one compilation for all lengths."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from truth import FLOATS, Problem, cumulated, equal, problem
+from truth import FLOATS, cumulated, equal, gradients, problem
 
-from fastmum.attention import BACKENDS, Segments, dense_attention, ragged_attention
+from fastmum.attention import BACKENDS, Segments, ragged_attention
 
 FRAMES, TOKENS, MASKED, VIEWS = 8, 5, 3, 6
 FORMS = {  # queries and keys, with segments that are empty on either side
@@ -48,12 +44,6 @@ def test_segments_that_do_not_end_with_the_tokens(wrong):
         torch.ops.fastmum.segment_attention(*problem([5, 8])[:3], cu, cu)
 
 
-def gradients(function: Callable[..., Tensor], p: Problem, *args: object) -> tuple[Tensor, ...]:
-    inputs = [x.detach().requires_grad_() for x in p[:3]]
-    out = function(*inputs, *args)
-    return out.detach(), *torch.autograd.grad(out, inputs, p.grad)
-
-
 def random_lengths(rng: random.Random) -> list[int]:
     """Sequences of 1 to VIEWS frames, FRAMES in all."""
     lengths: list[int] = []
@@ -85,30 +75,7 @@ def test_compiles_once_for_all_lengths(attend, dtype):
         segments = Segments.of_frames(lengths, FRAMES, MASKED, TOKENS, VIEWS)
         segments = BACKENDS["sdpa"].plan(segments, torch.device("cpu"))
         p = problem([FRAMES * TOKENS], 2, 16, dtype, [FRAMES * MASKED], seed)
-        assert equal(gradients(compiled, p, segments), gradients(attend, p, segments))
+        ours, eager = (gradients(lambda *qkv, f=f, s=segments: f(*qkv, s), p) for f in (compiled, attend))
+        assert equal(ours, eager)
     assert len(seen) > 8
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_dense_compiles(dtype):
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(dense_attention, fullgraph=True, backend=counter)
-    for seed in range(3):
-        p = problem([TOKENS] * FRAMES, 2, 16, dtype, seed=seed)
-        ours, eager = gradients(compiled, p, TOKENS), gradients(dense_attention, p, TOKENS)
-        for a, b in zip(ours, eager, strict=True):
-            torch.testing.assert_close(a, b)
-    assert counter.frame_count == 1
-
-
-def test_autocast_under_the_compiler():
-    p = problem([5, 9])
-    cu = F.pad(cumulated(p.keys), (0, 3), value=14)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return ragged_attention(q, k, v, cu, 9)
-
-    compiled = gradients(torch.compile(attend, fullgraph=True, backend="aot_eager"), p)
-    assert equal(compiled, gradients(lambda q, k, v: ragged_attention(q, k, v, cu, 9), p))

@@ -1,7 +1,5 @@
 """Packed problems, a float64 loop over segments, and plain SDPA to compare with."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -34,12 +32,8 @@ class Problem(NamedTuple):
     @property
     def segments(self) -> dict[str, Tensor | int]:
         """Arguments of `ragged_attention`."""
-        return {
-            "cu_seqlens": cumulated(self.keys),
-            "max_seqlen": max(self.keys),
-            "cu_seqlens_q": cumulated(self.queries),
-            "max_seqlen_q": max(self.queries),
-        }
+        queries = {"cu_seqlens_q": cumulated(self.queries), "max_seqlen_q": max(self.queries)}
+        return {"cu_seqlens": cumulated(self.keys), "max_seqlen": max(self.keys)} | queries
 
 
 def cumulated(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
@@ -48,13 +42,9 @@ def cumulated(lengths: Sequence[int], dtype: torch.dtype = torch.int32) -> Tenso
 
 
 def problem(
-    keys: Sequence[int],
-    heads: int = 2,
-    width: int = 16,
-    dtype: torch.dtype = torch.float32,
-    queries: Sequence[int] | None = None,
-    seed: int = 0,
-) -> Problem:
+    keys: Sequence[int], heads: int = 2, width: int = 16, dtype: torch.dtype = torch.float32,
+    queries: Sequence[int] | None = None, seed: int = 0,
+) -> Problem:  # fmt: skip
     """Normal values from a seed; as many queries as keys by default."""
     queries = keys if queries is None else queries
     generator = torch.Generator().manual_seed(seed)
@@ -79,9 +69,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def looped(of_segment: Callable[..., Tensor], p: Problem) -> Callable[..., Tensor]:
     """One segment after the other."""
-    return lambda q, k, v: torch.cat(
-        [of_segment(*x) for x in zip(q.split(p.queries), k.split(p.keys), v.split(p.keys), strict=True)]
-    )
+    splits = lambda q, k, v: zip(q.split(p.queries), k.split(p.keys), v.split(p.keys), strict=True)  # noqa: E731
+    return lambda q, k, v: torch.cat([of_segment(*x) for x in splits(q, k, v)])
 
 
 def gradients(function: Callable[..., Tensor], p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:

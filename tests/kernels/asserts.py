@@ -1,7 +1,5 @@
 """Assertions of the kernel tests."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 
@@ -62,13 +60,9 @@ def check_frozen(
     function: Callable, inputs: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[int],
     unsaved: Sequence[int], operations: int,
 ) -> None:  # fmt: skip
-    """Where only some inputs need gradients, eager and compiled: the gradients are those of the full backward pass.
+    """With gradients for the inputs `needed` only, eager and compiled: gradients are those of the full backward pass.
 
-    Args:
-        function, inputs, weights: as for `results`.
-        needed: numbers of inputs that need a gradient.
-        unsaved: numbers of inputs that must not be saved.
-        operations: of matrix products in the backward pass.
+    The inputs `unsaved` must not be saved; `operations` are those of matrix products in the backward pass.
     """
     full = results(function, inputs, *weights)[-len(inputs) :]
     calls = [function]

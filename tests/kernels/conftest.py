@@ -1,7 +1,5 @@
 """Fixtures of the kernel tests: the implementation under test, and NaN in unwritten memory."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Tolerances, guarded memory and random problems of the kernel tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 

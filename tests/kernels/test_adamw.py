@@ -1,16 +1,18 @@
-"""AdamW in one launch against float64."""
-
-from __future__ import annotations
+"""AdamW in one launch against float64; float32 in two halves: exact, and the upper one the nearest bfloat16."""
 
 import pytest
 import torch
 from asserts import assert_equal, assert_refuses, relative
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from support import DEVICE
 
 from fastmum.kernels import reference
-from fastmum.kernels.adamw import Halves, adamw_, join
+from fastmum.kernels.adamw import Halves, adamw_, join, join_bits, split_, split_bits
+from fastmum.kernels.dispatch import jit, launch, tl
 from fastmum.kernels.total_norm import CHUNK
 
+INFINITY, SIGN = 0x7F800000, -(1 << 31)  # bits
 SHAPES = [(1,), (37, 5), (2, 3, 4, 4), (CHUNK + 3,), (7,)]
 STEP = 3
 SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.05, "eps": 1e-8}
@@ -74,49 +76,31 @@ def test_halves_and_whole_weights_learn_the_same_bit_for_bit(backend):
     assert_equal(whole.masters(), halves.masters())
 
 
-def test_a_weight_that_becomes_nan_is_seen(backend):
-    weights = Weights(torch.float32, True)
+def test_gradients_that_are_not_finite(backend):
+    """With `found_inf` they change nothing, without it the weight is NaN."""
+    weights = Weights(torch.bfloat16, True)
     weights.grads[1].fill_(float("nan"))
+    before = [x.clone() for x in weights.all()]
+    weights.update(torch.ones((), device=DEVICE))
+    assert_equal(weights.all(), before)
     weights.update()
     assert weights.weights[1].isnan().all()
     assert weights.masters()[1].isnan().all()
 
 
-def test_an_infinite_gradient_changes_nothing(backend):
-    weights = Weights(torch.bfloat16, True)
-    weights.grads[1].fill_(float("inf"))
-    before = [x.clone() for x in weights.all()]
-    weights.update(torch.ones((), device=DEVICE))
-    assert_equal(weights.all(), before)
-
-
 def test_tensors_that_are_not_aligned(backend):
-    expected = Weights(torch.bfloat16, True)
-    weights = Weights(torch.bfloat16, True)
+    """Their neighbours in memory do not change."""
+    expected, weights, memories = Weights(torch.bfloat16, True), Weights(torch.bfloat16, True), []
     for name in ("weights", "grads", "exp_avgs", "exp_avg_sqs", "rests"):
         moved = []
         for x in getattr(expected, name):
-            memory = torch.zeros(x.numel() + 1, dtype=x.dtype, device=DEVICE)
-            moved.append(memory[1:].as_strided(x.shape, x.stride(), 1).copy_(x))
+            memories.append(torch.ones(x.numel() + 2, dtype=x.dtype, device=DEVICE))
+            moved.append(memories[-1].as_strided(x.shape, x.stride(), 1).copy_(x))
         setattr(weights, name, moved)
     for each in (expected, weights):
         each.update()
     assert_equal(weights.all(), expected.all())
-
-
-def test_neighbours_in_memory_stay(backend):
-    memory = torch.ones(20, device=DEVICE)
-    weight = memory[4:11]
-    zeros = [torch.zeros(7, device=DEVICE) for _ in range(2)]
-    one = torch.ones((), device=DEVICE)
-    adamw_([weight], [torch.ones(7, device=DEVICE)], zeros[:1], zeros[1:], [], one, **SETTINGS)
-    assert (weight != 1).all()
-    assert (memory[:4] == 1).all()
-    assert (memory[11:] == 1).all()
-
-
-def test_nothing_to_do(backend):
-    adamw_([], [], [], [], [], torch.ones(()), **SETTINGS)
+    assert all(memory[0] == memory[-1] == 1 for memory in memories)
 
 
 def test_refuses():
@@ -135,3 +119,78 @@ def test_refuses():
         ({"weights": halves, "rests": [shorts[0][:2], shorts[1]]}, ValueError, r"rests has a tensor of shape \(2,\)"),
     ]
     assert_refuses(adamw_, args | {"rests": [], "step": torch.ones(())} | SETTINGS, changes)
+    adamw_([], [], [], [], [], torch.ones(()), **SETTINGS)  # nothing to do
+
+
+def floats(bits: list[int] | torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).to(DEVICE)
+
+
+def around_every_bfloat16() -> torch.Tensor:
+    """Bits of every value that 16 bits hold, of those halfway to the next, and of their neighbours."""
+    upper = torch.arange(1 << 16)[:, None] << 16
+    lower = torch.tensor([0, 1, 2, 0x1234, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0x8002, 0xEDCB, 0xFFFE, 0xFFFF])
+    return (upper + lower).flatten() + SIGN
+
+
+def check_halves(master: torch.Tensor, parameter: torch.Tensor, rest: torch.Tensor, joined: torch.Tensor) -> None:
+    number = ~master.isnan()
+    assert torch.equal(joined.view(torch.int32)[number], master.view(torch.int32)[number])
+    assert joined[~number].isnan().all()
+    assert parameter[~number].isnan().all()
+    finite = master.isfinite()
+    nearest = reference.nearest_bfloat16(master[finite].double())  # whose least unit float32 would flush
+    assert torch.equal(parameter.view(torch.int16)[finite], nearest.view(torch.int16))
+    assert torch.equal(parameter[number & ~finite], master[number & ~finite].bfloat16())
+    tie = rest == -32768
+    even = master.to(torch.bfloat16)
+    assert torch.equal(parameter[number & ~tie], even[number & ~tie]), "only ties differ from PyTorch"
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(SIGN, -SIGN - 1), min_size=1, max_size=50))
+@example([0x00007FFF, 0x00008000, 0x00018000, 0x007FFFFF, 0x00000001])  # subnormal
+@example([0x3FFF8000, 0x3FFFFFFF, 0x3F808000, 0x3F818000])  # into the next exponent; ties at even and odd
+@example([0x7F7F8000, 0x7F7FFFFF, INFINITY, 0x7FC00000, 0x7FFFFFFF, 0x7F800001])  # the largest, infinite, NaN
+@example([SIGN, SIGN | 0x7F7FFFFF, SIGN | INFINITY, -1, -32768, -32769])
+@example(around_every_bfloat16())
+def test_any_bits(bits):
+    master = floats(bits)
+    halves = Halves.of(master)
+    check_halves(master, *halves, halves.join())
+    assert torch.equal(master.view(torch.int32), floats(bits).view(torch.int32)), "the master stays"
+
+
+def test_the_layout_stays():
+    master = torch.randn(2, 3, 4, 4, device=DEVICE).to(memory_format=torch.channels_last)
+    halves = Halves.of(master)
+    assert halves.parameter.stride() == halves.rest.stride() == halves.join().stride() == master.stride()
+    assert torch.equal(halves.join(), master)
+    assert (halves.shape, halves.dtype, halves.nbytes) == (master.shape, master.dtype, master.nbytes)
+
+
+@jit()
+def _halves_kernel(master_ptr, high_ptr, rest_ptr, joined_ptr, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    high, rest = split_bits(tl.load(master_ptr + at, mask=at < N, other=0.0))
+    tl.store(high_ptr + at, high, mask=at < N)
+    tl.store(rest_ptr + at, rest, mask=at < N)
+    tl.store(joined_ptr + at, join_bits(high, rest), mask=at < N)
+
+
+def test_the_same_bits_in_triton(monkeypatch):
+    pytest.importorskip("triton")
+    quiet = around_every_bfloat16()
+    quiet = quiet[(quiet & 0x7FFFFFFF <= INFINITY) | (quiet & 0x400000 > 0)]  # NaN as arithmetic makes them
+    master = floats(quiet)
+    high, rest = (torch.empty_like(master, dtype=torch.int16) for _ in range(2))
+    joined = torch.empty_like(master)
+    args = master, high, rest, joined, len(master)
+    launch(_halves_kernel, (-(-len(master) // 65536),), *args, BLOCK=65536, num_warps=4)
+    check_halves(master, high.view(torch.bfloat16), rest, joined)
+    number = ~master.isnan()
+    parameter, plain = torch.empty_like(master, dtype=torch.bfloat16), torch.empty_like(rest)
+    split_(master, parameter, plain)
+    assert torch.equal(high[number], parameter.view(torch.int16)[number])
+    assert torch.equal(rest[number], plain[number])
+    assert torch.equal(join(parameter, plain)[number], joined[number])

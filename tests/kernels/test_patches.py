@@ -1,7 +1,5 @@
 """gather_patches against the float64 reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from asserts import assert_close, assert_refuses, relative
@@ -12,14 +10,8 @@ from support import DEVICE, DTYPES, MEAN, STD, each_backend, guarded, pairs, spl
 from fastmum.kernels import gather_patches, reference
 from fastmum.kernels.patches import _gather_patches_triton
 
-SIZES = [  # frames, rows, columns, patch side, visible
-    (1, 1, 1, 16, 1),
-    (1, 7, 5, 16, 1),
-    (3, 7, 5, 8, 34),
-    (2, 3, 4, 14, 12),
-    (5, 4, 4, 16, 4),
-    (2, 2, 3, 5, 3),
-]
+# Frames, rows, columns, patch side, visible.
+SIZES = [(1, 1, 1, 16, 1), (1, 7, 5, 16, 1), (3, 7, 5, 8, 34), (2, 3, 4, 14, 12), (5, 4, 4, 16, 4), (2, 2, 3, 5, 3)]
 
 
 def random_frames(F: int, rows: int, columns: int, p: int, C: int = 3) -> torch.Tensor:
@@ -42,28 +34,20 @@ def test_uint8(backend, size, dtype):
 def test_floating_point_frames_of_any_layout(backend, layout, dtype):
     frames, (ids, _) = torch.randn(2, 48, 32, 3, device=DEVICE).to(dtype), split_ids(2, 6, 4)
     given_frames = {
-        "last": guarded(frames),
-        "first": guarded(frames.permute(0, 3, 1, 2)),
-        "strided": strided(frames),
+        "last": guarded(frames), "first": guarded(frames.permute(0, 3, 1, 2)), "strided": strided(frames),
         "flipped": guarded(frames.transpose(1, 2)).transpose(1, 2),
-    }[layout]
+    }[layout]  # fmt: skip
     out = gather_patches(given_frames, ids, (0.0,) * 3, (1.0,) * 3, 16, torch.float32)
     truth = reference.gather_patches(frames, ids, (0.0,) * 3, (1.0,) * 3, 16, torch.float64)
     assert relative(out, truth) == 0
 
 
-def test_uint8_strided_and_int32_ids(backend):
-    frames, (ids, _) = random_frames(3, 2, 3, 16), split_ids(3, 6, 2, torch.int32)
-    truth = reference.gather_patches(frames, ids.long(), MEAN, STD, 16, torch.float64)
-    assert_close(gather_patches(strided(frames), strided(ids), MEAN, STD, 16, torch.float32), truth)
-
-
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels_and_tensor_statistics(backend, channels):
-    frames, (ids, _) = random_frames(2, 2, 2, 8, channels), split_ids(2, 4, 3)
+def test_strided_int32_ids_other_channels_and_tensor_statistics(backend, channels):
+    frames, (ids, _) = random_frames(2, 2, 2, 8, channels), split_ids(2, 4, 3, torch.int32)
     mean, std = torch.rand(channels), torch.rand(channels) + 0.5
-    out = gather_patches(frames, ids, mean, std, 8, torch.float32)
-    truth = reference.gather_patches(frames, ids, mean.tolist(), std.tolist(), 8, torch.float64)
+    out = gather_patches(strided(frames), strided(ids), mean, std, 8, torch.float32)
+    truth = reference.gather_patches(frames, ids.long(), mean.tolist(), std.tolist(), 8, torch.float64)
     assert_close(out, truth)
 
 
@@ -103,14 +87,10 @@ def test_offsets_beyond_32_bits(backend):
     assert_close(gather_patches(far, ids, MEAN, STD, 8, torch.float32), truth)
 
 
-def test_operator_contract(backend):
+def test_operator_contract_and_one_graph(backend):
     frames, (ids, _) = random_frames(2, 2, 3, 8), split_ids(2, 6, 2)
     args = (frames, ids, [0.1, 0.2, 0.3], [1.0, 2.0, 3.0], 8, torch.bfloat16)
     torch.library.opcheck(torch.ops.fastmum.gather_patches.default, args)
-
-
-def test_compiles_in_one_graph():
-    frames, (ids, _) = random_frames(2, 2, 3, 8), split_ids(2, 6, 2)
     compiled = torch.compile(gather_patches, fullgraph=True, backend="aot_eager")
     with torch.autocast(DEVICE, torch.bfloat16):
         out = compiled(frames, ids, MEAN, STD, 8, torch.float32)
@@ -124,7 +104,6 @@ def test_refuses():
         ({"frames": "x"}, TypeError, "frames is a str"),
         ({"frames": torch.zeros(2, 32, 32, 3, dtype=torch.int32)}, TypeError, "frames has dtype torch.int32"),
         ({"frames": torch.zeros(2, 32, 32, 4, dtype=torch.uint8)}, ValueError, r"frames has shape \(2, 32, 32, 4\)"),
-        ({"frames": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, ValueError, r"frames has shape \(2, 3, 32, 32\)"),
         ({"frames": torch.zeros(2, 32, 30, 3, dtype=torch.uint8)}, ValueError, "32 x 30 pixels"),
         ({"ids": torch.zeros(2, 1)}, TypeError, "ids has dtype torch.float32"),
         ({"ids": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"ids has shape \(3, 1\)"),

@@ -1,7 +1,5 @@
 """rope_qk and its gradient against the float64 reference, in place and not."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from asserts import assert_close, assert_refuses, check, check_compiles, relative
@@ -11,15 +9,8 @@ from support import DEVICE, DTYPES, each_backend, guarded, pairs, strided
 
 from fastmum.kernels import reference, rope_qk
 
-SIZES = [  # tokens, heads, head width, positions
-    (1, 1, 48, 1),
-    (37, 3, 64, 35),
-    (7, 16, 48, 6),
-    (35, 12, 64, 5),
-    (5, 5, 12, 9),
-    (3, 1, 1024, 4),
-    (9, 4, 26, 8),
-]
+# Tokens, heads, head width, positions.
+SIZES = [(1, 1, 48, 1), (37, 3, 64, 35), (7, 16, 48, 6), (35, 12, 64, 5), (5, 5, 12, 9), (3, 1, 1024, 4), (9, 4, 26, 8)]
 
 
 def problem(T: int, heads: int, d: int, N: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -74,14 +65,6 @@ def test_more_tokens_than_the_cpu_rotates_at_once(monkeypatch):
         assert torch.equal(rope_qk(qkv.clone(), positions, sin, cos, 3, inplace=inplace), expected)
 
 
-def test_in_place_is_in_place(backend):
-    qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
-    expected = rope_qk(qkv, positions, sin, cos, 2)
-    assert not torch.equal(expected, qkv)
-    assert rope_qk(qkv, positions, sin, cos, 2, inplace=True).data_ptr() == qkv.data_ptr()
-    assert torch.equal(qkv, expected)
-
-
 def test_autograd_guards_the_overwritten(backend):
     """Neither a leaf nor a tensor that the producer's backward pass needs may be overwritten."""
     qkv, positions, sin, cos = problem(9, 2, 16, 6, torch.float32)
@@ -100,7 +83,7 @@ def test_half_tables_strides_and_int32(backend):
     assert torch.equal(rope_qk(strided(qkv), strided(positions.int()), *halves, 2), expected)
     wide = torch.full((9, 100), float("nan"), device=DEVICE)
     wide[:, 2:98] = qkv
-    rope_qk(wide[:, 2:98], positions, sin, cos, 2, inplace=True)
+    assert rope_qk(wide[:, 2:98], positions, sin, cos, 2, inplace=True).data_ptr() == wide[:, 2:].data_ptr()
     assert torch.equal(wide[:, 2:98], expected)
     assert wide[:, :2].isnan().all()
     assert wide[:, 98:].isnan().all()
@@ -169,8 +152,6 @@ def test_refuses():
         ({"cos": torch.zeros(2, 8)}, ValueError, r"cos \(2, 8\)"),
         ({"special": "drop"}, ValueError, "special is 'drop'"),
         ({"parts": "vk"}, ValueError, "parts is 'vk'"),
-        ({"parts": "kv"}, ValueError, r"\(N, 12\)"),
-        ({"num_heads": 5}, ValueError, "48 wide"),
         ({"qkv": torch.zeros(48, 4).t(), "inplace": True}, ValueError, "qkv has strides"),
     ]
     assert_refuses(rope_qk, args, changes)

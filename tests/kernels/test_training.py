@@ -1,7 +1,5 @@
 """A model on the Triton kernels: repeatable, and as good as on PyTorch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from asserts import assert_equal
