@@ -43,7 +43,7 @@ setup(
     package_dir={"fastmum": "fastmum", **MAPPED},
     package_data={
         "fastmum": ["py.typed"],
-        "fastmum.report": ["*.css", "*.html", "*.js"],
+        "fastmum.report": ["*.html"],
         "fastmum.evaluate": ["*.html"],
         "fastmum.configs": ["*.yaml", "*/*.yaml"],
         "fastmum.launch": ["*.sh"],

@@ -10,6 +10,11 @@ class FastmumError(RuntimeError):
     """An error that a user can fix. The message is one line that names the file or key and the remedy."""
 
 
+def program(module: str) -> str:
+    """The running command for its `--help`: `fastmum train`, or `python -m fastmum.train`."""
+    return sys.argv[0] if sys.argv[0].startswith("fastmum ") else f"python -m {module}"
+
+
 def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run the body of a command and turn errors for the user into one line on stderr.
 

@@ -42,7 +42,7 @@ from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task
 from fastmum.engine.telemetry import Telemetry
-from fastmum.errors import run_command
+from fastmum.errors import program, run_command
 from fastmum.tasks import find_task
 
 log = logging.getLogger("fastmum")
@@ -236,12 +236,12 @@ def _due(done: int, every: int, steps: int) -> bool:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    lines = [f"{key.name} ({key.kind}, {key.default}): {key.meaning}" for key in describe_keys()]
+    lines = [f"{key.name} ({key.kind}, {key.default}): {key.meaning}" for key in describe_keys()]  # of MuM
     keys = "\n".join(textwrap.fill(line, 110, initial_indent="  ", subsequent_indent="      ") for line in lines)
     parser = argparse.ArgumentParser(
-        prog="python -m fastmum.train",
-        description="Pretrain a MuM encoder and decoder. A stopped run continues with the same command.",
-        epilog=f"keys (type, default):\n{keys}",
+        prog=program("fastmum.train"),
+        description="Train a task, by default MuM's pretraining. A stopped run continues with the same command.",
+        epilog=f"keys of MuM (type, default):\n{keys}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file, or the name of an installed one: quickstart")

@@ -89,7 +89,7 @@ def test_imports_load_nothing_heavy(code, heavy):
     assert run(f"import sys; {code}; print([name for name in {heavy} if name in sys.modules])") == "[]"
 
 
-def test_public_names():
+def test_names_of_the_package():
     assert set(fastmum.__all__) <= set(dir(fastmum))
     assert all(getattr(fastmum, name) is not None for name in fastmum.__all__)
     with pytest.raises(AttributeError, match="Mum"):

@@ -85,7 +85,8 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
             with recorder:
                 _place(model)
                 optimizer = optimizers.build_optimizer(model, OptimSection(), torch.bfloat16)
-                gradients, guard = Gradients(model.parameters(), DistContext()), NonFiniteGuard(torch.device("cpu"))
+                groups = optimizers.default_groups(model, OptimSection())
+                gradients, guard = Gradients(groups, DistContext()), NonFiniteGuard(torch.device("cpu"))
                 frames = torch.empty(batch.frames, batch.side, batch.side, 3, dtype=torch.uint8)
                 pixels = check_frames(frames, config.patch_size, config.in_chans)
                 patches = pixels.grid[0] * pixels.grid[1]
@@ -96,8 +97,8 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
 
             def update() -> None:
                 with recorder.counted_as(NORM):
-                    norm = gradients.norm()
-                found_inf = guard.judge(1, torch.empty(()), norm)
+                    (norm,) = gradients.norms()
+                found_inf = guard.check(1, torch.empty(()), norm)
                 with recorder.counted_as(OPTIMISER):
                     optimizer.step(1e-4, gradients.of, found_inf)
                 gradients.clear()

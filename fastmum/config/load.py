@@ -74,6 +74,7 @@ def describe_keys(section: type | None = None, prefix: str = "") -> Iterator[Key
         else:
             hint = hints[entry.name]
             kind = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
+            kind = kind.replace(" | None", " or null")
             yield Key(name, kind, value, entry.metadata["meaning"], entry.metadata["bounds"])
 
 

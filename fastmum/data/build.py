@@ -22,7 +22,7 @@ from fastmum.data.builders import BUILDERS
 from fastmum.data.builders.base import RULES, Builder, Option, Options
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
-from fastmum.errors import run_command
+from fastmum.errors import program, run_command
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ def _file(out: str | Path) -> Path:
 def _parser() -> argparse.ArgumentParser:
     description = "Build the manifest of a data set: which frames make up which sequences."
     epilog = "`python -m fastmum.data.build NAME --help` shows the rules and options of a data set."
-    parser = argparse.ArgumentParser(prog="python -m fastmum.data.build", description=description, epilog=epilog)
+    parser = argparse.ArgumentParser(prog=program("fastmum.data.build"), description=description, epilog=epilog)
     names = parser.add_subparsers(dest="name", metavar="NAME", required=True, title="data sets and their layouts")
     for name, builder in BUILDERS.items():
         released = f"\n--rule released: {builder.released}" if builder.released else ""

@@ -15,7 +15,7 @@ from fastmum.data.builders.base import names_in
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest
-from fastmum.errors import run_command
+from fastmum.errors import program, run_command
 
 BINS = (1, 2, 4, 8, 16, 24, 50, 100, 200, 500, 1000)  # lower bounds of the histogram's bins
 BAR = 40  # characters of its longest bar
@@ -163,7 +163,7 @@ def _write_sheet(manifest: Manifest, file: Path, sequences: int, seed: int) -> N
 
 def _parser() -> argparse.ArgumentParser:
     description = "What a manifest contains: sequences, frames, lengths, data sets, and how it was built."
-    parser = argparse.ArgumentParser(prog="python -m fastmum.data.inspect", description=description)
+    parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
     parser.add_argument("file", type=Path, metavar="FILE", help="the manifest")
     parser.add_argument("--check", action="store_true", help="look for missing files; exit code 1 if there are any")
     sheet = parser.add_mutually_exclusive_group()

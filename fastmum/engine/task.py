@@ -92,7 +92,10 @@ class Task(ABC):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The model on `world.device`, in float32. Frozen parts have `requires_grad=False` and are in `eval()`."""
+        """The model on `world.device`, in float32. Frozen parts have `requires_grad=False` and are in `eval()`.
+
+        Checkpoints do not contain frozen weights: a resumed run builds them again, so they must be the same.
+        """
 
     def blocks(self, model: Any) -> list[nn.Module]:
         """Modules whose matrices FSDP gathers one after another."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import fastmum
 from fastmum.data.errors import DataError
 from fastmum.engine.device import pick_device
-from fastmum.errors import FastmumError, run_command
+from fastmum.errors import FastmumError, program, run_command
 from fastmum.evaluate.attention import evaluate_attention
 from fastmum.evaluate.features import check_size, patch_size
 from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result, evaluate_cosine, evaluate_matching
@@ -74,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         "decoder's attention; and the effect of other views on the masked loss."
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="python -m fastmum.evaluate", description=description, **common)
+    parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
     commands = parser.add_subparsers(dest="task", required=True, metavar="|".join(HELP))
     for task, text in HELP.items():
         command = commands.add_parser(task, help=text, description=f"{text[0].upper()}{text[1:]}.", **common)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmum.errors import run_command
+from fastmum.errors import program, run_command
 from fastmum.export.formats import FORMATS, export
 from fastmum.pretrained.arguments import add_overrides, parse_overrides
 
@@ -15,7 +15,7 @@ from fastmum.pretrained.arguments import add_overrides, parse_overrides
 def _parser() -> argparse.ArgumentParser:
     formats = "\n".join(f"  {name:13}{kind.meaning} ({kind.suffix})" for name, kind in FORMATS.items())
     parser = argparse.ArgumentParser(
-        prog="python -m fastmum.export",
+        prog=program("fastmum.export"),
         description="Export weights: of a run's newest whole checkpoint, or of anything that load_pretrained reads.",
         epilog=f"formats:\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from fastmum.engine.device import pick_device
-from fastmum.errors import run_command
+from fastmum.errors import program, run_command
 from fastmum.features.extract import extract
 from fastmum.features.images import FeaturesError, Sizing, find_images
 from fastmum.features.pictures import write_pictures
@@ -23,7 +23,7 @@ MAX_NAMES = 10  # skipped images listed in the output
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m fastmum.features",
+        prog=program("fastmum.features"),
         description="CLS and patch tokens of images, and a picture of each image's patch tokens.",
     )
     add = parser.add_argument

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmum.errors import FastmumError, run_command
+from fastmum.errors import FastmumError, program, run_command
 from fastmum.files import write_atomic
 from fastmum.report.page import report_page
 from fastmum.report.run import distinct_labels, read_run
@@ -16,7 +16,7 @@ from fastmum.report.run import distinct_labels, read_run
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastmum.report",
+        prog=program("fastmum.report"),
         description="Write one HTML page about a run, finished or in progress: curves, reconstructions, cost, "
         "configuration, checkpoints and faults. The page needs no network and no other file. Several runs are drawn "
         "into the same charts.",

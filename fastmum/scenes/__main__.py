@@ -9,14 +9,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmum.errors import run_command
+from fastmum.errors import program, run_command
 from fastmum.scenes.cache import ScenesError, Settings, cached_folder, render_missing, scene_dirs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastmum.scenes",
+        prog=program("fastmum.scenes"),
         description="Render the embedded scenes: rooms and courtyards with pose, intrinsics and depth for every view. "
         "Scenes that exist are kept.",
     )
