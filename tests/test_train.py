@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -86,21 +85,6 @@ def wait_for_step(process, run, step):
             return
         time.sleep(0.02)
     pytest.fail(f"the run did not reach step {step}: {process.stderr.read()}")
-
-
-@pytest.mark.slow
-def test_killed_at_random_it_continues_as_if_nothing_had_happened(image_folder, tmp_path):
-    long = ("train.steps=60", "train.log_every=2", "train.checkpoint_every=7", "train.eval_every=30")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert main(words(image_folder, whole, *long)) == 0
-    rng = random.Random(os.getpid())
-    for low in (5, 25):
-        process = start(words(image_folder, killed, *long))
-        wait_for_step(process, killed, low + rng.randrange(10))
-        process.kill()
-        process.communicate()
-    assert main(words(image_folder, killed, *long)) == 0
-    assert losses(killed) == losses(whole)
 
 
 @pytest.mark.parametrize(
