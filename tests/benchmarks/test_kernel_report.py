@@ -1,7 +1,5 @@
 """The kernels' report: what the compiler makes of them, and that its formulas are the bytes that they access."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -21,31 +19,23 @@ SMALL = Sizes(frames=2, side=64, patch=16, width=128, heads=2)
 bf16, fp32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict]:
-    """The report for both architectures; in a process of its own, where Triton compiles instead of interpreting."""
+def run(*arguments: str) -> str:
+    """Standard output of Python in another process, where Triton compiles instead of interpreting."""
     pytest.importorskip("triton")
     clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
-    command = [sys.executable, "-m", "fastmum.kernels.report", "--arch", "sm_80", "--arch", "sm_90", "--json"]
-    result = subprocess.run(command, env=clean, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, *arguments], env=clean, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return result.stdout
 
 
 @pytest.mark.slow
-def test_nothing_spills(rows: list[dict]) -> None:
+def test_no_spills_wide_accesses_and_least_bytes() -> None:
+    """For both architectures."""
+    rows = json.loads(run("-m", "fastmum.kernels.report", "--arch", "sm_80", "--arch", "sm_90", "--json"))
     assert {row["arch"] for row in rows} == {"sm_80", "sm_90"}
     assert [row for row in rows if row["spills"]] == []
-
-
-@pytest.mark.slow
-def test_main_streams_are_vectorised(rows: list[dict]) -> None:
     assert [row for row in rows if row["vector"] is not None and row["vector"] < 0.95] == []
     assert {row["kernel"] for row in rows if row["vector"] is None} == {"total_norm root"}
-
-
-@pytest.mark.slow
-def test_bytes_are_the_least(rows: list[dict]) -> None:
     assert [row for row in rows if not 1 <= row["ratio"] <= 1.1] == []
 
 
@@ -59,11 +49,8 @@ for frames in (1, 2, 15, 16, 96):
 
 def test_the_number_of_frames_compiles_nothing_anew() -> None:
     """1 and multiples of 16 are special to Triton, unless an argument is excepted."""
-    pytest.importorskip("triton")
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
-    result = subprocess.run([sys.executable, "-c", SPECIALISATIONS], env=clean, capture_output=True, text=True)
-    found = result.stdout.splitlines()
-    assert len(found) == 5, result.stderr
+    found = run("-c", SPECIALISATIONS).splitlines()
+    assert len(found) == 5
     assert len(set(found)) == 1
 
 
@@ -80,11 +67,8 @@ for case in cases:
 
 def test_the_optimiser_uses_wide_accesses() -> None:
     """By a table of addresses, whose alignment the compiler cannot see."""
-    pytest.importorskip("triton")
-    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS")}
-    result = subprocess.run([sys.executable, "-c", OPTIMISER], env=clean, capture_output=True, text=True)
-    found = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [row[1:] for row in found] == 4 * [[0, 1.0]], result.stderr or found
+    found = [json.loads(line) for line in run("-c", OPTIMISER).splitlines()]
+    assert [row[1:] for row in found] == 4 * [[0, 1.0]], found
 
 
 def small_cases() -> list[Case]:
@@ -129,7 +113,7 @@ def test_formula_is_the_bytes_that_the_kernel_accesses(monkeypatch: pytest.Monke
     partial: list[int] = []
     counting = False
 
-    def run(self: object, *args: object, **kwargs: object) -> None:
+    def run_kernel(self: object, *args: object, **kwargs: object) -> None:
         nonlocal counting
         counting = case.kernel is None or self.fn.__name__ == case.kernel.__name__
         if counting:
@@ -150,7 +134,7 @@ def test_formula_is_the_bytes_that_the_kernel_accesses(monkeypatch: pytest.Monke
         return access
 
     plain_run = executor.__call__
-    monkeypatch.setattr(executor, "__call__", run)
+    monkeypatch.setattr(executor, "__call__", run_kernel)
     # Unmasked accesses go through the masked ones.
     monkeypatch.setattr(builder, "create_masked_load", spy("load", builder.create_masked_load, 1))
     monkeypatch.setattr(builder, "create_masked_store", spy("store", builder.create_masked_store, 2))

@@ -54,14 +54,11 @@ def test_training_pass_and_every_gradient(fixture):
         assert difference(parameter.grad, tensors[f"grad.{name}"]) < TOLERANCE, name
 
 
-def test_features(fixture):
+def test_features_and_intermediate_layers(fixture):
     features = fixture.model.forward_features(fixture.images)
     assert difference(features["x_norm_patchtokens"], fixture.tensors["features.patch"]) < TOLERANCE
     assert difference(features["x_norm_clstoken"], fixture.tensors["features.cls"]) < TOLERANCE
     assert torch.equal(fixture.model.norm(features["x_prenorm"])[:, 0], features["x_norm_clstoken"])
-
-
-def test_intermediate_layers(fixture):
     maps = fixture.model.get_intermediate_layers(fixture.images, n=2, reshape=True)
     for i, ours in enumerate(maps):
         assert difference(ours, fixture.tensors[f"intermediate.{i}"]) < TOLERANCE
