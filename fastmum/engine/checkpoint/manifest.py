@@ -101,7 +101,7 @@ class CheckpointManifest:
             if all(name.startswith("ema.") for name in names):
                 has, key = ("has no", "is") if names[0] in ours else ("has", "is not")
                 raise CheckpointError(
-                    f"checkpoint '{self.path}' {has} EMA weights, but train.ema {key} set: change it, or use another run.dir"
+                    f"checkpoint '{self.path}' {has} EMA weights, but train.ema {key} set; use another run.dir"
                 )
             more = f" and {len(wrong) - MAX_NAMES} more" if len(wrong) > MAX_NAMES else ""
             raise CheckpointError(f"checkpoint '{self.path}' does not fit: {', '.join(wrong[:MAX_NAMES])}{more}")
