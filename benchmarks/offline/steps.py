@@ -252,6 +252,6 @@ def _pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
         mock.patch.object(fastmum.kernels.adamw, "use_triton", _in_triton),
         mock.patch.object(fastmum.kernels.norm, "use_triton", _in_triton),
         mock.patch.object(fastmum.kernels.matmul, "SLOW_BFLOAT16", False),
-        mock.patch.dict(optimizers.BUNDLE, cpu=optimizers.BUNDLE["cuda"]),
+        mock.patch.dict(optimizers.CHUNK, cpu=optimizers.CHUNK["cuda"]),
     ):
         yield Recorder(gpu.arch, batch.sequences)
