@@ -52,6 +52,13 @@ def test_not_contiguous_and_int32_ids(backend):
     assert_equal(*(results(function, [visible, mask_token], expanded) for function in scatters(ids, 10)))
 
 
+def test_no_visible_patch(backend):
+    visible, mask_token, _, ids = problem(2, 5, 0, 64, torch.float32)
+    out = scatter_tokens(visible, mask_token, ids, 5)
+    assert torch.equal(out[:, :1], visible)
+    assert torch.equal(out[:, 1:], mask_token.expand(2, 5, 64))
+
+
 def test_mask_gradient_is_exact_where_visible_gradients_are_huge(backend):
     """Summing all and subtracting the visible would lose the masked tokens' share."""
     visible, mask_token, tokens, ids = problem(2, 9, 3, 64, torch.float32)
@@ -64,7 +71,7 @@ def test_mask_gradient_is_exact_where_visible_gradients_are_huge(backend):
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 80), st.integers(1, 300), st.data())
 def test_any_shape(F, P, D, data):
-    K = data.draw(st.integers(0, P))
+    K = data.draw(st.integers(1, P))
     visible, mask_token, tokens, ids = problem(F, P, K, D, torch.float32)
     for _ in each_backend():
         check(*scatters(ids, P), [visible, mask_token], tokens)
