@@ -6,8 +6,6 @@ From a checkout of CAPI, in an environment with fastmum; `python -m fastmum.capi
         model_loader_kwargs.pretrained_weights=runs/mine output_dir=out train_dataset_name=... test_dataset_name=...
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

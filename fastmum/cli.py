@@ -1,7 +1,5 @@
 """The `fastmum` command: `fastmum train ...` is `python -m fastmum.train ...`."""
 
-from __future__ import annotations
-
 import argparse
 import runpy
 import sys

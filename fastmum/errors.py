@@ -1,7 +1,5 @@
 """The base of errors that a user can fix, and how commands report them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 

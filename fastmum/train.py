@@ -1,7 +1,5 @@
 """Train: `python -m fastmum.train --config configs/quickstart.yaml [key.sub=value ...]`."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc

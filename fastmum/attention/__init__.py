@@ -4,8 +4,6 @@
 computes ragged attention from a plan that it makes of the batch's `Segments`.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

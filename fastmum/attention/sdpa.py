@@ -7,8 +7,6 @@ values with float32 results (`fp32_precision = "bf16"`); probabilities and gradi
 Legend: B (segment, head) pairs of a group; Lq, Lk tokens of a segment; d width of a head; P probabilities; S scores.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

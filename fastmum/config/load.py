@@ -1,7 +1,5 @@
 """Read a YAML file and command-line overrides into a checked configuration."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import operator

@@ -1,7 +1,5 @@
 """Configuration of MuM's pretraining: the engine's sections, and those of model, data and loss."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 

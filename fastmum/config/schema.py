@@ -1,7 +1,5 @@
 """Configuration keys: type, default, bounds and meaning in one place. The sections that every task shares."""
 
-from __future__ import annotations
-
 import operator
 import re
 from dataclasses import dataclass, field

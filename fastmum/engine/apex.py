@@ -1,7 +1,5 @@
 """FusedAdam of NVIDIA's Apex in the place of torch's fused AdamW (`optim.optimizer=apex`)."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

@@ -1,7 +1,5 @@
 """Device, precision and dtypes of a process, its batches on the device, and memory settings of the CPU."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import re

@@ -1,7 +1,5 @@
 """Processes of a run, one per device, started by torchrun or srun; and weights sharded over them (FSDP2)."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Matrix products of the blocks in 8-bit floating point, by torchao (`train.precision=fp8`)."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Published dense peak FLOP/s of GPUs, by the name that the driver reports; GPUs of the paper's runs."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The numbers of a log line: means of metrics, summed on the device; throughput, FLOP utilisation, device-hours."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -1,7 +1,5 @@
 """Start of a run: from scratch, or from a checkpoint of any number of processes and strategy."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from pathlib import Path

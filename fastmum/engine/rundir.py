@@ -1,7 +1,5 @@
 """The folder of a run, and the lines of its metrics.jsonl."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging

@@ -3,8 +3,6 @@
 Steps with a non-finite loss or gradient are skipped and counted on the device; too many in a row stop the run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

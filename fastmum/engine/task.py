@@ -1,7 +1,5 @@
 """The interface between the training engine and what it trains."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

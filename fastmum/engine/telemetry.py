@@ -3,8 +3,6 @@
 A full disk never stops training: metrics wait in memory until there is room again, pictures are dropped.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

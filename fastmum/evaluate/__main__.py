@@ -1,7 +1,5 @@
 """Evaluate weights: `python -m fastmum.evaluate matching|cosine|attention|views --weights W --data D [--out DIR]`."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

@@ -6,8 +6,6 @@ visible, and the last block, which in training outputs masked patches only, outp
 Legend: n pairs, P patches of a frame, h heads, d width of a head, G global blocks.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm

@@ -3,8 +3,6 @@
 Legend: F frames, N pairs, P patches of a frame, D width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

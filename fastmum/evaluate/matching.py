@@ -7,8 +7,6 @@ learning rate and weight decay. They form one tensor, so that a step reads the f
 Legend: Q probes, B pairs of a step, N pairs, P patches of a frame, D width.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

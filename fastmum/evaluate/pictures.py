@@ -3,8 +3,6 @@
 Legend: H W pixels, P patches of a frame, G global blocks.
 """
 
-from __future__ import annotations
-
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor

@@ -5,8 +5,6 @@ distance; the 1,000 matches with the best ratio to their second nearest are kept
 within 1, 2 or 5 cm of each other in space.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

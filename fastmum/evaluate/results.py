@@ -1,7 +1,5 @@
 """Results of evaluations: a folder of JSON files and pictures, a table next to the paper's numbers, and a page."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

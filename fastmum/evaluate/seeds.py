@@ -4,8 +4,6 @@ DIR is a folder of results of `fastmum.evaluate`. Weights whose names differ onl
 ...) are seeds of one model. Their means and standard deviations are printed as tables and, with --plots, drawn.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -7,8 +7,6 @@ each masked as in training, and, as a control, with as many views of another sce
 Legend: F frames of a batch, P patches of a frame, C numbers of views.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The formats, and `export`, which replaces existing files only on request and never leaves incomplete ones."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

@@ -3,8 +3,6 @@
 Legend: F frames, L tokens of a frame, P of them patches, D width, h heads, d width of a head.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The command line: `python -m fastmum.features IMAGES --weights W --out FILE`."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -1,7 +1,5 @@
 """Batches of images of equal size through an encoder, while the next ones are decoded."""
 
-from __future__ import annotations
-
 import os
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence

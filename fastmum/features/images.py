@@ -1,7 +1,5 @@
 """Input images: finding files, the size each image gets, and reading it at that size."""
 
-from __future__ import annotations
-
 import glob
 import math
 import os

@@ -3,8 +3,6 @@
 The directions are common to all images, so that equal colours are similar features.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 

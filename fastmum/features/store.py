@@ -4,8 +4,6 @@
 layers (n, D) and (n, P, D). Their description is JSON: the metadata key `about`, in an npz an array of that name.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Alignment of point clouds: Umeyama's similarity and point-to-point ICP."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

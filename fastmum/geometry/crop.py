@@ -1,7 +1,5 @@
 """Crops, resizes and flips that move image, depth, mask and K together, and the frames of VGGT and Reloc3r."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Arrays are NumPy, float64 inside; the matching metrics are torch, since evaluations score many matchers at once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -7,8 +7,6 @@ that shows the same point of the scene.
 Legend: N points, h w a coarse grid, H W pixels.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -3,8 +3,6 @@
 Tokens are packed, (T, D), over frames and sequences. A `Context` says which tokens attend to which and where they are.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

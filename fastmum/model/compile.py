@@ -1,7 +1,5 @@
 """Which parts of the model `torch.compile` compiles, and when."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

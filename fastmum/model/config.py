@@ -1,7 +1,5 @@
 """Sizes of the model, presets (paper, supplement, section A "Architecture"), and operations of a training step."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Legend: F frames, H W pixels, P patches of a frame, K visible ones, D width, T = F * (1 + K) packed tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Sequence
 from functools import partial
 from typing import cast

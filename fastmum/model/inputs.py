@@ -4,8 +4,6 @@ Checks raise a TypeError or ValueError that names the argument, its value and wh
 the same number of visible patches in every frame (paper, section 3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -8,8 +8,6 @@ Legend: F frames, H W pixels, p patch side, P patches of a frame, K visible, M m
 n consecutive sequences, T = F * (1 + P) packed tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial

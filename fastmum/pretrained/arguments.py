@@ -1,7 +1,5 @@
 """Overrides of `load_pretrained` on command lines: `--set norm_eps=1e-6`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ DINOv3 has separate q, k and v, registers (none here) and LayerScale (1 here). N
 folders, which all versions of transformers with this model (4.56 on) read.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """From a path to tensors: checkpoints of runs, safetensors, torch.save files. File names have no meaning."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Finding the state dict of a MuM among saved tensors, its sizes from their shapes, and errors of weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import re

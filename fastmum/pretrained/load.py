@@ -1,7 +1,5 @@
 """Models from weights: `fastmum.load_pretrained`. docs/weights.md lists what loads and how it is detected."""
 
-from __future__ import annotations
-
 import difflib
 import logging
 import os

@@ -1,7 +1,5 @@
 """Write a page about runs: `python -m fastmum.report RUN [RUN ...] [--out FILE]`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

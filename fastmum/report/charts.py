@@ -3,8 +3,6 @@
 Matplotlib draws with placeholder colours, which are replaced by CSS colours: the page chooses light or dark.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

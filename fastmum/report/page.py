@@ -1,7 +1,5 @@
 """HTML pages from Jinja templates: one file each, with style, script, charts and pictures inside."""
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools

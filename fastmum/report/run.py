@@ -1,7 +1,5 @@
 """Read the folder of a run: metrics, configuration, pictures, checkpoints and bad frames."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

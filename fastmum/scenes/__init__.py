@@ -3,8 +3,6 @@
 Importing this package, or opening scenes that exist, imports no renderer.
 """
 
-from __future__ import annotations
-
 from fastmum.scenes.cache import ScenesError, ensure_scenes, scene_dirs
 
 __all__ = ["ScenesError", "ensure_scenes", "scene_dirs"]

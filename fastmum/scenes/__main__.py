@@ -1,7 +1,5 @@
 """Render the embedded scenes: `python -m fastmum.scenes --help`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

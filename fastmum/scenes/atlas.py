@@ -4,8 +4,6 @@ Shapes: F = 6 S faces (numbered solid * 6 + side), L mip levels, N samples. texe
 space); offset_LF int64 is a level's first texel, height_LF and width_LF float32 its size; texel_F metres per texel.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

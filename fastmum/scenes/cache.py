@@ -3,8 +3,6 @@
 Only rendering imports NumPy, Pillow and the renderer.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -5,8 +5,6 @@ scene_0003/cameras.json: size, pixel_centre, depth_unit and, for each frame, fil
 (4 x 4, world to camera; camera axes x right, y down, z forward).
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

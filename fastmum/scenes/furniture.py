@@ -3,8 +3,6 @@
 A piece is a list of parts in metres, x to the right, y to the back, z up from the floor; its front faces -y.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

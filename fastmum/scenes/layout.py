@@ -3,8 +3,6 @@
 Shapes: V views; eye_V3 and look_V3 float64; T_V44 float64 world to camera, OpenCV axes (x right, y down, z forward).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

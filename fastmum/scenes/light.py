@@ -6,8 +6,6 @@ face and multiplied into the textures.
 Shapes: N nodes over all faces; x_3N positions in metres, n_3N normals, both float32; light_3N linear, any unit.
 """
 
-from __future__ import annotations
-
 from functools import reduce
 from typing import NamedTuple
 

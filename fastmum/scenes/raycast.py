@@ -6,8 +6,6 @@ have depth 1 along the optical axis, so their parameter t is the z-depth.
 Shapes: [H, W] the pixel grid, N rays, S solids; K_33 intrinsics, T_44 world to camera, both float64.
 """
 
-from __future__ import annotations
-
 from functools import reduce
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ World frame: metres, z up, the floor at z = 0 with the room's centre above the o
 the back. Nothing is placed within a margin of the camera path, so no camera is ever inside an object.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple

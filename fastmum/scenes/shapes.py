@@ -7,8 +7,6 @@ Shapes: S solids, N rays; o_3 or o_3N origins, d_3N directions, t_N float32; fac
 Sides of a box: +x -x +y -y +z -z. Cylinder: 0 mantle, 4 top, 5 bottom. Sphere: 0 and 1, the halves towards +x and -x.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any

@@ -7,8 +7,6 @@ Shapes: a material returns [3, h, w] float32 in 0..1, display space (the square 
 [FIELD, FIELD] float32, periodic, zero mean, unit deviation.
 """
 
-from __future__ import annotations
-
 import colorsys
 import importlib.util
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What the engine can train. A task is a subclass of `fastmum.engine.task.Task`, found by the key `run.task`."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 

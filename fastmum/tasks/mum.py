@@ -1,7 +1,5 @@
 """MuM's pretraining: masked reconstruction of the views of a scene (paper, section 3; supplement, "Sampling")."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping

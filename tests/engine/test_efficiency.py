@@ -8,8 +8,7 @@ from fastmum.config import load_config
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.gpus import PAPER_RUNS, PEAKS, peak_flops
 from fastmum.engine.meter import Efficiency, paper_line
-from fastmum.model.config import PRESETS
-from fastmum.model.flops import step_flops
+from fastmum.model.config import PRESETS, step_flops
 from fastmum.tasks.mum import MuMBatch, MuMTask
 
 CPU = torch.device("cpu")

@@ -4,8 +4,6 @@ Files are hashed while they are written. The newest intact checkpoint is verifie
 in place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -5,8 +5,6 @@ of the next step, by another thread and on CUDA by another stream; the next upda
 to float32 on the way.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import logging

@@ -4,8 +4,6 @@ A set is named by a word (`scenes`, `motorcycle`), by a path whose content ident
 (`megadepth:/path`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple

@@ -5,8 +5,6 @@ A record has `image_a`, `image_b`, `depth_a`, `depth_b` (paths, relative to the 
 `scene`) and `depth_unit` (factor of the stored depth; default 0.001 for PNGs, which are millimetres, else 1).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -9,8 +9,6 @@ information list the pairs and the cameras:
 - DKM and RoMa: `prep_scene_info/<scene>.npy`. The same, but pairs (N, 2) and overlaps (N,).
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Calibration of the images at a quarter of their size: documentation of `skimage.data.stereo_motorcycle`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cache
 

@@ -1,7 +1,5 @@
 """The rendered scenes: exact depth and pose for every frame (`fastmum/scenes/`)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from fastmum.data.depth import DepthFormat
