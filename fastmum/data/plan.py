@@ -203,7 +203,7 @@ class Mixture:
     Attributes:
         singles, multiple: (k,) data sets of single images, all of whose sequences have one frame; the other data sets
             that have a sequence of at least `views[0]` frames.
-        eligible: (data sets, views[1] + 1) number of sequences with at least so many frames.
+        eligible: (data sets, views[1] + 1) number of sequences with at least that many frames.
         notes: one line per data set that is not drawn according to its weight.
     """
 

@@ -228,7 +228,7 @@ def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
         yield chunk
 
 
-BASE_SAMPLES = 256  # the base learning rate is that of so many samples (frames) per step
+BASE_SAMPLES = 256  # the base learning rate is for this many samples (frames) per step
 
 
 def learning_rate(step: int, steps: int, optim: OptimSection, samples_per_step: int) -> float:

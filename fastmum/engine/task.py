@@ -138,7 +138,7 @@ class Task(ABC):
         return self.samples.micro_batch, 0.0
 
     def tokens(self, samples: int) -> float:
-        """Tokens of so many samples; 0 where that means nothing."""
+        """Tokens in a number of samples; 0 if the task has none."""
         return 0.0
 
     @property
