@@ -33,7 +33,12 @@ class Meter:
                 pair: tuple[Tensor | float, Tensor | float] = output.loss_sum.detach(), output.weight
             else:
                 pair = output.metrics[name]
-            values = [torch.as_tensor(x, dtype=torch.float64, device=device).reshape(-1) for x in pair]
+            # A fill, unlike a copy of a number from the host, does not wait for the device.
+            values = [
+                x.to(torch.float64).reshape(-1) if isinstance(x, Tensor)
+                else torch.full((1,), x, dtype=torch.float64, device=device)
+                for x in pair
+            ]  # fmt: skip
             columns.append(torch.stack(values))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
 
