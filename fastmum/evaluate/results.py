@@ -144,6 +144,8 @@ def _stem(content: dict[str, Any]) -> str:
 
 
 class Table(NamedTuple):
+    """Column names and rows of text."""
+
     names: list[str]
     rows: list[list[str]]
 

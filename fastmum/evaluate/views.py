@@ -42,6 +42,8 @@ class ViewSequence(NamedTuple):
 
 
 class SequenceSet(NamedTuple):
+    """Sequences of views to evaluate on."""
+
     name: str
     sequences: list[ViewSequence]  # at least two
     size: int  # default side of the resized pictures in pixels

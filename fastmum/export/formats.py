@@ -90,6 +90,8 @@ def _dinov3_features(folder: Path, images: Tensor) -> tuple[str, Tensor] | None:
 
 
 class Format(NamedTuple):
+    """A file format of exported weights."""
+
     suffix: str
     meaning: str  # for the help
     write: Callable[[Path, Pretrained], None]
@@ -119,6 +121,8 @@ ALIASES = {"transformers": "hf", "huggingface": "hf"}
 
 
 class Exported(NamedTuple):
+    """A written export."""
+
     file: Path  # a folder for some formats
     tensors: int
     parameters: int  # learnt values in the tensors

@@ -66,6 +66,8 @@ class Sizing:
 
 @dataclass
 class Images:
+    """Image files below a folder."""
+
     root: Path  # folder that names are relative to
     files: list[Path]
     skipped: dict[str, str] = field(default_factory=dict)  # names of unreadable files, and why; filled during reading

@@ -25,6 +25,8 @@ ABOUT = "about"
 
 
 class Tokens(NamedTuple):
+    """Features of an image."""
+
     cls: Tensor  # (D,), or (n, D) for several layers
     patch: Tensor  # (P, D) or (n, P, D), patches row by row
     placement: Placement  # of the image in the encoder's input

@@ -91,6 +91,7 @@ def eager(model: MuM) -> Iterator[None]:
 
 
 def blocks_of(model: MuM) -> tuple[Block, ...]:
+    """All blocks of encoder and decoder."""
     return (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks)
 
 

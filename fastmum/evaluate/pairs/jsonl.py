@@ -30,6 +30,7 @@ def file_of(path: Path) -> Path:
 
 
 def is_jsonl(path: Path) -> bool:
+    """Whether the path is a `.jsonl` file."""
     return file_of(path).is_file() and file_of(path).suffix == ".jsonl"
 
 

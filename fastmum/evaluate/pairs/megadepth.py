@@ -41,6 +41,7 @@ NO_TEST = (
 
 
 def is_megadepth(root: Path) -> bool:
+    """Whether a folder holds the scene files of MegaDepth-1500."""
     return root.is_dir() and bool(_information(root, "test"))
 
 

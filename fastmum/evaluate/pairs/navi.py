@@ -35,6 +35,7 @@ MILLIMETRE = 1e-3  # metres
 
 
 def is_navi(root: Path) -> bool:
+    """Whether a folder holds NAVI's annotated objects."""
     return root.is_dir() and any(root.glob("*/wild_set/annotations.json"))
 
 

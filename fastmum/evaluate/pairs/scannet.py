@@ -35,6 +35,7 @@ _TRAIN_SCANS = ("scans/scans_train", "train", "scans")
 
 
 def is_scannet(root: Path) -> bool:
+    """Whether a folder holds the list of ScanNet-1500."""
     return any((root / name).is_file() for name in _TEST)
 
 

@@ -34,6 +34,7 @@ def embedded_folders(part: str) -> list[Path]:
 
 
 def is_scenes(root: Path) -> bool:
+    """Whether a folder holds rendered scenes."""
     return root.is_dir() and any(root.glob("scene_*/cameras.json"))
 
 
