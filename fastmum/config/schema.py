@@ -52,13 +52,21 @@ class RunSection:
 
 @dataclass
 class OptimSection:
-    """AdamW and the learning-rate schedule (the paper's run by default)."""
+    """Optimizer and learning-rate schedule (the paper's run by default)."""
 
-    optimizer: str = key("adamw", "adamw (fused), or apex (NVIDIA's, built from source)", choices=("adamw", "apex"))
+    optimizer: str = key(
+        "adamw", "adamw (fused), muon (for matrices of the blocks; AdamW for the rest), or apex (NVIDIA's AdamW, built "
+        "from source)", choices=("adamw", "muon", "apex"),
+    )  # fmt: skip
     base_lr: float = key(1e-4, "peak learning rate for 256 frames per step, scaled linearly with them", above=0)
     weight_decay: float = key(0.05, "not applied to biases, norms and other 1-D parameters", least=0)
     betas: list[float] = key([0.9, 0.95], "AdamW's betas", least=0, below=1, length=2)
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
+    muon_lr_scale: float = key(1.0, "muon: learning rate of its matrices over that of AdamW", above=0)
+    orthogonalize: str = key(
+        "polar_express", "muon: coefficients of the five iterations, polar_express or newton_schulz (the classic ones)",
+        choices=("polar_express", "newton_schulz"),
+    )  # fmt: skip
     clip: float | None = key(None, "largest norm of the gradient; larger ones are scaled down. Empty: off", above=0)
     schedule: str = key(
         "cosine", "cosine, step (at milestones) or wsd (constant, then linear)", choices=("cosine", "step", "wsd")

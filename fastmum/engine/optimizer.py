@@ -12,13 +12,14 @@ import contextlib
 import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastmum.config.schema import OptimSection
+from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import local
 from fastmum.engine.task import ParamGroup, default_groups
 from fastmum.kernels.adamw import Halves, adamw_
@@ -39,6 +40,7 @@ class Weight(NamedTuple):
     rest: Tensor | None
     lr_scale: float = 1.0
     weight_decay: float = 0.0
+    matrices: int = 0  # those that Muon orthogonalises, stacked along the rows; 0: AdamW
 
     @property
     def stored(self) -> Tensor | Halves:
@@ -92,10 +94,19 @@ def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.d
 
 def build_optimizer(
     model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32,
-    groups: Sequence[ParamGroup] | None = None,
+    groups: Sequence[ParamGroup] | None = None, matrices: Mapping[nn.Parameter, int] | None = None,
+    world: DistContext | None = None, product_dtype: torch.dtype | None = None,
 ) -> Optimizer:  # fmt: skip
-    """The optimizer of a model with matrices of `dtype`; ConfigError if `optim.optimizer` cannot be used."""
+    """The optimizer of a model with matrices of `dtype`; ConfigError if `optim.optimizer` cannot be used.
+
+    For Muon: `matrices` as in `Task.matrices`, and the dtype of its products, by default `dtype`.
+    """
     weights = split_weights(model, groups or default_groups(model, optim), dtype)
+    if optim.optimizer == "muon":
+        from fastmum.engine.muon import Muon
+
+        weights = [w._replace(matrices=(matrices or {}).get(w.parameter, 0)) for w in weights]
+        return Muon(weights, optim, world or DistContext(), product_dtype or dtype)
     if optim.optimizer == "apex":
         from fastmum.engine.apex import ApexAdamW, find_fused_adam
 
@@ -111,14 +122,16 @@ def own_gradient(parameter: nn.Parameter) -> Tensor | None:
 class Optimizer(ABC):
     """Base of the implementations of AdamW. Each process updates its own shards.
 
-    `steps` counts the updates made, 0-d float32 on the device; `moments` has the two averages of every weight by name,
-    in its layout and sharding.
+    `steps` counts the updates made, 0-d float32 on the device; `moments` has the averages of every weight by name, in
+    its layout and sharding: of the gradient, and of its square (not for matrices of Muon).
     """
 
     def __init__(self, weights: list[Weight], optim: OptimSection) -> None:
         self.weights, self.optim = weights, optim
         zeros = functools.partial(torch.zeros_like, dtype=torch.float32)
-        self.moments = {w.name: (zeros(w.parameter.detach()), zeros(w.parameter.detach())) for w in weights}
+        self.moments = {
+            w.name: tuple(zeros(w.parameter.detach()) for _ in range(1 if w.matrices else 2)) for w in weights
+        }
         self.steps = torch.zeros((), device=weights[0].parameter.device)
 
     @abstractmethod
@@ -133,7 +146,8 @@ class Optimizer(ABC):
         state: dict[str, Tensor | Halves] = {"optimizer.steps": self.steps}
         for weight in self.weights:
             state[f"model.{weight.name}"] = weight.stored
-            state[f"exp_avg.{weight.name}"], state[f"exp_avg_sq.{weight.name}"] = self.moments[weight.name]
+            for kind, moment in zip(("exp_avg", "exp_avg_sq"), self.moments[weight.name], strict=False):
+                state[f"{kind}.{weight.name}"] = moment
         return state
 
 
@@ -145,7 +159,7 @@ class AdamW(Optimizer):
         # Local weight, gradient, moments and rest, by the settings that one call must have in common.
         updates: dict[tuple, list[list[Tensor]]] = {}
         for w in self.weights:
-            grad = gradient(w.parameter)
+            grad = None if w.matrices else gradient(w.parameter)
             if grad is not None:
                 rest = [] if w.rest is None else [w.rest]
                 tensors = [local(w.parameter.detach()), grad, *map(local, self.moments[w.name]), *rest]

@@ -103,6 +103,14 @@ class Task(ABC):
         """Parameter groups; the default is one group with the settings of `optim`."""
         return default_groups(model, self.config.optim)
 
+    def matrices(self, model: Any) -> dict[nn.Parameter, int]:
+        """Weights that Muon orthogonalises, and how many matrices each stacks along its rows (q, k and v: 3).
+
+        The default: the weight of every linear layer of the blocks, as one matrix.
+        """
+        linears = [m for block in self.blocks(model) for m in block.modules() if isinstance(m, nn.Linear)]
+        return {linear.weight: 1 for linear in linears if linear.weight.requires_grad}
+
     def buffers(self, model: Any) -> dict[str, Tensor]:
         """Buffers that training changes (statistics of batch norm, ...), saved in checkpoints."""
         return {}

@@ -102,6 +102,10 @@ class MuMTask(Task):
     def blocks(self, model: MuM) -> list[nn.Module]:
         return [*blocks_of(model)]
 
+    def matrices(self, model: MuM) -> dict[nn.Parameter, int]:
+        """The matrices of the blocks; q, k and v one by one."""
+        return super().matrices(model) | {block.attn.qkv.weight: 3 for block in blocks_of(model)}
+
     def manifest(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config.model_config)
 

@@ -1,0 +1,199 @@
+"""Muon: orthogonalised momentum for matrices, AdamW for the other weights (`optim.optimizer=muon`).
+
+Jordan et al., "Muon: an optimizer for hidden layers" (2024); scale of the updates from Liu et al., "Muon is scalable
+for LLM training" (2025). Processes share the work: each orthogonalises some of the matrices and sends them to the
+others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from fastmum.config.schema import ConfigError, OptimSection
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.gradients import local
+from fastmum.engine.optimizer import AdamW, GradientOf, Weight, own_gradient
+from fastmum.kernels.muon import NEWTON_SCHULZ, POLAR_EXPRESS, apply_, momentum_, orthogonalize
+
+MOMENTUM = 0.95  # Nesterov's, of Jordan et al.
+# Orthogonal matrices times 0.2 sqrt(max(rows, columns)) have the root mean square of AdamW's updates (Liu et al.).
+RMS = 0.2
+Coefficients = Sequence[tuple[float, float, float]]
+COEFFICIENTS: dict[str, Coefficients] = {"polar_express": POLAR_EXPRESS, "newton_schulz": NEWTON_SCHULZ}
+
+
+class Muon(AdamW):
+    """Muon for the weights with `matrices`, whose only moment is `exp_avg`; AdamW for the others.
+
+    Args:
+        weights: all trainable weights; those with `matrices` are replicated, or sharded by rows (FSDP).
+        dtype: of the products, torch.bfloat16 or torch.float32.
+
+    Raises:
+        ConfigError: no weight has `matrices`.
+    """
+
+    def __init__(self, weights: list[Weight], optim: OptimSection, world: DistContext, dtype: torch.dtype) -> None:
+        super().__init__(weights, optim)
+        matrices = [w for w in weights if w.matrices]
+        if not matrices:
+            raise ConfigError("optim.optimizer is muon, but the task names no matrices for it: take adamw")
+        self._coefficients = COEFFICIENTS[optim.orthogonalize]
+        sharded = [w for w in matrices if isinstance(w.parameter, DTensor)]
+        replicated = [w for w in matrices if not isinstance(w.parameter, DTensor)]
+        self._shares: list[_Share] = []
+        if replicated:
+            self._shares.append(_Replicated(replicated, dtype, world.rank, world.size, None))
+        if sharded:
+            mesh = cast(DTensor, sharded[0].parameter).device_mesh
+            group = mesh.get_group(mesh.ndim - 1)
+            self._shares.append(_Sharded(sharded, dtype, group.rank(), group.size(), group))
+
+    @torch.no_grad()
+    def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
+        for share in self._shares:
+            share.start(self.moments, gradient, found_inf, self._coefficients)
+        super().step(rate, gradient, found_inf)  # while matrices are sent
+        for share in self._shares:
+            alike: dict[tuple, list[tuple[Weight, Tensor]]] = defaultdict(list)
+            for w, update in share.finish():
+                alike[w.weight_decay, w.lr_scale, w.rest is None].append((w, update))
+            for (decay, lr_scale, whole), some in alike.items():
+                scales = [RMS * max(w.parameter.shape[0] // w.matrices, w.parameter.shape[1]) ** 0.5 for w, _ in some]
+                apply_(
+                    [local(w.parameter.detach()) for w, _ in some],
+                    [] if whole else [w.rest for w, _ in some if w.rest is not None], [update for _, update in some],
+                    rate * lr_scale * self.optim.muon_lr_scale, scales, decay, found_inf,
+                )  # fmt: skip
+
+
+class _Share(ABC):
+    """Matrices that processes orthogonalise together; `owners` has the rank that orthogonalises each.
+
+    The largest matrix goes to the process with the least work so far, and so on.
+    """
+
+    def __init__(
+        self, weights: Sequence[Weight], dtype: torch.dtype, rank: int, size: int, group: dist.ProcessGroup | None
+    ) -> None:
+        self.dtype, self.rank, self.size, self.group = dtype, rank, size, group
+        self.loads, self.owners = [0] * size, {}
+        for w in sorted(weights, key=_cost, reverse=True):
+            owner = min(range(size), key=self.loads.__getitem__)
+            self.loads[owner] += _cost(w)
+            self.owners[w.name] = owner
+        self.weights = sorted(weights, key=lambda w: self.owners[w.name])
+        self.work: dist.Work | None = None
+        self._updates: list[tuple[Weight, Tensor]] = []
+
+    def start(
+        self, moments: Mapping[str, tuple[Tensor, ...]], gradient: GradientOf, found_inf: Tensor | None,
+        coefficients: Coefficients,
+    ) -> None:  # fmt: skip
+        """Update the momentum of weights with a gradient, orthogonalise the own matrices and begin to send them."""
+        given = [(w, grad) for w in self.weights if (grad := gradient(w.parameter)) is not None]
+        weights = [w for w, _ in given]
+        averages = [local(moments[w.name][0]) for w in weights]
+        updates = self.run(weights, averages, [grad for _, grad in given], found_inf, coefficients) if given else []
+        self._updates = list(zip(weights, updates, strict=True))
+
+    def finish(self) -> list[tuple[Weight, Tensor]]:
+        """Weights and the local shards of their orthogonalised updates."""
+        if self.work is not None:
+            self.work.wait()
+        updates, self.work, self._updates = self._updates, None, []
+        return updates
+
+    @abstractmethod
+    def run(
+        self, weights: list[Weight], averages: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
+        coefficients: Coefficients,
+    ) -> list[Tensor]:  # fmt: skip
+        """The local shards of the updates, complete when `work` is."""
+
+
+class _Replicated(_Share):
+    """Every process has whole gradients and momenta: an all-gather of the orthogonalised matrices."""
+
+    def run(self, weights, averages, grads, found_inf, coefficients):
+        owners = [self.owners[w.name] for w in weights]
+        sizes = [a.numel() for a in averages]
+        longest = max(sum(n for n, o in zip(sizes, owners, strict=True) if o == rank) for rank in range(self.size))
+        flat = torch.empty(self.size, longest, dtype=self.dtype, device=averages[0].device)
+        updates, used = [], [0] * self.size
+        for average, owner in zip(averages, owners, strict=True):
+            updates.append(flat[owner].narrow(0, used[owner], average.numel()).view_as(average))
+            used[owner] += average.numel()
+        (own, *mine), (_, *others) = (
+            [[x for x, o in zip(values, owners, strict=True) if (o == self.rank) == is_own]
+             for values in (weights, averages, grads, updates)]
+            for is_own in (True, False)
+        )  # fmt: skip
+        momentum_(*mine, MOMENTUM, found_inf)
+        momentum_(others[0], others[1], [], MOMENTUM, found_inf)
+        _orthogonalize(own, mine[2], coefficients)
+        if self.size > 1:
+            own_part = flat[self.rank].clone()
+            self.work = dist.all_gather_into_tensor(flat.view(-1), own_part, group=self.group, async_op=True)
+        return updates
+
+
+class _Sharded(_Share):
+    """Every process has rows of each gradient and momentum: an all-to-all to the owners, and one back."""
+
+    def run(self, weights, averages, grads, found_inf, coefficients):
+        own = [w for w in weights if self.owners[w.name] == self.rank]
+        sent = [0] * self.size  # values for every owner
+        for w, average in zip(weights, averages, strict=True):
+            sent[self.owners[w.name]] += average.numel()
+        # Rows of own matrices on every process, and values from it.
+        rows = [[_rows(len(w.parameter), rank, self.size) for w in own] for rank in range(self.size)]
+        received = [sum(n * w.parameter.shape[1] for n, w in zip(some, own, strict=True)) for some in rows]
+        shards = torch.empty(sum(sent), dtype=self.dtype, device=averages[0].device)
+        parts = shards.split([a.numel() for a in averages])
+        updates = [part.view_as(average) for part, average in zip(parts, averages, strict=True)]
+        momentum_(averages, grads, updates, MOMENTUM, found_inf)
+        gathered = shards.new_empty(sum(received))
+        dist.all_to_all_single(gathered, shards, received, sent, group=self.group)
+        pieces = []  # of every process and own matrix
+        for part, some in zip(gathered.split(received), rows, strict=True):
+            values = part.split([n * w.parameter.shape[1] for n, w in zip(some, own, strict=True)])
+            pieces.append([x.view(-1, w.parameter.shape[1]) for x, w in zip(values, own, strict=True)])
+        matrices = [torch.cat(some) for some in zip(*pieces, strict=True)]
+        _orthogonalize(own, matrices, coefficients)
+        for of_matrix, counts, matrix in zip(zip(*pieces, strict=True), zip(*rows, strict=True), matrices, strict=True):
+            torch._foreach_copy_(of_matrix, matrix.split(counts))
+        self.work = dist.all_to_all_single(shards, gathered, sent, received, group=self.group, async_op=True)
+        return updates
+
+
+def _cost(weight: Weight) -> int:
+    """Operations of one iteration: two products with the Gram matrix, and its square."""
+    rows, columns = weight.parameter.shape[0] // weight.matrices, weight.parameter.shape[1]
+    small, large = min(rows, columns), max(rows, columns)
+    return weight.matrices * (4 * small * small * large + 2 * small**3)
+
+
+def _rows(rows: int, rank: int, size: int) -> int:
+    """Rows of a tensor that FSDP leaves to a rank."""
+    shard = -(-rows // size)
+    return max(0, min(shard, rows - rank * shard))
+
+
+def _orthogonalize(weights: list[Weight], updates: list[Tensor], coefficients: Coefficients) -> None:
+    """Orthogonalise updates (n * rows, columns) in place, all of one shape together."""
+    alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    for weight, update in zip(weights, updates, strict=True):
+        for matrix in update.chunk(weight.matrices):
+            matrix = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+            alike[tuple(matrix.shape)].append(matrix)
+    for some in alike.values():
+        torch._foreach_copy_(some, list(orthogonalize(torch.stack(some), coefficients).unbind()))
