@@ -1,8 +1,9 @@
-"""Processes that are started once for many tests: importing torch takes seconds."""
+"""A pool of processes that are started once for many tests, because importing torch takes seconds."""
 
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
@@ -10,9 +11,17 @@ from typing import Any
 
 SIZE = 4
 
-# Processes are forked from one that has imported everything and has no threads yet.
+# Forks of a server that has imported everything and has no threads.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["fastmum.train"])
+
+
+def wait_for(condition: Callable[[], Any], what: str = "it", seconds: float = 90) -> None:
+    """Fail if the condition is not true within this time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.01)
 
 
 class Failure(str):
@@ -35,8 +44,6 @@ class Pool:
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
-        for pipe in self._pipes:
-            pipe.recv()
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Results of `function(prepared, *args)` in the first `size` processes."""
@@ -51,7 +58,6 @@ class Pool:
         return outcomes
 
     def close(self) -> None:
-        """Kill the processes."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -62,10 +68,9 @@ def _work(pipe: Connection, prepare: Callable[..., Mapping[int, Any]], rank: int
 
     torch.set_num_threads(1)
     prepared = prepare(rank, *args)
-    pipe.send("ready")
     while True:
-        size, function, words = pipe.recv()
+        size, function, args = pipe.recv()
         try:
-            pipe.send(function(prepared[size], *words))
+            pipe.send(function(prepared[size], *args))
         except BaseException:
             pipe.send(Failure(traceback.format_exc()))

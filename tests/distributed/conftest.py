@@ -1,26 +1,26 @@
 import pytest
-from crew import Crew, free_port, run_main
-from processes import FORKSERVER
+from processes import FORKSERVER, Pool
+from runs import free_port, ranks_by_size, run_main, run_train
 
 
 @pytest.fixture(scope="session")
-def crew():
-    """Processes that train together, shared by all tests."""
-    crew = Crew()
-    yield crew
-    crew.close()
+def train_on():
+    """Train on 1, 2 or 4 processes; returns the results of `train`."""
+    pool = Pool(120, ranks_by_size)
+    yield lambda size, words: pool.run(size, run_train, free_port(), words)
+    pool.close()
 
 
 @pytest.fixture
 def start(image_folder, tmp_path):
-    """Start a run of several processes, in separate processes that are killed after the test."""
+    """Start a run in separate processes, which are killed after the test; each writes `log-<rank>`."""
     processes = []
 
     def start(size, *words):
         data = [] if "run.task=tiny" in words else [f"data.root={image_folder}"]
         port, words = free_port(), [*data, f"run.dir={tmp_path}/run", *words]
         started = [
-            FORKSERVER.Process(target=run_main, args=(rank, size, port, words, str(tmp_path / f"words-{rank}")))
+            FORKSERVER.Process(target=run_main, args=(rank, size, port, words, tmp_path / f"log-{rank}"))
             for rank in range(size)
         ]
         for process in started:

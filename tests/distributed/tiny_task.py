@@ -12,11 +12,15 @@ from fastmum.config.schema import EngineConfig, key
 from fastmum.engine.device import to_device
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput, Task
 
+TINY = [
+    "run.task=tiny", "optim.base_lr=0.2", "optim.warmup_steps=2", "optim.clip=0.3", "train.steps=20",
+    "train.log_every=1", "train.checkpoint_every=5", "train.keep_checkpoints=9", "train.eval_every=10",
+    "train.picture_every=20", "train.threads=1", "train.precision=fp32", "train.ema=0.9",
+]  # fmt: skip
+
 
 @dataclass
 class TinySection:
-    """Sizes."""
-
     hidden: int = key(16, "width of the head", least=1)
     batch: int = key(6, "samples of a micro-batch", least=1)
     batch_per_step: int | None = key(24, "samples of a step")
@@ -24,13 +28,11 @@ class TinySection:
 
 @dataclass
 class TinyConfig(EngineConfig):
-    """Of the task."""
-
     tiny: TinySection = field(default_factory=TinySection)
 
 
 class TinyModel(nn.Module):
-    """Regression of four values on features that do not learn."""
+    """Regression of four values on the features of a frozen encoder."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -56,8 +58,6 @@ class RunningModel(TinyModel):
 
 
 class TinyTask(Task):
-    """Masked regression."""
-
     Config = TinyConfig
     metrics = {"mae": Metric(4, "output")}  # noqa: RUF012
 
