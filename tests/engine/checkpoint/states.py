@@ -1,4 +1,4 @@
-"""States to save and load, and teams of processes that do it."""
+"""States to save and load, and process groups that do it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLACEMENTS = {"fsdp2": [Shard(0)], "hsdp": [Replicate(), Shard(0)]}
 SHAPES = {"even.weight": (8, 6), "uneven.weight": (7, 5), "token": (1, 1, 6), "conv.weight": (8, 3, 4, 4), "bias": (3,)}
 
 
-class Team(NamedTuple):
+class Ranks(NamedTuple):
     """The process group of a job, and meshes by strategy."""
 
     group: Any
@@ -29,14 +29,14 @@ class Team(NamedTuple):
 
 
 def join(rank, store):
-    """Connect a process of the pool; its teams by size."""
+    """Connect a process of the pool; returns its `Ranks` by size."""
     timeout = timedelta(seconds=TIMEOUT / 2)
     dist.init_process_group("gloo", store=dist.FileStore(store, SIZE), rank=rank, world_size=SIZE, timeout=timeout)
-    teams = {size: Team(dist.new_group(list(range(size)), backend="gloo"), {}) for size in (1, 2, 4)}
+    ranks = {size: Ranks(dist.new_group(list(range(size)), backend="gloo"), {}) for size in (1, 2, 4)}
     for size in (2, 4):  # every process takes part in making every mesh
-        teams[size].meshes["fsdp2"] = DeviceMesh("cpu", torch.arange(size))
-        teams[size].meshes["hsdp"] = DeviceMesh("cpu", torch.arange(size).view(2, size // 2))
-    return teams
+        ranks[size].meshes["fsdp2"] = DeviceMesh("cpu", torch.arange(size))
+        ranks[size].meshes["hsdp"] = DeviceMesh("cpu", torch.arange(size).view(2, size // 2))
+    return ranks
 
 
 def full_state(seed):
@@ -47,40 +47,37 @@ def full_state(seed):
         for kind in ("model", "exp_avg", "exp_avg_sq")
         for name, shape in SHAPES.items()
     }
-    for name in state:
-        if name.endswith("conv.weight"):
-            state[name] = state[name].to(memory_format=torch.channels_last)
+    for name in (name for name in state if name.endswith("conv.weight")):
+        state[name] = state[name].to(memory_format=torch.channels_last)
     state["optimizer.step"] = torch.tensor(float(seed))
     state["meter.losses"] = torch.randn(25, generator=random, dtype=torch.float64)
     return state
 
 
-def placed_state(team, strategy, seed):
+def placed_state(ranks, strategy, seed):
     """`full_state`, with weights and moments sharded by a strategy other than "ddp"."""
     return {
         name: tensor
         if strategy == "ddp" or name.startswith(("optimizer.", "meter."))
-        else distribute_tensor(tensor, team.meshes[strategy], PLACEMENTS[strategy])
+        else distribute_tensor(tensor, ranks.meshes[strategy], PLACEMENTS[strategy])
         for name, tensor in full_state(seed).items()
     }
 
 
-def save(team, folder, strategy, seed, step):
-    """Write a checkpoint."""
-    writer = Checkpoints(folder, keep=3, group=team.group)
-    writer.save(step, placed_state(team, strategy, seed), VALUES)
+def save(ranks, folder, strategy, seed, step):
+    writer = Checkpoints(folder, keep=3, group=ranks.group)
+    writer.save(step, placed_state(ranks, strategy, seed), VALUES)
     writer.close()
 
 
-def load(team, folder, strategy):
+def load(ranks, folder, strategy):
     """Load the newest checkpoint over other values; returns its step and the whole tensors."""
-    state = placed_state(team, strategy, seed=99)
+    state = placed_state(ranks, strategy, seed=99)
     before = dict(state)
-    manifest = load_newest(folder, state, CONFIG, team.group)
+    manifest = load_newest(folder, state, CONFIG, ranks.group)
     assert all(state[name] is tensor for name, tensor in before.items())
     return manifest.step, {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
 
 
 def assert_same(state, seed):
-    """Compare with `full_state`, exactly."""
     torch.testing.assert_close(state, full_state(seed), rtol=0, atol=0)

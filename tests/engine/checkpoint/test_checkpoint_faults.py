@@ -1,5 +1,6 @@
 """Processes killed while they write, disks that fill up."""
 
+import contextlib
 import os
 import random
 import subprocess
@@ -19,8 +20,8 @@ def counting_state(step):
     return {f"model.{i}": torch.full((1 << 18,), float(step)) for i in range(4)}
 
 
-def write_forever(folder, pipe):
-    """Resume from the newest checkpoint, write one after the other, and send the steps of those published."""
+def write_until_killed(folder, pipe):
+    """Resume from the newest checkpoint, write one per step, and send the steps of those published."""
     torch.set_num_threads(1)
     state = counting_state(0)
     manifest = load_newest(folder, state, CONFIG)
@@ -44,18 +45,16 @@ def test_killed_at_random_moments_an_intact_checkpoint_remains(tmp_path, times):
     partial = published = 0
     for _ in range(times):
         ours, theirs = FORKSERVER.Pipe()
-        process = FORKSERVER.Process(target=write_forever, args=(tmp_path, theirs))
+        process = FORKSERVER.Process(target=write_until_killed, args=(tmp_path, theirs))
         process.start()
         theirs.close()
         assert ours.recv() >= published
         time.sleep(rng.uniform(0.01, 0.2))
         process.kill()
         process.join()
-        try:
+        with contextlib.suppress(EOFError):
             while ours.poll():
                 published = ours.recv()
-        except EOFError:
-            pass
         partial += any(not (path / "checkpoint.json").exists() for path in tmp_path.iterdir())
         state = counting_state(-1)
         manifest = load_newest(tmp_path, state, CONFIG)

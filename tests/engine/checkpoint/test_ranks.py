@@ -13,47 +13,44 @@ LAYOUTS = [(1, "ddp"), (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"), (4, "hsdp")]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_layout_into_any_other(team, tmp_path, layout):
+def test_any_layout_into_any_other(ranks, tmp_path, layout):
     size, strategy = layout
-    team.run(size, save, tmp_path, strategy, 5, 12)
+    ranks.run(size, save, tmp_path, strategy, 5, 12)
     sizes = [file.stat().st_size for file in tmp_path.glob("*/*.distcp")]
     assert len(sizes) == size
     assert max(sizes) < 2 * min(sizes)  # the ranks share the work
     for size, strategy in LAYOUTS:
-        for step, state in team.run(size, load, tmp_path, strategy):
+        for step, state in ranks.run(size, load, tmp_path, strategy):
             assert step == 12
             assert_same(state, 5)
 
 
-def write_with_a_full_disk_on_rank_1(team, folder, strategy):
+def write_with_a_full_disk_on_rank_1(ranks, folder, strategy):
     """Three checkpoints; rank 1 cannot write the second (RLIMIT_FSIZE)."""
-    log, records = logging.getLogger("fastmum"), []
-    handler = logging.Handler()
+    handler, records, outcomes = logging.Handler(), [], []
     handler.emit = records.append
-    log.addHandler(handler)
-    writer = Checkpoints(folder, keep=3, group=team.group)
-    outcomes = []
+    logging.getLogger("fastmum").addHandler(handler)
+    writer = Checkpoints(folder, keep=3, group=ranks.group)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     for step in (1, 2, 3):
         if step == 2 and dist.get_rank() == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        writer.save(step, placed_state(team, strategy, step), VALUES)
+        writer.save(step, placed_state(ranks, strategy, step), VALUES)
         writer.before_update()
         try:
-            writer.wait()
-            outcomes.append("")
+            outcomes.append(writer.wait())
         except CheckpointError as error:
             outcomes.append(str(error))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    log.removeHandler(handler)
+    logging.getLogger("fastmum").removeHandler(handler)
     return outcomes, writer.failed, writer.newest.name, len(records)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "hsdp"])
-def test_one_rank_that_cannot_write_fails_on_all(team, tmp_path, strategy):
-    seen = team.run(4, write_with_a_full_disk_on_rank_1, tmp_path, strategy)
+def test_one_rank_that_cannot_write_fails_on_all(ranks, tmp_path, strategy):
+    seen = ranks.run(4, write_with_a_full_disk_on_rank_1, tmp_path, strategy)
     for rank, (outcomes, failed, newest, lines) in enumerate(seen):
-        assert outcomes[0] == outcomes[2] == ""
+        assert outcomes[0] is outcomes[2] is None
         assert "step_0000002'" in outcomes[1]
         assert "(rank 1: File too large)" in outcomes[1]
         assert (failed, newest, lines) == (1, "step_0000003", int(rank == 0))
@@ -61,11 +58,11 @@ def test_one_rank_that_cannot_write_fails_on_all(team, tmp_path, strategy):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def load_another_model(team, folder):
+def load_another_model(ranks, folder):
     with pytest.raises(CheckpointError, match=r"depth 2 \(configured: 9\)"):
-        load_newest(folder, placed_state(team, "fsdp2", 1), {**CONFIG, "depth": 9}, team.group)
+        load_newest(folder, placed_state(ranks, "fsdp2", 1), {**CONFIG, "depth": 9}, ranks.group)
 
 
-def test_all_ranks_refuse_another_model(team, tmp_path):
-    team.run(2, save, tmp_path, "fsdp2", 5, 12)
-    team.run(2, load_another_model, tmp_path)
+def test_all_ranks_refuse_another_model(ranks, tmp_path):
+    ranks.run(2, save, tmp_path, "fsdp2", 5, 12)
+    ranks.run(2, load_another_model, tmp_path)

@@ -1,4 +1,4 @@
-"""Weights & Biases: a stand-in of its client, and the real one offline."""
+"""Weights & Biases: a substitute of its client, and the real one offline."""
 
 import logging
 import sys
@@ -13,8 +13,8 @@ from fastmum.engine.telemetry import Telemetry, read_metrics
 CONFIG = {"train": {"steps": 7}}
 
 
-class StandIn:
-    """The client: records its calls, fails in the methods named in `fails`."""
+class Client:
+    """Records the calls; fails in the methods named in `fails`."""
 
     def __init__(self):
         self.runs, self.fails, self.starting_step = [], set(), 0
@@ -40,13 +40,13 @@ class StandIn:
 
     def _check(self, name):
         if name in self.fails:
-            raise ConnectionError(f"no way to the service in {name}\nwith details")
+            raise ConnectionError(f"{name} failed\nwith details")
 
 
 @pytest.fixture
 def service(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", stand_in := StandIn())
-    return stand_in
+    monkeypatch.setitem(sys.modules, "wandb", client := Client())
+    return client
 
 
 def log(folder, start=0, project="mum"):
@@ -67,9 +67,9 @@ def test_a_run_and_its_continuation(tmp_path, service):
     assert second["lines"] == [(3, {"loss": 1.0}), (3, {"reconstruction": (6, 4)})]
     assert first["finished"]
     kwargs = first["kwargs"]
-    expected = {"project": "mum", "name": "mine", "dir": str(tmp_path), "config": CONFIG, "resume": "allow"}
-    assert {key: kwargs[key] for key in expected} == expected
-    # A preempted run has little time: neither its start nor its end may hang on the network.
+    assert kwargs.items() >= {"project": "mum", "name": "mine", "dir": str(tmp_path), "resume": "allow"}.items()
+    assert kwargs["config"] == CONFIG
+    # A preempted run has little time to start and to end.
     assert all(0 < kwargs["settings"][key] <= 30 for key in ("init_timeout", "finish_timeout"))
     assert kwargs["id"] == second["kwargs"]["id"] != other["kwargs"]["id"]
 
@@ -80,13 +80,13 @@ def test_a_failure_is_one_warning(tmp_path, service, caplog, where):
     with caplog.at_level(logging.WARNING):
         log(tmp_path)
     (record,) = caplog.records
-    assert record.message.endswith(f"no way to the service in {where}")
+    assert record.message.endswith(f"{where} failed")
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
 
 
-def test_the_package_is_imported_only_if_it_is_asked_for(tmp_path, monkeypatch):
+def test_the_package_is_imported_only_if_configured(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match=r"telemetry.wandb is 'mum'.* pip install 'fastmum\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"telemetry\.wandb is 'mum'"):
         log(tmp_path)
     assert list(tmp_path.iterdir()) == []
     log(tmp_path, project=None)
