@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from fastmum import tasks
 from fastmum.config.load import load_config, peek_task
 from fastmum.engine.telemetry import read_metrics
@@ -62,15 +64,11 @@ def ranks_by_size(rank: int) -> dict[int, tuple[int, int]]:
     return {size: (rank, size) for size in (1, 2, 4)}
 
 
-def run_train(rank_and_size: tuple[int, int], port: int, words: list[str]) -> int | str:
-    """`train` in a process of a pool; returns its result, or the error."""
-    import torch.distributed as dist
-
+def run_train(rank_and_size: tuple[int, int], port: int, words: list[str]) -> int:
+    """`train` in a process of a pool."""
     set_environment(*rank_and_size, port)
     try:
         return train(load_config(None, words, tasks.find_task(peek_task(None, words)).Config))
-    except ValueError as error:  # of configuration or data
-        return f"{type(error).__name__}: {error}"
     finally:
         if dist.is_initialized():  # the run failed; the process continues with the next
             dist.destroy_process_group()

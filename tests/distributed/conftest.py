@@ -1,14 +1,27 @@
 import pytest
 from processes import FORKSERVER, Pool
-from runs import free_port, ranks_by_size, run_main, run_train
+from runs import free_port, numbers, ranks_by_size, run_main, run_train
 
 
 @pytest.fixture(scope="session")
-def train_on():
-    """Train on 1, 2 or 4 processes; returns the results of `train`."""
+def pool():
     pool = Pool(120, ranks_by_size)
-    yield lambda size, words: pool.run(size, run_train, free_port(), words)
+    yield pool
     pool.close()
+
+
+@pytest.fixture
+def run(request, pool, image_folder, tmp_path):
+    """Train in a folder on 1, 2 or 4 processes, with the `WORDS` of the test's module and more; returns the metrics."""
+
+    def run(name, size, *more):
+        words = [*request.module.WORDS, f"run.dir={tmp_path / name}", *more]
+        if "run.task=tiny" not in words:
+            words.append(f"data.root={image_folder}")
+        assert pool.run(size, run_train, free_port(), words) == [0] * size
+        return numbers(tmp_path / name)
+
+    return run
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_killed_at_random_moments_it_resumes_bit_for_bit(start, tmp_path, words,
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("rank", [0, 1])  # rank 0 holds the store
 def test_the_others_exit_and_name_a_dead_rank(start, tmp_path, number, rank):
-    processes = start(3, *MUM, *ENDLESS, "parallel.dead_after_s=2", "data.frames_per_step=18")
+    processes = start(3, *MUM, *ENDLESS, "parallel.dead_after_s=4", "data.frames_per_step=18")
     wait_for(reached(tmp_path / "run", 3), "a step")
     os.kill(processes[rank].pid, number)
     for other in {0, 1, 2} - {rank}:
@@ -75,7 +75,7 @@ def test_the_others_exit_and_name_a_dead_rank(start, tmp_path, number, rank):
 
 
 def test_the_others_report_the_error_of_a_rank(start, tmp_path, image_folder):
-    processes = start(2, *MUM, *ENDLESS, "parallel.dead_after_s=2", "data.cache_gb=0")
+    processes = start(2, *MUM, *ENDLESS, "parallel.dead_after_s=4", "data.cache_gb=0")
     wait_for(reached(tmp_path / "run", 3), "a step")
     for image in image_folder.glob("*/*"):
         image.write_bytes(b"broken")

@@ -1,10 +1,8 @@
 """A run is the same on any number of processes, by every strategy and mode, also if these change at a resume."""
 
-import itertools
-
 import numpy as np
 import pytest
-from runs import SMALL, numbers
+from runs import SMALL
 
 from fastmum.data.plan import MODES
 from fastmum.engine.checkpoint import set_aside_after
@@ -20,18 +18,15 @@ STRATEGIES = {
     "fsdp2": ["parallel.strategy=fsdp2"],
     "hsdp": ["parallel.strategy=hsdp", "parallel.shard=2"],
 }
-ALL = list(itertools.product((2, 4), STRATEGIES, MODES))
-QUICK = [(2, "ddp", "paper"), (4, "ddp", "packed"), (2, "fsdp2", "packed"), (4, "hsdp", "balanced")]
-
-
-@pytest.fixture
-def run(train_on, tmp_path, image_folder):
-    def run(name, size, *more):
-        words = [*WORDS, f"data.root={image_folder}", f"run.dir={tmp_path / name}", *more]
-        assert train_on(size, words) == [0] * size
-        return numbers(tmp_path / name)
-
-    return run
+BF16 = ["train.precision=bf16", "parallel.reduce=bf16", "model.recompute=blocks"]
+COMPILED = ["train.steps=5", "train.eval_every=5", "model.compile=full"]  # several processes: a graph per block
+QUICK = [
+    (2, "ddp", ["data.mode=paper"]), (4, "ddp", ["data.mode=packed"]), (2, "fsdp2", ["data.mode=packed"]),
+    (4, "hsdp", ["data.mode=balanced"]), (2, "fsdp2", BF16),
+]  # fmt: skip
+ALL = [(size, strategy, [f"data.mode={mode}"]) for size in (2, 4) for strategy in STRATEGIES for mode in MODES]
+if has_cpp_compiler():  # Inductor on the CPU
+    ALL += [(4, strategy, COMPILED) for strategy in STRATEGIES]
 
 
 def assert_same(ours, theirs, atol=1e-5):
@@ -43,28 +38,17 @@ def assert_same(ours, theirs, atol=1e-5):
 
 
 @pytest.mark.parametrize(
-    ("size", "strategy", "mode"), [pytest.param(*e, marks=() if e in QUICK else pytest.mark.exhaustive) for e in ALL]
+    ("size", "strategy", "more"),
+    [
+        *QUICK,
+        pytest.param(2, "ddp", BF16, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.exhaustive) for case in ALL if case not in QUICK),
+    ],
 )
-def test_as_one_process_with_the_same_global_batch(run, size, strategy, mode):
-    single = run("single", 1, f"data.mode={mode}")
-    several = run("several", size, f"data.mode={mode}", *STRATEGIES[strategy])
-    assert len(several) == 20
-    assert_same(several, single)
-
-
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_bfloat16(run, strategy):
-    bf16 = ("train.precision=bf16", "parallel.reduce=bf16", "model.recompute=blocks")
-    assert_same(run("several", 2, *bf16, *STRATEGIES[strategy]), run("single", 1, *bf16), atol=2e-3)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.skipif(not has_cpp_compiler(), reason="Inductor needs a C++ compiler on the CPU")
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_compiled(run, strategy):
-    """One graph on a single process, one per block on several."""
-    compiled = ("train.steps=5", "train.eval_every=5", "model.compile=full")
-    assert_same(run("several", 4, *compiled, *STRATEGIES[strategy]), run("single", 1, *compiled))
+def test_as_one_process_with_the_same_global_batch(run, size, strategy, more):
+    single, several = run("single", 1, *more), run("several", size, *more, *STRATEGIES[strategy])
+    assert len(several) == (5 if more is COMPILED else 20)
+    assert_same(several, single, atol=2e-3 if more is BF16 else 1e-5)
 
 
 @pytest.mark.slow
@@ -76,10 +60,3 @@ def test_another_number_of_processes_at_every_resume(run, tmp_path):
     for size, step, strategy in ((4, 5, "ddp"), (2, 10, "fsdp2"), (4, 10, "hsdp"), (1, 15, "ddp")):
         set_aside_after(tmp_path / "resumed/checkpoints", step)
         assert_same(run("resumed", size, *often, "data.frames_per_step=null", *STRATEGIES[strategy]), whole)
-
-
-def test_a_number_of_processes_that_does_not_divide_the_step(train_on, image_folder, tmp_path):
-    words = [*WORDS, f"data.root={image_folder}", f"run.dir={tmp_path}/run", "data.frames_per_step=18"]
-    for outcome in train_on(2, words):
-        assert "2 processes" in outcome
-        assert "start 1, 3 processes" in outcome

@@ -49,12 +49,11 @@ class RunningModel(TinyModel):
 
     def __init__(self, hidden: int) -> None:
         super().__init__(hidden)
-        self.register_buffer("mean", torch.zeros(hidden))
+        self.register_buffer("mean", torch.zeros(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self.trunk(self.encoder(x))
-        self.mean.lerp_(hidden.detach().mean(0), 0.1)
-        return self.out(torch.tanh(hidden - self.mean))
+        self.mean.lerp_(x.mean(0), 0.1)
+        return super().forward(x - self.mean)
 
 
 class TinyTask(Task):

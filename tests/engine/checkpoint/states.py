@@ -5,13 +5,14 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from processes import SIZE
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from fastmum.engine.checkpoint import Checkpoints, load_newest
+from fastmum.engine.checkpoint import CheckpointError, Checkpoints, load_newest
 
 TIMEOUT = 60  # seconds for a job
 CONFIG = {"depth": 2, "embed_dim": 32}
@@ -74,6 +75,8 @@ def load(ranks, folder, strategy):
     """Load the newest checkpoint over other values; returns its step and the whole tensors."""
     state = placed_state(ranks, strategy, seed=99)
     before = dict(state)
+    with pytest.raises(CheckpointError, match=r"depth 2 \(configured: 9\)"):
+        load_newest(folder, state, {**CONFIG, "depth": 9}, ranks.group)
     manifest = load_newest(folder, state, CONFIG, ranks.group)
     assert all(state[name] is tensor for name, tensor in before.items())
     return manifest.step, {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}

@@ -5,9 +5,9 @@ import resource
 
 import pytest
 import torch.distributed as dist
-from states import CONFIG, VALUES, assert_same, load, placed_state, save
+from states import VALUES, assert_same, load, placed_state, save
 
-from fastmum.engine.checkpoint import CheckpointError, Checkpoints, find_checkpoints, load_newest
+from fastmum.engine.checkpoint import CheckpointError, Checkpoints, find_checkpoints
 
 LAYOUTS = [(1, "ddp"), (2, "ddp"), (2, "fsdp2"), (4, "fsdp2"), (4, "hsdp")]
 
@@ -56,13 +56,3 @@ def test_one_rank_that_cannot_write_fails_on_all(ranks, tmp_path, strategy):
         assert (failed, newest, lines) == (1, "step_0000003", int(rank == 0))
     assert [found.manifest.step for found in find_checkpoints(tmp_path)] == [3, 1]
     assert not list(tmp_path.glob("*.partial"))
-
-
-def load_another_model(ranks, folder):
-    with pytest.raises(CheckpointError, match=r"depth 2 \(configured: 9\)"):
-        load_newest(folder, placed_state(ranks, "fsdp2", 1), {**CONFIG, "depth": 9}, ranks.group)
-
-
-def test_all_ranks_refuse_another_model(ranks, tmp_path):
-    ranks.run(2, save, tmp_path, "fsdp2", 5, 12)
-    ranks.run(2, load_another_model, tmp_path)
