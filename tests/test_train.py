@@ -36,10 +36,6 @@ def run(image_folder, tmp_path):
     return run
 
 
-def losses(run_dir):
-    return [r["loss"] for r in numbers(run_dir)]
-
-
 def test_files_and_metrics_of_a_run(run, tmp_path):
     assert run("run") == 0
     folder = tmp_path / "run"
@@ -89,7 +85,7 @@ def test_manifests(run, image_folder, tmp_path, mode, decoder):
     manifests = f"data.manifests=[{tmp_path}/a.arrow,{tmp_path}/b.arrow,{tmp_path}/images.arrow]"
     more = ("data.root=null", manifests, "data.weights={a: 2}", f"data.mode={mode}", f"data.decoder={decoder}")
     assert run("run", *more, "data.imagenet_share=0.5") == 0
-    assert len(losses(tmp_path / "run")) == 8
+    assert len(numbers(tmp_path / "run")) == 8
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -106,7 +102,7 @@ def test_a_resumed_run_keeps_its_seed_and_its_images(run, image_folder, tmp_path
     assert run("resumed", precision) == 0
     assert numbers(tmp_path / "resumed") == numbers(tmp_path / "whole")
     assert run("images", precision) == 0
-    assert len({tuple(losses(tmp_path / name)) for name in ("whole", "seed", "images")}) == 3
+    assert numbers(tmp_path / "seed") != numbers(tmp_path / "whole") != numbers(tmp_path / "images")
 
 
 def test_what_becomes_of_a_finished_run(run, tmp_path, caplog, capsys):
@@ -232,11 +228,8 @@ def test_a_data_set_of_broken_images_stops_the_run(run, image_folder, capsys):
         (["data.image_root=/nowhere"], "data.image_root is '/nowhere'"),
         (["data.root=null", "data.manifests=[/nowhere.arrow]"], "'/nowhere.arrow'"),
         (["data.weights={fodler: 2}"], "'fodler'"),
-        (["data.mode=full"], "data.mode is 'full', but must be one of packed, balanced, paper"),
-        (["data.decoder=gpu"], "data.decoder is 'gpu'"),
         (["data.views=[7,8]", "data.frames_per_batch=8"], "data.root"),
         (["train.stpes=3"], "'train.steps'"),
-        (["--config", "nowhere.yaml"], "'nowhere.yaml'"),
         (["train.device=tpu9"], "train.device is 'tpu9'"),
         (["train.device=meta"], "train.device is 'meta'"),
         (["run.dir=/proc/nowhere"], "run.dir is '/proc/nowhere'"),

@@ -48,6 +48,7 @@ def assert_same(ours, theirs, atol=1e-5):
 def test_as_one_process_with_the_same_global_batch(run, size, strategy, more):
     single, several = run("single", 1, *more), run("several", size, *more, *STRATEGIES[strategy])
     assert len(several) == (5 if more is COMPILED else 20)
+    assert several[-1]["held_out_loss"] < several[0]["loss"]
     assert_same(several, single, atol=2e-3 if more is BF16 else 1e-5)
 
 

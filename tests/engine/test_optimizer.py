@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmum import PRESETS, MuM
 from fastmum.config.schema import OptimSection
 from fastmum.engine import optimizer as engine_optimizer
 from fastmum.engine.checkpoint import Checkpoints, load_checkpoint, read_weights
@@ -25,13 +24,6 @@ from fastmum.engine.optimizer import (
 )
 from fastmum.engine.task import ParamGroup
 from fastmum.kernels.reference import nearest_bfloat16
-
-
-def loss_of(model: MuM, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    frames, noise = torch.randn(4, 3, 32, 48, generator=generator), torch.rand(4, 6, generator=generator)
-    with torch.autocast("cpu", torch.bfloat16):
-        return model(frames, [3, 1], 0.5, noise).loss
 
 
 @contextmanager
@@ -58,12 +50,14 @@ def test_training_equals_autocast_bit_for_bit(tiny, monkeypatch):
         {"params": [p for p in plain.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     theirs = torch.optim.AdamW(groups, betas=tuple(settings.betas), eps=settings.eps, fused=True)
-    for seed in range(4):
-        rate = 1e-2 / (1 + seed)
+    for step in range(4):
+        rate = 1e-2 / (1 + step)
         for group in theirs.param_groups:
             group["lr"] = rate
+        frames, noise = torch.randn(4, 3, 32, 48), torch.rand(4, 6)
         with ties_away_from_zero(plain):
-            losses = [loss_of(model, seed) for model in (tiny, plain)]
+            with torch.autocast("cpu", torch.bfloat16):
+                losses = [model(frames, [3, 1], 0.5, noise).loss for model in (tiny, plain)]
             assert torch.equal(*losses)
             for loss in losses:
                 loss.backward()
@@ -172,31 +166,6 @@ def test_schedules():
     assert [learning_rate(i, 10, wsd, 256) for i in (0, 1, 5, 6, 8, 10)] == pytest.approx([0.5, 1, 1, 1, 0.6, 0.2])
 
 
-def test_one_step_by_hand():
-    layer = torch.nn.Linear(2, 2)
-    weight, bias = (p.detach().clone() for p in layer.parameters())
-    groups = [ParamGroup([layer.weight], weight_decay=0.05), ParamGroup([layer.bias], lr_scale=0.5, weight_decay=0.05)]
-    optimizer = build_optimizer(layer, OptimSection(eps=0.0), groups=groups)
-    set_gradients(optimizer, torch.ones_like)
-    optimizer.step(0.1)
-    # The first step of Adam is the sign of the gradient.
-    torch.testing.assert_close(layer.weight.detach(), weight * (1 - 0.1 * 0.05) - 0.1)
-    torch.testing.assert_close(layer.bias.detach(), bias - 0.05)
-
-
-def test_a_skipped_step_changes_nothing(tiny):
-    optimizer = build_optimizer(tiny, OptimSection(), torch.bfloat16)
-    ema = Ema(optimizer.weights, 0.9)
-    set_gradients(optimizer)
-    optimizer.step(1e-3, found_inf=torch.zeros(()))
-    before = copy.deepcopy(optimizer.state() | ema.state())
-    set_gradients(optimizer, lambda p: torch.full_like(p, math.nan))
-    optimizer.step(1e-3, found_inf=torch.ones(()))
-    ema.update(torch.ones(()))
-    torch.testing.assert_close(optimizer.state() | ema.state(), before, rtol=0, atol=0)
-    assert optimizer.steps == 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ema_averages_the_float32_weights_and_is_applied_temporarily(tiny, dtype):
     optimizer = build_optimizer(tiny, OptimSection(), dtype)
@@ -209,11 +178,16 @@ def test_ema_averages_the_float32_weights_and_is_applied_temporarily(tiny, dtype
         for w in optimizer.weights:
             expected[w.name] = 0.75 * expected[w.name] + 0.25 * w.master
     torch.testing.assert_close(ema.state(), {f"ema.{name}": value for name, value in expected.items()})
-    before = copy.deepcopy(optimizer.state())
+    before = copy.deepcopy(optimizer.state() | ema.state())
     with ema.applied():
         for w in optimizer.weights:
             torch.testing.assert_close(w.parameter.float().detach(), expected[w.name], rtol=1e-2, atol=1e-6)
-    torch.testing.assert_close(optimizer.state(), before, rtol=0, atol=0)
+    # A skipped step changes nothing.
+    set_gradients(optimizer, lambda p: torch.full_like(p, math.nan))
+    optimizer.step(1e-2, found_inf=torch.ones(()))
+    ema.update(torch.ones(()))
+    torch.testing.assert_close(optimizer.state() | ema.state(), before, rtol=0, atol=0)
+    assert optimizer.steps == 3
 
 
 def test_frozen_weights_are_left_out(tiny):
@@ -226,18 +200,3 @@ def test_frozen_weights_are_left_out(tiny):
     assert len(optimizer.weights) == len(list(tiny.parameters())) - len(frozen)
     with pytest.raises(ValueError, match="mask_token"):
         build_optimizer(tiny, OptimSection(), groups=[ParamGroup(list(tiny.parameters()))])
-
-
-def test_one_batch_is_overfitted():
-    torch.manual_seed(0)
-    model = MuM(PRESETS["mum_tiny"])
-    frames = torch.nn.functional.interpolate(torch.rand(4, 3, 6, 6), size=(64, 64), mode="bicubic")
-    optimizer, noise, losses = build_optimizer(model, OptimSection()), torch.rand(4, 16), []
-    for _ in range(100):
-        loss = model(frames, [2, 2], 0.75, noise).loss
-        loss.backward()
-        optimizer.step(1e-3)
-        model.zero_grad()
-        losses.append(loss.item())
-    assert losses[0] > 0.95, "an untrained model knows no more than the patch mean"
-    assert losses[-1] < 0.5

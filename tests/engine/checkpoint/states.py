@@ -84,3 +84,11 @@ def load(ranks, folder, strategy):
 
 def assert_same(state, seed):
     torch.testing.assert_close(state, full_state(seed), rtol=0, atol=0)
+
+
+def assert_newest(path, seed):
+    """The newest checkpoint holds `full_state`; returns its manifest."""
+    state = full_state(99)
+    manifest = load_newest(path, state, CONFIG)
+    assert_same(state, seed)
+    return manifest

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from unittest.mock import MagicMock, call
 
 import pytest
 from PIL import Image
@@ -13,40 +14,14 @@ from fastmum.engine.telemetry import Telemetry, read_metrics
 CONFIG = {"train": {"steps": 7}}
 
 
-class Client:
-    """Records the calls; fails in the methods named in `fails`."""
-
-    def __init__(self):
-        self.runs, self.fails, self.starting_step = [], set(), 0
-
-    def Settings(self, **settings):
-        return settings
-
-    def Image(self, picture):
-        return picture.size
-
-    def init(self, **kwargs):
-        self._check("init")
-        self.runs.append({"kwargs": kwargs, "lines": [], "finished": False})
-        return self
-
-    def log(self, values, step):
-        self._check("log")
-        self.runs[-1]["lines"].append((step, values))
-
-    def finish(self):
-        self._check("finish")
-        self.runs[-1]["finished"] = True
-
-    def _check(self, name):
-        if name in self.fails:
-            raise ConnectionError(f"{name} failed\nwith details")
-
-
 @pytest.fixture
 def service(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", client := Client())
-    return client
+    """A substitute of the package."""
+    service = MagicMock()
+    service.init.return_value.starting_step = 0
+    service.Image = lambda picture: picture.size
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    return service
 
 
 def log(folder, start=0, project="mum"):
@@ -58,25 +33,28 @@ def log(folder, start=0, project="mum"):
 
 
 def test_a_run_and_its_continuation(tmp_path, service):
+    run = service.init.return_value
     log(tmp_path)
-    service.starting_step = 3  # the service has steps 1 and 2
+    run.starting_step = 3  # the service has steps 1 and 2
     log(tmp_path, start=1)
+    loss, picture = {"loss": 1.0}, {"reconstruction": (6, 4)}
+    expected = [(loss, 1), (loss, 2), (picture, 2), (loss, 3), (picture, 3)]
+    assert run.log.call_args_list == [call(values, step=step) for values, step in expected]
+    assert run.finish.call_count == 2
     log(tmp_path / "other")
-    first, second, other = service.runs
-    assert first["lines"] == [(1, {"loss": 1.0}), (2, {"loss": 1.0}), (2, {"reconstruction": (6, 4)})]
-    assert second["lines"] == [(3, {"loss": 1.0}), (3, {"reconstruction": (6, 4)})]
-    assert first["finished"]
-    kwargs = first["kwargs"]
-    assert kwargs.items() >= {"project": "mum", "name": "mine", "dir": str(tmp_path), "resume": "allow"}.items()
-    assert kwargs["config"] == CONFIG
+    first, second, other = (made.kwargs for made in service.init.call_args_list)
+    assert first.items() >= {"project": "mum", "name": "mine", "dir": str(tmp_path), "resume": "allow"}.items()
+    assert first["config"] == CONFIG
+    assert first["id"] == second["id"] != other["id"]
     # A preempted run has little time to start and to end.
-    assert all(0 < kwargs["settings"][key] <= 30 for key in ("init_timeout", "finish_timeout"))
-    assert kwargs["id"] == second["kwargs"]["id"] != other["kwargs"]["id"]
+    assert first["settings"] is service.Settings.return_value
+    assert all(0 < service.Settings.call_args.kwargs[key] <= 30 for key in ("init_timeout", "finish_timeout"))
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 def test_a_failure_is_one_warning(tmp_path, service, caplog, where):
-    service.fails.add(where)
+    method = service.init if where == "init" else getattr(service.init.return_value, where)
+    method.side_effect = ConnectionError(f"{where} failed\nwith details")
     with caplog.at_level(logging.WARNING):
         log(tmp_path)
     (record,) = caplog.records
