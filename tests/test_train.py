@@ -1,6 +1,5 @@
 """Whole runs through the command line, on a folder of small images."""
 
-import importlib.util
 import math
 import shutil
 import signal
@@ -19,11 +18,6 @@ from fastmum.engine.stop import REQUEUE
 from fastmum.engine.telemetry import read_metrics
 from fastmum.tasks.mum import MuMTask
 from fastmum.train import main
-
-needs_dali = pytest.mark.skipif(
-    importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None,
-    reason="DALI is not installed: pip install 'fastmum[dali]'",
-)
 
 
 @pytest.fixture
@@ -75,11 +69,11 @@ def test_a_signal_saves_and_the_run_resumes(run, image_folder, tmp_path, number,
     assert [r["step"] for r in numbers(folder)] == [*range(3, steps, 3), steps]
 
 
-@pytest.mark.parametrize(
-    ("mode", "decoder"), [("paper", "pillow"), pytest.param("balanced", "dali_cpu", marks=needs_dali)]
-)
+@pytest.mark.parametrize(("mode", "decoder"), [("paper", "pillow"), ("balanced", "dali_cpu")])
 def test_manifests(run, image_folder, tmp_path, mode, decoder):
     """Two data sets of sequences by weight, and single images."""
+    if decoder == "dali_cpu":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastmum[dali]'")
     for name in ("a", "b", "images"):
         build("folder", image_folder, tmp_path / f"{name}.arrow", dataset=name, single=name == "images")
     manifests = f"data.manifests=[{tmp_path}/a.arrow,{tmp_path}/b.arrow,{tmp_path}/images.arrow]"
@@ -212,13 +206,6 @@ def test_broken_images_are_counted_and_replaced_within_the_split(run, image_fold
     broken.write_bytes(whole)
     assert run("run", "train.steps=10") == 0
     assert read_metrics(folder / "metrics.jsonl")[-1]["bad_frames/folder"] == 1
-
-
-def test_a_data_set_of_broken_images_stops_the_run(run, image_folder, capsys):
-    for scene in image_folder.iterdir():
-        (scene / "2.png").write_bytes(b"broken")
-    assert run("run") == 2
-    assert "data set 'folder' cannot be decoded" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

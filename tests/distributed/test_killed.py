@@ -13,11 +13,8 @@ from tiny_task import TINY
 from fastmum.engine.checkpoint import find_checkpoints
 from fastmum.engine.stop import REQUEUE
 
-MUM = [*SMALL, "train.precision=fp32", "data.frames_per_step=12"]
-ENDLESS = (
-    "train.steps=100000", "model.compile=off", "train.eval_every=100000", "train.picture_every=100000",
-    "train.checkpoint_every=50",
-)  # fmt: skip
+MUM = [*SMALL, "train.precision=fp32", "data.frames_per_step=12", "model.compile=off"]
+ENDLESS = [f"train.{key}=100000" for key in ("steps", "eval_every", "picture_every")] + ["train.checkpoint_every=50"]
 
 
 def reached(run, step):
@@ -83,7 +80,7 @@ def test_the_others_report_the_error_of_a_rank(start, tmp_path, image_folder):
         process.join(timeout=60)
         assert process.exitcode == 2
     logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
-    assert any("error: " in log and "cannot be decoded" in log for log in logs), logs
+    assert any("error: " in log and "data set 'folder' cannot be decoded" in log for log in logs), logs
 
 
 @pytest.mark.parametrize(("words", "number"), [(MUM, signal.SIGUSR1), (TINY, signal.SIGTERM)])

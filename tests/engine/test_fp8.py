@@ -11,8 +11,6 @@ from fastmum.engine import fp8
 from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.model.compile import blocks_of
 
-needs_torchao = pytest.mark.skipif(not fp8.is_there(), reason="torchao is not installed: pip install 'fastmum[fp8]'")
-
 
 def test_needs_sm_89_and_torchao(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
@@ -28,19 +26,13 @@ def test_needs_sm_89_and_torchao(monkeypatch):
             check_fp8(torch.device("cuda"))
 
 
-@needs_torchao
-def test_only_layers_of_the_blocks_are_converted_and_the_state_stays(tiny):
+@pytest.mark.skipif(not fp8.is_there(), reason="torchao is not installed: pip install 'fastmum[fp8]'")
+def test_emulated_layers_of_the_blocks_are_close_to_bfloat16(tiny):
     plain = copy.deepcopy(tiny)
     # Two encoder blocks, a frame block and a global one, four layers each.
     assert use_fp8(tiny, blocks_of(tiny), emulate=True) == 4 * 4
     assert not any("Float8" in type(module).__name__ for module in (tiny.decoder_embed, tiny.decoder_pred))
     torch.testing.assert_close(tiny.state_dict(), plain.state_dict(), rtol=0, atol=0)
-
-
-@needs_torchao
-def test_emulated_products_are_close_to_bfloat16(tiny):
-    plain = copy.deepcopy(tiny)
-    use_fp8(tiny, blocks_of(tiny), emulate=True)
     frames, noise = torch.randn(4, 3, 64, 64), torch.rand(4, 16)
     gradients, losses = [], []
     for model in (plain, tiny):
