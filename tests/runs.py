@@ -49,25 +49,25 @@ def set_environment(rank: int, size: int, port: int) -> None:
         }  # fmt: skip
 
 
-def run_main(rank: int, size: int, port: int, words: list[str], log: Path) -> None:
+def run_main(rank: int, size: int, port: int, args: list[str], log: Path) -> None:
     """The command line in a separate process, with its output in a file."""
     stream = open(log, "w", buffering=1)  # noqa: SIM115 (until the process ends)
     os.dup2(stream.fileno(), 2)
     os.dup2(stream.fileno(), 1)
     sys.stderr = sys.stdout = stream
     set_environment(rank, size, port)
-    os._exit(main(words))
+    os._exit(main(args))
 
 
 def ranks_by_size(rank: int) -> dict[int, tuple[int, int]]:
     return {size: (rank, size) for size in (1, 2, 4)}
 
 
-def run_train(rank_and_size: tuple[int, int], port: int, words: list[str]) -> int:
+def run_train(rank_and_size: tuple[int, int], port: int, args: list[str]) -> int:
     """`train` in a process of a pool."""
     set_environment(*rank_and_size, port)
     try:
-        return train(load_config(None, words, tasks.find_task(peek_task(None, words)).Config))
+        return train(load_config(None, args, tasks.find_task(peek_task(None, args)).Config))
     finally:
         if dist.is_initialized():  # the run failed; the process continues with the next
             dist.destroy_process_group()

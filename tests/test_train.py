@@ -22,7 +22,7 @@ from fastmum.train import main
 
 @pytest.fixture
 def run(image_folder, tmp_path):
-    """Train in a folder with more words; returns the exit code."""
+    """Train in a folder with more arguments; returns the exit code."""
 
     def run(name, *more):
         return main([*SMALL, f"data.root={image_folder}", f"run.dir={tmp_path / name}", *more])

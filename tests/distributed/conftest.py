@@ -12,13 +12,13 @@ def pool():
 
 @pytest.fixture
 def run(request, pool, image_folder, tmp_path):
-    """Train in a folder on 1, 2 or 4 processes, with the `WORDS` of the test's module and more; returns the metrics."""
+    """Train in a folder on 1, 2 or 4 processes, with the `ARGS` of the test's module and more; returns the metrics."""
 
     def run(name, size, *more):
-        words = [*request.module.WORDS, f"run.dir={tmp_path / name}", *more]
-        if "run.task=tiny" not in words:
-            words.append(f"data.root={image_folder}")
-        assert pool.run(size, run_train, free_port(), words) == [0] * size
+        args = [*request.module.ARGS, f"run.dir={tmp_path / name}", *more]
+        if "run.task=tiny" not in args:
+            args.append(f"data.root={image_folder}")
+        assert pool.run(size, run_train, free_port(), args) == [0] * size
         return numbers(tmp_path / name)
 
     return run
@@ -29,11 +29,11 @@ def start(image_folder, tmp_path):
     """Start a run in separate processes, which are killed after the test; each writes `log-<rank>`."""
     processes = []
 
-    def start(size, *words):
-        data = [] if "run.task=tiny" in words else [f"data.root={image_folder}"]
-        port, words = free_port(), [*data, f"run.dir={tmp_path}/run", *words]
+    def start(size, *args):
+        data = [] if "run.task=tiny" in args else [f"data.root={image_folder}"]
+        port, args = free_port(), [*data, f"run.dir={tmp_path}/run", *args]
         started = [
-            FORKSERVER.Process(target=run_main, args=(rank, size, port, words, tmp_path / f"log-{rank}"))
+            FORKSERVER.Process(target=run_main, args=(rank, size, port, args, tmp_path / f"log-{rank}"))
             for rank in range(size)
         ]
         for process in started:

@@ -22,7 +22,7 @@ def reached(run, step):
 
 
 @pytest.mark.parametrize(
-    ("words", "kills", "steps"),
+    ("args", "kills", "steps"),
     [
         (TINY, 4, 40),
         ([*TINY, "train.precision=bf16"], 4, 40),
@@ -30,20 +30,20 @@ def reached(run, step):
         pytest.param([*MUM, "train.checkpoint_async=false"], 20, 60, marks=pytest.mark.exhaustive),
     ],
 )
-def test_killed_at_random_moments_it_resumes_bit_for_bit(start, tmp_path, words, kills, steps):
+def test_killed_at_random_moments_it_resumes_bit_for_bit(start, tmp_path, args, kills, steps):
     """With a checkpoint every other step, most moments are while one is written."""
-    words = [*words, f"train.steps={steps}", "train.checkpoint_every=2", "train.eval_every=20"]
+    args = [*args, f"train.steps={steps}", "train.checkpoint_every=2", "train.eval_every=20"]
     run, whole, rng = tmp_path / "run", tmp_path / "whole", random.Random(0)
 
     def finish(*more):
-        (process,) = start(1, *words, *more)
+        (process,) = start(1, *args, *more)
         process.join()
         assert process.exitcode == 0, (tmp_path / "log-0").read_text()
 
     finish(f"run.dir={whole}")
     killed = 0
     while killed < kills and not reached(run, steps)():
-        (process,) = start(1, *words)
+        (process,) = start(1, *args)
         # Some time after the first step of this process, or before it.
         first = max((record["step"] for record in numbers(run)), default=0)
         wait_for(reached(run, first + 1 - killed % 2), "a step")
@@ -83,9 +83,9 @@ def test_the_others_report_the_error_of_a_rank(start, tmp_path, image_folder):
     assert any("error: " in log and "data set 'folder' cannot be decoded" in log for log in logs), logs
 
 
-@pytest.mark.parametrize(("words", "number"), [(MUM, signal.SIGUSR1), (TINY, signal.SIGTERM)])
-def test_a_signal_to_one_process_makes_all_save_the_same_step(start, tmp_path, words, number):
-    processes = start(2, *words, *ENDLESS)
+@pytest.mark.parametrize(("args", "number"), [(MUM, signal.SIGUSR1), (TINY, signal.SIGTERM)])
+def test_a_signal_to_one_process_makes_all_save_the_same_step(start, tmp_path, args, number):
+    processes = start(2, *args, *ENDLESS)
     wait_for(reached(tmp_path / "run", 3), "a step")
     os.kill(processes[1].pid, number)
     for process in processes:

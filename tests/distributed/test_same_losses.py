@@ -9,7 +9,7 @@ from fastmum.engine.checkpoint import set_aside_after
 from fastmum.model.compile import has_cpp_compiler
 
 # A step has 24 frames in four micro-batches.
-WORDS = [
+ARGS = [
     *SMALL, "data.frames_per_step=24", "train.steps=20", "train.checkpoint_every=10", "train.eval_every=10",
     "train.eval_batches=3", "train.picture_every=20", "train.precision=fp32",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from fastmum.engine.checkpoint.writer import Snapshot
 from fastmum.engine.distributed import DistContext
 from fastmum.train import train
 
-WORDS = TINY
+ARGS = TINY
 STRATEGIES = {"ddp": (), "fsdp2": ("parallel.strategy=fsdp2",)}
 
 
@@ -63,8 +63,8 @@ def test_accumulation_and_processes_give_the_same_steps(run):
     single = run("single", 1)
     assert single[-1].keys() >= {"loss", "mae/output_2", "grad_norm", "grad_norm/trunk", "held_out_loss_ema"}
     assert single[-1]["loss"] < 0.9 * single[0]["loss"]
-    for strategy, words in STRATEGIES.items():
-        torch.testing.assert_close(run(strategy, 2, *words), single, rtol=1e-5, atol=1e-6)
+    for strategy, args in STRATEGIES.items():
+        torch.testing.assert_close(run(strategy, 2, *args), single, rtol=1e-5, atol=1e-6)
     # By default a step has one micro-batch per process.
     single, several = run("twelve", 1, "tiny.batch_per_step=12"), run("default", 2, "tiny.batch_per_step=null")
     torch.testing.assert_close(several, single, rtol=1e-5, atol=1e-6)
