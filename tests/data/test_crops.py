@@ -20,13 +20,9 @@ def reference(crop, width, height):
         if 0 < w <= width and 0 < h <= height:
             left, top = math.floor(crop[20] * (width - w + 1)), math.floor(crop[21] * (height - h + 1))
             return left, top, left + w, top + h
-    w, h = width, height
-    if width / height < low:
-        h = round(width / low)
-    elif width / height > high:
-        w = round(height * high)
-    w, h = max(w, 1), max(h, 1)
-    return (width - w) // 2, (height - h) // 2, (width - w) // 2 + w, (height - h) // 2 + h
+    w, h = max(min(width, round(height * high)), 1), max(min(height, round(width / low)), 1)
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
 @given(st.integers(0, 2**32), st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(0.2, 1.0), (0.9, 1.0)]))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fastmum.data.decode import make_decoder
-from fastmum.data.decode.image import crop_box, draw_crops
+from fastmum.data.decode.image import ORIENTATION, crop_box, draw_crops
 
 
 @pytest.fixture(params=["pillow", "dali_cpu"])
@@ -26,15 +26,29 @@ def photograph() -> Image.Image:
     return Image.fromarray(skimage.data.astronaut()).resize((200, 150), box=(0, 0, 512, 384))
 
 
-def draw_for(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return draw_crops(rng, count, (0.2, 1.0), (3 / 4, 4 / 3)), rng.random(count) < 0.5
+@pytest.fixture
+def save(tmp_path, photograph):
+    """Writes a file of an image, by default the photograph."""
+
+    def save(name, image=photograph, orientation=None, **options):
+        exif = Image.Exif()
+        if orientation:
+            exif[ORIENTATION] = orientation
+        image.save(tmp_path / name, **{"exif": exif} | options)
+        return tmp_path / name
+
+    return save
 
 
 @pytest.fixture
 def draw():
     """Crops and flips for a number of files."""
-    return draw_for
+
+    def draw(count):
+        rng = np.random.default_rng(0)
+        return draw_crops(rng, count, (0.2, 1.0), (3 / 4, 4 / 3)), rng.random(count) < 0.5
+
+    return draw
 
 
 def read_plainly(file, crop, flip, size=64) -> torch.Tensor:
@@ -47,27 +61,23 @@ def read_plainly(file, crop, flip, size=64) -> torch.Tensor:
     return torch.from_numpy(np.array(ImageOps.mirror(frame) if flip else frame))
 
 
-def grey_levels(a, b) -> float:
-    return (a.int() - b.int()).abs().float().mean().item()
-
-
 @pytest.fixture
 def distance():
     """Mean difference in grey levels."""
-    return grey_levels
+    return lambda a, b: (a.int() - b.int()).abs().float().mean().item()
 
 
 @pytest.fixture
-def check():
+def check(draw, distance):
     """Decode files and compare every frame with the reference: read, turn, crop, resize, flip the whole file."""
 
-    def check(decoder, files, tolerance=0.5, seed=0):
-        crops, flips = draw_for(len(files), seed)
+    def check(decoder, files, tolerance=0.5):
+        crops, flips = draw(len(files))
         frames, bad = decoder.decode(files, crops, flips)
         assert not bad
         assert (frames.shape, frames.dtype) == ((len(files), decoder.size, decoder.size, 3), torch.uint8)
         for file, frame, crop, flip in zip(files, frames, crops, flips, strict=True):
-            assert grey_levels(frame, read_plainly(file, crop, flip, decoder.size)) < tolerance, file.name
+            assert distance(frame, read_plainly(file, crop, flip, decoder.size)) < tolerance, file.name
         return frames
 
     return check

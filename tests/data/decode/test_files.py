@@ -2,8 +2,8 @@
 
 import os
 import struct
-import threading
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastmum.data.decode import make_decoder
-from fastmum.data.decode.image import ORIENTATION, whole_frames
+from fastmum.data.decode.image import whole_frames
 
 KINDS = {
     "jpg": ["RGB", "L", "CMYK"],
@@ -22,12 +22,6 @@ KINDS = {
     "gif": ["P"],
 }
 JPEGS = [{"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 30}]
-
-
-def oriented(orientation):
-    exif = Image.Exif()
-    exif[ORIENTATION] = orientation
-    return exif
 
 
 def in_mode(photograph, mode):
@@ -40,29 +34,20 @@ def in_mode(photograph, mode):
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_kinds_of_images(tmp_path, decoder, photograph, check, suffix):
-    files = [tmp_path / f"{mode.replace(';', '')}.{suffix}" for mode in KINDS[suffix]]
-    for file, mode in zip(files, KINDS[suffix], strict=True):
-        in_mode(photograph, mode).save(file, **({"lossless": True} if suffix == "webp" else {}))
-    for i, options in enumerate(JPEGS if suffix == "jpg" else []):
-        photograph.save(tmp_path / f"{i}.jpg", **options)
-        files.append(tmp_path / f"{i}.jpg")
+def test_kinds_of_images(decoder, photograph, save, check, suffix):
+    files = [save(f"{mode}.{suffix}", in_mode(photograph, mode), lossless=True) for mode in KINDS[suffix]]
+    files += [save(f"{i}.jpg", **options) for i, options in enumerate(JPEGS)] if suffix == "jpg" else []
     frames = check(decoder, files * 4)
     assert frames.float().std() > 20, "a picture, not a plain area"
 
 
-def test_photographs_are_turned_upright(tmp_path, decoder, photograph, check):
-    files = [tmp_path / f"{orientation}.{suffix}" for suffix in ("jpg", "png", "webp") for orientation in range(1, 9)]
-    for file in files:
-        photograph.save(file, exif=oriented(int(file.stem)))
-    check(decoder, files * 2)
+def test_photographs_are_turned_upright(decoder, save, check):
+    check(decoder, [save(f"{o}.{suffix}", orientation=o) for suffix in ("jpg", "png", "webp") for o in range(1, 9)] * 2)
 
 
-def test_images_smaller_than_a_frame(tmp_path, decoder, photograph, check):
+def test_images_smaller_than_a_frame(decoder, photograph, save, check):
     sizes = [(1, 1), (1, 9), (9, 1), (3, 2), (63, 65)]
-    files = [tmp_path / f"{width}x{height}.jpg" for width, height in sizes]
-    for size, file in zip(sizes, files, strict=True):
-        photograph.resize(size).save(file)
+    files = [save(f"{i}.jpg", photograph.resize(size)) for i, size in enumerate(sizes)]
     check(decoder, files * 3, tolerance=1)
 
 
@@ -93,11 +78,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("suffix", DAMAGE)
-def test_broken_files_are_detected_and_spare_the_others(tmp_path, decoder, photograph, suffix):
+def test_broken_files_are_detected_and_spare_the_others(decoder, save, suffix):
     reasons = DAMAGE[suffix]
-    files = [tmp_path / f"{i}.{suffix}" for i in range(2 * len(reasons) + 1)]
-    for file in files:
-        photograph.save(file)
+    files = [save(f"{i}.{suffix}") for i in range(2 * len(reasons) + 1)]
     crops, flips = whole_frames(len(files)), np.zeros(len(files), bool)
     intact = decoder.decode(files, crops, flips).frames
     for file, how in zip(files[1::2], reasons, strict=True):
@@ -109,12 +92,11 @@ def test_broken_files_are_detected_and_spare_the_others(tmp_path, decoder, photo
     assert torch.equal(frames[::2], intact[::2])
 
 
-def test_jpegs_with_flipped_bytes_never_raise(tmp_path, decoder, photograph):
-    photograph.save(tmp_path / "a.jpg")
+def test_jpegs_with_flipped_bytes_never_raise(tmp_path, decoder, save):
+    whole = save("a.jpg").read_bytes()
     files = [tmp_path / f"{seed}.jpg" for seed in range(5)]
     for seed, file in enumerate(files):
-        content = bytearray((tmp_path / "a.jpg").read_bytes())
-        rng = np.random.default_rng(seed)
+        content, rng = bytearray(whole), np.random.default_rng(seed)
         content[2:-2] = [b ^ int(rng.integers(256)) if rng.random() < 0.005 else b for b in content[2:-2]]
         file.write_bytes(content)
     frames, bad = decoder.decode(files, whole_frames(5), np.zeros(5, bool))
@@ -122,35 +104,27 @@ def test_jpegs_with_flipped_bytes_never_raise(tmp_path, decoder, photograph):
     assert set(bad) <= set(range(5))
 
 
-def test_data_after_the_end_of_a_jpeg_are_allowed(tmp_path, decoder, photograph):
-    photograph.save(tmp_path / "a.jpg")
-    crops, flips = whole_frames(1), np.zeros(1, bool)
-    before = decoder.decode([tmp_path / "a.jpg"], crops, flips).frames
-    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes() + b"trailer" * 500)
-    after, bad = decoder.decode([tmp_path / "a.jpg"], crops, flips)
-    assert not bad
-    assert torch.equal(before, after)
-
-
-def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photograph(tmp_path, decoder, photograph):
-    photograph.resize((32, 24)).save(tmp_path / "small.jpg")
+def test_the_end_of_a_jpeg_is_neither_that_of_the_file_nor_that_of_a_thumbnail(decoder, photograph, save):
     exif = Image.Exif()
-    exif.get_ifd(0x8769)[0x927C] = (tmp_path / "small.jpg").read_bytes()  # the maker's note may hold anything
-    photograph.save(tmp_path / "a.jpg", exif=exif)
-    whole = (tmp_path / "a.jpg").read_bytes()
+    exif.get_ifd(0x8769)[0x927C] = save("small.jpg", photograph.resize((32, 24))).read_bytes()  # the maker's note
+    file = save("a.jpg", exif=exif)
+    whole = file.read_bytes()
     assert whole.count(b"\xff\xd9") == 2
-    crops, flips = whole_frames(1), np.zeros(1, bool)
-    assert not decoder.decode([tmp_path / "a.jpg"], crops, flips).bad
-    (tmp_path / "a.jpg").write_bytes(whole[: len(whole) * 3 // 4])
-    assert decoder.decode([tmp_path / "a.jpg"], crops, flips).bad == {0: "truncated"}
+
+    def decode(content):
+        file.write_bytes(content)
+        return decoder.decode([file], whole_frames(1), np.zeros(1, bool))
+
+    longer = decode(whole + b"trailer" * 500)
+    assert not longer.bad
+    assert torch.equal(decode(whole).frames, longer.frames)
+    assert decode(whole[: len(whole) * 3 // 4]).bad == {0: "truncated"}
 
 
-def test_files_that_dali_fails_on_are_decoded_by_pillow(tmp_path, photograph, check):
+def test_files_that_dali_fails_on_are_decoded_by_pillow(save, check):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     decoder = make_decoder("dali_cpu", 64)
-    files = [tmp_path / f"{i}.png" for i in range(20)]
-    for file in files:
-        photograph.save(file)
+    files = [save(f"{i}.png") for i in range(20)]
     png = files[7].read_bytes()
     begin = png.index(b"IDAT")
     end = begin + 4 + struct.unpack(">I", png[begin - 4 : begin])[0]
@@ -160,27 +134,20 @@ def test_files_that_dali_fails_on_are_decoded_by_pillow(tmp_path, photograph, ch
 
 
 SHARED_SCENES = ["street_lund", "fox", "british_museum", "drone_brighton", "hololens_office", "sacre_coeur"]
-
-
-def photographs_of_skimage(folder):
-    folder.mkdir()
-    for name in ("astronaut", "coffee", "chelsea", "rocket", "camera", "brick", "grass", "gravel", "moon"):
-        image = Image.fromarray(getattr(skimage.data, name)())
-        image.save(folder / f"{name}.jpg", quality=92)
-        image.save(folder / f"{name}.png")
-    image.resize((2600, 2600)).save(folder / "large.jpg", quality=92)
-    return sorted(folder.iterdir())
+SKIMAGE = ["astronaut", "coffee", "chelsea", "rocket", "camera", "brick", "grass", "gravel", "moon"]
 
 
 @pytest.mark.parametrize(("origin", "size"), [("skimage", 48), ("shared", 96)])
-def test_decoders_agree_on_photographs(request, tmp_path, draw, distance, check, origin, size):
+def test_decoders_agree_on_photographs(request, save, draw, distance, check, origin, size):
     """For frames of 48 pixels Pillow decodes most of these files scaled."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     if origin == "shared":
         scenes = request.getfixturevalue("shared") / "data" / "scenes"
         files = [file for scene in SHARED_SCENES for file in sorted((scenes / scene).glob("*.jpg"))[:4]]
     else:
-        files = photographs_of_skimage(tmp_path / "photographs")
+        images = [Image.fromarray(getattr(skimage.data, name)()) for name in SKIMAGE]
+        files = [save(f"{i}.{s}", image, quality=92) for s in ("jpg", "png") for i, image in enumerate(images)]
+        files.append(save("large.jpg", images[-1].resize((2600, 2600)), quality=92))
     dali = check(make_decoder("dali_cpu", size), files)
     pillow = make_decoder("pillow", size).decode(files, *draw(len(files)))
     assert not pillow.bad
@@ -188,25 +155,21 @@ def test_decoders_agree_on_photographs(request, tmp_path, draw, distance, check,
     assert max(by_file.values()) <= 2, by_file
 
 
-def test_decoding_stays_in_its_thread(tmp_path, decoder, photograph, draw):
+def test_decoding_stays_in_its_thread(decoder, photograph, save, draw):
     """Thread pools of torch or DALI for each loader thread would compete with training."""
-    files = [tmp_path / "a.jpg", tmp_path / "b.png"] * 4
-    photograph.resize((1200, 900)).save(files[0], exif=oriented(6))
-    photograph.save(files[1])
+    files = [save("a.jpg", photograph.resize((1200, 900)), 6), save("b.png")] * 4
     crops, flips = draw(8)
     decoder.decode(files, crops, flips)  # DALI's one thread a pipeline starts here
-    counts = []
 
     def work():
-        counts.append(len(os.listdir("/proc/self/task")))
+        before = os.listdir("/proc/self/task")
         for _ in range(3):
             decoder.decode(files, crops, flips)
-        counts.append(len(os.listdir("/proc/self/task")))
+        return before, os.listdir("/proc/self/task")
 
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        before, after = pool.submit(work).result()
     torch.set_num_threads(threads)
-    assert counts[0] == counts[1]
+    assert len(before) == len(after)
