@@ -1,10 +1,13 @@
-"""Data sets with a folder per scene, on miniatures of their layouts: sequences by both rules, cameras, depth, masks."""
+"""Data sets with a folder per scene or object, on miniatures of their layouts: sequences, cameras, depth, masks."""
 
+import gzip
 import json
+import logging
 
 import numpy as np
 import pytest
 
+from fastmum.data.builders.objects import SEEN
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 
@@ -248,3 +251,92 @@ def test_imagenet(add, found):
         images = [f"{prefix}n01440764/n01440764_{i}.JPEG" for i in (2, 18, 100)] + [f"{prefix}n01443537/a.JPEG"]
         add(*images, f"{prefix}n01440764/readme.txt")
         assert found("imagenet").sequences == {image: [image] for image in images}
+
+
+def co3d(sequence, number, category="apple", **viewpoint):
+    return {
+        "sequence_name": sequence,
+        "frame_number": number,
+        "image": {"path": f"{category}/{sequence}/images/frame{number:06d}.jpg", "size": [200, 100]},
+        "viewpoint": {"R": np.eye(3).tolist(), "T": [0, 0, 0], "focal_length": [2, 2], "principal_point": [0, 0],
+                      "intrinsics_format": "ndc_isotropic"} | viewpoint,
+    }  # fmt: skip
+
+
+def annotate(raw, category, content):
+    (raw / category).mkdir(exist_ok=True)
+    content = content if isinstance(content, bytes) else gzip.compress(json.dumps(content).encode())
+    (raw / category / "frame_annotations.jgz").write_bytes(content)
+
+
+def test_co3d_takes_whole_sequences_of_at_least_24_frames(found, raw):
+    long = [co3d("189_20393_38136", i) for i in range(30, 0, -1)]
+    short = [co3d("110_13051_23361", i) for i in range(1, 24)]
+    annotate(raw, "apple", long[:10] + short + long[10:])
+    annotate(raw, "zebra", [co3d("1_2_3", i, "zebra") for i in range(1, 25)])
+    (raw / "no_annotations").mkdir()
+    expected = {
+        "apple/189_20393_38136": [f"apple/189_20393_38136/images/frame{i:06d}.jpg" for i in range(1, 31)],
+        "zebra/1_2_3": [f"zebra/1_2_3/images/frame{i:06d}.jpg" for i in range(1, 25)],
+    }
+    assert found("co3d").sequences == found("co3d", rule="released").sequences == expected
+    assert list(found("co3d", categories="seen").sequences) == ["apple/189_20393_38136"]
+    assert len(SEEN) == 41
+    assert found("co3d", min_frames=23).lengths["apple/110_13051_23361"] == 23
+    assert found("co3d", poses=False).poses("zebra/1_2_3") == [None] * 24
+
+
+def test_co3d_cameras_depth_and_masks(add, found, raw):
+    frames = [co3d("a", i, T=[i, 2 * i, 3]) for i in range(1, 25)]
+    for i, each in enumerate(frames):
+        path = f"apple/a/depths/frame{i}.jpg.geometric.png"
+        each |= {"depth": {"path": path, "scale_adjustment": 1 + i}, "mask": {"path": f"apple/a/masks/frame{i}.png"}}
+    frames[4]["viewpoint"] = frames[5]["depth"] = None
+    add("apple/a/depths/frame3.jpg.geometric.png", "apple/a/masks/frame4.png")
+    annotate(raw, "apple", frames)
+    apple = found("co3d")
+    poses, intrinsics = apple.poses("apple/a"), apple.intrinsics("apple/a")
+    assert np.allclose(poses[1], [[-1, 0, 0, -2], [0, -1, 0, -4], [0, 0, 1, 3], [0, 0, 0, 1]])
+    assert intrinsics[1].tolist() == [100, 100, 50, 100]
+    assert poses[4] is intrinsics[4] is None
+    assert apple.manifest.known == {"pose": 23, "intrinsics": 23, "depth": 1, "mask": 1}
+    assert apple.depths("apple/a")[3] == "apple/a/depths/frame3.jpg.geometric.png"
+    assert apple.depth_formats("apple/a") == {DepthFormat("co3d", 4.0, "z")}, "each frame has a separate unit"
+    assert apple.masks("apple/a")[4] == "apple/a/masks/frame4.png"
+
+
+def test_broken_annotations_of_co3d_are_named(raw, found):
+    blank = gzip.compress(b"[" + b" " * 10_000)[:-8]
+    for content in (b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b'[{"a": 1}]'), blank):
+        annotate(raw, "apple", content)
+        fails_in_one_line(found, "co3d", r"apple/frame_annotations\.jgz' cannot be read as CO3D")
+    annotate(raw, "apple", [co3d("a", 1, intrinsics_format="pixels")])
+    fails_in_one_line(found, "co3d", "intrinsics_format 'pixels'")
+
+
+def test_folders_with_images_in_natural_order(add, found, raw, tmp_path, caplog):
+    add("b10/10.png", "b10/9.jpg", "b10/1.PNG", "b9/images/x2.webp", "b9/images/x10.jpeg", "b9/notes.txt", "c/only.txt")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/0.png").touch()
+    (raw / "link").symlink_to(tmp_path / "elsewhere")
+    folders = found("folder")
+    assert folders.sequences == {
+        "b9/images": ["b9/images/x2.webp", "b9/images/x10.jpeg"],
+        "b10": ["b10/1.PNG", "b10/9.jpg", "b10/10.png"],
+        "link": ["link/0.png"],
+    }
+    assert list(folders.sequences) == ["b9/images", "b10", "link"]
+    assert found("folder", rule="released").sequences == folders.sequences
+
+
+def test_a_folder_of_images_is_one_sequence(add, found, raw):
+    add("0.png", "1.png", "below/0.png")
+    assert found("folder").sequences == {raw.name: ["0.png", "1.png"], "below": ["below/0.png"]}
+    assert found("folder", single=True).sequences == {n: [n] for n in ("0.png", "1.png", "below/0.png")}
+
+
+def test_depth_hidden_and_short_folders_are_left_out(add, found, caplog):
+    add("s/0.png", "s/1.png", "s/depth/0.png", "s/Masks/1.png", ".cache/0.png", "s/.0.png", "t/0.png")
+    with caplog.at_level(logging.INFO):
+        assert found("folder", min_frames=2).sequences == {"s": ["s/0.png", "s/1.png"]}
+    assert "2 folders of depth" in caplog.text
