@@ -314,29 +314,22 @@ def test_broken_annotations_of_co3d_are_named(raw, found):
     fails_in_one_line(found, "co3d", "intrinsics_format 'pixels'")
 
 
-def test_folders_with_images_in_natural_order(add, found, raw, tmp_path, caplog):
-    add("b10/10.png", "b10/9.jpg", "b10/1.PNG", "b9/images/x2.webp", "b9/images/x10.jpeg", "b9/notes.txt", "c/only.txt")
+def test_folders(add, found, raw, tmp_path, caplog):
+    """Every folder with images, in natural order; folders of depth and masks, and what is hidden, are left out."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/0.png").touch()
     (raw / "link").symlink_to(tmp_path / "elsewhere")
-    folders = found("folder")
-    assert folders.sequences == {
+    add("b10/10.png", "b10/9.jpg", "b10/1.PNG", "b9/images/x2.webp", "b9/images/x10.jpeg", "b9/notes.txt", "c/only.txt")
+    add("0.png", "b10/depth/0.png", "b10/Masks/1.png", ".cache/0.png", "b10/.0.png")
+    sequences = {
+        "raw": ["0.png"],
         "b9/images": ["b9/images/x2.webp", "b9/images/x10.jpeg"],
         "b10": ["b10/1.PNG", "b10/9.jpg", "b10/10.png"],
         "link": ["link/0.png"],
     }
-    assert list(folders.sequences) == ["b9/images", "b10", "link"]
-    assert found("folder", rule="released").sequences == folders.sequences
-
-
-def test_a_folder_of_images_is_one_sequence(add, found, raw):
-    add("0.png", "1.png", "below/0.png")
-    assert found("folder").sequences == {raw.name: ["0.png", "1.png"], "below": ["below/0.png"]}
-    assert found("folder", single=True).sequences == {n: [n] for n in ("0.png", "1.png", "below/0.png")}
-
-
-def test_depth_hidden_and_short_folders_are_left_out(add, found, caplog):
-    add("s/0.png", "s/1.png", "s/depth/0.png", "s/Masks/1.png", ".cache/0.png", "s/.0.png", "t/0.png")
     with caplog.at_level(logging.INFO):
-        assert found("folder", min_frames=2).sequences == {"s": ["s/0.png", "s/1.png"]}
+        assert list(found("folder").sequences.items()) == list(sequences.items())
     assert "2 folders of depth" in caplog.text
+    assert found("folder", rule="released").sequences == sequences
+    assert list(found("folder", min_frames=2).sequences) == ["b9/images", "b10"]
+    assert found("folder", single=True).sequences == {name: [name] for names in sequences.values() for name in names}
