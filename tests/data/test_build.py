@@ -17,19 +17,10 @@ from fastmum.data.manifest import Manifest
 def rooms(tmp_path):
     """Twenty folders of three files."""
     for scene in range(20):
-        folder = tmp_path / f"raw/scene{scene}"
-        folder.mkdir(parents=True)
+        (tmp_path / f"raw/scene{scene}").mkdir(parents=True)
         for i in range(3):
-            (folder / f"{i}.jpg").touch()
+            (tmp_path / f"raw/scene{scene}/{i}.jpg").touch()
     return tmp_path / "raw"
-
-
-def test_every_builder_is_in_the_documentation(request):
-    text = (request.config.rootpath / "docs/data.md").read_text()
-    table = {line.split("|")[1].strip(" `"): line for line in text.splitlines()[::-1] if line.startswith("| `")}
-    for name, builder in BUILDERS.items():
-        assert name in table
-        assert (builder.released is None) == ("| the same |" in table[name])
 
 
 def test_a_manifest_says_how_it_was_made(rooms, tmp_path, capsys):
@@ -86,44 +77,43 @@ def test_an_error_in_a_part_reaches_the_user_and_leaves_nothing(tmp_path):
 
 
 def test_errors_are_one_line(rooms, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for words, message in (
         (["--root", "nowhere"], "--root is 'nowhere'"),
         (["--out", "raw"], "--out is 'raw'"),
         (["--out", "raw/scene0/0.jpg/m"], "--out is 'raw/scene0/0.jpg/m'"),
-        (["--out", "/proc/m.arrow"], "cannot be written"),
-        (["--seed", "-1"], "--seed is -1, but must be at least 0"),
-        (["--min-frames", "9"], "of at least 9 frames (--min-frames); expected: any"),
+        (["--out", "/proc/m.arrow"], "/proc/m.arrow"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--min-frames", "9"], "--min-frames"),
     ):
-        monkeypatch.chdir(tmp_path)
         assert main(["folder", "--root", "raw", "--out", "m.arrow", *words]) == 2
-        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert len(error) == 1
-        assert message in error[0].replace(f"'{tmp_path}/", "'")
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert message in error.replace(f"{tmp_path}/", "")
         assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+    assert main(["video", "--root", "raw", "--out", "m", "--quality", "500"]) == 2
+    assert "--quality is 500" in capsys.readouterr().err
 
 
-def test_another_layout_names_the_expected_one(tmp_path, capsys):
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/notes.txt").touch()
+def test_every_builder_is_documented_and_names_its_layout(request, tmp_path, capsys, monkeypatch):
+    def text_of_help(*words):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    monkeypatch.setenv("COLUMNS", "1000")
+    page, listed = (request.config.rootpath / "docs/data.md").read_text(), text_of_help()
+    table = {line.split("|")[1].strip(" `"): line for line in page.splitlines()[::-1] if line.startswith("| `")}
+    (tmp_path / "notes.txt").touch()
     for name, builder in BUILDERS.items():
-        assert main([name, "--root", str(tmp_path / "raw"), "--out", str(tmp_path / "m")]) == 2
+        assert (builder.released is None) == ("| the same |" in table[name])
+        assert f"{name} " in listed
+        assert builder.layout in listed
+        assert main([name, "--root", str(tmp_path), "--out", str(tmp_path / "m")]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert builder.layout in error
         assert error.count("\n") == 1
-    assert main(["video", "--root", str(tmp_path), "--out", str(tmp_path / "m"), "--quality", "500"]) == 2
-    assert "--quality is 500, but must be at most 95" in capsys.readouterr().err
-
-
-def test_help_lists_data_sets_layouts_and_rules(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert all(f"{name} " in text and builder.layout in text for name, builder in BUILDERS.items())
-    with pytest.raises(SystemExit, match="0"):
-        main(["streetview3d", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = text_of_help("streetview3d")
     assert "--rule released: chunks of 24, the last one takes the rest" in text
     assert "--chunk" in text
 
@@ -135,31 +125,27 @@ def slow_build(root, out, workers):
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "add = writer._Spool.add\n"
         "writer._Spool.add = lambda *a: (add(*a), print('added', flush=True), time.sleep(60))\n"
-        f"sys.exit(build.main(['folder', '--root', sys.argv[1], '--out', sys.argv[2], '--workers', '{workers}']))"
+        "sys.exit(build.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", script, str(root), str(out)]
+    words = "folder", "--root", str(root), "--out", str(out), "--workers", str(workers)
+    command = [sys.executable, "-c", script, *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "added\n"
     return process
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
-def test_a_signal_leaves_the_older_file(rooms, tmp_path, number, workers):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0), (signal.SIGKILL, 2)])
+def test_a_signal_leaves_the_older_file_and_no_worker(rooms, tmp_path, number, workers):
     out = tmp_path / "m.arrow"
     out.write_text("older")
     process = slow_build(rooms, out, workers)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=50)
+    _, errors = process.communicate(timeout=50)  # workers hold the inherited pipe, which closes with the last of them
+    assert out.read_text() == "older"
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        return
     assert process.returncode == 128 + number, errors
     assert "nothing was written" in errors
     assert "Traceback" not in errors
-    assert out.read_text() == "older"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.arrow", "raw"]
-
-
-def test_workers_leave_when_the_build_is_killed(rooms, tmp_path):
-    """They hold the inherited pipe, which closes with the last of them."""
-    process = slow_build(rooms, tmp_path / "m.arrow", 2)
-    process.kill()
-    process.communicate(timeout=50)
-    assert process.returncode == -signal.SIGKILL
