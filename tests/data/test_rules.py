@@ -63,19 +63,6 @@ def test_overlap_equals_intersections_of_sets(seen, random):
         assert overlap.ranked(i).tolist() == sorted(expected, key=lambda j: (-expected[j], j))
 
 
-# Shared points: 01 3, 02 2, 12 2, 23 1; image 4 shares none.
-FIVE = [{1, 2, 3, 4}, {1, 2, 3, 5}, {3, 4, 5, 6}, {6}, {9}]
-
-
-def test_chains_of_overlap_by_hand():
-    chains = drawn(overlap_chains, FIVE, 4000)
-    by_anchor = {chain[0]: chain for chain in chains}
-    assert by_anchor == {0: [0, 1, 2, 3], 1: [1, 0, 2, 3], 2: [2, 0, 1], 3: [3, 2, 0, 1]}
-    anchors = np.bincount([chain[0] for chain in chains], minlength=5)
-    assert anchors == pytest.approx([1000, 1000, 1000, 1000, 0], abs=100), "drawn evenly"
-    assert drawn(overlap_chains, [{1}, {2}, set()]) == drawn(overlap_chains, []) == []
-
-
 @settings(deadline=None)
 @given(scenes, st.integers(2, 12))
 def test_chains_of_overlap_equal_the_rule_on_sets(seen, length):
@@ -91,23 +78,19 @@ def test_chains_of_overlap_equal_the_rule_on_sets(seen, length):
         assert len(chain) >= 2
 
 
-def test_missing_files_cost_the_released_script_sequences():
-    present = np.array([True, False, True, True, True])
-    found = drawn(nearest_of_anchor, FIVE, 60, 4, present)
-    assert 30 < len(found) < 60
-    nearest = {0: [0, 2, 3, 4], 2: [2, 0, 3, 4], 3: [3, 2, 0, 4], 4: [4, 0, 2, 3]}
-    assert {sequence[0]: sequence for sequence in found} == nearest
-    assert drawn(nearest_of_anchor, FIVE, 10, 6) == drawn(nearest_of_anchor, FIVE, 10, 5, present) == []
-
-
 @settings(deadline=None)
-@given(scenes, st.integers(2, 10))
-def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length):
-    found = drawn(nearest_of_anchor, seen, 5, length)
-    assert len(found) == (5 if len(seen) >= length else 0)
+@given(scenes, st.integers(2, 10), st.lists(st.booleans(), min_size=10, max_size=10), st.booleans())
+def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length, present, whole):
+    """An anchor whose file is missing costs a sequence; other missing files are left out."""
+    present = [whole or each for each in present[: len(seen)]]
+    found = drawn(nearest_of_anchor, seen, 5, length, None if whole else np.array(present))
+    drawn_from_all = drawn(nearest_of_anchor, seen, 5, 1)
+    assert [anchor for anchor, *_ in found] == [
+        i for (i, *_) in drawn_from_all if present[i] and sum(present) >= length
+    ]
     for anchor, *others in found:
-        nearest = sorted(set(range(len(seen))) - {anchor}, key=lambda j: (-len(seen[anchor] & seen[j]), j))
-        assert others == nearest[: length - 1]
+        images = [j for j in range(len(seen)) if present[j] and j != anchor]
+        assert others == sorted(images, key=lambda j: (-len(seen[anchor] & seen[j]), j))[: length - 1]
 
 
 def test_bounds_of_the_rule_are_inclusive():

@@ -56,20 +56,14 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(sources):
     assert not np.array_equal(found.training.plan(3).rows, other.training.plan(3).rows)
 
 
-def test_single_images_are_not_held_out(sources):
-    found = sources("data.image_root=../images", "data.imagenet_share=0.5")
-    assert found.manifests.datasets == ("folder", "images")
-    assert found.manifests.num_sequences == 4 + 24
-    assert found.shown.tolist() == [2]
-    assert drawn(found.held_out) == {2}
-    assert drawn(found.training) == set(range(28)) - {2}
-
-
-def test_a_data_set_of_weight_zero_is_neither_trained_on_nor_held_out(sources, image_folder, tmp_path):
+def test_neither_single_images_nor_data_sets_of_weight_zero_are_held_out(sources, image_folder, tmp_path):
     build("folder", image_folder, tmp_path / "a.arrow", dataset="a")
-    found = sources("data.manifests=[../a.arrow]", "data.weights={a: 0}")
-    assert found.manifests.datasets == ("a", "folder")
-    assert drawn(found.training) | drawn(found.held_out) == {4, 5, 6, 7}
+    words = ["data.manifests=[../a.arrow]", "data.weights={a: 0}", "data.imagenet_share=0.5"]
+    found = sources("data.image_root=../images", *words)
+    assert found.manifests.datasets == ("a", "folder", "images")
+    assert found.manifests.num_sequences == 4 + 4 + 24
+    assert set(found.shown.tolist()) == drawn(found.held_out) == {6}
+    assert drawn(found.training) == set(range(4, 32)) - {6}
 
 
 def test_a_resumed_run_keeps_its_manifest_unless_it_is_of_another_folder(sources, image_folder, tmp_path):

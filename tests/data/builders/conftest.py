@@ -1,39 +1,12 @@
 """Miniatures of data sets on disk, and the sequences that their builders make of them."""
 
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
 
 from fastmum.data.build import build
 from fastmum.data.manifest import Manifest
-
-
-class Found:
-    """A manifest as Python objects; cameras, depth maps and masks by the name of a sequence."""
-
-    def __init__(self, manifest):
-        self.manifest, self.root = manifest, manifest.root
-        starts = manifest.starts.tolist()
-        self.rows = {manifest.sequence_name(i): range(*starts[i : i + 2]) for i in range(manifest.num_sequences)}
-        self.sequences = {name: [self._path(f) for f in manifest.files(rows)] for name, rows in self.rows.items()}
-        self.lengths = {name: len(rows) for name, rows in self.rows.items()}
-
-    def _path(self, file):
-        return file and file.relative_to(self.root).as_posix()
-
-    def poses(self, name):
-        return [self.manifest.camera_arrays(row)[1] for row in self.rows[name]]
-
-    def intrinsics(self, name):
-        return [self.manifest.camera_arrays(row)[0] for row in self.rows[name]]
-
-    def depths(self, name):
-        return [self._path((self.manifest.depth_file(row) or [None])[0]) for row in self.rows[name]]
-
-    def depth_formats(self, name):
-        return {found[1] for row in self.rows[name] if (found := self.manifest.depth_file(row))}
-
-    def masks(self, name):
-        return [self._path(self.manifest.mask_file(row)) for row in self.rows[name]]
 
 
 @pytest.fixture
@@ -60,10 +33,30 @@ def add(raw):
 
 @pytest.fixture
 def found(raw, tmp_path):
-    """Builds a data set and opens the manifest."""
+    """Builds a data set; returns its manifest as Python objects: cameras, depth and masks by the name of a sequence."""
 
     def make(name, **options):
         build(name, raw, tmp_path / f"{name}.arrow", **options)
-        return Found(Manifest(tmp_path / f"{name}.arrow"))
+        manifest = Manifest(tmp_path / f"{name}.arrow")
+        starts = manifest.starts.tolist()
+        rows = {manifest.sequence_name(i): range(*starts[i : i + 2]) for i in range(manifest.num_sequences)}
+
+        def path(file):
+            return file and file.relative_to(manifest.root).as_posix()
+
+        def of_sequence(read):
+            return lambda name: [read(row) for row in rows[name]]
+
+        return SimpleNamespace(
+            manifest=manifest,
+            rows=rows,
+            lengths={name: len(each) for name, each in rows.items()},
+            sequences={name: [path(manifest.file(row)) for row in each] for name, each in rows.items()},
+            intrinsics=of_sequence(lambda row: manifest.camera_arrays(row)[0]),
+            poses=of_sequence(lambda row: manifest.camera_arrays(row)[1]),
+            depths=of_sequence(lambda row: path((manifest.depth_file(row) or [None])[0])),
+            depth_formats=lambda name: {each[1] for row in rows[name] if (each := manifest.depth_file(row))},
+            masks=of_sequence(lambda row: path(manifest.mask_file(row))),
+        )
 
     return make

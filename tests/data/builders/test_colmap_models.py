@@ -171,7 +171,8 @@ class TestMegaDepth:
         for name, frames in made.sequences.items():
             assert all(frame.startswith(f"Undistorted_SfM/{name[:4]}/images/") for frame in frames)
             assert letters(frames) == CHAINS[letters(frames)[0]]
-        assert {letters(frames)[0] for frames in made.sequences.values()} == set("abcd")
+        anchors = Counter(letters(frames)[0] for frames in made.sequences.values())
+        assert anchors == pytest.approx(dict.fromkeys("abcd", 500), abs=80), "drawn evenly"
         assert made.manifest.metadata["rule"] == "paper"
         assert made.manifest.metadata["options"]["sequences"] == 1000
 

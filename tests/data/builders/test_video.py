@@ -40,7 +40,7 @@ def test_frames_by_rate_and_by_number(film, found, add, tmp_path):
     walk, name = found("video", fps=5.0), "day/10.mp4/000"
     assert list(walk.sequences) == ["day/9.MOV/000", name]
     assert walk.sequences[name] == [f"day/10.mp4/{i:06d}.jpg" for i in range(0, 25, 2)]
-    assert walk.root == tmp_path / "video_frames"
+    assert walk.manifest.root == tmp_path / "video_frames"
     greys = [pixels(walk.manifest.file(row))[:, 40:].mean() for row in walk.rows[name]]
     assert np.allclose(greys, np.arange(0, 25, 2) * 8, atol=4)
     third = found("video", every=3, chunk=4)

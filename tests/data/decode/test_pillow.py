@@ -1,33 +1,17 @@
-"""Orientation, scaled decoding, the cache, and the decoder that a name selects."""
+"""Scaled decoding, the cache, and the decoder that a name selects."""
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
 
 from fastmum.data import decode
 from fastmum.data.decode import PillowDecoder, make_decoder
-from fastmum.data.decode.image import KEPT, ORIENTATION, jpeg_scale, place, stored_box, whole_frames
+from fastmum.data.decode.image import KEPT, jpeg_scale, whole_frames
 from fastmum.data.errors import DataError
 
 SIZE = 32
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_box_of_the_file_turned_upright_is_the_box_of_the_upright_image(orientation):
-    stored = np.random.default_rng(0).integers(0, 256, (7, 11, 3), dtype=np.uint8)
-    image = Image.fromarray(stored)
-    image.getexif()[ORIENTATION] = orientation
-    whole = ImageOps.exif_transpose(image)
-    box = (1, 2, 6, 5)
-    left, top, right, bottom = stored_box(box, orientation, *whole.size)
-    for flip in (False, True):
-        theirs = np.asarray(ImageOps.mirror(whole.crop(box)) if flip else whole.crop(box))
-        ours = np.empty_like(theirs)
-        place(stored[top:bottom, left:right], ours, orientation, flip)
-        assert np.array_equal(ours, theirs)
 
 
 @given(width=st.integers(1, 20_000), height=st.integers(1, 20_000), size=st.integers(1, 1024))
