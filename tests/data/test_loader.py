@@ -1,6 +1,8 @@
-"""Batches: order, waiting, no leftover threads. Bad frames: counted, listed, replaced, a stop if there are too many."""
+"""Data of a run: splits; batches in order, no leftover threads; bad frames counted, listed, replaced, or a stop."""
 
+import json
 import logging
+import shutil
 import threading
 import weakref
 from unittest.mock import Mock
@@ -9,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from fastmum.config import load_config
 from fastmum.data.build import build
 from fastmum.data.decode import make_decoder
 from fastmum.data.decode.image import draw_crops, whole_frames
 from fastmum.data.errors import DataError
 from fastmum.data.loader import MIN_FRAMES, Batch, Faults, Loader, _InUse
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
-from fastmum.data.plan import StepPlan
+from fastmum.data.plan import StepPlan, StepPlanner
+from fastmum.data.splits import held_out, open_splits
 
 SIZE = 32
 DECODER = make_decoder("pillow", SIZE)
@@ -78,18 +82,18 @@ def test_few_batches_are_decoded_ahead_and_waiting_is_counted(manifests):
 
 
 @pytest.mark.parametrize(
-    ("broken", "held_out", "wanted", "replaced"),
+    ("broken", "held", "wanted", "replaced"),
     [
         ((1, 2, 3), None, (0, 1, 2), (0, 4, 5)),  # different neighbours
         (range(6, 12), [False, False, True, False], (6, 7, 8), (18, 19, 20)),  # the next that is not held out
         ((6, 7, 8, 10, 11), None, (9, 6, 11), (9, 9, 9)),  # the last readable frame of a sequence
     ],
 )
-def test_which_frames_replace_broken_ones(manifests, broken, held_out, wanted, replaced):
+def test_which_frames_replace_broken_ones(manifests, broken, held, wanted, replaced):
     intact = Loader(DECODER, manifests, 1).load(whole(range(24))).frames
     for row in broken:
         manifests.file(row).unlink()
-    loader = Loader(DECODER, manifests, 1, held_out=held_out and np.array(held_out))
+    loader = Loader(DECODER, manifests, 1, held_out=held and np.array(held))
     assert torch.equal(loader.load(whole(wanted)).frames, intact[list(replaced)])
     assert loader.faults.counts == {"scenes": len(broken)}, "those met while looking for a replacement count"
 
@@ -176,10 +180,8 @@ def test_every_bad_frame_is_listed_once_over_runs_and_processes(manifests_of, tm
     lines = [line.split("\t") for line in log.read_text().splitlines() if "another run" not in line]
     assert lines == [[manifests.datasets[row // 500], str(manifests.file(row)), why] for row, why in rows]
     assert Faults(manifests, log).counts == first.counts == {"a": 3, "b": 1, "c": 1}
-
-
-def test_frames_found_before_a_resume_do_not_count_towards_the_limit(manifests_of, tmp_path):
-    before, resumed = (Faults(manifests_of(a=[500]), tmp_path / "bad_frames.log") for _ in range(2))
+    # Frames found before a resume do not count towards the limit.
+    before, resumed = (Faults(manifests, tmp_path / "bad_frames.log") for _ in range(2))
     report(before, range(500), range(25))
     report(resumed, range(20, 50), [20])
     assert resumed.counts == {"a": 25}
@@ -217,10 +219,7 @@ def test_where_the_limit_is(manifests_of, tmp_path):
             named = ", ".join(f"'{tmp_path}/a/s0/{i}.jpg'" for i in range(min(limit, 3)))
             with pytest.raises(DataError, match=rf"^{limit} of {read} .*'a' .*as {named};.*bad_frames\.log'"):
                 report(faults, [limit - 1], [limit - 1])
-
-
-def test_good_frames_can_settle_the_verdict(manifests_of):
-    """11 of 180 may be chance while 20 are unread; 11 of 200 are more than 5 %."""
+    # 11 of 180 may be chance while 20 are unread; 11 of 200 are more than 5 %.
     faults = Faults(manifests_of(a=[200], b=[200]))
     report(faults, range(180), range(11))
     report(faults, range(200, 400))
@@ -241,9 +240,125 @@ def test_replacements_are_neighbours_that_the_batch_does_not_have(manifests_of):
 
 
 def test_held_out_and_training_frames_never_replace_each_other(manifests_of):
-    held_out = np.array([False, True, False, True, False, True, True])
-    faults = Faults(manifests_of(a=[2] * 5, imagenet=[1, 1]), held_out=held_out)
+    held = np.array([False, True, False, True, False, True, True])
+    faults = Faults(manifests_of(a=[2] * 5, imagenet=[1, 1]), held_out=held)
     assert list(faults.replacements(0, {0})) == [1, 4, 5, 8, 9]
     assert list(faults.replacements(3, {2, 3})) == [2, 7, 6], "a duplicate in the sequence before another sequence"
     assert list(faults.replacements(8, {8})) == [9, 0, 1, 4, 5]
     assert list(faults.replacements(10, {10})) == [11]
+
+
+SETTINGS = ["data.views=[2,3]", "data.frames_per_batch=6", "data.held_out=0.3"]
+
+
+@pytest.fixture
+def sources(image_folder, tmp_path, monkeypatch):
+    """Opens the splits of a run that starts next to the folder of images."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def sources(*words, data="data.root=../images", resumed=False):
+        return open_splits(load_config(None, [*SETTINGS, data, *words]), tmp_path / "run", resumed)
+
+    return sources
+
+
+def drawn(planner):
+    rows = np.concatenate([planner.plan(step).rows for step in range(200)])
+    return set(planner.manifests.sequence_of(rows).tolist())
+
+
+def test_only_names_decide_what_is_held_out():
+    for count, share, held in ((20, 0.2, 4), (20, 0.01, 1), (2, 0.1, 1), (1, 0.5, 0), (9, 0, 0)):
+        found = held_out([f"s{i}" for i in range(count)], share)
+        assert len(found) == held
+        assert sorted(set(found.tolist()) & set(range(count))) == found.tolist()
+    names = [f"s{i}" for i in range(50)]
+    chosen = {names[i] for i in held_out(names, 0.3)}
+    assert {names[::-1][i] for i in held_out(names[::-1], 0.3)} == chosen
+    assert chosen != set(names[:15])
+    assert {names[i] for i in held_out(names, 0.1)} < chosen
+    fewer = names[:30]
+    assert {fewer[i] for i in held_out(fewer, 0.5)} >= chosen & set(fewer), "both hold 15 out"
+
+
+def test_what_is_held_out_is_evaluated_and_never_trained_on(sources):
+    found, other = (sources("data.held_out=0.5", f"run.seed={seed}") for seed in (0, 1))
+    assert len(found.shown) == 2
+    assert drawn(found.held_out) == set(found.shown.tolist()) == set(np.flatnonzero(found.is_held_out).tolist())
+    assert drawn(found.training) == set(range(4)) - set(found.shown.tolist())
+    assert np.array_equal(found.held_out.plan(3).rows, other.held_out.plan(3).rows), "whatever the run's seed"
+    assert not np.array_equal(found.training.plan(3).rows, other.training.plan(3).rows)
+
+
+def test_neither_single_images_nor_data_sets_of_weight_zero_are_held_out(sources, image_folder, tmp_path):
+    build("folder", image_folder, tmp_path / "a.arrow", dataset="a")
+    words = ["data.manifests=[../a.arrow]", "data.weights={a: 0}", "data.imagenet_share=0.5"]
+    found = sources("data.image_root=../images", *words)
+    assert found.manifests.datasets == ("a", "folder", "images")
+    assert found.manifests.num_sequences == 4 + 4 + 24
+    assert set(found.shown.tolist()) == drawn(found.held_out) == {6}
+    assert drawn(found.training) == set(range(4, 32)) - {6}
+
+
+def test_a_resumed_run_keeps_its_manifest_unless_it_is_of_another_folder(sources, image_folder, tmp_path):
+    sources()
+    shutil.copytree(image_folder, tmp_path / "more")
+    shutil.copytree(image_folder / "scene0", image_folder / "scene7")
+    assert sources(resumed=True).manifests.num_sequences == 4
+    assert sources().manifests.num_sequences == 5
+    (tmp_path / "run/manifests/folder.arrow").write_bytes(b"cut short")
+    assert sources(resumed=True).manifests.num_sequences == 5
+    assert sources(data="data.root=../more", resumed=True).manifests.file(0).is_relative_to(tmp_path / "more")
+
+
+def test_embedded_scenes_become_a_manifest_of_as_many_as_asked_for(sources, tmp_path, monkeypatch):
+    def ensure_scenes(count, views, size, seed):
+        names = [f"{j:03d}.png" for j in range(views)]
+        camera = {"depth": "", "K": np.eye(3).tolist(), "T_cam_world": np.eye(4).tolist()}
+        cameras = json.dumps({"depth_unit": 1, "frames": [{"file": name} | camera for name in names]})
+        for i in range(count + 2):
+            (tmp_path / f"cache/scene_{i:04d}").mkdir(parents=True)
+            (tmp_path / f"cache/scene_{i:04d}/cameras.json").write_text(cameras)
+        return tmp_path / "cache"
+
+    monkeypatch.setattr("fastmum.scenes.ensure_scenes", ensure_scenes)
+    found = sources(data="data.scenes={count: 3, views: 4}")
+    assert found.manifests.datasets == ("scenes",)
+    assert (found.manifests.num_sequences, found.manifests.num_frames) == (3, 12)
+    assert found.manifests.file(11) == tmp_path / "cache/scene_0002/003.png"
+
+
+def test_held_out_sequences_that_cannot_fill_a_batch_are_evaluated_as_in_the_paper(sources, tmp_path, caplog):
+    """24 frames are 5 + 5 + 7 + 7, but no number of sequences of 5."""
+    records = [SequenceRecord(f"s{i}", [f"{i}/{j}.jpg" for j in range(7)]) for i in range(20)]
+    (held,) = held_out([record.name for record in records], 0.01)
+    records[held] = records[held]._replace(frames=records[held].frames[:5])
+    write_manifest(tmp_path / "m.arrow", records, dataset="d", root=tmp_path, metadata={})
+    words = ["data.views=[5,7]", "data.frames_per_batch=24", "data.held_out=0.01", "data.imagenet_share=0"]
+    found = sources(*words, data="data.manifests=[../m.arrow]")
+    assert found.training.mode == "packed"
+    assert found.held_out.plan(0).lengths.tolist() == [5] * 4
+    assert "evaluated as with data.mode=paper" in caplog.text
+    again = StepPlanner([tmp_path / "m.arrow"], None, 24, (5, 7), 0.0, exclude=[held])
+    assert np.array_equal(again.plan(1).rows, found.training.plan(1).rows)
+
+
+def test_nothing_held_out_is_said(sources, caplog):
+    with caplog.at_level(logging.INFO):
+        found = sources("data.held_out=0")
+    assert found.held_out is None
+    assert len(found.shown) == 4
+    assert "no sequence is held out" in caplog.text
+    assert "training on 4 sequences (24 frames), held out: 0 (0 frames)" in caplog.text
+
+
+def test_what_cannot_be_opened_is_one_line(sources):
+    for words, message in (
+        (["data.root=nowhere"], "data.root is 'nowhere'"),
+        (["data.manifests=[nowhere.arrow]"], "'nowhere.arrow'"),
+        (["data.weights={sclaes: 1}"], "'sclaes'"),
+        (["data.views=[7,8]", "data.frames_per_batch=8"], r"7 images \(data\.views\[0\]\)"),
+    ):
+        with pytest.raises(DataError, match=rf"^[^\n]*{message}[^\n]*$"):
+            sources(*words)

@@ -1,5 +1,6 @@
-"""Plans: purity, exact batches, the statistics of the three modes, data sets by weight, simulated throughput."""
+"""Plans: purity, exact batches, statistics of the modes, data sets by weight, simulated throughput, random crops."""
 
+import math
 import pickle
 
 import numpy as np
@@ -7,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmum.data.decode.image import CROP_WIDTH
+from fastmum.data.decode.image import AREAS, ASPECTS, CORNER, CROP_WIDTH, crop_box, crop_boxes, draw_crops, whole_frames
 from fastmum.data.errors import DataError
-from fastmum.data.manifest import SequenceRecord, write_manifest
 from fastmum.data.packing import paper_shares
 from fastmum.data.plan import MODES, Catalogue, Mixture, StepPlanner, by_frames, by_weight
 from fastmum.data.plan_table import main, operations, table
@@ -27,7 +27,6 @@ PAPER = paper_shares(np.arange(2, 25), 96)
 PLAIN = catalogue(a=[24], images=[1])
 # Two data sets of long sequences, one of short ones, and single images.
 MIXED = catalogue(a=[100] * 30, b=[24, 30, 300], short=[10] * 40, images=[1] * 200)
-COST = operations(PRESETS["mum_vitl16"])
 
 
 def sequence_of(rows):
@@ -193,15 +192,6 @@ def test_settings_that_cannot_be_met_are_refused():
             StepPlanner(catalogue(a=[24]), **options)
 
 
-def test_manifests_are_opened_by_path(tmp_path):
-    for name, count, frames in (("a", 4, 30), ("images", 9, 1)):
-        records = (SequenceRecord(f"s{i}", [f"{i}/{j}.jpg" for j in range(frames)]) for i in range(count))
-        write_manifest(tmp_path / f"{name}.arrow", records, dataset=name, root=tmp_path, metadata={})
-    planner = StepPlanner([tmp_path / "a.arrow", str(tmp_path / "images.arrow")])
-    assert same(planner.plan(1), StepPlanner(catalogue(a=[30] * 4, images=[1] * 9)).plan(1))
-    assert same(pickle.loads(pickle.dumps(planner)).plan(1), planner.plan(1))
-
-
 @given(
     st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=4),
     st.integers(2, 30), st.integers(0, 2**32),
@@ -237,7 +227,7 @@ def test_frames_are_drawn_without_replacement_and_uniformly():
     assert np.abs(first - 1 / 30).max() < 0.015, "in random order"
 
 
-def test_data_sets_of_short_sequences_have_their_weight_of_the_frames():
+def test_data_sets_of_short_sequences_have_their_weight_of_the_frames_if_possible():
     planner = StepPlanner(MIXED, {"a": 2.0, "b": 1.0, "short": 1.0})
     assert not planner.notes
     rows = np.concatenate([planner.plan(step).rows for step in range(2000)])
@@ -253,8 +243,6 @@ def test_data_sets_of_short_sequences_have_their_weight_of_the_frames():
     assert shares @ by_weight(weights, eligible) != pytest.approx(weights, abs=0.01)
     np.testing.assert_allclose(by_frames(weights, np.ones((3, 3), bool), shares), np.tile(weights, (3, 1)))
 
-
-def test_weights_that_cannot_be_met_are_noted():
     mixture = Mixture(catalogue(short=[3] * 9, long=[24] * 9), {"short": 9.0}, (2, 24))
     got = mixture.settle(np.array([2, 24]), np.array([0.2, 0.8]), level=True)
     np.testing.assert_allclose(got, [0.2, 0.8], atol=1e-3)
@@ -262,11 +250,11 @@ def test_weights_that_cannot_be_met_are_noted():
     assert "'short' gets 20.0%" in mixture.notes[0]
 
 
-def test_full_and_level_batches_are_faster():
-    lengths = [24, 5, 5, 2, 1]
-    total = sum(lengths) * COST.frame + sum(views**2 for views in lengths) * COST.pair
+def test_full_and_level_batches_are_faster(capsys):
+    cost, lengths = operations(PRESETS["mum_vitl16"]), [24, 5, 5, 2, 1]
+    total = sum(lengths) * cost.frame + sum(views**2 for views in lengths) * cost.pair
     assert total == pytest.approx(step_flops(PRESETS["mum_vitl16"], 256, 64, lengths).total)
-    rows = {(row.ranks, row.mode): row for row in table((1, 64), 40, COST)}
+    rows = {(row.ranks, row.mode): row for row in table((1, 64), 40, cost)}
     assert rows[64, "paper"].speed == 1
     assert rows[64, "paper"].fill == pytest.approx(0.957, abs=0.005)
     assert rows[64, "packed"].fill == rows[64, "balanced"].fill == 1
@@ -274,12 +262,59 @@ def test_full_and_level_batches_are_faster():
     assert rows[64, "balanced"].speed == pytest.approx(1.19, abs=0.02)
     assert rows[64, "balanced"].imbalance < 1.02
     assert rows[1, "balanced"].speed == pytest.approx(1, abs=0.03)
-
-
-def test_the_table_is_printed_as_markdown_or_refused_in_one_line(capsys):
+    # The command prints a Markdown table, or one line of error.
     assert main(["--steps", "2", "--ranks", "1", "4"]) == 0
     assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 |")]) == 3
     assert main(["--steps", "1", "--views", "24", "24", "--imagenet-share", "0", "--frames-per-gpu", "97"]) == 2
     error = capsys.readouterr().err
     assert "data.views" in error
     assert error.count("\n") == 1
+
+
+def reference(crop, width, height):
+    """RandomResizedCrop.get_params of torchvision, with draws that are given."""
+    crop = [float(value) for value in crop]
+    low, high = crop[22:24]
+    for area, aspect in zip(crop[:10], crop[10:20], strict=True):
+        w = round(math.sqrt(width * height * area * aspect))
+        h = round(math.sqrt(width * height * area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = math.floor(crop[20] * (width - w + 1)), math.floor(crop[21] * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = max(min(width, round(height * high)), 1), max(min(height, round(width / low)), 1)
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(0.2, 1.0), (0.9, 1.0)]))
+def test_boxes_are_those_of_torchvision(seed, width, height, scale):
+    crops = draw_crops(np.random.default_rng(seed), 4, scale, (3 / 4, 4 / 3))
+    boxes = crop_boxes(crops, np.array([[width, height]] * 4))
+    for crop, box in zip(crops, boxes, strict=True):
+        assert tuple(box) == reference(crop, width, height) == crop_box(crop, width, height)
+        left, top, right, bottom = box
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+
+
+def test_draws_are_uniform():
+    crops = draw_crops(np.random.default_rng(0), 20_000, (0.2, 1.0), (3 / 4, 4 / 3)).astype(float)
+    assert crops.shape == (20_000, CROP_WIDTH)
+    aspects = (np.log(crops[:, ASPECTS]) - math.log(3 / 4)) / math.log(16 / 9)
+    for values in ((crops[:, AREAS] - 0.2) / 0.8, aspects, crops[:, CORNER]):
+        histogram = np.histogram(values, bins=20, range=(-1e-6, 1 + 1e-6))[0] / values.size
+        assert histogram.sum() == pytest.approx(1)
+        assert np.abs(histogram - 0.05).max() < 0.004
+    assert crops[:, CORNER].max() < 1
+    # Over images of many shapes, by integration over the draws that fit a square.
+    boxes = crop_boxes(crops, np.full((20_000, 2), 1000))
+    assert np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).mean() / 1e6 == pytest.approx(0.538, abs=0.005)
+
+
+def test_whole_frames_and_the_last_corner():
+    """The largest square in the middle; the largest float32 below 1 as a corner, in the widest image there is."""
+    boxes = crop_boxes(whole_frames(3), np.array([[300, 200], [200, 300], [64, 64]]))
+    assert boxes.tolist() == [[50, 0, 250, 200], [0, 50, 200, 250], [0, 0, 64, 64]]
+    crop = whole_frames(1)
+    crop[:, AREAS], crop[:, CORNER] = 1e-4, np.nextafter(np.float32(1), np.float32(0))
+    assert crop_box(crop[0], 60_000, 60_000) == (59_400, 59_400, 60_000, 60_000)

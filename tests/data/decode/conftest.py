@@ -51,16 +51,6 @@ def draw():
     return draw
 
 
-def read_plainly(file, crop, flip, size=64) -> torch.Tensor:
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
-    frame = image.crop(crop_box(crop, *image.size)).resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(ImageOps.mirror(frame) if flip else frame))
-
-
 @pytest.fixture
 def distance():
     """Mean difference in grey levels."""
@@ -77,7 +67,14 @@ def check(draw, distance):
         assert not bad
         assert (frames.shape, frames.dtype) == ((len(files), decoder.size, decoder.size, 3), torch.uint8)
         for file, frame, crop, flip in zip(files, frames, crops, flips, strict=True):
-            assert distance(frame, read_plainly(file, crop, flip, decoder.size)) < tolerance, file.name
+            with Image.open(file) as image:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+            image = image.convert("RGB").crop(crop_box(crop, *image.size))
+            plain = image.resize((decoder.size, decoder.size), Image.Resampling.BICUBIC)
+            plain = torch.from_numpy(np.array(ImageOps.mirror(plain) if flip else plain))
+            assert distance(frame, plain) < tolerance, file.name
         return frames
 
     return check

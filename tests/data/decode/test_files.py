@@ -1,4 +1,4 @@
-"""All kinds of image files, all orientations, all kinds of damage; every decoder alike."""
+"""All kinds of image files, orientations and damage, every decoder alike; the cache and the choice of a decoder."""
 
 import os
 import struct
@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from fastmum.data.decode import make_decoder
-from fastmum.data.decode.image import whole_frames
+from fastmum.data import decode
+from fastmum.data.decode import PillowDecoder, make_decoder
+from fastmum.data.decode.image import KEPT, jpeg_scale, whole_frames
+from fastmum.data.errors import DataError
 
 KINDS = {
     "jpg": ["RGB", "L", "CMYK"],
@@ -111,14 +115,14 @@ def test_the_end_of_a_jpeg_is_neither_that_of_the_file_nor_that_of_a_thumbnail(d
     whole = file.read_bytes()
     assert whole.count(b"\xff\xd9") == 2
 
-    def decode(content):
+    def decoded(content):
         file.write_bytes(content)
         return decoder.decode([file], whole_frames(1), np.zeros(1, bool))
 
-    longer = decode(whole + b"trailer" * 500)
+    longer = decoded(whole + b"trailer" * 500)
     assert not longer.bad
-    assert torch.equal(decode(whole).frames, longer.frames)
-    assert decode(whole[: len(whole) * 3 // 4]).bad == {0: "truncated"}
+    assert torch.equal(decoded(whole).frames, longer.frames)
+    assert decoded(whole[: len(whole) * 3 // 4]).bad == {0: "truncated"}
 
 
 def test_files_that_dali_fails_on_are_decoded_by_pillow(save, check):
@@ -173,3 +177,69 @@ def test_decoding_stays_in_its_thread(decoder, photograph, save, draw):
         before, after = pool.submit(work).result()
     torch.set_num_threads(threads)
     assert len(before) == len(after)
+
+
+@given(width=st.integers(1, 20_000), height=st.integers(1, 20_000), size=st.integers(1, 1024))
+def test_scaled_decoding_keeps_pixels_for_the_frame(width, height, size):
+    scale = jpeg_scale(width, height, size)
+    assert scale in (1, 2, 4, 8)
+    assert scale == 1 or min(width, height) / scale >= KEPT * size
+    assert scale == 8 or min(width, height) / (2 * scale) < KEPT * size, "a smaller one would do"
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the files that were read, in order."""
+    files = []
+    read = decode.read_file
+    monkeypatch.setattr(decode, "read_file", lambda file: files.append(file.name) or read(file))
+    return files
+
+
+def test_images_that_fit_are_read_once_and_nothing_else_changes(save, photograph, reads, draw):
+    files = [save(f"{i}.png", photograph.rotate(10 * i), 1 + i) for i in range(6)]
+    one_image = 3 * photograph.width * photograph.height
+    crops, flips = draw(6)
+    plain = PillowDecoder(32).decode(files, crops, flips).frames
+    for room, expected in ((10 * one_image, 6), (2 * one_image + 1, 6 + 4), (one_image - 1, 12)):
+        decoder = PillowDecoder(32, cache_bytes=room)
+        reads.clear()
+        for _ in range(2):
+            assert torch.equal(decoder.decode(files, crops, flips).frames, plain)
+        assert len(reads) == expected
+
+
+def test_jpegs_that_may_be_decoded_scaled_are_not_cached(save, photograph, reads):
+    """A frame must not depend on what was decoded before."""
+    files = save("large.jpg"), save("small.jpg", photograph.resize((4 * 32 - 1, 4 * 32)))
+    decoder = PillowDecoder(32, cache_bytes=10**9)
+    for _ in range(3):
+        decoder.decode(files, whole_frames(2), np.zeros(2, bool))
+    assert reads.count("large.jpg") == 3
+    assert reads.count("small.jpg") == 1
+
+
+def test_decoders_without_dali(monkeypatch, caplog):
+    on_cpu = make_decoder("auto", 64)
+    assert not caplog.text
+    monkeypatch.setattr(decode, "_has_dali", lambda: False)
+    on_gpu = make_decoder("auto", 64, "cuda:0")
+    assert type(on_cpu) is type(on_gpu) is PillowDecoder
+    assert (on_cpu.pin_memory, on_gpu.pin_memory) == (False, True)
+    assert "fastmum[dali]" in caplog.text
+    for name, message in (("turbo", "dali_cpu"), ("dali", r"fastmum\[dali\]"), ("dali_cpu", r"fastmum\[dali\]")):
+        with pytest.raises(DataError, match=f"data.decoder is '{name}'.*{message}"):
+            make_decoder(name, 64, "cuda")
+
+
+def test_dali_by_name():
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    from fastmum.data.decode.dali import DaliCpuDecoder, DaliGpuDecoder
+
+    assert isinstance(make_decoder("dali_cpu", 64), DaliCpuDecoder)
+    with pytest.raises(DataError, match="the run is on 'cpu'"):
+        make_decoder("dali", 64)
+    for name in ("dali", "auto"):
+        decoder = make_decoder(name, 64, "cuda:1")
+        assert isinstance(decoder, DaliGpuDecoder)
+        assert decoder.device == torch.device("cuda", 1)
