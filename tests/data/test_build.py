@@ -107,27 +107,21 @@ def test_every_builder_is_documented_and_names_its_layout(request, tmp_path, cap
     assert "--chunk" in text
 
 
-def slow_build(root, out, workers):
-    """A build in a separate process that waits in the middle of writing."""
-    script = (
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0), (signal.SIGKILL, 2)])
+def test_a_signal_leaves_the_older_file_and_no_worker(image_folder, tmp_path, number, workers):
+    out = tmp_path / "m.arrow"
+    out.write_text("older")
+    script = (  # waits in the middle of writing
         "import signal, sys, time; from fastmum.data import build, manifest_writer as writer\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "add = writer._Spool.add\n"
         "writer._Spool.add = lambda *a: (add(*a), print('added', flush=True), time.sleep(60))\n"
         "sys.exit(build.main(sys.argv[1:]))"
     )
-    words = "folder", "--root", str(root), "--out", str(out), "--workers", str(workers)
+    words = "folder", "--root", image_folder, "--out", out, "--workers", str(workers)
     command = [sys.executable, "-c", script, *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "added\n"
-    return process
-
-
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0), (signal.SIGKILL, 2)])
-def test_a_signal_leaves_the_older_file_and_no_worker(image_folder, tmp_path, number, workers):
-    out = tmp_path / "m.arrow"
-    out.write_text("older")
-    process = slow_build(image_folder, out, workers)
     process.send_signal(number)
     _, errors = process.communicate(timeout=50)  # workers hold the inherited pipe, which closes with the last of them
     assert out.read_text() == "older"
@@ -181,7 +175,7 @@ def test_every_file_is_looked_for_once(tmp_path):
     assert find_missing(manifest, "mask") == (0, [])
 
 
-def test_the_sheet_shows_frames(rooms, image_folder):
+def test_the_sheet_shows_frames_depth_and_what_is_unreadable(rooms, image_folder, tmp_path):
     sheet, same, other = (np.asarray(contact_sheet(Manifest(rooms), seed=s, tile=32), float) for s in (0, 0, 1))
     assert sheet.shape[:2] == (4 * (16 + 34 + 2), COLUMNS * 34 - 2), "four sequences of at most six frames, a line each"
     assert np.array_equal(sheet, same)
@@ -190,8 +184,6 @@ def test_the_sheet_shows_frames(rooms, image_folder):
     thumbnails = [np.asarray(image.crop((4, 0, 44, 40)).resize((32, 32)), float) for image in images]
     assert min(np.abs(sheet[16:48, :32] - thumbnail).mean() for thumbnail in thumbnails) < 4
 
-
-def test_the_sheet_shows_depth_and_what_is_unreadable(tmp_path):
     depth = np.linspace(1, 9, 32 * 32, dtype=np.float32).reshape(32, 32)
     depth[:, :16] = 0
     np.save(tmp_path / "d.npy", depth)

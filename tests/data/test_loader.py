@@ -185,14 +185,12 @@ def test_every_bad_frame_is_listed_once_over_runs_and_processes(manifests_of, tm
     report(before, range(500), range(25))
     report(resumed, range(20, 50), [20])
     assert resumed.counts == {"a": 25}
-
-
-def test_a_file_of_two_data_sets_is_bad_in_both(tmp_path):
+    # A file of two data sets is bad in both.
     record = SequenceRecord("s", ["0.jpg"])
     write_manifest(tmp_path / "m", [record, record._replace(dataset="b")], dataset="a", root=tmp_path, metadata={})
-    faults = Faults(Manifests([tmp_path / "m"]), tmp_path / "bad_frames.log")
+    faults = Faults(Manifests([tmp_path / "m"]), tmp_path / "two.log")
     report(faults, [0, 1], [0, 1])
-    assert faults.counts == Faults(faults.manifests, tmp_path / "bad_frames.log").counts == {"a": 1, "b": 1}
+    assert faults.counts == Faults(faults.manifests, tmp_path / "two.log").counts == {"a": 1, "b": 1}
 
 
 def test_a_log_that_cannot_be_read_or_written_is_named(manifests_of, tmp_path, monkeypatch):
@@ -227,7 +225,7 @@ def test_where_the_limit_is(manifests_of, tmp_path):
         report(faults, range(180, 200))
 
 
-def test_replacements_are_neighbours_that_the_batch_does_not_have(manifests_of):
+def test_replacements_are_neighbours_of_the_same_split_that_the_batch_does_not_have(manifests_of):
     faults = Faults(manifests_of(a=[3, 6, 2], b=[4]))
     order = list(faults.replacements(5, taken={5, 6, 8}))
     assert order[:5] == [7, 3, 4, 6, 8], "sequence 3..8 from 5 on, those in the batch last"
@@ -237,9 +235,6 @@ def test_replacements_are_neighbours_that_the_batch_does_not_have(manifests_of):
     faults = Faults(manifests_of(a=[5], imagenet=[1] * 50))
     assert list(faults.replacements(20, taken={20})) == [21, 22, 23], "the next single images"
     assert list(faults.replacements(54, taken={54})) == [5, 6, 7], "the first follow the last"
-
-
-def test_held_out_and_training_frames_never_replace_each_other(manifests_of):
     held = np.array([False, True, False, True, False, True, True])
     faults = Faults(manifests_of(a=[2] * 5, imagenet=[1, 1]), held_out=held)
     assert list(faults.replacements(0, {0})) == [1, 4, 5, 8, 9]
@@ -282,13 +277,19 @@ def test_only_names_decide_what_is_held_out():
     assert {fewer[i] for i in held_out(fewer, 0.5)} >= chosen & set(fewer), "both hold 15 out"
 
 
-def test_what_is_held_out_is_evaluated_and_never_trained_on(sources):
+def test_what_is_held_out_is_evaluated_and_never_trained_on(sources, caplog):
     found, other = (sources("data.held_out=0.5", f"run.seed={seed}") for seed in (0, 1))
     assert len(found.shown) == 2
     assert drawn(found.held_out) == set(found.shown.tolist()) == set(np.flatnonzero(found.is_held_out).tolist())
     assert drawn(found.training) == set(range(4)) - set(found.shown.tolist())
     assert np.array_equal(found.held_out.plan(3).rows, other.held_out.plan(3).rows), "whatever the run's seed"
     assert not np.array_equal(found.training.plan(3).rows, other.training.plan(3).rows)
+    with caplog.at_level(logging.INFO):
+        none = sources("data.held_out=0")
+    assert none.held_out is None
+    assert len(none.shown) == 4
+    assert "no sequence is held out" in caplog.text
+    assert "training on 4 sequences (24 frames), held out: 0 (0 frames)" in caplog.text
 
 
 def test_neither_single_images_nor_data_sets_of_weight_zero_are_held_out(sources, image_folder, tmp_path):
@@ -342,15 +343,6 @@ def test_held_out_sequences_that_cannot_fill_a_batch_are_evaluated_as_in_the_pap
     assert "evaluated as with data.mode=paper" in caplog.text
     again = StepPlanner([tmp_path / "m.arrow"], None, 24, (5, 7), 0.0, exclude=[held])
     assert np.array_equal(again.plan(1).rows, found.training.plan(1).rows)
-
-
-def test_nothing_held_out_is_said(sources, caplog):
-    with caplog.at_level(logging.INFO):
-        found = sources("data.held_out=0")
-    assert found.held_out is None
-    assert len(found.shown) == 4
-    assert "no sequence is held out" in caplog.text
-    assert "training on 4 sequences (24 frames), held out: 0 (0 frames)" in caplog.text
 
 
 def test_what_cannot_be_opened_is_one_line(sources):

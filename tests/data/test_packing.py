@@ -64,10 +64,7 @@ def test_units_are_the_paper_s_batch_where_it_divides_the_frames():
     units = {48: 48, 96: 96, 128: 128, 192: 96, 200: 100, 288: 96, 97: 97}
     assert {frames: fill_rank(frames, LENGTHS, 0.1, False).frames for frames in units} == units
     assert paper_shares(np.array([20, 24]), 96).tolist() == [80 / 176, 96 / 176], "S = 20 leaves 16 frames empty"
-
-
-def test_small_batches_are_as_level_as_their_shares_allow():
-    """One sequence of 24 views costs more than the mean of 48 frames, whatever the others are."""
+    # One sequence of 24 views costs more than the mean of 48 frames, whatever the others are.
     filling = fill_rank(48, LENGTHS, 0.1, True)
     assert filling.distance <= 3e-3
     assert 0.01 < uneven(filling) < 0.2

@@ -93,15 +93,12 @@ def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length, present, who
         assert others == sorted(images, key=lambda j: (-len(seen[anchor] & seen[j]), j))[: length - 1]
 
 
-def test_bounds_of_the_rule_are_inclusive():
+def test_chains_of_angles_by_hand():
     seen, degrees = [set(range(10)), {0, *range(20, 29)}], [0, 10]  # a tenth, either way
     assert chains_of(seen, degrees, 2, min_overlap=0.10, min_angle=10 - 1e-9) == [[0, 1]]
     assert chains_of(seen, degrees, 2, min_overlap=0.10, min_angle=10 + 1e-9) == []
     assert chains_of(seen, degrees, 2, min_overlap=0.11, min_angle=10 - 1e-9) == []
-
-
-def test_images_of_a_short_chain_are_free_again():
-    # Image 2 is within reach of 3, and 1 of 2; seen from 1, which has 100 points, 2 is not.
+    # Images of a short chain are free again: 2 is in reach of 3, and 1 of 2; from 1, which has 100 points, 2 is not.
     seen = [set(range(101)), set(range(81, 181)), {*range(176, 181), *range(200, 205)}, set(range(200, 230))]
     assert chains_of(seen, [0, 30, 60, 90], 2) == [[0, 1], [3, 2]]
     assert chains_of(seen, [0, 30, 60, 90], 3) == [[3, 2, 1, 0]]

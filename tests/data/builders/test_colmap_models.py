@@ -75,18 +75,11 @@ class TestReading:
         assert seen(some) == [[0, 0, 2], []]
         assert len(some.poses) == len(some.intrinsics) == 2
 
-    def test_rotations_are_those_of_pycolmap(self, tmp_path):
+    def test_camera_models_and_rotations(self, tmp_path):
+        """Every model that pycolmap knows, with parameters 1, 2, 3 ..., and a random quaternion."""
         pycolmap = pytest.importorskip("pycolmap")
-        quaternions = np.random.default_rng(0).normal(size=(5, 4))
-        folder = write_text_model(tmp_path / "model", {"0.jpg": View((1,))})
-        lines = [f"{i + 1} {' '.join(map(str, q))} 1 2 3 1 {i}.jpg\n\n" for i, q in enumerate(quaternions)]
-        (folder / "images.txt").write_text("".join(lines))
-        poses = [pycolmap.Rotation3d((q / np.linalg.norm(q))[[1, 2, 3, 0]]).matrix() for q in quaternions]
-        assert read_model(folder).poses[:, :3, :3] == pytest.approx(np.array(poses))
-
-    def test_camera_models(self, tmp_path):
-        """Every model that pycolmap knows, with parameters 1, 2, 3 ..."""
-        pycolmap = pytest.importorskip("pycolmap")
+        q = np.random.default_rng(0).normal(size=4)
+        rotation = pycolmap.Rotation3d((q / np.linalg.norm(q))[[1, 2, 3, 0]]).matrix()
         for number, (name, count, focal) in enumerate(CAMERAS):
             if name not in pycolmap.CameraModelId.__members__:
                 continue  # of a newer COLMAP
@@ -96,9 +89,12 @@ class TestReading:
                 K = [camera.focal_length_x, camera.focal_length_y, camera.principal_point_x, camera.principal_point_y]
             folder = write_text_model(tmp_path / name, {"a.jpg": View((1,))})
             (folder / "cameras.txt").write_text(f"1 {name} 640 480 {' '.join(map(str, camera.params))}\n")
+            images = (folder / "images.txt").read_text().replace("1.0 0 0.0 0", " ".join(map(str, q)))
+            (folder / "images.txt").write_text(images)
             assert int(pycolmap.CameraModelId.__members__[name]) == number
             for model in (read_model(folder), read_model(convert_to_binary(folder))):
                 assert np.array_equal(model.intrinsics, [K], equal_nan=True), name
+                assert model.poses[0, :3, :3] == pytest.approx(rotation)
 
     def test_missing_and_broken_files_are_named_in_one_line(self, folder):
         def refused(words):

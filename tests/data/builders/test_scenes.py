@@ -13,7 +13,6 @@ from fastmum.data.errors import DataError
 
 # A camera at (1, 2, 3), turned by 90 degrees about the world's y axis: it looks along +x. With OpenCV axes its x is the
 # world's -z, its y the world's y, its z the world's x; camera_from_world has these rows, and -R c.
-CENTRE = [1.0, 2.0, 3.0]
 CAMERA_FROM_WORLD = [[0, 0, -1, 3], [0, 1, 0, -2], [1, 0, 0, -1], [0, 0, 0, 1]]
 WORLD_FROM_CAMERA = np.array([[0, 0, 1, 1], [0, 1, 0, 2], [-1, 0, 0, 3], [0, 0, 0, 1]], float)
 WORLD_FROM_OPENGL = WORLD_FROM_CAMERA * [1, -1, -1, 1]  # y and z point the other way
@@ -197,7 +196,7 @@ def test_hypersim_cameras_and_depth(add, found, raw, tilt):
     assert np.allclose([fx, fy, cx, cy], [20, 20, 20, 10], rtol=1e-5)
     # The ray of the pixel (30, 5), u = v = 0.5, is projected back to it.
     ray = WORLD_FROM_OPENGL[:3, :3] @ cam_from_uv @ [0.5, 0.5, 1]
-    x, y, z, _ = pose @ np.array([*(np.array(CENTRE) + 3 * ray), 1])
+    x, y, z, _ = pose @ [*([1, 2, 3] + 3 * ray), 1]
     assert z > 0
     assert np.allclose((fx * x / z + cx, fy * y / z + cy), (30, 5), atol=1e-3)
     assert scene.depths("ai_001_001") == [None, depth]
@@ -303,9 +302,6 @@ def test_co3d_cameras_depth_and_masks(add, found, raw):
     assert apple.depths("apple/a")[3] == "apple/a/depths/frame3.jpg.geometric.png"
     assert apple.depth_formats("apple/a") == {DepthFormat("co3d", 4.0, "z")}, "each frame has a separate unit"
     assert apple.masks("apple/a")[4] == "apple/a/masks/frame4.png"
-
-
-def test_broken_annotations_of_co3d_are_named(raw, found):
     blank = gzip.compress(b"[" + b" " * 10_000)[:-8]
     for content in (b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b'[{"a": 1}]'), blank):
         annotate(raw, "apple", content)

@@ -187,16 +187,9 @@ def test_scaled_decoding_keeps_pixels_for_the_frame(width, height, size):
     assert scale == 8 or min(width, height) / (2 * scale) < KEPT * size, "a smaller one would do"
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """Names of the files that were read, in order."""
-    files = []
-    read = decode.read_file
-    monkeypatch.setattr(decode, "read_file", lambda file: files.append(file.name) or read(file))
-    return files
-
-
-def test_images_that_fit_are_read_once_and_nothing_else_changes(save, photograph, reads, draw):
+def test_images_that_fit_are_read_once_and_nothing_else_changes(save, photograph, draw, monkeypatch):
+    read, reads = decode.read_file, []
+    monkeypatch.setattr(decode, "read_file", lambda file: reads.append(file.name) or read(file))
     files = [save(f"{i}.png", photograph.rotate(10 * i), 1 + i) for i in range(6)]
     one_image = 3 * photograph.width * photograph.height
     crops, flips = draw(6)
@@ -208,9 +201,7 @@ def test_images_that_fit_are_read_once_and_nothing_else_changes(save, photograph
             assert torch.equal(decoder.decode(files, crops, flips).frames, plain)
         assert len(reads) == expected
 
-
-def test_jpegs_that_may_be_decoded_scaled_are_not_cached(save, photograph, reads):
-    """A frame must not depend on what was decoded before."""
+    # A frame must not depend on what was decoded before, so JPEGs that may be decoded scaled are not cached.
     files = save("large.jpg"), save("small.jpg", photograph.resize((4 * 32 - 1, 4 * 32)))
     decoder = PillowDecoder(32, cache_bytes=10**9)
     for _ in range(3):
