@@ -252,7 +252,7 @@ def test_full_and_level_batches_are_faster(capsys):
     assert rows[64, "packed"].fill == rows[64, "balanced"].fill == 1
     assert rows[64, "packed"].speed == pytest.approx(1.12, abs=0.03)
     assert rows[64, "balanced"].speed == pytest.approx(1.19, abs=0.02)
-    assert rows[64, "balanced"].imbalance < 1.02
+    assert 1 <= rows[64, "balanced"].imbalance < 1.02
     assert rows[1, "balanced"].speed == pytest.approx(1, abs=0.03)
     # The command prints a Markdown table, or one line of error.
     assert main(["--steps", "2", "--ranks", "1", "4"]) == 0

@@ -20,19 +20,18 @@ def overlap_of(seen):
     return count_shared(*pairs.T, len(seen))
 
 
-def turns(degrees):
-    t = np.radians(degrees)
-    zero, one = np.zeros(len(t)), np.ones(len(t))
-    return np.array([[np.cos(t), zero, np.sin(t)], [zero, one, zero], [-np.sin(t), zero, np.cos(t)]]).transpose(2, 0, 1)
-
-
 def drawn(rule, seen, *options):
     """Sequences that a rule with random anchors makes of the points that images see."""
     return [chain.tolist() for chain in rule(overlap_of(seen), np.random.default_rng(0), *options)]
 
 
 def chains_of(seen, degrees, *options, **bounds):
-    return [chain.tolist() for chain in angle_chains(overlap_of(seen), turns(degrees), *options, **bounds)]
+    t = np.radians(degrees)
+    zero, one = np.zeros(len(t)), np.ones(len(t))
+    rotations = np.array([[np.cos(t), zero, np.sin(t)], [zero, one, zero], [-np.sin(t), zero, np.cos(t)]]).transpose(
+        2, 0, 1
+    )
+    return [chain.tolist() for chain in angle_chains(overlap_of(seen), rotations, *options, **bounds)]
 
 
 @settings(deadline=None)

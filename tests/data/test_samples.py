@@ -54,7 +54,7 @@ def check_wall(view):
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("z", 2), ("ray", 1), ("ray", 3)])
-def test_a_frame_has_everything_at_the_size_of_its_image(tmp_path, kind, scale):
+def test_a_frame_has_everything_at_the_size_of_its_image_and_augmentations_move_it(tmp_path, kind, scale):
     frame = written_frame(tmp_path, 1, kind, scale)
     view = frame.view()
     assert view.size == view.camera.size == view.depth.shape[::-1] == view.mask.shape[::-1] == SHOTS[1].size
@@ -66,9 +66,6 @@ def test_a_frame_has_everything_at_the_size_of_its_image(tmp_path, kind, scale):
     check_wall(view)
     assert frame.read_depth().shape == (48 * scale, 64 * scale)
 
-
-def test_augmentations_move_everything(tmp_path):
-    frame = written_frame(tmp_path, 1, "ray")
     view = frame.view(lambda whole: flip(crop_resize(whole, (-4, 6, 40, 46), (66, 60))))
     assert view.size == view.camera.size == view.depth.shape[::-1] == view.mask.shape[::-1] == (66, 60)
     assert not view.depth[:, -6:].any()  # outside of the image, then mirrored

@@ -49,9 +49,23 @@ def test_frames_by_rate_and_by_number(film, found, add, tmp_path):
     assert found("video", every=3, chunk=4, rule="released").lengths == {"day/10.mp4/000": 4, "day/10.mp4/001": 5}
 
 
-def test_finished_videos_are_kept_and_changed_ones_are_not(film, found, tmp_path):
+def test_finished_videos_are_kept_and_interrupted_or_changed_ones_are_not(film, found, tmp_path, monkeypatch):
     film("a.mp4", 10), film("b.mp4", 10)
-    found("video", every=2)
+    save, left = Image.Image.save, list(range(7))
+
+    def stop(self, file, **options):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        save(self, file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            found("video", every=2)
+    assert not (tmp_path / "video.arrow").exists()
+    assert [folder.name for folder in (tmp_path / "video_frames").iterdir()] == ["a.mp4"]
+    assert list(found("video", every=2).lengths.values()) == [5, 5]
     written = {file: file.stat().st_mtime_ns for file in (tmp_path / "video_frames").rglob("*.jpg")}
     film("b.mp4", 6)
     assert list(found("video", every=2).lengths.values()) == [5, 3]
@@ -73,25 +87,6 @@ def test_upright_and_shrunk(film, found):
     assert image.shape == (32, 16, 3)
     assert image[2:12].mean() > 240
     assert image[20:30].mean() < 40
-
-
-def test_an_interrupted_video_leaves_no_folder(film, found, tmp_path, monkeypatch):
-    film("a.mp4", 10), film("b.mp4", 10)
-    save, left = Image.Image.save, list(range(7))
-
-    def stop(self, file, **options):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        save(self, file, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            found("video", every=2)
-    assert not (tmp_path / "video.arrow").exists()
-    assert [folder.name for folder in (tmp_path / "video_frames").iterdir()] == ["a.mp4"]
-    assert list(found("video", every=2).lengths.values()) == [5, 5]
 
 
 def test_unreadable_videos_are_named_or_skipped(film, add, found):
