@@ -33,15 +33,15 @@ def test_a_manifest_says_how_it_was_made(image_folder, tmp_path, capsys):
 
 def test_the_bytes_depend_neither_on_the_run_nor_on_the_workers(tmp_path):
     camera = "extrinsic\n1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\nintrinsic\n1 0 3\n0 2 4\n0 0 1\n"
-    for scene in ("a", "b", "c"):
+    for scene in "abcdefghi":  # more than are read ahead
         for name in ("blended_images/0.jpg", "blended_images/1.jpg", "rendered_depth_maps/1.pfm", "cams/1_cam.txt"):
             file = tmp_path / "raw" / scene / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(camera)
     for name, workers in (("0", 0), ("1", 1), ("2", 2)):
-        assert build("blendedmvs", tmp_path / "raw", tmp_path / name, workers=workers).counts == (3, 6)
+        assert build("blendedmvs", tmp_path / "raw", tmp_path / name, workers=workers).counts == (9, 18)
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    assert Manifest(tmp_path / "2").known == {"pose": 3, "intrinsics": 3, "depth": 3, "mask": 0}
+    assert Manifest(tmp_path / "2").known == {"pose": 9, "intrinsics": 9, "depth": 9, "mask": 0}
 
 
 def test_frames_below_the_manifest_move_with_it(image_folder, tmp_path):
