@@ -11,8 +11,7 @@ from typing import Literal, NamedTuple
 import natsort
 import numpy as np
 
-from fastmum.data.builders.base import images_in
-from fastmum.data.builders.folder import image_folders
+from fastmum.data.builders.base import image_folders, images_in
 from fastmum.data.decode.image import FrameError, place, read_file, read_header, resize, rgb
 from fastmum.data.errors import DataError
 from fastmum.errors import FastmumError

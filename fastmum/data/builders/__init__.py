@@ -9,8 +9,7 @@ MODULES = {
     "sfm": ("megadepth", "megascenes", "colmap"),
     "objects": ("co3d", "wildrgbd"),
     "indoor": ("hypersim", "scannetpp", "arkitscenes"),
-    "scenes": ("dl3dv", "streetview3d", "realestate10k", "blendedmvs", "imagenet", "scenes"),
-    "folder": ("folder",),
+    "scenes": ("dl3dv", "streetview3d", "realestate10k", "blendedmvs", "imagenet", "scenes", "folder"),
     "video": ("video",),
 }
 MODULE_OF = {name: module for module, names in MODULES.items() for name in names}
