@@ -1,7 +1,5 @@
 """Reading sparse COLMAP reconstructions: poses and cameras of the images, and which 3-D points each image sees."""
 
-from __future__ import annotations
-
 import os
 import struct
 import warnings
@@ -38,7 +36,7 @@ class Model(NamedTuple):
     images: np.ndarray  # (m,) int32, image 0..n-1 of every observation, grouped by image
     points: np.ndarray  # (m,) int64, point 0..p-1 of every observation
 
-    def select(self, keep: np.ndarray) -> Model:
+    def select(self, keep: np.ndarray) -> "Model":
         """The images where `keep` (n,) bool is true, renumbered; points keep their numbers."""
         number = np.where(keep, np.cumsum(keep) - 1, -1).astype(np.int32)[self.images]
         seen = number >= 0
