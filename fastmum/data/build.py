@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmum.data.builders import BUILDERS
-from fastmum.data.builders.base import RULES, Builder, Option, Options
+from fastmum.data.builders.base import RULES, Builder, Options
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
 from fastmum.errors import program, run_command

@@ -20,6 +20,7 @@ from fastmum.data.decode import Decoder
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
 from fastmum.data.plan import StepPlan
+from fastmum.errors import writing
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ class Faults:
                 if read < MIN_FRAMES or bad <= MAX_SHARE * read + STANDARD_ERRORS * error:
                     continue
                 named = ", ".join(f"'{file}'" for file in files)
-                named += f" (all are listed in '{self._log.path}')" if self._log else ""
+                named += f"; all are listed in '{self._log.path}'" if self._log else ""
                 failed = f"{bad} of {read} frames of the data set '{self.manifests.datasets[number]}' cannot be decoded"
                 raise DataError(f"{failed}, such as {named}; restore them, or leave the data set out")
 
@@ -234,7 +235,7 @@ class _LogFile:
 
     def write(self, dataset: str, file: Path, reason: str) -> None:
         """Append a line, unless the file is listed."""
-        try:
+        with writing(self.path, DataError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+", **TEXT) as out:
                 self._read(out)
@@ -242,8 +243,6 @@ class _LogFile:
                     self.listed.add((dataset, str(file)))
                     out.write(f"{dataset}\t{file}\t{' '.join(reason.split())}\n")
                 self._offset = out.tell()
-        except OSError as error:
-            raise DataError(f"'{self.path}' cannot be written ({error.strerror or error})") from None
 
     def _read(self, file: IO[str]) -> None:
         file.seek(self._offset)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
+from fastmum.errors import writing
 from fastmum.files import atomic_path
 
 VERSION = 1
@@ -68,11 +69,11 @@ def write_manifest(
     out = Path(out)
     with contextlib.closing(_Spool(out.parent)) as spool:
         for record in records:  # errors of the generator itself are not errors of writing
-            with _writing(out):
+            with writing(out, DataError):
                 spool.add(record, record.dataset or dataset)
         if not spool.sequences:
             raise DataError(f"there is no sequence to write into '{out}'")
-        with _writing(out):
+        with writing(out, DataError):
             batch = spool.batch()
             counts = Counts(len(spool.sequences), batch.num_rows)
             content = json.dumps(metadata | {"root": str(root), "counts": counts._asdict()}, sort_keys=True)
@@ -83,14 +84,6 @@ def write_manifest(
                 file.flush()
                 os.fsync(file.fileno())
     return counts
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"'{out}' cannot be written ({error.strerror or error})") from None
 
 
 class _Spool:
@@ -160,12 +153,11 @@ class _Spool:
     def _append_vectors(self, name: str, values: np.ndarray | None, n: int, where: str) -> None:
         if values is None and name not in self._columns:
             return
-        width, shape = WIDTHS[name], (n, 4, 4) if name == "pose" else (n, 4)
-        if values is None:
-            values = np.full(shape, np.nan, np.float32)
-        elif values.shape != shape:
+        shape = (n, 4, 4) if name == "pose" else (n, 4)
+        values = np.full(shape, np.nan, np.float32) if values is None else values
+        if values.shape != shape:
             raise DataError(f"{where} has {name} of shape {values.shape}, but must have {shape}")
-        flat = np.ascontiguousarray(values.reshape(n, -1)[:, :width], np.float32)
+        flat = np.ascontiguousarray(values.reshape(n, -1)[:, : WIDTHS[name]], np.float32)
         known = np.asarray(np.isfinite(flat).all(1))
         if known.any() or name in self._columns:
             self._append(name, known)

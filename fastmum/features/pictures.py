@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmum.data.decode.image import FrameError
+from fastmum.errors import writing
 from fastmum.features.images import FeaturesError, Images, read_image
 from fastmum.features.store import Tokens
 
@@ -60,13 +61,10 @@ def write_pictures(folder: Path, images: Images, features: Mapping[str, Tokens],
         height, width = place.content_height, place.content_width
         drawn = colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]
         gap = np.full((height, GAP, 3), 255, np.uint8)
-        try:
+        with writing(file, FeaturesError, FrameError):
             image = read_image(files[name], place)[:height, :width]
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.concatenate([image, gap, drawn], axis=1)).save(file)
-        except (OSError, FrameError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise FeaturesError(f"the picture '{file}' cannot be written ({reason})") from error
 
 
 def _file_names(names: Iterable[str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from fastmum.data.builders.base import CHUNK_RULE, CHUNKED, Builder, Option, Opt
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import CHUNK
+from fastmum.errors import writing
 
 log = logging.getLogger(__name__)
 
@@ -74,15 +75,14 @@ def _extract(video: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Write the frames into a temporary folder that is renamed when complete."""
     partial = folder.with_name(f".{folder.name}.part")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for number, image in _frames(video, settings):
-            image.save(partial / f"{number:06d}.jpg", quality=settings["quality"])
-        (partial / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise DataError(f"'{folder}' cannot be written ({error.strerror or error}): frames of '{video}'") from None
+        with writing(folder, DataError):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for number, image in _frames(video, settings):
+                image.save(partial / f"{number:06d}.jpg", quality=settings["quality"])
+            (partial / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
