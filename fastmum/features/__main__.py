@@ -93,9 +93,9 @@ def _run(args: argparse.Namespace) -> None:
         write_pictures(folder, images, features, patch_size)
         print(f"pictures: {folder}")
     if images.skipped:
-        lines = [f"skipped: {len(images.skipped)} of {len(images.files)} images"]
-        lines += [f"  {name}: {why}" for name, why in islice(images.skipped.items(), MAX_NAMES)]
-        print("\n".join(lines + ["  ..."] * (len(images.skipped) > MAX_NAMES)), file=sys.stderr)
+        lines = [f"  {name}: {why}" for name, why in islice(images.skipped.items(), MAX_NAMES)]
+        lines += ["  ..."] * (len(images.skipped) > MAX_NAMES)
+        print(f"skipped: {len(images.skipped)} of {len(images.files)} images", *lines, sep="\n", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

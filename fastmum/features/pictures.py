@@ -30,10 +30,9 @@ def fit_colours(patches: Sequence[Tensor]) -> Callable[[Tensor], np.ndarray]:
     centred = tokens - mean
     directions = torch.linalg.eigh(centred.T @ centred)[1][:, -3:].flip(1)  # eigenvalues ascend
     values = centred @ directions
-    # The sign of a direction is chosen so that the longer tail is positive.
-    directions = directions * torch.where(values.amax(0) < -values.amin(0), -1.0, 1.0)
-    values = (centred @ directions).numpy()
-    low, high = (torch.from_numpy(np.quantile(values, q, axis=0)).float() for q in SPREAD)
+    signs = torch.where(values.amax(0) < -values.amin(0), -1.0, 1.0)  # so that the longer tail is positive
+    directions = directions * signs
+    low, high = (torch.from_numpy(np.quantile((values * signs).numpy(), q, axis=0)).float() for q in SPREAD)
 
     def colours(patch: Tensor) -> np.ndarray:
         share = ((patch.float() - mean) @ directions - low) / (high - low).clamp_min(1e-12)
@@ -54,8 +53,7 @@ def write_pictures(folder: Path, images: Images, features: Mapping[str, Tokens],
     """Draw each image as the encoder saw it, without padding, next to its tokens."""
     maps = {name: content(tokens, patch_size) for name, tokens in features.items()}
     colours = fit_colours(list(maps.values()))
-    files = {images.name(file): file for file in images.files}
-    pictures = _file_names(maps)
+    files, pictures = {images.name(file): file for file in images.files}, _file_names(maps)
     for name, patch in tqdm(maps.items(), unit="image", desc="pictures"):
         place, file = features[name].placement, folder / pictures[name]
         height, width = place.content_height, place.content_width
