@@ -140,20 +140,6 @@ def _depth_thumbnail(file: Path, format: DepthFormat, tile: int) -> Image.Image:
     return ImageOps.fit(image, (tile, tile), Image.Resampling.NEAREST)
 
 
-def _parser() -> argparse.ArgumentParser:
-    description = "What a manifest contains: sequences, frames, lengths, data sets, and how it was built."
-    parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
-    parser.add_argument("file", type=Path, metavar="FILE", help="the manifest")
-    parser.add_argument("--check", action="store_true", help="look for missing files; exit code 1 if there are any")
-    sheet = parser.add_mutually_exclusive_group()
-    help = "contact sheet of sampled sequences with their depth (default: <stem of FILE>_sheet.jpg next to FILE)"
-    sheet.add_argument("--sheet", type=Path, metavar="PATH", help=help)
-    sheet.add_argument("--no-sheet", action="store_true", help="write no contact sheet")
-    parser.add_argument("--sequences", type=int, default=12, metavar="N", help="on the sheet (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sheet's samples (default %(default)s)")
-    return parser
-
-
 def _command(args: argparse.Namespace) -> int:
     for name, least in (("sequences", 1), ("seed", 0)):
         if (value := getattr(args, name)) < least:
@@ -180,7 +166,17 @@ def _command(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    description = "What a manifest contains: sequences, frames, lengths, data sets, and how it was built."
+    parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the manifest")
+    parser.add_argument("--check", action="store_true", help="look for missing files; exit code 1 if there are any")
+    sheet = parser.add_mutually_exclusive_group()
+    help = "contact sheet of sampled sequences with their depth (default: <stem of FILE>_sheet.jpg next to FILE)"
+    sheet.add_argument("--sheet", type=Path, metavar="PATH", help=help)
+    sheet.add_argument("--no-sheet", action="store_true", help="write no contact sheet")
+    parser.add_argument("--sequences", type=int, default=12, metavar="N", help="on the sheet (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sheet's samples (default %(default)s)")
+    args = parser.parse_args(argv)
     return run_command(lambda: _command(args))
 
 

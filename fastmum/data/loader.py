@@ -40,14 +40,10 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Decodes plans ahead of time, in order; `wait_seconds` is the time that callers of `batches` waited in all.
+    """Decodes plans, whose rows index `manifests`, ahead of time and in order; each of `workers` threads a batch.
 
-    Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches.
-
-    Args:
-        manifests: the plans' rows index these.
-        workers: threads; each decodes a whole batch at a time.
-        bad_frames, held_out: `log_file` and `held_out` of `Faults`.
+    Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches. `bad_frames`
+    and `held_out` are those of `Faults`; `wait_seconds` is how long callers of `batches` have waited in all.
     """
 
     def __init__(
@@ -198,9 +194,8 @@ class Faults:
     def replacements(self, row: int, taken: set[int]) -> Iterator[int]:
         """Rows that may replace a bad one, in an order that depends only on the arguments and the known bad frames.
 
-        First the other frames of its sequence, from `row` on, those not in `taken` first. Then the next sequences of
-        its data set with the same `held_out` flag, which is where single images find theirs. Known bad frames are
-        skipped.
+        First the other frames of its sequence, from `row` on, those not in `taken` first; then the next sequences of
+        its data set with the same `held_out` flag. Known bad frames are skipped.
         """
         manifests = self.manifests
         own = int(manifests.sequence_of(row))

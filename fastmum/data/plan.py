@@ -241,10 +241,9 @@ class Mixture:
     def settle(self, sizes: np.ndarray, shares: np.ndarray, level: bool, drawn: bool = True) -> np.ndarray:
         """Compute how often each data set is drawn for each length; returns its expected share of frames (multiple,).
 
-        Args:
-            sizes, shares: (n,) lengths that occur, ascending, and their expected shares of the frames of sequences.
-            level: give every data set its weight of the frames (`by_frames`), not of the draws (`by_weight`).
-            drawn: whether sequences are drawn at all; if not, `notes` do not report missed weights.
+        `sizes` and `shares` (n,) are the lengths that occur, ascending, and their expected shares of the frames of
+        sequences. With `level` a data set gets its weight of the frames (`by_frames`), else of the draws (`by_weight`).
+        `notes` report missed weights if sequences are `drawn` at all.
         """
         eligible = self.eligible[self.multiple][:, sizes].T > 0
         table = by_frames(self._weights, eligible, shares) if level else by_weight(self._weights, eligible)

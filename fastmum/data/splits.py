@@ -47,12 +47,9 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     """Open the manifests of a run and hold out some of their sequences.
 
     Manifests of image folders (`data.root`, `data.image_root`) and of the embedded scenes, which are rendered if no
-    other data is given, are written to the run's `folder`. Held-out sequences are sampled like training sequences, so
-    that the two losses are comparable; single images are not held out.
-
-    Args:
-        resumed: reuse the manifests that the run wrote at its start, so that it continues with the same sequences.
-        micro_batches: batches of `data.frames_per_batch` frames in a training step, on all processes together.
+    other data is given, are written to the run's `folder`. If `resumed`, those that the run wrote at its start are
+    reused. Held-out sequences are sampled like training sequences, so that the two losses are comparable; single images
+    are not held out. `micro_batches` is the number of batches in a training step, on all processes together.
 
     Raises:
         DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met.

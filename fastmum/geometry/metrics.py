@@ -85,10 +85,8 @@ def depth_metrics(
 ) -> dict[str, float]:
     """Metrics of one depth map (H, W) over the pixels with min_depth < true < max_depth.
 
-    Args:
-        depth: predicted, clipped to [min_depth, max_depth]; `true` is 0 where it is unknown.
-        max_depth: 10 for NYU, 80 for KITTI.
-        crop: part that counts: Eigen's crop of NYU, Garg's shares of KITTI's height and width; None: everything.
+    Predictions are clipped to [min_depth, max_depth], the latter 10 for NYU and 80 for KITTI; `true` is 0 where it is
+    unknown. `crop` is the part that counts: Eigen's of NYU, Garg's shares of KITTI's sides; None: everything.
 
     Returns:
         `DEPTH_METRICS`: a1 to a3 are the shares of ratios below 1.25, its square and cube, silog is times 100. All are
@@ -170,11 +168,9 @@ def mean_of_visible(values: Tensor, visible: Tensor) -> Tensor:
 
 
 def match_scores(errors: Tensor, visible: Tensor) -> list[MatchScores]:
-    """Scores of Q matchers on the same N pairs; a warp that is not finite has an end-point error that is not finite.
+    """Scores of Q matchers on the same N pairs from errors (Q, N, P) in pixels, over the `visible` points (N, P) bool.
 
-    Args:
-        errors: (Q, N, P) pixels.
-        visible: (N, P) bool, which points count; ValueError if there are none.
+    A warp that is not finite has an end-point error that is not finite. ValueError if no point is visible.
     """
     if not visible.any():
         raise ValueError("no point is visible in both views of any pair, so there is nothing to measure")
@@ -190,14 +186,10 @@ def pair_epe(errors: Tensor, visible: Tensor) -> list[float | None]:
 
 
 def any_match_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Any-match top-1 (CAPI): right if the arg-max is one of the sample's labels.
+    """Any-match top-1 (CAPI): right if the arg-max of the logits (heads, classes, B) is one of the sample's labels.
 
-    Args:
-        logits: (heads, classes, B).
-        labels: (B, annotations) int64, padded with -1; samples without a label are left out.
-
-    Returns:
-        Right samples of each head (heads,) int64, and the number of samples that count. Sum both over batches.
+    `labels` (B, annotations) int64 are padded with -1; samples without a label do not count. Returns the right samples
+    of each head (heads,) int64, and the number of samples that count, which are summed over batches.
     """
     labelled = (labels >= 0).any(-1)
     right = (logits.argmax(-2)[..., None] == labels).any(-1) & labelled

@@ -61,11 +61,8 @@ class PillowDecoder:
     """Decodes in the calling thread; Pillow and torch release the GIL meanwhile.
 
     Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop allows it. These are never cached, because
-    a frame must not depend on what was decoded before.
-
-    Args:
-        cache_bytes: memory for decoded images, which are never evicted; further images are decoded each time.
-        pin_memory: return page-locked memory, for asynchronous copies to a GPU.
+    a frame must not depend on what was decoded before. Other images stay in `cache_bytes` of memory until it is full.
+    With `pin_memory` frames are in page-locked memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, size: int, cache_bytes: int = 0, pin_memory: bool = False) -> None:
