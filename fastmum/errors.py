@@ -13,9 +13,10 @@ class FastmumError(RuntimeError):
 @contextlib.contextmanager
 def writing(file: Path, kind: type[FastmumError], *others: type[Exception]) -> Iterator[None]:
     """Turn an OSError of writing a file, or one of `others`, into a `kind` that names the file."""
+    errors: tuple[type[Exception], ...] = (OSError, *others)
     try:
         yield
-    except (OSError, *others) as error:
+    except errors as error:
         reason = getattr(error, "strerror", None) or error
         raise kind(f"'{file}' cannot be written ({reason})") from error
 

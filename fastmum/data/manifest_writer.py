@@ -40,7 +40,7 @@ class SequenceRecord(NamedTuple):
         """Some of the frames as another sequence."""
         whole = ("name", "dataset", "depth_format")  # the other fields have a value for each frame
         known = {k: v for k, v in self._asdict().items() if v is not None and k not in whole}
-        chosen = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in known.items()}
+        chosen: Any = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in known.items()}
         return self._replace(name=name, **chosen)
 
 

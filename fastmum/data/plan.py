@@ -121,7 +121,7 @@ class StepPlanner:
         frames = f"{self.frames_per_gpu} frames (data.frames_per_batch)"
         if filling is None:
             singles = f"{self.imagenet_share:.0%} single images (data.imagenet_share)"
-            failed = f"{views[0]} to {views[1]} views (data.views) and {singles} cannot fill {frames} exactly"
+            failed = f"{views[0]} to {views[1]} views (data.views) cannot fill {frames} exactly with {singles}"
             raise DataError(f"{failed}: change one of them, or use data.mode=paper, which leaves part of a batch empty")
         if filling.distance > SHARES_MISSED:
             missed = f"cannot have the paper's shares of lengths: the total variation is {filling.distance:.2f}"

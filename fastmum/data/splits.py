@@ -60,7 +60,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     used = np.array([data.weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
     candidates = np.flatnonzero((lengths >= max(2, data.views[0])) & used)
     held = candidates[held_out([manifests.sequence_name(i) for i in candidates.tolist()], data.held_out)]
-    views, scale, aspect = ((pair[0], pair[1]) for pair in (data.views, data.crop_scale, data.crop_aspect))
+    views, (scale, aspect) = (data.views[0], data.views[1]), ((p[0], p[1]) for p in (data.crop_scale, data.crop_aspect))
     crops: dict[str, Any] = {"crop_scale": scale, "crop_aspect": aspect, "flip": data.flip}
     fixed = manifests, data.weights, data.frames_per_batch, views
     planner = functools.partial(StepPlanner, *fixed, mode=data.mode, **crops)

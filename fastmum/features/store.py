@@ -57,7 +57,7 @@ def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[st
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as partial:
             if file.suffix == ".npz":
-                arrays = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in tensors.items()}
+                arrays: Any = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in tensors.items()}
                 np.savez(partial, **arrays, **{ABOUT: np.array(json.dumps(about))})
             else:
                 save_file(tensors, partial, {"format": "pt", ABOUT: json.dumps(about)})
