@@ -58,7 +58,7 @@ def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[st
         with atomic_path(file) as partial:
             if file.suffix == ".npz":
                 arrays: Any = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in tensors.items()}
-                np.savez(partial, **arrays, **{ABOUT: np.array(json.dumps(about))})
+                np.savez(partial, **arrays | {ABOUT: json.dumps(about)})
             else:
                 save_file(tensors, partial, {"format": "pt", ABOUT: json.dumps(about)})
 

@@ -6,7 +6,7 @@ Arrays are NumPy, float64 inside; the matching metrics are torch, since evaluati
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -137,7 +137,7 @@ def point_metrics(
     if normals is not None and true_normals is not None:
         values["nc1"] = np.abs((normals * true_normals[to_true]).sum(-1))
         values["nc2"] = np.abs((true_normals * normals[to_points]).sum(-1))
-    statistics = {"mean": np.mean, "median": np.median}
+    statistics: dict[str, Any] = {"mean": np.mean, "median": np.median}
     return {f"{name}_{key}": float(f(each)) for name, each in values.items() for key, f in statistics.items()}
 
 
