@@ -2,23 +2,34 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` on success and deleted on failure.
+    """A temporary path for a file or a folder, renamed to `path` on success and deleted on failure.
 
-    Readers see the old file or the new one, never a part. The suffix stays, since writers choose a format by it.
+    Readers see the old file or the new one, never a part. The suffix stays, since writers choose a format by it. A
+    folder replaces a file, or another folder, which is deleted just before.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         yield partial
+        if partial.is_dir():
+            _remove(path)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

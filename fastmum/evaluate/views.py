@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmum.data.builders.base import images_in
-from fastmum.data.builders.folder import image_folders
+from fastmum.data.builders.base import image_folders, images_in
 from fastmum.data.errors import DataError
 from fastmum.data.samples import read_rgb
 from fastmum.evaluate.features import check_size, patch_size, squared

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,22 +83,18 @@ def _render_into(folder: Path, name: str, index: int, settings: Settings, on_vie
     (folder / "cameras.json").write_text(json.dumps(cameras, indent=1) + "\n")
 
 
-def _send(message: str) -> None:
-    sys.stdout.write(f"{message}\n")  # in one piece, since processes share the pipe
-    sys.stdout.flush()
-
-
 def main() -> int:
     """Render the scenes of a job, JSON in argv. Print "view" after each view, "error" and a message after a failure."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` deletes the temporary folder
     job = json.loads(sys.argv[1])
+    send = partial(print, end="", flush=True)  # a line in one piece, since processes share the pipe
     try:
         for index in job["indices"]:
-            write_scene(Path(job["root"]), index, Settings(**job["settings"]), lambda: _send("view"))
+            write_scene(Path(job["root"]), index, Settings(**job["settings"]), lambda: send("view\n"))
     except (KeyboardInterrupt, BrokenPipeError):
         return 130  # the parent has ended or is ending, and reports it
     except (OSError, ScenesError) as error:
-        _send(f"error {json.dumps(getattr(error, 'strerror', None) or str(error))}")
+        send(f"error {json.dumps(getattr(error, 'strerror', None) or str(error))}\n")
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no exception while the interpreter shuts down
     return 0

@@ -19,6 +19,8 @@ SUBPIXELS = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375
 
 
 class View(NamedTuple):
+    """A camera in a scene; width and height in pixels."""
+
     solids: Solids
     open_top: bool
     K_33: np.ndarray
@@ -28,6 +30,7 @@ class View(NamedTuple):
 
     @property
     def eye_3(self) -> np.ndarray:
+        """Position of the camera in the world, metres."""
         return -self.T_44[:3, :3].T @ self.T_44[:3, 3]
 
     def directions(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
