@@ -15,17 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_floating,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_floating, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.patches import check_pixels, gather_patches_torch, load_pixel_rows, pixel_row_start
 
 CHUNK_VALUES = 1 << 19  # values of pred that the CPU processes at once

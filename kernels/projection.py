@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmum.kernels.dispatch import ceil_div, check_range, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.checks import check_range
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.matmul import Tiles, fuses_products, product, tile_of
 from fastmum.kernels.rope import _rotate, _rotate_torch, check_rotation
 from fastmum.kernels.sums import finish_sums, row_split

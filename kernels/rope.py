@@ -11,19 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    INTEGERS,
-    ceil_div,
-    check_floating,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import INTEGERS, check_floating, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 
 SPECIAL = ("keep", "zero")
 PARTS = ("qkv", "kv", "q")

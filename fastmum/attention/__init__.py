@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmum.attention.backend import HALF, AttentionError, Backend, Segments, constant_in_graphs
 from fastmum.attention.cuda import Flash, FlashAttn2, FlashAttn4, Flex, Xformers
 from fastmum.attention.sdpa import Sdpa, dense_attention
-from fastmum.kernels.dispatch import check_tensors
+from fastmum.kernels.checks import check_tensors
 
 __all__ = [
     "BACKENDS", "AttentionError", "Backend", "Segments", "choose_backend", "dense_attention", "ragged_attention",
