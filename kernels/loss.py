@@ -23,16 +23,9 @@ CHUNK_VALUES = 1 << 19  # values of pred that the CPU processes at once
 
 
 def patch_loss(
-    pred: Tensor,
-    frames: Tensor,
-    ids: Tensor,
-    mean: Sequence[float] | Tensor,
-    std: Sequence[float] | Tensor,
-    patch_size: int,
-    norm_pix: bool = True,
-    eps: float = 1e-6,
-    reduction: Literal["mean", "none"] = "mean",
-) -> Tensor:
+    pred: Tensor, frames: Tensor, ids: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor,
+    patch_size: int, norm_pix: bool = True, eps: float = 1e-6, reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:  # fmt: skip
     """Mean squared error between predictions and patches: the training loss.
 
     Args:
@@ -76,9 +69,7 @@ def _patch_loss(
     return torch.cat([_difference_torch(*chunk, *settings).square_().mean((1, 2)) for chunk in chunks])
 
 
-@_patch_loss.register_fake
-def _(pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
-    return pred.new_empty(len(pred), dtype=torch.promote_types(pred.dtype, torch.float32))
+_patch_loss.register_fake(lambda x, *_: x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
 @torch.library.custom_op("fastmum::patch_loss_backward", mutates_args=())
@@ -97,9 +88,7 @@ def _patch_loss_backward(
     return grad
 
 
-@_patch_loss_backward.register_fake
-def _(grad_losses, pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
-    return pred.new_empty(pred.shape)
+_patch_loss_backward.register_fake(lambda grad_losses, pred, *_: pred.new_empty(pred.shape))
 
 
 def _setup_context(ctx, inputs, output):

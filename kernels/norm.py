@@ -22,14 +22,9 @@ LEAST_WEIGHT = 1e-3  # norm weights below this are clamped when backward recover
 
 
 def add_norm(
-    x: Tensor,
-    update: Tensor,
-    update_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
+    x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x + update, and its layer norm.
 
     Args:

@@ -18,13 +18,9 @@ from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_byt
 
 
 def gather_patches(
-    frames: Tensor,
-    ids: Tensor,
-    mean: Sequence[float] | Tensor,
-    std: Sequence[float] | Tensor,
-    patch_size: int,
+    frames: Tensor, ids: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, patch_size: int,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Selected patches of every frame as normalised vectors, ready for the patch embedding's matrix product.
 
     Args:

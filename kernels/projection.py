@@ -21,16 +21,9 @@ from fastmum.kernels.sums import finish_sums, row_split
 
 
 def rotary_projection(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    positions: Tensor,
-    sin: Tensor,
-    cos: Tensor,
-    num_heads: int,
-    special: str = "keep",
-    parts: str = "qkv",
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int,
+    special: str = "keep", parts: str = "qkv",
+) -> tuple[Tensor, ...]:  # fmt: skip
     """x @ weight' + bias with q and k rotated.
 
     Args:
@@ -90,9 +83,7 @@ def _rotary_linear(
     return packed
 
 
-@_rotary_linear.register_fake
-def _(x, weight, bias, positions, sin, cos, rotated, zero):
-    return x.new_empty(len(x), len(weight))
+_rotary_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 
 @register_flop_formula(torch.ops.fastmum.rotary_linear)

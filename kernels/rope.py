@@ -20,15 +20,9 @@ CHUNK_BYTES = 1 << 20  # bytes of qkv that the CPU rotates at once: temporaries 
 
 
 def rope_qk(
-    qkv: Tensor,
-    positions: Tensor,
-    sin: Tensor,
-    cos: Tensor,
-    num_heads: int,
-    special: str = "keep",
-    inplace: bool = False,
-    parts: str = "qkv",
-) -> Tensor:
+    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, special: str = "keep",
+    inplace: bool = False, parts: str = "qkv",
+) -> Tensor:  # fmt: skip
     """Rotate q and k of a packed projection by the position of their token.
 
     Args:
@@ -133,9 +127,7 @@ def _rope_qk(
     return out
 
 
-@_rope_qk.register_fake
-def _(qkv, positions, sin, cos, rotated, zero, inverse):
-    return qkv.new_empty(qkv.shape)
+_rope_qk.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape))
 
 
 def _setup_context(ctx, inputs, output):

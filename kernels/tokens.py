@@ -74,9 +74,7 @@ def _scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, nu
     return _place(visible, mask_token, visible_ids, num_patches)
 
 
-@_scatter_tokens.register_fake
-def _(visible, mask_token, visible_ids, num_patches):
-    return visible.new_empty(visible.shape[0], 1 + num_patches, visible.shape[2])
+_scatter_tokens.register_fake(lambda x, mask_token, ids, num_patches: x.new_empty(len(x), 1 + num_patches, x.shape[2]))
 
 
 @torch.library.custom_op("fastmum::scatter_tokens_backward", mutates_args=())
@@ -109,9 +107,7 @@ def _gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.view(-1, D).index_select(0, _token_rows(ids, T).flatten()).view(F, -1, D)
 
 
-@_gather_tokens.register_fake
-def _(tokens, ids):
-    return tokens.new_empty(*ids.shape, tokens.shape[2])
+_gather_tokens.register_fake(lambda tokens, ids: tokens.new_empty(*ids.shape, tokens.shape[2]))
 
 
 @torch.library.custom_op("fastmum::gather_tokens_backward", mutates_args=())
@@ -119,9 +115,7 @@ def _gather_tokens_backward(grad: Tensor, ids: Tensor, num_patches: int) -> Tens
     return _place(grad, None, ids, num_patches)
 
 
-@_gather_tokens_backward.register_fake
-def _(grad, ids, num_patches):
-    return grad.new_empty(grad.shape[0], 1 + num_patches, grad.shape[2])
+_gather_tokens_backward.register_fake(lambda x, ids, num_patches: x.new_empty(len(x), 1 + num_patches, x.shape[2]))
 
 
 def _setup_scatter(ctx, inputs, output):
