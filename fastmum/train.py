@@ -199,8 +199,7 @@ def _train(config: EngineConfig, task: Task) -> int:
 def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, samples_per_step: int) -> None:
     """Open the task's data and write the configuration; the first process runs first and creates missing files.
 
-    Raises:
-        ConfigError, DataError: the folder cannot be written, or the data cannot be used.
+    ConfigError, DataError: the folder cannot be written, or the data cannot be used.
     """
     if task.world.is_main:
         try:

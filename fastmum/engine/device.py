@@ -38,8 +38,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.device") -> torch.device:
     """The device auto, cpu, cuda or cuda:N; with several processes on a machine each gets a separate GPU.
 
-    Raises:
-        ConfigError: no such device, or fewer than processes; the message names the option `key`.
+    ConfigError: no such device, or fewer than processes; the message names the option `key`.
     """
     launch = launch or LaunchInfo()
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):

@@ -170,15 +170,12 @@ def evaluate_views(
 ) -> Result:  # fmt: skip
     """The masked loss of a `MuM` on targets without other views, with neighbours, and with views of another scene.
 
-    At most `most` targets, evenly spread over the set, are measured.
+    At most `most` targets, evenly spread over the set, are measured. The result has "same" and "other", the mean loss
+    by number of views (mean over targets and masks, then over sequences), with neighbours and with unrelated views;
+    "change_same" and "change_other", [mean, standard error over sequences] of the difference to one view;
+    "per_sequence"; "scores", those of "same" as "views_2" and so on.
 
-    Returns:
-        "same" and "other", the mean loss by number of views (mean over targets and masks, then over sequences), with
-        neighbours and with unrelated views; "change_same" and "change_other", [mean, standard error over sequences] of
-        the difference to one view; "per_sequence"; "scores", those of "same" as "views_2" and so on.
-
-    Raises:
-        DataError: no decoder, sequences that are too short, an unreadable picture, or a loss that is not finite.
+    DataError: no decoder, sequences that are too short, an unreadable picture, or a loss that is not finite.
     """
     if not isinstance(model, MuM):
         raise DataError("the decoder predicts masked patches, but these weights have only an encoder")

@@ -106,8 +106,7 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Apply blocks; each computes the norm of the next, the last one `last`.
 
-        Returns:
-            The stream after the blocks and its norm, (T, D) each, and the stream after each block number in `keep`.
+        Returns the stream after the blocks and its norm, (T, D) each, and the stream after each block number in `keep`.
         """
         norms = [*(block.norm1 for block, _ in stack), last]
         normed_TD, kept = norms[0](x_TD).to(compute_dtype(norms[0].weight)), []

@@ -46,15 +46,10 @@ SETS: dict[str, Layout] = {
 
 
 def open_pairs(name: str, part: Part = "all") -> PairSet:
-    """The set that a user names.
+    """The set that a user names by a word, a path, or both with a colon between; DataError if it cannot be read.
 
-    Args:
-        name: a word, a path, or both with a colon between, as in `SETS`.
-        part: "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable" may
-            be trained on if nothing of the set is tested on.
-
-    Raises:
-        DataError: no such set, or one that cannot be read.
+    Of the parts, "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable"
+    may be trained on if nothing of the set is tested on.
     """
     layout, path = _find(name)
     if part == "trainable":
