@@ -1,10 +1,9 @@
 """Profiles a window of training steps with `torch.profiler`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -27,7 +26,7 @@ class StepProfiler:
         self._profile: profile | None = None
         self._cuda = device.type == "cuda"
 
-    def __enter__(self) -> StepProfiler:
+    def __enter__(self) -> Self:
         if self._start >= self._window[-1]:
             self._warn(f"the run resumes at step {self._start + 1}")
             return self

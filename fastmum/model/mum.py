@@ -21,15 +21,7 @@ from fastmum.kernels import patch_loss, scatter_tokens
 from fastmum.model.block import AxialRope, Block, Context, apply_linear, compute_dtype, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
-from fastmum.model.inputs import (
-    Pixels,
-    check_frames,
-    check_lengths,
-    check_max_views,
-    check_noise,
-    num_visible,
-    split_by_noise,
-)
+from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_noise, num_visible, split_by_noise
 
 
 class MuMOutput(NamedTuple):
@@ -96,8 +88,7 @@ class MuM(Encoder):
         pixels = check_frames(frames, self.config.patch_size, self.config.in_chans)
         rows, columns = pixels.grid
         num_frames, num_patches = len(frames), rows * columns
-        lengths = check_lengths(lengths, num_frames)
-        max_views = check_max_views(max_views, lengths, num_frames)
+        lengths, max_views = check_lengths(lengths, max_views, num_frames)
         visible = num_visible(num_patches, mask_ratio)
         noise = torch.rand(num_frames, num_patches, device=frames.device) if noise is None else noise
         check_noise(noise, num_frames, num_patches)

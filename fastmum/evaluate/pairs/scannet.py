@@ -8,8 +8,6 @@ Training pairs: `scannet_indices/*.npz` or `index/scene_data/train/*.npz` with `
 `scans/scans_train/` or `train/`.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import cache
 from pathlib import Path
@@ -55,26 +53,6 @@ def from_root(root: Path, part: str) -> PairSet:
     return PairSet("scannet", pairs, origin="scannet")
 
 
-def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
-    archive = read_archive(file)
-    with reading(file, "a list of ScanNet's pairs"):
-        names = np.asarray(archive["name"])
-        names = np.stack([names[key] for key in names.dtype.names], 1) if names.dtype.names else names.reshape(-1, 4)
-        names = names.astype(np.int64)
-        if part == "train":
-            usable = (np.asarray(archive["score"]) > MIN_OVERLAP) & (names[:, 2:] % EVERY == 0).all(1)
-            names = some(names[usable], TRAIN_PAIRS)
-    pairs = []
-    for number, sub, i, j in names.tolist():
-        scene = f"scene{number:04d}_{sub:02d}"
-        a, b = scans.frame(scene, i), scans.frame(scene, j)
-        if a is not None and b is not None:
-            pairs.append(Pair(f"{scene}/{i}-{j}", scene, a, b))
-    if len(pairs) < len(names):
-        log.warning("%s: %d of %d pairs have no pose and are skipped", file, len(names) - len(pairs), len(names))
-    return pairs
-
-
 class _Scans:
     """The scenes in some folders of a root, with the intrinsics of LoFTR's file if it exists."""
 
@@ -114,3 +92,23 @@ class _Scans:
         if not cameras:
             raise DataError(f"'{scene}' has no intrinsics: neither '{files[0]}' nor intrinsics.npz is there")
         return cameras
+
+
+def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
+    archive = read_archive(file)
+    with reading(file, "a list of ScanNet's pairs"):
+        names = np.asarray(archive["name"])
+        names = np.stack([names[key] for key in names.dtype.names], 1) if names.dtype.names else names.reshape(-1, 4)
+        names = names.astype(np.int64)
+        if part == "train":
+            usable = (np.asarray(archive["score"]) > MIN_OVERLAP) & (names[:, 2:] % EVERY == 0).all(1)
+            names = some(names[usable], TRAIN_PAIRS)
+    pairs = []
+    for number, sub, i, j in names.tolist():
+        scene = f"scene{number:04d}_{sub:02d}"
+        a, b = scans.frame(scene, i), scans.frame(scene, j)
+        if a is not None and b is not None:
+            pairs.append(Pair(f"{scene}/{i}-{j}", scene, a, b))
+    if len(pairs) < len(names):
+        log.warning("%s: %d of %d pairs have no pose and are skipped", file, len(names) - len(pairs), len(names))
+    return pairs

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastmum.engine.rundir import RunDir
-from fastmum.engine.telemetry import Telemetry, read_metrics
+from fastmum.engine.rundir import RunDir, read_metrics
+from fastmum.engine.telemetry import Telemetry
 
 
 @pytest.fixture
