@@ -20,15 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastmum.config.load import describe_keys, load_config, peek_task
 from fastmum.config.schema import ConfigError, EngineConfig
 from fastmum.engine.checkpoint import Checkpoints, set_aside_after
-from fastmum.engine.device import (
-    MATRIX_DTYPE,
-    REDUCE_DTYPE,
-    Prefetcher,
-    autocast,
-    keep_freed_memory,
-    pick_device,
-    pick_precision,
-)
+from fastmum.engine.device import MATRIX_DTYPE, Prefetcher, autocast, keep_freed_memory, pick_device, pick_precision
 from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.heartbeat import Heartbeat, PeerError
@@ -81,7 +73,7 @@ def _train(config: EngineConfig, task: Task) -> int:
 
     model = task.build()
     broadcast_weights(model, world)
-    dtype, reduce_dtype = MATRIX_DTYPE[precision], REDUCE_DTYPE[config.parallel.reduce]
+    dtype, reduce_dtype = MATRIX_DTYPE[precision], MATRIX_DTYPE[config.parallel.reduce]
     blocks, parallel = task.blocks(model), config.parallel
     if shard(model, blocks, world, parallel.strategy, parallel.shard, dtype, reduce_dtype):
         dtype = torch.float32  # FSDP casts the weights that it gathers

@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 # dtype of the matrices that the model computes with; fp8 rounds further at each product.
 MATRIX_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
-REDUCE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

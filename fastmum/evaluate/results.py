@@ -143,7 +143,7 @@ def _stem(content: dict[str, Any]) -> str:
     return "-".join(re.sub(r"[^\w.]+", "_", content[key]).strip("_") or "_" for key in KEYS)
 
 
-class Table(NamedTuple):
+class ResultTable(NamedTuple):
     """Column names and rows of text."""
 
     names: list[str]
@@ -160,7 +160,7 @@ class Table(NamedTuple):
         return "\n".join([*lines, "", NOTE]) + "\n"
 
 
-def table(records: Sequence[Record]) -> Table:
+def table(records: Sequence[Record]) -> ResultTable:
     """A row for each matcher, set and weights, with the paper's numbers for the same matcher and set.
 
     The first rows are the scores of the identity warp on each set. The paper's sets have a row even without results.
@@ -186,7 +186,7 @@ def table(records: Sequence[Record]) -> Table:
             ours = [content for content in own if content["set"] == name] or [{"weights": NONE, "scores": {}}]
             rows += [row(MATCHERS[task], name, content["weights"], content["scores"], paper) for content in ours]
     names = ["matcher", "set", "weights", *map(score_title, columns), *(f"paper: {method}" for method in methods)]
-    return Table(names, rows)
+    return ResultTable(names, rows)
 
 
 def score_title(name: str) -> str:

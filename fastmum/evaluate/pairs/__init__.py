@@ -34,14 +34,18 @@ class Layout(NamedTuple):
 
 SETS: dict[str, Layout] = {
     "scenes": Layout("rendered scenes: the embedded ones, or a folder with scene_0000, ...",
-                     scenes.embedded, scenes.from_root, scenes.is_scenes, splits=True),
+                     scenes.embedded, scenes.from_root,
+                     lambda root: any(root.glob("scene_*/cameras.json")), splits=True),
     "motorcycle": Layout("Middlebury's stereo pair of that name, from scikit-image", motorcycle.stereo),
     "pairs": Layout("pairs.jsonl: images, K, T_b_a and depth, one pair per line",
-                    None, jsonl.from_file, jsonl.is_jsonl, splits=True),
-    "scannet": Layout("ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root, scannet.is_scannet),
-    "megadepth": Layout("MegaDepth-1500 as LoFTR, DKM and RoMa have it",
-                        None, megadepth.from_root, megadepth.is_megadepth),
-    "navi": Layout("NAVI, for recall by cosine matching after Probe3D", None, navi.from_root, navi.is_navi),
+                    None, jsonl.from_file,
+                    lambda path: jsonl.file_of(path).is_file() and jsonl.file_of(path).suffix == ".jsonl", splits=True),
+    "scannet": Layout("ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root,
+                      lambda root: any((root / name).is_file() for name in scannet.TEST_FILES)),
+    "megadepth": Layout("MegaDepth-1500 as LoFTR, DKM and RoMa have it", None, megadepth.from_root,
+                        lambda root: bool(megadepth.information_files(root, "test"))),
+    "navi": Layout("NAVI, for recall by cosine matching after Probe3D", None, navi.from_root,
+                   lambda root: any(root.glob("*/wild_set/annotations.json"))),
 }  # fmt: skip
 
 

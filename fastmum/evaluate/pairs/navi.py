@@ -32,11 +32,6 @@ INVERSE = 65535 * 10  # millimetres times counts, NAVI's `decode_depth`
 MILLIMETRE = 1e-3  # metres
 
 
-def is_navi(root: Path) -> bool:
-    """Whether a folder holds NAVI's annotated objects."""
-    return root.is_dir() and any(root.glob("*/wild_set/annotations.json"))
-
-
 def from_root(root: Path, part: str) -> PairSet:
     """Pairs of images of one object in front of different backgrounds; "all" and "test" are the same."""
     if part == "train":

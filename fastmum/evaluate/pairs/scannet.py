@@ -26,15 +26,10 @@ MIN_OVERLAP = 0.4  # score of training pairs, as in LoFTR's training
 TRAIN_PAIRS = 10  # drawn from each of 1,513 scenes, since every pose is a file
 EVERY = 10  # frames between those of training pairs, as in RoMa's training
 
-_TEST = ("test.npz", "scannet_test_1500/test.npz", "index/scannet_test_1500/test.npz")
+TEST_FILES = ("test.npz", "scannet_test_1500/test.npz", "index/scannet_test_1500/test.npz")
 _TRAIN = ("scannet_indices/*.npz", "index/scene_data/train/*.npz")
 _TEST_SCANS = ("scans_test", "test", "", "scannet_test_1500", "scans/scans_test")
 _TRAIN_SCANS = ("scans/scans_train", "train", "scans")
-
-
-def is_scannet(root: Path) -> bool:
-    """Whether a folder holds the list of ScanNet-1500."""
-    return any((root / name).is_file() for name in _TEST)
 
 
 def from_root(root: Path, part: str) -> PairSet:
@@ -45,9 +40,9 @@ def from_root(root: Path, part: str) -> PairSet:
             raise DataError(f"'{root}' has no training pairs ({' or '.join(_TRAIN)}); --train-data names another set")
         scans = _Scans(root, _TRAIN_SCANS, None)
     else:
-        indices = [root / name for name in _TEST if (root / name).is_file()][:1]
+        indices = [root / name for name in TEST_FILES if (root / name).is_file()][:1]
         if not indices:
-            raise DataError(f"'{root}' holds no ScanNet-1500: none of {', '.join(_TEST)} is there")
+            raise DataError(f"'{root}' holds no ScanNet-1500: none of {', '.join(TEST_FILES)} is there")
         scans = _Scans(root, _TEST_SCANS, indices[0].with_name("intrinsics.npz"))
     pairs = [pair for file in indices for pair in _pairs(file, scans, part)]
     return PairSet("scannet", pairs, origin="scannet")
