@@ -61,9 +61,7 @@ def add_norm(
     return total, normed
 
 
-def _add_norm_torch(
-    x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _add_norm_torch(x, update, update_bias, weight, bias, eps, dtype):
     """PyTorch's own operations: faster on the CPU, but they save the stream."""
     work = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):

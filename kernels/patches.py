@@ -110,9 +110,7 @@ def gather_patches_torch(
     return (patches.to(work) * gain_C).sub_(bias_C).to(dtype).reshape(*ids.shape, p * p * C)
 
 
-def _gather_patches_triton(
-    frames: Tensor, ids: Tensor, gain: list[float], bias: list[float], patch_size: int, dtype: torch.dtype
-) -> Tensor:
+def _gather_patches_triton(frames, ids, gain, bias, patch_size, dtype):
     F, H, W, C = frames.shape
     K, p = ids.shape[1], patch_size
     out = torch.empty(F, K, p * p * C, dtype=dtype, device=frames.device)

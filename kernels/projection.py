@@ -117,9 +117,7 @@ def _(grads, positions, sin, cos, rotated, zero):
     return grads[0].new_empty(T, packed), grads[0].new_empty(packed)
 
 
-def _rotary_linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
-) -> Tensor:
+def _rotary_linear_triton(x, weight, bias, positions, sin, cos, rotated, zero):
     (T, C), width, half = x.shape, len(weight), sin.shape[1]
     packed = torch.empty(T, width, dtype=x.dtype, device=x.device)
     sin, cos = (table if table.stride(1) == 1 else table.contiguous() for table in (sin, cos))
@@ -135,9 +133,7 @@ def _rotary_linear_triton(
     return packed
 
 
-def _pack_triton(
-    out: Tensor, grads: Sequence[Tensor], positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
-) -> Tensor:
+def _pack_triton(out, grads, positions, sin, cos, rotated, zero):
     T, heads, width = grads[0].shape
     half = width // 2
     grads = [grad if grad.stride(2) == 1 else grad.contiguous() for grad in grads]

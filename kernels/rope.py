@@ -143,9 +143,7 @@ def _backward(ctx, grad):
 _rope_qk.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _rotate(
-    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
-) -> None:
+def _rotate(qkv, out, positions, sin, cos, rotated, zero, inverse):
     """Write `qkv` with its first `rotated` heads rotated to `out`, which may be `qkv`; rows are contiguous."""
     check_range("positions", positions, -1, len(sin))
     if not use_triton(qkv):
@@ -165,9 +163,7 @@ def _rotate(
     launch(_rope_kernel, (ceil_div(T, BLOCK_T),), *args, **constants, **blocks, num_warps=4)
 
 
-def _rotate_torch(
-    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
-) -> None:
+def _rotate_torch(qkv, out, positions, sin, cos, rotated, zero, inverse):
     width = qkv.shape[1]
     N, half = sin.shape
     end = 2 * half * rotated
