@@ -43,15 +43,9 @@ SHOWN = ("loss", "held_out_loss", "frames_per_s")  # next to the progress bar
 def train(config: EngineConfig, task: type[Task] | None = None) -> int:
     """Train a run, or continue it. Every process of the run calls this.
 
-    Args:
-        config: an instance of the task's `Config`.
-        task: its class; None: the one that `run.task` names.
-
-    Returns:
-        0, or the exit code of the signal that stopped the run after it saved (`fastmum.engine.stop`).
-
-    Raises:
-        FastmumError: ConfigError, DataError, DistributedError, CheckpointError, TrainingError or PeerError.
+    `config` is an instance of the task's `Config`; `task` its class, None for the one that `run.task` names. Returns 0,
+    or the exit code of the signal that stopped the run after it saved (`fastmum.engine.stop`). FastmumError:
+    ConfigError, DataError, DistributedError, CheckpointError, TrainingError or PeerError.
     """
     launch = read_launch_env()
     world = init_distributed(launch, pick_device(config.train.device, launch))

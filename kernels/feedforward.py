@@ -21,7 +21,10 @@ RECOMPUTE = ("none", "act", "mlp")
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, recompute: str = "none") -> Tensor:
-    """gelu(x @ weight1' + bias1) @ weight2' + bias2, with the exact (erf) GELU.
+    """gelu(x @ weight1' + bias1) @ weight2' + bias2, with the exact (erf) GELU: (T, D) in the dtype of x.
+
+    Activations that only a frozen weight's gradient would need are not saved. TypeError: dtypes that differ.
+    ValueError: a shape, device or value of `recompute` that is not allowed.
 
     Args:
         x: (T, D) floating point.
@@ -29,13 +32,6 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         weight2, bias2: (D, N) and (D,), in the dtype of x. `bias2` gets no gradient here: it is the sum of the incoming
             gradient, which `add_norm` computes.
         recompute: what the backward pass recomputes: "none"; "act", the output of the GELU; "mlp", its input, too.
-
-    Returns:
-        (T, D), in the dtype of x. Activations that only a frozen weight's gradient would need are not saved.
-
-    Raises:
-        TypeError: dtypes that differ.
-        ValueError: a shape, device or value of `recompute` that is not allowed.
     """
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute is {recompute!r}, but must be one of {', '.join(RECOMPUTE)}")

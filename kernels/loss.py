@@ -28,19 +28,16 @@ def patch_loss(
 ) -> Tensor:  # fmt: skip
     """Mean squared error between predictions and patches: the training loss.
 
+    Returns a scalar, or (F,), float32 (float64 for float64 predictions): the mean over masked patches and their values,
+    accumulated in that dtype in a fixed order. Only `pred` gets a gradient. Errors are those of `gather_patches`, and
+    the same for `pred` and `reduction`.
+
     Args:
         pred: (F, M, p*p*C) floating point, not empty, predictions for the patches `ids`.
         frames, ids, mean, std, patch_size: as in `gather_patches`.
         norm_pix: whether the target is its patch's (x - mean) / sqrt(var + eps), with the unbiased variance.
         eps: added to the variance.
         reduction: "mean" over all frames, or "none": one loss per frame.
-
-    Returns:
-        Scalar, or (F,), float32 (float64 for float64 predictions): the mean over masked patches and their values,
-        accumulated in that dtype in a fixed order. Only `pred` gets a gradient.
-
-    Raises:
-        TypeError, ValueError, IndexError: as in `gather_patches`, or another dtype or shape of `pred`, or reduction.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}, but must be 'mean' or 'none'")

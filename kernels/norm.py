@@ -25,7 +25,10 @@ def add_norm(
     x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x + update, and its layer norm.
+    """x + update (T, D) in the dtype of x, and its layer norm (T, D) in `dtype`. Arithmetic is in float32 at least.
+
+    The kernel's backward pass recovers the normalised stream from the norm's output: gradients of weights that are
+    nearly 0 are too small. TypeError or ValueError: a dtype, shape or device that is not allowed.
 
     Args:
         x: (T, D) floating point, the residual stream.
@@ -35,13 +38,6 @@ def add_norm(
         weight, bias: (D,) of the norm.
         eps: added to the variance.
         dtype: of the norm's output; None: that of `update`.
-
-    Returns:
-        sum (T, D) in the dtype of x, normed (T, D) in `dtype`. Arithmetic is in float32 at least. The kernel's backward
-        pass recovers the normalised stream from `normed`: gradients of weights that are nearly 0 are too small.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that is not allowed.
     """
     check_tensors(x=x, update=update, update_bias=update_bias, weight=weight, bias=bias)
     check_floating("x", x, 2, "(T, D)")

@@ -23,6 +23,9 @@ def gather_patches(
 ) -> Tensor:  # fmt: skip
     """Selected patches of every frame as normalised vectors, ready for the patch embedding's matrix product.
 
+    Returns (F, K, p*p*C), contiguous; frames get no gradient. TypeError or ValueError: a dtype, shape or device that is
+    not allowed. IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
+
     Args:
         frames: (F, H, W, C), any strides, uint8 (scaled by 1/255 first) or floating point (not scaled). Floating-point
             frames whose last axis is not of length C may be (F, C, H, W).
@@ -31,13 +34,6 @@ def gather_patches(
             cost a synchronisation.
         patch_size: p, dividing H and W.
         dtype: of the result, floating point. The arithmetic is in float32, in float64 if frames or result are.
-
-    Returns:
-        (F, K, p*p*C), contiguous. Frames get no gradient.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that is not allowed.
-        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     frames, gain, bias = check_pixels(frames, ids, mean, std, patch_size)
     if not dtype.is_floating_point:
@@ -50,8 +46,7 @@ def check_pixels(
 ) -> tuple[Tensor, list[float], list[float]]:
     """Check the arguments of an operation on pixels; see `gather_patches`.
 
-    Returns:
-        frames as (F, H, W, C), and gain and bias of every channel: (x - mean) / std = value * gain - bias.
+    Returns frames as (F, H, W, C), and gain and bias of every channel: (x - mean) / std = value * gain - bias.
     """
     check_tensors(frames=frames, ids=ids)
     mean, std = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (mean, std))

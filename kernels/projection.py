@@ -24,18 +24,12 @@ def rotary_projection(
     x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int,
     special: str = "keep", parts: str = "qkv",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """x @ weight' + bias with q and k rotated.
+    """x @ weight' + bias with q and k rotated -> q, k, v, or those in `parts`: (T, h, d) each, views of one tensor.
 
     Args:
         x: (T, C) floating point.
         weight, bias: (3*D, C) and (3*D,) in the dtype of x: rows of q, k and v, or of those in `parts`.
-        positions, sin, cos, num_heads, special, parts: as in `rope_qk`.
-
-    Returns:
-        q, k, v, or those in `parts`: (T, h, d) each, views of one packed tensor.
-
-    Raises:
-        TypeError, ValueError, IndexError: as in `rope_qk`; or dtypes that differ.
+        positions, sin, cos, num_heads, special, parts: as in `rope_qk`, and so are the errors.
     """
     if not x.dtype == weight.dtype == bias.dtype:
         raise TypeError(f"x is {x.dtype}, weight {weight.dtype} and bias {bias.dtype}, but all must be of one dtype")

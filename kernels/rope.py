@@ -25,6 +25,10 @@ def rope_qk(
 ) -> Tensor:  # fmt: skip
     """Rotate q and k of a packed projection by the position of their token.
 
+    Returns a tensor like `qkv`; the rotation is in float32 at least. Only `qkv` gets a gradient. TypeError or
+    ValueError: a dtype, shape, device, `special` or `parts` that is not allowed. IndexError: positions out of range, on
+    the CPU; a GPU, which would have to synchronise, gives NaN.
+
     Args:
         qkv: (T, 3*D) floating point: q, k and v of each token, (h, d) each; or those in `parts`.
         positions: (T,) int64 or int32, row of the tables; -1 for a token without a position (CLS).
@@ -35,13 +39,6 @@ def rope_qk(
         inplace: overwrite `qkv` and return it. Autograd permits it if `qkv` is neither a leaf that requires a gradient
             nor needed by the backward pass of its producer; a linear layer's output is neither.
         parts: contents of `qkv`: "qkv"; "kv", (T, 2*D); or "q", (T, D).
-
-    Returns:
-        As `qkv`, in its dtype; the rotation is in float32 at least. Only `qkv` gets a gradient.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, device, `special` or `parts` that is not allowed.
-        IndexError: positions out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     check_floating("qkv", qkv, 2, f"(T, {len(parts)} * D)")
     check_tensors(qkv=qkv, positions=positions)
@@ -136,11 +133,7 @@ def _setup_context(ctx, inputs, output):
     ctx.settings = settings
 
 
-def _backward(ctx, grad):
-    return _rotate_back(ctx, grad), None, None, None, None, None, None
-
-
-_rope_qk.register_autograd(_backward, setup_context=_setup_context)
+_rope_qk.register_autograd(lambda ctx, grad: (_rotate_back(ctx, grad), *(None,) * 6), setup_context=_setup_context)
 
 
 def _rotate(qkv, out, positions, sin, cos, rotated, zero, inverse):

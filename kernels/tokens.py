@@ -21,18 +21,15 @@ MASK_SPLIT = 4  # programs per frame that sum the mask token's gradient
 def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num_patches: int) -> Tensor:
     """The decoder's input: CLS first, visible tokens at their patches, the mask token everywhere else.
 
+    Returns (F, 1 + P, D), in the dtype of `visible`. The mask token's gradient is summed in float32 at least. TypeError
+    or ValueError: a dtype, shape or device that is not allowed. IndexError: ids out of range, on the CPU; a GPU, which
+    would have to synchronise, drops these tokens.
+
     Args:
         visible: (F, 1 + K, D) floating point, CLS first.
         mask_token: D values in any shape, any floating-point dtype.
         visible_ids: (F, K) int64 or int32, patch numbers in 0..P-1, distinct in a row.
         num_patches: P.
-
-    Returns:
-        (F, 1 + P, D), in the dtype of `visible`. The mask token's gradient is summed in float32 at least.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that is not allowed.
-        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, drops these tokens.
     """
     check_tensors(visible=visible, mask_token=mask_token, visible_ids=visible_ids)
     check_floating("visible", visible, 3, "(F, 1 + K, D)")
@@ -49,18 +46,11 @@ def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Select the tokens of some patches of every frame.
+    """Select the tokens of some patches of every frame; returns (F, M, D), contiguous.
 
-    Args:
-        tokens: (F, 1 + P, D) floating point, CLS first.
-        ids: (F, M) int64 or int32, patch numbers in 0..P-1, distinct in a row.
-
-    Returns:
-        (F, M, D), contiguous.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that is not allowed.
-        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
+    `tokens` are (F, 1 + P, D) floating point, CLS first; `ids` (F, M) int64 or int32, patch numbers in 0..P-1, distinct
+    in a row. TypeError or ValueError: a dtype, shape or device that is not allowed. IndexError: ids out of range, on
+    the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     check_tensors(tokens=tokens, ids=ids)
     check_floating("tokens", tokens, 3, "(F, 1 + P, D)")

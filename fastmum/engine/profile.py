@@ -34,7 +34,10 @@ class StepProfiler:
         steps = schedule(skip_first=self._window[0] - 1, wait=0, warmup=1, active=len(self._window), repeat=1)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._write)
-        self._attempt(self._begin)
+        self._attempt(self._profile.start)
+        if self._profile:
+            self._profile.step_num = self._start
+            self._attempt(self._profile.step)
         return self
 
     def step(self, done: int) -> None:
@@ -49,12 +52,6 @@ class StepProfiler:
         if self._profile and self._done < self._window[0]:
             self._warn(f"training ended after step {self._done}")
         self._stop()
-
-    def _begin(self) -> None:
-        assert self._profile
-        self._profile.start()
-        self._profile.step_num = self._start
-        self._profile.step()
 
     def _stop(self) -> None:
         if self._profile:

@@ -25,9 +25,10 @@ def compile_model(
     model: MuM, mode: str, steps: int, backend: str | Callable = "inductor", several_devices: bool = False,
     cuda_graphs: bool = False,
 ) -> str:  # fmt: skip
-    """Compile a model in place and log the regions; every region is one graph.
+    """Compile a model in place; log and return the chosen mode: "block", "full" or "off". Every region is one graph.
 
     Lengths that change between batches recompile nothing: regions have static shapes (see `MuM._global_attention`).
+    ValueError: an unknown mode, or CUDA graphs where there are none.
 
     Args:
         model: on its training device.
@@ -36,12 +37,6 @@ def compile_model(
         steps: remaining steps of the run.
         several_devices: "full" becomes "block", because gradients are reduced over devices during the backward pass.
         cuda_graphs: record compiled regions as CUDA graphs.
-
-    Returns:
-        The chosen mode: "block", "full" or "off".
-
-    Raises:
-        ValueError: an unknown mode, or CUDA graphs where there are none.
     """
     if mode not in COMPILE_MODES:
         raise ValueError(f"compile mode is '{mode}', but must be one of {', '.join(COMPILE_MODES)}")

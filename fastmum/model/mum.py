@@ -70,7 +70,7 @@ class MuM(Encoder):
         self, frames: Tensor, lengths: Tensor | Sequence[int], mask_ratio: float = 0.75, noise: Tensor | None = None,
         max_views: int | None = None, reduction: Literal["mean", "none"] = "mean",
     ) -> MuMOutput:  # fmt: skip
-        """Predict the masked patches, and the loss.
+        """Predict the masked patches, and the loss. TypeError or ValueError for an invalid argument, which it names.
 
         Args:
             frames: (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8, normalised inside.
@@ -81,9 +81,6 @@ class MuM(Encoder):
             noise: (F, P) uniform; the smallest of a row are visible, ties by index. None draws it.
             max_views: upper bound of the lengths of any batch, F by default; attention kernels are launched for it.
             reduction: "mean": one loss; "none": one per frame, all of as many masked patches.
-
-        Raises:
-            TypeError, ValueError: an invalid argument, named with its value and what is allowed.
         """
         pixels = check_frames(frames, self.config.patch_size, self.config.in_chans)
         rows, columns = pixels.grid
