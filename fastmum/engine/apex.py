@@ -69,11 +69,10 @@ class ApexAdamW(Optimizer):
             group["step"] = self.steps.to(torch.int32).reshape(1)  # Apex adds 1
         self._apex._dummy_overflow_buf.zero_()  # else it does not add after a skipped step
         flag = found_inf.reshape(1)  # in a gradient scaler with the two methods that Apex calls, and a scale of 1
-        self._apex.step(
-            grad_scaler=SimpleNamespace(
-                _check_inf_per_device=lambda _: {flag.device: flag}, _get_scale_async=lambda: torch.ones_like(flag)
-            )
+        scaler = SimpleNamespace(
+            _check_inf_per_device=lambda _: {flag.device: flag}, _get_scale_async=lambda: torch.ones_like(flag)
         )
+        self._apex.step(grad_scaler=scaler)
         self.steps += 1 - found_inf
         for part, weight in zip(self._parts, self.weights, strict=True):
             part.grad = None

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of values in 0..1, RGB
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, RGB
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 _NOISE_STREAM = 1  # differs from the sampler's stream of the same seed, rank and step
 
 
@@ -35,10 +35,8 @@ def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "fr
     if not isinstance(frames, Tensor):
         raise TypeError(f"{name} is a {type(frames).__name__}, but must be a tensor")
     shape = tuple(frames.shape)
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
     if frames.dtype == torch.uint8:
-        layout = "(F, H, W, 3) uint8"
+        layout, mean, std = "(F, H, W, 3) uint8", IMAGENET_MEAN, IMAGENET_STD
         fits = frames.ndim == 4 and shape[3] == in_chans == len(mean)
     elif frames.is_floating_point():
         layout, mean, std = f"(F, {in_chans}, H, W) floating point", (0.0,) * in_chans, (1.0,) * in_chans
