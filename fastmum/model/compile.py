@@ -1,10 +1,10 @@
 """Which parts of the model `torch.compile` compiles, and when."""
 
+import contextlib
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,23 +66,19 @@ def compile_model(
     return chosen
 
 
-@contextmanager
+@contextlib.contextmanager
 def eager(model: MuM) -> Iterator[None]:
     """Run the regions of a model uncompiled: evaluation has other sizes, for which compiling does not pay.
 
     Attention that is compiled separately (`flex`) stays compiled: eager, it would hold the scores of all tokens.
     """
-    blocks = [(block, block.compiled_compute) for block in blocks_of(model)]
-    whole = model.compiled_autoencode
-    for block, _ in blocks:
-        block.compiled_compute = None
-    model.compiled_autoencode = None
-    try:
+    with contextlib.ExitStack() as stack:
+        for block in blocks_of(model):
+            stack.callback(setattr, block, "compiled_compute", block.compiled_compute)
+            block.compiled_compute = None
+        stack.callback(setattr, model, "compiled_autoencode", model.compiled_autoencode)
+        model.compiled_autoencode = None
         yield
-    finally:
-        for block, compiled in blocks:
-            block.compiled_compute = compiled
-        model.compiled_autoencode = whole
 
 
 def blocks_of(model: MuM) -> tuple[Block, ...]:

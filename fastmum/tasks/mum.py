@@ -17,7 +17,7 @@ from fastmum.config.schema import ConfigError
 from fastmum.data.decode import make_decoder
 from fastmum.data.decode.image import whole_frames
 from fastmum.data.loader import Loader
-from fastmum.data.plan import StepPlan, StepPlanner
+from fastmum.data.plan import StepPlan
 from fastmum.data.splits import DataSplits, open_splits
 from fastmum.engine.device import MATRIX_DTYPE, to_device
 from fastmum.engine.distributed import DistContext
@@ -137,16 +137,12 @@ class MuMTask(Task):
         frames, lengths = self._loader.load(_picture_plan(self._splits, self.config.data.frames_per_batch))
         self._shown = self._batch(frames, lengths, EVAL_SEED, 0)
 
-    @property
-    def _planner(self) -> StepPlanner:
-        return self._splits.training
-
     def batches(self, start: int, stop: int) -> Iterator[MuMBatch]:
-        first = self.world.rank * self.batches_per_step
+        planner, first = self._splits.training, self.world.rank * self.batches_per_step
         places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
-        batches = self._loader.batches(self._planner.plan(step, part) for step, part in places)
+        batches = self._loader.batches(planner.plan(step, part) for step, part in places)
         for (step, part), (frames, lengths) in zip(places, batches, strict=True):
-            yield self._batch(frames, lengths, self.config.run.seed, step, part, self._planner.step_frames(step))
+            yield self._batch(frames, lengths, self.config.run.seed, step, part, planner.step_frames(step))
 
     def _batch(
         self, frames: Tensor, lengths: tuple[int, ...], seed: int, step: int, part: int = 0, step_frames: int = 0
@@ -208,7 +204,7 @@ class MuMTask(Task):
 
     def describe_steps(self, steps: range) -> str:
         """Share of frames of each data set in these steps, over all processes."""
-        manifests, planner = self._splits.manifests, self._planner
+        manifests, planner = self._splits.manifests, self._splits.training
         counts = np.zeros(len(manifests.datasets), np.int64)
         for step in steps:
             for part in range(planner.world_size):
