@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no Triton on this platform: everything runs in PyTorch
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
 MULTIPROCESSORS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM), data sheets
 

@@ -5,8 +5,6 @@ the backward kernel applies the GELU's slope to the gradient of the second layer
 can recompute the GELU from `hidden`, and `hidden` by the first product, which then never reaches memory.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -7,8 +7,6 @@ exists in registers only and is recomputed in the backward pass: a uint8 pixel i
 would be one more write and read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

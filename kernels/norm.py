@@ -8,8 +8,6 @@ output was added. It needs the norm's output, which the next product saves anywa
 PyTorch's own operations run, which save the stream.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -6,8 +6,6 @@ values in the order (row, column, channel), channel fastest; patches are numbere
 Fuses scaling, normalisation, patchification and selection. Only selected pixels are read, in their own dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

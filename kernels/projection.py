@@ -5,8 +5,6 @@ tiles in registers: a program computes channels c of some heads and their partne
 the gradients of q and k back, packs all three for the matrix products that follow, and sums the bias gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -6,8 +6,6 @@ with channel c + d/2. The heads of v follow those of q and k.
 Fuses the lookup of sines and cosines, stored once per position, with the rotation. In place, v is not touched.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ token i + 1.
 the mask token's gradient in one read, in two stages of a fixed order.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
