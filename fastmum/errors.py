@@ -27,14 +27,9 @@ def program(module: str) -> str:
 
 
 def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Run the body of a command and turn errors for the user into one line on stderr.
+    """Run the body of a command, turn errors for the user into one line on stderr, and return the exit code.
 
-    Args:
-        command: the body; returns an exit code, or None for 0.
-        interrupted: the line after Ctrl-C.
-
-    Returns:
-        The exit code: that of `command`, 2 after a `FastmumError`, 130 after Ctrl-C.
+    It is that of `command` (None: 0), 2 after a `FastmumError`, or 130 after Ctrl-C, which prints `interrupted`.
     """
     try:
         return command() or 0

@@ -1,10 +1,12 @@
-"""Files that are replaced as a whole."""
+"""Files that are replaced as a whole, and files installed with the package."""
 
 import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
 
 
 @contextlib.contextmanager
@@ -36,3 +38,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace the content of a file; text is written as UTF-8."""
     with atomic_path(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def resource_dir(name: str) -> Path:
+    """The folder `configs` or `launch`: inside the installed package, or next to it in a checkout."""
+    installed = PACKAGE / name
+    return installed if installed.is_dir() else PACKAGE.parent / name

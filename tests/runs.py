@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from fastmum import tasks
 from fastmum.config.load import load_config, peek_task
-from fastmum.engine.telemetry import read_metrics
+from fastmum.engine.rundir import read_metrics
 from fastmum.train import main, train
 
 tasks.TASKS["tiny"] = "tiny_task:TinyTask"

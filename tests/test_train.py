@@ -14,8 +14,8 @@ from runs import SMALL, numbers
 from fastmum.data.build import build
 from fastmum.data.loader import Loader
 from fastmum.engine.checkpoint import find_checkpoints, read_weights
+from fastmum.engine.rundir import read_metrics
 from fastmum.engine.stop import REQUEUE
-from fastmum.engine.telemetry import read_metrics
 from fastmum.tasks.mum import MuMTask
 from fastmum.train import main
 

@@ -24,7 +24,7 @@ from PIL import Image
 from fastmum.scenes.atlas import bake
 from fastmum.scenes.cache import GENERATOR, ScenesError, Settings, is_complete, scene_folder
 from fastmum.scenes.layout import build_scene
-from fastmum.scenes.raycast import View, render
+from fastmum.scenes.raycast import SceneView, render
 
 STALE_SECONDS = 3600  # age after which a temporary folder is taken for one of a dead process
 
@@ -70,7 +70,7 @@ def _render_into(folder: Path, name: str, index: int, settings: Settings, on_vie
     frames = []
     for view, T_44 in enumerate(scene.path.poses(settings.views)):
         file = f"{view:03d}.png"
-        image_HW3, depth_HW = render(View(scene.solids, scene.open_top, K_33, T_44, size, size), atlas)
+        image_HW3, depth_HW = render(SceneView(scene.solids, scene.open_top, K_33, T_44, size, size), atlas)
         Image.fromarray(image_HW3).save(folder / file, compress_level=1)
         counts = np.rint(depth_HW.astype(np.float64) / unit).astype(np.uint16)
         Image.fromarray(counts).save(folder / "depth" / file, compress_level=1)

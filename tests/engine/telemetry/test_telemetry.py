@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastmum.engine.rundir import RunDir
-from fastmum.engine.telemetry import Telemetry, read_metrics
+from fastmum.engine.rundir import RunDir, read_metrics
+from fastmum.engine.telemetry import Telemetry
 
 FULL_DISK = pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from fastmum.config import ConfigError
-from fastmum.engine.rundir import RunDir
-from fastmum.engine.telemetry import Telemetry, read_metrics
+from fastmum.engine.rundir import RunDir, read_metrics
+from fastmum.engine.telemetry import Telemetry
 
 CONFIG = {"train": {"steps": 7}}
 
