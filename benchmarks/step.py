@@ -23,7 +23,8 @@ from benchmarks.reference.model import ReferenceMuM
 from benchmarks.reference.step import build_optimizer as build_reference_optimizer
 from benchmarks.reference.step import train_step
 from benchmarks.results import COMPILED, FASTMUM, REFERENCE
-from fastmum.config import Config, ConfigError, load_config
+from fastmum.config import ConfigError, load_config
+from fastmum.config.mum import Config
 from fastmum.engine.device import MATRIX_DTYPE, autocast, keep_freed_memory, pick_device, pick_precision
 from fastmum.engine.distributed import DistContext, LaunchInfo
 from fastmum.engine.gradients import Gradients

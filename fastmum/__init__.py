@@ -3,8 +3,6 @@
 The public names below are imported on first use, so that `import fastmum` costs next to nothing and needs no GPU.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING
 

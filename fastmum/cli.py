@@ -8,8 +8,7 @@ from pathlib import Path
 
 import fastmum
 from fastmum.errors import FastmumError, run_command
-from fastmum.files import write_atomic
-from fastmum.resources import resource_dir
+from fastmum.files import resource_dir, write_atomic
 
 MODULES = {
     "train": ("fastmum.train", "train a model from a configuration"),

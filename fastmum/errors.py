@@ -1,11 +1,24 @@
 """The base of errors that a user can fix, and how commands report them."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 class FastmumError(RuntimeError):
     """An error that a user can fix. The message is one line that names the file or key and the remedy."""
+
+
+@contextlib.contextmanager
+def writing(file: Path, kind: type[FastmumError], *others: type[Exception]) -> Iterator[None]:
+    """Turn an OSError of writing a file, or one of `others`, into a `kind` that names the file."""
+    errors: tuple[type[Exception], ...] = (OSError, *others)
+    try:
+        yield
+    except errors as error:
+        reason = getattr(error, "strerror", None) or error
+        raise kind(f"'{file}' cannot be written ({reason})") from error
 
 
 def program(module: str) -> str:
@@ -14,14 +27,9 @@ def program(module: str) -> str:
 
 
 def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
-    """Run the body of a command and turn errors for the user into one line on stderr.
+    """Run the body of a command, turn errors for the user into one line on stderr, and return the exit code.
 
-    Args:
-        command: the body; returns an exit code, or None for 0.
-        interrupted: the line after Ctrl-C.
-
-    Returns:
-        The exit code: that of `command`, 2 after a `FastmumError`, 130 after Ctrl-C.
+    It is that of `command` (None: 0), 2 after a `FastmumError`, or 130 after Ctrl-C, which prints `interrupted`.
     """
     try:
         return command() or 0

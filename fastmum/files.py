@@ -1,27 +1,46 @@
-"""Files that are replaced as a whole."""
+"""Files that are replaced as a whole, and files installed with the package."""
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` on success and deleted on failure.
+    """A temporary path for a file or a folder, renamed to `path` on success and deleted on failure.
 
-    Readers see the old file or the new one, never a part. The suffix stays, since writers choose a format by it.
+    Readers see the old file or the new one, never a part. The suffix stays, since writers choose a format by it. A
+    folder replaces a file, or another folder, which is deleted just before.
     """
     path = Path(path)
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         yield partial
+        if partial.is_dir():
+            _remove(path)
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace the content of a file; text is written as UTF-8."""
     with atomic_path(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def resource_dir(name: str) -> Path:
+    """The folder `configs` or `launch`: inside the installed package, or next to it in a checkout."""
+    installed = PACKAGE / name
+    return installed if installed.is_dir() else PACKAGE.parent / name

@@ -20,15 +20,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastmum.config.load import describe_keys, load_config, peek_task
 from fastmum.config.schema import ConfigError, EngineConfig
 from fastmum.engine.checkpoint import Checkpoints, set_aside_after
-from fastmum.engine.device import (
-    MATRIX_DTYPE,
-    REDUCE_DTYPE,
-    Prefetcher,
-    autocast,
-    keep_freed_memory,
-    pick_device,
-    pick_precision,
-)
+from fastmum.engine.device import MATRIX_DTYPE, Prefetcher, autocast, keep_freed_memory, pick_device, pick_precision
 from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.heartbeat import Heartbeat, PeerError
@@ -51,15 +43,9 @@ SHOWN = ("loss", "held_out_loss", "frames_per_s")  # next to the progress bar
 def train(config: EngineConfig, task: type[Task] | None = None) -> int:
     """Train a run, or continue it. Every process of the run calls this.
 
-    Args:
-        config: an instance of the task's `Config`.
-        task: its class; None: the one that `run.task` names.
-
-    Returns:
-        0, or the exit code of the signal that stopped the run after it saved (`fastmum.engine.stop`).
-
-    Raises:
-        FastmumError: ConfigError, DataError, DistributedError, CheckpointError, TrainingError or PeerError.
+    `config` is an instance of the task's `Config`; `task` its class, None for the one that `run.task` names. Returns 0,
+    or the exit code of the signal that stopped the run after it saved (`fastmum.engine.stop`). FastmumError:
+    ConfigError, DataError, DistributedError, CheckpointError, TrainingError or PeerError.
     """
     launch = read_launch_env()
     world = init_distributed(launch, pick_device(config.train.device, launch))
@@ -81,7 +67,7 @@ def _train(config: EngineConfig, task: Task) -> int:
 
     model = task.build()
     broadcast_weights(model, world)
-    dtype, reduce_dtype = MATRIX_DTYPE[precision], REDUCE_DTYPE[config.parallel.reduce]
+    dtype, reduce_dtype = MATRIX_DTYPE[precision], MATRIX_DTYPE[config.parallel.reduce]
     blocks, parallel = task.blocks(model), config.parallel
     if shard(model, blocks, world, parallel.strategy, parallel.shard, dtype, reduce_dtype):
         dtype = torch.float32  # FSDP casts the weights that it gathers
@@ -200,8 +186,7 @@ def _train(config: EngineConfig, task: Task) -> int:
 def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, samples_per_step: int) -> None:
     """Open the task's data and write the configuration; the first process runs first and creates missing files.
 
-    Raises:
-        ConfigError, DataError: the folder cannot be written, or the data cannot be used.
+    ConfigError, DataError: the folder cannot be written, or the data cannot be used.
     """
     if task.world.is_main:
         try:

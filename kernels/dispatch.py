@@ -1,4 +1,4 @@
-"""The choice between the Triton and PyTorch implementations, the launch of Triton kernels, and checks of arguments.
+"""The choice between the Triton and PyTorch implementations, and the launch of Triton kernels.
 
 `FASTMUM_KERNELS` is read at every call: "auto" (default) selects Triton on CUDA and PyTorch elsewhere; "torch" and
 "triton" force one. Triton kernels run on CPU tensors if `TRITON_INTERPRET=1` was set before the import.
@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,8 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no Triton on this platform: everything runs in PyTorch
-    triton = tl = None
+    triton, tl = None, SimpleNamespace(constexpr=None)
 
-INTEGERS = (torch.int64, torch.int32)
 MULTIPROCESSORS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM), data sheets
 
 
@@ -133,39 +133,3 @@ def ceil_div(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
-
-
-def check_tensors(**tensors: Tensor) -> None:
-    """Raise TypeError unless all are tensors, ValueError unless they are on one device."""
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} is a {type(x).__name__}, but must be a tensor")
-    devices = {name: x.device for name, x in tensors.items()}
-    if len(set(devices.values())) > 1:
-        raise ValueError(
-            f"all tensors must be on one device, but {', '.join(f'{n} is on {d}' for n, d in devices.items())}"
-        )
-
-
-def check_floating(name: str, x: Tensor, ndim: int, shape: str) -> None:
-    """Raise TypeError unless `x` is floating point, ValueError unless it has `ndim` axes."""
-    if not x.is_floating_point():
-        raise TypeError(f"{name} has dtype {x.dtype}, but must be floating point")
-    if x.ndim != ndim:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, but must be {shape}")
-
-
-def check_ids(name: str, ids: Tensor, num_frames: int) -> None:
-    """Raise TypeError unless `ids` are int64 or int32, ValueError unless they are (num_frames, n)."""
-    if ids.dtype not in INTEGERS:
-        raise TypeError(f"{name} has dtype {ids.dtype}, but must be int64 or int32")
-    if ids.ndim != 2 or ids.shape[0] != num_frames:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, but must be ({num_frames}, n): a row for every frame")
-
-
-def check_range(name: str, ids: Tensor, low: int, high: int) -> None:
-    """Raise IndexError unless low <= ids < high, on the CPU only: on a GPU this would synchronise."""
-    if ids.device.type == "cpu" and ids.numel():
-        least, most = (int(x) for x in ids.aminmax())
-        if least < low or most >= high:
-            raise IndexError(f"{name} holds {least if least < low else most}, but must lie in {low}..{high - 1}")

@@ -5,14 +5,13 @@ the backward kernel applies the GELU's slope to the gradient of the second layer
 can recompute the GELU from `hidden`, and `hidden` by the first product, which then never reaches memory.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmum.kernels.dispatch import ceil_div, check_floating, check_tensors, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.checks import check_floating, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.matmul import Tiles, fuses_products, product, product_tile, tile_of
 from fastmum.kernels.sums import finish_sums, row_split
 
@@ -20,7 +19,10 @@ RECOMPUTE = ("none", "act", "mlp")
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, recompute: str = "none") -> Tensor:
-    """gelu(x @ weight1' + bias1) @ weight2' + bias2, with the exact (erf) GELU.
+    """gelu(x @ weight1' + bias1) @ weight2' + bias2, with the exact (erf) GELU: (T, D) in the dtype of x.
+
+    Activations that only a frozen weight's gradient would need are not saved. TypeError: dtypes that differ.
+    ValueError: a shape, device or value of `recompute` that is not allowed.
 
     Args:
         x: (T, D) floating point.
@@ -28,13 +30,6 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
         weight2, bias2: (D, N) and (D,), in the dtype of x. `bias2` gets no gradient here: it is the sum of the incoming
             gradient, which `add_norm` computes.
         recompute: what the backward pass recomputes: "none"; "act", the output of the GELU; "mlp", its input, too.
-
-    Returns:
-        (T, D), in the dtype of x. Activations that only a frozen weight's gradient would need are not saved.
-
-    Raises:
-        TypeError: dtypes that differ.
-        ValueError: a shape, device or value of `recompute` that is not allowed.
     """
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute is {recompute!r}, but must be one of {', '.join(RECOMPUTE)}")

@@ -7,42 +7,28 @@ exists in registers only and is recomputed in the backward pass: a uint8 pixel i
 would be one more write and read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_floating,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_floating, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.patches import check_pixels, gather_patches_torch, load_pixel_rows, pixel_row_start
 
 CHUNK_VALUES = 1 << 19  # values of pred that the CPU processes at once
 
 
 def patch_loss(
-    pred: Tensor,
-    frames: Tensor,
-    ids: Tensor,
-    mean: Sequence[float] | Tensor,
-    std: Sequence[float] | Tensor,
-    patch_size: int,
-    norm_pix: bool = True,
-    eps: float = 1e-6,
-    reduction: Literal["mean", "none"] = "mean",
-) -> Tensor:
+    pred: Tensor, frames: Tensor, ids: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor,
+    patch_size: int, norm_pix: bool = True, eps: float = 1e-6, reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:  # fmt: skip
     """Mean squared error between predictions and patches: the training loss.
+
+    Returns a scalar, or (F,), float32 (float64 for float64 predictions): the mean over masked patches and their values,
+    accumulated in that dtype in a fixed order. Only `pred` gets a gradient. Errors are those of `gather_patches`, and
+    the same for `pred` and `reduction`.
 
     Args:
         pred: (F, M, p*p*C) floating point, not empty, predictions for the patches `ids`.
@@ -50,13 +36,6 @@ def patch_loss(
         norm_pix: whether the target is its patch's (x - mean) / sqrt(var + eps), with the unbiased variance.
         eps: added to the variance.
         reduction: "mean" over all frames, or "none": one loss per frame.
-
-    Returns:
-        Scalar, or (F,), float32 (float64 for float64 predictions): the mean over masked patches and their values,
-        accumulated in that dtype in a fixed order. Only `pred` gets a gradient.
-
-    Raises:
-        TypeError, ValueError, IndexError: as in `gather_patches`, or another dtype or shape of `pred`, or reduction.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction is {reduction!r}, but must be 'mean' or 'none'")
@@ -85,9 +64,7 @@ def _patch_loss(
     return torch.cat([_difference_torch(*chunk, *settings).square_().mean((1, 2)) for chunk in chunks])
 
 
-@_patch_loss.register_fake
-def _(pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
-    return pred.new_empty(len(pred), dtype=torch.promote_types(pred.dtype, torch.float32))
+_patch_loss.register_fake(lambda x, *_: x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
 @torch.library.custom_op("fastmum::patch_loss_backward", mutates_args=())
@@ -106,9 +83,7 @@ def _patch_loss_backward(
     return grad
 
 
-@_patch_loss_backward.register_fake
-def _(grad_losses, pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
-    return pred.new_empty(pred.shape)
+_patch_loss_backward.register_fake(lambda grad_losses, pred, *_: pred.new_empty(pred.shape))
 
 
 def _setup_context(ctx, inputs, output):

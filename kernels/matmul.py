@@ -8,8 +8,6 @@ float16, sums float32. `FASTMUM_PRODUCTS` is read at every call: "auto" (default
 have 16 bits; "library" uses cuBLAS and separate kernels for the operations after it.
 """
 
-from __future__ import annotations
-
 import os
 from typing import NamedTuple
 

@@ -8,38 +8,25 @@ output was added. It needs the norm's output, which the next product saves anywa
 PyTorch's own operations run, which save the stream.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_floating,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_floating, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 from fastmum.kernels.sums import finish_sums, row_split
 
 LEAST_WEIGHT = 1e-3  # norm weights below this are clamped when backward recovers x_hat = (y - bias) / weight
 
 
 def add_norm(
-    x: Tensor,
-    update: Tensor,
-    update_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
+    x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """x + update, and its layer norm.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x + update (T, D) in the dtype of x, and its layer norm (T, D) in `dtype`. Arithmetic is in float32 at least.
+
+    The kernel's backward pass recovers the normalised stream from the norm's output: gradients of weights that are
+    nearly 0 are too small. TypeError or ValueError: a dtype, shape or device that is not allowed.
 
     Args:
         x: (T, D) floating point, the residual stream.
@@ -49,13 +36,6 @@ def add_norm(
         weight, bias: (D,) of the norm.
         eps: added to the variance.
         dtype: of the norm's output; None: that of `update`.
-
-    Returns:
-        sum (T, D) in the dtype of x, normed (T, D) in `dtype`. Arithmetic is in float32 at least. The kernel's backward
-        pass recovers the normalised stream from `normed`: gradients of weights that are nearly 0 are too small.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that is not allowed.
     """
     check_tensors(x=x, update=update, update_bias=update_bias, weight=weight, bias=bias)
     check_floating("x", x, 2, "(T, D)")
@@ -75,9 +55,7 @@ def add_norm(
     return total, normed
 
 
-def _add_norm_torch(
-    x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _add_norm_torch(x, update, update_bias, weight, bias, eps, dtype):
     """PyTorch's own operations: faster on the CPU, but they save the stream."""
     work = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):

@@ -6,36 +6,23 @@ values in the order (row, column, channel), channel fastest; patches are numbere
 Fuses scaling, normalisation, patchification and selection. Only selected pixels are read, in their own dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_ids,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_ids, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 
 
 def gather_patches(
-    frames: Tensor,
-    ids: Tensor,
-    mean: Sequence[float] | Tensor,
-    std: Sequence[float] | Tensor,
-    patch_size: int,
+    frames: Tensor, ids: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, patch_size: int,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Selected patches of every frame as normalised vectors, ready for the patch embedding's matrix product.
+
+    Returns (F, K, p*p*C), contiguous; frames get no gradient. TypeError or ValueError: a dtype, shape or device that is
+    not allowed. IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
 
     Args:
         frames: (F, H, W, C), any strides, uint8 (scaled by 1/255 first) or floating point (not scaled). Floating-point
@@ -45,13 +32,6 @@ def gather_patches(
             cost a synchronisation.
         patch_size: p, dividing H and W.
         dtype: of the result, floating point. The arithmetic is in float32, in float64 if frames or result are.
-
-    Returns:
-        (F, K, p*p*C), contiguous. Frames get no gradient.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that is not allowed.
-        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     frames, gain, bias = check_pixels(frames, ids, mean, std, patch_size)
     if not dtype.is_floating_point:
@@ -64,8 +44,7 @@ def check_pixels(
 ) -> tuple[Tensor, list[float], list[float]]:
     """Check the arguments of an operation on pixels; see `gather_patches`.
 
-    Returns:
-        frames as (F, H, W, C), and gain and bias of every channel: (x - mean) / std = value * gain - bias.
+    Returns frames as (F, H, W, C), and gain and bias of every channel: (x - mean) / std = value * gain - bias.
     """
     check_tensors(frames=frames, ids=ids)
     mean, std = (x.tolist() if isinstance(x, Tensor) else list(x) for x in (mean, std))
@@ -124,9 +103,7 @@ def gather_patches_torch(
     return (patches.to(work) * gain_C).sub_(bias_C).to(dtype).reshape(*ids.shape, p * p * C)
 
 
-def _gather_patches_triton(
-    frames: Tensor, ids: Tensor, gain: list[float], bias: list[float], patch_size: int, dtype: torch.dtype
-) -> Tensor:
+def _gather_patches_triton(frames, ids, gain, bias, patch_size, dtype):
     F, H, W, C = frames.shape
     K, p = ids.shape[1], patch_size
     out = torch.empty(F, K, p * p * C, dtype=dtype, device=frames.device)

@@ -5,43 +5,29 @@ tiles in registers: a program computes channels c of some heads and their partne
 the gradients of q and k back, packs all three for the matrix products that follow, and sums the bias gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmum.kernels.dispatch import ceil_div, check_range, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.checks import check_range
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.matmul import Tiles, fuses_products, product, tile_of
 from fastmum.kernels.rope import _rotate, _rotate_torch, check_rotation
 from fastmum.kernels.sums import finish_sums, row_split
 
 
 def rotary_projection(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    positions: Tensor,
-    sin: Tensor,
-    cos: Tensor,
-    num_heads: int,
-    special: str = "keep",
-    parts: str = "qkv",
-) -> tuple[Tensor, ...]:
-    """x @ weight' + bias with q and k rotated.
+    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int,
+    special: str = "keep", parts: str = "qkv",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """x @ weight' + bias with q and k rotated -> q, k, v, or those in `parts`: (T, h, d) each, views of one tensor.
 
     Args:
         x: (T, C) floating point.
         weight, bias: (3*D, C) and (3*D,) in the dtype of x: rows of q, k and v, or of those in `parts`.
-        positions, sin, cos, num_heads, special, parts: as in `rope_qk`.
-
-    Returns:
-        q, k, v, or those in `parts`: (T, h, d) each, views of one packed tensor.
-
-    Raises:
-        TypeError, ValueError, IndexError: as in `rope_qk`; or dtypes that differ.
+        positions, sin, cos, num_heads, special, parts: as in `rope_qk`, and so are the errors.
     """
     if not x.dtype == weight.dtype == bias.dtype:
         raise TypeError(f"x is {x.dtype}, weight {weight.dtype} and bias {bias.dtype}, but all must be of one dtype")
@@ -89,9 +75,7 @@ def _rotary_linear(
     return packed
 
 
-@_rotary_linear.register_fake
-def _(x, weight, bias, positions, sin, cos, rotated, zero):
-    return x.new_empty(len(x), len(weight))
+_rotary_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 
 @register_flop_formula(torch.ops.fastmum.rotary_linear)
@@ -125,9 +109,7 @@ def _(grads, positions, sin, cos, rotated, zero):
     return grads[0].new_empty(T, packed), grads[0].new_empty(packed)
 
 
-def _rotary_linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
-) -> Tensor:
+def _rotary_linear_triton(x, weight, bias, positions, sin, cos, rotated, zero):
     (T, C), width, half = x.shape, len(weight), sin.shape[1]
     packed = torch.empty(T, width, dtype=x.dtype, device=x.device)
     sin, cos = (table if table.stride(1) == 1 else table.contiguous() for table in (sin, cos))
@@ -143,9 +125,7 @@ def _rotary_linear_triton(
     return packed
 
 
-def _pack_triton(
-    out: Tensor, grads: Sequence[Tensor], positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
-) -> Tensor:
+def _pack_triton(out, grads, positions, sin, cos, rotated, zero):
     T, heads, width = grads[0].shape
     half = width // 2
     grads = [grad if grad.stride(2) == 1 else grad.contiguous() for grad in grads]

@@ -4,8 +4,6 @@ Legend: F frames, H W pixels, C channels, p patch side, P patches of a frame, K 
 T tokens, N positions, h heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

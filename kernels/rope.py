@@ -6,24 +6,11 @@ with channel c + d/2. The heads of v follow those of q and k.
 Fuses the lookup of sines and cosines, stored once per position, with the rotation. In place, v is not touched.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    INTEGERS,
-    ceil_div,
-    check_floating,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import INTEGERS, check_floating, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 
 SPECIAL = ("keep", "zero")
 PARTS = ("qkv", "kv", "q")
@@ -31,16 +18,14 @@ CHUNK_BYTES = 1 << 20  # bytes of qkv that the CPU rotates at once: temporaries 
 
 
 def rope_qk(
-    qkv: Tensor,
-    positions: Tensor,
-    sin: Tensor,
-    cos: Tensor,
-    num_heads: int,
-    special: str = "keep",
-    inplace: bool = False,
-    parts: str = "qkv",
-) -> Tensor:
+    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, special: str = "keep",
+    inplace: bool = False, parts: str = "qkv",
+) -> Tensor:  # fmt: skip
     """Rotate q and k of a packed projection by the position of their token.
+
+    Returns a tensor like `qkv`; the rotation is in float32 at least. Only `qkv` gets a gradient. TypeError or
+    ValueError: a dtype, shape, device, `special` or `parts` that is not allowed. IndexError: positions out of range, on
+    the CPU; a GPU, which would have to synchronise, gives NaN.
 
     Args:
         qkv: (T, 3*D) floating point: q, k and v of each token, (h, d) each; or those in `parts`.
@@ -52,13 +37,6 @@ def rope_qk(
         inplace: overwrite `qkv` and return it. Autograd permits it if `qkv` is neither a leaf that requires a gradient
             nor needed by the backward pass of its producer; a linear layer's output is neither.
         parts: contents of `qkv`: "qkv"; "kv", (T, 2*D); or "q", (T, D).
-
-    Returns:
-        As `qkv`, in its dtype; the rotation is in float32 at least. Only `qkv` gets a gradient.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape, device, `special` or `parts` that is not allowed.
-        IndexError: positions out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     check_floating("qkv", qkv, 2, f"(T, {len(parts)} * D)")
     check_tensors(qkv=qkv, positions=positions)
@@ -144,9 +122,7 @@ def _rope_qk(
     return out
 
 
-@_rope_qk.register_fake
-def _(qkv, positions, sin, cos, rotated, zero, inverse):
-    return qkv.new_empty(qkv.shape)
+_rope_qk.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape))
 
 
 def _setup_context(ctx, inputs, output):
@@ -155,16 +131,10 @@ def _setup_context(ctx, inputs, output):
     ctx.settings = settings
 
 
-def _backward(ctx, grad):
-    return _rotate_back(ctx, grad), None, None, None, None, None, None
+_rope_qk.register_autograd(lambda ctx, grad: (_rotate_back(ctx, grad), *(None,) * 6), setup_context=_setup_context)
 
 
-_rope_qk.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _rotate(
-    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
-) -> None:
+def _rotate(qkv, out, positions, sin, cos, rotated, zero, inverse):
     """Write `qkv` with its first `rotated` heads rotated to `out`, which may be `qkv`; rows are contiguous."""
     check_range("positions", positions, -1, len(sin))
     if not use_triton(qkv):
@@ -184,9 +154,7 @@ def _rotate(
     launch(_rope_kernel, (ceil_div(T, BLOCK_T),), *args, **constants, **blocks, num_warps=4)
 
 
-def _rotate_torch(
-    qkv: Tensor, out: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
-) -> None:
+def _rotate_torch(qkv, out, positions, sin, cos, rotated, zero, inverse):
     width = qkv.shape[1]
     N, half = sin.shape
     end = 2 * half * rotated

@@ -3,8 +3,6 @@
 The order is fixed, and there are no atomics.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -7,24 +7,11 @@ token i + 1.
 the mask token's gradient in one read, in two stages of a fixed order.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import (
-    ceil_div,
-    check_floating,
-    check_ids,
-    check_range,
-    check_tensors,
-    jit,
-    launch,
-    power_of_2,
-    tile_bytes,
-    tl,
-    use_triton,
-)
+from fastmum.kernels.checks import check_floating, check_ids, check_range, check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
 
 MASK_SPLIT = 4  # programs per frame that sum the mask token's gradient
 
@@ -32,18 +19,15 @@ MASK_SPLIT = 4  # programs per frame that sum the mask token's gradient
 def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num_patches: int) -> Tensor:
     """The decoder's input: CLS first, visible tokens at their patches, the mask token everywhere else.
 
+    Returns (F, 1 + P, D), in the dtype of `visible`. The mask token's gradient is summed in float32 at least. TypeError
+    or ValueError: a dtype, shape or device that is not allowed. IndexError: ids out of range, on the CPU; a GPU, which
+    would have to synchronise, drops these tokens.
+
     Args:
         visible: (F, 1 + K, D) floating point, CLS first.
         mask_token: D values in any shape, any floating-point dtype.
         visible_ids: (F, K) int64 or int32, patch numbers in 0..P-1, distinct in a row.
         num_patches: P.
-
-    Returns:
-        (F, 1 + P, D), in the dtype of `visible`. The mask token's gradient is summed in float32 at least.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that is not allowed.
-        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, drops these tokens.
     """
     check_tensors(visible=visible, mask_token=mask_token, visible_ids=visible_ids)
     check_floating("visible", visible, 3, "(F, 1 + K, D)")
@@ -60,18 +44,11 @@ def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Select the tokens of some patches of every frame.
+    """Select the tokens of some patches of every frame; returns (F, M, D), contiguous.
 
-    Args:
-        tokens: (F, 1 + P, D) floating point, CLS first.
-        ids: (F, M) int64 or int32, patch numbers in 0..P-1, distinct in a row.
-
-    Returns:
-        (F, M, D), contiguous.
-
-    Raises:
-        TypeError, ValueError: a dtype, shape or device that is not allowed.
-        IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
+    `tokens` are (F, 1 + P, D) floating point, CLS first; `ids` (F, M) int64 or int32, patch numbers in 0..P-1, distinct
+    in a row. TypeError or ValueError: a dtype, shape or device that is not allowed. IndexError: ids out of range, on
+    the CPU; a GPU, which would have to synchronise, gives NaN.
     """
     check_tensors(tokens=tokens, ids=ids)
     check_floating("tokens", tokens, 3, "(F, 1 + P, D)")
@@ -85,9 +62,7 @@ def _scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, nu
     return _place(visible, mask_token, visible_ids, num_patches)
 
 
-@_scatter_tokens.register_fake
-def _(visible, mask_token, visible_ids, num_patches):
-    return visible.new_empty(visible.shape[0], 1 + num_patches, visible.shape[2])
+_scatter_tokens.register_fake(lambda x, mask_token, ids, num_patches: x.new_empty(len(x), 1 + num_patches, x.shape[2]))
 
 
 @torch.library.custom_op("fastmum::scatter_tokens_backward", mutates_args=())
@@ -120,9 +95,7 @@ def _gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.view(-1, D).index_select(0, _token_rows(ids, T).flatten()).view(F, -1, D)
 
 
-@_gather_tokens.register_fake
-def _(tokens, ids):
-    return tokens.new_empty(*ids.shape, tokens.shape[2])
+_gather_tokens.register_fake(lambda tokens, ids: tokens.new_empty(*ids.shape, tokens.shape[2]))
 
 
 @torch.library.custom_op("fastmum::gather_tokens_backward", mutates_args=())
@@ -130,9 +103,7 @@ def _gather_tokens_backward(grad: Tensor, ids: Tensor, num_patches: int) -> Tens
     return _place(grad, None, ids, num_patches)
 
 
-@_gather_tokens_backward.register_fake
-def _(grad, ids, num_patches):
-    return grad.new_empty(grad.shape[0], 1 + num_patches, grad.shape[2])
+_gather_tokens_backward.register_fake(lambda x, ids, num_patches: x.new_empty(len(x), 1 + num_patches, x.shape[2]))
 
 
 def _setup_scatter(ctx, inputs, output):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import ceil_div, check_tensors, jit, launch, tl, use_triton
+from fastmum.kernels.checks import check_tensors
+from fastmum.kernels.dispatch import ceil_div, jit, launch, tl, use_triton
 
 CHUNK = 1 << 16  # values of a program: 389 M spread evenly, and the table stays small
 

@@ -1,22 +1,27 @@
-"""Processes that are started once for many tests: importing torch takes seconds."""
+"""A pool of processes that are started once for many tests, because importing torch takes seconds."""
 
 from __future__ import annotations
 
 import multiprocessing
-import traceback
+import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
 from typing import Any
 
 SIZE = 4
 
-# Processes are forked from one that has imported everything and has no threads yet.
+# Forks of a server that has imported everything and has no threads.
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["fastmum.train"])
 
+_prepared: Mapping[int, Any] = {}
 
-class Failure(str):
-    """Traceback of an exception."""
+
+def wait_for(condition: Callable[[], Any], what: str = "it", seconds: float = 90) -> None:
+    """Fail if the condition is not true within this time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.01)
 
 
 class Pool:
@@ -28,44 +33,26 @@ class Pool:
     """
 
     def __init__(self, timeout: float, prepare: Callable[..., Mapping[int, Any]], *args: Any) -> None:
-        self._timeout, self._pipes, self._processes = timeout, [], []
-        for rank in range(SIZE):
-            ours, theirs = FORKSERVER.Pipe()
-            process = FORKSERVER.Process(target=_work, args=(theirs, prepare, rank, *args), daemon=True)
-            process.start()
-            self._pipes.append(ours)
-            self._processes.append(process)
-        for pipe in self._pipes:
-            pipe.recv()
+        self._timeout = timeout
+        self._processes = [FORKSERVER.Pool(1, _prepare, (prepare, rank, *args)) for rank in range(SIZE)]
 
     def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Results of `function(prepared, *args)` in the first `size` processes."""
-        for pipe in self._pipes[:size]:
-            pipe.send((size, function, args))
-        outcomes = []
-        for rank, pipe in enumerate(self._pipes[:size]):
-            assert pipe.poll(self._timeout), f"rank {rank} hangs"
-            outcomes.append(pipe.recv())
-        for rank, outcome in enumerate(outcomes):
-            assert not isinstance(outcome, Failure), f"rank {rank}: {outcome}"
-        return outcomes
+        """Results of `function(prepared, *args)` in the first `size` processes; raises their errors."""
+        results = [process.apply_async(_call, (size, function, args)) for process in self._processes[:size]]
+        return [result.get(self._timeout) for result in results]
 
     def close(self) -> None:
-        """Kill the processes."""
         for process in self._processes:
-            process.kill()
-            process.join()
+            process.terminate()
 
 
-def _work(pipe: Connection, prepare: Callable[..., Mapping[int, Any]], rank: int, *args: Any) -> None:
+def _prepare(prepare: Callable[..., Mapping[int, Any]], *args: Any) -> None:
     import torch
 
+    global _prepared
     torch.set_num_threads(1)
-    prepared = prepare(rank, *args)
-    pipe.send("ready")
-    while True:
-        size, function, words = pipe.recv()
-        try:
-            pipe.send(function(prepared[size], *words))
-        except BaseException:
-            pipe.send(Failure(traceback.format_exc()))
+    _prepared = prepare(*args)
+
+
+def _call(size: int, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return function(_prepared[size], *args)

@@ -9,7 +9,7 @@ import pytest
 from fastmum import cli
 from fastmum.config.load import config_names, find_config
 from fastmum.errors import FastmumError
-from fastmum.resources import resource_dir
+from fastmum.files import resource_dir
 
 
 def test_help_lists_every_command_and_imports_no_torch():

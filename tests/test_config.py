@@ -2,7 +2,8 @@
 
 import pytest
 
-from fastmum.config import Config, ConfigError, describe_keys, load_config
+from fastmum.config import ConfigError, describe_keys, load_config
+from fastmum.config.mum import Config
 
 
 @pytest.fixture

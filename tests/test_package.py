@@ -22,10 +22,10 @@ BASE = {"errors", "files"}
 LIBRARIES = BASE | {"kernels", "geometry", "attention", "model", "config", "engine", "scenes", "data", "pretrained"}
 # Folder or module of fastmum: what it may import from the rest of fastmum.
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(), "files": set(), "resources": set(), "kernels": {"errors"}, "geometry": {"errors"},
+    "errors": set(), "files": set(), "kernels": {"errors"}, "geometry": {"errors"},
     "attention": BASE | {"kernels"},
     "model": BASE | {"kernels", "attention"},
-    "config": BASE | {"resources", "attention", "model"},
+    "config": BASE | {"attention", "model"},
     "engine": BASE | {"kernels", "config"},
     "scenes": BASE | {"geometry"},
     "data": BASE | {"geometry", "scenes", "config"},
@@ -35,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": BASE | {"config", "engine"},
     "evaluate": LIBRARIES | {"tasks", "report"},
     "train": LIBRARIES | {"tasks"},
-    "cli": BASE | {"resources"},
+    "cli": BASE,
     "__init__": {"model", "pretrained"},  # on first use of the public names
 }  # fmt: skip
 COMMANDS = {"fastmum/data/plan_table.py": {"model"}}  # compares costs of plans; nothing imports it

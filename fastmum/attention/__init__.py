@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmum.attention.backend import HALF, AttentionError, Backend, Segments, constant_in_graphs
 from fastmum.attention.cuda import Flash, FlashAttn2, FlashAttn4, Flex, Xformers
 from fastmum.attention.sdpa import Sdpa, dense_attention
-from fastmum.kernels.dispatch import check_tensors
+from fastmum.kernels.checks import check_tensors
 
 __all__ = [
     "BACKENDS", "AttentionError", "Backend", "Segments", "choose_backend", "dense_attention", "ragged_attention",
@@ -52,6 +52,9 @@ def ragged_attention(
 ) -> Tensor:  # fmt: skip
     """Attention within consecutive segments of different lengths; differentiable in q, k and v.
 
+    Returns (T_q, h, d), contiguous, in the dtype of q. Errors are those of `choose_backend`, and a TypeError or
+    ValueError for an invalid argument, which it names.
+
     Args:
         q, k, v: (T, h, d) of one floating-point dtype, any strides.
         cu_seqlens: (n + 1,) int32 or int64 cumulative lengths, 0, L_0, L_0 + L_1, ..., T, on the device of q or on the
@@ -59,12 +62,6 @@ def ragged_attention(
         max_seqlen: upper bound of the lengths.
         backend: "auto" or a key of `BACKENDS`.
         cu_seqlens_q, max_seqlen_q: the same of the queries, if q has another number of tokens, (T_q, h, d).
-
-    Returns:
-        (T_q, h, d), contiguous, in the dtype of q.
-
-    Raises:
-        AttentionError, TypeError, ValueError: as `choose_backend`; or an invalid argument, named with its value.
     """
     cu_q = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     segments = Segments(cu_q, cu_seqlens, max_seqlen if max_seqlen_q is None else max_seqlen_q, max_seqlen)

@@ -3,13 +3,11 @@
 The operator reads the lengths on the CPU: they may vary without a graph break, a recompilation or a synchronisation.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -34,7 +32,7 @@ class Segments(NamedTuple):
     @classmethod
     def of_frames(
         cls, lengths: Tensor | Sequence[int], num_frames: int, queries: int, keys: int, max_views: int
-    ) -> Segments:
+    ) -> Self:
         """Segments of sequences with `lengths` frames (n,), of `queries` and `keys` tokens each, on the CPU.
 
         Empty segments are appended up to `num_frames`, so that the shape does not depend on n.
@@ -45,7 +43,7 @@ class Segments(NamedTuple):
         cu_frames[1 : len(lengths) + 1] = lengths.cumsum(0)
         return cls(cu_frames * queries, cu_frames * keys, max_views * queries, max_views * keys)
 
-    def to(self, device: torch.device) -> Segments:
+    def to(self, device: torch.device) -> Self:
         """Copy to a device: asynchronously to a GPU, synchronously to the CPU, where the lengths are read at once."""
         cu_q, cu_k = (x.to(device, torch.int32, non_blocking=device.type != "cpu") for x in self[:2])
         return self._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)

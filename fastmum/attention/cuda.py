@@ -1,19 +1,14 @@
 """Backends of fused CUDA kernels: torch's `varlen_attn` and FlexAttention, and the packages flash-attn and xformers."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmum.attention.backend import HALF, Backend, Group, Segments, attention_operator, constant_in_graphs
-
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
 
 log = logging.getLogger(__name__)
 TILE = 128  # side of FlexAttention's tiles, its default
@@ -148,7 +143,7 @@ class Flex(Backend):
     package = "torch.nn.attention.flex_attention"
     install = "it comes with torch 2.5 and later"
 
-    def plan(self, segments: Segments, device: torch.device) -> BlockMask:
+    def plan(self, segments: Segments, device: torch.device) -> Any:
         from torch.nn.attention.flex_attention import BlockMask
 
         document_q, document_k = (_documents(cu, device) for cu in (segments.cu_seqlens_q, segments.cu_seqlens_k))
@@ -162,7 +157,7 @@ class Flex(Backend):
         blocks, lengths = (*_indices(touching & ~full), *_indices(full)), (len(document_q), len(document_k))
         return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=TILE, mask_mod=same_document, seq_lengths=lengths)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: BlockMask) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Any) -> Tensor:
         from torch.nn.attention.flex_attention import flex_attention
 
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, h, T, d)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fastmum.config.schema import ConfigError, EngineConfig, problem
-from fastmum.resources import resource_dir
+from fastmum.files import resource_dir
 
 C = TypeVar("C", bound=EngineConfig)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmum.data.builders import BUILDERS
-from fastmum.data.builders.base import RULES, Builder, Option, Options
+from fastmum.data.builders.base import RULES, Builder, Options
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
 from fastmum.errors import program, run_command
@@ -48,14 +48,11 @@ def build(
     """Write the manifest of a data set; equal arguments give equal bytes, for any number of workers.
 
     Args:
-        name: a key of `BUILDERS`.
+        name: a key of `BUILDERS`; `options` are that builder's.
         root, out: folder of the data set, and the manifest, written atomically.
-        rule: "paper", or "released" for the rule of the authors' script.
-        seed: of the rules that draw.
+        rule: "paper", or "released" for the rule of the authors' script; `seed` is of the rules that draw.
         workers: reading processes; 0 or 1 reads in this one.
         dataset: name of the data set in the manifest, None for the builder's.
-        progress: show a bar.
-        options: the builder's options; others have their defaults.
 
     Raises:
         NoSequenceError: the parts contain no sequence, for instance because of `min_frames`.
@@ -83,8 +80,7 @@ def build(
                 bar.update()
         if empty == len(parts):
             least = values.get("min_frames") or 1
-            short = f" of at least {least} frames (--min-frames)" if least > 1 else ""
-            what = f"nothing under '{root}' makes a sequence of {name}{short}"
+            what = f"nothing under '{root}' makes a sequence of {name} of at least {least} frames (--min-frames)"
             raise NoSequenceError(f"{what}; expected: {builder.layout}")
 
     frame_root = builder.root(root, settings) if builder.root else root
@@ -104,14 +100,13 @@ def _in_order(
 ) -> Iterator[list[SequenceRecord]]:
     """Sequences of every part, in the order of the parts."""
     if workers <= 1 or len(parts) == 1:
-        yield from (_read(BUILDERS[name], root, part, options) for part in parts)
+        yield from (_read(name, root, part, options) for part in parts)
         return
-    spawn, started = multiprocessing.get_context("spawn"), (name, root, options)
-    pool = ProcessPoolExecutor(min(workers, len(parts)), spawn, _init_worker, started)
+    pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"), _init_worker)
     try:
         pending: deque = deque()
         for part in parts:
-            pending.append(pool.submit(_work, part))
+            pending.append(pool.submit(_read, name, root, part, options))
             if len(pending) >= PREFETCH * workers:
                 yield pending.popleft().result()
         while pending:
@@ -122,22 +117,17 @@ def _in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read(builder: Builder, root: Path, part: str, options: Options) -> list[SequenceRecord]:
+def _read(name: str, root: Path, part: str, options: Options) -> list[SequenceRecord]:
     try:
-        return list(builder.sequences(root, part, options))
+        return list(BUILDERS[name].sequences(root, part, options))
     except OSError as error:
         named = f" '{error.filename}'" if error.filename else ""
         raise DataError(f"'{part}' cannot be read:{named} {error.strerror or error}") from None
 
 
-_worker: tuple[Builder, Path, Options]  # of a worker process
-
-
-def _init_worker(name: str, root: Path, options: Options) -> None:
-    global _worker
+def _init_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker = BUILDERS[name], root, options
 
 
 def _exit_with_parent() -> None:
@@ -146,11 +136,6 @@ def _exit_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _work(part: str) -> list[SequenceRecord]:
-    builder, root, options = _worker
-    return _read(builder, root, part, options)
 
 
 def _folder(root: str | Path) -> Path:
@@ -187,25 +172,21 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", required=True, metavar="FILE", help="the manifest, such as data/NAME.arrow")
         command.add_argument("--rule", choices=RULES, default="paper", help="default %(default)s")
         command.add_argument("--seed", type=int, default=0, metavar="S", help="of rules that draw (default 0)")
-        workers = min(os.cpu_count() or 1, 8)
-        help = "reading processes (default %(default)s)"
+        workers, help = min(os.cpu_count() or 1, 8), "reading processes (default %(default)s)"
         command.add_argument("--workers", type=int, default=workers, metavar="N", help=help)
         command.add_argument("--dataset", metavar="D", help=f"name of the data set in the manifest (default {name})")
         for key, option in builder.options.items():
-            command.add_argument(_flag(key), dest=key, default=option.default, **_value(option))
+            value: dict[str, Any] = {"type": option.type or type(option.default), "choices": option.choices or None}
+            shown = "" if option.default is None else f" (default {option.default})"
+            if isinstance(option.default, bool):
+                value, shown = {"action": argparse.BooleanOptionalAction}, ""  # which shows the default
+            help = _escaped(option.help + shown)
+            command.add_argument(_flag(key), dest=key, default=option.default, help=help, **value)
     return parser
 
 
 def _flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
-
-
-def _value(option: Option) -> dict[str, Any]:
-    if isinstance(option.default, bool):
-        return {"action": argparse.BooleanOptionalAction, "help": option.help}
-    shown = "" if option.default is None else f" (default {option.default})"
-    kind, choices = option.type or type(option.default), option.choices or None
-    return {"type": kind, "choices": choices, "help": _escaped(option.help + shown)}
 
 
 def _escaped(text: str) -> str:
@@ -215,11 +196,11 @@ def _escaped(text: str) -> str:
 def _check(values: dict[str, Any], builder: Builder) -> None:
     bounds = {"seed": (0, None), "workers": (0, None)} | {key: (o.min, o.max) for key, o in builder.options.items()}
     for key, (least, most) in bounds.items():
-        value = values[key]
-        if value is not None and least is not None and value < least:
-            raise DataError(f"{_flag(key)} is {value}, but must be at least {least}")
-        if value is not None and most is not None and value > most:
-            raise DataError(f"{_flag(key)} is {value}, but must be at most {most}")
+        if (value := values[key]) is not None:
+            if least is not None and value < least:
+                raise DataError(f"{_flag(key)} is {value}, but must be at least {least}")
+            if most is not None and value > most:
+                raise DataError(f"{_flag(key)} is {value}, but must be at most {most}")
 
 
 def _terminate(number: int, _: object) -> NoReturn:

@@ -1,7 +1,5 @@
 """Reading sparse COLMAP reconstructions: poses and cameras of the images, and which 3-D points each image sees."""
 
-from __future__ import annotations
-
 import os
 import struct
 import warnings
@@ -38,7 +36,7 @@ class Model(NamedTuple):
     images: np.ndarray  # (m,) int32, image 0..n-1 of every observation, grouped by image
     points: np.ndarray  # (m,) int64, point 0..p-1 of every observation
 
-    def select(self, keep: np.ndarray) -> Model:
+    def select(self, keep: np.ndarray) -> "Model":
         """The images where `keep` (n,) bool is true, renumbered; points keep their numbers."""
         number = np.where(keep, np.cumsum(keep) - 1, -1).astype(np.int32)[self.images]
         seen = number >= 0
@@ -58,27 +56,31 @@ def find_format(folder: Path) -> str:
         raise DataError(f"'{folder}' cannot be read as a COLMAP model ({error.strerror})") from None
     lacking = {suffix: [p + suffix for p in PARTS if not sizes.get(p + suffix)] for suffix in (".bin", ".txt")}
     suffix = min(lacking, key=lambda suffix: len(lacking[suffix]))
-    if not lacking[suffix]:
-        return suffix
-    raise DataError(
-        f"the COLMAP model in '{folder}' is not whole: {', '.join(lacking[suffix])} missing or empty; "
-        "a model is cameras, images and points3D, all .bin or all .txt"
-    )
+    if lacking[suffix]:
+        whole = "a model is cameras, images and points3D, all .bin or all .txt"
+        missing = ", ".join(lacking[suffix])
+        raise DataError(f"the COLMAP model in '{folder}' is not whole: {missing} missing or empty; {whole}")
+    return suffix
 
 
 def read_model(folder: str | Path) -> Model:
     """Read the model in a folder, without coordinates of 3-D points; raises DataError if none is whole."""
+    from scipy.spatial.transform import Rotation  # slow to import
+
     folder = Path(folder)
     suffix = find_format(folder)
     read_cameras, read_images = {".bin": (_cameras_bin, _images_bin), ".txt": (_cameras_txt, _images_txt)}[suffix]
-    with reading(folder / f"cameras{suffix}", "cameras of a COLMAP model", "copy it again"):
-        cameras = dict(read_cameras(folder / "cameras"))
-    with reading(folder / f"images{suffix}", "images of a COLMAP model", "copy it again"):
-        images = sorted(read_images(folder / "images"), key=lambda image: image[0])
+    with reading(file := folder / f"cameras{suffix}", "cameras of a COLMAP model", "copy it again"):
+        cameras = dict(read_cameras(file))
+    with reading(file := folder / f"images{suffix}", "images of a COLMAP model", "copy it again"):
+        images = sorted(read_images(file), key=lambda image: image[0])
         if not images:
             raise DataError(f"the COLMAP model in '{folder}' has no registered image; leave the folder out")
         _, names, motions, numbers, features = zip(*images, strict=True)
-        intrinsics, poses = np.array([cameras[number] for number in numbers]), _poses(np.array(motions))
+        intrinsics, motion = np.array([cameras[number] for number in numbers]), np.array(motions)
+        poses = np.tile(np.eye(4), (len(images), 1, 1))
+        poses[:, :3, :3] = Rotation.from_quat(motion[:, [1, 2, 3, 0]]).as_matrix()
+        poses[:, :3, 3] = motion[:, 4:]
     seen = [points[points != NO_POINT] for points in features]
     rows = np.repeat(np.arange(len(images), dtype=np.int32), [len(points) for points in seen])
     points = np.unique(np.concatenate(seen), return_inverse=True)[1]
@@ -93,17 +95,8 @@ def _pinhole(number: int, parameters: np.ndarray) -> tuple[float, ...]:
     return (values[0], *values[:3]) if focal == 1 else tuple(values[:4]) if focal else (np.nan,) * 4
 
 
-def _poses(motions: np.ndarray) -> np.ndarray:
-    from scipy.spatial.transform import Rotation  # slow to import
-
-    poses = np.tile(np.eye(4), (len(motions), 1, 1))
-    poses[:, :3, :3] = Rotation.from_quat(motions[:, [1, 2, 3, 0]]).as_matrix()
-    poses[:, :3, 3] = motions[:, 4:]
-    return poses
-
-
 def _cameras_bin(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
-    data, position = file.with_suffix(".bin").read_bytes(), 8
+    data, position = file.read_bytes(), 8
     for _ in range(struct.unpack_from("<Q", data)[0]):
         number, model, _, _ = struct.unpack_from("<IiQQ", data, position)
         parameters = np.frombuffer(data, "<f8", CAMERAS[model][1], position + 24)
@@ -113,7 +106,7 @@ def _cameras_bin(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
 
 
 def _images_bin(file: Path) -> Iterator[Image]:
-    data, position = file.with_suffix(".bin").read_bytes(), 8
+    data, position = file.read_bytes(), 8
     for _ in range(struct.unpack_from("<Q", data)[0]):
         number, *values, camera = struct.unpack_from("<I7dI", data, position)
         position += 64
@@ -131,7 +124,7 @@ def _check_end(data: bytes, position: int) -> None:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    with file.with_suffix(".txt").open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8") as stream:
         yield from (line.strip() for line in stream if not line.startswith("#"))
 
 

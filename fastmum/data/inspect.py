@@ -62,19 +62,14 @@ def summary(manifest: Manifest) -> Iterator[str]:
 
 def find_missing(manifest: Manifest, column: str = "path", progress: bool = False) -> tuple[int, list[Path]]:
     """Number of different files of a column ("path", "depth", "mask"), and those missing in their folders' listings."""
-    total, missing = 0, []
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(unit="file", desc="checking", disable=not progress) as bar:
-        for folder, names, absent in pool.map(_absent, manifest.folders(column)):
-            total += len(names)
-            missing += [folder / name for name in absent]
+    folders, missing = list(manifest.folders(column)), []
+    total = sum(len(names) for _, names in folders)
+    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, desc="checking", disable=not progress) as bar:
+        listings = pool.map(names_in, (folder for folder, _ in folders))
+        for (folder, names), present in zip(folders, map(set, listings), strict=True):
+            missing += [folder / name for name in names if name not in present]
             bar.update(len(names))
     return total, missing
-
-
-def _absent(folder_names: tuple[Path, list[str]]) -> tuple[Path, list[str], list[str]]:
-    folder, names = folder_names
-    present = set(names_in(folder))
-    return folder, names, [name for name in names if name not in present]
 
 
 def _check_files(manifest: Manifest) -> int:
@@ -85,8 +80,7 @@ def _check_files(manifest: Manifest) -> int:
             continue
         total, missing = find_missing(manifest, column, progress=True)
         print(f"\nmissing: {len(missing)} of {total} {what}")
-        for line in [*missing[:NAMED], *(["..."] if len(missing) > NAMED else [])]:
-            print(f"  {line}")
+        print("".join(f"  {file}\n" for file in [*missing[:NAMED], *["..."] * (len(missing) > NAMED)]), end="")
         code |= bool(missing)
     return code
 
@@ -99,12 +93,7 @@ def contact_sheet(manifest: Manifest, sequences: int = 12, seed: int = 0, tile: 
     rng = np.random.default_rng(seed)
     count = min(sequences, manifest.num_sequences)
     strips = [_strip(manifest, i, rng, tile) for i in np.sort(rng.choice(manifest.num_sequences, count, replace=False))]
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    return sheet
+    return Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips]))
 
 
 def _strip(manifest: Manifest, sequence: int, rng: np.random.Generator, tile: int) -> Image.Image:
@@ -151,30 +140,6 @@ def _depth_thumbnail(file: Path, format: DepthFormat, tile: int) -> Image.Image:
     return ImageOps.fit(image, (tile, tile), Image.Resampling.NEAREST)
 
 
-def _write_sheet(manifest: Manifest, file: Path, sequences: int, seed: int) -> None:
-    try:
-        contact_sheet(manifest, sequences, seed).save(file, quality=85)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        remedy = "its name ends in .jpg or .png (--no-sheet writes none)"
-        raise DataError(f"--sheet '{file}' cannot be written ({reason}); {remedy}") from None
-    print(f"\ncontact sheet: {file}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    description = "What a manifest contains: sequences, frames, lengths, data sets, and how it was built."
-    parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
-    parser.add_argument("file", type=Path, metavar="FILE", help="the manifest")
-    parser.add_argument("--check", action="store_true", help="look for missing files; exit code 1 if there are any")
-    sheet = parser.add_mutually_exclusive_group()
-    help = "contact sheet of sampled sequences with their depth (default: <stem of FILE>_sheet.jpg next to FILE)"
-    sheet.add_argument("--sheet", type=Path, metavar="PATH", help=help)
-    sheet.add_argument("--no-sheet", action="store_true", help="write no contact sheet")
-    parser.add_argument("--sequences", type=int, default=12, metavar="N", help="on the sheet (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sheet's samples (default %(default)s)")
-    return parser
-
-
 def _command(args: argparse.Namespace) -> int:
     for name, least in (("sequences", 1), ("seed", 0)):
         if (value := getattr(args, name)) < least:
@@ -184,7 +149,13 @@ def _command(args: argparse.Namespace) -> int:
         print("\n".join(summary(manifest)))
         if not args.no_sheet:
             sheet = args.sheet or args.file.with_name(f"{args.file.stem}_sheet.jpg")
-            _write_sheet(manifest, sheet, args.sequences, args.seed)
+            try:
+                contact_sheet(manifest, args.sequences, args.seed).save(sheet, quality=85)
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                remedy = "its name ends in .jpg or .png (--no-sheet writes none)"
+                raise DataError(f"--sheet '{sheet}' cannot be written ({reason}); {remedy}") from None
+            print(f"\ncontact sheet: {sheet}")
         code = _check_files(manifest) if args.check else 0
         sys.stdout.flush()
         return code
@@ -195,7 +166,17 @@ def _command(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    description = "What a manifest contains: sequences, frames, lengths, data sets, and how it was built."
+    parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the manifest")
+    parser.add_argument("--check", action="store_true", help="look for missing files; exit code 1 if there are any")
+    sheet = parser.add_mutually_exclusive_group()
+    help = "contact sheet of sampled sequences with their depth (default: <stem of FILE>_sheet.jpg next to FILE)"
+    sheet.add_argument("--sheet", type=Path, metavar="PATH", help=help)
+    sheet.add_argument("--no-sheet", action="store_true", help="write no contact sheet")
+    parser.add_argument("--sequences", type=int, default=12, metavar="N", help="on the sheet (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sheet's samples (default %(default)s)")
+    args = parser.parse_args(argv)
     return run_command(lambda: _command(args))
 
 

@@ -20,6 +20,7 @@ from fastmum.data.decode import Decoder
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
 from fastmum.data.plan import StepPlan
+from fastmum.errors import writing
 
 log = logging.getLogger(__name__)
 
@@ -39,18 +40,10 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Decodes plans ahead of time, in order.
+    """Decodes plans, whose rows index `manifests`, ahead of time and in order; each of `workers` threads a batch.
 
-    Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches.
-
-    Args:
-        manifests: the plans' rows index these.
-        workers: threads; each decodes a whole batch at a time.
-        bad_frames: file that lists the frames that cannot be decoded.
-        held_out: (sequences,) bool, see `Faults`.
-
-    Attributes:
-        wait_seconds: total time that callers of `batches` waited for a batch.
+    Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches. `bad_frames`
+    and `held_out` are those of `Faults`; `wait_seconds` is how long callers of `batches` have waited in all.
     """
 
     def __init__(
@@ -118,11 +111,8 @@ class Loader:
             frames, bad = self._decode(np.array([row]), plan.crops[same], plan.flips[same])
             if not bad:
                 return frames[0], row
-        file = self.manifests.file(int(plan.rows[index]))
-        raise DataError(
-            f"'{file}' cannot be decoded, nor can any other frame of its sequence or of the next; restore the files, "
-            "or leave the data set out"
-        )
+        failed = f"'{self.manifests.file(int(plan.rows[index]))}' cannot be decoded, nor can its neighbours"
+        raise DataError(f"{failed} in this and the next sequences; restore the files, or leave the data set out")
 
 
 class Faults:
@@ -134,8 +124,7 @@ class Faults:
     Args:
         log_file: gets one line per bad frame: data set, file, reason. Lines of an earlier start of the run, or of other
             processes, are counted and not repeated. DataError if it cannot be read or written.
-        held_out: (sequences,) bool; held-out and training sequences never replace each other. None: nothing is held
-            out.
+        held_out: (sequences,) bool; held-out and training sequences never replace each other. None: all are training.
     """
 
     def __init__(self, manifests: Manifests, log_file: Path | None = None, held_out: np.ndarray | None = None) -> None:
@@ -198,18 +187,15 @@ class Faults:
                 if read < MIN_FRAMES or bad <= MAX_SHARE * read + STANDARD_ERRORS * error:
                     continue
                 named = ", ".join(f"'{file}'" for file in files)
-                listed = f"; all are listed in '{self._log.path}'" if self._log else ""
-                raise DataError(
-                    f"{bad} of {read} frames of the data set '{self.manifests.datasets[number]}' cannot be decoded, "
-                    f"such as {named}{listed}; restore them, or leave the data set out"
-                )
+                named += f"; all are listed in '{self._log.path}'" if self._log else ""
+                failed = f"{bad} of {read} frames of the data set '{self.manifests.datasets[number]}' cannot be decoded"
+                raise DataError(f"{failed}, such as {named}; restore them, or leave the data set out")
 
     def replacements(self, row: int, taken: set[int]) -> Iterator[int]:
         """Rows that may replace a bad one, in an order that depends only on the arguments and the known bad frames.
 
-        First the other frames of its sequence, from `row` on, those not in `taken` first. Then the next sequences of
-        its data set with the same `held_out` flag, which is where single images find theirs. Known bad frames are
-        skipped.
+        First the other frames of its sequence, from `row` on, those not in `taken` first; then the next sequences of
+        its data set with the same `held_out` flag. Known bad frames are skipped.
         """
         manifests = self.manifests
         own = int(manifests.sequence_of(row))
@@ -218,7 +204,7 @@ class Faults:
         place = int(np.searchsorted(sequences, own))
         for sequence in np.roll(sequences, -place)[:MAX_SEQUENCES].tolist():
             first, last = manifests.starts[sequence : sequence + 2].tolist()
-            rows = [first + (row - first + i) % (last - first) for i in range(last - first)]
+            rows = (first + (row - first + i) % (last - first) for i in range(last - first))
             for candidate in sorted(rows, key=taken.__contains__):
                 if candidate != row and candidate not in self._bad:
                     yield candidate
@@ -244,7 +230,7 @@ class _LogFile:
 
     def write(self, dataset: str, file: Path, reason: str) -> None:
         """Append a line, unless the file is listed."""
-        try:
+        with writing(self.path, DataError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+", **TEXT) as out:
                 self._read(out)
@@ -252,8 +238,6 @@ class _LogFile:
                     self.listed.add((dataset, str(file)))
                     out.write(f"{dataset}\t{file}\t{' '.join(reason.split())}\n")
                 self._offset = out.tell()
-        except OSError as error:
-            raise DataError(f"'{self.path}' cannot be written ({error.strerror or error})") from None
 
     def _read(self, file: IO[str]) -> None:
         file.seek(self._offset)
@@ -275,13 +259,12 @@ class _InUse:
 
     def add(self, batch: Batch) -> None:
         """Keep a batch until the work queued on the current stream is done."""
-        if not batch.frames.is_cuda:
-            return
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(batch.frames.device))
-        self._batches.append((batch, event))
-        while self._batches and self._batches[0][1].query():
-            self._batches.popleft()
+        if batch.frames.is_cuda:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(batch.frames.device))
+            self._batches.append((batch, event))
+            while self._batches and self._batches[0][1].query():
+                self._batches.popleft()
 
     def wait(self) -> None:
         """Release all batches once their work is done."""

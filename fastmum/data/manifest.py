@@ -14,8 +14,6 @@ has a value, and null for the frames that have none:
 Columns are not compressed: opening a file reads only the sequence numbers, the rest is mapped and shared by processes.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import mmap
@@ -70,7 +68,7 @@ class Manifest:
             name: len(column) - column.null_count for name, column in self._columns.items() if name != "path"
         }
 
-    def __reduce__(self) -> tuple[type[Manifest], tuple[Path]]:
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
         return Manifest, (self.path,)
 
     def sequence_name(self, sequence: int) -> str:
@@ -162,7 +160,7 @@ def _changes(numbers: np.ndarray, block: int = 1 << 20) -> np.ndarray:
 
 
 class Manifests:
-    """Several manifests concatenated; rows and sequences are numbered through. Attributes and methods as `Manifest`.
+    """Several manifests concatenated, rows and sequences numbered through; attributes and methods as of `Manifest`.
 
     Data sets of the same name are one.
     """
@@ -177,15 +175,13 @@ class Manifests:
         self.datasets = tuple(dict.fromkeys(itertools.chain.from_iterable(part.datasets for part in self.parts)))
         starts = [part.starts[:-1] + first for part, first in zip(self.parts, self._first_row, strict=False)]
         self.starts = np.append(np.concatenate(starts), self.num_frames)
-        merged = [np.array([self.datasets.index(name) for name in part.datasets], np.int16) for part in self.parts]
-        numbers = [index[part.dataset_of] for index, part in zip(merged, self.parts, strict=True)]
-        self.dataset_of = np.concatenate(numbers)
+        index = [np.array([self.datasets.index(name) for name in part.datasets], np.int16) for part in self.parts]
+        self.dataset_of = np.concatenate([i[part.dataset_of] for i, part in zip(index, self.parts, strict=True)])
 
-    def __reduce__(self) -> tuple[type[Manifests], tuple[list[Path]]]:
+    def __reduce__(self) -> tuple[type, tuple[list[Path]]]:
         return Manifests, ([part.path for part in self.parts],)
 
     def sequence_name(self, sequence: int) -> str:
-        """Name of a sequence, unique in its data set and manifest."""
         part = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
         return self.parts[part].sequence_name(sequence - int(self._first_sequence[part]))
 
@@ -193,7 +189,6 @@ class Manifests:
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def files(self, rows: Sequence[int] | np.ndarray) -> list[Path]:
-        """Absolute paths of frames."""
         rows = np.asarray(rows, np.int64)
         which = np.searchsorted(self._first_row, rows, side="right") - 1
         found = np.empty(len(rows), object)
@@ -203,8 +198,7 @@ class Manifests:
         return found.tolist()
 
     def file(self, row: int) -> Path:
-        part, row = self._locate(row)
-        return part.file(row)
+        return self.files([row])[0]
 
     def camera_arrays(self, row: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         part, row = self._locate(row)

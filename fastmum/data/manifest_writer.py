@@ -1,12 +1,10 @@
 """Writing manifests; `fastmum.data.manifest` describes the file and reads it."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -15,6 +13,7 @@ import pyarrow as pa
 
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
+from fastmum.errors import writing
 from fastmum.files import atomic_path
 
 VERSION = 1
@@ -37,16 +36,12 @@ class SequenceRecord(NamedTuple):
     depth_format: DepthFormat | None = None  # of all depth maps of the sequence
     depth_units: np.ndarray | None = None  # (n,) float64, replaces the format's `unit` where each frame has its own
 
-    def select(self, rows: Sequence[int] | np.ndarray, name: str) -> SequenceRecord:
+    def select(self, rows: Sequence[int] | np.ndarray, name: str) -> "SequenceRecord":
         """Some of the frames as another sequence."""
-
-        def chosen(values: Any) -> Any:
-            if isinstance(values, np.ndarray):
-                return values[rows]
-            return None if values is None else [values[i] for i in rows]
-
-        per_frame = ("frames", "poses", "intrinsics", "depths", "masks", "depth_units")
-        return self._replace(name=name, **{key: chosen(getattr(self, key)) for key in per_frame})
+        whole = ("name", "dataset", "depth_format")  # the other fields have a value for each frame
+        known = {k: v for k, v in self._asdict().items() if v is not None and k not in whole}
+        chosen: Any = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in known.items()}
+        return self._replace(name=name, **chosen)
 
 
 class Counts(NamedTuple):
@@ -74,30 +69,21 @@ def write_manifest(
     out = Path(out)
     with contextlib.closing(_Spool(out.parent)) as spool:
         for record in records:  # errors of the generator itself are not errors of writing
-            with _writing(out):
+            with writing(out, DataError):
                 spool.add(record, record.dataset or dataset)
         if not spool.sequences:
             raise DataError(f"there is no sequence to write into '{out}'")
-        with _writing(out):
+        with writing(out, DataError):
             batch = spool.batch()
             counts = Counts(len(spool.sequences), batch.num_rows)
-            content = metadata | {"root": str(root), "counts": counts._asdict()}
-            stored = {VERSION_KEY: str(VERSION), METADATA_KEY: json.dumps(content, sort_keys=True)}
-            batch = batch.replace_schema_metadata(stored)
+            content = json.dumps(metadata | {"root": str(root), "counts": counts._asdict()}, sort_keys=True)
+            batch = batch.replace_schema_metadata({VERSION_KEY: str(VERSION), METADATA_KEY: content})
             with atomic_path(out) as partial, open(partial, "wb") as file:
                 with pa.ipc.new_file(file, batch.schema) as writer:
                     writer.write_batch(batch)
                 file.flush()
                 os.fsync(file.fileno())
     return counts
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"'{out}' cannot be written ({error.strerror or error})") from None
 
 
 class _Spool:
@@ -144,13 +130,11 @@ class _Spool:
         self._rows += n
 
     def _append(self, name: str, values: np.ndarray) -> None:
-        column = self._columns.get(name)
-        if column is None:
+        if name not in self._columns:
             column = self._columns[name] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (see `close`)
-            before = self._rows * (values.nbytes // len(values))
-            column.truncate(before)  # zeros for the earlier rows, which lack this column
-            column.seek(before)
-        column.write(values.data)
+            # Zeros for the earlier rows, which lack this column.
+            column.seek(column.truncate(self._rows * (values.nbytes // len(values))))
+        self._columns[name].write(values.data)
 
     def _append_paths(self, name: str, paths: Sequence[str], where: str) -> None:
         n = len(paths)
@@ -169,12 +153,11 @@ class _Spool:
     def _append_vectors(self, name: str, values: np.ndarray | None, n: int, where: str) -> None:
         if values is None and name not in self._columns:
             return
-        width, shape = WIDTHS[name], (n, 4, 4) if name == "pose" else (n, 4)
-        if values is None:
-            values = np.full(shape, np.nan, np.float32)
-        elif values.shape != shape:
+        shape = (n, 4, 4) if name == "pose" else (n, 4)
+        values = np.full(shape, np.nan, np.float32) if values is None else values
+        if values.shape != shape:
             raise DataError(f"{where} has {name} of shape {values.shape}, but must have {shape}")
-        flat = np.ascontiguousarray(values.reshape(n, -1)[:, :width], np.float32)
+        flat = np.ascontiguousarray(values.reshape(n, -1)[:, : WIDTHS[name]], np.float32)
         known = np.asarray(np.isfinite(flat).all(1))
         if known.any() or name in self._columns:
             self._append(name, known)
@@ -197,8 +180,9 @@ class _Spool:
 
     def batch(self) -> pa.RecordBatch:
         """All rows; the buffers are maps of the temporary files."""
-        sequences = pa.DictionaryArray.from_arrays(self._array("sequence", pa.int32()), pa.array(self.sequences, TEXT))
-        dataset, path = self._dictionary("dataset", pa.int16()), self._struct("path")
+        numbers = pa.array(self._mapped("sequence", np.int32))
+        sequences = pa.DictionaryArray.from_arrays(numbers, pa.array(self.sequences, TEXT))
+        dataset, path = self._dictionary("dataset", np.int16), self._struct("path")
         columns: dict[str, pa.Array] = {"dataset": dataset, "sequence": sequences, "path": path}
         for name in OPTIONAL:
             if name in self._columns:
@@ -209,28 +193,21 @@ class _Spool:
         self._columns[name].flush()
         return np.memmap(self._columns[name], dtype, mode="r")
 
-    def _array(self, name: str, kind: pa.DataType) -> pa.Array:
-        values = pa.py_buffer(self._mapped(name, kind.to_pandas_dtype()))
-        return pa.Array.from_buffers(kind, self._rows, [None, values])
-
-    def _dictionary(self, name: str, index: pa.DataType) -> pa.DictionaryArray:
-        return pa.DictionaryArray.from_arrays(self._array(name, index), pa.array(self._values[name], TEXT))
+    def _dictionary(self, name: str, index: type) -> pa.DictionaryArray:
+        return pa.DictionaryArray.from_arrays(pa.array(self._mapped(name, index)), pa.array(self._values[name], TEXT))
 
     def _struct(self, name: str) -> pa.StructArray:
-        fields = {key: self._dictionary(f"{name} {key}", pa.int32()) for key in ("folder", "file")}
+        fields = {key: self._dictionary(f"{name} {key}", np.int32) for key in ("folder", "file")}
         if name == "depth":
-            fields["format"] = self._dictionary("depth format", pa.int16())
-            fields["unit"] = self._array("depth unit", pa.float64())
+            fields["format"] = self._dictionary("depth format", np.int16)
+            fields["unit"] = pa.array(self._mapped("depth unit", np.float64))
         null = None if name == "path" else pa.array(~self._mapped(name, bool))
         return pa.StructArray.from_arrays(list(fields.values()), list(fields), mask=null)
 
     def _vectors(self, name: str) -> pa.FixedSizeListArray:
-        width = WIDTHS[name]
-        known = np.packbits(self._mapped(name, bool), bitorder="little")
-        floats = pa.py_buffer(self._mapped(f"{name} values", np.float32))
-        flat = pa.Array.from_buffers(pa.float32(), self._rows * width, [None, floats])
-        kind = pa.list_(pa.float32(), width)
-        return pa.Array.from_buffers(kind, self._rows, [pa.py_buffer(known)], children=[flat])
+        unknown = pa.array(~self._mapped(name, bool))
+        values = pa.array(self._mapped(f"{name} values", np.float32))
+        return pa.FixedSizeListArray.from_arrays(values, WIDTHS[name], mask=unknown)
 
 
 def _text(text: str, where: str) -> str:

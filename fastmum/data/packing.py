@@ -51,15 +51,13 @@ def fill_rank(frames_per_gpu: int, lengths: tuple[int, ...], single_share: float
     """Fill a rank's frames exactly, with the smallest units that have the paper's shares of frames.
 
     Units divide the rank's frames and are no smaller than the paper's batch, because one sequence of 24 views has half
-    the cost of a level batch of 96 frames. The result depends only on the arguments.
+    the cost of a level batch of 96 frames. The result depends only on the arguments; it is None if a rank cannot be
+    filled without more single images than wanted.
 
     Args:
         lengths: of sequences, ascending, none longer than `frames_per_gpu`.
         single_share: wanted share of single images among all frames.
         level: reject batches whose cost differs from the mean, as strictly as the shares allow.
-
-    Returns:
-        None if a rank cannot be filled without more single images than wanted.
     """
     least = max((PAPER_FRAMES, *lengths))
     smallest = next((n for n in range(least, frames_per_gpu) if frames_per_gpu % n == 0), frames_per_gpu)

@@ -61,7 +61,6 @@ class StepPlanner:
         frames_per_gpu: frames of a plan; an upper bound in mode `paper`.
         views: fewest and most views of a sequence.
         imagenet_share: share of single images among frames; among batches in mode `paper`.
-        mode: one of `MODES`.
         crop_scale, crop_aspect: ranges of the random crop's share of the image area, and of width over height.
         flip: probability of a flip.
         exclude, only: sequences never to draw from, and sequences to draw from (None: all).
@@ -96,14 +95,13 @@ class StepPlanner:
     def _share_of_singles(self, share: float) -> float:
         if not len(self._mixture.multiple):
             return 1.0
-        if not len(self._mixture.singles):
-            if share:
-                self.notes.append(f"there are no single images, so data.imagenet_share is 0 and not {share:g}")
-            return 0.0
-        if share in (0, 1):
+        singles = len(self._mixture.singles)
+        if share and not singles:
+            self.notes.append(f"there are no single images, so data.imagenet_share is 0 and not {share:g}")
+        elif singles and share in (0, 1):
             never = "sequences" if share else "single images"
             self.notes.append(f"{never} are never drawn: data.imagenet_share is {share:g}")
-        return share
+        return share if singles else 0.0
 
     def _available_lengths(self, views: tuple[int, int]) -> np.ndarray:
         eligible = self._mixture.eligible[self._mixture.multiple].sum(axis=0)
@@ -120,23 +118,25 @@ class StepPlanner:
         """Compute how batches are filled exactly; returns the share of each length among the frames of sequences."""
         lengths = tuple(self._sizes.tolist())
         filling = fill_rank(self.frames_per_gpu, lengths, self.imagenet_share, level=self.mode == "balanced")
+        frames = f"{self.frames_per_gpu} frames (data.frames_per_batch)"
         if filling is None:
-            raise DataError(
-                f"sequences of {views[0]} to {views[1]} views (data.views) cannot fill {self.frames_per_gpu} frames "
-                f"(data.frames_per_batch) exactly with {self.imagenet_share:.0%} single images (data.imagenet_share): "
-                "change one of them, or use data.mode=paper, which leaves part of a batch empty"
-            )
+            singles = f"{self.imagenet_share:.0%} single images (data.imagenet_share)"
+            failed = f"{views[0]} to {views[1]} views (data.views) cannot fill {frames} exactly with {singles}"
+            raise DataError(f"{failed}: change one of them, or use data.mode=paper, which leaves part of a batch empty")
         if filling.distance > SHARES_MISSED:
-            self.notes.append(
-                f"full batches of {self.frames_per_gpu} frames (data.frames_per_batch) cannot have the paper's shares "
-                f"of lengths: the total variation between them is {filling.distance:.2f}"
-            )
+            missed = f"cannot have the paper's shares of lengths: the total variation is {filling.distance:.2f}"
+            self.notes.append(f"full batches of {frames} {missed}")
         self.filling = filling
         return filling.shares[1:] / max(filling.shares[1:].sum(), 1e-300)
 
     def plan(self, step: int, rank: int = 0) -> StepPlan:
         """The plan of a rank for a step."""
-        units = [self._plan_unit(rng) for rng in self._generators(step, rank)]
+        units = []
+        for rng in self._generators(step, rank):
+            lengths, singles = self._draw_lengths(rng)
+            rows = self._mixture.draw(lengths, singles, rng)
+            crops = draw_crops(rng, len(rows), self.crop_scale, self.crop_aspect)
+            units.append((rows, lengths, crops, rng.random(len(rows)) < self.flip))
         rows, lengths, crops, flips = (np.concatenate(column) for column in zip(*units, strict=True))
         # Longest first: the slowest work starts first, and sequences of equal length are adjacent.
         order = np.argsort(-np.repeat(lengths, lengths), kind="stable")
@@ -171,12 +171,6 @@ class StepPlanner:
             lengths, singles = np.full(self.frames_per_gpu // size, size), 0
         return np.concatenate([lengths, np.ones(singles, np.int64)]), singles
 
-    def _plan_unit(self, rng: np.random.Generator) -> StepPlan:
-        lengths, singles = self._draw_lengths(rng)
-        rows = self._mixture.draw(lengths, singles, rng)
-        crops = draw_crops(rng, len(rows), self.crop_scale, self.crop_aspect)
-        return StepPlan(rows, lengths, crops, rng.random(len(rows)) < self.flip)
-
 
 def _check(frames_per_gpu: int, views: Sequence[int], share: float, mode: str, seed: int, world_size: int) -> None:
     for key, value, valid, allowed in (
@@ -196,9 +190,7 @@ class Mixture:
 
     Sequences are uniform among those with enough frames (supplement, "Sampling").
 
-    Args:
-        manifests, weights, views: as in `StepPlanner`.
-        keep: (n,) bool, sequences to draw from; None: all.
+    Arguments are as in `StepPlanner`; `keep` (n,) bool marks the sequences to draw from, None: all.
 
     Attributes:
         singles, multiple: (k,) data sets of single images, all of whose sequences have one frame; the other data sets
@@ -226,8 +218,7 @@ class Mixture:
         used = (given > 0) & (self.eligible[:, 1] > 0)
         single, long_enough = used & (self.eligible[:, 2] == 0), self.eligible[:, views[0]] > 0
         for i in np.flatnonzero(used & ~single & ~long_enough).tolist():
-            reason = f"no sequence of {views[0]} frames (data.views)"
-            self.notes.append(f"data set '{self._names[i]}' is never drawn: {reason}")
+            self.notes.append(f"data set '{self._names[i]}' is never drawn: it has no {views[0]} frames (data.views)")
         self.singles, self.multiple = np.flatnonzero(single), np.flatnonzero(used & ~single & long_enough)
         if not len(self.singles) + len(self.multiple):
             raise DataError(f"there is no sequence of at least {views[0]} frames (data.views) to draw from")
@@ -250,10 +241,9 @@ class Mixture:
     def settle(self, sizes: np.ndarray, shares: np.ndarray, level: bool, drawn: bool = True) -> np.ndarray:
         """Compute how often each data set is drawn for each length; returns its expected share of frames (multiple,).
 
-        Args:
-            sizes, shares: (n,) lengths that occur, ascending, and their expected shares of the frames of sequences.
-            level: give every data set its weight of the frames (`by_frames`), not of the draws (`by_weight`).
-            drawn: whether sequences are drawn at all; if not, `notes` do not report missed weights.
+        `sizes` and `shares` (n,) are the lengths that occur, ascending, and their expected shares of the frames of
+        sequences. With `level` a data set gets its weight of the frames (`by_frames`), else of the draws (`by_weight`).
+        `notes` report missed weights if sequences are `drawn` at all.
         """
         eligible = self.eligible[self.multiple][:, sizes].T > 0
         table = by_frames(self._weights, eligible, shares) if level else by_weight(self._weights, eligible)
@@ -261,8 +251,8 @@ class Mixture:
         got = shares @ table
         for i, share, weight in zip(self.multiple.tolist(), got, self._weights, strict=True):
             if drawn and len(sizes) and abs(share - weight) > WEIGHT_MISSED * weight:
-                got_share = f"gets {share:.1%} of the frames of sequences and not {weight:.1%} as its weight says"
-                self.notes.append(f"data set '{self._names[i]}' {got_share}: many of its sequences are short")
+                missed = f"gets {share:.1%} of the frames of sequences instead of {weight:.1%}"
+                self.notes.append(f"data set '{self._names[i]}' {missed}: many of its sequences are short")
         return got
 
     def draw(self, lengths: np.ndarray, num_singles: int, rng: np.random.Generator) -> np.ndarray:
@@ -297,8 +287,8 @@ def by_frames(weights: np.ndarray, eligible: np.ndarray, shares: np.ndarray) -> 
 
     A data set of short sequences has no long ones, so it is drawn more often for short lengths: Sinkhorn's iteration
     finds the nearest such table to `by_weight`. If none exists, the shares of the lengths are exact and the weights
-    approximate. `weights` (data sets,) and `shares` (lengths,), the wanted shares of frames, each sum to 1; every row
-    of `eligible` (lengths, data sets) bool has a data set.
+    approximate. `weights` (data sets,) and the wanted shares of frames `shares` (lengths,) each sum to 1; every row of
+    `eligible` (lengths, data sets) bool has a data set.
     """
     table = by_weight(weights, eligible)
     for _ in range(SINKHORN_STEPS):

@@ -84,22 +84,16 @@ def overlap_chains(
         return []
     anchors = rng.choice(linked, size=sequences)
     ranked = [overlap.ranked(i) for i in range(len(overlap.points))]
-    chains = {anchor: _chain_from(anchor, ranked, length) for anchor in np.unique(anchors)}
+    chains = {}
+    for anchor in np.unique(anchors):
+        chain, best, unused = list[int](), anchor, np.ones(len(ranked), bool)
+        while unused[best] and len(chain) < length:
+            chain.append(best)
+            unused[best] = False
+            neighbours = ranked[best]  # not empty: every image of a chain shares points with another one
+            best = neighbours[unused[neighbours].argmax()]  # a used one if there is no other
+        chains[anchor] = np.array(chain, np.int32)
     return [chains[anchor] for anchor in anchors]
-
-
-def _chain_from(anchor: int, ranked: list[np.ndarray], length: int) -> np.ndarray:
-    unused = np.ones(len(ranked), bool)
-    chain = [anchor]
-    unused[anchor] = False
-    while len(chain) < length:
-        neighbours = ranked[chain[-1]]  # not empty: every image of a chain shares points with another one
-        best = neighbours[unused[neighbours].argmax()]
-        if not unused[best]:
-            break
-        chain.append(best)
-        unused[best] = False
-    return np.array(chain, np.int32)
 
 
 def nearest_of_anchor(
@@ -115,18 +109,13 @@ def nearest_of_anchor(
     present = np.ones(len(overlap.points), bool) if present is None else present
     if present.sum() < length:
         return []
-    anchors = rng.integers(len(overlap.points), size=sequences)
-    found = {anchor: _nearest(anchor, overlap, length, present) for anchor in np.unique(anchors[present[anchors]])}
+    anchors, found = rng.integers(len(overlap.points), size=sequences), {}
+    for anchor in np.unique(anchors[present[anchors]]):
+        neighbours = overlap.ranked(anchor)
+        first = [anchor, *neighbours[present[neighbours]]]
+        others = np.setdiff1d(np.flatnonzero(present), first)
+        found[anchor] = np.concatenate([first, others])[:length].astype(np.int32)
     return [found[anchor] for anchor in anchors if present[anchor]]
-
-
-def _nearest(anchor: int, overlap: Overlap, length: int, present: np.ndarray) -> np.ndarray:
-    neighbours = overlap.ranked(anchor)
-    neighbours = neighbours[present[neighbours]]
-    others = present.copy()
-    others[neighbours] = False
-    others[anchor] = False
-    return np.concatenate([[anchor], neighbours, np.flatnonzero(others)])[:length].astype(np.int32)
 
 
 def angle_chains(
@@ -144,33 +133,24 @@ def angle_chains(
     of each chain, in the order they are found.
     """
     flat = np.ascontiguousarray(rotations, np.float64).reshape(-1, 9)
-    unused = np.ones(len(overlap.points), bool)
-    chains = []
+    unused, chains = np.ones(len(overlap.points), bool), []
     for seed in np.argsort(-overlap.points, kind="stable"):
         if not unused[seed]:
             continue
-        chain = [int(seed)]
-        unused[seed] = False
-        while (best := _next_view(overlap, chain[-1], flat, unused, min_overlap, min_angle)) is not None:
+        chain, best = list[int](), int(seed)
+        while best >= 0:
             chain.append(best)
             unused[best] = False
+            neighbours, share = overlap.row(best)
+            keep = unused[neighbours] & (share >= min_overlap)
+            neighbours, share = neighbours[keep], share[keep]
+            # trace(R_j R_i^T) is the sum of products of the entries, and 1 + 2 cos(t).
+            cosine = np.clip((flat[neighbours] @ flat[best] - 1) / 2, -1, 1)
+            turned = np.degrees(np.arccos(cosine)) >= min_angle
+            score = np.where(turned, share * 4 * cosine * (1 - cosine), -np.inf)
+            best = int(neighbours[score.argmax()]) if turned.any() else -1
         if len(chain) >= min_views:
             chains.append(np.array(chain, np.int32))
         else:
             unused[chain] = True
     return chains
-
-
-def _next_view(
-    overlap: Overlap, current: int, flat: np.ndarray, unused: np.ndarray, min_overlap: float, min_angle: float
-) -> int | None:
-    neighbours, share = overlap.row(current)
-    keep = unused[neighbours] & (share >= min_overlap)
-    neighbours, share = neighbours[keep], share[keep]
-    # trace(R_j R_i^T) is the sum of products of the entries, and 1 + 2 cos(t).
-    cosine = np.clip((flat[neighbours] @ flat[current] - 1) / 2, -1, 1)
-    turned = np.degrees(np.arccos(cosine)) >= min_angle
-    if not turned.any():
-        return None
-    score = np.where(turned, share * 4 * cosine * (1 - cosine), -np.inf)
-    return int(neighbours[score.argmax()])

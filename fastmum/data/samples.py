@@ -20,10 +20,7 @@ UNKNOWN_POSE = np.full((4, 4), np.nan)
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """The files and the camera of a frame.
-
-    Methods read the files when they are called, and raise DataError if one cannot be read.
-    """
+    """The files and the camera of a frame; methods read the files, and raise DataError if one cannot be read."""
 
     key: str  # identifies the frame in its data set
     file: Path | None = None  # the image

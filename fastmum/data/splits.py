@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,12 +47,9 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     """Open the manifests of a run and hold out some of their sequences.
 
     Manifests of image folders (`data.root`, `data.image_root`) and of the embedded scenes, which are rendered if no
-    other data is given, are written to the run's `folder`. Held-out sequences are sampled like training sequences, so
-    that the two losses are comparable; single images are not held out.
-
-    Args:
-        resumed: reuse the manifests that the run wrote at its start, so that it continues with the same sequences.
-        micro_batches: batches of `data.frames_per_batch` frames in a training step, on all processes together.
+    other data is given, are written to the run's `folder`. If `resumed`, those that the run wrote at its start are
+    reused. Held-out sequences are sampled like training sequences, so that the two losses are comparable; single images
+    are not held out. `micro_batches` is the number of batches in a training step, on all processes together.
 
     Raises:
         DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met.
@@ -64,10 +61,9 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     candidates = np.flatnonzero((lengths >= max(2, data.views[0])) & used)
     held = candidates[held_out([manifests.sequence_name(i) for i in candidates.tolist()], data.held_out)]
     views, (scale, aspect) = (data.views[0], data.views[1]), ((p[0], p[1]) for p in (data.crop_scale, data.crop_aspect))
-    planner = functools.partial(
-        StepPlanner, manifests, data.weights, data.frames_per_batch, views, mode=data.mode,
-        crop_scale=scale, crop_aspect=aspect, flip=data.flip,
-    )  # fmt: skip
+    crops: dict[str, Any] = {"crop_scale": scale, "crop_aspect": aspect, "flip": data.flip}
+    fixed = manifests, data.weights, data.frames_per_batch, views
+    planner = functools.partial(StepPlanner, *fixed, mode=data.mode, **crops)
     training = planner(imagenet_share=data.imagenet_share, seed=config.run.seed, world_size=micro_batches, exclude=held)
     for note in training.notes:
         log.info("%s", note)
@@ -92,20 +88,19 @@ def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
     data = config.data
     paths = [Path(path).expanduser() for path in data.manifests]
     if data.root is not None:
-        options = {"min_frames": data.views[0], "single": False}
-        paths.append(_folder_manifest("data.root", data.root, folder / "folder.arrow", options, keep))
+        paths.append(_folder_manifest("data.root", data.root, folder / "folder.arrow", data.views[0], keep))
     elif not data.manifests:
         paths.append(_scenes_manifest(config, folder / "scenes.arrow"))
     if data.image_root is not None:
-        options = {"min_frames": 1, "single": True}
-        paths.append(_folder_manifest("data.image_root", data.image_root, folder / "images.arrow", options, keep))
+        paths.append(_folder_manifest("data.image_root", data.image_root, folder / "images.arrow", 1, keep))
     return paths
 
 
-def _folder_manifest(key: str, root: str, out: Path, options: dict, keep: bool) -> Path:
+def _folder_manifest(key: str, root: str, out: Path, min_frames: int, keep: bool) -> Path:
     from fastmum.data.build import NoSequenceError, build  # runs on manifests need no builder
 
     folder = Path(root).expanduser()
+    options: dict[str, Any] = {"min_frames": min_frames, "single": key == "data.image_root"}
     if not folder.is_dir():
         raise DataError(f"{key} is '{root}', but there is no such folder")
     if keep:
@@ -116,10 +111,8 @@ def _folder_manifest(key: str, root: str, out: Path, options: dict, keep: bool) 
     try:
         build("folder", folder, out, dataset=out.stem, **options)
     except NoSequenceError:
-        raise DataError(
-            f"{key}: no folder under '{folder}' has {options['min_frames']} images (data.views[0]); "
-            "images that are no sequences go into data.image_root"
-        ) from None
+        failed = f"{key}: no folder under '{folder}' has {min_frames} images (data.views[0])"
+        raise DataError(f"{failed}; images that are no sequences go into data.image_root") from None
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
     return out
@@ -146,14 +139,10 @@ def rendered_scene(root: Path, name: str) -> SequenceRecord:
     with reading(file, "cameras of a rendered scene", "restore the file or remove its scene"):
         content = json.loads(file.read_text(encoding="utf-8"))
         frames = content["frames"]
+        images, depths = ([f"{name}/{frame[key]}" for frame in frames] for key in ("file", "depth"))
         poses = np.array([frame["T_cam_world"] for frame in frames], np.float32).reshape(-1, 4, 4)
         K = np.array([frame["K"] for frame in frames], np.float32).reshape(-1, 9)
-        depths = [f"{name}/{frame['depth']}" for frame in frames]
-        return SequenceRecord(
-            name,
-            [f"{name}/{frame['file']}" for frame in frames],
-            poses,
-            K[:, [0, 4, 2, 5]],  # fx fy cx cy
-            depths=[depth if (root / depth).is_file() else "" for depth in depths],
-            depth_format=DepthFormat("png16", unit=float(content["depth_unit"])),  # z in metres, 0 is the sky
-        )
+        depths = [depth if (root / depth).is_file() else "" for depth in depths]
+        format = DepthFormat("png16", unit=float(content["depth_unit"]))  # z in metres, 0 is the sky
+        fx_fy_cx_cy = K[:, [0, 4, 2, 5]]
+        return SequenceRecord(name, images, poses, fx_fy_cx_cy, depths=depths, depth_format=format)

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -67,23 +68,14 @@ class ApexAdamW(Optimizer):
             group["lr"].fill_(rate)
             group["step"] = self.steps.to(torch.int32).reshape(1)  # Apex adds 1
         self._apex._dummy_overflow_buf.zero_()  # else it does not add after a skipped step
-        self._apex.step(grad_scaler=_FoundInf(found_inf))
+        flag = found_inf.reshape(1)  # in a gradient scaler with the two methods that Apex calls, and a scale of 1
+        scaler = SimpleNamespace(
+            _check_inf_per_device=lambda _: {flag.device: flag}, _get_scale_async=lambda: torch.ones_like(flag)
+        )
+        self._apex.step(grad_scaler=scaler)
         self.steps += 1 - found_inf
         for part, weight in zip(self._parts, self.weights, strict=True):
             part.grad = None
             if weight.rest is not None:
                 weight.stored.fill_(part)
                 part.data = self.steps.new_empty(0)
-
-
-class _FoundInf:
-    """Gradient scaler with the two methods that Apex calls: whether to skip the step, and a scale of 1."""
-
-    def __init__(self, found_inf: Tensor) -> None:
-        self._found_inf = found_inf.reshape(1)
-
-    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, Tensor]:
-        return {self._found_inf.device: self._found_inf}
-
-    def _get_scale_async(self) -> Tensor:
-        return torch.ones_like(self._found_inf)

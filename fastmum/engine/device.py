@@ -19,7 +19,6 @@ log = logging.getLogger(__name__)
 
 # dtype of the matrices that the model computes with; fp8 rounds further at each product.
 MATRIX_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
-REDUCE_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
@@ -38,8 +37,7 @@ def pick_precision(name: str, device: torch.device) -> str:
 def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.device") -> torch.device:
     """The device auto, cpu, cuda or cuda:N; with several processes on a machine each gets a separate GPU.
 
-    Raises:
-        ConfigError: no such device, or fewer than processes; the message names the option `key`.
+    ConfigError: no such device, or fewer than processes; the message names the option `key`.
     """
     launch = launch or LaunchInfo()
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):

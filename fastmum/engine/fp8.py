@@ -37,10 +37,8 @@ def is_there() -> bool:
 def use_fp8(model: nn.Module, blocks: Iterable[nn.Module], emulate: bool = False) -> int:
     """Make the linear layers of blocks multiply in float8, scaled per tensor at every step; in place.
 
-    Weights keep names, shapes and dtypes. `emulate` computes the same rounding without float8 hardware, for tests.
-
-    Returns:
-        Number of converted layers of the model, which must not be sharded or compiled yet.
+    Returns the number of converted layers of the model, which must not be sharded or compiled yet. Weights keep names,
+    shapes and dtypes. `emulate` computes the same rounding without float8 hardware, for tests.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

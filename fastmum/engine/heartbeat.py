@@ -4,8 +4,6 @@ Without it, a collective operation waits for a dead rank for minutes. With it th
 report which rank failed, its host and process, and its error where it could still write one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -14,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Self
 
 import torch.distributed as dist
 
@@ -52,7 +51,7 @@ class Heartbeat:
         self._failed: str | None = None
         self._answers = 0  # of the store
 
-    def __enter__(self) -> Heartbeat:
+    def __enter__(self) -> Self:
         store, rank = self._store, self._world.rank
         store.set_timeout(STORE_TIMEOUT)
         name = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"

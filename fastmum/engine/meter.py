@@ -1,6 +1,7 @@
 """The numbers of a log line: means of metrics, summed on the device; throughput, FLOP utilisation, device-hours."""
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -28,16 +29,13 @@ class Meter:
     def totals_of(self, output: StepOutput) -> Tensor:
         """Sums and counts of a micro-batch, (2, columns) float64."""
         device, columns = self._totals.device, []
+        metrics: dict[str, Any] = {"loss": (output.loss_sum.detach(), output.weight), **output.metrics}
         for name in self._metrics:
-            if name == "loss" and name not in output.metrics:
-                pair: tuple[Tensor | float, Tensor | float] = output.loss_sum.detach(), output.weight
-            else:
-                pair = output.metrics[name]
             # A fill, unlike a copy of a number from the host, does not wait for the device.
             values = [
                 x.to(torch.float64).reshape(-1) if isinstance(x, Tensor)
                 else torch.full((1,), x, dtype=torch.float64, device=device)
-                for x in pair
+                for x in metrics[name]
             ]  # fmt: skip
             columns.append(torch.stack(values))
         return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
@@ -59,18 +57,14 @@ class Meter:
         self._world.sum_(totals)
         values = torch.cat([totals, *(x.double().flatten() for x in others)]).tolist()
         count = self._totals.shape[1]
-        sums, counts, (samples, *rest) = values[:count], values[count : 2 * count], values[2 * count :]
+        columns, (samples, *rest) = zip(values[:count], values[count : 2 * count], strict=True), values[2 * count :]
         means: dict[str, float | None] = {"loss": None}
-        start = 0
         for name, metric in self._metrics.items():
-            stop = start + max(1, metric.size)
-            pairs = list(zip(sums[start:stop], counts[start:stop], strict=True))
-            total = sum(counts[start:stop])
-            if total:
-                means[name] = sum(sums[start:stop]) / total
+            pairs = list(itertools.islice(columns, max(1, metric.size)))
+            if total := sum(n for _, n in pairs):
+                means[name] = sum(s for s, _ in pairs) / total
             if metric.size:
                 means |= {f"{name}/{metric.index_name}_{i}": s / n for i, (s, n) in enumerate(pairs) if n}
-            start = stop
         seconds = self._seconds + time.perf_counter() - self._began
         self._totals.zero_()
         self._samples, self._seconds, self._began = 0, 0.0, time.perf_counter()

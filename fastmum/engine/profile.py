@@ -1,10 +1,9 @@
 """Profiles a window of training steps with `torch.profiler`."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
@@ -27,7 +26,7 @@ class StepProfiler:
         self._profile: profile | None = None
         self._cuda = device.type == "cuda"
 
-    def __enter__(self) -> StepProfiler:
+    def __enter__(self) -> Self:
         if self._start >= self._window[-1]:
             self._warn(f"the run resumes at step {self._start + 1}")
             return self
@@ -35,7 +34,10 @@ class StepProfiler:
         steps = schedule(skip_first=self._window[0] - 1, wait=0, warmup=1, active=len(self._window), repeat=1)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
         self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._write)
-        self._attempt(self._begin)
+        self._attempt(self._profile.start)
+        if self._profile:
+            self._profile.step_num = self._start
+            self._attempt(self._profile.step)
         return self
 
     def step(self, done: int) -> None:
@@ -50,12 +52,6 @@ class StepProfiler:
         if self._profile and self._done < self._window[0]:
             self._warn(f"training ended after step {self._done}")
         self._stop()
-
-    def _begin(self) -> None:
-        assert self._profile
-        self._profile.start()
-        self._profile.step_num = self._start
-        self._profile.step()
 
     def _stop(self) -> None:
         if self._profile:

@@ -4,11 +4,9 @@ SLURM sends SIGUSR1 (`#SBATCH --signal=USR1@180`) or SIGTERM before it takes the
 `REQUEUE`, and `launch/slurm.sh` queues the job again.
 """
 
-from __future__ import annotations
-
 import signal
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -30,7 +28,7 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         for number in SIGNALS:
             self._handlers[number] = signal.signal(number, self._record)
         return self

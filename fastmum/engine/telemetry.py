@@ -23,10 +23,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import image, scalar
 
 from fastmum.config.schema import ConfigError
-from fastmum.engine.rundir import RunDir, end_of_step, finite, metrics_line, read_metrics
+from fastmum.engine.rundir import RunDir, end_of_step, finite, metrics_line
 from fastmum.files import write_atomic
-
-__all__ = ["Telemetry", "read_metrics"]
 
 log = logging.getLogger(__name__)
 

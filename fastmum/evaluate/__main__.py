@@ -40,12 +40,6 @@ STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
 LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0}
-HELP = {
-    "matching": "dense matching by linear probes, trained in one pass on frozen features",
-    "cosine": "matching by cosine similarity of features, with and without the last LayerNorm",
-    "attention": "matching by the decoder's attention across views, with pictures",
-    "views": "masked loss of the same frames with more and more views, and with views of other scenes",
-}
 REMEDIES = {
     "matching": "lower --batch or --size, or the number of --learning-rates",
     "views": "lower --size or --views",
@@ -73,8 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
-    commands = parser.add_subparsers(dest="task", required=True, metavar="|".join(HELP))
-    for task, text in HELP.items():
+    commands = parser.add_subparsers(dest="task", required=True, metavar="|".join(EVALUATIONS))
+    for task, (text, _) in EVALUATIONS.items():
         command = commands.add_parser(task, help=text, description=f"{text[0].upper()}{text[1:]}.", **common)
         _add_shared(command)
         if task == "matching":
@@ -177,7 +171,7 @@ def _run(args: Namespace) -> None:
     if args.size is not None:
         check_size(model, args.size)
     about = {"task": args.task, "set": "", "weights": name, "source": args.weights, "data": args.data}
-    evaluate = EVALUATIONS[args.task]
+    _, evaluate = EVALUATIONS[args.task]
     set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
     about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     saved = save(out, about | numbers, pictures)
@@ -273,9 +267,12 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     return sequences.name, result.numbers, [draw_views(model, batch, settings.mask_ratio) for batch in batches]
 
 
-EVALUATIONS: dict[str, Callable[[Namespace, Any, Claim], Evaluated]] = {
-    "matching": _matching, "cosine": _cosine, "attention": _attention, "views": _views,
-}  # fmt: skip
+EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
+    "matching": ("dense matching by linear probes, trained in one pass on frozen features", _matching),
+    "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _cosine),
+    "attention": ("matching by the decoder's attention across views, with pictures", _attention),
+    "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),
+}
 
 
 if __name__ == "__main__":

@@ -44,11 +44,9 @@ class Recorder:
 def attention_maps(model: MuM, images: Tensor) -> Tensor:
     """Attention from the first to the second frame of every pair in every global block.
 
-    `images` (2 n, H, W, 3) uint8 are the two frames of a pair in succession.
-
-    Returns:
-        (G, n, P, P) float32 on the CPU: weights from patches of A (rows) to patches of B, mean over heads. Rows sum to
-        less than 1, because patches also attend to their own frame and to CLS.
+    `images` (2 n, H, W, 3) uint8 are the two frames of a pair in succession. The result (G, n, P, P), float32 on the
+    CPU, holds weights from patches of A (rows) to patches of B, mean over heads. Rows sum to less than 1, because
+    patches also attend to their own frame and to CLS.
     """
     device, size = next(model.parameters()).device, patch_size(model)
     grid = images.shape[1] // size, images.shape[2] // size
@@ -63,25 +61,20 @@ def attention_maps(model: MuM, images: Tensor) -> Tensor:
 def evaluate_attention(model: nn.Module, pairs: PairSet, size: int | None = None) -> Result:
     """Match by the attention weights of every global block of a `MuM` and of their mean.
 
-    Returns:
-        "scores" and "per_pair_epe" of the best, "best" which one that is, "blocks" the scores of "mean", "0", "1", ...
-
-    Raises:
-        DataError: the model has no decoder, or the set cannot be read or does not fit the model.
+    The result has "scores" and "per_pair_epe" of the best, "best" which one that is, and "blocks" the scores of "mean",
+    "0", "1", ... DataError: the model has no decoder, or the set cannot be read or does not fit the model.
     """
     if not isinstance(model, MuM):
         raise DataError("attention across views needs the decoder, but these weights have only an encoder")
     size = size or pairs.size
     truth = true_warps(pairs, check_size(model, size) // patch_size(model))
     batches = []
-    with tqdm(total=len(pairs.pairs), desc="attention", unit="pair", leave=False) as bar:
-        for start in range(0, len(pairs.pairs), BATCH):
-            some = pairs.pairs[start : start + BATCH]
-            maps = attention_maps(model, torch.stack([load_image(f, size) for pair in some for f in (pair.a, pair.b)]))
-            check_finite(maps, pairs)
-            both = torch.cat([maps.mean(0, keepdim=True), maps])
-            batches.append(decode(both.clamp(min=LEAST).log(), truth.grid))
-            bar.update(len(some))
+    for start in tqdm(range(0, len(pairs.pairs), BATCH), desc="attention", leave=False):
+        some = pairs.pairs[start : start + BATCH]
+        maps = attention_maps(model, torch.stack([load_image(f, size) for pair in some for f in (pair.a, pair.b)]))
+        check_finite(maps, pairs)
+        both = torch.cat([maps.mean(0, keepdim=True), maps])
+        batches.append(decode(both.clamp(min=LEAST).log(), truth.grid))
     warps = torch.cat(batches, dim=1)  # (1 + G, N, P, 2)
     names = ["mean", *map(str, range(len(warps) - 1))]
     found = match_scores(match_errors(warps, truth.target), truth.visible)

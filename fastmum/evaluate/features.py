@@ -56,24 +56,20 @@ def prepare(
 ) -> dict[Norm, Prepared]:
     """Encode the frames of a set, each once, by `patch_features`, and compute its true warps.
 
-    `size` is the side of the resized pictures in pixels, by default that of the set.
-
-    Raises:
-        DataError: an unreadable frame, a size that does not fit, features that are not finite, or no visible point.
+    `size` is the side of the resized pictures in pixels, by default that of the set. DataError: an unreadable frame, a
+    size that does not fit, features that are not finite, or no visible point.
     """
     size = check_size(encoder, size or pairs.size)
     by_key = {frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}
     frames, index = list(by_key.values()), {key: i for i, key in enumerate(by_key)}
     encoded: dict[Norm, list[Tensor]] = {norm: [] for norm in norms}
-    with tqdm(total=len(frames), desc=f"encoding {pairs.name}", unit="frame", leave=False) as bar:
-        for start in range(0, len(frames), BATCH):
-            images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
-            found = patch_features(encoder, images)
-            for norm in norms:
-                check_finite(found[norm], pairs)
-                scale = found[norm].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-                encoded[norm].append((found[norm] / scale).to("cpu", STORED))
-            bar.update(len(images))
+    for start in tqdm(range(0, len(frames), BATCH), desc=f"encoding {pairs.name}", leave=False):
+        images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
+        found = patch_features(encoder, images)
+        for norm in norms:
+            check_finite(found[norm], pairs)
+            scale = found[norm].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+            encoded[norm].append((found[norm] / scale).to("cpu", STORED))
     truth = true_warps(pairs, size // patch_size(encoder))
     first, second = torch.tensor([(index[pair.a.key], index[pair.b.key]) for pair in pairs.pairs]).T
     return {norm: Prepared(truth, torch.cat(batches), first, second) for norm, batches in encoded.items()}
@@ -111,10 +107,8 @@ def squared(image: Image.Image, size: int) -> Tensor:
 def patch_features(encoder: nn.Module, images: Tensor) -> dict[Norm, Tensor]:
     """Last-layer patch features of whole pictures (F, H, W, 3) uint8, computed on the encoder's device.
 
-    The encoder has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm".
-
-    Returns:
-        (F, P, D) float32 each: "layernorm" after the encoder's last norm, "raw" before it.
+    The encoder has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm". The features (F, P, D),
+    float32, are "layernorm" after the encoder's last norm, "raw" before it.
     """
     device = next(encoder.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -76,13 +76,9 @@ def evaluate_matching(
 ) -> Result:  # fmt: skip
     """Train linear probes on frozen features (`patch_features`), each training pair both ways, and score the best one.
 
-    Returns:
-        "scores" and "per_pair_epe" of the best probe at its best evaluation, "best" which one that is, "probes" every
-        evaluation of every probe.
-
-    Raises:
-        DataError: a set that cannot be read or does not fit the encoder.
-        FloatingPointError: every probe diverged.
+    The result has "scores" and "per_pair_epe" of the best probe at its best evaluation, "best" which one that is,
+    "probes" every evaluation of every probe. DataError: a set that cannot be read or does not fit the encoder.
+    FloatingPointError: every probe diverged.
     """
     settings, size = settings or ProbeSettings(), size or pairs.size
     device = next(encoder.parameters()).device
@@ -108,12 +104,8 @@ def evaluate_cosine(
     """Score matching by cosine similarity, with and without the encoder's last LayerNorm, as Siméoni et al. do.
 
     Sets of scenes are scored by dense warps, sets of objects by Probe3D's recall. `size` defaults to that of the set.
-
-    Returns:
-        "layernorm" and "raw" with the "scores" of each, "best" the better one, and its "scores".
-
-    Raises:
-        DataError: a set that cannot be read or does not fit the encoder.
+    The result has "layernorm" and "raw" with the "scores" of each, "best" the better one, and its "scores".
+    DataError: a set that cannot be read or does not fit the encoder.
     """
     size = size or pairs.size
     if pairs.objects:
@@ -201,8 +193,7 @@ class Trained(NamedTuple):
 def train_probes(train: Prepared, test: Prepared, settings: ProbeSettings, device: torch.device) -> Trained:
     """Train all probes in one pass and keep the best. They start as the identity, which is cosine matching.
 
-    Raises:
-        FloatingPointError: no probe gave a finite warp at any evaluation.
+    FloatingPointError: no probe gave a finite warp at any evaluation.
     """
     probes, width, steps = settings.probes(), train.features.shape[-1], settings.steps
     stack = torch.eye(width, device=device).repeat(len(probes), 1, 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmum.evaluate.attention import attention_maps
 from fastmum.evaluate.features import load_image, patch_size
 from fastmum.evaluate.pairs import Pair, pair_warp
-from fastmum.evaluate.views import Batch, reconstruct
+from fastmum.evaluate.views import ViewBatch, reconstruct
 from fastmum.geometry.warp import upsample_warp, warp_image
 from fastmum.model.mum import MuM
 from fastmum.tasks.mum import reconstructions
@@ -63,7 +63,7 @@ def draw_attention(model: MuM, pair: Pair, size: int) -> Image.Image:
     return _row([("A, query", framed), ("B", b), *zip(labels, heats, strict=True)])
 
 
-def draw_views(model: MuM, batch: Batch, mask_ratio: float) -> Image.Image:
+def draw_views(model: MuM, batch: ViewBatch, mask_ratio: float) -> Image.Image:
     """A target, its visible patches, and predictions from it alone, with neighbours, and with unrelated views."""
     output, firsts = reconstruct(model, batch, mask_ratio), batch.firsts
     frames, masked_ids, pred = (x.cpu()[firsts] for x in (batch.frames, output.masked_ids, output.pred.float()))

@@ -14,7 +14,6 @@ from fastmum.files import write_atomic
 from fastmum.report.charts import Chart, Line, color
 from fastmum.report.page import embed, number, render
 
-TASKS = ("matching", "cosine", "attention", "views")
 KEYS = ("task", "set", "weights")
 
 # The paper's EPE of linear probes (Table 4), and EPE and recall (NAVI) of cosine matching (supplement, Table 13).
@@ -118,13 +117,13 @@ def save(folder: Path, content: dict[str, Any], pictures: Sequence[Image.Image])
 def read(folder: Path) -> list[Record]:
     """All results in the folder, sorted by task, set and weights; raises `DataError` for any other JSON file."""
     records = [Record(file, _content(file), _pictures(folder, file.stem)) for file in folder.glob("*.json")]
-    return sorted(records, key=lambda r: (TASKS.index(r.content["task"]), r.content["set"], r.content["weights"]))
+    return sorted(records, key=lambda r: ([*MATCHERS].index(r.content["task"]), r.content["set"], r.content["weights"]))
 
 
 def _content(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        valid = all(isinstance(content[key], str) for key in KEYS) and content["task"] in TASKS
+        valid = all(isinstance(content[key], str) for key in KEYS) and content["task"] in MATCHERS
         if not valid or not all(isinstance(content[key], dict) for key in ("scores", "settings")):
             raise ValueError("it is of another kind")
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -143,7 +142,7 @@ def _stem(content: dict[str, Any]) -> str:
     return "-".join(re.sub(r"[^\w.]+", "_", content[key]).strip("_") or "_" for key in KEYS)
 
 
-class Table(NamedTuple):
+class ResultTable(NamedTuple):
     """Column names and rows of text."""
 
     names: list[str]
@@ -160,7 +159,7 @@ class Table(NamedTuple):
         return "\n".join([*lines, "", NOTE]) + "\n"
 
 
-def table(records: Sequence[Record]) -> Table:
+def table(records: Sequence[Record]) -> ResultTable:
     """A row for each matcher, set and weights, with the paper's numbers for the same matcher and set.
 
     The first rows are the scores of the identity warp on each set. The paper's sets have a row even without results.
@@ -177,16 +176,16 @@ def table(records: Sequence[Record]) -> Table:
 
     still = {content["set"]: content["no_motion"] for content in reversed(contents) if "no_motion" in content}
     rows = [row("no motion", name, NONE, scores, [NONE] * len(methods)) for name, scores in still.items()]
-    for task in TASKS:
+    for task, matcher in MATCHERS.items():
         own = [content for content in contents if content["task"] == task]
         published = PUBLISHED.get(task, {}) if own else {}
         sets = [*(content["set"] for content in own), *(name for values in published.values() for name in values)]
         for name in dict.fromkeys(sets):
             paper = [_number(published.get(method, {}).get(name)) for method in methods]
             ours = [content for content in own if content["set"] == name] or [{"weights": NONE, "scores": {}}]
-            rows += [row(MATCHERS[task], name, content["weights"], content["scores"], paper) for content in ours]
+            rows += [row(matcher, name, content["weights"], content["scores"], paper) for content in ours]
     names = ["matcher", "set", "weights", *map(score_title, columns), *(f"paper: {method}" for method in methods)]
-    return Table(names, rows)
+    return ResultTable(names, rows)
 
 
 def score_title(name: str) -> str:

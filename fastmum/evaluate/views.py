@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastmum.data.builders.base import images_in
-from fastmum.data.builders.folder import image_folders
+from fastmum.data.builders.base import image_folders, images_in
 from fastmum.data.errors import DataError
 from fastmum.data.samples import read_rgb
 from fastmum.evaluate.features import check_size, patch_size, squared
@@ -125,7 +124,7 @@ def _neighbours(frame: int, length: int, count: int, gap: int) -> list[int]:
     return sorted(reachable, key=lambda other: (abs(other - frame), -other))[:count]
 
 
-class Batch(NamedTuple):
+class ViewBatch(NamedTuple):
     """A target only, then with each number of neighbours, then with each number of unrelated views."""
 
     frames: Tensor  # (F, size, size, 3) uint8, the target first in every sequence
@@ -146,7 +145,7 @@ def _load(file: Path, size: int) -> Tensor:
 def target_batch(
     sequences: SequenceSet, target: Target, settings: ViewSettings, size: int, patches: int, mask: int = 0,
     load: Callable[[Path, int], Tensor] = _load,
-) -> Batch:  # fmt: skip
+) -> ViewBatch:  # fmt: skip
     """The batch of a target under its mask number `mask`; `load` reads a picture at a size."""
     related = [(target.sequence, frame) for frame in (target.frame, *target.near)]
     unrelated = [related[0], *((target.other, frame) for frame in target.far)]
@@ -154,11 +153,11 @@ def target_batch(
     flat = [view for row in rows for view in row]
     frames = torch.stack([load(sequences.sequences[i].files[frame], size) for i, frame in flat])
     noise = [seeded_noise(settings.seed, i, mask * 1_000_000 + frame, 1, patches)[0] for i, frame in flat]
-    return Batch(frames, [len(row) for row in rows], torch.stack(noise))
+    return ViewBatch(frames, [len(row) for row in rows], torch.stack(noise))
 
 
 @torch.no_grad()
-def reconstruct(model: MuM, batch: Batch, mask_ratio: float) -> MuMOutput:
+def reconstruct(model: MuM, batch: ViewBatch, mask_ratio: float) -> MuMOutput:
     """The model's output for a batch; the loss is (F,), one value for each frame."""
     device = next(model.parameters()).device
     return model(batch.frames.to(device), batch.lengths, mask_ratio, batch.noise.to(device), reduction="none")
@@ -170,15 +169,12 @@ def evaluate_views(
 ) -> Result:  # fmt: skip
     """The masked loss of a `MuM` on targets without other views, with neighbours, and with views of another scene.
 
-    At most `most` targets, evenly spread over the set, are measured.
+    At most `most` targets, evenly spread over the set, are measured. The result has "same" and "other", the mean loss
+    by number of views (mean over targets and masks, then over sequences), with neighbours and with unrelated views;
+    "change_same" and "change_other", [mean, standard error over sequences] of the difference to one view;
+    "per_sequence"; "scores", those of "same" as "views_2" and so on.
 
-    Returns:
-        "same" and "other", the mean loss by number of views (mean over targets and masks, then over sequences), with
-        neighbours and with unrelated views; "change_same" and "change_other", [mean, standard error over sequences] of
-        the difference to one view; "per_sequence"; "scores", those of "same" as "views_2" and so on.
-
-    Raises:
-        DataError: no decoder, sequences that are too short, an unreadable picture, or a loss that is not finite.
+    DataError: no decoder, sequences that are too short, an unreadable picture, or a loss that is not finite.
     """
     if not isinstance(model, MuM):
         raise DataError("the decoder predicts masked patches, but these weights have only an encoder")

@@ -10,7 +10,18 @@ from fastmum.export.formats import FORMATS, export
 from fastmum.pretrained.arguments import add_overrides, parse_overrides
 
 
-def _parser() -> argparse.ArgumentParser:
+def _run(args: argparse.Namespace) -> None:
+    overrides = parse_overrides(args.overrides, {"encoder_only": "--encoder-only", "ema": "--ema"})
+    done = export(args.run, args.format, args.out, args.encoder_only, args.force, ema=args.ema, **overrides)
+    count = f"{done.parameters:,}" if done.parameters < 1e5 else f"{done.parameters / 1e6:.1f} M"
+    step, path = done.source.step, done.source.path
+    source = f"of '{path}'" if step is None else f"of step {step} ({path})"
+    more = (", EMA weights" if done.source.ema else "") + (f"; {done.agreement}" if done.agreement else "")
+    print(f"{done.file}: {count} parameters in {done.tensors} tensors, {source}{more}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
     formats = "\n".join(f"  {name:13}{kind.meaning} ({kind.suffix})" for name, kind in FORMATS.items())
     parser = argparse.ArgumentParser(
         prog=program("fastmum.export"),
@@ -26,22 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--ema", choices=("auto", "on", "off"), default="auto", help="EMA weights; auto: if the checkpoint has them")
     add("--force", action="store_true", help="replace FILE")
     add_overrides(parser)
-    return parser
-
-
-def _run(args: argparse.Namespace) -> None:
-    overrides = parse_overrides(args.overrides, {"encoder_only": "--encoder-only", "ema": "--ema"})
-    done = export(args.run, args.format, args.out, args.encoder_only, args.force, ema=args.ema, **overrides)
-    count = f"{done.parameters:,}" if done.parameters < 1e5 else f"{done.parameters / 1e6:.1f} M"
-    step, path = done.source.step, done.source.path
-    source = f"of '{path}'" if step is None else f"of step {step} ({path})"
-    more = (", EMA weights" if done.source.ema else "") + (f"; {done.agreement}" if done.agreement else "")
-    print(f"{done.file}: {count} parameters in {done.tensors} tensors, {source}{more}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = parser.parse_args(argv)
     return run_command(lambda: _run(args))
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,17 +53,15 @@ def _write_released(file: Path, source: Pretrained) -> None:
 
 def _write_safetensors(file: Path, source: Pretrained) -> None:
     metadata = {"format": "pt", "model_config": json.dumps(dataclasses.asdict(source.config))}
-    if source.step is not None:
-        metadata["step"] = str(source.step)
+    metadata |= {} if source.step is None else {"step": str(source.step)}
     # The dtype of the encoder's periods is that of its positions.
     dtypes = {"rope_embed.periods": source.rope_dtype}
-    tensors = {n: t.to(dtypes.get(n, torch.float32)).contiguous() for n, t in source.state.items()}
-    save_file(tensors, file, metadata)
+    save_file({n: t.to(dtypes.get(n, torch.float32)).contiguous() for n, t in source.state.items()}, file, metadata)
 
 
 def _write_dinov3(folder: Path, source: Pretrained) -> None:
     """Write a folder for `from_pretrained`: weights, sizes, and how images are prepared."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(to_dinov3(source.state), folder / "model.safetensors", {"format": "pt"})
     config = dinov3_config(source.config, IMAGE_SIZE)
     for name, content in (("config.json", config), ("preprocessor_config.json", PREPROCESSOR)):
@@ -89,6 +86,10 @@ def _dinov3_features(folder: Path, images: Tensor) -> tuple[str, Tensor] | None:
         return f"transformers {transformers.__version__}", model(images).last_hidden_state[:, 1:]
 
 
+# Name and version of a package, and its patch tokens of images (F, 3, H, W) from a written file; None if not installed.
+ReadFeatures = Callable[[Path, Tensor], tuple[str, Tensor] | None]
+
+
 class Format(NamedTuple):
     """A file format of exported weights."""
 
@@ -96,9 +97,7 @@ class Format(NamedTuple):
     meaning: str  # for the help
     write: Callable[[Path, Pretrained], None]
     folder: bool = False  # it writes a folder
-    # Name and version of a package, and its patch tokens of images from the written file; returns None if it is not
-    # installed. Formats without this hold all weights, the others only the encoder.
-    features: Callable[[Path, Tensor], tuple[str, Tensor] | None] | None = None
+    features: ReadFeatures | None = None  # formats without this hold all weights, the others only the encoder
     bfloat16_positions: bool = True  # the format can express them
     packages: tuple[str, ...] = ()  # for writing, from the extra of the format's name
 
@@ -106,16 +105,13 @@ class Format(NamedTuple):
 FORMATS = {
     "released": Format(".pth", "a state dict by torch.save, as the released checkpoints", _write_released),
     "safetensors": Format(
-        ".safetensors", "float32, with the model's sizes as JSON in the metadata key model_config", _write_safetensors,
-    ),
+        ".safetensors", "float32, with the model's sizes as JSON in the metadata key model_config", _write_safetensors),
     "hf": Format(
         "_hf", "the encoder as a folder for DINOv3ViTModel.from_pretrained of transformers",
-        _write_dinov3, folder=True, features=_dinov3_features, bfloat16_positions=False,
-    ),
+        _write_dinov3, folder=True, features=_dinov3_features, bfloat16_positions=False),
     "onnx": Format(
         ".onnx", "the encoder's features, any number of images of any size",
-        write_onnx, features=onnx_features, packages=("onnx", "onnxscript"),
-    ),
+        write_onnx, features=onnx_features, packages=("onnx", "onnxscript")),
 }  # fmt: skip
 ALIASES = {"transformers": "hf", "huggingface": "hf"}
 
@@ -163,7 +159,7 @@ def export(
     _check_free(out, kind, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with (_atomic_folder if kind.folder else atomic_path)(out) as partial:
+        with atomic_path(out) as partial:
             with _quiet():
                 kind.write(partial, source)
                 agreement = _compare(partial, kind.features, source) if kind.features else ""
@@ -180,22 +176,6 @@ def export(
 
 
 @contextmanager
-def _atomic_folder(out: Path) -> Iterator[Path]:
-    """`atomic_path` for a folder, which may replace another one."""
-    partial = out.with_name(f".partial-{os.getpid()}-{out.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        if out.is_dir():
-            shutil.rmtree(out)
-        else:
-            out.unlink(missing_ok=True)
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
 def _quiet() -> Iterator[None]:
     """Hide warnings of other packages, such as about optional ones, and torch's log below errors."""
     logger = logging.getLogger("torch")
@@ -208,12 +188,11 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _compare(written: Path, read: Callable[[Path, Tensor], tuple[str, Tensor] | None], source: Pretrained) -> str:
+def _compare(written: Path, read: ReadFeatures, source: Pretrained) -> str:
     """Compare another package's features of noise with ours."""
     side = source.config.patch_size
     images = torch.randn(2, source.config.in_chans, 4 * side, 6 * side, generator=torch.Generator().manual_seed(0))
-    found = read(written, images)
-    if found is None:
+    if (found := read(written, images)) is None:
         return ""
     package, theirs = found
     with torch.inference_mode():
@@ -231,8 +210,7 @@ def _check_free(out: Path, kind: Format, force: bool) -> None:
     if out.is_dir() and not kind.folder:
         raise ExportError(f"--out is '{out}', but that is a folder; name a file")
     if not force:
-        what = "folder" if kind.folder else "file"
-        raise ExportError(f"'{out}' is there already; --force replaces it, --out names another {what}")
+        raise ExportError(f"'{out}' is there already; --force replaces it, --out names another one")
     if out.is_dir() and not (out / "config.json").is_file():
         raise ExportError(f"'{out}' is a folder of something else, which --force does not replace; name another")
 

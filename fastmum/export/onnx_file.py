@@ -37,15 +37,13 @@ class EncoderGraph(nn.Module):
         sin, cos = self._tables(images.shape[2] // side, images.shape[3] // side)
         block: Any
         for block in encoder.blocks:
-            x_FLD = x_FLD + self._attend(block.attn, block.norm1(x_FLD), sin, cos)
+            qkv = block.attn.qkv(block.norm1(x_FLD)).unflatten(2, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            q_FhLd, k_FhLd = self._rotate(qkv[:2], sin, cos)
+            heads = F.scaled_dot_product_attention(q_FhLd, k_FhLd, qkv[2])
+            x_FLD = x_FLD + block.attn.proj(heads.transpose(1, 2).flatten(2))
             x_FLD = x_FLD + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x_FLD))))
         x_FLD = encoder.norm(x_FLD)
         return x_FLD[:, 0], x_FLD[:, 1:]
-
-    def _attend(self, attn: Any, x_FLD: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-        qkv = attn.qkv(x_FLD).unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q_FhLd, k_FhLd = self._rotate(qkv[:2], sin, cos)
-        return attn.proj(F.scaled_dot_product_attention(q_FhLd, k_FhLd, qkv[2]).transpose(1, 2).flatten(2))
 
     def _tables(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """As `AxialRope.tables`, with a first row that does not rotate CLS, (L, d) each."""

@@ -19,33 +19,6 @@ from fastmum.pretrained.arguments import add_overrides, parse_overrides
 MAX_NAMES = 10  # skipped images listed in the output
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=program("fastmum.features"),
-        description="CLS and patch tokens of images, and a picture of each image's patch tokens.",
-    )
-    add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGES", help="folders of images, image files, or patterns in quotes")
-    add("--weights", required=True, metavar="W", help="a run, a checkpoint, or a file that load_pretrained reads")
-    add("--out", type=Path, required=True, metavar="FILE", help=f"ends in {' or '.join(SUFFIXES)}")
-    size = "native (each image's size, rounded to a multiple of the patch size), a number, or HEIGHTxWIDTH"
-    add("--size", default="native", metavar="S", help=f"{size} (default %(default)s)")
-    add("--fit", choices=("resize", "pad"), default="resize", help="pad: keep the aspect ratio (default %(default)s)")
-    add("--max-side", type=int, default=1024, metavar="N", help="limit for native size; 0: none (default %(default)s)")
-    layers = "number of last blocks, or indices such as 5,11,17,23 or `11,`; default: the last"
-    add("--layers", metavar="L", help=layers)
-    add("--no-norm", action="store_true", help="without the encoder's last norm")
-    add("--batch", type=int, default=16, metavar="B", help="images computed together (default %(default)s)")
-    add("--dtype", default="float32", metavar="T", help="float32, bfloat16 or float16 (default %(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N (default %(default)s)")
-    pictures = parser.add_mutually_exclusive_group()
-    pictures.add_argument("--pictures", type=Path, metavar="FOLDER", help="default: <stem of FILE>_pictures")
-    pictures.add_argument("--no-pictures", action="store_true", help="draw no pictures")
-    add("--force", action="store_true", help="replace FILE")
-    add_overrides(parser)
-    return parser
-
-
 def _size(text: str) -> tuple[int, int] | None:
     if text == "native":
         return None
@@ -93,14 +66,37 @@ def _run(args: argparse.Namespace) -> None:
         write_pictures(folder, images, features, patch_size)
         print(f"pictures: {folder}")
     if images.skipped:
-        lines = [f"skipped: {len(images.skipped)} of {len(images.files)} images"]
-        lines += [f"  {name}: {why}" for name, why in islice(images.skipped.items(), MAX_NAMES)]
-        print("\n".join(lines + ["  ..."] * (len(images.skipped) > MAX_NAMES)), file=sys.stderr)
+        lines = [f"  {name}: {why}" for name, why in islice(images.skipped.items(), MAX_NAMES)]
+        lines += ["  ..."] * (len(images.skipped) > MAX_NAMES)
+        print(f"skipped: {len(images.skipped)} of {len(images.files)} images", *lines, sep="\n", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = _parser().parse_args(argv)
+    parser = argparse.ArgumentParser(
+        prog=program("fastmum.features"),
+        description="CLS and patch tokens of images, and a picture of each image's patch tokens.",
+    )
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGES", help="folders of images, image files, or patterns in quotes")
+    add("--weights", required=True, metavar="W", help="a run, a checkpoint, or a file that load_pretrained reads")
+    add("--out", type=Path, required=True, metavar="FILE", help=f"ends in {' or '.join(SUFFIXES)}")
+    size = "native (each image's size, rounded to a multiple of the patch size), a number, or HEIGHTxWIDTH"
+    add("--size", default="native", metavar="S", help=f"{size} (default %(default)s)")
+    add("--fit", choices=("resize", "pad"), default="resize", help="pad: keep the aspect ratio (default %(default)s)")
+    add("--max-side", type=int, default=1024, metavar="N", help="limit for native size; 0: none (default %(default)s)")
+    layers = "number of last blocks, or indices such as 5,11,17,23 or `11,`; default: the last"
+    add("--layers", metavar="L", help=layers)
+    add("--no-norm", action="store_true", help="without the encoder's last norm")
+    add("--batch", type=int, default=16, metavar="B", help="images computed together (default %(default)s)")
+    add("--dtype", default="float32", metavar="T", help="float32, bfloat16 or float16 (default %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N (default %(default)s)")
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument("--pictures", type=Path, metavar="FOLDER", help="default: <stem of FILE>_pictures")
+    pictures.add_argument("--no-pictures", action="store_true", help="draw no pictures")
+    add("--force", action="store_true", help="replace FILE")
+    add_overrides(parser)
+    args = parser.parse_args(argv)
     return run_command(lambda: _run(args))
 
 

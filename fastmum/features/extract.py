@@ -43,10 +43,13 @@ def extract(
     sizing = sizing or Sizing(encoder.config.patch_size)
     placements = {file: sizing.place(*size) for file, size in images.sizes().items()}
     _check_memory(encoder, placements.values(), layers)
-    device = encoder.cls_token.device
+    device, groups = encoder.cls_token.device, defaultdict(list)
+    for file, placement in placements.items():
+        groups[placement[:2]].append(file)
+    batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
     found: dict[str, Tokens] = {}
     with tqdm(total=len(placements), unit="image", desc="features", disable=not progress) as bar:
-        for files, frames in _decoded(_batches(placements, batch), placements, images):
+        for files, frames in _decoded(batches, placements, images):
             if frames is not None:
                 for file, cls, patch in zip(files, *_tokens(encoder, frames.to(device), layers, norm), strict=True):
                     name = images.name(file)
@@ -82,10 +85,9 @@ def _check_memory(encoder: Encoder, placements: Collection[Placement], layers: L
     needed = count * tokens * encoder.config.embed_dim * encoder.cls_token.element_size()
     available = available_memory()
     if available is not None and needed > available:
-        raise FeaturesError(
-            f"features of {len(placements)} images take {needed / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory "
-            "are available: use a smaller --size or --max-side, --dtype bfloat16, fewer --layers, or fewer images"
-        )
+        sizes = f"take {needed / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory are available"
+        remedy = "use a smaller --size or --max-side, --dtype bfloat16, fewer --layers, or fewer images"
+        raise FeaturesError(f"features of {len(placements)} images {sizes}: {remedy}")
 
 
 def _tokens(encoder: Encoder, frames: Tensor, layers: Layers, norm: bool) -> tuple[Tensor, Tensor]:
@@ -97,16 +99,8 @@ def _tokens(encoder: Encoder, frames: Tensor, layers: Layers, norm: bool) -> tup
             patch, cls = (torch.stack(tensors, dim=1).cpu() for tensors in zip(*outputs, strict=True))
     except torch.OutOfMemoryError:
         size = f"{len(frames)} images of {frames.shape[1]} x {frames.shape[2]} pixels"
-        reason = f"the device's memory is too small for {size}: use a smaller --batch or --size"
-        raise FeaturesError(reason) from None
+        raise FeaturesError(f"the device's memory is too small for {size}: lower --batch or --size") from None
     return (cls[:, 0], patch[:, 0]) if layers is None else (cls, patch)
-
-
-def _batches(placements: Mapping[Path, Placement], batch: int) -> list[list[Path]]:
-    groups = defaultdict(list)
-    for file, placement in placements.items():
-        groups[placement[:2]].append(file)
-    return [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
 
 
 def _decoded(

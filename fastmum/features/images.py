@@ -11,8 +11,7 @@ from typing import Literal, NamedTuple
 import natsort
 import numpy as np
 
-from fastmum.data.builders.base import images_in
-from fastmum.data.builders.folder import image_folders
+from fastmum.data.builders.base import image_folders, images_in
 from fastmum.data.decode.image import FrameError, place, read_file, read_header, resize, rgb
 from fastmum.data.errors import DataError
 from fastmum.errors import FastmumError
@@ -51,6 +50,7 @@ class Sizing:
             raise FeaturesError(f"the longest side is at most {self.max_side}, less than a patch of {self.multiple}")
 
     def place(self, height: int, width: int) -> Placement:
+        """The placement of an image of this height and width in pixels."""
         m, resize = self.multiple, self.fit == "resize"
         if self.size:
             scale = min(self.size[0] / height, self.size[1] / width)
@@ -96,9 +96,8 @@ def find_images(words: Iterable[str | os.PathLike[str]]) -> Images:
     """
     names = [os.path.expanduser(os.fspath(word)) for word in words]
     files = list(dict.fromkeys(Path(os.path.abspath(file)) for name in names for file in _found(name)))
-    if len(names) == 1 and os.path.isdir(names[0]):
-        return Images(Path(os.path.abspath(names[0])), files)
-    return Images(Path(os.path.commonpath([file.parent for file in files])), files)
+    folder = len(names) == 1 and os.path.isdir(names[0])
+    return Images(Path(os.path.abspath(names[0]) if folder else os.path.commonpath([f.parent for f in files])), files)
 
 
 def _found(word: str) -> list[str]:
@@ -125,11 +124,9 @@ def read_image(file: Path, placement: Placement) -> np.ndarray:
     header = read_header(read_file(file))
     image = np.empty((header.height, header.width, 3), np.uint8)
     place(np.asarray(rgb(header.image)), image, header.orientation, flip=False)
-    content = placement.content_height, placement.content_width
-    if image.shape[:2] != content:
-        image = resize(image, content)
-    if content == (placement.height, placement.width):
-        return image
+    height, width = placement.content_height, placement.content_width
+    if image.shape[:2] != (height, width):
+        image = resize(image, (height, width))
     padded = np.tile(PADDING, (placement.height, placement.width, 1))
-    padded[: content[0], : content[1]] = image
+    padded[:height, :width] = image
     return padded

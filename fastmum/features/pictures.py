@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmum.data.decode.image import FrameError
+from fastmum.errors import writing
 from fastmum.features.images import FeaturesError, Images, read_image
 from fastmum.features.store import Tokens
 
@@ -29,10 +30,9 @@ def fit_colours(patches: Sequence[Tensor]) -> Callable[[Tensor], np.ndarray]:
     centred = tokens - mean
     directions = torch.linalg.eigh(centred.T @ centred)[1][:, -3:].flip(1)  # eigenvalues ascend
     values = centred @ directions
-    # The sign of a direction is chosen so that the longer tail is positive.
-    directions = directions * torch.where(values.amax(0) < -values.amin(0), -1.0, 1.0)
-    values = (centred @ directions).numpy()
-    low, high = (torch.from_numpy(np.quantile(values, q, axis=0)).float() for q in SPREAD)
+    signs = torch.where(values.amax(0) < -values.amin(0), -1.0, 1.0)  # so that the longer tail is positive
+    directions = directions * signs
+    low, high = (torch.from_numpy(np.quantile((values * signs).numpy(), q, axis=0)).float() for q in SPREAD)
 
     def colours(patch: Tensor) -> np.ndarray:
         share = ((patch.float() - mean) @ directions - low) / (high - low).clamp_min(1e-12)
@@ -53,20 +53,16 @@ def write_pictures(folder: Path, images: Images, features: Mapping[str, Tokens],
     """Draw each image as the encoder saw it, without padding, next to its tokens."""
     maps = {name: content(tokens, patch_size) for name, tokens in features.items()}
     colours = fit_colours(list(maps.values()))
-    files = {images.name(file): file for file in images.files}
-    pictures = _file_names(maps)
+    files, pictures = {images.name(file): file for file in images.files}, _file_names(maps)
     for name, patch in tqdm(maps.items(), unit="image", desc="pictures"):
         place, file = features[name].placement, folder / pictures[name]
         height, width = place.content_height, place.content_width
         drawn = colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]
         gap = np.full((height, GAP, 3), 255, np.uint8)
-        try:
+        with writing(file, FeaturesError, FrameError):
             image = read_image(files[name], place)[:height, :width]
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.concatenate([image, gap, drawn], axis=1)).save(file)
-        except (OSError, FrameError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise FeaturesError(f"the picture '{file}' cannot be written ({reason})") from error
 
 
 def _file_names(names: Iterable[str]) -> dict[str, str]:

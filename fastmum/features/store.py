@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmum.errors import writing
 from fastmum.features.images import FeaturesError, Placement
 from fastmum.files import atomic_path
 
@@ -38,11 +39,9 @@ def check_file(file: Path, force: bool) -> None:
         raise FeaturesError(f"--out is '{file}', but must end in {' or '.join(SUFFIXES)}")
     if file.is_dir() or (file.exists() and not force):
         raise FeaturesError(f"'{file}' is there already; --force replaces it, --out names another file")
-    try:
+    with writing(file, FeaturesError):
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
-    except OSError as error:
-        raise FeaturesError(f"'{file}' cannot be written ({error.strerror})") from None
 
 
 def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[str, Any]) -> None:
@@ -54,18 +53,14 @@ def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[st
     for name, (cls, patch, placement) in features.items():
         tensors |= {f"{name}/cls": cls.contiguous(), f"{name}/patch": patch.contiguous()}
         tensors[f"{name}/placement"] = torch.tensor(placement)
-    try:
+    with writing(file, FeaturesError, SafetensorError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as partial:
             if file.suffix == ".npz":
-                arrays: dict[str, Any] = {ABOUT: json.dumps(about)}
-                for name, tensor in tensors.items():
-                    arrays[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-                np.savez(partial, **arrays)
+                arrays: Any = {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for n, t in tensors.items()}
+                np.savez(partial, **arrays | {ABOUT: json.dumps(about)})
             else:
                 save_file(tensors, partial, {"format": "pt", ABOUT: json.dumps(about)})
-    except (OSError, SafetensorError) as error:
-        raise FeaturesError(f"'{file}' cannot be written ({getattr(error, 'strerror', None) or error})") from error
 
 
 def read_features(file: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:

@@ -6,8 +6,6 @@
 - Depth is z-depth in metres (or the unit of the poses), 0 where it is unknown.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -26,7 +24,7 @@ class Camera:
     camera_from_world: np.ndarray  # (4, 4) float64; NaN where the pose is unknown
     size: tuple[int, int]  # width and height of the image in pixels
 
-    def resized(self, size: tuple[int, int]) -> Camera:
+    def resized(self, size: tuple[int, int]) -> "Camera":
         """The camera of the same image at another resolution (width, height)."""
         scale = np.array([size[0] / self.size[0], size[1] / self.size[1], 1.0])
         return replace(self, K=scale[:, None] * self.K, size=size)

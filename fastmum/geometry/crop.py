@@ -116,12 +116,9 @@ def vggt_view(
 ) -> View:
     """An image as VGGT trains on it (`process_one_image`): the principal point comes to the centre, the aspect stays.
 
-    FastmumError if the view has no camera, or a principal point outside the image.
-
-    Args:
-        size: width and height of the result.
-        scale: share of the width and height that the first crop keeps; training draws min(1, U(0.8, 1.2)) for each.
-        margin: pixels beyond `size` that the image is resized to; training adds Triangular(0, 0, 0.3) * max(size).
+    The first crop keeps the share `scale` of width and height; training draws min(1, U(0.8, 1.2)) for each. The image
+    is resized to `margin` pixels beyond `size` (width, height) before the last crop; training adds
+    Triangular(0, 0, 0.3) * max(size). FastmumError if the view has no camera, or a principal point outside the image.
     """
     centre = _centre(view) - 0.5  # VGGT's pixel centres are at integers
     sides = [_around(c, min(int(n * s) / 2, c, n - c)) for c, n, s in zip(centre, view.size, scale, strict=True)]
@@ -138,9 +135,8 @@ def vggt_view(
 def reloc3r_view(view: View, size: tuple[int, int], rng: np.random.Generator) -> View:
     """An image as Reloc3r trains on it (`_crop_resize_if_necessary`); errors as in `vggt_view`.
 
-    Args:
-        size: width and height of the result, width >= height; exchanged for portraits.
-        rng: drawn from for nearly square images only, to choose the orientation.
+    `size` is width and height of the result, width >= height; they are exchanged for portraits. `rng` chooses the
+    orientation of nearly square images.
     """
     centre = np.round(_centre(view) - 0.5).astype(int).tolist()
     view = crop_resize(view, _box([_around(c, min(c, n - c)) for c, n in zip(centre, view.size, strict=True)]))

@@ -6,7 +6,7 @@ Arrays are NumPy, float64 inside; the matching metrics are torch, since evaluati
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ CROPS: dict[DepthCrop | None, Callable[[int, int], tuple[float, float, float, fl
     "garg": lambda height, width: (0.40810811 * height, 0.99189189 * height, 0.03594771 * width, 0.96405229 * width),
     None: lambda height, width: (0, height, 0, width),
 }  # fmt: skip
+DEPTH_METRICS = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log_10", "silog")
 STANDARD = 448  # side of the image in pixels that match errors are expressed in, whatever size was computed at (RoMa)
 ROBUST = 32.0  # pixels below which a match counts as robust
 PCK = (1.0, 3.0, 5.0)  # pixels below which a key point is correct
@@ -65,10 +66,10 @@ def pose_auc(errors: np.ndarray, thresholds: Sequence[float]) -> list[float]:
     sorted_errors = np.sort(np.concatenate([[0.0], np.nan_to_num(errors.astype(np.float64), nan=np.inf)]))
     recall = np.linspace(0, 1, len(sorted_errors))
     areas = []
-    for threshold in thresholds:
-        last = np.searchsorted(sorted_errors, threshold)
-        x, y = np.append(sorted_errors[:last], threshold), np.append(recall[:last], recall[last - 1])
-        areas.append(float(trapezoid(y, x) / threshold))
+    for t in thresholds:
+        last = np.searchsorted(sorted_errors, t)
+        y, x = np.append(recall[:last], recall[last - 1]), np.append(sorted_errors[:last], t)
+        areas.append(float(trapezoid(y, x) / t))
     return areas
 
 
@@ -84,34 +85,26 @@ def depth_metrics(
 ) -> dict[str, float]:
     """Metrics of one depth map (H, W) over the pixels with min_depth < true < max_depth.
 
-    Args:
-        depth: predicted, clipped to [min_depth, max_depth].
-        true: 0 where it is unknown.
-        max_depth: 10 for NYU, 80 for KITTI.
-        crop: part that counts: Eigen's crop of NYU, Garg's shares of KITTI's height and width; None: everything.
+    Predictions are clipped to [min_depth, max_depth], the latter 10 for NYU and 80 for KITTI; `true` is 0 where it is
+    unknown. `crop` is the part that counts: Eigen's of NYU, Garg's shares of KITTI's sides; None: everything.
 
     Returns:
-        "a1", "a2", "a3" (shares of ratios below 1.25, its square and cube), "abs_rel", "sq_rel", "rmse", "rmse_log",
-        "log_10", "silog" (times 100); all NaN without valid pixels.
+        `DEPTH_METRICS`: a1 to a3 are the shares of ratios below 1.25, its square and cube, silog is times 100. All are
+        NaN without valid pixels.
     """
     top, bottom, left, right = CROPS[crop](*true.shape)
     depth, true = (x[int(top) : int(bottom), int(left) : int(right)].astype(np.float64) for x in (depth, true))
     valid = (true > min_depth) & (true < max_depth)
-    names = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log_10", "silog")
     if not valid.any():
-        return dict.fromkeys(names, math.nan)
+        return dict.fromkeys(DEPTH_METRICS, math.nan)
     p, g = depth[valid].clip(min_depth, max_depth), true[valid]
     ratio, error, log_error = np.maximum(p / g, g / p), p - g, np.log(p) - np.log(g)
-    values = (
-        *((ratio < 1.25**power).mean() for power in (1, 2, 3)),
-        (np.abs(error) / g).mean(),
-        (error**2 / g).mean(),
-        np.sqrt((error**2).mean()),
-        np.sqrt((log_error**2).mean()),
-        np.abs(log_error).mean() / math.log(10),
-        100 * log_error.std(),
-    )
-    return dict(zip(names, map(float, values), strict=True))
+    shares = [(ratio < 1.25**power).mean() for power in (1, 2, 3)]
+    relative = (np.abs(error) / g).mean(), (error**2 / g).mean()
+    rmse, rmse_log = (np.sqrt((each**2).mean()) for each in (error, log_error))
+    logarithmic = np.abs(log_error).mean() / math.log(10), 100 * log_error.std()
+    values = (*shares, *relative, rmse, rmse_log, *logarithmic)
+    return dict(zip(DEPTH_METRICS, map(float, values), strict=True))
 
 
 def mean_metrics(images: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -133,27 +126,19 @@ def point_metrics(
 ) -> dict[str, float]:
     """Accuracy, completeness and normal consistency of a point cloud.
 
-    Args:
-        points, true: (N, 3) and (M, 3), aligned.
-        normals, true_normals: unit vectors of the same shapes.
+    `points` (N, 3) and `true` (M, 3) are aligned; normals are unit vectors of the same shapes.
 
     Returns:
         "acc_mean", "acc_median": distance of points to the nearest true point; "comp_mean", "comp_median": the reverse;
         with normals "nc1_*" and "nc2_*": |cos| between the normals of those pairs.
     """
-    metrics: dict[str, float] = {}
-    directions = (("acc", "nc1", points, true), ("comp", "nc2", true, points))
-    for distance_name, normal_name, source, target in directions:
-        distance, nearest = cKDTree(target).query(source)
-        metrics |= _mean_median(distance_name, distance)
-        if normals is not None and true_normals is not None:
-            own, other = (normals, true_normals) if source is points else (true_normals, normals)
-            metrics |= _mean_median(normal_name, np.abs((own * other[nearest]).sum(-1)))
-    return metrics
-
-
-def _mean_median(name: str, values: np.ndarray) -> dict[str, float]:
-    return {f"{name}_mean": float(values.mean()), f"{name}_median": float(np.median(values))}
+    (accuracy, to_true), (completeness, to_points) = cKDTree(true).query(points), cKDTree(points).query(true)
+    values = {"acc": accuracy, "comp": completeness}
+    if normals is not None and true_normals is not None:
+        values["nc1"] = np.abs((normals * true_normals[to_true]).sum(-1))
+        values["nc2"] = np.abs((true_normals * normals[to_points]).sum(-1))
+    statistics: dict[str, Any] = {"mean": np.mean, "median": np.median}
+    return {f"{name}_{key}": float(f(each)) for name, each in values.items() for key, f in statistics.items()}
 
 
 @dataclass(frozen=True)
@@ -183,11 +168,9 @@ def mean_of_visible(values: Tensor, visible: Tensor) -> Tensor:
 
 
 def match_scores(errors: Tensor, visible: Tensor) -> list[MatchScores]:
-    """Scores of Q matchers on the same N pairs; a warp that is not finite has an end-point error that is not finite.
+    """Scores of Q matchers on the same N pairs from errors (Q, N, P) in pixels, over the `visible` points (N, P) bool.
 
-    Args:
-        errors: (Q, N, P) pixels.
-        visible: (N, P) bool, which points count; ValueError if there are none.
+    A warp that is not finite has an end-point error that is not finite. ValueError if no point is visible.
     """
     if not visible.any():
         raise ValueError("no point is visible in both views of any pair, so there is nothing to measure")
@@ -203,14 +186,10 @@ def pair_epe(errors: Tensor, visible: Tensor) -> list[float | None]:
 
 
 def any_match_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Any-match top-1 (CAPI): right if the arg-max is one of the sample's labels.
+    """Any-match top-1 (CAPI): right if the arg-max of the logits (heads, classes, B) is one of the sample's labels.
 
-    Args:
-        logits: (heads, classes, B).
-        labels: (B, annotations) int64, padded with -1; samples without a label are left out.
-
-    Returns:
-        Right samples of each head (heads,) int64, and the number of samples that count. Sum both over batches.
+    `labels` (B, annotations) int64 are padded with -1; samples without a label do not count. Returns the right samples
+    of each head (heads,) int64, and the number of samples that count, which are summed over batches.
     """
     labelled = (labels >= 0).any(-1)
     right = (logits.argmax(-2)[..., None] == labels).any(-1) & labelled

@@ -194,11 +194,8 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Apply the block to the residual stream and its `norm1`, (T, D) each.
 
-        Args:
-            weight, bias: (D,) of the norm after this block, with the epsilon of this block's.
-
-        Returns:
-            The stream after this block and its norm, (T, D) or the tokens of `context.query_ids` only.
+        `weight` and `bias` (D,) are those of the norm after this block, with the epsilon of this block's. Returns the
+        stream after this block and its norm, (T, D) or the tokens of `context.query_ids` only.
         """
         # The compiled part excludes the module's hooks, where FSDP gathers weights.
         compute = self.compiled_compute or Block._compute

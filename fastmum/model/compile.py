@@ -1,10 +1,10 @@
 """Which parts of the model `torch.compile` compiles, and when."""
 
+import contextlib
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ def compile_model(
     model: MuM, mode: str, steps: int, backend: str | Callable = "inductor", several_devices: bool = False,
     cuda_graphs: bool = False,
 ) -> str:  # fmt: skip
-    """Compile a model in place and log the regions; every region is one graph.
+    """Compile a model in place; log and return the chosen mode: "block", "full" or "off". Every region is one graph.
 
     Lengths that change between batches recompile nothing: regions have static shapes (see `MuM._global_attention`).
+    ValueError: an unknown mode, or CUDA graphs where there are none.
 
     Args:
         model: on its training device.
@@ -36,12 +37,6 @@ def compile_model(
         steps: remaining steps of the run.
         several_devices: "full" becomes "block", because gradients are reduced over devices during the backward pass.
         cuda_graphs: record compiled regions as CUDA graphs.
-
-    Returns:
-        The chosen mode: "block", "full" or "off".
-
-    Raises:
-        ValueError: an unknown mode, or CUDA graphs where there are none.
     """
     if mode not in COMPILE_MODES:
         raise ValueError(f"compile mode is '{mode}', but must be one of {', '.join(COMPILE_MODES)}")
@@ -71,23 +66,19 @@ def compile_model(
     return chosen
 
 
-@contextmanager
+@contextlib.contextmanager
 def eager(model: MuM) -> Iterator[None]:
     """Run the regions of a model uncompiled: evaluation has other sizes, for which compiling does not pay.
 
     Attention that is compiled separately (`flex`) stays compiled: eager, it would hold the scores of all tokens.
     """
-    blocks = [(block, block.compiled_compute) for block in blocks_of(model)]
-    whole = model.compiled_autoencode
-    for block, _ in blocks:
-        block.compiled_compute = None
-    model.compiled_autoencode = None
-    try:
+    with contextlib.ExitStack() as stack:
+        for block in blocks_of(model):
+            stack.callback(setattr, block, "compiled_compute", block.compiled_compute)
+            block.compiled_compute = None
+        stack.callback(setattr, model, "compiled_autoencode", model.compiled_autoencode)
+        model.compiled_autoencode = None
         yield
-    finally:
-        for block, compiled in blocks:
-            block.compiled_compute = compiled
-        model.compiled_autoencode = whole
 
 
 def blocks_of(model: MuM) -> tuple[Block, ...]:

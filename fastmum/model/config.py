@@ -10,11 +10,7 @@ MLP_RATIO = 4  # hidden width of every MLP over its block's width
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of encoder and decoder.
-
-    Raises:
-        ValueError: an invalid size, named with its value and what is allowed.
-    """
+    """Sizes of encoder and decoder; a ValueError names an invalid one with its value and what is allowed."""
 
     embed_dim: int  # width of the encoder
     depth: int  # its blocks

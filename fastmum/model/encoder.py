@@ -106,8 +106,7 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Apply blocks; each computes the norm of the next, the last one `last`.
 
-        Returns:
-            The stream after the blocks and its norm, (T, D) each, and the stream after each block number in `keep`.
+        Returns the stream after the blocks and its norm, (T, D) each, and the stream after each block number in `keep`.
         """
         norms = [*(block.norm1 for block, _ in stack), last]
         normed_TD, kept = norms[0](x_TD).to(compute_dtype(norms[0].weight)), []
@@ -144,12 +143,9 @@ class Encoder(nn.Module):
     def forward_features(self, images: Tensor) -> dict[str, Tensor]:
         """Features of whole images, nothing masked.
 
-        Args:
-            images: (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8; H and W any multiples of
-                the patch size.
-
-        Returns:
-            "x_norm_clstoken" (F, D) and "x_norm_patchtokens" (F, P, D), normed; "x_prenorm" (F, 1 + P, D).
+        `images` are (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8; H and W any multiples of
+        the patch size. Returns "x_norm_clstoken" (F, D) and "x_norm_patchtokens" (F, P, D), normed, and "x_prenorm"
+        (F, 1 + P, D).
         """
         x, normed = self.encode(*self._all_patches(images, "images"))
         return {"x_norm_clstoken": normed[:, 0], "x_norm_patchtokens": normed[:, 1:], "x_prenorm": x}
@@ -162,13 +158,10 @@ class Encoder(nn.Module):
 
         Args:
             x: images as in `forward_features`.
-            n: the last n blocks, or block numbers from 0.
+            n: the last n blocks, or block numbers from 0; a ValueError if one does not exist.
             reshape: return maps (F, D, H / p, W / p) instead of tokens (F, P, D).
             return_class_token: return pairs (patch tokens, CLS token (F, D)).
             norm: apply the encoder's last norm to each.
-
-        Raises:
-            ValueError: a block that does not exist.
         """
         depth = len(self.blocks)
         if isinstance(n, int):

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of values in 0..1, RGB
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, RGB
+IMAGENET_STD: tuple[float, ...] = (0.229, 0.224, 0.225)
 _NOISE_STREAM = 1  # differs from the sampler's stream of the same seed, rank and step
 
 
@@ -35,10 +35,8 @@ def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "fr
     if not isinstance(frames, Tensor):
         raise TypeError(f"{name} is a {type(frames).__name__}, but must be a tensor")
     shape = tuple(frames.shape)
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
     if frames.dtype == torch.uint8:
-        layout = "(F, H, W, 3) uint8"
+        layout, mean, std = "(F, H, W, 3) uint8", IMAGENET_MEAN, IMAGENET_STD
         fits = frames.ndim == 4 and shape[3] == in_chans == len(mean)
     elif frames.is_floating_point():
         layout, mean, std = f"(F, {in_chans}, H, W) floating point", (0.0,) * in_chans, (1.0,) * in_chans
@@ -60,18 +58,22 @@ def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "fr
     return Pixels(frames, mean, std, patch_size)
 
 
-def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> Tensor:
-    """Check the frames of each sequence, a list or an integer tensor that may be padded with zeros -> (n,) int64, CPU.
+def check_lengths(lengths: Tensor | Sequence[int], max_views: int | None, num_frames: int) -> tuple[Tensor, int]:
+    """Check the frames of each sequence, a list or an integer tensor that may be padded with zeros, and their bound.
 
-    Compiled code does not see values, and does not check them.
+    Returns lengths (n,) int64 on the CPU, and `max_views`, by default the number of frames. Compiled code does not see
+    values, and does not check them.
     """
+    if max_views is not None and not hasattr(max_views, "__index__"):
+        raise TypeError(f"max_views is {max_views!r}, but must be an integer or None")
+    bound = num_frames if max_views is None else max_views
     expected = "must be a 1-D integer tensor or a list of integers"
     if isinstance(lengths, Tensor):
         if lengths.ndim != 1 or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
             raise TypeError(f"lengths is a {lengths.dtype} tensor of shape {tuple(lengths.shape)}, but {expected}")
         lengths = lengths.to("cpu", torch.int64)
         if torch.compiler.is_compiling():
-            return lengths
+            return lengths, bound
         used = lengths.tolist()
         while used and used[-1] == 0:
             used.pop()
@@ -85,18 +87,9 @@ def check_lengths(lengths: Tensor | Sequence[int], num_frames: int) -> Tensor:
         raise ValueError(f"lengths is {used}, but every sequence must have at least one frame")
     if sum(used) != num_frames:
         raise ValueError(f"lengths is {used}, which sums to {sum(used)}, but frames holds {num_frames} frames")
-    return torch.tensor(used)
-
-
-def check_max_views(max_views: int | None, lengths: Tensor, num_frames: int) -> int:
-    """Check the upper bound of `lengths`, by default the number of frames."""
-    if max_views is None:
-        return num_frames
-    if not hasattr(max_views, "__index__"):
-        raise TypeError(f"max_views is {max_views!r}, but must be an integer or None")
-    if not torch.compiler.is_compiling() and max_views < (longest := max(lengths.tolist())):
-        raise ValueError(f"max_views is {max_views}, but a sequence has {longest} frames")
-    return max_views
+    if max_views is not None and max_views < max(used):
+        raise ValueError(f"max_views is {max_views}, but a sequence has {max(used)} frames")
+    return torch.tensor(used), bound
 
 
 def check_noise(noise: Tensor, num_frames: int, num_patches: int) -> None:

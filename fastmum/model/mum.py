@@ -21,15 +21,7 @@ from fastmum.kernels import patch_loss, scatter_tokens
 from fastmum.model.block import AxialRope, Block, Context, apply_linear, compute_dtype, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
-from fastmum.model.inputs import (
-    Pixels,
-    check_frames,
-    check_lengths,
-    check_max_views,
-    check_noise,
-    num_visible,
-    split_by_noise,
-)
+from fastmum.model.inputs import Pixels, check_frames, check_lengths, check_noise, num_visible, split_by_noise
 
 
 class MuMOutput(NamedTuple):
@@ -78,7 +70,7 @@ class MuM(Encoder):
         self, frames: Tensor, lengths: Tensor | Sequence[int], mask_ratio: float = 0.75, noise: Tensor | None = None,
         max_views: int | None = None, reduction: Literal["mean", "none"] = "mean",
     ) -> MuMOutput:  # fmt: skip
-        """Predict the masked patches, and the loss.
+        """Predict the masked patches, and the loss. TypeError or ValueError for an invalid argument, which it names.
 
         Args:
             frames: (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8, normalised inside.
@@ -89,15 +81,11 @@ class MuM(Encoder):
             noise: (F, P) uniform; the smallest of a row are visible, ties by index. None draws it.
             max_views: upper bound of the lengths of any batch, F by default; attention kernels are launched for it.
             reduction: "mean": one loss; "none": one per frame, all of as many masked patches.
-
-        Raises:
-            TypeError, ValueError: an invalid argument, named with its value and what is allowed.
         """
         pixels = check_frames(frames, self.config.patch_size, self.config.in_chans)
         rows, columns = pixels.grid
         num_frames, num_patches = len(frames), rows * columns
-        lengths = check_lengths(lengths, num_frames)
-        max_views = check_max_views(max_views, lengths, num_frames)
+        lengths, max_views = check_lengths(lengths, max_views, num_frames)
         visible = num_visible(num_patches, mask_ratio)
         noise = torch.rand(num_frames, num_patches, device=frames.device) if noise is None else noise
         check_noise(noise, num_frames, num_patches)

@@ -20,6 +20,8 @@ KINDS = "a run, a folder of checkpoints, a checkpoint, a torch.save or safetenso
 
 
 class Saved(NamedTuple):
+    """What a file of weights holds."""
+
     path: Path  # the file, or the chosen checkpoint
     tree: Mapping[str, Any]  # names -> tensors, further mappings or other values
     sizes: Mapping[str, Any] = MappingProxyType({})  # fields of `ModelConfig` that are stated
@@ -29,7 +31,10 @@ class Saved(NamedTuple):
 
 
 def read_saved(path: Path, ema: bool | None = None) -> Saved:
-    """Read the weights at a path, the EMA weights of a checkpoint if `ema` is True, or None and it has them."""
+    """Read the weights at a path, the EMA weights of a checkpoint if `ema` is True, or None and it has them.
+
+    WeightsError if there are none, they cannot be read, or `ema` is True and the path is no checkpoint with them.
+    """
     if path.is_dir() and not is_dinov3(path):
         return _read_run(path, ema)
     if ema:

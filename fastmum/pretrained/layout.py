@@ -42,6 +42,7 @@ class MismatchError(WeightsError):
 
 
 def some(names: Sequence[str]) -> str:
+    """The first 10 names, separated by commas, and how many more there are."""
     more = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 

@@ -8,23 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastmum.model.block import AxialRope
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
+from fastmum.pretrained import layout
 from fastmum.pretrained.files import read_saved
-from fastmum.pretrained.layout import (
-    DECODER,
-    RELEASED_FIRST,
-    SIZES,
-    MismatchError,
-    State,
-    WeightsError,
-    find_state,
-    sizes_by_shape,
-)
+from fastmum.pretrained.layout import RELEASED_FIRST, SIZES, MismatchError, State, WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +39,7 @@ class Pretrained(NamedTuple):
 
     @property
     def title(self) -> str:
+        """What the weights are, in a few words for a log."""
         model = "encoder" if self.encoder_only else "encoder and decoder"
         preset = _preset(self.config, self.encoder_only) or "sizes of no preset"
         positions = str(self.rope_dtype).removeprefix("torch.")
@@ -58,9 +50,8 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
     """A model in eval mode with weights from a file, a run or a checkpoint.
 
     Args:
-        path: a run, a folder of checkpoints, a checkpoint, a torch.save file (released, or written by
-            `fastmum.export`), a safetensors file, or a folder of transformers with such an encoder. Detected by its
-            content, not by its name.
+        path: a run, a folder of checkpoints, a checkpoint, a torch.save or safetensors file, or a folder of
+            transformers with such an encoder. Detected by its content, not by its name.
         overrides: fields of `ModelConfig` that the weights do not determine (`norm_eps`, `decoder_num_heads`), and
             encoder_only: True omits the decoder, False requires one; default: as the weights are.
             rope_dtype: in which the encoder computes positions, torch.float32 or torch.bfloat16 (or their names).
@@ -86,24 +77,32 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
     """The weights of `load_pretrained` without a model; arguments and errors as there, but no `device` and `dtype`."""
     check_names(overrides, (*SIZES, *OPTIONS))
     saved = read_saved(Path(path).expanduser(), _ema(overrides.get("ema", "auto")))
-    state = find_state(saved.path, saved.tree, overrides.get("key"))
-    encoder = {name: tensor for name, tensor in state.items() if not name.startswith(DECODER)}
+    state = layout.find_state(saved.path, saved.tree, overrides.get("key"))
+    encoder = {name: tensor for name, tensor in state.items() if not name.startswith(layout.DECODER)}
     if overrides.get("encoder_only") is False and len(encoder) == len(state):
         raise WeightsError(f"'{saved.path}' holds an encoder without a decoder, but encoder_only is False")
     encoder_only = bool(overrides.get("encoder_only")) or len(encoder) == len(state)
     state = encoder if encoder_only else state
     sizes = {name: overrides[name] for name in SIZES if name in overrides}
     try:
-        config = ModelConfig(**{**sizes_by_shape(state), **saved.sizes, **sizes})
+        config = ModelConfig(**{**layout.sizes_by_shape(state), **saved.sizes, **sizes})
     except (TypeError, ValueError) as error:
         raise WeightsError(f"'{saved.path}' does not hold a MuM of valid sizes ({error})") from None
-    rope_dtype = _dtype(overrides["rope_dtype"], "rope_dtype") if overrides.get("rope_dtype") else _rope_dtype(state)
+    periods, norm = state.get("rope_embed.periods"), state.get("norm.weight")
+    rounded = periods is not None and periods.dtype == torch.bfloat16
+    found = torch.bfloat16 if rounded and (norm is None or norm.dtype != torch.bfloat16) else torch.float32
+    rope_dtype = _dtype(overrides.get("rope_dtype") or found, "rope_dtype")
     expected = _empty(config, encoder_only).state_dict()
     if saved.parameters_only:
         state = {name: _rope(config, name).periods for name in PERIODS if name in expected} | state
     state |= _exact_periods(state, config, rope_dtype, sizes)
-    model = "the stated model" if saved.sizes and not sizes else _preset(config, encoder_only) or "the model"
-    _check_fit(f"'{saved.path}' does not hold {model}", state, expected)
+    missing = [f"{name} {list(like.shape)}" for name, like in expected.items() if name not in state]
+    shapes = {n: (list(t.shape), list(expected[n].shape)) for n, t in state.items() if n in expected}
+    misshapen = [f"{name} {shape} (expected: {right})" for name, (shape, right) in shapes.items() if shape != right]
+    if missing or misshapen or len(shapes) < len(state):
+        model = "the stated model" if saved.sizes and not sizes else _preset(config, encoder_only) or "the model"
+        extra = [name for name in state if name not in expected]
+        raise MismatchError(f"'{saved.path}' does not hold {model}", missing, extra, misshapen)
     state = {name: state[name] for name in expected}
     pretrained = Pretrained(saved.path, config, state, encoder_only, rope_dtype, saved.step, saved.ema)
     log.info("'%s': %s", saved.path, pretrained.title)
@@ -128,6 +127,7 @@ def build(
 
 
 def check_names(overrides: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Raise WeightsError for the first name that is not one of `known`."""
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -148,12 +148,6 @@ def _ema(given: Any) -> bool | None:
     return choices[str(given)]
 
 
-def _rope_dtype(state: State) -> torch.dtype:
-    periods, others = state.get("rope_embed.periods"), state.get("norm.weight")
-    rounded = periods is not None and periods.dtype == torch.bfloat16
-    return torch.bfloat16 if rounded and (others is None or others.dtype != torch.bfloat16) else torch.float32
-
-
 def _rope(config: ModelConfig, name: str) -> AxialRope:
     width, heads = PERIODS[name]
     rope = AxialRope(getattr(config, width) // getattr(config, heads))
@@ -164,19 +158,15 @@ def _rope(config: ModelConfig, name: str) -> AxialRope:
 def _exact_periods(state: State, config: ModelConfig, rope_dtype: torch.dtype, given: Mapping[str, Any]) -> State:
     """Periods that are computed instead of read: those of overridden heads, and those that were rounded on saving."""
     periods = {}
-    for name, (_, heads) in PERIODS.items():
-        if name in state:
-            saved, exact = state[name], _rope(config, name).periods
-            dtype = rope_dtype if name.startswith("rope_embed.") else torch.float32
-            if heads in given or (saved.dtype.itemsize < dtype.itemsize and _is_rounded(saved, exact)):
-                periods[name] = exact
+    for name in PERIODS.keys() & state.keys():
+        saved, exact = state[name], _rope(config, name).periods
+        dtype = rope_dtype if name == "rope_embed.periods" else torch.float32
+        narrow = saved.dtype.itemsize < dtype.itemsize and saved.shape == exact.shape
+        tolerance = 2 * torch.finfo(saved.dtype).eps  # exponents were rounded, too
+        rounded = narrow and torch.allclose(saved.float(), exact, rtol=tolerance, atol=0)
+        if rounded or PERIODS[name][1] in given:
+            periods[name] = exact
     return periods
-
-
-def _is_rounded(saved: Tensor, exact: Tensor) -> bool:
-    """Whether periods are `exact` computed in a narrower dtype, in which the exponents were rounded, too."""
-    tolerance = 2 * torch.finfo(saved.dtype).eps
-    return saved.shape == exact.shape and torch.allclose(saved.float(), exact, rtol=tolerance, atol=0)
 
 
 def _preset(config: ModelConfig, encoder_only: bool) -> str | None:
@@ -189,12 +179,3 @@ def _preset(config: ModelConfig, encoder_only: bool) -> str | None:
 def _empty(config: ModelConfig, encoder_only: bool) -> Encoder | MuM:
     with torch.device("meta"):
         return Encoder(config) if encoder_only else MuM(config)
-
-
-def _check_fit(where: str, state: State, expected: Mapping[str, Tensor]) -> None:
-    missing = [f"{name} {list(like.shape)}" for name, like in expected.items() if name not in state]
-    extra = [name for name in state if name not in expected]
-    different = [name for name, like in expected.items() if name in state and state[name].shape != like.shape]
-    misshapen = [f"{n} {list(state[n].shape)} (expected: {list(expected[n].shape)})" for n in different]
-    if missing or extra or misshapen:
-        raise MismatchError(where, missing, extra, misshapen)

@@ -42,6 +42,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
+    """A line chart; lines without points are not drawn."""
+
     title: str
     lines: list[Line]
     y_label: str  # quantity and unit

@@ -65,6 +65,7 @@ def number(value: float | None, percent: bool = False) -> str:
 
 
 def date(time: datetime) -> str:
+    """A time in UTC as text, to the minute."""
     return f"{time:%Y-%m-%d %H:%M} UTC"
 
 

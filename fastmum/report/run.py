@@ -18,6 +18,8 @@ Point = tuple[float, float]
 
 
 class Checkpoint(NamedTuple):
+    """A checkpoint in the folder of a run."""
+
     step: int
     name: str
     size: int  # bytes
@@ -40,6 +42,7 @@ class Run:
 
     @property
     def step(self) -> int:
+        """Steps done at the last line of the metrics."""
         return int(self.records[-1]["step"])
 
     def series(self, name: str, x: str = "step") -> list[Point]:

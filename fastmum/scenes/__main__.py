@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmum.errors import program, run_command
+from fastmum.errors import program, run_command, writing
 from fastmum.scenes.cache import ScenesError, Settings, cached_folder, render_missing, scene_dirs
 
 
@@ -49,15 +49,13 @@ def _write_sheet(file: Path, folders: list[Path], columns: int = 6, tile: int = 
 
     pitch = tile + 2
     sheet = Image.new("RGB", (columns * pitch - 2, len(folders) * pitch - 2), "white")
-    try:
+    with writing(file, ScenesError, ValueError):
         for row, folder in enumerate(folders):
             frames = json.loads((folder / "cameras.json").read_text())["frames"]
             for column, view in enumerate(np.linspace(0, len(frames) - 1, columns).round().astype(int)):
                 with Image.open(folder / frames[view]["file"]) as image:
                     sheet.paste(image.resize((tile, tile), Image.Resampling.LANCZOS), (column * pitch, row * pitch))
         sheet.save(file, quality=82)
-    except (OSError, ValueError) as error:
-        raise ScenesError(f"--contact-sheet {file}: {error}") from error
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ BRIGHTEST = np.float32(1.3)  # upper limit of the light's gain
 
 
 class Atlas(NamedTuple):
+    """Lit textures of all faces and levels."""
+
     texels_T: np.ndarray
     offset_LF: np.ndarray
     height_LF: np.ndarray
@@ -88,17 +90,11 @@ def bake(scene: Scene, eyes_V3: np.ndarray, pixel: float, seed: tuple[int, ...])
             offset[level, face_id], height[level, face_id], width[level, face_id] = end, h, w
             chunks.append(np.ascontiguousarray(image).view(np.uint32).ravel())
             end += h * w
-            image = _halve(image)
+            for axis, n in enumerate((h, w)):  # the next level has half the size
+                if n > 1:
+                    even = image.take(range(0, n - 1, 2), axis).astype(np.uint16)
+                    image = ((even + image.take(range(1, n, 2), axis) + 1) >> 1).astype(np.uint8)
     return Atlas(np.concatenate(chunks), offset, height, width, texel_F)
-
-
-def _halve(image_HWC: np.ndarray) -> np.ndarray:
-    for axis in (0, 1):
-        n = image_HWC.shape[axis]
-        if n > 1:
-            even = image_HWC.take(range(0, n - 1, 2), axis).astype(np.uint16)
-            image_HWC = ((even + image_HWC.take(range(1, n, 2), axis) + 1) >> 1).astype(np.uint8)
-    return image_HWC
 
 
 def _visible_faces(solids: Solids, eyes_V3: np.ndarray) -> list[tuple[int, int, float]]:
@@ -133,18 +129,13 @@ def _light_faces(scene: Scene, faces: list[tuple[int, int, float]], rng: np.rand
     gain_3N /= np.sqrt(np.sqrt(1 + (gain_3N / BRIGHTEST) ** 4))  # keeps the texture of a wall next to a lamp
     out, ends = [], np.cumsum([nu * nv for nu, nv in grids])
     for gain, (nu, nv), (s, _, _) in zip(np.split(gain_3N, ends[:-1], 1), grids, faces, strict=True):
+        grid_CHW = gain.reshape(3, nv, nu)
+        for axis, n in ((1, nv), (2, nu)):  # a 1-2-1 blur, which removes the noise of the random shadow rays
+            before, after = np.maximum(np.arange(n) - 1, 0), np.minimum(np.arange(n) + 1, n - 1)
+            grid_CHW = (grid_CHW.take(before, axis) + 2 * grid_CHW + grid_CHW.take(after, axis)) * np.float32(0.25)
         glow = scene.parts[s].glow
-        out.append(_smooth(gain.reshape(3, nv, nu)) if glow == 0 else np.full((3, 1, 1), glow, np.float32))
+        out.append(grid_CHW if glow == 0 else np.full((3, 1, 1), glow, np.float32))
     return out
-
-
-def _smooth(grid_CHW: np.ndarray) -> np.ndarray:
-    """A 1-2-1 blur in both directions, which removes the noise of the random shadow rays."""
-    for axis in (1, 2):
-        n = grid_CHW.shape[axis]
-        before, after = np.maximum(np.arange(n) - 1, 0), np.minimum(np.arange(n) + 1, n - 1)
-        grid_CHW = (grid_CHW.take(before, axis) + 2 * grid_CHW + grid_CHW.take(after, axis)) * np.float32(0.25)
-    return grid_CHW
 
 
 def _paint(scene: Scene, s: int, face: Face, gain_CHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -34,10 +34,10 @@ def ensure_scenes(
 ) -> Path:  # fmt: skip
     """Render the embedded scenes that the cache lacks and return their folder.
 
-    Scene i has the same bytes for all values of `count` and `workers`.
+    Scene i has the same bytes for all values of `count` and `workers`. The folder may hold more than `count` scenes
+    (see `scene_dirs`).
 
     Args:
-        count: number of scenes; the folder may hold more (see `scene_dirs`).
         views, size: views per scene, and their side in pixels, at least 16.
         seed: chooses rooms and camera paths; not negative.
         cache_dir: default: $FASTMUM_CACHE, else the user's cache folder.
@@ -54,6 +54,7 @@ def ensure_scenes(
 
 
 def cached_folder(settings: Settings, cache_dir: Path | None = None) -> Path:
+    """Folder of the scenes of these settings; see `cache_dir` of `ensure_scenes`."""
     from platformdirs import user_cache_dir
 
     base = Path(cache_dir or os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum"))
@@ -61,6 +62,7 @@ def cached_folder(settings: Settings, cache_dir: Path | None = None) -> Path:
 
 
 def scene_folder(root: Path, index: int) -> Path:
+    """Folder of scene `index` in `root`."""
     return Path(root) / f"scene_{index:04d}"
 
 
@@ -117,8 +119,8 @@ def render_missing(
                 for index in missing:
                     write_scene(root, index, settings, bar.update)
     except OSError as error:
-        reason = error.strerror or error
-        raise ScenesError(f"cannot write scenes to {root} ({reason}): free space or choose another folder") from error
+        failed = f"cannot write scenes to {root} ({error.strerror or error})"
+        raise ScenesError(f"{failed}: free space or choose another folder") from error
     return len(missing)
 
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image
 from fastmum.scenes.atlas import bake
 from fastmum.scenes.cache import GENERATOR, ScenesError, Settings, is_complete, scene_folder
 from fastmum.scenes.layout import build_scene
-from fastmum.scenes.raycast import View, render
+from fastmum.scenes.raycast import SceneView, render
 
 STALE_SECONDS = 3600  # age after which a temporary folder is taken for one of a dead process
 
@@ -69,7 +70,7 @@ def _render_into(folder: Path, name: str, index: int, settings: Settings, on_vie
     frames = []
     for view, T_44 in enumerate(scene.path.poses(settings.views)):
         file = f"{view:03d}.png"
-        image_HW3, depth_HW = render(View(scene.solids, scene.open_top, K_33, T_44, size, size), atlas)
+        image_HW3, depth_HW = render(SceneView(scene.solids, scene.open_top, K_33, T_44, size, size), atlas)
         Image.fromarray(image_HW3).save(folder / file, compress_level=1)
         counts = np.rint(depth_HW.astype(np.float64) / unit).astype(np.uint16)
         Image.fromarray(counts).save(folder / "depth" / file, compress_level=1)
@@ -82,22 +83,18 @@ def _render_into(folder: Path, name: str, index: int, settings: Settings, on_vie
     (folder / "cameras.json").write_text(json.dumps(cameras, indent=1) + "\n")
 
 
-def _send(message: str) -> None:
-    sys.stdout.write(f"{message}\n")  # in one piece, since processes share the pipe
-    sys.stdout.flush()
-
-
 def main() -> int:
     """Render the scenes of a job, JSON in argv. Print "view" after each view, "error" and a message after a failure."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` deletes the temporary folder
     job = json.loads(sys.argv[1])
+    send = partial(print, end="", flush=True)  # a line in one piece, since processes share the pipe
     try:
         for index in job["indices"]:
-            write_scene(Path(job["root"]), index, Settings(**job["settings"]), lambda: _send("view"))
+            write_scene(Path(job["root"]), index, Settings(**job["settings"]), lambda: send("view\n"))
     except (KeyboardInterrupt, BrokenPipeError):
         return 130  # the parent has ended or is ending, and reports it
     except (OSError, ScenesError) as error:
-        _send(f"error {json.dumps(getattr(error, 'strerror', None) or str(error))}")
+        send(f"error {json.dumps(getattr(error, 'strerror', None) or str(error))}\n")
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no exception while the interpreter shuts down
     return 0

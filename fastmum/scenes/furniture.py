@@ -13,6 +13,7 @@ from fastmum.scenes.textures import shade
 
 
 def wall_paint(p: Palette, kind: str) -> Paint:
+    """Paint of the walls of a kind of scene."""
     rng, value = p.rng, p.rng.uniform(0.6, 0.86)
     a, b = p.near(0, rng.uniform(0.05, 0.3), value), p.near(0.04, rng.uniform(0.1, 0.35), value * 0.85)
     rustic = kind in ("courtyard", "storage")
@@ -28,6 +29,7 @@ def wall_paint(p: Palette, kind: str) -> Paint:
 
 
 def floor_paint(p: Palette, kind: str) -> Paint:
+    """Paint of the floor of a kind of scene."""
     rng, value = p.rng, p.rng.uniform(0.5, 0.75)
     a, b = p.near(0.08, 0.18, value), p.near(0.05, 0.25, value * 0.72)
     if kind == "courtyard":
@@ -116,6 +118,7 @@ def _add_lamps(room: Room, trim: Paint) -> list[Lamp]:
 
 
 def hang_pictures(room: Room, count: int) -> None:
+    """Hang up to `count` pictures where the walls are free."""
     rng, p, hung = room.rng, room.palette, 0
     for _ in range(3 * count):
         wall = int(rng.integers(0, 4))
@@ -134,6 +137,7 @@ def hang_pictures(room: Room, count: int) -> None:
 
 
 def clutter(p: Palette, width: float, depth: float, count: int) -> list[Part]:
+    """Small things, `count` of them, on a surface of width x depth metres, at z = 0."""
     rng, parts = p.rng, list[Part]()
     for x in (rng.permutation(np.linspace(-0.5, 0.5, count + 2)[1:-1]) * width).tolist():
         y, kind = float(rng.uniform(-0.25, 0.25) * depth), rng.integers(0, 5)
@@ -158,15 +162,16 @@ def clutter(p: Palette, width: float, depth: float, count: int) -> list[Part]:
 
 
 def table(p: Palette) -> list[Part]:
+    """A table with things on it and seats around it."""
     rng = p.rng
     w, d, h = rng.uniform(1.1, 1.8), rng.uniform(0.7, 1.0), rng.uniform(0.68, 0.78)
     top, leg = (p.wood() if rng.random() < 0.7 else p.stone()), p.paint()
-    parts = [box(0, 0, h - 0.05, w, d, 0.05, top)]
     if rng.random() < 0.7:
-        for sx, sy in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
-            parts.append(box(sx * (w / 2 - 0.07), sy * (d / 2 - 0.07), 0, 0.07, 0.07, h - 0.05, leg))
+        corners = [(sx * (w / 2 - 0.07), sy * (d / 2 - 0.07)) for sx in (-1, 1) for sy in (-1, 1)]
+        legs = [box(x, y, 0, 0.07, 0.07, h - 0.05, leg) for x, y in corners]
     else:
-        parts += [cylinder(0, 0, 0.06, 0.09, h - 0.11, leg), cylinder(0, 0, 0, 0.34, 0.06, leg)]
+        legs = [cylinder(0, 0, 0.06, 0.09, h - 0.11, leg), cylinder(0, 0, 0, 0.34, 0.06, leg)]
+    parts = [box(0, 0, h - 0.05, w, d, 0.05, top), *legs]
     parts += moved(clutter(p, w, d, int(rng.integers(2, 5))), 0, 0, h)
     seat = p.cloth()
     for x in rng.permutation([-0.3, 0.32])[: rng.integers(1, 3)]:
@@ -176,6 +181,7 @@ def table(p: Palette) -> list[Part]:
 
 
 def stool(p: Palette, seat: Paint | None = None) -> list[Part]:
+    """A stool, about 0.5 m high."""
     seat = seat or p.cloth()
     if p.rng.random() < 0.5:
         return [cylinder(0, 0, 0, 0.05, 0.42, p.wood()), cylinder(0, 0, 0.42, 0.2, 0.07, seat)]
@@ -183,6 +189,7 @@ def stool(p: Palette, seat: Paint | None = None) -> list[Part]:
 
 
 def shelf(p: Palette) -> list[Part]:
+    """A shelf of books and other things."""
     rng = p.rng
     w, d = rng.uniform(0.9, 1.6), rng.uniform(0.28, 0.4)
     rows, pitch = int(rng.integers(3, 6)), rng.uniform(0.34, 0.42)
@@ -204,6 +211,7 @@ def shelf(p: Palette) -> list[Part]:
 
 
 def cabinet(p: Palette) -> list[Part]:
+    """A cabinet with things on it."""
     rng = p.rng
     w, d, h = rng.uniform(0.8, 1.6), rng.uniform(0.4, 0.55), rng.uniform(0.7, 1.1)
     front = (p.paint() if rng.random() < 0.5 else p.wood())._replace(material="door")
@@ -213,6 +221,7 @@ def cabinet(p: Palette) -> list[Part]:
 
 
 def sofa(p: Palette) -> list[Part]:
+    """A sofa with pillows."""
     rng, w, cloth = p.rng, p.rng.uniform(1.4, 2.1), p.cloth()
     parts = [box(0, 0, 0.08, w, 0.8, 0.32, cloth), box(0, 0.32, 0.4, w, 0.2, 0.4, cloth)]
     parts += [box(sx * (w / 2 - 0.09), -0.1, 0.4, 0.18, 0.62, 0.2, cloth) for sx in (-1, 1)]
@@ -223,6 +232,7 @@ def sofa(p: Palette) -> list[Part]:
 
 
 def crates(p: Palette) -> list[Part]:
+    """One or two stacks of crates."""
     rng, parts, side = p.rng, [], p.rng.uniform(0.4, 0.7)
     for x in (-0.55, 0.5)[: rng.integers(1, 3)]:
         z = 0.0
@@ -237,6 +247,7 @@ def crates(p: Palette) -> list[Part]:
 
 
 def barrels(p: Palette) -> list[Part]:
+    """One to three barrels."""
     rng, parts = p.rng, []
     for x, y in ((-0.35, 0.0), (0.33, 0.1), (0.0, -0.5))[: rng.integers(1, 4)]:
         radius, h = rng.uniform(0.2, 0.3), rng.uniform(0.5, 0.9)
@@ -245,6 +256,7 @@ def barrels(p: Palette) -> list[Part]:
 
 
 def pedestal(p: Palette) -> list[Part]:
+    """A pedestal with an object on it."""
     rng, h = p.rng, p.rng.uniform(0.6, 1.1)
     parts = [box(0, 0, 0, 0.46, 0.46, 0.08, p.stone()), box(0, 0, 0.08, 0.38, 0.38, h - 0.08, p.stone())]
     kind = rng.integers(0, 3)
@@ -259,6 +271,7 @@ def pedestal(p: Palette) -> list[Part]:
 
 
 def plant(p: Palette) -> list[Part]:
+    """A plant in a pot."""
     rng, h, r = p.rng, p.rng.uniform(0.3, 0.5), p.rng.uniform(0.25, 0.4)
     green = Paint("leaves", shade(rng, 0.28, 0.5, 0.4), shade(rng, 0.22, 0.5, 0.65))
     stem = rng.uniform(0.05, 0.4)
@@ -267,6 +280,7 @@ def plant(p: Palette) -> list[Part]:
 
 
 def steps(p: Palette) -> list[Part]:
+    """Two to four steps with things on the last one."""
     rng, stone = p.rng, p.stone()
     count, w = int(rng.integers(2, 5)), rng.uniform(1.2, 2.0)
     parts = [box(0, 0.28 * k, 0.17 * k, w, 1.5 - 0.56 * k + 0.56 * count, 0.17, stone) for k in range(count)]
@@ -274,6 +288,7 @@ def steps(p: Palette) -> list[Part]:
 
 
 def pillar(p: Palette, height: float) -> list[Part]:
+    """A pillar of `height` metres."""
     shaft, foot = p.stone(), p.stone()
     r = p.rng.uniform(0.14, 0.24)
     base = box(0, 0, 0, 2.6 * r, 2.6 * r, 0.12, foot)
@@ -283,6 +298,7 @@ def pillar(p: Palette, height: float) -> list[Part]:
 
 
 def bench(p: Palette) -> list[Part]:
+    """A bench, 0.46 m high."""
     w, wood = p.rng.uniform(1.1, 1.7), p.wood()
     legs = [box(sx * (w / 2 - 0.15), 0, 0, 0.1, 0.34, 0.4, p.stone()) for sx in (-1, 1)]
     return [*legs, box(0, 0, 0.4, w, 0.4, 0.06, wood)]

@@ -111,6 +111,8 @@ def draw_path(rng: np.random.Generator, length: float, width: float, height: flo
 
 
 class Scene(NamedTuple):
+    """A scene to render."""
+
     kind: str
     parts: list[Part]  # one for each solid
     solids: Solids

@@ -25,6 +25,8 @@ class Lamp(NamedTuple):
 
 
 class Lighting(NamedTuple):
+    """The light sources of a scene; colours (3,) are linear RGB."""
+
     lamps: list[Lamp]
     ambient_3: np.ndarray  # from all directions
     sun: tuple[np.ndarray, np.ndarray] | None = None  # direction towards it, colour
@@ -52,6 +54,7 @@ class Illumination:
         self.shell = int(np.flatnonzero(solids.kind_S == SHELL)[0])
 
     def compute(self, lighting: Lighting) -> np.ndarray:
+        """Light on the nodes, [3, N] float32."""
         sky = 0.82 + 0.18 * self.n_3N[2]  # a little more from above
         light = np.outer(lighting.ambient_3.astype(np.float32), self._ambient() * sky)
         for lamp in lighting.lamps:

@@ -18,7 +18,9 @@ from fastmum.scenes.textures import FIELD, field
 SUBPIXELS = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375, 0.125]])  # a rotated grid
 
 
-class View(NamedTuple):
+class SceneView(NamedTuple):
+    """A camera in a scene; width and height in pixels."""
+
     solids: Solids
     open_top: bool
     K_33: np.ndarray
@@ -28,6 +30,7 @@ class View(NamedTuple):
 
     @property
     def eye_3(self) -> np.ndarray:
+        """Position of the camera in the world, metres."""
         return -self.T_44[:3, :3].T @ self.T_44[:3, 3]
 
     def directions(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -38,7 +41,7 @@ class View(NamedTuple):
         return np.stack([R[0, i] * across + R[1, i] * below + R[2, i] for i in range(3)]).astype(np.float32)
 
 
-def render(view: View, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
+def render(view: SceneView, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
     """Image [H, W, 3] uint8, and z-depth [H, W] float32 of the pixel centres (0 for the sky)."""
     shape = (view.height, view.width)
     xy_2N = np.stack(np.meshgrid(np.arange(view.width) + 0.5, np.arange(view.height) + 0.5)).reshape(2, -1)
@@ -57,7 +60,9 @@ def render(view: View, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
     return image, np.where(solid_HW < 0, np.float32(0), depth_HW)
 
 
-def trace(view: View, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def trace(
+    view: SceneView, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """First hits of rays from the camera: z-depth float32 and solid int64 (-1: sky).
 
     `d` are the directions [3, H, W] of the pixel grid, or [3, N] of rays `at` pixel coordinates (x_N, y_N).
@@ -89,7 +94,7 @@ def trace(view: View, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = 
     return depth, solid
 
 
-def _windows(view: View) -> list[tuple[int, list[int]]]:
+def _windows(view: SceneView) -> list[tuple[int, list[int]]]:
     """Solids that may be visible, each with its pixel window (x0, x1, y0, y1)."""
     corners = view.solids.corners_S83().astype(np.float64) @ view.T_44[:3, :3].T + view.T_44[:3, 3]
     z = corners[:, :, 2]
@@ -105,7 +110,7 @@ def _windows(view: View) -> list[tuple[int, list[int]]]:
 
 
 def _colours(
-    view: View, atlas: Atlas, d_3N: np.ndarray, depth_N: np.ndarray, solid_N: np.ndarray
+    view: SceneView, atlas: Atlas, d_3N: np.ndarray, depth_N: np.ndarray, solid_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Colours [N, 3] float32 in 0..255 and face numbers [N] (-1: sky) of traced rays."""
     colour, face = np.empty((depth_N.size, 3), np.float32), np.full(depth_N.size, -1, np.int64)

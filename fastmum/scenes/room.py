@@ -18,6 +18,8 @@ AHEAD = 0.95  # the same in front of a camera, where a near part would fill the 
 
 
 class Paint(NamedTuple):
+    """A material with its two main colours."""
+
     material: str  # a key of `textures.MATERIALS`
     a: Colour
     b: Colour
@@ -37,6 +39,8 @@ class Part(NamedTuple):
 
 
 class Palette(NamedTuple):
+    """The colours of a scene; hues and values are in 0..1."""
+
     rng: np.random.Generator
     hue: float
     wood_hue: float
@@ -47,6 +51,7 @@ class Palette(NamedTuple):
         return shade(self.rng, self.hue + shift, saturation, value)
 
     def wood(self) -> Paint:
+        """Wood in the scene's tone."""
         value = self.wood_value + self.rng.uniform(-0.1, 0.1)
         light = shade(self.rng, self.wood_hue, 0.45, value, 0.02)
         return Paint("wood", light, shade(self.rng, self.wood_hue + 0.02, 0.55, value * 0.72, 0.02))
@@ -59,15 +64,18 @@ class Palette(NamedTuple):
         return Paint(kind, self.near(shift, saturation, value), self.near(shift + 0.04, saturation, value * 0.75))
 
     def cloth(self) -> Paint:
+        """Cloth in an accent colour."""
         shift = self.rng.choice([0.0, 0.06, 0.5])
         return Paint("fabric", self.near(shift, 0.42, 0.55), self.near(shift + self.rng.normal(0, 0.05), 0.22, 0.8))
 
     def stone(self) -> Paint:
+        """Marble or concrete."""
         value = self.rng.uniform(0.55, 0.85)
         kind = str(self.rng.choice(["marble", "concrete"]))
         return Paint(kind, self.near(0.05, 0.08, value), self.near(0.1, 0.2, value * 0.6))
 
     def print(self) -> Paint:
+        """A photograph or an abstract picture."""
         kind = "picture" if self.rng.random() < 0.75 else "art"
         return Paint(kind, self.near(0.5, 0.4, 0.6), shade(self.rng, self.wood_hue, 0.4, self.rng.choice([0.25, 0.7])))
 
@@ -95,6 +103,7 @@ def moved(parts: list[Part], x: float, y: float, z: float, yaw: float = 0.0) -> 
 
 
 def as_solids(parts: list[Part]) -> Solids:
+    """One solid for each part."""
     cosine, sine = (f([p.yaw for p in parts]).astype(np.float32) for f in (np.cos, np.sin))
     axes = np.zeros((len(parts), 3, 3), np.float32)
     axes[:, 0, 0], axes[:, 0, 1], axes[:, 1, 0], axes[:, 1, 1], axes[:, 2, 2] = cosine, sine, -sine, cosine, 1
@@ -103,6 +112,8 @@ def as_solids(parts: list[Part]) -> Solids:
 
 
 class Room:
+    """A room of `size` (3,) metres around a path of eyes and unit viewing directions [V, 3]."""
+
     def __init__(self, palette: Palette, size: np.ndarray, eye_V3: np.ndarray, look_V3: np.ndarray) -> None:
         self.palette, self.rng, self.size = palette, palette.rng, size
         self.eye_V3, self.look_V3 = eye_V3, look_V3
@@ -112,6 +123,7 @@ class Room:
         self.hung: list[tuple[int, float, float]] = []  # doors, windows and pictures: wall, position along it, width
 
     def clear_of_path(self, parts: list[Part]) -> bool:
+        """Whether parts keep their distance from every camera."""
         solids = as_solids(parts)
         near = solids.distance_SN(self.eye_V3.astype(np.float32)) < MARGIN
         ahead = solids.distance_SN((self.eye_V3 + 0.55 * self.look_V3).astype(np.float32)) < AHEAD - MARGIN
@@ -127,11 +139,10 @@ class Room:
             return False
         if any((np.hypot(foot_N3[:, 0] - x, foot_N3[:, 1] - y) < r).any() for x, y, r in self.taken):
             return False
-        if self.standing:
-            foot_N3[:, 2] = 0  # compared on the floor plan: standing parts count as endlessly tall
-            tall = [p._replace(centre=(*p.centre[:2], 0.0), half=(*p.half[:2], 9.0)) for p in self.standing]
-            if (as_solids(tall).distance_SN(foot_N3) < 0.05).any():
-                return False
+        foot_N3[:, 2] = 0  # compared on the floor plan: standing parts count as endlessly tall
+        tall = [p._replace(centre=(*p.centre[:2], 0.0), half=(*p.half[:2], 9.0)) for p in self.standing]
+        if tall and (as_solids(tall).distance_SN(foot_N3) < 0.05).any():
+            return False
         self.parts += parts
         self.standing += parts
         return True
@@ -147,6 +158,7 @@ class Room:
                 return
 
     def half_length(self, wall: int) -> float:
+        """Half the length of a wall in metres."""
         return float(self.size[wall % 2] / 2)
 
     def normal(self, wall: int) -> tuple[float, float]:

@@ -42,9 +42,11 @@ class Solids:
 
     @property
     def radius_S(self) -> np.ndarray:
+        """Radii of the bounding spheres, metres."""
         return np.sqrt((self.half_S3**2).sum(1))
 
     def corners_S83(self) -> np.ndarray:
+        """Corners of the bounding boxes in the world, metres."""
         signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], np.float32)
         return self.centre_S3[:, None] + np.einsum("ki,sij->skj", signs, self.axes_S33 * self.half_S3[:, :, None])
 
@@ -145,6 +147,7 @@ def fold(kind: int, side: int, u_N: np.ndarray, v_N: np.ndarray) -> tuple[np.nda
 
 
 def side_size(kind: int, side: int, half_3: np.ndarray) -> tuple[float, float]:
+    """Width and height in metres of the texture of a side."""
     x, y, z = (float(2 * h) for h in half_3)
     if kind == SPHERE:
         return (float(np.sqrt(2.0)) * (x + y + z) / 3,) * 2

@@ -76,6 +76,7 @@ def field(kind: str) -> np.ndarray:
 
 
 def shade(rng: np.random.Generator, hue: float, saturation: float, value: float, spread: float = 0.04) -> Colour:
+    """A colour near these HSV values in 0..1, each with noise of about `spread`."""
     hue, saturation, value = np.array([hue, saturation, value]) + rng.normal(0, 1, 3) * [spread / 2, spread, spread]
     return colorsys.hsv_to_rgb(hue % 1.0, float(np.clip(saturation, 0, 0.9)), float(np.clip(value, 0.12, 0.93)))
 
@@ -90,10 +91,12 @@ def noise(rng: np.random.Generator, kind: str, h: int, w: int) -> np.ndarray:
 
 
 def column(colour: Colour) -> np.ndarray:
+    """A colour as [3, 1, 1] float32."""
     return np.asarray(colour, np.float32)[:, None, None]
 
 
 def flat(colour: Colour, tone_HW: np.ndarray) -> np.ndarray:
+    """One colour times a tone [h, w]."""
     return column(colour) * tone_HW[None]
 
 
@@ -109,6 +112,7 @@ def step(x: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def plaster(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """Plaster with stains of colour b."""
     cloud, rough = noise(rng, "cloud", face.h, face.w), noise(rng, "rough", face.h, face.w)
     tone = 1 + rough * np.float32(rng.uniform(0.03, 0.07)) + cloud * np.float32(0.05)
     stain = step(cloud - rough * np.float32(0.35), rng.uniform(0.2, 0.9), rng.uniform(1.2, 2.0))
@@ -116,6 +120,7 @@ def plaster(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.nd
 
 
 def concrete(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """Concrete panels with drips of colour b."""
     tone = 1 + noise(rng, "rough", face.h, face.w) * np.float32(0.08) + noise(rng, "cloud", face.h, face.w) * 0.07
     drips = noise(rng, "grain", face.w, face.h).T
     tone = tone + drips * np.float32(0.04)
@@ -150,6 +155,7 @@ def wood(rng: np.random.Generator, face: Face, a: Colour, b: Colour, plank: floa
 
 
 def marble(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """Marble with veins of colour b."""
     cloud, bend = noise(rng, "cloud", face.h, face.w), noise(rng, "rough", face.h, face.w)
     veins = np.abs(cloud * np.float32(1.3) + bend * np.float32(0.22) + np.float32(rng.uniform(-0.4, 0.4)))
     fine = np.abs(noise(rng, "cloud", face.h, face.w) * np.float32(2.0) + bend * np.float32(0.3))
@@ -188,6 +194,7 @@ def tiles(
 
 
 def fabric(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """Woven stripes of both colours."""
     stripes = []
     for size in (face.w, face.h):
         profile, place = np.zeros(size, np.float32), 0.0
@@ -203,6 +210,7 @@ def fabric(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.nda
 
 
 def metal(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """Painted metal, worn to colour b."""
     rough = noise(rng, "rough", face.h, face.w)
     worn = step(noise(rng, "cloud", face.h, face.w) + rough * np.float32(0.4), rng.uniform(0.4, 1.2), 1.6)
     tone = 1 + noise(rng, "grain", face.w, face.h).T * np.float32(0.05) + rough * np.float32(0.03)
@@ -227,6 +235,7 @@ def ground(rng: np.random.Generator, face: Face, a: Colour, b: Colour, name: str
 
 
 def leaves(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """Clumps of leaves."""
     clump = noise(rng, "rough", face.h, face.w)
     tone = 1 + clump * np.float32(0.13) + noise(rng, "cloud", face.h, face.w) * np.float32(0.10)
     return blend(flat(a, tone), flat(b, tone), step(clump, -1.2, 2.2))
@@ -263,6 +272,7 @@ def picture(rng: np.random.Generator, face: Face, a: Colour, b: Colour, border: 
 
 
 def art(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """An abstract print of five colours."""
     cloud = noise(rng, "cloud", face.h, face.w) + noise(rng, "rough", face.h, face.w) * np.float32(0.12)
     hue = colorsys.rgb_to_hsv(*a)[0]
     colours = [a, b, *(shade(rng, hue + rng.normal(0, 0.1), 0.3, rng.uniform(0.3, 0.85), 0.1) for _ in range(3))]
@@ -273,6 +283,7 @@ def art(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarra
 
 
 def books(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """Spines of books."""
     out = np.empty((3, face.h, face.w), np.float32)
     left, hue = 0, colorsys.rgb_to_hsv(*a)[0]
     while left < face.w:
@@ -290,6 +301,7 @@ def books(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndar
 
 
 def panes(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """A window with sky and trees, bars of colour b."""
     height = np.linspace(1, 0, face.h, dtype=np.float32)[:, None]
     cloud = noise(rng, "cloud", face.h, face.w)
     sky = blend(flat((0.78, 0.83, 0.88), 1 + 0 * cloud), flat((0.48, 0.62, 0.82), 1 + 0 * cloud), height)
@@ -305,6 +317,7 @@ def panes(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndar
 
 
 def door(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """A panelled door."""
     out = wood(rng, face, a, b, plank=3.0)
     rows, columns = max(1, round(face.h * face.texel / 0.6)), max(1, round(face.w * face.texel / 0.5))
     to_groove = []
@@ -316,6 +329,7 @@ def door(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarr
 
 
 def facade(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """A plastered wall with windows."""
     out = plaster(rng, face, a, b)
     pitch_x, pitch_y = (int(rng.uniform(1.0, 1.5) / face.texel) for _ in range(2))
     wide, high = int(pitch_x * 0.45), int(pitch_y * 0.6)
@@ -332,6 +346,7 @@ def facade(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.nda
 
 
 def glow(rng: np.random.Generator, face: Face, a: Colour, b: Colour) -> np.ndarray:
+    """The shade of a lamp."""
     return flat(a, 1 + noise(rng, "rough", face.h, face.w) * np.float32(0.04))
 
 

@@ -10,11 +10,7 @@ TASKS = {"mum": "fastmum.tasks.mum:MuMTask"}
 
 
 def find_task(name: str) -> type[Task]:
-    """The class of a task.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """The class of a task; ConfigError for an unknown name."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
         raise ConfigError(f"run.task is '{name}', but must be one of {', '.join(TASKS)}; the nearest is '{near}'")

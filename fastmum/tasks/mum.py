@@ -17,7 +17,7 @@ from fastmum.config.schema import ConfigError
 from fastmum.data.decode import make_decoder
 from fastmum.data.decode.image import whole_frames
 from fastmum.data.loader import Loader
-from fastmum.data.plan import StepPlan, StepPlanner
+from fastmum.data.plan import StepPlan
 from fastmum.data.splits import DataSplits, open_splits
 from fastmum.engine.device import MATRIX_DTYPE, to_device
 from fastmum.engine.distributed import DistContext
@@ -141,16 +141,12 @@ class MuMTask(Task):
         frames, lengths = self._loader.load(_picture_plan(self._splits, self.config.data.frames_per_batch))
         self._shown = self._batch(frames, lengths, EVAL_SEED, 0)
 
-    @property
-    def _planner(self) -> StepPlanner:
-        return self._splits.training
-
     def batches(self, start: int, stop: int) -> Iterator[MuMBatch]:
-        first = self.world.rank * self.batches_per_step
+        planner, first = self._splits.training, self.world.rank * self.batches_per_step
         places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
-        batches = self._loader.batches(self._planner.plan(step, part) for step, part in places)
+        batches = self._loader.batches(planner.plan(step, part) for step, part in places)
         for (step, part), (frames, lengths) in zip(places, batches, strict=True):
-            yield self._batch(frames, lengths, self.config.run.seed, step, part, self._planner.step_frames(step))
+            yield self._batch(frames, lengths, self.config.run.seed, step, part, planner.step_frames(step))
 
     def _batch(
         self, frames: Tensor, lengths: tuple[int, ...], seed: int, step: int, part: int = 0, step_frames: int = 0
@@ -212,7 +208,7 @@ class MuMTask(Task):
 
     def describe_steps(self, steps: range) -> str:
         """Share of frames of each data set in these steps, over all processes."""
-        manifests, planner = self._splits.manifests, self._planner
+        manifests, planner = self._splits.manifests, self._splits.training
         counts = np.zeros(len(manifests.datasets), np.int64)
         for step in steps:
             for part in range(planner.world_size):
@@ -257,31 +253,30 @@ def draw_reconstruction(
         masked_ids, pred: (F, M) and (F, M, 3*p*p) float32 of `MuMOutput`; all on the CPU.
         norm_pix: whether the loss normalised its targets.
     """
-    masked, predicted = reconstructions(frames, masked_ids, pred, norm_pix)
-    rows = []
-    for sequence in zip(*(stack.split(lengths) for stack in (frames, masked, predicted)), strict=True):
-        rows += [_side_by_side(stack.numpy()) for stack in sequence]
-    return Image.fromarray(_stack(rows))
+    stacks = [stack.split(lengths) for stack in (frames, *reconstructions(frames, masked_ids, pred, norm_pix))]
+    height, width = frames.shape[1] + GAP, frames.shape[2] + GAP
+    block = 3 * height - GAP + SEQUENCE_GAP
+    page = Image.new("RGB", (max(lengths) * width - GAP, len(lengths) * block), "white")
+    for i, sequence in enumerate(zip(*stacks, strict=True)):
+        for row, views in enumerate(sequence):
+            for column, view in enumerate(views):
+                page.paste(Image.fromarray(view.numpy()), (column * width, i * block + row * height))
+    return page
 
 
 def reconstructions(frames: Tensor, masked_ids: Tensor, pred: Tensor, norm_pix: bool = True) -> tuple[Tensor, Tensor]:
-    """Frames with their masked patches in grey, and as predicted, (F, H, W, 3) uint8 each; arguments as above."""
-    side = int((pred.shape[-1] // 3) ** 0.5)
-    patches = _pixels(frames, masked_ids, pred, side, norm_pix)
-    return _put(frames, masked_ids, torch.full_like(patches, GREY)), _put(frames, masked_ids, patches)
-
-
-def _pixels(frames: Tensor, ids: Tensor, pred: Tensor, side: int, norm_pix: bool) -> Tensor:
-    """Predictions as uint8 pixels (F, M, p, p, 3).
+    """Frames with their masked patches in grey, and as predicted, (F, H, W, 3) uint8 each; arguments as above.
 
     With `norm_pix` the model predicts patches without mean and contrast; the picture takes both from the original.
     """
+    side = int((pred.shape[-1] // 3) ** 0.5)
     if norm_pix:
-        original = gather_patches(frames, ids, IMAGENET_MEAN, IMAGENET_STD, side, torch.float32)
+        original = gather_patches(frames, masked_ids, IMAGENET_MEAN, IMAGENET_STD, side, torch.float32)
         var, mean = torch.var_mean(original, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean
     pixels = (pred.unflatten(-1, (side, side, 3)) * torch.tensor(IMAGENET_STD) + torch.tensor(IMAGENET_MEAN)) * 255
-    return pixels.round().clamp(0, 255).to(torch.uint8)
+    patches = pixels.round().clamp(0, 255).to(torch.uint8)
+    return _put(frames, masked_ids, torch.full_like(patches, GREY)), _put(frames, masked_ids, patches)
 
 
 def _put(frames: Tensor, ids: Tensor, patches: Tensor) -> Tensor:
@@ -292,16 +287,3 @@ def _put(frames: Tensor, ids: Tensor, patches: Tensor) -> Tensor:
     frame = torch.arange(F)[:, None]
     grid[frame, ids // (W // p), :, ids % (W // p)] = patches
     return grid.view(F, H, W, C)
-
-
-def _side_by_side(views: np.ndarray) -> np.ndarray:
-    gap = np.full((views.shape[1], GAP, 3), 255, np.uint8)
-    return np.concatenate([part for view in views for part in (view, gap)][:-1], axis=1)
-
-
-def _stack(rows: list[np.ndarray]) -> np.ndarray:
-    """Rows, three for each sequence, padded with white below and to the right."""
-    width = max(row.shape[1] for row in rows)
-    below = (GAP, GAP, SEQUENCE_GAP)
-    pads = [((0, below[i % 3]), (0, width - row.shape[1]), (0, 0)) for i, row in enumerate(rows)]
-    return np.concatenate([np.pad(row, pad, constant_values=255) for row, pad in zip(rows, pads, strict=True)])

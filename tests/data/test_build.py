@@ -1,5 +1,6 @@
-"""The command that builds manifests: whole files, identical bytes, and one line per error."""
+"""The commands that build and show manifests: whole files, identical bytes, contact sheets, one line per error."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -9,70 +10,49 @@ import pytest
 
 from fastmum.data.build import build, main
 from fastmum.data.builders import BUILDERS
+from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
-from fastmum.data.manifest import Manifest
+from fastmum.data.inspect import COLUMNS, MISSING, UNKNOWN, contact_sheet, find_missing, summary
+from fastmum.data.inspect import main as inspect
+from fastmum.data.manifest import Manifest, SequenceRecord, write_manifest
+from fastmum.data.samples import image_size, read_rgb
 
 
-@pytest.fixture
-def rooms(tmp_path):
-    """Twenty folders of three files."""
-    for scene in range(20):
-        folder = tmp_path / f"raw/scene{scene}"
-        folder.mkdir(parents=True)
-        for i in range(3):
-            (folder / f"{i}.jpg").touch()
-    return tmp_path / "raw"
-
-
-def test_every_builder_is_in_the_documentation(request):
-    text = (request.config.rootpath / "docs/data.md").read_text()
-    table = {line.split("|")[1].strip(" `"): line for line in text.splitlines()[::-1] if line.startswith("| `")}
-    for name, builder in BUILDERS.items():
-        assert name in table
-        assert (builder.released is None) == ("| the same |" in table[name])
-
-
-def test_a_manifest_says_how_it_was_made(rooms, tmp_path, capsys):
+def test_a_manifest_says_how_it_was_made(image_folder, tmp_path, capsys):
     out = tmp_path / "deep/er/m.arrow"
-    (rooms / "scene3/0.jpg").unlink()
-    words = ["--out", str(out), "--seed", "3", "--min-frames", "3", "--dataset", "mine"]
-    assert main(["folder", "--root", str(rooms), *words]) == 0
-    assert f"{out}: 19 sequences, 57 frames of 20 parts; 1 gave none" in capsys.readouterr().out
+    (image_folder / "scene3/0.png").unlink()
+    words = ["--out", str(out), "--seed", "3", "--min-frames", "6", "--dataset", "mine"]
+    assert main(["folder", "--root", str(image_folder), *words]) == 0
+    assert f"{out}: 3 sequences, 18 frames of 4 parts; 1 gave none" in capsys.readouterr().out
     assert Manifest(out).metadata == {
-        "builder": "folder", "rule": "paper", "seed": 3, "options": {"min_frames": 3, "single": False},
-        "source": str(rooms), "root": str(rooms), "counts": {"sequences": 19, "frames": 57},
+        "builder": "folder", "rule": "paper", "seed": 3, "options": {"min_frames": 6, "single": False},
+        "source": str(image_folder), "root": str(image_folder), "counts": {"sequences": 3, "frames": 18},
     }  # fmt: skip
     assert Manifest(out).datasets == ("mine",)
 
 
 def test_the_bytes_depend_neither_on_the_run_nor_on_the_workers(tmp_path):
-    for scene in ("a", "b", "c"):
-        folder = tmp_path / f"raw/{scene}"
-        for name in ("blended_images", "cams", "rendered_depth_maps"):
-            (folder / name).mkdir(parents=True)
-        for i in range(2):
-            (folder / f"blended_images/{i:08d}.jpg").touch()
-            (folder / f"rendered_depth_maps/{i:08d}.pfm").touch()
-            rows = "\n".join(" ".join(map(str, row)) for row in np.eye(4) * (i + 1))
-            (folder / f"cams/{i:08d}_cam.txt").write_text(f"extrinsic\n{rows}\nintrinsic\n1 0 3\n0 2 4\n0 0 1\n")
+    camera = "extrinsic\n1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\nintrinsic\n1 0 3\n0 2 4\n0 0 1\n"
+    for scene in "abcdefghi":  # more than are read ahead
+        for name in ("blended_images/0.jpg", "blended_images/1.jpg", "rendered_depth_maps/1.pfm", "cams/1_cam.txt"):
+            file = tmp_path / "raw" / scene / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(camera)
     for name, workers in (("0", 0), ("1", 1), ("2", 2)):
-        assert build("blendedmvs", tmp_path / "raw", tmp_path / name, workers=workers).counts == (3, 6)
+        assert build("blendedmvs", tmp_path / "raw", tmp_path / name, workers=workers).counts == (9, 18)
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    manifest = Manifest(tmp_path / "2")
-    assert manifest.camera_arrays(3)[1][0, 0] == 2
-    assert manifest.camera_arrays(1)[0].tolist() == [1, 2, 3, 4]
-    assert manifest.depth_file(5)[0].name == "00000001.pfm"
+    assert Manifest(tmp_path / "2").known == {"pose": 9, "intrinsics": 9, "depth": 9, "mask": 0}
 
 
-def test_frames_below_the_manifest_move_with_it(rooms, tmp_path):
+def test_frames_below_the_manifest_move_with_it(image_folder, tmp_path):
     with pytest.raises(TypeError, match="folder has no option"):
-        build("folder", rooms, tmp_path / "m.arrow", chunk=3)
-    build("folder", rooms, tmp_path / "m.arrow")
+        build("folder", image_folder, tmp_path / "m.arrow", chunk=3)
+    build("folder", image_folder, tmp_path / "m.arrow")
     (tmp_path / "moved").mkdir()
-    for name in ("raw", "m.arrow"):
+    for name in ("images", "m.arrow"):
         (tmp_path / name).rename(tmp_path / "moved" / name)
     manifest = Manifest(tmp_path / "moved/m.arrow")
-    assert manifest.metadata["root"] == "raw"
+    assert manifest.metadata["root"] == "images"
     assert manifest.datasets == ("folder",)
     assert manifest.file(0).is_file()
 
@@ -85,81 +65,167 @@ def test_an_error_in_a_part_reaches_the_user_and_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_errors_are_one_line(rooms, tmp_path, capsys, monkeypatch):
+def test_errors_of_the_build_are_one_line(image_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for words, message in (
         (["--root", "nowhere"], "--root is 'nowhere'"),
-        (["--out", "raw"], "--out is 'raw'"),
-        (["--out", "raw/scene0/0.jpg/m"], "--out is 'raw/scene0/0.jpg/m'"),
-        (["--out", "/proc/m.arrow"], "cannot be written"),
-        (["--seed", "-1"], "--seed is -1, but must be at least 0"),
-        (["--min-frames", "9"], "of at least 9 frames (--min-frames); expected: any"),
+        (["--out", "images"], "--out is 'images'"),
+        (["--out", "images/scene0/0.png/m"], "--out is 'images/scene0/0.png/m'"),
+        (["--out", "/proc/m.arrow"], "/proc/m.arrow"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--min-frames", "9"], "--min-frames"),
     ):
-        monkeypatch.chdir(tmp_path)
-        assert main(["folder", "--root", "raw", "--out", "m.arrow", *words]) == 2
-        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-        assert len(error) == 1
-        assert message in error[0].replace(f"'{tmp_path}/", "'")
-        assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+        assert main(["folder", "--root", "images", "--out", "m.arrow", *words]) == 2
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert message in error.replace(f"{tmp_path}/", "")
+        assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert main(["video", "--root", "images", "--out", "m", "--quality", "500"]) == 2
+    assert "--quality is 500" in capsys.readouterr().err
 
 
-def test_another_layout_names_the_expected_one(tmp_path, capsys):
-    (tmp_path / "raw").mkdir()
-    (tmp_path / "raw/notes.txt").touch()
+def test_every_builder_is_documented_and_names_its_layout(request, tmp_path, capsys, monkeypatch):
+    def text_of_help(*words):
+        with pytest.raises(SystemExit, match="0"):
+            main([*words, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    monkeypatch.setenv("COLUMNS", "1000")
+    page, listed = (request.config.rootpath / "docs/data.md").read_text(), text_of_help()
+    table = {line.split("|")[1].strip(" `"): line for line in page.splitlines()[::-1] if line.startswith("| `")}
+    (tmp_path / "notes.txt").touch()
     for name, builder in BUILDERS.items():
-        assert main([name, "--root", str(tmp_path / "raw"), "--out", str(tmp_path / "m")]) == 2
+        assert (builder.released is None) == ("| the same |" in table[name])
+        assert f"{name} " in listed
+        assert builder.layout in listed
+        assert main([name, "--root", str(tmp_path), "--out", str(tmp_path / "m")]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert builder.layout in error
         assert error.count("\n") == 1
-    assert main(["video", "--root", str(tmp_path), "--out", str(tmp_path / "m"), "--quality", "500"]) == 2
-    assert "--quality is 500, but must be at most 95" in capsys.readouterr().err
-
-
-def test_help_lists_data_sets_layouts_and_rules(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "1000")
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert all(f"{name} " in text and builder.layout in text for name, builder in BUILDERS.items())
-    with pytest.raises(SystemExit, match="0"):
-        main(["streetview3d", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = text_of_help("streetview3d")
     assert "--rule released: chunks of 24, the last one takes the rest" in text
     assert "--chunk" in text
 
 
-def slow_build(root, out, workers):
-    """A build in a separate process that waits in the middle of writing."""
-    script = (
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0), (signal.SIGKILL, 2)])
+def test_a_signal_leaves_the_older_file_and_no_worker(image_folder, tmp_path, number, workers):
+    out = tmp_path / "m.arrow"
+    out.write_text("older")
+    script = (  # waits in the middle of writing
         "import signal, sys, time; from fastmum.data import build, manifest_writer as writer\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "add = writer._Spool.add\n"
         "writer._Spool.add = lambda *a: (add(*a), print('added', flush=True), time.sleep(60))\n"
-        f"sys.exit(build.main(['folder', '--root', sys.argv[1], '--out', sys.argv[2], '--workers', '{workers}']))"
+        "sys.exit(build.main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", script, str(root), str(out)]
+    words = "folder", "--root", image_folder, "--out", out, "--workers", str(workers)
+    command = [sys.executable, "-c", script, *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "added\n"
-    return process
-
-
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 0)])
-def test_a_signal_leaves_the_older_file(rooms, tmp_path, number, workers):
-    out = tmp_path / "m.arrow"
-    out.write_text("older")
-    process = slow_build(rooms, out, workers)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=50)
+    _, errors = process.communicate(timeout=50)  # workers hold the inherited pipe, which closes with the last of them
+    assert out.read_text() == "older"
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        return
     assert process.returncode == 128 + number, errors
     assert "nothing was written" in errors
     assert "Traceback" not in errors
-    assert out.read_text() == "older"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.arrow", "raw"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "m.arrow"]
 
 
-def test_workers_leave_when_the_build_is_killed(rooms, tmp_path):
-    """They hold the inherited pipe, which closes with the last of them."""
-    process = slow_build(rooms, tmp_path / "m.arrow", 2)
-    process.kill()
-    process.communicate(timeout=50)
-    assert process.returncode == -signal.SIGKILL
+@pytest.fixture
+def rooms(image_folder, tmp_path):
+    """Four sequences of six images."""
+    build("folder", image_folder, tmp_path / "rooms.arrow")
+    return tmp_path / "rooms.arrow"
+
+
+def written(root, *records, **metadata):
+    write_manifest(root / "m", records, dataset="rooms", root=root, metadata=metadata)
+    return Manifest(root / "m")
+
+
+def test_the_summary(tmp_path):
+    records = [SequenceRecord(f"s{n}", [f"s{n}/{j}.jpg" for j in range(n)]) for n in (1, 3, 24, 30, 49, 1500)]
+    pose = np.tile(np.eye(4, dtype=np.float32), (3, 1, 1))
+    pose[1] = np.nan
+    records[1] = records[1]._replace(poses=pose, masks=["", "m.png", ""])
+    lines = list(summary(written(tmp_path, *records, builder="x", rule="paper", options={"chunk": 9})))
+    assert "6 sequences, 1607 frames" in lines[0]
+    known = ["pose known: 2 frames (0.1%)", "mask known: 1 frames (0.1%)", "depth known: 0 frames (0.0%)"]
+    assert {f"root: {tmp_path}", "builder: x, rule: paper", "options: chunk 9", *known} <= set(lines)
+    assert [line.split() for line in lines if line.startswith("rooms")] == [["rooms", "6", "1607", "1", "27", "1500"]]
+    bins = ["1 1", "2-3 1", "4-7 0", "8-15 0", "16-23 0", "24-49 3", "50-99 0", "100-199 0", "200-499 0", "500-999 0"]
+    assert [" ".join(line.split()[:2]) for line in lines[-11:-1]] == bins
+    assert lines[-1].split()[:3] == ["1000", "on", "1"]
+
+
+def test_every_file_is_looked_for_once(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("0", "1", "more"):
+        (tmp_path / "a" / name).touch()
+    depths = {"depths": ["a/1", "", "a/d"], "depth_format": DepthFormat("npy")}
+    first = SequenceRecord("x", ["a/0", "a/1", "a/2"], **depths)
+    manifest = written(tmp_path, first, SequenceRecord("y", ["a/2", "a/0"]), SequenceRecord("z", ["b/0"]))
+    assert {folder.name: sorted(names) for folder, names in manifest.folders()} == {"a": ["0", "1", "2"], "b": ["0"]}
+    total, missing = find_missing(manifest)
+    assert (total, sorted(missing)) == (4, [tmp_path / "a/2", tmp_path / "b/0"])
+    assert find_missing(manifest, "depth") == (2, [tmp_path / "a/d"])
+    assert find_missing(manifest, "mask") == (0, [])
+
+
+def test_the_sheet_shows_frames_depth_and_what_is_unreadable(rooms, image_folder, tmp_path):
+    sheet, same, other = (np.asarray(contact_sheet(Manifest(rooms), seed=s, tile=32), float) for s in (0, 0, 1))
+    assert sheet.shape[:2] == (4 * (16 + 34 + 2), COLUMNS * 34 - 2), "four sequences of at most six frames, a line each"
+    assert np.array_equal(sheet, same)
+    assert not np.array_equal(sheet, other)
+    images = [read_rgb(file) for file in (image_folder / "scene0").iterdir()]
+    thumbnails = [np.asarray(image.crop((4, 0, 44, 40)).resize((32, 32)), float) for image in images]
+    assert min(np.abs(sheet[16:48, :32] - thumbnail).mean() for thumbnail in thumbnails) < 4
+
+    depth = np.linspace(1, 9, 32 * 32, dtype=np.float32).reshape(32, 32)
+    depth[:, :16] = 0
+    np.save(tmp_path / "d.npy", depth)
+    record = SequenceRecord("a", ["0.png"], depths=["d.npy"], depth_format=DepthFormat("npy"))
+    sheet = np.asarray(contact_sheet(written(tmp_path, record), tile=32))
+    assert (sheet[16:48, :32] == MISSING).all()
+    assert (sheet[50:82, :16] == UNKNOWN).all()
+    shown = sheet[50:82, 16:32].astype(int)
+    assert (shown[0] > 240).all(), "near is bright"
+    assert (shown[-1] < 5).all()
+    assert (np.diff(shown[:, 0, 0]) <= 0).all()
+
+
+def test_inspect(rooms, image_folder, tmp_path, capsys):
+    """Where the sheet is written, missing files and the exit code, and errors in one line."""
+    assert inspect([str(rooms), "--no-sheet", "--check"]) == 0
+    assert "missing: 0 of 24 images" in capsys.readouterr().out
+    assert not (tmp_path / "rooms_sheet.jpg").exists()
+    assert inspect([str(rooms), "--sheet", str(tmp_path / "s.jpg"), "--sequences", "2"]) == 0
+    assert image_size(tmp_path / "s.jpg") == (12 * 98 - 2, 2 * (16 + 98 + 2))
+    assert f"contact sheet: {tmp_path / 's.jpg'}" in capsys.readouterr().out
+    for scene in range(2):
+        for file in (image_folder / f"scene{scene}").iterdir():
+            file.unlink()
+    assert inspect([str(rooms), "--check"]) == 1
+    assert (tmp_path / "rooms_sheet.jpg").stat().st_size > 0
+    out = capsys.readouterr().out
+    for part in ("missing: 12 of 24 images", f"  {image_folder}/scene0/0.png", "  ..."):
+        assert part in out
+    for words, message in (
+        (["nowhere.arrow"], "nowhere.arrow"),
+        ([str(rooms), "--sheet", "/proc/s.jpg"], "--sheet '/proc/s.jpg'"),
+        ([str(rooms), "--sheet", "s.doc"], "--sheet 's.doc'"),
+        ([str(rooms), "--sequences", "0"], "--sequences"),
+    ):
+        assert inspect(words) == 2
+        assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+
+
+def test_a_reader_may_close_the_pipe(rooms):
+    command = [sys.executable, "-m", "fastmum.data.inspect", str(rooms)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # long before the interpreter has started
+    assert process.stderr.read() == ""
+    assert process.wait() == 0

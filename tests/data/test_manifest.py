@@ -3,6 +3,7 @@
 import pickle
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -26,54 +27,56 @@ def numbered(name, n, **more):
     return SequenceRecord(name, [f"{name}/{i}.jpg" for i in range(n)], **more)
 
 
-def poses(n, seed=0):
+def poses(n):
     full = np.tile(np.eye(4, dtype=np.float32), (n, 1, 1))
-    full[:, :3] = np.random.default_rng(seed).normal(size=(n, 3, 4))
+    full[:, :3] = np.random.default_rng(0).normal(size=(n, 3, 4))
     return full
 
 
-def everything():
-    """Sequences with all optional columns, each beginning after rows that lack it."""
+def test_rows_sequences_and_names(tmp_path):
+    """Of one file and of two: neighbours of one name in two data sets are two sequences."""
+    unknown = SequenceRecord("top", ["x.png"], np.full((1, 4, 4), np.nan), np.full((1, 4), np.nan), masks=[""])
+    assert write(tmp_path / "1", [numbered("a", 3), numbered("b/c", 2), unknown]) == Counts(sequences=3, frames=6)
+    write(tmp_path / "2", [numbered("a", 1), numbered("a", 4, dataset="rooms", poses=poses(4))], "streets", "/two")
+    one, both = Manifest(tmp_path / "1"), Manifests([tmp_path / "1", str(tmp_path / "2")])
+    assert (one.num_sequences, one.num_frames, both.num_sequences, both.num_frames) == (3, 6, 5, 11)
+    assert (one.datasets, both.datasets) == (("rooms",), ("rooms", "streets"))
+    files = ["/data/b/c/1.jpg", "/data/a/0.jpg", "/data/x.png", "/two/a/0.jpg", "/two/a/3.jpg"]
+    for manifest, n in ((one, 3), (both, 5)):
+        assert manifest.starts.tolist() == [0, 3, 5, 6, 7, 11][: n + 1]
+        assert manifest.starts.dtype == np.int64
+        assert manifest.dataset_of.tolist() == [0, 0, 0, 1, 0][:n]
+        assert [manifest.sequence_name(i) for i in range(n)] == ["a", "b/c", "top", "a", "a"][:n]
+        assert [str(file) for file in manifest.files(np.array([4, 0, 5, 6, 10][:n]))] == files[:n]
+        assert manifest.file(4) == manifest.files([4])[0]
+        sequences = [0, 0, 0, 1, 1, 2, 3, 4, 4, 4, 4][: manifest.num_frames]
+        assert manifest.sequence_of(np.arange(manifest.num_frames)).tolist() == sequences
+        assert manifest.camera_arrays(0) == (None, None)
+        assert manifest.depth_file(0) is manifest.mask_file(0) is None
+    assert np.array_equal(both.camera_arrays(9)[1], poses(4)[2])
+    assert set(one.known.values()) == {0}
+    assert pa.ipc.open_file(tmp_path / "1").schema.names == ["dataset", "sequence", "path"]
+
+
+def test_cameras_depth_and_masks_where_they_are_known(tmp_path):
+    """All optional columns, each beginning after rows that lack it."""
     pose, intrinsics = poses(3), np.arange(12.0).reshape(3, 4)
     pose[1, 0, 0] = np.nan
-    return [
+    records = [
         numbered("none", 2),
         numbered("some", 3, poses=pose, intrinsics=intrinsics),
         numbered("maps", 3, depths=["a/d/0.png", "", "a/d/2.png"], masks=["", "m/1.png", ""], depth_format=MILLIMETRES),
         numbered("scaled", 2, depths=["d.h5", "e.h5"], depth_format=RAYS, depth_units=np.array([0.1, 0.7])),
         numbered("last", 1),
     ]
-
-
-def test_rows_sequences_and_names(tmp_path):
-    unknown = SequenceRecord("top", ["x.png"], np.full((1, 4, 4), np.nan), np.full((1, 4), np.nan), masks=[""])
-    counts = write(tmp_path / "m.arrow", [numbered("a", 3), numbered("b/c", 2), unknown])
-    assert counts == Counts(sequences=3, frames=6)
+    write(tmp_path / "m.arrow", records, rule="paper", seed=3)
     manifest = Manifest(tmp_path / "m.arrow")
-    assert (manifest.num_sequences, manifest.num_frames) == (3, 6)
-    assert manifest.starts.tolist() == [0, 3, 5, 6]
-    assert manifest.starts.dtype == np.int64
-    assert manifest.datasets == ("rooms",)
-    assert manifest.dataset_of.tolist() == [0, 0, 0]
-    assert [manifest.sequence_name(i) for i in range(3)] == ["a", "b/c", "top"]
-    assert [str(manifest.file(row)) for row in (0, 4, 5)] == ["/data/a/0.jpg", "/data/b/c/1.jpg", "/data/x.png"]
-    assert manifest.files([4, 0]) == [manifest.file(4), manifest.file(0)]
-    assert manifest.sequence_of(np.array([0, 2, 3, 5])).tolist() == [0, 0, 1, 2]
-    assert manifest.camera_arrays(0) == (None, None)
-    assert manifest.depth_file(0) is manifest.mask_file(0) is None
-    assert manifest.known == {"pose": 0, "intrinsics": 0, "depth": 0, "mask": 0}
-    assert pa.ipc.open_file(tmp_path / "m.arrow").schema.names == ["dataset", "sequence", "path"]
-
-
-def test_cameras_depth_and_masks_where_they_are_known(tmp_path):
-    write(tmp_path / "m.arrow", everything())
-    manifest = Manifest(tmp_path / "m.arrow")
-    assert [row for row in range(11) if manifest.camera_arrays(row)[0] is not None] == [2, 3, 4]
-    assert [row for row in range(11) if manifest.camera_arrays(row)[1] is not None] == [2, 4]
-    intrinsics, pose = manifest.camera_arrays(4)
-    assert np.array_equal(pose, poses(3)[2])
-    assert intrinsics.tolist() == [8, 9, 10, 11]
-    assert pose.dtype == intrinsics.dtype == np.float32
+    found_intrinsics, found_poses = zip(*map(manifest.camera_arrays, range(11)), strict=True)
+    assert [row for row, found in enumerate(found_intrinsics) if found is not None] == [2, 3, 4]
+    assert [row for row, found in enumerate(found_poses) if found is not None] == [2, 4]
+    assert np.array_equal(found_poses[4], pose[2])
+    assert found_intrinsics[4].tolist() == [8, 9, 10, 11]
+    assert found_poses[4].dtype == found_intrinsics[4].dtype == np.float32
     assert manifest.known == {"pose": 2, "intrinsics": 3, "depth": 4, "mask": 1}
     found = {row: manifest.depth_file(row) for row in range(11) if manifest.depth_file(row)}
     assert found == {
@@ -81,16 +84,15 @@ def test_cameras_depth_and_masks_where_they_are_known(tmp_path):
         8: (Path("/data/d.h5"), RAYS._replace(unit=0.1)), 9: (Path("/data/e.h5"), RAYS._replace(unit=0.7)),
     }  # fmt: skip
     assert [row for row in range(11) if manifest.mask_file(row)] == [6]
-    assert {folder.as_posix(): names for folder, names in manifest.folders("depth")} == {
-        "/data/a/d": ["0.png", "2.png"], "/data": ["d.h5", "e.h5"],
-    }  # fmt: skip
+    folders = {folder.as_posix(): names for folder, names in manifest.folders("depth")}
+    assert folders == {"/data/a/d": ["0.png", "2.png"], "/data": ["d.h5", "e.h5"]}
     both = Manifests([tmp_path / "m.arrow", tmp_path / "m.arrow"])
     assert both.depth_file(11 + 9) == found[9]
     assert both.mask_file(11 + 6) == manifest.mask_file(6) == Path("/data/m/1.png")
+    counts = {"sequences": 5, "frames": 11}
+    assert manifest.metadata == {"rule": "paper", "seed": 3, "root": "/data", "counts": counts}
 
-
-def test_anyone_can_read_the_file_with_arrow(tmp_path):
-    write(tmp_path / "m.arrow", everything(), rule="paper", seed=3)
+    # Anyone can read the file with Arrow.
     table = pa.ipc.open_file(tmp_path / "m.arrow").read_all()
     table.validate(full=True)
     assert table.column_names == ["dataset", "sequence", "path", "pose", "intrinsics", "depth", "mask"]
@@ -98,37 +100,32 @@ def test_anyone_can_read_the_file_with_arrow(tmp_path):
     assert table["path"].to_pylist()[1] == {"folder": "none", "file": "1.jpg"}
     assert all(pa.types.is_dictionary(field.type) for field in table.schema.field("path").type)
     assert table["pose"].type == pa.list_(pa.float32(), 12)
-    depth = table["depth"].to_pylist()[9]
-    assert (depth["folder"], depth["file"], depth["unit"]) == ("", "e.h5", 0.7)
-    assert Manifest(tmp_path / "m.arrow").metadata == {
-        "rule": "paper", "seed": 3, "root": "/data", "counts": {"sequences": 5, "frames": 11},
-    }  # fmt: skip
+    assert {"folder": "", "file": "e.h5", "unit": 0.7}.items() <= table["depth"].to_pylist()[9].items()
 
 
-@pytest.mark.parametrize(("before", "error"), [(None, DataError), (b"an older manifest", KeyboardInterrupt)])
-def test_an_interrupted_build_leaves_the_older_file(tmp_path, before, error):
-    out = tmp_path / "m.arrow"
-    if before:
-        out.write_bytes(before)
+@pytest.mark.parametrize("before", [None, b"an older manifest"])
+def test_a_failed_or_interrupted_build_leaves_the_older_file(tmp_path, monkeypatch, before):
+    def files():
+        return {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 
-    def records():
+    def records(error=None):
         yield numbered("a", 3, poses=poses(3))
-        assert [p.name for p in tmp_path.iterdir()] == (["m.arrow"] if before else [])
-        raise error
+        assert files() == older
+        if error:
+            raise error
 
-    with pytest.raises(error):
-        write(out, records())
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == ({"m.arrow": before} if before else {})
-
-
-def test_a_failure_while_the_file_is_written_leaves_nothing(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
+    if before:
+        (tmp_path / "m.arrow").write_bytes(before)
+    older = files()
+    for error in (DataError, KeyboardInterrupt):
+        with pytest.raises(error):
+            write(tmp_path / "m.arrow", records(error))
+        assert files() == older
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("fastmum.data.manifest_writer.os.fsync", full)
     with pytest.raises(DataError, match=r"m.arrow' cannot be written \(No space left on device\)"):
-        write(tmp_path / "m.arrow", [numbered("a", 3)])
-    assert not list(tmp_path.iterdir())
+        write(tmp_path / "m.arrow", records())
+    assert files() == older
 
 
 def test_a_relative_root_starts_at_the_manifest_and_pickles_are_paths(tmp_path):
@@ -137,23 +134,6 @@ def test_a_relative_root_starts_at_the_manifest_and_pickles_are_paths(tmp_path):
         sent = pickle.dumps(opened)
         assert len(sent) < 400
         assert pickle.loads(sent).file(499) == opened.file(499) == tmp_path / "frames/a/499.jpg"
-
-
-def test_several_manifests_are_concatenated(tmp_path):
-    write(tmp_path / "1", [numbered("a", 3), numbered("b", 2)], dataset="rooms", root="/one")
-    records = [numbered("a", 1), numbered("a", 4, dataset="rooms", poses=poses(4))]
-    write(tmp_path / "2", records, "streets", "/two")
-    both = Manifests([tmp_path / "1", str(tmp_path / "2")])
-    assert (both.num_sequences, both.num_frames) == (4, 10)
-    assert both.starts.tolist() == [0, 3, 5, 6, 10], "neighbours of one name in two data sets are two sequences"
-    assert both.datasets == ("rooms", "streets")
-    assert both.dataset_of.tolist() == [0, 0, 1, 0]
-    assert [both.sequence_name(i) for i in range(4)] == ["a", "b", "a", "a"]
-    assert [str(file) for file in both.files(np.array([9, 0, 5]))] == ["/two/a/3.jpg", "/one/a/0.jpg", "/two/a/0.jpg"]
-    assert both.file(4) == both.files([4])[0]
-    assert both.sequence_of(np.arange(10)).tolist() == [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]
-    assert both.camera_arrays(4) == (None, None)
-    assert np.array_equal(both.camera_arrays(8)[1], poses(4)[2])
 
 
 @settings(max_examples=30, deadline=None)
@@ -169,9 +149,7 @@ def test_an_invalid_sequence_is_named(tmp_path):
         ([numbered("a", 0)], "sequence 'a' of rooms has no frames"),
         ([SequenceRecord("", ["a.jpg"])], "has no name"),
         ([numbered("a", 1), numbered("a", 2)], "sequence 'a' of rooms appears twice"),
-        ([SequenceRecord("a", ["/etc/x.jpg"])], "'/etc/x.jpg'"),
-        ([SequenceRecord("a", ["../x.jpg"])], "'../x.jpg'"),
-        ([SequenceRecord("a", ["b/"])], "'b/'"),
+        *(([SequenceRecord("a", [path])], f"'{path}'") for path in ("/etc/x.jpg", "../x.jpg", "b/")),
         ([SequenceRecord("a", ["\udcff.jpg"])], "is not UTF-8"),
         ([numbered("a", 2, poses=poses(3))], r"poses? of shape \(3, 4, 4\), but must have \(2, 4, 4\)"),
         ([numbered("a", 2, intrinsics=np.ones((2, 3)))], r"intrinsics of shape \(2, 3\)"),
@@ -180,9 +158,8 @@ def test_an_invalid_sequence_is_named(tmp_path):
         ([numbered("a", 1, depths=["d.png"])], "no depth_format"),
         ([numbered("a", 1, depths=["d"], depth_format=RAYS, depth_units=np.ones(2))], "depth_units of shape"),
     ):
-        with pytest.raises(DataError, match=message) as caught:
+        with pytest.raises(DataError, match=rf"^[^\n]*{message}[^\n]*$"):
             write(tmp_path / "m", records)
-        assert "\n" not in str(caught.value)
         assert not list(tmp_path.iterdir())
 
 
@@ -192,18 +169,15 @@ def test_files_that_cannot_be_opened_are_named_in_one_line(tmp_path, monkeypatch
     (tmp_path / "short").write_bytes(whole[:-40])
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "text").write_text("not arrow\n" * 100)
-    with monkeypatch.context() as newer:
-        newer.setattr("fastmum.data.manifest_writer.VERSION", 9)
-        write(tmp_path / "newer", [numbered("a", 200)])
+    monkeypatch.setattr("fastmum.data.manifest_writer.VERSION", 9)
+    write(tmp_path / "newer", [numbered("a", 200)])
     pa.ipc.new_file(tmp_path / "other", pa.schema([("a", pa.int8())])).close()
-    none = "is not a manifest"
-    messages = {"nowhere": "there is no manifest", "short": "truncated", "empty": none, "text": none, "other": none,
-                "newer": "has version 9, but this fastmum reads 1", ".": "cannot be read"}  # fmt: skip
+    messages = dict.fromkeys(("empty", "text", "other"), "is not a manifest")
+    messages |= {"nowhere": "no manifest", "short": "truncated", "newer": "version 9", ".": "cannot be read"}
     for name, message in messages.items():
-        with pytest.raises(DataError, match=message) as caught:
+        with pytest.raises(DataError, match=rf"^[^\n]*{tmp_path / name}[^\n]*$") as caught:
             Manifest(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
-        assert "\n" not in str(caught.value)
+        assert message in str(caught.value)
     with pytest.raises(DataError, match="no manifest was given"):
         Manifests([])
     with pytest.raises(DataError, match=r"cannot be written \(No such file"):
@@ -216,11 +190,9 @@ def test_opening_allocates_a_few_bytes_per_sequence_not_per_frame(tmp_path):
     assert write(tmp_path / "m.arrow", (SequenceRecord(f[0][:4], f) for f in names)).frames == 1_000_000
     arrow = pa.total_allocated_bytes()
     tracemalloc.start()
-    try:
-        manifest = Manifest(tmp_path / "m.arrow")
-        kept, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    manifest = Manifest(tmp_path / "m.arrow")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert kept < 20 * manifest.num_sequences
     assert peak < 40 * manifest.num_sequences + (8 << 20)
     assert pa.total_allocated_bytes() - arrow < 1 << 16, "Arrow maps the columns, it does not read them"

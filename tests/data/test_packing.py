@@ -14,12 +14,10 @@ def chances(filling):
     return np.diff(filling.cumulative, prepend=0)
 
 
-def sums(frames, lengths):
-    """Totals up to `frames` of sequences, by brute force."""
-    totals = {0}
-    for _ in range(frames):
-        totals |= {t + s for t in totals for s in lengths if t + s <= frames}
-    return totals
+def uneven(filling):
+    """Greatest relative deviation of a batch's cost of attention from the mean."""
+    cost = filling.counts @ filling.sizes**2
+    return np.abs(cost / (chances(filling) @ cost) - 1).max()
 
 
 @given(
@@ -33,7 +31,10 @@ def test_every_batch_is_exactly_full(frames, lengths, single_share, level, seed)
     lengths = tuple(sorted(s for s in lengths if s <= frames))
     filling = fill_rank(frames, lengths, single_share, level)
     if filling is None:
-        assert max(sums(frames, lengths)) < (1 - single_share) * frames, "the rest would be too many single images"
+        totals = {0}
+        for _ in range(frames):
+            totals |= {t + s for t in totals for s in lengths if t + s <= frames}
+        assert max(totals) < (1 - single_share) * frames, "the rest would be too many single images"
         return
     assert frames % filling.frames == 0
     assert (filling.counts >= 0).all()
@@ -53,24 +54,20 @@ def test_level_batches_have_the_paper_s_shares_and_a_bounded_cost(frames, single
     wanted = (1 - single_share) * paper_shares(np.array(LENGTHS), filling.frames)
     assert np.abs(filling.shares - [single_share, *wanted]).sum() / 2 <= 3e-3
     assert filling.distance <= 3e-3
-    cost = filling.counts @ filling.sizes**2
     mean = filling.frames * (filling.shares @ filling.sizes)
-    assert chances(filling) @ cost == pytest.approx(mean)
-    assert np.abs(cost / mean - 1).max() <= 0.011
+    assert chances(filling) @ filling.counts @ filling.sizes**2 == pytest.approx(mean)
+    assert uneven(filling) <= 0.011
     assert 1 / (chances(filling) ** 2).sum() > 500, "effective number of batches"
 
 
 def test_units_are_the_paper_s_batch_where_it_divides_the_frames():
-    units = {frames: fill_rank(frames, LENGTHS, 0.1, False).frames for frames in (48, 96, 128, 192, 200, 288, 97)}
-    assert units == {48: 48, 96: 96, 128: 128, 192: 96, 200: 100, 288: 96, 97: 97}
-
-
-def test_small_batches_are_as_level_as_their_shares_allow():
-    """One sequence of 24 views costs more than the mean of 48 frames, whatever the others are."""
+    units = {48: 48, 96: 96, 128: 128, 192: 96, 200: 100, 288: 96, 97: 97}
+    assert {frames: fill_rank(frames, LENGTHS, 0.1, False).frames for frames in units} == units
+    assert paper_shares(np.array([20, 24]), 96).tolist() == [80 / 176, 96 / 176], "S = 20 leaves 16 frames empty"
+    # One sequence of 24 views costs more than the mean of 48 frames, whatever the others are.
     filling = fill_rank(48, LENGTHS, 0.1, True)
-    cost = filling.counts @ filling.sizes**2
     assert filling.distance <= 3e-3
-    assert 0.01 < np.abs(cost / (chances(filling) @ cost) - 1).max() < 0.2
+    assert 0.01 < uneven(filling) < 0.2
 
 
 def test_shares_that_cannot_be_met_are_approximated_and_larger_units_tried():
@@ -92,8 +89,3 @@ def test_calibration_finds_the_known_solution():
     filling = _calibrate(6, sizes, batches, with_five)
     assert chances(filling) == pytest.approx(p, abs=1e-3), "the other lengths share its part"
     assert filling.distance == pytest.approx(with_five[3], abs=1e-3)
-
-
-def test_shares_of_the_paper():
-    """S = 20 leaves 16 of 96 frames empty."""
-    assert paper_shares(np.array([20, 24]), 96).tolist() == [80 / 176, 96 / 176]

@@ -1,27 +1,36 @@
-"""Plans: purity, exact batches, and the statistics of the three modes."""
+"""Plans: purity, exact batches, statistics of the modes, data sets by weight, simulated throughput, random crops."""
 
+import math
 import pickle
 
 import numpy as np
 import pytest
-from catalogue import Catalogue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastmum.data.decode.image import CROP_WIDTH
+from fastmum.data.decode.image import AREAS, ASPECTS, CORNER, CROP_WIDTH, crop_box, crop_boxes, draw_crops, whole_frames
 from fastmum.data.errors import DataError
-from fastmum.data.manifest import SequenceRecord, write_manifest
 from fastmum.data.packing import paper_shares
-from fastmum.data.plan import MODES, StepPlanner
+from fastmum.data.plan import MODES, Catalogue, Mixture, StepPlanner, by_frames, by_weight
+from fastmum.data.plan_table import main, operations, table
+from fastmum.model.config import PRESETS, step_flops
+
+
+def catalogue(**datasets):
+    """Data sets by name, each a list of sequence lengths."""
+    lengths = np.concatenate(list(datasets.values()))
+    of = np.repeat(np.arange(len(datasets)), [len(v) for v in datasets.values()]).astype(np.int16)
+    return Catalogue(tuple(datasets), np.concatenate([[0], lengths.cumsum()]), of)
+
 
 PAPER = paper_shares(np.arange(2, 25), 96)
-PLAIN = Catalogue(a=[24], images=[1])
+PLAIN = catalogue(a=[24], images=[1])
+# Two data sets of long sequences, one of short ones, and single images.
+MIXED = catalogue(a=[100] * 30, b=[24, 30, 300], short=[10] * 40, images=[1] * 200)
 
 
-@pytest.fixture
-def catalogue():
-    """Two data sets of long sequences, one of short ones, and single images."""
-    return Catalogue(a=[100] * 30, b=[24, 30, 300], short=[10] * 40, images=[1] * 200)
+def sequence_of(rows):
+    return np.searchsorted(MIXED.starts, rows, side="right") - 1
 
 
 def same(a, b):
@@ -34,43 +43,29 @@ def frames_by_length(lengths):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_plan_is_a_function_of_seed_step_rank_and_world_size(catalogue, mode):
-    planner = StepPlanner(catalogue, mode=mode, seed=3, world_size=4)
-    plans = {(step, rank): planner.plan(step, rank) for step in range(5) for rank in range(4)}
-    again = pickle.loads(pickle.dumps(StepPlanner(catalogue, mode=mode, seed=3, world_size=4)))
+def test_plans_are_well_formed_functions_of_seed_step_rank_and_world_size(mode):
+    planner, other = (StepPlanner(MIXED, mode=mode, seed=seed, world_size=4) for seed in (3, 4))
+    plans = {(step, rank): planner.plan(step, rank) for step in range(25) for rank in range(4)}
+    again, sizes = pickle.loads(pickle.dumps(planner)), np.diff(MIXED.starts)
     for (step, rank), plan in reversed(plans.items()):
         assert same(again.plan(step, rank), plan), "in any order"
         assert np.array_equal(again.lengths(step, rank), plan.lengths)
-    distinct = {plan.rows.tobytes() for plan in plans.values()}
-    distinct |= {StepPlanner(catalogue, mode=mode, seed=4, world_size=4).plan(0, 0).rows.tobytes()}
-    assert len(distinct) == 21
-    frames = [sum(len(plans[step, rank].rows) for rank in range(4)) for step in range(5)]
-    assert [planner.step_frames(step) for step in range(5)] == frames
-    with pytest.raises(ValueError, match="rank 4"):
-        planner.plan(0, 4)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_plan_is_well_formed(catalogue, mode):
-    planner = StepPlanner(catalogue, mode=mode, world_size=2)
-    sizes = np.diff(catalogue.starts)
-    flips = []
-    for step in range(100):
-        plan = planner.plan(step, step % 2)
-        assert plan.rows.dtype == plan.lengths.dtype == np.int64
-        assert plan.crops.dtype == np.float32
-        assert plan.flips.dtype == bool
+        assert [a.dtype for a in plan] == [np.int64, np.int64, np.float32, bool]
         assert len(plan.rows) == plan.lengths.sum()
         assert len(plan.rows) == 96 or mode == "paper"
         assert plan.crops.shape == (len(plan.rows), CROP_WIDTH)
         assert (np.diff(plan.lengths) <= 0).all(), "longest first"
         for rows in np.split(plan.rows, plan.lengths.cumsum()[:-1]):
-            (sequence,) = set(catalogue.sequence_of(rows))
+            (sequence,) = set(sequence_of(rows))
             assert len(set(rows)) == len(rows), "without replacement"
             assert len(rows) <= sizes[sequence]
             assert (len(rows) == 1) == (sizes[sequence] == 1)
-        flips.append(plan.flips.mean())
-    assert np.mean(flips) == pytest.approx(0.5, abs=0.02)
+    assert len({plan.rows.tobytes() for plan in [*plans.values(), other.plan(0, 0)]}) == 101
+    assert np.mean([plan.flips.mean() for plan in plans.values()]) == pytest.approx(0.5, abs=0.02)
+    frames = [sum(len(plans[step, rank].rows) for rank in range(4)) for step in range(25)]
+    assert [planner.step_frames(step) for step in range(25)] == frames
+    with pytest.raises(ValueError, match="rank 4"):
+        planner.plan(0, 4)
 
 
 @pytest.mark.parametrize(("mode", "share"), [("packed", 0.1), ("balanced", 0.0)])
@@ -108,30 +103,19 @@ def test_the_cost_of_balanced_plans_is_level_for_any_number_of_ranks():
         assert level["balanced"] < level["packed"] < level["paper"]
 
 
-def test_data_sets_have_their_weights_of_the_frames(catalogue):
-    """Even if the sequences of one are too short for most lengths."""
-    planner = StepPlanner(catalogue, {"a": 2.0, "b": 1.0, "short": 1.0})
-    assert not planner.notes
-    rows = np.concatenate([planner.plan(step).rows for step in range(2000)])
-    got = np.bincount(catalogue.dataset_of[catalogue.sequence_of(rows)]) / len(rows)
-    assert np.abs(got - [0.45, 0.225, 0.225, 0.1]).max() < 0.01
-
-
 @pytest.mark.parametrize("mode", ["packed", "balanced"])
-def test_the_frames_of_a_step_do_not_depend_on_the_number_of_ranks(catalogue, mode):
+def test_the_frames_of_a_step_do_not_depend_on_the_number_of_ranks(mode):
     """Eight ranks of 96 frames, four of 192, one of 768: the same sequences, crops and flips."""
-
-    def step(world_size):
-        planner = StepPlanner(catalogue, None, 768 // world_size, mode=mode, world_size=world_size, seed=5)
-        plans = [planner.plan(3, rank) for rank in range(world_size)]
+    steps = []
+    for ranks in (8, 4, 1):
+        planner = StepPlanner(MIXED, None, 768 // ranks, mode=mode, world_size=ranks, seed=5)
+        plans = [planner.plan(3, rank) for rank in range(ranks)]
         rows, _, crops, flips = (np.concatenate(column) for column in zip(*plans, strict=True))
         order = np.lexsort((crops[:, 0], rows))
-        return rows[order], crops[order], flips[order]
-
-    eight = step(8)
-    assert len(eight[0]) == 768
-    assert same(eight, step(4))
-    assert same(eight, step(1))
+        steps.append((rows[order], crops[order], flips[order]))
+    assert len(steps[0][0]) == 768
+    assert same(steps[0], steps[1])
+    assert same(steps[0], steps[2])
 
 
 @given(
@@ -142,7 +126,7 @@ def test_the_frames_of_a_step_do_not_depend_on_the_number_of_ranks(catalogue, mo
 def test_any_settings_are_planned_or_refused_in_one_line(frames, least, more, share, mode, lengths):
     views = (least, least + more)
     try:
-        planner = StepPlanner(Catalogue(a=lengths, images=[1] * 5), None, frames, views, share, mode, world_size=3)
+        planner = StepPlanner(catalogue(a=lengths, images=[1] * 5), None, frames, views, share, mode, world_size=3)
     except DataError as error:
         refusal = str(error)
         assert "data." in refusal
@@ -155,13 +139,13 @@ def test_any_settings_are_planned_or_refused_in_one_line(frames, least, more, sh
         assert set(plan.lengths[plan.lengths > 1]) <= set(range(least, views[1] + 1))
 
 
-def test_held_out_sequences_are_never_drawn(catalogue):
+def test_held_out_sequences_are_never_drawn():
     held_out = [0, 1, 31, 240]
-    training = StepPlanner(catalogue, exclude=held_out)
-    evaluation = StepPlanner(catalogue, only=held_out, imagenet_share=0.0)
+    training = StepPlanner(MIXED, exclude=held_out)
+    evaluation = StepPlanner(MIXED, only=held_out, imagenet_share=0.0)
     for step in range(40):
-        assert not set(held_out) & set(catalogue.sequence_of(training.plan(step).rows))
-        assert set(catalogue.sequence_of(evaluation.plan(step).rows)) <= {0, 1, 31}
+        assert not set(held_out) & set(sequence_of(training.plan(step).rows))
+        assert set(sequence_of(evaluation.plan(step).rows)) <= {0, 1, 31}
 
 
 def test_deviations_from_the_settings_are_noted():
@@ -175,14 +159,14 @@ def test_deviations_from_the_settings_are_noted():
         ({"a": [24], "i": [1]}, {"views": (20, 24)}, "paper's shares of lengths"),
         ({"i": [1] * 5}, {}, None),
     ):
-        planner = StepPlanner(Catalogue(**datasets), **options)
+        planner = StepPlanner(catalogue(**datasets), **options)
         assert (len(planner.notes), note is None or note in planner.notes[0]) == (note is not None, True)
         if options.get("imagenet_share") == 1.0 or "a" not in datasets:
             assert planner.lengths(0).tolist() == [1] * 96
 
 
 def test_settings_that_cannot_be_met_are_refused():
-    for options, message in (
+    for options, key in (
         ({"mode": "fast"}, "data.mode"),
         ({"views": (24, 24), "frames_per_gpu": 97}, "data.views.*data.frames_per_batch.*data.imagenet_share"),
         ({"views": (8, 4)}, "data.views"),
@@ -191,20 +175,138 @@ def test_settings_that_cannot_be_met_are_refused():
         ({"frames_per_gpu": 0}, "data.frames_per_batch"),
         ({"imagenet_share": 1.5}, "data.imagenet_share"),
         ({"seed": -1}, "run.seed"),
-        ({"weights": {"mega": 1.0}}, "data.weights names 'mega', but the data sets are a"),
+        ({"weights": {"mega": 1.0}}, "data.weights names 'mega'"),
         ({"weights": {"a": -1.0}}, "data.weights.a"),
         ({"weights": {"a": float("nan")}}, "data.weights.a"),
-        ({"weights": {"a": 0.0}}, "data.weights is 0 for every data set"),
+        ({"weights": {"a": 0.0}}, "data.weights is 0"),
     ):
-        with pytest.raises(DataError, match=message) as caught:
-            StepPlanner(Catalogue(a=[24]), **options)
-        assert "\n" not in str(caught.value)
+        with pytest.raises(DataError, match=rf"^[^\n]*{key}[^\n]*$"):
+            StepPlanner(catalogue(a=[24]), **options)
 
 
-def test_manifests_are_opened_by_path(tmp_path):
-    for name, count, frames in (("a", 4, 30), ("images", 9, 1)):
-        records = (SequenceRecord(f"s{i}", [f"{i}/{j}.jpg" for j in range(frames)]) for i in range(count))
-        write_manifest(tmp_path / f"{name}.arrow", records, dataset=name, root=tmp_path, metadata={})
-    planner = StepPlanner([tmp_path / "a.arrow", str(tmp_path / "images.arrow")])
-    assert same(planner.plan(1), StepPlanner(Catalogue(a=[30] * 4, images=[1] * 9)).plan(1))
-    assert same(pickle.loads(pickle.dumps(planner)).plan(1), planner.plan(1))
+@given(
+    st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=4),
+    st.integers(2, 30), st.integers(0, 2**32),
+)  # fmt: skip
+@settings(deadline=None, max_examples=50)
+def test_the_eligible_sequences_are_those_long_enough(lengths, longest, seed):
+    datasets = catalogue(**{f"d{i}": v for i, v in enumerate(lengths)})
+    sizes, rng = np.diff(datasets.starts), np.random.default_rng(seed)
+    keep = rng.random(len(sizes)) < 0.7
+    keep[0] = True
+    mixture = Mixture(datasets, None, (1, longest), keep)
+    for dataset in range(len(lengths)):
+        for views in range(longest + 1):
+            wanted = np.flatnonzero((datasets.dataset_of == dataset) & (sizes >= views) & keep)
+            count = mixture.eligible[dataset, views]
+            assert count == len(wanted)
+            if count:
+                uniform = (np.arange(count) + rng.random(count)) / count
+                full = np.full(count, dataset), np.full(count, views)
+                assert sorted(mixture.sequences(*full, uniform)) == wanted.tolist()
+
+
+def test_frames_are_drawn_without_replacement_and_uniformly():
+    mixture, rng = Mixture(catalogue(a=[30], i=[1]), None, (2, 24)), np.random.default_rng(0)
+    mixture.settle(np.array([7, 24]), np.array([0.5, 0.5]), level=True)
+    rows = np.array([mixture.draw(np.array([24, 7, 1]), 1, rng) for _ in range(4000)])
+    assert (rows[:, 31] == 30).all(), "the single image"
+    for columns in (rows[:, :24], rows[:, 24:31]):
+        assert (np.diff(np.sort(columns, axis=1), axis=1) > 0).all()
+        share = np.bincount(columns.ravel(), minlength=30) / columns.size
+        assert np.abs(share - 1 / 30).max() < 0.004
+    first = np.bincount(rows[:, 0], minlength=30) / 4000
+    assert np.abs(first - 1 / 30).max() < 0.015, "in random order"
+
+
+def test_data_sets_of_short_sequences_have_their_weight_of_the_frames_if_possible():
+    planner = StepPlanner(MIXED, {"a": 2.0, "b": 1.0, "short": 1.0})
+    assert not planner.notes
+    rows = np.concatenate([planner.plan(step).rows for step in range(2000)])
+    got = np.bincount(MIXED.dataset_of[sequence_of(rows)]) / len(rows)
+    assert np.abs(got - [0.45, 0.225, 0.225, 0.1]).max() < 0.01
+
+    eligible = np.array([[True, True, True], [True, True, False], [True, False, False]])
+    shares, weights = np.array([0.5, 0.3, 0.2]), np.array([0.4, 0.35, 0.25])
+    chances = by_frames(weights, eligible, shares)
+    np.testing.assert_allclose(chances.sum(axis=1), 1)
+    np.testing.assert_allclose(shares @ chances, weights, atol=1e-8)
+    assert (chances[~eligible] == 0).all()
+    assert shares @ by_weight(weights, eligible) != pytest.approx(weights, abs=0.01)
+    np.testing.assert_allclose(by_frames(weights, np.ones((3, 3), bool), shares), np.tile(weights, (3, 1)))
+
+    mixture = Mixture(catalogue(short=[3] * 9, long=[24] * 9), {"short": 9.0}, (2, 24))
+    got = mixture.settle(np.array([2, 24]), np.array([0.2, 0.8]), level=True)
+    np.testing.assert_allclose(got, [0.2, 0.8], atol=1e-3)
+    assert len(mixture.notes) == 2
+    assert "'short' gets 20.0%" in mixture.notes[0]
+
+
+def test_full_and_level_batches_are_faster(capsys):
+    cost, lengths = operations(PRESETS["mum_vitl16"]), [24, 5, 5, 2, 1]
+    total = sum(lengths) * cost.frame + sum(views**2 for views in lengths) * cost.pair
+    assert total == pytest.approx(step_flops(PRESETS["mum_vitl16"], 256, 64, lengths).total)
+    rows = {(row.ranks, row.mode): row for row in table((1, 64), 40, cost)}
+    assert rows[64, "paper"].speed == 1
+    assert rows[64, "paper"].fill == pytest.approx(0.957, abs=0.005)
+    assert rows[64, "packed"].fill == rows[64, "balanced"].fill == 1
+    assert rows[64, "packed"].speed == pytest.approx(1.12, abs=0.03)
+    assert rows[64, "balanced"].speed == pytest.approx(1.19, abs=0.02)
+    assert 1 <= rows[64, "balanced"].imbalance < 1.02
+    assert rows[1, "balanced"].speed == pytest.approx(1, abs=0.03)
+    # The command prints a Markdown table, or one line of error.
+    assert main(["--steps", "2", "--ranks", "1", "4"]) == 0
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("| 4 |")]) == 3
+    assert main(["--steps", "1", "--views", "24", "24", "--imagenet-share", "0", "--frames-per-gpu", "97"]) == 2
+    error = capsys.readouterr().err
+    assert "data.views" in error
+    assert error.count("\n") == 1
+
+
+def reference(crop, width, height):
+    """RandomResizedCrop.get_params of torchvision, with draws that are given."""
+    crop = [float(value) for value in crop]
+    low, high = crop[22:24]
+    for area, aspect in zip(crop[:10], crop[10:20], strict=True):
+        w = round(math.sqrt(width * height * area * aspect))
+        h = round(math.sqrt(width * height * area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = math.floor(crop[20] * (width - w + 1)), math.floor(crop[21] * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = max(min(width, round(height * high)), 1), max(min(height, round(width / low)), 1)
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(0.2, 1.0), (0.9, 1.0)]))
+def test_boxes_are_those_of_torchvision(seed, width, height, scale):
+    crops = draw_crops(np.random.default_rng(seed), 4, scale, (3 / 4, 4 / 3))
+    boxes = crop_boxes(crops, np.array([[width, height]] * 4))
+    for crop, box in zip(crops, boxes, strict=True):
+        assert tuple(box) == reference(crop, width, height) == crop_box(crop, width, height)
+        left, top, right, bottom = box
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+
+
+def test_draws_are_uniform():
+    crops = draw_crops(np.random.default_rng(0), 20_000, (0.2, 1.0), (3 / 4, 4 / 3)).astype(float)
+    assert crops.shape == (20_000, CROP_WIDTH)
+    aspects = (np.log(crops[:, ASPECTS]) - math.log(3 / 4)) / math.log(16 / 9)
+    for values in ((crops[:, AREAS] - 0.2) / 0.8, aspects, crops[:, CORNER]):
+        histogram = np.histogram(values, bins=20, range=(-1e-6, 1 + 1e-6))[0] / values.size
+        assert histogram.sum() == pytest.approx(1)
+        assert np.abs(histogram - 0.05).max() < 0.004
+    assert crops[:, CORNER].max() < 1
+    # Over images of many shapes, by integration over the draws that fit a square.
+    boxes = crop_boxes(crops, np.full((20_000, 2), 1000))
+    assert np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).mean() / 1e6 == pytest.approx(0.538, abs=0.005)
+
+
+def test_whole_frames_and_the_last_corner():
+    """The largest square in the middle; the largest float32 below 1 as a corner, in the widest image there is."""
+    boxes = crop_boxes(whole_frames(3), np.array([[300, 200], [200, 300], [64, 64]]))
+    assert boxes.tolist() == [[50, 0, 250, 200], [0, 50, 200, 250], [0, 0, 64, 64]]
+    crop = whole_frames(1)
+    crop[:, AREAS], crop[:, CORNER] = 1e-4, np.nextafter(np.float32(1), np.float32(0))
+    assert crop_box(crop[0], 60_000, 60_000) == (59_400, 59_400, 60_000, 60_000)

@@ -20,18 +20,18 @@ def overlap_of(seen):
     return count_shared(*pairs.T, len(seen))
 
 
-def turns(degrees):
+def drawn(rule, seen, *options):
+    """Sequences that a rule with random anchors makes of the points that images see."""
+    return [chain.tolist() for chain in rule(overlap_of(seen), np.random.default_rng(0), *options)]
+
+
+def chains_of(seen, degrees, *options, **bounds):
     t = np.radians(degrees)
     zero, one = np.zeros(len(t)), np.ones(len(t))
-    return np.array([[np.cos(t), zero, np.sin(t)], [zero, one, zero], [-np.sin(t), zero, np.cos(t)]]).transpose(2, 0, 1)
-
-
-def rng():
-    return np.random.default_rng(0)
-
-
-def as_lists(chains):
-    return [chain.tolist() for chain in chains]
+    rotations = np.array([[np.cos(t), zero, np.sin(t)], [zero, one, zero], [-np.sin(t), zero, np.cos(t)]]).transpose(
+        2, 0, 1
+    )
+    return [chain.tolist() for chain in angle_chains(overlap_of(seen), rotations, *options, **bounds)]
 
 
 @settings(deadline=None)
@@ -48,8 +48,8 @@ def test_every_frame_is_in_one_chunk(frames, size, rest):
 @settings(deadline=None)
 @given(scenes, st.randoms())
 def test_overlap_equals_intersections_of_sets(seen, random):
+    """Repeated observations count once, and their order does not matter."""
     observations = [(i, p) for i, points in enumerate(seen) for p in points]
-    # Repeated observations count once, and their order does not matter.
     observations += random.sample(observations, len(observations) // 2)
     random.shuffle(observations)
     overlap = count_shared(*np.array(observations, np.int64).reshape(-1, 2).T, len(seen))
@@ -62,77 +62,51 @@ def test_overlap_equals_intersections_of_sets(seen, random):
         assert overlap.ranked(i).tolist() == sorted(expected, key=lambda j: (-expected[j], j))
 
 
-# Shared points: 01 3, 02 2, 12 2, 23 1; image 4 shares none.
-FIVE = [{1, 2, 3, 4}, {1, 2, 3, 5}, {3, 4, 5, 6}, {6}, {9}]
-
-
-def test_chains_of_overlap_by_hand():
-    chains = overlap_chains(overlap_of(FIVE), rng(), 4000)
-    by_anchor = {chain[0]: chain for chain in as_lists(chains)}
-    assert by_anchor == {0: [0, 1, 2, 3], 1: [1, 0, 2, 3], 2: [2, 0, 1], 3: [3, 2, 0, 1]}
-    anchors = np.bincount([chain[0] for chain in chains], minlength=5)
-    assert anchors == pytest.approx([1000, 1000, 1000, 1000, 0], abs=100), "drawn evenly"
-    assert overlap_chains(overlap_of([{1}, {2}, set()]), rng()) == []
-    assert overlap_chains(overlap_of([]), rng()) == []
-
-
 @settings(deadline=None)
 @given(scenes, st.integers(2, 12))
 def test_chains_of_overlap_equal_the_rule_on_sets(seen, length):
-    for chain in overlap_chains(overlap_of(seen), rng(), 5, length):
-        expected = [int(chain[0])]
+    for chain in drawn(overlap_chains, seen, 5, length):
+        expected = chain[:1]
         while len(expected) < length:
             last = seen[expected[-1]]
             left = [j for j in range(len(seen)) if j not in expected and last & seen[j]]
             if not left:
                 break
             expected.append(max(left, key=lambda j: (len(last & seen[j]) / len(last), -j)))
-        assert chain.tolist() == expected
+        assert chain == expected
         assert len(chain) >= 2
 
 
-def test_missing_files_cost_the_released_script_sequences():
-    present = np.array([True, False, True, True, True])
-    found = as_lists(nearest_of_anchor(overlap_of(FIVE), rng(), 60, 4, present))
-    assert 30 < len(found) < 60
-    nearest = {0: [0, 2, 3, 4], 2: [2, 0, 3, 4], 3: [3, 2, 0, 4], 4: [4, 0, 2, 3]}
-    assert {sequence[0]: sequence for sequence in found} == nearest
-    assert nearest_of_anchor(overlap_of(FIVE), rng(), 10, length=6) == []
-    assert nearest_of_anchor(overlap_of(FIVE), rng(), 10, 5, present) == []
-
-
 @settings(deadline=None)
-@given(scenes, st.integers(2, 10))
-def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length):
-    found = nearest_of_anchor(overlap_of(seen), rng(), 5, length)
-    assert len(found) == (5 if len(seen) >= length else 0)
-    for sequence in found:
-        anchor = int(sequence[0])
-        others = sorted((j for j in range(len(seen)) if j != anchor), key=lambda j: (-len(seen[anchor] & seen[j]), j))
-        assert sequence.tolist() == [anchor, *others][:length]
+@given(scenes, st.integers(2, 10), st.lists(st.booleans(), min_size=10, max_size=10), st.booleans())
+def test_nearest_of_an_anchor_equals_the_rule_on_sets(seen, length, present, whole):
+    """An anchor whose file is missing costs a sequence; other missing files are left out."""
+    present = [whole or each for each in present[: len(seen)]]
+    found = drawn(nearest_of_anchor, seen, 5, length, None if whole else np.array(present))
+    drawn_from_all = drawn(nearest_of_anchor, seen, 5, 1)
+    assert [anchor for anchor, *_ in found] == [
+        i for (i, *_) in drawn_from_all if present[i] and sum(present) >= length
+    ]
+    for anchor, *others in found:
+        images = [j for j in range(len(seen)) if present[j] and j != anchor]
+        assert others == sorted(images, key=lambda j: (-len(seen[anchor] & seen[j]), j))[: length - 1]
 
 
-def test_bounds_of_the_rule_are_inclusive():
-    overlap, cameras = overlap_of([set(range(10)), {0, *range(20, 29)}]), turns([0, 10])  # a tenth, either way
-    assert as_lists(angle_chains(overlap, cameras, 2, min_overlap=0.10, min_angle=10 - 1e-9)) == [[0, 1]]
-    assert angle_chains(overlap, cameras, 2, min_overlap=0.10, min_angle=10 + 1e-9) == []
-    assert angle_chains(overlap, cameras, 2, min_overlap=0.11, min_angle=10 - 1e-9) == []
-
-
-def test_images_of_a_short_chain_are_free_again():
-    # Image 2 is within reach of 3, and 1 of 2; seen from 1, which has 100 points, 2 is not.
+def test_chains_of_angles_by_hand():
+    seen, degrees = [set(range(10)), {0, *range(20, 29)}], [0, 10]  # a tenth, either way
+    assert chains_of(seen, degrees, 2, min_overlap=0.10, min_angle=10 - 1e-9) == [[0, 1]]
+    assert chains_of(seen, degrees, 2, min_overlap=0.10, min_angle=10 + 1e-9) == []
+    assert chains_of(seen, degrees, 2, min_overlap=0.11, min_angle=10 - 1e-9) == []
+    # Images of a short chain are free again: 2 is in reach of 3, and 1 of 2; from 1, which has 100 points, 2 is not.
     seen = [set(range(101)), set(range(81, 181)), {*range(176, 181), *range(200, 205)}, set(range(200, 230))]
-    overlap, cameras = overlap_of(seen), turns([0, 30, 60, 90])
-    assert as_lists(angle_chains(overlap, cameras, 2)) == [[0, 1], [3, 2]]
-    assert as_lists(angle_chains(overlap, cameras, 3)) == [[3, 2, 1, 0]]
+    assert chains_of(seen, [0, 30, 60, 90], 2) == [[0, 1], [3, 2]]
+    assert chains_of(seen, [0, 30, 60, 90], 3) == [[3, 2, 1, 0]]
 
 
 @settings(deadline=None)
 @given(scenes, headings, st.integers(1, 4))
 def test_chains_of_angles_follow_the_rule_on_sets(seen, degrees, min_views):
-    degrees = degrees[: len(seen)]
-    chains = as_lists(angle_chains(overlap_of(seen), turns(degrees), min_views))
-    used = set()
+    chains, used = chains_of(seen, degrees[: len(seen)], min_views), set()
 
     def scores(i, barred):
         result = {}

@@ -1,7 +1,6 @@
-"""Frames of manifests: image, depth, mask and camera read together."""
+"""Frames of manifests: image, depth, mask and camera read together, and every stored format of depth."""
 
-from __future__ import annotations
-
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 from plane_world import Shot, shot
 
-from fastmum.data.depth import DepthFormat
+from fastmum.data.depth import READERS, DepthFormat, read_depth, read_mask
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 from fastmum.data.samples import Frame, image_size, manifest_frame, read_rgb
@@ -17,10 +16,11 @@ from fastmum.geometry.camera import pixel_rays, rigid_inverse, transform, unproj
 from fastmum.geometry.crop import crop_resize, flip
 
 SHOTS = [shot(), shot((0.3, 0.1, 0.2), (0.1, -0.1, 0.2))]
+VALUES = np.array([[0.0, 0.5, 3.0], [2.0, np.inf, -1.0]], np.float32)
 
 
-def write(root: Path, kind: str = "z", scale: int = 1, **options) -> Manifests:
-    """Two shots of the wall with depth in millimetres at `scale` times the resolution, and masks of their left half."""
+def written_frame(root, row=1, kind="z", scale=1, **options):
+    """Of two shots of the wall: depth in millimetres at `scale` times the resolution, masks of the left half."""
     names = [f"{i}.png" for i in range(2)]
     for name, camera in zip(names, SHOTS, strict=True):
         width, height = camera.size
@@ -40,10 +40,10 @@ def write(root: Path, kind: str = "z", scale: int = 1, **options) -> Manifests:
     }
     sequence = SequenceRecord("wall", names, **record | options)
     write_manifest(root / "wall.arrow", [sequence], dataset="wall", root=Path("."), metadata={})
-    return Manifests([root / "wall.arrow"])
+    return manifest_frame(Manifests([root / "wall.arrow"]), row)
 
 
-def check_wall(view) -> None:
+def check_wall(view):
     """Known depth is on the wall; the colour of a pixel says where on the wall it is."""
     points = transform(rigid_inverse(view.camera.camera_from_world), unproject(view.depth, view.camera.K))
     known = view.depth > 0
@@ -54,8 +54,8 @@ def check_wall(view) -> None:
 
 
 @pytest.mark.parametrize(("kind", "scale"), [("z", 2), ("ray", 1), ("ray", 3)])
-def test_a_frame_has_everything_at_the_size_of_its_image(tmp_path, kind, scale):
-    frame = manifest_frame(write(tmp_path, kind, scale), 1)
+def test_a_frame_has_everything_at_the_size_of_its_image_and_augmentations_move_it(tmp_path, kind, scale):
+    frame = written_frame(tmp_path, 1, kind, scale)
     view = frame.view()
     assert view.size == view.camera.size == view.depth.shape[::-1] == view.mask.shape[::-1] == SHOTS[1].size
     assert view.depth.dtype == np.float32
@@ -66,9 +66,6 @@ def test_a_frame_has_everything_at_the_size_of_its_image(tmp_path, kind, scale):
     check_wall(view)
     assert frame.read_depth().shape == (48 * scale, 64 * scale)
 
-
-def test_augmentations_move_everything(tmp_path):
-    frame = manifest_frame(write(tmp_path, "ray"), 1)
     view = frame.view(lambda whole: flip(crop_resize(whole, (-4, 6, 40, 46), (66, 60))))
     assert view.size == view.camera.size == view.depth.shape[::-1] == view.mask.shape[::-1] == (66, 60)
     assert not view.depth[:, -6:].any()  # outside of the image, then mirrored
@@ -77,33 +74,27 @@ def test_augmentations_move_everything(tmp_path):
 
 
 def test_absent_parts_are_none(tmp_path):
-    frame = manifest_frame(write(tmp_path, poses=None, masks=None), 0)
-    view = frame.view()
+    view = written_frame(tmp_path, poses=None, masks=None).view()
     assert view.mask is None
     assert np.isnan(view.camera.camera_from_world).all()
-    frame = manifest_frame(write(tmp_path, intrinsics=None, depths=None, depth_format=None), 0)
-    assert frame.view().camera is None
-    assert frame.read_depth() is None
+    frame = written_frame(tmp_path, intrinsics=None, depths=None, depth_format=None)
+    assert frame.view().camera is frame.read_depth() is None
     with pytest.raises(DataError, match=r"depth_0\.png.* ray"):
-        manifest_frame(write(tmp_path, "ray", intrinsics=None), 0).view()
+        written_frame(tmp_path, 0, "ray", intrinsics=None).view()
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
-    frame = manifest_frame(write(tmp_path), 1)
-    for name in ("mask_1.png", "depth_1.png", "1.png"):  # the image is read first
-        (tmp_path / name).write_bytes(b"nothing")
-        with pytest.raises(DataError, match=name):
+def test_files_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    frame = written_frame(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(DataError, match=r"/1\.png"):
             frame.view()
-        (tmp_path / name).unlink()
-        with pytest.raises(DataError, match=name):
-            frame.view()
-
-
-def test_images_of_too_many_pixels_are_named(tmp_path, monkeypatch):
-    frame = manifest_frame(write(tmp_path), 1)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match=r"1\.png"):
-        frame.view()
+    for name in ("mask_1.png", "depth_1.png", "/1.png"):  # the image is read first
+        for content in (b"nothing", None):
+            file = tmp_path / name.strip("/")
+            file.write_bytes(content) if content else file.unlink()
+            with pytest.raises(DataError, match=name):
+                frame.view()
 
 
 def test_images_are_upright(tmp_path):
@@ -113,3 +104,55 @@ def test_images_are_upright(tmp_path):
     Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file, exif=exif)
     assert read_rgb(file).size == image_size(file) == (20, 30)
     assert Frame("", file).view().image.shape == (30, 20, 3)
+
+
+def write(folder, reader):
+    file = folder / f"depth.{reader}"
+    if reader == "npy":
+        np.save(file, VALUES)
+    elif reader == "hdf5":
+        with pytest.importorskip("h5py").File(file, "w") as archive:
+            archive["anything"] = VALUES
+    elif reader in ("co3d", "png16"):
+        file = folder / "depths/frame000001.jpg.geometric.png"
+        file.parent.mkdir()
+        pixels = [[0, 5, 30], [20, 65535, 0]] if reader == "png16" else VALUES.astype(np.float16).view(np.uint16)
+        Image.fromarray(np.array(pixels, np.uint16)).save(file)
+    else:
+        header, rows = {"pfm": (b"Pf\n3 2\n-1.0\n", VALUES[::-1]), "colmap": (b"3&2&1&", VALUES)}[reader]
+        file.write_bytes(header + rows.astype("<f4").tobytes())
+    return file
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_depth_is_in_metres_and_0_where_unknown(tmp_path, reader):
+    file, unit = write(tmp_path, reader), 0.2 if reader == "png16" else 2.0
+    depth = read_depth(file, DepthFormat(reader, unit, unknown=65535))
+    assert depth.dtype == np.float32
+    assert np.allclose(depth, [[0, 1, 6], [4, 0, 0]])
+    assert np.allclose(read_depth(file, DepthFormat(reader, unit, unknown=65535, max=4)), [[0, 1, 0], [4, 0, 0]])
+
+
+def test_variants_of_maps_and_masks(tmp_path):
+    """Big-endian PFM; depth of CO3D, unknown outside its mask; masks, split at half."""
+    (tmp_path / "d.pfm").write_bytes(b"Pf\n3 2\n1\n" + VALUES[::-1].astype(">f4").tobytes())
+    assert read_depth(tmp_path / "d.pfm", DepthFormat("pfm")).tolist() == [[0, 0.5, 3], [2, 0, 0]]
+    (tmp_path / "depth_masks").mkdir()
+    Image.fromarray(np.array([[1, 1, 0], [1, 1, 1]], np.uint8)).save(tmp_path / "depth_masks/frame000001.png")
+    assert read_depth(write(tmp_path, "co3d"), DepthFormat("co3d")).tolist() == [[0, 0.5, 0], [2, 0, 0]]
+    Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png").tolist() == [[False, False, True, True]]
+
+
+def test_broken_maps_are_named_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "broken").write_bytes(b"Pf\n3 2\nx\n")
+    Image.new("RGB", (3, 2)).save(tmp_path / "coloured", "png")
+    for reader in READERS:
+        for name in ("broken", "absent"):
+            with pytest.raises(DataError, match=rf"^[^\n]*{name}[^\n]*$"):
+                read_depth(tmp_path / name, DepthFormat(reader))
+    with pytest.raises(DataError, match=r"coloured.*\(2, 3, 3\)"):
+        read_depth(tmp_path / "coloured", DepthFormat("png16"))
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(DataError, match=r"fastmum\[evaluate\]"):
+        read_depth(tmp_path / "d.h5", DepthFormat("hdf5"))

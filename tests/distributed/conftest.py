@@ -1,26 +1,39 @@
 import pytest
-from crew import Crew, free_port, run_main
-from processes import FORKSERVER
+from processes import FORKSERVER, Pool
+from runs import free_port, numbers, ranks_by_size, run_main, run_train
 
 
 @pytest.fixture(scope="session")
-def crew():
-    """Processes that train together, shared by all tests."""
-    crew = Crew()
-    yield crew
-    crew.close()
+def pool():
+    pool = Pool(120, ranks_by_size)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def run(request, pool, image_folder, tmp_path):
+    """Train in a folder on 1, 2 or 4 processes, with the `ARGS` of the test's module and more; returns the metrics."""
+
+    def run(name, size, *more):
+        args = [*request.module.ARGS, f"run.dir={tmp_path / name}", *more]
+        if "run.task=tiny" not in args:
+            args.append(f"data.root={image_folder}")
+        assert pool.run(size, run_train, free_port(), args) == [0] * size
+        return numbers(tmp_path / name)
+
+    return run
 
 
 @pytest.fixture
 def start(image_folder, tmp_path):
-    """Start a run of several processes, in separate processes that are killed after the test."""
+    """Start a run in separate processes, which are killed after the test; each writes `log-<rank>`."""
     processes = []
 
-    def start(size, *words):
-        data = [] if "run.task=tiny" in words else [f"data.root={image_folder}"]
-        port, words = free_port(), [*data, f"run.dir={tmp_path}/run", *words]
+    def start(size, *args):
+        data = [] if "run.task=tiny" in args else [f"data.root={image_folder}"]
+        port, args = free_port(), [*data, f"run.dir={tmp_path}/run", *args]
         started = [
-            FORKSERVER.Process(target=run_main, args=(rank, size, port, words, str(tmp_path / f"words-{rank}")))
+            FORKSERVER.Process(target=run_main, args=(rank, size, port, args, tmp_path / f"log-{rank}"))
             for rank in range(size)
         ]
         for process in started:

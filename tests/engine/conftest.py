@@ -9,7 +9,7 @@ IN_NAMESPACE = "FASTMUM_TEST_IN_NAMESPACE"
 
 @pytest.fixture
 def small_disk(tmp_path, request):
-    """A folder with room for `request.param`; without the right to mount, the test runs again in a namespace."""
+    """A tmpfs of the size `request.param`; without the right to mount it, the test runs again in a namespace."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "none", str(folder)]

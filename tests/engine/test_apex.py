@@ -1,4 +1,4 @@
-"""NVIDIA's Apex: detected, and not its namesake on PyPI; updates by a stand-in of FusedAdam."""
+"""NVIDIA's Apex is distinguished from the package of the same name on PyPI; updates with a substitute of FusedAdam."""
 
 import copy
 import sys
@@ -13,61 +13,42 @@ from fastmum.engine.apex import ApexAdamW, find_fused_adam
 from fastmum.engine.optimizer import AdamW, default_groups, split_weights
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A package called apex, of some files."""
-
-    def package(**files):
-        folder = tmp_path / "apex"
-        folder.mkdir()
-        for name, text in files.items():
-            (folder / f"{name}.py").write_text(text)
-        monkeypatch.syspath_prepend(tmp_path)
-        for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
-            monkeypatch.delitem(sys.modules, name)
-
-    yield package
+def forget_apex():
     for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
         del sys.modules[name]
 
 
 @pytest.mark.skipif("apex" in sys.modules, reason="an apex is installed")
-def test_absent():
-    with pytest.raises(ConfigError, match="NVIDIA's Apex is not installed: build it"):
-        find_fused_adam()
-
-
-def test_the_project_of_the_same_name_on_pypi(package):
-    package(__init__="")
-    with pytest.raises(ConfigError, match=r"apex/__init__.py\) is not NVIDIA's: .*; 'pip install apex'"):
-        find_fused_adam()
-
-
-def test_a_namesake_that_cannot_be_imported(package):
-    package(__init__="import a_web_framework_that_is_not_there")
-    with pytest.raises(ConfigError, match=r"not NVIDIA's: .*a_web_framework_that_is_not_there"):
-        find_fused_adam()
-
-
-def test_found(package):
-    package(__init__="", optimizers="class FusedAdam: pass")
-    assert find_fused_adam().__name__ == "FusedAdam"
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "NVIDIA's Apex is not installed"),
+        ({"__init__": ""}, r"apex/__init__.py\) is not NVIDIA's"),
+        ({"__init__": "import missing_web_framework"}, "not NVIDIA's: .*missing_web_framework"),
+        ({"__init__": "", "optimizers": "class FusedAdam: pass"}, None),
+    ],
+    ids=["absent", "the project on PyPI", "not importable", "found"],
+)
+def test_detection(tmp_path, monkeypatch, files, message):
+    for name, text in files.items():
+        (tmp_path / "apex").mkdir(exist_ok=True)
+        (tmp_path / f"apex/{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    forget_apex()
+    if message:
+        with pytest.raises(ConfigError, match=message):
+            find_fused_adam()
+    else:
+        assert find_fused_adam().__name__ == "FusedAdam"
+    forget_apex()
 
 
 def weights_of(model, dtype):
     return split_weights(model, default_groups(model, OptimSection()), dtype)
 
 
-def test_needs_a_gpu(tiny):
-    with pytest.raises(ConfigError, match="needs a CUDA device"):
-        ApexAdamW(weights_of(tiny, torch.float32), OptimSection(), StandIn)
-
-
-class StandIn(torch.optim.Optimizer):
-    """What the capturable FusedAdam does in its step, with torch's AdamW for its kernel.
-
-    Its way to count is kept: a step adds 1 unless the step before was skipped.
-    """
+class FusedAdamSubstitute(torch.optim.Optimizer):
+    """Apex's capturable FusedAdam with torch's kernel; counts a step unless the one before was skipped."""
 
     def __init__(self, groups, lr, betas, eps, adam_w_mode, capturable):
         assert adam_w_mode
@@ -94,10 +75,11 @@ class StandIn(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_updates_as_torch(tiny, monkeypatch, dtype):
-    """Skipped steps included."""
+    with pytest.raises(ConfigError, match="CUDA"):
+        ApexAdamW(weights_of(tiny, torch.float32), OptimSection(), FusedAdamSubstitute)
     monkeypatch.setattr(apex, "NEEDED", "cpu")
     twin = copy.deepcopy(tiny)
-    ours = ApexAdamW(weights_of(tiny, dtype), OptimSection(), StandIn)
+    ours = ApexAdamW(weights_of(tiny, dtype), OptimSection(), FusedAdamSubstitute)
     theirs = AdamW(weights_of(twin, dtype), OptimSection())
     for step in range(4):
         for p, q in zip(tiny.parameters(), twin.parameters(), strict=True):

@@ -1,31 +1,29 @@
+"""Memory that is freed on the CPU is kept and reused."""
+
 import platform
-import subprocess
-import sys
+import resource
 
 import pytest
-
-PROGRAM = """
-import resource, sys
 import torch
+from processes import FORKSERVER
+
 from fastmum.engine.device import keep_freed_memory
-if sys.argv[1] == "keep":
-    assert keep_freed_memory()
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.ones(1 << 24, dtype=torch.uint8)
-before = faults()
-for _ in range(60):
-    torch.ones(1 << 26, dtype=torch.uint8)
-print(faults() - before)
-"""
+
+SIZE = 1 << 26
+
+
+def page_faults(keep):
+    assert not keep or keep_freed_memory()
+    torch.ones(SIZE // 4, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(60):
+        torch.ones(SIZE, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
 def test_freed_pages_are_reused():
-    faults = {}
-    for choice in ("keep", "give"):
-        command = [sys.executable, "-c", PROGRAM, choice]
-        faults[choice] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    pages = (1 << 26) // 4096
-    assert faults["give"] > 50 * pages, "glibc gives every tensor back by default"
-    assert faults["keep"] < 10 * pages, "a few until the heap is large enough, then none"
+    for keep in (False, True):
+        with FORKSERVER.Pool(1) as process:  # in a process that has freed nothing
+            pages = process.apply(page_faults, (keep,)) / (SIZE / 4096)
+        assert pages < 10 if keep else pages > 50

@@ -1,4 +1,4 @@
-"""Steps between log steps do not wait for the device: no operator whose result the host must see."""
+"""Steps between log steps do not synchronise with the device."""
 
 import ast
 from pathlib import Path
@@ -22,35 +22,26 @@ SYNCS = {
     "_local_scalar_dense", "item", "nonzero", "nonzero_numpy", "argwhere", "masked_select", "is_nonzero", "equal",
     "unique", "_unique2", "unique_dim", "unique_consecutive", "allclose", "bincount", "histc",
 }  # fmt: skip
-ENGINE = Path(fastmum.__file__).parent / "engine"
-# What a step goes through, but for functions that belong to the host: plans of attention, checks, log steps.
-ON_THE_PATH = {
-    "step.py": set(),
-    "meter.py": {"read"},
-    "optimizer.py": set(),
-    "device.py": set(),
-    "gradients.py": set(),
-}
+# Files of a training step, and their functions that run only at log steps.
+STEP_FILES = {"step.py": [], "meter.py": ["read"], "optimizer.py": [], "device.py": [], "gradients.py": []}
 CALLS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}
 
 
 class NoSync(TorchDispatchMode):
-    """Notes operators that a host would have to wait for."""
+    """Records operators whose result the host needs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found, self.seen = [], 0
+        self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen += 1
         if func.overloadpacket.__name__ in SYNCS:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_step_makes_no_operator_that_waits(image_folder, tmp_path, precision, parts):
+@pytest.mark.parametrize(("precision", "parts"), [("bf16", 1), ("fp32", 2)])
+def test_a_step_calls_no_synchronising_operator(image_folder, tmp_path, precision, parts):
     build("folder", image_folder, tmp_path / "a.arrow")
     config = load_config(None, [
         f"data.manifests=[{tmp_path}/a.arrow]", "model.preset=mum_tiny", "data.image_size=32", "data.views=[2,3]",
@@ -72,27 +63,20 @@ def test_a_step_makes_no_operator_that_waits(image_folder, tmp_path, precision, 
                 step.accumulate(next(batches), last=part == parts - 1)
             step.update(done, 1e-3)
     batches.close()
-    assert mode.seen > 100
     assert not mode.found
-    assert optimizer.steps == 2
-
-
-def test_the_mode_sees_what_waits():
-    with NoSync() as mode:
-        torch.ones(3).sum().item()
+    with mode:  # it records what it should
+        assert optimizer.steps.item() == 2
         torch.ones(3).nonzero()
-    assert len(mode.found) >= 2
+    assert len(mode.found) == 2
 
 
-@pytest.mark.parametrize("file", ON_THE_PATH)
-def test_nothing_on_the_path_asks_for_values(file):
-    """Tensors on the CPU cannot show a copy from a device: their .cpu() is nothing."""
-    tree = ast.parse((ENGINE / file).read_text())
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    assert {f.name for f in functions} >= ON_THE_PATH[file]
-    for function in functions:
-        if function.name not in ON_THE_PATH[file]:
-            calls = {
-                n.func.attr for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)
-            }
-            assert not calls & CALLS, f"{file}: {function.name}"
+@pytest.mark.parametrize("file", STEP_FILES)
+def test_the_source_of_a_step_copies_nothing_to_the_host(file):
+    """The operators of a CPU run cannot show it: `.cpu()` of a CPU tensor calls none."""
+    tree = ast.parse((Path(fastmum.__file__).parent / "engine" / file).read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    for name in STEP_FILES[file]:
+        del functions[name]
+    for name, function in functions.items():
+        calls = {n.func.attr for n in ast.walk(function) if isinstance(n, ast.Call) and hasattr(n.func, "attr")}
+        assert not calls & CALLS, f"{file}: {name}"

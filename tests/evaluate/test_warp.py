@@ -17,7 +17,7 @@ from fastmum.evaluate.pairs import Pair, open_pairs, pair_warp
 from fastmum.evaluate.pairs.scenes import from_folders
 from fastmum.geometry.warp import Warp, grid_points, upsample_warp, warp_image
 from fastmum.scenes.layout import build_scene
-from fastmum.scenes.raycast import View, trace
+from fastmum.scenes.raycast import SceneView, trace
 
 angle = st.floats(-0.25, 0.25)
 place = st.floats(-0.6, 0.6)
@@ -65,7 +65,7 @@ def test_rendered_scenes_against_rays(rendered):
     for pair in pairs:
         frames = (cameras["frames"][int(name)] for name in pair.name.split("/")[1].split("-"))
         views = [
-            View(scene.solids, scene.open_top, np.array(frame["K"]), np.array(frame["T_cam_world"]), size, size)
+            SceneView(scene.solids, scene.open_top, np.array(frame["K"]), np.array(frame["T_cam_world"]), size, size)
             for frame in frames
         ]
         depth, solid = trace(views[0], views[0].directions(x, y), (x, y))

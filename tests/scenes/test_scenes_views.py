@@ -13,7 +13,7 @@ from scipy.ndimage import map_coordinates
 
 from fastmum.scenes import ensure_scenes, scene_dirs
 from fastmum.scenes.layout import build_scene
-from fastmum.scenes.raycast import View, trace
+from fastmum.scenes.raycast import SceneView, trace
 from fastmum.scenes.shapes import CYLINDER, SHELL, SIDES, SPHERE, fold, unfold
 from fastmum.scenes.textures import MATERIALS, Face
 
@@ -27,7 +27,7 @@ class Frame(NamedTuple):
     T: np.ndarray
 
     def view(self, scene):
-        return View(scene.solids, scene.open_top, self.K, self.T, *self.depth.shape)
+        return SceneView(scene.solids, scene.open_top, self.K, self.T, *self.depth.shape)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_first_hits_lie_on_a_surface_with_nothing_before_them():
     for index in (0, 3):
         scene = build_scene(0, index)
         T = scene.path.poses(5)[4]
-        view = View(scene.solids, scene.open_top, scene.path.intrinsics(64), T, 64, 64)
+        view = SceneView(scene.solids, scene.open_top, scene.path.intrinsics(64), T, 64, 64)
         x, y = rng.uniform(0, 64, (2, 300))
         depth, solid = trace(view, view.directions(x, y), (x, y))
         hit = solid >= 0

@@ -5,6 +5,7 @@ manifest holds their sequences in the order of `Builder.parts`, so it does not d
 """
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,14 @@ from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import CHUNK, cut_into_chunks
 
+log = logging.getLogger(__name__)
+
+Cameras = tuple[np.ndarray | None, np.ndarray | None]  # poses and intrinsics of the frames, as in `SequenceRecord`
+
 RULES = ("paper", "released")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+# Folders next to a scene's photographs that hold something else.
+OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normals"})
 
 
 class Option(NamedTuple):
@@ -71,8 +78,7 @@ CHUNK_RULE = f"natural order, chunks of {CHUNK}, the last one shorter"
 
 
 def make_scene(
-    root: Path, name: str, frames: list[str], options: Options,
-    cameras: Callable[[], tuple[np.ndarray | None, np.ndarray | None]] | None = None,
+    root: Path, name: str, frames: list[str], options: Options, cameras: Callable[[], Cameras] | None = None,
     depths: Iterable[str] = (), depth_format: DepthFormat | None = None, masks: Iterable[str] = (),
 ) -> SequenceRecord:  # fmt: skip
     """A scene with what the options ask for.
@@ -110,6 +116,26 @@ def is_image(name: str) -> bool:
 def images_in(folder: Path) -> list[str]:
     """Names of the images in a folder in natural order (2 before 10); empty if there is no such folder."""
     return natsort.natsorted(name for name in names_in(folder) if is_image(name))
+
+
+def walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
+    """Visible folders at or below the root, '.' for the root itself, and the names of their files.
+
+    Folders named as in `skip`, in lower case, are left out, which is logged.
+    """
+    skipped = 0
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        kept = [name for name in subfolders if name.lower() not in skip]
+        skipped += len(subfolders) - len(kept)
+        subfolders[:] = natsort.natsorted(name for name in kept if not name.startswith("."))
+        yield Path(folder).relative_to(root).as_posix(), files
+    if skipped:
+        log.info("skipped %d folders of depth, masks or normals under %s", skipped, root)
+
+
+def image_folders(root: Path) -> list[str]:
+    """Every visible folder at or below the root that contains images, without those of depth, masks and normals."""
+    return [folder for folder, files in walk(root, OTHER_FOLDERS) if any(map(is_image, files))]
 
 
 def folders_in(folder: Path) -> list[str]:

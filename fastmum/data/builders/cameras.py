@@ -15,9 +15,10 @@ import numpy as np
 from PIL import Image
 
 from fastmum.data import errors
+from fastmum.data.builders.base import Cameras
+from fastmum.data.decode.image import ORIENTATION
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
-ORIENTATION = 0x0112  # EXIF tag
 # Turned camera axes of the EXIF orientations 3 (by 180 degrees), 6 (90 clockwise) and 8 (90 counter-clockwise).
 TURNS = {3: [[-1, 0], [0, -1]], 6: [[0, -1], [1, 0]], 8: [[0, 1], [-1, 0]]}
 
@@ -75,13 +76,11 @@ def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.nd
     return axes @ pose, np.concatenate([fx_fy, centre]), True
 
 
-def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
+def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> Cameras:
     """Poses and intrinsics from a nerfstudio `transforms.json`, without lens distortion; None if it is missing.
 
     The file may list the images in any folder, and its intrinsics may be for larger ones than those in `images`.
-
-    Returns:
-        (n, 4, 4) poses and (n, 4) intrinsics (None if no image is readable), NaN for images that are not listed.
+    Images that are not listed get NaN; intrinsics are None if no image is readable.
     """
     if not file.is_file():
         return None, None

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ import natsort
 import numpy as np
 
 from fastmum.data.builders import base
-from fastmum.data.builders.base import Builder, Options
+from fastmum.data.builders.base import Builder, Cameras, Options
 from fastmum.data.builders.cameras import (
     OPENGL_TO_OPENCV,
     by_name,
@@ -47,7 +48,7 @@ def arkitscenes(root: Path, part: str, options: Options) -> Iterator[SequenceRec
     yield from base.chunks(scan, options, ARKIT_RELEASED_CHUNK)
 
 
-def arkit_cameras(folder: Path, names: list[str]) -> tuple[np.ndarray | None, np.ndarray]:
+def arkit_cameras(folder: Path, names: list[str]) -> Cameras:
     """Poses (None if there is no trajectory) and intrinsics.
 
     The trajectory has lines of seconds, rotation vector, translation: camera_from_world, OpenCV axes (the data set's
@@ -64,20 +65,14 @@ def arkit_cameras(folder: Path, names: list[str]) -> tuple[np.ndarray | None, np
         return None, intrinsics
     lines = read_table(file, 7, "a trajectory")
     lines = lines[np.argsort(lines[:, 0])]
-    times = np.array([_seconds(name) for name in names])
+    stamps = [name.rpartition(".")[0].rpartition("_")[2] for name in names]
+    times = np.array([float(stamp) if re.fullmatch(r"\d+(\.\d*)?", stamp) else np.nan for stamp in stamps])
     nearest = np.searchsorted((lines[1:, 0] + lines[:-1, 0]) / 2, times)
     poses = np.tile(np.eye(4, dtype=np.float32), (len(names), 1, 1))
     poses[:, :3, :3] = Rotation.from_rotvec(lines[nearest, 1:4]).as_matrix()
     poses[:, :3, 3] = lines[nearest, 4:]
     poses[~(np.abs(lines[nearest, 0] - times) < ARKIT_TIME_TOLERANCE)] = np.nan
     return poses, intrinsics
-
-
-def _seconds(name: str) -> float:
-    try:
-        return float(name.rpartition(".")[0].rpartition("_")[2])
-    except ValueError:
-        return np.nan
 
 
 def hypersim(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
@@ -105,9 +100,7 @@ def hypersim(root: Path, part: str, options: Options) -> Iterator[SequenceRecord
     yield from base.whole(scene, options)
 
 
-def hypersim_cameras(
-    root: Path, scene: str, cameras: dict[str, list[str]]
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+def hypersim_cameras(root: Path, scene: str, cameras: dict[str, list[str]]) -> Cameras:
     """Poses in metres and intrinsics of all frames; None if there is no file of camera parameters.
 
     The file's matrix maps u v 1, from -1 to 1 and v upwards, to rays. Some scenes have a tilted image plane: their
@@ -122,8 +115,8 @@ def hypersim_cameras(
         row = {row["scene_name"]: row for row in csv.DictReader(stream)}[scene]
         cam_from_uv = np.array([[float(row[f"M_cam_from_uv_{i}{j}"]) for j in range(3)] for i in range(3)])
         scale = float(row["settings_units_info_meters_scale"])
-    folders = {camera: root / scene / "images" / (HYPERSIM_PREFIX + camera + HYPERSIM_SUFFIX) for camera in cameras}
-    sizes = [image_size(folders[camera], names) for camera, names in cameras.items()]
+    prefix = root / scene / "images" / HYPERSIM_PREFIX
+    sizes = (image_size(Path(f"{prefix}{camera}{HYPERSIM_SUFFIX}"), names) for camera, names in cameras.items())
     if (size := next(filter(None, sizes), None)) is None:
         return None, None
     uv_from_pixel = np.array([[2 / size[0], 0, -1], [0, -2 / size[1], 1], [0, 0, 1]])

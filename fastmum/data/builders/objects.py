@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastmum.data.builders import base
-from fastmum.data.builders.base import Builder, Option, Options
+from fastmum.data.builders.base import Builder, Cameras, Option, Options
 from fastmum.data.builders.cameras import by_name, from_K, inverse, read_table, reading
 from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
@@ -57,7 +57,7 @@ def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
             yield from base.whole(video._replace(depth_units=units), options)
 
 
-def co3d_cameras(frames: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def co3d_cameras(frames: list[dict[str, Any]]) -> Cameras:
     """camera_from_world (n, 4, 4) and fx fy cx cy (n, 4) of frame annotations, NaN where there is no viewpoint."""
     poses = np.full((len(frames), 4, 4), np.nan, np.float32)
     intrinsics = np.full((len(frames), 4), np.nan, np.float32)
@@ -79,7 +79,7 @@ def wildrgbd(root: Path, part: str, options: Options) -> Iterator[SequenceRecord
     yield from base.whole(video, options)
 
 
-def wildrgbd_cameras(folder: Path, names: list[str]) -> tuple[np.ndarray | None, np.ndarray | None]:
+def wildrgbd_cameras(folder: Path, names: list[str]) -> Cameras:
     """Poses and intrinsics, None if their file is missing.
 
     cam_poses.txt: a frame's number and world_from_camera row by row, OpenCV axes. metadata: K column by column.

@@ -1,4 +1,4 @@
-"""Scenes and images in one folder each: DL3DV, 3DStreetView, RealEstate10K, BlendedMVS, ImageNet, rendered scenes."""
+"""Scenes in one folder each: DL3DV, 3DStreetView, RealEstate10K, BlendedMVS, ImageNet, rendered scenes, any folders."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmum.data.builders import base
-from fastmum.data.builders.base import Builder, Option, Options
+from fastmum.data.builders.base import Builder, Cameras, Option, Options
 from fastmum.data.builders.cameras import by_name, from_K, image_size, read_nerfstudio, read_table, reading
 from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
@@ -28,7 +28,7 @@ def blendedmvs(root: Path, part: str, options: Options) -> Iterator[SequenceReco
     yield from base.chunks(scene, options, released=None)
 
 
-def mvsnet_cameras(folder: Path, stems: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def mvsnet_cameras(folder: Path, stems: list[str]) -> Cameras:
     """camera_from_world and fx fy cx cy from camera files of MVSNet; NaN for frames without a file."""
     poses, intrinsics = {}, {}
     for stem in stems:
@@ -59,7 +59,7 @@ def realestate10k(root: Path, part: str, options: Options) -> Iterator[SequenceR
     yield from base.chunks(clip, options, released=None)
 
 
-def realestate10k_cameras(file: Path, names: list[str], images: Path) -> tuple[np.ndarray | None, np.ndarray | None]:
+def realestate10k_cameras(file: Path, names: list[str], images: Path) -> Cameras:
     """Poses and intrinsics of frames that are named after their time stamps; NaN where the file has no line.
 
     After the clip's address, one line per frame: time stamp, fx fy cx cy as fractions of width and height, two zeros,
@@ -82,15 +82,20 @@ def streetview3d(root: Path, part: str, options: Options) -> Iterator[SequenceRe
     yield from base.chunks(SequenceRecord(part.rpartition("/")[2], frames), options, STREETVIEW_RELEASED_CHUNK)
 
 
-def imagenet_parts(root: Path, options: Options) -> list[str]:
-    """Classes: folders of `train/`, or of the root if there is no such folder."""
-    return base.matching_folders(root, "train/*" if (root / "train").is_dir() else "*")
-
-
 def imagenet(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """Every image is a sequence."""
     for name in base.images_in(root / part):
         yield SequenceRecord(f"{part}/{name}", [f"{part}/{name}"])
+
+
+def folder(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
+    """The folder as a sequence, or each of its images as one."""
+    prefix = "" if part == "." else f"{part}/"
+    frames = [prefix + name for name in base.images_in(root / part)]
+    if options.single:
+        yield from (SequenceRecord(frame, [frame]) for frame in frames)
+    else:
+        yield from base.whole(SequenceRecord(root.resolve().name if part == "." else part, frames), options)
 
 
 BUILDERS = {
@@ -128,7 +133,7 @@ BUILDERS = {
     "imagenet": Builder(
         layout="train/<class>/*.JPEG, or <class>/*.JPEG",
         paper="every image is a sequence",
-        parts=imagenet_parts,
+        parts=lambda root, options: base.matching_folders(root, "train/*" if (root / "train").is_dir() else "*"),
         sequences=imagenet,
     ),
     "scenes": Builder(
@@ -137,5 +142,15 @@ BUILDERS = {
         parts=lambda root, options: base.matching_folders(root, "*", "cameras.json"),
         sequences=lambda root, part, options: base.whole(rendered_scene(root, part), options),
         options=base.MIN_FRAMES,
+    ),
+    "folder": Builder(
+        layout="any folders of images; depth, mask and normal folders are skipped",
+        paper="every folder with images is a sequence, in natural order",
+        parts=lambda root, options: base.image_folders(root),
+        sequences=folder,
+        options={
+            "min_frames": Option(1, "skip shorter sequences", min=1),
+            "single": Option(False, "every image is a sequence"),
+        },
     ),
 }

@@ -1,7 +1,6 @@
 """Image collections with COLMAP models: MegaDepth, MegaScenes and any others, chained by the paper's rules."""
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -89,20 +88,15 @@ def megascenes(root: Path, part: str, options: Options) -> Iterator[SequenceReco
 
 def colmap_parts(root: Path, options: Options) -> list[str]:
     """Folders at or below the root that hold an images.bin or images.txt, '.' for the root itself."""
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        name = Path(folder).relative_to(root).as_posix()
-        if {"images.bin", "images.txt"} & set(files) and fnmatchcase(name, options.models):
-            found.append(name)
+    folders = (folder for folder, files in base.walk(root) if {"images.bin", "images.txt"} & set(files))
+    found = [folder for folder in folders if fnmatchcase(folder, options.models)]
     return _whole_models(root, natsort.natsorted(found), options)
 
 
 def colmap(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """The chains of a model; none if its images are not found, which is logged."""
     model = _unless_broken(read_model, root / part, options)
-    images = _find_images(model, root, part, options) if model else None
-    if model is None or images is None:
+    if model is None or (images := _find_images(model, root, part, options)) is None:
         return
     maps = PurePosixPath(images).parent / "stereo/depth_maps"  # of the workspace of `colmap image_undistorter`
 
@@ -150,11 +144,9 @@ def _sequences(
 ) -> Iterator[SequenceRecord]:  # fmt: skip
     """Chains of a model by the paper's rules, or what the released scripts do instead.
 
-    Args:
-        part: name of the model, prefix of its sequences' names.
-        images: folder of the images, below the root.
-        chain: "overlap" (MegaDepth) or "angle" (MegaScenes, whose released script takes whole models).
-        depth: path of the depth map of an image, "" if there is none.
+    `part` is the prefix of their names, `images` the folder of the images below the root, `chain` "overlap" (MegaDepth)
+    or "angle" (MegaScenes, whose released script takes whole models); `depth` returns the path of an image's depth map,
+    "" if there is none.
     """
     frames = [name if images == "." else f"{images}/{name}" for name in model.names]
     present = np.array([bool(path) for path in base.existing(root, frames) or [""] * len(frames)])
@@ -181,8 +173,7 @@ def _sequences(
     scene = SequenceRecord(part, frames)
     listed = depth is not None and options.depth
     if found and (options.poses or listed):
-        # COLMAP ignores the EXIF orientation (its issue 2104), decoders do not. Depth maps of turned images are left
-        # out, because they have the orientation of the stored pixels.
+        # COLMAP ignores the EXIF orientation (its issue 2104), decoders do not: depth maps of turned images do not fit.
         poses, intrinsics = model.poses.astype(np.float32), model.intrinsics.astype(np.float32)
         depths = [""] * len(frames)
         for i in np.unique(np.concatenate(found)).tolist():

@@ -1,7 +1,5 @@
 """Videos: frames are written as JPEG next to the manifest, and chunks of them are sequences."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -9,17 +7,16 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import natsort
+from PIL import Image
 
-from fastmum.data.builders.base import CHUNK_RULE, CHUNKED, Builder, Option, Options, chunks, images_in
+from fastmum.data.builders.base import CHUNK_RULE, CHUNKED, Builder, Option, Options, chunks, images_in, walk
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import CHUNK
-
-if TYPE_CHECKING:
-    from PIL import Image
+from fastmum.errors import writing
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +46,8 @@ def begin(root: Path, options: Options) -> None:
 
 def parts(root: Path, options: Options) -> list[str]:
     """Videos at any depth, in natural order."""
-    found = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        videos = (f for f in files if Path(f).suffix.lower() in VIDEO_SUFFIXES and not f.startswith("."))
-        found += [Path(folder, name).relative_to(root).as_posix() for name in videos]
-    return natsort.natsorted(found)
+    files = (Path(folder, name) for folder, names in walk(root) for name in names if not name.startswith("."))
+    return natsort.natsorted(file.as_posix() for file in files if file.suffix.lower() in VIDEO_SUFFIXES)
 
 
 def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
@@ -82,16 +75,14 @@ def _extract(video: Path, folder: Path, settings: dict[str, Any]) -> None:
     """Write the frames into a temporary folder that is renamed when complete."""
     partial = folder.with_name(f".{folder.name}.part")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for number, image in _frames(video, settings):
-            image.save(partial / f"{number:06d}.jpg", quality=settings["quality"])
-        (partial / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"the frames of '{video}' cannot be written to '{folder}' ({reason})") from None
+        with writing(folder, DataError):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for number, image in _frames(video, settings):
+                image.save(partial / f"{number:06d}.jpg", quality=settings["quality"])
+            (partial / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -125,9 +116,8 @@ def _upright(frame: Any, short_side: int) -> Image.Image:
     image = frame.to_image()
     if frame.rotation:  # phones store upright video rotated, with a rotation matrix
         image = image.rotate(frame.rotation, expand=True)
-    if 0 < short_side < min(image.size):
-        scale = short_side / min(image.size)
-        image = image.resize([round(side * scale) for side in image.size], reducing_gap=3.0)
+    if 0 < short_side < (shorter := min(image.size)):
+        image = image.resize([round(side * (short_side / shorter)) for side in image.size], reducing_gap=3.0)
     return image
 
 

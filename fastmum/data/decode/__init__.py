@@ -61,11 +61,8 @@ class PillowDecoder:
     """Decodes in the calling thread; Pillow and torch release the GIL meanwhile.
 
     Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where the crop allows it. These are never cached, because
-    a frame must not depend on what was decoded before.
-
-    Args:
-        cache_bytes: memory for decoded images, which are never evicted; further images are decoded each time.
-        pin_memory: return page-locked memory, for asynchronous copies to a GPU.
+    a frame must not depend on what was decoded before. Other images stay in `cache_bytes` of memory until it is full.
+    With `pin_memory` frames are in page-locked memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, size: int, cache_bytes: int = 0, pin_memory: bool = False) -> None:
@@ -130,33 +127,29 @@ def _box_in_file(crop: np.ndarray, image: Header | _Decompressed) -> tuple[int, 
 
 
 def make_decoder(name: str, size: int, device: torch.device | str = "cpu", cache_bytes: int = 0) -> Decoder:
-    """Create a decoder of frames of `size` x `size` pixels.
+    """Create a decoder of frames of `size` x `size` pixels; DataError if it cannot run here.
 
     Args:
-        name: `dali` (on the GPU), `dali_cpu`, `pillow`, or `auto`: dali for a CUDA device where it is installed, else
-            pillow.
+        name: `dali` (on the GPU), `dali_cpu`, `pillow`, or `auto`: dali for a CUDA device if installed, else pillow.
         device: where training runs; for a GPU, frames decoded on the CPU are page-locked.
         cache_bytes: memory for decoded images; only pillow has a cache.
     """
     device = torch.device(device)
-    on_gpu, installed = device.type == "cuda", _has_dali()
+    on_gpu, installed, where = device.type == "cuda", _has_dali(), f"data.decoder is '{name}', but"
     if name not in DECODERS:
-        raise DataError(f"data.decoder is '{name}', but must be one of {', '.join(DECODERS)}")
-    if name == "auto":
-        name = "dali" if on_gpu and installed else "pillow"
-        if on_gpu and not installed:
-            log.warning("frames are decoded on the CPU by Pillow; for decoding on the GPU: %s", INSTALL_DALI)
-    if name == "pillow":
+        raise DataError(f"{where} must be one of {', '.join(DECODERS)}")
+    if name == "auto" and on_gpu and not installed:
+        log.warning("frames are decoded on the CPU by Pillow; for decoding on the GPU: %s", INSTALL_DALI)
+    if name == "pillow" or (name == "auto" and not (on_gpu and installed)):
         return PillowDecoder(size, cache_bytes, pin_memory=on_gpu)
     if not installed:
-        raise DataError(f"data.decoder is '{name}', but DALI is not installed: {INSTALL_DALI}, or data.decoder=pillow")
+        raise DataError(f"{where} DALI is not installed: {INSTALL_DALI}, or data.decoder=pillow")
     from fastmum.data.decode.dali import DaliCpuDecoder, DaliGpuDecoder
 
     if name == "dali_cpu":
         return DaliCpuDecoder(size, pin_memory=on_gpu)
     if not on_gpu:
-        remedy = "data.decoder=dali_cpu or pillow decode on the CPU"
-        raise DataError(f"data.decoder is 'dali', which decodes on a GPU, but the run is on '{device}'; {remedy}")
+        raise DataError(f"{where} the run is on '{device}': data.decoder=dali_cpu or pillow decode on the CPU")
     return DaliGpuDecoder(size, device)
 
 

@@ -33,10 +33,8 @@ def frame_nodes(device: GraphDevice, size: int) -> tuple[DataNode, DataNode]:
     """Define the graph in the current pipeline: region of interest, resize, flip.
 
     Inputs, one batch each: `encoded` (n,) uint8, the bytes of a file; `anchor` and `shape` (2,) int32, left and top,
-    width and height of the region in the upright image; `mirror` () int32, only used by the frames.
-
-    Returns:
-        Regions (h, w, 3) and resized, flipped frames (size, size, 3), both uint8 RGB, upright.
+    width and height of the region in the upright image; `mirror` () int32, only used by the frames. Returns regions
+    (h, w, 3) and resized, flipped frames (size, size, 3), both uint8 RGB, upright.
     """
     encoded = fn.external_source(name="encoded", dtype=types.DALIDataType.UINT8, ndim=1)
     anchor, shape = (fn.external_source(name=n, dtype=types.DALIDataType.INT32, ndim=1) for n in ("anchor", "shape"))
@@ -132,8 +130,7 @@ class _Runner:
     ) -> tuple[Any, dict[int, str]]:
         """Run a pipeline for up to `capacity` frames; `flips` is None for pipelines that return regions.
 
-        Returns:
-            The pipeline's output, a DALI TensorList; index and reason of every file that cannot be decoded.
+        Returns a DALI TensorList, and index and reason of every file that cannot be decoded.
         """
         frames, bad = self._encode_all(files, crops)
         try:

@@ -4,18 +4,11 @@ A checkpoint is a folder with the files of `torch.distributed.checkpoint` and a 
 one flat state, names -> tensors, of all ranks.
 """
 
-from fastmum.engine.checkpoint.manifest import (
-    CheckpointError,
-    CheckpointManifest,
-    FoundCheckpoint,
-    State,
-    find_checkpoints,
-    set_aside_after,
-)
-from fastmum.engine.checkpoint.shards import CheckpointWeights, load_checkpoint, load_newest, read_weights
+from fastmum.engine.checkpoint.manifest import CheckpointError, find_checkpoints, set_aside_after
+from fastmum.engine.checkpoint.shards import load_checkpoint, load_newest, read_weights
 from fastmum.engine.checkpoint.writer import Checkpoints
 
 __all__ = [
-    "CheckpointError", "CheckpointManifest", "CheckpointWeights", "Checkpoints", "FoundCheckpoint", "State",
-    "find_checkpoints", "load_checkpoint", "load_newest", "read_weights", "set_aside_after",
+    "CheckpointError", "Checkpoints", "find_checkpoints", "load_checkpoint", "load_newest", "read_weights",
+    "set_aside_after",
 ]  # fmt: skip

@@ -1,7 +1,5 @@
 """Checkpoint manifests, and the checkpoints of a folder ordered by them: file names and times have no meaning."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
@@ -10,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import xxhash
 from torch import Tensor
@@ -52,7 +50,7 @@ class TensorSpec(NamedTuple):
     dtype: str
 
     @classmethod
-    def of(cls, tensor: Tensor | Halves) -> TensorSpec:
+    def of(cls, tensor: Tensor | Halves) -> Self:
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 

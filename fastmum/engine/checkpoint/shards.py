@@ -211,12 +211,8 @@ def load_newest(
 ) -> CheckpointManifest | None:
     """Fill `state` in place from the newest intact checkpoint; None if there is no checkpoint.
 
-    Args:
-        path: a checkpoint, a folder of checkpoints, or a run.
-        state: tensors of the saved names and global shapes, sharded in any way.
-
-    Raises:
-        CheckpointError: no checkpoint is intact, or the newest intact one holds another model or other tensors.
+    `path` is a checkpoint, a folder of checkpoints, or a run; `state` has tensors of the saved names and global shapes,
+    sharded in any way. CheckpointError: none is intact, or the newest intact one holds another model or other tensors.
     """
     ranks = Ranks(group)
 

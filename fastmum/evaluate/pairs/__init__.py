@@ -34,27 +34,26 @@ class Layout(NamedTuple):
 
 SETS: dict[str, Layout] = {
     "scenes": Layout("rendered scenes: the embedded ones, or a folder with scene_0000, ...",
-                     scenes.embedded, scenes.from_root, scenes.is_scenes, splits=True),
+                     scenes.embedded, scenes.from_root,
+                     lambda root: any(root.glob("scene_*/cameras.json")), splits=True),
     "motorcycle": Layout("Middlebury's stereo pair of that name, from scikit-image", motorcycle.stereo),
     "pairs": Layout("pairs.jsonl: images, K, T_b_a and depth, one pair per line",
-                    None, jsonl.from_file, jsonl.is_jsonl, splits=True),
-    "scannet": Layout("ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root, scannet.is_scannet),
-    "megadepth": Layout("MegaDepth-1500 as LoFTR, DKM and RoMa have it",
-                        None, megadepth.from_root, megadepth.is_megadepth),
-    "navi": Layout("NAVI, for recall by cosine matching after Probe3D", None, navi.from_root, navi.is_navi),
+                    None, jsonl.from_file,
+                    lambda path: jsonl.file_of(path).is_file() and jsonl.file_of(path).suffix == ".jsonl", splits=True),
+    "scannet": Layout("ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root,
+                      lambda root: any((root / name).is_file() for name in scannet.TEST_FILES)),
+    "megadepth": Layout("MegaDepth-1500 as LoFTR, DKM and RoMa have it", None, megadepth.from_root,
+                        lambda root: bool(megadepth.information_files(root, "test"))),
+    "navi": Layout("NAVI, for recall by cosine matching after Probe3D", None, navi.from_root,
+                   lambda root: any(root.glob("*/wild_set/annotations.json"))),
 }  # fmt: skip
 
 
 def open_pairs(name: str, part: Part = "all") -> PairSet:
-    """The set that a user names.
+    """The set that a user names by a word, a path, or both with a colon between; DataError if it cannot be read.
 
-    Args:
-        name: a word, a path, or both with a colon between, as in `SETS`.
-        part: "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable" may
-            be trained on if nothing of the set is tested on.
-
-    Raises:
-        DataError: no such set, or one that cannot be read.
+    Of the parts, "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable"
+    may be trained on if nothing of the set is tested on.
     """
     layout, path = _find(name)
     if part == "trainable":

@@ -29,11 +29,6 @@ def file_of(path: Path) -> Path:
     return path if path.is_file() else path / "pairs.jsonl"
 
 
-def is_jsonl(path: Path) -> bool:
-    """Whether the path is a `.jsonl` file."""
-    return file_of(path).is_file() and file_of(path).suffix == ".jsonl"
-
-
 def from_file(path: Path, part: str) -> PairSet:
     """The pairs of a file, or of the `pairs.jsonl` in a folder, that have depth on both sides; see `split`."""
     file = file_of(path)

@@ -40,21 +40,16 @@ NO_TEST = (
 )
 
 
-def is_megadepth(root: Path) -> bool:
-    """Whether a folder holds the scene files of MegaDepth-1500."""
-    return root.is_dir() and bool(_information(root, "test"))
-
-
 def from_root(root: Path, part: str) -> PairSet:
     """The 1,500 pairs for "test" and "all", or pairs of all other scenes for "train"."""
-    files = _information(root, part)
+    files = information_files(root, part)
     if not files:
         raise DataError(f"'{root}' {NO_TRAINING if part == 'train' else NO_TEST}")
     return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], origin="megadepth")
 
 
-def _information(root: Path, part: str) -> list[Path]:
-    """Files of scene information, LoFTR's if both kinds exist."""
+def information_files(root: Path, part: str) -> list[Path]:
+    """Files of scene information, LoFTR's if both kinds exist; none in a folder of another layout."""
     if part != "train":
         for folder in _LOFTR_TEST:
             found = sorted(file for scene in TEST_SCENES for file in (root / folder).glob(f"{scene}_*.npz"))

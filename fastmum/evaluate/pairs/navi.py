@@ -8,8 +8,6 @@ Probe3D: every fourth image of the wild sets; its partner is another image of th
 cropped to a square around the object.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +32,6 @@ INVERSE = 65535 * 10  # millimetres times counts, NAVI's `decode_depth`
 MILLIMETRE = 1e-3  # metres
 
 
-def is_navi(root: Path) -> bool:
-    """Whether a folder holds NAVI's annotated objects."""
-    return root.is_dir() and any(root.glob("*/wild_set/annotations.json"))
-
-
 def from_root(root: Path, part: str) -> PairSet:
     """Pairs of images of one object in front of different backgrounds; "all" and "test" are the same."""
     if part == "train":
@@ -49,36 +42,6 @@ def from_root(root: Path, part: str) -> PairSet:
     rng = np.random.default_rng(SEED)
     pairs = [pair for file in files for pair in _pairs(file, rng)]
     return PairSet("navi", pairs[::EVERY], SIZE, objects=True)
-
-
-def _pairs(file: Path, rng: np.random.Generator) -> list[Pair]:
-    annotations = read_json(file)
-    with reading(file, "an annotation of NAVI"):
-        frames = [_frame(annotation, file.parent, f"'{file}'") for annotation in annotations]
-    rotations = np.array([frame.whole.camera_from_world[:3, :3] for frame in frames]).reshape(-1, 3, 3)
-    pairs = []
-    for i, frame in enumerate(frames):
-        angles = rotation_error(rotations, rotations[i])
-        partners = np.flatnonzero((angles > 0) & (angles <= MAX_ANGLE) & (np.arange(len(frames)) != i))
-        if len(partners):
-            other = frames[rng.choice(partners)]
-            pairs.append(Pair(f"{frame.key}-{Path(other.key).stem}", file.parent.parent.name, frame, other))
-    return pairs
-
-
-def _frame(annotation: dict[str, Any], folder: Path, where: str) -> _ObjectFrame:
-    camera, image = annotation["camera"], folder / "images" / annotation["filename"]
-    height, width = annotation["image_size"]
-    q, focal = matrix(camera["q"], (4,), f"q in {where}"), float(camera["focal_length"])
-    if not q.any() or not 0 < focal < np.inf:
-        raise DataError(f"'{image.name}' in {where} has q {q.tolist()} and focal_length {focal:g}, neither may be 0")
-    pose = np.eye(4)
-    pose[:3, :3] = Rotation.from_quat(q[[1, 2, 3, 0]]).as_matrix()
-    pose[:3, 3] = matrix(camera["t"], (3,), f"t in {where}") * MILLIMETRE
-    whole = Camera(intrinsics_matrix(focal, focal, width / 2, height / 2), pose, (width, height))
-    depth = folder / "depth" / f"{image.stem}.png"
-    key = f"{folder.parent.name}/{image.name}"
-    return _ObjectFrame(key, image, None, pose, depth, whole=whole)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,3 +85,33 @@ class _ObjectFrame(Frame):
         square = int((end - first).max())
         top, left = (corner + np.clip((first + end - square) // 2, 0, side - square)).tolist()
         return (left, top, left + square, top + square), (columns, rows)
+
+
+def _pairs(file: Path, rng: np.random.Generator) -> list[Pair]:
+    annotations = read_json(file)
+    with reading(file, "an annotation of NAVI"):
+        frames = [_frame(annotation, file.parent, f"'{file}'") for annotation in annotations]
+    rotations = np.array([frame.whole.camera_from_world[:3, :3] for frame in frames]).reshape(-1, 3, 3)
+    pairs = []
+    for i, frame in enumerate(frames):
+        angles = rotation_error(rotations, rotations[i])
+        partners = np.flatnonzero((angles > 0) & (angles <= MAX_ANGLE) & (np.arange(len(frames)) != i))
+        if len(partners):
+            other = frames[rng.choice(partners)]
+            pairs.append(Pair(f"{frame.key}-{Path(other.key).stem}", file.parent.parent.name, frame, other))
+    return pairs
+
+
+def _frame(annotation: dict[str, Any], folder: Path, where: str) -> _ObjectFrame:
+    camera, image = annotation["camera"], folder / "images" / annotation["filename"]
+    height, width = annotation["image_size"]
+    q, focal = matrix(camera["q"], (4,), f"q in {where}"), float(camera["focal_length"])
+    if not q.any() or not 0 < focal < np.inf:
+        raise DataError(f"'{image.name}' in {where} has q {q.tolist()} and focal_length {focal:g}, neither may be 0")
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_quat(q[[1, 2, 3, 0]]).as_matrix()
+    pose[:3, 3] = matrix(camera["t"], (3,), f"t in {where}") * MILLIMETRE
+    whole = Camera(intrinsics_matrix(focal, focal, width / 2, height / 2), pose, (width, height))
+    depth = folder / "depth" / f"{image.stem}.png"
+    key = f"{folder.parent.name}/{image.name}"
+    return _ObjectFrame(key, image, None, pose, depth, whole=whole)

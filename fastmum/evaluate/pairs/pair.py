@@ -3,12 +3,10 @@
 Images and depth are read when they are needed, so sets of thousands of pairs open fast.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ class Pair:
         assert self.b.camera_from_world is not None
         return relative_pose(self.a.camera_from_world, self.b.camera_from_world)
 
-    def reversed(self) -> Pair:
+    def reversed(self) -> Self:
         """The same pair from b to a."""
         return replace(self, name=f"{self.name}, reversed", a=self.b, b=self.a)
 
@@ -71,12 +69,12 @@ class PairSet:
         if not self.pairs:
             raise DataError(f"the set '{self.name}' has no pairs")
 
-    def first(self, count: int | None) -> PairSet:
+    def first(self, count: int | None) -> Self:
         """At most `count` pairs, evenly spread over the set and so over its scenes; None for all."""
         picked = evenly(self.pairs, count)
         return self if picked is self.pairs else replace(self, pairs=picked)
 
-    def both_ways(self) -> PairSet:
+    def both_ways(self) -> Self:
         """Every pair and its reverse."""
         return replace(self, pairs=[each for pair in self.pairs for each in (pair, pair.reversed())])
 
@@ -88,11 +86,11 @@ def evenly(items: list[T], count: int | None) -> list[T]:
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
-def some(items: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """At most `count` random rows in their order, the same ones for the same seed."""
+def some(items: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` random rows in their order, always the same ones."""
     if len(items) <= count:
         return items
-    return items[np.sort(np.random.default_rng(seed).choice(len(items), count, replace=False))]
+    return items[np.sort(np.random.default_rng(0).choice(len(items), count, replace=False))]
 
 
 def overlap(train: PairSet, test: PairSet) -> str | None:

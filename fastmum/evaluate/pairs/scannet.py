@@ -8,8 +8,6 @@ Training pairs: `scannet_indices/*.npz` or `index/scene_data/train/*.npz` with `
 `scans/scans_train/` or `train/`.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import cache
 from pathlib import Path
@@ -28,15 +26,10 @@ MIN_OVERLAP = 0.4  # score of training pairs, as in LoFTR's training
 TRAIN_PAIRS = 10  # drawn from each of 1,513 scenes, since every pose is a file
 EVERY = 10  # frames between those of training pairs, as in RoMa's training
 
-_TEST = ("test.npz", "scannet_test_1500/test.npz", "index/scannet_test_1500/test.npz")
+TEST_FILES = ("test.npz", "scannet_test_1500/test.npz", "index/scannet_test_1500/test.npz")
 _TRAIN = ("scannet_indices/*.npz", "index/scene_data/train/*.npz")
 _TEST_SCANS = ("scans_test", "test", "", "scannet_test_1500", "scans/scans_test")
 _TRAIN_SCANS = ("scans/scans_train", "train", "scans")
-
-
-def is_scannet(root: Path) -> bool:
-    """Whether a folder holds the list of ScanNet-1500."""
-    return any((root / name).is_file() for name in _TEST)
 
 
 def from_root(root: Path, part: str) -> PairSet:
@@ -47,32 +40,12 @@ def from_root(root: Path, part: str) -> PairSet:
             raise DataError(f"'{root}' has no training pairs ({' or '.join(_TRAIN)}); --train-data names another set")
         scans = _Scans(root, _TRAIN_SCANS, None)
     else:
-        indices = [root / name for name in _TEST if (root / name).is_file()][:1]
+        indices = [root / name for name in TEST_FILES if (root / name).is_file()][:1]
         if not indices:
-            raise DataError(f"'{root}' holds no ScanNet-1500: none of {', '.join(_TEST)} is there")
+            raise DataError(f"'{root}' holds no ScanNet-1500: none of {', '.join(TEST_FILES)} is there")
         scans = _Scans(root, _TEST_SCANS, indices[0].with_name("intrinsics.npz"))
     pairs = [pair for file in indices for pair in _pairs(file, scans, part)]
     return PairSet("scannet", pairs, origin="scannet")
-
-
-def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
-    archive = read_archive(file)
-    with reading(file, "a list of ScanNet's pairs"):
-        names = np.asarray(archive["name"])
-        names = np.stack([names[key] for key in names.dtype.names], 1) if names.dtype.names else names.reshape(-1, 4)
-        names = names.astype(np.int64)
-        if part == "train":
-            usable = (np.asarray(archive["score"]) > MIN_OVERLAP) & (names[:, 2:] % EVERY == 0).all(1)
-            names = some(names[usable], TRAIN_PAIRS)
-    pairs = []
-    for number, sub, i, j in names.tolist():
-        scene = f"scene{number:04d}_{sub:02d}"
-        a, b = scans.frame(scene, i), scans.frame(scene, j)
-        if a is not None and b is not None:
-            pairs.append(Pair(f"{scene}/{i}-{j}", scene, a, b))
-    if len(pairs) < len(names):
-        log.warning("%s: %d of %d pairs have no pose and are skipped", file, len(names) - len(pairs), len(names))
-    return pairs
 
 
 class _Scans:
@@ -114,3 +87,23 @@ class _Scans:
         if not cameras:
             raise DataError(f"'{scene}' has no intrinsics: neither '{files[0]}' nor intrinsics.npz is there")
         return cameras
+
+
+def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:
+    archive = read_archive(file)
+    with reading(file, "a list of ScanNet's pairs"):
+        names = np.asarray(archive["name"])
+        names = np.stack([names[key] for key in names.dtype.names], 1) if names.dtype.names else names.reshape(-1, 4)
+        names = names.astype(np.int64)
+        if part == "train":
+            usable = (np.asarray(archive["score"]) > MIN_OVERLAP) & (names[:, 2:] % EVERY == 0).all(1)
+            names = some(names[usable], TRAIN_PAIRS)
+    pairs = []
+    for number, sub, i, j in names.tolist():
+        scene = f"scene{number:04d}_{sub:02d}"
+        a, b = scans.frame(scene, i), scans.frame(scene, j)
+        if a is not None and b is not None:
+            pairs.append(Pair(f"{scene}/{i}-{j}", scene, a, b))
+    if len(pairs) < len(names):
+        log.warning("%s: %d of %d pairs have no pose and are skipped", file, len(names) - len(pairs), len(names))
+    return pairs

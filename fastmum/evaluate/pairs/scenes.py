@@ -33,11 +33,6 @@ def embedded_folders(part: str) -> list[Path]:
     return folders[TEST_SCENES:] if part == "train" else folders
 
 
-def is_scenes(root: Path) -> bool:
-    """Whether a folder holds rendered scenes."""
-    return root.is_dir() and any(root.glob("scene_*/cameras.json"))
-
-
 def from_root(root: Path, part: str) -> PairSet:
     """Pairs of a folder of scenes, as `python -m fastmum.data.scenes --out` writes it.
 

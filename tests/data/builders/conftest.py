@@ -1,77 +1,62 @@
 """Miniatures of data sets on disk, and the sequences that their builders make of them."""
 
-from collections.abc import Callable
-from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from fastmum.data.build import build
-from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import Manifest
 
 
-class Found:
-    """A manifest as Python objects; cameras, depth maps and masks by the name of a sequence."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self.manifest = manifest
-        self.root = manifest.root
-        names = [manifest.sequence_name(i) for i in range(manifest.num_sequences)]
-        ends = zip(manifest.starts[:-1].tolist(), manifest.starts[1:].tolist(), strict=True)
-        self.rows = {name: range(*each) for name, each in zip(names, ends, strict=True)}
-        self.sequences = {name: [self._path(f) for f in manifest.files(rows)] for name, rows in self.rows.items()}
-        self.lengths = {name: len(rows) for name, rows in self.rows.items()}
-
-    def _path(self, file: Path | None) -> str | None:
-        return file and file.relative_to(self.root).as_posix()
-
-    def poses(self, name: str) -> list[np.ndarray | None]:
-        return [self.manifest.camera_arrays(row)[1] for row in self.rows[name]]
-
-    def intrinsics(self, name: str) -> list[np.ndarray | None]:
-        return [self.manifest.camera_arrays(row)[0] for row in self.rows[name]]
-
-    def depths(self, name: str) -> list[str | None]:
-        return [self._path((self.manifest.depth_file(row) or [None])[0]) for row in self.rows[name]]
-
-    def depth_formats(self, name: str) -> set[DepthFormat]:
-        return {found[1] for row in self.rows[name] if (found := self.manifest.depth_file(row))}
-
-    def masks(self, name: str) -> list[str | None]:
-        return [self._path(self.manifest.mask_file(row)) for row in self.rows[name]]
-
-
 @pytest.fixture
-def raw(tmp_path: Path) -> Path:
+def raw(tmp_path):
     """Folder of the data set."""
-    folder = tmp_path / "raw"
-    folder.mkdir()
-    return folder
+    (tmp_path / "raw").mkdir()
+    return tmp_path / "raw"
 
 
 @pytest.fixture
-def add(raw: Path) -> Callable[..., None]:
+def add(raw):
     """Makes files of the data set: empty, with a text, or images of a size (width, height)."""
 
-    def make(*names: str, content: str | None = None, size: tuple[int, int] | None = None) -> None:
+    def make(*names, content="", size=None):
         for name in names:
             (raw / name).parent.mkdir(parents=True, exist_ok=True)
             if size:
                 Image.new("RGB", size).save(raw / name)
             else:
-                (raw / name).write_text(content or "")
+                (raw / name).write_text(content)
 
     return make
 
 
 @pytest.fixture
-def found(raw: Path, tmp_path: Path) -> Callable[..., Found]:
-    """Builds a data set and opens the manifest."""
+def found(raw, tmp_path):
+    """Builds a data set; returns its manifest as Python objects: cameras, depth and masks by the name of a sequence."""
 
-    def make(name: str, **options) -> Found:
+    def make(name, **options):
         build(name, raw, tmp_path / f"{name}.arrow", **options)
-        return Found(Manifest(tmp_path / f"{name}.arrow"))
+        manifest = Manifest(tmp_path / f"{name}.arrow")
+        starts = manifest.starts.tolist()
+        rows = {manifest.sequence_name(i): range(*starts[i : i + 2]) for i in range(manifest.num_sequences)}
+
+        def path(file):
+            return file and file.relative_to(manifest.root).as_posix()
+
+        def of_sequence(read):
+            return lambda name: [read(row) for row in rows[name]]
+
+        return SimpleNamespace(
+            manifest=manifest,
+            rows=rows,
+            lengths={name: len(each) for name, each in rows.items()},
+            sequences={name: [path(manifest.file(row)) for row in each] for name, each in rows.items()},
+            intrinsics=of_sequence(lambda row: manifest.camera_arrays(row)[0]),
+            poses=of_sequence(lambda row: manifest.camera_arrays(row)[1]),
+            depths=of_sequence(lambda row: path((manifest.depth_file(row) or [None])[0])),
+            depth_formats=lambda name: {each[1] for row in rows[name] if (each := manifest.depth_file(row))},
+            masks=of_sequence(lambda row: path(manifest.mask_file(row))),
+        )
 
     return make

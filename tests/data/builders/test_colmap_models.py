@@ -1,17 +1,121 @@
-"""The builders of COLMAP models on miniatures, their sequences computed by hand, and on real models."""
+"""Reading COLMAP models, and their builders, on miniatures with sequences computed by hand and on real models."""
 
-from collections import Counter
+import math
+import shutil
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
-from colmap_files import View, convert_to_binary, write_text_model
 from PIL import Image
 
-from fastmum.data.build import build
-from fastmum.data.colmap import read_model
+from fastmum.data.colmap import CAMERAS, read_model
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
+
+# An image: ids of the points it sees, and the heading of its camera about the vertical, in degrees.
+View = namedtuple("View", "points heading", defaults=[0])
+
+
+def write_text_model(folder, views):
+    """The three files; images are numbered 1, 2, ..., and the origin lies 1 in front of each camera."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cameras.txt").write_text("# a comment\n1 PINHOLE 640 480 500 510 320 240\n")
+    images, tracks = "", {}
+    for number, (name, view) in enumerate(views.items(), start=1):
+        half = math.radians(view.heading) / 2
+        features = "".join(f" {10 * i} 5 {point}" for i, point in enumerate(view.points))
+        images += f"{number} {math.cos(half)} 0 {math.sin(half)} 0 0 0 1 1 {name}\n"
+        images += f"1 1 -1{features}\n"  # the first feature has no point
+        for i, point in enumerate(view.points, start=1):
+            tracks[point] = f"{tracks.get(point, '')} {number} {i}"
+    (folder / "images.txt").write_text(images)
+    (folder / "points3D.txt").write_text("".join(f"{p} 0 0 9 0 0 0 0.5{track}\n" for p, track in tracks.items()))
+    return folder
+
+
+def convert_to_binary(folder, rigs=True):
+    """Replace a text model by a binary one, without rigs and frames as COLMAP wrote it before version 3.12."""
+    reconstruction = pytest.importorskip("pycolmap").Reconstruction(folder)
+    for file in folder.iterdir():
+        file.unlink()
+    reconstruction.write_binary(folder)
+    for name in () if rigs else ("rigs", "frames"):
+        (folder / f"{name}.bin").unlink()
+    return folder
+
+
+class TestReading:
+    @pytest.fixture(params=["text", "binary", "binary with rigs"])
+    def folder(self, request, tmp_path):
+        views = {"b.jpg": View((7, 3, 9), 90), "sub/a.jpg": View((9, 3, 3)), "c.jpg": View(())}
+        folder = write_text_model(tmp_path / "model", views)
+        return folder if request.param == "text" else convert_to_binary(folder, rigs=request.param != "binary")
+
+    def test_images_points_and_cameras_by_hand(self, folder, tmp_path):
+        def seen(model):
+            return [sorted(model.points[model.images == i].tolist()) for i in range(len(model.names))]
+
+        if not (folder / "images.txt").exists():  # binary files come first
+            shutil.copytree(write_text_model(tmp_path / "other", {"x.jpg": View((1,))}), folder, dirs_exist_ok=True)
+        model = read_model(folder)
+        assert model.names == ("b.jpg", "sub/a.jpg", "c.jpg")
+        assert seen(model) == [[0, 1, 2], [0, 0, 2], []]  # points 3, 7 and 9
+        assert model.intrinsics.tolist() == [[500, 510, 320, 240]] * 3
+        quarter = [
+            [0, 0, 1, 0],
+            [0, 1, 0, 0],
+            [-1, 0, 0, 1],
+            [0, 0, 0, 1],
+        ]  # x_camera = z_world, z_camera = 1 - x_world
+        assert model.poses[0] == pytest.approx(np.array(quarter), abs=1e-12)
+        assert model.poses[1] == pytest.approx(np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]))
+        some = model.select(np.array([False, True, True]))
+        assert some.names == ("sub/a.jpg", "c.jpg")
+        assert seen(some) == [[0, 0, 2], []]
+        assert len(some.poses) == len(some.intrinsics) == 2
+
+    def test_camera_models_and_rotations(self, tmp_path):
+        """Every model that pycolmap knows, with parameters 1, 2, 3 ..., and a random quaternion."""
+        pycolmap = pytest.importorskip("pycolmap")
+        q = np.random.default_rng(0).normal(size=4)
+        rotation = pycolmap.Rotation3d((q / np.linalg.norm(q))[[1, 2, 3, 0]]).matrix()
+        for number, (name, count, focal) in enumerate(CAMERAS):
+            if name not in pycolmap.CameraModelId.__members__:
+                continue  # of a newer COLMAP
+            camera = pycolmap.Camera(model=name, width=640, height=480, params=np.arange(1.0, count + 1))
+            K = [np.nan] * 4
+            if focal:
+                K = [camera.focal_length_x, camera.focal_length_y, camera.principal_point_x, camera.principal_point_y]
+            folder = write_text_model(tmp_path / name, {"a.jpg": View((1,))})
+            (folder / "cameras.txt").write_text(f"1 {name} 640 480 {' '.join(map(str, camera.params))}\n")
+            images = (folder / "images.txt").read_text().replace("1.0 0 0.0 0", " ".join(map(str, q)))
+            (folder / "images.txt").write_text(images)
+            assert int(pycolmap.CameraModelId.__members__[name]) == number
+            for model in (read_model(folder), read_model(convert_to_binary(folder))):
+                assert np.array_equal(model.intrinsics, [K], equal_nan=True), name
+                assert model.poses[0, :3, :3] == pytest.approx(rotation)
+
+    def test_missing_and_broken_files_are_named_in_one_line(self, folder):
+        def refused(words):
+            with pytest.raises(DataError, match=rf"^[^\n]*{folder}[^\n]*$") as caught:
+                read_model(folder)
+            assert words in str(caught.value)
+
+        suffix = next(folder.iterdir()).suffix
+        images, cameras, points = (folder / f"{name}{suffix}" for name in ("images", "cameras", "points3D"))
+        for file in (images, cameras):
+            whole = file.read_bytes()
+            for content in (b"\xff" * len(whole), whole[: len(whole) // 2], whole + b"1 2 3 4 5 6 7 8"):
+                file.write_bytes(content)
+                refused(file.name)
+            file.write_bytes(whole)
+        points.write_bytes(b"")
+        cameras.unlink()
+        refused(f"{cameras.name}, {points.name} missing or empty")
+        shutil.rmtree(folder)
+        refused("No such file")
+
 
 # Shared points: ab 3, ac 2, bc 2, cd 1, and e, whose file is missing in tests, shares most.
 CROWD = {
@@ -63,20 +167,18 @@ class TestMegaDepth:
         for name, frames in made.sequences.items():
             assert all(frame.startswith(f"Undistorted_SfM/{name[:4]}/images/") for frame in frames)
             assert letters(frames) == CHAINS[letters(frames)[0]]
-        assert {letters(frames)[0] for frames in made.sequences.values()} == set("abcd")
+        anchors = Counter(letters(frames)[0] for frames in made.sequences.values())
+        assert anchors == pytest.approx(dict.fromkeys("abcd", 500), abs=80), "drawn evenly"
         assert made.manifest.metadata["rule"] == "paper"
         assert made.manifest.metadata["options"]["sequences"] == 1000
 
     def test_scenes_draw_apart_and_by_the_seed(self, found):
-        def anchors(made):
-            drawn = {"0000": "", "0015": ""}
-            for name, frames in made.sequences.items():
-                drawn[name[:4]] += letters(frames)[0]
-            return drawn
+        def anchors(scene, **options):
+            made = found("megadepth", sequences=30, **options)
+            return "".join(letters(frames)[0] for name, frames in made.sequences.items() if name[:4] == scene)
 
-        first, second = anchors(found("megadepth", sequences=30)), anchors(found("megadepth", sequences=30, seed=1))
-        assert len({*first.values(), *second.values()}) == 4
-        assert anchors(found("megadepth", sequences=30, exclude="0000"))["0015"] == first["0015"]
+        assert len({anchors(scene, seed=seed) for scene in ("0000", "0015") for seed in (0, 1)}) == 4
+        assert anchors("0015", exclude="0000") == anchors("0015")
 
     def test_released(self, found):
         # Four of five images are there, so a draw of the fifth is lost; from d, which shares with c, the order is a, b.
@@ -94,28 +196,25 @@ class TestMegaDepth:
             file.write_bytes(bytes(size))
         made = found("megadepth", sequences=30, exclude="0015")
         name = named(made, "abcd")
-        assert made.poses(name)[0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]
-        quarter = np.array([[0, 0, 1, 0], [0, 1, 0, 0], [-1, 0, 0, 1], [0, 0, 0, 1]])
-        assert made.poses(name)[1] == pytest.approx(quarter, abs=1e-6)
+        model = read_model(raw / "Undistorted_SfM/0000/sparse-txt")
+        assert np.allclose(made.poses(name)[:2], model.poses[:2])
         assert made.intrinsics(name)[0].tolist() == [500, 510, 320, 240]
         assert made.depths(name) == ["phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths/a.h5", None, None, None]
         assert made.depth_formats(name) == {DepthFormat("hdf5", 1.0, "z")}
         assert not any(found("megadepth", poses=False, depth=False, sequences=9).manifest.known.values())
 
-    def test_short_chains_and_scenes_are_left_out(self, found, caplog):
+    def test_what_is_left_out(self, raw, found, tmp_path, caplog):
+        """Short chains, scenes without images, and on request scenes of broken models."""
         made = found("megadepth", sequences=40, min_frames=4, exclude="0015, 0022")
         assert {letters(frames) for frames in made.sequences.values()} == {"abcd", "bacd", "dcab"}
         for part in ("skipped 1 scenes without a folder sparse-txt", "do not exist: 0022", "1 of 5 images"):
             assert part in caplog.text
-
-    def test_a_scene_without_its_images_gives_none(self, raw, found):
-        for image in (raw / "Undistorted_SfM/0015/images").iterdir():
-            image.unlink()
+        scene = raw / "Undistorted_SfM/0015"
+        (scene / "images").rename(scene / "elsewhere")
         for rule in ("paper", "released"):
             assert {name[:4] for name in found("megadepth", rule=rule, sequences=9, length=3).sequences} == {"0000"}
-
-    def test_a_broken_model_stops_the_build_or_is_skipped(self, raw, found, tmp_path, caplog):
-        (raw / "Undistorted_SfM/0015/sparse-txt/images.txt").unlink()
+        (scene / "sparse-txt/images.txt").unlink()
+        (tmp_path / "megadepth.arrow").unlink()
         with pytest.raises(DataError, match=r"0015/sparse-txt' is not whole: images.txt.*--broken skip"):
             found("megadepth")
         assert not (tmp_path / "megadepth.arrow").exists()
@@ -131,7 +230,7 @@ class TestMegaScenes:
         convert_to_binary(write_text_model(raw / "reconstruct/001/234/colmap/1", CROWD), rigs=False)
         add(*(f"images/001/234/{name}" for name in in_category), *(f"images/001/234/{name}" for name in CROWD))
 
-    def test_chain(self, raw, found):
+    def test_chain(self, raw, add, found):
         with pytest.raises(DataError, match="makes a sequence of megascenes"):
             found("megascenes")  # under 24 views
         made = found("megascenes", min_frames=4)
@@ -140,6 +239,10 @@ class TestMegaScenes:
         (raw / "images/001/234/commons/Tower/0/pictures/a.jpg").unlink()
         # From s: b; from b (8 points): c, which turns by 25 degrees.
         assert letters(found("megascenes", min_frames=3).sequences["001/234/0/000"]) == "sbc"
+        (raw / "reconstruct").rename(raw / "elsewhere")
+        add("reconstruct.zip")
+        with pytest.raises(DataError, match="must be unpacked first"):
+            found("megascenes")
 
     def test_released_takes_models_of_twelve_images_whole(self, raw, add, found):
         with pytest.raises(DataError, match="makes a sequence of megascenes"):
@@ -150,27 +253,17 @@ class TestMegaScenes:
         made = found("megascenes", rule="released")
         assert made.sequences == {"000/007/3/000": [f"images/000/007/{name}" for name in views]}
 
-    def test_zips_must_be_unpacked(self, tmp_path, raw):
-        (raw / "reconstruct").rename(tmp_path / "elsewhere")
-        (raw / "reconstruct.zip").touch()
-        with pytest.raises(DataError, match="must be unpacked first: unzip"):
-            build("megascenes", raw, tmp_path / "out.arrow")
-
 
 class TestAnyModel:
-    @pytest.mark.parametrize("model", ["sparse/0", "."])
-    def test_images_are_found_next_to_or_above_the_model(self, raw, add, found, model):
-        write_text_model(raw / "tour" / model, TOUR)
-        add(*(f"tour/images/{name}" for name in TOUR))
+    @pytest.mark.parametrize(
+        ("model", "images"), [("tour/sparse/0", "tour/images/"), ("tour", "tour/images/"), (".", "")]
+    )
+    def test_images_are_found_next_to_or_above_the_model(self, raw, add, found, model, images):
+        write_text_model(raw / model, TOUR)
+        add(*(f"{images}{name}" for name in TOUR))
+        name = "raw/000" if model == "." else f"{model}/000"
         made = found("colmap", chain="angle", min_frames=3)
-        name = "tour/000" if model == "." else f"tour/{model}/000"
-        assert made.sequences == {name: [f"tour/images/{name}" for name in TOUR_BY_NAME]}
-
-    def test_the_root_may_be_a_model_with_its_images(self, raw, add, found):
-        (raw / "cameras.txt").parent.rmdir()
-        write_text_model(raw, TOUR)
-        add(*TOUR)
-        assert found("colmap", chain="angle", min_frames=3).sequences == {"raw/000": TOUR_BY_NAME}
+        assert made.sequences == {name: [f"{images}{name}" for name in TOUR_BY_NAME]}
 
     def test_overlap_is_the_default(self, raw, add, found):
         write_text_model(raw / "crowd/sparse/0", CROWD)

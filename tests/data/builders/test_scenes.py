@@ -1,16 +1,18 @@
-"""Data sets with a folder per scene, on miniatures of their layouts: sequences by both rules, cameras, depth, masks."""
+"""Data sets with a folder per scene or object, on miniatures of their layouts: sequences, cameras, depth, masks."""
 
+import gzip
 import json
+import logging
 
 import numpy as np
 import pytest
 
+from fastmum.data.builders.objects import SEEN
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 
 # A camera at (1, 2, 3), turned by 90 degrees about the world's y axis: it looks along +x. With OpenCV axes its x is the
 # world's -z, its y the world's y, its z the world's x; camera_from_world has these rows, and -R c.
-CENTRE = [1.0, 2.0, 3.0]
 CAMERA_FROM_WORLD = [[0, 0, -1, 3], [0, 1, 0, -2], [1, 0, 0, -1], [0, 0, 0, 1]]
 WORLD_FROM_CAMERA = np.array([[0, 0, 1, 1], [0, 1, 0, 2], [-1, 0, 0, 3], [0, 0, 0, 1]], float)
 WORLD_FROM_OPENGL = WORLD_FROM_CAMERA * [1, -1, -1, 1]  # y and z point the other way
@@ -194,7 +196,7 @@ def test_hypersim_cameras_and_depth(add, found, raw, tilt):
     assert np.allclose([fx, fy, cx, cy], [20, 20, 20, 10], rtol=1e-5)
     # The ray of the pixel (30, 5), u = v = 0.5, is projected back to it.
     ray = WORLD_FROM_OPENGL[:3, :3] @ cam_from_uv @ [0.5, 0.5, 1]
-    x, y, z, _ = pose @ np.array([*(np.array(CENTRE) + 3 * ray), 1])
+    x, y, z, _ = pose @ [*([1, 2, 3] + 3 * ray), 1]
     assert z > 0
     assert np.allclose((fx * x / z + cx, fy * y / z + cy), (30, 5), atol=1e-3)
     assert scene.depths("ai_001_001") == [None, depth]
@@ -211,10 +213,8 @@ def test_wildrgbd(add, found):
     # K is stored column by column.
     add(f"{folder}/metadata", content=json.dumps({"w": 480, "h": 640, "K": [500, 0, 0, 0, 510, 0, 240, 320, 1]}))
     paper, name = found("wildrgbd"), "apple/scene_001"
-    assert paper.sequences == {
-        f"apple/{scene}": [f"apple/scenes/{scene}/rgb/{i:05d}.png" for i in range(frames)]
-        for scene, frames in (("scene_001", 24), ("scene_002", 30))
-    }
+    assert paper.lengths == {"apple/scene_001": 24, "apple/scene_002": 30}
+    assert paper.sequences[name] == [f"{folder}/rgb/{i:05d}.png" for i in range(24)]
     assert found("wildrgbd", rule="released").sequences == paper.sequences
     assert found("wildrgbd", min_frames=23).lengths["apple/scene_010"] == 23
     assert [is_camera(pose) for pose in paper.poses(name)[:4]] == [False, False, False, True]
@@ -248,3 +248,82 @@ def test_imagenet(add, found):
         images = [f"{prefix}n01440764/n01440764_{i}.JPEG" for i in (2, 18, 100)] + [f"{prefix}n01443537/a.JPEG"]
         add(*images, f"{prefix}n01440764/readme.txt")
         assert found("imagenet").sequences == {image: [image] for image in images}
+
+
+def co3d(sequence, number, category="apple", **viewpoint):
+    return {
+        "sequence_name": sequence,
+        "frame_number": number,
+        "image": {"path": f"{category}/{sequence}/images/frame{number:06d}.jpg", "size": [200, 100]},
+        "viewpoint": {"R": np.eye(3).tolist(), "T": [0, 0, 0], "focal_length": [2, 2], "principal_point": [0, 0],
+                      "intrinsics_format": "ndc_isotropic"} | viewpoint,
+    }  # fmt: skip
+
+
+def annotate(raw, category, content):
+    (raw / category).mkdir(exist_ok=True)
+    content = content if isinstance(content, bytes) else gzip.compress(json.dumps(content).encode())
+    (raw / category / "frame_annotations.jgz").write_bytes(content)
+
+
+def test_co3d_takes_whole_sequences_of_at_least_24_frames(found, raw):
+    long = [co3d("189_20393_38136", i) for i in range(30, 0, -1)]
+    short = [co3d("110_13051_23361", i) for i in range(1, 24)]
+    annotate(raw, "apple", long[:10] + short + long[10:])
+    annotate(raw, "zebra", [co3d("1_2_3", i, "zebra") for i in range(1, 25)])
+    (raw / "no_annotations").mkdir()
+    expected = {
+        "apple/189_20393_38136": [f"apple/189_20393_38136/images/frame{i:06d}.jpg" for i in range(1, 31)],
+        "zebra/1_2_3": [f"zebra/1_2_3/images/frame{i:06d}.jpg" for i in range(1, 25)],
+    }
+    assert found("co3d").sequences == found("co3d", rule="released").sequences == expected
+    assert list(found("co3d", categories="seen").sequences) == ["apple/189_20393_38136"]
+    assert len(SEEN) == 41
+    assert found("co3d", min_frames=23).lengths["apple/110_13051_23361"] == 23
+    assert found("co3d", poses=False).poses("zebra/1_2_3") == [None] * 24
+
+
+def test_co3d_cameras_depth_and_masks(add, found, raw):
+    frames = [co3d("a", i, T=[i, 2 * i, 3]) for i in range(1, 25)]
+    for i, each in enumerate(frames):
+        path = f"apple/a/depths/frame{i}.jpg.geometric.png"
+        each |= {"depth": {"path": path, "scale_adjustment": 1 + i}, "mask": {"path": f"apple/a/masks/frame{i}.png"}}
+    frames[4]["viewpoint"] = frames[5]["depth"] = None
+    add("apple/a/depths/frame3.jpg.geometric.png", "apple/a/masks/frame4.png")
+    annotate(raw, "apple", frames)
+    apple = found("co3d")
+    poses, intrinsics = apple.poses("apple/a"), apple.intrinsics("apple/a")
+    assert np.allclose(poses[1], [[-1, 0, 0, -2], [0, -1, 0, -4], [0, 0, 1, 3], [0, 0, 0, 1]])
+    assert intrinsics[1].tolist() == [100, 100, 50, 100]
+    assert poses[4] is intrinsics[4] is None
+    assert apple.manifest.known == {"pose": 23, "intrinsics": 23, "depth": 1, "mask": 1}
+    assert apple.depths("apple/a")[3] == "apple/a/depths/frame3.jpg.geometric.png"
+    assert apple.depth_formats("apple/a") == {DepthFormat("co3d", 4.0, "z")}, "each frame has a separate unit"
+    assert apple.masks("apple/a")[4] == "apple/a/masks/frame4.png"
+    blank = gzip.compress(b"[" + b" " * 10_000)[:-8]
+    for content in (b"", b"no gzip", gzip.compress(b"{"), gzip.compress(b'[{"a": 1}]'), blank):
+        annotate(raw, "apple", content)
+        fails_in_one_line(found, "co3d", r"apple/frame_annotations\.jgz' cannot be read as CO3D")
+    annotate(raw, "apple", [co3d("a", 1, intrinsics_format="pixels")])
+    fails_in_one_line(found, "co3d", "intrinsics_format 'pixels'")
+
+
+def test_folders(add, found, raw, tmp_path, caplog):
+    """Every folder with images, in natural order; folders of depth and masks, and what is hidden, are left out."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/0.png").touch()
+    (raw / "link").symlink_to(tmp_path / "elsewhere")
+    add("b10/10.png", "b10/9.jpg", "b10/1.PNG", "b9/images/x2.webp", "b9/images/x10.jpeg", "b9/notes.txt", "c/only.txt")
+    add("0.png", "b10/depth/0.png", "b10/Masks/1.png", ".cache/0.png", "b10/.0.png")
+    sequences = {
+        "raw": ["0.png"],
+        "b9/images": ["b9/images/x2.webp", "b9/images/x10.jpeg"],
+        "b10": ["b10/1.PNG", "b10/9.jpg", "b10/10.png"],
+        "link": ["link/0.png"],
+    }
+    with caplog.at_level(logging.INFO):
+        assert list(found("folder").sequences.items()) == list(sequences.items())
+    assert "2 folders of depth" in caplog.text
+    assert found("folder", rule="released").sequences == sequences
+    assert list(found("folder", min_frames=2).sequences) == ["b9/images", "b10"]
+    assert found("folder", single=True).sequences == {name: [name] for names in sequences.values() for name in names}
