@@ -37,6 +37,10 @@ def test_no_spills_wide_accesses_and_least_bytes() -> None:
     assert [row for row in rows if row["vector"] is not None and row["vector"] < 0.95] == []
     assert {row["kernel"] for row in rows if row["vector"] is None} == {"total_norm root"}
     assert [row for row in rows if not 1 <= row["ratio"] <= 1.1] == []
+    # Two programs of eight warps on a multiprocessor: one stores its tiles while the other multiplies.
+    symmetric = [row for row in rows if row["kernel"].startswith("symmetric") and row["arch"] == "sm_90"]
+    assert symmetric
+    assert [row for row in symmetric if row["registers"] > 128] == []
 
 
 SPECIALISATIONS = """
