@@ -18,14 +18,16 @@ if _kernels not in (_package / "kernels", _package.parent / "kernels"):
 from fastmum.kernels.feedforward import mlp
 from fastmum.kernels.loss import patch_loss
 from fastmum.kernels.matmul import linear
+from fastmum.kernels.muon import orthogonalize
 from fastmum.kernels.norm import add_norm
 from fastmum.kernels.patches import gather_patches
 from fastmum.kernels.projection import rotary_projection
 from fastmum.kernels.rope import rope_qk
+from fastmum.kernels.symmetric import symmetric_product
 from fastmum.kernels.tokens import gather_tokens, scatter_tokens
 from fastmum.kernels.total_norm import total_norm
 
 __all__ = [
-    "add_norm", "gather_patches", "gather_tokens", "linear", "mlp", "patch_loss", "rope_qk", "rotary_projection",
-    "scatter_tokens", "total_norm",
+    "add_norm", "gather_patches", "gather_tokens", "linear", "mlp", "orthogonalize", "patch_loss", "rope_qk",
+    "rotary_projection", "scatter_tokens", "symmetric_product", "total_norm",
 ]  # fmt: skip

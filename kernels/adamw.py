@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmum.kernels.dispatch import jit, launch, tl, use_triton
-from fastmum.kernels.total_norm import CHUNK, chunk_of, make_table
+from fastmum.kernels.total_norm import CHUNK, check_lists, chunk_of, make_table
 
 COLUMNS = 5  # of the table: weight, gradient, both moments, rest
 
@@ -101,29 +101,13 @@ def adamw_(
         ValueError: lists of different lengths, or a tensor whose shape or strides differ from its weight's.
         TypeError: another dtype, or several in a list.
     """
-    lists: dict = {  # with their dtype
-        "weights": (weights, torch.bfloat16 if rests else torch.float32),
-        "grads": (grads, None),
-        "exp_avgs": (exp_avgs, torch.float32),
-        "exp_avg_sqs": (exp_avg_sqs, torch.float32),
-    }
-    if rests:
-        lists["rests"] = rests, torch.int16
-    for name, (tensors, dtype) in lists.items():
-        if len(tensors) != len(weights):
-            raise ValueError(f"{name} has {len(tensors)} tensors, but there are {len(weights)} weights")
-        found = {x.dtype for x in tensors}
-        if len(found) > 1:
-            raise TypeError(f"{name} has dtypes {sorted(map(str, found))}, but must have one")
-        if dtype and found - {dtype}:
-            case = f" {'with' if rests else 'without'} rests" if name == "weights" else ""
-            raise TypeError(f"{name} has dtype {found.pop()}, but must have {dtype}{case}")
-        for x, weight in zip(tensors, weights, strict=True):
-            if x.shape != weight.shape or x.stride() != weight.stride():
-                raise ValueError(
-                    f"{name} has a tensor of shape {tuple(x.shape)} and strides {x.stride()}, but its weight has "
-                    f"{tuple(weight.shape)} and {weight.stride()}"
-                )
+    check_lists(
+        weights=(weights, torch.bfloat16 if rests else torch.float32),
+        grads=(grads, None),
+        exp_avgs=(exp_avgs, torch.float32),
+        exp_avg_sqs=(exp_avg_sqs, torch.float32),
+        rests=(rests, torch.int16),
+    )
     if weights:
         args = *map(list, (weights, grads, exp_avgs, exp_avg_sqs, rests)), step, lr, *betas, weight_decay, eps
         # The PyTorch implementation needs no operator, whose dispatch would cost time.

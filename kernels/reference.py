@@ -121,3 +121,18 @@ def adamw(
     exp_avg_sq = betas[1] * exp_avg_sq + (1 - betas[1]) * grad * grad
     mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
     return weight - lr * (weight_decay * weight + mean / (square.sqrt() + eps)), exp_avg, exp_avg_sq
+
+
+def polar_steps(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """a s + b s^3 + c s^5, one after another, of the singular values s of x (n, r, c), divided by 1.01 |x|."""
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / (1.01 * s.norm(dim=1, keepdim=True))
+    for a, b, c in coefficients:
+        s = a * s + b * s**3 + c * s**5
+    return u * s[:, None, :] @ v
+
+
+def muon_momentum(momentum: Tensor, grad: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The momentum after `grad`, and Nesterov's update."""
+    momentum = beta * momentum + (1 - beta) * grad
+    return momentum, beta * momentum + (1 - beta) * grad

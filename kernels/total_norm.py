@@ -3,12 +3,13 @@
 Squares are summed in float32, chunk by chunk, in a fixed order.
 
 A launch processes many tensors of different sizes by a table of their addresses, int64: for every row of tensors
-COLUMNS addresses; for every row its number of values; for every chunk its row and its number in the row. A program
-processes one chunk.
+COLUMNS addresses (the last may be a factor instead, as the bits of a float32); for every row its number of values; for
+every chunk its row and its number in the row. A program processes one chunk.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -82,15 +83,57 @@ class Table(NamedTuple):
     divisor: int  # divides all numbers of values, 16 or 1; with 16 the compiler can mask wide accesses as a whole
 
 
-def make_table(columns: Sequence[Sequence[Tensor]]) -> Table:
-    """Build the table of lists of dense tensors, whose i-th tensors have equal numbers of values; asynchronously."""
+def check_lists(**lists: tuple[Sequence[Tensor], torch.dtype | None]) -> None:
+    """Check lists of tensors for a table, each with its dtype or None for any one dtype; empty `rests` are absent.
+
+    Raises:
+        ValueError: lists of different lengths, or a tensor whose shape or strides differ from those of the first list.
+        TypeError: another dtype, or several in a list.
+    """
+    if not lists.get("rests", ((), None))[0]:
+        lists.pop("rests", None)
+    first = next(iter(lists))
+    leaders = lists[first][0]
+    for name, (tensors, dtype) in lists.items():
+        if len(tensors) != len(leaders):
+            raise ValueError(f"{name} has {len(tensors)} tensors, but {first} has {len(leaders)}")
+        found = {x.dtype for x in tensors}
+        if len(found) > 1:
+            raise TypeError(f"{name} has dtypes {sorted(map(str, found))}, but must have one")
+        if dtype and found - {dtype}:
+            case = f" {'with' if 'rests' in lists else 'without'} rests" if name == "weights" else ""
+            raise TypeError(f"{name} has dtype {found.pop()}, but must have {dtype}{case}")
+        for x, leader in zip(tensors, leaders, strict=True):
+            if x.shape != leader.shape or x.stride() != leader.stride():
+                raise ValueError(
+                    f"{name} has a tensor of shape {tuple(x.shape)} and strides {x.stride()}, but that of {first} has "
+                    f"{tuple(leader.shape)} and {leader.stride()}"
+                )
+
+
+def make_table(columns: Sequence[Sequence[Tensor]], factors: Sequence[float] | None = None) -> Table:
+    """Build the table asynchronously.
+
+    Args:
+        columns: lists of dense tensors, whose i-th tensors have equal numbers of values.
+        factors: of the rows, the last column.
+    """
     first = columns[0]
     device = first[0].device
     chunks = [(i, n) for i, x in enumerate(first) for n in range(ceil_div(x.numel(), CHUNK))]
-    addresses = [x.data_ptr() for row in zip(*columns, strict=True) for x in row]
-    words = addresses + [x.numel() for x in first] + [word for chunk in chunks for word in chunk]
+    rows = [[x.data_ptr() for x in row] for row in zip(*columns, strict=True)]
+    align = 16 if all(address % 16 == 0 for row in rows for address in row) else 2
+    if factors is not None:
+        for row, factor in zip(
+            rows, struct.unpack(f"{len(rows)}i", struct.pack(f"{len(rows)}f", *factors)), strict=True
+        ):
+            row.append(factor)
+    words = (
+        [word for row in rows for word in row]
+        + [x.numel() for x in first]
+        + [word for chunk in chunks for word in chunk]
+    )
     table = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-    align = 16 if all(address % 16 == 0 for address in addresses) else 2
     return Table(table, len(first), len(chunks), align, 16 if all(x.numel() % 16 == 0 for x in first) else 1)
 
 

@@ -41,6 +41,7 @@ from benchmarks.kernel_report.cases import (
     scatter_backward_case,
     scatter_case,
 )
+from benchmarks.kernel_report.muon import apply_case, momentum_case, symmetric_case
 from fastmum.kernels.dispatch import Launch, recorded_launches
 
 
@@ -118,6 +119,20 @@ def cases(frames: int = 96) -> list[Case]:
         root_case(weights, bf16),
         adamw_case(weights, split=True),
         adamw_case(weights, split=False),
+        # Of ViT-L: q, k, v and outputs, or an MLP's, of the encoder; q, k, v and outputs of the decoder.
+        symmetric_case((96, 1024, 1024), bf16),
+        symmetric_case((96, 1024, 1024), bf16, "add"),
+        symmetric_case((24, 1024, 4096), bf16),
+        symmetric_case((24, 1024, 4096), bf16, "transposed"),
+        symmetric_case((48, 768, 768), bf16),
+        symmetric_case((48, 768, 768), bf16, "add"),
+        symmetric_case((96, 1024, 1024), fp32),
+        symmetric_case((96, 1024, 1024), fp32, "add"),
+        symmetric_case((24, 1024, 4096), fp32, "transposed"),
+        momentum_case(weights, bf16),
+        momentum_case(weights, fp32),
+        apply_case(weights, split=True),
+        apply_case(weights, split=False),
     ]
 
 

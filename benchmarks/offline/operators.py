@@ -65,7 +65,7 @@ def kernels_of(op: OpOverload, args: Sequence, kwargs: dict, out: object, sequen
         return []
     if name.startswith(("_foreach_", "_fused_")):
         return _of_lists(name, op, args, kwargs, out)
-    reads, writes = tensors_of(args, kwargs), tensors_of(out)
+    reads, writes = tensors_of(args, {key: x for key, x in kwargs.items() if key != "out"}), tensors_of(out)
     mutated = [args[i] for i, argument in enumerate(op._schema.arguments[: len(args)]) if argument.is_write]
     if packet in WRITE_ONLY:
         reads = [x for x in reads if x is not mutated[0]]
@@ -141,7 +141,18 @@ def kernel_of_launch(launch: Launch) -> Kernel:
     moved = extra + sum(nbytes(x) for key, x in tensors.items() if key not in skipped)
     products = (1 + ("weight1_ptr" in tensors)) if "K" in arguments and "M" in arguments else 0
     flops = products * 2 * arguments["M"] * arguments["N"] * arguments["K"] if products else 0
+    if name == "_symmetric_kernel":  # of the tiles computed
+        flops = prod(launch.grid) * 2 * arguments["BLOCK"] ** 2 * arguments["C"]
     return Kernel(name, OURS + name.strip("_").removesuffix("_kernel"), flops, moved)
+
+
+def _lower_tiles(a: dict) -> tuple[tuple[str, ...], int]:
+    if a["add_ptr"] is None:
+        return (), 0
+    n, r, _ = a["add_ptr"].shape
+    ends = [min(r, first + a["BLOCK"]) for first in range(0, r, a["BLOCK"])]
+    values = sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False))
+    return ("add_ptr",), n * values * a["add_ptr"].element_size()
 
 
 def _selected_tokens(a: dict) -> tuple[tuple[str, ...], int]:
@@ -177,4 +188,5 @@ PARTIAL = {
     "_pack_kernel": _packed_parts,
     "_patch_loss_kernel": _predicted_pixels,
     "_rope_kernel": _rotated_in_place,
+    "_symmetric_kernel": _lower_tiles,
 }

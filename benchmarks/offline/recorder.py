@@ -18,6 +18,9 @@ from benchmarks.offline.kernel import Kernel
 from benchmarks.offline.operators import kernel_of_launch, kernels_of, nbytes, tensors_of
 from fastmum.kernels.dispatch import Launch, recorded_launches
 
+# Operators whose kernels take their tensors by address.
+BY_ADDRESS = {"fastmum::adamw_", "fastmum::apply_", "fastmum::momentum_", "fastmum::total_norm"}
+
 
 class Recorder(TorchDispatchMode):
     """Records kernels, and the memory of live tensors that were created under it.
@@ -98,9 +101,8 @@ class Recorder(TorchDispatchMode):
                     OPDEFS[op._schema.name]._init_fn(*meta_args, **meta_kwargs)
             self.launches += launches
             kernels = [kernel_of_launch(launch) for launch in launches]
-            if op in (torch.ops.fastmum.adamw_.default, torch.ops.fastmum.total_norm.default):
-                # The kernels take their tensors by address.
-                moved = sum((1 + argument.is_write) * sum(map(nbytes, value)) for argument, value in _lists(op, args))
+            if op._schema.name in BY_ADDRESS:
+                moved = sum(_accesses(argument) * sum(map(nbytes, value)) for argument, value in _lists(op, args))
                 kernels = [kernel._replace(moved=moved // len(kernels)) for kernel in kernels]
             self._known[key] = [*kernels, *around.kernels]
         return self._known[key]
@@ -108,7 +110,13 @@ class Recorder(TorchDispatchMode):
 
 def _lists(op: OpOverload, args: Sequence) -> list[tuple[torch._C.Argument, list[Tensor]]]:
     """Arguments that are lists of tensors."""
-    return [(a, value) for a, value in zip(op._schema.arguments, args, strict=False) if isinstance(value, list)]
+    given = zip(op._schema.arguments, args, strict=False)
+    return [(a, value) for a, value in given if isinstance(value, list) and all(isinstance(x, Tensor) for x in value)]
+
+
+def _accesses(argument: torch._C.Argument) -> int:
+    """2 if it is read and written; Muon's momentum only writes its `updates`."""
+    return 1 + (argument.is_write and argument.name != "updates")
 
 
 def _signature(x: Tensor) -> str:

@@ -24,7 +24,9 @@ from torch.nn.utils import get_total_norm
 import fastmum.attention.sdpa
 import fastmum.kernels.adamw
 import fastmum.kernels.matmul
+import fastmum.kernels.muon
 import fastmum.kernels.norm
+import fastmum.kernels.symmetric
 from benchmarks.offline.absent_gpu import absent_gpu
 from benchmarks.offline.blocks import compile_blocks
 from benchmarks.offline.cubins import spilled_kernels
@@ -250,7 +252,9 @@ def _pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
         mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", _flash),
         mock.patch.object(fastmum.attention.sdpa, "uses_products", _on_cuda),
         mock.patch.object(fastmum.kernels.adamw, "use_triton", _in_triton),
+        mock.patch.object(fastmum.kernels.muon, "use_triton", _in_triton),
         mock.patch.object(fastmum.kernels.norm, "use_triton", _in_triton),
+        mock.patch.object(fastmum.kernels.symmetric, "use_triton", _in_triton),
         mock.patch.object(fastmum.kernels.matmul, "SLOW_BFLOAT16", False),
         mock.patch.dict(optimizers.CHUNK, cpu=optimizers.CHUNK["cuda"]),
     ):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastmum.kernels
-from benchmarks.kernel_report import blocks, cases
+from benchmarks.kernel_report import blocks, cases, muon
 from benchmarks.kernel_report.cases import Case, Sizes
 
 SMALL = Sizes(frames=2, side=64, patch=16, width=128, heads=2)
@@ -37,6 +37,10 @@ def test_no_spills_wide_accesses_and_least_bytes() -> None:
     assert [row for row in rows if row["vector"] is not None and row["vector"] < 0.95] == []
     assert {row["kernel"] for row in rows if row["vector"] is None} == {"total_norm root"}
     assert [row for row in rows if not 1 <= row["ratio"] <= 1.1] == []
+    # Two programs of eight warps on a multiprocessor: one stores its tiles while the other multiplies.
+    symmetric = [row for row in rows if row["kernel"].startswith("symmetric") and row["arch"] == "sm_90"]
+    assert symmetric
+    assert [row for row in symmetric if row["registers"] > 128] == []
 
 
 SPECIALISATIONS = """
@@ -58,7 +62,7 @@ OPTIMISER = """
 import json
 from benchmarks.kernel_report import __main__ as report
 from benchmarks.kernel_report.compiled import compile_launch
-cases = [case for case in report.cases() if case.name.startswith(("adamw", "total_norm squares"))]
+cases = [case for case in report.cases() if case.name.startswith(("adamw", "muon", "total_norm squares"))]
 for case in cases:
     made = compile_launch(report.record(case, 90), 90)
     print(json.dumps([case.name, made.spills, made.vector_share(case.main)]))
@@ -68,7 +72,7 @@ for case in cases:
 def test_the_optimiser_uses_wide_accesses() -> None:
     """By a table of addresses, whose alignment the compiler cannot see."""
     found = [json.loads(line) for line in run("-c", OPTIMISER).splitlines()]
-    assert [row[1:] for row in found] == 4 * [[0, 1.0]], found
+    assert [row[1:] for row in found] == 8 * [[0, 1.0]], found
 
 
 def small_cases() -> list[Case]:
@@ -94,11 +98,14 @@ def small_cases() -> list[Case]:
         *(blocks.squares_case(gradients, dtype) for dtype in (bf16, fp32)),
         blocks.root_case(gradients, fp32),
         *(blocks.adamw_case(gradients, split) for split in (True, False)),
+        *(muon.symmetric_case((2, 150, 37), dtype, way) for dtype in (bf16, fp32) for way in ("add", "transposed")),
+        muon.momentum_case(gradients, bf16),
+        *(muon.apply_case(gradients, split) for split in (True, False)),
     ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
-@pytest.mark.parametrize("number", range(33))
+@pytest.mark.parametrize("number", range(40))
 def test_formula_is_the_bytes_that_the_kernel_accesses(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every byte that the interpreted kernel loads or stores, once for loads and once for stores."""
     monkeypatch.setattr(cases, "DEVICE", "cpu")
@@ -106,7 +113,7 @@ def test_formula_is_the_bytes_that_the_kernel_accesses(monkeypatch: pytest.Monke
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     monkeypatch.setenv("FASTMUM_KERNELS", "triton")
     every = small_cases()
-    assert len(every) == 33
+    assert len(every) == 40
     case = every[number]
     touched: dict[str, set[int]] = {"load": set(), "store": set()}
     size: dict[int, int] = {}

@@ -29,7 +29,7 @@ BYTES, LAUNCHES = 95e9, 1_200
 MILLISECONDS = {"a100": 165, "h200": 56}
 CLEAN = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTMUM_KERNELS", "FASTMUM_PRODUCTS")}
 # They take tensors by address: the prediction counts them at the operator's call.
-TABLES = ("adamw", "total_norm squares")
+TABLES = ("adamw", "muon", "total_norm squares")
 CASES = [case for case in kernel_report.cases() if not case.name.startswith(TABLES)]
 
 

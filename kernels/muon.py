@@ -1,0 +1,242 @@
+"""The parts of Muon (Jordan 2024): momentum, orthogonalization of stacks of matrices, update of the weights.
+
+Momentum and update process many tensors in one launch, by a table of addresses, as `adamw_`. Coefficients (a, b, c) are
+of polynomials a s + b s^3 + c s^5, applied one after another to all singular values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmum.kernels.adamw import join, join_bits, split_, split_bits
+from fastmum.kernels.dispatch import check_floating, jit, launch, tl, use_triton
+from fastmum.kernels.matmul import widens
+from fastmum.kernels.symmetric import symmetric_product
+from fastmum.kernels.total_norm import CHUNK, check_lists, chunk_of, make_table
+
+Coefficients = Sequence[tuple[float, float, float]]
+
+# Jordan 2024, "Muon: an optimizer for hidden layers in neural networks".
+NEWTON_SCHULZ: Coefficients = 5 * ((3.4445, -4.7750, 2.0315),)
+# Amsel, Persson, Musco, Gower 2025, "The Polar Express", algorithm 1 with five steps: the argument of each polynomial
+# is divided by a safety factor of 1.01, so that rounding errors do not leave its interval.
+POLAR_EXPRESS: Coefficients = tuple(
+    (a / 1.01, b / 1.01**3, c / 1.01**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    )
+)
+NORM_MARGIN = 1.01  # algorithm 1: singular values start at most at 1 / 1.01
+EPS = 1e-12  # matrices of smaller norms become smaller
+CPU_PIECE = 1 << 20  # values that stay in the cache of a CPU during all steps
+
+
+def orthogonalize(x: Tensor, coefficients: Coefficients) -> Tensor:
+    """Approximate polar factor U V' of every matrix U S V', at any scale; zeros for a matrix of zeros.
+
+    Args:
+        x: (n, r, c) floating point. Products have its dtype, the norms are float32.
+        coefficients: of the steps, `POLAR_EXPRESS` or `NEWTON_SCHULZ`.
+
+    Returns:
+        (n, r, c) in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: another dtype or shape.
+    """
+    check_floating("x", x, 3, "(n, r, c)")
+    if widens(x):
+        return orthogonalize(x.float(), coefficients).to(x.dtype)
+    piece = max(1, CPU_PIECE // max(1, x.shape[1] * x.shape[2]))
+    if len(x) > piece and x.device.type == "cpu" and not use_triton(x):
+        return torch.cat([orthogonalize(some, coefficients) for some in x.split(piece)])
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
+    x = torch.div(x, norm * NORM_MARGIN + EPS, out=torch.empty_like(x))
+    tall = x.shape[1] > x.shape[2]
+    for a, b, c in coefficients:
+        gram = symmetric_product(x.mT if tall else x)  # the smaller one
+        factor = symmetric_product(gram, c, gram, b)
+        x = torch.baddbmm(x, x, factor, beta=a) if tall else torch.baddbmm(x, factor, x, beta=a)
+    return x
+
+
+def momentum_(
+    momenta: Sequence[Tensor], grads: Sequence[Tensor], updates: Sequence[Tensor], beta: float,
+    found_inf: Tensor | None = None,
+) -> None:  # fmt: skip
+    """momentum = beta * momentum + (1 - beta) * grad, and Nesterov's update beta * momentum + (1 - beta) * grad.
+
+    Args:
+        momenta: dense, float32; changed in place.
+        grads: of the same shapes and strides, all of one floating-point dtype.
+        updates: of the same shapes and strides, all of one floating-point dtype; overwritten. Empty if not wanted.
+        beta: share of the old momentum.
+        found_inf: scalar, float32, on the device of the momenta: 1.0 keeps the momenta, and the updates become zero.
+
+    Raises:
+        ValueError, TypeError: as in `adamw_`.
+    """
+    check_lists(momenta=(momenta, torch.float32), grads=(grads, None), updates=(updates or momenta, None))
+    if momenta:
+        run = _momentum_ if use_triton(momenta[0]) else _momentum_torch
+        run(list(momenta), list(grads), list(updates), beta, found_inf)
+
+
+def apply_(
+    weights: Sequence[Tensor], rests: Sequence[Tensor], updates: Sequence[Tensor], rate: float,
+    scales: Sequence[float], weight_decay: float, found_inf: Tensor | None = None,
+) -> None:  # fmt: skip
+    """weight -= rate * (scale * update + weight_decay * weight), in place.
+
+    Args:
+        weights: dense, float32 or the bfloat16 halves of float32 weights.
+        rests: of the same shapes and strides, int16: the other halves of bfloat16 weights; empty for float32 ones.
+        updates: of the same shapes and strides, all of one floating-point dtype.
+        rate: the learning rate.
+        scales: a factor of every update.
+        weight_decay: as in `torch.optim.AdamW`.
+        found_inf: scalar, float32, on the device of the weights: 1.0 keeps the weights.
+
+    Raises:
+        ValueError, TypeError: as in `adamw_`.
+    """
+    dtype = torch.bfloat16 if rests else torch.float32
+    check_lists(weights=(weights, dtype), updates=(updates, None), rests=(rests, torch.int16))
+    if len(scales) != len(weights):
+        raise ValueError(f"scales has {len(scales)} numbers, but there are {len(weights)} weights")
+    if weights:
+        run = _apply_ if use_triton(weights[0]) else _apply_torch
+        run(list(weights), list(rests), list(updates), rate, list(scales), weight_decay, found_inf)
+
+
+@torch.library.custom_op("fastmum::momentum_", mutates_args=("momenta", "updates"))
+def _momentum_(
+    momenta: Sequence[Tensor], grads: Sequence[Tensor], updates: Sequence[Tensor], beta: float,
+    found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    (_momentum_triton if use_triton(momenta[0]) else _momentum_torch)(momenta, grads, updates, beta, found_inf)
+
+
+_momentum_.register_fake(lambda *_: None)
+
+
+@torch.library.custom_op("fastmum::apply_", mutates_args=("weights", "rests"))
+def _apply_(
+    weights: Sequence[Tensor], rests: Sequence[Tensor], updates: Sequence[Tensor], rate: float,
+    scales: Sequence[float], weight_decay: float, found_inf: Tensor | None,
+) -> None:  # fmt: skip
+    run = _apply_triton if use_triton(weights[0]) else _apply_torch
+    run(weights, rests, updates, rate, scales, weight_decay, found_inf)
+
+
+_apply_.register_fake(lambda *_: None)
+
+
+def _momentum_torch(momenta, grads, updates, beta, found_inf):
+    if found_inf is None:
+        grads = [grad.to(torch.float32) for grad in grads]
+    else:  # gradients that change nothing, without a wait for the device
+        skip, keep = found_inf != 0, 1 - found_inf
+        grads = [torch.where(skip, *pair) for pair in zip(momenta, grads, strict=True)]
+    torch._foreach_lerp_(momenta, grads, 1 - beta)
+    if updates:
+        ahead = torch._foreach_lerp(momenta, grads, 1 - beta)
+        if found_inf is not None:
+            torch._foreach_mul_(ahead, keep)
+        torch._foreach_copy_(updates, ahead)
+
+
+def _apply_torch(weights, rests, updates, rate, scales, weight_decay, found_inf):
+    masters = [join(*halves) for halves in zip(weights, rests, strict=True)] if rests else weights
+    for master, update, scale in zip(masters, updates, scales, strict=True):
+        delta = torch.add(master * weight_decay, update, alpha=scale)
+        if found_inf is not None:
+            delta.masked_fill_(found_inf != 0, 0.0)
+        master.sub_(delta, alpha=rate)
+    for master, weight, rest in zip(masters, weights, rests, strict=False):
+        split_(master, weight, rest)
+
+
+def _momentum_triton(momenta, grads, updates, beta, found_inf):
+    table = make_table((momenta, grads, updates or momenta))
+    types = [torch.empty(0, dtype=some[0].dtype, device=momenta[0].device) for some in (grads, updates or momenta)]
+    constants = {"UPDATE": bool(updates), "ALIGN": table.align, "DIVISOR": table.divisor, "COLUMNS": 3}
+    args = table.words, *types, found_inf, table.rows, beta
+    launch(_momentum_kernel, (table.chunks,), *args, **constants, CHUNK=CHUNK, BLOCK=1024, num_warps=4)
+
+
+def _apply_triton(weights, rests, updates, rate, scales, weight_decay, found_inf):
+    table = make_table((weights, updates, rests or weights), scales)
+    typed = torch.empty(0, dtype=updates[0].dtype, device=weights[0].device)
+    constants = {"SPLIT": bool(rests), "ALIGN": table.align, "DIVISOR": table.divisor, "COLUMNS": 4}
+    args = table.words, typed, found_inf, table.rows, rate, weight_decay
+    launch(_apply_kernel, (table.chunks,), *args, **constants, CHUNK=CHUNK, BLOCK=1024, num_warps=4)
+
+
+@jit(do_not_specialize=["rows", "beta"])
+def _momentum_kernel(
+    table_ptr,  # see `make_table`: momentum, gradient, update
+    grad_ptr,  # empty, of the gradients' dtype
+    update_ptr,  # empty, of the updates' dtype
+    found_inf_ptr,  # scalar, or None
+    rows, beta,
+    UPDATE: tl.constexpr,  # updates are wanted
+    ALIGN: tl.constexpr, DIVISOR: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    skip = False
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr) != 0.0
+    row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK, DIVISOR)
+    mean_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.float32)), ALIGN)
+    grads_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
+    ahead_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(tl.pointer_type(update_ptr.dtype.element_ty)), ALIGN)
+    for first in range(0, CHUNK, BLOCK):
+        at = begin + first + tl.arange(0, BLOCK)
+        inside = at < numel
+        mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        grad = tl.load(grads_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        mean = tl.where(skip, mean, mean + (1.0 - beta) * (grad - mean))
+        tl.store(mean_ptr + at, mean, mask=inside)
+        if UPDATE:
+            ahead = tl.where(skip, 0.0, mean + (1.0 - beta) * (grad - mean))
+            tl.store(ahead_ptr + at, ahead.to(update_ptr.dtype.element_ty), mask=inside)
+
+
+@jit(do_not_specialize=["rows", "rate", "weight_decay"])
+def _apply_kernel(
+    table_ptr,  # see `make_table`: weight, update, rest, scale
+    update_ptr,  # empty, of the updates' dtype
+    found_inf_ptr,  # scalar, or None
+    rows, rate, weight_decay,
+    SPLIT: tl.constexpr,  # weights are halves
+    ALIGN: tl.constexpr, DIVISOR: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if found_inf_ptr is not None:  # noqa: SIM102 (Triton decides the outer one when it compiles)
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK, DIVISOR)
+    weight_type: tl.constexpr = tl.pointer_type(tl.int16 if SPLIT else tl.float32)  # halves as bits
+    weight_ptr = tl.multiple_of(tl.load(row_ptr).to(weight_type), ALIGN)
+    updates_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(update_ptr.dtype.element_ty)), ALIGN)
+    rest_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(tl.pointer_type(tl.int16)), ALIGN)
+    scale = tl.load(row_ptr + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    for first in range(0, CHUNK, BLOCK):
+        at = begin + first + tl.arange(0, BLOCK)
+        inside = at < numel
+        update = tl.load(updates_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + at, mask=inside, other=0)
+        if SPLIT:
+            weight = join_bits(weight, tl.load(rest_ptr + at, mask=inside, other=0))
+        weight -= rate * (scale * update + weight_decay * weight)
+        if SPLIT:
+            weight, rest = split_bits(weight)
+            tl.store(rest_ptr + at, rest, mask=inside)
+        tl.store(weight_ptr + at, weight, mask=inside)
