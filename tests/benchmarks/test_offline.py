@@ -1,7 +1,5 @@
 """The predicted cost of the full-size step is within the record, and the record within the goals; its components."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import logging
@@ -121,39 +119,29 @@ def compiled_mode(monkeypatch):
     logging.disable(logging.NOTSET)  # the command disables it for its process
 
 
-NEEDS_TRITON = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
-
-
-@pytest.mark.parametrize(
-    ("words", "patch", "message"),
-    [
-        ([], (importlib.util, "find_spec", lambda name: None), "Triton is not installed"),
-        pytest.param([], (torch.version, "cuda", None), "built without CUDA", marks=NEEDS_TRITON),
-        (["--frames", "10", "--views", "4"], (), "--frames is 10"),
-        (["--frames", "0"], (), "--frames is 0"),
-        (["--frames", "-5"], (), "--frames is -5"),
-        (["--record", "--frames", "8", "--views", "4"], (), "--record"),
-        pytest.param(["--model", "mum_huge"], (torch.version, "cuda", "13.0"), "'mum_huge'", marks=NEEDS_TRITON),
-    ],
-)
 @pytest.mark.usefixtures("compiled_mode")
-def test_refusals_are_one_line(monkeypatch, capsys, words, patch, message):
-    if patch:
-        monkeypatch.setattr(*patch)
-    assert main(words) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
+def test_invalid_arguments(monkeypatch, refusal):
+    for words, message in (
+        (["--frames", 10, "--views", 4], "--frames is 10"),
+        (["--frames", 0], "--frames is 0"),
+        (["--frames", -5], "--frames is -5"),
+        (["--record", "--frames", 8, "--views", 4], "--record"),
+    ):
+        assert message in refusal(main, *words)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "Triton is not installed" in refusal(main)
 
 
-@NEEDS_TRITON
-@pytest.mark.parametrize(("frames", "views"), [(96, 12), (8, 8), (22, 11), (13, 1), (1, 1)])
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="Triton is not installed")
 @pytest.mark.usefixtures("compiled_mode")
-def test_default_views_divide_the_frames(monkeypatch, capsys, frames, views):
-    batches = []
+def test_default_views_divide_the_frames(monkeypatch, capsys, refusal):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "built without CUDA" in refusal(main)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "'mum_huge'" in refusal(main, "--model", "mum_huge")
+    batches = []
     monkeypatch.setattr(report, "measure", lambda config, batch, *more: batches.append(batch) or {})
-    assert main(["--json", "--frames", str(frames)]) == 0
-    assert batches == [(frames, views, 256)]
-    assert f'"views": {views},' in capsys.readouterr().out
+    for frames, views in ((96, 12), (8, 8), (22, 11), (13, 1), (1, 1)):
+        assert main(["--json", "--frames", str(frames)]) == 0
+        assert batches.pop() == (frames, views, 256)
+        assert f'"views": {views},' in capsys.readouterr().out
