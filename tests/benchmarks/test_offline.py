@@ -31,14 +31,6 @@ TABLES = ("adamw", "total_norm squares")
 CASES = [case for case in kernel_report.cases() if not case.name.startswith(TABLES)]
 
 
-def predict(*words: str) -> dict:
-    """Run in a separate process, where Triton compiles instead of interpreting."""
-    command = [sys.executable, "-m", "benchmarks.offline", "--json", *words]
-    result = subprocess.run(command, env=CLEAN, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout)
-
-
 def test_the_record_is_within_the_goals():
     assert RECORD.keys() == GPUS.keys()
     for gpu, sides in RECORD.items():
@@ -50,27 +42,26 @@ def test_the_record_is_within_the_goals():
         assert 2 * sides["fastmum"]["peak_bytes"] <= sides["reference"]["peak_bytes"]
 
 
-def check_record(gpu: str, *sides: str) -> None:
-    found = predict("--gpu", gpu, *(word for side in sides for word in ("--side", side)))
-    for side in sides:
-        recorded = RECORD[gpu][side]
-        larger = [key for key in ("flops", "bytes", "launches", "peak_bytes") if found[side][key] > recorded[key]]
-        assert not larger, f"{side} on {gpu}; if intended: `python -m benchmarks.offline --record`"
-        assert found[side]["predicted_ms"] <= 1.0001 * recorded["predicted_ms"]
-        assert found[side]["spilled"] == []
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(not torch.version.cuda, reason="this build of torch cannot lower for CUDA")
-def test_a_step_moves_and_launches_no_more_than_recorded():
+@pytest.mark.parametrize(
+    ("gpu", "sides"),
+    [
+        pytest.param("h200", ["fastmum"], marks=pytest.mark.slow),
+        *(pytest.param(gpu, RECORD[gpu], marks=pytest.mark.exhaustive) for gpu in RECORD),
+    ],
+)
+def test_a_step_moves_and_launches_no_more_than_recorded(gpu, sides):
     pytest.importorskip("triton")
-    check_record("h200", "fastmum")
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("gpu", ["a100", "h100", "h200"])
-def test_all_sides_on_all_gpus(gpu):
-    check_record(gpu, "fastmum", "fastmum_block", "reference", "reference_compiled")
+    command = [sys.executable, "-m", "benchmarks.offline", "--json", f"--gpu={gpu}", *(f"--side={s}" for s in sides)]
+    # A separate process, where Triton compiles instead of interpreting.
+    result = subprocess.run(command, env=CLEAN, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    for side in sides:
+        found, recorded = json.loads(result.stdout)[side], RECORD[gpu][side]
+        larger = [key for key in ("flops", "bytes", "launches", "peak_bytes") if found[key] > recorded[key]]
+        assert not larger, f"{side} on {gpu}; if intended: `python -m benchmarks.offline --record`"
+        assert found["predicted_ms"] <= 1.0001 * recorded["predicted_ms"]
+        assert found["spilled"] == []
 
 
 def test_a_kernel_takes_the_slower_of_its_operations_and_its_bytes():

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from fastmum import PRESETS, ModelConfig, MuM
 from fastmum.attention import Segments
@@ -33,18 +32,16 @@ def test_ragged_batch_equals_separate_sequences(tiny):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
     with torch.no_grad():
         x[0] += 1
-    assert torch.equal(tiny(x, lengths, 0.5, u).pred[3:], together.pred[3:])  # nothing of one sequence reaches another
+    padded = tiny(x, torch.tensor([*lengths, *[0] * 7]), 0.5, u, max_views=4)
+    assert torch.equal(padded.pred[3:], together.pred[3:])  # nothing of one sequence reaches another
 
 
 def test_raw_and_normalised_frames_agree(tiny):
     raw = torch.randint(0, 256, (3, 32, 48, 3), dtype=torch.uint8)
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     normalised = ((raw / 255 - mean) / std).permute(0, 3, 1, 2)
-    a, b = (tiny(x, [3], 0.5, noise(3)) for x in (raw, normalised))
-    torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(a.pred, b.pred, rtol=1e-4, atol=1e-5)
-    features = tiny.forward_features(raw)["x_norm_patchtokens"]
-    torch.testing.assert_close(features, tiny.forward_features(normalised)["x_norm_patchtokens"], rtol=1e-4, atol=1e-5)
+    a, b = (tiny(x, [3], 0.5, noise(3))._asdict() | tiny.forward_features(x) for x in (raw, normalised))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_constant_patches_and_random_masks(tiny):
@@ -108,15 +105,6 @@ def test_initialisation_also_after_the_meta_device():
     torch.testing.assert_close(late.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_the_state_dict_can_be_written_as_safetensors_and_read_back(tiny, tmp_path):
-    save_file(tiny.state_dict(), tmp_path / "weights.safetensors")
-    other = MuM(tiny.config)
-    strides = other.patch_embed.proj.weight.stride()
-    other.load_state_dict(load_file(tmp_path / "weights.safetensors"))
-    torch.testing.assert_close(other.state_dict(), tiny.state_dict(), rtol=0, atol=0)
-    assert other.patch_embed.proj.weight.stride() == strides, "patches are still a matrix product without a copy"
-
-
 def test_sizes_of_the_presets():
     with torch.device("meta"):
         models = [MuM(PRESETS[name]) for name in ("mum_vitl16", "mum_vitl16_released")]
@@ -167,12 +155,6 @@ def test_segments_have_a_fixed_number_of_entries(lengths):
     assert torch.equal(segments.cu_seqlens_q, 3 * expected)
     assert torch.equal(segments.cu_seqlens_k, 7 * expected)
     assert segments[2:] == (12, 28)
-
-
-def test_lengths_may_be_padded_and_bounded(tiny):
-    expected = tiny(frames(5), [3, 2], 0.5, noise(5))
-    padded = tiny(frames(5), torch.tensor([3, 2, 0, 0, 0]), 0.5, noise(5), max_views=3)
-    assert torch.equal(padded.pred, expected.pred)
 
 
 def test_the_last_block_computes_only_masked_patches(tiny):
