@@ -112,9 +112,7 @@ def test_a_missing_file_names_the_nearest(file):
 
 
 def test_every_key_has_a_meaning():
-    keys = {key.name: key.meaning for key in describe_keys()}
-    assert all(keys.values())
-    assert {"run.dir", "train.steps", "train.log_every", "train.resume", "data.root"} <= {*keys}
+    assert all(key.meaning for key in describe_keys())
 
 
 def test_the_configurations_that_come_with_it():

@@ -1,10 +1,10 @@
-"""`make gpu` without a GPU: its stages and its page."""
+"""`make gpu` without a GPU: its page."""
 
 import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import main, page_name, profile_note, stages
+from benchmarks.gpu import main, page_name, profile_note
 from benchmarks.gpu import test_outcome as outcome_of
 
 XML = """<testsuites><testsuite tests="5" skipped="1" failures="1" errors="1">
@@ -64,12 +64,3 @@ def test_failed_stages_leave_a_page_without_old_profiles(monkeypatch, tmp_path, 
     (tmp_path / "file").write_text("")
     assert main(["--folder", str(folder), "--out", str(tmp_path / "file/PAGE.md")]) == 2
     assert "file' cannot be written" in capsys.readouterr().err
-
-
-def test_stages(tmp_path):
-    tests, benchmarks, profile = stages(tmp_path)
-    assert {"tests/kernels", "tests/attention"} <= set(tests.words)
-    assert "--quick" not in benchmarks.words
-    assert f"--benchmark-json={tmp_path / 'result.json'}" in benchmarks.words
-    assert {"mum_vitl16", "profile.steps=12-14"} <= set(profile.words)
-    assert "--quick" in stages(tmp_path, quick=True)[1].words
