@@ -38,6 +38,13 @@ def assert_same(model, tiny, of=MuM):
     assert model.patch_embed.proj.weight.stride() == tiny.patch_embed.proj.weight.stride()  # as the kernels want it
 
 
+def error_of(file, **overrides) -> str:
+    with pytest.raises(WeightsError) as caught:
+        load_pretrained(file, **overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def test_runs(tmp_path, tiny):
     state = {f"model.{name}": parameter.detach() for name, parameter in tiny.named_parameters()}
     writer, values = Checkpoints(tmp_path / "checkpoints", keep=2), {"model_config": dataclasses.asdict(tiny.config)}
@@ -82,7 +89,9 @@ def test_of_several_models_one_must_be_chosen(tiny, save):
 def test_encoder_only(tiny, save):
     encoder = load_pretrained(save(tiny.state_dict()), encoder_only=True)
     assert_same(encoder, tiny, Encoder)
-    assert_same(load_pretrained(save(encoder.state_dict(), "alone")), tiny, Encoder)
+    alone = save(encoder.state_dict(), "alone")
+    assert_same(load_pretrained(alone), tiny, Encoder)
+    assert "encoder_only is False" in error_of(alone, encoder_only=False)
 
 
 def test_heads_and_half_precision(tiny, save):
@@ -128,13 +137,6 @@ def test_every_mismatch_is_listed(tiny, save):
         assert "\n" not in str(caught.value)
 
 
-def error_of(file, **overrides) -> str:
-    with pytest.raises(WeightsError) as caught:
-        load_pretrained(file, **overrides)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def test_invalid_overrides(tiny, save):
     file = save(tiny.state_dict())
     for overrides, words in (
@@ -149,8 +151,6 @@ def test_invalid_overrides(tiny, save):
         ({"ema": True}, "no EMA weights"),
     ):
         assert words in error_of(file, **overrides)
-    alone = save({k: v for k, v in tiny.state_dict().items() if not k.startswith(("decoder", "mask"))}, "alone")
-    assert "encoder_only is False" in error_of(alone, encoder_only=False)
 
 
 class Custom:
