@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from released import Released
 
 from fastmum import ModelConfig, MuM
 
@@ -19,6 +20,25 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"test data of the project are absent: no {SHARED.name}/ next to the checkout")
     return SHARED
+
+
+@pytest.fixture(params=["reference_square", "reference_wide"])
+def released(request, shared: Path) -> Released:
+    return Released(shared / "parity" / f"{request.param}.safetensors")
+
+
+@pytest.fixture
+def refusal(capsys):
+    """Calls a command that must end with exit code 2 and one line of error; returns that line."""
+
+    def call(main, *words: object) -> str:
+        assert main([*map(str, words)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return call
 
 
 @pytest.fixture

@@ -12,27 +12,21 @@ from omegaconf import OmegaConf
 import fastmum.capi_loader
 
 
-@pytest.fixture
-def load(monkeypatch, tiny, tmp_path):
+def test_the_evaluations_use_of_a_model(monkeypatch, tiny, tmp_path):
     """As CAPI's `eval_*.py`, from words of a command line: by the file's path, outside of its package."""
     torch.save(tiny.state_dict(), tmp_path / "weights.pth")
     done = subprocess.run([sys.executable, "-m", "fastmum.capi_loader"], capture_output=True, text=True, check=True)
     file = Path(done.stdout.strip())
     assert file == Path(fastmum.capi_loader.__file__)
 
-    def call(**words):
-        words = {"pretrained_weights": tmp_path / "weights.pth", **words}
-        settings = OmegaConf.to_object(OmegaConf.from_cli([f"{key}={value}" for key, value in words.items()]))
+    def load(*words):
+        words = [f"pretrained_weights={tmp_path / 'weights.pth'}", *words]
         spec = importlib.util.spec_from_file_location(file.stem, file)
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, file.stem, module)
         spec.loader.exec_module(module)
-        return module.__model_loader__(**settings)
+        return module.__model_loader__(**OmegaConf.to_object(OmegaConf.from_cli(words)))
 
-    return call
-
-
-def test_the_evaluations_use_of_a_model(load, tiny):
     model = load()
     assert isinstance(model, torch.nn.Module)
     assert not model.training
@@ -43,15 +37,10 @@ def test_the_evaluations_use_of_a_model(load, tiny):
         cls, registers, patches = model(images)
     assert registers is None
     assert torch.equal(cls, ours["x_norm_clstoken"])
-    assert torch.equal(patches.reshape(2, 15, 32), ours["x_norm_patchtokens"])
-    assert patches.shape == (2, 3, 5, 32)
-    assert torch.equal(patches[1, 2, 4], ours["x_norm_patchtokens"][1, -1])
-
-
-def test_overrides_and_mistakes(load):
-    model = load(norm_eps="1e-6", dtype="bfloat16")
+    assert torch.equal(patches, ours["x_norm_patchtokens"].reshape(2, 3, 5, 32))
+    model = load("norm_eps=1e-6", "dtype=bfloat16")
     assert model.encoder.norm.eps == 1e-6
     assert model.encoder.cls_token.dtype == torch.bfloat16
-    for words in ({"encoder_only": 1}, {"device": "tpu"}):
-        with pytest.raises(RuntimeError, match=f"model_loader_kwargs.{next(iter(words))}"):
-            load(**words)
+    for word in ("encoder_only=1", "device=tpu"):
+        with pytest.raises(RuntimeError, match=f"model_loader_kwargs.{word.split('=')[0]}"):
+            load(word)

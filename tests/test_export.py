@@ -43,26 +43,24 @@ def test_the_released_layout(shared):
     assert shapes_and_dtypes(released_state(encoder, encoder_only=True)) == released["MuM_ViTLarge.pth"]
 
 
-def test_a_run(run, tiny, capsys):
+def test_a_run(run, capsys):
     assert main([str(run / "checkpoints")]) == 0
-    file = run / "mum_0000007.pth"
     out = capsys.readouterr().out
-    assert all(word in out for word in (str(file), f"{len(tiny.state_dict())} tensors", "step_0000007"))
-    weights = torch.load(file, weights_only=True)
-    assert list(weights) == list(tiny.state_dict())
-    torch.testing.assert_close(weights, dict(tiny.state_dict()), rtol=0, atol=0)
-    assert all(tensor.is_contiguous() for tensor in weights.values())
+    assert all(word in out for word in (str(run / "mum_0000007.pth"), "step_0000007"))
     (run / "checkpoints/step_0000007/.metadata").write_bytes(b"")
     assert export(run).source.step == 3  # the newest whole one
 
 
-@pytest.mark.parametrize(("name", "encoder_only"), [("released", True), ("safetensors", False), ("safetensors", True)])
+@pytest.mark.parametrize("encoder_only", [False, True])
+@pytest.mark.parametrize("name", ["released", "safetensors"])
 def test_exports_load(run, tiny, tmp_path, name, encoder_only):
     out = None if name == "released" else tmp_path / "new/weights"
     file = export(run, name, out, encoder_only).file
-    assert file == (out or run / "mum_0000007_encoder.pth")
+    assert file == (out or run / f"mum_0000007{'_encoder' * encoder_only}.pth")
     if name == "released":
-        assert torch.load(file, weights_only=True)["rope_embed.periods"].dtype == torch.bfloat16
+        weights = torch.load(file, weights_only=True)
+        assert encoder_only or list(weights) == list(tiny.state_dict())
+        assert all(tensor.is_contiguous() for tensor in weights.values())
     else:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata()
@@ -78,19 +76,17 @@ def test_exports_load(run, tiny, tmp_path, name, encoder_only):
 @pytest.mark.parametrize(
     "name", ["released", "safetensors", "hf", pytest.param("onnx", marks=pytest.mark.exhaustive)], ids=list(FORMATS)
 )
-def test_failures_keep_the_existing_file(run, name, monkeypatch, capsys):
+def test_failures_keep_the_existing_file(run, name, monkeypatch, refusal):
     file = run / f"mum_0000007{FORMATS[name].suffix}"
     file.write_bytes(b"precious")
-    assert main([str(run), "--format", name]) == 2
-    assert "--force" in capsys.readouterr().err
+    assert "--force" in refusal(main, run, "--format", name)
 
     def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", no_space)
-        assert main([str(run), "--format", name, "--force"]) == 2
-    assert capsys.readouterr().err == f"error: '{file}' cannot be written (No space left on device)\n"
+        assert f"'{file}' cannot be written (No space" in refusal(main, run, "--format", name, "--force")
     assert file.read_bytes() == b"precious"
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", file.name]
     if name == "released":
@@ -98,24 +94,20 @@ def test_failures_keep_the_existing_file(run, name, monkeypatch, capsys):
         assert file.stat().st_size > 100_000
 
 
-def test_mistakes_are_one_line(run, tmp_path, capsys):
+def test_mistakes_are_one_line(run, tmp_path, refusal):
     (tmp_path / "empty").mkdir()
     for words, message in (
-        ([str(tmp_path / "empty")], f"no checkpoint in '{tmp_path}/empty'"),
-        ([str(run), "--format", "none"], ", ".join(FORMATS)),
-        ([str(run), "--out", str(run)], f"--out is '{run}'"),
-        ([str(run), "--set", "encoder_only=1"], "--encoder-only"),
-        ([str(run), "--set", "ema=on"], "--ema"),
-        ([str(run), "--ema", "on"], "no EMA weights"),
-        ([str(run), "--set", "norm_eps=[1"], "--set is 'norm_eps=[1'"),
-        ([str(run), "--out", "/proc/none/a.pth"], "'/proc/none/a.pth' cannot be written"),
-        ([str(run), "--set", "force=1"], "unknown override 'force'"),
+        ([tmp_path / "empty"], f"no checkpoint in '{tmp_path}/empty'"),
+        ([run, "--format", "none"], ", ".join(FORMATS)),
+        ([run, "--out", run], f"--out is '{run}'"),
+        ([run, "--set", "encoder_only=1"], "--encoder-only"),
+        ([run, "--set", "ema=on"], "--ema"),
+        ([run, "--ema", "on"], "no EMA weights"),
+        ([run, "--set", "norm_eps=[1"], "--set is 'norm_eps=[1'"),
+        ([run, "--out", "/proc/none/a.pth"], "'/proc/none/a.pth'"),
+        ([run, "--set", "force=1"], "unknown override 'force'"),
     ):
-        assert main(words) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert message in error
-        assert error.count("\n") == 1
+        assert message in refusal(main, *words)
 
 
 def test_ema_weights(tmp_path, tiny, capsys, caplog):

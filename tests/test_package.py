@@ -78,20 +78,14 @@ def run(code: str, **kwargs) -> str:
     return subprocess.check_output([sys.executable, "-c", code], text=True, **kwargs).strip()
 
 
-@pytest.mark.parametrize(
-    ("code", "heavy"),
-    [
+def test_imports_load_nothing_heavy():
+    for code, heavy in (
         ("import fastmum", ("torch", "numpy", "triton", "skimage")),
         ("import fastmum; fastmum.MuM", ("nvidia.dali", "flash_attn", "torch._dynamo")),
-    ],
-)
-def test_imports_load_nothing_heavy(code, heavy):
-    assert run(f"import sys; {code}; print([name for name in {heavy} if name in sys.modules])") == "[]"
-
-
-def test_names_of_the_package():
-    assert set(fastmum.__all__) <= set(dir(fastmum))
+    ):
+        assert run(f"import sys; {code}; print([name for name in {heavy} if name in sys.modules])") == "[]"
     assert all(getattr(fastmum, name) is not None for name in fastmum.__all__)
+    assert set(fastmum.__all__) <= set(dir(fastmum))
     with pytest.raises(AttributeError, match="Mum"):
         fastmum.Mum  # noqa: B018
 

@@ -190,10 +190,10 @@ def _rows(rows: int, rank: int, size: int) -> int:
 
 def _orthogonalize(weights: list[Weight], updates: list[Tensor], coefficients: Coefficients) -> None:
     """Orthogonalise updates (n * rows, columns) in place, all of one shape together."""
-    alike: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for weight, update in zip(weights, updates, strict=True):
         for matrix in update.chunk(weight.matrices):
             matrix = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
-            alike[tuple(matrix.shape)].append(matrix)
+            alike[matrix.shape].append(matrix)
     for some in alike.values():
         torch._foreach_copy_(some, list(orthogonalize(torch.stack(some), coefficients).unbind()))

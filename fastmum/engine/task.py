@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 from PIL import Image
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ class Task(ABC):
         The default: the weight of every linear layer of the blocks, as one matrix.
         """
         linears = [m for block in self.blocks(model) for m in block.modules() if isinstance(m, nn.Linear)]
-        return {linear.weight: 1 for linear in linears if linear.weight.requires_grad}
+        return {cast(nn.Parameter, m.weight): 1 for m in linears if m.weight.requires_grad}
 
     def buffers(self, model: Any) -> dict[str, Tensor]:
         """Buffers that training changes (statistics of batch norm, ...), saved in checkpoints."""

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -104,7 +104,8 @@ class MuMTask(Task):
 
     def matrices(self, model: MuM) -> dict[nn.Parameter, int]:
         """The matrices of the blocks; q, k and v one by one."""
-        return super().matrices(model) | {block.attn.qkv.weight: 3 for block in blocks_of(model)}
+        fused = {cast(nn.Parameter, block.attn.qkv.weight): 3 for block in blocks_of(model)}
+        return super().matrices(model) | fused
 
     def manifest(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config.model_config)

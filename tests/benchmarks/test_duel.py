@@ -1,7 +1,5 @@
 """Duels: wrong results are not timed, contestants take turns, and each becomes an entry of pytest-benchmark."""
 
-from __future__ import annotations
-
 from functools import partial
 from time import sleep
 from types import SimpleNamespace
@@ -47,8 +45,7 @@ def test_largest_error():
     error, of_tolerance = largest_error([good, bad, good.bfloat16()], [good, good, good.bfloat16() * 1.01])
     assert error == pytest.approx(0.5)
     assert of_tolerance > 1
-    for value in (float("nan"), float("inf")):
-        assert largest_error(torch.tensor([1.0, value]), torch.ones(2))[1] > 1
+    assert all(largest_error(torch.tensor([1.0, x]), torch.ones(2))[1] > 1 for x in (float("nan"), float("inf")))
     assert largest_error(torch.full((2,), 1e-7), torch.zeros(2))[1] < 1  # absolute where 0 is expected
     with pytest.raises(WrongResultError, match=r"\(2,\).*\(3,\)"):
         largest_error(torch.ones(2), torch.ones(3))
@@ -70,7 +67,8 @@ def test_contestants_take_turns():
 
 def test_contestants_become_entries_and_pair_again(benchmark, entries):
     contestants = {REFERENCE: constant(1.0), COMPILED: constant(1.0), FASTMUM: constant(1.0)}
-    Duel(benchmark, CPU, rounds=4)("group", "thing", contestants, bytes=64)
+    duel = Duel(benchmark, CPU, rounds=4)
+    duel("group", "thing", contestants, bytes=64)
     made = entries()
     assert {entry["group"] for entry in made} == {"group: thing"}
     assert len({entry["fullname"] for entry in made}) == 3
@@ -81,13 +79,11 @@ def test_contestants_become_entries_and_pair_again(benchmark, entries):
     assert result.rounds == {e["extra_info"]["contestant"]: e["stats"]["data"] for e in made}
     assert all(len(rounds) == 4 for rounds in result.rounds.values())
 
-
-def test_other_units(benchmark, entries):
     peaks, seconds = {REFERENCE: [4e9, 5e9], FASTMUM: [2e9, 2e9]}, {REFERENCE: [1.0, 1.0], FASTMUM: [2.0, 2.0]}
-    Duel(benchmark, CPU, rounds=1).record("memory", "peak", peaks, unit="bytes", seconds=seconds)
-    (result,) = results_of(entries())
-    assert result.rounds == peaks
-    assert result.value(FASTMUM) == "2 GB"
-    assert entries()[1]["stats"]["median"] == 2.0
+    duel.record("memory", "peak", peaks, unit="bytes", seconds=seconds)
+    made = entries()[3:]
+    (result,) = results_of(made)
+    assert (result.rounds, result.value(FASTMUM)) == (peaks, "2 GB")
+    assert made[1]["stats"]["median"] == 2.0
     # A disabled benchmark registers nothing.
     Duel(SimpleNamespace(disabled=True, _mode=None), CPU, 1).record("group", "thing", {REFERENCE: [1.0]})

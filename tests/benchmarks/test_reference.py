@@ -1,48 +1,25 @@
 """The plain reference agrees with the released model and fastmum, and samples as the paper."""
 
-import json
 from collections import Counter
 from itertools import chain
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from released import TOLERANCE, difference
 
 from benchmarks.reference import step as reference_step
 from benchmarks.reference.model import ReferenceMuM
 from benchmarks.reference.sampler import PaperSampler, Sequences
 from fastmum import PRESETS, ModelConfig, MuM
 
-TOLERANCE = 1e-5  # norm of the difference over the norm, float32
-SIZES = ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 
-
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-@pytest.mark.parametrize("name", ["reference_square", "reference_wide"])
-def test_released_numbers(shared, name):
-    with safe_open(shared / "parity" / f"{name}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    eps = 1e-5 if config["norm_layer"] == "layernormbf16" else 1e-6
-    model = ReferenceMuM(**{name: config[name] for name in SIZES}, norm_eps=eps)
-    for key, buffer in model.named_buffers():
-        assert difference(buffer, tensors[f"state.{key}"]) < 1e-7, key
-    model.load_state_dict({k.removeprefix("state."): v for k, v in tensors.items() if k.startswith("state.")})
-
-    output = model(tensors["images"], config["mask_ratio"], tensors["mask_noise"])
-    output.loss.backward()
-    assert difference(output.loss, tensors["loss"][0]) < TOLERANCE
-    assert difference(output.pred, tensors["pred"]) < TOLERANCE
-    assert torch.equal(output.mask, tensors["mask"])
-    for key, parameter in model.named_parameters():
-        assert difference(parameter.grad, tensors[f"grad.{key}"]) < TOLERANCE, key
-    features = model.forward_features(tensors["images"].flatten(0, 1))
-    assert difference(features["x_norm_patchtokens"], tensors["features.patch"]) < TOLERANCE
-    assert difference(features["x_norm_clstoken"], tensors["features.cls"]) < TOLERANCE
+def test_released_numbers(released):
+    model = ReferenceMuM(**released.sizes, norm_eps=released.norm_eps)
+    released.load_into(model)
+    output = model(released.tensors["images"], released.config["mask_ratio"], released.tensors["mask_noise"])
+    released.check(model, output.loss)
+    assert difference(output.pred, released.tensors["pred"]) < TOLERANCE
+    assert torch.equal(output.mask, released.tensors["mask"])
 
 
 @pytest.mark.parametrize(("heads", "decoder_heads", "batch", "mask_ratio"), [(2, 4, (2, 3), 0.75), (4, 2, (1, 5), 0.5)])
@@ -72,11 +49,10 @@ def test_agrees_with_fastmum(heads, decoder_heads, batch, mask_ratio):
         assert difference(gradient, by_name[key].grad) < TOLERANCE, key
 
 
-def test_state_dict_is_fastmums():
+def test_default_sizes_are_the_released_models():
     with torch.device("meta"):
-        ours, reference = MuM(PRESETS["mum_vitl16_released"]), ReferenceMuM()
-    shapes, expected = ({k: v.shape for k, v in model.state_dict().items()} for model in (ours, reference))
-    assert shapes == expected
+        ours, reference = MuM(PRESETS["mum_vitl16_released"]).state_dict(), ReferenceMuM().state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in reference.items()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -92,12 +68,9 @@ def test_step_learns_and_reports_its_loss_and_norm(precision):
     assert all(decay[id(p)] == (0.05 if p.ndim >= 2 else 0.0) for p in model.parameters())
 
     phases = []
-    steps = [
-        reference_step.train_step(model, optimizer, frames, noise, precision=precision, lap=phases.append)
-        for _ in range(5)
-    ]
-    tolerance = {"fp32": 1e-6, "bf16": 2e-2}[precision]
-    assert steps[0] == pytest.approx((loss.item(), norm.item()), rel=tolerance)
+    arguments = {"precision": precision, "lap": phases.append}
+    steps = [reference_step.train_step(model, optimizer, frames, noise, **arguments) for _ in range(5)]
+    assert steps[0] == pytest.approx((loss.item(), norm.item()), rel={"fp32": 1e-6, "bf16": 2e-2}[precision])
     assert steps[-1][0] < steps[0][0]
     assert phases == 5 * ["forward", "backward", "norm", "optimizer"]
 

@@ -1,13 +1,12 @@
 """`python -m fastmum.features`: tokens as the model computes them, both file formats, pictures, skipped images."""
 
 import importlib
-import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from fastmum import load_pretrained
 from fastmum.features import FeaturesError, Sizing, extract, find_images, read_features, write_features
@@ -54,10 +53,8 @@ def test_tokens_of_images_of_their_own_size(mixed, weights, tiny, tmp_path, suff
         assert tokens.placement[:2] == Image.open(mixed / name).size[::-1]
     assert about["layers"] == [1]
     assert about["skipped"] == {}
-    with np.load(out) if suffix == ".npz" else safe_open(out, "np") as file:  # plain names for others
-        patch, cls = (file[n] if suffix == ".npz" else file.get_tensor(n) for n in ("3.png/patch", "3.png/cls"))
-        assert (patch.shape, cls.shape) == ((16, 32), (32,))
-        assert json.loads(str(file["about"]) if suffix == ".npz" else file.metadata()["about"]) == about
+    plain = dict(np.load(out)) if suffix == ".npz" else load_file(out)  # for other readers
+    assert (plain["3.png/patch"].shape, plain["3.png/cls"].shape) == ((16, 32), (32,))
 
 
 @pytest.mark.parametrize(
@@ -80,8 +77,7 @@ def test_sizes_and_padding(image_folder, weights, tiny, tmp_path):  # images of 
         assert call(scene, weights, tmp_path / "f.npz", *options, "--no-pictures", "--force") == 0
         features, _ = read_features(tmp_path / "f.npz")
         assert {t.patch.shape for t in features.values()} == {(tokens, 32)}
-    padded = features["0.png"].placement
-    assert padded == (48, 48, 40, 48)
+    assert features["0.png"].placement == (48, 48, 40, 48)
 
 
 def test_pictures_show_the_input_and_its_tokens(image_folder, weights, tmp_path, capsys):
@@ -100,14 +96,12 @@ def test_pictures_show_the_input_and_its_tokens(image_folder, weights, tmp_path,
 def test_images_that_cannot_be_read_are_skipped_counted_and_named(mixed, weights, tmp_path, capsys):
     (mixed / "0.png").write_bytes(b"no image")
     data = (mixed / "3.png").read_bytes()
-    (mixed / "3.png").write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2 - 12) + data[-12:])
+    (mixed / "3.png").write_bytes(data[:-2000] + bytes(1988) + data[-12:])
     out = tmp_path / "f.npz"
     assert call(mixed, weights, out) == 0
     assert (tmp_path / "f_pictures/1.png").exists()
     error = capsys.readouterr().err
-    assert "skipped: 2 of 5 images" in error
-    assert "  0.png: not an image" in error
-    assert "  3.png: " in error
+    assert all(words in error for words in ("skipped: 2 of 5 images", "  0.png: not an image", "  3.png: "))
     features, about = read_features(out)
     assert sorted(features) == ["1.png", "2.png", "4.png"]
     assert sorted(about["skipped"]) == ["0.png", "3.png"]
@@ -118,14 +112,14 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_named(mixed, weights
     assert read_features(out)[0].keys() == features.keys()  # the existing file is kept
 
 
-def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, capsys, monkeypatch):
+def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, refusal, monkeypatch):
     monkeypatch.setattr("fastmum.features.__main__.extract", None)  # must not be reached
     there = tmp_path / "there.npz"
     there.touch()
     for options, message in (
-        (["--out", str(tmp_path / "f.pt")], ".safetensors or .npz"),
-        (["--out", str(there)], "--force"),
-        (["--out", "/proc/none/f.npz"], "'/proc/none/f.npz' cannot be written"),
+        (["--out", tmp_path / "f.pt"], ".safetensors or .npz"),
+        (["--out", there], "--force"),
+        (["--out", "/proc/none/f.npz"], "'/proc/none/f.npz'"),
         (["--size", "250"], "250 x 250"),
         (["--size", "big"], "--size is 'big'"),
         (["--layers", "3"], "1 to 2"),
@@ -136,25 +130,15 @@ def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, cap
         (["--set", "dtype=float16"], "--dtype"),
         (["--set", "norm_eps"], "KEY=VALUE"),
     ):
-        assert call(mixed, weights, tmp_path / "f.npz", *options) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ")
-        assert message in error
-        assert error.count("\n") == 1
-
-
-def test_features_that_are_not_finite(mixed, tiny):
-    with torch.no_grad():
-        tiny.norm.bias[0] = torch.inf
-    with pytest.raises(FeaturesError, match=r"'0.png' are not finite.*float32"):
-        extract(tiny, find_images([mixed]))
+        assert message in refusal(main, mixed, "--weights", weights, "--out", tmp_path / "f.npz", *options)
 
 
 @pytest.mark.parametrize("options", [["--layers", "2", "--dtype", "bfloat16"], ["--layers", "1,"]])
 def test_features_that_do_not_fit_in_memory(mixed, weights, tiny, tmp_path, capsys, monkeypatch, options):
     """The estimate is exact, and raises before anything is computed."""
     out, ours = tmp_path / "f.safetensors", tiny.forward_features(pixels(mixed / "3.png"))["x_norm_patchtokens"][0]
-    assert call(mixed, weights, out, *options, "--no-pictures") == 0
+    options = [*options, "--no-pictures", "--force"]
+    assert call(mixed, weights, out, *options) == 0
     features, _ = read_features(out)
     patch = features["3.png"].patch[-1]
     assert patch.dtype == (torch.bfloat16 if "bfloat16" in options else torch.float32)
@@ -163,33 +147,30 @@ def test_features_that_do_not_fit_in_memory(mixed, weights, tiny, tmp_path, caps
     assert torch.equal(read_features(tmp_path / "f.npz")[0]["3.png"].patch[-1], patch.float())
     size = sum(part.nbytes for tokens in features.values() for part in (tokens.cls, tokens.patch))
     monkeypatch.setattr(EXTRACT, "available_memory", lambda: size)
-    assert call(mixed, weights, out, *options, "--no-pictures", "--force") == 0
+    assert call(mixed, weights, out, *options) == 0
     monkeypatch.setattr(EXTRACT, "available_memory", lambda: size - 1)
     monkeypatch.setattr(EXTRACT, "read_image", None)  # must not be reached
-    capsys.readouterr()
-    assert call(mixed, weights, out, *options, "--no-pictures", "--force") == 2
+    assert call(mixed, weights, out, *options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert all(word in error for word in ("5 images", "--size", "--dtype bfloat16"))
 
 
 def test_available_memory(tmp_path, monkeypatch):
-    there = tmp_path / "meminfo"
-    monkeypatch.setattr(EXTRACT, "MEMINFO", there)
+    monkeypatch.setattr(EXTRACT, "MEMINFO", tmp_path / "meminfo")
     assert EXTRACT.available_memory() > 1e6
-    there.write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:       7 kB\n")
+    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemFree:  1 kB\nMemAvailable:       7 kB\n")
     assert EXTRACT.available_memory() == 7 * 1024
 
 
 def test_from_python(mixed, weights, tmp_path):
-    images = find_images([mixed])
-    features = extract(load_pretrained(weights), images, Sizing(16, (32, 32)), layers=[0, 1], batch=2)
+    model, images = load_pretrained(weights), find_images([mixed])
+    features = extract(model, images, Sizing(16, (32, 32)), layers=[0, 1], batch=2)
     assert list(features) == [f"{i}.png" for i in range(5)]  # in the order of the files, not of the batches
     assert features["2.png"].patch.shape == (2, 4, 32)
-    write_features(tmp_path / "f.safetensors", features, {"mine": 1})
-    again, about = read_features(tmp_path / "f.safetensors")
-    assert about == {"mine": 1}
-    assert torch.equal(again["4.png"].patch, features["4.png"].patch)
     for content in (b"", b"something else", b"PK\x03\x04 and nothing more"):
         (tmp_path / "f.npz").write_bytes(content)
         with pytest.raises(FeaturesError, match=r"f.npz' holds no features"):
             read_features(tmp_path / "f.npz")
+    torch.nn.init.constant_(model.norm.bias, torch.inf)
+    with pytest.raises(FeaturesError, match=r"'0.png' are not finite.*float32"):
+        extract(model, images)

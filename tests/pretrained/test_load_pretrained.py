@@ -4,16 +4,12 @@ import argparse
 import dataclasses
 import json
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors import safe_open
+from released import TOLERANCE, difference
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fastmum import PRESETS, ModelConfig, load_pretrained
 from fastmum.engine.checkpoint import Checkpoints
@@ -42,6 +38,13 @@ def assert_same(model, tiny, of=MuM):
     assert model.patch_embed.proj.weight.stride() == tiny.patch_embed.proj.weight.stride()  # as the kernels want it
 
 
+def error_of(file, **overrides) -> str:
+    with pytest.raises(WeightsError) as caught:
+        load_pretrained(file, **overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
 def test_runs(tmp_path, tiny):
     state = {f"model.{name}": parameter.detach() for name, parameter in tiny.named_parameters()}
     writer, values = Checkpoints(tmp_path / "checkpoints", keep=2), {"model_config": dataclasses.asdict(tiny.config)}
@@ -65,52 +68,43 @@ def test_wrappers(tiny, save, caplog):
         {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in s.items()},
         {"model": s, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
         {"state_dict": {f"model.{k}": v for k, v in s.items()}, "loss": torch.zeros(2)},
-        {"teacher": {f"module.backbone.{k}": v for k, v in s.items()}, "optimizer": {"state": {}}},
         {k: torch.nn.Parameter(v) for k, v in s.items()},
+        {"teacher": {f"module.backbone.{k}": v for k, v in s.items()}, "optimizer": {"state": {}}},
+        {"teacher": {f"backbone.{k}": v for k, v in s.items()} | {"dino_head.weight": torch.zeros(3)}},
     ):
         assert_same(load_pretrained(save(wrapped)), tiny)
-    state = {f"backbone.{k}": v for k, v in tiny.state_dict().items()} | {"dino_head.weight": torch.zeros(3)}
-    assert_same(load_pretrained(save({"teacher": state})), tiny)
     assert "'teacher.backbone'" in caplog.text
     assert "dino_head.weight" in caplog.text
 
 
 def test_of_several_models_one_must_be_chosen(tiny, save):
-    other = {name: tensor + 1 for name, tensor in tiny.state_dict().items()}
-    file = save({"student": {f"backbone.{k}": v for k, v in other.items()}, "teacher": tiny.state_dict()})
-    with pytest.raises(WeightsError, match=r"'student.backbone', 'teacher'"):
-        load_pretrained(file)
-    for key in ("teacher", "student"):
-        model = load_pretrained(file, key=key)
-        assert torch.equal(model.norm.bias, (tiny if key == "teacher" else model).norm.bias)
-    assert torch.equal(model.norm.bias, other["norm.bias"])
-    with pytest.raises(WeightsError, match=r"key='ema'.* 'student.backbone', 'teacher'"):
-        load_pretrained(file, key="ema")
+    other = {f"backbone.{name}": tensor + 1 for name, tensor in tiny.state_dict().items()}
+    file = save({"student": other, "teacher": tiny.state_dict()})
+    assert "'student.backbone', 'teacher'" in error_of(file)
+    assert "key='ema'; there is one at 'student.backbone', 'teacher'" in error_of(file, key="ema")
+    assert_same(load_pretrained(file, key="teacher"), tiny)
+    assert torch.equal(load_pretrained(file, key="student").norm.bias, other["backbone.norm.bias"])
 
 
 def test_encoder_only(tiny, save):
-    file = save(tiny.state_dict())
-    encoder = load_pretrained(file, encoder_only=True)
+    encoder = load_pretrained(save(tiny.state_dict()), encoder_only=True)
     assert_same(encoder, tiny, Encoder)
     alone = save(encoder.state_dict(), "alone")
     assert_same(load_pretrained(alone), tiny, Encoder)
-    with pytest.raises(WeightsError, match="encoder_only is False"):
-        load_pretrained(alone, encoder_only=False)
+    assert "encoder_only is False" in error_of(alone, encoder_only=False)
 
 
-def test_heads_given_against_the_periods(tiny, save):
+def test_heads_and_half_precision(tiny, save):
+    """Given heads override those of the periods, which are exact also from weights in half precision."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model = load_pretrained(save({k: v.to(dtype) for k, v in tiny.state_dict().items()}))
+        assert torch.equal(model.rope_embed.periods, tiny.rope_embed.periods)
+        assert torch.equal(model.norm.weight, tiny.norm.weight)
     model = load_pretrained(save(tiny.state_dict()), num_heads=4, decoder_num_heads=1)
     fresh = MuM(dataclasses.replace(tiny.config, num_heads=4, decoder_num_heads=1))
     assert model.config == fresh.config
     assert torch.equal(model.rope_embed.periods, fresh.rope_embed.periods)
     assert torch.equal(model.rope_embed_decoder.periods, fresh.rope_embed_decoder.periods)
-
-
-def test_half_precision_weights_become_float32_and_periods_exact(tiny, save):
-    for dtype in (torch.bfloat16, torch.float16):
-        model = load_pretrained(save({k: v.to(dtype) for k, v in tiny.state_dict().items()}))
-        assert torch.equal(model.rope_embed.periods, tiny.rope_embed.periods)
-        assert torch.equal(model.norm.weight, tiny.norm.weight)
 
 
 @pytest.mark.parametrize("head_width", [16, 24, 64, 80])
@@ -129,47 +123,34 @@ def test_periods_that_were_computed_in_bfloat16_become_exact(head_width, save):
     assert torch.equal(kept, (1000.0**exponent).float())
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_every_mismatch_is_listed(tiny, save, data):
-    names = sorted(tiny.state_dict())
-    # Few, since sizes are those of the majority.
-    wrong = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True))
-    state, expected = dict(tiny.state_dict()), {"missing": [], "extra": [], "misshapen": []}
-    for name in wrong:
-        change = data.draw(st.sampled_from(["missing", "extra", "misshapen"]))
-        if name.endswith("periods") and change == "misshapen":
-            change = "extra"  # another number of periods is another number of heads
-        expected[change].append(f"{name}_more" if change == "extra" else name)
-        if change == "missing":
-            del state[name]
-        elif change == "extra":
-            state[f"{name}_more"] = torch.zeros(1)
-        else:
-            state[name] = torch.zeros(*state[name].shape[:-1], state[name].shape[-1] + 1)
-    with pytest.raises(MismatchError) as caught:
-        load_pretrained(save(state))
-    for kind, keys in expected.items():
-        assert sorted(key.split(" ")[0] for key in getattr(caught.value, kind)) == sorted(keys)
-        assert all(key in str(caught.value) for key in keys)
-    assert "\n" not in str(caught.value)
+def test_every_mismatch_is_listed(tiny, save):
+    names = [name for name in tiny.state_dict() if not name.endswith("periods")]
+    for missing, extra, misshapen in zip(names, names[7:], names[13:], strict=False):
+        state = dict(tiny.state_dict())
+        state[f"{extra}_more"] = state.pop(missing)
+        state[misshapen] = F.pad(state[misshapen], (0, 1))
+        with pytest.raises(MismatchError) as caught:
+            load_pretrained(save(state))
+        listed = [*caught.value.missing, *caught.value.extra, *caught.value.misshapen]
+        assert [key.split(" ")[0] for key in listed] == [missing, f"{extra}_more", misshapen]
+        assert all(key in str(caught.value) for key in listed)
+        assert "\n" not in str(caught.value)
 
 
 def test_invalid_overrides(tiny, save):
+    file = save(tiny.state_dict())
     for overrides, words in (
         ({"norm_esp": 1e-6}, "'norm_esp'; the nearest is 'norm_eps'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"rope_dtype": torch.int8}, "rope_dtype is 'torch.int8'.* float32, bfloat16, float16"),
+        ({"rope_dtype": torch.int8}, "rope_dtype is 'torch.int8'"),
         ({"device": "nowhere"}, "device 'nowhere'"),
         ({"num_heads": 3}, "num_heads 3"),
         ({"norm_eps": 2.0}, "norm_eps is 2.0"),
-        ({"embed_dim": 64}, r"cls_token \[1, 1, 32\] .expected: \[1, 1, 64\]"),
+        ({"embed_dim": 64}, "cls_token [1, 1, 32] (expected: [1, 1, 64]"),
         ({"ema": "maybe"}, "ema is 'maybe'"),
         ({"ema": True}, "no EMA weights"),
     ):
-        with pytest.raises(WeightsError, match=words) as caught:
-            load_pretrained(save(tiny.state_dict()), **overrides)
-        assert "\n" not in str(caught.value)
+        assert words in error_of(file, **overrides)
 
 
 class Custom:
@@ -188,46 +169,16 @@ def test_files_that_hold_no_mum(tiny, tmp_path, save):
         (tmp_path / "nothing", "does not exist"),
         (tmp_path / "text", "holds no weights"),
         (tmp_path / "empty", "holds no weights"),
-        (damaged, "damaged' cannot be read"),
-        (cut, "cut' cannot be read"),
-        (tmp_path / "metadata", "the metadata of .* cannot be read"),
+        (damaged, "cannot be read"),
+        (cut, "cannot be read"),
+        (tmp_path / "metadata", "the metadata of"),
         (save([1, 2], "list"), "holds a list"),
-        (save({"weight": torch.zeros(2)}, "other"), r"does not hold a MuM.*\(weight\)"),
-        (save({"model": Custom()}, "custom"), r"test_load_pretrained.Custom"),
+        (save({"weight": torch.zeros(2)}, "other"), "(weight)"),
+        (save({"model": Custom()}, "custom"), "test_load_pretrained.Custom"),
     ):
-        with pytest.raises(WeightsError, match=words) as caught:
-            load_pretrained(path)
-        assert "\n" not in str(caught.value)
-        assert str(path) in str(caught.value)
-
-
-class Reference(NamedTuple):
-    """A fixture of `shared/parity`: the constructor's arguments, the state dict, and what the model makes of images."""
-
-    config: dict
-    state: dict[str, Tensor]
-    tensors: dict[str, Tensor]
-
-    @property
-    def norm_eps(self) -> float:
-        return 1e-5 if self.config["norm_layer"] == "layernormbf16" else 1e-6
-
-    @property
-    def images(self) -> Tensor:
-        return self.tensors["images"].flatten(0, 1)
-
-
-@pytest.fixture(params=["reference_square", "reference_wide"])
-def reference(request, shared) -> Reference:
-    with safe_open(shared / "parity" / f"{request.param}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
-    return Reference(config, state, tensors)
-
-
-def difference(ours, theirs):
-    return ((ours - theirs).norm() / theirs.norm()).item()
+        error = error_of(path)
+        assert f"'{path}'" in error
+        assert words in error
 
 
 def features(model, images):
@@ -235,18 +186,14 @@ def features(model, images):
         return model.forward_features(images)["x_norm_patchtokens"]
 
 
-def test_features_of_the_released_model(reference, save):
-    model = load_pretrained(save(reference.state), norm_eps=reference.norm_eps)
+def test_features_of_the_released_model(released, save):
+    model = load_pretrained(save(released.state), norm_eps=released.norm_eps)
     assert type(model) is MuM
-    assert not model.training
-    sizes = {name: value for name, value in vars(model.config).items() if name in reference.config}
-    assert sizes == {name: reference.config[name] for name in sizes}
-    assert difference(features(model, reference.images), reference.tensors["features.patch"]) < 1e-5
-    output = model(
-        reference.images, [reference.config["S"]] * reference.config["B"], reference.config["mask_ratio"],
-        reference.tensors["mask_noise"],
-    )  # fmt: skip
-    assert output.loss.item() == pytest.approx(reference.tensors["loss"].item(), rel=1e-5)  # heads are right
+    assert released.sizes.items() <= vars(model.config).items()
+    released.check_features(model)
+    config, noise = released.config, released.tensors["mask_noise"]
+    loss = model(released.images, [config["S"]] * config["B"], config["mask_ratio"], noise).loss
+    assert difference(loss, released.tensors["loss"][0]) < TOLERANCE  # heads are right
 
 
 @pytest.mark.parametrize(
@@ -254,23 +201,20 @@ def test_features_of_the_released_model(reference, save):
     [("MuM_ViTLarge_BaseDecoder.pth", False, torch.float32), ("MuM_ViTLarge.pth", True, torch.bfloat16)],
 )
 def test_the_released_files_by_their_shapes(shared, save, name, encoder_only, rope):
-    shapes = json.loads((shared / "parity/official_state_dict_shapes.json").read_text())[name]
-    like = {
-        key: torch.zeros(1, dtype=getattr(torch, dtype.removeprefix("torch."))).expand(shape)
-        for key, (shape, dtype) in (
-            (key, value if encoder_only else (value, "torch.float32")) for key, value in shapes.items()
-        )
-    }
-    pretrained = read_pretrained(save(like))
+    state = json.loads((shared / "parity/official_state_dict_shapes.json").read_text())[name]
+    for key, value in state.items():
+        shape, dtype = value if encoder_only else (value, "torch.float32")
+        state[key] = torch.zeros(1, dtype=getattr(torch, dtype.removeprefix("torch."))).expand(shape)
+    pretrained = read_pretrained(save(state))
     assert pretrained.config == PRESETS["mum_vitl16_released"]
     assert (pretrained.encoder_only, pretrained.rope_dtype) == (encoder_only, rope)
     assert "mum_vitl16_released" in pretrained.title
 
 
 @pytest.fixture
-def encoder_file(reference, save):
-    """The reference's encoder as in the released encoder-only file, with bfloat16 periods."""
-    state = {name: t for name, t in reference.state.items() if not name.startswith(("decoder", "mask", "rope_embed_d"))}
+def encoder_file(released, save):
+    """The encoder as in the released encoder-only file, with bfloat16 periods."""
+    state = {name: t for name, t in released.state.items() if not name.startswith(("decoder", "mask", "rope_embed_d"))}
     state["rope_embed.periods"] = state["rope_embed.periods"].bfloat16()
     return save(state)
 
@@ -308,31 +252,21 @@ def released_encoder(state, images, heads, eps):
     return norm(x, "norm")[:, 1:]
 
 
-def test_the_encoder_only_file_has_positions_in_bfloat16(reference, encoder_file):
-    heads = reference.config["num_heads"]
-    theirs = released_encoder(reference.state, reference.images, heads, 1e-5)
+def test_the_encoder_only_file_has_positions_in_bfloat16(released, encoder_file, save):
+    theirs = released_encoder(released.state, released.images, released.config["num_heads"], 1e-5)
     model = load_pretrained(encoder_file)
     assert type(model) is Encoder
     assert model.rope_embed.periods.dtype == torch.bfloat16
-    assert difference(features(model, reference.images), theirs) < 2e-6
+    assert difference(features(model, released.images), theirs) < 2e-6
+    whole = load_pretrained(save(released.state, "whole"), rope_dtype=torch.bfloat16, encoder_only=True)
+    assert torch.equal(features(whole, released.images), features(model, released.images))
     exact = load_pretrained(encoder_file, rope_dtype="float32")
-    assert difference(features(exact, reference.images), theirs) > 1e-5
+    assert difference(features(exact, released.images), theirs) > 1e-5
+    released.check_features(load_pretrained(encoder_file, rope_dtype="float32", norm_eps=released.norm_eps))
 
 
-def test_positions_in_either_precision_from_either_file(reference, encoder_file, save):
-    whole = save(reference.state, "whole")
-    for rope in ("float32", torch.bfloat16):
-        ours, theirs = (
-            features(load_pretrained(file, rope_dtype=rope, encoder_only=True), reference.images)
-            for file in (whole, encoder_file)
-        )
-        assert torch.equal(ours, theirs)
-    exact = load_pretrained(encoder_file, rope_dtype="float32", norm_eps=reference.norm_eps)
-    assert difference(features(exact, reference.images), reference.tensors["features.patch"]) < 1e-5
-
-
-def test_parameters_in_bfloat16_keep_positions_in_float32(reference, save):
-    model = load_pretrained(save(reference.state), dtype="bfloat16", norm_eps=reference.norm_eps)
+def test_parameters_in_bfloat16_keep_positions_in_float32(released, save):
+    model = load_pretrained(save(released.state), dtype="bfloat16", norm_eps=released.norm_eps)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert {b.dtype for b in model.buffers()} == {torch.float32}
-    assert difference(features(model, reference.images).float(), reference.tensors["features.patch"]) < 0.02
+    assert difference(features(model, released.images).float(), released.tensors["features.patch"]) < 0.02
