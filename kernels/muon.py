@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fastmum.kernels.adamw import join, join_bits, split_, split_bits
-from fastmum.kernels.dispatch import check_floating, jit, launch, tl, use_triton
+from fastmum.kernels.checks import check_floating
+from fastmum.kernels.dispatch import jit, launch, tl, use_triton
 from fastmum.kernels.matmul import widens
 from fastmum.kernels.symmetric import symmetric_product
 from fastmum.kernels.total_norm import CHUNK, check_lists, chunk_of, make_table

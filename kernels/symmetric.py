@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastmum.kernels.dispatch import ceil_div, check_floating, jit, launch, tl, use_triton
+from fastmum.kernels.checks import check_floating
+from fastmum.kernels.dispatch import ceil_div, jit, launch, tl, use_triton
 from fastmum.kernels.matmul import SIXTEEN_BITS, widens
 
 

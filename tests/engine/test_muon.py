@@ -1,0 +1,100 @@
+"""Muon: a step against one by hand, shared work, skipped steps."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fastmum.config.schema import ConfigError, OptimSection
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.muon import COEFFICIENTS, MOMENTUM, _Replicated
+from fastmum.engine.optimizer import Weight, build_optimizer
+
+OPTIM = OptimSection(optimizer="muon", muon_lr_scale=3.0, weight_decay=0.1)
+
+
+def matrices_of(model):
+    """The matrices of the blocks; q, k and v one by one."""
+    named = dict(model.named_parameters())
+    blocks = {name: p for name, p in named.items() if p.ndim == 2 and "blocks." in name}
+    assert len(blocks) > 4
+    return {p: 3 if "qkv" in name else 1 for name, p in blocks.items()}
+
+
+def polar_factor(matrix, coefficients):
+    """By the polynomials on the singular values."""
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    S = S / (S.norm() * 1.01)
+    for a, b, c in coefficients:
+        S = a * S + b * S**3 + c * S**5
+    return U * S @ Vh
+
+
+@pytest.mark.parametrize("orthogonalize", COEFFICIENTS)
+def test_steps_by_hand(tiny, orthogonalize):
+    plain, matrices = copy.deepcopy(tiny), matrices_of(tiny)
+    optim = OptimSection(**vars(OPTIM) | {"orthogonalize": orthogonalize})
+    ours = build_optimizer(tiny, optim, matrices=matrices)
+    parts = {name: matrices.get(p, 0) for name, p in tiny.named_parameters()}
+    others = [p for name, p in plain.named_parameters() if not parts[name]]
+    decay = [{"params": [p for p in others if p.ndim > 1], "weight_decay": 0.1},
+             {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+    adamw = torch.optim.AdamW(decay, lr=0.01, betas=tuple(optim.betas))
+    momenta = {name: 0.0 for name, n in parts.items() if n}
+    for _ in range(3):
+        for (name, p), q in zip(tiny.named_parameters(), plain.parameters(), strict=True):
+            p.grad = q.grad = torch.randn_like(p) * 1e-3
+            if n := parts[name]:
+                momenta[name] = MOMENTUM * momenta[name] + (1 - MOMENTUM) * q.grad
+                update = MOMENTUM * momenta[name] + (1 - MOMENTUM) * q.grad
+                update = torch.cat([polar_factor(part, COEFFICIENTS[orthogonalize]) for part in update.chunk(n)])
+                scale = 0.2 * max(len(q) / n, q.shape[1]) ** 0.5
+                with torch.no_grad():
+                    q -= 0.03 * (0.1 * q + scale * update)
+        ours.step(0.01)
+        adamw.step()
+    for (name, p), q in zip(tiny.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6, msg=name)
+    averages = {name for name in ours.state() if name.startswith("exp_avg_sq.")}
+    assert averages == {f"exp_avg_sq.{name}" for name, n in parts.items() if not n}
+
+
+def test_skipped_steps_change_nothing_and_bfloat16_is_close(tiny):
+    whole = copy.deepcopy(tiny)
+    halves, floats = (
+        build_optimizer(model, OPTIM, dtype, matrices=matrices_of(model))
+        for model, dtype in ((tiny, torch.bfloat16), (whole, torch.float32))
+    )
+    before = {w.name: w.master.clone() for w in halves.weights}
+    for bad in (0.0, 1.0):
+        for w, v in zip(halves.weights, floats.weights, strict=True):
+            v.parameter.grad = torch.randn_like(v.parameter) * (float("nan") if bad else 1e-3)
+            w.parameter.grad = v.parameter.grad.to(w.parameter.dtype)
+        state = {name: (x.join() if hasattr(x, "join") else x.clone()) for name, x in halves.state().items()}
+        for optimizer in (halves, floats):
+            optimizer.step(1e-3, found_inf=torch.tensor(bad))
+    for name, x in halves.state().items():
+        torch.testing.assert_close(x.join() if hasattr(x, "join") else x, state[name], rtol=0, atol=0)
+    for w, v in zip(halves.weights, floats.weights, strict=True):
+        moved, expected = w.master - before[w.name], v.master - before[w.name]
+        if w.matrices:
+            assert (moved - expected).norm() < 0.03 * expected.norm(), w.name
+
+
+def test_work_is_shared_by_cost():
+    shapes = [(3, 96, 32), (1, 32, 32), (1, 128, 32), (1, 32, 128)] * 6
+    weights = [
+        Weight(f"w{i}", nn.Parameter(torch.empty(rows, columns)), None, matrices=n)
+        for i, (n, rows, columns) in enumerate(shapes)
+    ]
+    share = _Replicated(weights, torch.float32, rank=0, size=5, group=None)
+    assert max(share.loads) <= 1.2 * sum(share.loads) / 5
+    assert sorted(share.owners) == sorted(w.name for w in weights)
+    # 4 r r c + 2 r^3 operations of an iteration, r <= c.
+    assert sum(share.loads) == 6 * 32**3 * (3 * 6 + 6 + 18 + 18)
+
+
+def test_a_task_without_matrices_is_refused():
+    with pytest.raises(ConfigError, match=r"optim\.optimizer"):
+        build_optimizer(nn.Linear(2, 2), OPTIM, world=DistContext())
