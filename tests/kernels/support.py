@@ -1,9 +1,8 @@
-"""Tolerances, guarded memory and random problems of the kernel tests."""
+"""Guarded memory and random problems of the kernel tests."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -52,14 +51,6 @@ def results(function: Callable, inputs: Sequence[Tensor], *weights: Tensor) -> l
     outs = [outs] if isinstance(outs, Tensor) else outs
     grads = [weight.to(out.dtype) for out, weight in zip(outs, weights, strict=True)]
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, grads)]
-
-
-def each_backend() -> Iterator[str]:
-    """Select the PyTorch and the Triton implementation in turn, as the fixture `backend`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("torch", "triton"):
-            patch.setenv("FASTMUM_KERNELS", name)
-            yield name
 
 
 def double(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -23,14 +23,14 @@ def test_choice(monkeypatch):
     assert use_triton(x)
     assert not use_triton(x.double())
     monkeypatch.setenv("FASTMUM_KERNELS", "cuda")
-    with pytest.raises(ValueError, match="FASTMUM_KERNELS is 'cuda'"):
+    with pytest.raises(ValueError, match="FASTMUM_KERNELS"):
         use_triton(x)
 
 
 def test_triton_on_the_cpu_needs_the_interpreter():
     code = "import torch; from fastmum.kernels.dispatch import use_triton; use_triton(torch.zeros(1))"
     result = run(code, FASTMUM_KERNELS="triton", CUDA_VISIBLE_DEVICES="")
-    assert "set TRITON_INTERPRET=1 before the program" in result.stderr
+    assert "TRITON_INTERPRET=1" in result.stderr
 
 
 def test_works_without_triton():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from asserts import assert_close, check_frozen
-from support import results
+from support import double, results
 
 import fastmum.kernels.matmul as module
 from fastmum.kernels.matmul import linear, product, widens
@@ -42,8 +42,8 @@ def test_linear_and_its_results(slow, autocast):
     weight = torch.randn(3, 7, 19).to(BF16)
     with torch.autocast("cpu", BF16, enabled=autocast):
         ours = results(linear, inputs, weight)
-    truth = results(torch.nn.functional.linear, [x.double() for x in inputs], weight.double())
-    plain = results(torch.nn.functional.linear, [x.float() for x in inputs], weight.float())
+    truth = results(torch.nn.functional.linear, double(inputs), weight)
+    plain = results(torch.nn.functional.linear, [x.float() for x in inputs], weight)
     for value, true, of_float in zip(ours, truth, plain, strict=True):
         assert value.dtype == BF16
         assert_close(value, true, of_float.to(BF16))
