@@ -99,7 +99,7 @@ def test_on_cuda_it_is_compiled(monkeypatch):
         q, k, v = (torch.empty(n, 2, 64, device="cuda", dtype=torch.bfloat16) for n in (5, 13, 13))
         out = BACKENDS["flex"].attend(q, k, v, mask)
     ((*inputs, block_mask),) = calls
-    assert [tuple(x.shape) for x in inputs] == [(1, 2, 5, 64), (1, 2, 13, 64), (1, 2, 13, 64)]
+    assert [x.shape[2] for x in inputs] == [5, 13, 13]
     assert block_mask is mask
     assert (out.shape, out.dtype, out.device.type) == (q.shape, torch.bfloat16, "cuda")
     assert out.is_contiguous()

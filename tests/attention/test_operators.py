@@ -23,14 +23,12 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype", "strided"),
-    [(form, dtype, (i + j) % 2 == 0) for i, form in enumerate(FORMS) for j, dtype in enumerate(FLOATS)],
-)
-def test_opcheck(form, dtype, strided):
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck(form, dtype):
     queries, keys = FORMS[form]
     p, cu = problem(keys, 2, 16, dtype, queries), (cumulated(queries), cumulated(keys))
-    if strided:
+    if (form == "subset") == (dtype == torch.bfloat16):
         p = p._replace(**{name: getattr(p, name).mT.contiguous().mT for name in ("q", "k", "v", "grad")})
     torch.library.opcheck(torch.ops.fastmum.segment_attention_backward, (p.grad, *p[:3], *cu))
     torch.library.opcheck(torch.ops.fastmum.segment_attention, (*(x.requires_grad_() for x in p[:3]), *cu))

@@ -1,11 +1,14 @@
-"""AdamW in one launch against float64; float32 in two halves: exact, and the upper one the nearest bfloat16."""
+"""AdamW and the norm of many tensors, in one launch each, against float64; float32 in two halves.
+
+The halves are exact, and the upper one is the nearest bfloat16.
+"""
 
 import pytest
 import torch
 from asserts import assert_equal, assert_refuses, relative
-from support import DEVICE
+from support import DEVICE, guarded
 
-from fastmum.kernels import reference
+from fastmum.kernels import reference, total_norm
 from fastmum.kernels.adamw import Halves, adamw_, join, join_bits, split_bits
 from fastmum.kernels.dispatch import jit, launch, tl
 from fastmum.kernels.total_norm import CHUNK
@@ -55,6 +58,7 @@ def test_a_step(backend, grad_dtype, found_inf):
     ]
     masters = update(halves, found_inf)
     assert_equal(masters, update(whole, found_inf))
+    assert [x.stride() for x in masters] == [x.stride() for x in whole[0]]
     assert_equal([x for some in halves[2:4] for x in some], [x for some in whole[2:] for x in some])
     assert_equal(halves[0], [reference.nearest_bfloat16(x) for x in masters])
     assert all(memory[0] == memory[-1] == 1 for memory in memories)
@@ -87,6 +91,8 @@ def test_refuses():
     assert_refuses(adamw_, args, TypeError, rests=halves)
     assert_refuses(adamw_, args, ValueError, rests=[shorts[0][:2], shorts[1]])
     adamw_([], [], [], [], [], torch.ones(()), **SETTINGS)  # nothing to do
+    assert_refuses(total_norm, {"tensors": []}, TypeError, tensors=[torch.ones(2, dtype=torch.int64)])
+    assert total_norm([]) == 0
 
 
 @jit()
@@ -108,6 +114,7 @@ def test_halves_of_any_bits(kernel):
     master = bits.to(DEVICE, torch.int32).view(torch.float32)
     halves = Halves.of(master)
     parameter, rest, joined = *halves, halves.join()
+    assert (halves.shape, halves.dtype, halves.nbytes) == (master.shape, master.dtype, master.nbytes)
     number, finite = ~master.isnan(), master.isfinite()
     if kernel:
         pytest.importorskip("triton")
@@ -124,8 +131,21 @@ def test_halves_of_any_bits(kernel):
     assert torch.equal(parameter[number & ~finite], master[number & ~finite].bfloat16())
 
 
-def test_the_layout_stays():
-    master = torch.randn(2, 3, 4, 4, device=DEVICE).to(memory_format=torch.channels_last)
-    halves = Halves.of(master)
-    assert halves.parameter.stride() == halves.rest.stride() == halves.join().stride() == master.stride()
-    assert (halves.shape, halves.dtype, halves.nbytes) == (master.shape, master.dtype, master.nbytes)
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16], [torch.float16, torch.float32]])
+def test_the_norm_of_all(backend, dtypes):
+    shapes = [*SHAPES, (0,), (), (2, CHUNK)]
+    some = [guarded(torch.randn(x, device=DEVICE).to(dtypes[i % len(dtypes)])) for i, x in enumerate(shapes)]
+    bound = max(torch.finfo(x.dtype).eps for x in some) if backend == "torch" and DEVICE == "cpu" else 0
+    norm = total_norm(some)
+    assert norm.dtype == torch.float32
+    assert relative(norm, sum(x.double().square().sum() for x in some).sqrt()) <= max(bound, 1e-5)
+    for bad in (float("inf"), float("nan")):
+        some[-1][0, 7] = bad
+        assert not total_norm(some).isfinite()
+
+
+def test_any_layout_without_gaps_or_alignment(backend):
+    x = torch.randn(3, 5, 4, 4, device=DEVICE)
+    unaligned = torch.zeros(1 + x.numel(), device=DEVICE)[1:].view_as(x).copy_(x)
+    views = [x.to(memory_format=torch.channels_last), x.transpose(0, 1), unaligned]
+    assert relative(total_norm(views), x.norm() * 3**0.5) < 1e-6

@@ -13,10 +13,7 @@ from fastmum.kernels.matmul import fuses_products
 SIZES = [(1, 16, 16), (37, 48, 64), (5, 33, 199), (150, 64, 257), (9, 130, 300)]  # tokens, width, hidden width
 
 
-@pytest.fixture(params=["auto", "library"], autouse=True)
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTMUM_PRODUCTS", request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("products")
 
 
 def problem(T: int, D: int, N: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:

@@ -6,7 +6,7 @@ from asserts import assert_close, check_frozen
 from support import double, results
 
 import fastmum.kernels.matmul as module
-from fastmum.kernels.matmul import linear, product, widens
+from fastmum.kernels.matmul import linear, widens
 
 BF16 = torch.bfloat16
 
@@ -22,18 +22,6 @@ def test_who_widens(slow):
     assert widens(torch.zeros(1, dtype=BF16)) == slow
     assert not widens(torch.zeros(1))
     assert not widens(torch.zeros(1, dtype=BF16, device="meta"))
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 48, 199), (2, 0, 3)])
-def test_product(slow, shape):
-    M, K, N = shape
-    a, b, bias = torch.randn(M, K).to(BF16), torch.randn(K, N).to(BF16), torch.randn(N).to(BF16)
-    for each in (None, bias):
-        truth = a.double() @ b.double() + (0 if each is None else each.double())
-        plain = (a.float() @ b.float() + (0 if each is None else each.float())).to(BF16)
-        out = product(a, b, each)
-        assert out.dtype == BF16
-        assert_close(out, truth, plain)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -13,9 +13,7 @@ SIZES = [(1, 16, 1, 48, 1), (37, 48, 3, 64, 35), (140, 33, 16, 48, 6), (7, 130, 
 SMALL = (9, 16, 2, 16, 6)
 
 
-@pytest.fixture(params=["auto", "library"], autouse=True)
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTMUM_PRODUCTS", request.param)
+pytestmark = pytest.mark.usefixtures("products")
 
 
 def problem(size: tuple[int, ...], dtype: torch.dtype, parts: str = "qkv") -> tuple[list[Tensor], ...]:

@@ -12,53 +12,37 @@ SIZES = [(1, 1, 48, 1), (37, 3, 64, 35), (7, 16, 48, 6), (35, 12, 64, 5), (5, 5,
 SMALL = 9, 2, 16, 6
 
 
-def problem(T: int, heads: int, d: int, N: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def problem(T: int, heads: int, d: int, N: int, dtype: torch.dtype, parts: str = "qkv") -> tuple[torch.Tensor, ...]:
     positions = torch.randint(-1, N, (T,), device=DEVICE)
     positions[0] = -1
     angles = torch.randn(N, d // 2, device=DEVICE).tile(2)
-    qkv = torch.randn(T, 3 * heads * d, device=DEVICE).to(dtype)
+    qkv = torch.randn(T, len(parts) * heads * d, device=DEVICE).to(dtype)
     return guarded(qkv), guarded(positions), guarded(angles.sin()), guarded(angles.cos())
 
 
 @pytest.mark.parametrize(
-    ("size", "dtype", "special", "inplace"), pairs(SIZES, DTYPES, ["keep", "zero", "zero"], [False, True])
+    ("size", "dtype", "special", "inplace", "parts"),
+    pairs(SIZES, DTYPES, ["keep", "zero", "zero"], [False, True], ["qkv", "qkv", "kv", "qkv", "q"]),
 )
-def test_rotation(backend, size, dtype, special, inplace):
-    qkv, positions, sin, cos = problem(*size, dtype)
-    heads, weight = size[1], torch.randn(qkv.shape, device=DEVICE).to(dtype)
+def test_rotation(backend, monkeypatch, size, dtype, special, inplace, parts):
+    monkeypatch.setattr("fastmum.kernels.rope.CHUNK_BYTES", 5000)  # the CPU rotates 1, 2 or 4 tokens at once, or all
+    qkv, positions, sin, cos = problem(*size, dtype, parts)
+    _, heads, d, _ = size
+    weight = torch.randn(qkv.shape, device=DEVICE).to(dtype)
 
     def ours(x: torch.Tensor) -> torch.Tensor:
-        return rope_qk(x.clone() if inplace else x, positions, sin, cos, heads, special, inplace)
+        return rope_qk(x.clone() if inplace else x, positions, sin, cos, heads, special, inplace, parts)
 
     def plain(x: torch.Tensor) -> torch.Tensor:
-        return reference.rope_qk(x, positions, sin.to(x.dtype), cos.to(x.dtype), heads, special)
+        return reference.rope_qk(x, positions, sin.to(x.dtype), cos.to(x.dtype), heads, special, parts)
 
     value = check(ours, plain, [qkv], weight)
     # v is unchanged, in both passes.
-    v = slice(2 * qkv.shape[1] // 3, None)
-    assert torch.equal(value[0][:, v], qkv[:, v])
-    assert torch.equal(value[1][:, v], weight[:, v])
+    end = len(parts.removesuffix("v")) * heads * d
+    assert torch.equal(value[0][:, end:], qkv[:, end:])
+    assert torch.equal(value[1][:, end:], weight[:, end:])
     if special == "zero":
-        assert not value[0][0, : v.start].any()
-
-
-@pytest.mark.parametrize(("size", "special", "inplace"), [(SIZES[1], "keep", True), (SIZES[2], "zero", False)])
-def test_parts_equal_the_whole(backend, size, special, inplace):
-    qkv, positions, sin, cos = problem(*size, torch.float32)
-    _, heads, d, _ = size
-    whole = rope_qk(qkv, positions, sin, cos, heads, special)
-    for name, columns in (("q", slice(0, heads * d)), ("kv", slice(heads * d, None))):
-        part = qkv[:, columns].clone()
-        rotated = rope_qk(part, positions, sin, cos, heads, special, inplace, parts=name)
-        assert torch.equal(rotated, whole[:, columns])
-
-
-def test_more_tokens_than_the_cpu_rotates_at_once(monkeypatch):
-    qkv, positions, sin, cos = problem(37, 3, 64, 35, torch.float32)
-    expected = rope_qk(qkv, positions, sin, cos, 3)
-    monkeypatch.setattr("fastmum.kernels.rope.CHUNK_BYTES", 5 * qkv[0].nbytes)
-    for inplace in (False, True):
-        assert torch.equal(rope_qk(qkv.clone(), positions, sin, cos, 3, inplace=inplace), expected)
+        assert not value[0][0, :end].any()
 
 
 def test_autograd_guards_the_overwritten(backend):
