@@ -1,7 +1,4 @@
-"""AdamW and the norm of many tensors, in one launch each, against float64; float32 in two halves.
-
-The halves are exact, and the upper one is the nearest bfloat16.
-"""
+"""AdamW and the norm of many tensors against float64; halves of float32: exact, the upper one the nearest bfloat16."""
 
 import pytest
 import torch
@@ -92,6 +89,7 @@ def test_refuses():
     assert_refuses(adamw_, args, ValueError, rests=[shorts[0][:2], shorts[1]])
     adamw_([], [], [], [], [], torch.ones(()), **SETTINGS)  # nothing to do
     assert_refuses(total_norm, {"tensors": []}, TypeError, tensors=[torch.ones(2, dtype=torch.int64)])
+    assert_refuses(total_norm, {}, ValueError, tensors=[torch.ones(2), torch.ones(2, device="meta")])
     assert total_norm([]) == 0
 
 

@@ -37,8 +37,7 @@ def test_rotation(backend, monkeypatch, size, dtype, special, inplace, parts):
         return reference.rope_qk(x, positions, sin.to(x.dtype), cos.to(x.dtype), heads, special, parts)
 
     value = check(ours, plain, [qkv], weight)
-    # v is unchanged, in both passes.
-    end = len(parts.removesuffix("v")) * heads * d
+    end = len(parts.removesuffix("v")) * heads * d  # v is unchanged, in both passes
     assert torch.equal(value[0][:, end:], qkv[:, end:])
     assert torch.equal(value[1][:, end:], weight[:, end:])
     if special == "zero":
