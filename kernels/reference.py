@@ -47,7 +47,7 @@ def patch_loss(
 def scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num_patches: int) -> Tensor:
     """As `fastmum.kernels.scatter_tokens`."""
     F, _, D = visible.shape
-    place = torch.cat([torch.zeros_like(visible_ids[:, :1]), visible_ids + 1], dim=1)
+    place = torch.cat([visible_ids.new_zeros(F, 1), visible_ids + 1], dim=1)
     tokens = mask_token.to(visible.dtype).reshape(1, 1, D).expand(F, 1 + num_patches, D)
     return tokens.scatter(1, place[:, :, None].expand(-1, -1, D), visible)
 

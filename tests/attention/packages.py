@@ -97,37 +97,20 @@ class BlockDiagonalMask:
         return torch.block_diag(*(torch.ones(q, k) for q, k in zip(self.queries, self.keys, strict=True))).bool()
 
 
-def _checked(function: Callable[..., object]) -> Callable[..., object]:
-    """The checks of xformers: one batch of (tokens, heads, width) with the mask's number of tokens."""
-
-    @wraps(function)
-    def checked(*args: object, **kwargs: object) -> object:
-        arguments = signature(function).bind(*args, **kwargs).arguments
-        mask = arguments["attn_bias"]
-        assert isinstance(mask, BlockDiagonalMask)
-        for name, tokens in (("query", mask.queries), ("key", mask.keys), ("value", mask.keys), ("grad", mask.queries)):
-            if name in arguments:
-                x = arguments[name]
-                assert x.ndim == 4
-                assert x.shape[:2] == (1, sum(tokens)), name
-                assert x.device == mask.device
-                assert x.dtype == arguments["query"].dtype
-        return function(*args, **kwargs)
-
-    return checked
-
-
-def _scores(query: Tensor, key: Tensor, mask: BlockDiagonalMask) -> Tensor:
+def _scores(query: Tensor, key: Tensor, mask: BlockDiagonalMask, *others: Tensor) -> Tensor:
+    """(1, h, T_q, T_k), with the checks of xformers: one batch of (tokens, heads, width) of the mask's lengths."""
+    assert isinstance(mask, BlockDiagonalMask)
+    assert (query.shape[:2], key.shape[:2]) == ((1, sum(mask.queries)), (1, sum(mask.keys)))
+    assert all((x.ndim, x.dtype, x.device) == (4, query.dtype, mask.device) for x in (query, key, *others))
     scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
     return scores.masked_fill(~mask.allowed(), -torch.inf)
 
 
-@_checked
 def memory_efficient_attention_forward_requires_grad(
     query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None
 ) -> tuple[Tensor, Tensor]:
     """`xformers.ops.memory_efficient_attention_forward_requires_grad` -> out, log-sum-exp (1, h, T_q)."""
-    scores = _scores(query, key, attn_bias)
+    scores = _scores(query, key, attn_bias, value)
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value), scores.logsumexp(-1)
 
 
@@ -137,12 +120,11 @@ def memory_efficient_attention_forward(*args, **kwargs) -> Tensor:
     return memory_efficient_attention_forward_requires_grad(*args, **kwargs)[0]
 
 
-@_checked
 def memory_efficient_attention_backward(
     grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`xformers.ops.memory_efficient_attention_backward`, from the log-sum-exp as the real one."""
-    P = (_scores(query, key, attn_bias) - lse[..., None]).exp()
+    P = (_scores(query, key, attn_bias, value, grad, output) - lse[..., None]).exp()
     dP = torch.einsum("bqhd,bkhd->bhqk", grad, value)
     dS = P * (dP - (grad * output).sum(-1).mT[..., None]) / query.shape[-1] ** 0.5
     dk, dv = (torch.einsum("bhqk,bqhd->bkhd", *x) for x in ((dS, query), (P, grad)))

@@ -21,8 +21,6 @@ from fastmum.attention.backend import constant_in_graphs
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-TORCHS_OWN = {"flash": "torch.nn.attention.varlen", "flex": "torch.nn.attention.flex_attention"}
-PACKAGE = {"flash_attn": "flash_attn", "flash_attn_4": "flash_attn", "xformers": "xformers", **TORCHS_OWN}
 QUERIES, KEYS = [3, 1, 5], [5, 1, 9]
 SEGMENTS = Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9)
 
@@ -33,11 +31,6 @@ def fresh_caches() -> Iterator[None]:
     yield
     cuda._activate_newest_flash.cache_clear()
     cuda._mask_of_lengths.cache_clear()
-
-
-@pytest.fixture
-def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
 
 
 @pytest.fixture
@@ -63,34 +56,22 @@ def test_choice_by_device():
     for device in ("cpu", "mps", "meta", CPU):
         assert choose_backend("auto", device) is choose_backend(device=device) is BACKENDS["sdpa"]
     for device in ("cuda:1", CUDA):
-        assert choose_backend("auto", device).name == "flash"
-        assert choose_backend("sdpa", device).name == "sdpa"
-        assert choose_backend("flex", device).name == "flex"
-
-
-def test_unknown_name():
-    x = torch.zeros(2, 1, 4)
-    with pytest.raises(AttentionError, match=r"'flash2' is unknown; one of auto, flash, .*, sdpa, flex "):
-        ragged_attention(x, x, x, torch.tensor([0, 2]), 2, backend="flash2")
+        assert [choose_backend(x, device).name for x in ("auto", "sdpa", "flex")] == ["flash", "sdpa", "flex"]
+    for name in {"flash2", *BACKENDS} - {"sdpa"}:
+        with pytest.raises(AttentionError, match=f"'{name}' .*(unknown; one of auto, flash, |CUDA device)"):
+            choose_backend(name, "cpu")
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"sdpa"}))
-def test_wrong_device(name):
-    with pytest.raises(AttentionError, match=f"'{name}' cannot be used: it needs a CUDA device.*'cpu'"):
-        choose_backend(name, "cpu")
-
-
-@pytest.mark.parametrize("name", sorted(PACKAGE))
 def test_absent_package(monkeypatch, name):
-    backend = BACKENDS[name]
-    for module in [m for m in sys.modules if m.startswith(PACKAGE[name] + ".")]:
+    package = BACKENDS[name].package
+    root = package if package.startswith("torch.") else package.partition(".")[0]
+    for module in [m for m in sys.modules if m.startswith(root + ".")]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, PACKAGE[name], None)
-    with pytest.raises(AttentionError) as caught:
+    monkeypatch.setitem(sys.modules, root, None)
+    with pytest.raises(AttentionError, match=f"'{name}' .*'{package}' is not") as caught:
         choose_backend(name, "cuda")
-    message = str(caught.value)
-    assert f"'{name}' cannot be used: the package '{backend.package}' is not" in message
-    assert backend.install in message
+    assert BACKENDS[name].install in str(caught.value)
 
 
 def test_remedy_is_an_extra_that_exists():
@@ -107,7 +88,7 @@ def test_broken_package(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("flash_attn", "flash_attn_4"):
-        with pytest.raises(AttentionError, match=r"is installed but cannot be imported .*_ZN3c10.*pip install"):
+        with pytest.raises(AttentionError, match=r"_ZN3c10.*pip install"):
             choose_backend(name, "cuda")
 
 
@@ -115,12 +96,12 @@ def test_broken_package(monkeypatch, tmp_path):
 def test_flash_attn_4_needs_hopper(monkeypatch, capability):
     packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=packages.flash_attn_4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    with pytest.raises(AttentionError, match=r"'flash_attn\.flash_attn_interface' is not installed"):
+    with pytest.raises(AttentionError, match="flash_attn_interface"):
         choose_backend("flash_attn", "cuda")  # both live in `flash_attn`
     if capability[0] >= 9:
         assert choose_backend("flash_attn_4", "cuda").name == "flash_attn_4"
     else:
-        with pytest.raises(AttentionError, match="sm_90 and later only, and this is sm_89;"):
+        with pytest.raises(AttentionError, match=r"sm_90 .* sm_89"):
             choose_backend("flash_attn_4", "cuda")
 
 
@@ -142,44 +123,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[packages.Recor
     return recorded, ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "cu_dtype"), [(torch.bfloat16, torch.int32), (torch.float16, torch.int64)], ids=["bf16", "fp16"]
-)
-@pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_call(monkeypatch, fake, name, dtype, cu_dtype):
-    recorded, names = stand_in(monkeypatch, name)
-    q, k, v = cuda_problem(dtype)
-    cu_q, cu_k = on_cuda(QUERIES, cu_dtype), on_cuda(KEYS, cu_dtype)
-    out = ragged_attention(q, k, v, cu_k, 9, backend=name, cu_seqlens_q=cu_q, max_seqlen_q=5)
-    (call,), (result,) = recorded.calls, recorded.results
-    assert list(call) == names  # no dropout, no causal mask, default scale 1 / sqrt(d)
-    assert [call[x] is y for x, y in zip(names, (q, k, v), strict=False)] == [True] * 3
-    for cu in names[3:5]:
-        assert (call[cu].device, call[cu].dtype, call[cu].shape) == (CUDA, torch.int32, (4,))
-    if cu_dtype == torch.int32:  # nothing to convert
-        assert [call[x] is y for x, y in zip(names[3:5], (cu_q, cu_k), strict=True)] == [True] * 2
-    assert [call[x] for x in names[5:]] == [5, 9]
-    assert all(type(call[x]) is int for x in names[5:])
-    assert out is (result[0] if isinstance(result, tuple) else result)
-    assert (out.shape, out.dtype, out.device) == (q.shape, dtype, CUDA)
-
-
-@pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_plan_in_the_models_way(monkeypatch, fake, name):
-    """Segments are made on the CPU, copied to the device once per batch, and passed to every block."""
-    recorded, names = stand_in(monkeypatch, name)
-    with Copies() as copies:
-        plan = BACKENDS[name].plan(Segments.of_frames(torch.tensor([2, 1]), 4, 3, 5, 6), CUDA)
-    assert copies.non_blocking == [True, True]
-    q, k, v = (torch.empty(n, 2, 64, device=CUDA, dtype=torch.bfloat16) for n in (12, 20, 20))
-    for _ in range(2):
-        BACKENDS[name].attend(q, k, v, plan)
-    first, second = recorded.calls
-    assert all(first[x] is second[x] for x in names[3:5])
-    assert all(first[x].shape == (5,) and first[x].device == CUDA for x in names[3:5])
-    assert [first[x] for x in names[5:]] == [18, 30]
-
-
 class Copies(TorchDispatchMode):
     """Which copies wait and which do not."""
 
@@ -194,25 +137,40 @@ class Copies(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "xformers"])
-def test_lengths_from_the_gpu_are_copied_synchronously(fake, name):
-    """They are read on the CPU at once."""
+@pytest.mark.parametrize(("dtype", "cu_dtype"), [(torch.bfloat16, torch.int32), (torch.float16, torch.int64)])
+@pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
+def test_call(monkeypatch, fake, name, dtype, cu_dtype):
+    """With segments on the device, and as in the model: made on the CPU and copied once per batch."""
+    recorded, names = stand_in(monkeypatch, name)
+    q, k, v = cuda_problem(dtype)
+    cu_q, cu_k = on_cuda(QUERIES, cu_dtype), on_cuda(KEYS, cu_dtype)
+    outs = [ragged_attention(q, k, v, cu_k, 9, backend=name, cu_seqlens_q=cu_q, max_seqlen_q=5)]
     with Copies() as copies:
-        plan = BACKENDS[name].plan(Segments(on_cuda(QUERIES), on_cuda(KEYS), 5, 9), CUDA)
-    assert copies.non_blocking == [False, False]
-    assert plan.cu_seqlens_q.device == plan.cu_seqlens_k.device == CPU
+        plan = BACKENDS[name].plan(SEGMENTS, CUDA)
+    assert copies.non_blocking == [True, True]
+    outs.append(BACKENDS[name].attend(q, k, v, plan))
+    for call, result, out in zip(recorded.calls, recorded.results, outs, strict=True):
+        assert list(call) == names  # no dropout, no causal mask, default scale 1 / sqrt(d)
+        assert [call[x] is y for x, y in zip(names, (q, k, v), strict=False)] == [True] * 3
+        for cu in names[3:5]:
+            assert (call[cu].device, call[cu].dtype, call[cu].shape) == (CUDA, torch.int32, (4,))
+        assert [call[x] for x in names[5:]] == [5, 9]
+        assert all(type(call[x]) is int for x in names[5:])
+        assert out is (result[0] if isinstance(result, tuple) else result)
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"), [("sdpa", torch.bfloat16), ("xformers", torch.float32), ("flash", torch.bfloat16)]
 )
-def test_fake_tensors_on_cuda(monkeypatch, fake, ampere, name, dtype):
-    """Custom operators, and `varlen_attn` up to its kernel."""
+def test_fake_tensors_on_cuda(monkeypatch, fake, name, dtype):
+    """Custom operators, whose lengths are read on the CPU at once, and `varlen_attn` up to its kernel."""
     packages.install_xformers(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     q, k, v = cuda_problem(dtype)
     queries = {"cu_seqlens_q": on_cuda(QUERIES), "max_seqlen_q": 5}
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), Copies() as copies:
         out = ragged_attention(q, k, v, on_cuda(KEYS), 9, backend=name, **queries)
+    assert copies.non_blocking == ([] if name == "flash" else [False, False])
     assert (out.shape, out.dtype, out.device) == (q.shape, dtype, CUDA)
     assert out.is_contiguous() or name == "flash"
 
@@ -237,27 +195,23 @@ def plan_on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize(
     ("capability", "module", "name"),
-    [((8, 0), "flash_attn_interface", None), ((9, 0), "flash_attn_interface", "FA3"),
-     ((10, 0), "flash_attn.cute", "FA4"), ((12, 0), "flash_attn.cute", None)],
+    [((8, 0), "flash_attn_interface", None), ((9, 0), "flash_attn_interface", "FA3"), ((9, 0), "", None),
+     ((10, 0), "flash_attn.cute", "FA4"), ((10, 0), "", None), ((12, 0), "flash_attn.cute", None)],
 )  # fmt: skip
 def test_newest_kernels_are_activated(monkeypatch, caplog, activated, capability, module, name):
-    packages.install(monkeypatch, module)
+    """Where they are installed; without a warning where they are not; never for the CPU."""
+    for absent in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, absent, None)
+    monkeypatch.delitem(sys.modules, "flash_attn.cute")  # its parent is what is absent
+    if module:
+        packages.install(monkeypatch, module)
     with caplog.at_level(logging.INFO, "fastmum"):
+        BACKENDS["flash"].plan(SEGMENTS, CPU)
+        assert not activated
         plan_on(monkeypatch, capability)
     assert activated == ([name] if name else [])
     assert attention.current_flash_attention_impl() == name
-    assert caplog.messages == ([f"flash attention by {name}"] if name else [])
-
-
-@pytest.mark.parametrize("capability", [(9, 0), (10, 0)])
-def test_no_warning_without_newer_kernels(monkeypatch, caplog, activated, capability):
-    for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
-        monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "flash_attn.cute")  # its parent is what is absent
-    with caplog.at_level(logging.INFO, "fastmum"):
-        plan_on(monkeypatch, capability)
-    assert activated == []
-    assert caplog.messages == []
+    assert len(caplog.messages) == len(activated)
 
 
 @pytest.mark.parametrize(
@@ -269,14 +223,8 @@ def test_kernels_that_torch_cannot_use(monkeypatch, caplog, capability, module, 
     packages.install(monkeypatch, module)
     plan_on(monkeypatch, capability)
     (message,) = caplog.messages
-    assert message.startswith(f"{name} is installed but torch cannot use it (Module '{module}' does not expose")
+    assert name in message
     assert attention.current_flash_attention_impl() is None
-
-
-def test_the_cpu_activates_nothing(monkeypatch, activated):
-    packages.install(monkeypatch, "flash_attn_interface")
-    BACKENDS["flash"].plan(SEGMENTS, CPU)
-    assert activated == []
 
 
 @pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
@@ -284,7 +232,7 @@ def test_float32_is_not_for_flash(monkeypatch, name):
     monkeypatch.setattr(type(BACKENDS[name]), "why_not", lambda _self, _device: None)
     assert choose_backend("auto", "cuda", torch.float32).name == "sdpa"
     assert choose_backend(name, "cuda", torch.bfloat16).name == name
-    with pytest.raises(AttentionError, match="computes in bfloat16 and float16, and this is float32"):
+    with pytest.raises(AttentionError, match=r"bfloat16 and float16, .* float32"):
         choose_backend(name, "cuda", torch.float32)
 
 
@@ -307,19 +255,15 @@ def test_xformers_values_and_gradients(monkeypatch, queries, padding):
     ours = by_xformers(p, padding)
     assert all(value.is_contiguous() for value in ours)
     assert_within(ours, p, 1e-5)
-    calls = {name: function.calls for name, function in recorded.items()}
-    assert all(len(of_function) == 1 for of_function in calls.values())
-    masks = [call["attn_bias"] for (call,) in calls.values()]
-    assert all(mask is masks[0] for mask in masks)  # one per batch
-    assert (masks[0].queries, masks[0].keys) == (queries, KEYS)
-    assert {"p", "scale"}.isdisjoint(calls["memory_efficient_attention_forward"][0])
+    (mask, *others), calls = zip(
+        *((call["attn_bias"], call) for f in recorded.values() for call in f.calls), strict=True
+    )
+    assert [other is mask for other in others] == [True, True]  # one per batch, in one call of each function
+    assert (mask.queries, mask.keys) == (queries, KEYS)
+    assert all({"p", "scale"}.isdisjoint(call) for call in calls)
     for keys in ([3, 4], [4, 3], [7], [1] * 7, [3, 4], [2, 5]):
         p = problem(keys, 2, 16)
         assert_within(by_xformers(p), p, 1e-5)
-
-
-@pytest.mark.parametrize(("queries", "keys"), [([0, 3], [4, 5]), ([2, 3], [0, 5])])
-def test_xformers_refuses_segments_without_queries_or_keys(monkeypatch, queries, keys):
-    packages.install_xformers(monkeypatch)
-    with pytest.raises(ValueError, match=r"xformers needs queries and keys .* use 'sdpa'"):
-        by_xformers(problem(keys, 2, 16, queries=queries))
+    for queries, keys in (([0, 3], [4, 5]), ([2, 3], [0, 5])):
+        with pytest.raises(ValueError, match=r"xformers .*'sdpa'"):
+            by_xformers(problem(keys, 2, 16, queries=queries))

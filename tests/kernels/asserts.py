@@ -45,13 +45,12 @@ def check(ours: Callable, plain: Callable, inputs: Sequence[Tensor], *weights: T
     return found
 
 
-def check_compiles(
-    function: Callable, inputs: Sequence[Tensor], *weights: Tensor, autocast: Sequence[bool] = (False, True)
-) -> None:
+def check_compiles(function: Callable, inputs: Sequence[Tensor], *weights: Tensor, autocast: bool = True) -> None:
     """Compiled in one graph, with and without autocast, outputs and gradients are those of eager mode."""
+    torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     eager = results(function, inputs, *weights)
-    for enabled in autocast:
+    for enabled in {False, autocast}:
         with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
             assert_equal(results(compiled, inputs, *weights), eager)
 
@@ -59,33 +58,34 @@ def check_compiles(
 def check_frozen(
     function: Callable, inputs: Sequence[Tensor], weights: Sequence[Tensor], needed: Sequence[int],
     unsaved: Sequence[int], operations: int,
-) -> None:  # fmt: skip
+) -> list[Tensor]:  # fmt: skip
     """With gradients for the inputs `needed` only, eager and compiled: gradients are those of the full backward pass.
 
-    The inputs `unsaved` must not be saved; `operations` are those of matrix products in the backward pass.
+    The inputs `unsaved` must not be saved; `operations` are those of matrix products in the backward pass. Returns what
+    eager mode saves.
     """
     full = results(function, inputs, *weights)[-len(inputs) :]
-    calls = [function]
+    calls, all_saved = [function], []
     if DEVICE == "cuda" or os.environ.get("FASTMUM_KERNELS") != "triton":  # the interpreter cannot be traced
         calls.append(torch.compile(function, fullgraph=True, backend="aot_eager"))
     for call in calls:
         leaves = [x.detach().clone().requires_grad_(i in needed) for i, x in enumerate(inputs)]
-        saved: list[Tensor] = []
+        all_saved.append(saved := [])
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
             outs = call(*leaves)
         kept = {x.untyped_storage().data_ptr() for x in saved}
         assert not any(leaves[i].untyped_storage().data_ptr() in kept for i in unsaved)
         outs = [outs] if isinstance(outs, Tensor) else outs
-        used = [(out, weight) for out, weight in zip(outs, weights, strict=True) if out.requires_grad]
+        outs, grads = zip(*((out, g) for out, g in zip(outs, weights, strict=True) if out.requires_grad), strict=True)
         with FlopCounterMode(display=False) as counter:
-            outs, grads = zip(*used, strict=True)
             grads = torch.autograd.grad(outs, [leaves[i] for i in needed], grads)
         assert_equal(grads, [full[i] for i in needed])
         assert counter.get_total_flops() == operations
+    return all_saved[0]
 
 
-def assert_refuses(function: Callable, arguments: dict, changes: Sequence[tuple[dict, type[Exception], str]]) -> None:
-    """Each change of the arguments raises its error with a message that matches."""
-    for change, error, message in changes:
-        with pytest.raises(error, match=message):
-            function(**arguments | change)
+def assert_refuses(function: Callable, arguments: dict, error: type[Exception], **changes: object) -> None:
+    """Each change of one argument raises `error`, which names the argument."""
+    for name, value in changes.items():
+        with pytest.raises(error, match=rf"\b{name}\b"):
+            function(**arguments | {name: value})

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: the implementation under test, and NaN in unwritten memory."""
+"""Fixtures of the kernel tests: the implementation under test, and what its numbers need."""
 
 import numpy as np
 import pytest
@@ -16,15 +16,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+@pytest.fixture(params=["auto", "library"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test with fused and with library products."""
+    monkeypatch.setenv("FASTMUM_PRODUCTS", request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
-def same_numbers() -> None:
-    """Errors in bfloat16 are compared with errors, so inputs must not vary."""
+def same_numbers_and_nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors in bfloat16 are compared with errors, so inputs must not vary.
+
+    `torch.empty` in the host wrappers returns NaN, to detect memory that a kernel does not write.
+    """
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` in the host wrappers returns NaN, to detect memory that a kernel does not write."""
     plain = torch.empty
 
     def empty(*args: object, **kwargs: object) -> torch.Tensor:

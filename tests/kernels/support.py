@@ -1,15 +1,15 @@
-"""Tolerances, guarded memory and random problems of the kernel tests."""
+"""Guarded memory and random problems of the kernel tests."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
-import pytest
 import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+FILL = {torch.uint8: 255, torch.int64: 1 << 40, torch.int32: 1 << 28}  # around a tensor
 GUARD = 64  # values before and after a guarded tensor
 
 
@@ -23,20 +23,14 @@ def pairs(first: Sequence, second: Sequence, *others: Sequence) -> list[tuple]:
 
 def guarded(x: Tensor) -> Tensor:
     """A copy of `x` surrounded by NaN (255 for uint8, ids out of range for integers), to detect reads out of bounds."""
-    fill = {torch.uint8: 255, torch.int64: 1 << 40, torch.int32: 1 << 28}.get(x.dtype, float("nan"))
-    memory = torch.full((x.numel() + 2 * GUARD,), fill, dtype=x.dtype, device=x.device)
-    inner = memory[GUARD:-GUARD].view(x.shape)
-    inner.copy_(x)
-    return inner
+    memory = torch.full((x.numel() + 2 * GUARD,), FILL.get(x.dtype, float("nan")), dtype=x.dtype, device=x.device)
+    return memory[GUARD:-GUARD].view(x.shape).copy_(x)
 
 
 def strided(x: Tensor) -> Tensor:
-    """A copy of `x` as every second element along every axis of a larger tensor full of NaN."""
-    fill = 255 if x.dtype == torch.uint8 else float("nan") if x.is_floating_point() else 1 << 28
-    memory = torch.full([2 * n for n in x.shape], fill, dtype=x.dtype, device=x.device)
-    inner = memory[(slice(None, None, 2),) * x.ndim]
-    inner.copy_(x)
-    return inner
+    """A copy of `x` as every second element along every axis of a larger tensor of such values."""
+    memory = torch.full([2 * n for n in x.shape], FILL.get(x.dtype, float("nan")), dtype=x.dtype, device=x.device)
+    return memory[(slice(None, None, 2),) * x.ndim].copy_(x)
 
 
 def split_ids(frames: int, patches: int, visible: int, dtype: torch.dtype = torch.int64) -> tuple[Tensor, Tensor]:
@@ -52,14 +46,6 @@ def results(function: Callable, inputs: Sequence[Tensor], *weights: Tensor) -> l
     outs = [outs] if isinstance(outs, Tensor) else outs
     grads = [weight.to(out.dtype) for out, weight in zip(outs, weights, strict=True)]
     return [*(out.detach() for out in outs), *torch.autograd.grad(outs, inputs, grads)]
-
-
-def each_backend() -> Iterator[str]:
-    """Select the PyTorch and the Triton implementation in turn, as the fixture `backend`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("torch", "triton"):
-            patch.setenv("FASTMUM_KERNELS", name)
-            yield name
 
 
 def double(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from asserts import assert_equal, assert_refuses, check, check_compiles, check_frozen, relative
-from support import DEVICE, DTYPES, guarded, pairs, results, strided
+from asserts import assert_refuses, check, check_compiles, check_frozen
+from support import DEVICE, DTYPES, guarded, pairs, strided
 from torch import Tensor
 
 from fastmum.kernels import mlp, reference
@@ -13,10 +13,7 @@ from fastmum.kernels.matmul import fuses_products
 SIZES = [(1, 16, 16), (37, 48, 64), (5, 33, 199), (150, 64, 257), (9, 130, 300)]  # tokens, width, hidden width
 
 
-@pytest.fixture(params=["auto", "library"], autouse=True)
-def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("FASTMUM_PRODUCTS", request.param)
-    return request.param
+pytestmark = pytest.mark.usefixtures("products")
 
 
 def problem(T: int, D: int, N: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -28,58 +25,34 @@ def problem(T: int, D: int, N: int, dtype: torch.dtype) -> tuple[list[Tensor], T
     return made[:4], made[4], made[5]
 
 
-@pytest.mark.parametrize(("size", "dtype", "recompute"), pairs(SIZES, DTYPES, RECOMPUTE))
-def test_mlp(backend, size, dtype, recompute):
-    inputs, last, weight = problem(*size, dtype)
+def check_mlp(inputs: list[Tensor], last: Tensor, weight: Tensor, recompute: str) -> None:
     check(lambda *y: mlp(*y, last, recompute), lambda *y: reference.mlp(*y, last.to(y[0].dtype)), inputs, weight)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_recomputation_changes_no_result(backend, dtype):
-    inputs, last, weight = problem(37, 48, 130, dtype)
-    saved, *others = (results(lambda *y, r=r: mlp(*y, last, r), inputs, weight) for r in RECOMPUTE)
-    for other in others:
-        if backend == "torch" or fuses_products(inputs[0]):
-            assert_equal(other, saved)
-        else:  # PyTorch's error function forward, Triton's backward
-            assert all(relative(a, b) < 4 * torch.finfo(dtype).eps for a, b in zip(other, saved, strict=True))
+@pytest.mark.parametrize(("size", "dtype", "recompute"), pairs(SIZES, DTYPES, RECOMPUTE))
+def test_mlp(backend, size, dtype, recompute):
+    check_mlp(*problem(*size, dtype), recompute)
 
 
-@pytest.mark.parametrize(
-    ("recompute", "needed", "hidden_sized"),
-    [("none", (0, 1, 2, 3), 2), ("none", (0,), 1), ("act", (0, 1, 2, 3), 1), ("mlp", (0, 1, 2, 3), 0)],
-)
-def test_saved_tensors(backend, recompute, needed, hidden_sized):
-    """A frozen second layer needs no activation; the last bias gets no gradient."""
-    inputs, last, _ = problem(37, 48, 130, torch.bfloat16)
-    saved: list[Tensor] = []
-    leaves = [y.requires_grad_(i in needed) for i, y in enumerate(inputs)]
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = mlp(*leaves, last.requires_grad_(), recompute)
-    assert sum(x.shape == (37, 130) for x in saved) == hidden_sized
-    out.sum().backward()
-    assert last.grad is None
-    assert [i for i, y in enumerate(leaves) if y.grad is not None] == list(needed)
-
-
-@pytest.mark.parametrize(
-    ("recompute", "needed", "unsaved", "products_of_backward"),
-    [("none", (0, 1, 2, 3), (), 4), ("none", (0,), (0,), 2), ("none", (1, 2), (1,), 2),
-     ("act", (0, 3), (0,), 3), ("mlp", (0,), (), 3), ("mlp", (1,), (), 3)],
-)  # fmt: skip
-def test_frozen_inputs(backend, recompute, needed, unsaved, products_of_backward):
-    inputs, last, weight = problem(37, 48, 130, torch.bfloat16)
-    operations = products_of_backward * 2 * 37 * 48 * 130
-    check_frozen(lambda *y: mlp(*y, last, recompute), inputs, [weight], needed, unsaved, operations)
-
-
-def test_not_contiguous(backend):
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_not_contiguous(backend, recompute):
     inputs, last, _ = problem(11, 48, 64, torch.bfloat16)
     expanded = torch.ones((), dtype=torch.bfloat16, device=DEVICE).expand(11, 48)
-    expected = results(lambda *y: mlp(*y, last), inputs, expanded.contiguous())
-    ours = results(lambda *y: mlp(*y, last), [strided(y) for y in inputs], expanded)
-    for value, true in zip(ours, expected, strict=True):
-        torch.testing.assert_close(value, true, rtol=2e-2, atol=2e-2)
+    check_mlp([strided(y) for y in inputs], strided(last), expanded, recompute)
+
+
+@pytest.mark.parametrize(
+    ("recompute", "needed", "unsaved", "hidden_sized", "products_of_backward"),
+    [("none", (0, 1, 2, 3), (), 2, 4), ("none", (0,), (0,), 1, 2), ("none", (1, 2), (1,), 1, 2),
+     ("act", (0, 1, 2, 3), (), 1, 4), ("act", (0, 3), (0,), 1, 3), ("mlp", (0, 1, 2, 3), (), 0, 5),
+     ("mlp", (0,), (), 0, 3), ("mlp", (1,), (), 0, 3)],
+)  # fmt: skip
+def test_what_is_saved_and_computed(backend, recompute, needed, unsaved, hidden_sized, products_of_backward):
+    """A frozen second layer needs no activation."""
+    inputs, last, weight = problem(37, 48, 130, torch.bfloat16)
+    operations = products_of_backward * 2 * 37 * 48 * 130
+    saved = check_frozen(lambda *y: mlp(*y, last, recompute), inputs, [weight], needed, unsaved, operations)
+    assert sum(x.shape == (37, 130) for x in saved) == hidden_sized
 
 
 def test_operator_contracts(backend):
@@ -103,18 +76,13 @@ def test_which_products_are_fused(backend, products, monkeypatch):
     assert fuses_products(x.bfloat16()) == (backend == "triton" and products == "auto")
     assert not fuses_products(x), "sums of float32 products would be rounded"
     monkeypatch.setenv("FASTMUM_PRODUCTS", "both")
-    with pytest.raises(ValueError, match="FASTMUM_PRODUCTS is 'both'"):
+    with pytest.raises(ValueError, match="FASTMUM_PRODUCTS"):
         fuses_products(x)
 
 
 def test_refuses():
     args = {"x": torch.zeros(4, 8), "weight1": torch.zeros(16, 8), "bias1": torch.zeros(16)}
     args |= {"weight2": torch.zeros(8, 16), "bias2": torch.zeros(8)}
-    changes = [
-        ({"bias1": torch.zeros(16, dtype=torch.bfloat16)}, TypeError, "bias1 torch.bfloat16"),
-        ({"weight1": torch.zeros(16, 7)}, ValueError, r"weight1 .* \(16, 8\)"),
-        ({"weight2": torch.zeros(16, 8)}, ValueError, r"weight2 .* \(8, 16\)"),
-        ({"bias2": torch.zeros(16)}, ValueError, r"bias2 .* \(8,\)"),
-        ({"recompute": "nothing"}, ValueError, "recompute is 'nothing'"),
-    ]
-    assert_refuses(mlp, args, changes)
+    assert_refuses(mlp, args, TypeError, bias1=torch.zeros(16, dtype=torch.bfloat16))
+    changes = {"weight1": torch.zeros(16, 7), "weight2": torch.zeros(16, 8), "bias2": torch.zeros(16)}
+    assert_refuses(mlp, args, ValueError, **changes, recompute="nothing")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from asserts import assert_close, check_frozen
-from support import results
+from support import double, results
 
 import fastmum.kernels.matmul as module
-from fastmum.kernels.matmul import linear, product, widens
+from fastmum.kernels.matmul import linear, widens
 
 BF16 = torch.bfloat16
 
@@ -24,26 +24,14 @@ def test_who_widens(slow):
     assert not widens(torch.zeros(1, dtype=BF16, device="meta"))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (37, 48, 199), (2, 0, 3)])
-def test_product(slow, shape):
-    M, K, N = shape
-    a, b, bias = torch.randn(M, K).to(BF16), torch.randn(K, N).to(BF16), torch.randn(N).to(BF16)
-    for each in (None, bias):
-        truth = a.double() @ b.double() + (0 if each is None else each.double())
-        plain = (a.float() @ b.float() + (0 if each is None else each.float())).to(BF16)
-        out = product(a, b, each)
-        assert out.dtype == BF16
-        assert_close(out, truth, plain)
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_linear_and_its_results(slow, autocast):
     inputs = [torch.randn(3, 7, 33).to(BF16), torch.randn(19, 33).to(BF16), torch.randn(19).to(BF16)]
     weight = torch.randn(3, 7, 19).to(BF16)
     with torch.autocast("cpu", BF16, enabled=autocast):
         ours = results(linear, inputs, weight)
-    truth = results(torch.nn.functional.linear, [x.double() for x in inputs], weight.double())
-    plain = results(torch.nn.functional.linear, [x.float() for x in inputs], weight.float())
+    truth = results(torch.nn.functional.linear, double(inputs), weight)
+    plain = results(torch.nn.functional.linear, [x.float() for x in inputs], weight)
     for value, true, of_float in zip(ours, truth, plain, strict=True):
         assert value.dtype == BF16
         assert_close(value, true, of_float.to(BF16))

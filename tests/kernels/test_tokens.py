@@ -5,15 +5,21 @@ from collections.abc import Callable
 import pytest
 import torch
 from asserts import assert_close, assert_equal, assert_refuses, check, check_compiles
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support import DEVICE, DTYPES, double, each_backend, guarded, pairs, results, split_ids, strided
+from support import DEVICE, DTYPES, double, guarded, pairs, results, split_ids, strided
 
 from fastmum.kernels import gather_tokens, reference, scatter_tokens
 from fastmum.kernels.tokens import _gather_tokens_triton, _place
 
 # Frames, patches, ids of a frame, width.
-SIZES = [(1, 1, 1, 48), (1, 35, 1, 64), (3, 35, 34, 48), (2, 12, 5, 199), (2, 130, 70, 52), (2, 9, 3, 1024)]
+SIZES = [
+    (1, 1, 1, 48),
+    (1, 35, 1, 64),
+    (3, 35, 34, 1),
+    (2, 12, 5, 199),
+    (2, 130, 70, 52),
+    (2, 9, 3, 1024),
+    (2, 5, 0, 64),
+]
 
 
 def problem(F: int, P: int, K: int, D: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -28,35 +34,21 @@ def scatters(ids: torch.Tensor, P: int) -> tuple[Callable, Callable]:
 
 
 @pytest.mark.parametrize(("size", "dtype"), pairs(SIZES, DTYPES))
-def test_scatter(backend, size, dtype):
+def test_scatter_and_gather(backend, size, dtype):
     visible, mask_token, tokens, ids = problem(*size, dtype)
-    ours = check(*scatters(ids, size[1]), [visible, mask_token], tokens)
-    assert ours[0].dtype == dtype
-    assert ours[2].dtype == mask_token.dtype
-
-
-@pytest.mark.parametrize(("size", "dtype"), [*pairs(SIZES, [torch.bfloat16]), (SIZES[3], torch.float32)])
-def test_gather(backend, size, dtype):
-    visible, _, tokens, ids = problem(*size, dtype)
-    ours = results(lambda x: gather_tokens(x, ids), [tokens], visible[:, 1:])
-    truth = results(lambda x: reference.gather_tokens(x, ids), [tokens], visible[:, 1:])
-    assert_equal(ours, truth)
+    check(*scatters(ids, size[1]), [visible, mask_token], tokens)
+    both = (lambda x: gather_tokens(x, ids)), lambda x: reference.gather_tokens(x, ids)
+    assert_equal(*(results(function, [tokens], visible[:, 1:]) for function in both))
 
 
 def test_not_contiguous_and_int32_ids(backend):
     visible, mask_token, tokens, ids = problem(3, 10, 4, 64, torch.float32)
+    apart = strided(ids.int())
     truth = reference.scatter_tokens(visible, mask_token, ids, 10)
-    assert torch.equal(scatter_tokens(strided(visible), strided(mask_token), strided(ids.int()), 10), truth)
-    assert torch.equal(gather_tokens(strided(tokens), strided(ids.int())), reference.gather_tokens(tokens, ids))
+    assert torch.equal(scatter_tokens(strided(visible), strided(mask_token), apart, 10), truth)
+    assert torch.equal(gather_tokens(strided(tokens), apart), reference.gather_tokens(tokens, ids))
     expanded = torch.ones((), device=DEVICE).expand(3, 11, 64)
     assert_equal(*(results(function, [visible, mask_token], expanded) for function in scatters(ids, 10)))
-
-
-def test_no_visible_patch(backend):
-    visible, mask_token, _, ids = problem(2, 5, 0, 64, torch.float32)
-    out = scatter_tokens(visible, mask_token, ids, 5)
-    assert torch.equal(out[:, :1], visible)
-    assert torch.equal(out[:, 1:], mask_token.expand(2, 5, 64))
 
 
 def test_mask_gradient_is_exact_where_visible_gradients_are_huge(backend):
@@ -66,18 +58,6 @@ def test_mask_gradient_is_exact_where_visible_gradients_are_huge(backend):
     ours, plain = scatters(ids, 9)
     true = results(plain, double([visible, mask_token]), weight.double())
     assert_close(results(ours, [visible, mask_token], weight)[2], true[2])
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 80), st.integers(1, 300), st.data())
-def test_any_shape(F, P, D, data):
-    K = data.draw(st.integers(1, P))
-    visible, mask_token, tokens, ids = problem(F, P, K, D, torch.float32)
-    for _ in each_backend():
-        check(*scatters(ids, P), [visible, mask_token], tokens)
-        ours = results(lambda x: gather_tokens(x, ids), [tokens], visible[:, 1:])
-        true = results(lambda x: reference.gather_tokens(x, ids), [tokens], visible[:, 1:])
-        assert_equal(ours, true)
 
 
 def test_ids_out_of_range_on_the_gpu():
@@ -92,8 +72,11 @@ def test_ids_out_of_range_on_the_gpu():
     assert out.sum(-1).tolist() == [[8, 8, 0, 0, 0], [8, 0, 0, 0, 8]]
 
 
-def test_operator_contracts(backend):
+def test_operators(backend):
+    """Their schemas, fakes and gradients, and one graph."""
     visible, mask_token, tokens, ids = problem(2, 6, 2, 32, torch.float32)
+    there_and_back = lambda v, m: gather_tokens(scatter_tokens(v, m, ids, 6), ids)  # noqa: E731
+    check_compiles(there_and_back, [visible, mask_token], tokens[:, 1:3])
     ops = torch.ops.fastmum
     leaves = visible.clone().requires_grad_(), mask_token.flatten().requires_grad_()
     torch.library.opcheck(ops.scatter_tokens.default, (*leaves, ids, 6))
@@ -102,27 +85,15 @@ def test_operator_contracts(backend):
     torch.library.opcheck(ops.gather_tokens_backward.default, (visible[:, 1:], ids, 6))
 
 
-def test_compiles_in_one_graph():
-    visible, mask_token, tokens, ids = problem(2, 6, 2, 32, torch.float32)
-    there_and_back = lambda v, m: gather_tokens(scatter_tokens(v, m, ids, 6), ids)  # noqa: E731
-    check_compiles(there_and_back, [visible, mask_token], tokens[:, 1:3])
-
-
 def test_refuses():
     args = {"visible": torch.zeros(2, 3, 8), "mask_token": torch.zeros(8), "num_patches": 5}
     args |= {"visible_ids": torch.tensor([[0, 1], [2, 3]])}
-    changes = [
-        ({"visible": torch.zeros(2, 3, 8, dtype=torch.int64)}, TypeError, "visible has dtype torch.int64"),
-        ({"visible": torch.zeros(2, 4, 8)}, ValueError, "visible has 4 tokens"),
-        ({"mask_token": torch.zeros(7)}, ValueError, r"mask_token is torch.float32 \(7,\)"),
-        ({"visible_ids": torch.tensor([[0, 1], [2, 5]])}, IndexError, "visible_ids holds 5"),
-        ({"num_patches": 1}, ValueError, "num_patches is 1"),
-        ({"mask_token": torch.zeros(8, device="meta")}, ValueError, "mask_token is on meta"),
-    ]
-    assert_refuses(scatter_tokens, args, changes)
-    changes = [
-        ({"ids": torch.tensor([[4]])}, IndexError, "ids holds 4"),
-        ({"ids": torch.tensor([[1], [2]])}, ValueError, r"ids has shape \(2, 1\)"),
-        ({"tokens": torch.zeros(1, 5, 8, dtype=torch.int32)}, TypeError, "tokens has dtype torch.int32"),
-    ]
-    assert_refuses(gather_tokens, {"tokens": torch.zeros(1, 5, 8), "ids": torch.tensor([[1]])}, changes)
+    changes = {"visible": torch.zeros(2, 4, 8), "mask_token": torch.zeros(7), "num_patches": 1}
+    assert_refuses(scatter_tokens, args, ValueError, **changes)
+    assert_refuses(scatter_tokens, args, ValueError, mask_token=torch.zeros(8, device="meta"))
+    assert_refuses(scatter_tokens, args, TypeError, visible=torch.zeros(2, 3, 8, dtype=torch.int64))
+    assert_refuses(scatter_tokens, args, IndexError, visible_ids=torch.tensor([[0, 1], [2, 5]]))
+    args = {"tokens": torch.zeros(1, 5, 8), "ids": torch.tensor([[1]])}
+    assert_refuses(gather_tokens, args, TypeError, tokens=torch.zeros(1, 5, 8, dtype=torch.int32))
+    assert_refuses(gather_tokens, args, ValueError, ids=torch.tensor([[1], [2]]))
+    assert_refuses(gather_tokens, args, IndexError, ids=torch.tensor([[4]]))
