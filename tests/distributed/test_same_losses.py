@@ -19,14 +19,17 @@ STRATEGIES = {
     "hsdp": ["parallel.strategy=hsdp", "parallel.shard=2"],
 }
 BF16 = ["train.precision=bf16", "parallel.reduce=bf16", "model.recompute=blocks"]
+MUON = ["optim.optimizer=muon", "optim.muon_lr_scale=2"]
 COMPILED = ["train.steps=5", "train.eval_every=5", "model.compile=full"]  # several processes: a graph per block
 QUICK = [
     (2, "ddp", ["data.mode=paper"]), (4, "ddp", ["data.mode=packed"]), (2, "fsdp2", ["data.mode=packed"]),
     (4, "hsdp", ["data.mode=balanced"]), (2, "fsdp2", BF16),
+    (4, "ddp", MUON), (4, "fsdp2", MUON),
 ]  # fmt: skip
 ALL = [(size, strategy, [f"data.mode={mode}"]) for size in (2, 4) for strategy in STRATEGIES for mode in MODES]
 if has_cpp_compiler():  # Inductor on the CPU
     ALL += [(4, strategy, COMPILED) for strategy in STRATEGIES]
+ALL += [(2, "ddp", MUON), (2, "fsdp2", MUON), (4, "hsdp", MUON)]
 
 
 def assert_same(ours, theirs, atol=1e-5):
