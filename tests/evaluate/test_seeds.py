@@ -49,30 +49,25 @@ def test_tables_have_mean_and_deviation(folder):
     ]  # fmt: skip
 
 
-def test_pictures(folder, tmp_path, capsys):
-    assert main([str(folder), "--plots", str(tmp_path / "plots")]) == 0
-    printed = capsys.readouterr().out
-    for name in ("matching-scenes", "views-scenes"):
-        assert str(tmp_path / f"plots/{name}.svg") in printed
-    text = (tmp_path / "plots/views-scenes.svg").read_text()
-    assert "mum, with views of another scene" in text
-    assert "end-point error" in (tmp_path / "plots/matching-scenes.svg").read_text()
-
-
-def test_different_settings_are_an_error(folder, capsys):
-    save(folder, matching("mum 2", 40.0) | {"settings": {"size": 64, "seed": 3}}, [])
-    assert main([str(folder)]) == 2
-    assert "'mum 2' were evaluated with different size" in capsys.readouterr().err
-
-
-def test_recall_and_unknown_errors_are_drawn(tmp_path):
-    save(tmp_path, matching("a 0", None) | {"settings": {}}, [])
+def test_pictures_of_scores_losses_and_recall(folder, tmp_path, capsys):
     recall = {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}, "settings": {}}
-    save(tmp_path, recall, [])
-    assert main([str(tmp_path), "--plots", str(tmp_path / "plots")]) == 0
-    assert "recall, percent" in (tmp_path / "plots/cosine-navi.svg").read_text()
+    save(folder, recall, [])
+    save(folder, matching("a 0", None) | {"settings": {}}, [])
+    plots = tmp_path / "plots"
+    assert main([str(folder), "--plots", str(plots)]) == 0
+    printed = capsys.readouterr().out
+    for name, text in (
+        ("matching-scenes", "end-point error"),
+        ("views-scenes", "mum, with views of another scene"),
+        ("cosine-navi", "recall, percent"),
+    ):
+        assert str(plots / f"{name}.svg") in printed
+        assert text in (plots / f"{name}.svg").read_text()
 
 
-def test_nothing_there(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
-    assert "holds no results" in capsys.readouterr().err
+def test_errors(folder, tmp_path, capsys):
+    save(folder, matching("mum 2", 40.0) | {"settings": {"size": 64, "seed": 3}}, [])
+    empty = tmp_path / "empty"
+    for results, message in ((folder, "'mum 2' were evaluated with different size"), (empty, f"'{empty}'")):
+        assert main([str(results)]) == 2
+        assert message in capsys.readouterr().err
