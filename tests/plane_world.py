@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from fastmum.data.samples import Frame
 from fastmum.geometry import Camera
@@ -41,11 +42,6 @@ class Shot:
         """`wall` at all pixel centres: (height, width, 3) and (height, width)."""
         y, x = np.mgrid[: self.size[1], : self.size[0]] + 0.5
         return self.wall(x, y)
-
-    def project(self, points: np.ndarray) -> np.ndarray:
-        """Pixel coordinates (N, 2) of points of the world."""
-        seen = (points @ self.T[:3, :3].T + self.T[:3, 3]) @ self.K.T
-        return seen[:, :2] / seen[:, 2:]
 
     def depth(self) -> np.ndarray:
         """(height, width) float32."""
@@ -82,11 +78,7 @@ class WallFrame(Frame):
 def shot(eye=(0.0, 0.0, 0.0), turn=(0.0, 0.0, 0.0), size: tuple[int, int] = (64, 48), focal: float = 60.0) -> Shot:
     """A camera at `eye`, turned by small angles about its x, y and z axes (radians)."""
     T = np.eye(4)
-    for axis, angle in enumerate(turn):
-        i, j = (axis + 1) % 3, (axis + 2) % 3
-        step = np.eye(4)
-        step[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
-        T = step @ T
+    T[:3, :3] = Rotation.from_euler("xyz", turn).as_matrix()
     T[:3, 3] = -T[:3, :3] @ np.array(eye)
     return Shot(np.array([[focal, 0, size[0] / 2], [0, focal, size[1] / 2], [0, 0, 1.0]]), T, size)
 
@@ -102,4 +94,5 @@ def walk(count: int) -> list[Shot]:
 def exact(a: Shot, b: Shot, points: np.ndarray) -> np.ndarray:
     """The warp of unit coordinates (N, 2) from a to b in closed form."""
     on_wall, _ = a.wall(*(points * np.array(a.size)).T)
-    return b.project(on_wall) / np.array(b.size)
+    seen = (on_wall @ b.T[:3, :3].T + b.T[:3, 3]) @ b.K.T
+    return seen[:, :2] / seen[:, 2:] / np.array(b.size)
