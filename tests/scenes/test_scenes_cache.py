@@ -91,9 +91,8 @@ def test_a_faster_process_wins(tiny, tmp_path):
     other = tmp_path / "scene_0000"
 
     def finish_first():
-        if not other.exists():
-            shutil.copytree(tiny / "scene_0000", other)
-            (other / "mark").touch()
+        shutil.copytree(tiny / "scene_0000", other, dirs_exist_ok=True)
+        (other / "mark").touch()
 
     files.write_scene(tmp_path, 0, SETTINGS, finish_first)
     assert (other / "mark").exists(), "the complete scene that was there first stays"
