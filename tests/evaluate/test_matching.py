@@ -195,13 +195,12 @@ def epe(data, warps):
     return [each.epe for each in match_scores(match_errors(warps, data.truth.target), data.truth.visible)]
 
 
-def test_a_probe_beats_random_projections_and_cosine_matching(data):
+def test_a_probe_beats_cosine_matching(data):
     train, test = data
     settings = ProbeSettings(steps=200, evaluate_every=50, learning_rates=(1e-5, 1e-2), weight_decays=(0.0, 0.1))
     trained = train_probes(train, test, settings, CPU)
     (error,) = epe(test, trained.warps[None])
-    random = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(5))
-    assert error < 0.3 * min(epe(test, match_pairs(test, 8, 0.1, CPU, torch.cat([random, torch.eye(32)[None]]))))
+    assert error < 0.3 * epe(test, match_pairs(test, 8, 0.1, CPU)[None])[0]
     probe, evaluation = trained.best
     assert settings.probes()[probe][0] == 1e-2
     # The reported error is the minimum over all evaluations, and the kept warps reproduce it.

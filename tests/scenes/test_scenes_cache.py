@@ -123,17 +123,7 @@ def test_old_leftovers_go_and_fresh_ones_stay(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".scene_0000-new.part"]
 
 
-def test_bad_arguments_and_missing_photographs_are_named(tmp_path, monkeypatch):
-    for argument, value in {"count": 0, "views": 0, "size": 15, "seed": -1, "workers": -1}.items():
-        with pytest.raises(ScenesError, match=f"{argument} .*{value}"):
-            ensure_scenes(cache_dir=tmp_path, **{argument: value})
-    monkeypatch.setattr(textures, "GROUND", ("sand.png",))
-    with pytest.raises(ScenesError, match=r"sand\.png"):
-        ensure_scenes(1, cache_dir=tmp_path, **TINY)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_command_line(tiny, tmp_path, capsys):
+def test_command_line(tiny, tmp_path, monkeypatch, capsys):
     sheet, blocked, before = tmp_path / "sheet.png", tmp_path / "file", content(tiny)
     assert main(["--out", str(tiny), *OPTIONS, "--contact-sheet", str(sheet)]) == 0
     out = capsys.readouterr().out
@@ -143,15 +133,21 @@ def test_command_line(tiny, tmp_path, capsys):
     assert main(["--out", str(tmp_path), *OPTIONS, "--count", "1", "--workers", "0"]) == 0
     assert "1 rendered" in capsys.readouterr().out
     blocked.write_text("in the way")
+    least = {"count": 0, "views": 0, "size": 15, "seed": -1, "workers": -1}
+    monkeypatch.setattr(textures, "GROUND", ("sand.png",))
     for options, name in (
-        (["--out", str(blocked / "inside")], str(blocked)),
-        (["--out", str(tiny), *OPTIONS, "--contact-sheet", str(tmp_path / "sheet.nothing")], "sheet.nothing"),
-        (["--out", str(tiny), *OPTIONS, "--seed", "7"], "other settings"),
+        (["--out", str(blocked / "inside"), "--count", "1"], "sand.png"),
+        (["--contact-sheet", str(tmp_path / "sheet.nothing")], "sheet.nothing"),
+        (["--seed", "7"], "other settings"),
+        *((f"--{name} {value}".split(), name) for name, value in least.items()),
     ):
-        assert main(options) == 2
+        assert main(["--out", str(tiny), *OPTIONS, *options]) == 2
         message = capsys.readouterr().err.strip().splitlines()[-1]
         assert message.startswith("error: ")
         assert name in message
+    monkeypatch.undo()
+    assert main(["--out", str(blocked / "inside")]) == 2
+    assert str(blocked) in capsys.readouterr().err
     assert content(tiny) == before
 
 

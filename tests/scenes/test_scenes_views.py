@@ -10,6 +10,7 @@ from scipy.ndimage import map_coordinates
 
 from fastmum.evaluate.pairs import pair_warp
 from fastmum.evaluate.pairs.scenes import from_folders
+from fastmum.geometry.warp import grid_points
 from fastmum.scenes import ensure_scenes, scene_dirs
 from fastmum.scenes.layout import build_scene
 from fastmum.scenes.raycast import View, trace
@@ -26,6 +27,33 @@ def scenes(tmp_path_factory):
     cameras = [json.loads((folder / "cameras.json").read_text()) for folder in scene_dirs(root, 4)]
     pairs = [from_folders([folder], gaps=(1,), stride=1).pairs for folder in scene_dirs(root, 4)]
     return list(zip((build_scene(0, i) for i in range(4)), cameras, pairs, strict=True))
+
+
+def view_of(scene, frame):
+    return View(scene.solids, scene.open_top, frame.K, frame.camera_from_world, SIZE, SIZE)
+
+
+def test_warps_against_rays(scenes):
+    """Rays cast through A's points and their points in B must meet the same surface."""
+    errors, missed = [], []
+    x, y = grid_points(16, 16).numpy().T * SIZE
+    for scene, pair in ((scene, pair) for scene, _, pairs in scenes for pair in pairs):
+        a, b = (view_of(scene, frame) for frame in (pair.a, pair.b))
+        depth, solid = trace(a, a.directions(x, y), (x, y))
+        in_b = (np.stack([x, y, np.ones_like(x)], -1) @ np.linalg.inv(a.K_33).T * depth[:, None]) @ pair.T_b_a[:3, :3].T
+        in_b += pair.T_b_a[:3, 3]
+        truth = (in_b @ b.K_33.T)[:, :2] / in_b[:, 2:]
+        inside = (in_b[:, 2] > 0) & (solid >= 0) & ((truth > 0) & (truth < SIZE)).all(1)
+        met, _ = trace(b, b.directions(*truth.T), tuple(truth.T))
+        seen = inside & (np.abs(met - in_b[:, 2]) < 0.02 * in_b[:, 2])
+        warp = pair_warp(pair, 16, 16)
+        errors.extend(np.linalg.norm(warp.points.numpy() * SIZE - truth, axis=1)[warp.visible.numpy()])
+        missed.append(warp.visible.numpy() != seen)
+    print(len(errors), np.median(errors), np.quantile(errors, 0.95), np.mean(missed))
+    assert len(errors) > 1500
+    assert np.median(errors) < 0.05
+    assert np.quantile(errors, 0.95) < 1
+    assert np.mean(missed) < 0.06  # at outlines, where neighbouring pixels show different surfaces
 
 
 def test_images_agree_with_poses_and_depth(scenes):
@@ -90,8 +118,7 @@ def test_poses_intrinsics_and_depth_are_valid(scenes):
         assert cameras["pixel_centre"] == 0.5
         assert cameras["depth_unit"] <= 0.0005
         for frame in (pairs[0].a, *(pair.b for pair in pairs)):
-            T, focal, depth = frame.camera_from_world, frame.K[0, 0], frame.read_depth()
-            R = T[:3, :3]
+            R, focal, depth = frame.camera_from_world[:3, :3], frame.K[0, 0], frame.read_depth()
             np.testing.assert_allclose(np.cross(R[0], R[1]), R[2], atol=1e-12)
             np.testing.assert_allclose(R @ R.T, np.eye(3), atol=1e-12)
             assert R[1, 2] < -0.8  # y points down
@@ -103,7 +130,7 @@ def test_poses_intrinsics_and_depth_are_valid(scenes):
             assert known.mean() > 0.5
             assert depth[known].min() > 0.25
             assert depth.max() < 65535 * cameras["depth_unit"]
-            view = View(scene.solids, scene.open_top, frame.K, T, SIZE, SIZE)
+            view = view_of(scene, frame)
             exact, _ = trace(view, view.directions(x[known], y[known]), (x[known], y[known]))
             assert np.quantile(np.abs(depth[known] - exact), 0.995) <= 0.5 * cameras["depth_unit"] + 2e-6
     assert open_air, "no scene shows the sky"
