@@ -6,7 +6,9 @@ The wall's colour encodes the position on it, so that colours as features give t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import h5py
 import numpy as np
 from PIL import Image
 from scipy.spatial.transform import Rotation
@@ -53,6 +55,17 @@ class Shot:
         red, green = (np.clip(a / (2 * WIDE) + 0.5, 0, 1) for a in (x, y))
         blue = 0.5 + 0.5 * np.sin(7 * x) * np.cos(5 * y)
         return Image.fromarray((np.stack([red, green, blue], -1) * 255).round().astype(np.uint8))
+
+    def save(self, image: Path, depth: Path, values: np.ndarray) -> None:
+        """Write the image, and depth or counts of it to an HDF5 file or PNG."""
+        for file in (image, depth):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        self.image().save(image, quality=95)
+        if depth.suffix == ".png":
+            Image.fromarray(np.rint(values).astype(np.uint16)).save(depth)
+        else:
+            with h5py.File(depth, "w") as archive:
+                archive["depth"] = values
 
     def frame(self, key: str = "") -> WallFrame:
         return WallFrame(key, None, self.K, self.T, shot=self, depth_map=self.depth())

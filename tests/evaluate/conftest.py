@@ -1,15 +1,11 @@
 """Pairs in front of a wall, a rendered scene, and an encoder that sees colours."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from plane_world import walk
 from torch import Tensor, nn
 
@@ -63,12 +59,9 @@ def by_colour() -> ByColour:
 @pytest.fixture
 def wall_file(tmp_path: Path) -> Path:
     """The same wall as a pairs.jsonl with pictures and depth in millimetres: 8 pairs of 16 cameras."""
-    folder = tmp_path / "wall"
-    folder.mkdir()
-    shots = walk(16)
+    folder, shots = tmp_path / "wall", walk(16)
     for i, camera in enumerate(shots):
-        camera.image().save(folder / f"{i}.png")
-        Image.fromarray(np.rint(camera.depth() * 1000).astype(np.uint16)).save(folder / f"{i}_depth.png")
+        camera.save(folder / f"{i}.png", folder / f"{i}_depth.png", 1000 * camera.depth())
     lines = []
     for i in range(0, 16, 2):
         a, b = shots[i], shots[i + 1]

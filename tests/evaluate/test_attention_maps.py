@@ -1,7 +1,5 @@
 """Attention maps are the attention that the model computes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

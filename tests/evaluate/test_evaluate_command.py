@@ -1,7 +1,5 @@
 """The command line, from weights to a page."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """The matcher, scores of warps, cosine matching, recall on objects, and probes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,17 +1,13 @@
 """Miniatures of the real layouts, written from a wall whose warps are known."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from plane_world import Shot, exact, shot, walk
 from scipy.spatial.transform import Rotation
 
@@ -33,18 +29,6 @@ def check(pair, a: Shot, b: Shot) -> None:
         assert np.abs(np.asarray(frame.read_image(), int) - np.asarray(camera.image(), int)).mean() < 6  # JPEG
 
 
-def save(camera: Shot, image: Path, depth: Path, values: np.ndarray) -> None:
-    """The image, and depth or counts as HDF5 or PNG."""
-    for file in (image, depth):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    camera.image().save(image, quality=95)
-    if depth.suffix == ".png":
-        Image.fromarray(values.astype(np.uint16)).save(depth)
-    else:
-        with h5py.File(depth, "w") as archive:
-            archive["depth"] = values
-
-
 def objects(values: list) -> np.ndarray:
     return np.fromiter(values, object, len(values))
 
@@ -59,7 +43,7 @@ def megadepth(root: Path, scene: str, shots: list[Shot]) -> dict:
     for i, camera in enumerate(shots[1:], 1):
         images.append(f"Undistorted_SfM/{scene}/images/{i}_o.jpg")
         depths.append(f"phoenix/S6/zl548/MegaDepth_v1/{scene}/dense0/depths/{i}_o.h5")
-        save(camera, root / images[-1], root / depths[-1], camera.depth())
+        camera.save(root / images[-1], root / depths[-1], camera.depth())
     poses, intrinsics = ([None, *(getattr(camera, name) for camera in shots[1:])] for name in ("T", "K"))
     named = {"image_paths": images, "depth_paths": depths, "poses": poses, "intrinsics": intrinsics}
     return {name: objects(values) for name, values in named.items()}
@@ -104,7 +88,7 @@ def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
     for folder in ("pose", "intrinsic"):
         (scene / folder).mkdir(parents=True)
     for index, camera in shots.items():
-        save(camera, scene / f"color/{index}.jpg", scene / f"depth/{index}.png", 1000 * camera.depth())
+        camera.save(scene / f"color/{index}.jpg", scene / f"depth/{index}.png", 1000 * camera.depth())
         np.savetxt(scene / f"pose/{index}.txt", camera.T_world)
     for name, K in (("color", shots[0].K), ("depth", K_depth)):
         np.savetxt(scene / f"intrinsic/intrinsic_{name}.txt", np.pad(K, (0, 1)) + np.diag([0, 0, 0, 1]))
@@ -151,8 +135,8 @@ def test_navi(tmp_path):
     known = (np.abs(x - 50) <= 14) & (np.abs(y - 30) <= 18)
     annotations = []
     for i, camera in enumerate(shots):
-        counts = np.where(known, np.rint(655350 / (100 * camera.depth())), 0)  # 100 mm per unit of the wall's world
-        save(camera, folder / f"images/{i:03d}.jpg", folder / f"depth/{i:03d}.png", counts)
+        counts = np.where(known, 655350 / (100 * camera.depth()), 0)  # 100 mm per unit of the wall's world
+        camera.save(folder / f"images/{i:03d}.jpg", folder / f"depth/{i:03d}.png", counts)
         q = 2 * Rotation.from_matrix(camera.T[:3, :3]).as_quat()[[3, 0, 1, 2]]  # need not have length 1
         pose = {"q": q.tolist(), "t": (100 * camera.T[:3, 3]).tolist(), "focal_length": 80.0}
         annotations.append({"filename": f"{i:03d}.jpg", "image_size": [64, 96], "camera": pose})
@@ -195,7 +179,7 @@ def test_depth_of_records(wall_file, caplog):
     """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
     folder, shots = wall_file.parent, walk(16)
     np.save(folder / "4.npy", shots[4].depth())
-    save(shots[5], folder / "5.png", folder / "5.h5", shots[5].depth())
+    shots[5].save(folder / "5.png", folder / "5.h5", shots[5].depth())
     spoil(wall_file, depth_a="4.npy", depth_b="5.h5")
     check(open_pairs(str(wall_file)).pairs[2], shots[4], shots[5])
     np.save(folder / "4.npy", shots[4].depth() * 10)

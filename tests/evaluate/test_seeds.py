@@ -1,7 +1,5 @@
 """Results of several seeds as tables and pictures."""
 
-from __future__ import annotations
-
 import pytest
 
 from fastmum.evaluate.results import read, save

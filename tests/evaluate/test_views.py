@@ -1,7 +1,5 @@
 """The masked loss with more and more views: choice of the views, and equality with the model's own losses."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -49,7 +47,7 @@ def test_neighbours_are_the_nearest():
     assert [(t.frame, t.near) for t in found[:3]] == [(0, [2, 4]), (3, [5, 1]), (6, [8, 4])]
 
 
-def test_the_batch_of_a_target(noisy):
+def test_the_batch_of_a_target_and_its_picture(noisy, model):
     sequences = open_sequences(str(noisy), 8)
     assert [views.name for views in sequences.sequences] == ["a", "b/images"]  # c is too short
     settings = ViewSettings()
@@ -65,6 +63,10 @@ def test_the_batch_of_a_target(noisy):
     again = target_batch(sequences, target, settings, 32, 16, mask=1)
     assert torch.equal(again.frames, batch.frames)
     assert not (again.noise == batch.noise).any(dim=1).all()
+    picture = draw_views(model, batch, 0.5)
+    assert picture.size == (7 * 260 - 4, 18 + 256)  # target, seen, 1, 2, 4 and 8 views, 8 unrelated
+    shown = np.asarray(picture.crop((0, 18, 256, 274)).resize((32, 32), Image.Resampling.BOX)).astype(int)
+    assert abs(shown - batch.frames[0].numpy()).mean() < 20  # noise rings when it is enlarged; any other frame: 85
 
 
 def test_numbers_are_the_models_losses(noisy, model):
@@ -128,12 +130,3 @@ def test_pictures_losses_and_models_that_cannot_be_used(noisy, model):
     (noisy / "a/0.png").write_bytes(b"no picture")  # pictures are read again
     with pytest.raises(DataError, match=r"a/0.png'"):
         evaluate_views(model, sequences, settings, 32, most=1)
-
-
-def test_pictures(noisy, model):
-    sequences, settings = open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2, 4), mask_ratio=0.5)
-    batch = target_batch(sequences, targets(sequences, settings)[0], settings, 32, 16)
-    picture = draw_views(model, batch, 0.5)
-    assert picture.size == (6 * 260 - 4, 18 + 256)  # target, seen, 1, 2 and 4 views, 4 unrelated
-    target = np.asarray(picture.crop((0, 18, 256, 274)).resize((32, 32), Image.Resampling.BOX)).astype(int)
-    assert abs(target - batch.frames[0].numpy()).mean() < 20  # noise rings when it is enlarged; any other frame: 85

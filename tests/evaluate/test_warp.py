@@ -1,7 +1,5 @@
 """True warps against closed forms and real pictures."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -4,8 +4,6 @@ The folder is taken from FASTMUM_FIXTURES, else ../shared/downstream/fixtures ne
 layout is run, whatever its prefix.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Scenes have the same bytes every time, are rendered once, and are complete or absent."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

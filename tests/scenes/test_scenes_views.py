@@ -1,7 +1,5 @@
 """Poses, intrinsics and depth agree with each other and with the images, which are lit, varied and predictable."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -49,11 +47,10 @@ def test_warps_against_rays(scenes):
         warp = pair_warp(pair, 16, 16)
         errors.extend(np.linalg.norm(warp.points.numpy() * SIZE - truth, axis=1)[warp.visible.numpy()])
         missed.append(warp.visible.numpy() != seen)
-    print(len(errors), np.median(errors), np.quantile(errors, 0.95), np.mean(missed))
-    assert len(errors) > 1500
-    assert np.median(errors) < 0.05
-    assert np.quantile(errors, 0.95) < 1
-    assert np.mean(missed) < 0.06  # at outlines, where neighbouring pixels show different surfaces
+    assert len(errors) > 2000
+    assert np.median(errors) < 0.01
+    assert np.quantile(errors, 0.95) < 0.2
+    assert np.mean(missed) < 0.05  # at outlines, where neighbouring pixels show different surfaces
 
 
 def test_images_agree_with_poses_and_depth(scenes):
@@ -151,7 +148,7 @@ def test_paths_of_many_scenes_keep_clear_and_move_steadily():
         assert turns.max() < 10
 
 
-def test_brightness_contrast_and_smoothness(scenes):
+def test_brightness_and_contrast(scenes):
     means = []
     for _, _, pairs in scenes:
         images = [np.asarray(pair.a.read_image(), float) for pair in pairs]
@@ -162,7 +159,6 @@ def test_brightness_contrast_and_smoothness(scenes):
             assert level.std() > 18
             assert ((image <= 4) | (image >= 253)).any(-1).mean() < 0.02
             assert (level.reshape(12, 8, 12, 8).std(axis=(1, 3)) < 0.5).mean() < 0.05, "large flat areas"
-            assert 0.75 < np.corrcoef(level[:, 1:].ravel(), level[:, :-1].ravel())[0, 1] < 0.999
     apart = np.abs(np.subtract.outer(means, means).diagonal(0, 1, 3)).sum(-1)
     assert apart[np.triu_indices(len(means), 1)].min() > 2
 
