@@ -28,15 +28,10 @@ class Shot:
     T: np.ndarray
     size: tuple[int, int]
 
-    @property
-    def T_world(self) -> np.ndarray:
-        """Camera to world."""
-        return np.linalg.inv(self.T)
-
     def wall(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Points of the wall (..., 3) and their z-depth (...) at pixel coordinates, the first centre at 0.5."""
-        rays = np.stack([x, y, np.ones_like(x)], -1) @ np.linalg.inv(self.K).T
-        turned, eye = rays @ self.T_world[:3, :3].T, self.T_world[:3, 3]
+        rays, world_from_camera = np.stack([x, y, np.ones_like(x)], -1) @ np.linalg.inv(self.K).T, np.linalg.inv(self.T)
+        turned, eye = rays @ world_from_camera[:3, :3].T, world_from_camera[:3, 3]
         depth = (WALL - eye[2]) / turned[..., 2]
         return eye + turned * depth[..., None], depth
 
@@ -52,9 +47,8 @@ class Shot:
     def image(self) -> Image.Image:
         """Red grows to the right on the wall, green downwards, blue in waves."""
         x, y, _ = np.moveaxis(self.pixels()[0], -1, 0)
-        red, green = (np.clip(a / (2 * WIDE) + 0.5, 0, 1) for a in (x, y))
-        blue = 0.5 + 0.5 * np.sin(7 * x) * np.cos(5 * y)
-        return Image.fromarray((np.stack([red, green, blue], -1) * 255).round().astype(np.uint8))
+        colours = np.stack([x / (2 * WIDE), y / (2 * WIDE), 0.5 * np.sin(7 * x) * np.cos(5 * y)], -1) + 0.5
+        return Image.fromarray((colours.clip(0, 1) * 255).round().astype(np.uint8))
 
     def save(self, image: Path, depth: Path, values: np.ndarray) -> None:
         """Write the image, and depth or counts of it to an HDF5 file or PNG."""

@@ -63,11 +63,9 @@ def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
     assert named["linear probe", "wall"]["EPE ↓"] == f"{matching['scores']['epe']:.1f}"
     assert named["no motion", "wall"]["EPE ↓"] == f"{matching['no_motion']['epe']:.1f}"
     page = (out / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 3
-    assert page.count("<svg") == 2
+    assert [page.count(text) for text in ("data:image/jpeg;base64,", "<svg", "</html>")] == [3, 2, 1]
     assert "mine &amp; yours" in page
     assert not re.search(r'\s(src|href)="(?!data:)', page)  # no other file
-    assert "</html>" in page
 
 
 def test_a_result_never_replaces_another(weights, wall_file, tmp_path, monkeypatch, capsys):
@@ -114,9 +112,7 @@ def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_names_and_sizes_of_weights(weights, monkeypatch):
-    name, model = load_weights("random:mum_tiny", None, torch.device("cpu"), {"patch_size": 8, "depth": 2})
-    assert (name, model.config.patch_size, len(model.blocks)) == ("untrained mum_tiny", 8, 2)
+def test_names_of_weights(weights, monkeypatch):
     monkeypatch.setattr("fastmum.load_pretrained", lambda source, device: None)
     sources = "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/step_7", str(weights)
     names = [load_weights(source, None, torch.device("cpu"), {})[0] for source in sources]
@@ -129,8 +125,7 @@ ERRORS = [
     ("--weights random:mum_tiny --set norm_eps=small", "--set: norm_eps is 'small'"),
     ("--weights random:mum_tiny --set num_heads=5", "num_heads 5"), ("--set depth", "KEY=VALUE"),
     ("--set device=cpu", "--device"), ("--set deepth=3", "'depth'"), ("--data nowhere", "'nowhere'"),
-    ("--size 50", "patch size 16"), ("--steps 0", "--steps is 0"), ("--every 0", "--every is 0"),
-    ("--learning-rates -1", "--learning-rates are [-1.0]"), ("--weight-decays -1", "--weight-decays are [-1.0]"),
+    ("--size 50", "patch size 16"), ("--every 0", "--every is 0"), ("--learning-rates -1", "--learning-rates are"),
     ("--batch 0", "--batch is 0"), ("--max-pairs 0", "--max-pairs is 0"), ("--temperature 0", "--temperature is 0"),
     ("--device tpu", "--device is 'tpu'"), ("--out small.pth", "--out 'small.pth'"),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """The matcher, scores of warps, cosine matching, recall on objects, and probes."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -70,9 +71,9 @@ def test_two_equal_neighbours_are_decoded_half_way_and_rows_do_not_wrap():
     assert place[1].tolist() == pytest.approx([3.5 / 4, 0.5 / 3])
 
 
-@given(sizes, sizes)
-def test_nearest_patches(rows, columns):
-    assert torch.equal(nearest_patch(grid_points(rows, columns), (rows, columns)), torch.arange(rows * columns))
+def test_nearest_patches():
+    for grid in itertools.product(range(1, 8), repeat=2):
+        assert torch.equal(nearest_patch(grid_points(*grid), grid), torch.arange(grid[0] * grid[1]))
     outside = torch.tensor([[-0.2, 0.1], [1.0, 1.0], [0.4, 7.0]], dtype=torch.float64)
     assert nearest_patch(outside, (2, 3)).tolist() == [0, 5, 4]
 
@@ -113,7 +114,7 @@ def test_features_by_place_match_and_others_do_not(wall_pairs, by_colour):
     numbers = result.numbers
     assert numbers["scores"]["epe"] < 16  # half a patch: 28 pixels of 448 a patch
     assert numbers["scores"]["robustness"] > 95
-    assert set(numbers["per_pair_epe"]) == {pair.name for pair in wall_pairs.pairs}
+    assert list(numbers["per_pair_epe"]) == [pair.name for pair in wall_pairs.pairs]
     assert np.mean(list(numbers["per_pair_epe"].values())) == pytest.approx(numbers["scores"]["epe"])
     assert result.warps.shape == (5, 256, 2)
     moves = [pair_warp(pair, 16, 16) for pair in wall_pairs.pairs]
@@ -168,7 +169,7 @@ def test_sets_and_encoders_that_do_not_fit(wall_pairs, by_colour):
         prepare(by_colour, wall_pairs, 64)
 
 
-def hidden_signal(wall: PairSet, pairs: int, seed: int) -> Prepared:
+def hidden_signal(pairs: int, seed: int) -> Prepared:
     """B is a permutation of A's patches; 8 of 32 channels identify a patch, the others are louder noise."""
     rng = torch.Generator().manual_seed(seed)
     patches = GRID[0] * GRID[1]
@@ -181,20 +182,15 @@ def hidden_signal(wall: PairSet, pairs: int, seed: int) -> Prepared:
         targets.append(grid_points(*GRID)[order.argsort()])
     visible = torch.rand(pairs, patches, generator=rng) > 0.2
     first = torch.arange(0, 2 * pairs, 2)
-    return Prepared(Truth(wall, torch.stack(targets), visible, GRID), torch.stack(features), first, first + 1)
-
-
-@pytest.fixture
-def data(wall_pairs):
-    return hidden_signal(wall_pairs, 40, 0), hidden_signal(wall_pairs, 10, 1)
+    return Prepared(Truth(None, torch.stack(targets), visible, GRID), torch.stack(features), first, first + 1)
 
 
 def epe(data, warps):
     return [each.epe for each in match_scores(match_errors(warps, data.truth.target), data.truth.visible)]
 
 
-def test_a_probe_beats_cosine_matching(data):
-    train, test = data
+def test_a_probe_beats_cosine_matching():
+    train, test = hidden_signal(40, 0), hidden_signal(10, 1)
     settings = ProbeSettings(steps=200, evaluate_every=50, learning_rates=(1e-5, 1e-2), weight_decays=(0.0, 0.1))
     trained = train_probes(train, test, settings, CPU)
     (error,) = epe(test, trained.warps[None])
@@ -206,8 +202,8 @@ def test_a_probe_beats_cosine_matching(data):
     assert error == pytest.approx(trained.history[evaluation].scores[probe].epe)
 
 
-def test_probes_are_matrices_trained_by_adamw(data):
-    train, test = data
+def test_probes_are_matrices_trained_by_adamw():
+    train, test = hidden_signal(40, 0), hidden_signal(10, 1)
     settings = ProbeSettings(7, 40, 3, learning_rates=(1e-3, 1e-2), weight_decays=(0.0, 0.5))  # all pairs in each step
     history = train_probes(train, test, settings, CPU).history
     assert [each.step for each in history] == [3, 6, 7]
@@ -230,9 +226,9 @@ def test_probes_are_matrices_trained_by_adamw(data):
         assert history[-1].scores[i].epe == pytest.approx(error, rel=1e-2)
 
 
-def test_divergence_and_invalid_settings_are_errors(data):
-    train, test = data
-    broken = replace(train, features=train.features * math.nan)
+def test_divergence_and_invalid_settings_are_errors():
+    test = hidden_signal(10, 1)
+    broken = replace(test, features=test.features * math.nan)
     settings = ProbeSettings(steps=2, evaluate_every=1, learning_rates=(1e-3,), weight_decays=(0.0,))
     with pytest.raises(FloatingPointError):
         train_probes(broken, test, settings, CPU)

@@ -89,7 +89,7 @@ def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
         (scene / folder).mkdir(parents=True)
     for index, camera in shots.items():
         camera.save(scene / f"color/{index}.jpg", scene / f"depth/{index}.png", 1000 * camera.depth())
-        np.savetxt(scene / f"pose/{index}.txt", camera.T_world)
+        np.savetxt(scene / f"pose/{index}.txt", np.linalg.inv(camera.T))
     for name, K in (("color", shots[0].K), ("depth", K_depth)):
         np.savetxt(scene / f"intrinsic/intrinsic_{name}.txt", np.pad(K, (0, 1)) + np.diag([0, 0, 0, 1]))
 
@@ -149,35 +149,27 @@ def test_navi(tmp_path):
         assert view.size == view.camera.size == view.depth.shape == (37, 37)
         ends = [shots[int(Path(frame.key).stem)] for frame in (pair.a, pair.b)]
         warp = pair_warp(pair, 8, 8)
-        # The crop is 37 pixels wide around (50.5, 30.5).
-        corner, side = np.array([32, 12]), 37
+        corner, side = np.array([32, 12]), 37  # the crop is around (50.5, 30.5)
         whole = (corner + side * grid_points(8, 8).numpy()) / [96, 64]
         truth = (exact(*ends, whole) * [96, 64] - corner) / side
-        seen = warp.visible.numpy()
-        assert seen.any()
-        assert np.abs(warp.points.numpy() - truth)[seen].max() * 37 < 0.3
+        assert np.abs(warp.points.numpy() - truth)[warp.visible.numpy()].max() * 37 < 0.3
     assert names(tmp_path) == [pair.name for pair in pairs.pairs]  # the same partners every time
 
 
-def test_pairs_in_a_text_file(wall_file):
-    shots = walk(16)
+def test_pairs_in_a_text_file(wall_file, caplog):
+    """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
+    folder, shots = wall_file.parent, walk(16)
     for name in (str(wall_file), str(wall_file.parent), f"pairs:{wall_file}"):
         pairs = open_pairs(name)
         assert (pairs.name, len(pairs.pairs)) == ("wall", 8)
     check(pairs.pairs[3], shots[6], shots[7])
     parts = [open_pairs(name, part).pairs for part in ("test", "train")]
-    keys = [{frame.key for pair in part for frame in (pair.a, pair.b)} for part in parts]
     assert [len(part) for part in parts] == [4, 4]
-    assert not keys[0] & keys[1]
+    assert len({frame.key for part in parts for pair in part for frame in (pair.a, pair.b)}) == 16
     assert len(open_pairs(name, "trainable").pairs) == 8
     for key in ("set", "scene"):
         spoil(wall_file, **{key: key})
         assert [pair.scene for pair in open_pairs(name).pairs[1:3]] == ["pairs", key]
-
-
-def test_depth_of_records(wall_file, caplog):
-    """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
-    folder, shots = wall_file.parent, walk(16)
     np.save(folder / "4.npy", shots[4].depth())
     shots[5].save(folder / "5.png", folder / "5.h5", shots[5].depth())
     spoil(wall_file, depth_a="4.npy", depth_b="5.h5")
@@ -188,17 +180,17 @@ def test_depth_of_records(wall_file, caplog):
     assert np.allclose(pair.a.read_depth(), shots[4].depth(), rtol=1e-5)
     assert np.allclose(pair.b.read_depth(), 100 * shots[5].depth(), atol=0.1)
     spoil(wall_file, depth_b=None)
-    assert len(open_pairs(str(wall_file)).pairs) == 7
-    assert "1 of 8 pairs have no depth" in caplog.text
+    assert len(names(wall_file)) == 7
+    assert "1 of 8 pairs" in caplog.text
 
 
 def test_project_pairs(shared):
     """The project's own set: real pictures, metric depth."""
     pairs = open_pairs(str(shared / "data/pairs/pairs.jsonl"))
     assert len(pairs.pairs) == 16
-    shares = [pair_warp(pair, 14, 14).visible.double().mean().item() for pair in pairs.pairs]
-    assert min(shares) > 0.02
-    assert np.mean(shares) > 0.15
+    shares = torch.stack([pair_warp(pair, 14, 14).visible.double().mean() for pair in pairs.pairs])
+    assert shares.min() > 0.02
+    assert shares.mean() > 0.15
 
 
 def spoil(file: Path, **changes) -> None:
@@ -291,10 +283,9 @@ def test_rendered_scenes_are_split_by_scene_and_shared_under_any_name(rendered, 
 
 def test_embedded_scenes_to_test_and_to_train_on_differ(rendered, monkeypatch):
     folders = {"train": [rendered / "scene_0000"], "all": [rendered / "scene_0001"]}
-    with monkeypatch.context() as patched:
-        patched.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
-        for name in ("scenes", "motorcycle"):
-            assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
+    for name in ("scenes", "motorcycle"):
+        assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
     monkeypatch.setattr("fastmum.evaluate.pairs.scenes.ensure_scenes", lambda count, *settings: count)
     monkeypatch.setattr("fastmum.evaluate.pairs.scenes.scene_dirs", lambda root, count: list(range(count)))
     assert embedded_folders("test") == embedded_folders("all") == list(range(6))
@@ -308,4 +299,4 @@ def test_some_pairs_of_a_set(wall_pairs):
     assert wall_pairs.first(9) is wall_pairs.first(None) is wall_pairs
     both = wall_pairs.both_ways().pairs
     assert len(both) == 10
-    assert torch.equal(torch.from_numpy(both[0].T_b_a @ both[1].T_b_a).round(decimals=9), torch.eye(4).double())
+    assert np.allclose(both[0].T_b_a @ both[1].T_b_a, np.eye(4))

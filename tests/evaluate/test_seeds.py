@@ -29,22 +29,18 @@ def folder(tmp_path):
     return tmp_path
 
 
-def cells(text, weights):
-    line = next(line for line in text.splitlines() if line.startswith(f"| {weights} |"))
-    return [cell.strip() for cell in line.split("|")[2:-1]]
-
-
 def test_tables_have_mean_and_deviation(folder):
     spread = by_seed(read(folder))
     names = {name: [c["weights"] for c in contents] for name, contents in spread["matching", "scenes"].items()}
     assert names == {"mae-v2 0": ["mae-v2 0"], "mum": ["mum 0", "mum 1"], "untrained": ["untrained"]}
-    of_matching, of_views = tables(spread).split("\n\n**")
-    assert cells(of_matching, "mum") == ["2", "42.0 ± 2.8", "50.0 ± 0.0"]
-    assert cells(of_matching, "mae-v2 0") == ["1", "60.0", "–"]
-    assert cells(of_matching, "no motion") == ["", "70.0", "20.0"]
-    assert cells(of_views, "mum") == [
-        "2", "0.8500 ± 0.0707", "-0.0300 ± 0.0141", "-0.0500 ± 0.0141", "+0.0050 ± 0.0071", "+0.0100 ± 0.0141"
-    ]  # fmt: skip
+    text = tables(spread)
+    for row in (
+        "mum | 2 | 42.0 ± 2.8 | 50.0 ± 0.0",
+        "mae-v2 0 | 1 | 60.0 | –",
+        "no motion |  | 70.0 | 20.0",
+        "mum | 2 | 0.8500 ± 0.0707 | -0.0300 ± 0.0141 | -0.0500 ± 0.0141 | +0.0050 ± 0.0071 | +0.0100 ± 0.0141",
+    ):
+        assert f"| {row} |\n" in text
 
 
 def test_pictures_of_scores_losses_and_recall(folder, tmp_path, capsys):

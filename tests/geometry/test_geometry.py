@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from plane_world import shot
@@ -19,7 +19,6 @@ from fastmum.geometry.crop import clean_depth, flip, reloc3r_view, vggt_view
 from fastmum.geometry.warp import grid_points, true_warp
 
 sides = st.integers(5, 20)
-seeds = st.integers(0, 1000)
 
 
 def numbered(width: int, height: int) -> View:
@@ -48,6 +47,7 @@ def check_pixels(view: View, original: View) -> None:
     assert view.size == view.camera.size == view.depth.shape[::-1] == view.mask.shape[::-1]
 
 
+@settings(deadline=None)
 @given(sides, sides, st.tuples(*4 * (st.integers(-4, 4),)), st.booleans())
 def test_crops_and_flips_keep_the_rays(width, height, edges, flipped):
     original = numbered(width, height)
@@ -60,6 +60,7 @@ def test_crops_and_flips_keep_the_rays(width, height, edges, flipped):
     assert not outside.any()
 
 
+@settings(deadline=None)
 @given(sides, sides, st.integers(1, 4), st.integers(1, 4))
 def test_resizes_move_the_principal_point_and_the_focal_length(width, height, by_x, by_y):
     original = numbered(width, height)
@@ -110,13 +111,10 @@ def test_pytorch3d_cameras():
         camera_from_pytorch3d(viewpoint | {"intrinsics_format": "inches"}, (100, 60))
 
 
-@given(seeds)
-def test_quaternions_and_rotation_errors(seed):
-    rng = np.random.default_rng(seed)
-    true = Rotation.random(5, random_state=rng)
-    angles = np.array([0, 1e-5, 30, 179.999, 180])
-    axis = rng.normal(size=(5, 3))
-    axis /= np.linalg.norm(axis, axis=1, keepdims=True)
+def test_quaternions_and_rotation_errors():
+    true = Rotation.random(500, random_state=0)
+    angles = np.array([0, 1e-5, 30, 179.999, 180]).repeat(100)
+    axis = Rotation.random(500, random_state=1).as_matrix()[:, 0]
     turned = true * Rotation.from_rotvec(axis * angles[:, None], degrees=True)
     a, b = turned.as_matrix(), true.as_matrix()
     assert np.allclose(np.abs((quaternion(a)[:, [1, 2, 3, 0]] * turned.as_quat()).sum(1)), 1)
