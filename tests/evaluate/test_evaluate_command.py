@@ -163,20 +163,16 @@ def test_other_json_files_are_an_error(tmp_path, weights, wall_file, capsys):
         file.write_text(json.dumps(wrong))
         with pytest.raises(DataError, match=r"other.json'"):
             read(file.parent)
-    file.write_text(json.dumps(content))
-    assert len(read(file.parent)) == 1
+    file.unlink()
+    save(file.parent, result("mine", epe=1.0), [Image.new("RGB", (8, 8))])
+    with pytest.raises(DataError, match="'mine' on 'wall'"):  # is no JSON, and leaves the pictures
+        save(file.parent, result("mine", epe=float("nan")), [])
+    (record,) = read(file.parent)
+    assert (record.content["scores"], len(record.pictures)) == ({"epe": 1.0}, 1)
 
 
 def result(weights, **scores):
     return {"task": "cosine", "set": "wall", "weights": weights, "scores": scores, "settings": {}}
-
-
-def test_results_that_are_no_json_leave_the_pictures(tmp_path):
-    save(tmp_path, result("mine", epe=1.0), [Image.new("RGB", (8, 8))])
-    with pytest.raises(DataError, match="'mine' on 'wall'"):
-        save(tmp_path, result("mine", epe=float("nan")), [])
-    (record,) = read(tmp_path)
-    assert (record.content["scores"], len(record.pictures)) == ({"epe": 1.0}, 1)
 
 
 def test_table_of_the_papers_sets(tmp_path):

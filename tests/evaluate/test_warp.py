@@ -43,7 +43,7 @@ def test_depth_of_another_resolution_than_the_image():
     assert torch.allclose(one.points, other.points)
 
 
-def test_what_stands_in_front_hides_and_unknown_depth_is_not_visible():
+def test_what_stands_in_front_hides_and_holes_in_depth_do_not_bend_it():
     a, b = shot().frame(), shot((1.0, 0, 0)).frame()
     board = b.depth_map.copy()
     board[:, :20] = 1.0  # close to B on the left
@@ -54,15 +54,11 @@ def test_what_stands_in_front_hides_and_unknown_depth_is_not_visible():
     assert torch.equal(hidden.visible[right], free.visible[right])
     blank_a, blank_b = (replace(frame, depth_map=0 * frame.depth_map) for frame in (a, b))
     assert not (warp_of(blank_a, b, 8, 8).visible | warp_of(a, blank_b, 8, 8).visible).any()
-
-
-def test_holes_in_depth_do_not_bend_it():
-    a, b = shot().frame(), shot((0.3, 0, 0)).frame()
     holed = replace(a, depth_map=a.depth_map.copy())
     holed.depth_map[::2, 1::3] = 0
     whole, holes = (warp_of(frame, b, 11, 13) for frame in (a, holed))
     both = whole.visible & holes.visible
-    assert both.sum() > 60
+    assert both.sum() > 50
     assert torch.allclose(whole.points[both], holes.points[both], atol=1e-6)
 
 
@@ -82,8 +78,7 @@ def test_upsampling_keeps_a_shift(h, w, times, dx, dy):
 
 
 def test_images_warped_by_nothing_and_by_a_pixel():
-    image = torch.randint(0, 256, (8, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    here = grid_points(8, 10).view(8, 10, 2)
+    image, here = torch.randint(0, 256, (8, 10, 3), dtype=torch.uint8), grid_points(8, 10).view(8, 10, 2)
     assert torch.equal(warp_image(image, here), image)
     right = here + torch.tensor([1 / 10, 0], dtype=torch.float64)
     assert torch.equal(warp_image(image, right)[:, :-1], image[:, 1:])
