@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from plane_world import walk
+from plane_world import Shot, walk
 from torch import Tensor, nn
 
 from fastmum.evaluate.pairs import Pair, PairSet
@@ -58,10 +59,12 @@ def by_colour() -> ByColour:
 
 @pytest.fixture
 def wall_file(tmp_path: Path) -> Path:
-    """The same wall as a pairs.jsonl with pictures and depth in millimetres: 8 pairs of 16 cameras."""
+    """The same wall as a pairs.jsonl with pictures and depth in millimetres, A's at twice the size: 8 pairs."""
     folder, shots = tmp_path / "wall", walk(16)
     for i, camera in enumerate(shots):
-        camera.save(folder / f"{i}.png", folder / f"{i}_depth.png", 1000 * camera.depth())
+        fine = Shot(np.diag([2, 2, 1]) @ camera.K, camera.T, (128, 96))
+        depth = (camera if i % 2 else fine).depth()
+        camera.save(folder / f"{i}.png", folder / f"{i}_depth.png", 1000 * depth)
     lines = []
     for i in range(0, 16, 2):
         a, b = shots[i], shots[i + 1]

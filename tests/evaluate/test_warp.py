@@ -34,15 +34,6 @@ def test_wall_is_warped_by_its_homography(eye, turn, focal, rows, columns):
     assert error.size == 0 or error.max() < 0.5
 
 
-def test_depth_of_another_resolution_than_the_image():
-    a, b = shot((0.1, 0, 0), (0, 0, 0.1)), shot((0.3, 0.1, 0), size=(64, 48))
-    fine = replace(shot((0.3, 0.1, 0), size=(128, 96), focal=120).frame(), shot=b, K=b.K)
-    one, other = (warp_of(a.frame(), frame, 6, 6) for frame in (b.frame(), fine))
-    assert one.visible.any()
-    assert torch.equal(one.visible, other.visible)
-    assert torch.allclose(one.points, other.points)
-
-
 def test_what_stands_in_front_hides_and_holes_in_depth_do_not_bend_it():
     a, b = shot().frame(), shot((1.0, 0, 0)).frame()
     board = b.depth_map.copy()
