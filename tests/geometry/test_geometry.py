@@ -35,26 +35,21 @@ def rays(camera: Camera, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return found / np.linalg.norm(found, axis=-1, keepdims=True)
 
 
-def check_pixels(view: View, original: View) -> None:
+@settings(deadline=None)
+@given(sides, sides, st.tuples(*4 * (st.integers(-4, 4),)), st.booleans())
+def test_crops_and_flips_keep_the_rays(width, height, edges, flipped):
     """Each pixel's ray in the world is that of the pixel that it was in the original; depth and mask came along."""
+    original = numbered(width, height)
+    left, top, right, bottom = edges
+    view = crop_resize(original, (left, top, max(width + right, left + 1), max(height + bottom, top + 1)))
+    view = flip(view) if flipped else view
     rows, columns = np.nonzero(view.image[..., 0])  # 0 is outside of the original
     x, y = (view.image[rows, columns, i].astype(float) - 0.5 for i in (0, 1))
-    assert len(rows)
     assert np.allclose(rays(view.camera, columns + 0.5, rows + 0.5), rays(original.camera, x, y))
     assert np.array_equal(view.depth[rows, columns], original.depth[y.astype(int), x.astype(int)])
     assert np.array_equal(view.mask[rows, columns], original.mask[y.astype(int), x.astype(int)])
     assert not view.depth[view.image[..., 0] == 0].any()
     assert view.size == view.camera.size == view.depth.shape[::-1] == view.mask.shape[::-1]
-
-
-@settings(deadline=None)
-@given(sides, sides, st.tuples(*4 * (st.integers(-4, 4),)), st.booleans())
-def test_crops_and_flips_keep_the_rays(width, height, edges, flipped):
-    original = numbered(width, height)
-    left, top, right, bottom = edges
-    view = crop_resize(original, (left, top, max(width + right, left + 1), max(height + bottom, top + 1)))
-    if view.image.any():
-        check_pixels(flip(view) if flipped else view, original)
     outside = crop_resize(original, (-9, -9, -5, -6)).image
     assert outside.shape == (3, 4, 3)
     assert not outside.any()
@@ -77,9 +72,7 @@ def test_resizes_move_the_principal_point_and_the_focal_length(width, height, by
 @pytest.mark.parametrize("recipe", [lambda v: vggt_view(v, (8, 8)), lambda v: reloc3r_view(v, (8, 8), None)])
 def test_recipes_need_a_principal_point_inside(recipe):
     view = numbered(20, 20)
-    K = view.camera.K.copy()
-    K[0, 2] = 25
-    for camera in (None, replace(view.camera, K=K)):
+    for camera in (None, replace(view.camera, K=view.camera.K + [[0, 0, 15], [0, 0, 0], [0, 0, 0]])):
         with pytest.raises(FastmumError, match="principal point"):
             recipe(replace(view, camera=camera))
 
