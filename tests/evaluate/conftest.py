@@ -18,8 +18,7 @@ from fastmum.scenes import ensure_scenes
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a rendered scene of 6 views at 96 pixels, and of its copy under another name."""
-    cache = tmp_path_factory.mktemp("evaluated")
-    root = ensure_scenes(1, 6, 96, 0, cache_dir=cache, workers=1)
+    root = ensure_scenes(1, 6, 96, 0, cache_dir=tmp_path_factory.mktemp("evaluated"), workers=1)
     shutil.copytree(root / "scene_0000", root / "scene_0001")
     return root
 

@@ -24,11 +24,9 @@ def test_recorder_is_attention_and_keeps_its_rows(with_cls):
     ends_k, ends_q = (torch.arange(pairs + 1, dtype=torch.int32) * 2 * n for n in (1 + patches, per_frame))
     expected = ragged_attention(q, k, v, ends_k, 2 * (1 + patches), cu_seqlens_q=ends_q, max_seqlen_q=2 * per_frame)
     assert torch.equal(out, expected)
-    (maps,) = recorder.maps
-    for i in range(pairs):
-        q_i, k_i = (x.unflatten(0, (pairs, -1))[i].transpose(0, 1) for x in (q, k))
-        weights = (q_i @ k_i.mT * width**-0.5).softmax(-1).mean(0)
-        assert torch.allclose(maps[i], weights[int(with_cls) : per_frame, 2 + patches :], atol=1e-6)
+    by_head_q, by_head_k = (x.unflatten(0, (pairs, -1)).transpose(1, 2) for x in (q, k))
+    weights = (by_head_q @ by_head_k.mT * width**-0.5).softmax(-1).mean(1)
+    assert torch.allclose(recorder.maps[0], weights[:, int(with_cls) : per_frame, 2 + patches :], atol=1e-6)
 
 
 def test_maps_of_a_model(tiny):

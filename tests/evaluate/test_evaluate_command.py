@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -143,13 +144,9 @@ def test_errors_are_one_line(weights, wall_file, rendered, tmp_path, monkeypatch
     for base, errors in ((matching, ERRORS), (views, ERRORS_OF_VIEWS)):
         for words, message in errors:
             assert message in error_of(main([*base, *words.split()]), capsys)
-    monkeypatch.setattr("fastmum.evaluate.__main__._run", out_of_memory)
+    monkeypatch.setattr("fastmum.evaluate.__main__._run", Mock(side_effect=torch.OutOfMemoryError))
     for task in ("matching", "cosine", "attention", "views"):
         assert "lower --" in error_of(main([task, *common]), capsys)
-
-
-def out_of_memory(args):
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def test_other_json_files_are_an_error(tmp_path, weights, wall_file, capsys):

@@ -5,12 +5,10 @@ import pytest
 from fastmum.evaluate.results import save
 from fastmum.evaluate.seeds import main
 
-STILL = {"epe": 70.0, "robustness": 20.0}
-
 
 def matching(weights, epe, robustness=50.0):
-    scores = {"epe": epe, "robustness": robustness}
-    return {"task": "matching", "set": "scenes", "weights": weights, "scores": scores, "no_motion": STILL}
+    scores, still = {"epe": epe, "robustness": robustness}, {"epe": 70.0, "robustness": 20.0}
+    return {"task": "matching", "set": "scenes", "weights": weights, "scores": scores, "no_motion": still}
 
 
 def views(weights, same, other):

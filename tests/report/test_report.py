@@ -19,7 +19,6 @@ from fastmum.report.charts import Chart, Line, report_charts, thin
 from fastmum.report.page import MAX_PICTURES, number, report_page
 from fastmum.report.run import distinct_labels, read_run
 
-VOID = {"meta", "img", "input", "br"}
 VIEWS = "Loss by number of views"
 
 
@@ -35,7 +34,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        if tag not in VOID:
+        if tag not in ("meta", "img", "input", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -99,8 +98,7 @@ def test_a_complete_run(tmp_path):
         "/data/a.jpg", 'name: "mine"', "29 to 30", "best 0.700 at step 20",
     ):  # fmt: skip
         assert expected in page.text, expected
-    assert "partial-1" not in page.html
-    assert "0000007" not in page.html
+    assert not re.search("partial-1|0000007", page.html)
     lines = lines_of(root)
     assert list(lines) == [
         "Loss", VIEWS, "Loss against number of views", "Learning rate", "Gradient norm",

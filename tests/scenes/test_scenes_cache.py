@@ -64,7 +64,6 @@ def test_only_incomplete_scenes_are_rendered_again(tiny, monkeypatch):
     assert rendered == [0, 0, 0, 0]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_interrupted_processes_leave_only_complete_scenes(tmp_path):
     words = [sys.executable, *f"-m fastmum.scenes --out {tmp_path} --count 8 --workers 2 --views 40 --size 64".split()]
     # A shell's background job ignores SIGINT, and its children inherit that.
