@@ -61,8 +61,7 @@ def wall_file(tmp_path: Path) -> Path:
     """The same wall as a pairs.jsonl with pictures and depth in millimetres, A's at twice the size: 8 pairs."""
     folder, shots = tmp_path / "wall", walk(16)
     for i, camera in enumerate(shots):
-        fine = Shot(np.diag([2, 2, 1]) @ camera.K, camera.T, (128, 96))
-        depth = (camera if i % 2 else fine).depth()
+        depth = (camera if i % 2 else Shot(np.diag([2, 2, 1]) @ camera.K, camera.T, (128, 96))).depth()
         camera.save(folder / f"{i}.png", folder / f"{i}_depth.png", 1000 * depth)
     lines = []
     for i in range(0, 16, 2):

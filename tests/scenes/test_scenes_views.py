@@ -82,15 +82,16 @@ def test_first_hits_lie_on_a_surface_with_nothing_before_them():
     for index in (0, 3):
         scene = build_scene(0, index)
         T = scene.path.poses(5)[4]
+        eye = np.linalg.inv(T)[:3, 3]
         view = View(scene.solids, scene.open_top, scene.path.intrinsics(64), T, 64, 64)
         x, y = rng.uniform(0, 64, (2, 300))
         depth, solid = trace(view, view.directions(x, y), (x, y))
         hit = solid >= 0
         d = view.directions(x, y).T.astype(np.float64)
-        points = view.eye_3 + d * depth[:, None]
+        points = eye + d * depth[:, None]
         assert np.abs(level(scene.solids, points[hit], solid[hit]) - 1).max() < 1e-3
         for share in np.linspace(0.02, 0.995, 60):
-            before = view.eye_3 + d[hit] * (share * depth[hit, None])
+            before = eye + d[hit] * (share * depth[hit, None])
             for s in range(len(scene.solids)):
                 inside = level(scene.solids, before, np.full(len(before), s)) < 0.999
                 if scene.solids.kind_S[s] == SHELL:
