@@ -6,9 +6,12 @@ The wall's colour encodes the position on it, so that colours as features give t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import h5py
 import numpy as np
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from fastmum.data.samples import Frame
 from fastmum.geometry import Camera
@@ -25,15 +28,10 @@ class Shot:
     T: np.ndarray
     size: tuple[int, int]
 
-    @property
-    def T_world(self) -> np.ndarray:
-        """Camera to world."""
-        return np.linalg.inv(self.T)
-
     def wall(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Points of the wall (..., 3) and their z-depth (...) at pixel coordinates, the first centre at 0.5."""
-        rays = np.stack([x, y, np.ones_like(x)], -1) @ np.linalg.inv(self.K).T
-        turned, eye = rays @ self.T_world[:3, :3].T, self.T_world[:3, 3]
+        rays, world_from_camera = np.stack([x, y, np.ones_like(x)], -1) @ np.linalg.inv(self.K).T, np.linalg.inv(self.T)
+        turned, eye = rays @ world_from_camera[:3, :3].T, world_from_camera[:3, 3]
         depth = (WALL - eye[2]) / turned[..., 2]
         return eye + turned * depth[..., None], depth
 
@@ -42,11 +40,6 @@ class Shot:
         y, x = np.mgrid[: self.size[1], : self.size[0]] + 0.5
         return self.wall(x, y)
 
-    def project(self, points: np.ndarray) -> np.ndarray:
-        """Pixel coordinates (N, 2) of points of the world."""
-        seen = (points @ self.T[:3, :3].T + self.T[:3, 3]) @ self.K.T
-        return seen[:, :2] / seen[:, 2:]
-
     def depth(self) -> np.ndarray:
         """(height, width) float32."""
         return self.pixels()[1].astype(np.float32)
@@ -54,9 +47,19 @@ class Shot:
     def image(self) -> Image.Image:
         """Red grows to the right on the wall, green downwards, blue in waves."""
         x, y, _ = np.moveaxis(self.pixels()[0], -1, 0)
-        red, green = (np.clip(a / (2 * WIDE) + 0.5, 0, 1) for a in (x, y))
-        blue = 0.5 + 0.5 * np.sin(7 * x) * np.cos(5 * y)
-        return Image.fromarray((np.stack([red, green, blue], -1) * 255).round().astype(np.uint8))
+        colours = np.stack([x / (2 * WIDE), y / (2 * WIDE), 0.5 * np.sin(7 * x) * np.cos(5 * y)], -1) + 0.5
+        return Image.fromarray((colours.clip(0, 1) * 255).round().astype(np.uint8))
+
+    def save(self, image: Path, depth: Path, values: np.ndarray) -> None:
+        """Write the image, and depth or counts of it to an HDF5 file or PNG."""
+        for file in (image, depth):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        self.image().save(image, quality=95)
+        if depth.suffix == ".png":
+            Image.fromarray(np.rint(values).astype(np.uint16)).save(depth)
+        else:
+            with h5py.File(depth, "w") as archive:
+                archive["depth"] = values
 
     def frame(self, key: str = "") -> WallFrame:
         return WallFrame(key, None, self.K, self.T, shot=self, depth_map=self.depth())
@@ -82,11 +85,7 @@ class WallFrame(Frame):
 def shot(eye=(0.0, 0.0, 0.0), turn=(0.0, 0.0, 0.0), size: tuple[int, int] = (64, 48), focal: float = 60.0) -> Shot:
     """A camera at `eye`, turned by small angles about its x, y and z axes (radians)."""
     T = np.eye(4)
-    for axis, angle in enumerate(turn):
-        i, j = (axis + 1) % 3, (axis + 2) % 3
-        step = np.eye(4)
-        step[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
-        T = step @ T
+    T[:3, :3] = Rotation.from_euler("xyz", turn).as_matrix()
     T[:3, 3] = -T[:3, :3] @ np.array(eye)
     return Shot(np.array([[focal, 0, size[0] / 2], [0, focal, size[1] / 2], [0, 0, 1.0]]), T, size)
 
@@ -102,4 +101,5 @@ def walk(count: int) -> list[Shot]:
 def exact(a: Shot, b: Shot, points: np.ndarray) -> np.ndarray:
     """The warp of unit coordinates (N, 2) from a to b in closed form."""
     on_wall, _ = a.wall(*(points * np.array(a.size)).T)
-    return b.project(on_wall) / np.array(b.size)
+    seen = (on_wall @ b.T[:3, :3].T + b.T[:3, 3]) @ b.K.T
+    return seen[:, :2] / seen[:, 2:] / np.array(b.size)

@@ -1,7 +1,5 @@
 """Pairs in front of a wall, a rendered scene, and an encoder that sees colours."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from plane_world import walk
+from plane_world import Shot, walk
 from torch import Tensor, nn
 
 from fastmum.evaluate.pairs import Pair, PairSet
@@ -21,8 +18,7 @@ from fastmum.scenes import ensure_scenes
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a rendered scene of 6 views at 96 pixels, and of its copy under another name."""
-    cache = tmp_path_factory.mktemp("evaluated")
-    root = ensure_scenes(1, 6, 96, 0, cache_dir=cache, workers=1)
+    root = ensure_scenes(1, 6, 96, 0, cache_dir=tmp_path_factory.mktemp("evaluated"), workers=1)
     shutil.copytree(root / "scene_0000", root / "scene_0001")
     return root
 
@@ -62,13 +58,11 @@ def by_colour() -> ByColour:
 
 @pytest.fixture
 def wall_file(tmp_path: Path) -> Path:
-    """The same wall as a pairs.jsonl with pictures and depth in millimetres: 8 pairs of 16 cameras."""
-    folder = tmp_path / "wall"
-    folder.mkdir()
-    shots = walk(16)
+    """The same wall as a pairs.jsonl with pictures and depth in millimetres, A's at twice the size: 8 pairs."""
+    folder, shots = tmp_path / "wall", walk(16)
     for i, camera in enumerate(shots):
-        camera.image().save(folder / f"{i}.png")
-        Image.fromarray(np.rint(camera.depth() * 1000).astype(np.uint16)).save(folder / f"{i}_depth.png")
+        depth = (camera if i % 2 else Shot(np.diag([2, 2, 1]) @ camera.K, camera.T, (128, 96))).depth()
+        camera.save(folder / f"{i}.png", folder / f"{i}_depth.png", 1000 * depth)
     lines = []
     for i in range(0, 16, 2):
         a, b = shots[i], shots[i + 1]

@@ -1,16 +1,13 @@
 """Miniatures of the real layouts, written from a wall whose warps are known."""
 
-from __future__ import annotations
-
+import itertools
 import json
 import shutil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from plane_world import Shot, exact, shot, walk
 from scipy.spatial.transform import Rotation
 
@@ -22,31 +19,14 @@ from fastmum.evaluate.pairs.scenes import embedded_folders
 from fastmum.geometry.warp import grid_points
 
 
-def check(pair, a: Shot, b: Shot, bound: float = 0.3) -> None:
-    """The pair's warp is the wall's, to `bound` pixels of 448."""
+def check(pair, a: Shot, b: Shot) -> None:
+    """The pair's warp is the wall's, to 0.3 pixels of 448."""
     warp = pair_warp(pair, 8, 8)
     error = np.abs(warp.points.numpy() - exact(a, b, grid_points(8, 8).numpy()))[warp.visible.numpy()] * 448
     assert warp.visible.double().mean() > 0.3
-    assert error.max() < bound
+    assert error.max() < 0.3
     for frame, camera in ((pair.a, a), (pair.b, b)):
         assert np.abs(np.asarray(frame.read_image(), int) - np.asarray(camera.image(), int)).mean() < 6  # JPEG
-
-
-def save(camera: Shot, image: Path, depth: Path, write, values: np.ndarray | None = None) -> None:
-    """Save the image, and the depth or other values in its place."""
-    for file in (image, depth):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    camera.image().save(image, quality=95)
-    write(depth, camera.depth() if values is None else values)
-
-
-def write_h5(file: Path, depth: np.ndarray) -> None:
-    with h5py.File(file, "w") as archive:
-        archive["depth"] = depth
-
-
-def write_png(file: Path, counts: np.ndarray) -> None:
-    Image.fromarray(counts.astype(np.uint16)).save(file)
 
 
 def objects(values: list) -> np.ndarray:
@@ -63,7 +43,7 @@ def megadepth(root: Path, scene: str, shots: list[Shot]) -> dict:
     for i, camera in enumerate(shots[1:], 1):
         images.append(f"Undistorted_SfM/{scene}/images/{i}_o.jpg")
         depths.append(f"phoenix/S6/zl548/MegaDepth_v1/{scene}/dense0/depths/{i}_o.h5")
-        save(camera, root / images[-1], root / depths[-1], write_h5)
+        camera.save(root / images[-1], root / depths[-1], camera.depth())
     poses, intrinsics = ([None, *(getattr(camera, name) for camera in shots[1:])] for name in ("T", "K"))
     named = {"image_paths": images, "depth_paths": depths, "poses": poses, "intrinsics": intrinsics}
     return {name: objects(values) for name, values in named.items()}
@@ -80,8 +60,8 @@ def test_megadepth_of_loftr(tmp_path, folder, images):
         information = megadepth(tmp_path / images, scene, shots)
         np.savez(tmp_path / folder / f"{scene}_0.1_0.3.npz", **information, pair_infos=PAIR_INFOS)
     pairs = open_pairs(str(tmp_path))
-    assert (pairs.name, pairs.size, len(pairs.pairs)) == ("megadepth", 448, 4)
-    assert {pair.scene for pair in pairs.pairs} == {"0015", "0022"}
+    assert (pairs.name, pairs.size) == ("megadepth", 448)
+    assert [pair.scene for pair in pairs.pairs] == 2 * ["0015"] + 2 * ["0022"]
     check(pairs.pairs[0], shots[1], shots[2])
     check(pairs.pairs[1], shots[4], shots[3])
     with pytest.raises(DataError, match="--train-data"):
@@ -97,8 +77,8 @@ def test_megadepth_of_dkm(tmp_path):
         np.save(tmp_path / "prep_scene_info" / f"{scene}.npy", information)
     assert names(f"megadepth:{tmp_path}", "test") == ["0015/1-2", "0015/2-3", "0015/3-1"]
     # Enough overlap, and not a test scene.
-    assert names(tmp_path, "train") == names(tmp_path, "trainable") == ["0003/1-2", "0003/3-1"]
     test, train = (open_pairs(str(tmp_path), part) for part in ("test", "train"))
+    assert names(tmp_path, "trainable") == [pair.name for pair in train.pairs] == ["0003/1-2", "0003/3-1"]
     check(train.pairs[1], shots[3], shots[1])
     assert overlap(train, test) is None
     assert overlap(test, test) == "scene '0015'"
@@ -108,9 +88,8 @@ def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
     for folder in ("pose", "intrinsic"):
         (scene / folder).mkdir(parents=True)
     for index, camera in shots.items():
-        depth = 1000 * camera.depth()
-        save(camera, scene / f"color/{index}.jpg", scene / f"depth/{index}.png", write_png, depth)
-        np.savetxt(scene / f"pose/{index}.txt", camera.T_world)
+        camera.save(scene / f"color/{index}.jpg", scene / f"depth/{index}.png", 1000 * camera.depth())
+        np.savetxt(scene / f"pose/{index}.txt", np.linalg.inv(camera.T))
     for name, K in (("color", shots[0].K), ("depth", K_depth)):
         np.savetxt(scene / f"intrinsic/intrinsic_{name}.txt", np.pad(K, (0, 1)) + np.diag([0, 0, 0, 1]))
 
@@ -122,9 +101,8 @@ def test_scannet_of_roma(tmp_path, folder):
     np.savetxt(scene / "pose/45.txt", np.full((4, 4), -np.inf))  # tracking was lost
     listed = np.array([[707, 0, 15, 30], [707, 0, 0, 45], [707, 0, 30, 0]])
     np.savez(tmp_path / "test.npz", name=listed, rel_pose=np.zeros((3, 12)))
-    assert names(tmp_path) == ["scene0707_00/15-30", "scene0707_00/30-0"]
     pairs = open_pairs(str(tmp_path))
-    assert pairs.name == "scannet"
+    assert (pairs.name, names(tmp_path)) == ("scannet", ["scene0707_00/15-30", "scene0707_00/30-0"])
     check(pairs.pairs[0], shots[1], shots[2])
     check(pairs.pairs[1], shots[2], shots[0])
     with pytest.raises(DataError, match="--train-data"):
@@ -149,25 +127,20 @@ def test_scannet_of_loftr_with_intrinsics_of_depth(tmp_path):
     check(open_pairs(str(tmp_path)).pairs[0], *shots)
 
 
-def navi(root: Path, count: int = 9) -> list[Shot]:
+def test_navi(tmp_path):
     """One object: a piece of the wall at a tenth of its distance before nothing; images are wider than high."""
-    shots = [shot((0.03 * i, 0.02 * i, 0), (0.02 * i, -0.03 * i, 0.05 * i), (96, 64), 80) for i in range(count)]
-    folder = root / "keywest_showpiece_cat/wild_set"
+    shots = [shot((0.03 * i, 0.02 * i, 0), (0.02 * i, -0.03 * i, 0.05 * i), (96, 64), 80) for i in range(9)]
+    folder = tmp_path / "keywest_showpiece_cat/wild_set"
     y, x = np.mgrid[:64, :96]
     known = (np.abs(x - 50) <= 14) & (np.abs(y - 30) <= 18)
     annotations = []
     for i, camera in enumerate(shots):
-        counts = np.where(known, np.rint(655350 / (100 * camera.depth())), 0)  # 100 mm per unit of the wall's world
-        save(camera, folder / f"images/{i:03d}.jpg", folder / f"depth/{i:03d}.png", write_png, counts)
+        counts = np.where(known, 655350 / (100 * camera.depth()), 0)  # 100 mm per unit of the wall's world
+        camera.save(folder / f"images/{i:03d}.jpg", folder / f"depth/{i:03d}.png", counts)
         q = 2 * Rotation.from_matrix(camera.T[:3, :3]).as_quat()[[3, 0, 1, 2]]  # need not have length 1
         pose = {"q": q.tolist(), "t": (100 * camera.T[:3, 3]).tolist(), "focal_length": 80.0}
         annotations.append({"filename": f"{i:03d}.jpg", "image_size": [64, 96], "camera": pose})
     (folder / "annotations.json").write_text(json.dumps(annotations))
-    return shots
-
-
-def test_navi(tmp_path):
-    shots = navi(tmp_path)
     pairs = open_pairs(str(tmp_path))
     assert (pairs.name, pairs.size, pairs.objects) == ("navi", 512, True)
     assert [Path(pair.a.key).name for pair in pairs.pairs] == ["000.jpg", "004.jpg", "008.jpg"]
@@ -176,37 +149,29 @@ def test_navi(tmp_path):
         assert view.size == view.camera.size == view.depth.shape == (37, 37)
         ends = [shots[int(Path(frame.key).stem)] for frame in (pair.a, pair.b)]
         warp = pair_warp(pair, 8, 8)
-        # The crop is 37 pixels wide around (50.5, 30.5).
-        corner, side = np.array([32, 12]), 37
+        corner, side = np.array([32, 12]), 37  # the crop is around (50.5, 30.5)
         whole = (corner + side * grid_points(8, 8).numpy()) / [96, 64]
         truth = (exact(*ends, whole) * [96, 64] - corner) / side
-        seen = warp.visible.numpy()
-        assert seen.any()
-        assert np.abs(warp.points.numpy() - truth)[seen].max() * 37 < 0.3
+        assert np.abs(warp.points.numpy() - truth)[warp.visible.numpy()].max() * 37 < 0.3
     assert names(tmp_path) == [pair.name for pair in pairs.pairs]  # the same partners every time
 
 
-def test_pairs_in_a_text_file(wall_file):
-    shots = walk(16)
+def test_pairs_in_a_text_file(wall_file, caplog):
+    """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
+    folder, shots = wall_file.parent, walk(16)
     for name in (str(wall_file), str(wall_file.parent), f"pairs:{wall_file}"):
         pairs = open_pairs(name)
         assert (pairs.name, len(pairs.pairs)) == ("wall", 8)
     check(pairs.pairs[3], shots[6], shots[7])
     parts = [open_pairs(name, part).pairs for part in ("test", "train")]
-    keys = [{frame.key for pair in part for frame in (pair.a, pair.b)} for part in parts]
     assert [len(part) for part in parts] == [4, 4]
-    assert not keys[0] & keys[1]
+    assert len({frame.key for part in parts for pair in part for frame in (pair.a, pair.b)}) == 16
     assert len(open_pairs(name, "trainable").pairs) == 8
     for key in ("set", "scene"):
         spoil(wall_file, **{key: key})
         assert [pair.scene for pair in open_pairs(name).pairs[1:3]] == ["pairs", key]
-
-
-def test_depth_of_records(wall_file, caplog):
-    """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
-    folder, shots = wall_file.parent, walk(16)
     np.save(folder / "4.npy", shots[4].depth())
-    write_h5(folder / "5.h5", shots[5].depth())
+    shots[5].save(folder / "5.png", folder / "5.h5", shots[5].depth())
     spoil(wall_file, depth_a="4.npy", depth_b="5.h5")
     check(open_pairs(str(wall_file)).pairs[2], shots[4], shots[5])
     np.save(folder / "4.npy", shots[4].depth() * 10)
@@ -215,31 +180,36 @@ def test_depth_of_records(wall_file, caplog):
     assert np.allclose(pair.a.read_depth(), shots[4].depth(), rtol=1e-5)
     assert np.allclose(pair.b.read_depth(), 100 * shots[5].depth(), atol=0.1)
     spoil(wall_file, depth_b=None)
-    assert len(open_pairs(str(wall_file)).pairs) == 7
-    assert "1 of 8 pairs have no depth" in caplog.text
+    assert len(names(wall_file)) == 7
+    assert "1 of 8 pairs" in caplog.text
 
 
 def test_project_pairs(shared):
     """The project's own set: real pictures, metric depth."""
     pairs = open_pairs(str(shared / "data/pairs/pairs.jsonl"))
     assert len(pairs.pairs) == 16
-    shares = [pair_warp(pair, 14, 14).visible.double().mean().item() for pair in pairs.pairs]
-    assert min(shares) > 0.02
-    assert np.mean(shares) > 0.15
+    shares = torch.stack([pair_warp(pair, 14, 14).visible.double().mean() for pair in pairs.pairs])
+    assert shares.min() > 0.02
+    assert shares.mean() > 0.15
 
 
 def spoil(file: Path, **changes) -> None:
     lines = file.read_text().splitlines()
     record = json.loads(lines[2]) | changes
-    file.write_text("\n".join([*lines[:2], json.dumps({k: v for k, v in record.items() if v != "drop"}), *lines[3:]]))
+    lines[2] = json.dumps({key: value for key, value in record.items() if value is not None})
+    file.write_text("\n".join(lines))
+
+
+def refused(root: Path | str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_pairs(str(root))
 
 
 def test_records_and_files_that_cannot_be_used(wall_file):
     lines = wall_file.read_text()
     for changes, message in (
-        ({"K_a": "drop"}, "line 3 .* K_a"),
+        ({"K_a": None}, "line 3 .* K_a"),
         ({"K_a": [[1, 0], [0, 1]]}, "K_a in line 3"),
-        ({"K_a": np.zeros((3, 3)).tolist()}, "K_a in line 3 .* singular"),
         ({"T_b_a": np.diag([1.0, 1, 0, 1]).tolist()}, "T_b_a in line 3 .* singular"),
         ({"T_b_a": [[float("nan")] * 4] * 4}, "T_b_a in line 3 .* finite"),
         ({"image_b": "nothing.png"}, "nothing.png"),
@@ -250,8 +220,7 @@ def test_records_and_files_that_cannot_be_used(wall_file):
     ):
         wall_file.write_text(lines)
         spoil(wall_file, **changes)
-        with pytest.raises(DataError, match=message):
-            open_pairs(str(wall_file))
+        refused(wall_file, message)
     wall_file.write_text(lines)
     pairs = open_pairs(str(wall_file)).pairs
     for file, read in (("0.png", lambda: load_image(pairs[0].a, 32)), ("3_depth.png", pairs[1].b.read_depth)):
@@ -259,105 +228,68 @@ def test_records_and_files_that_cannot_be_used(wall_file):
         with pytest.raises(DataError, match=file):
             read()
     wall_file.write_text("{")
-    with pytest.raises(DataError, match=r"line 1 of .* JSON"):
-        open_pairs(str(wall_file))
+    refused(wall_file, "line 1 of")
 
 
-def test_names_that_name_nothing(tmp_path):
-    (tmp_path / "readme.txt").touch()
-    kinds = [kind for kind, layout in SETS.items() if layout.open]
-    for name, message in (
-        ("nowhere", "there is no 'nowhere'"), ("megadepth", "write megadepth:/path"),
-        ("motorcycle:/x", "write motorcycle"), ("scenes:/nowhere", "there is no '/nowhere'"),
-        (str(tmp_path), "no set of pairs"), *((f"{kind}:{tmp_path}", str(tmp_path)) for kind in kinds),
-    ):  # fmt: skip
-        with pytest.raises(DataError, match=message):
-            open_pairs(name)
-
-
-NO_FOCAL = '[{"filename": "a.jpg", "image_size": [1, 1], "camera": {"q": [1, 0, 0, 0], "focal_length": 0}}]'
-
-
-def test_cameras_that_are_none(tmp_path):
+def test_unknown_names_broken_files_and_singular_cameras_are_named(tmp_path):
+    kinds = [f"{kind}:{tmp_path}" for kind, layout in SETS.items() if layout.open]
+    for name in ("nowhere", "megadepth", "motorcycle:/x", "scenes:/nowhere", str(tmp_path), *kinds):
+        refused(name, name.rpartition(":")[2])
+    no_focal = {"filename": "a.jpg", "image_size": [1, 1], "camera": {"q": [1, 0, 0, 0], "focal_length": 0}}
     for i, (name, content, message) in enumerate((
         ("cat/wild_set/annotations.json", '[{"filename": "0.jpg"}]', "annotations.json"),
-        ("cat/wild_set/annotations.json", NO_FOCAL, "'a.jpg' in '.*annotations.json' has .* focal_length 0"),
+        ("cat/wild_set/annotations.json", json.dumps([no_focal]), "'a.jpg' in '.*annotations.json'"),
         ("scene_0000/cameras.json", '{"depth_unit": "x"}', "cameras.json"),
         ("scene_0000/cameras.json", "{", "cameras.json"),
+        ("0015_0.1_0.3.npz", "nothing", "0015_0.1_0.3.npz"),
     )):  # fmt: skip
         file = tmp_path / str(i) / name
         file.parent.mkdir(parents=True)
         file.write_text(content)
-        with pytest.raises(DataError, match=message):
-            open_pairs(str(tmp_path / str(i)))
-
-
-def test_broken_scene_information_and_singular_cameras_are_named(tmp_path):
-    file, shots = tmp_path / "0015_0.1_0.3.npz", walk(3)
-    file.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=file.name):
-        open_pairs(str(tmp_path))
+        refused(tmp_path / str(i), message)
     np.savez(file, poses=np.zeros(3))
-    with pytest.raises(DataError, match=rf"{file.name}.* MegaDepth"):
-        open_pairs(str(tmp_path))
+    refused(file.parent, file.name)
+    shots = walk(3)
     for key, what in (("poses", "pose 1 in"), ("intrinsics", "intrinsics 1 in")):
         information = megadepth(tmp_path / key, "0015", shots)
         information[key][1] = np.zeros_like(information[key][1])
-        np.savez(tmp_path / key / "0015_0.1_0.3.npz", **information, pair_infos=PAIR_INFOS[:1])
-        with pytest.raises(DataError, match=f"{what} '.*0015_0.1_0.3.npz' .* singular"):
-            open_pairs(str(tmp_path / key))
+        np.savez(tmp_path / key / file.name, **information, pair_infos=PAIR_INFOS[:1])
+        refused(tmp_path / key, f"{what} '.*{file.name}'")
     for name, shape in (("pose/15.txt", (4, 4)), ("intrinsic/intrinsic_color.txt", (3, 3))):
         root = tmp_path / Path(name).stem
         scannet(root / "scene0707_00", dict(zip((0, 15, 30), shots, strict=True)), np.eye(3))
         np.savez(root / "test.npz", name=np.array([[707, 0, 0, 15]]))
         np.savetxt(root / "scene0707_00" / name, np.zeros(shape))
-        with pytest.raises(DataError, match=f"scene0707_00/{name}' .* singular"):
-            open_pairs(str(root))
+        refused(root, f"scene0707_00/{name}")
 
 
-def test_rendered_scenes_are_split_by_scene(rendered):
-    test, train, everything = (open_pairs(str(rendered), part) for part in ("test", "train", "all"))
-    assert {pair.scene for pair in test.pairs} == {"scene_0001"}
-    assert {pair.scene for pair in train.pairs} == {"scene_0000"}
-    assert len(everything.pairs) == len(test.pairs) + len(train.pairs)
-    assert len(open_pairs(str(rendered), "trainable").pairs) == len(everything.pairs)
-    assert overlap(train, test) is None
-    assert overlap(everything, test) == "scene 'scene_0001'"
-    assert load_image(test.pairs[0].a, 96).shape == (96, 96, 3)
-
-
-def test_embedded_scenes_to_test_and_to_train_on_differ(rendered, monkeypatch):
-    folders = {"train": [rendered / "scene_0000"], "all": [rendered / "scene_0001"]}
-    with monkeypatch.context() as patched:
-        patched.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
-        for name in ("scenes", "motorcycle"):
-            assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
-    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.ensure_scenes", lambda count, *settings: count)
-    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.scene_dirs", lambda root, count: list(range(count)))
-    assert embedded_folders("test") == embedded_folders("all") == list(range(6))
-    assert embedded_folders("train") == list(range(6, 18))
-
-
-def test_pictures_are_shared_under_any_name(rendered, wall_file, tmp_path):
+def test_rendered_scenes_are_split_by_scene_and_shared_under_any_name(rendered, wall_file, tmp_path):
     """Scene names mean nothing across folders, files do."""
-    again = tmp_path / "again"
-    shutil.copytree(rendered, again)
-    scenes, copied = open_pairs(str(rendered), "all"), open_pairs(str(again), "all")
-    assert overlap(scenes, copied) is None
+    test, train, everything = (open_pairs(str(rendered), part) for part in ("test", "train", "all"))
+    assert [{pair.scene for pair in part.pairs} for part in (train, test)] == [{"scene_0000"}, {"scene_0001"}]
+    assert len(everything.pairs) == len(test.pairs) + len(train.pairs) == len(names(rendered, "trainable"))
+    again = shutil.copytree(rendered, tmp_path / "again")
+    assert overlap(train, test) is overlap(everything, open_pairs(str(again))) is None
     (tmp_path / "link").symlink_to(rendered)
-    assert overlap(open_pairs(str(tmp_path / "link"), "all"), scenes) == "scene 'scene_0000'"
+    assert overlap(open_pairs(str(tmp_path / "link")), test) == "scene 'scene_0001'"
     text = "".join(wall_file.read_text().splitlines(True)[5:])
     (tmp_path / "mine.jsonl").write_text(text.replace('a": "', 'a": "wall/').replace('b": "', 'b": "wall/'))
     shared = overlap(open_pairs(str(tmp_path / "mine.jsonl")), open_pairs(str(wall_file)))
     assert shared == f"picture '{(wall_file.parent / '10.png').resolve()}'"
+    same = ["scenes"], [str(wall_file), f"{wall_file.parent}/", f"pairs:{wall_file}"], ["motorcycle"], [str(rendered)]
+    for one, other in itertools.product(same, same):
+        assert {same_set(*words) for words in itertools.product(one, other)} == {one is other}
 
 
-def test_names_of_one_set(rendered, wall_file, tmp_path):
-    names = [str(wall_file), str(wall_file.parent), f"{wall_file.parent}/", f"pairs:{wall_file}"]
-    assert all(same_set(one, other) for one in names for other in names)
-    assert same_set("scenes", "scenes")
-    for one, other in (("scenes", "motorcycle"), ("scenes", str(rendered)), (str(rendered), str(wall_file))):
-        assert not same_set(one, other)
+def test_embedded_scenes_to_test_and_to_train_on_differ(rendered, monkeypatch):
+    folders = {"train": [rendered / "scene_0000"], "all": [rendered / "scene_0001"]}
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
+    for name in ("scenes", "motorcycle"):
+        assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.ensure_scenes", lambda count, *settings: count)
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.scene_dirs", lambda root, count: list(range(count)))
+    assert embedded_folders("test") == embedded_folders("all") == list(range(6))
+    assert embedded_folders("train") == list(range(6, 18))
 
 
 def test_some_pairs_of_a_set(wall_pairs):
@@ -367,4 +299,4 @@ def test_some_pairs_of_a_set(wall_pairs):
     assert wall_pairs.first(9) is wall_pairs.first(None) is wall_pairs
     both = wall_pairs.both_ways().pairs
     assert len(both) == 10
-    assert torch.equal(torch.from_numpy(both[0].T_b_a @ both[1].T_b_a).round(decimals=9), torch.eye(4).double())
+    assert np.allclose(both[0].T_b_a @ both[1].T_b_a, np.eye(4))

@@ -1,18 +1,14 @@
 """Results of several seeds as tables and pictures."""
 
-from __future__ import annotations
-
 import pytest
 
-from fastmum.evaluate.results import read, save
-from fastmum.evaluate.seeds import by_seed, main, tables
-
-STILL = {"epe": 70.0, "robustness": 20.0}
+from fastmum.evaluate.results import save
+from fastmum.evaluate.seeds import main
 
 
 def matching(weights, epe, robustness=50.0):
-    scores = {"epe": epe, "robustness": robustness}
-    return {"task": "matching", "set": "scenes", "weights": weights, "scores": scores, "no_motion": STILL}
+    scores, still = {"epe": epe, "robustness": robustness}, {"epe": 70.0, "robustness": 20.0}
+    return {"task": "matching", "set": "scenes", "weights": weights, "scores": scores, "no_motion": still}
 
 
 def views(weights, same, other):
@@ -24,55 +20,38 @@ def views(weights, same, other):
 @pytest.fixture
 def folder(tmp_path):
     for content in (
-        matching("mum 0", 40.0), matching("mum 1", 44.0), matching("mae-v2 0", 60.0, None), matching("untrained", 90.0),
+        matching("mum 0", 40.0), matching("mum 1", 44.0), matching("mae-v2 0", 60.0, None), matching("untrained", None),
         views("mum 0", [0.8, 0.78, 0.76], [0.8, 0.81, 0.82]), views("mum 1", [0.9, 0.86, 0.84], [0.9, 0.90, 0.90]),
+        {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}},
     ):  # fmt: skip
         save(tmp_path, content | {"settings": {}}, [])
     return tmp_path
 
 
-def cells(text, weights):
-    line = next(line for line in text.splitlines() if line.startswith(f"| {weights} |"))
-    return [cell.strip() for cell in line.split("|")[2:-1]]
-
-
-def test_tables_have_mean_and_deviation(folder):
-    spread = by_seed(read(folder))
-    names = {name: [c["weights"] for c in contents] for name, contents in spread["matching", "scenes"].items()}
-    assert names == {"mae-v2 0": ["mae-v2 0"], "mum": ["mum 0", "mum 1"], "untrained": ["untrained"]}
-    of_matching, of_views = tables(spread).split("\n\n**")
-    assert cells(of_matching, "mum") == ["2", "42.0 ± 2.8", "50.0 ± 0.0"]
-    assert cells(of_matching, "mae-v2 0") == ["1", "60.0", "–"]
-    assert cells(of_matching, "no motion") == ["", "70.0", "20.0"]
-    assert cells(of_views, "mum") == [
-        "2", "0.8500 ± 0.0707", "-0.0300 ± 0.0141", "-0.0500 ± 0.0141", "+0.0050 ± 0.0071", "+0.0100 ± 0.0141"
-    ]  # fmt: skip
-
-
-def test_pictures(folder, tmp_path, capsys):
-    assert main([str(folder), "--plots", str(tmp_path / "plots")]) == 0
+def test_tables_and_pictures(folder, tmp_path, capsys):
+    plots = tmp_path / "plots"
+    assert main([str(folder), "--plots", str(plots)]) == 0
     printed = capsys.readouterr().out
-    for name in ("matching-scenes", "views-scenes"):
-        assert str(tmp_path / f"plots/{name}.svg") in printed
-    text = (tmp_path / "plots/views-scenes.svg").read_text()
-    assert "mum, with views of another scene" in text
-    assert "end-point error" in (tmp_path / "plots/matching-scenes.svg").read_text()
+    for row in (
+        "mum | 2 | 42.0 ± 2.8 | 50.0 ± 0.0",
+        "mae-v2 0 | 1 | 60.0 | –",
+        "untrained | 1 | – | 50.0",
+        "no motion |  | 70.0 | 20.0",
+        "mum | 2 | 0.8500 ± 0.0707 | -0.0300 ± 0.0141 | -0.0500 ± 0.0141 | +0.0050 ± 0.0071 | +0.0100 ± 0.0141",
+    ):
+        assert f"| {row} |\n" in printed
+    for name, text in (
+        ("matching-scenes", "end-point error"),
+        ("views-scenes", "mum, with views of another scene"),
+        ("cosine-navi", "recall, percent"),
+    ):
+        assert str(plots / f"{name}.svg") in printed
+        assert text in (plots / f"{name}.svg").read_text()
 
 
-def test_different_settings_are_an_error(folder, capsys):
+def test_errors(folder, tmp_path, capsys):
     save(folder, matching("mum 2", 40.0) | {"settings": {"size": 64, "seed": 3}}, [])
-    assert main([str(folder)]) == 2
-    assert "'mum 2' were evaluated with different size" in capsys.readouterr().err
-
-
-def test_recall_and_unknown_errors_are_drawn(tmp_path):
-    save(tmp_path, matching("a 0", None) | {"settings": {}}, [])
-    recall = {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}, "settings": {}}
-    save(tmp_path, recall, [])
-    assert main([str(tmp_path), "--plots", str(tmp_path / "plots")]) == 0
-    assert "recall, percent" in (tmp_path / "plots/cosine-navi.svg").read_text()
-
-
-def test_nothing_there(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
-    assert "holds no results" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    for results, message in ((folder, "'mum 2' were evaluated with different size"), (empty, f"'{empty}'")):
+        assert main([str(results)]) == 2
+        assert message in capsys.readouterr().err

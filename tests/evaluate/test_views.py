@@ -1,13 +1,10 @@
 """The masked loss with more and more views: choice of the views, and equality with the model's own losses."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastmum import ModelConfig, MuM
 from fastmum.data.errors import DataError
 from fastmum.evaluate import SequenceSet, ViewSequence, ViewSettings, evaluate_views, open_sequences
 from fastmum.evaluate.__main__ import main
@@ -29,12 +26,6 @@ def noisy(tmp_path):
     return tmp_path / "scenes"
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return MuM(ModelConfig(32, 2, 2, 32, 4, 2, patch_size=8)).eval()
-
-
 def test_neighbours_are_the_nearest():
     views = [ViewSequence(name, [None] * count) for name, count in (("a", 9), ("b", 12))]
     found = targets(SequenceSet("two", views, 32), ViewSettings(counts=(1, 4), stride=4))
@@ -43,18 +34,17 @@ def test_neighbours_are_the_nearest():
     assert (found[1].near, found[1].far) == ([5, 3, 6], [4, 5, 3])
     assert (found[2].near, found[2].far) == ([7, 6, 5], [8, 9, 7])
     assert (found[5].near, found[5].far) == ([9, 7, 10], [8, 7, 6])  # the other sequence ends there
-    assert {t.other for t in found[:3]} == {1}
-    assert {t.other for t in found[3:]} == {0}
+    assert [t.other for t in found] == 3 * [1] + 3 * [0]
     found = targets(SequenceSet("two", [views[0]] * 2, 32), ViewSettings(counts=(1, 3), gap=2, stride=3))
     assert [(t.frame, t.near) for t in found[:3]] == [(0, [2, 4]), (3, [5, 1]), (6, [8, 4])]
 
 
-def test_the_batch_of_a_target(noisy):
+def test_the_batch_of_a_target_and_its_picture(noisy, tiny):
     sequences = open_sequences(str(noisy), 8)
     assert [views.name for views in sequences.sequences] == ["a", "b/images"]  # c is too short
     settings = ViewSettings()
     target = targets(sequences, settings)[1]
-    batch = target_batch(sequences, target, settings, 32, 16)
+    batch = target_batch(sequences, target, settings, 64, 16)
     assert batch.lengths == [1, 2, 4, 8, 2, 4, 8]
     assert batch.firsts.tolist() == [0, 1, 3, 7, 15, 17, 21]
     for stack in (batch.frames, batch.noise):  # the same frame under the same mask, wherever it stands
@@ -62,23 +52,27 @@ def test_the_batch_of_a_target(noisy):
         assert torch.equal(stack[3:7], stack[7:11])
         assert torch.equal(stack[17:21], stack[21:25])
         assert len(stack.flatten(1).unique(dim=0)) == 8 + 7
-    again = target_batch(sequences, target, settings, 32, 16, mask=1)
+    again = target_batch(sequences, target, settings, 64, 16, mask=1)
     assert torch.equal(again.frames, batch.frames)
     assert not (again.noise == batch.noise).any(dim=1).all()
+    picture = draw_views(tiny.eval(), batch, 0.5)
+    assert picture.size == (7 * 260 - 4, 18 + 256)  # target, seen, 1, 2, 4 and 8 views, 8 unrelated
+    shown = np.asarray(picture.crop((0, 18, 256, 274)).resize((64, 64), Image.Resampling.BOX)).astype(int)
+    assert abs(shown - batch.frames[0].numpy()).mean() < 20  # noise rings when it is enlarged; any other frame: 85
 
 
-def test_numbers_are_the_models_losses(noisy, model):
+def test_numbers_are_the_models_losses(noisy, tiny):
     sequences = open_sequences(str(noisy), 4)
     settings = ViewSettings(counts=(1, 2, 4), mask_ratio=0.5, masks=2)
-    result = evaluate_views(model, sequences, settings, 32)
+    result = evaluate_views(tiny.eval(), sequences, settings, 64)
     expected = {}
     for target in targets(sequences, settings):
         for mask in range(2):
-            batch = target_batch(sequences, target, settings, 32, 16, mask)
+            batch = target_batch(sequences, target, settings, 64, 16, mask)
             rows = []
             for frames, noise in zip(batch.frames.split(batch.lengths), batch.noise.split(batch.lengths), strict=True):
                 with torch.no_grad():  # each sequence by itself
-                    rows.append(model(frames, [len(frames)], 0.5, noise, reduction="none").loss[0].item())
+                    rows.append(tiny(frames, [len(frames)], 0.5, noise, reduction="none").loss[0].item())
             expected.setdefault(target.sequence, []).append(rows)
     means = np.array([np.mean(rows, axis=0) for rows in expected.values()])
     numbers = result.numbers
@@ -89,25 +83,19 @@ def test_numbers_are_the_models_losses(noisy, model):
     assert numbers["change_same"][1] == pytest.approx([change.mean(), change.std(ddof=1) / 2**0.5], abs=1e-6)
     assert numbers["change_same"][0] == [0, 0]
     assert numbers["settings"]["targets"] == len(targets(sequences, settings)) == 3 + 3
-    few = evaluate_views(model, sequences, settings, 32, most=2)
-    assert few.numbers["settings"]["targets"] == 2
 
 
 def test_the_command(noisy, tmp_path, monkeypatch, capsys):
     measured, drawn, out = [], [], tmp_path / "out"
-
-    def noting(noted):
-        return lambda sequences, target, *rest: noted.append(target) or target_batch(sequences, target, *rest)
-
-    monkeypatch.setattr("fastmum.evaluate.views.target_batch", noting(measured))
-    monkeypatch.setattr("fastmum.evaluate.__main__.target_batch", noting(drawn))
-    words = ["views", "--weights", "random:mum_tiny", "--data", str(noisy), "--out", str(out), "--size", "32"]
-    words += ["--device", "cpu", "--views", "1", "2", "4", "--masks", "1", "--max-pairs", "3", "--pictures", "2"]
-    assert main(words) == 0
-    assert len(measured) == 3
-    assert drawn == [measured[0], measured[-1]]
+    for module, noted in (("views", measured), ("__main__", drawn)):
+        monkeypatch.setattr(
+            f"fastmum.evaluate.{module}.target_batch",
+            lambda sequences, target, *rest, n=noted: n.append(target) or target_batch(sequences, target, *rest),
+        )
+    words = f"views --weights random:mum_tiny --data {noisy} --out {out} --size 32 --device cpu --views 1 2 4"
+    assert main([*words.split(), "--masks", "1", "--max-pairs", "3", "--pictures", "2"]) == 0
+    assert (len(measured), drawn) == (3, [measured[0], measured[-1]])
     (record,) = read(out)
-    assert len(record.pictures) == 2
     assert record.content["set"] == "scenes (folder)"  # not the embedded ones
     assert record.content["views"] == [1, 2, 4]
     text = capsys.readouterr().out
@@ -118,44 +106,15 @@ def test_the_command(noisy, tmp_path, monkeypatch, capsys):
     assert page.count("data:image/jpeg;base64,") == 2
 
 
-def test_errors_are_one_line(noisy, tmp_path, capsys):
-    base = ["views", "--weights", "random:mum_tiny", "--data", str(noisy), "--out", str(tmp_path / "out")]
-    for words, message in (
-        (["--data", "nowhere"], "'nowhere'"),
-        (["--views", "2", "4"], "--views are (2, 4)"),
-        (["--views", "1", "16"], "0 sequences of at least 16 views"),
-        (["--mask-ratio", "1.5"], "--mask-ratio is 1.5"),
-        (["--mask-ratio", "0.99"], "mask_ratio is 0.99"),
-        (["--gap", "0"], "--gap is 0"),
-        (["--size", "30"], "patch size 16"),
-    ):
-        assert main([*base, "--views", "1", "2", "--size", "32", "--device", "cpu", *words]) == 2
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert error.startswith("error: ")
-        assert message in error
-
-
-def test_one_sequence_has_no_standard_error_and_changed_pictures_are_read_again(noisy, model):
+def test_pictures_losses_and_models_that_cannot_be_used(noisy, tiny):
     sequences, settings = open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2), mask_ratio=0.5)
-    numbers = evaluate_views(model, sequences, settings, 32, most=1).numbers
-    assert numbers["change_same"][1][1] is None
-    (noisy / "a/0.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"a/0.png'"):
-        evaluate_views(model, sequences, settings, 32, most=2)
-
-
-def test_models_without_finite_loss_or_decoder(noisy, model):
+    numbers = evaluate_views(tiny.eval(), sequences, settings, 64, most=1).numbers
+    assert numbers["change_same"][1][1] is None  # one sequence has no standard error
     with torch.no_grad():
-        model.decoder_pred.bias[0] = float("nan")
-    for wrong, message in ((model, "not finite"), (Encoder(model.config), "decoder")):
+        tiny.decoder_pred.bias[0] = float("nan")
+    for wrong, message in ((tiny, "not finite"), (Encoder(tiny.config), "decoder")):
         with pytest.raises(DataError, match=message):
-            evaluate_views(wrong, open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2)), 32, most=1)
-
-
-def test_pictures(noisy, model):
-    sequences, settings = open_sequences(str(noisy), 4), ViewSettings(counts=(1, 2, 4), mask_ratio=0.5)
-    batch = target_batch(sequences, targets(sequences, settings)[0], settings, 32, 16)
-    picture = draw_views(model, batch, 0.5)
-    assert picture.size == (6 * 260 - 4, 18 + 256)  # target, seen, 1, 2 and 4 views, 4 unrelated
-    target = np.asarray(picture.crop((0, 18, 256, 274)).resize((32, 32), Image.Resampling.BOX)).astype(int)
-    assert abs(target - batch.frames[0].numpy()).mean() < 20  # noise rings when it is enlarged; any other frame: 85
+            evaluate_views(wrong, sequences, settings, 64, most=1)
+    (noisy / "a/0.png").write_bytes(b"no picture")  # pictures are read again
+    with pytest.raises(DataError, match=r"a/0.png'"):
+        evaluate_views(tiny.eval(), sequences, settings, 64, most=1)

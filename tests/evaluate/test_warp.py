@@ -1,8 +1,5 @@
-"""True warps against closed forms, against rays cast into rendered scenes, there and back."""
+"""True warps against closed forms and real pictures."""
 
-from __future__ import annotations
-
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -14,13 +11,9 @@ from plane_world import WallFrame, exact, shot
 
 from fastmum.evaluate.features import load_image
 from fastmum.evaluate.pairs import Pair, open_pairs, pair_warp
-from fastmum.evaluate.pairs.scenes import from_folders
 from fastmum.geometry.warp import Warp, grid_points, upsample_warp, warp_image
-from fastmum.scenes.layout import build_scene
-from fastmum.scenes.raycast import SceneView, trace
 
-angle = st.floats(-0.25, 0.25)
-place = st.floats(-0.6, 0.6)
+places, angles = (st.tuples(*3 * (st.floats(-most, most),)) for most in (0.6, 0.25))
 
 
 def warp_of(a: WallFrame, b: WallFrame, rows: int, columns: int) -> Warp:
@@ -28,10 +21,7 @@ def warp_of(a: WallFrame, b: WallFrame, rows: int, columns: int) -> Warp:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.tuples(place, place, place), st.tuples(angle, angle, angle), st.floats(40, 90), st.integers(1, 9),
-    st.integers(1, 9),
-)  # fmt: skip
+@given(places, angles, st.floats(40, 90), st.integers(1, 9), st.integers(1, 9))
 def test_wall_is_warped_by_its_homography(eye, turn, focal, rows, columns):
     a, b = shot((0.1, -0.1, 0.2), (0.05, -0.08, 0.1)), shot(eye, turn, (50, 70), focal)
     warp = warp_of(a.frame(), b.frame(), rows, columns)
@@ -44,73 +34,22 @@ def test_wall_is_warped_by_its_homography(eye, turn, focal, rows, columns):
     assert error.size == 0 or error.max() < 0.5
 
 
-def test_depth_of_another_resolution_than_the_image():
-    a, b = shot((0.1, 0, 0), (0, 0, 0.1)), shot((0.3, 0.1, 0), size=(64, 48))
-    fine = replace(shot((0.3, 0.1, 0), size=(128, 96), focal=120).frame(), shot=b, K=b.K)
-    one, other = (warp_of(a.frame(), frame, 6, 6) for frame in (b.frame(), fine))
-    assert one.visible.any()
-    assert torch.equal(one.visible, other.visible)
-    assert torch.allclose(one.points, other.points)
-
-
-def test_rendered_scenes_against_rays(rendered):
-    """Rays cast through A's points and their points in B must meet the same surface."""
-    folder = rendered / "scene_0000"
-    cameras = json.loads((folder / "cameras.json").read_text())
-    scene, size = build_scene(cameras["seed"], 0), cameras["size"][0]
-    pairs = from_folders([folder], gaps=(1, 2), stride=2).pairs
-    assert len(pairs) == 5
-    errors, missed = [], []
-    x, y = grid_points(16, 16).numpy().T * size
-    for pair in pairs:
-        frames = (cameras["frames"][int(name)] for name in pair.name.split("/")[1].split("-"))
-        views = [
-            SceneView(scene.solids, scene.open_top, np.array(frame["K"]), np.array(frame["T_cam_world"]), size, size)
-            for frame in frames
-        ]
-        depth, solid = trace(views[0], views[0].directions(x, y), (x, y))
-        in_a = np.stack([x, y, np.ones_like(x)]).T @ np.linalg.inv(views[0].K_33).T * depth[:, None]
-        in_b = in_a @ pair.T_b_a[:3, :3].T + pair.T_b_a[:3, 3]
-        truth = (in_b @ views[1].K_33.T)[:, :2] / in_b[:, 2:]
-        inside = (in_b[:, 2] > 0) & (solid >= 0) & ((truth > 0) & (truth < size)).all(1)
-        met, _ = trace(views[1], views[1].directions(*truth.T), tuple(truth.T))
-        seen = inside & (np.abs(met - in_b[:, 2]) < 0.02 * in_b[:, 2])
-        warp = pair_warp(pair, 16, 16)
-        errors.extend(np.linalg.norm(warp.points.numpy() * size - truth, axis=1)[warp.visible.numpy()])
-        missed.append(warp.visible.numpy() != seen)
-    assert len(errors) > 500
-    assert np.median(errors) < 0.05
-    assert np.quantile(errors, 0.95) < 1
-    assert np.mean(missed) < 0.06  # at outlines, where neighbouring pixels show different surfaces
-
-
-def test_what_stands_in_front_hides():
+def test_what_stands_in_front_hides_and_holes_in_depth_do_not_bend_it():
     a, b = shot().frame(), shot((1.0, 0, 0)).frame()
-    depth = b.depth_map.copy()
-    depth[:, :20] = 1.0  # a board close to B on the left
-    free, hidden = (warp_of(a, frame, 8, 8) for frame in (b, replace(b, depth_map=depth)))
-    left = free.points[:, 0] < 18 / 64
+    board = b.depth_map.copy()
+    board[:, :20] = 1.0  # close to B on the left
+    free, hidden = (warp_of(a, frame, 8, 8) for frame in (b, replace(b, depth_map=board)))
+    left, right = free.points[:, 0] < 18 / 64, free.points[:, 0] > 22 / 64
     assert (free.visible & left).any()
     assert not (hidden.visible & left).any()
-    right = free.points[:, 0] > 22 / 64
     assert torch.equal(hidden.visible[right], free.visible[right])
-
-
-def test_unknown_depth_is_not_visible(wall_pairs):
-    pair = wall_pairs.pairs[0]
-    assert pair_warp(pair, 6, 6).visible.any()
-    for side, frame in (("a", pair.a), ("b", pair.b)):
-        blank = replace(frame, depth_map=np.zeros_like(frame.depth_map))
-        assert not pair_warp(replace(pair, **{side: blank}), 6, 6).visible.any()
-
-
-def test_holes_in_depth_do_not_bend_it():
-    a, b = shot().frame(), shot((0.3, 0, 0)).frame()
-    depth = a.depth_map.copy()
-    depth[::2, 1::3] = 0
-    whole, holes = (warp_of(frame, b, 11, 13) for frame in (a, replace(a, depth_map=depth)))
+    blank_a, blank_b = (replace(frame, depth_map=0 * frame.depth_map) for frame in (a, b))
+    assert not (warp_of(blank_a, b, 8, 8).visible | warp_of(a, blank_b, 8, 8).visible).any()
+    holed = replace(a, depth_map=a.depth_map.copy())
+    holed.depth_map[::2, 1::3] = 0
+    whole, holes = (warp_of(frame, b, 11, 13) for frame in (a, holed))
     both = whole.visible & holes.visible
-    assert both.sum() > 60
+    assert both.sum() > 50
     assert torch.allclose(whole.points[both], holes.points[both], atol=1e-6)
 
 
@@ -130,8 +69,7 @@ def test_upsampling_keeps_a_shift(h, w, times, dx, dy):
 
 
 def test_images_warped_by_nothing_and_by_a_pixel():
-    image = torch.randint(0, 256, (8, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    here = grid_points(8, 10).view(8, 10, 2)
+    image, here = torch.randint(0, 256, (8, 10, 3), dtype=torch.uint8), grid_points(8, 10).view(8, 10, 2)
     assert torch.equal(warp_image(image, here), image)
     right = here + torch.tensor([1 / 10, 0], dtype=torch.float64)
     assert torch.equal(warp_image(image, right)[:, :-1], image[:, 1:])

@@ -1,7 +1,5 @@
 """Cameras, crops, alignment and metrics against closed forms."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -16,19 +14,18 @@ from scipy.spatial.transform import Rotation
 from fastmum.errors import FastmumError
 from fastmum.geometry import Camera, View, crop_resize, metrics, relative_pose
 from fastmum.geometry.align import icp, umeyama
-from fastmum.geometry.camera import camera_from_pytorch3d, quaternion, ray_to_z, rigid_inverse, transform, unproject
-from fastmum.geometry.crop import clean_depth, flip, reloc3r_view, resize_nearest, vggt_view
+from fastmum.geometry.camera import camera_from_pytorch3d, quaternion, ray_to_z, unproject
+from fastmum.geometry.crop import clean_depth, flip, reloc3r_view, vggt_view
 from fastmum.geometry.warp import grid_points, true_warp
 
 sides = st.integers(5, 20)
-seeds = st.integers(0, 1000)
 
 
-def numbered(width: int, height: int, seed: int = 0) -> View:
+def numbered(width: int, height: int) -> View:
     """An image whose red and green are each pixel's column and row + 1, with a camera."""
     y, x = np.mgrid[:height, :width] + 1
     image = np.stack([x, y, 0 * x], -1).astype(np.uint8)
-    camera = shot((0.3, -0.2, 0.1), (0.1, -0.2, 0.3), (width, height), 20 + seed % 30)
+    camera = shot((0.3, -0.2, 0.1), (0.1, -0.2, 0.3), (width, height), 20)
     return View(image, Camera(camera.K, camera.T, (width, height)), (x + 100 * y).astype(np.float32), x % 2 == 0)
 
 
@@ -38,30 +35,27 @@ def rays(camera: Camera, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return found / np.linalg.norm(found, axis=-1, keepdims=True)
 
 
-def check_pixels(view: View, original: View) -> None:
+@settings(deadline=None)
+@given(sides, sides, st.tuples(*4 * (st.integers(-4, 4),)), st.booleans())
+def test_crops_and_flips_keep_the_rays(width, height, edges, flipped):
     """Each pixel's ray in the world is that of the pixel that it was in the original; depth and mask came along."""
+    original = numbered(width, height)
+    left, top, right, bottom = edges
+    view = crop_resize(original, (left, top, max(width + right, left + 1), max(height + bottom, top + 1)))
+    view = flip(view) if flipped else view
     rows, columns = np.nonzero(view.image[..., 0])  # 0 is outside of the original
     x, y = (view.image[rows, columns, i].astype(float) - 0.5 for i in (0, 1))
-    assert len(rows)
     assert np.allclose(rays(view.camera, columns + 0.5, rows + 0.5), rays(original.camera, x, y))
     assert np.array_equal(view.depth[rows, columns], original.depth[y.astype(int), x.astype(int)])
     assert np.array_equal(view.mask[rows, columns], original.mask[y.astype(int), x.astype(int)])
     assert not view.depth[view.image[..., 0] == 0].any()
     assert view.size == view.camera.size == view.depth.shape[::-1] == view.mask.shape[::-1]
-
-
-@given(sides, sides, st.tuples(*4 * (st.integers(-4, 4),)), st.booleans())
-def test_crops_and_flips_keep_the_rays(width, height, edges, flipped):
-    original = numbered(width, height)
-    left, top, right, bottom = edges
-    view = crop_resize(original, (left, top, max(width + right, left + 1), max(height + bottom, top + 1)))
-    if view.image.any():
-        check_pixels(flip(view) if flipped else view, original)
     outside = crop_resize(original, (-9, -9, -5, -6)).image
     assert outside.shape == (3, 4, 3)
     assert not outside.any()
 
 
+@settings(deadline=None)
 @given(sides, sides, st.integers(1, 4), st.integers(1, 4))
 def test_resizes_move_the_principal_point_and_the_focal_length(width, height, by_x, by_y):
     original = numbered(width, height)
@@ -75,20 +69,10 @@ def test_resizes_move_the_principal_point_and_the_focal_length(width, height, by
     assert back.size == original.size
 
 
-@given(st.integers(1, 50), st.integers(1, 50))
-def test_nearest_resize_stays_inside(old, new):
-    found = resize_nearest(np.arange(old)[None].repeat(2, 0), (new, 2))[0]
-    assert (np.diff(found) >= 0).all()
-    assert found[0] == 0
-    assert np.abs(found - np.arange(new) * old / new).max() <= 1
-
-
 @pytest.mark.parametrize("recipe", [lambda v: vggt_view(v, (8, 8)), lambda v: reloc3r_view(v, (8, 8), None)])
 def test_recipes_need_a_principal_point_inside(recipe):
     view = numbered(20, 20)
-    K = view.camera.K.copy()
-    K[0, 2] = 25
-    for camera in (None, replace(view.camera, K=K)):
+    for camera in (None, replace(view.camera, K=view.camera.K + [[0, 0, 15], [0, 0, 0], [0, 0, 0]])):
         with pytest.raises(FastmumError, match="principal point"):
             recipe(replace(view, camera=camera))
 
@@ -103,40 +87,30 @@ def test_vggt_view_of_a_part():
 
 def test_depth_and_rays():
     camera = shot((0.3, 0.1, 0.4), (0.1, 0.2, 0.1))
-    points = unproject(camera.depth(), camera.K)
-    world = transform(rigid_inverse(camera.T), points)
-    assert np.allclose(world[..., 2], 4.0, atol=1e-5)  # the wall
-    distance = np.linalg.norm(points, axis=-1).astype(np.float32)
+    distance = np.linalg.norm(unproject(camera.depth(), camera.K), axis=-1).astype(np.float32)
     assert np.allclose(ray_to_z(distance, camera.K), camera.depth(), rtol=1e-6)
-    depth = np.array([[1.0, 9.0], [np.nan, 2.0]])
-    assert np.nan_to_num(clean_depth(depth, 60, 8)).tolist() == [[1, 0], [0, 0]]
     assert np.isnan(clean_depth(np.full((2, 2), np.nan))).all()
 
 
-@pytest.mark.parametrize(
-    ("ndc", "focal"), [("ndc_norm_image_bounds", (100, 30)), ("ndc_isotropic", (60, 30)), ("vggt", (99, 29.5))]
-)
-def test_pytorch3d_cameras(ndc, focal):
+def test_pytorch3d_cameras():
     viewpoint = {"R": np.eye(3), "T": [1, 2, 3], "focal_length": [2, 1], "principal_point": [0, 0]}
-    camera = camera_from_pytorch3d(viewpoint | {"intrinsics_format": ndc}, (100, 60))
-    assert camera.K[:2, 2].tolist() == [50, 30]
-    assert (camera.K[0, 0], camera.K[1, 1]) == focal
-    assert camera.camera_from_world[:3, 3].tolist() == [-1, -2, 3]
+    focals = {"ndc_norm_image_bounds": (100, 30), "ndc_isotropic": (60, 30), "vggt": (99, 29.5)}
+    for ndc, focal in focals.items():
+        camera = camera_from_pytorch3d(viewpoint | {"intrinsics_format": ndc}, (100, 60))
+        assert camera.K[:2, 2].tolist() == [50, 30]
+        assert (camera.K[0, 0], camera.K[1, 1]) == focal
+        assert camera.camera_from_world[:3, 3].tolist() == [-1, -2, 3]
     with pytest.raises(ValueError, match="inches"):
         camera_from_pytorch3d(viewpoint | {"intrinsics_format": "inches"}, (100, 60))
 
 
-@given(seeds)
-def test_quaternions_and_rotation_errors(seed):
-    rng = np.random.default_rng(seed)
-    true = Rotation.random(5, random_state=rng)
-    angles = np.array([0, 1e-5, 30, 179.999, 180])
-    axis = rng.normal(size=(5, 3))
-    axis /= np.linalg.norm(axis, axis=1, keepdims=True)
+def test_quaternions_and_rotation_errors():
+    true = Rotation.random(500, random_state=0)
+    angles = np.array([0, 1e-5, 30, 179.999, 180]).repeat(100)
+    axis = Rotation.random(500, random_state=1).as_matrix()[:, 0]
     turned = true * Rotation.from_rotvec(axis * angles[:, None], degrees=True)
-    found = quaternion(turned.as_matrix())[:, [1, 2, 3, 0]]
-    assert np.allclose(np.abs((found * turned.as_quat()).sum(1)), 1)
     a, b = turned.as_matrix(), true.as_matrix()
+    assert np.allclose(np.abs((quaternion(a)[:, [1, 2, 3, 0]] * turned.as_quat()).sum(1)), 1)
     assert np.allclose(metrics.rotation_error(a, b), angles, atol=1e-6)
     assert np.allclose(metrics.rotation_error_quaternion(a, b), angles, atol=1e-4)
     assert metrics.rotation_error(a[0], b[0]).shape == ()
@@ -151,59 +125,25 @@ def test_direction_errors_and_aucs():
     assert metrics.pose_auc_histogram(nan, [1, 2]) == [0.5, 0.25]
 
 
-def cloud(seed: int, count: int = 200) -> np.ndarray:
-    x = np.random.default_rng(seed).uniform(-1, 1, (count, 3))
-    return np.c_[x[:, :2], np.sin(2 * x[:, 0]) * np.cos(3 * x[:, 1])]
-
-
-@settings(deadline=None, max_examples=20)
-@given(seeds)
-def test_alignment_finds_the_transform(seed):
-    source = cloud(seed)
-    R = Rotation.from_rotvec([0.02, -0.03, 0.01]).as_matrix()
-    target = source @ R.T + [0.02, 0.01, -0.02]
-    found = icp(source, target, 0.3)
-    assert np.allclose(found.transformation[:3, :3], R, atol=1e-6)
-    assert found.fitness == 1
-    assert found.rmse < 1e-6
-    similarity = umeyama(source, 3 * target)
-    assert np.allclose(similarity(source), 3 * target)
+def test_alignment_never_mirrors_and_needs_pairs():
+    source = np.random.default_rng(0).uniform(-1, 1, (200, 3))
+    similarity = umeyama(source, 3 * source + 1)
     assert similarity.scale == pytest.approx(3)
-    mirrored = umeyama(source, source * [-1, 1, 1])
-    assert np.linalg.det(mirrored.R) == pytest.approx(1)
-    far = icp(source, source + 100, 1.0)  # no pairs
+    assert np.allclose(similarity(source), 3 * source + 1)
+    assert np.linalg.det(umeyama(source, source * [-1, 1, 1]).R) == pytest.approx(1)
+    far = icp(source, source + 100, 1.0)
     assert np.array_equal(far.transformation, np.eye(4))
     assert (far.fitness, far.rmse) == (0, 0)
 
 
-def test_normals_and_point_metrics():
-    points = cloud(1)
-    points[:, 2] = 0
-    moved = points + [0, 0, 0.25]
-    normals = metrics.estimate_normals(points)
-    assert np.allclose(np.abs(normals), [0, 0, 1])
-    found = metrics.point_metrics(points, moved, normals, -normals)
-    expected = {"acc": 0.25, "nc1": 1.0, "comp": 0.25, "nc2": 1.0}
-    assert found == pytest.approx({f"{k}_{kind}": expected[k] for k in expected for kind in ("mean", "median")})
-    half = metrics.point_metrics(points[points[:, 0] > 0], points)
-    assert half["acc_mean"] == 0 < half["comp_mean"]
-
-
-def test_depth_metrics():
-    true = np.full((480, 640), 2.0)
-    true[:45] = true[471:] = true[:, :41] = true[:, 601:] = 5  # outside of Eigen's crop
-    found = metrics.depth_metrics(np.full((480, 640), 3.0), true, 10, crop="eigen")
-    assert found["rmse"] == found["sq_rel"] * 2 == 1
-    assert (found["abs_rel"], found["a1"], found["a2"]) == (0.5, 0, 1)
-    assert metrics.depth_metrics(0 * true + 4, true, 10, crop="eigen")["a3"] == 0  # 2 is above 1.25^3
-    assert found["log_10"] == pytest.approx(np.log10(1.5))
-    assert found["silog"] == pytest.approx(0, abs=1e-9)
+def test_depth_metrics_of_few_pixels():
+    true = np.array([[5.0, 11.0]])  # the second is above the maximum
+    found = metrics.depth_metrics(np.full((1, 2), 99.0), true, 10)  # clipped to 10
+    assert (found["rmse"], found["abs_rel"], found["a3"]) == (5, 1, 0)
     empty = metrics.depth_metrics(true, 0 * true, 10)
     assert all(np.isnan(value) for value in empty.values())
     assert metrics.mean_metrics([found, empty]) == found
     assert np.isnan(metrics.mean_metrics([empty])["rmse"])
-    # Predictions are clipped, true depth above the maximum does not count.
-    assert metrics.depth_metrics(np.full((1, 2), 99.0), np.array([[5.0, 11.0]]), 10)["rmse"] == 5
 
 
 def test_warps_of_a_batch():
@@ -211,13 +151,14 @@ def test_warps_of_a_batch():
     K, depth = (torch.from_numpy(np.stack(each)) for each in zip(*((s.K, s.depth()) for s in shots), strict=True))
     T = torch.from_numpy(np.stack([relative_pose(shots[0].T, s.T) for s in shots]))
     points = grid_points(5, 6).expand(3, -1, -1)
-    first = [x[:1].expand_as(x) for x in (depth, K)]
-    batch = true_warp(points, first[0], depth, first[1], K, T)
+    views = [x[:1].expand_as(x) for x in (depth, K)]
+    views = [views[0], depth, views[1], K, T]
+    batch = true_warp(points, *views)
     for i in range(3):
-        one = true_warp(points[i], depth[0], depth[i], K[0], K[i], T[i])
+        one = true_warp(points[i], *(x[i] for x in views))
         assert torch.equal(one.visible, batch.visible[i])
         assert torch.allclose(one.points, batch.points[i])
     assert batch.visible.any(-1).all()
-    low = true_warp(points.float(), first[0], depth, first[1], K, T)
+    low = true_warp(points.float(), *views)
     assert low.points.dtype == torch.float32
     assert torch.allclose(low.points.double()[batch.visible], batch.points[batch.visible], atol=1e-5)
