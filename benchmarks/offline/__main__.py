@@ -51,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--record", action="store_true", help="write the figures of all GPUs to the record of the tests"
     )
+    parser.add_argument(
+        "--updates", action="store_true", help="only the update of the weights, by AdamW and by Muon, on every GPU"
+    )
     parser.add_argument("--json", action="store_true", help="JSON on standard output instead of the table")
     args = parser.parse_args(argv)
     if args.record and args != parser.parse_args(["--record"]):
@@ -73,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
     # Slow to import, and after the check of the environment: Triton reads it once.
-    from benchmarks.offline import report
+    from benchmarks.offline import report, updates
     from benchmarks.offline.gpus import GPUS
     from benchmarks.offline.steps import Batch
     from fastmum.model.config import PRESETS
@@ -81,6 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.model not in PRESETS:
         return _refuse(f"--model is '{args.model}', but must be one of {', '.join(PRESETS)}")
     logging.disable(logging.WARNING)  # of compilers that miss a GPU
+    if args.updates:
+        with contextlib.redirect_stdout(sys.stderr):
+            lines = updates.table(PRESETS[args.model], GPUS)
+        print(lines)
+        return 0
     found, sides = {}, args.side or (*report.SIDES, *([report.BLOCKS] * args.record))
     for name in GPUS if args.record else [args.gpu]:
         with contextlib.redirect_stdout(sys.stderr):  # of compilers that print

@@ -79,13 +79,13 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
         mode: of `model.compile`, "block" or "full".
         recompute: as `model.recompute`, "none" or "mlp".
     """
-    with _pretending(gpu, batch) as recorder:
+    with pretending(gpu, batch) as recorder:
         with torch.device("meta"):
             model = MuM(config)
         model.set_recompute(recompute)
         with FakeTensorMode():
             with recorder:
-                _place(model)
+                place(model)
                 optimizer = optimizers.build_optimizer(model, OptimSection(), torch.bfloat16)
                 groups = optimizers.default_groups(model, OptimSection())
                 gradients, guard = Gradients(groups, DistContext()), NonFiniteGuard(torch.device("cpu"))
@@ -133,7 +133,7 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
         config, batch, gpu: as for `fastmum_cost`.
         compiled: whether `torch.compile(model, fullgraph=True)` was called.
     """
-    with _pretending(gpu, batch) as recorder:
+    with pretending(gpu, batch) as recorder:
         with torch.device("meta"):
             model = ReferenceMuM(
                 config.embed_dim,
@@ -148,7 +148,7 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
             )
         with FakeTensorMode():
             with recorder:
-                _place(model)
+                place(model)
                 decayed, plain = ([p for p in model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
                 groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
                 # As `build_optimizer` of the reference on CUDA, where torch selects the foreach implementation.
@@ -156,7 +156,7 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
                 shape = (batch.sequences, batch.views, 3, batch.side, batch.side)
                 frames = torch.empty(shape, dtype=torch.uint8)
                 noise = torch.empty(batch.frames, (batch.side // config.patch_size) ** 2)
-                _give_gradients(model)
+                give_gradients(model)
                 optimizer.step()  # makes the moments
                 optimizer.zero_grad()
                 recorder.restart()
@@ -191,9 +191,9 @@ def _compiled_step(
         recorder.record(region.forward.kernels)
         recorder.lived_with(region.backward.peak)
         recorder.record(region.backward.kernels)
-        _give_gradients(model)
+        give_gradients(model)
         update()
-    return _cost(recorder, state, region.sources)
+    return summed_cost(recorder, state, region.sources)
 
 
 def _eager_step(
@@ -204,21 +204,21 @@ def _eager_step(
     with recorder:
         loss().backward()
         update()
-    return _cost(recorder, state, sources or {})
+    return summed_cost(recorder, state, sources or {})
 
 
-def _cost(recorder: Recorder, state: int, sources: dict[str, str]) -> Cost:
+def summed_cost(recorder: Recorder, state: int, sources: dict[str, str]) -> Cost:
     count, spilled = spilled_kernels(sources, recorder.launches, recorder.arch)
     return Cost(tuple(recorder.kernels), recorder.peak, state, count, spilled)
 
 
-def _give_gradients(model: nn.Module) -> None:
+def give_gradients(model: nn.Module) -> None:
     """Gradients as a compiled region returns them; its peak includes their memory."""
     for p in model.parameters():
         p.grad = torch.empty_like(p)
 
 
-def _place(model: nn.Module) -> None:
+def place(model: nn.Module) -> None:
     """Fake memory for the parameters and buffers of a model on the meta device."""
     for module in model.modules():
         for table, wrap in ((module._parameters, nn.Parameter), (module._buffers, lambda x: x)):
@@ -245,7 +245,7 @@ def _in_triton(x: Tensor) -> bool:
 
 
 @contextmanager
-def _pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
+def pretending(gpu: Gpu, batch: Batch) -> Iterator[Recorder]:
     """Within it device queries are answered as on that GPU."""
     with (
         absent_gpu(gpu),

@@ -64,6 +64,20 @@ def test_a_step_moves_and_launches_no_more_than_recorded(gpu, sides):
         assert found["spilled"] == []
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.version.cuda, reason="this build of torch cannot lower for CUDA")
+def test_updates_by_muon_are_shared_over_devices():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.offline", "--updates"]
+    result = subprocess.run(command, cwd=ROOT, env=CLEAN, capture_output=True, text=True, timeout=900, check=True)
+    header, *rows = [line.split() for line in result.stdout.splitlines()]
+    assert header[-3:] == list(GPUS)
+    adamw, one, eight, many = ([float(ms) for ms in row[-3:]] for row in rows)
+    for times in zip(adamw, many, eight, one, strict=True):
+        assert list(times) == sorted(times)
+    assert one[0] > 3 * eight[0]
+
+
 def test_a_kernel_takes_the_slower_of_its_operations_and_its_bytes():
     gpu = GPUS["a100"]
     assert gpu.seconds(0, 0) == LEAST_SECONDS

@@ -25,8 +25,8 @@ def reached(run, step):
     ("args", "kills", "steps"),
     [
         (TINY, 4, 40),
-        ([*TINY, "train.precision=bf16"], 4, 40),
-        pytest.param([*MUM, "train.precision=bf16"], 20, 60, marks=pytest.mark.slow),
+        ([*TINY, "train.precision=bf16", "optim.optimizer=muon"], 4, 40),
+        pytest.param([*MUM, "train.precision=bf16", "optim.optimizer=muon"], 20, 60, marks=pytest.mark.slow),
         pytest.param([*MUM, "train.checkpoint_async=false"], 20, 60, marks=pytest.mark.exhaustive),
     ],
 )

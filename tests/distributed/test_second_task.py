@@ -117,6 +117,8 @@ def test_other_sizes_and_groups_are_refused(tmp_path):
     for task, more, error, name in (
         (TinyTask, "tiny.hidden=8", CheckpointError, "hidden"),
         (TinyTask, "tiny.batch_per_step=20", ConfigError, "batch_per_step"),
+        (TinyTask, "optim.optimizer=muon", CheckpointError, r"optim\.optimizer"),
+        (TinyTask, "train.ema=null", CheckpointError, r"train\.ema"),
         (MissingGroup, "train.resume=never", ValueError, "out"),
     ):
         with pytest.raises(error, match=name):

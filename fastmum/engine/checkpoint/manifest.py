@@ -96,11 +96,11 @@ class CheckpointManifest:
         names = sorted(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
         wrong = [f"{name} {saved.get(name, 'missing')} (expected: {ours.get(name, 'none')})" for name in names]
         if wrong:
-            if all(name.startswith("ema.") for name in names):
-                has, key = ("has no", "is") if names[0] in ours else ("has", "is not")
-                raise CheckpointError(
-                    f"checkpoint '{self.path}' {has} EMA weights, but train.ema {key} set; use another run.dir"
-                )
+            for prefix, key in (("ema.", "train.ema"), ("exp_avg_sq.", "optim.optimizer")):
+                if all(name.startswith(prefix) for name in names):
+                    raise CheckpointError(
+                        f"checkpoint '{self.path}' has another {key}: set it as it was, or use another run.dir"
+                    )
             more = f" and {len(wrong) - MAX_NAMES} more" if len(wrong) > MAX_NAMES else ""
             raise CheckpointError(f"checkpoint '{self.path}' does not fit: {', '.join(wrong[:MAX_NAMES])}{more}")
 

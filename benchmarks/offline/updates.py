@@ -1,0 +1,72 @@
+"""The update of the weights by AdamW and by Muon, on one device and on several with replicated weights.
+
+Muon's products are shared out (`fastmum.engine.muon`): the device with the most work is counted, and the all-gather of
+the updates in bfloat16 is added, with nothing hidden.
+"""
+
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.offline.gpus import Gpu
+from benchmarks.offline.kernel import Cost, seconds
+from benchmarks.offline.steps import Batch, give_gradients, place, pretending, summed_cost
+from fastmum.config.schema import OptimSection
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.optimizer import build_optimizer
+from fastmum.model.compile import blocks_of
+from fastmum.model.config import ModelConfig
+from fastmum.model.mum import MuM
+
+DEVICES = (1, 8, 64)
+# Bytes a second that a device receives in an all-gather: within a machine 70 % of NVLink's bandwidth in one direction
+# (data sheets: 300, 450 and 450 GB/s), across machines of 8 devices 70 % of a network card for each (200, 400 and
+# 400 Gbit/s, as in the DGX systems); what a machine receives is shared by its 8 cards.
+NVLINK = {"a100": 0.7 * 300e9, "h100": 0.7 * 450e9, "h200": 0.7 * 450e9}
+NETWORK = {"a100": 0.7 * 25e9, "h100": 0.7 * 50e9, "h200": 0.7 * 50e9}
+
+
+def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int = 1) -> Cost:
+    """The update of bfloat16 weights with float32 halves; every gradient is in bfloat16."""
+    with pretending(gpu, Batch(1, 1)) as recorder:
+        with torch.device("meta"):
+            model = MuM(config)
+        with FakeTensorMode(), mock.patch.object(dist, "all_gather_into_tensor", return_value=None), recorder:
+            place(model)
+            matrices = {p: 1 for block in blocks_of(model) for p in block.parameters() if p.ndim == 2}
+            matrices |= {block.attn.qkv.weight: 3 for block in blocks_of(model)}
+            world = DistContext(size=devices)
+            optimizer = build_optimizer(model, optim, torch.bfloat16, matrices=matrices, world=world)
+            give_gradients(model)
+            state = recorder.live
+            recorder.restart()
+            optimizer.step(1e-4, found_inf=torch.zeros(()))
+        return summed_cost(recorder, state, {})
+
+
+def gather_seconds(config: ModelConfig, name: str, devices: int) -> float:
+    """The all-gather of the matrices' updates, 2 bytes each."""
+    if devices == 1:
+        return 0.0
+    widths = (config.embed_dim, config.depth), (config.decoder_embed_dim, config.decoder_depth)
+    moved = 2 * sum(12 * width * width * depth for width, depth in widths)
+    within = moved * (devices - 1) / devices / NVLINK[name]
+    machines = devices // 8
+    return max(within, moved * (machines - 1) / machines / (8 * NETWORK[name])) if machines > 1 else within
+
+
+def table(config: ModelConfig, gpus: dict[str, Gpu]) -> str:
+    """Milliseconds of an update by GPU, optimizer and number of devices; predictions."""
+    lines = [f"{'update, predicted ms':22}" + "".join(f"{gpu:>10}" for gpu in gpus)]
+    for label, optim, devices in [
+        ("AdamW", OptimSection(), 1),
+        *((f"Muon, {n} devices", OptimSection(optimizer="muon"), n) for n in DEVICES),
+    ]:
+        times = []
+        for name, gpu in gpus.items():
+            cost = update_cost(config, gpu, optim, devices)
+            times.append(seconds(cost.kernels, gpu) + gather_seconds(config, name, devices))
+        lines.append(f"{label:22}" + "".join(f"{1e3 * s:10.2f}" for s in times))
+    return "\n".join(lines)
