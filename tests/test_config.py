@@ -88,7 +88,7 @@ def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
         ("model.embed_dim=100", "model.embed_dim is 100"),
         ("model.mask_ratio=1", "model.mask_ratio"),
         ("train.precision=fp16", "train.precision is fp16, but must be one of bf16, fp32, fp8, auto"),
-        ("optimizer=adam", "optim.optimizer is adam, but must be one of adamw, apex"),
+        ("optimizer=adam", "optim.optimizer is adam, but must be one of adamw, muon, apex"),
         ("parallel.strategy=tp", "one of ddp, fsdp2, hsdp"),
         ("parallel.reduce=fp16", "one of fp32, bf16"),
         ("parallel.dead_after_s=0", "at least 1"),
