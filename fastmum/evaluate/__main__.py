@@ -1,4 +1,4 @@
-"""Evaluate weights: `python -m fastmum.evaluate matching|cosine|attention|views --weights W --data D [--out DIR]`."""
+"""Evaluate weights: `python -m fastmum.evaluate EVALUATION --weights W --data D [--out DIR]`."""
 
 import argparse
 import logging
@@ -20,7 +20,14 @@ from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, program, run_command
 from fastmum.evaluate.attention import evaluate_attention
 from fastmum.evaluate.features import check_size, patch_size
-from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result, evaluate_cosine, evaluate_matching
+from fastmum.evaluate.matching import (
+    TEMPERATURE,
+    ProbeSettings,
+    Result,
+    evaluate_cosine,
+    evaluate_discriminant,
+    evaluate_matching,
+)
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
@@ -60,7 +67,7 @@ Evaluated = tuple[str, dict[str, Any], list[Image.Image]]  # name of the set, nu
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser; `args.task` is matching, cosine, attention or views."""
+    """The parser; `args.task` is a key of `EVALUATIONS`."""
     description = (
         "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
         "decoder's attention; and the effect of other views on the masked loss."
@@ -71,11 +78,13 @@ def make_parser() -> argparse.ArgumentParser:
     for task, (text, _) in EVALUATIONS.items():
         command = commands.add_parser(task, help=text, description=f"{text[0].upper()}{text[1:]}.", **common)
         _add_shared(command)
+        if task in ("matching", "discriminant"):
+            _add_training_pairs(command)
         if task == "matching":
             _add_training(command)
         if task == "views":
             _add_views(command)
-        if task in ("matching", "cosine"):
+        if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
             command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
     return parser
@@ -99,13 +108,18 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="S", help=seed)
 
 
+def _add_training_pairs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--train-data", metavar="DATA", help="pairs to train on (default: other scenes of --data)")
+    parser.add_argument(
+        "--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)"
+    )
+
+
 def _add_training(parser: argparse.ArgumentParser) -> None:
     defaults, add = ProbeSettings(), parser.add_argument_group("training of the probes").add_argument
     rates, decays = defaults.learning_rates, defaults.weight_decays
     steps = f"default: {STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU"
     probes = "each combination with a weight decay makes a probe (%(default)s)"
-    add("--train-data", metavar="DATA", help="pairs to train on (default: other scenes of --data)")
-    add("--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)")
     add("--steps", type=int, metavar="N", help=steps)
     add("--every", type=int, metavar="N", help="steps between evaluations (default: a tenth of --steps)")
     add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs a step (%(default)s)")
@@ -218,6 +232,17 @@ def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     rates, decays, every = tuple(args.learning_rates), tuple(args.weight_decays), args.every or max(1, steps // 10)
     more = {"steps": steps, "evaluate_every": every, "learning_rates": rates, "weight_decays": decays}
     settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed"), **more)
+    pairs, train = _open_both(args, claim)
+    return _with_pictures(args, pairs, evaluate_matching(model, pairs, train, settings, args.size))
+
+
+def _discriminant(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+    pairs, train = _open_both(args, claim)
+    return _with_pictures(args, pairs, evaluate_discriminant(model, pairs, train, args.size, args.temperature))
+
+
+def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
+    """Pairs to evaluate on and to train on; `DataError` if they share a frame."""
     separate = args.train_data is not None and not same_set(args.train_data, args.data)
     pairs = open_pairs(args.data, "all" if separate else "test")
     train = open_pairs(args.train_data, "trainable") if separate else open_pairs(args.data, "train")
@@ -227,9 +252,7 @@ def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
             "not tested on"
         )
     claim(pairs.name)
-    pairs = pairs.first(args.max_pairs)
-    result = evaluate_matching(model, pairs, train.first(args.train_pairs), settings, args.size)
-    return _with_pictures(args, pairs, result)
+    return pairs.first(args.max_pairs), train.first(args.train_pairs)
 
 
 def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluated:
@@ -269,6 +292,7 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
 
 EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
     "matching": ("dense matching by linear probes, trained in one pass on frozen features", _matching),
+    "discriminant": ("the same by a probe in closed form, the linear discriminant of true matches", _discriminant),
     "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _cosine),
     "attention": ("matching by the decoder's attention across views, with pictures", _attention),
     "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),

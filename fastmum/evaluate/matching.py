@@ -27,6 +27,7 @@ from fastmum.geometry.warp import grid_points
 TEMPERATURE = 0.1  # of the exponential cosine kernel; RoMa's Gaussian process has 0.2
 TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the best patch and its neighbours
 BATCH = 8  # pairs matched at once by cosine similarity
+SHRINKAGE = 0.01  # of the covariance of true matches
 
 
 class Result(NamedTuple):
@@ -96,6 +97,45 @@ def evaluate_matching(
     about = {"size": size, **fields, "train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
     numbers = measured(trained.warps, test.truth) | {"best": best, "probes": probes, "settings": about}
     return Result(numbers, trained.warps, size)
+
+
+def evaluate_discriminant(
+    encoder: nn.Module, pairs: PairSet, train_pairs: PairSet, size: int | None = None, temperature: float = TEMPERATURE
+) -> Result:
+    """Score the probe `discriminant` of the training pairs: seconds, and no learning rate to choose.
+
+    DataError: a set that cannot be read or does not fit the encoder.
+    """
+    size, device = size or pairs.size, next(encoder.parameters()).device
+    test = prepare(encoder, pairs, size, ("layernorm",))["layernorm"]
+    train = prepare(encoder, train_pairs, size, ("layernorm",))["layernorm"]
+    warps = match_pairs(test, BATCH, temperature, device, discriminant(train, device)[None])[0]
+    about = {"size": size, "temperature": temperature, "shrinkage": SHRINKAGE}
+    about |= {"train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
+    return Result(measured(warps, test.truth) | {"settings": about}, warps, size)
+
+
+def discriminant(train: Prepared, device: torch.device, shrinkage: float = SHRINKAGE) -> Tensor:
+    """The linear discriminant of true matches (D, D) float32, with which the covariance of differences is the identity.
+
+    The covariance is first moved by `shrinkage` towards a multiple of the identity. The direction of the mean feature,
+    which all patches share, is removed.
+    """
+    width = train.features.shape[-1]
+    covariance, count = torch.zeros(width, width, dtype=torch.float64, device=device), 0
+    for pairs in torch.arange(len(train.first)).split(BATCH):
+        a, b = train.of(pairs, device)
+        target = nearest_patch(train.truth.target[pairs], train.truth.grid).to(device)
+        matched = b.gather(1, target[..., None].expand_as(a))
+        difference = (a - matched)[train.truth.visible[pairs].to(device)].double()
+        covariance += difference.T @ difference
+        count += len(difference)
+    covariance /= count
+    covariance = (1 - shrinkage) * covariance + shrinkage * covariance.trace() / width * torch.eye(width).to(covariance)
+    values, vectors = torch.linalg.eigh(covariance)
+    probe = vectors * values.rsqrt()
+    shared = F.normalize(train.features.double().mean((0, 1)).to(device) @ probe, dim=0)
+    return (probe - torch.outer(probe @ shared, shared)).float()
 
 
 def evaluate_cosine(

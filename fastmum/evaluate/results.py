@@ -31,7 +31,10 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "MAE": {"navi": 43.7, "megadepth": 88.8, "scannet": 83.4},
     },
 }
-MATCHERS = {"matching": "linear probe", "cosine": "cosine", "attention": "attention", "views": "masked loss"}
+MATCHERS = {
+    "matching": "linear probe", "discriminant": "closed-form probe", "cosine": "cosine", "attention": "attention",
+    "views": "masked loss",
+}  # fmt: skip
 TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI"}
 SCORES = {
     "epe": "EPE ↓", "robustness": "R ↑", "pck1": "PCK@1 ↑", "pck3": "PCK@3 ↑", "pck5": "PCK@5 ↑",
@@ -51,6 +54,7 @@ PICTURE_SIDE = 2048  # pixels: rows of squares are wide
 WARPS = "warp, the same by the true warp (white: not visible in B), B"
 CAPTIONS = {
     "matching": f"A, B moved onto A by the best probe's {WARPS}",
+    "discriminant": f"A, B moved onto A by the closed-form probe's {WARPS}",
     "cosine": f"A, B moved onto A by the cosine {WARPS}",
     "attention": "attention of the framed patch of A to the patches of B in the decoder's global blocks, mean over "
     "heads; the cross is its true place",
@@ -243,7 +247,7 @@ def _curves(probes: list[dict[str, Any]], name: str, title: str, y_label: str) -
 
 def _table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Column names and rows: changes of the loss by number of views, or the scores of each block or norm."""
-    if content["task"] == "matching":
+    if content["task"] in ("matching", "discriminant"):
         return [], []
     if content["task"] == "views":
         names = ["loss, minus that of one view", *(f"{count} views" for count in content["views"][1:])]

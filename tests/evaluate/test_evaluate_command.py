@@ -40,12 +40,14 @@ def error_of(code, capsys):
 def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert run("matching", weights, wall_file, out, *PROBES) == 0
+    assert run("discriminant", weights, wall_file, out) == 0
     assert run("cosine", weights, wall_file, out, "--name", "mine & yours") == 0
     assert run("attention", "random:mum_tiny", wall_file, out, "--max-pairs", "3") == 0
     printed, records = capsys.readouterr().out, read(out)
     about = [tuple(record.content[key] for key in ("task", "weights", "set", "pairs")) for record in records]
     assert about == [
         ("matching", "small", "wall", 4),  # half is for training
+        ("discriminant", "small", "wall", 4),
         ("cosine", "mine & yours", "wall", 8),
         ("attention", "untrained mum_tiny", "wall", 3),
     ]
@@ -64,7 +66,7 @@ def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
     assert named["linear probe", "wall"]["EPE ↓"] == f"{matching['scores']['epe']:.1f}"
     assert named["no motion", "wall"]["EPE ↓"] == f"{matching['no_motion']['epe']:.1f}"
     page = (out / "report.html").read_text()
-    assert [page.count(text) for text in ("data:image/jpeg;base64,", "<svg", "</html>")] == [3, 2, 1]
+    assert [page.count(text) for text in ("data:image/jpeg;base64,", "<svg", "</html>")] == [4, 2, 1]
     assert "mine &amp; yours" in page
     assert not re.search(r'\s(src|href)="(?!data:)', page)  # no other file
 
@@ -145,7 +147,7 @@ def test_errors_are_one_line(weights, wall_file, rendered, tmp_path, monkeypatch
         for words, message in errors:
             assert message in error_of(main([*base, *words.split()]), capsys)
     monkeypatch.setattr("fastmum.evaluate.__main__._run", Mock(side_effect=torch.OutOfMemoryError))
-    for task in ("matching", "cosine", "attention", "views"):
+    for task in ("matching", "discriminant", "cosine", "attention", "views"):
         assert "lower --" in error_of(main([task, *common]), capsys)
 
 

@@ -15,7 +15,15 @@ from plane_world import shot
 from fastmum.data.errors import DataError
 from fastmum.evaluate import evaluate_cosine
 from fastmum.evaluate.features import Prepared, Truth, load_image, patch_features, prepare
-from fastmum.evaluate.matching import ProbeSettings, cosine_logits, decode, match_pairs, nearest_patch, train_probes
+from fastmum.evaluate.matching import (
+    ProbeSettings,
+    cosine_logits,
+    decode,
+    discriminant,
+    match_pairs,
+    nearest_patch,
+    train_probes,
+)
 from fastmum.evaluate.pairs import Pair, PairSet, pair_warp
 from fastmum.evaluate.recall import best_matches, object_recall
 from fastmum.geometry.metrics import match_errors, match_scores, pair_epe
@@ -197,6 +205,21 @@ def test_a_probe_beats_cosine_matching():
     # The reported error is the minimum over all evaluations, and the kept warps reproduce it.
     assert error == pytest.approx(min(each.scores[i].epe for each in trained.history for i in range(4)))
     assert error == pytest.approx(trained.history[evaluation].scores[probe].epe)
+
+
+def test_the_discriminant_makes_differences_of_matches_white():
+    train, test = hidden_signal(40, 0), hidden_signal(10, 1)
+    (error,) = epe(test, match_pairs(test, 8, 0.1, CPU, discriminant(train, CPU)[None]))
+    assert error < 0.3 * epe(test, match_pairs(test, 8, 0.1, CPU)[None])[0]
+    noisy = replace(train, features=train.features + 0.1 * torch.randn(train.features.shape) + 5)
+    probe = discriminant(noisy, CPU, shrinkage=0.0)
+    a, b = (x @ probe for x in noisy.of(torch.arange(40), CPU))
+    target = nearest_patch(noisy.truth.target, GRID)[..., None].expand_as(a)
+    difference = (a - b.gather(1, target))[noisy.truth.visible]
+    covariance = difference.T @ difference / len(difference)
+    values = torch.linalg.eigvalsh(covariance)  # the direction of the mean is removed
+    torch.testing.assert_close(values, torch.ones(32).index_fill(0, torch.tensor(0), 0.0), rtol=1e-2, atol=1e-2)
+    assert torch.cat([a, b]).mean((0, 1)).norm() < 0.1
 
 
 def test_probes_are_matrices_trained_by_adamw():
