@@ -64,7 +64,7 @@ class OptimSection:
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
     muon_lr_scale: float = key(1.0, "muon: learning rate of its matrices over that of AdamW", above=0)
     orthogonalize: str = key(
-        "polar_express", "muon: coefficients of the five iterations, polar_express or newton_schulz (the classic ones)",
+        "polar_express", "muon: polynomials of the orthogonalization, polar_express (four) or newton_schulz (five)",
         choices=("polar_express", "newton_schulz"),
     )  # fmt: skip
     clip: float | None = key(None, "largest norm of the gradient; larger ones are scaled down. Empty: off", above=0)
