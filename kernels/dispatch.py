@@ -28,8 +28,7 @@ recorder: Any = None  # of `benchmarks.launches`, in the place of the device
 def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]:
     """`triton.jit`, or the identity without Triton.
 
-    Args:
-        do_not_specialize: integers that vary between batches: Triton would recompile for 1 and for multiples of 16.
+    `do_not_specialize` names integers that vary between batches: Triton would recompile for 1 and for multiples of 16.
     """
     if triton is None:
         return lambda fn: fn
@@ -39,9 +38,7 @@ def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]
 def use_triton(x: Tensor) -> bool:
     """Whether an operation on `x` runs as a Triton kernel; float64 never does.
 
-    Raises:
-        ValueError: `FASTMUM_KERNELS` has an unknown value.
-        RuntimeError: it selects Triton where Triton cannot run.
+    ValueError: `FASTMUM_KERNELS` has an unknown value. RuntimeError: it selects Triton where Triton cannot run.
     """
     if recorder is not None:
         return True
