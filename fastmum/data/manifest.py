@@ -37,15 +37,14 @@ BUILD = "build it with `python -m fastmum.data.build`"
 class Manifest:
     """A memory-mapped manifest; pickled as its path.
 
+    DataError: a file that is missing, not a manifest, truncated or of another version.
+
     Attributes:
         root: folder that paths are relative to.
         metadata: rule, options, seed, counts, source ...
         starts: (num_sequences + 1,) int64; the rows of sequence i are starts[i]:starts[i + 1].
         dataset_of: (num_sequences,) int16, index into `datasets`.
         known: frames that have a pose, intrinsics, depth, mask.
-
-    Raises:
-        DataError: a file that is missing, not a manifest, truncated or of another version.
     """
 
     def __init__(self, path: str | Path) -> None:
