@@ -41,7 +41,7 @@ AREAS = {
                [f"tests/{d}/test_*.py" for d in ("engine", "engine/telemetry", "distributed", "tasks")]),
 }  # fmt: skip
 # Tools, tables of hardware, and what only a GPU can run.
-SKIPPED_FILES = re.compile(r"(__init__|report|reference|gpus|fp8)\.py$")
+SKIPPED_FILES = re.compile(r"(__init__|report|gpus|fp8)\.py$")
 SKIPPED_NAMES = re.compile(r"warps|stages|block|tile|multiprocessor|message|version|(^|_)arch|SHARED_MEMORY", re.I)
 SKIPPED_CALLS = re.compile(r"^(logg\w*|log|_log|warnings|print|_?logger)\b")
 CUDA = re.compile(r"cuda|gpu|nvml|nvtx", re.I)

@@ -82,7 +82,7 @@ def test_planner(duel: Duel, catalogue: Catalogue) -> None:
 @pytest.mark.parametrize("mode", ["packed", "balanced"])
 def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: str) -> None:
     """All ranks together, each with `RATE` operations a second; every round has another seed."""
-    cost, most = operations(PRESETS["mum_vitl16"]), max(RANKS)
+    (frame, pair), most = operations(PRESETS["mum_vitl16"]), max(RANKS)
     seeds, steps = (2, 8) if quick else (SEEDS, STEPS)
     speeds: dict[int, dict[str, list[float]]] = {ranks: {REFERENCE: [], FASTMUM: []} for ranks in RANKS}
     seconds: dict[str, list[float]] = {REFERENCE: [], FASTMUM: []}
@@ -91,7 +91,7 @@ def test_frames_per_second(duel: Duel, catalogue: Catalogue, quick: bool, mode: 
         seconds[name].append(perf_counter() - began)
         for ranks in RANKS:
             f, s = frames[:, :ranks], squares[:, :ranks]
-            slowest = (f * cost.frame + s * cost.pair).max(axis=1).sum()
+            slowest = (f * frame + s * pair).max(axis=1).sum()
             speeds[ranks][name].append(float(RATE * f.sum() / slowest))
 
     for seed in range(seeds):

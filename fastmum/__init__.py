@@ -14,13 +14,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["PRESETS", "ModelConfig", "MuM", "MuMOutput", "load_pretrained"]
 
-_HOME = {
-    "ModelConfig": "fastmum.model.config",
-    "PRESETS": "fastmum.model.config",
-    "MuM": "fastmum.model.mum",
-    "MuMOutput": "fastmum.model.mum",
-    "load_pretrained": "fastmum.pretrained",
-}
+_HOME = dict.fromkeys(("ModelConfig", "PRESETS"), "fastmum.model.config")
+_HOME |= dict.fromkeys(("MuM", "MuMOutput"), "fastmum.model.mum") | {"load_pretrained": "fastmum.pretrained"}
 
 
 def __getattr__(name: str) -> object:

@@ -74,19 +74,14 @@ class Halves(NamedTuple):
 
 
 def adamw_(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    rests: Sequence[Tensor],
-    step: Tensor,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
+    weights: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    rests: Sequence[Tensor], step: Tensor, lr: float, betas: tuple[float, float], weight_decay: float, eps: float,
     found_inf: Tensor | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """One step of `torch.optim.AdamW`, in place.
+
+    ValueError: lists of different lengths, or a tensor whose shape or strides differ from its weight's. TypeError:
+    another dtype, or several in a list.
 
     Args:
         weights: dense, float32 or the bfloat16 halves of float32 weights.
@@ -96,18 +91,10 @@ def adamw_(
         step: scalar, float32, on the device of the weights: number of this step, from 1.
         lr, betas, weight_decay, eps: as in `torch.optim.AdamW`.
         found_inf: scalar, float32, on the device of the weights: 1.0 skips the update.
-
-    Raises:
-        ValueError: lists of different lengths, or a tensor whose shape or strides differ from its weight's.
-        TypeError: another dtype, or several in a list.
     """
-    check_lists(
-        weights=(weights, torch.bfloat16 if rests else torch.float32),
-        grads=(grads, None),
-        exp_avgs=(exp_avgs, torch.float32),
-        exp_avg_sqs=(exp_avg_sqs, torch.float32),
-        rests=(rests, torch.int16),
-    )
+    moments = {"exp_avgs": (exp_avgs, torch.float32), "exp_avg_sqs": (exp_avg_sqs, torch.float32)}
+    dtype = torch.bfloat16 if rests else torch.float32
+    check_lists(weights=(weights, dtype), grads=(grads, None), **moments, rests=(rests, torch.int16))
     if weights:
         args = *map(list, (weights, grads, exp_avgs, exp_avg_sqs, rests)), step, lr, *betas, weight_decay, eps
         # The PyTorch implementation needs no operator, whose dispatch would cost time.

@@ -13,9 +13,8 @@ def check_tensors(**tensors: Tensor) -> None:
             raise TypeError(f"{name} is a {type(x).__name__}, but must be a tensor")
     devices = {name: x.device for name, x in tensors.items()}
     if len(set(devices.values())) > 1:
-        raise ValueError(
-            f"all tensors must be on one device, but {', '.join(f'{n} is on {d}' for n, d in devices.items())}"
-        )
+        places = ", ".join(f"{name} is on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device, but {places}")
 
 
 def check_floating(name: str, x: Tensor, ndim: int, shape: str) -> None:

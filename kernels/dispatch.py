@@ -7,11 +7,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,29 +22,13 @@ try:
 except ImportError:  # no Triton on this platform: everything runs in PyTorch
     triton, tl = None, SimpleNamespace(constexpr=None)
 
-MULTIPROCESSORS = {80: 108, 90: 132}  # A100; H100 and H200 (SXM), data sheets
-
-
-class Launch(NamedTuple):
-    """The arguments of a launch."""
-
-    kernel: Callable
-    grid: tuple[int, ...]
-    args: tuple
-    constants: dict[str, object]
-    num_warps: int
-    num_stages: int
-
-
-_recorder: list[Launch] | None = None
-_recorded_arch = 80
+recorder: Any = None  # of `benchmarks.launches`, in the place of the device
 
 
 def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]:
     """`triton.jit`, or the identity without Triton.
 
-    Args:
-        do_not_specialize: integers that vary between batches: Triton would recompile for 1 and for multiples of 16.
+    `do_not_specialize` names integers that vary between batches: Triton would recompile for 1 and for multiples of 16.
     """
     if triton is None:
         return lambda fn: fn
@@ -54,11 +38,9 @@ def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]
 def use_triton(x: Tensor) -> bool:
     """Whether an operation on `x` runs as a Triton kernel; float64 never does.
 
-    Raises:
-        ValueError: `FASTMUM_KERNELS` has an unknown value.
-        RuntimeError: it selects Triton where Triton cannot run.
+    ValueError: `FASTMUM_KERNELS` has an unknown value. RuntimeError: it selects Triton where Triton cannot run.
     """
-    if _recorder is not None:
+    if recorder is not None:
         return True
     choice = os.environ.get("FASTMUM_KERNELS", "auto")
     if choice not in ("auto", "torch", "triton"):
@@ -81,23 +63,12 @@ def launch(
     kernel: Callable, grid: tuple[int, ...], *args: object, num_warps: int, num_stages: int = 3, **constants: object
 ) -> None:
     """Launch a jitted kernel on the device of its first argument, unless the grid is empty."""
-    if _recorder is not None:
-        _recorder.append(Launch(kernel, grid, args, constants, num_warps, num_stages))
+    if recorder is not None:
+        recorder.launch(kernel, grid, args, constants, num_warps, num_stages)
     elif 0 not in grid:
         device = args[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
-
-
-@contextmanager
-def recorded_launches(arch: int) -> Iterator[list[Launch]]:
-    """Record launches for `arch` (80, 90, ...) instead of performing them; tensors may be meta tensors."""
-    global _recorder, _recorded_arch
-    _recorder, _recorded_arch = [], arch
-    try:
-        yield _recorder
-    finally:
-        _recorder = None
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -106,7 +77,7 @@ def tile_bytes(device: torch.device) -> int:
     Little's law: each SM needs bandwidth x latency / number of SMs in flight, about 10 kB on an A100 and 20 kB on an
     H100 or H200. With the 4 to 8 programs that fit an SM at least, these tiles are twice that.
     """
-    arch = _recorded_arch if _recorder is not None else _capability(device)
+    arch = _capability(device) if recorder is None else recorder.arch
     return 4096 if arch < 90 else 8192
 
 
@@ -118,8 +89,8 @@ def _capability(device: torch.device) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of the GPU, for kernels whose programs process many rows each."""
-    if _recorder is not None:
-        return MULTIPROCESSORS[_recorded_arch]
+    if recorder is not None:
+        return recorder.multiprocessors
     if device.type != "cuda":
         return 2  # in the interpreter: more than one program
     return torch.cuda.get_device_properties(device).multi_processor_count

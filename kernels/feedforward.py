@@ -62,12 +62,10 @@ class _Mlp(torch.autograd.Function):
         x, weight1, bias1, weight2, hidden, active = ctx.saved_tensors
         needs_x, needs_weight1, needs_bias1, needs_weight2 = ctx.needs_input_grad[:4]
         grad = grad.contiguous()
-        if ctx.recompute == "mlp":
-            grad_hidden, grad_bias1, active = _linear_gelu_again_backward(grad, weight2, x, weight1, bias1)
-        else:
-            again = ctx.recompute == "act" and needs_weight2
-            grad_hidden, grad_bias1, recomputed = _linear_gelu_backward(grad, weight2, hidden, again)
-            active = recomputed if again else active
+        first = (x, weight1, bias1) if hidden is None else (None, None, None)
+        again = ctx.recompute == "mlp" or (ctx.recompute == "act" and needs_weight2)
+        grad_hidden, grad_bias1, recomputed = _linear_gelu_backward(grad, weight2, hidden, *first, again)
+        active = recomputed if again else active
         grad_x = product(grad_hidden, weight1) if needs_x else None
         grad_weight1 = product(grad_hidden.t(), x) if needs_weight1 else None
         grad_weight2 = product(grad.t(), active) if needs_weight2 else None
@@ -89,44 +87,31 @@ def _(x, weight, bias, keep):
 
 
 @torch.library.custom_op("fastmum::linear_gelu_backward", mutates_args=())
-def _linear_gelu_backward(grad: Tensor, weight: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of hidden (T, N), its sum over tokens (N,), and gelu(hidden), empty unless `again`."""
+def _linear_gelu_backward(
+    grad: Tensor, weight: Tensor, hidden: Tensor | None, x: Tensor | None, weight1: Tensor | None,
+    bias1: Tensor | None, again: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient of hidden (T, N), its sum over tokens (N,), and gelu(hidden), empty unless `again`.
+
+    Without `hidden`, it is recomputed as x @ weight1' + bias1, and `again` must be true.
+    """
     if fuses_products(grad):
-        return _backward_triton(grad.contiguous(), weight.contiguous(), hidden.contiguous(), None, again)
-    return _through_gelu(product(grad, weight), hidden, again)
+        tensors = (y if y is None else y.contiguous() for y in (grad, weight, hidden, x, weight1, bias1))
+        return _backward_triton(*tensors, again)
+    grad = product(grad, weight)
+    return _through_gelu(grad, product(x, weight1.t(), bias1) if hidden is None else hidden, again)
 
 
 @_linear_gelu_backward.register_fake
-def _(grad, weight, hidden, again):
-    shapes = hidden.shape, hidden.shape[1], hidden.shape if again else 0
-    return tuple(hidden.new_empty(shape) for shape in shapes)
-
-
-@torch.library.custom_op("fastmum::linear_gelu_again_backward", mutates_args=())
-def _linear_gelu_again_backward(
-    grad: Tensor, weight: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with hidden = x @ weight1' + bias1 recomputed; gelu(hidden) is always returned."""
-    if fuses_products(grad):
-        first = x.contiguous(), weight1.contiguous(), bias1.contiguous()
-        return _backward_triton(grad.contiguous(), weight.contiguous(), None, first, True)
-    return _through_gelu(product(grad, weight), product(x, weight1.t(), bias1), True)
-
-
-@_linear_gelu_again_backward.register_fake
-def _(grad, weight, x, weight1, bias1):
-    N = len(weight1)
-    return x.new_empty(len(x), N), x.new_empty(N), x.new_empty(len(x), N)
+def _(grad, weight, hidden, x, weight1, bias1, again):
+    T, N = len(grad), weight.shape[1]
+    return grad.new_empty(T, N), grad.new_empty(N), grad.new_empty((T, N) if again else 0)
 
 
 @register_flop_formula([torch.ops.fastmum.linear_gelu, torch.ops.fastmum.linear_gelu_backward])
-def _(x_shape, weight_shape, *_, **__):
-    return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
-
-
-@register_flop_formula(torch.ops.fastmum.linear_gelu_again_backward)
-def _(x_shape, weight_shape, *_, **__):
-    return 2 * 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+def _(x_shape, weight_shape, third_shape, *_, **__):
+    products = 2 if third_shape is None else 1  # without `hidden`, a backward pass recomputes it
+    return products * 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
 
 
 def _through_gelu(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,10 +131,7 @@ def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> 
     return hidden, active
 
 
-def _backward_triton(
-    grad: Tensor, weight: Tensor, hidden: Tensor | None, first: tuple[Tensor, Tensor, Tensor] | None, again: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """With `hidden`, or with x, weight and bias of the first layer as `first`, to recompute it."""
+def _backward_triton(grad, weight, hidden, x, weight1, bias1, again):
     (T, D), N = grad.shape, weight.shape[1]
     # Recomputation takes registers.
     tiles = Tiles(BLOCK_M=64) if again else Tiles()
@@ -157,7 +139,7 @@ def _backward_triton(
     active = torch.empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
     partial = torch.empty(1, ceil_div(T, tiles.BLOCK_M), N, dtype=torch.float32, device=grad.device)
     grid = tiles.grid(T, ceil_div(N, tiles.BLOCK_N))
-    args = grad, weight, hidden, *(first or (None,) * 3), grad_hidden, active if again else None, partial, T
+    args = grad, weight, hidden, x, weight1, bias1, grad_hidden, active if again else None, partial, T
     launch(_linear_gelu_backward_kernel, grid, *args, N=N, K=D, **tiles.constants(D, grad))
     return grad_hidden, *finish_sums(partial, (grad.dtype,)), active
 

@@ -59,9 +59,7 @@ def check_pixels(
         raise ValueError(f"frames has shape {shape}, but must be (F, H, W, {channels}), as mean has {channels} values")
     _, height, width, _ = frames.shape
     if patch_size < 1 or height % patch_size or width % patch_size:
-        raise ValueError(
-            f"frames of {height} x {width} pixels do not divide into patches of {patch_size} x {patch_size}"
-        )
+        raise ValueError(f"frames of {height} x {width} pixels do not divide into {patch_size} x {patch_size} patches")
     check_ids("ids", ids, len(frames))
     scale = 255.0 if frames.dtype == torch.uint8 else 1.0
     return frames, [1.0 / (scale * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)]

@@ -70,9 +70,8 @@ def check_rotation(
     check_floating("cos", cos, 2, "(N, head width)")
     head = width // (len(parts) * num_heads)
     if sin.shape != cos.shape or sin.shape[1] not in (head, head // 2):
-        raise ValueError(
-            f"sin is {tuple(sin.shape)} and cos {tuple(cos.shape)}, but both must be (N, {head}) or (N, {head // 2})"
-        )
+        found = f"sin is {tuple(sin.shape)} and cos {tuple(cos.shape)}"
+        raise ValueError(f"{found}, but both must be (N, {head}) or (N, {head // 2})")
     if special not in SPECIAL:
         raise ValueError(f"special is {special!r}, but must be one of {', '.join(SPECIAL)}")
     return sin.detach()[:, : head // 2], cos.detach()[:, : head // 2]
@@ -104,21 +103,17 @@ def _rotate_back(ctx, grad: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastmum::rope_qk_", mutates_args={"qkv"})
-def _rope_qk_(
-    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
-) -> None:
-    _rotate(qkv, qkv, positions, sin, cos, rotated, zero, inverse)
+def _rope_qk_(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, back: bool) -> None:
+    _rotate(qkv, qkv, positions, sin, cos, rotated, zero, back)
 
 
 _rope_qk_.register_fake(lambda *_: None)
 
 
 @torch.library.custom_op("fastmum::rope_qk", mutates_args=())
-def _rope_qk(
-    qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, inverse: bool
-) -> Tensor:
+def _rope_qk(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, back: bool) -> Tensor:
     out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _rotate(qkv.contiguous(), out, positions, sin, cos, rotated, zero, inverse)
+    _rotate(qkv.contiguous(), out, positions, sin, cos, rotated, zero, back)
     return out
 
 

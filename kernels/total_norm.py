@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -23,17 +24,10 @@ CHUNK = 1 << 16  # values of a program: 389 M spread evenly, and the table stays
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The square root of the sum of all squares.
+    """The square root of the sum of all squares of dense tensors, a float32 scalar; 0 for an empty list.
 
-    Args:
-        tensors: dense, floating point, on one device; an empty list has norm 0.
-
-    Returns:
-        Scalar, float32. On the CPU the norm of a tensor is rounded to its dtype first.
-
-    Raises:
-        TypeError: a tensor that is not floating point.
-        ValueError: tensors on different devices.
+    On the CPU the norm of a tensor is rounded to its dtype first. TypeError: a tensor that is not floating point.
+    ValueError: tensors on different devices.
     """
     check_tensors(**{f"tensors[{i}]": x for i, x in enumerate(tensors)})
     for i, x in enumerate(tensors):
@@ -86,9 +80,8 @@ class Table(NamedTuple):
 def check_lists(**lists: tuple[Sequence[Tensor], torch.dtype | None]) -> None:
     """Check lists of tensors for a table, each with its dtype or None for any one dtype; empty `rests` are absent.
 
-    Raises:
-        ValueError: lists of different lengths, or a tensor whose shape or strides differ from those of the first list.
-        TypeError: another dtype, or several in a list.
+    ValueError: lists of different lengths, or a tensor whose shape or strides differ from those of the first list.
+    TypeError: another dtype, or several in a list.
     """
     if not lists.get("rests", ((), None))[0]:
         lists.pop("rests", None)
@@ -124,15 +117,10 @@ def make_table(columns: Sequence[Sequence[Tensor]], factors: Sequence[float] | N
     rows = [[x.data_ptr() for x in row] for row in zip(*columns, strict=True)]
     align = 16 if all(address % 16 == 0 for row in rows for address in row) else 2
     if factors is not None:
-        for row, factor in zip(
-            rows, struct.unpack(f"{len(rows)}i", struct.pack(f"{len(rows)}f", *factors)), strict=True
-        ):
+        bits = struct.unpack(f"{len(rows)}i", struct.pack(f"{len(rows)}f", *factors))
+        for row, factor in zip(rows, bits, strict=True):
             row.append(factor)
-    words = (
-        [word for row in rows for word in row]
-        + [x.numel() for x in first]
-        + [word for chunk in chunks for word in chunk]
-    )
+    words = [*chain(*rows), *(x.numel() for x in first), *chain(*chunks)]
     table = torch.tensor(words, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     return Table(table, len(first), len(chunks), align, 16 if all(x.numel() % 16 == 0 for x in first) else 1)
 

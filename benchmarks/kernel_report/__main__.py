@@ -42,7 +42,7 @@ from benchmarks.kernel_report.cases import (
     scatter_case,
 )
 from benchmarks.kernel_report.muon import apply_case, momentum_case, symmetric_case
-from fastmum.kernels.dispatch import Launch, recorded_launches
+from benchmarks.launches import Launch, recorded_launches
 
 
 class Gpu(NamedTuple):

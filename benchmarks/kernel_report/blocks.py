@@ -64,7 +64,7 @@ def linear_gelu_backward_case(s: Sizes, dtype: torch.dtype, per_frame: int, reco
     grad, weight, hidden = zeros(T, D, dtype=dtype), zeros(D, N, dtype=dtype), zeros(T, N, dtype=dtype)
     first = zeros(T, D, dtype=dtype), zeros(N, D, dtype=dtype), zeros(N, dtype=dtype)
     whole, again = recompute == "mlp", recompute != "none"
-    inputs = (None, first) if whole else (hidden, None)
+    inputs = (None, *first) if whole else (hidden, None, None, None)
     values = T * D + N * D + T * N + (T * D + N * D + N if whole else T * N) + again * T * N
     streams = ("a", "b", "grad_hidden"), ("hidden",) * (not whole), ("active",) * again
     return Case(

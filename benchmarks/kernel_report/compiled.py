@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastmum.kernels.dispatch import Launch
+from benchmarks.launches import Launch
 
 POINTERS = {
     torch.uint8: "*u8",

@@ -20,7 +20,7 @@ from torch._inductor.runtime import triton_heuristics
 from tqdm import tqdm
 
 from benchmarks.kernel_report.compiled import compile_launch, identity
-from fastmum.kernels.dispatch import Launch
+from benchmarks.launches import Launch
 
 
 def spilled_kernels(sources: dict[str, str], launches: Sequence[Launch], arch: int) -> tuple[int, list[str]]:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.launches import Launch
 from benchmarks.offline.kernel import ATEN, ATTENTION, COPIES, OURS, PRODUCTS, Kernel
-from fastmum.kernels.dispatch import Launch
 
 aten = torch.ops.aten
 PRODUCT_OPS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}

@@ -14,9 +14,9 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.launches import Launch, recorded_launches
 from benchmarks.offline.kernel import Kernel
 from benchmarks.offline.operators import kernel_of_launch, kernels_of, nbytes, tensors_of
-from fastmum.kernels.dispatch import Launch, recorded_launches
 
 # Operators whose kernels take their tensors by address.
 BY_ADDRESS = {"fastmum::adamw_", "fastmum::apply_", "fastmum::momentum_", "fastmum::total_norm"}

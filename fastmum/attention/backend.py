@@ -30,18 +30,16 @@ class Segments(NamedTuple):
     max_seqlen_k: int
 
     @classmethod
-    def of_frames(
-        cls, lengths: Tensor | Sequence[int], num_frames: int, queries: int, keys: int, max_views: int
-    ) -> Self:
-        """Segments of sequences with `lengths` frames (n,), of `queries` and `keys` tokens each, on the CPU.
+    def of_frames(cls, lengths: Tensor | Sequence[int], num_frames: int, queries: int, keys: int, longest: int) -> Self:
+        """Segments of sequences with `lengths` frames (n,), at most `longest`, of `queries` and `keys` tokens.
 
-        Empty segments are appended up to `num_frames`, so that the shape does not depend on n.
+        On the CPU. Empty segments are appended up to `num_frames`, so that the shape does not depend on n.
         """
         lengths = torch.as_tensor(lengths)
         cu_frames = torch.full((num_frames + 1,), num_frames, dtype=torch.int32)
         cu_frames[0] = 0
         cu_frames[1 : len(lengths) + 1] = lengths.cumsum(0)
-        return cls(cu_frames * queries, cu_frames * keys, max_views * queries, max_views * keys)
+        return cls(cu_frames * queries, cu_frames * keys, longest * queries, longest * keys)
 
     def to(self, device: torch.device) -> Self:
         """Copy to a device: asynchronously to a GPU, synchronously to the CPU, where the lengths are read at once."""

@@ -99,9 +99,7 @@ def find_config(name_or_path: str | Path) -> Path:
     near = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
     nearest = [str(path.parent / near[0])] if near else difflib.get_close_matches(str(path), installed, n=1)
     hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
-    raise ConfigError(
-        f"configuration file '{path}' does not exist{hint} (installed configurations: {', '.join(installed)})"
-    )
+    raise ConfigError(f"configuration file '{path}' does not exist{hint} (installed ones: {', '.join(installed)})")
 
 
 def _parse(word: str, keys: dict[str, Key]) -> DictConfig:

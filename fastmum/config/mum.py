@@ -53,16 +53,12 @@ class DataSection:
 
     manifests: list[str] = key([], "files of sequences, built by python -m fastmum.data.build")
     weights: dict[str, float] = key({}, "weights of data sets, {co3d: 2}; 1 for those not named, 0 for never", least=0)
-    root: str | None = key(
-        None, "folder; its folders of images are sequences. Without it and manifests: embedded scenes"
-    )
+    root: str | None = key(None, "folder; its image folders are sequences. Without it and manifests: embedded scenes")
     image_root: str | None = key(None, "folder of single images, at any depth")
     imagenet_share: float = key(0.1, "share of single images (ImageNet-1K in the paper), if any", least=0, most=1)
     mode: str = key("packed", "paper: one number of views a batch; packed: full batches; balanced: also equal costs")
     image_size: int = key(256, "side of a training frame in pixels")
-    views: list[int] = key(
-        [2, 24], "fewest and most views of a sequence (the paper's probabilities)", above=0, length=2
-    )
+    views: list[int] = key([2, 24], "fewest and most views of a sequence (paper's probabilities)", above=0, length=2)
     frames_per_batch: int = key(96, "frames that a device computes at once; in the mode paper, at most", least=1)
     frames_per_step: int | None = key(
         None, "frames of an optimizer step over all devices, a multiple of frames_per_batch; micro-batches beyond one "

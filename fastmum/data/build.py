@@ -47,16 +47,15 @@ def build(
 ) -> Built:  # fmt: skip
     """Write the manifest of a data set; equal arguments give equal bytes, for any number of workers.
 
+    NoSequenceError: the parts contain no sequence, for instance because of `min_frames`. DataError: missing files,
+    another layout, or a package that is not installed.
+
     Args:
         name: a key of `BUILDERS`; `options` are that builder's.
         root, out: folder of the data set, and the manifest, written atomically.
         rule: "paper", or "released" for the rule of the authors' script; `seed` is of the rules that draw.
         workers: reading processes; 0 or 1 reads in this one.
         dataset: name of the data set in the manifest, None for the builder's.
-
-    Raises:
-        NoSequenceError: the parts contain no sequence, for instance because of `min_frames`.
-        DataError: missing files, another layout, or a package that is not installed.
     """
     builder, root, out = BUILDERS[name], _folder(root), _file(out)
     if unknown := options.keys() - builder.options.keys():

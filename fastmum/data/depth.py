@@ -24,8 +24,7 @@ class DepthFormat(NamedTuple):
 def read_depth(file: Path, format: DepthFormat) -> np.ndarray:
     """Read a depth map in metres, (H, W) float32, 0 where unknown. `format.kind` is not converted.
 
-    Raises:
-        DataError: the file cannot be read, or h5py is not installed.
+    DataError: the file cannot be read, or h5py is not installed.
     """
     with reading(file, f"a depth map ({format.reader})"):
         stored = READERS[format.reader](Path(file))

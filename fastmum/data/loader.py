@@ -248,26 +248,23 @@ class _LogFile:
         self._offset = file.tell()
 
 
-class _InUse:
+class _InUse(deque[tuple[Batch, torch.cuda.Event]]):
     """Keeps references to GPU batches until the queued work on them is done.
 
     DALI reuses the memory of a batch as soon as Python holds no reference, even if kernels that read it are queued.
     """
-
-    def __init__(self) -> None:
-        self._batches: deque[tuple[Batch, torch.cuda.Event]] = deque()
 
     def add(self, batch: Batch) -> None:
         """Keep a batch until the work queued on the current stream is done."""
         if batch.frames.is_cuda:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(batch.frames.device))
-            self._batches.append((batch, event))
-            while self._batches and self._batches[0][1].query():
-                self._batches.popleft()
+            self.append((batch, event))
+            while self and self[0][1].query():
+                self.popleft()
 
     def wait(self) -> None:
         """Release all batches once their work is done."""
-        while self._batches:
-            self._batches[0][1].synchronize()
-            self._batches.popleft()
+        while self:
+            self[0][1].synchronize()
+            self.popleft()

@@ -37,15 +37,14 @@ BUILD = "build it with `python -m fastmum.data.build`"
 class Manifest:
     """A memory-mapped manifest; pickled as its path.
 
+    DataError: a file that is missing, not a manifest, truncated or of another version.
+
     Attributes:
         root: folder that paths are relative to.
         metadata: rule, options, seed, counts, source ...
         starts: (num_sequences + 1,) int64; the rows of sequence i are starts[i]:starts[i + 1].
         dataset_of: (num_sequences,) int16, index into `datasets`.
         known: frames that have a pose, intrinsics, depth, mask.
-
-    Raises:
-        DataError: a file that is missing, not a manifest, truncated or of another version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -68,7 +67,7 @@ class Manifest:
             name: len(column) - column.null_count for name, column in self._columns.items() if name != "path"
         }
 
-    def __reduce__(self) -> tuple[type, tuple[Path]]:
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
         return Manifest, (self.path,)
 
     def sequence_name(self, sequence: int) -> str:
@@ -102,16 +101,17 @@ class Manifest:
         """Absolute path and format of the depth map of a frame."""
         if (depth := self._value("depth", row)) is None:
             return None
-        format = DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
-        return self.root / depth["folder"] / depth["file"], format
+        return depth["file"], DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
 
     def mask_file(self, row: int) -> Path | None:
         """Absolute path of the mask of a frame."""
         mask = self._value("mask", row)
-        return None if mask is None else self.root / mask["folder"] / mask["file"]
+        return mask and mask["file"]
 
     def _value(self, name: str, row: int) -> Any:
-        return self._columns[name][row].as_py() if name in self._columns else None
+        """A value of an optional column, with the absolute path of its file; None if it is unknown."""
+        value = self._columns[name][row].as_py() if name in self._columns else None
+        return value | {"file": self.root / value["folder"] / value["file"]} if isinstance(value, dict) else value
 
     def folders(self, column: str = "path") -> Iterator[tuple[Path, list[str]]]:
         """Every folder and the names of its files in a column ("path", "depth", "mask"), each once."""
@@ -159,10 +159,10 @@ def _changes(numbers: np.ndarray, block: int = 1 << 20) -> np.ndarray:
     return np.concatenate(starts)
 
 
-class Manifests:
-    """Several manifests concatenated, rows and sequences numbered through; attributes and methods as of `Manifest`.
+class Manifests(Manifest):
+    """Several manifests concatenated, rows and sequences numbered through; data sets of the same name are one.
 
-    Data sets of the same name are one.
+    What belongs to a file (path, root, metadata, known, folders) is that of `parts`.
     """
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
@@ -178,15 +178,12 @@ class Manifests:
         index = [np.array([self.datasets.index(name) for name in part.datasets], np.int16) for part in self.parts]
         self.dataset_of = np.concatenate([i[part.dataset_of] for i, part in zip(index, self.parts, strict=True)])
 
-    def __reduce__(self) -> tuple[type, tuple[list[Path]]]:
+    def __reduce__(self) -> tuple[type, tuple[Any]]:
         return Manifests, ([part.path for part in self.parts],)
 
     def sequence_name(self, sequence: int) -> str:
         part = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
         return self.parts[part].sequence_name(sequence - int(self._first_sequence[part]))
-
-    def sequence_of(self, rows: int | np.ndarray) -> Any:
-        return np.searchsorted(self.starts, rows, side="right") - 1
 
     def files(self, rows: Sequence[int] | np.ndarray) -> list[Path]:
         rows = np.asarray(rows, np.int64)
@@ -197,21 +194,6 @@ class Manifests:
             found[mine] = self.parts[part].files(rows[mine] - self._first_row[part])
         return found.tolist()
 
-    def file(self, row: int) -> Path:
-        return self.files([row])[0]
-
-    def camera_arrays(self, row: int) -> tuple[np.ndarray | None, np.ndarray | None]:
-        part, row = self._locate(row)
-        return part.camera_arrays(row)
-
-    def depth_file(self, row: int) -> tuple[Path, DepthFormat] | None:
-        part, row = self._locate(row)
-        return part.depth_file(row)
-
-    def mask_file(self, row: int) -> Path | None:
-        part, row = self._locate(row)
-        return part.mask_file(row)
-
-    def _locate(self, row: int) -> tuple[Manifest, int]:
+    def _value(self, name: str, row: int) -> Any:
         part = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        return self.parts[part], int(row - self._first_row[part])
+        return self.parts[part]._value(name, int(row - self._first_row[part]))

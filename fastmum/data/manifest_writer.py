@@ -56,15 +56,13 @@ def write_manifest(
 ) -> Counts:
     """Write a manifest atomically; equal arguments give equal bytes.
 
-    Records are streamed; only the names of sequences, folders and files stay in memory.
+    Records are streamed; only the names of sequences, folders and files stay in memory. DataError: no sequence, an
+    invalid one (named), or a file that cannot be written.
 
     Args:
         dataset: data set of the records that name none.
         root: folder that the frames' paths are relative to; stored as given, relative to the folder of `out`.
         metadata: rule, options, seed, source ...: JSON. The counts are added.
-
-    Raises:
-        DataError: no sequence, an invalid one (named), or a file that cannot be written.
     """
     out = Path(out)
     with contextlib.closing(_Spool(out.parent)) as spool:

@@ -52,7 +52,8 @@ class StepPlanner:
 
     Data sets whose sequences all have one frame (ImageNet) are the single images; without them their share is 0, and
     without sequences it is 1. Lengths that no sequence has, or that do not fit in a batch, are omitted, and the shares
-    of the others grow. `notes` has one line per deviation from the settings.
+    of the others grow. `notes` has one line per deviation from the settings. DataError: settings that cannot be met,
+    manifests that cannot be read.
 
     Args:
         manifests: paths of manifests, or open manifests.
@@ -64,9 +65,6 @@ class StepPlanner:
         crop_scale, crop_aspect: ranges of the random crop's share of the image area, and of width over height.
         flip: probability of a flip.
         exclude, only: sequences never to draw from, and sequences to draw from (None: all).
-
-    Raises:
-        DataError: settings that cannot be met, manifests that cannot be read.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ floating-point operations of the model. The plans are the real ones; no time is 
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +23,6 @@ MODES = ("paper", "packed", "balanced")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-class PlanCost(NamedTuple):
-    """Floating-point operations of a training step."""
-
-    frame: float
-    pair: float  # of frames of a sequence (attention)
-
-
 class Row(NamedTuple):
     """One mode at one number of ranks, means over steps."""
 
@@ -39,12 +33,11 @@ class Row(NamedTuple):
     speed: float  # frames per second relative to the paper's sampler
 
 
-def operations(config: ModelConfig) -> PlanCost:
-    """Costs of frames and pairs; the operations of a sequence are S * frame + S * S * pair."""
+def operations(config: ModelConfig) -> tuple[float, float]:
+    """FLOPs of a training step per frame, and per pair of frames of a sequence: S * first + S * S * second."""
     patches = (IMAGE_SIZE // config.patch_size) ** 2
     one, two = (step_flops(config, patches, int(patches * VISIBLE), [views]).total for views in (1, 2))
-    pair = two / 2 - one
-    return PlanCost(one - pair, pair)
+    return 2 * one - two / 2, two / 2 - one
 
 
 def draw(planner: StepPlanner, steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -55,25 +48,24 @@ def draw(planner: StepPlanner, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(
-    ranks: tuple[int, ...], steps: int, cost: PlanCost, frames_per_gpu: int = PAPER_FRAMES,
+    ranks: Iterable[int], steps: int, config: ModelConfig, frames_per_gpu: int = PAPER_FRAMES,
     views: tuple[int, int] = (2, 24), imagenet_share: float = 0.1,
-) -> list[Row]:  # fmt: skip
+) -> Iterator[Row]:  # fmt: skip
     """Rows for every number of ranks and every mode, the paper's first."""
+    frame, pair = operations(config)
     longest = max(views[1], 2)
     sequences = Catalogue(("sequences", "images"), np.array([0, longest, longest + 1]), np.array([0, 1]))
     settings = sequences, None, frames_per_gpu, views, imagenet_share
     drawn = {mode: draw(StepPlanner(*settings, mode, world_size=max(ranks)), steps) for mode in MODES}
-    rows = []
     for count in ranks:
         paper = None
         for mode in MODES:
             # The draws of a rank do not depend on the number of ranks.
             frames, squares = (values[:, :count] for values in drawn[mode])
-            rate = float(frames.sum() / (frames * cost.frame + squares * cost.pair).max(axis=1).sum())
+            rate = float(frames.sum() / (frames * frame + squares * pair).max(axis=1).sum())
             paper = paper or rate
             imbalance = float((squares.max(axis=1) / squares.mean(axis=1)).mean())
-            rows.append(Row(count, mode, float(frames.mean()) / frames_per_gpu, imbalance, rate / paper))
-    return rows
+            yield Row(count, mode, float(frames.mean()) / frames_per_gpu, imbalance, rate / paper)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -86,18 +78,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--imagenet-share", type=float, default=0.1, help="default: %(default)s")
     parser.add_argument("--preset", choices=PRESETS, default="mum_vitl16", help="model (default: %(default)s)")
     args = parser.parse_args(arguments)
-    return run_command(lambda: _print_table(args))
 
+    def command() -> None:
+        config, settings = PRESETS[args.preset], (args.frames_per_gpu, tuple(args.views), args.imagenet_share)
+        rows = list(table(args.ranks, args.steps, config, *settings))
+        frame, pair = (each / 1e9 for each in operations(config))
+        print(f"A step: {frame:.1f} GFLOP per frame and {pair:.2f} per pair of frames of a sequence.\n")
+        print("| ranks | mode | frames filled | attention, costliest rank / mean | frames/s, paper = 1 |")
+        print("|---|---|---|---|---|")
+        for row in rows:
+            print(f"| {row.ranks} | {row.mode} | {row.fill:.1%} | {row.imbalance:.3f} | {row.speed:.3f} |")
 
-def _print_table(args: argparse.Namespace) -> None:
-    cost = operations(PRESETS[args.preset])
-    rows = table(tuple(args.ranks), args.steps, cost, args.frames_per_gpu, tuple(args.views), args.imagenet_share)
-    figures = f"{cost.frame / 1e9:.1f} GFLOP per frame and {cost.pair / 1e9:.2f} per pair of frames of a sequence"
-    print(f"A step: {figures}.\n")
-    print("| ranks | mode | frames filled | attention, costliest rank / mean | frames/s, paper = 1 |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        print(f"| {row.ranks} | {row.mode} | {row.fill:.1%} | {row.imbalance:.3f} | {row.speed:.3f} |")
+    return run_command(command)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from fastmum.data.decode.image import ORIENTATION
 from fastmum.data.depth import DepthFormat, read_depth, read_mask
 from fastmum.data.errors import DataError, reading
-from fastmum.data.manifest import Manifest, Manifests
+from fastmum.data.manifest import Manifest
 from fastmum.geometry import Camera, View
 from fastmum.geometry.camera import intrinsics_matrix, ray_to_z
 from fastmum.geometry.crop import resize_nearest
@@ -69,7 +69,7 @@ class Frame:
         return view if augment is None else augment(view)
 
 
-def manifest_frame(manifest: Manifest | Manifests, row: int) -> Frame:
+def manifest_frame(manifest: Manifest, row: int) -> Frame:
     """A frame of a manifest."""
     intrinsics, pose = manifest.camera_arrays(row)
     file = manifest.file(row)

@@ -51,8 +51,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     reused. Held-out sequences are sampled like training sequences, so that the two losses are comparable; single images
     are not held out. `micro_batches` is the number of batches in a training step, on all processes together.
 
-    Raises:
-        DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met.
+    DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met.
     """
     data = config.data
     manifests = Manifests(_manifests(config, folder / "manifests", resumed))

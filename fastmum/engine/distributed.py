@@ -142,14 +142,13 @@ def shard(
 ) -> bool:  # fmt: skip
     """Shard the trained weights of all `nn.Linear` in a float32 model, in place; gradients are summed, not averaged.
 
+    Returns whether anything was sharded. DistributedError: `group_size` does not divide the number of devices.
+
     Args:
         blocks: modules of the model whose matrices are gathered together.
         strategy: "fsdp2", "hsdp", or "ddp", which shards nothing.
         group_size: devices that share one copy of the weights ("hsdp"); 0: the devices of a machine.
         dtype, reduce_dtype: of the gathered matrices, and of the sums of their gradients.
-
-    Returns:
-        Whether anything was sharded; DistributedError if `group_size` does not divide the number of devices.
     """
     if strategy == "ddp" or world.size == 1:
         return False

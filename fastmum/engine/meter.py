@@ -48,10 +48,9 @@ class Meter:
     def read(self, *others: Tensor) -> tuple[dict[str, float | None], float, int, list[float]]:
         """Read the means and start again: the only wait for the device.
 
-        Returns:
-            Means by name (None for `loss` if all steps were skipped; others are left out without a count), seconds of
-            training and samples of all processes in them, and the values of `others`: small tensors that are the same
-            on all processes, read in the same transfer.
+        Returns means by name (None for `loss` if all steps were skipped; others are left out without a count), seconds
+        of training and samples of all processes in them, and the values of `others`: small tensors that are the same on
+        all processes, read in the same transfer.
         """
         totals = torch.cat([self._totals.flatten(), self._totals.new_tensor([self._samples])])
         self._world.sum_(totals)

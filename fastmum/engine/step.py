@@ -27,9 +27,8 @@ class TrainingError(FastmumError):
 class NonFiniteGuard:
     """Checks steps without a synchronisation.
 
-    Attributes:
-        counts: (4,) int64 on the device, the same on all processes: length of the current row of bad steps, bad steps
-            in total, length of the longest row, last step of that row.
+    `counts` (4,) int64 on the device are the same on all processes: length of the current row of bad steps, bad steps
+    in total, length of the longest row, last step of that row.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,9 +51,7 @@ class NonFiniteGuard:
         return {"meter.bad_steps": self.counts}
 
 
-def check_bad_steps(
-    config: EngineConfig, run: RunDir, task: Task, checkpoints: Checkpoints, counts: Sequence[int]
-) -> None:
+def check_bad_steps(config: EngineConfig, run: RunDir, task: Task, checkpoints: Checkpoints, counts: list[int]) -> None:
     """Raise TrainingError after too many consecutive non-finite steps; checkpoints after the first are set aside."""
     _, _, longest, end = counts
     if longest <= config.train.max_bad_steps:

@@ -47,10 +47,7 @@ STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
 LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0}
-REMEDIES = {
-    "matching": "lower --batch or --size, or the number of --learning-rates",
-    "views": "lower --size or --views",
-}
+REMEDIES = {"matching": "lower --batch, --size or the number of --learning-rates", "views": "lower --size or --views"}
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
 _EPILOG = f"""\
 DATA is scenes or motorcycle, which need no files; a path, whose kind is detected; or KIND:/path. Kinds:
@@ -255,15 +252,11 @@ def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
     return pairs.first(args.max_pairs), train.first(args.train_pairs)
 
 
-def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _untrained(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     pairs = open_pairs(args.data).first(args.max_pairs)
     claim(pairs.name)
-    return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature))
-
-
-def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluated:
-    pairs = open_pairs(args.data).first(args.max_pairs)
-    claim(pairs.name)
+    if args.task == "cosine":
+        return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature))
     result = evaluate_attention(model, pairs, args.size)
     return _with_pictures(args, pairs, result, lambda pair: draw_attention(model, pair, result.size))
 
@@ -293,8 +286,8 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
 EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
     "matching": ("dense matching by linear probes, trained in one pass on frozen features", _matching),
     "discriminant": ("the same by a probe in closed form, the linear discriminant of true matches", _discriminant),
-    "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _cosine),
-    "attention": ("matching by the decoder's attention across views, with pictures", _attention),
+    "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _untrained),
+    "attention": ("matching by the decoder's attention across views, with pictures", _untrained),
     "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),
 }
 

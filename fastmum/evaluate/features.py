@@ -93,11 +93,7 @@ def check_finite(computed: Tensor, pairs: PairSet) -> None:
 
 def load_image(frame: Frame, size: int) -> Tensor:
     """The picture of a frame resized to a square, as in RoMa, (size, size, 3) uint8; raises `DataError`."""
-    return squared(frame.read_image(), size)
-
-
-def squared(image: Image.Image, size: int) -> Tensor:
-    """A picture resized to a square, (size, size, 3) uint8."""
+    image = frame.read_image()
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image))

@@ -85,18 +85,15 @@ def evaluate_matching(
     device = next(encoder.parameters()).device
     test = prepare(encoder, pairs, size, ("layernorm",))["layernorm"]
     train = prepare(encoder, train_pairs.both_ways(), size, ("layernorm",))["layernorm"]
-    trained = train_probes(train, test, settings, device)
-    probe, evaluation = trained.best
+    history, (probe, evaluation), warps = train_probes(train, test, settings, device)
     probes: list[dict[str, Any]] = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in settings.probes()]
-    best = {**probes[probe], "step": trained.history[evaluation].step}
+    best = {**probes[probe], "step": history[evaluation].step}
     for i, each in enumerate(probes):
-        each["evaluations"] = [
-            {"step": e.step, "train_loss": e.losses[i], **e.scores[i].as_dict()} for e in trained.history
-        ]
+        each["evaluations"] = [{"step": e.step, "train_loss": e.losses[i], **e.scores[i].as_dict()} for e in history]
     fields = {name: getattr(settings, name) for name in ("steps", "batch", "evaluate_every", "temperature", "seed")}
     about = {"size": size, **fields, "train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
-    numbers = measured(trained.warps, test.truth) | {"best": best, "probes": probes, "settings": about}
-    return Result(numbers, trained.warps, size)
+    numbers = measured(warps, test.truth) | {"best": best, "probes": probes, "settings": about}
+    return Result(numbers, warps, size)
 
 
 def evaluate_discriminant(

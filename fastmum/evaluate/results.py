@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from fastmum.data.errors import DataError
+from fastmum.errors import writing
 from fastmum.evaluate.features import NORMS
 from fastmum.files import write_atomic
 from fastmum.report.charts import Chart, Line, color
@@ -107,14 +108,12 @@ def save(folder: Path, content: dict[str, Any], pictures: Sequence[Image.Image])
     except ValueError as error:
         raise DataError(f"the results of '{content['weights']}' on '{content['set']}' are no JSON ({error})") from None
     files = [folder / f"{stem}-{i}.jpg" for i in range(len(pictures))]
-    try:
+    with writing(folder, DataError):
         for old in _pictures(folder, stem):
             old.unlink()
         for picture, path in zip(pictures, files, strict=True):
             picture.save(path, quality=90, subsampling=0)
         write_atomic(folder / f"{stem}.json", text)
-    except OSError as error:
-        raise DataError(f"the results cannot be written to '{folder}' ({error.strerror or error})") from None
     return Record(folder / f"{stem}.json", content, files)
 
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from fastmum.data.builders.base import image_folders, images_in
 from fastmum.data.errors import DataError
-from fastmum.data.samples import read_rgb
-from fastmum.evaluate.features import check_size, patch_size, squared
+from fastmum.data.samples import Frame
+from fastmum.evaluate.features import check_size, load_image, patch_size
 from fastmum.evaluate.matching import Result
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pairs.scenes import SIZE, embedded_folders
@@ -139,7 +139,7 @@ class ViewBatch(NamedTuple):
 
 
 def _load(file: Path, size: int) -> Tensor:
-    return squared(read_rgb(file), size)
+    return load_image(Frame(str(file), file), size)
 
 
 def target_batch(

@@ -132,6 +132,8 @@ def export(
 ) -> Exported:  # fmt: skip
     """Write weights in another format.
 
+    ExportError: the file cannot be written, a package is missing, or the written features are wrong.
+
     Args:
         run: a run, whose newest whole checkpoint is read, or anything else that `fastmum.load_pretrained` reads.
         name: a key of `FORMATS` or `ALIASES`.
@@ -139,9 +141,6 @@ def export(
         encoder_only: omit the decoder; some formats always do.
         force: replace an existing file, or an existing folder of the same format.
         overrides: of `fastmum.load_pretrained`; WeightsError as there.
-
-    Raises:
-        ExportError: the file cannot be written, a package is missing, or the written features are wrong.
     """
     kind = FORMATS.get(ALIASES.get(name, name))
     if kind is None:

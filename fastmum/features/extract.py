@@ -29,16 +29,15 @@ def extract(
 ) -> dict[str, Tokens]:  # fmt: skip
     """Tokens by names of images, in the order of the files; unreadable images are noted in `images.skipped`.
 
+    FeaturesError: no image can be read, features do not fit in memory (also the device's), or are not finite.
+    ValueError: layers that the encoder does not have.
+
     Args:
         encoder: in eval mode, as `fastmum.load_pretrained` returns it.
         sizing: None: each image keeps its size as nearly as the patch size permits.
         layers: number of last blocks, or block indices in ascending order; None: the last, without a dimension for it.
         norm: apply the encoder's last norm.
         batch: images of equal size computed together.
-
-    Raises:
-        FeaturesError: no image can be read, features do not fit in memory (also the device's), or are not finite.
-        ValueError: layers that the encoder does not have.
     """
     sizing = sizing or Sizing(encoder.config.patch_size)
     placements = {file: sizing.place(*size) for file, size in images.sizes().items()}

@@ -88,9 +88,8 @@ def depth_metrics(
     Predictions are clipped to [min_depth, max_depth], the latter 10 for NYU and 80 for KITTI; `true` is 0 where it is
     unknown. `crop` is the part that counts: Eigen's of NYU, Garg's shares of KITTI's sides; None: everything.
 
-    Returns:
-        `DEPTH_METRICS`: a1 to a3 are the shares of ratios below 1.25, its square and cube, silog is times 100. All are
-        NaN without valid pixels.
+    Returns `DEPTH_METRICS`: a1 to a3 are the shares of ratios below 1.25, its square and cube, silog is times 100. All
+    are NaN without valid pixels.
     """
     top, bottom, left, right = CROPS[crop](*true.shape)
     depth, true = (x[int(top) : int(bottom), int(left) : int(right)].astype(np.float64) for x in (depth, true))
@@ -126,11 +125,9 @@ def point_metrics(
 ) -> dict[str, float]:
     """Accuracy, completeness and normal consistency of a point cloud.
 
-    `points` (N, 3) and `true` (M, 3) are aligned; normals are unit vectors of the same shapes.
-
-    Returns:
-        "acc_mean", "acc_median": distance of points to the nearest true point; "comp_mean", "comp_median": the reverse;
-        with normals "nc1_*" and "nc2_*": |cos| between the normals of those pairs.
+    `points` (N, 3) and `true` (M, 3) are aligned; normals are unit vectors of the same shapes. "acc_mean", "acc_median"
+    are the distance of points to the nearest true point; "comp_mean", "comp_median" the reverse; with normals "nc1_*"
+    and "nc2_*" are |cos| between the normals of those pairs.
     """
     (accuracy, to_true), (completeness, to_points) = cKDTree(true).query(points), cKDTree(points).query(true)
     values = {"acc": accuracy, "comp": completeness}

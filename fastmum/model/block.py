@@ -164,12 +164,11 @@ class Mlp(nn.Module):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Normed tokens (T, D) -> update of the residual stream, (T, D); bias for `add_norm`."""
-        if not (is_plain(self.fc1) and is_plain(self.fc2)):
-            return linear_detached_bias(self.fc2, F.gelu(self.fc1(x_TD)))
-        dtype = compute_dtype(self.fc1.weight)
-        weight1, bias1, weight2, bias2 = (
-            p.to(dtype) for p in (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        )
+        fc1, fc2 = self.fc1, self.fc2
+        if not (is_plain(fc1) and is_plain(fc2)):
+            return linear_detached_bias(fc2, F.gelu(fc1(x_TD)))
+        dtype = compute_dtype(fc1.weight)
+        weight1, bias1, weight2, bias2 = (p.to(dtype) for p in (fc1.weight, fc1.bias, fc2.weight, fc2.bias))
         return mlp(x_TD.to(dtype), weight1, bias1, weight2, bias2, self.recompute), bias2
 
 

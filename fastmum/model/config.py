@@ -36,9 +36,7 @@ class ModelConfig:
                 reason = "must be a multiple of 4: a sine and a cosine for each image axis"
                 raise ValueError(f"{width} is {D} with {heads} {h}, but a head's width ({width} / {heads}) {reason}")
         if self.decoder_depth % 2:
-            raise ValueError(
-                f"decoder_depth is {self.decoder_depth}, but must be even: frame and global blocks alternate"
-            )
+            raise ValueError(f"decoder_depth is {self.decoder_depth}, but must be even: half of the blocks are global")
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -97,8 +97,7 @@ class Encoder(nn.Module):
 
     def encode(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Patches `ids` (F, K) of each frame -> tokens before and after the last norm, (F, 1 + K, D), CLS first."""
-        x_TD, context = self._embed(pixels, ids)
-        x_TD, normed_TD, _ = self._run(x_TD, self._stack(context), self.norm)
+        x_TD, normed_TD, _ = self._run(*self._embed(pixels, ids), self.norm)
         return x_TD.unflatten(0, (len(ids), -1)), normed_TD.unflatten(0, (len(ids), -1))
 
     def _run(
@@ -120,7 +119,7 @@ class Encoder(nn.Module):
                 kept.append(x_TD)
         return x_TD, normed_TD, kept
 
-    def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Context]:
+    def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, list[tuple[Block, Context]]]:
         patches = self.patch_embed(pixels, ids)
         # The residual stream keeps the parameters' precision under autocast.
         cls = self.cls_token.expand(len(ids), -1, -1)
@@ -129,10 +128,8 @@ class Encoder(nn.Module):
         rows, columns = pixels.grid  # torch 2.10 cannot trace `*pixels.grid`
         sin, cos = self.rope_embed.tables(rows, columns)
         attend = partial(dense_attention, seqlen=1 + ids.shape[1])
-        return x_TD, Context(attend, positions, sin, cos, special="keep")
-
-    def _stack(self, context: Context) -> list[tuple[Block, Context]]:
-        return [(block, context) for block in cast(Sequence[Block], self.blocks)]
+        context = Context(attend, positions, sin, cos, special="keep")
+        return x_TD, [(block, context) for block in cast(Sequence[Block], self.blocks)]
 
     def _all_patches(self, images: Tensor, name: str) -> tuple[Pixels, Tensor]:
         pixels = check_frames(images, self.config.patch_size, self.config.in_chans, name)
@@ -171,8 +168,7 @@ class Encoder(nn.Module):
         if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
             raise ValueError(f"n is {n}, but the encoder has {depth} blocks: {allowed} is allowed")
         pixels, ids = self._all_patches(x, "x")
-        x_TD, context = self._embed(pixels, ids)
-        _, _, kept = self._run(x_TD, self._stack(context), self.norm, keep=wanted)
+        _, _, kept = self._run(*self._embed(pixels, ids), self.norm, keep=wanted)
         outputs = [x_TD.unflatten(0, (len(ids), -1)) for x_TD in kept]
         outputs = [self.norm(out) for out in outputs] if norm else outputs
         patches = [out[:, 1:] for out in outputs]

@@ -47,7 +47,10 @@ class Pretrained(NamedTuple):
 
 
 def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder | MuM:
-    """A model in eval mode with weights from a file, a run or a checkpoint.
+    """A model in eval mode with weights from a file, a run or a checkpoint: a `MuM` if they have a decoder.
+
+    WeightsError: nothing can be read, there is no MuM in it, or an override is unknown or invalid. MismatchError: keys
+    are missing, unexpected or of another shape; all are listed with the expected shape.
 
     Args:
         path: a run, a folder of checkpoints, a checkpoint, a torch.save or safetensors file, or a folder of
@@ -60,13 +63,6 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
             ema: True reads the EMA weights of a checkpoint, False the others, "auto" (default) EMA if there are any.
             device: default "cpu".
             dtype: of the parameters, default float32. Positions are still computed in `rope_dtype`.
-
-    Returns:
-        A `MuM` if the weights have a decoder, else an `Encoder`.
-
-    Raises:
-        WeightsError: nothing can be read, there is no MuM in it, or an override is unknown or invalid.
-        MismatchError: keys are missing, unexpected or of another shape; all are listed with the expected shape.
     """
     check_names(overrides, (*SIZES, *OPTIONS, *PLACEMENT))
     placement = {name: overrides.pop(name) for name in PLACEMENT if name in overrides}

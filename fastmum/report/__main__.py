@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmum.errors import FastmumError, program, run_command
+from fastmum.errors import FastmumError, program, run_command, writing
 from fastmum.files import write_atomic
 from fastmum.report.page import report_page
 from fastmum.report.run import distinct_labels, read_run
@@ -26,10 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def write() -> None:
         out = (args.out or args.runs[0] / "report.html").expanduser()
         content = report_page(distinct_labels([read_run(root.expanduser()) for root in args.runs]))
-        try:
+        with writing(out, FastmumError):
             write_atomic(out, content)
-        except OSError as error:
-            raise FastmumError(f"'{out}' cannot be written ({error.strerror})") from None
         print(f"{out} ({len(content.encode()) / 1e6:.1f} MB)")
 
     return run_command(write)

@@ -35,17 +35,14 @@ def ensure_scenes(
     """Render the embedded scenes that the cache lacks and return their folder.
 
     Scene i has the same bytes for all values of `count` and `workers`. The folder may hold more than `count` scenes
-    (see `scene_dirs`).
+    (see `scene_dirs`). ScenesError: an argument is out of range, the folder cannot be written, photographs are missing,
+    or a rendering process died.
 
     Args:
         views, size: views per scene, and their side in pixels, at least 16.
         seed: chooses rooms and camera paths; not negative.
         cache_dir: default: $FASTMUM_CACHE, else the user's cache folder.
         workers: processes; 0 or 1 renders in this process; None: one per core, at most 8.
-
-    Raises:
-        ScenesError: an argument is out of range, the folder cannot be written, photographs are missing, or a rendering
-            process died.
     """
     settings = Settings(seed, views, size)
     root = cached_folder(settings, cache_dir)
@@ -90,9 +87,7 @@ def is_complete(folder: Path, settings: Settings) -> bool:
     return True
 
 
-def render_missing(
-    root: Path, count: int, settings: Settings, workers: int | None = None, progress: bool = True
-) -> int:
+def render_missing(root: Path, count: int, settings: Settings, workers: int | None = None, show: bool = True) -> int:
     """Render those of the first `count` scenes that `root` lacks and return their number; see `ensure_scenes`."""
     limits = {"count": 1, "views": 1, "size": 16, "seed": 0, "workers": 0}
     for name, value in {"count": count, "workers": workers or 0, **settings._asdict()}.items():
@@ -112,7 +107,7 @@ def render_missing(
     try:
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)
-        with tqdm(total=total, unit="view", desc="rendering scenes", disable=not progress) as bar:
+        with tqdm(total=total, unit="view", desc="rendering scenes", disable=not show) as bar:
             if processes > 1:
                 _render_in_processes(root, missing, settings, processes, bar.update)
             else:

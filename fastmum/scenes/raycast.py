@@ -60,9 +60,7 @@ def render(view: SceneView, atlas: Atlas) -> tuple[np.ndarray, np.ndarray]:
     return image, np.where(solid_HW < 0, np.float32(0), depth_HW)
 
 
-def trace(
-    view: SceneView, d: np.ndarray, at: tuple[np.ndarray, np.ndarray] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def trace(view: SceneView, d: np.ndarray, at: tuple[np.ndarray, ...] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """First hits of rays from the camera: z-depth float32 and solid int64 (-1: sky).
 
     `d` are the directions [3, H, W] of the pixel grid, or [3, N] of rays `at` pixel coordinates (x_N, y_N).

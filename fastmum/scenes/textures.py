@@ -38,11 +38,7 @@ class Face(NamedTuple):
 
 
 def photo_folder() -> Path:
-    """The data folder of scikit-image.
-
-    Raises:
-        ScenesError: the package or a photograph is missing.
-    """
+    """The data folder of scikit-image; ScenesError if the package or a photograph is missing."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise ScenesError("the embedded scenes need scikit-image's photographs: pip install scikit-image")

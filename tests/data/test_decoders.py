@@ -242,8 +242,8 @@ def test_scaled_decoding_keeps_pixels_for_the_frame(width, height, size):
 
 
 def test_images_that_fit_are_read_once_and_nothing_else_changes(save, photograph, monkeypatch):
-    read, reads = decode.read_file, []
-    monkeypatch.setattr(decode, "read_file", lambda file: reads.append(file.name) or read(file))
+    read, reads = decode.image.read_file, []
+    monkeypatch.setattr(decode.image, "read_file", lambda file: reads.append(file.name) or read(file))
     files = [save(f"{i}.png", photograph.rotate(10 * i), 1 + i) for i in range(6)]
     one_image = 3 * photograph.width * photograph.height
     crops, flips = draw(6)

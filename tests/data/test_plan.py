@@ -243,10 +243,10 @@ def test_data_sets_of_short_sequences_have_their_weight_of_the_frames_if_possibl
 
 
 def test_full_and_level_batches_are_faster(capsys):
-    cost, lengths = operations(PRESETS["mum_vitl16"]), [24, 5, 5, 2, 1]
-    total = sum(lengths) * cost.frame + sum(views**2 for views in lengths) * cost.pair
+    (frame, pair), lengths = operations(PRESETS["mum_vitl16"]), [24, 5, 5, 2, 1]
+    total = sum(lengths) * frame + sum(views**2 for views in lengths) * pair
     assert total == pytest.approx(step_flops(PRESETS["mum_vitl16"], 256, 64, lengths).total)
-    rows = {(row.ranks, row.mode): row for row in table((1, 64), 40, cost)}
+    rows = {(row.ranks, row.mode): row for row in table((1, 64), 40, PRESETS["mum_vitl16"])}
     assert rows[64, "paper"].speed == 1
     assert rows[64, "paper"].fill == pytest.approx(0.957, abs=0.005)
     assert rows[64, "packed"].fill == rows[64, "balanced"].fill == 1

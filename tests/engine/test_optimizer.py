@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.kernel_reference import nearest_bfloat16
 from fastmum.config.schema import OptimSection
 from fastmum.engine import optimizer as engine_optimizer
 from fastmum.engine.checkpoint import Checkpoints, load_checkpoint, read_weights
@@ -23,7 +24,6 @@ from fastmum.engine.optimizer import (
     split_weights,
 )
 from fastmum.engine.task import ParamGroup
-from fastmum.kernels.reference import nearest_bfloat16
 
 
 @contextmanager

@@ -5,7 +5,8 @@ import torch
 from asserts import assert_refuses, check, check_compiles, relative
 from support import DEVICE, DTYPES, MEAN, STD, guarded, pairs, results, split_ids, strided
 
-from fastmum.kernels import patch_loss, reference
+from benchmarks import kernel_reference as reference
+from fastmum.kernels import patch_loss
 from fastmum.kernels.loss import _launch
 
 # Frames, rows, columns, patch side, masked.

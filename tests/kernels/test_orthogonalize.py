@@ -6,7 +6,8 @@ from asserts import assert_close, assert_equal, assert_refuses, relative
 from support import DEVICE, DTYPES, guarded, pairs, strided
 
 import fastmum.kernels.matmul as matmul
-from fastmum.kernels import muon, orthogonalize, reference, symmetric_product
+from benchmarks import kernel_reference as reference
+from fastmum.kernels import muon, orthogonalize, symmetric_product
 from fastmum.kernels.adamw import Halves, join
 from fastmum.kernels.muon import NEWTON_SCHULZ, POLAR_EXPRESS, apply_, momentum_
 from fastmum.kernels.total_norm import CHUNK

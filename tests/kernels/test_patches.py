@@ -5,7 +5,8 @@ import torch
 from asserts import assert_close, assert_refuses, relative
 from support import DEVICE, DTYPES, MEAN, STD, guarded, pairs, split_ids, strided
 
-from fastmum.kernels import gather_patches, reference
+from benchmarks import kernel_reference as reference
+from fastmum.kernels import gather_patches
 from fastmum.kernels.patches import _gather_patches_triton
 
 # Frames, rows, columns, patch side, visible.

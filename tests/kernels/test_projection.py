@@ -6,7 +6,8 @@ from asserts import assert_equal, assert_refuses, check, check_compiles, check_f
 from support import DEVICE, DTYPES, guarded, pairs, strided
 from torch import Tensor
 
-from fastmum.kernels import reference, rotary_projection
+from benchmarks import kernel_reference as reference
+from fastmum.kernels import rotary_projection
 
 # Tokens, width of x, heads, head width, positions.
 SIZES = [(1, 16, 1, 48, 1), (37, 48, 3, 64, 35), (140, 33, 16, 48, 6), (7, 130, 5, 12, 9), (9, 64, 2, 256, 8)]

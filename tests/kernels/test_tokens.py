@@ -7,7 +7,8 @@ import torch
 from asserts import assert_close, assert_equal, assert_refuses, check, check_compiles
 from support import DEVICE, DTYPES, double, guarded, pairs, results, split_ids, strided
 
-from fastmum.kernels import gather_tokens, reference, scatter_tokens
+from benchmarks import kernel_reference as reference
+from fastmum.kernels import gather_tokens, scatter_tokens
 from fastmum.kernels.tokens import _gather_tokens_triton, _place
 
 # Frames, patches, ids of a frame, width.

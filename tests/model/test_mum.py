@@ -149,7 +149,7 @@ def test_wrong_arguments_are_named(tiny):
 
 @pytest.mark.parametrize("lengths", [[5], [1, 1, 1, 1, 1], [4, 1]])
 def test_segments_have_a_fixed_number_of_entries(lengths):
-    segments = Segments.of_frames(torch.tensor(lengths), 5, queries=3, keys=7, max_views=4)
+    segments = Segments.of_frames(torch.tensor(lengths), 5, queries=3, keys=7, longest=4)
     assert segments.cu_seqlens_q.dtype == torch.int32
     expected = torch.tensor([0, *lengths, *[0] * (5 - len(lengths))]).cumsum(0).int()
     assert torch.equal(segments.cu_seqlens_q, 3 * expected)

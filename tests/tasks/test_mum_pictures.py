@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from fastmum.kernels.reference import gather_patches, normalise_patches
+from benchmarks.kernel_reference import gather_patches, normalise_patches
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 from fastmum.tasks.mum import GAP, GREY, draw_reconstruction
 

@@ -45,6 +45,11 @@ def inverse(world_from_camera: np.ndarray) -> np.ndarray:
     return np.linalg.inv(world_from_camera).astype(np.float32)
 
 
+def from_opengl(world_from_camera: np.ndarray) -> np.ndarray:
+    """camera_from_world (..., 4, 4) float32, OpenCV axes, of a camera with OpenGL's."""
+    return inverse(world_from_camera @ OPENGL_TO_OPENCV)
+
+
 def by_name(names: Sequence[str], values: Mapping[str, np.ndarray], shape: tuple[int, ...] = (4, 4)) -> np.ndarray:
     """(n, *shape) float32: the value of each name, NaN where there is none."""
     unknown = np.full(shape, np.nan)
@@ -91,7 +96,7 @@ def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> Cameras:
         poses, intrinsics = {}, {}
         for name in listed.keys() & set(names):
             frame = content | listed[name]  # a frame's camera overrides the common one
-            poses[name] = inverse(np.array(frame["transform_matrix"], float).reshape(4, 4) @ OPENGL_TO_OPENCV)
+            poses[name] = from_opengl(np.array(frame["transform_matrix"], float).reshape(4, 4))
             if size is not None:
                 scale = np.tile(np.array(size) / (frame["w"], frame["h"]), 2)
                 intrinsics[name] = scale * [frame[key] for key in ("fl_x", "fl_y", "cx", "cy")]

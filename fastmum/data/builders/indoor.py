@@ -12,16 +12,7 @@ import numpy as np
 
 from fastmum.data.builders import base
 from fastmum.data.builders.base import Builder, Cameras, Options
-from fastmum.data.builders.cameras import (
-    OPENGL_TO_OPENCV,
-    by_name,
-    from_K,
-    image_size,
-    inverse,
-    read_nerfstudio,
-    read_table,
-    reading,
-)
+from fastmum.data.builders.cameras import by_name, from_K, from_opengl, image_size, read_nerfstudio, read_table, reading
 from fastmum.data.depth import DepthFormat, read_hdf5
 from fastmum.data.manifest import SequenceRecord
 
@@ -120,7 +111,7 @@ def hypersim_cameras(root: Path, scene: str, cameras: dict[str, list[str]]) -> C
     if (size := next(filter(None, sizes), None)) is None:
         return None, None
     uv_from_pixel = np.array([[2 / size[0], 0, -1], [0, -2 / size[1], 1], [0, 0, 1]])
-    K, R = rq(np.linalg.inv(OPENGL_TO_OPENCV[:3, :3] @ cam_from_uv @ uv_from_pixel))
+    K, R = rq(np.linalg.inv(np.diag([1.0, -1.0, -1.0]) @ cam_from_uv @ uv_from_pixel))
     signs = np.sign(np.diag(K))
     turn = np.eye(4, dtype=np.float32)
     turn[:3, :3] = R * signs[:, None]
@@ -138,7 +129,7 @@ def hypersim_poses(folder: Path, names: list[str], scale: float) -> np.ndarray:
         numbers, rotations, centres = map(read_hdf5, files)
         world_from_camera = np.tile(np.eye(4), (len(numbers), 1, 1))
         world_from_camera[:, :3, :3], world_from_camera[:, :3, 3] = rotations, centres * scale
-        poses = dict(zip(numbers.tolist(), inverse(world_from_camera @ OPENGL_TO_OPENCV), strict=True))
+        poses = dict(zip(numbers.tolist(), from_opengl(world_from_camera), strict=True))
         return by_name(names, {n: poses[number] for n in names if (number := int(n.split(".")[1])) in poses})
 
 

@@ -14,17 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastmum.data.decode.image import FrameError as FrameError  # public here
-from fastmum.data.decode.image import (
-    Header,
-    crop_box,
-    jpeg_scale,
-    place,
-    read_file,
-    read_header,
-    resize,
-    rgb,
-    stored_box,
-)
+from fastmum.data.decode.image import Header, crop_box, jpeg_scale, place, read_header, resize, rgb, stored_box
 from fastmum.data.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -86,7 +76,7 @@ class PillowDecoder:
         """Decode one frame to `out` (size, size, 3) uint8; raises FrameError if it cannot be decoded."""
         image = self._cache.get(file)
         if image is None:
-            header = read_header(read_file(file))
+            header = read_header(file)
             scalable = header.image.format in ("JPEG", "MPO") and jpeg_scale(*header.image.size, self.size) > 1
             if scalable or 3 * header.width * header.height > self._cache_room:
                 place(self._decode_region(header, crop, scalable), out, header.orientation, flip)

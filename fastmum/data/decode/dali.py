@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -76,8 +76,7 @@ class DaliCpuDecoder:
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
         frames = torch.empty(len(files), self.size, self.size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
-        out = frames.numpy()
-        bad: dict[int, str] = {}
+        out, bad = frames.numpy(), dict[int, str]()
         for begin in range(0, len(files), CPU_RUN):
             chunk = slice(begin, begin + CPU_RUN)
             regions, failed = self._runner.run(files[chunk], crops[chunk], None, CPU_RUN)
@@ -103,14 +102,9 @@ class DaliGpuDecoder:
             return Decoded(torch.from_dlpack(outputs.as_tensor()), bad)
 
 
-class _Encoded(NamedTuple):
-    """Input of a pipeline for one frame: (n,) uint8 bytes of a file; left, top, width, height of the region."""
-
-    data: np.ndarray
-    box: tuple[int, int, int, int]
-
-
-_NOTHING = _Encoded(np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8), (0, 0, 1, 1))
+# Input of a pipeline for one frame: (n,) uint8 bytes of a file; left, top, width, height of the region.
+_Encoded = tuple[np.ndarray, tuple[int, int, int, int]]
+_NOTHING: _Encoded = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8), (0, 0, 1, 1)
 
 
 class _Runner:
@@ -148,8 +142,8 @@ class _Runner:
         return self._feed(frames, flips, capacity), bad
 
     def _feed(self, frames: Sequence[_Encoded], flips: np.ndarray | None, capacity: int) -> Any:
-        boxes = np.array([frame.box for frame in frames], np.int32)
-        inputs: dict[str, Any] = {"encoded": [frame.data for frame in frames]}
+        boxes = np.array([box for _, box in frames], np.int32)
+        inputs: dict[str, Any] = {"encoded": [data for data, _ in frames]}
         inputs |= {"anchor": np.ascontiguousarray(boxes[:, :2]), "shape": np.ascontiguousarray(boxes[:, 2:])}
         if flips is not None:
             inputs["mirror"] = flips.astype(np.int32)
@@ -180,8 +174,8 @@ class _Runner:
             header = read_header(data)
             if header.image.format in FORMATS:
                 left, top, right, bottom = crop_box(crop, header.width, header.height)
-                return _Encoded(np.frombuffer(data, np.uint8), (left, top, right - left, bottom - top))
+                return np.frombuffer(data, np.uint8), (left, top, right - left, bottom - top)
         frame = np.empty((self.size, self.size, 3), np.uint8)
         self._pillow.decode_to(frame, file, crop, flip=False)
         ppm = b"P6 %d %d 255\n" % (self.size, self.size) + frame.tobytes()
-        return _Encoded(np.frombuffer(ppm, np.uint8), (0, 0, self.size, self.size))
+        return np.frombuffer(ppm, np.uint8), (0, 0, self.size, self.size)

@@ -66,11 +66,12 @@ def read_file(file: Path) -> bytes:
     return data
 
 
-def read_header(data: bytes) -> Header:
-    """Open an image without decoding it; about 20 microseconds for a JPEG.
+def read_header(source: Path | bytes) -> Header:
+    """Open a file or its content without decoding the image; about 20 microseconds for a JPEG.
 
-    FrameError if it is no image, truncated, or larger than Pillow's decompression-bomb limit.
+    FrameError as of `read_file`, or if it is no image, truncated, or larger than Pillow's decompression-bomb limit.
     """
+    data = source if isinstance(source, bytes) else read_file(source)
     if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(data):  # WebP
         raise FrameError("truncated")
     file = io.BytesIO(data)

@@ -206,29 +206,25 @@ class CheckpointWeights(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def load_newest(
-    path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
-) -> CheckpointManifest | None:
+def load_newest(path: Path, state: State, sizes: Mapping[str, Any], group: Group = None) -> CheckpointManifest | None:
     """Fill `state` in place from the newest intact checkpoint; None if there is no checkpoint.
 
     `path` is a checkpoint, a folder of checkpoints, or a run; `state` has tensors of the saved names and global shapes,
-    sharded in any way. CheckpointError: none is intact, or the newest intact one holds another model or other tensors.
+    sharded in any way; `sizes` are the model's. CheckpointError: none is intact, or the newest intact one does not fit.
     """
     ranks = Ranks(group)
 
     def fill(manifest: CheckpointManifest) -> None:
-        manifest.check_model(model_config)
+        manifest.check_model(sizes)
         manifest.check_tensors(state)
         _read(manifest, state, ranks)
 
     return _newest(path, fill, ranks, remedy="; train.resume=never sets the run aside")
 
 
-def load_checkpoint(
-    path: Path, state: State, model_config: Mapping[str, Any], group: Group = None
-) -> CheckpointManifest:
+def load_checkpoint(path: Path, state: State, sizes: Mapping[str, Any], group: Group = None) -> CheckpointManifest:
     """`load_newest`, but raises CheckpointError if there is no checkpoint."""
-    return load_newest(path, state, model_config, group) or _raise_missing(path)
+    return load_newest(path, state, sizes, group) or _raise_missing(path)
 
 
 def read_weights(path: Path, prefix: str = "model.") -> CheckpointWeights:

@@ -230,7 +230,8 @@ class Checkpoints:
             copies: dict[str, Tensor] = {}
             self._ranks.on_all(lambda: copies.update(self._snapshot.copy()))
             if self._background:
-                _lower_priority()
+                with suppress(AttributeError, OSError):  # on Linux, threads have their own nice values
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
             written = write_shards(partial, state, copies, self._ranks)
             for files in self._ranks.on_all(lambda: written):
                 manifest.files.update(files)
@@ -270,8 +271,3 @@ class Checkpoints:
                 # Renamed first: an interrupted deletion leaves no checkpoint that looks intact.
                 shutil.rmtree(path.rename(free_path(path.with_name(path.name + PARTIAL))))
             seen.add(step)
-
-
-def _lower_priority() -> None:
-    with suppress(AttributeError, OSError):  # on Linux, threads have their own nice values
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch, in any floating-point dtype: the reference of the tests.
+"""Every operation of `fastmum.kernels` in plain PyTorch, in any floating-point dtype: the reference of its tests.
 
 Legend: F frames, H W pixels, C channels, p patch side, P patches of a frame, K visible, M masked, D width,
 T tokens, N positions, h heads.
