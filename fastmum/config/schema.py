@@ -55,14 +55,13 @@ class OptimSection:
     """Optimizer and learning-rate schedule (the paper's run by default)."""
 
     optimizer: str = key(
-        "adamw", "adamw (fused), muon (for matrices of the blocks; AdamW for the rest), or apex (NVIDIA's AdamW, built "
-        "from source)", choices=("adamw", "muon", "apex"),
-    )  # fmt: skip
+        "adamw", "adamw (fused), muon, or apex (NVIDIA's AdamW, from source)", choices=("adamw", "muon", "apex")
+    )
     base_lr: float = key(1e-4, "peak learning rate for 256 frames per step, scaled linearly with them", above=0)
     weight_decay: float = key(0.05, "not applied to biases, norms and other 1-D parameters", least=0)
     betas: list[float] = key([0.9, 0.95], "AdamW's betas", least=0, below=1, length=2)
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
-    muon_lr_scale: float = key(1.0, "muon: learning rate of its matrices over that of AdamW", above=0)
+    muon_lr_scale: float = key(1.0, "muon: rate of the blocks' matrices over that of the rest, by AdamW", above=0)
     orthogonalize: str = key(
         "polar_express", "muon: polynomials of the orthogonalization, polar_express (four) or newton_schulz (five)",
         choices=("polar_express", "newton_schulz"),

@@ -1,8 +1,7 @@
 """Muon: orthogonalised momentum for matrices, AdamW for the other weights (`optim.optimizer=muon`).
 
 Jordan et al., "Muon: an optimizer for hidden layers" (2024); scale of the updates from Liu et al., "Muon is scalable
-for LLM training" (2025). Processes share the work: each orthogonalises some of the matrices and sends them to the
-others.
+for LLM training" (2025). Processes share the work: each orthogonalises some matrices and sends them to the others.
 """
 
 from __future__ import annotations
@@ -21,12 +20,11 @@ from fastmum.config.schema import ConfigError, OptimSection
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import local
 from fastmum.engine.optimizer import AdamW, GradientOf, Weight, own_gradient
-from fastmum.kernels.muon import NEWTON_SCHULZ, POLAR_EXPRESS, apply_, momentum_, orthogonalize
+from fastmum.kernels.muon import NEWTON_SCHULZ, POLAR_EXPRESS, Coefficients, apply_, momentum_, orthogonalize
 
 MOMENTUM = 0.95  # Nesterov's, of Jordan et al.
 # Orthogonal matrices times 0.2 sqrt(max(rows, columns)) have the root mean square of AdamW's updates (Liu et al.).
 RMS = 0.2
-Coefficients = Sequence[tuple[float, float, float]]
 COEFFICIENTS: dict[str, Coefficients] = {"polar_express": POLAR_EXPRESS, "newton_schulz": NEWTON_SCHULZ}
 
 
@@ -46,21 +44,21 @@ class Muon(AdamW):
         matrices = [w for w in weights if w.matrices]
         if not matrices:
             raise ConfigError("optim.optimizer is muon, but the task names no matrices for it: take adamw")
-        self._coefficients = COEFFICIENTS[optim.orthogonalize]
+        products = dtype, COEFFICIENTS[optim.orthogonalize]
         sharded = [w for w in matrices if isinstance(w.parameter, DTensor)]
         replicated = [w for w in matrices if not isinstance(w.parameter, DTensor)]
         self._shares: list[_Share] = []
         if replicated:
-            self._shares.append(_Replicated(replicated, dtype, world.rank, world.size, None))
+            self._shares.append(_Replicated(replicated, *products, world.rank, world.size, None))
         if sharded:
             mesh = cast(DTensor, sharded[0].parameter).device_mesh
             group = mesh.get_group(mesh.ndim - 1)
-            self._shares.append(_Sharded(sharded, dtype, group.rank(), group.size(), group))
+            self._shares.append(_Sharded(sharded, *products, group.rank(), group.size(), group))
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
         for share in self._shares:
-            share.start(self.moments, gradient, found_inf, self._coefficients)
+            share.start(self.moments, gradient, found_inf)
         super().step(rate, gradient, found_inf)  # while matrices are sent
         for share in self._shares:
             alike: dict[tuple, list[tuple[Weight, Tensor]]] = defaultdict(list)
@@ -76,15 +74,13 @@ class Muon(AdamW):
 
 
 class _Share(ABC):
-    """Matrices that processes orthogonalise together; `owners` has the rank that orthogonalises each.
-
-    The largest matrix goes to the process with the least work so far, and so on.
-    """
+    """Matrices that processes share: the largest goes to the least busy one, and so on; `owners` has the ranks."""
 
     def __init__(
-        self, weights: Sequence[Weight], dtype: torch.dtype, rank: int, size: int, group: dist.ProcessGroup | None
-    ) -> None:
-        self.dtype, self.rank, self.size, self.group = dtype, rank, size, group
+        self, weights: Sequence[Weight], dtype: torch.dtype, coefficients: Coefficients, rank: int, size: int,
+        group: dist.ProcessGroup | None,
+    ) -> None:  # fmt: skip
+        self.dtype, self.coefficients, self.rank, self.size, self.group = dtype, coefficients, rank, size, group
         self.loads, self.owners = [0] * size, {}
         for w in sorted(weights, key=_cost, reverse=True):
             owner = min(range(size), key=self.loads.__getitem__)
@@ -94,15 +90,12 @@ class _Share(ABC):
         self.work: dist.Work | None = None
         self._updates: list[tuple[Weight, Tensor]] = []
 
-    def start(
-        self, moments: Mapping[str, tuple[Tensor, ...]], gradient: GradientOf, found_inf: Tensor | None,
-        coefficients: Coefficients,
-    ) -> None:  # fmt: skip
+    def start(self, moments: Mapping[str, tuple[Tensor, ...]], gradient: GradientOf, found_inf: Tensor | None) -> None:
         """Update the momentum of weights with a gradient, orthogonalise the own matrices and begin to send them."""
         given = [(w, grad) for w in self.weights if (grad := gradient(w.parameter)) is not None]
         weights = [w for w, _ in given]
         averages = [local(moments[w.name][0]) for w in weights]
-        updates = self.run(weights, averages, [grad for _, grad in given], found_inf, coefficients) if given else []
+        updates = self.run(weights, averages, [grad for _, grad in given], found_inf) if given else []
         self._updates = list(zip(weights, updates, strict=True))
 
     def finish(self) -> list[tuple[Weight, Tensor]]:
@@ -114,16 +107,15 @@ class _Share(ABC):
 
     @abstractmethod
     def run(
-        self, weights: list[Weight], averages: list[Tensor], grads: list[Tensor], found_inf: Tensor | None,
-        coefficients: Coefficients,
-    ) -> list[Tensor]:  # fmt: skip
+        self, weights: list[Weight], averages: list[Tensor], grads: list[Tensor], found_inf: Tensor | None
+    ) -> list[Tensor]:
         """The local shards of the updates, complete when `work` is."""
 
 
 class _Replicated(_Share):
     """Every process has whole gradients and momenta: an all-gather of the orthogonalised matrices."""
 
-    def run(self, weights, averages, grads, found_inf, coefficients):
+    def run(self, weights, averages, grads, found_inf):
         owners = [self.owners[w.name] for w in weights]
         sizes = [a.numel() for a in averages]
         longest = max(sum(n for n, o in zip(sizes, owners, strict=True) if o == rank) for rank in range(self.size))
@@ -139,7 +131,7 @@ class _Replicated(_Share):
         )  # fmt: skip
         momentum_(*mine, MOMENTUM, found_inf)
         momentum_(others[0], others[1], [], MOMENTUM, found_inf)
-        _orthogonalize(own, mine[2], coefficients)
+        _orthogonalize(own, mine[2], self.coefficients)
         if self.size > 1:
             own_part = flat[self.rank].clone()
             self.work = dist.all_gather_into_tensor(flat.view(-1), own_part, group=self.group, async_op=True)
@@ -149,7 +141,7 @@ class _Replicated(_Share):
 class _Sharded(_Share):
     """Every process has rows of each gradient and momentum: an all-to-all to the owners, and one back."""
 
-    def run(self, weights, averages, grads, found_inf, coefficients):
+    def run(self, weights, averages, grads, found_inf):
         own = [w for w in weights if self.owners[w.name] == self.rank]
         sent = [0] * self.size  # values for every owner
         for w, average in zip(weights, averages, strict=True):
@@ -168,7 +160,7 @@ class _Sharded(_Share):
             values = part.split([n * w.parameter.shape[1] for n, w in zip(some, own, strict=True)])
             pieces.append([x.view(-1, w.parameter.shape[1]) for x, w in zip(values, own, strict=True)])
         matrices = [torch.cat(some) for some in zip(*pieces, strict=True)]
-        _orthogonalize(own, matrices, coefficients)
+        _orthogonalize(own, matrices, self.coefficients)
         for of_matrix, counts, matrix in zip(zip(*pieces, strict=True), zip(*rows, strict=True), matrices, strict=True):
             torch._foreach_copy_(of_matrix, matrix.split(counts))
         self.work = dist.all_to_all_single(shards, gathered, sent, received, group=self.group, async_op=True)

@@ -18,16 +18,9 @@ import fastmum
 from fastmum.data.errors import DataError
 from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, program, run_command
-from fastmum.evaluate.attention import evaluate_attention
+from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discriminant, evaluate_matching
 from fastmum.evaluate.features import check_size, patch_size
-from fastmum.evaluate.matching import (
-    TEMPERATURE,
-    ProbeSettings,
-    Result,
-    evaluate_cosine,
-    evaluate_discriminant,
-    evaluate_matching,
-)
+from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
@@ -106,10 +99,9 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_training_pairs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--train-data", metavar="DATA", help="pairs to train on (default: other scenes of --data)")
-    parser.add_argument(
-        "--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)"
-    )
+    add = parser.add_argument
+    add("--train-data", metavar="DATA", help="pairs to train on (default: other scenes of --data)")
+    add("--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:

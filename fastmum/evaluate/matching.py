@@ -108,8 +108,8 @@ def evaluate_discriminant(
     train = prepare(encoder, train_pairs, size, ("layernorm",))["layernorm"]
     warps = match_pairs(test, BATCH, temperature, device, discriminant(train, device)[None])[0]
     about = {"size": size, "temperature": temperature, "shrinkage": SHRINKAGE}
-    about |= {"train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
-    return Result(measured(warps, test.truth) | {"settings": about}, warps, size)
+    trained = {"train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
+    return Result(measured(warps, test.truth) | {"settings": about | trained}, warps, size)
 
 
 def discriminant(train: Prepared, device: torch.device, shrinkage: float = SHRINKAGE) -> Tensor:

@@ -88,7 +88,7 @@ def test_work_is_shared_by_cost():
         Weight(f"w{i}", nn.Parameter(torch.empty(rows, columns)), None, matrices=n)
         for i, (n, rows, columns) in enumerate(shapes)
     ]
-    share = _Replicated(weights, torch.float32, rank=0, size=5, group=None)
+    share = _Replicated(weights, torch.float32, (), rank=0, size=5, group=None)
     assert max(share.loads) <= 1.2 * sum(share.loads) / 5
     assert sorted(share.owners) == sorted(w.name for w in weights)
     # 4 r r c + 2 r^3 operations of an iteration, r <= c.
