@@ -24,8 +24,8 @@ Coefficients = Sequence[tuple[float, float, float]]
 # Jordan 2024, "Muon: an optimizer for hidden layers in neural networks".
 NEWTON_SCHULZ: Coefficients = 5 * ((3.4445, -4.7750, 2.0315),)
 # Amsel, Persson, Musco, Gower 2025, "The Polar Express", algorithm 1: polynomials 2 to 5 of those for singular values
-# from 1e-3 of the norm on, divided by a safety factor of 1.01. The first mainly stretches those below 1 / 240, which stay
-# smaller without it; the second then starts from a norm of `STRETCHED`, where the first would end.
+# from 1e-3 of the norm on, divided by a safety factor of 1.01. The first mainly stretches those below 1 / 240, which
+# stay smaller without it; the second then starts from a norm of `STRETCHED`, where the first would end.
 STRETCHED = 1.9917
 POLAR_EXPRESS: Coefficients = tuple(
     (a * scale, b * scale**3, c * scale**5)
