@@ -134,6 +134,22 @@ def test_alignment_never_mirrors_and_needs_pairs():
     far = icp(source, source + 100, 1.0)
     assert np.array_equal(far.transformation, np.eye(4))
     assert (far.fitness, far.rmse) == (0, 0)
+    R, t = Rotation.from_rotvec([0.01, 0, 0.02]).as_matrix(), np.array([0.01, -0.02, 0])
+    near = icp(source, source @ R.T + t, 1.0)
+    assert np.allclose(near.transformation[:3], np.c_[R, t], atol=1e-6)
+
+
+def test_metrics_of_half_a_plane():
+    x, y = np.meshgrid(np.arange(10.0), np.arange(10.0))
+    true = np.stack([x, y, 0 * x], -1).reshape(-1, 3)
+    half = true[true[:, 0] < 5] + [0, 0, 0.5]
+    tilted = np.tile([0, 0.6, 0.8], (50, 1))
+    found = metrics.point_metrics(half, true, tilted, np.tile([0, 0, -1.0], (100, 1)))
+    to_half = np.hypot(0.5, np.maximum(true[:, 0] - 4, 0))
+    expected = {"acc": [0.5], "comp": to_half, "nc1": [0.8], "nc2": [0.8]}
+    for name, values in expected.items():
+        assert found[f"{name}_mean"] == pytest.approx(np.mean(values)), name
+        assert found[f"{name}_median"] == pytest.approx(np.median(values)), name
 
 
 def test_depth_metrics_of_few_pixels():
