@@ -63,8 +63,8 @@ class OptimSection:
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
     muon_lr_scale: float = key(1.0, "muon: rate of the blocks' matrices over that of the rest, by AdamW", above=0)
     orthogonalize: str = key(
-        "polar_express", "muon: polynomials of the orthogonalization, polar_express (four) or newton_schulz (five)",
-        choices=("polar_express", "newton_schulz"),
+        "newton_schulz", "muon: polynomials of the orthogonalization, newton_schulz (five) or polar_express (four)",
+        choices=("newton_schulz", "polar_express"),
     )  # fmt: skip
     clip: float | None = key(None, "largest norm of the gradient; larger ones are scaled down. Empty: off", above=0)
     schedule: str = key(
