@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 
 from fastmum.config import load_config
+from fastmum.engine.muon import Muon
 from fastmum.engine.optimizer import AdamW
 from fastmum.errors import run_command
 from fastmum.tasks.mum import MuMTask
@@ -59,17 +60,19 @@ def measure(overrides: Sequence[str], count: int = STEPS) -> list[tuple[float, f
         ConfigError: invalid overrides.
     """
     watch, never = Stopwatch(), 100_000
+    config = load_config("quickstart", [
+        "data.scenes.count=4", f"train.steps={count}", "train.log_every=10", f"train.eval_every={never}",
+        f"train.picture_every={never}", f"train.checkpoint_every={never}", "train.eval_batches=1", *overrides,
+    ])  # fmt: skip
+    optimizer = Muon if config.optim.optimizer == "muon" else AdamW
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(MuMTask, "loss", watch.around(MuMTask.loss)),
         patch.object(torch.Tensor, "backward", watch.around(torch.Tensor.backward)),
-        patch.object(AdamW, "step", watch.around(AdamW.step, ends_step=True)),
+        patch.object(optimizer, "step", watch.around(optimizer.step, ends_step=True)),
     ):
-        train(load_config("quickstart", [
-            "data.scenes.count=4", f"train.steps={count}", "train.log_every=10", f"train.eval_every={never}",
-            f"train.picture_every={never}", f"train.checkpoint_every={never}", "train.eval_batches=1",
-            f"run.dir={folder}/run", *overrides,
-        ]))  # fmt: skip
+        config.run.dir = f"{folder}/run"
+        train(config)
     return watch.steps()
 
 

@@ -1,7 +1,7 @@
 """The parts of Muon (Jordan 2024): momentum, orthogonalization of stacks of matrices, update of the weights.
 
-Momentum and update process many tensors in one launch, by a table of addresses, as `adamw_`. Coefficients (a, b, c) are
-of polynomials a s + b s^3 + c s^5, applied one after another to all singular values.
+Momentum and update process many tensors in one launch, by a table of addresses, and raise errors, as `adamw_` does.
+Coefficients (a, b, c) are of polynomials a s + b s^3 + c s^5, applied one after another to all singular values.
 """
 
 from __future__ import annotations
@@ -88,9 +88,6 @@ def momentum_(
         updates: of the same shapes and strides, all of one floating-point dtype; overwritten. Empty if not wanted.
         beta: share of the old momentum.
         found_inf: scalar, float32, on the device of the momenta: 1.0 keeps the momenta, and the updates become zero.
-
-    Raises:
-        ValueError, TypeError: as in `adamw_`.
     """
     check_lists(momenta=(momenta, torch.float32), grads=(grads, None), updates=(updates or momenta, None))
     if momenta:
@@ -112,9 +109,6 @@ def apply_(
         scales: a factor of every update.
         weight_decay: as in `torch.optim.AdamW`.
         found_inf: scalar, float32, on the device of the weights: 1.0 keeps the weights.
-
-    Raises:
-        ValueError, TypeError: as in `adamw_`.
     """
     dtype = torch.bfloat16 if rests else torch.float32
     check_lists(weights=(weights, dtype), updates=(updates, None), rests=(rests, torch.int16))

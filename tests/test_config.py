@@ -117,9 +117,10 @@ def test_every_key_has_a_meaning():
 
 
 def test_the_configurations_that_come_with_it():
-    names = ("quickstart", "mum_vitl16", "mum_vitb16", "evidence/mum", "evidence/mae")
-    quickstart, paper, base, mum, mae = (load_config(find_config(name)) for name in names)
-    assert (quickstart.run.name, paper.run.name, base.run.name) == names[:3]
+    names = ("quickstart", "mum_vitl16", "mum_vitb16", "mum_vitl16_muon", "evidence/mum", "evidence/mae")
+    quickstart, paper, base, muon, mum, mae = (load_config(find_config(name)) for name in names)
+    assert (quickstart.run.name, paper.run.name, base.run.name, muon.run.name) == names[:4]
+    assert (muon.optim.optimizer, muon.model, muon.data) == ("muon", paper.model, paper.data)
     assert paper.data.views == [2, 24]
     assert paper.data.frames_per_batch == 96
     assert paper.data.image_size == 256

@@ -1,9 +1,10 @@
 """The update of the weights by AdamW and by Muon, on one device and on several with replicated weights.
 
-Muon's products are shared out (`fastmum.engine.muon`): the device with the most work is counted, and the all-gather of
-the updates in bfloat16 is added, with nothing hidden.
+Muon's products are divided among devices (`fastmum.engine.muon`): the one with the most work is counted, and the
+all-gather of the updates in bfloat16 is added, with nothing hidden.
 """
 
+from collections import Counter
 from unittest import mock
 
 import torch
@@ -16,7 +17,7 @@ from benchmarks.offline.steps import Batch, give_gradients, place, pretending, s
 from fastmum.config.schema import OptimSection
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.optimizer import build_optimizer
-from fastmum.model.compile import blocks_of
+from fastmum.model.compile import matrices_of
 from fastmum.model.config import ModelConfig
 from fastmum.model.mum import MuM
 
@@ -35,10 +36,10 @@ def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int
             model = MuM(config)
         with FakeTensorMode(), mock.patch.object(dist, "all_gather_into_tensor", return_value=None), recorder:
             place(model)
-            matrices = {p: 1 for block in blocks_of(model) for p in block.parameters() if p.ndim == 2}
-            matrices |= {block.attn.qkv.weight: 3 for block in blocks_of(model)}
             world = DistContext(size=devices)
-            optimizer = build_optimizer(model, optim, torch.bfloat16, matrices=matrices, world=world)
+            optimizer = build_optimizer(model, optim, torch.bfloat16, matrices=matrices_of(model), world=world)
+            for part in getattr(optimizer, "partitions", []):
+                part.rank = max(range(devices), key=part.loads.__getitem__)
             give_gradients(model)
             state = recorder.live
             recorder.restart()
@@ -47,11 +48,17 @@ def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int
 
 
 def gather_seconds(config: ModelConfig, name: str, devices: int) -> float:
-    """The all-gather of the matrices' updates, 2 bytes each."""
+    """The all-gather of the matrices' updates, 2 bytes each; parts are padded to the longest."""
     if devices == 1:
         return 0.0
-    widths = (config.embed_dim, config.depth), (config.decoder_embed_dim, config.decoder_depth)
-    moved = 2 * sum(12 * width * width * depth for width, depth in widths)
+    with torch.device("meta"):
+        model = MuM(config)
+    optim, world = OptimSection(optimizer="muon"), DistContext(size=devices)
+    (part,) = build_optimizer(model, optim, matrices=matrices_of(model), world=world).partitions
+    sizes: Counter[int] = Counter()
+    for w in part.weights:
+        sizes[part.owners[w.name]] += w.parameter.numel()
+    moved = 2 * devices * max(sizes.values())
     within = moved * (devices - 1) / devices / NVLINK[name]
     machines = devices // 8
     return max(within, moved * (machines - 1) / machines / (8 * NETWORK[name])) if machines > 1 else within

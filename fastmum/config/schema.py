@@ -61,11 +61,10 @@ class OptimSection:
     weight_decay: float = key(0.05, "not applied to biases, norms and other 1-D parameters", least=0)
     betas: list[float] = key([0.9, 0.95], "AdamW's betas", least=0, below=1, length=2)
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
-    muon_lr_scale: float = key(1.0, "muon: rate of the blocks' matrices over that of the rest, by AdamW", above=0)
+    muon_lr_scale: float = key(1.0, "muon: factor of the learning rate for the blocks' matrices", above=0)
     orthogonalize: str = key(
-        "newton_schulz", "muon: polynomials of the orthogonalization, newton_schulz (five) or polar_express (four)",
-        choices=("newton_schulz", "polar_express"),
-    )  # fmt: skip
+        "newton_schulz", "muon: newton_schulz (five steps) or polar_express", choices=("newton_schulz", "polar_express")
+    )
     clip: float | None = key(None, "largest norm of the gradient; larger ones are scaled down. Empty: off", above=0)
     schedule: str = key(
         "cosine", "cosine, step (at milestones) or wsd (constant, then linear)", choices=("cosine", "step", "wsd")

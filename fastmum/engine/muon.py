@@ -36,7 +36,7 @@ class Muon(AdamW):
         dtype: of the products, torch.bfloat16 or torch.float32.
 
     Raises:
-        ConfigError: no weight has `matrices`.
+        ConfigError: no weight has `matrices`, or they cannot be split into dense matrices of one dtype.
     """
 
     def __init__(self, weights: list[Weight], optim: OptimSection, world: DistContext, dtype: torch.dtype) -> None:
@@ -44,25 +44,29 @@ class Muon(AdamW):
         matrices = [w for w in weights if w.matrices]
         if not matrices:
             raise ConfigError("optim.optimizer is muon, but the task names no matrices for it: take adamw")
+        expected = matrices[0].parameter.dtype
+        for name, p, n in ((w.name, w.parameter, w.matrices) for w in matrices):
+            if p.ndim != 2 or len(p) % n or not local(p).is_contiguous() or p.dtype != expected:
+                raise ConfigError(f"optim.optimizer is muon, but '{name}' is not {n} dense matrices of {expected}")
         products = dtype, COEFFICIENTS[optim.orthogonalize]
         sharded = [w for w in matrices if isinstance(w.parameter, DTensor)]
         replicated = [w for w in matrices if not isinstance(w.parameter, DTensor)]
-        self._shares: list[_Share] = []
+        self.partitions: list[_Partition] = []
         if replicated:
-            self._shares.append(_Replicated(replicated, *products, world.rank, world.size, None))
+            self.partitions.append(_Replicated(replicated, *products, world.rank, world.size, None))
         if sharded:
             mesh = cast(DTensor, sharded[0].parameter).device_mesh
             group = mesh.get_group(mesh.ndim - 1)
-            self._shares.append(_Sharded(sharded, *products, group.rank(), group.size(), group))
+            self.partitions.append(_Sharded(sharded, *products, group.rank(), group.size(), group))
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
-        for share in self._shares:
-            share.start(self.moments, gradient, found_inf)
+        for part in self.partitions:
+            part.start(self.moments, gradient, found_inf)
         super().step(rate, gradient, found_inf)  # while matrices are sent
-        for share in self._shares:
+        for part in self.partitions:
             alike: dict[tuple, list[tuple[Weight, Tensor]]] = defaultdict(list)
-            for w, update in share.finish():
+            for w, update in part.finish():
                 alike[w.weight_decay, w.lr_scale, w.rest is None].append((w, update))
             for (decay, lr_scale, whole), some in alike.items():
                 scales = [RMS * max(w.parameter.shape[0] // w.matrices, w.parameter.shape[1]) ** 0.5 for w, _ in some]
@@ -73,8 +77,8 @@ class Muon(AdamW):
                 )  # fmt: skip
 
 
-class _Share(ABC):
-    """Matrices that processes share: the largest goes to the least busy one, and so on; `owners` has the ranks."""
+class _Partition(ABC):
+    """Matrices divided among processes by cost, the largest first, to the least loaded; `owners`: rank by name."""
 
     def __init__(
         self, weights: Sequence[Weight], dtype: torch.dtype, coefficients: Coefficients, rank: int, size: int,
@@ -95,7 +99,7 @@ class _Share(ABC):
         given = [(w, grad) for w in self.weights if (grad := gradient(w.parameter)) is not None]
         weights = [w for w, _ in given]
         averages = [local(moments[w.name][0]) for w in weights]
-        updates = self.run(weights, averages, [grad for _, grad in given], found_inf) if given else []
+        updates = self.compute_updates(weights, averages, [grad for _, grad in given], found_inf) if given else []
         self._updates = list(zip(weights, updates, strict=True))
 
     def finish(self) -> list[tuple[Weight, Tensor]]:
@@ -106,16 +110,16 @@ class _Share(ABC):
         return updates
 
     @abstractmethod
-    def run(
+    def compute_updates(
         self, weights: list[Weight], averages: list[Tensor], grads: list[Tensor], found_inf: Tensor | None
     ) -> list[Tensor]:
         """The local shards of the updates, complete when `work` is."""
 
 
-class _Replicated(_Share):
+class _Replicated(_Partition):
     """Every process has whole gradients and momenta: an all-gather of the orthogonalised matrices."""
 
-    def run(self, weights, averages, grads, found_inf):
+    def compute_updates(self, weights, averages, grads, found_inf):
         owners = [self.owners[w.name] for w in weights]
         sizes = [a.numel() for a in averages]
         longest = max(sum(n for n, o in zip(sizes, owners, strict=True) if o == rank) for rank in range(self.size))
@@ -138,10 +142,10 @@ class _Replicated(_Share):
         return updates
 
 
-class _Sharded(_Share):
+class _Sharded(_Partition):
     """Every process has rows of each gradient and momentum: an all-to-all to the owners, and one back."""
 
-    def run(self, weights, averages, grads, found_inf):
+    def compute_updates(self, weights, averages, grads, found_inf):
         own = [w for w in weights if self.owners[w.name] == self.rank]
         sent = [0] * self.size  # values for every owner
         for w, average in zip(weights, averages, strict=True):

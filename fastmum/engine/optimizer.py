@@ -120,7 +120,7 @@ def own_gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 class Optimizer(ABC):
-    """Base of the implementations of AdamW. Each process updates its own shards.
+    """Base class of the optimizers. Each process updates its own shards.
 
     `steps` counts the updates made, 0-d float32 on the device; `moments` has the averages of every weight by name, in
     its layout and sharding: of the gradient, and of its square (not for matrices of Muon).

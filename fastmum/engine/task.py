@@ -106,7 +106,7 @@ class Task(ABC):
     def matrices(self, model: Any) -> dict[nn.Parameter, int]:
         """Weights that Muon orthogonalises, and how many matrices each stacks along its rows (q, k and v: 3).
 
-        The default: the weight of every linear layer of the blocks, as one matrix.
+        The default: the weight of every linear layer of the blocks, as one matrix. All get a gradient at every step.
         """
         linears = [m for block in self.blocks(model) for m in block.modules() if isinstance(m, nn.Linear)]
         return {cast(nn.Parameter, m.weight): 1 for m in linears if m.weight.requires_grad}

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fastmum.engine.distributed import DistContext
 from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.engine.task import Metric, Samples, StepOutput, Task
 from fastmum.kernels import gather_patches
-from fastmum.model.compile import blocks_of, compile_model, eager
+from fastmum.model.compile import blocks_of, compile_model, eager, matrices_of
 from fastmum.model.config import step_flops
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD, num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
@@ -103,9 +103,7 @@ class MuMTask(Task):
         return [*blocks_of(model)]
 
     def matrices(self, model: MuM) -> dict[nn.Parameter, int]:
-        """The matrices of the blocks; q, k and v one by one."""
-        fused = {cast(nn.Parameter, block.attn.qkv.weight): 3 for block in blocks_of(model)}
-        return super().matrices(model) | fused
+        return matrices_of(model)
 
     def manifest(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config.model_config)

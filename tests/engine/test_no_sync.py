@@ -23,7 +23,14 @@ SYNCS = {
     "unique", "_unique2", "unique_dim", "unique_consecutive", "allclose", "bincount", "histc",
 }  # fmt: skip
 # Files of a training step, and their functions that run only at log steps.
-STEP_FILES = {"step.py": [], "meter.py": ["read"], "optimizer.py": [], "device.py": [], "gradients.py": []}
+STEP_FILES = {
+    "step.py": [],
+    "meter.py": ["read"],
+    "optimizer.py": [],
+    "muon.py": [],
+    "device.py": [],
+    "gradients.py": [],
+}
 CALLS = {"item", "cpu", "tolist", "numpy", "nonzero", "synchronize"}
 
 
@@ -40,19 +47,20 @@ class NoSync(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("precision", "parts"), [("bf16", 1), ("fp32", 2)])
-def test_a_step_calls_no_synchronising_operator(image_folder, tmp_path, precision, parts):
+@pytest.mark.parametrize(("precision", "parts", "name"), [("bf16", 1, "muon"), ("fp32", 2, "adamw")])
+def test_a_step_calls_no_synchronising_operator(image_folder, tmp_path, precision, parts, name):
     build("folder", image_folder, tmp_path / "a.arrow")
     config = load_config(None, [
         f"data.manifests=[{tmp_path}/a.arrow]", "model.preset=mum_tiny", "data.image_size=32", "data.views=[2,3]",
         "data.frames_per_batch=6", "model.mask_ratio=0.5", f"train.precision={precision}", "optim.clip=0.1",
+        f"optim.optimizer={name}",
     ])  # fmt: skip
     task = MuMTask(config, DistContext())
     task.batches_per_step = parts
     task.open_data(tmp_path, 0, 6 * parts)
     model = task.build()
     groups = task.groups(model)
-    optimizer = build_optimizer(model, config.optim, MATRIX_DTYPE[precision], groups)
+    optimizer = build_optimizer(model, config.optim, MATRIX_DTYPE[precision], groups, task.matrices(model))
     guard, meter = NonFiniteGuard(torch.device("cpu")), Meter(task.metrics, task.world)
     gradients, ema = Gradients(groups, task.world, parts), Ema(optimizer.weights, 0.9)
     step = Step(task, model, groups, optimizer, gradients, guard, meter, ema, precision)
