@@ -72,8 +72,8 @@ def _train(config: EngineConfig, task: Task) -> int:
     if shard(model, blocks, world, parallel.strategy, parallel.shard, dtype, reduce_dtype):
         dtype = torch.float32  # FSDP casts the weights that it gathers
     groups = task.groups(model)
-    products = MATRIX_DTYPE[precision]
-    optimizer = build_optimizer(model, config.optim, dtype, groups, task.matrices(model), world, products)
+    matrices, products = task.matrices(model), MATRIX_DTYPE[precision]
+    optimizer = build_optimizer(model, config.optim, dtype, groups, matrices, world, products)
     ema = Ema(optimizer.weights, config.train.ema) if config.train.ema is not None else None
     guard, meter = NonFiniteGuard(world.device), Meter(task.metrics, world)
     buffers = {f"model.{name}": buffer for name, buffer in task.buffers(model).items()}

@@ -29,15 +29,11 @@ NEWTON_SCHULZ: Coefficients = 5 * ((3.4445, -4.7750, 2.0315),)
 STRETCHED = 1.9917
 POLAR_EXPRESS: Coefficients = tuple(
     (a * scale, b * scale**3, c * scale**5)
-    for scale, (a, b, c) in zip(
-        (STRETCHED / 1.01, 1 / 1.01, 1 / 1.01, 1 / 1.01),
-        (
-            (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-            (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-            (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-            (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-        ),
-        strict=True,
+    for scale, a, b, c in (
+        (STRETCHED / 1.01, 4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (1 / 1.01, 3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (1 / 1.01, 3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (1 / 1.01, 2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     )
 )
 NORM_MARGIN = 1.01  # algorithm 1: singular values start at most at 1 / 1.01
@@ -53,10 +49,7 @@ def orthogonalize(x: Tensor, coefficients: Coefficients) -> Tensor:
         coefficients: of the steps, `POLAR_EXPRESS` or `NEWTON_SCHULZ`.
 
     Returns:
-        (n, r, c) in the dtype of x.
-
-    Raises:
-        TypeError, ValueError: another dtype or shape.
+        (n, r, c) in the dtype of x. TypeError or ValueError: another dtype or shape.
     """
     check_floating("x", x, 3, "(n, r, c)")
     if widens(x):

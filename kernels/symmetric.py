@@ -24,11 +24,7 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, add: Tensor | None = None, 
         beta: factor of `add`.
 
     Returns:
-        (n, r, r) symmetric, contiguous, in the dtype of x.
-
-    Raises:
-        TypeError: x is not floating point, or `add` has another dtype.
-        ValueError: a tensor has another shape, or alpha is 0.
+        (n, r, r) symmetric, contiguous, in the dtype of x. TypeError or ValueError: another dtype or shape.
     """
     check_floating("x", x, 3, "(n, r, c)")
     n, r, _ = x.shape

@@ -17,7 +17,8 @@ from benchmarks.offline.steps import Batch, give_gradients, place, pretending, s
 from fastmum.config.schema import OptimSection
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.optimizer import build_optimizer
-from fastmum.model.compile import matrices_of
+from fastmum.engine.task import matrices_of
+from fastmum.model.compile import blocks_of
 from fastmum.model.config import ModelConfig
 from fastmum.model.mum import MuM
 
@@ -37,7 +38,9 @@ def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int
         with FakeTensorMode(), mock.patch.object(dist, "all_gather_into_tensor", return_value=None), recorder:
             place(model)
             world = DistContext(size=devices)
-            optimizer = build_optimizer(model, optim, torch.bfloat16, matrices=matrices_of(model), world=world)
+            optimizer = build_optimizer(
+                model, optim, torch.bfloat16, matrices=matrices_of(blocks_of(model)), world=world
+            )
             for part in getattr(optimizer, "partitions", []):
                 part.rank = max(range(devices), key=part.loads.__getitem__)
             give_gradients(model)
@@ -54,7 +57,7 @@ def gather_seconds(config: ModelConfig, name: str, devices: int) -> float:
     with torch.device("meta"):
         model = MuM(config)
     optim, world = OptimSection(optimizer="muon"), DistContext(size=devices)
-    (part,) = build_optimizer(model, optim, matrices=matrices_of(model), world=world).partitions
+    (part,) = build_optimizer(model, optim, matrices=matrices_of(blocks_of(model)), world=world).partitions
     sizes: Counter[int] = Counter()
     for w in part.weights:
         sizes[part.owners[w.name]] += w.parameter.numel()

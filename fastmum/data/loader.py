@@ -3,6 +3,8 @@
 Frames that cannot be decoded are replaced, counted and listed; too many stop the run.
 """
 
+import contextlib
+import ctypes
 import logging
 import threading
 import time
@@ -60,7 +62,7 @@ class Loader:
         On a GPU a batch may be used on the stream that is current when the next batch is requested. Raises the
         DataError of `load` in place of the batch.
         """
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode", initializer=_use_one_core)
         ahead: deque[Future[Batch]] = deque()
         in_use = _InUse()
         plans = iter(plans)
@@ -268,3 +270,13 @@ class _InUse(deque[tuple[Batch, torch.cuda.Event]]):
         while self:
             self[0][1].synchronize()
             self.popleft()
+
+
+def _use_one_core() -> None:
+    """Compute torch's operators in the calling thread alone; GNU's OpenMP only.
+
+    Otherwise it gets OpenMP threads of its own. Once there are more than cores, none waits actively for work, also none
+    of the training loop's, and a step takes up to twice the time.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another OpenMP library, or none
+        ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)

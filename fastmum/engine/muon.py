@@ -31,12 +31,11 @@ COEFFICIENTS: dict[str, Coefficients] = {"polar_express": POLAR_EXPRESS, "newton
 class Muon(AdamW):
     """Muon for the weights with `matrices`, whose only moment is `exp_avg`; AdamW for the others.
 
+    ConfigError: no weight has `matrices`, or they cannot be split into dense matrices of one dtype.
+
     Args:
         weights: all trainable weights; those with `matrices` are replicated, or sharded by rows (FSDP).
         dtype: of the products, torch.bfloat16 or torch.float32.
-
-    Raises:
-        ConfigError: no weight has `matrices`, or they cannot be split into dense matrices of one dtype.
     """
 
     def __init__(self, weights: list[Weight], optim: OptimSection, world: DistContext, dtype: torch.dtype) -> None:

@@ -1,7 +1,7 @@
 """The interface between the training engine and what it trains."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -58,6 +58,13 @@ def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:
     return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
 
 
+def matrices_of(blocks: Iterable[nn.Module]) -> dict[nn.Parameter, int]:
+    """The trained weights of linear layers, and the number of matrices in each: 3 in layers named `qkv`, else 1."""
+    named = [each for block in blocks for each in block.named_modules() if isinstance(each[1], nn.Linear)]
+    weights = ((name, cast(nn.Parameter, linear.weight)) for name, linear in named)
+    return {weight: 3 if name.endswith("qkv") else 1 for name, weight in weights if weight.requires_grad}
+
+
 @dataclass
 class Samples:
     """Size of a step."""
@@ -104,12 +111,8 @@ class Task(ABC):
         return default_groups(model, self.config.optim)
 
     def matrices(self, model: Any) -> dict[nn.Parameter, int]:
-        """Weights that Muon orthogonalises, and how many matrices each stacks along its rows (q, k and v: 3).
-
-        The default: the weight of every linear layer of the blocks, as one matrix. All get a gradient at every step.
-        """
-        linears = [m for block in self.blocks(model) for m in block.modules() if isinstance(m, nn.Linear)]
-        return {cast(nn.Parameter, m.weight): 1 for m in linears if m.weight.requires_grad}
+        """Weights that Muon orthogonalises (`matrices_of` the blocks). All need a gradient at every step."""
+        return matrices_of(self.blocks(model))
 
     def buffers(self, model: Any) -> dict[str, Tensor]:
         """Buffers that training changes (statistics of batch norm, ...), saved in checkpoints."""

@@ -5,11 +5,10 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch._dynamo
-from torch import nn
 
 from fastmum.model.block import Block
 from fastmum.model.config import COMPILE_MODES
@@ -85,12 +84,6 @@ def eager(model: MuM) -> Iterator[None]:
 def blocks_of(model: MuM) -> tuple[Block, ...]:
     """All blocks of encoder and decoder."""
     return (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks)
-
-
-def matrices_of(model: MuM) -> dict[nn.Parameter, int]:
-    """The weights of the blocks' linear layers, and the number of matrices in each: 3 for q, k and v."""
-    named = [each for block in blocks_of(model) for each in block.named_modules() if isinstance(each[1], nn.Linear)]
-    return {cast(nn.Parameter, linear.weight): 3 if name.endswith("qkv") else 1 for name, linear in named}
 
 
 def has_cpp_compiler() -> bool:

@@ -24,7 +24,7 @@ from fastmum.engine.distributed import DistContext
 from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.engine.task import Metric, Samples, StepOutput, Task
 from fastmum.kernels import gather_patches
-from fastmum.model.compile import blocks_of, compile_model, eager, matrices_of
+from fastmum.model.compile import blocks_of, compile_model, eager
 from fastmum.model.config import step_flops
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD, num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
@@ -101,9 +101,6 @@ class MuMTask(Task):
 
     def blocks(self, model: MuM) -> list[nn.Module]:
         return [*blocks_of(model)]
-
-    def matrices(self, model: MuM) -> dict[nn.Parameter, int]:
-        return matrices_of(model)
 
     def manifest(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config.model_config)

@@ -64,6 +64,14 @@ def test_batches_come_in_order_and_bad_frames_are_replaced(manifests, tmp_path):
     assert listed == [str(manifests.file(8))]
 
 
+def test_decoding_threads_have_no_openmp_threads_of_their_own(manifests, monkeypatch):
+    counts, loader = [], Loader(DECODER, manifests, workers=2)
+    load = loader.load
+    monkeypatch.setattr(loader, "load", lambda plan: counts.append(torch.get_num_threads()) or load(plan))
+    assert len(list(loader.batches([plan_of([0], [1])] * 5))) == len(counts) == 5
+    assert set(counts) == {1}, "with more threads than cores OpenMP's wait passively, and a step takes twice the time"
+
+
 def test_few_batches_are_decoded_ahead_and_waiting_is_counted(manifests):
     loader, plans = Loader(DECODER, manifests, workers=2), iter([plan_of([0, 1, 2, 3], [4])] * 50)
     batches = loader.batches(plans)

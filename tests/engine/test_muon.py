@@ -9,8 +9,8 @@ from torch import nn
 from fastmum.config.schema import ConfigError, OptimSection
 from fastmum.engine.muon import COEFFICIENTS, MOMENTUM, _Replicated
 from fastmum.engine.optimizer import Weight, build_optimizer
-from fastmum.engine.task import ParamGroup
-from fastmum.model.compile import matrices_of
+from fastmum.engine.task import ParamGroup, matrices_of
+from fastmum.model.compile import blocks_of
 
 OPTIM = OptimSection(optimizer="muon", muon_lr_scale=3.0, weight_decay=0.1)
 
@@ -26,8 +26,9 @@ def polar_factor(matrix, coefficients):
 
 @pytest.mark.parametrize("orthogonalize", COEFFICIENTS)
 def test_steps_by_hand(tiny, orthogonalize):
-    plain, matrices = copy.deepcopy(tiny), matrices_of(tiny)
+    plain, matrices = copy.deepcopy(tiny), matrices_of(blocks_of(tiny))
     optim = OptimSection(**vars(OPTIM) | {"orthogonalize": orthogonalize})
+    assert sorted(matrices.values()) == [1] * 3 * len(blocks_of(tiny)) + [3] * len(blocks_of(tiny))
     named = dict(tiny.named_parameters())
     slow = [p for name, p in named.items() if name.startswith("decoder")]  # half the rate, no decay
     fast = [p for name, p in named.items() if not name.startswith("decoder")]
@@ -63,7 +64,7 @@ def test_steps_by_hand(tiny, orthogonalize):
 def test_skipped_steps_change_nothing_and_bfloat16_is_close(tiny):
     whole = copy.deepcopy(tiny)
     halves, floats = (
-        build_optimizer(model, OPTIM, dtype, matrices=matrices_of(model))
+        build_optimizer(model, OPTIM, dtype, matrices=matrices_of(blocks_of(model)))
         for model, dtype in ((tiny, torch.bfloat16), (whole, torch.float32))
     )
     before = {w.name: w.master.clone() for w in halves.weights}
