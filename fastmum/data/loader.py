@@ -278,5 +278,6 @@ def _use_one_core() -> None:
     Otherwise it gets OpenMP threads of its own. Once there are more than cores, none waits actively for work, also none
     of the training loop's, and a step takes up to twice the time.
     """
+    torch.get_num_threads()  # sets the number of a new thread, if it was changed
     with contextlib.suppress(AttributeError, OSError):  # another OpenMP library, or none
         ctypes.CDLL(torch._C.__file__).omp_set_num_threads(1)

@@ -65,10 +65,12 @@ def test_batches_come_in_order_and_bad_frames_are_replaced(manifests, tmp_path):
 
 
 def test_decoding_threads_have_no_openmp_threads_of_their_own(manifests, monkeypatch):
-    counts, loader = [], Loader(DECODER, manifests, workers=2)
+    counts, loader, before = [], Loader(DECODER, manifests, workers=2), torch.get_num_threads()
     load = loader.load
+    torch.set_num_threads(2)
     monkeypatch.setattr(loader, "load", lambda plan: counts.append(torch.get_num_threads()) or load(plan))
     assert len(list(loader.batches([plan_of([0], [1])] * 5))) == len(counts) == 5
+    torch.set_num_threads(before)
     assert set(counts) == {1}, "with more threads than cores OpenMP's wait passively, and a step takes twice the time"
 
 
