@@ -244,11 +244,15 @@ def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
     return pairs.first(args.max_pairs), train.first(args.train_pairs)
 
 
-def _untrained(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     pairs = open_pairs(args.data).first(args.max_pairs)
     claim(pairs.name)
-    if args.task == "cosine":
-        return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature))
+    return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature))
+
+
+def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+    pairs = open_pairs(args.data).first(args.max_pairs)
+    claim(pairs.name)
     result = evaluate_attention(model, pairs, args.size)
     return _with_pictures(args, pairs, result, lambda pair: draw_attention(model, pair, result.size))
 
@@ -278,8 +282,8 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
 EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
     "matching": ("dense matching by linear probes, trained in one pass on frozen features", _matching),
     "discriminant": ("the same by a probe in closed form, the linear discriminant of true matches", _discriminant),
-    "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _untrained),
-    "attention": ("matching by the decoder's attention across views, with pictures", _untrained),
+    "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _cosine),
+    "attention": ("matching by the decoder's attention across views, with pictures", _attention),
     "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),
 }
 
