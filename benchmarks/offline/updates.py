@@ -4,7 +4,6 @@ Muon's products are divided among devices (`fastmum.engine.muon`): the one with 
 all-gather of the updates in bfloat16 is added, with nothing hidden.
 """
 
-from collections import Counter
 from unittest import mock
 
 import torch
@@ -30,12 +29,13 @@ NVLINK = {"a100": 0.7 * 300e9, "h100": 0.7 * 450e9, "h200": 0.7 * 450e9}
 NETWORK = {"a100": 0.7 * 25e9, "h100": 0.7 * 50e9, "h200": 0.7 * 50e9}
 
 
-def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int = 1) -> Cost:
-    """The update of bfloat16 weights with float32 halves; every gradient is in bfloat16."""
+def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int = 1) -> tuple[Cost, int]:
+    """The update of bfloat16 weights with float32 halves, and the bytes of its all-gather. Gradients are bfloat16."""
     with pretending(gpu, Batch(1, 1)) as recorder:
         with torch.device("meta"):
             model = MuM(config)
-        with FakeTensorMode(), mock.patch.object(dist, "all_gather_into_tensor", return_value=None), recorder:
+        gather = mock.patch.object(dist, "all_gather_into_tensor", return_value=None)
+        with FakeTensorMode(), gather as gathers, recorder:
             place(model)
             world = DistContext(size=devices)
             optimizer = build_optimizer(
@@ -47,21 +47,12 @@ def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int
             state = recorder.live
             recorder.restart()
             optimizer.step(1e-4, found_inf=torch.zeros(()))
-        return summed_cost(recorder, state, {})
+            moved = sum(call.args[0].nbytes for call in gathers.call_args_list)
+        return summed_cost(recorder, state, {}), moved
 
 
-def gather_seconds(config: ModelConfig, name: str, devices: int) -> float:
-    """The all-gather of the matrices' updates, 2 bytes each; parts are padded to the longest."""
-    if devices == 1:
-        return 0.0
-    with torch.device("meta"):
-        model = MuM(config)
-    optim, world = OptimSection(optimizer="muon"), DistContext(size=devices)
-    (part,) = build_optimizer(model, optim, matrices=matrices_of(blocks_of(model)), world=world).partitions
-    sizes: Counter[int] = Counter()
-    for w in part.weights:
-        sizes[part.owners[w.name]] += w.parameter.numel()
-    moved = 2 * devices * max(sizes.values())
+def gather_seconds(moved: int, name: str, devices: int) -> float:
+    """An all-gather of `moved` bytes in all."""
     within = moved * (devices - 1) / devices / NVLINK[name]
     machines = devices // 8
     return max(within, moved * (machines - 1) / machines / (8 * NETWORK[name])) if machines > 1 else within
@@ -76,7 +67,7 @@ def table(config: ModelConfig, gpus: dict[str, Gpu]) -> str:
     ]:
         times = []
         for name, gpu in gpus.items():
-            cost = update_cost(config, gpu, optim, devices)
-            times.append(seconds(cost.kernels, gpu) + gather_seconds(config, name, devices))
+            cost, moved = update_cost(config, gpu, optim, devices)
+            times.append(seconds(cost.kernels, gpu) + gather_seconds(moved, name, devices))
         lines.append(f"{label:22}" + "".join(f"{1e3 * s:10.2f}" for s in times))
     return "\n".join(lines)
