@@ -25,7 +25,7 @@ def wait_for(condition: Callable[[], Any], what: str = "it", seconds: float = 90
 
 
 class Pool:
-    """Four processes; a test uses the first 1, 2 or 4.
+    """Four processes; a test uses the first ones.
 
     Args:
         timeout: seconds for a job.

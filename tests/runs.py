@@ -60,7 +60,7 @@ def run_main(rank: int, size: int, port: int, args: list[str], log: Path) -> Non
 
 
 def ranks_by_size(rank: int) -> dict[int, tuple[int, int]]:
-    return {size: (rank, size) for size in (1, 2, 4)}
+    return {size: (rank, size) for size in (1, 2, 3, 4)}
 
 
 def run_train(rank_and_size: tuple[int, int], port: int, args: list[str]) -> int:

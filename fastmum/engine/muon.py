@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import cast
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -48,13 +48,13 @@ class Muon(AdamW):
             if p.ndim != 2 or len(p) % n or not local(p).is_contiguous() or p.dtype != expected:
                 raise ConfigError(f"optim.optimizer is muon, but '{name}' is not {n} dense matrices of {expected}")
         products = dtype, COEFFICIENTS[optim.orthogonalize]
-        sharded = [w for w in matrices if isinstance(w.parameter, DTensor)]
-        replicated = [w for w in matrices if not isinstance(w.parameter, DTensor)]
+        sharded = [_Unit(w) for w in matrices if isinstance(w.parameter, DTensor)]
+        replicated = [_Unit(w, i) for w in matrices if not isinstance(w.parameter, DTensor) for i in range(w.matrices)]
         self.partitions: list[_Partition] = []
         if replicated:
             self.partitions.append(_Replicated(replicated, *products, world.rank, world.size, None))
         if sharded:
-            mesh = cast(DTensor, sharded[0].parameter).device_mesh
+            mesh = cast(DTensor, sharded[0].weight.parameter).device_mesh
             group = mesh.get_group(mesh.ndim - 1)
             self.partitions.append(_Sharded(sharded, *products, group.rank(), group.size(), group))
 
@@ -64,45 +64,75 @@ class Muon(AdamW):
             part.start(self.moments, gradient, found_inf)
         super().step(rate, gradient, found_inf)  # while matrices are sent
         for part in self.partitions:
-            alike: dict[tuple, list[tuple[Weight, Tensor]]] = defaultdict(list)
-            for w, update in part.finish():
-                alike[w.weight_decay, w.lr_scale, w.rest is None].append((w, update))
+            alike: dict[tuple, list[tuple[_Unit, Tensor]]] = defaultdict(list)
+            for unit, update in part.finish():
+                w = unit.weight
+                alike[w.weight_decay, w.lr_scale, w.rest is None].append((unit, update))
             for (decay, lr_scale, whole), some in alike.items():
-                scales = [RMS * max(w.parameter.shape[0] // w.matrices, w.parameter.shape[1]) ** 0.5 for w, _ in some]
                 apply_(
-                    [local(w.parameter.detach()) for w, _ in some],
-                    [] if whole else [w.rest for w, _ in some if w.rest is not None], [update for _, update in some],
-                    rate * lr_scale * self.optim.muon_lr_scale, scales, decay, found_inf,
+                    [unit.of(local(unit.weight.parameter.detach())) for unit, _ in some],
+                    [] if whole else [unit.of(unit.weight.rest) for unit, _ in some], [update for _, update in some],
+                    rate * lr_scale * self.optim.muon_lr_scale, [RMS * max(unit.shape) ** 0.5 for unit, _ in some],
+                    decay, found_inf,
                 )  # fmt: skip
 
 
+class _Unit(NamedTuple):
+    """What one process orthogonalises: matrix `index` of a weight, or all of them if `index` is None."""
+
+    weight: Weight
+    index: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a matrix."""
+        rows, columns = self.weight.parameter.shape
+        return rows // self.weight.matrices, columns
+
+    @property
+    def matrices(self) -> int:
+        return self.weight.matrices if self.index is None else 1
+
+    @property
+    def cost(self) -> int:
+        """Operations of one iteration: two products with the Gram matrix, and its square."""
+        small, large = sorted(self.shape)
+        return self.matrices * (4 * small * small * large + 2 * small**3)
+
+    def of(self, x: Tensor | None) -> Tensor:
+        """The unit's rows of a tensor like the weight."""
+        assert x is not None
+        return x if self.index is None else x.chunk(self.weight.matrices)[self.index]
+
+
 class _Partition(ABC):
-    """Matrices divided among processes by cost, the largest first, to the least loaded; `owners`: rank by name."""
+    """Units divided among processes by cost, the largest first, to the least loaded; `owners`: the rank of each."""
 
     def __init__(
-        self, weights: Sequence[Weight], dtype: torch.dtype, coefficients: Coefficients, rank: int, size: int,
+        self, units: Iterable[_Unit], dtype: torch.dtype, coefficients: Coefficients, rank: int, size: int,
         group: dist.ProcessGroup | None,
     ) -> None:  # fmt: skip
         self.dtype, self.coefficients, self.rank, self.size, self.group = dtype, coefficients, rank, size, group
-        self.loads, self.owners = [0] * size, {}
-        for w in sorted(weights, key=_cost, reverse=True):
+        self.loads = [0] * size
+        owners = {}
+        for unit in sorted(units, key=lambda unit: unit.cost, reverse=True):
             owner = min(range(size), key=self.loads.__getitem__)
-            self.loads[owner] += _cost(w)
-            self.owners[w.name] = owner
-        self.weights = sorted(weights, key=lambda w: self.owners[w.name])
+            self.loads[owner] += unit.cost
+            owners[unit] = owner
+        self.owners = dict(sorted(owners.items(), key=lambda item: item[1]))
         self.work: dist.Work | None = None
-        self._updates: list[tuple[Weight, Tensor]] = []
+        self._updates: list[tuple[_Unit, Tensor]] = []
 
     def start(self, moments: Mapping[str, tuple[Tensor, ...]], gradient: GradientOf, found_inf: Tensor | None) -> None:
         """Update the momentum of weights with a gradient, orthogonalise the own matrices and begin to send them."""
-        given = [(w, grad) for w in self.weights if (grad := gradient(w.parameter)) is not None]
-        weights = [w for w, _ in given]
-        averages = [local(moments[w.name][0]) for w in weights]
-        updates = self.compute_updates(weights, averages, [grad for _, grad in given], found_inf) if given else []
-        self._updates = list(zip(weights, updates, strict=True))
+        given = [(u, u.of(grad)) for u in self.owners if (grad := gradient(u.weight.parameter)) is not None]
+        units = [unit for unit, _ in given]
+        averages = [unit.of(local(moments[unit.weight.name][0])) for unit in units]
+        updates = self.compute_updates(units, averages, [grad for _, grad in given], found_inf) if given else []
+        self._updates = list(zip(units, updates, strict=True))
 
-    def finish(self) -> list[tuple[Weight, Tensor]]:
-        """Weights and the local shards of their orthogonalised updates."""
+    def finish(self) -> list[tuple[_Unit, Tensor]]:
+        """Units and the local shards of their orthogonalised updates."""
         if self.work is not None:
             self.work.wait()
         updates, self.work, self._updates = self._updates, None, []
@@ -110,7 +140,7 @@ class _Partition(ABC):
 
     @abstractmethod
     def compute_updates(
-        self, weights: list[Weight], averages: list[Tensor], grads: list[Tensor], found_inf: Tensor | None
+        self, units: list[_Unit], averages: list[Tensor], grads: list[Tensor], found_inf: Tensor | None
     ) -> list[Tensor]:
         """The local shards of the updates, complete when `work` is."""
 
@@ -118,8 +148,8 @@ class _Partition(ABC):
 class _Replicated(_Partition):
     """Every process has whole gradients and momenta: an all-gather of the orthogonalised matrices."""
 
-    def compute_updates(self, weights, averages, grads, found_inf):
-        owners = [self.owners[w.name] for w in weights]
+    def compute_updates(self, units, averages, grads, found_inf):
+        owners = [self.owners[unit] for unit in units]
         sizes = [a.numel() for a in averages]
         longest = max(sum(n for n, o in zip(sizes, owners, strict=True) if o == rank) for rank in range(self.size))
         flat = torch.empty(self.size, longest, dtype=self.dtype, device=averages[0].device)
@@ -129,7 +159,7 @@ class _Replicated(_Partition):
             used[owner] += average.numel()
         (own, *mine), (_, *others) = (
             [[x for x, o in zip(values, owners, strict=True) if (o == self.rank) == is_own]
-             for values in (weights, averages, grads, updates)]
+             for values in (units, averages, grads, updates)]
             for is_own in (True, False)
         )  # fmt: skip
         momentum_(*mine, MOMENTUM, found_inf)
@@ -144,14 +174,14 @@ class _Replicated(_Partition):
 class _Sharded(_Partition):
     """Every process has rows of each gradient and momentum: an all-to-all to the owners, and one back."""
 
-    def compute_updates(self, weights, averages, grads, found_inf):
-        own = [w for w in weights if self.owners[w.name] == self.rank]
+    def compute_updates(self, units, averages, grads, found_inf):
+        own = [unit for unit in units if self.owners[unit] == self.rank]
         sent = [0] * self.size  # values for every owner
-        for w, average in zip(weights, averages, strict=True):
-            sent[self.owners[w.name]] += average.numel()
+        for unit, average in zip(units, averages, strict=True):
+            sent[self.owners[unit]] += average.numel()
         # Rows of own matrices on every process, and values from it.
-        rows = [[_rows(len(w.parameter), rank, self.size) for w in own] for rank in range(self.size)]
-        received = [sum(n * w.parameter.shape[1] for n, w in zip(some, own, strict=True)) for some in rows]
+        rows = [[_rows(len(unit.weight.parameter), rank, self.size) for unit in own] for rank in range(self.size)]
+        received = [sum(n * unit.shape[1] for n, unit in zip(some, own, strict=True)) for some in rows]
         shards = torch.empty(sum(sent), dtype=self.dtype, device=averages[0].device)
         parts = shards.split([a.numel() for a in averages])
         updates = [part.view_as(average) for part, average in zip(parts, averages, strict=True)]
@@ -160,8 +190,8 @@ class _Sharded(_Partition):
         dist.all_to_all_single(gathered, shards, received, sent, group=self.group)
         pieces = []  # of every process and own matrix
         for part, some in zip(gathered.split(received), rows, strict=True):
-            values = part.split([n * w.parameter.shape[1] for n, w in zip(some, own, strict=True)])
-            pieces.append([x.view(-1, w.parameter.shape[1]) for x, w in zip(values, own, strict=True)])
+            values = part.split([n * unit.shape[1] for n, unit in zip(some, own, strict=True)])
+            pieces.append([x.view(-1, unit.shape[1]) for x, unit in zip(values, own, strict=True)])
         matrices = [torch.cat(some) for some in zip(*pieces, strict=True)]
         _orthogonalize(own, matrices, self.coefficients)
         for of_matrix, counts, matrix in zip(zip(*pieces, strict=True), zip(*rows, strict=True), matrices, strict=True):
@@ -170,24 +200,17 @@ class _Sharded(_Partition):
         return updates
 
 
-def _cost(weight: Weight) -> int:
-    """Operations of one iteration: two products with the Gram matrix, and its square."""
-    rows, columns = weight.parameter.shape[0] // weight.matrices, weight.parameter.shape[1]
-    small, large = min(rows, columns), max(rows, columns)
-    return weight.matrices * (4 * small * small * large + 2 * small**3)
-
-
 def _rows(rows: int, rank: int, size: int) -> int:
     """Rows of a tensor that FSDP leaves to a rank."""
     shard = -(-rows // size)
     return max(0, min(shard, rows - rank * shard))
 
 
-def _orthogonalize(weights: list[Weight], updates: list[Tensor], coefficients: Coefficients) -> None:
+def _orthogonalize(units: list[_Unit], updates: list[Tensor], coefficients: Coefficients) -> None:
     """Orthogonalise updates (n * rows, columns) in place, all of one shape together."""
     alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for weight, update in zip(weights, updates, strict=True):
-        for matrix in update.chunk(weight.matrices):
+    for unit, update in zip(units, updates, strict=True):
+        for matrix in update.chunk(unit.matrices):
             matrix = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
             alike[matrix.shape].append(matrix)
     for some in alike.values():

@@ -12,7 +12,7 @@ def pool():
 
 @pytest.fixture
 def run(request, pool, image_folder, tmp_path):
-    """Train in a folder on 1, 2 or 4 processes, with the `ARGS` of the test's module and more; returns the metrics."""
+    """Train in a folder on 1 to 4 processes, with the `ARGS` of the test's module and more; returns the metrics."""
 
     def run(name, size, *more):
         args = [*request.module.ARGS, f"run.dir={tmp_path / name}", *more]
