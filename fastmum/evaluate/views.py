@@ -51,7 +51,7 @@ class SequenceSet(NamedTuple):
 def open_sequences(name: str, least: int) -> SequenceSet:
     """The sequences with at least `least` views: "scenes", or a folder, each sub-folder of which is a sequence."""
     if name == "scenes":
-        folders, size = [*embedded_folders("test"), *embedded_folders("train")], SIZE
+        folders, size = embedded_folders("test"), SIZE
         root, title = folders[0].parent, "scenes"
     else:
         root, size = Path(name).expanduser(), 224  # of the released training configuration

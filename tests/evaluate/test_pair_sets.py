@@ -15,7 +15,7 @@ from fastmum.data.errors import DataError
 from fastmum.evaluate.features import load_image
 from fastmum.evaluate.pairs import SETS, open_pairs, overlap, pair_warp, same_set
 from fastmum.evaluate.pairs.jsonl import split
-from fastmum.evaluate.pairs.scenes import embedded_folders
+from fastmum.evaluate.pairs.scenes import embedded_folders, from_folders
 from fastmum.geometry.warp import grid_points
 
 
@@ -286,10 +286,17 @@ def test_embedded_scenes_to_test_and_to_train_on_differ(rendered, monkeypatch):
     monkeypatch.setattr("fastmum.evaluate.pairs.scenes.embedded_folders", folders.__getitem__)
     for name in ("scenes", "motorcycle"):
         assert {pair.scene for pair in open_pairs(name, "trainable").pairs} == {"scene_0000"}
-    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.ensure_scenes", lambda count, *settings: count)
-    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.scene_dirs", lambda root, count: list(range(count)))
-    assert embedded_folders("test") == embedded_folders("all") == list(range(6))
-    assert embedded_folders("train") == list(range(6, 18))
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.ensure_scenes", lambda count, views, size, seed: seed)
+    monkeypatch.setattr("fastmum.evaluate.pairs.scenes.scene_dirs", lambda root, count: (root, count))
+    assert embedded_folders("test") == embedded_folders("all") != embedded_folders("train")
+    assert len({0, embedded_folders("test")[0], embedded_folders("train")[0]}) == 3  # 0: the default of training
+
+
+def test_pairs_are_spread_over_the_path(rendered):
+    for starts in (1, 2, 4, 9):
+        pairs = from_folders([rendered / "scene_0000"], gaps=(1, 2, 6), starts=starts).pairs  # of 6 views
+        assert len({pair.name for pair in pairs}) == len(pairs) == min(starts, 5) + min(starts, 4)
+    assert [pair.name[-7:] for pair in pairs[:5]] == ["000-001", "001-002", "002-003", "003-004", "004-005"]
 
 
 def test_some_pairs_of_a_set(wall_pairs):

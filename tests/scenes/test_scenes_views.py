@@ -24,7 +24,7 @@ def scenes(tmp_path_factory):
     """Four scenes of 4 views, their cameras.json, and pairs of neighbouring views; scene 3 is a courtyard."""
     root = ensure_scenes(4, 4, SIZE, 0, cache_dir=tmp_path_factory.mktemp("cache"), workers=2, progress=False)
     cameras = [json.loads((folder / "cameras.json").read_text()) for folder in scene_dirs(root, 4)]
-    pairs = [from_folders([folder], gaps=(1,), stride=1).pairs for folder in scene_dirs(root, 4)]
+    pairs = [from_folders([folder], gaps=(1,)).pairs for folder in scene_dirs(root, 4)]
     return list(zip((build_scene(0, i) for i in range(4)), cameras, pairs, strict=True))
 
 
