@@ -111,6 +111,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     probes = "each combination with a weight decay makes a probe (%(default)s)"
     add("--steps", type=int, metavar="N", help=steps)
     add("--every", type=int, metavar="N", help="steps between evaluations (default: a tenth of --steps)")
+    choice = "where the best probe and step are chosen: test pairs, as in the paper, or left-out scenes (%(default)s)"
+    add("--choose-on", choices=("test", "train"), default="test", help=choice)
     add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs a step (%(default)s)")
     add("--learning-rates", type=float, nargs="+", default=rates, metavar="LR", help=probes)
     add("--weight-decays", type=float, nargs="+", default=decays, metavar="WD", help="(%(default)s)")
@@ -222,7 +224,9 @@ def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     more = {"steps": steps, "evaluate_every": every, "learning_rates": rates, "weight_decays": decays}
     settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed"), **more)
     pairs, train = _open_both(args, claim)
-    return _with_pictures(args, pairs, evaluate_matching(model, pairs, train, settings, args.size))
+    return _with_pictures(
+        args, pairs, evaluate_matching(model, pairs, train, settings, args.size, args.choose_on == "train")
+    )
 
 
 def _discriminant(args: Namespace, model: Any, claim: Claim) -> Evaluated:

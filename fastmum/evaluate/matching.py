@@ -9,7 +9,7 @@ Legend: Q probes, B pairs of a step, N pairs, P patches of a frame, D width.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastmum.data.errors import DataError
 from fastmum.evaluate.features import NORMS, Prepared, Truth, prepare
 from fastmum.evaluate.pairs import PairSet
 from fastmum.evaluate.recall import object_recall
@@ -28,6 +29,7 @@ TEMPERATURE = 0.1  # of the exponential cosine kernel; RoMa's Gaussian process h
 TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the best patch and its neighbours
 BATCH = 8  # pairs matched at once by cosine similarity
 SHRINKAGE = 0.01  # of the covariance of true matches
+HELD_OUT = 6  # one of so many training scenes is left out to choose the probe
 
 
 class Result(NamedTuple):
@@ -73,27 +75,48 @@ class ProbeSettings:
 
 def evaluate_matching(
     encoder: nn.Module, pairs: PairSet, train_pairs: PairSet, settings: ProbeSettings | None = None,
-    size: int | None = None,
+    size: int | None = None, choose_on_train: bool = False,
 ) -> Result:  # fmt: skip
     """Train linear probes on frozen features (`patch_features`), each training pair both ways, and score the best one.
 
+    The best probe and its best evaluation are chosen on the test pairs, as in the paper, or with `choose_on_train` on
+    every sixth training scene, which is left out of training.
+
     The result has "scores" and "per_pair_epe" of the best probe at its best evaluation, "best" which one that is,
-    "probes" every evaluation of every probe. DataError: a set that cannot be read or does not fit the encoder.
-    FloatingPointError: every probe diverged.
+    "probes" every evaluation of every probe. DataError: a set that cannot be read or does not fit the encoder, or too
+    few training scenes to leave one out. FloatingPointError: every probe diverged.
     """
     settings, size = settings or ProbeSettings(), size or pairs.size
     device = next(encoder.parameters()).device
     test = prepare(encoder, pairs, size, ("layernorm",))["layernorm"]
-    train = prepare(encoder, train_pairs.both_ways(), size, ("layernorm",))["layernorm"]
-    history, (probe, evaluation), warps = train_probes(train, test, settings, device)
+    left, chosen_on = leave_out(train_pairs) if choose_on_train else (train_pairs, pairs)
+    train = prepare(encoder, left.both_ways(), size, ("layernorm",))["layernorm"]
+    choice = prepare(encoder, chosen_on, size, ("layernorm",))["layernorm"] if choose_on_train else test
+    history, (probe, evaluation), matrix = train_probes(train, choice, settings, device)
+    warps = match_pairs(test, settings.batch, settings.temperature, device, matrix[None])[0]
     probes: list[dict[str, Any]] = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in settings.probes()]
     best = {**probes[probe], "step": history[evaluation].step}
     for i, each in enumerate(probes):
         each["evaluations"] = [{"step": e.step, "train_loss": e.losses[i], **e.scores[i].as_dict()} for e in history]
     fields = {name: getattr(settings, name) for name in ("steps", "batch", "evaluate_every", "temperature", "seed")}
-    about = {"size": size, **fields, "train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
+    about = {"size": size, **fields, "train_set": train_pairs.name, "train_pairs": len(left.pairs)}
+    about |= {"chosen_on": "left-out training scenes" if choose_on_train else "test pairs"}
     numbers = measured(warps, test.truth) | {"best": best, "probes": probes, "settings": about}
     return Result(numbers, warps, size)
+
+
+def leave_out(pairs: PairSet) -> tuple[PairSet, PairSet]:
+    """The pairs of most scenes, and those of every sixth scene; DataError if there are fewer than six scenes."""
+    scenes = list(dict.fromkeys(pair.scene for pair in pairs.pairs))
+    if len(scenes) < HELD_OUT:
+        raise DataError(
+            f"'{pairs.name}' has pairs of {len(scenes)} scenes to train on; {HELD_OUT} are needed to choose"
+        )
+    out = set(scenes[::HELD_OUT])
+    return tuple(  # type: ignore[return-value]
+        replace(pairs, pairs=[pair for pair in pairs.pairs if (pair.scene in out) == is_out])
+        for is_out in (False, True)
+    )
 
 
 def evaluate_discriminant(
@@ -224,11 +247,11 @@ class Trained(NamedTuple):
 
     history: list[Evaluated]
     best: tuple[int, int]  # indices of the probe and of the evaluation
-    warps: Tensor  # (N, P, 2) of the test pairs by that probe at that evaluation
+    matrix: Tensor  # (D, D) that probe at that evaluation
 
 
-def train_probes(train: Prepared, test: Prepared, settings: ProbeSettings, device: torch.device) -> Trained:
-    """Train all probes in one pass and keep the best. They start as the identity, which is cosine matching.
+def train_probes(train: Prepared, choice: Prepared, settings: ProbeSettings, device: torch.device) -> Trained:
+    """Train all probes in one pass and keep the best on `choice`. They start as the identity, which is cosine matching.
 
     FloatingPointError: no probe gave a finite warp at any evaluation.
     """
@@ -238,7 +261,7 @@ def train_probes(train: Prepared, test: Prepared, settings: ProbeSettings, devic
     groups = [{"params": [each], "lr": lr, "weight_decay": wd} for each, (lr, wd) in zip(matrices, probes, strict=True)]
     optimizer = torch.optim.AdamW(groups, fused=True)
     history: list[Evaluated] = []
-    best, least, kept = (0, 0), inf, torch.empty(0)
+    best, least, kept = (0, 0), inf, stack[0]
     total, since = torch.zeros(len(probes), device=device), 0
     bar = tqdm(_draw(train, settings), desc=f"{len(probes)} probes", unit="step", total=steps)
     for step, pairs in enumerate(bar, 1):
@@ -254,12 +277,12 @@ def train_probes(train: Prepared, test: Prepared, settings: ProbeSettings, devic
         total, since = total + losses.detach(), since + 1
         if step % settings.evaluate_every and step < steps:
             continue
-        warps = match_pairs(test, settings.batch, settings.temperature, device, stack)
-        found = match_scores(match_errors(warps, test.truth.target), test.truth.visible)
+        warps = match_pairs(choice, settings.batch, settings.temperature, device, stack)
+        found = match_scores(match_errors(warps, choice.truth.target), choice.truth.visible)
         history.append(Evaluated(step, (total / since).tolist(), found))
         probe = min(range(len(found)), key=lambda i: found[i].epe if isfinite(found[i].epe) else inf)
         if found[probe].epe < least:
-            best, least, kept = (probe, len(history) - 1), found[probe].epe, warps[probe]
+            best, least, kept = (probe, len(history) - 1), found[probe].epe, stack[probe].clone()
         total, since = torch.zeros_like(total), 0
         bar.set_postfix(epe=f"{found[probe].epe:.2f}", best=f"{least:.2f}")
     if least == inf:

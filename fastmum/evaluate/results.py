@@ -217,7 +217,12 @@ def page(records: Sequence[Record]) -> str:
 def _charts(content: dict[str, Any]) -> list[Chart]:
     charts = []
     if content["task"] == "matching":
-        error = _curves(content["probes"], "epe", "End-point error on the test pairs", "pixels of 448 x 448")
+        error = _curves(
+            content["probes"],
+            "epe",
+            f"End-point error on the {content['settings'].get('chosen_on', 'test pairs')}",
+            "pixels of 448 x 448",
+        )
         charts = [error, _curves(content["probes"], "train_loss", "Training loss", "negative log-likelihood")]
     elif content["task"] == "views":
         lines = [

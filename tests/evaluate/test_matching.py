@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from plane_world import shot
 
 from fastmum.data.errors import DataError
-from fastmum.evaluate import evaluate_cosine
+from fastmum.evaluate import evaluate_cosine, evaluate_matching
 from fastmum.evaluate.features import Prepared, Truth, load_image, patch_features, prepare
 from fastmum.evaluate.matching import (
     ProbeSettings,
     cosine_logits,
     decode,
     discriminant,
+    leave_out,
     match_pairs,
     nearest_patch,
     train_probes,
@@ -198,13 +199,28 @@ def test_a_probe_beats_cosine_matching():
     train, test = hidden_signal(40, 0), hidden_signal(10, 1)
     settings = ProbeSettings(steps=200, evaluate_every=50, learning_rates=(1e-5, 1e-2), weight_decays=(0.0, 0.1))
     trained = train_probes(train, test, settings, CPU)
-    (error,) = epe(test, trained.warps[None])
+    (error,) = epe(test, match_pairs(test, 8, 0.1, CPU, trained.matrix[None]))
     assert error < 0.3 * epe(test, match_pairs(test, 8, 0.1, CPU)[None])[0]
     probe, evaluation = trained.best
     assert settings.probes()[probe][0] == 1e-2
-    # The reported error is the minimum over all evaluations, and the kept warps reproduce it.
+    # The reported error is the minimum over all evaluations, and the kept probe reproduces it.
     assert error == pytest.approx(min(each.scores[i].epe for each in trained.history for i in range(4)))
     assert error == pytest.approx(trained.history[evaluation].scores[probe].epe)
+
+
+def test_left_out_scenes_are_not_trained_on(wall_pairs, by_colour):
+    pairs = [replace(pair, scene=str(i)) for i in range(12) for pair in wall_pairs.pairs[:3]]
+    train = replace(wall_pairs, pairs=pairs)
+    kept, left = leave_out(train)
+    assert [{pair.scene for pair in part.pairs} for part in (kept, left)][1] == {"0", "6"}
+    assert (len(kept.pairs), len(left.pairs)) == (30, 6)
+    assert not {pair.scene for pair in kept.pairs} & {pair.scene for pair in left.pairs}
+    numbers = evaluate_matching(by_colour, wall_pairs, train, ProbeSettings(4, 2, 2), choose_on_train=True).numbers
+    alone = evaluate_matching(by_colour, left, kept, ProbeSettings(4, 2, 2)).numbers
+    assert (numbers["settings"]["train_pairs"], numbers["best"]) == (30, alone["best"])
+    assert numbers["scores"]["pairs"] == 5
+    with pytest.raises(DataError, match="wall"):
+        leave_out(wall_pairs)
 
 
 def test_the_discriminant_makes_differences_of_matches_white():
