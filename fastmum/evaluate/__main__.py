@@ -32,6 +32,7 @@ from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.pretrained import WeightsError
 from fastmum.pretrained.arguments import add_overrides, parse_overrides
+from fastmum.pretrained.load import build, read_pretrained
 
 T = TypeVar("T")
 
@@ -172,10 +173,10 @@ def _run(args: Namespace) -> None:
     read(out)  # the page needs every result; fail before the evaluation
     overrides = parse_overrides(args.overrides, {"device": "--device"})
     device = pick_device(args.device, key="--device")
-    name, model = load_weights(args.weights, args.name, device, overrides, args.seed)
+    name, model, frames = load_weights(args.weights, args.name, device, overrides, args.seed)
     if args.size is not None:
         check_size(model, args.size)
-    about = {"task": args.task, "set": "", "weights": name, "source": args.weights, "data": args.data}
+    about = {"task": args.task, "set": "", "weights": name, "source": args.weights, "data": args.data, "frames": frames}
     _, evaluate = EVALUATIONS[args.task]
     set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
     about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
@@ -189,8 +190,8 @@ def _run(args: Namespace) -> None:
 
 def load_weights(
     source: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
-) -> tuple[str, Encoder]:
-    """A model in eval mode, and its name in tables and files, by default derived from the source.
+) -> tuple[str, Encoder, int | None]:
+    """The name in tables and files, by default derived from the source, a model in eval mode, and the frames it saw.
 
     `source` and `overrides` are those of `fastmum.load_pretrained`, or "random:PRESET" and sizes that differ from the
     preset, for an untrained model. Raises `WeightsError`.
@@ -201,7 +202,9 @@ def load_weights(
             derived = f"{path.parent.parent.name} {path.name}"
         else:
             derived = path.parent.name if path.name == "checkpoints" else path.stem if path.is_file() else path.name
-        return name or derived, fastmum.load_pretrained(source, device=device, **overrides)
+        dtype = overrides.get("dtype", torch.float32)
+        pretrained = read_pretrained(source, **{key: value for key, value in overrides.items() if key != "dtype"})
+        return name or derived, build(pretrained, device, dtype), pretrained.frames
     preset = source.removeprefix(RANDOM)
     if preset not in PRESETS:
         raise WeightsError(f"there is no preset '{preset}' for --weights {RANDOM}PRESET: one of {', '.join(PRESETS)}")
@@ -215,7 +218,7 @@ def load_weights(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MuM(config)
-    return name or f"untrained {preset}", model.to(device).eval()
+    return name or f"untrained {preset}", model.to(device).eval(), 0
 
 
 def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:

@@ -28,6 +28,7 @@ class Saved(NamedTuple):
     step: int | None = None  # of the run, if stated
     parameters_only: bool = False  # buffers are missing
     ema: bool = False  # the weights are an exponential moving average
+    frames: int | None = None  # seen in training, if stated
 
 
 def read_saved(path: Path, ema: bool | None = None) -> Saved:
@@ -68,7 +69,9 @@ def _read_run(path: Path, ema: bool | None) -> Saved:
             tensors |= read_weights(manifest.path, prefix="ema.").tensors
     except CheckpointError as error:
         raise WeightsError(str(error)) from None
-    return Saved(manifest.path, tensors, sizes, manifest.step, parameters_only=True, ema=use_ema)
+    samples = manifest.values.get("samples_per_step")
+    frames = None if samples is None else manifest.step * samples
+    return Saved(manifest.path, tensors, sizes, manifest.step, parameters_only=True, ema=use_ema, frames=frames)
 
 
 def _read_dinov3(path: Path) -> Saved:

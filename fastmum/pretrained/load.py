@@ -36,6 +36,7 @@ class Pretrained(NamedTuple):
     rope_dtype: torch.dtype  # in which the encoder computes positions
     step: int | None  # of the run, if known
     ema: bool  # the weights are an exponential moving average
+    frames: int | None  # seen in training, if known
 
     @property
     def title(self) -> str:
@@ -100,7 +101,8 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
         extra = [name for name in state if name not in expected]
         raise MismatchError(f"'{saved.path}' does not hold {model}", missing, extra, misshapen)
     state = {name: state[name] for name in expected}
-    pretrained = Pretrained(saved.path, config, state, encoder_only, rope_dtype, saved.step, saved.ema)
+    about = saved.step, saved.ema, saved.frames
+    pretrained = Pretrained(saved.path, config, state, encoder_only, rope_dtype, *about)
     log.info("'%s': %s", saved.path, pretrained.title)
     return pretrained
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -115,10 +116,12 @@ def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
 
 
 def test_names_of_weights(weights, monkeypatch):
-    monkeypatch.setattr("fastmum.load_pretrained", lambda source, device: None)
+    module = "fastmum.evaluate.__main__"
+    monkeypatch.setattr(f"{module}.read_pretrained", lambda source: SimpleNamespace(frames=24))
+    monkeypatch.setattr(f"{module}.build", lambda pretrained, device, dtype: None)
     sources = "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/step_7", str(weights)
-    names = [load_weights(source, None, torch.device("cpu"), {})[0] for source in sources]
-    assert names == ["a", "a", "a step_7", "small"]
+    found = [load_weights(source, None, torch.device("cpu"), {}) for source in sources]
+    assert found == [(name, None, 24) for name in ("a", "a", "a step_7", "small")]
 
 
 ERRORS = [

@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastmum.evaluate import curves
 from fastmum.evaluate.results import save
 from fastmum.evaluate.seeds import main
 
@@ -47,6 +48,25 @@ def test_tables_and_pictures(folder, tmp_path, capsys):
     ):
         assert str(plots / f"{name}.svg") in printed
         assert text in (plots / f"{name}.svg").read_text()
+
+
+def test_learning_curves(tmp_path, capsys):
+    for frames, values in (
+        (100, {"mum 0": 60.0, "mum 1": 64.0, "mae 0": 50.0}),
+        (2000, {"mum 0": 40.0, "mum 1": 42.0}),
+    ):
+        for name, epe in values.items():
+            (tmp_path / str(frames)).mkdir(exist_ok=True)
+            save(tmp_path / str(frames), matching(name, epe) | {"frames": frames, "settings": {}}, [])
+    save(tmp_path / "2000", matching("of a file", 1.0) | {"settings": {}}, [])  # no number of frames
+    plots = tmp_path / "plots"
+    assert curves.main([str(tmp_path / "100"), str(tmp_path / "2000"), "--plots", str(plots)]) == 0
+    printed = capsys.readouterr().out
+    for row in ("weights | 100 | 2,000", "mum | 62.0 | 41.0", "mae | 50.0 | –"):
+        assert f"| {row} |\n" in printed
+    assert "of a file" not in printed
+    assert "frames seen" in (plots / "curve-matching-scenes.svg").read_text()
+    assert curves.main([str(plots)]) == 2
 
 
 def test_errors(folder, tmp_path, capsys):

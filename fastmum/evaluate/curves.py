@@ -1,0 +1,87 @@
+"""Learning curves of evaluations: `python -m fastmum.evaluate.curves DIR [DIR ...] --plots DIR`.
+
+Each DIR is a folder of results of `fastmum.evaluate`, one for each moment of training: the results of checkpoints
+with as many steps. Weights whose names differ only in a final number are seeds of one model.
+"""
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fastmum.data.errors import DataError
+from fastmum.errors import run_command
+from fastmum.evaluate import results
+from fastmum.evaluate.seeds import SEED
+
+Points = dict[int, list[float]]  # by frames seen, a value for each seed
+
+
+def curves(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Points]]:
+    """End-point errors by (task, set), then by the name of the weights without the seed."""
+    found: dict[tuple[str, str], dict[str, Points]] = defaultdict(dict)
+    for folder in folders:
+        for record in results.read(folder):
+            content = record.content
+            frames, epe = content.get("frames"), content["scores"].get("epe")
+            if frames is None or epe is None:
+                continue
+            points = found[content["task"], content["set"]].setdefault(SEED.sub("", content["weights"]), {})
+            points.setdefault(frames, []).append(epe)
+    if not found:
+        raise DataError("no folder has an end-point error of a checkpoint whose number of frames is known")
+    return dict(found)
+
+
+def table(models: dict[str, Points]) -> str:
+    """Mean end-point errors, a row for each model and a column for each number of frames, in Markdown."""
+    frames = sorted({count for points in models.values() for count in points})
+    rows = [["weights", *(f"{count:,}" for count in frames)], ["---"] * (len(frames) + 1)]
+    for name, points in models.items():
+        rows.append([name, *(f"{mean(points[count]):.1f}" if count in points else results.NONE for count in frames)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def draw(models: dict[str, Points], title: str, file: Path) -> None:
+    """The curves as an SVG: a line for the mean of the seeds, a dot for each."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+        axes = figure.add_subplot(title=title, xlabel="frames seen", ylabel="end-point error, pixels of 448 x 448")
+        for i, (name, points) in enumerate(models.items()):
+            frames = sorted(points)
+            axes.plot(frames, [mean(points[count]) for count in frames], color=f"C{i}", label=name)
+            for count in frames:
+                axes.plot([count] * len(points[count]), points[count], "o", color=f"C{i}", markersize=3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xscale("log")
+        axes.legend(frameon=False)
+        figure.savefig(file, metadata={"Date": None})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fastmum.evaluate.curves", description=__doc__)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="results (its --out), one for each moment")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw into this folder")
+    args = parser.parse_args(argv)
+
+    def run() -> None:
+        for (task, name), models in curves(args.folders).items():
+            title = f"{results.MATCHERS[task]}, {results.TITLES.get(name, name)}"
+            print(f"**{title}: EPE by frames seen**\n\n{table(models)}\n")
+            if args.plots:
+                results.make_folder(args.plots)
+                draw(models, title, args.plots / f"curve-{task}-{name}.svg")
+
+    return run_command(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
