@@ -78,10 +78,10 @@ class Muon(AdamW):
 
 
 class _Unit(NamedTuple):
-    """What one process orthogonalises: matrix `index` of a weight, or all of them if `index` is None."""
+    """What one process orthogonalises: matrix `part` of a weight, or all of them if `part` is None."""
 
     weight: Weight
-    index: int | None = None
+    part: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,7 +91,7 @@ class _Unit(NamedTuple):
 
     @property
     def matrices(self) -> int:
-        return self.weight.matrices if self.index is None else 1
+        return self.weight.matrices if self.part is None else 1
 
     @property
     def cost(self) -> int:
@@ -102,7 +102,7 @@ class _Unit(NamedTuple):
     def of(self, x: Tensor | None) -> Tensor:
         """The unit's rows of a tensor like the weight."""
         assert x is not None
-        return x if self.index is None else x.chunk(self.weight.matrices)[self.index]
+        return x if self.part is None else x.chunk(self.weight.matrices)[self.part]
 
 
 class _Partition(ABC):
