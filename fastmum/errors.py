@@ -1,6 +1,7 @@
 """The base of errors that a user can fix, and how commands report them."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,11 @@ def program(module: str) -> str:
 def run_command(command: Callable[[], int | None], interrupted: str = "interrupted") -> int:
     """Run the body of a command, turn errors for the user into one line on stderr, and return the exit code.
 
-    It is that of `command` (None: 0), 2 after a `FastmumError`, or 130 after Ctrl-C, which prints `interrupted`.
+    It is that of `command` (None: 0), 2 after a `FastmumError`, or 130 after Ctrl-C, which prints `interrupted`. Names
+    of files that are not UTF-8 are printed with escapes.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return command() or 0
     except KeyboardInterrupt:

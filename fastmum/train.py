@@ -163,7 +163,7 @@ def _train(config: EngineConfig, task: Task) -> int:
             if _due(done, config.train.picture_every, steps):
                 averaged = ema.applied() if ema else contextlib.nullcontext()
                 with meter.paused(), autocast(world.device, precision), averaged:
-                    pictures = task.pictures(model)
+                    pictures = task.pictures(model, done)
                     if telemetry:
                         telemetry.pictures(done, pictures)
             if stopped or _due(done, config.train.checkpoint_every, steps):

@@ -9,7 +9,7 @@ from PIL.Image import DecompressionBombError
 
 from fastmum.errors import FastmumError
 
-OTHERS = (struct.error, DecompressionBombError)
+OTHERS = (struct.error, DecompressionBombError, RecursionError)
 
 
 class DataError(FastmumError, ValueError):

@@ -161,8 +161,8 @@ class Task(ABC):
         """Metrics on held-out data, reduced over all processes; called under autocast, like `loss`."""
         return {}
 
-    def pictures(self, model: Any) -> dict[str, Image.Image]:
-        """Pictures by name; all processes call it, the first one writes them."""
+    def pictures(self, model: Any, step: int) -> dict[str, Image.Image]:
+        """Pictures by name after `step` steps; all processes call it, the first one writes them."""
         return {}
 
     def counters(self) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +18,15 @@ from tqdm import tqdm
 import fastmum
 from fastmum.data.errors import DataError
 from fastmum.engine.device import pick_device
-from fastmum.errors import FastmumError, program, run_command
+from fastmum.errors import FastmumError, program, run_command, writing
 from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discriminant, evaluate_matching
 from fastmum.evaluate.features import check_size, patch_size
 from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
-from fastmum.evaluate.results import check_free, make_folder, page, read, save, table
+from fastmum.evaluate.records import check_free, make_folder, printable, read, save
+from fastmum.evaluate.results import NOTE, page, table
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
 from fastmum.files import write_atomic
 from fastmum.model.config import PRESETS, ModelConfig
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Namespace) -> None:
     _check(args)
-    out = args.out.expanduser()
+    out = Path(os.path.expanduser(args.out))  # leaves ~nobody as it is
     make_folder(out)
     read(out)  # the page needs every result; fail before the evaluation
     overrides = parse_overrides(args.overrides, {"device": "--device"})
@@ -177,14 +179,16 @@ def _run(args: Namespace) -> None:
     if args.size is not None:
         check_size(model, args.size)
     about = {"task": args.task, "set": "", "weights": name, "source": args.weights, "data": args.data, "frames": frames}
+    about = printable(about)
     _, evaluate = EVALUATIONS[args.task]
     set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
     about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     saved = save(out, about | numbers, pictures)
     records = read(out)
-    text = table(records).markdown()
-    write_atomic(out / "table.md", text)
-    write_atomic(out / "report.html", page(records))
+    text = f"{table(records).markdown()}\n{NOTE}\n"
+    with writing(out, DataError):
+        write_atomic(out / "table.md", text)
+        write_atomic(out / "report.html", page(records))
     print(f"{text}\n{saved.file}\n{out / 'report.html'}")
 
 
@@ -272,7 +276,7 @@ def _with_pictures(
     if args.pictures and warps is not None:
         draw = draw or (lambda pair: draw_warp(pair, warps[pairs.pairs.index(pair)], result.size))
         few = [draw(each) for each in tqdm(pairs.first(args.pictures).pairs, desc="drawing", unit="pair", leave=False)]
-    return pairs.name, {"pairs": len(pairs.pairs)} | result.numbers, few
+    return pairs.name, {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)} | result.numbers, few
 
 
 def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:

@@ -10,29 +10,32 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from fastmum.data.errors import DataError
-from fastmum.errors import run_command
-from fastmum.evaluate import results
-from fastmum.evaluate.seeds import SEED
+from fastmum.errors import run_command, writing
+from fastmum.evaluate.records import MATCHERS, file_stem, make_folder, read
+from fastmum.evaluate.results import NONE, TITLES, markdown_cell
+from fastmum.evaluate.seeds import SEED, STYLE, Contents, check_same
 
 Points = dict[int, list[float]]  # by frames seen, a value for each seed
 
 
 def curves(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Points]]:
     """End-point errors by (task, set), then by the name of the weights without the seed."""
+    measured: dict[tuple[str, str], Contents] = defaultdict(list)
     found: dict[tuple[str, str], dict[str, Points]] = defaultdict(dict)
-    for folder in folders:
-        for record in results.read(folder):
-            content = record.content
-            frames, epe = content.get("frames"), content["scores"].get("epe")
-            if frames is None or epe is None:
-                continue
-            points = found[content["task"], content["set"]].setdefault(SEED.sub("", content["weights"]), {})
-            points.setdefault(frames, []).append(epe)
+    for content in (record.content for folder in folders for record in read(folder)):
+        frames, epe = content.get("frames"), content["scores"].get("epe")
+        if frames is None or epe is None:
+            continue
+        key = content["task"], content["set"]
+        points = found[key].setdefault(SEED.sub("", content["weights"]), {})
+        points.setdefault(frames, []).append(epe)
+        measured[key].append(content)
     if not found:
         raise DataError("no folder has an end-point error of a checkpoint whose number of frames is known")
+    for contents in measured.values():
+        check_same(contents)
     return dict(found)
 
 
@@ -41,8 +44,8 @@ def table(models: dict[str, Points]) -> str:
     frames = sorted({count for points in models.values() for count in points})
     rows = [["weights", *(f"{count:,}" for count in frames)], ["---"] * (len(frames) + 1)]
     for name, points in models.items():
-        rows.append([name, *(f"{mean(points[count]):.1f}" if count in points else results.NONE for count in frames)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        rows.append([name, *(f"{mean(points[count]):.1f}" if count in points else NONE for count in frames)])
+    return "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows)
 
 
 def draw(models: dict[str, Points], title: str, file: Path) -> None:
@@ -50,8 +53,7 @@ def draw(models: dict[str, Points], title: str, file: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE), writing(file, DataError):
         figure = Figure(figsize=(5.4, 3.2), layout="constrained")
         axes = figure.add_subplot(title=title, xlabel="frames seen", ylabel="end-point error, pixels of 448 x 448")
         for i, (name, points) in enumerate(models.items()):
@@ -74,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         for (task, name), models in curves(args.folders).items():
-            title = f"{results.MATCHERS[task]}, {results.TITLES.get(name, name)}"
+            title = f"{MATCHERS[task]}, {TITLES.get(name, name)}"
             print(f"**{title}: EPE by frames seen**\n\n{table(models)}\n")
             if args.plots:
-                results.make_folder(args.plots)
-                draw(models, title, args.plots / f"curve-{task}-{name}.svg")
+                make_folder(args.plots, "--plots")
+                draw(models, title, args.plots / f"{file_stem('curve', task, name)}.svg")
 
     return run_command(run)
 

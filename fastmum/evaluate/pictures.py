@@ -15,7 +15,8 @@ from fastmum.geometry.warp import upsample_warp, warp_image
 from fastmum.model.mum import MuM
 from fastmum.tasks.mum import reconstructions
 
-GAP, LABEL = 4, 18  # pixels between pictures, height of a line of text
+GAP = 4  # pixels between pictures
+LINE = 14  # pictures are this many times as large as a line of text above them
 QUERY, TRUTH = (255, 64, 64), (64, 224, 255)  # colours of the query patch and of its true match
 MIN_SIDE = 256  # pixels; smaller pictures are enlarged
 FAINT = 0.35  # weight of the picture under the attention
@@ -98,11 +99,12 @@ def _row(named: list[tuple[str, Tensor | Image.Image]]) -> Image.Image:
     """Squares side by side, a line of text above each; small ones are enlarged."""
     images = [(name, each if isinstance(each, Image.Image) else Image.fromarray(each.numpy())) for name, each in named]
     size = max(images[0][1].width, MIN_SIDE)
-    row = Image.new("RGB", (len(images) * (size + GAP) - GAP, LABEL + size), "white")
-    draw, font = ImageDraw.Draw(row), ImageFont.load_default()
+    line = size // LINE
+    row = Image.new("RGB", (len(images) * (size + GAP) - GAP, line + size), "white")
+    draw, font = ImageDraw.Draw(row), ImageFont.load_default(size=3 * line // 4)
     for i, (name, image) in enumerate(images):
-        draw.text((i * (size + GAP) + 2, 3), name, fill="black", font=font)
+        draw.text((i * (size + GAP) + 2, 1), name, fill="black", font=font)
         if image.width != size:
             image = image.resize((size, size), Image.Resampling.LANCZOS)
-        row.paste(image, (i * (size + GAP), LABEL))
+        row.paste(image, (i * (size + GAP), line))
     return row

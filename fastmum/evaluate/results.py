@@ -1,21 +1,12 @@
-"""Results of evaluations: a folder of JSON files and pictures, a table next to the paper's numbers, and a page."""
+"""Results of evaluations next to the paper's numbers: a table, and a page."""
 
-import json
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
-
-from fastmum.data.errors import DataError
-from fastmum.errors import writing
 from fastmum.evaluate.features import NORMS
-from fastmum.files import write_atomic
+from fastmum.evaluate.records import MATCHERS, Record
 from fastmum.report.charts import Chart, Line, color
 from fastmum.report.page import embed, number, render
-
-KEYS = ("task", "set", "weights")
 
 # The paper's EPE of linear probes (Table 4), and EPE and recall (NAVI) of cosine matching (supplement, Table 13).
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
@@ -32,10 +23,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "MAE": {"navi": 43.7, "megadepth": 88.8, "scannet": 83.4},
     },
 }
-MATCHERS = {
-    "matching": "linear probe", "discriminant": "closed-form probe", "cosine": "cosine", "attention": "attention",
-    "views": "masked loss",
-}  # fmt: skip
+PUBLISHED_PAIRS = {"megadepth": 1500, "scannet": 1500}
 TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI"}
 SCORES = {
     "epe": "EPE ↓", "robustness": "R ↑", "pck1": "PCK@1 ↑", "pck3": "PCK@3 ↑", "pck5": "PCK@5 ↑",
@@ -64,87 +52,6 @@ CAPTIONS = {
 }
 
 
-class Record(NamedTuple):
-    """A result in the folder."""
-
-    file: Path  # JSON
-    content: dict[str, Any]  # "task", "set", "weights", "scores", ...
-    pictures: list[Path]
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder and check that it is writable; raises `DataError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / ".writable", "")
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise DataError(f"--out '{folder}' cannot be written to ({error.strerror}); name another folder") from None
-
-
-def check_free(folder: Path, content: dict[str, Any]) -> None:
-    """Check that a result would not replace one of another set or of other weights; else raise a `DataError`.
-
-    Sets or weights whose names differ only in punctuation share a file, as do weights files of one name. "source", the
-    path of the weights, is compared if both results have it.
-    """
-    file = folder / f"{_stem(content)}.json"
-    old = _content(file) if file.exists() else content
-    if (old["set"], old["weights"]) != (content["set"], content["weights"]):
-        new, other = (f"'{each['weights']}' on '{each['set']}'" for each in (content, old))
-    elif len({Path(each["source"]).expanduser().resolve() for each in (content, old) if "source" in each}) == 2:
-        new, other = (f"'{each['source']}'" for each in (content, old))
-    else:
-        return
-    raise DataError(f"results of {new} would replace those of {other} in '{file}'; pass another --name or --out")
-
-
-def save(folder: Path, content: dict[str, Any], pictures: Sequence[Image.Image]) -> Record:
-    """Write a result; an earlier one of the same evaluation, set and weights is replaced. Raises `DataError`."""
-    check_free(folder, content)
-    stem = _stem(content)
-    try:
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    except ValueError as error:
-        raise DataError(f"the results of '{content['weights']}' on '{content['set']}' are no JSON ({error})") from None
-    files = [folder / f"{stem}-{i}.jpg" for i in range(len(pictures))]
-    with writing(folder, DataError):
-        for old in _pictures(folder, stem):
-            old.unlink()
-        for picture, path in zip(pictures, files, strict=True):
-            picture.save(path, quality=90, subsampling=0)
-        write_atomic(folder / f"{stem}.json", text)
-    return Record(folder / f"{stem}.json", content, files)
-
-
-def read(folder: Path) -> list[Record]:
-    """All results in the folder, sorted by task, set and weights; raises `DataError` for any other JSON file."""
-    records = [Record(file, _content(file), _pictures(folder, file.stem)) for file in folder.glob("*.json")]
-    return sorted(records, key=lambda r: ([*MATCHERS].index(r.content["task"]), r.content["set"], r.content["weights"]))
-
-
-def _content(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        valid = all(isinstance(content[key], str) for key in KEYS) and content["task"] in MATCHERS
-        if not valid or not all(isinstance(content[key], dict) for key in ("scores", "settings")):
-            raise ValueError("it is of another kind")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise DataError(f"'{file}' is no result of fastmum.evaluate ({reason}); move it elsewhere") from None
-    return content
-
-
-def _pictures(folder: Path, stem: str) -> list[Path]:
-    numbered = ((re.fullmatch(re.escape(stem) + r"-(\d+)\.jpg", file.name), file) for file in folder.glob("*.jpg"))
-    return [file for _, file in sorted((int(found[1]), file) for found, file in numbered if found)]
-
-
-def _stem(content: dict[str, Any]) -> str:
-    """Common part of the names of a result's files."""
-    return "-".join(re.sub(r"[^\w.]+", "_", content[key]).strip("_") or "_" for key in KEYS)
-
-
 class ResultTable(NamedTuple):
     """Column names and rows of text."""
 
@@ -152,43 +59,127 @@ class ResultTable(NamedTuple):
     rows: list[list[str]]
 
     def markdown(self) -> str:
-        """The table as aligned Markdown with a note on its numbers."""
-        widths = [max(map(len, column)) for column in zip(self.names, *self.rows, strict=True)]
-        lines = [
-            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-            for row in (self.names, *self.rows)
-        ]
-        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        return "\n".join([*lines, "", NOTE]) + "\n"
+        """The table as aligned Markdown."""
+        cells = [[*map(markdown_cell, row)] for row in (self.names, *self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        return "\n".join([f"| {lines[0]} |", ruler, *(f"| {line} |" for line in lines[1:])]) + "\n"
+
+
+def markdown_cell(text: str) -> str:
+    """Text for a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+class Measured(NamedTuple):
+    """What a result was measured on; only results of the same evaluation on the same can be compared."""
+
+    set: str
+    pairs: int | None  # number of pairs, or of frames for "views"; None if an old result does not say it
+    names: frozenset[str]  # of the pairs or sequences, empty if the result does not say them
+    size: int | None  # side of the pictures in pixels
+
+
+class Group(NamedTuple):
+    """Results that can be compared, and the published scores that they can be compared with."""
+
+    task: str
+    on: Measured
+    label: str  # the set
+    contents: list[dict[str, Any]]
+    paper: dict[str, float]  # by method
+
+    def about(self) -> list[str]:
+        """The set, the number of pairs, and the size, as text."""
+        count = NONE if self.on.pairs is None else f"{self.on.pairs:,}{' frames' if self.task == 'views' else ''}"
+        return [self.label, count, NONE if self.on.size is None else str(self.on.size)]
+
+
+def measured_on(content: dict[str, Any]) -> Measured:
+    """What a result was measured on."""
+    settings = content["settings"]
+    numbers = content.get("pairs", settings.get("targets", content["scores"].get("pairs"))), settings.get("size")
+    count, size = (int(each) if isinstance(each, int | float) else None for each in numbers)
+    return Measured(
+        content["set"], count, frozenset(content.get("per_pair_epe", content.get("per_sequence", ()))), size
+    )
+
+
+def group(contents: Iterable[dict[str, Any]]) -> list[Group]:
+    """Results by evaluation and pairs; a group without results for every other set that the paper has numbers of."""
+    found: dict[tuple[str, Measured], list[dict[str, Any]]] = {}
+    for content in contents:
+        found.setdefault((content["task"], measured_on(content)), []).append(content)
+    kinds: dict[tuple[Any, ...], list[frozenset[str]]] = {}
+    groups = []
+    for (task, on), results in found.items():
+        same = kinds.setdefault((on.set, on.pairs, task == "views"), [])  # as many pairs, but others
+        same += [on.names] if on.names not in same else []
+        other = f" ({same.index(on.names) + 1})" if same.index(on.names) else ""
+        whole = {PUBLISHED_PAIRS.get(on.set), *(content.get("set_pairs") for content in results)} - {None}
+        paper = _published(task, on.set) if on.pairs is None or whole <= {on.pairs} else {}
+        groups.append(Group(task, on, TITLES.get(on.set, on.set) + other, results, paper))
+    for task in dict.fromkeys(each.task for each in groups):
+        compared = {each.on.set for each in groups if each.task == task and each.paper}
+        for name in dict.fromkeys(name for values in PUBLISHED.get(task, {}).values() for name in values):
+            if name not in compared:
+                on = Measured(name, PUBLISHED_PAIRS.get(name), frozenset(), None)
+                groups.append(Group(task, on, TITLES[name], [], _published(task, name)))
+    return sorted(groups, key=lambda each: [*MATCHERS].index(each.task))
+
+
+def _published(task: str, name: str) -> dict[str, float]:
+    return {method: values[name] for method, values in PUBLISHED.get(task, {}).items() if name in values}
 
 
 def table(records: Sequence[Record]) -> ResultTable:
-    """A row for each matcher, set and weights, with the paper's numbers for the same matcher and set.
+    """A row for each matcher, set of pairs and weights, with the paper's numbers for the same matcher and set.
 
-    The first rows are the scores of the identity warp on each set. The paper's sets have a row even without results.
+    The first rows are the scores of the identity warp on each set of pairs. The paper's sets have a row even without
+    results; its numbers are next to results on all pairs of a set only.
     """
-    contents = [record.content for record in records]
-    there = {name for content in contents for name in content["scores"]}
-    losses = sorted((name for name in there if name.startswith(VIEWS)), key=lambda name: int(name.removeprefix(VIEWS)))
-    columns = [*(name for name in SCORES if name == "epe" or name in there), *losses]
+    groups = group(record.content for record in records)
+    columns = _columns([record.content for record in records], always=("epe",))
     methods = list(dict.fromkeys(method for values in PUBLISHED.values() for method in values))
+    still, rows = [], []
+    for each in groups:
+        paper = [_number(each.paper.get(method)) for method in methods]
+        for content in each.contents or [{"weights": NONE, "scores": {}}]:
+            rows.append(
+                [MATCHERS[each.task], *each.about(), content["weights"], *_cells(content["scores"], columns), *paper]
+            )
+            if "no_motion" in content:
+                cells = _cells(content["no_motion"], columns)
+                still.append(["no motion", *each.about(), NONE, *cells, *[NONE] * len(methods)])
+    still = [row for i, row in enumerate(still) if row not in still[:i]]
+    names = ["matcher", "set", "pairs", "size", "weights", *map(score_title, columns)]
+    return ResultTable([*names, *(f"paper: {method}" for method in methods)], still + rows)
 
-    def row(matcher: str, set_: str, weights: str, scores: dict, paper: list[str]) -> list[str]:
-        cells = [_number(scores.get(score), 3 if score.startswith(VIEWS) else 1) for score in columns]
-        return [matcher, TITLES.get(set_, set_), weights, *cells, *paper]
 
-    still = {content["set"]: content["no_motion"] for content in reversed(contents) if "no_motion" in content}
-    rows = [row("no motion", name, NONE, scores, [NONE] * len(methods)) for name, scores in still.items()]
-    for task, matcher in MATCHERS.items():
-        own = [content for content in contents if content["task"] == task]
-        published = PUBLISHED.get(task, {}) if own else {}
-        sets = [*(content["set"] for content in own), *(name for values in published.values() for name in values)]
-        for name in dict.fromkeys(sets):
-            paper = [_number(published.get(method, {}).get(name)) for method in methods]
-            ours = [content for content in own if content["set"] == name] or [{"weights": NONE, "scores": {}}]
-            rows += [row(matcher, name, content["weights"], content["scores"], paper) for content in ours]
-    names = ["matcher", "set", "weights", *map(score_title, columns), *(f"paper: {method}" for method in methods)]
-    return ResultTable(names, rows)
+def group_table(group: Group) -> ResultTable:
+    """A row for each weights of a group, the identity warp before them, and the paper's methods after them."""
+    columns = _columns(group.contents, always=("recall" if group.on.set == "navi" else "epe",) if group.paper else ())
+    still = [["no motion", *_cells(each["no_motion"], columns)] for each in group.contents if "no_motion" in each]
+    rows = [row for i, row in enumerate(still) if row not in still[:i]]
+    rows += [[content["weights"], *_cells(content["scores"], columns)] for content in group.contents]
+    published = [[f"{method} (paper)", _number(score)] for method, score in group.paper.items()]
+    rows += [[*row, *[NONE] * (len(columns) - 1)] for row in published]
+    return ResultTable(["weights", *map(score_title, columns)], rows)
+
+
+def _columns(contents: Iterable[dict[str, Any]], always: tuple[str, ...]) -> list[str]:
+    """Scores that are shown: those of any result, and `always`."""
+    there = {name for content in contents for name in content["scores"]} | {*always}
+    losses = [name for name in there if name.startswith(VIEWS) and name.removeprefix(VIEWS).isdecimal()]
+    return [
+        *(name for name in SCORES if name in there),
+        *sorted(losses, key=lambda name: int(name.removeprefix(VIEWS))),
+    ]
+
+
+def _cells(scores: dict[str, float | None], columns: list[str]) -> list[str]:
+    return [_number(scores.get(name), 3 if name.startswith(VIEWS) else 1) for name in columns]
 
 
 def score_title(name: str) -> str:
@@ -207,27 +198,33 @@ def page(records: Sequence[Record]) -> str:
     """The HTML of results; it needs no other file."""
     contents = [record.content for record in records]
     return render(
-        "evaluate/results.html", title="Correspondence across views", results=table(records), records=contents,
+        "evaluate/results.html", title="Correspondence across views", records=contents,
+        groups=[(_title(each), group_table(each)) for each in group(contents)],
         charts=[_charts(content) for content in contents], tables=[_table(content) for content in contents],
         pictures=[[url for file in record.pictures if (url := embed(file, PICTURE_SIDE))] for record in records],
         note=NOTE, captions=CAPTIONS, matchers=MATCHERS, titles=TITLES,
     )  # fmt: skip
 
 
+def _title(group: Group) -> str:
+    """The evaluation, the set, the number of pairs, and the size."""
+    label, count, size = group.about()
+    pairs = [] if count == NONE else [count if group.task == "views" else f"{count} pairs"]
+    sizes = [] if size == NONE else [f"{size} × {size} px"]
+    return ", ".join([f"{MATCHERS[group.task].capitalize()}: {label}", *pairs, *sizes])
+
+
 def _charts(content: dict[str, Any]) -> list[Chart]:
     charts = []
     if content["task"] == "matching":
-        error = _curves(
-            content["probes"],
-            "epe",
-            f"End-point error on the {content['settings'].get('chosen_on', 'test pairs')}",
-            "pixels of 448 x 448",
-        )
-        charts = [error, _curves(content["probes"], "train_loss", "Training loss", "negative log-likelihood")]
+        probes, on = content.get("probes", []), content["settings"].get("chosen_on", "test pairs")
+        error = _curves(probes, "epe", f"End-point error on the {on}", "pixels of 448 x 448")
+        charts = [error, _curves(probes, "train_loss", "Training loss", "negative log-likelihood")]
     elif content["task"] == "views":
         lines = [
             Line(label, list(zip(content["views"], content[name], strict=True)), color(i), dots=True)
             for i, (name, label) in enumerate(OTHER_VIEWS.items())
+            if name in content
         ]
         note = "same frames, same masks"
         charts = [Chart("Masked loss by number of views", lines, "masked loss", note, x_label="views")]
@@ -249,15 +246,15 @@ def _curves(probes: list[dict[str, Any]], name: str, title: str, y_label: str) -
     return Chart(title, lines, y_label, "minimum over weight decays")
 
 
-def _table(content: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Column names and rows: changes of the loss by number of views, or the scores of each block or norm."""
-    if content["task"] in ("matching", "discriminant"):
-        return [], []
+def _table(content: dict[str, Any]) -> ResultTable:
+    """Changes of the loss by number of views, or the scores of each block or norm."""
     if content["task"] == "views":
-        names = ["loss, minus that of one view", *(f"{count} views" for count in content["views"][1:])]
-        changes = {label: content[f"change_{name}"][1:] for name, label in OTHER_VIEWS.items()}
-        return names, [[each, *(f"{m:+.4f} ± {number(error)}" for m, error in row)] for each, row in changes.items()]
-    blocks = content.get("blocks") or {norm: content[norm]["scores"] for norm in NORMS}
-    columns = [score for score in SCORES if score in next(iter(blocks.values()))]
+        names = ["loss, minus that of one view", *(f"{count} views" for count in content.get("views", [])[1:])]
+        rows = [
+            (label, content[f"change_{name}"][1:]) for name, label in OTHER_VIEWS.items() if f"change_{name}" in content
+        ]
+        return ResultTable(names, [[each, *(f"{m:+.4f} ± {number(error)}" for m, error in row)] for each, row in rows])
+    blocks = content.get("blocks") or {norm: content[norm]["scores"] for norm in NORMS if norm in content}
+    columns = [score for score in SCORES if any(score in found for found in blocks.values())]
     names = ["global block" if "blocks" in content else "features", *(SCORES[column] for column in columns)]
-    return names, [[name, *(number(found[column]) for column in columns)] for name, found in blocks.items()]
+    return ResultTable(names, [[name, *(number(found.get(s)) for s in columns)] for name, found in blocks.items()])

@@ -13,11 +13,14 @@ from statistics import mean, stdev
 from typing import Any
 
 from fastmum.data.errors import DataError
-from fastmum.errors import run_command
-from fastmum.evaluate import results
-from fastmum.evaluate.results import NONE, OTHER_VIEWS, SCORES, Record, score_title
+from fastmum.errors import run_command, writing
+from fastmum.evaluate.records import MATCHERS, Record, file_stem, make_folder, read
+from fastmum.evaluate.results import NONE, OTHER_VIEWS, SCORES, TITLES, VIEWS, markdown_cell, measured_on, score_title
 
 SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
+STYLE: dict[Any, Any] = {  # of plots; a name with $ is text
+    "svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9, "text.parse_math": False
+}  # fmt: skip
 
 Contents = list[dict[str, Any]]  # of the seeds of one model
 Spread = dict[tuple[str, str], dict[str, Contents]]  # by (task, set), then by name
@@ -31,16 +34,28 @@ def by_seed(records: Iterable[Record]) -> Spread:
         seeds = found.setdefault((content["task"], content["set"]), {})
         seeds.setdefault(SEED.sub("", content["weights"]), []).append(content)
     for weights in found.values():
-        contents = [content for seeds in weights.values() for content in seeds]
-        first, *others = ({k: v for k, v in each.get("settings", {}).items() if k != "seed"} for each in contents)
-        for other, content in zip(others, contents[1:], strict=True):
-            if different := [key for key in first.keys() | other.keys() if first.get(key) != other.get(key)]:
-                names = f"'{contents[0]['weights']}' and '{content['weights']}'"
-                raise DataError(f"{names} were evaluated with different {', '.join(sorted(different))}")
+        check_same([content for seeds in weights.values() for content in seeds])
     return {
         key: {name if len(seeds) > 1 else seeds[0]["weights"]: seeds for name, seeds in weights.items()}
         for key, weights in found.items()
     }
+
+
+def check_same(contents: Contents) -> None:
+    """Check that results were measured on the same pairs with the same settings; else raise a `DataError`.
+
+    Seeds may differ. What was measured is not compared with an old result that does not say it.
+    """
+    first = max(contents, key=lambda content: len(measured_on(content).names))
+    for other in contents:
+        a, b = first["settings"], other["settings"]
+        different = {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)} - {"seed"}
+        for one, another in zip(measured_on(first), measured_on(other), strict=True):
+            different |= {"pairs"} if one and another and one != another else set()
+        if different or first.get("views") != other.get("views"):
+            names = f"'{first['weights']}' and '{other['weights']}'"
+            what = ", ".join(sorted(different)) or "views"
+            raise DataError(f"{names} were evaluated with different {what}; move one of them to another folder")
 
 
 def tables(spread: Spread) -> str:
@@ -48,25 +63,33 @@ def tables(spread: Spread) -> str:
     parts = []
     for (task, name), weights in spread.items():
         cells = {each: (_view_cells if task == "views" else _score_cells)(seeds) for each, seeds in weights.items()}
-        columns = list(next(iter(cells.values())))
+        columns = list(dict.fromkeys(column for each in cells.values() for column in each))
         rows = [["weights", "seeds", *columns]]
         for still in [c["no_motion"] for seeds in weights.values() for c in seeds if "no_motion" in c][:1]:
-            rows.append(["no motion", "", *(f"{still[score]:.1f}" for score in SCORES if score in still)])
+            found = _score_cells([{"scores": still}])
+            rows.append(["no motion", "", *(found.get(column, NONE) for column in columns)])
         for each, seeds in weights.items():
             rows.append([each, str(len(seeds)), *(cells[each].get(column, NONE) for column in columns)])
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines = ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
-        parts.append("\n".join([f"**{results.MATCHERS[task]}, {results.TITLES.get(name, name)}**", "", *lines]))
+        parts.append("\n".join([f"**{_title(task, name, weights)}**", "", *lines]))
     return "\n\n".join(parts) + "\n"
 
 
+def _title(task: str, name: str, weights: dict[str, Contents]) -> str:
+    """The evaluation, the set and the number of its pairs."""
+    pairs = next((on.pairs for seeds in weights.values() for on in map(measured_on, seeds) if on.pairs), None)
+    count = "" if pairs is None else f", {pairs:,} {'frames' if task == 'views' else 'pairs'}"
+    return f"{MATCHERS[task]}, {TITLES.get(name, name)}{count}"
+
+
 def _score_cells(seeds: Contents) -> dict[str, str]:
-    scores = [score for score in SCORES if score in seeds[0]["scores"]]
+    scores = [score for score in SCORES if any(score in content["scores"] for content in seeds)]
     return {score_title(score): _spread([c["scores"].get(score) for c in seeds], ".1f") for score in scores}
 
 
 def _view_cells(seeds: Contents) -> dict[str, str]:
-    cells = {score_title(f"{results.VIEWS}1"): _spread([c["same"][0] for c in seeds], ".4f")}
+    cells = {score_title(f"{VIEWS}1"): _spread([c["same"][0] for c in seeds], ".4f")}
     for kind, label in (("same", "views"), ("other", "unrelated")):
         for i, count in enumerate(seeds[0]["views"][1:], 1):
             cells[f"{count} {label}"] = _spread([c[kind][i] - c[kind][0] for c in seeds], "+.4f")
@@ -86,16 +109,21 @@ def draw(spread: Spread, folder: Path) -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    results.make_folder(folder)
+    make_folder(folder, "--plots")
     files = []
-    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9}
-    with matplotlib.rc_context(style):
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "fastmum",
+        "font.size": 9,
+        "text.parse_math": False,
+    }
+    with matplotlib.rc_context(style), writing(folder, DataError):
         for (task, name), weights in spread.items():
             figure = Figure(figsize=(5.4, 3.2), layout="constrained")
-            axes = figure.add_subplot(title=f"{results.MATCHERS[task]}, {results.TITLES.get(name, name)}")
+            axes = figure.add_subplot(title=_title(task, name, weights))
             (_draw_views if task == "views" else _draw_scores)(axes, weights)
             axes.spines[["top", "right"]].set_visible(False)
-            files.append(folder / f"{task}-{name}.svg")
+            files.append(folder / f"{file_stem(task, name)}.svg")
             figure.savefig(files[-1], metadata={"Date": None})
     return files
 
@@ -119,9 +147,9 @@ def _draw_views(axes: Any, weights: dict[str, Contents]) -> None:
 
 def _draw_scores(axes: Any, weights: dict[str, Contents]) -> None:
     """End-point errors, or recall on sets without them: a bar for the mean of the seeds, a dot for each."""
-    score = "epe" if "epe" in next(iter(weights.values()))[0]["scores"] else "recall"
+    score = "epe" if any("epe" in content["scores"] for seeds in weights.values() for content in seeds) else "recall"
     for i, seeds in enumerate(weights.values()):
-        if values := [value for content in seeds if (value := content["scores"][score]) is not None]:
+        if values := [value for content in seeds if (value := content["scores"].get(score)) is not None]:
             axes.bar(i, mean(values), color=f"C{i}", alpha=0.5, width=0.6)
             axes.plot([i] * len(values), values, "o", color=f"C{i}", markersize=4)
     axes.set_xticks(range(len(weights)), list(weights))
@@ -136,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        spread = by_seed(results.read(args.folder))
+        spread = by_seed(read(args.folder))
         if not spread:
             raise DataError(f"'{args.folder}' holds no results of fastmum.evaluate")
         print(tables(spread))

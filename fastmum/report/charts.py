@@ -7,24 +7,24 @@ import io
 import math
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from fastmum.report.run import Point, Run
+from fastmum.report.run import VIEWS, Point, Run
 
 INK, GRID = ("#fffd00", "var(--soft)"), ("#fffd01", "var(--line)")  # placeholder, CSS colour
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none", "font.size": 9, "text.color": INK[0], "axes.labelcolor": INK[0], "xtick.color": INK[0],
+    "svg.fonttype": "none", "font.size": 10, "text.color": INK[0], "axes.labelcolor": INK[0], "xtick.color": INK[0],
     "ytick.color": INK[0], "axes.edgecolor": INK[0], "axes.grid": True, "axes.grid.axis": "y", "grid.color": GRID[0],
     "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.major.size": 0,
     "axes.formatter.useoffset": False, "axes.formatter.limits": (-3, 6), "lines.markersize": 4,
 }  # fmt: skip
 MAX_DOTS = 40  # longest line with markers
 MAX_GROUPS = 7  # lines in the chart by number of views
-VIEWS = "loss/views_"
 
 
 @dataclass(frozen=True)
@@ -56,47 +56,54 @@ class Chart:
     settling: float = 0.0  # share of the x range, from the left, that does not affect the limits of the y axis
 
     def svg(self) -> str:
-        """The drawing, an `<svg>` element."""
+        """The drawing, an `<svg>` element; its text has 10 px where it is 302 px wide."""
         import matplotlib
-        from matplotlib import ticker
         from matplotlib.figure import Figure
 
-        colors, values = dict([INK, GRID]), []
+        placeholders = {line.color: f"#fffe{i:02x}" for i, line in enumerate(self.lines)}
         with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(6.2, 2.8), layout="constrained")
-            axes = figure.add_subplot(xlabel=self.x_label, ylabel=self.y_label)
-            for i, line in enumerate(self.lines):
-                points = [point for point in line.points if point[1] > 0 or not self.log]
-                if not points:
-                    continue
-                colors[placeholder := f"#fffe{i:02x}"] = line.color
-                x, mean, low, high = thin(points, line.detail).T
-                if line.band and (low < high).any():
-                    axes.fill_between(x, low, high, color=placeholder, alpha=0.16, linewidth=0)
-                marker = "o" if (line.dots and len(x) <= MAX_DOTS) or len(x) == 1 else None
-                axes.plot(x, mean, "--" if line.dashed else "-", color=placeholder, marker=marker)
-                settled = x >= x[0] + self.settling * (x[-1] - x[0])
-                values += [*mean[settled], *(low[settled] if line.band else ()), *(high[settled] if line.band else ())]
-            axes.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=self.counts))
-            if self.x_label != "device-hours":
-                axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
-                axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
-            if self.percent:
-                axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-            if self.log and values:
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-                axes.yaxis.set_minor_locator(ticker.NullLocator())
-            if self.settling and values:
-                room = 0.05 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
-                axes.set_ylim(min(values) - room, max(values) + room)
-            if self.from_zero and min(values, default=0.0) >= 0:
-                axes.set_ylim(0, max(axes.get_ylim()[1], float(self.counts)))
+            figure = Figure(figsize=(4.2, 2.3), layout="constrained")
+            self.draw(figure.add_subplot(), placeholders)
             file, metadata = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))  # none
             figure.savefig(file, format="svg", transparent=True, metadata=metadata)
         text = re.sub(r' id="[\w.]+_\d+"', "", file.getvalue())  # ids must be unique in a page
+        colors = dict([INK, GRID, *((placeholder, css) for css, placeholder in placeholders.items())])
         return re.sub(r"#fff[de]\w\w\b", lambda found: colors[found[0]], text[text.index("<svg") :])
+
+    def draw(self, axes: Any, colors: Mapping[str, Any]) -> None:
+        """Draw into matplotlib's `axes`, without title and legend; `colors` has matplotlib's colour of each line's."""
+        from matplotlib import ticker
+
+        values: list[float] = []
+        axes.set(xlabel=self.x_label, ylabel=self.y_label)
+        for line in self.lines:
+            points = [point for point in line.points if point[1] > 0 or not self.log]
+            if not points:
+                continue
+            x, mean, low, high = thin(points, line.detail).T
+            if line.band and (low < high).any():
+                axes.fill_between(x, low, high, color=colors[line.color], alpha=0.16, linewidth=0)
+            marker = "o" if (line.dots and len(x) <= MAX_DOTS) or len(x) == 1 else None
+            style = "--" if line.dashed else "-"
+            axes.plot(x, mean, style, color=colors[line.color], marker=marker, label=line.label)
+            settled = x >= x[0] + self.settling * (x[-1] - x[0])
+            values += [*mean[settled], *(low[settled] if line.band else ()), *(high[settled] if line.band else ())]
+        axes.yaxis.set_major_locator(ticker.MaxNLocator(5, integer=self.counts))
+        if self.x_label != "device-hours":
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+            axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        if self.percent:
+            axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+        if self.log and values:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+        if self.settling and values:
+            room = 0.05 * (max(values) - min(values)) or 0.05 * abs(max(values)) or 1.0
+            axes.set_ylim(min(values) - room, max(values) + room)
+        if self.from_zero and min(values, default=0.0) >= 0:
+            axes.set_ylim(0, max(axes.get_ylim()[1], float(self.counts)))
 
 
 def thin(points: list[Point], most: int) -> np.ndarray:
@@ -147,7 +154,7 @@ def report_charts(runs: list[Run]) -> list[Chart]:
 
 def _by_views(run: Run) -> Chart:
     """Training loss by number of views; neighbouring numbers are averaged into at most `MAX_GROUPS` groups."""
-    numbers = [int(name) for name in run.names(VIEWS)]
+    numbers = run.views()
     many = [S for S in numbers if S > 1]
     groups = [group.tolist() for group in np.array_split(many, min(MAX_GROUPS, len(many)) or 1) if len(group)]
     lines = [Line("single images", run.series(f"{VIEWS}1"), color(1), detail=120, band=False)] if 1 in numbers else []
@@ -166,7 +173,7 @@ def _by_views(run: Run) -> Chart:
 def _against_views(runs: list[Run]) -> Chart:
     lines = []
     for i, run in enumerate(runs):
-        recent = {S: [y for x, y in run.series(f"{VIEWS}{S}") if x >= 0.9 * run.step] for S in run.names(VIEWS)}
+        recent = {S: [y for x, y in run.series(f"{VIEWS}{S}") if x >= 0.9 * run.step] for S in run.views()}
         points = [(float(S), fmean(values)) for S, values in recent.items() if values]
         lines.append(Line(run.label, points, color(i), dots=True))
     note = "mean of the last tenth of the steps"

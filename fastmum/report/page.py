@@ -47,7 +47,8 @@ def render(template: str, **values: Any) -> str:
         loader=jinja2.PackageLoader("fastmum", "."), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
     environment.filters["date"] = date
-    return environment.get_template(template).render(now=datetime.now(UTC), **values)
+    page = environment.get_template(template).render(now=datetime.now(UTC), **values)
+    return page.encode(errors="replace").decode()  # names of files may hold bytes that are not UTF-8
 
 
 def number(value: float | None, percent: bool = False) -> str:
@@ -71,22 +72,34 @@ def date(time: datetime) -> str:
 
 def embed(path: Path, max_side: int = 1280) -> str | None:
     """A picture as a data URL, at most `max_side` pixels wide and high; None if it cannot be read."""
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except OSError:
+    if (picture := open_picture(path, max_side)) is None:
         return None
-    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=85, subsampling=0)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def _pictures(run: Run) -> list[tuple[int, str]]:
-    """(step, data URL) of reconstructions, evenly spread over the run."""
+def open_picture(path: Path, max_side: int = 1280) -> Image.Image | None:
+    """A picture in RGB, at most `max_side` pixels wide and high; None if it cannot be read."""
+    try:
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+    except Exception:  # a damaged picture raises any error
+        return None
+    picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+    return picture
+
+
+def shown_steps(run: Run) -> list[int]:
+    """Steps of at most `MAX_PICTURES` reconstructions, evenly spread over the run."""
     steps = list(run.pictures)
     shown = np.linspace(0, len(steps) - 1, min(MAX_PICTURES, len(steps))).round().astype(int)
-    return [(steps[i], url) for i in shown if (url := embed(run.pictures[steps[i]]))]
+    return [steps[i] for i in shown]
+
+
+def _pictures(run: Run) -> list[tuple[int, str]]:
+    """(step, data URL) of reconstructions."""
+    return [(step, url) for step in shown_steps(run) if (url := embed(run.pictures[step]))]
 
 
 def _summary(run: Run) -> list[tuple[str, str, str]]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,6 +14,8 @@ from fastmum.engine.rundir import RunDir, read_metrics
 from fastmum.errors import FastmumError
 
 Point = tuple[float, float]
+VIEWS = "loss/views_"  # prefix of losses; the number of views follows
+LARGEST = 1e300  # of numbers that are drawn
 
 
 class Checkpoint(NamedTuple):
@@ -55,9 +56,13 @@ class Run:
         return points[-1][1] if points else None
 
     def names(self, prefix: str) -> list[str]:
-        """Metrics that start with `prefix`, without it; sorted, numbers by value."""
+        """Metrics that start with `prefix`, without it; sorted."""
         found = {name.removeprefix(prefix) for record in self.records for name in record if name.startswith(prefix)}
-        return sorted(found, key=lambda name: (int(name) if name.isdigit() else -1, name))
+        return sorted(found)
+
+    def views(self) -> list[int]:
+        """Numbers of views that have a loss, ascending."""
+        return sorted(int(name) for name in self.names(VIEWS) if re.fullmatch(r"[1-9][0-9]{0,5}", name))
 
 
 def read_run(root: Path) -> Run:
@@ -69,9 +74,9 @@ def read_run(root: Path) -> Run:
         if not paths.metrics.is_file():
             raise FastmumError(f"'{root}' is no run: it has no {paths.metrics.name}")
         records = [
-            {key: value for key, value in line.items() if isinstance(value, int | float) and math.isfinite(value)}
+            {key: value for key, value in line.items() if isinstance(value, int | float) and abs(value) <= LARGEST}
             for line in read_metrics(paths.metrics)
-            if isinstance(line.get("step"), int)
+            if isinstance(line, dict) and isinstance(line.get("step"), int) and abs(line["step"]) <= LARGEST
         ]
         if not records:
             raise FastmumError(f"'{paths.metrics}' has no line yet; the first comes after train.log_every steps")
@@ -82,13 +87,19 @@ def read_run(root: Path) -> Run:
         try:  # plain YAML instead of the schema, so that runs of other versions can be shown
             sections = yaml.safe_load(config)
             name, steps = str(sections["run"]["name"]), int(sections["train"]["steps"])
-        except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        except Exception:  # YAML that is damaged raises any error
             name, steps = root.resolve().name, None
         files = paths.picture(0).parent.glob("*")
-        pictures = {int(found[1]): file for file in files if (found := re.fullmatch(r"step_(\d+)\.png", file.name))}
+        pictures = {
+            int(found[1]): file
+            for file in files
+            if (found := re.fullmatch(r"step_(\d+)\.png", file.name)) and file.is_file()
+        }
         checkpoints, written = _checkpoints(paths.checkpoints), _time(paths.metrics)
     except OSError as error:
         raise FastmumError(f"'{error.filename or root}' cannot be read ({error.strerror})") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # times, or lines of metrics
+        raise FastmumError(f"the run '{root}' cannot be read ({error}); restore or remove the damaged file") from None
     pictures = dict(sorted(pictures.items()))
     return Run(root, name, records, config, steps, pictures, checkpoints, bad_frames.splitlines(), written)
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from fastmum.attention import AttentionError, choose_backend
@@ -35,8 +35,11 @@ MOST_VIEWS = 256  # longer sequences are counted as this
 EVAL_SEED = 0  # of the masks; not the run's, so that runs with different seeds can be compared
 PICTURE_SEQUENCES = 3
 PICTURE_VIEWS = 6
+ROWS = "original", "visible", "predicted"  # of the picture, for each sequence
 GREY = 118  # of masked patches, out of 255
-GAP, SEQUENCE_GAP = 4, 16  # pixels between pictures and between sequences
+ZOOM = 2  # pixels of the picture for each pixel of a frame
+GAP, TEXT = 8, 14  # pixels: between frames, least size of text
+LEGIBLE = 120  # sides of large pictures are this many times the size of their text
 
 
 class MuMBatch(NamedTuple):
@@ -78,6 +81,7 @@ class MuMTask(Task):
         self._loader: Loader
         self._held_out: dict[int, MuMBatch] = {}
         self._shown: MuMBatch
+        self._shown_names: tuple[list[str], list[str]]
 
     def build(self) -> MuM:
         """The model; ConfigError if `model.attention` or `train.precision` is not available on the device."""
@@ -134,8 +138,10 @@ class MuMTask(Task):
                 number = min(i, count - 1)
                 frames, lengths = self._loader.load(planner.plan(number))
                 self._held_out[i] = self._batch(frames, lengths, EVAL_SEED, number)
-        frames, lengths = self._loader.load(_picture_plan(self._splits, self.config.data.frames_per_batch))
+        plan = _picture_plan(self._splits, self.config.data.frames_per_batch)
+        frames, lengths = self._loader.load(plan)
         self._shown = self._batch(frames, lengths, EVAL_SEED, 0)
+        self._shown_names = _picture_names(self._splits, plan)
 
     def batches(self, start: int, stop: int) -> Iterator[MuMBatch]:
         planner, first = self._splits.training, self.world.rank * self.batches_per_step
@@ -190,13 +196,14 @@ class MuMTask(Task):
         return {"held_out_loss": loss / frames}
 
     @torch.no_grad()
-    def pictures(self, model: MuM) -> dict[str, Image.Image]:
+    def pictures(self, model: MuM, step: int) -> dict[str, Image.Image]:
         """Originals, masked frames and predictions of a few sequences."""
         batch = self._shown
         output = self._evaluated(model, batch)
         frames, masked_ids, pred = batch.frames.cpu(), output.masked_ids.cpu(), output.pred.float().cpu()
-        norm_pix = self.config.loss.norm_pix
-        return {"reconstruction": draw_reconstruction(frames, batch.lengths, masked_ids, pred, norm_pix)}
+        norm_pix, losses = self.config.loss.norm_pix, output.loss.tolist()
+        named = step, *self._shown_names, losses
+        return {"reconstruction": draw_reconstruction(frames, batch.lengths, masked_ids, pred, *named, norm_pix)}
 
     def counters(self) -> dict[str, float | None]:
         counts = self._loader.faults.counts
@@ -239,24 +246,55 @@ def _picture_plan(splits: DataSplits, max_frames: int) -> StepPlan:
     return StepPlan(rows, lengths, whole_frames(len(rows)), np.zeros(len(rows), bool))
 
 
+def _picture_names(splits: DataSplits, plan: StepPlan) -> tuple[list[str], list[str]]:
+    """Names of the sequences, with their data sets, and of the frames."""
+    manifests, firsts = splits.manifests, plan.rows[np.cumsum([0, *plan.lengths[:-1]])]
+    numbers = manifests.sequence_of(firsts).tolist()
+    sequences = [f"{manifests.datasets[manifests.dataset_of[i]]}/{manifests.sequence_name(i)}" for i in numbers]
+    return sequences, [file.stem for file in manifests.files(plan.rows)]
+
+
 def draw_reconstruction(
-    frames: Tensor, lengths: tuple[int, ...], masked_ids: Tensor, pred: Tensor, norm_pix: bool = True
-) -> Image.Image:
-    """Draw three rows for each sequence (original, masked, predicted), one column a view.
+    frames: Tensor, lengths: Sequence[int], masked_ids: Tensor, pred: Tensor, step: int, sequences: Sequence[str],
+    names: Sequence[str], losses: Sequence[float], norm_pix: bool = True,
+) -> Image.Image:  # fmt: skip
+    """Draw three rows for each sequence (original, masked, predicted), one column a view, `ZOOM` times as large.
 
     Args:
         frames: (F, H, W, 3) uint8, packed sequences of `lengths` frames.
         masked_ids, pred: (F, M) and (F, M, 3*p*p) float32 of `MuMOutput`; all on the CPU.
+        step, sequences, names, losses: for the labels; a name for each sequence, a name and a loss for each frame.
         norm_pix: whether the loss normalised its targets.
     """
-    stacks = [stack.split(lengths) for stack in (frames, *reconstructions(frames, masked_ids, pred, norm_pix))]
-    height, width = frames.shape[1] + GAP, frames.shape[2] + GAP
-    block = 3 * height - GAP + SEQUENCE_GAP
-    page = Image.new("RGB", (max(lengths) * width - GAP, len(lengths) * block), "white")
+    stacks = [stack.split(tuple(lengths)) for stack in (frames, *reconstructions(frames, masked_ids, pred, norm_pix))]
+    height, width = ZOOM * frames.shape[1] + GAP, ZOOM * frames.shape[2] + GAP
+    size = max(TEXT, max(max(lengths) * width, 3 * len(lengths) * height) // LEGIBLE)
+    line, margin = 10 * size // 7, 6 * size
+    block = 2 * line + 3 * height + GAP
+    page = Image.new("RGB", (margin + max(lengths) * width, line + len(lengths) * block), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=size)
+
+    def write(x: int, y: int, room: int, text: str, end: str = "") -> None:
+        """Write a text and an `end`; the start of a text that is wider than the room in pixels is left out."""
+        text, cut = text.encode(errors="replace").decode(), 0
+        while cut < len(text) and draw.textlength(f"{'…' * (cut > 0)}{text[cut:]}{end}", font) > room:
+            cut += 1
+        draw.text((x, y), f"{'…' * (cut > 0)}{text[cut:]}{end}", "black", font)
+
+    write(GAP, 2, page.width, f"step {step:,}, masked loss {sum(losses) / len(losses):.3f}")
+    first = 0
     for i, sequence in enumerate(zip(*stacks, strict=True)):
-        for row, views in enumerate(sequence):
+        top, count = line + i * block, lengths[i]
+        own = losses[first : first + count]
+        write(margin, top, page.width - margin, sequences[i], f": loss {sum(own) / count:.3f}")
+        for column, (name, loss) in enumerate(zip(names[first : first + count], own, strict=True)):
+            write(margin + column * width, top + line, width - GAP, name, f": {loss:.3f}")
+        for row, (label, views) in enumerate(zip(ROWS, sequence, strict=True)):
+            write(GAP, top + 2 * line + row * height, margin, label)
             for column, view in enumerate(views):
-                page.paste(Image.fromarray(view.numpy()), (column * width, i * block + row * height))
+                large = Image.fromarray(view.repeat_interleave(ZOOM, 0).repeat_interleave(ZOOM, 1).numpy())
+                page.paste(large, (margin + column * width, top + 2 * line + row * height))
+        first += count
     return page
 
 

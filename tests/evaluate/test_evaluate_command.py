@@ -12,7 +12,8 @@ from PIL import Image
 from fastmum import PRESETS, MuM
 from fastmum.data.errors import DataError
 from fastmum.evaluate.__main__ import load_weights, main
-from fastmum.evaluate.results import read, save, table
+from fastmum.evaluate.records import read, save
+from fastmum.evaluate.results import table
 
 QUICK = ["--size", "64", "--pictures", "1", "--device", "cpu"]
 PROBES = ["--steps", "6", "--every", "3", "--batch", "2", "--learning-rates", "1e-3", "1e-2", "--weight-decays", "0"]
@@ -62,10 +63,12 @@ def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
     text = (out / "table.md").read_text()
     assert text in printed
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    named = {tuple(row[:2]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
-    assert named["cosine", "NAVI"]["paper: DINOv3"] == "62.8"
-    assert named["linear probe", "wall"]["EPE ↓"] == f"{matching['scores']['epe']:.1f}"
-    assert named["no motion", "wall"]["EPE ↓"] == f"{matching['no_motion']['epe']:.1f}"
+    named = {tuple(row[:3]): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    assert named["cosine", "NAVI", "–"]["paper: DINOv3"] == "62.8"
+    assert named["linear probe", "wall", "4"]["EPE ↓"] == f"{matching['scores']['epe']:.1f}"
+    for record in records:  # the identity warp belongs to the pairs
+        expected = f"{record.content['no_motion']['epe']:.1f}"
+        assert named["no motion", "wall", str(record.content["pairs"])]["EPE ↓"] == expected
     page = (out / "report.html").read_text()
     assert [page.count(text) for text in ("data:image/jpeg;base64,", "<svg", "</html>")] == [4, 2, 1]
     assert "mine &amp; yours" in page

@@ -3,7 +3,7 @@
 import pytest
 
 from fastmum.evaluate import curves
-from fastmum.evaluate.results import save
+from fastmum.evaluate.records import save
 from fastmum.evaluate.seeds import main
 
 

@@ -9,7 +9,7 @@ from fastmum.data.errors import DataError
 from fastmum.evaluate import SequenceSet, ViewSequence, ViewSettings, evaluate_views, open_sequences
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.pictures import draw_views
-from fastmum.evaluate.results import read
+from fastmum.evaluate.records import read
 from fastmum.evaluate.views import target_batch, targets
 from fastmum.model.encoder import Encoder
 

@@ -3,13 +3,16 @@
 import base64
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from browser import check_in_print, check_on_a_phone
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -256,3 +259,67 @@ def test_errors_are_one_line(tmp_path, capsys):
     ):  # fmt: skip
         assert main([str(word) for word in words]) == 2
         assert re.fullmatch(f"error: .*'{re.escape(str(named))}'.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_on_a_phone_and_in_print(tmp_path):
+    records = [full(step) | {"gpu_hours": 20.0 * step, "gpu_hours_projected": 3000.0} for step in range(2, 101, 2)]
+    runs = [make_run(tmp_path / name, records, name * 30, (20, 100)) for name in ("a", "b")]
+    for run in runs:
+        (run / "bad_frames.log").write_text("co3d\t/data/" + "folder/" * 40 + "\ttruncated\n")
+    for roots, bars in ((runs[:1], 3), (runs, 4)):
+        page = tmp_path / "page.html"
+        assert main([*map(str, roots), "--out", str(page)]) == 0
+        page.write_text(page.read_text().replace("<details>", "<details open>"))
+        check_on_a_phone(page, bars=2 * bars)
+        check_in_print(page, ["Progress", "Faults", "projected", "Reconstructions:"], (0x24, 0x67, 0xC9))
+
+
+def test_figures_for_talks(tmp_path, capsys):
+    root = make_run(tmp_path / "run", [record(step) for step in range(2, 101, 2)], "$a_1$", pictures=(20, 40, 100))
+    Image.new("RGB", (30, 20)).save(root / "pictures/step_0000020.png")  # another size
+    other = make_run(tmp_path / "other", [record(1), record(2)], name="other")
+    count = 4  # loss, learning rate, gradient norm, reconstruction
+    for kind in ("pdf", "png", "gif"):
+        assert main([str(root), "--figures", kind]) == 0
+        files = sorted((root / "figures").glob(f"*.{kind}"))
+        assert len(files) == count
+        assert f"{root / 'figures'} ({count} figures)" in capsys.readouterr().out
+        assert {"loss.pdf", "reconstruction.pdf"} <= {file.with_suffix(".pdf").name for file in files}
+        assert all(file.read_bytes().startswith((b"%PDF", b"\x89PNG", b"GIF8")) for file in files)
+    with Image.open(root / "figures/reconstruction.gif") as picture:
+        assert (picture.n_frames, picture.size) == (3, (60, 40))
+        assert picture.info["duration"] < 1000
+    with Image.open(root / "figures/loss.gif") as gif, Image.open(root / "figures/loss.png") as whole:
+        lines = []
+        for i in (0, gif.n_frames // 2, gif.n_frames - 1):
+            gif.seek(i)
+            blue = np.abs(np.asarray(gif.convert("RGB")).astype(int) - (0x24, 0x67, 0xC9)).max(-1) < 40
+            lines.append(blue[:, blue.shape[1] // 5 :].any(0).sum())  # columns with a part of the first line
+        assert gif.size == whole.size
+    assert lines[0] < 0.1 * lines[2]
+    assert 0.3 < lines[1] / lines[2] < 0.7
+    assert main([str(root), str(other), "--figures", "png", "--out", str(tmp_path / "both/page.html")]) == 2
+    (tmp_path / "both").mkdir()
+    assert main([str(root), str(other), "--figures", "png", "--out", str(tmp_path / "both/page.html")]) == 0
+    assert (tmp_path / "both/figures/reconstruction_1.png").is_file()
+
+
+def test_damaged_files_of_a_run(tmp_path, refusal):
+    """Every page is written, or one line names the run."""
+    lines = ["[1]", "7", '"text"', '{"step": true}', '{"step": 1' + "0" * 400 + "}", '{"step": 4, "loss": 1e999}']
+    lines += ['{"step": 5, "loss/views_²": 1, "loss/views_x": 1, "loss/views_0": 1, "loss": 1' + "0" * 400 + "}"]
+    root = make_run(tmp_path / b"run \xe4".decode(errors="surrogateescape"), [record(1), record(2)], pictures=(1, 2))
+    with open(root / "metrics.jsonl", "a") as file:
+        file.write("\n".join(lines) + "\n" + json.dumps(record(6)) + "\n")
+    assert read_run(root).step == 6
+    (root / "pictures/step_0000001.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\xff" * 40)
+    os.mkfifo(root / "pictures/step_0000003.png")
+    for config in ("[" * 5000, "run: {name: [1]}\ntrain: {steps: .inf}", "a: !!int ''", "\0", "2001-99-99", "&a [*a]"):
+        (root / "config.yaml").write_text(config)
+        assert main([str(root), "--figures", "png"]) == 0
+    shown(root)
+    assert "~nobody-of-that-name" in refusal(main, "~nobody-of-that-name/run")
+    (root / "metrics.jsonl").unlink()
+    os.mkfifo(root / "metrics.jsonl")
+    assert "metrics.jsonl" in refusal(main, root)

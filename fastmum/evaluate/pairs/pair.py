@@ -64,6 +64,7 @@ class PairSet:
     size: int = 448  # default side in pixels that the images are resized to, as in RoMa's metrics
     objects: bool = False  # each scene is one object in front of changing backgrounds, with depth on the object only
     origin: str = ""  # data set or folder in which scene names are unique; "" if they mean nothing elsewhere
+    of: int | None = None  # number of pairs that these are chosen from, if they are not all
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -72,7 +73,7 @@ class PairSet:
     def first(self, count: int | None) -> Self:
         """At most `count` pairs, evenly spread over the set and so over its scenes; None for all."""
         picked = evenly(self.pairs, count)
-        return self if picked is self.pairs else replace(self, pairs=picked)
+        return self if picked is self.pairs else replace(self, pairs=picked, of=self.of or len(self.pairs))
 
     def both_ways(self) -> Self:
         """Every pair and its reverse."""
