@@ -33,8 +33,9 @@ def run_command(command: Callable[[], int | None], interrupted: str = "interrupt
     It is that of `command` (None: 0), 2 after a `FastmumError`, or 130 after Ctrl-C, which prints `interrupted`. Names
     of files that are not UTF-8 are printed with escapes.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command() or 0
     except KeyboardInterrupt:

@@ -82,7 +82,7 @@ def test_old_results_and_names_that_are_markup(tmp_path, capsys):
     }
     for task in ("matching", "cosine", "attention", "views"):
         old = {key: value for key, value in result(task, weights="old 0").items() if key not in new}
-        for content in (old, result(task, weights="old 1"), result(task, weights="<b> | $x_1$ \udce4" + "n" * 250)):
+        for content in (old, result(task, weights="old 1"), result(task, weights="<b> | $x_1$ \udce4")):
             content["settings"].pop("targets", None)
             save(tmp_path, content, [])
     (tmp_path / ".partial-7-cosine.json").write_text("{")
@@ -102,6 +102,7 @@ def places(value, path=()):
         yield from places(each, (*path, key))
 
 
+@pytest.mark.slow
 def test_damaged_results_are_one_line_or_a_page(tmp_path, capsys):
     """Whatever is in the place of a value, its file is named, or all commands can show the result."""
     shown, draw = 0, random.Random(0)
@@ -139,7 +140,7 @@ def test_files_that_are_no_results(tmp_path, refusal):
     (tmp_path / "other.json").mkdir()
     assert "other.json" in refusal(main, tmp_path)
     (tmp_path / "other.json").rmdir()
-    save(tmp_path, result(weights="../a"), [])
+    save(tmp_path, result(weights="../" + "a" * 300), [])
     (tmp_path / "file").touch()
     assert "--plots" in refusal(main, tmp_path, "--plots", tmp_path / "file")
     assert "nowhere" in refusal(main, tmp_path / "nowhere")
