@@ -68,20 +68,21 @@ def _draw(chart: Chart, kind: str) -> bytes:
         figure.savefig(content, format=kind)
         return content.getvalue()
 
-    def pixels() -> Image.Image:
+    def pixels() -> np.ndarray:
         canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+        return np.array(canvas.buffer_rgba())[..., :3]
 
-    whole = pixels().quantize()
+    whole = pixels()
     for artist in (*axes.lines, *axes.collections):
         artist.set_visible(False)
-    empty = np.asarray(pixels().quantize(palette=whole, dither=Image.Dither.NONE))
+    both = Image.fromarray(np.concatenate([whole, pixels()])).quantize()  # one palette
+    drawn, empty = np.split(np.asarray(both), 2)
     left, right = axes.get_window_extent().intervalx
-    edges, columns = np.linspace(left, right, FRAMES), np.arange(whole.width)
-    frames = [Image.fromarray(np.where(columns < edge, np.asarray(whole), empty)) for edge in edges]
+    edges, columns = [*np.linspace(left, right, FRAMES), whole.shape[1]], np.arange(whole.shape[1])
+    frames = [Image.fromarray(np.where(columns < edge, drawn, empty)) for edge in edges]
     for frame in frames:
-        frame.putpalette(whole.getpalette() or b"")
-    return _encode([*frames, whole], kind, FRAME_MS)
+        frame.putpalette(both.getpalette() or b"")
+    return _encode(frames, kind, FRAME_MS)
 
 
 def _encode(pictures: Sequence[Image.Image], kind: str, milliseconds: int) -> bytes:
