@@ -181,7 +181,7 @@ def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes]]:
         if version is None or not checked or reader.num_record_batches != 1:
             raise pa.ArrowInvalid("not written by fastmum")
         types = {field.name: field.type for field in reader.schema}
-        if not REQUIRED <= types.keys() or any(TYPES.get(name) != type for name, type in types.items()):
+        if not types.keys() >= REQUIRED or any(TYPES.get(name) != type for name, type in types.items()):
             raise pa.ArrowInvalid("other columns")
         return mapped, reader.get_batch(0), schema
     except (pa.ArrowException, OSError):
