@@ -135,8 +135,8 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     reused. Held-out sequences are sampled like training sequences, so that the two losses are comparable; single images
     are not held out. `micro_batches` is the number of batches in a training step, on all processes together.
 
-    DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met, images
-    that are held out and trained on.
+    DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met, or
+    images that are held out and trained on.
     """
     data = config.data
     manifests = Manifests(_manifests(config, folder / "manifests", resumed))
@@ -146,12 +146,8 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     crops: dict[str, Any] = {"crop_scale": scale, "crop_aspect": aspect, "flip": data.flip}
     fixed = manifests, data.weights, data.frames_per_batch, views
     planner = functools.partial(StepPlanner, *fixed, mode=data.mode, **crops)
-    training = planner(
-        imagenet_share=data.imagenet_share,
-        seed=config.run.seed,
-        world_size=micro_batches,
-        exclude=np.flatnonzero(is_held_out),
-    )
+    drawn = {"imagenet_share": data.imagenet_share, "exclude": np.flatnonzero(is_held_out)}
+    training = planner(**drawn, seed=config.run.seed, world_size=micro_batches)
     for note in training.notes:
         log.info("%s", note)
     log.info(
@@ -178,9 +174,9 @@ def _check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mappi
     if found.example:
         held, trained = found.example
         what = f"'{held}'" if held == trained else f"'{held}', which is '{trained}'"
-        remedy = "list each image in one manifest only, name one scene for its sequences, or set data.held_out=0"
+        count, remedy = f"{found.shared} of {found.images}", "list images once, give their sequences one scene"
         raise DataError(
-            f"{found.shared} of {found.images} held-out images are trained on, too, such as {what}: {remedy}"
+            f"{count} held-out images are also trained on, such as {what}: {remedy}, or set data.held_out=0"
         )
 
 

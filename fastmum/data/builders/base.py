@@ -227,10 +227,8 @@ def matching_folders(root: Path, pattern: str, needs: str = "") -> list[str]:
     found = [""]
     for level in pattern.split("/"):
         found = [f"{f}/{n}" for f in found for n in (folders_in(root / f[1:]) if level == "*" else [level])]
-    paths = {
-        folder[1:]: os.path.realpath(root / folder[1:]) for folder in found if (root / folder[1:] / needs).exists()
-    }
-    top = os.path.realpath(root)
+    matching = [folder[1:] for folder in found if (root / folder[1:] / needs).exists()]
+    paths, top = {folder: os.path.realpath(root / folder) for folder in matching}, os.path.realpath(root)
     first = {real: path for path, real in reversed(paths.items())}
     first |= {real: path for path, real in paths.items() if real == os.path.join(top, path)}
     if len(first) < len(paths):
