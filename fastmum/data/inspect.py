@@ -194,9 +194,7 @@ def _command(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    description = (
-        "What manifests contain: sequences, frames, lengths, data sets, how they were built, what is held out."
-    )
+    description = "What manifests contain: sequences, frames, lengths, data sets, their making, and what is held out."
     parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the manifests of a run")
     check = "look for missing files, and through links for images on both sides; exit code 1 if there are any"

@@ -79,19 +79,22 @@ def write_manifest(
             batch = spool.batch()
             counts = Counts(len(spool.sequences), batch.num_rows)
             content = json.dumps(metadata | {"root": str(root), "counts": counts._asdict()}, sort_keys=True)
-            zeros = MARK + b"0" * DIGITS
-            described = {CHECKSUM_KEY: zeros, VERSION_KEY: str(VERSION), METADATA_KEY: content}
-            batch = batch.replace_schema_metadata(described)
-            with atomic_path(out) as partial, open(partial, "w+b") as file:
-                with pa.ipc.new_file(file, batch.schema) as writer:
-                    writer.write_batch(batch)
-                file.flush()
-                with mmap.mmap(file.fileno(), 0) as mapped:
-                    places, digest = checksum(mapped)
-                    for place in places:
-                        mapped[place : place + DIGITS] = digest
-                os.fsync(file.fileno())
+            _write(out, batch, content)
     return counts
+
+
+def _write(out: Path, batch: pa.RecordBatch, content: str) -> None:
+    described = {CHECKSUM_KEY: MARK + b"0" * DIGITS, VERSION_KEY: str(VERSION), METADATA_KEY: content}
+    batch = batch.replace_schema_metadata(described)
+    with atomic_path(out) as partial, open(partial, "w+b") as file:
+        with pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        with mmap.mmap(file.fileno(), 0) as mapped:
+            places, digest = checksum(mapped)
+            for place in places:
+                mapped[place : place + DIGITS] = digest
+        os.fsync(file.fileno())
 
 
 def checksum(mapped: mmap.mmap) -> tuple[tuple[int, int], bytes]:

@@ -146,7 +146,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     crops: dict[str, Any] = {"crop_scale": scale, "crop_aspect": aspect, "flip": data.flip}
     fixed = manifests, data.weights, data.frames_per_batch, views
     planner = functools.partial(StepPlanner, *fixed, mode=data.mode, **crops)
-    drawn = {"imagenet_share": data.imagenet_share, "exclude": np.flatnonzero(is_held_out)}
+    drawn: dict[str, Any] = {"imagenet_share": data.imagenet_share, "exclude": np.flatnonzero(is_held_out)}
     training = planner(**drawn, seed=config.run.seed, world_size=micro_batches)
     for note in training.notes:
         log.info("%s", note)
@@ -174,10 +174,8 @@ def _check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mappi
     if found.example:
         held, trained = found.example
         what = f"'{held}'" if held == trained else f"'{held}', which is '{trained}'"
-        count, remedy = f"{found.shared} of {found.images}", "list images once, give their sequences one scene"
-        raise DataError(
-            f"{count} held-out images are also trained on, such as {what}: {remedy}, or set data.held_out=0"
-        )
+        both = f"{found.shared} of {found.images} held-out images are also trained on, such as {what}"
+        raise DataError(f"{both}: list images once, give their sequences one scene, or set data.held_out=0")
 
 
 def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
