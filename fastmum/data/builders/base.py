@@ -277,9 +277,9 @@ def _is_dir(entry: os.DirEntry[str]) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def _identity(folder: Path) -> tuple[int, int]:
+def _identity(folder: Path) -> tuple[int, int | str]:
     try:
         found = os.stat(folder)
     except OSError:  # it was removed meanwhile
-        return -1, -1
-    return found.st_dev, found.st_ino
+        return -1, str(folder)
+    return found.st_dev, found.st_ino or os.path.realpath(folder)  # some file systems have no numbers
