@@ -35,9 +35,9 @@ def _remove(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Replace the content of a file; text is written as UTF-8."""
+    """Replace the content of a file; text is written as UTF-8, with escapes for names of files that are not."""
     with atomic_path(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def resource_dir(name: str) -> Path:

@@ -67,7 +67,7 @@ class DataSection:
     crop_scale: list[float] = key([0.2, 1.0], "share of a frame's area in a random crop", above=0, most=1, length=2)
     crop_aspect: list[float] = key([0.75, 1.3333333], "aspect ratio of a random crop", above=0, length=2)
     flip: float = key(0.5, "probability of a horizontal flip, drawn for each frame", least=0, most=1)
-    held_out: float = key(0.1, "share of sequences held out from training for evaluation", least=0, below=1)
+    held_out: float = key(0.1, "share of scenes held out from training for evaluation", least=0, below=1)
     decoder: str = key("auto", "auto, dali (on the GPU), dali_cpu or pillow")
     workers: int = key(2, "threads that decode images", least=1)
     cache_gb: float = key(1.0, "memory for decoded images in GB, for pillow; saves decoding if they fit", least=0)

@@ -1,4 +1,4 @@
-"""Show what a manifest contains: `python -m fastmum.data.inspect FILE [--check] [--sheet PATH | --no-sheet]`."""
+"""Show what manifests contain: `python -m fastmum.data.inspect FILE ... [--check] [--sheet PATH | --no-sheet]`."""
 
 import argparse
 import os
@@ -14,7 +14,8 @@ from tqdm import tqdm
 from fastmum.data.builders.base import names_in
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError
-from fastmum.data.manifest import Manifest
+from fastmum.data.manifest import Manifest, Manifests
+from fastmum.data.splits import MOST_LOOKED_UP, hold_out, image_overlap
 from fastmum.errors import program, run_command
 
 BINS = (1, 2, 4, 8, 16, 24, 50, 100, 200, 500, 1000)  # lower bounds of the histogram's bins
@@ -140,23 +141,50 @@ def _depth_thumbnail(file: Path, format: DepthFormat, tile: int) -> Image.Image:
     return ImageOps.fit(image, (tile, tile), Image.Resampling.NEAREST)
 
 
+def held_out_summary(manifests: Manifests, share: float, resolve: bool = False) -> tuple[str, int]:
+    """What a run on the manifests holds out, in one line, and how many of these images it trains on.
+
+    `resolve` links below the roots for any number of images.
+    """
+    held, excluded = hold_out(manifests, share)
+    if not len(held):
+        return f"held out at data.held_out={share:g}: nothing, since there is one scene at most", 0
+    found = image_overlap(manifests, excluded, ~excluded, manifests.num_frames if resolve else MOST_LOOKED_UP)
+    scenes = len({*zip(manifests.dataset_of[held].tolist(), manifests.scene_names(held), strict=True)})
+    what = f"{scenes} scenes, {len(held)} sequences, {found.images} images"
+    example = f", such as '{found.example[0]}'" if found.example else ""
+    overlap = f"overlap with training: {found.shared} images{example}"
+    return f"held out at data.held_out={share:g}: {what}; {overlap}", found.shared
+
+
+def _inspect(file: Path, args: argparse.Namespace) -> int:
+    manifest = Manifest(file)
+    print("\n".join(summary(manifest)))
+    if not args.no_sheet:
+        sheet = args.sheet or file.with_name(f"{file.stem}_sheet.jpg")
+        try:
+            contact_sheet(manifest, args.sequences, args.seed).save(sheet, quality=85)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            remedy = "its name ends in .jpg or .png (--no-sheet writes none)"
+            raise DataError(f"--sheet '{sheet}' cannot be written ({reason}); {remedy}") from None
+        print(f"\ncontact sheet: {sheet}")
+    return _check_files(manifest) if args.check else 0
+
+
 def _command(args: argparse.Namespace) -> int:
     for name, least in (("sequences", 1), ("seed", 0)):
         if (value := getattr(args, name)) < least:
             raise DataError(f"--{name} is {value}, but must be at least {least}")
-    manifest = Manifest(args.file)
+    if not 0 < args.held_out < 1:
+        raise DataError(f"--held-out is {args.held_out:g}, but must lie between 0 and 1")
+    if args.sheet and len(args.files) > 1:
+        raise DataError(f"--sheet names one picture for {len(args.files)} manifests; leave it out")
     try:
-        print("\n".join(summary(manifest)))
-        if not args.no_sheet:
-            sheet = args.sheet or args.file.with_name(f"{args.file.stem}_sheet.jpg")
-            try:
-                contact_sheet(manifest, args.sequences, args.seed).save(sheet, quality=85)
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                remedy = "its name ends in .jpg or .png (--no-sheet writes none)"
-                raise DataError(f"--sheet '{sheet}' cannot be written ({reason}); {remedy}") from None
-            print(f"\ncontact sheet: {sheet}")
-        code = _check_files(manifest) if args.check else 0
+        code = max([_inspect(file, args) for file in args.files])
+        line, shared = held_out_summary(Manifests(args.files), args.held_out, args.check)
+        print(f"\n{line}")
+        code |= bool(args.check and shared)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
@@ -166,10 +194,13 @@ def _command(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    description = "What a manifest contains: sequences, frames, lengths, data sets, and how it was built."
+    description = "What manifests contain: sequences, frames, lengths, data sets, their making, and what is held out."
     parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
-    parser.add_argument("file", type=Path, metavar="FILE", help="the manifest")
-    parser.add_argument("--check", action="store_true", help="look for missing files; exit code 1 if there are any")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the manifests of a run")
+    check = "look for missing files, and through links for images on both sides; exit code 1 if there are any"
+    parser.add_argument("--check", action="store_true", help=check)
+    share = "data.held_out of the run (default %(default)s)"
+    parser.add_argument("--held-out", type=float, default=0.1, metavar="S", help=share)
     sheet = parser.add_mutually_exclusive_group()
     help = "contact sheet of sampled sequences with their depth (default: <stem of FILE>_sheet.jpg next to FILE)"
     sheet.add_argument("--sheet", type=Path, metavar="PATH", help=help)

@@ -6,12 +6,14 @@ has a value, and null for the frames that have none:
     dataset     dictionary<int16, string>
     sequence    dictionary<int32, string>; the index is the number of the sequence in the file
     path        struct<folder: dictionary<int32, string>, file: dictionary<int32, string>>, relative to the root
+    scene       dictionary<int32, string>, optional: what the sequence shows, if several show the same
     pose        fixed_size_list<float>[12], optional: upper 3 x 4 of camera_from_world, OpenCV axes
     intrinsics  fixed_size_list<float>[4], optional: fx fy cx cy in pixels of the upright image, pixel centres at +0.5
     depth       like path, and format: dictionary<int16, string> (JSON), unit: double; optional
     mask        like path, optional
 
-Columns are not compressed: opening a file reads only the sequence numbers, the rest is mapped and shared by processes.
+Columns are not compressed but mapped, and shared by processes. Opening a file compares its checksum, which covers every
+byte, and then checks that all numbers lie in their dictionaries.
 """
 
 import itertools
@@ -26,18 +28,26 @@ import pyarrow as pa
 
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
-from fastmum.data.manifest_writer import METADATA_KEY, OPTIONAL, VERSION, VERSION_KEY
+from fastmum.data.manifest_writer import DIGITS, METADATA_KEY, OPTIONAL, TEXT, VERSION, VERSION_KEY, WIDTHS, checksum
 from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
 
 BUILD = "build it with `python -m fastmum.data.build`"
+NUMBERED, SMALL = pa.dictionary(pa.int32(), TEXT), pa.dictionary(pa.int16(), TEXT)
+FILE = {"folder": NUMBERED, "file": NUMBERED}
+TYPES = {
+    "dataset": SMALL, "sequence": NUMBERED, "path": pa.struct(FILE), "scene": NUMBERED, "mask": pa.struct(FILE),
+    "depth": pa.struct(FILE | {"format": SMALL, "unit": pa.float64()}),
+    **{name: pa.list_(pa.float32(), width) for name, width in WIDTHS.items()},
+}  # fmt: skip
+REQUIRED = {"dataset", "sequence", "path"}
 
 
 class Manifest:
     """A memory-mapped manifest; pickled as its path.
 
-    DataError: a file that is missing, not a manifest, truncated or of another version.
+    DataError: a file that is missing, not a manifest, damaged or of another version.
 
     Attributes:
         root: folder that paths are relative to.
@@ -50,22 +60,27 @@ class Manifest:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         mapped, batch, schema = _map(self.path)
-        self.metadata: dict[str, Any] = json.loads(schema[METADATA_KEY])
-        self.root = self.path.parent / self.metadata["root"]
         self.num_frames: int = batch.num_rows
         sequence = batch["sequence"]
         self._names = sequence.dictionary
         self.num_sequences: int = len(self._names)
-        self.starts = np.append(_changes(sequence.indices.to_numpy()), self.num_frames)
+        try:
+            self.metadata: dict[str, Any] = json.loads(schema[METADATA_KEY])
+            self.root = self.path.parent / self.metadata["root"]
+            _check_bounds(batch)
+            starts = _changes(sequence.indices.to_numpy())
+            if not np.array_equal(sequence.indices.to_numpy()[starts], np.arange(self.num_sequences)):
+                raise ValueError("the rows of a sequence are not consecutive")
+        except (KeyError, TypeError, ValueError) as error:  # Arrow's errors are ValueErrors
+            raise DataError(f"'{self.path}' is not a manifest ({error}); {BUILD}") from None
+        self.starts = np.append(starts, self.num_frames)
         self.datasets: tuple[str, ...] = tuple(batch["dataset"].dictionary.to_pylist())
         self.dataset_of = batch["dataset"].indices.to_numpy()[self.starts[:-1]]
         # The pages read so far are not needed again and no longer count as this process's memory.
         mapped.madvise(mmap.MADV_DONTNEED)
         mapped.madvise(mmap.MADV_RANDOM)
-        self._columns = {name: batch[name] for name in ("path", *OPTIONAL) if name in batch.schema.names}
-        self.known = dict.fromkeys(OPTIONAL, 0) | {
-            name: len(column) - column.null_count for name, column in self._columns.items() if name != "path"
-        }
+        self._columns = {name: batch[name] for name in ("path", "scene", *OPTIONAL) if name in batch.schema.names}
+        self.known = {name: self._known(name) for name in OPTIONAL}
 
     def __reduce__(self) -> tuple[type, tuple[Any]]:
         return Manifest, (self.path,)
@@ -73,6 +88,12 @@ class Manifest:
     def sequence_name(self, sequence: int) -> str:
         """Name of a sequence, unique in its data set."""
         return self._names[sequence].as_py()
+
+    def scene_names(self, sequences: np.ndarray) -> list[str]:
+        """Names of what sequences show, unique in their data sets; those of the sequences if each shows its own."""
+        if "scene" not in self._columns:
+            return self._names.take(pa.array(sequences)).to_pylist()
+        return self._columns["scene"].take(pa.array(self.starts[sequences])).to_pylist()
 
     def sequence_of(self, rows: int | np.ndarray) -> Any:
         """Numbers of the sequences that contain the rows."""
@@ -113,6 +134,15 @@ class Manifest:
         value = self._columns[name][row].as_py() if name in self._columns else None
         return value | {"file": self.root / value["folder"] / value["file"]} if isinstance(value, dict) else value
 
+    def _known(self, name: str) -> int:
+        column = self._columns.get(name)
+        return 0 if column is None else len(column) - column.null_count
+
+    @property
+    def folder_and_file(self) -> tuple[pa.DictionaryArray, pa.DictionaryArray]:
+        """Folders below the root, and file names, of all frames."""
+        return self._columns["path"].field("folder"), self._columns["path"].field("file")
+
     def folders(self, column: str = "path") -> Iterator[tuple[Path, list[str]]]:
         """Every folder and the names of its files in a column ("path", "depth", "mask"), each once."""
         if (struct := self._columns.get(column)) is None:
@@ -138,16 +168,40 @@ def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes]]:
     except ValueError:  # an empty file
         raise DataError(f"'{path}' is not a manifest; {BUILD}") from None
     try:
+        places, digest = checksum(mapped)
+        checked = places[0] != places[1]
+        if checked and any(mapped[place : place + DIGITS] != digest for place in places):
+            raise pa.ArrowInvalid("another checksum")
         reader = pa.ipc.open_file(pa.py_buffer(mapped))
         schema = reader.schema.metadata or {}
         version = schema.get(VERSION_KEY)
         if version is not None and version != str(VERSION).encode():
-            raise DataError(f"'{path}' has version {version.decode()}, but this fastmum reads {VERSION}; {BUILD}")
-        if version is None or reader.num_record_batches != 1:
+            found = version.decode(errors="replace")
+            raise DataError(f"'{path}' has version {found}, but this fastmum reads version {VERSION}; {BUILD} again")
+        if version is None or not checked or reader.num_record_batches != 1:
             raise pa.ArrowInvalid("not written by fastmum")
+        types = {field.name: field.type for field in reader.schema}
+        if not types.keys() >= REQUIRED or any(TYPES.get(name) != type for name, type in types.items()):
+            raise pa.ArrowInvalid("other columns")
         return mapped, reader.get_batch(0), schema
-    except (pa.ArrowInvalid, OSError):
-        raise DataError(f"'{path}' is not a manifest, or is truncated; {BUILD}") from None
+    except (pa.ArrowException, OSError):
+        raise DataError(f"'{path}' is not a manifest, or is damaged or truncated; {BUILD} again") from None
+
+
+def _check_bounds(batch: pa.RecordBatch) -> None:
+    """Raise ValueError if a number lies outside its dictionary, or Arrow finds a column or a text invalid."""
+    batch.validate()
+    if not batch.num_rows:
+        raise ValueError("it has no frames")
+    for column in batch.columns:
+        struct = pa.types.is_struct(column.type)
+        for field in map(column.field, range(column.type.num_fields)) if struct else [column]:
+            if pa.types.is_dictionary(field.type):
+                field.dictionary.validate(full=True)
+                numbers = field.indices.to_numpy()
+                # As unsigned numbers, negative ones exceed all others.
+                if numbers.view(f"u{numbers.itemsize}").max() >= len(field.dictionary):
+                    raise ValueError("a number lies outside its dictionary")
 
 
 def _changes(numbers: np.ndarray, block: int = 1 << 20) -> np.ndarray:
@@ -184,6 +238,14 @@ class Manifests(Manifest):
     def sequence_name(self, sequence: int) -> str:
         part = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
         return self.parts[part].sequence_name(sequence - int(self._first_sequence[part]))
+
+    def scene_names(self, sequences: np.ndarray) -> list[str]:
+        which = np.searchsorted(self._first_sequence, sequences, side="right") - 1
+        found = np.empty(len(sequences), object)
+        for part in np.unique(which):
+            mine = which == part
+            found[mine] = self.parts[part].scene_names(sequences[mine] - self._first_sequence[part])
+        return found.tolist()
 
     def files(self, rows: Sequence[int] | np.ndarray) -> list[Path]:
         rows = np.asarray(rows, np.int64)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -10,14 +11,16 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.errors import writing
 from fastmum.files import atomic_path
 
-VERSION = 1
-VERSION_KEY, METADATA_KEY = b"fastmum.manifest", b"fastmum.metadata"
+VERSION = 2
+VERSION_KEY, METADATA_KEY, CHECKSUM_KEY = b"fastmum.manifest", b"fastmum.metadata", b"fastmum.checksum"
+MARK, DIGITS = b"xxh3_128:", 32  # the checksum in a file: hexadecimal digits after the mark
 TEXT = pa.large_string()  # a column of Arrow's "large" strings may exceed 2 GB
 WIDTHS = {"pose": 12, "intrinsics": 4}  # floats per frame
 OPTIONAL = (*WIDTHS, "depth", "mask")
@@ -35,13 +38,14 @@ class SequenceRecord(NamedTuple):
     masks: Sequence[str] | None = None  # paths of masks (`read_mask`), "" for frames that have none
     depth_format: DepthFormat | None = None  # of all depth maps of the sequence
     depth_units: np.ndarray | None = None  # (n,) float64, replaces the format's `unit` where each frame has its own
+    scene: str | None = None  # sequences of a scene are held out together; unique in its data set, None: the name
 
     def select(self, rows: Sequence[int] | np.ndarray, name: str) -> "SequenceRecord":
-        """Some of the frames as another sequence."""
-        whole = ("name", "dataset", "depth_format")  # the other fields have a value for each frame
+        """Some of the frames as another sequence of the same scene."""
+        whole = ("name", "dataset", "depth_format", "scene")  # the other fields have a value for each frame
         known = {k: v for k, v in self._asdict().items() if v is not None and k not in whole}
         chosen: Any = {k: v[rows] if isinstance(v, np.ndarray) else [v[i] for i in rows] for k, v in known.items()}
-        return self._replace(name=name, **chosen)
+        return self._replace(name=name, scene=self.scene or self.name, **chosen)
 
 
 class Counts(NamedTuple):
@@ -75,13 +79,38 @@ def write_manifest(
             batch = spool.batch()
             counts = Counts(len(spool.sequences), batch.num_rows)
             content = json.dumps(metadata | {"root": str(root), "counts": counts._asdict()}, sort_keys=True)
-            batch = batch.replace_schema_metadata({VERSION_KEY: str(VERSION), METADATA_KEY: content})
-            with atomic_path(out) as partial, open(partial, "wb") as file:
-                with pa.ipc.new_file(file, batch.schema) as writer:
-                    writer.write_batch(batch)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(out, batch, content)
     return counts
+
+
+def _write(out: Path, batch: pa.RecordBatch, content: str) -> None:
+    described = {CHECKSUM_KEY: MARK + b"0" * DIGITS, VERSION_KEY: str(VERSION), METADATA_KEY: content}
+    batch = batch.replace_schema_metadata(described)
+    with atomic_path(out) as partial, open(partial, "w+b") as file:
+        with pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+        file.flush()
+        with mmap.mmap(file.fileno(), 0) as mapped:
+            places, digest = checksum(mapped)
+            for place in places:
+                mapped[place : place + DIGITS] = digest
+        os.fsync(file.fileno())
+
+
+def checksum(mapped: mmap.mmap) -> tuple[tuple[int, int], bytes]:
+    """Where a file has its checksum, in the schema at its start and at its end, and the right one.
+
+    It is that of the whole file with zeros in these two places. They are equal, or -1, in other files.
+    """
+    first, last = mapped.find(MARK), mapped.rfind(MARK)
+    if first == last:
+        return (first, last), b""
+    first, last = first + len(MARK), last + len(MARK)
+    digest, zeros = xxhash.xxh3_128(), b"0" * DIGITS
+    with memoryview(mapped) as view:
+        for piece in (view[:first], zeros, view[first + DIGITS : last], zeros, view[last + DIGITS :]):
+            digest.update(piece)
+    return (first, last), digest.hexdigest().encode()
 
 
 class _Spool:
@@ -89,6 +118,7 @@ class _Spool:
 
     def __init__(self, folder: Path) -> None:
         self.sequences: list[str] = []
+        self._scenes: list[str | None] = []  # of the sequences, None where it has the sequence's name
         self._folder = folder
         self._names: dict[str, set[str]] = {}  # of the sequences of each data set
         self._values: dict[str, dict[str, int]] = {}  # values of dictionary columns and their indices
@@ -109,6 +139,7 @@ class _Spool:
             raise DataError(f"{where} appears twice; names must be unique in a data set")
         names.add(record.name)
         self.sequences.append(_text(record.name, where))
+        self._scenes.append(None if record.scene is None else _text(record.scene, where))
         self._append_paths("path", record.frames, where)
         self._append("sequence", np.full(n, number, np.int32))
         self._append("dataset", np.full(n, self._index("dataset", dataset), np.int16))
@@ -178,10 +209,15 @@ class _Spool:
 
     def batch(self) -> pa.RecordBatch:
         """All rows; the buffers are maps of the temporary files."""
-        numbers = pa.array(self._mapped("sequence", np.int32))
-        sequences = pa.DictionaryArray.from_arrays(numbers, pa.array(self.sequences, TEXT))
-        dataset, path = self._dictionary("dataset", np.int16), self._struct("path")
-        columns: dict[str, pa.Array] = {"dataset": dataset, "sequence": sequences, "path": path}
+        numbers = self._mapped("sequence", np.int32)
+        sequences = pa.DictionaryArray.from_arrays(pa.array(numbers), pa.array(self.sequences, TEXT))
+        columns: dict[str, pa.Array] = {"dataset": self._dictionary("dataset", np.int16), "sequence": sequences}
+        columns["path"] = self._struct("path")
+        scenes = [scene or name for scene, name in zip(self._scenes, self.sequences, strict=True)]
+        if scenes != self.sequences:
+            scene = pa.array(scenes, TEXT).dictionary_encode()
+            of_rows = pa.array(scene.indices.to_numpy()[numbers])
+            columns["scene"] = pa.DictionaryArray.from_arrays(of_rows, scene.dictionary)
         for name in OPTIONAL:
             if name in self._columns:
                 columns[name] = self._vectors(name) if name in WIDTHS else self._struct(name)

@@ -6,11 +6,14 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from fastmum.config.mum import Config
 from fastmum.data.depth import DepthFormat
@@ -21,6 +24,8 @@ from fastmum.data.plan import StepPlanner
 log = logging.getLogger(__name__)
 
 HELD_OUT_SEED = 0  # independent of run.seed: runs of different seeds are evaluated on the same batches
+MOST_LOOKED_UP = 100_000  # images for whose links the file system is asked
+THREADS = 16  # that ask it: network file systems have a high latency
 
 
 class DataSplits(NamedTuple):
@@ -43,37 +48,117 @@ def held_out(names: Sequence[str], share: float) -> np.ndarray:
     return np.sort(np.array(by_hash[:count], np.int64))
 
 
+def hold_out(
+    manifests: Manifests, share: float, least: int = 2, weights: Mapping[str, float] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out a share of the scenes, as `held_out` does, that have sequences of at least `least` frames.
+
+    Returns the numbers of their sequences of that length (n,), ascending, and whether a sequence is not to be trained
+    on (sequences,) bool, which are all of these scenes. Data sets of weight 0 and of single images are not held out.
+    """
+    used = np.array([(weights or {}).get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
+    long_enough = (np.diff(manifests.starts) >= max(2, least)) & used
+    considered = np.flatnonzero(np.isin(manifests.dataset_of, manifests.dataset_of[long_enough]))
+    scenes = [*zip(manifests.dataset_of[considered].tolist(), manifests.scene_names(considered), strict=True)]
+    names = [*dict.fromkeys(scene for scene, long in zip(scenes, long_enough[considered], strict=True) if long)]
+    chosen = {names[i] for i in held_out([name for _, name in names], share)}
+    excluded = np.zeros(manifests.num_sequences, bool)
+    excluded[considered] = [scene in chosen for scene in scenes]
+    return np.flatnonzero(excluded & long_enough), excluded
+
+
+class Overlap(NamedTuple):
+    """Images that are both held out and trained on."""
+
+    images: int  # that are held out
+    shared: int
+    example: tuple[Path, Path] | None  # a shared one, as it is named on either side
+
+
+def image_overlap(manifests: Manifests, held: np.ndarray, trained: np.ndarray, most: int = MOST_LOOKED_UP) -> Overlap:
+    """Count the images that sequences `held` and `trained`, each (sequences,) bool, have in common.
+
+    Images are equal if they have the same path, after links in the roots are resolved. If there are at most `most`, in
+    ten times as many frames, links below the roots, symbolic or hard, are resolved, too.
+    """
+    folders: dict[str, int] = {}
+    columns = [part.folder_and_file for part in manifests.parts]
+    places = []
+    for part, (folder, _) in zip(manifests.parts, columns, strict=True):
+        root = os.path.realpath(part.root)
+        paths = (os.path.normpath(os.path.join(root, name)) for name in folder.dictionary.to_pylist())
+        places.append(np.array([folders.setdefault(path, len(folders)) for path in paths], np.int64))
+    files = pa.concat_arrays([file.dictionary for _, file in columns]).dictionary_encode()
+    width, ends = len(files.dictionary), np.cumsum([len(file.dictionary) for _, file in columns])
+    numbers = np.split(files.indices.to_numpy(), ends[:-1])
+
+    def images(sequences: np.ndarray, below: np.ndarray) -> np.ndarray:
+        """Numbers of the images of some sequences that are in folders `below` (folders,) bool, each once."""
+        found, first = [np.zeros(0, np.int64)], 0
+        for part, (folder, file), place, number in zip(manifests.parts, columns, places, numbers, strict=True):
+            rows = np.repeat(sequences[first : first + part.num_sequences], np.diff(part.starts))
+            rows &= below[place][folder.indices.to_numpy()]
+            of_row = place[folder.indices.to_numpy()[rows]] * width + number[file.indices.to_numpy()[rows]]
+            found.append(pc.unique(pa.array(of_row)).to_numpy())
+            first += part.num_sequences
+        return np.unique(np.concatenate(found))
+
+    def path(image: int) -> Path:
+        return Path(names[image // width], files.dictionary[image % width].as_py())
+
+    names, everywhere = [*folders], np.ones(len(folders), bool)
+    kept = images(held, everywhere)
+    near = np.isin(np.arange(len(folders)), kept // width)
+    common = np.intersect1d(kept, images(trained, near), assume_unique=True).tolist()
+    if common or manifests.num_frames > 10 * most or len(kept) + len(other := images(trained, everywhere)) > most:
+        return Overlap(len(kept), len(common), (path(common[0]), path(common[0])) if common else None)
+    with ThreadPoolExecutor(THREADS) as pool:
+        ours, theirs = (list(map(path, side.tolist())) for side in (kept, other))
+        seen = {file: path for file, path in zip(pool.map(_identity, theirs), theirs, strict=True) if file}
+        pairs = [(path, seen[file]) for path, file in zip(ours, pool.map(_identity, ours), strict=True) if file in seen]
+    return Overlap(len(kept), len(pairs), pairs[0] if pairs else None)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return (found.st_dev, found.st_ino) if found.st_ino else None
+
+
 def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batches: int = 1) -> DataSplits:
-    """Open the manifests of a run and hold out some of their sequences.
+    """Open the manifests of a run and hold out some of their scenes.
 
     Manifests of image folders (`data.root`, `data.image_root`) and of the embedded scenes, which are rendered if no
     other data is given, are written to the run's `folder`. If `resumed`, those that the run wrote at its start are
     reused. Held-out sequences are sampled like training sequences, so that the two losses are comparable; single images
     are not held out. `micro_batches` is the number of batches in a training step, on all processes together.
 
-    DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met.
+    DataError: missing or empty manifests or folders, scenes that cannot be rendered, settings that cannot be met, or
+    images that are held out and trained on.
     """
     data = config.data
     manifests = Manifests(_manifests(config, folder / "manifests", resumed))
     lengths = np.diff(manifests.starts)
-    used = np.array([data.weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
-    candidates = np.flatnonzero((lengths >= max(2, data.views[0])) & used)
-    held = candidates[held_out([manifests.sequence_name(i) for i in candidates.tolist()], data.held_out)]
+    held, is_held_out = hold_out(manifests, data.held_out, data.views[0], data.weights)
     views, (scale, aspect) = (data.views[0], data.views[1]), ((p[0], p[1]) for p in (data.crop_scale, data.crop_aspect))
     crops: dict[str, Any] = {"crop_scale": scale, "crop_aspect": aspect, "flip": data.flip}
     fixed = manifests, data.weights, data.frames_per_batch, views
     planner = functools.partial(StepPlanner, *fixed, mode=data.mode, **crops)
-    training = planner(imagenet_share=data.imagenet_share, seed=config.run.seed, world_size=micro_batches, exclude=held)
+    drawn: dict[str, Any] = {"imagenet_share": data.imagenet_share, "exclude": np.flatnonzero(is_held_out)}
+    training = planner(**drawn, seed=config.run.seed, world_size=micro_batches)
     for note in training.notes:
         log.info("%s", note)
     log.info(
         "training on %d sequences (%d frames), held out: %d (%d frames)",
-        len(lengths) - len(held), manifests.num_frames - lengths[held].sum(), len(held), lengths[held].sum(),
+        (~is_held_out).sum(), lengths[~is_held_out].sum(), len(held), lengths[held].sum(),
     )  # fmt: skip
-    is_held_out = np.isin(np.arange(manifests.num_sequences), held)
     if not len(held):
-        log.warning("no sequence is held out, so there is no evaluation: data.held_out is %g", data.held_out)
+        why = "all sequences that can be drawn are of one scene" if data.held_out else "data.held_out is 0"
+        log.warning("no sequence is held out, so there is no evaluation: %s", why)
         return DataSplits(manifests, training, None, np.arange(manifests.num_sequences), is_held_out)
+    _check_overlap(manifests, is_held_out, data.weights)
     evaluated = functools.partial(planner, imagenet_share=0.0, seed=HELD_OUT_SEED, only=held)
     try:
         evaluation = evaluated()
@@ -81,6 +166,16 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
         evaluation = evaluated(mode="paper")
         log.warning("held-out sequences are evaluated as with data.mode=paper: %s", error)
     return DataSplits(manifests, training, evaluation, held, is_held_out)
+
+
+def _check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mapping[str, float]) -> None:
+    used = np.array([weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
+    found = image_overlap(manifests, is_held_out, ~is_held_out & used)
+    if found.example:
+        held, trained = found.example
+        what = f"'{held}'" if held == trained else f"'{held}', which is '{trained}'"
+        both = f"{found.shared} of {found.images} held-out images are also trained on, such as {what}"
+        raise DataError(f"{both}: list images once, give their sequences one scene, or set data.held_out=0")
 
 
 def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:

@@ -73,8 +73,8 @@ class Images:
     skipped: dict[str, str] = field(default_factory=dict)  # names of unreadable files, and why; filled during reading
 
     def name(self, file: Path) -> str:
-        """Path of a file from the root, with forward slashes."""
-        return file.relative_to(self.root).as_posix()
+        """Path of a file from the root, with forward slashes; bytes that are not UTF-8 are escaped, such as `\\xe9`."""
+        return os.fsencode(file.relative_to(self.root).as_posix()).decode(errors="backslashreplace")
 
     def sizes(self) -> dict[Path, tuple[int, int]]:
         """Upright height and width of each image from its header; unreadable files are skipped."""

@@ -1,5 +1,7 @@
 """The commands that build and show manifests: whole files, identical bytes, contact sheets, one line per error."""
 
+import errno
+import os
 import re
 import signal
 import subprocess
@@ -197,6 +199,43 @@ def test_the_sheet_shows_frames_depth_and_what_is_unreadable(rooms, image_folder
     assert (np.diff(shown[:, 0, 0]) <= 0).all()
 
 
+def test_folders_that_cannot_be_listed_are_named(image_folder, tmp_path, monkeypatch, caplog):
+    """Those without permission are passed over, since others may own them; other errors may be of the moment."""
+    scandir, code = os.scandir, errno.EACCES
+
+    def scan(folder):
+        if str(folder).endswith("scene2"):
+            raise OSError(code, os.strerror(code), str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert build("folder", image_folder, tmp_path / "m.arrow").counts == (3, 18)
+    assert f"'{image_folder}/scene2'" in caplog.text
+    code = errno.EIO
+    with pytest.raises(DataError, match=rf"^[^\n]*{image_folder}/scene2[^\n]*$"):
+        build("folder", image_folder, tmp_path / "m.arrow")
+
+
+def test_inspect_counts_the_images_that_are_held_out_and_trained_on(rooms, image_folder, tmp_path, capsys):
+    for scene in range(3):  # a link to one file of each
+        (tmp_path / f"links/{scene}").mkdir(parents=True)
+        (tmp_path / f"links/{scene}/0.png").symlink_to(image_folder / f"scene{scene}/0.png")
+        (tmp_path / f"links/{scene}/1.png").write_bytes(b"another")
+    build("folder", tmp_path / "links", tmp_path / "links.arrow", dataset="links")
+    for files, words, held, overlap, code in (
+        ([rooms], [], "1 scenes, 1 sequences, 6 images", "0 images", 0),
+        ([rooms], ["--held-out", "0.5"], "2 scenes, 2 sequences, 12 images", "0 images", 0),
+        ([rooms, tmp_path / "links.arrow"], ["--held-out", "0.7"], "5 scenes, 5 sequences", "2 images, such as", 1),
+    ):
+        assert inspect([*map(str, files), "--no-sheet", "--check", *words]) == code
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("held out")]
+        assert held in line
+        assert f"overlap with training: {overlap}" in line
+    build("folder", image_folder / "scene0", tmp_path / "one.arrow")
+    assert inspect([str(tmp_path / "one.arrow"), "--no-sheet"]) == 0
+    assert "nothing, since there is one scene" in capsys.readouterr().out
+
+
 def test_inspect(rooms, image_folder, tmp_path, capsys):
     """Where the sheet is written, missing files and the exit code, and errors in one line."""
     assert inspect([str(rooms), "--no-sheet", "--check"]) == 0
@@ -218,6 +257,8 @@ def test_inspect(rooms, image_folder, tmp_path, capsys):
         ([str(rooms), "--sheet", "/proc/s.jpg"], "--sheet '/proc/s.jpg'"),
         ([str(rooms), "--sheet", "s.doc"], "--sheet 's.doc'"),
         ([str(rooms), "--sequences", "0"], "--sequences"),
+        ([str(rooms), "--held-out", "1"], "--held-out"),
+        ([str(rooms), str(rooms), "--sheet", "s.jpg"], "--sheet"),
     ):
         assert inspect(words) == 2
         assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)

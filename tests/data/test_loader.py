@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import threading
 import weakref
@@ -297,12 +298,53 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(sources, caplog):
 
 def test_neither_single_images_nor_data_sets_of_weight_zero_are_held_out(sources, image_folder, tmp_path):
     build("folder", image_folder, tmp_path / "a.arrow", dataset="a")
+    shutil.copytree(image_folder, tmp_path / "singles")
     words = ["data.manifests=[../a.arrow]", "data.weights={a: 0}", "data.imagenet_share=0.5"]
-    found = sources("data.image_root=../images", *words)
+    found = sources("data.image_root=../singles", *words)
     assert found.manifests.datasets == ("a", "folder", "images")
     assert found.manifests.num_sequences == 4 + 4 + 24
     assert set(found.shown.tolist()) == drawn(found.held_out) == {6}
     assert drawn(found.training) == set(range(4, 32)) - {6}
+
+
+def test_sequences_of_one_scene_are_held_out_together(tmp_path, sources, caplog):
+    """Also those that are too short to be drawn."""
+    videos = [SequenceRecord(f"v{i}", [f"v{i}/{j}.jpg" for j in range(13)]) for i in range(10)]
+    chunks = [video.select(range(j, min(j + 6, 13)), f"{video.name}/{j}") for video in videos for j in (0, 6, 12)]
+    for name, records in (("m", chunks), ("one", chunks[:3])):
+        write_manifest(tmp_path / name, records, dataset="d", root=tmp_path, metadata={})
+    found = sources("data.imagenet_share=0", data="data.manifests=[../m]")
+    scenes = [record.name[:2] for record in chunks]
+    chosen = {scenes[i] for i in np.flatnonzero(found.is_held_out)}
+    assert found.is_held_out.tolist() == [scene in chosen for scene in scenes]
+    assert chosen == {f"v{i}" for i in held_out([video.name for video in videos], 0.3)}
+    assert len(found.shown) == 2 * len(chosen) == 6
+    assert drawn(found.held_out) == set(found.shown.tolist())
+    assert drawn(found.training) == {i for i, scene in enumerate(scenes) if scene not in chosen and i % 3 < 2}
+    assert sources(data="data.manifests=[../one]").held_out is None
+    assert "one scene" in caplog.text
+
+
+def test_images_that_are_held_out_and_trained_on_are_refused(sources, image_folder, tmp_path):
+    """Under one path, through links to files and folders, and as hard links."""
+    copies = tmp_path / "copies"
+    for scene in image_folder.iterdir():
+        for kind, link in (("soft", os.symlink), ("hard", os.link)):
+            (copies / kind / f"{scene.name}_{kind}").mkdir(parents=True)
+            for file in scene.iterdir():
+                link(file, copies / kind / f"{scene.name}_{kind}" / file.name)
+    (tmp_path / "other").symlink_to(image_folder)
+    (tmp_path / "folders").mkdir()
+    for scene in image_folder.iterdir():
+        (tmp_path / "folders" / scene.name).symlink_to(scene)
+    for words in (
+        ["data.image_root=../images"],
+        *(["data.image_root=" + str(path)] for path in (tmp_path / "other", tmp_path / "folders")),
+        *(["data.image_root=" + str(copies / kind)] for kind in ("soft", "hard")),
+    ):
+        with pytest.raises(DataError, match=r"^6 of 6 held-out images are also trained on, such as '[^\n]*png'[^\n]*$"):
+            sources("data.imagenet_share=0.5", "data.held_out=0.1", *words)
+        assert sources("data.imagenet_share=0.5", "data.held_out=0", *words).held_out is None
 
 
 def test_a_resumed_run_keeps_its_manifest_unless_it_is_of_another_folder(sources, image_folder, tmp_path):

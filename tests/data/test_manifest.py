@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, Manifests, SequenceRecord, _changes, write_manifest
+from fastmum.data.manifest_writer import TEXT, _write
 
 MILLIMETRES = DepthFormat("png16", 1e-3, unknown=65535.0)
 RAYS = DepthFormat("hdf5", kind="ray", max=100.0)
@@ -101,6 +102,58 @@ def test_cameras_depth_and_masks_where_they_are_known(tmp_path):
     assert all(pa.types.is_dictionary(field.type) for field in table.schema.field("path").type)
     assert table["pose"].type == pa.list_(pa.float32(), 12)
     assert {"folder": "", "file": "e.h5", "unit": 0.7}.items() <= table["depth"].to_pylist()[9].items()
+
+
+def test_scenes_are_those_that_are_named_or_else_the_sequences(tmp_path):
+    walk = numbered("walk", 5)
+    chunks = [walk.select(range(3), "walk/0"), walk.select(range(3, 5), "walk/1")]
+    write(tmp_path / "1", [numbered("a", 2), *chunks, chunks[0]._replace(name="turn", scene="hall")])
+    write(tmp_path / "2", [numbered("a", 1), numbered("b", 1)], "streets")
+    both = Manifests([tmp_path / "2", tmp_path / "1"])
+    assert both.scene_names(np.array([5, 1, 2, 4, 3])) == ["hall", "b", "a", "walk", "walk"]
+    assert both.parts[1].scene_names(np.arange(4)) == ["a", "walk", "walk", "hall"]
+    assert "scene" not in pa.ipc.open_file(tmp_path / "2").schema.names
+
+
+def test_a_flipped_bit_is_one_error(tmp_path):
+    maps = {"depths": ["d.png", ""], "masks": ["", "m.png"], "depth_format": MILLIMETRES}
+    cameras = numbered("a", 2, poses=poses(2), intrinsics=np.ones((2, 4)), **maps)
+    write(tmp_path / "m.arrow", [cameras, *(cameras.select([i], f"a/{i}") for i in range(2))], rule="paper")
+    whole = (tmp_path / "m.arrow").read_bytes()
+    bits = {*range(128), *range(8 * len(whole) - 128, 8 * len(whole)), *range(128, 8 * len(whole), 137)}
+    for bit in bits:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "d.arrow").write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"^[^\n]*{tmp_path}/d.arrow[^\n]*$"):
+            Manifest(tmp_path / "d.arrow")
+
+
+def test_numbers_outside_their_dictionaries_and_other_columns_are_refused(tmp_path):
+    """Whatever the checksum: such files would end the process when they are read."""
+    whole = {"dataset": ([0, 0], np.int16), "sequence": ([0, 1], np.int32), "folder": ([0, 0], np.int32)}
+    good = {name: np.array(*column) for name, column in whole.items()} | {"file": np.array([0, 0], np.int32)}
+
+    def write_numbers(metadata='{"root": "/"}', drop="", **numbers):
+        texts = {name: ["x"] for name in good} | {"sequence": ["x", "y"]}
+        column = {
+            name: pa.DictionaryArray.from_arrays(pa.array(rows), pa.array(texts[name], TEXT), safe=False)
+            for name, rows in (good | numbers).items()
+        }
+        column["path"] = pa.StructArray.from_arrays([column.pop("folder"), column.pop("file")], ["folder", "file"])
+        column.pop(drop, None)
+        _write(tmp_path / "m", pa.RecordBatch.from_pydict(column), metadata)
+        return Manifest(tmp_path / "m")
+
+    assert write_numbers().num_sequences == 2
+    for name, numbers in (("file", [0, 1]), ("folder", [-1, 0]), ("dataset", [0, 9]), ("sequence", [0, 2]),
+                          ("sequence", [1, 0]), ("sequence", [0, 0]), ("file", [0, 1 << 30])):  # fmt: skip
+        with pytest.raises(DataError, match=rf"^'{tmp_path}/m' is not a manifest[^\n]*$"):
+            write_numbers(**{name: np.array(numbers, good[name].dtype)})
+    for broken in ({"metadata": "[]"}, {"metadata": "{"}, {"metadata": "{}"}, {"drop": "path"}, {"drop": "dataset"},
+                   {"file": np.array([0, 0], np.int16)}):  # fmt: skip
+        with pytest.raises(DataError, match=rf"^'{tmp_path}/m' is not a manifest[^\n]*$"):
+            write_numbers(**broken)
 
 
 @pytest.mark.parametrize("before", [None, b"an older manifest"])

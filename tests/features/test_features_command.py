@@ -1,6 +1,7 @@
 """`python -m fastmum.features`: tokens as the model computes them, both file formats, pictures, skipped images."""
 
 import importlib
+import os
 
 import numpy as np
 import pytest
@@ -110,6 +111,17 @@ def test_images_that_cannot_be_read_are_skipped_counted_and_named(mixed, weights
     assert call(mixed, weights, out, "--force") == 2
     assert "'0.png' (empty)" in capsys.readouterr().err.splitlines()[-1]
     assert read_features(out)[0].keys() == features.keys()  # the existing file is kept
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+def test_names_that_are_not_utf_8_are_escaped(mixed, weights, tmp_path, capsys, suffix):
+    os.rename(mixed / "0.png", os.fsencode(mixed) + b"/caf\xe9.png")
+    os.rename(mixed, folder := os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    out = tmp_path / f"f{suffix}"
+    assert call(folder, weights, out) == 0
+    assert sorted(read_features(out)[0]) == ["1.png", "2.png", "3.png", "4.png", r"caf\xe9.png"]
+    assert (out.parent / r"f_pictures/caf\xe9.png").exists()
+    assert "5 images" in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, refusal, monkeypatch):

@@ -7,6 +7,7 @@ manifest holds their sequences in the order of `Builder.parts`, so it does not d
 import hashlib
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,15 @@ RULES = ("paper", "released")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 # Folders next to a scene's photographs that hold something else.
 OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normals"})
+# Folders that network storage, operating systems, archives and viewers add, in lower case.
+SYSTEM_FOLDERS = frozenset(
+    {
+        "@eadir", "@recently-snapshot", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler",
+        "recycled", "system volume information", "lost+found", "lost.dir", "__macosx", "thumbnails", "thumbs",
+    }
+)  # fmt: skip
+RUN_PICTURES = frozenset({"pictures", "wandb"})  # folders of a training run
+NAMED = 5  # unreadable folders to name
 
 
 class Option(NamedTuple):
@@ -114,42 +124,116 @@ def is_image(name: str) -> bool:
 
 
 def images_in(folder: Path) -> list[str]:
-    """Names of the images in a folder in natural order (2 before 10); empty if there is no such folder."""
-    return natsort.natsorted(name for name in names_in(folder) if is_image(name))
+    """Names of the images in a folder in natural order (2 before 10); empty if there is no such folder.
+
+    Folders, links that lead nowhere, special files and fastmum's own pictures next to photographs are none.
+    """
+    entries = _entries(folder)
+    names = {entry.name for entry in entries}
+    images = (entry.name for entry in entries if is_image(entry.name) and _is_file(entry))
+    return natsort.natsorted(name for name in images if not _is_own_picture(name, names))
 
 
 def walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
-    """Visible folders at or below the root, '.' for the root itself, and the names of their files.
+    """Folders at or below the root, '.' for the root itself, and the names of their files. Each real folder comes once.
 
-    Folders named as in `skip`, in lower case, are left out, which is logged.
+    Links are followed last, so that a folder has its own path if it has one below the root. Passed over and counted in
+    the log: folders named as in `skip`, in lower case; hidden ones; `SYSTEM_FOLDERS`; what fastmum wrote; links to
+    folders that were listed or that contain the root; folders without permission, which are named.
     """
-    skipped = 0
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        kept = [name for name in subfolders if name.lower() not in skip]
-        skipped += len(subfolders) - len(kept)
-        subfolders[:] = natsort.natsorted(name for name in kept if not name.startswith("."))
-        yield Path(folder).relative_to(root).as_posix(), files
-    if skipped:
-        log.info("skipped %d folders of depth, masks or normals under %s", skipped, root)
+    seen = {_identity(parent) for parent in root.resolve().parents}
+    passed, unreadable = Counter[str](), list[str]()
+    folders, links = [""], list[str]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        path = root / folder
+        if (identity := _identity(path)) in seen:
+            passed["links to folders that are listed already"] += 1
+            continue
+        seen.add(identity)
+        try:
+            entries = natsort.natsorted(_entries(path), key=lambda entry: entry.name)
+        except UnreadableFolderError:
+            unreadable.append(f"'{path}'")
+            continue
+        names = {entry.name for entry in entries}
+        files, deeper = [], list[str]()
+        for entry in entries:
+            if _is_dir(entry):
+                if reason := _reason_to_pass(entry.name, names, skip):
+                    passed[reason] += 1
+                else:
+                    (links if entry.is_symlink() else deeper).append(f"{folder}/{entry.name}" if folder else entry.name)
+            elif is_image(entry.name) and not _is_file(entry):
+                passed["broken links or special files named like images"] += 1
+            elif is_image(entry.name) and _is_own_picture(entry.name, names):
+                passed["pictures that fastmum drew"] += 1
+            else:
+                files.append(entry.name)
+        folders += reversed(deeper)
+        yield folder or ".", files
+    if passed:
+        what = "; ".join(f"{count} {reason}" for reason, count in sorted(passed.items()))
+        log.info("passed over under %s: %s", root, what)
+    if unreadable:
+        more = ", ..." if len(unreadable) > NAMED else ""
+        log.warning("%d folders cannot be read: %s%s", len(unreadable), ", ".join(unreadable[:NAMED]), more)
+
+
+def _reason_to_pass(name: str, names: set[str], skip: frozenset[str]) -> str | None:
+    """Why a sub-folder, next to files and folders `names`, is no place for photographs; None if it may be."""
+    if name.startswith("."):
+        return "hidden folders"
+    if name.lower() in SYSTEM_FOLDERS:
+        return "folders of thumbnails, deleted files or the system"
+    if name.lower() in skip:
+        return "folders of depth, masks or normals"
+    stem = name.removesuffix("_pictures")
+    features = stem != name and not names.isdisjoint({f"{stem}.safetensors", f"{stem}.npz"})
+    return "folders that fastmum wrote" if features or (name in RUN_PICTURES and _is_run(names)) else None
+
+
+def _is_run(names: set[str]) -> bool:
+    """Whether a folder of these files and folders is that of a training run."""
+    return "config.yaml" in names and not names.isdisjoint({"metrics.jsonl", "manifests", "checkpoints"})
+
+
+def _is_own_picture(name: str, names: set[str]) -> bool:
+    """Whether fastmum drew an image, next to `names`: a contact sheet, the newest of a run, those of evaluations."""
+    if name == "reconstruction.png":
+        return _is_run(names)
+    sheet, result = name.rpartition("_sheet.")[0], name.rpartition("-")[0]
+    return f"{sheet}.arrow" in names or (f"{result}.json" in names and "table.md" in names)
 
 
 def image_folders(root: Path) -> list[str]:
-    """Every visible folder at or below the root that contains images, without those of depth, masks and normals."""
-    return [folder for folder, files in walk(root, OTHER_FOLDERS) if any(map(is_image, files))]
+    """The folders of `walk` that contain images, without those of depth, masks and normals, in natural order."""
+    found = (folder for folder, files in walk(root, OTHER_FOLDERS) if any(map(is_image, files)))
+    key = natsort.natsort_keygen()
+    return sorted(found, key=lambda folder: [(key(name), name) for name in folder.split("/") if folder != "."])
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Names of the visible sub-folders in natural order; empty if there is no such folder."""
-    names = (name for name in names_in(folder) if not name.startswith("."))
-    return natsort.natsorted(name for name in names if os.path.isdir(os.path.join(folder, name)))
+    """Names of the visible sub-folders in natural order, without `SYSTEM_FOLDERS`; empty if there is no such folder."""
+    entries = (entry for entry in _entries(folder) if _reason_to_pass(entry.name, set(), frozenset()) is None)
+    return natsort.natsorted(entry.name for entry in entries if _is_dir(entry))
 
 
 def matching_folders(root: Path, pattern: str, needs: str = "") -> list[str]:
-    """Folders such as "*/scenes/*" below the root that contain the path `needs`, in natural order."""
+    """Folders such as "*/scenes/*" below the root that contain the path `needs`, in natural order.
+
+    Each real folder comes once, under its own path if that matches, too; what links add is counted in the log.
+    """
     found = [""]
     for level in pattern.split("/"):
         found = [f"{f}/{n}" for f in found for n in (folders_in(root / f[1:]) if level == "*" else [level])]
-    return [folder[1:] for folder in found if (root / folder[1:] / needs).exists()]
+    matching = [folder[1:] for folder in found if (root / folder[1:] / needs).exists()]
+    paths, top = {folder: os.path.realpath(root / folder) for folder in matching}, os.path.realpath(root)
+    first = {real: path for path, real in reversed(paths.items())}
+    first |= {real: path for path, real in paths.items() if real == os.path.join(top, path)}
+    if len(first) < len(paths):
+        log.info("passed over under %s: %d links to folders that are listed already", root, len(paths) - len(first))
+    return [path for path, real in paths.items() if first[real] == path]
 
 
 def existing(root: Path, paths: Iterable[str]) -> list[str] | None:
@@ -164,11 +248,38 @@ def existing(root: Path, paths: Iterable[str]) -> list[str] | None:
     return found if any(found) else None
 
 
+class UnreadableFolderError(DataError):
+    """A folder that the user has no permission to list."""
+
+
 def names_in(folder: Path) -> list[str]:
-    """Names of all files and sub-folders; empty if there is no such folder."""
+    """Names of all files and sub-folders; empty if there is no such folder. DataError: it cannot be read."""
+    return [entry.name for entry in _entries(folder)]
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
     try:
-        return os.listdir(folder)
+        with os.scandir(folder) as entries:
+            return list(entries)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise DataError(f"the folder '{folder}' cannot be read ({error.strerror})") from None
+        kind = UnreadableFolderError if isinstance(error, PermissionError) else DataError
+        raise kind(f"the folder '{folder}' cannot be read ({error.strerror})") from None
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    # DirEntry's own methods raise OSError for links in a circle.
+    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _identity(folder: Path) -> tuple[int, int | str]:
+    try:
+        found = os.stat(folder)
+    except OSError:  # it was removed meanwhile
+        return -1, str(folder)
+    return found.st_dev, found.st_ino or os.path.realpath(folder)  # some file systems have no numbers

@@ -2,9 +2,10 @@
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import natsort
@@ -16,8 +17,11 @@ from fastmum.data.builders.cameras import by_name, from_K, from_opengl, image_si
 from fastmum.data.depth import DepthFormat, read_hdf5
 from fastmum.data.manifest import SequenceRecord
 
+log = logging.getLogger(__name__)
+
 ARKIT_TRAINING, ARKIT_IMAGES = "3dod/Training", "lowres_wide"
 ARKIT_RELEASED_CHUNK = 75
+ARKIT_VISITS = "3dod_train_val_splits.csv"  # from the data set's repository, threedod
 # Seconds: names and trajectory round time stamps differently, and poses come at 10 Hz.
 ARKIT_TIME_TOLERANCE = 5e-3
 HYPERSIM_PREFIX, HYPERSIM_SUFFIX = "scene_cam_", "_final_preview"
@@ -36,7 +40,25 @@ def arkitscenes(root: Path, part: str, options: Options) -> Iterator[SequenceRec
     z = DepthFormat("png16", unit=1e-3)
     cameras = partial(arkit_cameras, root / folder, names)
     scan = base.make_scene(root, scan_id, frames, options, cameras, depths, z)
-    yield from base.chunks(scan, options, ARKIT_RELEASED_CHUNK)
+    yield from base.chunks(scan._replace(scene=_arkit_visits(root).get(scan_id)), options, ARKIT_RELEASED_CHUNK)
+
+
+@cache
+def _arkit_visits(root: Path) -> dict[str, str]:
+    """The visit that a scan belongs to, where it is known: scans of a visit show the same rooms."""
+    file = root / ARKIT_VISITS
+    if not file.is_file():
+        return {}
+    with reading(file, "visits of ARKitScenes"), file.open(newline="", encoding="utf-8") as stream:
+        visits = {row["video_id"]: row["visit_id"] for row in csv.DictReader(stream)}
+        return {scan: f"visit {visit}" for scan, visit in visits.items() if visit not in ("", "NA")}
+
+
+def arkit_begin(root: Path, options: Options) -> None:
+    """Say what the scenes are."""
+    _arkit_visits.cache_clear()
+    if not _arkit_visits(root):
+        log.warning("there is no '%s', so scans of the same rooms are not held out together", root / ARKIT_VISITS)
 
 
 def arkit_cameras(folder: Path, names: list[str]) -> Cameras:
@@ -173,11 +195,12 @@ BUILDERS = {
     ),
     "arkitscenes": Builder(
         layout=f"{ARKIT_TRAINING}/<id>/<id>_frames/{ARKIT_IMAGES}/*.png; optional: {ARKIT_IMAGES}.traj, "
-        f"{ARKIT_IMAGES}_intrinsics, lowres_depth",
+        f"{ARKIT_IMAGES}_intrinsics, lowres_depth, {ARKIT_VISITS}",
         paper=base.CHUNK_RULE,
         released=f"chunks of {ARKIT_RELEASED_CHUNK}, the last one takes the rest",
         parts=lambda root, options: base.matching_folders(root, f"{ARKIT_TRAINING}/*"),
         sequences=arkitscenes,
+        begin=arkit_begin,
         options=base.CHUNKED | base.POSES | base.DEPTH,
     ),
 }

@@ -56,7 +56,15 @@ def realestate10k(root: Path, part: str, options: Options) -> Iterator[SequenceR
     names = base.images_in(root / part)
     cameras = partial(realestate10k_cameras, root / f"{part}.txt", names, root / part)
     clip = base.make_scene(root, part.rpartition("/")[2], [f"{part}/{name}" for name in names], options, cameras)
-    yield from base.chunks(clip, options, released=None)
+    yield from base.chunks(clip._replace(scene=_video_of_clip(root / f"{part}.txt")), options, released=None)
+
+
+def _video_of_clip(file: Path) -> str | None:
+    """The address of a clip's video, of which there may be several clips; None if it is unknown."""
+    if not file.is_file():
+        return None
+    with reading(file, "a RealEstate10K clip"), file.open(encoding="utf-8") as lines:
+        return lines.readline().strip() or None
 
 
 def realestate10k_cameras(file: Path, names: list[str], images: Path) -> Cameras:

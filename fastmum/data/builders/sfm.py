@@ -1,6 +1,8 @@
 """Image collections with COLMAP models: MegaDepth, MegaScenes and any others, chained by the paper's rules."""
 
 import logging
+import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -31,6 +33,7 @@ MEGADEPTH_DEPTHS = "phoenix/S6/zl548/MegaDepth_v1/{}/dense0/depths/{}.h5"
 # Smaller files hold a foreground mask (ordinal depth) instead of a map (D2-Net's preprocess_scene.py).
 MEGADEPTH_MIN_BYTES = 100 * 1024
 MEGASCENES, MEGASCENES_IMAGES = "reconstruct", "images"
+AND = "\0"  # between the models of a part of `colmap`
 
 
 def megadepth_parts(root: Path, options: Options) -> list[str]:
@@ -83,21 +86,60 @@ def megascenes(root: Path, part: str, options: Options) -> Iterator[SequenceReco
     model = _unless_broken(read_model, root / part, options)
     if model is not None:
         images = f"{MEGASCENES_IMAGES}/{high}/{low}"
-        yield from _sequences(root, f"{high}/{low}/{number}", images, model, options, "angle")
+        name, scene = f"{high}/{low}/{number}", f"{high}/{low}"
+        yield from _sequences(root, name, images, model, options, "angle", scene=scene)
 
 
 def colmap_parts(root: Path, options: Options) -> list[str]:
-    """Folders at or below the root that hold an images.bin or images.txt, '.' for the root itself."""
+    """Folders at or below the root that hold an images.bin or images.txt, '.' for the root itself.
+
+    Models that may have images in common are one part, since a part is read by one process.
+    """
     folders = (folder for folder, files in base.walk(root) if {"images.bin", "images.txt"} & set(files))
     found = [folder for folder in folders if fnmatchcase(folder, options.models)]
-    return _whole_models(root, natsort.natsorted(found), options)
+    groups = defaultdict(list)
+    for model in _whole_models(root, natsort.natsorted(found), options):
+        groups[_place_of_images(root, model, options)].append(model)
+    return [AND.join(models) for models in groups.values()]
+
+
+def _place_of_images(root: Path, model: str, options: Options) -> str:
+    """The nearest folder, from the model's upwards, that is called `--images` or contains images."""
+    for parent in (PurePosixPath(model), *PurePosixPath(model).parents):
+        if (named := root / parent / options.images).is_dir():
+            return os.path.realpath(named)
+        if base.images_in(root / parent):
+            return os.path.realpath(root / parent)
+    return ""
 
 
 def colmap(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
-    """The chains of a model; none if its images are not found, which is logged."""
-    model = _unless_broken(read_model, root / part, options)
-    if model is None or (images := _find_images(model, root, part, options)) is None:
-        return
+    """The chains of models, without images of an earlier model; none if the images are not found, which is logged.
+
+    The scene is the folder of the images, or that of an earlier model with some of the same images.
+    """
+    scenes: dict[str, str] = {}  # of the images of the earlier models
+    for each in part.split(AND):
+        model = _unless_broken(read_model, root / each, options)
+        if model is None or (images := _find_images(model, root, each, options)) is None:
+            continue
+        files = [os.path.join(os.path.realpath(root / images), name) for name in model.names]
+        new = np.array([file not in scenes for file in files])
+        if not new.all():
+            log.warning("%d of %d images of '%s' are in an earlier COLMAP model", (~new).sum(), len(new), root / each)
+        if not new.any():
+            continue
+        folder = os.path.commonpath({f"{images}/{name}".rpartition("/")[0] for name in model.names})
+        scene = next((scenes[file] for file in files if file in scenes), os.path.normpath(folder))
+        found = list(_colmap_sequences(root, each, images, model.select(new), options, scene))
+        if found:
+            scenes |= dict.fromkeys(files, scene)
+        yield from found
+
+
+def _colmap_sequences(
+    root: Path, part: str, images: str, model: Model, options: Options, scene: str
+) -> Iterator[SequenceRecord]:
     maps = PurePosixPath(images).parent / "stereo/depth_maps"  # of the workspace of `colmap image_undistorter`
 
     def depth(name: str) -> str:
@@ -105,7 +147,7 @@ def colmap(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
         return path if (root / path).is_file() else ""
 
     name, z = root.name if part == "." else part, DepthFormat("colmap")  # as MegaDepth's
-    yield from _sequences(root, name, images, model, options, options.chain, depth, z)
+    yield from _sequences(root, name, images, model, options, options.chain, depth, z, scene)
 
 
 def _find_images(model: Model, root: Path, part: str, options: Options) -> str | None:
@@ -140,13 +182,13 @@ def _unless_broken(read: Callable[[Path], T], folder: Path, options: Options) ->
 
 def _sequences(
     root: Path, part: str, images: str, model: Model, options: Options, chain: str,
-    depth: Callable[[str], str] | None = None, depth_format: DepthFormat | None = None,
+    depth: Callable[[str], str] | None = None, depth_format: DepthFormat | None = None, scene: str | None = None,
 ) -> Iterator[SequenceRecord]:  # fmt: skip
     """Chains of a model by the paper's rules, or what the released scripts do instead.
 
     `part` is the prefix of their names, `images` the folder of the images below the root, `chain` "overlap" (MegaDepth)
     or "angle" (MegaScenes, whose released script takes whole models); `depth` returns the path of an image's depth map,
-    "" if there is none.
+    "" if there is none; `scene` is that of the sequences, None: `part`.
     """
     frames = [name if images == "." else f"{images}/{name}" for name in model.names]
     present = np.array([bool(path) for path in base.existing(root, frames) or [""] * len(frames)])
@@ -157,8 +199,8 @@ def _sequences(
         model = model.select(present)
         frames = [frame for frame, exists in zip(frames, present, strict=True) if exists]
     if chain == "angle" and options.rule == "released":
-        whole = len(frames) >= (options.min_frames or RELEASED_MIN_IMAGES)
-        found = [np.arange(len(frames))] if whole else []
+        enough = len(frames) >= (options.min_frames or RELEASED_MIN_IMAGES)
+        found = [np.arange(len(frames))] if enough else []
     else:
         overlap = count_shared(model.images, model.points, len(frames))
         if nearest:
@@ -170,7 +212,7 @@ def _sequences(
             rotations, least = model.poses[:, :3, :3], options.min_frames or rules.MIN_VIEWS
             found = rules.angle_chains(overlap, rotations, least, options.min_overlap, options.min_angle)
 
-    scene = SequenceRecord(part, frames)
+    whole = SequenceRecord(part, frames, scene=scene)
     listed = depth is not None and options.depth
     if found and (options.poses or listed):
         # COLMAP ignores the EXIF orientation (its issue 2104), decoders do not: depth maps of turned images do not fit.
@@ -181,11 +223,11 @@ def _sequences(
             if depth is not None and listed and not turned:
                 depths[i] = depth(model.names[i])
         if options.poses:
-            scene = scene._replace(poses=poses, intrinsics=intrinsics)
+            whole = whole._replace(poses=poses, intrinsics=intrinsics)
         if listed:
-            scene = scene._replace(depths=depths, depth_format=depth_format)
+            whole = whole._replace(depths=depths, depth_format=depth_format)
     for number, rows in enumerate(found):
-        yield scene.select(rows, f"{part}/{number:03d}")
+        yield whole.select(rows, f"{part}/{number:03d}")
 
 
 OVERLAP_OPTIONS = {

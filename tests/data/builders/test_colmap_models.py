@@ -280,12 +280,31 @@ class TestAnyModel:
             write_text_model(raw / "models" / scene / "sparse/0", TOUR)
             write_text_model(raw / "models" / scene / "dense/sparse", TOUR)
         add(*(f"photos/one/{name}" for name in TOUR))
-        made = found("colmap", chain="angle", min_frames=3, models="*/sparse/0", images="photos/one")
-        assert list(made.sequences) == ["models/one/sparse/0/000", "models/two/sparse/0/000"]
-        assert made.sequences["models/two/sparse/0/000"] == [f"photos/one/{name}" for name in TOUR_BY_NAME]
+        add(*(f"photos/two/{name}" for name in TOUR))
+        for scene in ("one", "two"):
+            made = found("colmap", chain="angle", min_frames=3, models=f"*/{scene}/sparse/0", images=f"photos/{scene}")
+            assert made.sequences == {f"models/{scene}/sparse/0/000": [f"photos/{scene}/{n}" for n in TOUR_BY_NAME]}
         with pytest.raises(DataError, match="makes a sequence of colmap"):
             found("colmap", models="models/one/sparse/0")
         assert "--images" in caplog.text
+
+    @pytest.mark.parametrize("images", ["images/", ""])
+    def test_images_of_several_models_are_taken_once(self, raw, add, found, images, caplog):
+        """The second copy of a model adds nothing; another model only its own images; one scene a place."""
+        for model in ("sparse/0", "sparse_txt", "undistorted/sparse"):
+            write_text_model(raw / "crowd" / model, CROWD)
+        write_text_model(raw / "crowd/sparse/1", {f"{name}.jpg": View((1, 2, 3)) for name in "abxyz"})
+        write_text_model(raw / "tour/sparse", TOUR)
+        add(*(f"crowd/{images}{name}.jpg" for name in "abcdxyz"), *(f"tour/{images}{name}" for name in TOUR))
+        made = found("colmap", sequences=20)
+        models = {name.rpartition("/")[0]: set() for name in made.sequences}
+        for name, frames in made.sequences.items():
+            models[name.rpartition("/")[0]] |= {*letters(frames)}
+        assert models == {"crowd/sparse/0": {*"abcd"}, "crowd/sparse/1": {*"xyz"}, "tour/sparse": {*"sabcd"}}
+        assert "2 of 5 images" in caplog.text
+        places = {name: made.manifest.scene_names(np.array([i]))[0] for i, name in enumerate(made.sequences)}
+        assert {name.partition("/")[0] for name in places} == {"crowd", "tour"}
+        assert all(place == f"{name.partition('/')[0]}/{images}".rstrip("/") for name, place in places.items())
 
     def test_cameras_turn_with_images_and_dense_depth_is_found(self, raw, add, found):
         """Images of 640 x 480 with an EXIF orientation; a point keeps its place in the picture."""

@@ -54,6 +54,8 @@ def test_realestate10k(add, found):
     assert found("realestate10k", rule="released").sequences == {"a1": clip, "c3": short}
     assert [is_camera(pose) for pose in paper.poses("a1/000")[:4]] == [False, False, True, False]
     assert paper.intrinsics("a1/000")[2].tolist() == [320, 324, 320, 90]
+    add("train/c3.txt", content="https://youtube\n")
+    assert {*found("realestate10k", poses=False).manifest.scene_names(np.arange(3))} == {"https://youtube"}
     add("train/a1.txt", content="address\n1 2 3\n")
     fails_in_one_line(found, "realestate10k", r"train/a1\.txt' cannot be read as a RealEstate10K clip")
 
@@ -126,6 +128,10 @@ def test_arkitscenes(add, found):
     assert np.allclose(poses[2][:3, 3], [1, 2, 3])
     assert intrinsics[0] is None
     assert np.allclose(intrinsics[2], [211.9, 212.1, 127.9, 95.9])
+    assert scan.manifest.scene_names(np.arange(2)) == ["42", "42"]
+    add(*(arkit(i).replace("42", "43") for i in range(2)))
+    add("3dod_train_val_splits.csv", content="video_id,visit_id,fold\n42,7,Training\n43,7,Training\n")
+    assert found("arkitscenes").manifest.scene_names(np.arange(3)) == ["visit 7"] * 3
     assert scan.depths("42/000")[:3] == [None, arkit(1, "lowres_depth"), None]
     assert scan.depth_formats("42/000") == {DepthFormat("png16", 1e-3, "z")}
     for content in ("1 2 3\n", "text\n", ""):
@@ -315,6 +321,17 @@ def test_folders(add, found, raw, tmp_path, caplog):
     (raw / "link").symlink_to(tmp_path / "elsewhere")
     add("b10/10.png", "b10/9.jpg", "b10/1.PNG", "b9/images/x2.webp", "b9/images/x10.jpeg", "b9/notes.txt", "c/only.txt")
     add("0.png", "b10/depth/0.png", "b10/Masks/1.png", ".cache/0.png", "b10/.0.png")
+    add("b9/@eaDir/x2.webp/thumb.jpg", "#recycle/old/0.jpg", "$RECYCLE.BIN/0.jpg", "b10/Thumbnails/0.jpg")
+    add("__MACOSX/b10/._1.PNG", "System Volume Information/0.jpg", "lost+found/0.jpg", ".Trash-1000/files/0.jpg")
+    add("run/config.yaml", "run/metrics.jsonl", "run/pictures/step_0000001.png", "run/reconstruction.png")
+    add(
+        "eval/table.md", "eval/report.html", "eval/views-a-b.json", "eval/views-a-b-0.jpg", "c/m.arrow", "c/m_sheet.jpg"
+    )
+    add("f.npz", "f_pictures/b10/9.png")
+    (raw / "b10/folder.jpg").mkdir()
+    for link, target in (("b10/gone.jpg", "nowhere"), ("b10/circle.jpg", "circle.jpg"), ("b10/up", ".."), ("b8", "b9"),
+                         ("above", tmp_path), ("z7", raw / "link"), ("x1", "x2"), ("x2", "x1")):  # fmt: skip
+        (raw / link).symlink_to(target)
     sequences = {
         "raw": ["0.png"],
         "b9/images": ["b9/images/x2.webp", "b9/images/x10.jpeg"],
@@ -323,7 +340,9 @@ def test_folders(add, found, raw, tmp_path, caplog):
     }
     with caplog.at_level(logging.INFO):
         assert list(found("folder").sequences.items()) == list(sequences.items())
-    assert "2 folders of depth" in caplog.text
+    for counted in ("2 folders of depth", "2 hidden folders", "7 folders of thumbnails", "2 folders that fastmum wrote",
+                    "3 pictures that fastmum drew", "4 links to folders", "2 broken links"):  # fmt: skip
+        assert counted in caplog.text
     assert found("folder", rule="released").sequences == sequences
     assert list(found("folder", min_frames=2).sequences) == ["b9/images", "b10"]
     assert found("folder", single=True).sequences == {name: [name] for names in sequences.values() for name in names}
