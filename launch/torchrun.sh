@@ -7,7 +7,7 @@
 #
 # GPUS: processes on this machine (1). NODES: machines (1). HOST, PORT: first machine, needed if NODES > 1, and its port
 # (29500). RESTARTS: how often the processes are restarted from the newest checkpoint after one died (3).
-# On SIGTERM or SIGUSR1 the run saves and ends; after GRACE seconds (180) it is killed.
+# On SIGTERM, SIGUSR1 or SIGHUP (not under nohup) the run saves and ends; after GRACE seconds (180) it is killed.
 set -euo pipefail
 
 gpus=${GPUS:-1} nodes=${NODES:-1} port=${PORT:-29500} restarts=${RESTARTS:-3} grace=${GRACE:-180}
@@ -21,5 +21,9 @@ if [ "$nodes" -gt 1 ]; then
 else
   meet=(--standalone)
 fi
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+if [[ "$(trap -p HUP)" != "trap -- '' "* ]]; then # nohup ignores it, and so must torchrun
+  signals+=,SIGHUP
+fi
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts="$restarts" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${meet[@]}" -m fastmum.train "$@"
+  --signals-to-handle="$signals" "${meet[@]}" -m fastmum.train "$@"
