@@ -63,11 +63,10 @@ def train(config: EngineConfig, task: type[Task] | None = None) -> int:
     config = replace(config, train=replace(config.train, precision=precision))
     run = RunDir(Path(config.run.dir).expanduser())
     versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "fastmum": source_version()}
-    settings = {key.name: attrgetter(key.name)(config) for key in describe_keys(type(config))}
     beats = Heartbeat(world, parallel.dead_after_s, parallel.stuck_after_s) if world.size > 1 else None
     with beats or contextlib.nullcontext():
         world.check_same("versions", versions)
-        world.check_same("settings", settings)
+        world.check_same("settings", {key.name: attrgetter(key.name)(config) for key in describe_keys(type(config))})
         with run.held(world):
             code = _train(config, run, (task or find_task(config.run.task))(config, world))
             world.wait()

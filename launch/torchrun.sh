@@ -7,7 +7,7 @@
 #
 # GPUS: processes on this machine (1). NODES: machines (1). HOST, PORT: first machine, needed if NODES > 1, and its port
 # (29500). RESTARTS: how often the processes are restarted from the newest checkpoint after one died (3).
-# On SIGTERM, SIGUSR1 or SIGHUP (not under nohup) the run saves and ends; after GRACE seconds (180) it is killed.
+# On SIGTERM or SIGUSR1 the run saves and ends; after GRACE seconds (180) it is killed.
 set -euo pipefail
 
 gpus=${GPUS:-1} nodes=${NODES:-1} port=${PORT:-29500} restarts=${RESTARTS:-3} grace=${GRACE:-180}
@@ -15,15 +15,15 @@ python=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace
 
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+if [ -z "$(trap -p HUP)" ]; then # nohup ignores it
+  signals+=,SIGHUP
+fi
 if [ "$nodes" -gt 1 ]; then
   : "${HOST:?HOST must name the first machine if NODES is more than 1}"
   meet=(--rdzv-backend=c10d --rdzv-endpoint="$HOST:$port" --rdzv-id=fastmum)
 else
   meet=(--standalone)
-fi
-signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
-if [[ "$(trap -p HUP)" != "trap -- '' "* ]]; then # nohup ignores it, and so must torchrun
-  signals+=,SIGHUP
 fi
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts="$restarts" \
   --signals-to-handle="$signals" "${meet[@]}" -m fastmum.train "$@"
