@@ -177,6 +177,7 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
                 if telemetry:
                     telemetry.log(done, values)
                 progress.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if values.get(k) is not None}, refresh=False)
+            world.advance()
             if _due(done, config.train.picture_every, steps):
                 averaged = ema.applied() if ema else contextlib.nullcontext()
                 with meter.paused(), autocast(world.device, precision), averaged:

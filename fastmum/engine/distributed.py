@@ -46,7 +46,7 @@ class DistContext(LaunchInfo):
     store: dist.Store | None = None  # shared by all ranks; None for a single process
     control: dist.ProcessGroup | None = None  # gloo group for CPU tensors of the main thread
     background: dist.ProcessGroup | None = None  # gloo group for the thread that writes checkpoints
-    progress: list[int] = field(default_factory=lambda: [0])  # see `advance`
+    progress: list[int] = field(default_factory=lambda: [0], compare=False)  # see `advance`
 
     @property
     def is_main(self) -> bool:

@@ -154,8 +154,8 @@ class Heartbeat:
         if seen[last].still * self._interval <= self._stuck_after:
             return None
         alike = sum(seen[rank].progress == seen[last].progress for rank in running) - 1
-        others = f"; {alike} others are as far" if alike else ""
-        return last, f"is stuck: no progress for {self._stuck_after:g} s (parallel.stuck_after_s){others}", 2
+        others = f", like {alike} more" if alike else ""
+        return last, f"is stuck{others}: no progress for {self._stuck_after:g} s (parallel.stuck_after_s)", 2
 
     def _watch_store(self) -> None:
         """Detect a store that does not answer: reads from a suspended process have no timeout."""
