@@ -6,7 +6,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import xxhash
+
+import fastmum
+
 PACKAGE = Path(__file__).resolve().parent
+BLOCK, BLOCKS = 1 << 16, 64  # bytes and number of the parts of a large file that its digest covers
 
 
 @contextlib.contextmanager
@@ -44,3 +49,20 @@ def resource_dir(name: str) -> Path:
     """The folder `configs` or `launch`: inside the installed package, or next to it in a checkout."""
     installed = PACKAGE / name
     return installed if installed.is_dir() else PACKAGE.parent / name
+
+
+def source_version() -> str:
+    """The version of the package and a digest of its source, which differs between commits."""
+    files = sorted([*PACKAGE.glob("**/*.py"), *resource_dir("kernels").glob("*.py")])
+    return f"{fastmum.__version__} ({xxhash.xxh3_64_hexdigest(b''.join(file.read_bytes() for file in files))})"
+
+
+def quick_digest(path: Path) -> str:
+    """Digest of a file's size and of its bytes: all, or parts at equal distances in files of more than 4 MiB."""
+    size = path.stat().st_size
+    digest = xxhash.xxh3_64(str(size).encode())
+    with open(path, "rb") as file:
+        for offset in range(0, size, max(BLOCK, -(-size // BLOCKS))):
+            file.seek(offset)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()

@@ -1,5 +1,10 @@
 """Train: `python -m fastmum.train --config configs/quickstart.yaml [key.sub=value ...]`."""
 
+if __name__ == "__main__":  # before the imports that take seconds
+    from fastmum.engine.stop import exit_on_signals
+
+    exit_on_signals()
+
 import argparse
 import contextlib
 import gc
@@ -10,6 +15,8 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +25,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmum.config.load import describe_keys, load_config, peek_task
-from fastmum.config.schema import ConfigError, EngineConfig
+from fastmum.config.schema import EngineConfig
 from fastmum.engine.checkpoint import Checkpoints, set_aside_after
 from fastmum.engine.device import MATRIX_DTYPE, Prefetcher, autocast, keep_freed_memory, pick_device, pick_precision
 from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
@@ -33,6 +40,7 @@ from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task
 from fastmum.engine.telemetry import Telemetry
 from fastmum.errors import program, run_command
+from fastmum.files import source_version
 from fastmum.tasks import find_task
 
 log = logging.getLogger("fastmum")
@@ -47,23 +55,30 @@ def train(config: EngineConfig, task: type[Task] | None = None) -> int:
     or the exit code of the signal that stopped the run after it saved (`fastmum.engine.stop`). FastmumError:
     ConfigError, DataError, DistributedError, CheckpointError, TrainingError or PeerError.
     """
-    launch = read_launch_env()
-    world = init_distributed(launch, pick_device(config.train.device, launch))
+    launch, parallel = read_launch_env(), config.parallel
+    # Collective operations wait longer, so that the heartbeat can name a stuck process first.
+    timeout = timedelta(seconds=2 * parallel.stuck_after_s)
+    world = init_distributed(launch, pick_device(config.train.device, launch), timeout)
     precision = pick_precision(config.train.precision, world.device)
     config = replace(config, train=replace(config.train, precision=precision))
-    with Heartbeat(world, config.parallel.dead_after_s) if world.size > 1 else contextlib.nullcontext():
-        code = _train(config, (task or find_task(config.run.task))(config, world))
-        world.wait()
+    run = RunDir(Path(config.run.dir).expanduser())
+    versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "fastmum": source_version()}
+    beats = Heartbeat(world, parallel.dead_after_s, parallel.stuck_after_s) if world.size > 1 else None
+    with beats or contextlib.nullcontext():
+        world.check_same("versions", versions)
+        world.check_same("settings", {key.name: attrgetter(key.name)(config) for key in describe_keys(type(config))})
+        with run.held(world):
+            code = _train(config, run, (task or find_task(config.run.task))(config, world))
+            world.wait()
     world.close()
     return code
 
 
-def _train(config: EngineConfig, task: Task) -> int:
+def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
     torch.manual_seed(config.run.seed)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world, steps, precision = task.world, config.train.steps, config.train.precision
-    run = RunDir(Path(config.run.dir).expanduser())
 
     model = task.build()
     broadcast_weights(model, world)
@@ -125,11 +140,13 @@ def _train(config: EngineConfig, task: Task) -> int:
         for done in range(start.step + 1, steps + 1):
             for part in range(1, task.batches_per_step + 1):
                 batch = next(batches)
+                world.advance()
                 step.accumulate(batch, last=part == task.batches_per_step)
                 efficiency.add(batch)
             checkpoints.before_update()
             rate = learning_rate(done - 1, steps, config.optim, start.samples_per_step)
             step.update(done, rate)
+            stop.begin()
             stopped = consensus.largest(stop.signal or 0)
             if profiler:
                 with meter.paused():
@@ -160,6 +177,7 @@ def _train(config: EngineConfig, task: Task) -> int:
                 if telemetry:
                     telemetry.log(done, values)
                 progress.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if values.get(k) is not None}, refresh=False)
+            world.advance()
             if _due(done, config.train.picture_every, steps):
                 averaged = ema.applied() if ema else contextlib.nullcontext()
                 with meter.paused(), autocast(world.device, precision), averaged:
@@ -189,16 +207,14 @@ def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, sample
     ConfigError, DataError: the folder cannot be written, or the data cannot be used.
     """
     if task.world.is_main:
-        try:
-            run.root.mkdir(parents=True, exist_ok=True)
+        with run.writing():
             task.open_data(run.root, start, samples_per_step)
             run.config.write_text(config.to_yaml(), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"run.dir is '{run.root}', but cannot be written ({error.strerror})") from None
         set_aside_after(run.checkpoints, start)
     task.world.wait()
     if not task.world.is_main:
         task.open_data(run.root, start, samples_per_step)
+    task.world.check_same("data", task.data_digests())
     task.prepare()
 
 
@@ -249,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(config, task)
         except PeerError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(2)  # threads may wait for the dead process until their timeouts
+            os._exit(error.code)  # threads may wait for the dead process until their timeouts
 
     return run_command(command, "interrupted; a run continues from its last checkpoint")
 

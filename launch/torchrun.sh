@@ -15,6 +15,10 @@ python=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace
 
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+if [ -z "$(trap -p HUP)" ]; then # nohup ignores it
+  signals+=,SIGHUP
+fi
 if [ "$nodes" -gt 1 ]; then
   : "${HOST:?HOST must name the first machine if NODES is more than 1}"
   meet=(--rdzv-backend=c10d --rdzv-endpoint="$HOST:$port" --rdzv-id=fastmum)
@@ -22,4 +26,4 @@ else
   meet=(--standalone)
 fi
 exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts="$restarts" \
-  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${meet[@]}" -m fastmum.train "$@"
+  --signals-to-handle="$signals" "${meet[@]}" -m fastmum.train "$@"

@@ -1,6 +1,8 @@
 """The `fastmum` command and the files that it finds by name."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -9,7 +11,7 @@ import pytest
 from fastmum import cli
 from fastmum.config.load import config_names, find_config
 from fastmum.errors import FastmumError
-from fastmum.files import resource_dir
+from fastmum.files import quick_digest, resource_dir
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -44,6 +46,32 @@ def test_launch_scripts_start_with_this_python_and_keep_existing_files(tmp_path,
     assert cli.main(["launch", "slurm", "--out", str(script)]) == 0
     assert os.access(script, os.X_OK)
     assert cli.main(["launch", "slurm", "--out", str(script)]) == 2
+
+
+@pytest.mark.parametrize(("handler", "handled"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_torchrun_leaves_a_hangup_ignored_under_nohup(handler, handled):
+    words = ["bash", resource_dir("launch") / "torchrun.sh"]
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        printed = subprocess.check_output(words, env=os.environ | {"PYTHON": "echo"}, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (signals,) = re.findall("--signals-to-handle=(\\S+)", printed)
+    assert {"SIGTERM", "SIGUSR1"} <= set(signals.split(","))
+    assert ("SIGHUP" in signals) == handled
+
+
+def test_the_quick_digest_of_a_large_file_depends_on_its_size_and_parts(tmp_path):
+    digests, file = set(), tmp_path / "file"
+    for change in (
+        lambda out: out.truncate(5 << 20),
+        lambda out: out.truncate((5 << 20) + 1),
+        lambda out: out.write(b"1"),
+    ):
+        with open(file, "ab" if not digests else "r+b") as out:
+            change(out)
+        digests.add(quick_digest(file))
+    assert len(digests) == 3
 
 
 def test_configurations_are_found_by_name_or_path(tmp_path, monkeypatch):

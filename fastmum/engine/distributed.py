@@ -1,11 +1,13 @@
 """Processes of a run, one per device, started by torchrun or srun; and weights sharded over them (FSDP2)."""
 
 import os
+import re
+import socket
 import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from fastmum.errors import FastmumError
 
 START_TIMEOUT = timedelta(minutes=10)  # for all processes to start
+SHOWN = 8  # settings named in a message
 PORTS = range(20_000, 40_000)  # a SLURM job picks one by its id
 
 
@@ -43,14 +46,25 @@ class DistContext(LaunchInfo):
     store: dist.Store | None = None  # shared by all ranks; None for a single process
     control: dist.ProcessGroup | None = None  # gloo group for CPU tensors of the main thread
     background: dist.ProcessGroup | None = None  # gloo group for the thread that writes checkpoints
+    progress: list[int] = field(default_factory=lambda: [0], compare=False)  # see `advance`
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which writes files."""
         return self.rank == 0
 
+    @property
+    def name(self) -> str:
+        """This process in messages."""
+        return f"rank {self.rank} ({socket.gethostname()}, process {os.getpid()})"
+
+    def advance(self) -> None:
+        """Count a batch or another part of the run: a main thread that stops counting is stuck (`Heartbeat`)."""
+        self.progress[0] += 1
+
     def sum_(self, tensor: Tensor, wait: bool = True) -> dist.Work | None:
         """All-reduce (sum) a tensor on the device in place; without `wait`, return the pending work."""
+        self.advance()
         if self.size == 1:
             return None
         work = dist.all_reduce(tensor, async_op=True)
@@ -60,8 +74,27 @@ class DistContext(LaunchInfo):
         return None
 
     def wait(self) -> None:
+        self.advance()
         if self.size > 1:
             dist.barrier(group=self.control)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks: picklable objects."""
+        self.advance()
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def check_same(self, what: str, values: Mapping[str, Any]) -> None:
+        """DistributedError on all ranks if these values differ between processes; it names `what`, and the keys."""
+        (_, first), *others = self.gather((self.name, dict(values)))
+        for name, theirs in others:
+            keys = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
+            if keys:
+                listed = ", ".join(f"{key} {theirs.get(key)} (rank 0: {first.get(key)})" for key in keys[:SHOWN])
+                more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+                raise DistributedError(f"{name} has other {what} than rank 0: {listed}{more}; they must be the same")
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -69,34 +102,69 @@ class DistContext(LaunchInfo):
 
 
 def read_launch_env(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
-    """Read rank and world size of torchrun or srun; DistributedError if one is not a number, or out of range."""
-    names = {
-        "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-        # SLURM_STEP_*: a batch script without srun also has SLURM_NTASKS, but is one process.
-        "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    }
-    for launcher, (rank, size, local_rank, local_size) in names.items():
-        if rank not in environ or size not in environ:
+    """Read rank and world size of torchrun or srun.
+
+    DistributedError: a variable that is missing while others of its launcher are set, not a number, or out of range.
+    """
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    # SLURM_STEP_*: a batch script without srun also has SLURM_NTASKS, but is one process.
+    srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
+    for launcher, names in {"torchrun": torchrun, "srun": srun}.items():
+        if any(name not in environ for name in names[:2]):
             continue
-        try:
-            number, count = int(environ[rank]), int(environ[size])
-            local = int(environ.get(local_rank, number)), int(environ.get(local_size, count))
-        except ValueError as error:
-            raise DistributedError(f"an environment variable of {launcher} is not a number: {error}") from None
-        if not 0 <= number < count:
-            raise DistributedError(f"{rank} is {number}, but must be at least 0 and less than {size}, which is {count}")
-        return LaunchInfo(number, count, *local, launcher) if count > 1 else LaunchInfo(launcher=launcher)
+        rank, size = (_number(environ, name) for name in names[:2])
+        if not 0 <= rank < size:
+            raise DistributedError(f"{names[0]} is {rank}, but must be at least 0 and less than {names[1]} ({size})")
+        if size == 1:
+            return LaunchInfo(launcher=launcher)
+        local = _number(environ, names[2])
+        local_size = _number(environ, names[3]) if names[3] else _slurm_local_size(environ, size)
+        if not 0 <= local < local_size <= size:
+            wrong = f"{names[2]} is {local}, but this machine has {local_size} of {size} processes"
+            raise DistributedError(f"{wrong}: check the variables of {launcher}")
+        return LaunchInfo(rank, size, local, local_size, launcher)
+    for name, other in (torchrun[:2], torchrun[1::-1]):
+        if name in environ and environ[name] != ("0" if name == "RANK" else "1"):
+            raise DistributedError(f"{name} is {environ[name]}, but {other} is not set: set both, or neither")
     return LaunchInfo()
 
 
-def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
-    """Connect to the other processes; DistributedError if they cannot be reached, or rank 0 has no known address."""
+def _number(environ: Mapping[str, str], name: str) -> int:
+    if name not in environ:
+        raise DistributedError(f"{name} is not set, but other variables of its launcher are; torchrun and srun set all")
+    if not re.fullmatch(r"-?[0-9]+", environ[name].strip()):  # int() reads 7_1 as 71
+        raise DistributedError(f"{name} is '{environ[name]}', but must be a whole number")
+    return int(environ[name])
+
+
+def _slurm_local_size(environ: Mapping[str, str], size: int) -> int:
+    """Tasks of a step on this node, from the tasks of every node, such as "8(x2),4"."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        if name not in environ:
+            continue
+        if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", environ[name]):
+            raise DistributedError(f"{name} is '{environ[name]}', but must be like '8(x2),4'")
+        groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ[name])
+        nodes = [int(tasks) for tasks, repeats in groups for _ in range(int(repeats or 1))]
+        if sum(nodes) == size:  # otherwise they are those of the job, of which this step is a part
+            node = _number(environ, "SLURM_NODEID") if len(set(nodes)) > 1 else 0
+            return nodes[node] if 0 <= node < len(nodes) else 0
+    return min(size, _number(environ, "SLURM_NTASKS_PER_NODE")) if "SLURM_NTASKS_PER_NODE" in environ else size
+
+
+def init_distributed(launch: LaunchInfo, device: torch.device, timeout: timedelta = START_TIMEOUT) -> DistContext:
+    """Connect to the other processes; DistributedError if they cannot be reached, or rank 0 has no known address.
+
+    `timeout` is that of collective operations.
+    """
     if launch.size == 1:
         return DistContext(**vars(launch), device=device)
     if launch.launcher == "srun":
         _set_slurm_address()
     if missing := " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ):
         raise DistributedError(f"{missing} must be set to where rank 0 listens; torchrun and launch/slurm.sh set them")
+    if not 0 < _number(os.environ, "MASTER_PORT") < 2**16:
+        raise DistributedError(f"MASTER_PORT is {os.environ['MASTER_PORT']}, but must be between 1 and {2**16 - 1}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -104,9 +172,9 @@ def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
         store, _, _ = next(rendezvous("env://", launch.rank, launch.size, timeout=START_TIMEOUT))
         dist.init_process_group(
             backend, store=dist.PrefixStore("fastmum", store), rank=launch.rank, world_size=launch.size,
-            timeout=START_TIMEOUT,
+            timeout=timeout,
         )  # fmt: skip
-        groups = [dist.new_group(backend="gloo", timeout=START_TIMEOUT) for _ in range(2)]
+        groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
         control, background = cast(list[dist.ProcessGroup], groups)
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).partition("\n")[0]
@@ -117,16 +185,17 @@ def init_distributed(launch: LaunchInfo, device: torch.device) -> DistContext:
 
 
 def _set_slurm_address() -> None:
-    """Default MASTER_ADDR and MASTER_PORT: the job's first node, and a port that other jobs are unlikely to use."""
+    """Default MASTER_ADDR and MASTER_PORT: the step's first node, and a port that other jobs are unlikely to use."""
     environ = os.environ
-    if "MASTER_ADDR" not in environ and "SLURM_JOB_NODELIST" in environ:
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if "MASTER_ADDR" not in environ and nodes:
         try:
-            command = ["scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]]
+            command = ["scontrol", "show", "hostnames", nodes]
             environ["MASTER_ADDR"] = subprocess.check_output(command, text=True, timeout=60).split()[0]
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, subprocess.SubprocessError, IndexError) as error:
             raise DistributedError(f"scontrol cannot list the nodes of this job ({error}): set MASTER_ADDR") from None
-    if "SLURM_JOB_ID" in environ:
-        environ.setdefault("MASTER_PORT", str(PORTS[int(environ["SLURM_JOB_ID"]) % len(PORTS)]))
+    if "MASTER_PORT" not in environ and "SLURM_JOB_ID" in environ:
+        environ["MASTER_PORT"] = str(PORTS[_number(environ, "SLURM_JOB_ID") % len(PORTS)])
 
 
 def broadcast_weights(model: nn.Module, world: DistContext) -> None:
@@ -170,6 +239,9 @@ def _mesh(world: DistContext, strategy: str, group_size: int) -> DeviceMesh:
     if strategy == "fsdp2":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     size = group_size or world.local_size
+    if not group_size and len(sizes := {*world.gather(size)}) > 1:
+        counts = " and ".join(map(str, sorted(sizes)))
+        raise DistributedError(f"parallel.shard is 0 (the processes of a machine), but machines have {counts}: set it")
     if world.size % size:
         raise DistributedError(f"parallel.shard is {size}, but must divide the number of devices, {world.size}")
     return init_device_mesh(world.device.type, (world.size // size, size), mesh_dim_names=("replicate", "shard"))

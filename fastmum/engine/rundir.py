@@ -1,14 +1,28 @@
-"""The folder of a run, and the lines of its metrics.jsonl."""
+"""The folder of a run, its lock, and the lines of its metrics.jsonl."""
 
+import contextlib
+import fcntl
 import itertools
 import json
 import logging
 import math
+import os
+import socket
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from fastmum.config.schema import ConfigError
+
+if TYPE_CHECKING:  # reports import this module, and no torch
+    from fastmum.engine.distributed import DistContext
 
 log = logging.getLogger(__name__)
+
+
+VISIBLE_WITHIN = 10.0  # seconds until a new file must be seen on other machines, where NFS caches folders
 
 
 class RunDir:
@@ -24,6 +38,78 @@ class RunDir:
         self.wandb_id = root / "wandb_id"  # id of the run in Weights & Biases
         self.profile = root / "profile"  # traces of `profile.steps`
         self.newest_picture = root / "reconstruction.png"
+        self.lock = root / ".lock"  # locked while a run writes here; its text names that run's first process
+        self._locked: int | None = None  # file descriptor
+
+    @contextlib.contextmanager
+    def held(self, world: "DistContext") -> Iterator[None]:
+        """Create and lock the folder for this run, and check that all processes see it; all of them must call this.
+
+        The kernel drops the lock when the process ends, however it ends. ConfigError on all ranks: another run holds
+        the folder, or it cannot be written, or it is not the same folder for all processes.
+        """
+        try:
+            text, refused = self._acquire() if world.is_main else "", ""
+        except ConfigError as error:
+            text, refused = "", str(error)
+        text, refused = world.gather((text, refused))[0]
+        try:
+            if refused:
+                raise ConfigError(refused)
+            if blind := [name for name in world.gather("" if self._sees(text) else world.name) if name]:
+                failed = f"run.dir is '{self.root}', but {blind[0]} sees another folder there than rank 0"
+                raise ConfigError(f"{failed} ({len(blind)} in all): it must be on a file system that all share")
+            yield
+        finally:
+            self._release()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Turn an OSError into a ConfigError that names `run.dir`."""
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"run.dir is '{self.root}', but cannot be written ({error.strerror})") from None
+
+    def _acquire(self) -> str:
+        """Lock the folder and return the text of its lock."""
+        with self.writing():
+            self.root.mkdir(parents=True, exist_ok=True)
+            file = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only files open for writing
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # on NFS the server's, for all machines
+        except (BlockingIOError, PermissionError):
+            owner = os.read(file, 1000).decode(errors="replace").partition("\n")[0] or "a process that did not say who"
+            os.close(file)
+            raise ConfigError(
+                f"run.dir is '{self.root}', which another run uses ({owner}): end it, or choose another run.dir; if "
+                f"its machine is gone for good, delete '{self.lock}'"
+            ) from None
+        except OSError as error:
+            log.warning("'%s' cannot be locked (%s): nothing keeps a second run out", self.lock, error.strerror)
+        self._release()
+        self._locked = file
+        text = f"host {socket.gethostname()}, process {os.getpid()}\n{uuid.uuid4()}\n"
+        with contextlib.suppress(OSError):  # a full disk
+            os.ftruncate(file, 0)
+            os.pwrite(file, text.encode(), 0)
+            os.fsync(file)
+        return os.pread(file, 1000, 0).decode(errors="replace")
+
+    def _release(self) -> None:
+        if self._locked is not None:
+            os.close(self._locked)
+            self._locked = None
+
+    def _sees(self, text: str) -> bool:
+        deadline = time.monotonic() + VISIBLE_WITHIN
+        while True:
+            with contextlib.suppress(OSError):
+                if self.lock.read_text(errors="replace") == text:
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
 
     def picture(self, step: int, name: str = "reconstruction") -> Path:
         """A picture after `step` steps; the name of reconstructions is left out."""
@@ -31,13 +117,16 @@ class RunDir:
         return self.root / "pictures" / f"{prefix}_{step:07d}.png"
 
     def set_aside(self) -> None:
-        """Rename the folder, if it holds a run, to the next free `<name>.old-<n>`."""
+        """Rename the folder, if it holds a run, to the next free `<name>.old-<n>`; a held one is locked anew."""
         if not self.config.exists():
             return
         names = (self.root.with_name(f"{self.root.name}.old-{number}") for number in itertools.count(1))
         old = next(name for name in names if not name.exists())
-        self.root.rename(old)
+        with self.writing():
+            self.root.rename(old)
         log.info("the run in %s was renamed to %s", self.root, old)
+        if self._locked is not None:
+            self._acquire()
 
 
 def metrics_line(step: int, values: Mapping[str, float | None]) -> bytes:

@@ -130,6 +130,10 @@ class Task(ABC):
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:  # noqa: B027
         """Open the data sets after `start` steps, in the first process first; may write files into the run's folder."""
 
+    def data_digests(self) -> dict[str, str]:
+        """Digests of the open data sets by name, which must be the same in all processes."""
+        return {}
+
     def prepare(self) -> None:  # noqa: B027
         """Read what is used again and again (held-out batches); called by all processes after `open_data`."""
 

@@ -23,6 +23,7 @@ from fastmum.engine.device import MATRIX_DTYPE, to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.engine.task import Metric, Samples, StepOutput, Task
+from fastmum.files import quick_digest
 from fastmum.kernels import gather_patches
 from fastmum.model.compile import blocks_of, compile_model, eager
 from fastmum.model.config import step_flops
@@ -121,10 +122,14 @@ class MuMTask(Task):
         """Open manifests, planners and decoder; DataError if the data cannot be used."""
         data = self.config.data
         micro_batches = samples_per_step // data.frames_per_batch
-        self._splits = open_splits(self.config, folder, start > 0, micro_batches)
+        # Other processes open the manifests that the first one has written.
+        self._splits = open_splits(self.config, folder, start > 0 or not self.world.is_main, micro_batches)
         decoder = make_decoder(data.decoder, data.image_size, self.world.device, int(data.cache_gb * 1e9))
         splits, bad_frames = self._splits, folder / "bad_frames.log"
         self._loader = Loader(decoder, splits.manifests, data.workers, bad_frames, splits.is_held_out)
+
+    def data_digests(self) -> dict[str, str]:
+        return {str(part.path): quick_digest(part.path) for part in self._splits.manifests.parts}
 
     def prepare(self) -> None:
         """Decode the held-out batches of this process and the frames of the picture.
