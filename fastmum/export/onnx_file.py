@@ -83,9 +83,11 @@ def write_onnx(file: Path, source: Pretrained) -> None:
         input_names=[INPUT], output_names=OUTPUTS,
     )  # fmt: skip
     assert program is not None
+    from onnx_ir import Shape  # of onnxscript
+
     (inputs,), (_, patches) = program.model.graph.inputs, program.model.graph.outputs
-    inputs.shape = type(inputs.shape)(["batch", source.config.in_chans, "height", "width"])
-    patches.shape = type(patches.shape)(["batch", "patches", source.config.embed_dim])
+    inputs.shape = Shape(["batch", source.config.in_chans, "height", "width"])
+    patches.shape = Shape(["batch", "patches", source.config.embed_dim])
     about = {
         "model_config": dataclasses.asdict(source.config), "patch_size": side, "image_size": source.image_size,
         "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "step": source.step,

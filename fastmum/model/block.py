@@ -97,13 +97,17 @@ def pack(x_FLD: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(x_FLD, [x_FLD.shape[0] * x_FLD.shape[1], x_FLD.shape[2]])
 
 
+LAYERS = {nn.Linear, nn.LayerNorm, nn.Conv2d}
+
+
 def is_bare(layer: nn.Module) -> bool:
     """Whether a layer is its weight and bias, which kernels read: no hook, parametrization, wrapper or other forward.
 
     Other layers are called. Hooks that torch registers for all modules are not considered.
     """
-    known = type(layer) in (nn.Linear, nn.LayerNorm, nn.Conv2d) or type(layer).__name__ == "Float8Linear"
-    return known and layer.bias is not None and not is_hooked(layer)
+    known = type(layer) in LAYERS or type(layer).__name__ == "Float8Linear"
+    # Not `layer.bias`: `Module.__getattr__` is slow.
+    return known and layer._parameters.get("bias") is not None and not is_hooked(layer)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -238,10 +242,12 @@ class Block(nn.Module):
 
     def is_fused(self) -> bool:
         """Whether all layers are bare."""
-        attn, mlp = self.attn, self.mlp
+        layers = self._modules
+        attn, mlp = layers["attn"], layers["mlp"]
         if type(attn) is not Attention or type(mlp) is not Mlp or is_hooked(attn) or is_hooked(mlp):
             return False
-        return all(is_bare(layer) for layer in (attn.qkv, attn.proj, self.norm2, mlp.fc1, mlp.fc2))
+        within = layers["norm2"], *attn._modules.values(), *mlp._modules.values()
+        return all(layer is not None and is_bare(layer) for layer in within)
 
     def _compute(
         self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor, bias: Tensor
