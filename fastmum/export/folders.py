@@ -130,14 +130,15 @@ def model_card(source: Pretrained, package: str, license: str | None) -> str:
     """
     config, run = source.config, run_folder(source.path)
     settings = run_settings(source.path)
-    data, name = settings.get("data") or {}, (settings.get("run") or {}).get("name")
+    data, name = settings.get("data", {}), settings.get("run", {}).get("name")
     rows = {"weights": source.path.name + (", moving average" if source.ema else "")}
     rows |= {} if source.step is None else {"step": f"{source.step:,} of {settings.get('train', {}).get('steps', '?')}"}
+    rows |= {} if source.frames is None else {"frames seen": f"{source.frames:,}"}
     if data:
         sets = [Path(str(path)).stem for path in data.get("manifests") or []]
         folder = Path(str(data["root"])).name if data.get("root") else "fastmum's embedded scenes"
-        rows |= {"data": ", ".join(sets) or folder, "views of a sequence": "{} to {}".format(*data["views"])}
-    lines = [m for m in read_metrics(RunDir(run).metrics) if m["step"] <= (source.step or 0)] if run else []
+        rows |= {"data": ", ".join(sets) or folder}
+    lines = [m for m in read_metrics(RunDir(run).metrics) if m.get("step", 0) <= (source.step or 0)] if run else []
     for metric in SHOWN:
         found = [line for line in lines if line.get(metric) is not None]
         rows |= {metric.replace("_", " "): f"{found[-1][metric]:.4f} (step {found[-1]['step']:,})"} if found else {}

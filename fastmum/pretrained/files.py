@@ -41,13 +41,14 @@ def run_folder(checkpoint: Path) -> Path | None:
     return folder if RunDir(folder).config.is_file() else None
 
 
-def run_settings(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint is in, as plain YAML; empty if it cannot be read."""
+def run_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Sections of the configuration of the run that a checkpoint is in, as plain YAML; empty if it cannot be read."""
     try:
         content = yaml.safe_load(RunDir(folder).config.read_bytes()) if (folder := run_folder(checkpoint)) else None
     except (OSError, yaml.YAMLError):
         content = None
-    return content if isinstance(content, dict) else {}
+    sections = content if isinstance(content, dict) else {}
+    return {name: section for name, section in sections.items() if isinstance(section, dict)}
 
 
 def read_saved(path: Path, ema: bool | None = None) -> Saved:
@@ -90,7 +91,7 @@ def _read_run(path: Path, ema: bool | None) -> Saved:
         raise WeightsError(str(error)) from None
     samples = manifest.values.get("samples_per_step")
     frames = None if samples is None else manifest.step * samples
-    image_size = _whole((run_settings(manifest.path).get("data") or {}).get("image_size"))
+    image_size = _whole(run_settings(manifest.path).get("data", {}).get("image_size"))
     return Saved(manifest.path, tensors, sizes, manifest.step, True, use_ema, frames, image_size)
 
 

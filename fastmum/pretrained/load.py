@@ -37,7 +37,7 @@ class Pretrained(NamedTuple):
     step: int | None  # of the run, if known
     ema: bool  # the weights are an exponential moving average
     frames: int | None  # seen in training, if known
-    image_size: int | None = None  # side of the training images in pixels, if known
+    image_size: int | None  # side of the training images in pixels, if known
 
     @property
     def title(self) -> str:

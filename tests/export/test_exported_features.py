@@ -185,7 +185,7 @@ def test_a_run_states_its_image_size_step_data_and_metrics(transformers, model, 
     values = {"model_config": dataclasses.asdict(model.config)}
     with contextlib.closing(Checkpoints(run / "checkpoints", keep=2)) as writer:
         writer.save(7, {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}, values)
-    config = {"run": {"name": "mine"}, "data": {"image_size": 96, "manifests": ["/data/co3d.arrow"], "views": [2, 4]}}
+    config = {"run": {"name": "mine"}, "data": {"image_size": 96, "manifests": ["/data/co3d.arrow"]}, "train": None}
     (run / "config.yaml").write_text(json.dumps(config))
     (run / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "held_out_loss": {s / 8}}}\n' for s in (6, 7, 8)))
     assert main([str(run), "--format", "hf", "--license", "cc-by-4.0", "--out", str(tmp_path / "hf")]) == 0
