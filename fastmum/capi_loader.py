@@ -24,10 +24,14 @@ class VisionEncoder(nn.Module):
         self.patch_size, self.embed_dim = encoder.config.patch_size, encoder.config.embed_dim
 
     def forward(self, images: Tensor) -> tuple[Tensor, None, Tensor]:
-        """Normalised images (B, 3, H, W) -> normed CLS (B, D), no registers, normed patches (B, H / p, W / p, D)."""
+        """Normalised images (B, 3, H, W) -> normed CLS (B, D), no registers, normed patches (B, H / p, W / p, D).
+
+        The outputs are float32, as CAPI's float32 classifiers need, whatever the encoder's dtype.
+        """
         features = self.encoder.forward_features(images)
         rows, columns = (side // self.patch_size for side in images.shape[2:])
-        return features["x_norm_clstoken"], None, features["x_norm_patchtokens"].unflatten(1, (rows, columns))
+        patches = features["x_norm_patchtokens"].float().unflatten(1, (rows, columns))
+        return features["x_norm_clstoken"].float(), None, patches
 
 
 def __model_loader__(pretrained_weights: str, device: str | None = None, **overrides: Any) -> VisionEncoder:  # noqa: N807

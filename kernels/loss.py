@@ -27,8 +27,8 @@ def patch_loss(
     """Mean squared error between predictions and patches: the training loss.
 
     Returns a scalar, or (F,), float32 (float64 for float64 predictions): the mean over masked patches and their values,
-    accumulated in that dtype in a fixed order. Only `pred` gets a gradient. Errors are those of `gather_patches`, and
-    the same for `pred` and `reduction`.
+    accumulated in that dtype in a fixed order. `pred` gets a gradient, and frames that require one. Errors are those of
+    `gather_patches`, and the same for `pred` and `reduction`.
 
     Args:
         pred: (F, M, p*p*C) floating point, not empty, predictions for the patches `ids`.
@@ -45,7 +45,14 @@ def patch_loss(
     check_floating("pred", pred, 3, f"{expected}")
     if tuple(pred.shape) != expected or not pred.numel():
         raise ValueError(f"pred has shape {tuple(pred.shape)}, but ids and frames call for {expected}, not empty")
-    losses = _patch_loss(pred, frames, ids, gain, bias, patch_size, norm_pix, eps)
+    if frames.requires_grad and torch.is_grad_enabled():
+        work = torch.promote_types(pred.dtype, torch.float32)
+        target = gather_patches_torch(frames, ids, gain, bias, patch_size, work)
+        if norm_pix:
+            var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) * torch.rsqrt(var + eps)
+        pred = pred + (target.detach() - target)  # adds 0, and the gradient of the target
+    losses = _patch_loss(pred, frames.detach(), ids, gain, bias, patch_size, norm_pix, eps)
     return losses.mean() if reduction == "mean" else losses
 
 

@@ -21,8 +21,9 @@ def gather_patches(
 ) -> Tensor:  # fmt: skip
     """Selected patches of every frame as normalised vectors, ready for the patch embedding's matrix product.
 
-    Returns (F, K, p*p*C), contiguous; frames get no gradient. TypeError or ValueError: a dtype, shape or device that is
-    not allowed. IndexError: ids out of range, on the CPU; a GPU, which would have to synchronise, gives NaN.
+    Returns (F, K, p*p*C), contiguous. For frames that require a gradient, PyTorch's own operations run. TypeError or
+    ValueError: a dtype, shape or device that is not allowed. IndexError: ids out of range, on the CPU; a GPU, which
+    would have to synchronise, gives NaN.
 
     Args:
         frames: (F, H, W, C), any strides, uint8 (scaled by 1/255 first) or floating point (not scaled). Floating-point
@@ -36,6 +37,8 @@ def gather_patches(
     frames, gain, bias = check_pixels(frames, ids, mean, std, patch_size)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype is {dtype}, but must be floating point")
+    if frames.requires_grad and torch.is_grad_enabled():
+        return gather_patches_torch(frames, ids, gain, bias, patch_size, dtype)
     return _gather_patches(frames, ids, gain, bias, patch_size, dtype)
 
 

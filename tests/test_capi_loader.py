@@ -38,6 +38,8 @@ def test_the_evaluations_use_of_a_model(monkeypatch, tiny, tmp_path):
     assert registers is None
     assert torch.equal(cls, ours["x_norm_clstoken"])
     assert torch.equal(patches, ours["x_norm_patchtokens"].reshape(2, 3, 5, 32))
+    cls, _, patches = load("dtype=bfloat16")(images)
+    assert cls.dtype == patches.dtype == torch.float32  # for CAPI's classifiers, which are float32
     model = load("norm_eps=1e-6", "dtype=bfloat16")
     assert model.encoder.norm.eps == 1e-6
     assert model.encoder.cls_token.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Export of weights: `python -m fastmum.export WEIGHTS --format released|safetensors|hf|onnx`."""
+"""Export of weights: `python -m fastmum.export WEIGHTS --format released|safetensors|hf|timm|onnx`."""
 
 from fastmum.export.formats import FORMATS, Exported, ExportError, Format, export, released_state
 

@@ -12,7 +12,8 @@ from fastmum.pretrained.arguments import add_overrides, parse_overrides
 
 def _run(args: argparse.Namespace) -> None:
     overrides = parse_overrides(args.overrides, {"encoder_only": "--encoder-only", "ema": "--ema"})
-    done = export(args.run, args.format, args.out, args.encoder_only, args.force, ema=args.ema, **overrides)
+    options = {"wrap": args.wrap, "license": args.license, "ema": args.ema}
+    done = export(args.run, args.format, args.out, args.encoder_only, args.force, **options, **overrides)
     count = f"{done.parameters:,}" if done.parameters < 1e5 else f"{done.parameters / 1e6:.1f} M"
     step, path = done.source.step, done.source.path
     source = f"of '{path}'" if step is None else f"of step {step} ({path})"
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", type=Path, metavar="FILE", help="default: mum_<step><suffix> in the run's folder, or next to the file")
     add("--encoder-only", action="store_true", help="without the decoder, as for features")
     add("--ema", choices=("auto", "on", "off"), default="auto", help="EMA weights; auto: if the checkpoint has them")
+    add("--wrap", metavar="KEY", help="format released: write {KEY: state dict}; the authors' forks expect model")
+    add("--license", metavar="ID", help="licence of the weights, for the model card of a folder, such as cc-by-nc-4.0")
     add("--force", action="store_true", help="replace FILE")
     add_overrides(parser)
     args = parser.parse_args(argv)

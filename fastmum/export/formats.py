@@ -16,24 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmum.errors import FastmumError
+from fastmum.export.folders import hf_features, model_card, timm_features, write_hf, write_timm
 from fastmum.export.onnx_file import onnx_features, write_onnx
 from fastmum.files import atomic_path
-from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 from fastmum.pretrained import Pretrained, build, read_pretrained
-from fastmum.pretrained.dinov3 import dinov3_config, to_dinov3
+from fastmum.pretrained.layout import some
 
 log = logging.getLogger(__name__)
 
 # Largest ||difference|| / ||features||, by the dtype of positions: another order of sums changes float32 features a
 # little, and sometimes rounds a bfloat16 the other way.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-IMAGE_SIZE = 256  # of the paper's pretraining; supplement, "Sampling"
-# Bicubic (3); DINOv3's own processor needs torchvision.
-PREPROCESSOR = {
-    "image_processor_type": "ViTImageProcessor", "do_resize": True, "resample": 3,
-    "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}, "do_rescale": True, "rescale_factor": 1 / 255,
-    "do_normalize": True, "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD),
-}  # fmt: skip
+RELEASED_HEADS = 16  # decoder heads of the released code's vit_base() and vit_large()
 
 
 class ExportError(FastmumError):
@@ -46,48 +40,32 @@ def released_state(weights: Mapping[str, Tensor], encoder_only: bool) -> dict[st
     return {name: t.to(periods if name == "rope_embed.periods" else torch.float32) for name, t in weights.items()}
 
 
-def _write_released(file: Path, source: Pretrained) -> None:
+def _write_released(file: Path, source: Pretrained, wrap: str | None = None) -> None:
+    heads, sizes = source.config.decoder_num_heads, dataclasses.asdict(source.config)
+    if not source.encoder_only and heads != RELEASED_HEADS:
+        arguments = ", ".join(f"{name}={size}" for name, size in sizes.items() if name != "norm_eps")
+        log.warning(
+            "this model has %d decoder heads, but vit_large() of the released code has %d and refuses the file: build "
+            "MuMAutoEncoder(%s) instead, or export --encoder-only; the preset mum_vitl16_released trains with %d",
+            heads, RELEASED_HEADS, arguments, RELEASED_HEADS,
+        )  # fmt: skip
+    state = released_state(source.state, source.encoder_only)
     with open(file, "wb") as opened:  # torch.save refuses some paths, such as hidden ones without a suffix
-        torch.save(released_state(source.state, source.encoder_only), opened)
+        torch.save({wrap: state} if wrap else state, opened)
 
 
 def _write_safetensors(file: Path, source: Pretrained) -> None:
     metadata = {"format": "pt", "model_config": json.dumps(dataclasses.asdict(source.config))}
-    metadata |= {} if source.step is None else {"step": str(source.step)}
+    about = {"step": source.step, "image_size": source.image_size}
+    metadata |= {name: str(value) for name, value in about.items() if value is not None}
     # The dtype of the encoder's periods is that of its positions.
     dtypes = {"rope_embed.periods": source.rope_dtype}
     save_file({n: t.to(dtypes.get(n, torch.float32)).contiguous() for n, t in source.state.items()}, file, metadata)
 
 
-def _write_dinov3(folder: Path, source: Pretrained) -> None:
-    """Write a folder for `from_pretrained`: weights, sizes, and how images are prepared."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(to_dinov3(source.state), folder / "model.safetensors", {"format": "pt"})
-    config = dinov3_config(source.config, IMAGE_SIZE)
-    for name, content in (("config.json", config), ("preprocessor_config.json", PREPROCESSOR)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _dinov3_features(folder: Path, images: Tensor) -> tuple[str, Tensor] | None:
-    """The version of transformers and its patch tokens of normalised images; None if it is not installed."""
-    try:
-        import transformers
-        from transformers import DINOv3ViTModel
-    except ImportError:
-        return None
-    bar = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model = DINOv3ViTModel.from_pretrained(folder, dtype=torch.float32).eval()
-    finally:
-        if bar:
-            transformers.utils.logging.enable_progress_bar()
-    with torch.inference_mode():
-        return f"transformers {transformers.__version__}", model(images).last_hidden_state[:, 1:]
-
-
-# Name and version of a package, and its patch tokens of images (F, 3, H, W) from a written file; None if not installed.
-ReadFeatures = Callable[[Path, Tensor], tuple[str, Tensor] | None]
+# Name and version of a package, and its patch tokens of images (F, 3, H, W) from the written file of some weights; None
+# if it is not installed.
+ReadFeatures = Callable[[Path, Pretrained, Tensor], tuple[str, Tensor] | None]
 
 
 class Format(NamedTuple):
@@ -95,8 +73,8 @@ class Format(NamedTuple):
 
     suffix: str
     meaning: str  # for the help
-    write: Callable[[Path, Pretrained], None]
-    folder: bool = False  # it writes a folder
+    write: Callable[..., None]  # (Path, Pretrained), and `wrap` for the format released
+    folder: str = ""  # it writes a folder with a model card, which names this package
     features: ReadFeatures | None = None  # formats without this hold all weights, the others only the encoder
     bfloat16_positions: bool = True  # the format can express them
     packages: tuple[str, ...] = ()  # for writing, from the extra of the format's name
@@ -108,7 +86,10 @@ FORMATS = {
         ".safetensors", "float32, with the model's sizes as JSON in the metadata key model_config", _write_safetensors),
     "hf": Format(
         "_hf", "the encoder as a folder for DINOv3ViTModel.from_pretrained of transformers",
-        _write_dinov3, folder=True, features=_dinov3_features, bfloat16_positions=False),
+        write_hf, folder="transformers", features=hf_features, bfloat16_positions=False),
+    "timm": Format(
+        "_timm", "the encoder as a folder for timm.create_model('local-dir:FOLDER', pretrained=True)",
+        write_timm, folder="timm", features=timm_features, bfloat16_positions=False),
     "onnx": Format(
         ".onnx", "the encoder's features, any number of images of any size",
         write_onnx, features=onnx_features, packages=("onnx", "onnxscript")),
@@ -128,11 +109,12 @@ class Exported(NamedTuple):
 
 def export(
     run: str | os.PathLike[str], name: str = "released", out: Path | None = None, encoder_only: bool = False,
-    force: bool = False, **overrides: Any,
+    force: bool = False, wrap: str | None = None, license: str | None = None, **overrides: Any,
 ) -> Exported:  # fmt: skip
     """Write weights in another format.
 
-    ExportError: the file cannot be written, a package is missing, or the written features are wrong.
+    ExportError: the file cannot be written, a package is missing, weights are not finite, or the written features are
+    wrong.
 
     Args:
         run: a run, whose newest whole checkpoint is read, or anything else that `fastmum.load_pretrained` reads.
@@ -140,6 +122,8 @@ def export(
         out: default: in the run's folder, named after the step, or next to the file that was read.
         encoder_only: omit the decoder; some formats always do.
         force: replace an existing file, or an existing folder of the same format.
+        wrap: key under which the format "released" writes the state dict, {wrap: state}.
+        license: of the weights, for the model card of a folder.
         overrides: of `fastmum.load_pretrained`; WeightsError as there.
     """
     kind = FORMATS.get(ALIASES.get(name, name))
@@ -148,19 +132,28 @@ def export(
     for package in kind.packages:
         if importlib.util.find_spec(package) is None:
             raise ExportError(f"the format {name} needs {package}: pip install 'fastmum[{name}]'")
+    if wrap and kind.write is not _write_released:
+        raise ExportError(f"--wrap is '{wrap}', but only the format released is a state dict that can be wrapped")
+    if license and not kind.folder:
+        raise ExportError(f"--license is '{license}', but the format {name} has no model card")
     if encoder_only or kind.features:
         overrides["encoder_only"] = True
     source = read_pretrained(run, **overrides)
     if source.rope_dtype != torch.float32 and not kind.bfloat16_positions:
         log.warning("the format computes positions in float32; in '%s' they are bfloat16", source.path)
         source = read_pretrained(run, **{**overrides, "rope_dtype": torch.float32})
+    if broken := [key for key, tensor in source.state.items() if not tensor.isfinite().all()]:
+        raise ExportError(f"'{source.path}' has weights that are not finite ({some(broken)}): export an earlier step")
     out = out or _default(source, "_encoder" if encoder_only and not kind.features else "", kind.suffix)
     _check_free(out, kind, force)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(out) as partial:
             with _quiet():
-                kind.write(partial, source)
+                kind.write(partial, source, **({"wrap": wrap} if wrap else {}))
+                if kind.folder:
+                    card = model_card(source, kind.folder, license)
+                    (partial / "README.md").write_text(card, encoding="utf-8")
                 agreement = _compare(partial, kind.features, source) if kind.features else ""
             for file in partial.iterdir() if kind.folder else [partial]:
                 with open(file, "rb+") as opened:
@@ -191,7 +184,7 @@ def _compare(written: Path, read: ReadFeatures, source: Pretrained) -> str:
     """Compare another package's features of noise with ours."""
     side = source.config.patch_size
     images = torch.randn(2, source.config.in_chans, 4 * side, 6 * side, generator=torch.Generator().manual_seed(0))
-    if (found := read(written, images)) is None:
+    if (found := read(written, source, images)) is None:
         return ""
     package, theirs = found
     with torch.inference_mode():

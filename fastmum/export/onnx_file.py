@@ -3,6 +3,8 @@
 Legend: F frames, L tokens of a frame, P of them patches, D width, h heads, d width of a head.
 """
 
+import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from fastmum.model.encoder import Encoder
+from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 from fastmum.pretrained import Pretrained, build
 
 INPUT, OUTPUTS = "images", ("x_norm_clstoken", "x_norm_patchtokens")
@@ -67,8 +70,9 @@ class EncoderGraph(nn.Module):
 def write_onnx(file: Path, source: Pretrained) -> None:
     """Write `EncoderGraph`, float32, with its weights inside.
 
-    Input "images" (batch, 3, H, W), ImageNet-normalised, H and W any multiples of the patch size; outputs
-    "x_norm_clstoken" (batch, D) and "x_norm_patchtokens" (batch, P, D).
+    Input "images" (batch, 3, height, width), ImageNet-normalised, height and width any multiples of the patch size;
+    outputs "x_norm_clstoken" (batch, D) and "x_norm_patchtokens" (batch, patches, D). The metadata say how images are
+    prepared, and what the weights are.
     """
     side = source.config.patch_size
     # No dimension of the example may be 1, which the exporter would take for a constant.
@@ -79,10 +83,23 @@ def write_onnx(file: Path, source: Pretrained) -> None:
         input_names=[INPUT], output_names=OUTPUTS,
     )  # fmt: skip
     assert program is not None
+    from onnx_ir import Shape  # of onnxscript
+
+    (inputs,), (_, patches) = program.model.graph.inputs, program.model.graph.outputs
+    inputs.shape = Shape(["batch", source.config.in_chans, "height", "width"])
+    patches.shape = Shape(["batch", "patches", source.config.embed_dim])
+    about = {
+        "model_config": dataclasses.asdict(source.config), "patch_size": side, "image_size": source.image_size,
+        "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD, "step": source.step,
+        "positions": str(source.rope_dtype).removeprefix("torch."), "weights": source.path.name,
+    }  # fmt: skip
+    # As JSON; a string stays as it is.
+    words = {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items() if v is not None}
+    program.model.metadata_props.update(words)
     program.save(file, external_data=False)
 
 
-def onnx_features(file: Path, images: Tensor) -> tuple[str, Tensor] | None:
+def onnx_features(file: Path, source: Pretrained, images: Tensor) -> tuple[str, Tensor] | None:
     """The version of onnxruntime and its patch tokens of normalised images; None if it is not installed."""
     try:
         import onnxruntime

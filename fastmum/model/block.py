@@ -97,13 +97,34 @@ def pack(x_FLD: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(x_FLD, [x_FLD.shape[0] * x_FLD.shape[1], x_FLD.shape[2]])
 
 
+LAYERS = {nn.Linear, nn.LayerNorm, nn.Conv2d}
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a layer is its weight and bias, which kernels read: no hook, parametrization, wrapper or other forward.
+
+    Other layers are called. Hooks that torch registers for all modules are not considered.
+    """
+    known = type(layer) in LAYERS or type(layer).__name__ == "Float8Linear"
+    # Not `layer.bias`: `Module.__getattr__` is slow.
+    return known and layer._parameters.get("bias") is not None and not is_hooked(layer)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks of its forward or backward pass, or a replaced `forward`."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(module)
+
+
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether a layer multiplies by its weight as it is; float8 layers have their own products."""
+    """Whether a bare layer multiplies by its weight as it is; float8 layers have their own products."""
     return type(layer) is nn.Linear
 
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Output of a layer in `compute_dtype`."""
+    """Output of a layer, if it is bare in `compute_dtype`."""
+    if not is_bare(layer):
+        return layer(x)
     dtype = compute_dtype(layer.weight)
     return linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
 
@@ -126,8 +147,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_TD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """Normed tokens (T, D) -> update of the residual stream, (T, D) or of the queries; bias for `add_norm`."""
+    def forward(self, x_TD: Tensor, context: Context, fused: bool = True) -> tuple[Tensor, Tensor] | Tensor:
+        """Normed tokens (T, D) -> update of the residual stream, (T, D) or of the queries.
+
+        If `fused`, also the bias for `add_norm`; else the layers are called.
+        """
+        if not fused:
+            q, k, v = self._rotate(self.qkv(x_TD), context)
+            q = context.take_queries(q.flatten(1)).unflatten(1, q.shape[1:])
+            return self.proj(context.attend(q, k, v).flatten(1))
         if context.query_ids is None:
             q, k, v = self._project(x_TD, context.positions, context, "qkv")
         else:
@@ -139,8 +167,7 @@ class Attention(nn.Module):
         rotation = positions, context.sin, context.cos, self.num_heads
         if parts == "qkv" and not is_plain(self.qkv):
             # In place: the linear layer's backward pass does not need its output.
-            qkv = rope_qk(self.qkv(x_TD), *rotation, context.special, inplace=True)
-            return qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+            return self._rotate(self.qkv(x_TD), context, inplace=True)
         # The weight's rows are q, k, v; this is a view of some.
         width = self.qkv.in_features
         rows = slice(width if parts == "kv" else 0, width if parts == "q" else None)
@@ -150,6 +177,14 @@ class Attention(nn.Module):
             qkv = rotate_rounded(F.linear(x_TD, weight, bias), *rotation, parts)
             return qkv.unflatten(1, (len(parts), self.num_heads, -1)).unbind(1)
         return rotary_projection(x_TD, weight, bias, *rotation, context.special, parts)
+
+    def _rotate(self, qkv: Tensor, context: Context, inplace: bool = False) -> tuple[Tensor, ...]:
+        rotation = context.positions, context.sin, context.cos, self.num_heads
+        if context.sin.itemsize < 4 <= qkv.itemsize:
+            qkv = rotate_rounded(qkv, *rotation, "qkv")
+        else:
+            qkv = rope_qk(qkv, *rotation, context.special, inplace)
+        return qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
 
 
 class Mlp(nn.Module):
@@ -162,9 +197,11 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
         self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed tokens (T, D) -> update of the residual stream, (T, D); bias for `add_norm`."""
+    def forward(self, x_TD: Tensor, fused: bool = True) -> tuple[Tensor, Tensor] | Tensor:
+        """Normed tokens (T, D) -> update of the residual stream, (T, D); if `fused`, also the bias for `add_norm`."""
         fc1, fc2 = self.fc1, self.fc2
+        if not fused:
+            return fc2(F.gelu(fc1(x_TD)))
         if not (is_plain(fc1) and is_plain(fc2)):
             return linear_detached_bias(fc2, F.gelu(fc1(x_TD)))
         dtype = compute_dtype(fc1.weight)
@@ -189,16 +226,28 @@ class Block(nn.Module):
         self.mlp = Mlp(dim)
 
     def forward(
-        self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor, bias: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Apply the block to the residual stream and its `norm1`, (T, D) each.
 
         `weight` and `bias` (D,) are those of the norm after this block, with the epsilon of this block's. Returns the
-        stream after this block and its norm, (T, D) or the tokens of `context.query_ids` only.
+        stream after this block and its norm, (T, D) or the tokens of `context.query_ids` only. Without weight and bias,
+        or if a layer is not bare, layers are called instead of fused, and the norm is None: the caller calls it.
         """
+        if weight is None or bias is None or not self.is_fused():
+            return self._call_layers(x_TD, normed_TD, context), None
         # The compiled part excludes the module's hooks, where FSDP gathers weights.
         compute = self.compiled_compute or Block._compute
         return compute(self, x_TD, normed_TD, context, weight, bias)
+
+    def is_fused(self) -> bool:
+        """Whether all layers are bare."""
+        layers = self._modules
+        attn, mlp = layers["attn"], layers["mlp"]
+        if type(attn) is not Attention or type(mlp) is not Mlp or is_hooked(attn) or is_hooked(mlp):
+            return False
+        within = layers["norm2"], *attn._modules.values(), *mlp._modules.values()
+        return all(layer is not None and is_bare(layer) for layer in within)
 
     def _compute(
         self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor, bias: Tensor
@@ -207,3 +256,10 @@ class Block(nn.Module):
         x_TD = context.take_queries(x_TD)
         x_TD, normed_TD = add_norm(x_TD, *self.attn(normed_TD, context), self.norm2.weight, self.norm2.bias, eps)
         return add_norm(x_TD, *self.mlp(normed_TD), weight, bias, eps)
+
+    def _call_layers(self, x_TD: Tensor, normed_TD: Tensor, context: Context) -> Tensor:
+        """The stream after this block; hooks, parametrizations and wrappers of layers take effect."""
+        x_TD = context.take_queries(x_TD)
+        x_TD = (x_TD + self.attn(normed_TD, context, fused=False)).to(x_TD.dtype)
+        normed_TD = self.norm2(x_TD).to(compute_dtype(x_TD))
+        return (x_TD + self.mlp(normed_TD, fused=False)).to(x_TD.dtype)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmum.attention import dense_attention
 from fastmum.kernels import gather_patches, linear
-from fastmum.model.block import AxialRope, Block, Context, compute_dtype, pack
+from fastmum.model.block import AxialRope, Block, Context, compute_dtype, is_bare, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import Pixels, check_frames
 
@@ -33,27 +33,44 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
         self.proj.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.proj.register_state_dict_post_hook(_contiguous_weight)
+        self.patch_size = config.patch_size, config.patch_size
 
     def forward(self, pixels: Pixels, ids: Tensor) -> Tensor:
-        """Patches `ids` (F, K) -> (F, K, D)."""
+        """Patches `ids` (F, K) -> (F, K, D). A convolution that is not bare is applied to the whole images."""
+        normalisation = pixels.mean, pixels.std, pixels.patch_size
+        if not is_bare(self.proj):
+            (rows, columns), dtype = pixels.grid, compute_dtype(next(self.proj.parameters()))
+            every = torch.arange(rows * columns, device=ids.device).expand(len(ids), -1)
+            patches = gather_patches(pixels.frames, every, *normalisation, dtype)
+            patches = patches.unflatten(2, (*self.patch_size, -1)).unflatten(1, (rows, columns))
+            images = patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+            tokens = self.proj(images).flatten(2).mT
+            return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
         weight, bias = self.proj.weight, cast(Tensor, self.proj.bias)
         dtype = compute_dtype(weight)
-        patches = gather_patches(pixels.frames, ids, pixels.mean, pixels.std, pixels.patch_size, dtype)
+        patches = gather_patches(pixels.frames, ids, *normalisation, dtype)
         return linear(patches, weight.permute(0, 2, 3, 1).flatten(1).to(dtype), bias.to(dtype))
 
 
 def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict) -> None:
-    state[f"{prefix}weight"] = state[f"{prefix}weight"].contiguous()  # as safetensors requires
+    if (name := f"{prefix}weight") in state:  # a parametrization has other names
+        state[name] = state[name].contiguous()  # as safetensors requires
 
 
 class Encoder(nn.Module):
-    """ViT encoder with the interface of DINOv2 and DINOv3; `MuM` adds the decoder."""
+    """ViT encoder with the interface of DINOv2, DINOv3 and the released model; `MuM` adds the decoder.
+
+    Hooks, parametrizations and replacements of linear layers, norms and the patch embedding's convolution take effect:
+    blocks that have any call their layers instead of the fused kernels. They see packed tokens (T, D).
+    """
 
     recompute = "none"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.embed_dim = self.num_features = config.embed_dim
+        self.n_blocks, self.num_heads, self.patch_size = config.depth, config.num_heads, config.patch_size
         self._build(config)
         self.init_weights()
 
@@ -108,13 +125,16 @@ class Encoder(nn.Module):
         Returns the stream after the blocks and its norm, (T, D) each, and the stream after each block number in `keep`.
         """
         norms = [*(block.norm1 for block, _ in stack), last]
-        normed_TD, kept = norms[0](x_TD).to(compute_dtype(norms[0].weight)), []
+        normed_TD, kept = norms[0](x_TD).to(compute_dtype(x_TD)), []
         for i, ((block, context), norm) in enumerate(zip(stack, norms[1:], strict=True)):
-            args = x_TD, normed_TD, context, norm.weight, norm.bias
+            fuses = is_bare(norm) and norm.eps == getattr(block.norm2, "eps", None)
+            args = x_TD, normed_TD, context, *((norm.weight, norm.bias) if fuses else (None, None))
             if self.recompute == "blocks" and torch.is_grad_enabled():
                 x_TD, normed_TD = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_TD, normed_TD = block(*args)
+            if normed_TD is None:
+                normed_TD = norm(x_TD).to(compute_dtype(x_TD))
             if i in keep:
                 kept.append(x_TD)
         return x_TD, normed_TD, kept
@@ -141,11 +161,18 @@ class Encoder(nn.Module):
         """Features of whole images, nothing masked.
 
         `images` are (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8; H and W any multiples of
-        the patch size. Returns "x_norm_clstoken" (F, D) and "x_norm_patchtokens" (F, P, D), normed, and "x_prenorm"
+        the patch size. Floating-point images may require gradients. Returns "x_norm_clstoken" (F, D), which the
+        released model calls "x_norm_cls_token", and "x_norm_patchtokens" (F, P, D), normed, and "x_prenorm"
         (F, 1 + P, D).
         """
         x, normed = self.encode(*self._all_patches(images, "images"))
-        return {"x_norm_clstoken": normed[:, 0], "x_norm_patchtokens": normed[:, 1:], "x_prenorm": x}
+        cls, patches = normed[:, 0], normed[:, 1:]
+        return {"x_norm_clstoken": cls, "x_norm_cls_token": cls, "x_norm_patchtokens": patches, "x_prenorm": x}
+
+    def forward(self, images: Tensor, is_training: bool = False) -> Tensor | dict[str, Tensor]:
+        """The normed CLS tokens (F, D) of images; `is_training`: everything that `forward_features` returns."""
+        features = self.forward_features(images)
+        return features if is_training else features["x_norm_clstoken"]
 
     def get_intermediate_layers(
         self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_class_token: bool = False,

@@ -10,9 +10,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 
 from fastmum.engine.checkpoint import CheckpointError, read_weights
+from fastmum.engine.rundir import RunDir
 from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
 from fastmum.pretrained.layout import SIZES, WeightsError, some
 
@@ -29,6 +31,24 @@ class Saved(NamedTuple):
     parameters_only: bool = False  # buffers are missing
     ema: bool = False  # the weights are an exponential moving average
     frames: int | None = None  # seen in training, if stated
+    image_size: int | None = None  # side of the training images in pixels, if stated
+
+
+def run_folder(checkpoint: Path) -> Path | None:
+    """The folder of the run that a checkpoint is in, None if there is none around it."""
+    folder = checkpoint.absolute().parent
+    folder = folder.parent if folder.name == "checkpoints" else folder
+    return folder if RunDir(folder).config.is_file() else None
+
+
+def run_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Sections of the configuration of the run that a checkpoint is in, as plain YAML; empty if it cannot be read."""
+    try:
+        content = yaml.safe_load(RunDir(folder).config.read_bytes()) if (folder := run_folder(checkpoint)) else None
+    except (OSError, yaml.YAMLError):
+        content = None
+    sections = content if isinstance(content, dict) else {}
+    return {name: section for name, section in sections.items() if isinstance(section, dict)}
 
 
 def read_saved(path: Path, ema: bool | None = None) -> Saved:
@@ -71,20 +91,40 @@ def _read_run(path: Path, ema: bool | None) -> Saved:
         raise WeightsError(str(error)) from None
     samples = manifest.values.get("samples_per_step")
     frames = None if samples is None else manifest.step * samples
-    return Saved(manifest.path, tensors, sizes, manifest.step, parameters_only=True, ema=use_ema, frames=frames)
+    image_size = _whole(run_settings(manifest.path).get("data", {}).get("image_size"))
+    return Saved(manifest.path, tensors, sizes, manifest.step, True, use_ema, frames, image_size)
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _read_dinov3(path: Path) -> Saved:
-    weights = path / "model.safetensors"
-    if not weights.exists():
-        raise WeightsError(f"'{path}' has a config.json, but no model.safetensors")
     try:
         config = json.loads((path / "config.json").read_bytes())
-        state, sizes = from_dinov3(_read_safetensors(weights).tree, config)
+        tensors = {name: tensor for file in _shards(path) for name, tensor in _read_safetensors(file).tree.items()}
+        state, sizes = from_dinov3(tensors, config)
     except (KeyError, RuntimeError, TypeError) as error:
         what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
         raise WeightsError(f"'{path}' does not hold an encoder of fastmum ({what})") from None
-    return Saved(path, state, sizes, parameters_only=True)
+    return Saved(path, state, sizes, parameters_only=True, image_size=_whole(config.get("image_size")))
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The files of weights in a folder of transformers: one, or those that its index names."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists() or not index.exists():
+        if not whole.exists():
+            raise WeightsError(f"'{folder}' has a config.json, but no {whole.name} and no {index.name}")
+        return [whole]
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        shards = [folder / name for name in names if Path(name).name == name]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise WeightsError(f"'{index}' is no index of weights: it must be JSON with a weight_map") from None
+    if len(shards) < len(names):
+        raise WeightsError(f"'{index}' names files outside of its folder")
+    return shards
 
 
 def _read_safetensors(path: Path) -> Saved:
@@ -96,10 +136,10 @@ def _read_safetensors(path: Path) -> Saved:
         raise WeightsError(f"'{path}' cannot be read ({error})") from None
     try:
         sizes = json.loads(metadata["model_config"]) if "model_config" in metadata else {}
-        step = int(metadata["step"]) if "step" in metadata else None
+        step, size = (int(metadata[name]) if name in metadata else None for name in ("step", "image_size"))
     except ValueError as error:
         raise WeightsError(f"the metadata of '{path}' cannot be read ({error})") from None
-    return Saved(path, tensors, sizes, step)
+    return Saved(path, tensors, sizes, step, image_size=size)
 
 
 def _read_torch(path: Path) -> Saved:

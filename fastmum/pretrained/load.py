@@ -37,6 +37,7 @@ class Pretrained(NamedTuple):
     step: int | None  # of the run, if known
     ema: bool  # the weights are an exponential moving average
     frames: int | None  # seen in training, if known
+    image_size: int | None  # side of the training images in pixels, if known
 
     @property
     def title(self) -> str:
@@ -101,7 +102,7 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
         extra = [name for name in state if name not in expected]
         raise MismatchError(f"'{saved.path}' does not hold {model}", missing, extra, misshapen)
     state = {name: state[name] for name in expected}
-    about = saved.step, saved.ema, saved.frames
+    about = saved.step, saved.ema, saved.frames, saved.image_size
     pretrained = Pretrained(saved.path, config, state, encoder_only, rope_dtype, *about)
     log.info("'%s': %s", saved.path, pretrained.title)
     return pretrained

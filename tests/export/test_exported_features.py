@@ -1,20 +1,26 @@
 """Exports of features, read by the packages that they are made for: transformers' folders and ONNX files."""
 
+import contextlib
+import dataclasses
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from released import difference
 from safetensors.torch import load_file, save_file
 
+from benchmarks.reference.model import ReferenceMuM
 from fastmum import ModelConfig, MuM, load_pretrained
-from fastmum.export import ExportError, export, formats, released_state
+from fastmum.engine.checkpoint import Checkpoints
+from fastmum.export import FORMATS, ExportError, export, folders, released_state
 from fastmum.export.__main__ import main
 from fastmum.export.onnx_file import EncoderGraph
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
-from fastmum.pretrained import WeightsError
+from fastmum.pretrained import WeightsError, read_pretrained
 
 
 @pytest.fixture
@@ -102,9 +108,9 @@ def test_force_replaces_an_earlier_export_and_nothing_else(folder, weights, tmp_
 
 
 def test_wrong_features_are_refused_and_transformers_is_optional(weights, monkeypatch):
-    right = formats.dinov3_config
+    right = folders.dinov3_config
     with monkeypatch.context() as patch:
-        patch.setattr(formats, "dinov3_config", lambda *sizes: right(*sizes) | {"layer_norm_eps": 0.1})
+        patch.setattr(folders, "dinov3_config", lambda *sizes: right(*sizes) | {"layer_norm_eps": 0.1})
         with pytest.raises(ExportError, match=r"transformers .* computes other features"):
             export(weights, "hf")
     assert [file.name for file in weights.parent.iterdir()] == ["weights.pth"]
@@ -156,8 +162,98 @@ def test_other_models_are_refused(folder):
         with pytest.raises(WeightsError, match=error):
             load_pretrained(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"no model.safetensors"):
-        load_pretrained(folder)
+    index = folder / "model.safetensors.index.json"
+    for content, error in (
+        (None, "no model.safetensors"), ("[]", "index.json"), ('{"weight_map": {"a": "../../weights"}}', "outside"),
+        ('{"weight_map": {"a": "missing.safetensors"}}', r"missing\.safetensors"),
+    ):  # fmt: skip
+        if content is not None:
+            index.write_text(content)
+        with pytest.raises(WeightsError, match=error):
+            load_pretrained(folder)
+
+
+def test_shards_of_transformers(transformers, folder, model, tmp_path):
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    encoder = load_pretrained(tmp_path / "shards")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_a_run_states_its_image_size_step_data_and_metrics(transformers, model, tmp_path, refusal):
+    run = tmp_path / "run"
+    values = {"model_config": dataclasses.asdict(model.config)}
+    with contextlib.closing(Checkpoints(run / "checkpoints", keep=2)) as writer:
+        writer.save(7, {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}, values)
+    config = {"run": {"name": "mine"}, "data": {"image_size": 96, "manifests": ["/data/co3d.arrow"]}, "train": None}
+    (run / "config.yaml").write_text(json.dumps(config))
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "held_out_loss": {s / 8}}}\n' for s in (6, 7, 8)))
+    assert main([str(run), "--format", "hf", "--license", "cc-by-4.0", "--out", str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf/README.md").read_text()
+    for words in ("license: cc-by-4.0", "# mine", "| step | 7 ", "| data | co3d |", "0.8750 (step 7)", "96 x 96"):
+        assert words in card
+    assert str(tmp_path) not in card
+    for image in (Image.new(mode, (50, 40)) for mode in ("RGB", "L", "RGBA", "1", "P", "CMYK", "LA", "I;16")):
+        values = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")(image, return_tensors="pt")
+        assert values["pixel_values"].shape == (1, 3, 96, 96), image.mode
+    for source, out in ((run, "s.safetensors"), (tmp_path / "hf", "s.safetensors"), (tmp_path / "s.safetensors", "hf")):
+        export(source, "safetensors" if "." in out else "hf", tmp_path / out, force=True)
+        assert read_pretrained(tmp_path / out).image_size == 96
+    assert "model card" in refusal(main, run, "--license", "mit")
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+def test_timm_has_the_same_names_and_features(weights, images, eps, caplog):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    done = export(weights, "timm", norm_eps=eps)
+    assert f"timm {timm.__version__}" in done.agreement
+    assert ("norm_layer" in caplog.text) == (eps != 1e-5)
+    more = {} if eps == 1e-5 else {"norm_layer": partial(torch.nn.LayerNorm, eps=eps)}
+    theirs = timm.create_model(f"local-dir:{done.file}", pretrained=True, **more).eval()
+    encoder = load_pretrained(weights, encoder_only=True, norm_eps=eps)
+    assert set(encoder.state_dict()) - set(theirs.state_dict()) == {"rope_embed.periods"}
+    with torch.no_grad():
+        ours, tokens, cls = encoder.forward_features(images), theirs.forward_features(images), theirs(images)
+    assert difference(tokens[:, 1:], ours["x_norm_patchtokens"]) < 1e-6
+    assert difference(cls, ours["x_norm_clstoken"]) < 1e-6
+
+
+def test_names_in_a_timm_folder(weights, model, monkeypatch):
+    """Without timm: its `Eva` has the encoder's names."""
+    monkeypatch.setitem(sys.modules, "timm", None)
+    folder = export(weights, "timm").file
+    state, about = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    encoder = load_pretrained(weights, encoder_only=True).state_dict()
+    assert set(encoder) - set(state) == {"rope_embed.periods"}
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in state.items())
+    assert about["model_args"]["attn_type"] == "rope"
+    assert about["model_args"]["num_heads"] == model.config.num_heads
+
+
+def test_weights_that_are_not_finite_are_refused(weights, tmp_path, refusal):
+    state = torch.load(weights)
+    for value in (float("nan"), float("inf")):
+        state["blocks.1.mlp.fc1.bias"][3] = value
+        torch.save(state, weights)
+        for name in FORMATS:
+            error = refusal(main, weights, "--format", name, "--out", tmp_path / "out")
+            assert "blocks.1.mlp.fc1.bias" in error
+            assert not (tmp_path / "out").exists()
+
+
+def test_the_authors_forks_read_a_wrapped_state_strictly(weights, model, tmp_path, caplog, refusal):
+    assert main([str(weights), "--wrap", "model", "--out", str(tmp_path / "w.pth")]) == 0
+    assert f"decoder_num_heads={model.config.decoder_num_heads}" in caplog.text  # theirs have 16
+    content = torch.load(tmp_path / "w.pth", weights_only=True)
+    reference = ReferenceMuM(48, 3, 4, 32, 2, 1, norm_eps=1e-6)
+    reference.load_state_dict(content["model"], strict=True)
+    assert content.keys() == {"model"}
+    assert type(load_pretrained(tmp_path / "w.pth")) is MuM
+    assert "--wrap" in refusal(main, weights, "--format", "hf", "--wrap", "model")
+    caplog.clear()
+    export(weights, encoder_only=True)
+    export(weights, out=tmp_path / "16.pth", decoder_num_heads=2)
+    assert caplog.text.count("decoder_num_heads=2") == 1
 
 
 def test_the_graph_computes_the_encoders_features(weights, images):
@@ -194,8 +290,13 @@ def test_features_of_any_number_of_images_of_any_size(weights, model, positions)
     graph = onnx.load(done.file)
     onnx.checker.check_model(graph, full_check=True)
     assert {node.domain for node in graph.graph.node} == {""}  # only ONNX's own operators
-    (images,) = graph.graph.input
-    assert images.type.tensor_type.shape.dim[0].dim_param == "batch"
+    axes = [[d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim] for x in graph.graph.input]
+    axes += [[d.dim_param or d.dim_value for d in x.type.tensor_type.shape.dim] for x in graph.graph.output]
+    assert axes == [["batch", 3, "height", "width"], ["batch", 48], ["batch", "patches", 48]]
+    about = session.get_modelmeta().custom_metadata_map
+    assert (json.loads(about["patch_size"]), about["positions"]) == (16, positions)
+    assert json.loads(about["model_config"])["norm_eps"] == model.config.norm_eps
+    np.testing.assert_allclose(json.loads(about["image_mean"]), IMAGENET_MEAN)
 
 
 def test_missing_packages_are_named(weights, monkeypatch, refusal):

@@ -7,7 +7,7 @@ import torch
 
 from fastmum import PRESETS, ModelConfig, MuM
 from fastmum.attention import Segments
-from fastmum.model.encoder import RECOMPUTE
+from fastmum.model.encoder import RECOMPUTE, Encoder
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD, seeded_noise
 
 P = 6  # patches of a 32 x 48 frame
@@ -68,7 +68,14 @@ def test_intermediate_layers_as_in_dinov2(tiny):
     x = torch.randn(2, 3, 48, 80)
     features = tiny.forward_features(x)
     shapes = {name: tuple(value.shape) for name, value in features.items()}
-    assert shapes == {"x_norm_clstoken": (2, 32), "x_norm_patchtokens": (2, 15, 32), "x_prenorm": (2, 16, 32)}
+    cls = {"x_norm_clstoken": (2, 32), "x_norm_cls_token": (2, 32)}  # of DINOv2, of the released model
+    assert shapes == cls | {"x_norm_patchtokens": (2, 15, 32), "x_prenorm": (2, 16, 32)}
+    encoder = Encoder(tiny.config)
+    encoder.load_state_dict({name: tiny.state_dict()[name] for name in encoder.state_dict()})
+    assert torch.equal(encoder(x), features["x_norm_cls_token"])
+    assert encoder(x, is_training=True).keys() == features.keys()
+    assert (encoder.embed_dim, encoder.num_features, encoder.patch_size) == (32, 32, 16)
+    assert (encoder.n_blocks, encoder.num_heads) == (2, 2)
     last = tiny.get_intermediate_layers(x)[0]
     assert torch.equal(last, features["x_norm_patchtokens"])
     (first, cls), (_, last_cls) = tiny.get_intermediate_layers(x, n=[0, 1], return_class_token=True)
@@ -127,6 +134,7 @@ def test_wrong_arguments_are_named(tiny):
         ({"lengths": []}, ValueError, r"lengths is \[\]"),
         ({"lengths": torch.tensor([1.0, 1.0])}, TypeError, "lengths is a torch.float32 tensor"),
         ({"lengths": 2}, TypeError, "lengths is a int"),
+        ({"lengths": None}, TypeError, "lengths is missing"),
         ({"lengths": [1.5, 0.5]}, TypeError, r"lengths is \[1.5, 0.5\]"),
         ({"lengths": torch.tensor([1, 0, 1])}, ValueError, "lengths"),
         ({"max_views": "2"}, TypeError, "max_views is '2'"),
