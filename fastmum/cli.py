@@ -67,7 +67,7 @@ def _launch(argv: Sequence[str]) -> int:
 
     def command() -> None:
         script = (resource_dir("launch") / f"{args.launcher}.sh").read_text(encoding="utf-8")
-        script = script.replace("${PYTHON:-python}", f"${{PYTHON:-{sys.executable}}}")
+        script = script.replace("${PYTHON:-}", f"${{PYTHON:-{sys.executable}}}")
         if args.out is None:
             print(script, end="")
         elif args.out.exists():

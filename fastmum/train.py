@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmum.config.load import describe_keys, load_config, peek_task
@@ -38,9 +37,10 @@ from fastmum.engine.rundir import RunDir
 from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task
-from fastmum.engine.telemetry import Telemetry
+from fastmum.engine.telemetry import Telemetry, log_line
 from fastmum.errors import program, run_command
 from fastmum.files import source_version
+from fastmum.progress import on_terminal, progress_bar
 from fastmum.tasks import find_task
 
 log = logging.getLogger("fastmum")
@@ -124,12 +124,10 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
         from fastmum.engine.profile import StepProfiler
 
         profiler = StepProfiler(window, run.profile, world.device, start.step, world.rank)
-    progress = tqdm(
-        initial=start.step, total=steps, unit="step", desc=config.run.name, dynamic_ncols=True,
-        disable=not world.is_main,
-    )  # fmt: skip
+    unit, show = task.samples.unit, world.is_main and on_terminal()
+    progress = progress_bar(initial=start.step, total=steps, unit="step", desc=config.run.name, show=show)
     consensus, batches = StopConsensus(world), Prefetcher(task.batches(start.step, steps), world.device)
-    log.info("%d %s per step; %s", start.samples_per_step, task.samples.unit, paper_line())
+    log.info("%d %s per step; %s", start.samples_per_step, unit, paper_line())
     waited, values = 0.0, {}
 
     with (
@@ -176,6 +174,8 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
                                 values |= {f"{name}_ema": value for name, value in task.evaluate(model).items()}
                 if telemetry:
                     telemetry.log(done, values)
+                    if progress.disable:
+                        log.info(log_line(done, steps, values, unit, world.size))
                 progress.set_postfix({k: f"{values[k]:.3g}" for k in SHOWN if values.get(k) is not None}, refresh=False)
             world.advance()
             if _due(done, config.train.picture_every, steps):

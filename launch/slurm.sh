@@ -4,6 +4,8 @@
 #   sbatch --nodes=8 slurm.sh --config mum_vitl16 data.manifests=[/data/co3d.arrow] data.mode=balanced
 #
 # One task per GPU. Put what your cluster needs (--partition, --account, --time) on the sbatch line or in here.
+# MODULES: environment modules to load ("cuda/12.8 python/3.12"). PYTHON: interpreter; otherwise that of the activated
+# virtual environment, of .venv in the folder of sbatch, or python3.
 #SBATCH --job-name=fastmum
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -15,12 +17,23 @@
 #SBATCH --output=fastmum-%j.log
 # 180 s before the time limit every task gets SIGUSR1: it ends its step, saves, and exits with 75.
 #SBATCH --signal=USR1@180
-# The other tasks detect a failed one and exit; SLURM need not kill them.
-#SBATCH --kill-on-bad-exit=0
-set -uo pipefail
 
 requeue_code=75 # REQUEUE in fastmum/engine/stop.py
-python=${PYTHON:-python}
+
+if [ -n "${MODULES:-}" ]; then
+  if ! command -v module >/dev/null; then # a batch script is no login shell
+    for file in /etc/profile.d/*mod*.sh; do . "$file"; done
+  fi
+  module load $MODULES || exit
+fi
+set -uo pipefail
+
+PYTHON=${PYTHON:-}
+if [ -z "$PYTHON" ]; then
+  for PYTHON in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" .venv/bin/python python3; do
+    if command -v "$PYTHON" >/dev/null; then break; fi
+  done
+fi
 
 # Address of rank 0; fastmum uses the same defaults.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -32,7 +45,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 # Preemption sends SIGTERM to this script too; it must not exit before the tasks have saved.
 trap 'echo "signal received: waiting for the checkpoint"' TERM USR1
 
-srun --kill-on-bad-exit=0 "$python" -m fastmum.train "$@" &
+# srun takes --cpus-per-task from sbatch only in some versions, and no environment after sbatch --export=NONE. The other
+# tasks detect a failed one and exit; SLURM need not kill them.
+srun --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 "$PYTHON" -m fastmum.train "$@" &
 tasks=$!
 wait "$tasks"
 code=$?
@@ -41,9 +56,10 @@ while kill -0 "$tasks" 2>/dev/null; do # a signal interrupted the wait; the task
   code=$?
 done
 
-if [ "$code" -eq "$requeue_code" ]; then
+# RUNNING: signalled before the time limit or preemption. A job that scancel ended has none of the three.
+again='JobState=RUNNING|PreemptTime=[0-9]|Reason=TimeLimit'
+if [ "$code" -eq "$requeue_code" ] && [[ $(scontrol show job "$SLURM_JOB_ID") =~ $again ]]; then
   echo "saved; the job is queued again"
-  scontrol requeue "$SLURM_JOB_ID"
-  exit 0
+  scontrol requeue "$SLURM_JOB_ID" && exit 0
 fi
 exit "$code"

@@ -7,13 +7,21 @@
 #
 # GPUS: processes on this machine (1). NODES: machines (1). HOST, PORT: first machine, needed if NODES > 1, and its port
 # (29500). RESTARTS: how often the processes are restarted from the newest checkpoint after one died (3).
-# On SIGTERM or SIGUSR1 the run saves and ends; after GRACE seconds (180) it is killed.
+# PYTHON: interpreter; otherwise that of the activated virtual environment, of .venv in this checkout or in the current
+# folder, or python3. On SIGTERM or SIGUSR1 the run saves and ends; after GRACE seconds (180) it is killed.
 set -euo pipefail
 
 gpus=${GPUS:-1} nodes=${NODES:-1} port=${PORT:-29500} restarts=${RESTARTS:-3} grace=${GRACE:-180}
-python=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$grace
+
+PYTHON=${PYTHON:-}
+if [ -z "$PYTHON" ]; then
+  checkout=$(dirname "${BASH_SOURCE[0]}")/..
+  for PYTHON in "${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}" "$checkout/.venv/bin/python" .venv/bin/python python3; do
+    if command -v "$PYTHON" >/dev/null; then break; fi
+  done
+fi
 
 signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
 if [ -z "$(trap -p HUP)" ]; then # nohup ignores it
@@ -25,5 +33,5 @@ if [ "$nodes" -gt 1 ]; then
 else
   meet=(--standalone)
 fi
-exec "$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts="$restarts" \
+exec "$PYTHON" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts="$restarts" \
   --signals-to-handle="$signals" "${meet[@]}" -m fastmum.train "$@"

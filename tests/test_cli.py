@@ -41,7 +41,7 @@ def test_launch_scripts_start_with_this_python_and_keep_existing_files(tmp_path,
     script = tmp_path / "run.sh"
     for launcher in cli.LAUNCHERS:
         assert cli.main(["launch", launcher]) == 0
-        assert f"python=${{PYTHON:-{sys.executable}}}\n" in capsys.readouterr().out
+        assert f"PYTHON=${{PYTHON:-{sys.executable}}}\n" in capsys.readouterr().out
         subprocess.run(["bash", "-n", resource_dir("launch") / f"{launcher}.sh"], check=True)
     assert cli.main(["launch", "slurm", "--out", str(script)]) == 0
     assert os.access(script, os.X_OK)

@@ -18,11 +18,11 @@ from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BASE = {"errors", "files"}
+BASE = {"errors", "files", "progress"}
 LIBRARIES = BASE | {"kernels", "geometry", "attention", "model", "config", "engine", "scenes", "data", "pretrained"}
 # Folder or module of fastmum: what it may import from the rest of fastmum.
 ALLOWED: dict[str, set[str]] = {
-    "errors": set(), "files": set(), "kernels": {"errors"}, "geometry": {"errors"},
+    "errors": set(), "files": set(), "progress": set(), "kernels": {"errors"}, "geometry": {"errors"},
     "attention": BASE | {"kernels"},
     "model": BASE | {"kernels", "attention"},
     "config": BASE | {"attention", "model"},
@@ -59,6 +59,7 @@ def test_imports_point_one_way():
         own = relative.removeprefix("fastmum/").removesuffix(".py").split("/")[0]
         names = {name.split(".")[1] for name in imported(file) if name.startswith("fastmum.")}
         areas.add(own)
+        assert own == "progress" or "tqdm" not in imported(file), f"{relative}: use fastmum.progress"
         wrong += [(relative, name) for name in names - ALLOWED[own] - COMMANDS.get(relative, set()) - {own}]
     assert not wrong
     assert {"engine", "kernels", "train"} <= areas

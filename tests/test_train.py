@@ -1,6 +1,7 @@
 """Whole runs through the command line, on a folder of small images."""
 
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -30,8 +31,9 @@ def run(image_folder, tmp_path):
     return run
 
 
-def test_files_and_metrics_of_a_run(run, tmp_path):
-    assert run("run") == 0
+def test_files_and_metrics_of_a_run(run, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        assert run("run") == 0
     folder = tmp_path / "run"
     records = read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in records] == list(range(1, 9))
@@ -43,6 +45,11 @@ def test_files_and_metrics_of_a_run(run, tmp_path):
     assert min(by_views) <= records[0]["loss"] <= max(by_views)
     assert [r["step"] for r in records if "held_out_loss" in r] == [4, 8]
     assert 0.5 < records[0]["loss"] < 2
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("step ")]
+    assert [line.partition(":")[0] for line in lines] == [f"step {step}/8" for step in range(1, 9)]
+    assert [line.partition(":")[0] for line in lines if "held-out 0." in line] == ["step 4/8", "step 8/8"]
+    pattern = r"step \d/8: loss [\d.]+, (held-out [\d.]+, )?lr [\d.e-]+, frames/s [\d.]+, left 0:\d\d:\d\d"
+    assert all(re.fullmatch(pattern, line) for line in lines[1:]), lines  # the first step has no pace
     assert 0 <= records[0]["data_wait"] <= 1
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert {"config.yaml", "reconstruction.png", "pictures/step_0000004.png", "pictures/step_0000008.png"} <= names
@@ -58,12 +65,13 @@ def test_a_signal_saves_and_the_run_resumes(run, image_folder, tmp_path, number,
     long = ("train.steps=400", "train.checkpoint_every=1000", "train.eval_every=400", "train.log_every=3")
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "fastmum.train", *SMALL, f"data.root={image_folder}", f"run.dir={folder}", *long]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     wait_for(lambda: numbers(folder) or process.poll() is not None, "step 3")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code, errors
-    assert "saved at step" in errors
+    assert b"saved at step" in errors
+    assert b"\r" not in errors
     steps = find_checkpoints(folder)[0].manifest.step + 4
     assert run("run", *long, f"train.steps={steps}") == 0
     assert [r["step"] for r in numbers(folder)] == [*range(3, steps, 3), steps]

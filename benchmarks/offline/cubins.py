@@ -17,10 +17,10 @@ from unittest import mock
 import triton
 from torch._inductor.codecache import PyCodeCache
 from torch._inductor.runtime import triton_heuristics
-from tqdm import tqdm
 
 from benchmarks.kernel_report.compiled import compile_launch, identity
 from benchmarks.launches import Launch
+from fastmum.progress import progress_bar
 
 
 def spilled_kernels(sources: dict[str, str], launches: Sequence[Launch], arch: int) -> tuple[int, list[str]]:
@@ -37,7 +37,7 @@ def spilled_kernels(sources: dict[str, str], launches: Sequence[Launch], arch: i
     ours = {identity(launch): launch for launch in launches}
     distinct = {hashlib.sha256(code.encode()).hexdigest(): (name, code) for name, code in sources.items()}
     spilled = []
-    with tqdm(total=len(ours) + len(distinct), desc="Triton kernels", unit="kernel", leave=False) as progress:
+    with progress_bar(total=len(ours) + len(distinct), desc="Triton kernels", unit="kernel", leave=False) as progress:
         for name, code in distinct.values():
             if _spills(code):
                 spilled.append(name)

@@ -6,12 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from benchmarks.offline.gpus import LEAST_SECONDS, REACHED_BANDWIDTH, REACHED_PEAK, Gpu
 from benchmarks.offline.kernel import Cost
 from benchmarks.offline.steps import Batch, fastmum_cost, reference_cost
 from fastmum.model.config import ModelConfig
+from fastmum.progress import progress_bar
 
 SIDES = ("fastmum", "reference", "reference_compiled")
 # Also recorded: fastmum with `model.compile=block`, which `auto` selects and several GPUs require.
@@ -44,7 +43,7 @@ def measure(
         "reference": lambda: reference_cost(config, batch, gpu, compiled=False),
         "reference_compiled": lambda: reference_cost(config, batch, gpu, compiled=True),
     }
-    return {side: ways[side]() for side in tqdm(sides, desc="lowering", unit="side")}
+    return {side: ways[side]() for side in progress_bar(sides, desc="lowering", unit="side")}
 
 
 def record(found: dict[str, dict[str, dict]]) -> None:

@@ -15,7 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmum.data.builders import BUILDERS
@@ -23,6 +22,7 @@ from fastmum.data.builders.base import RULES, Builder, Options
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
 from fastmum.errors import program, run_command
+from fastmum.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def build(
 
     def records() -> Generator[SequenceRecord]:
         nonlocal empty
-        bar = tqdm(total=len(parts), unit="part", desc=name, disable=not progress, dynamic_ncols=True)
+        bar = progress_bar(total=len(parts), unit="part", desc=name, show=progress)
         with bar, logging_redirect_tqdm() if progress else contextlib.nullcontext():
             for found in _in_order(name, root, parts, settings, workers):
                 empty += not found

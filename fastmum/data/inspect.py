@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from tqdm import tqdm
 
 from fastmum.data.builders.base import names_in
 from fastmum.data.depth import DepthFormat, read_depth
@@ -17,6 +16,7 @@ from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.splits import MOST_LOOKED_UP, hold_out, image_overlap
 from fastmum.errors import program, run_command
+from fastmum.progress import progress_bar
 
 BINS = (1, 2, 4, 8, 16, 24, 50, 100, 200, 500, 1000)  # lower bounds of the histogram's bins
 BAR = 40  # characters of its longest bar
@@ -65,7 +65,7 @@ def find_missing(manifest: Manifest, column: str = "path", progress: bool = Fals
     """Number of different files of a column ("path", "depth", "mask"), and those missing in their folders' listings."""
     folders, missing = list(manifest.folders(column)), []
     total = sum(len(names) for _, names in folders)
-    with ThreadPoolExecutor(THREADS) as pool, tqdm(total=total, desc="checking", disable=not progress) as bar:
+    with ThreadPoolExecutor(THREADS) as pool, progress_bar(total=total, desc="checking", show=progress) as bar:
         listings = pool.map(names_in, (folder for folder, _ in folders))
         for (folder, names), present in zip(folders, map(set, listings), strict=True):
             missing += [folder / name for name in names if name not in present]

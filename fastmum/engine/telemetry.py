@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,16 @@ class Telemetry:
             if not self._picture_warned:
                 log.warning("%s cannot be written (%s); training continues", path, error.strerror)
             self._picture_warned = True
+
+
+def log_line(step: int, steps: int, values: Mapping[str, float | None], unit: str, devices: int) -> str:
+    """The main metrics of a log step of a run as text, with the time left at the mean pace, h:mm:ss."""
+    names = {"loss": "loss", "held_out_loss": "held-out", "lr": "lr", f"{unit}_per_s": f"{unit}/s"}
+    found = [f"{label} {value:.4g}" for name, label in names.items() if (value := values.get(name)) is not None]
+    if (projected := values["gpu_hours_projected"]) is not None:
+        hours = (projected - (values["gpu_hours"] or 0)) / devices
+        found.append(f"left {timedelta(seconds=round(hours * 3600))}")
+    return f"step {step}/{steps}: {', '.join(found)}"
 
 
 class TensorBoard:

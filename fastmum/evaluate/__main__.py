@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import fastmum
 from fastmum.data.errors import DataError
@@ -35,6 +34,7 @@ from fastmum.model.mum import MuM
 from fastmum.pretrained import WeightsError
 from fastmum.pretrained.arguments import add_overrides, parse_overrides
 from fastmum.pretrained.load import build, read_pretrained
+from fastmum.progress import progress_bar
 
 T = TypeVar("T")
 
@@ -275,7 +275,8 @@ def _with_pictures(
     few, warps = [], result.warps
     if args.pictures and warps is not None:
         draw = draw or (lambda pair: draw_warp(pair, warps[pairs.pairs.index(pair)], result.size))
-        few = [draw(each) for each in tqdm(pairs.first(args.pictures).pairs, desc="drawing", unit="pair", leave=False)]
+        first = pairs.first(args.pictures).pairs
+        few = [draw(each) for each in progress_bar(first, desc="drawing", unit="pair", leave=False)]
     return pairs.name, {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)} | result.numbers, few
 
 

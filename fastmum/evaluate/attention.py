@@ -8,7 +8,6 @@ Legend: n pairs, P patches of a frame, h heads, d width of a head, G global bloc
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastmum.attention import ragged_attention
 from fastmum.data.errors import DataError
@@ -17,6 +16,7 @@ from fastmum.evaluate.matching import Result, decode, measured
 from fastmum.evaluate.pairs import PairSet
 from fastmum.geometry.metrics import match_errors, match_scores
 from fastmum.model.mum import GlobalAttention, MuM
+from fastmum.progress import progress_bar
 
 BATCH = 2  # pairs decoded at once
 LEAST = 1e-12  # attention is clamped to this before the logarithm
@@ -69,7 +69,7 @@ def evaluate_attention(model: nn.Module, pairs: PairSet, size: int | None = None
     size = size or pairs.size
     truth = true_warps(pairs, check_size(model, size) // patch_size(model))
     batches = []
-    for start in tqdm(range(0, len(pairs.pairs), BATCH), desc="attention", leave=False):
+    for start in progress_bar(range(0, len(pairs.pairs), BATCH), desc="attention", leave=False):
         some = pairs.pairs[start : start + BATCH]
         maps = attention_maps(model, torch.stack([load_image(f, size) for pair in some for f in (pair.a, pair.b)]))
         check_finite(maps, pairs)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs import Frame, PairSet, pair_warp
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
+from fastmum.progress import progress_bar
 
 Norm = Literal["layernorm", "raw"]
 NORMS: tuple[Norm, ...] = ("layernorm", "raw")
@@ -63,7 +63,7 @@ def prepare(
     by_key = {frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}
     frames, index = list(by_key.values()), {key: i for i, key in enumerate(by_key)}
     encoded: dict[Norm, list[Tensor]] = {norm: [] for norm in norms}
-    for start in tqdm(range(0, len(frames), BATCH), desc=f"encoding {pairs.name}", leave=False):
+    for start in progress_bar(range(0, len(frames), BATCH), desc=f"encoding {pairs.name}", leave=False):
         images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
         found = patch_features(encoder, images)
         for norm in norms:
@@ -77,7 +77,7 @@ def prepare(
 
 def true_warps(pairs: PairSet, side: int) -> Truth:
     """True warps at the centres of side x side patches; a `DataError` if no point is visible in any pair."""
-    bar = tqdm(pairs.pairs, desc="true warps", unit="pair", leave=False)
+    bar = progress_bar(pairs.pairs, desc="true warps", unit="pair", leave=False)
     warps = [pair_warp(pair, side, side) for pair in bar]
     visible = torch.stack([warp.visible for warp in warps])
     if not visible.any():

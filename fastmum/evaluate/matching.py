@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import NORMS, Prepared, Truth, prepare
@@ -24,6 +23,7 @@ from fastmum.evaluate.pairs import PairSet
 from fastmum.evaluate.recall import object_recall
 from fastmum.geometry.metrics import MatchScores, match_errors, match_scores, pair_epe
 from fastmum.geometry.warp import grid_points
+from fastmum.progress import progress_bar
 
 TEMPERATURE = 0.1  # of the exponential cosine kernel; RoMa's Gaussian process has 0.2
 TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the best patch and its neighbours
@@ -263,7 +263,7 @@ def train_probes(train: Prepared, choice: Prepared, settings: ProbeSettings, dev
     history: list[Evaluated] = []
     best, least, kept = (0, 0), inf, stack[0]
     total, since = torch.zeros(len(probes), device=device), 0
-    bar = tqdm(_draw(train, settings), desc=f"{len(probes)} probes", unit="step", total=steps)
+    bar = progress_bar(_draw(train, settings), desc=f"{len(probes)} probes", unit="step", total=steps)
     for step, pairs in enumerate(bar, 1):
         leaf = stack.detach().requires_grad_()
         a, b = (project(leaf, each) for each in train.of(pairs, device))
@@ -284,7 +284,7 @@ def train_probes(train: Prepared, choice: Prepared, settings: ProbeSettings, dev
         if found[probe].epe < least:
             best, least, kept = (probe, len(history) - 1), found[probe].epe, stack[probe].clone()
         total, since = torch.zeros_like(total), 0
-        bar.set_postfix(epe=f"{found[probe].epe:.2f}", best=f"{least:.2f}")
+        bar.set_postfix(epe=f"{found[probe].epe:.2f}", best=f"{least:.2f}", refresh=False)
     if least == inf:
         raise FloatingPointError("all probes diverged: lower the learning rates")
     return Trained(history, best, kept)

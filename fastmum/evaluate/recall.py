@@ -8,12 +8,12 @@ within 1, 2 or 5 cm of each other in space.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastmum.evaluate.features import NORMS, Norm, check_size, load_image, patch_features, patch_size
 from fastmum.evaluate.pairs import Frame, Pair, PairSet
 from fastmum.evaluate.pairs.pair import depth_and_K
 from fastmum.geometry.warp import grid_points
+from fastmum.progress import progress_bar
 
 # `navi_correspondence.yaml` and `evaluate_navi_correspondence.py` of Probe3D.
 SCALE = 4
@@ -28,7 +28,7 @@ def object_recall(encoder: nn.Module, pairs: PairSet, size: int | None = None) -
     The keys are "recall_1cm", "recall_2cm", "recall_5cm", their mean "recall", and the number of "pairs".
     """
     size = check_size(encoder, size or pairs.size)
-    bar = tqdm(pairs.pairs, desc=f"recall on {pairs.name}", unit="pair", leave=False)
+    bar = progress_bar(pairs.pairs, desc=f"recall on {pairs.name}", unit="pair", leave=False)
     recalls = torch.stack([_pair_recalls(encoder, pair, size) for pair in bar]).mean(0)
     names = [f"recall_{round(100 * bound)}cm" for bound in WITHIN]
     return {

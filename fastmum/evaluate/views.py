@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastmum.data.builders.base import image_folders, images_in
 from fastmum.data.errors import DataError
@@ -27,6 +26,7 @@ from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pairs.scenes import SIZE, embedded_folders
 from fastmum.model.inputs import num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
+from fastmum.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ def evaluate_views(
         raise DataError(f"no sequence of '{sequences.name}' has {settings.least} views, {settings.gap} apart")
     load = functools.lru_cache(maxsize=CACHED)(_load)
     losses: dict[str, list[Tensor]] = {}
-    for target in tqdm(found, desc="masked loss", unit="target", leave=False):
+    for target in progress_bar(found, desc="masked loss", unit="target", leave=False):
         for mask in range(settings.masks):
             batch = target_batch(sequences, target, settings, size, patches, mask, load)
             loss = reconstruct(model, batch, settings.mask_ratio).loss.cpu()[batch.firsts]

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastmum.data.decode.image import FrameError
 from fastmum.features.images import FeaturesError, Images, Placement, Sizing, read_image
 from fastmum.features.store import Tokens
 from fastmum.model.encoder import Encoder
+from fastmum.progress import progress_bar
 
 THREADS = 8  # for decoding; Pillow and torch release Python's lock
 AHEAD = 2  # batches decoded ahead
@@ -47,7 +47,7 @@ def extract(
         groups[placement[:2]].append(file)
     batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
     found: dict[str, Tokens] = {}
-    with tqdm(total=len(placements), unit="image", desc="features", disable=not progress) as bar:
+    with progress_bar(total=len(placements), unit="image", desc="features", show=progress) as bar:
         for files, frames in _decoded(batches, placements, images):
             if frames is not None:
                 for file, cls, patch in zip(files, *_tokens(encoder, frames.to(device), layers, norm), strict=True):

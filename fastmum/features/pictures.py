@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from fastmum.data.decode.image import FrameError
 from fastmum.errors import writing
 from fastmum.features.images import FeaturesError, Images, read_image
 from fastmum.features.store import Tokens
+from fastmum.progress import progress_bar
 
 SAMPLES = 100_000  # tokens that the directions are computed from
 SPREAD = (0.01, 0.99)  # quantiles that become 0 and full intensity
@@ -54,7 +54,7 @@ def write_pictures(folder: Path, images: Images, features: Mapping[str, Tokens],
     maps = {name: content(tokens, patch_size) for name, tokens in features.items()}
     colours = fit_colours(list(maps.values()))
     files, pictures = {images.name(file): file for file in images.files}, _file_names(maps)
-    for name, patch in tqdm(maps.items(), unit="image", desc="pictures"):
+    for name, patch in progress_bar(maps.items(), unit="image", desc="pictures"):
         place, file = features[name].placement, folder / pictures[name]
         height, width = place.content_height, place.content_width
         drawn = colours(patch).repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]

@@ -96,8 +96,7 @@ def render_missing(root: Path, count: int, settings: Settings, workers: int | No
     missing = [index for index in range(count) if not is_complete(scene_folder(root, index), settings)]
     if not missing:
         return 0
-    from tqdm import tqdm
-
+    from fastmum.progress import progress_bar
     from fastmum.scenes.files import remove_leftovers, write_scene
     from fastmum.scenes.textures import photo_folder
 
@@ -107,7 +106,7 @@ def render_missing(root: Path, count: int, settings: Settings, workers: int | No
     try:
         root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)
-        with tqdm(total=total, unit="view", desc="rendering scenes", disable=not show) as bar:
+        with progress_bar(total=total, unit="view", desc="rendering scenes", show=show) as bar:
             if processes > 1:
                 _render_in_processes(root, missing, settings, processes, bar.update)
             else:
