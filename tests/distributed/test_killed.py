@@ -83,6 +83,36 @@ def test_the_others_report_the_error_of_a_rank(start, tmp_path, image_folder):
     assert any("error: " in log and "data set 'folder' cannot be decoded" in log for log in logs), logs
 
 
+@pytest.mark.parametrize(
+    ("args", "size", "step"),
+    [
+        (TINY, 1, 10),
+        (TINY, 2, 10),  # the others write a checkpoint before they know
+        ([*TINY, "optim.optimizer=muon", "parallel.strategy=fsdp2"], 2, 20),  # the last step
+        (TINY, 2, 1),
+    ],
+)
+def test_a_data_error_saves_the_last_whole_step_first(start, tmp_path, args, size, step):
+    """All processes save and exit with the code of a data error; the resumed run equals one without an error."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+
+    def finish(code, *more):
+        processes = start(size, *args, *more)
+        for process in processes:
+            process.join(timeout=60)
+        logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(size)]
+        assert [process.exitcode for process in processes] == [code] * size, logs
+        return logs
+
+    finish(0, f"run.dir={whole}")
+    logs = finish(2, f"tiny.fails_at={step}")
+    assert all(sum("the data are damaged" in line for line in log.splitlines()) == 1 for log in logs), logs
+    found = find_checkpoints(run)
+    assert [each.manifest.step for each in found[:1]] == [step - 1][: step - 1]
+    finish(0)
+    assert numbers(run) == numbers(whole)
+
+
 @pytest.mark.parametrize(("args", "number"), [(MUM, signal.SIGUSR1), (TINY, signal.SIGTERM)])
 def test_a_signal_to_one_process_makes_all_save_the_same_step(start, tmp_path, args, number):
     processes = start(2, *args, *ENDLESS)
