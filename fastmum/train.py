@@ -40,7 +40,7 @@ from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task
 from fastmum.engine.telemetry import Telemetry
-from fastmum.errors import FastmumError, program, run_command
+from fastmum.errors import program, run_command
 from fastmum.files import source_version
 from fastmum.tasks import find_task
 
@@ -208,8 +208,9 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
                 gc.collect()
         tally.finish()
         latest = consensus.finish()
-        error: FastmumError | None = batches.error
-        if stopped or latest & VOID:
+        error, number = batches.error, max(stopped, latest) & ~VOID
+        ended, kept = bool(stopped or latest & VOID), done
+        if ended:
             # With several processes `latest` is of this step and `stopped` of the one before.
             kept = max(start.step, done - bool(latest & VOID) - bool(stopped & VOID))
             if kept < done:
@@ -218,14 +219,14 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
                 save(kept)
         try:
             checkpoints.close()
+            if ended and kept:
+                cause = signal.Signals(number).name if number else "data error"
+                log.warning("%s: saved at step %d; train.resume=auto continues", cause, kept)
         except CheckpointError as failed:
             error = error or failed
         if error := first_error(error, world):
             raise error
-        if stopped or latest & VOID:
-            number = max(stopped, latest) & ~VOID
-            what = "saved at" if kept > start.step else "nothing is done after"
-            log.warning("%s: %s step %d; train.resume=auto continues", signal.Signals(number).name, what, kept)
+        if ended:
             return exit_code(number)
     log.info("done: %s; run folder: %s", task.summary(values), run.root)
     return 0
