@@ -48,13 +48,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def regular(path: Path) -> Path:
-    """The path of a file that is about to be opened; OSError if it is missing, a pipe, a socket or a device.
+    """The path of a file that is about to be opened; OSError if it is a pipe, a socket or a device.
 
     Opening a named pipe waits until another process writes to it, and reading a device may never end.
     """
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder fails with a better message
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    with contextlib.suppress(FileNotFoundError):  # opening a missing file, or a folder, fails with a better message
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return path
 
 
