@@ -83,13 +83,25 @@ def test_the_others_report_the_error_of_a_rank(start, tmp_path, image_folder):
     assert any("error: " in log and "data set 'folder' cannot be decoded" in log for log in logs), logs
 
 
+def test_bad_frames_of_all_processes_together_stop_the_run(start, tmp_path, image_folder):
+    for number in (0, 1):
+        (image_folder / f"scene1/{number}.png").write_bytes(b"broken")
+    processes = start(2, *MUM, *ENDLESS)
+    for rank, process in enumerate(processes):
+        process.join(timeout=90)
+        log = (tmp_path / f"log-{rank}").read_text()
+        assert process.exitcode == 2, log
+        assert "% of the frames of the data set 'folder' cannot be decoded (8 sequences" in log, "4 in each process"
+    assert find_checkpoints(tmp_path / "run")[0].manifest.step > 0
+
+
 @pytest.mark.parametrize(
     ("args", "size", "step"),
     [
         (TINY, 1, 10),
         (TINY, 2, 10),  # the others write a checkpoint before they know
-        ([*TINY, "optim.optimizer=muon", "parallel.strategy=fsdp2"], 2, 20),  # the last step
-        (TINY, 2, 1),
+        pytest.param([*TINY, "parallel.strategy=fsdp2"], 2, 20, marks=pytest.mark.slow),  # the last step
+        pytest.param(TINY, 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_data_error_saves_the_last_whole_step_first(start, tmp_path, args, size, step):
