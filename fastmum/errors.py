@@ -11,6 +11,10 @@ class FastmumError(RuntimeError):
     """An error that a user can fix. The message is one line that names the file or key and the remedy."""
 
 
+class StoppedError(FastmumError):
+    """A wait for data that a stop signal ended."""
+
+
 @contextlib.contextmanager
 def writing(file: Path, kind: type[FastmumError], *others: type[Exception]) -> Iterator[None]:
     """Turn an OSError of writing a file, or one of `others`, into a `kind` that names the file."""

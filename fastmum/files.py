@@ -1,8 +1,10 @@
-"""Files that are replaced as a whole, and files installed with the package."""
+"""Files that are replaced as a whole, files that may be opened, and files installed with the package."""
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +45,18 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace the content of a file; text is written as UTF-8, with escapes for names of files that are not."""
     with atomic_path(path) as partial:
         partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def regular(path: Path) -> Path:
+    """The path of a file that is about to be opened; OSError if it is a pipe, a socket or a device.
+
+    Opening a named pipe waits until another process writes to it, and reading a device may never end.
+    """
+    with contextlib.suppress(FileNotFoundError):  # opening a missing file, or a folder, fails with a better message
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return path
 
 
 def resource_dir(name: str) -> Path:

@@ -25,9 +25,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmum.config.load import describe_keys, load_config, peek_task
 from fastmum.config.schema import EngineConfig
-from fastmum.engine.checkpoint import Checkpoints, set_aside_after
+from fastmum.engine.checkpoint import CheckpointError, Checkpoints, set_aside_after
 from fastmum.engine.device import MATRIX_DTYPE, Prefetcher, autocast, keep_freed_memory, pick_device, pick_precision
 from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
+from fastmum.engine.ending import VOID, Tally, drop_after, first_error
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.heartbeat import Heartbeat, PeerError
 from fastmum.engine.meter import Efficiency, Meter, paper_line
@@ -126,7 +127,14 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
         profiler = StepProfiler(window, run.profile, world.device, start.step, world.rank)
     unit, show = task.samples.unit, world.is_main and on_terminal()
     progress = progress_bar(initial=start.step, total=steps, unit="step", desc=config.run.name, show=show)
-    consensus, batches = StopConsensus(world), Prefetcher(task.batches(start.step, steps), world.device)
+    batches = Prefetcher(task.batches(start.step, steps), world.device)
+    consensus, tally = StopConsensus(world), Tally(task)
+
+    def save(done: int) -> None:
+        with meter.paused():
+            content = checkpoint_values(config, task, start.samples_per_step, efficiency.device_seconds())
+            checkpoints.save(done, state(), content, volatile=buffers)
+
     log.info("%d %s per step; %s", start.samples_per_step, unit, paper_line())
     waited, values = 0.0, {}
 
@@ -135,17 +143,24 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
         contextlib.closing(telemetry) if telemetry else contextlib.nullcontext(),
         profiler or contextlib.nullcontext(), _collector_off(), contextlib.closing(task),
     ):  # fmt: skip
-        for done in range(start.step + 1, steps + 1):
+        task.stopping = lambda: stop.signal is not None
+        batches.start()
+        # All processes have a first batch, or none begins.
+        done, stopped = start.step, consensus.largest(_flag(stop, batches)) | consensus.finish()
+        for done in () if stopped & VOID else range(start.step + 1, steps + 1):
             for part in range(1, task.batches_per_step + 1):
                 batch = next(batches)
                 world.advance()
-                step.accumulate(batch, last=part == task.batches_per_step)
+                step.accumulate(batch, last=part == task.batches_per_step, void=batches.error is not None)
                 efficiency.add(batch)
             checkpoints.before_update()
             rate = learning_rate(done - 1, steps, config.optim, start.samples_per_step)
             step.update(done, rate)
             stop.begin()
-            stopped = consensus.largest(stop.signal or 0)
+            stopped = consensus.largest(_flag(stop, batches))
+            if stopped & VOID:
+                break
+            tally.step()
             if profiler:
                 with meter.paused():
                     profiler.step(done)
@@ -184,19 +199,35 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
                     pictures = task.pictures(model, done)
                     if telemetry:
                         telemetry.pictures(done, pictures)
-            if stopped or _due(done, config.train.checkpoint_every, steps):
-                with meter.paused():
-                    content = checkpoint_values(config, task, start.samples_per_step, efficiency.device_seconds())
-                    checkpoints.save(done, state(), content, volatile=buffers)
-            if done % config.train.collect_every == 0:
-                gc.collect()
             progress.update()
             if stopped:
-                checkpoints.close()
-                log.warning("%s: saved at step %d; train.resume=auto continues", signal.Signals(stopped).name, done)
-                return exit_code(stopped)
-        consensus.finish()
-        checkpoints.close()
+                break
+            if _due(done, config.train.checkpoint_every, steps):
+                save(done)
+            if done % config.train.collect_every == 0:
+                gc.collect()
+        tally.finish()
+        latest = consensus.finish()
+        error, number = batches.error, max(stopped, latest) & ~VOID
+        ended, kept = bool(stopped or latest & VOID), done
+        if ended:
+            # With several processes `latest` is of this step and `stopped` of the one before.
+            kept = max(start.step, done - bool(latest & VOID) - bool(stopped & VOID))
+            if kept < done:
+                drop_after(run.checkpoints, kept, checkpoints, world)
+            if kept > start.step:
+                save(kept)
+        try:
+            checkpoints.close()
+            if ended and kept:
+                cause = signal.Signals(number).name if number else "data error"
+                log.warning("%s: saved at step %d; train.resume=auto continues", cause, kept)
+        except CheckpointError as failed:
+            error = error or failed
+        if error := first_error(error, world):
+            raise error
+        if ended:
+            return exit_code(number)
     log.info("done: %s; run folder: %s", task.summary(values), run.root)
     return 0
 
@@ -229,6 +260,10 @@ def _collector_off() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
+
+
+def _flag(stop: StopRequest, batches: Prefetcher) -> int:
+    return (stop.signal or 0) | (VOID if batches.error else 0)
 
 
 def _due(done: int, every: int, steps: int) -> bool:

@@ -1,11 +1,15 @@
 """Whole runs through the command line, on a folder of small images."""
 
+import itertools
 import math
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -214,6 +218,24 @@ def test_broken_images_are_counted_and_replaced_within_the_split(run, image_fold
     broken.write_bytes(whole)
     assert run("run", "train.steps=10") == 0
     assert read_metrics(folder / "metrics.jsonl")[-1]["bad_frames/folder"] == 1
+
+
+def test_a_stop_signal_is_followed_during_a_read_that_never_returns(run, tmp_path, monkeypatch):
+    end, reads = threading.Event(), itertools.count()
+
+    def regular(file):
+        if (number := next(reads)) == 60:
+            time.sleep(2)  # the loop has used all batches that were read ahead
+            os.kill(os.getpid(), signal.SIGTERM)
+        return file if number < 60 or end.wait(60) else None
+
+    monkeypatch.setattr("fastmum.data.decode.image.regular", regular)
+    monkeypatch.setattr("fastmum.data.loader.GRACE_S", 0.2)
+    long = ("train.steps=100", "train.checkpoint_every=100", "data.cache_gb=0")
+    assert run("run", *long) == REQUEUE
+    end.set()
+    (found,) = find_checkpoints(tmp_path / "run")
+    assert found.manifest.step == numbers(tmp_path / "run")[-1]["step"] > 0
 
 
 @pytest.mark.parametrize(

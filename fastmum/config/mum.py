@@ -70,6 +70,7 @@ class DataSection:
     held_out: float = key(0.1, "share of scenes held out from training for evaluation", least=0, below=1)
     decoder: str = key("auto", "auto, dali (on the GPU), dali_cpu or pillow")
     workers: int = key(2, "threads that decode images", least=1)
+    retry_s: float = key(10.0, "seconds to retry files that are missing or unreadable before they are bad", least=0)
     cache_gb: float = key(1.0, "memory for decoded images in GB, for pillow; saves decoding if they fit", least=0)
     scenes: ScenesSection = field(default_factory=ScenesSection)
 

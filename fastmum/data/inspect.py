@@ -16,6 +16,7 @@ from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.splits import MOST_LOOKED_UP, hold_out, image_overlap
 from fastmum.errors import program, run_command
+from fastmum.files import regular
 from fastmum.progress import progress_bar
 
 BINS = (1, 2, 4, 8, 16, 24, 50, 100, 200, 500, 1000)  # lower bounds of the histogram's bins
@@ -120,7 +121,7 @@ def _strip(manifest: Manifest, sequence: int, rng: np.random.Generator, tile: in
 
 def _thumbnail(file: Path, tile: int) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with Image.open(regular(file)) as image:
             image.draft("RGB", (2 * tile, 2 * tile))  # decodes large JPEGs at a fraction of their size
             return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (tile, tile))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

@@ -1,37 +1,35 @@
-"""Background loading: threads decode the plans of the next steps while the current one trains.
-
-Frames that cannot be decoded are replaced, counted and listed; too many stop the run.
-"""
+"""Background loading: threads decode the plans of the next steps while the current one trains."""
 
 import contextlib
 import ctypes
+import itertools
 import logging
+import queue
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmum.data.decode import Decoder
+from fastmum.data.decode.image import FrameError, being_read, read_file
 from fastmum.data.errors import DataError
+from fastmum.data.faults import MAX_TRIES, Faults
 from fastmum.data.manifest import Manifests
 from fastmum.data.plan import StepPlan
-from fastmum.errors import writing
+from fastmum.errors import StoppedError
 
 log = logging.getLogger(__name__)
 
-MAX_SHARE = 0.05  # of a data set's frames
-MIN_FRAMES = 20  # frames of a data set that must have been read before it can stop a run
-STANDARD_ERRORS = 3.0  # by which the share must exceed MAX_SHARE while the data set has unread frames
-MAX_SEQUENCES = 4  # searched for a replacement: the frame's own sequence and the next three
-NAMED = 3  # files named in messages
-TEXT: Any = {"encoding": "utf-8", "errors": "surrogateescape"}  # file names may be any bytes
+POLL_S = 0.2  # seconds between looks at the stop signal, and between attempts to read a file
+WARN_S = 30.0  # of waiting for a batch
+GRACE_S = 3.0  # that a stop signal waits for a batch, and the end of a loader for its threads
 
 
 class Batch(NamedTuple):
@@ -44,37 +42,50 @@ class Batch(NamedTuple):
 class Loader:
     """Decodes plans, whose rows index `manifests`, ahead of time and in order; each of `workers` threads a batch.
 
-    Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches. `bad_frames`
-    and `held_out` are those of `Faults`; `wait_seconds` is how long callers of `batches` have waited in all.
+    Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches. Files that
+    cannot be read for a passing reason (`image.PASSING`) are retried for `retry_s` seconds, once for each sequence.
+    `bad_frames`, `held_out` and `processes` are those of `Faults`; `wait_seconds` is how long callers of `batches` have
+    waited in all.
     """
 
     def __init__(
-        self, decoder: Decoder, manifests: Manifests, workers: int,
-        bad_frames: Path | None = None, held_out: np.ndarray | None = None,
+        self, decoder: Decoder, manifests: Manifests, workers: int, bad_frames: Path | None = None,
+        held_out: np.ndarray | None = None, processes: int = 1, retry_s: float = 0.0,
     ) -> None:  # fmt: skip
-        self.decoder, self.manifests, self.workers = decoder, manifests, workers
+        self.decoder, self.manifests, self.workers, self.retry_s = decoder, manifests, workers, retry_s
         self.wait_seconds = 0.0
-        self.faults = Faults(manifests, bad_frames, held_out)
+        self.faults = Faults(manifests, bad_frames, held_out, processes)
+        self._closing = threading.Event()
 
-    def batches(self, plans: Iterable[StepPlan]) -> Iterator[Batch]:
+    def batches(self, plans: Iterable[StepPlan], stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
         """Decoded batches in the order of the plans; up to `workers` batches are decoded ahead.
 
         On a GPU a batch may be used on the stream that is current when the next batch is requested. Raises the
-        DataError of `load` in place of the batch.
+        DataError of `load` in place of the batch, and StoppedError when the batch is late and `stopping` is true.
         """
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="decode", initializer=_use_one_core)
+        jobs: queue.SimpleQueue[tuple[Future[Batch], StepPlan] | None] = queue.SimpleQueue()
+        # Not an executor, which would wait for a read that never returns when Python exits.
+        threads = [
+            threading.Thread(target=_work, args=(jobs, self.load), name=f"decode_{i}", daemon=True)
+            for i in range(self.workers)
+        ]
         ahead: deque[Future[Batch]] = deque()
         in_use = _InUse()
         plans = iter(plans)
+        self._closing.clear()
         try:
+            for thread in threads:
+                thread.start()
             while True:
                 for plan in plans:
-                    ahead.append(pool.submit(self.load, plan))
+                    ahead.append(Future())
+                    jobs.put((ahead[-1], plan))
                     if len(ahead) > self.workers:
                         break
                 if not ahead:
                     return
                 start = time.perf_counter()
+                _wait(ahead[0], threads, stopping)
                 batch = ahead.popleft().result()
                 self.wait_seconds += time.perf_counter() - start
                 try:
@@ -82,172 +93,106 @@ class Loader:
                 finally:  # also when the caller closes the generator
                     in_use.add(batch)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            self._closing.set()
+            for future in ahead:
+                future.cancel()
+            for _ in threads:
+                jobs.put(None)
+            end = time.monotonic() + GRACE_S
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
             in_use.wait()
 
     def load(self, plan: StepPlan) -> Batch:
         """Decode one plan in the calling thread; DataError if a frame cannot be replaced, or too many are bad."""
-        frames, bad = self._decode(plan.rows, plan.crops, plan.flips)
+        files = self.manifests.files(plan.rows)
+        frames, bad = self.decoder.decode(files, plan.crops, plan.flips)
+        changed = bool(bad)
+        if bad and self.retry_s:
+            bad = self._retry(plan, files, frames, bad)
+        self.faults.read(plan.rows, files, bad)
+        self.faults.check()
         taken = set(plan.rows.tolist())
         for i in bad:
             frames[i], row = self._replacement(plan, i, taken)
             taken.add(row)
-        if bad and frames.is_cuda:
+        if changed and frames.is_cuda:
             torch.cuda.current_stream(frames.device).synchronize()  # training uses another stream
         return Batch(frames, tuple(plan.lengths.tolist()))
 
-    def _decode(self, rows: np.ndarray, crops: np.ndarray, flips: np.ndarray) -> tuple[Tensor, dict[int, str]]:
-        """Decode frames and record the bad ones."""
-        files = self.manifests.files(rows)
-        frames, bad = self.decoder.decode(files, crops, flips)
-        self.faults.read(rows)
-        for i, reason in bad.items():
-            self.faults.add(int(rows[i]), files[i], reason)
-        self.faults.check()
-        return frames, bad
+    def _retry(self, plan: StepPlan, files: list[Path], frames: Tensor, bad: Mapping[int, str]) -> dict[int, str]:
+        """Decode bad frames again as soon as their files can be read; returns those that stay bad."""
+        sequences, bad = self.manifests.sequence_of(plan.rows), dict(bad)
+        known = {s: self.faults.known(s) for s in {int(sequences[i]) for i in bad}}
+        waiting, end = [i for i in bad if not known[int(sequences[i])]], time.monotonic() + self.retry_s
+        while waiting:
+            readable = [i for i in waiting if not _passing(files[i])]
+            if readable:
+                some = [files[i] for i in readable], plan.crops[readable], plan.flips[readable]
+                again, still = self.decoder.decode(*some)
+                for j, i in enumerate(readable):
+                    if j not in still:
+                        frames[i] = again[j]
+                        del bad[i]
+            waiting = [i for i in waiting if i not in readable]
+            if time.monotonic() > end or (waiting and self._closing.wait(POLL_S)):
+                break
+        if waiting and self._closing.is_set():
+            raise StoppedError(f"'{files[waiting[0]]}' was not read")
+        return bad
 
     def _replacement(self, plan: StepPlan, index: int, taken: set[int]) -> tuple[Tensor, int]:
         """Another frame with the same crop and flip, and its row."""
-        same = slice(index, index + 1)
-        for row in self.faults.replacements(int(plan.rows[index]), taken):
-            frames, bad = self._decode(np.array([row]), plan.crops[same], plan.flips[same])
+        same, row = slice(index, index + 1), int(plan.rows[index])
+        tried = 0
+        for candidate in itertools.islice(self.faults.replacements(row, taken), MAX_TRIES):
+            frames, bad = self.decoder.decode([self.manifests.file(candidate)], plan.crops[same], plan.flips[same])
             if not bad:
-                return frames[0], row
-        failed = f"'{self.manifests.file(int(plan.rows[index]))}' cannot be decoded, nor can its neighbours"
-        raise DataError(f"{failed} in this and the next sequences; restore the files, or leave the data set out")
+                return frames[0], candidate
+            self.faults.no_replacement(candidate)
+            tried += 1
+        dataset = self.manifests.datasets[self.manifests.dataset_of[self.manifests.sequence_of(row)]]
+        failed = f"'{self.manifests.file(row)}' and {tried} other frames of the data set '{dataset}' cannot be decoded"
+        raise DataError(f"{failed}; restore them, or leave the data set out")
 
 
-class Faults:
-    """Counts bad frames, proposes replacements, and stops a run that has too many bad frames. Thread-safe.
-
-    A data set stops the run when more than 5 % of its frames are bad. While frames are unread, the share among the read
-    ones must exceed 5 % by three standard errors. Fewer than 20 read frames never stop a run.
-
-    Args:
-        log_file: gets one line per bad frame: data set, file, reason. Lines of an earlier start of the run, or of other
-            processes, are counted and not repeated. DataError if it cannot be read or written.
-        held_out: (sequences,) bool; held-out and training sequences never replace each other. None: all are training.
-    """
-
-    def __init__(self, manifests: Manifests, log_file: Path | None = None, held_out: np.ndarray | None = None) -> None:
-        self.manifests = manifests
-        self.held_out = np.zeros(manifests.num_sequences, bool) if held_out is None else held_out
-        sets = len(manifests.datasets)
-        self._log = _LogFile(log_file) if log_file is not None else None
-        self._lock = threading.Lock()
-        self._bad: set[int] = set()
-        self._first: dict[int, list[Path]] = {}
-        # Frames by data set: all, and those that this process has read and found bad.
-        self._total = np.bincount(manifests.dataset_of, np.diff(manifests.starts), minlength=sets)
-        self._read = np.zeros(sets, np.int64)
-        self._found = np.zeros(sets, np.int64)
-        self._was_read = np.zeros(manifests.num_frames, bool)  # untouched pages take no memory
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Bad frames by data set, without zeros: of all processes that share the log, or of this one without a log."""
-        with self._lock:
-            names = self.manifests.datasets
-            if self._log is None:
-                return {name: int(found) for name, found in zip(names, self._found, strict=True) if found}
-            self._log.update()
-            listed = Counter(dataset for dataset, _ in self._log.listed)
-            return {name: listed[name] for name in names if listed[name]}
-
-    def read(self, rows: np.ndarray) -> None:
-        """Record an attempt to decode these frames; those not passed to `add` were good."""
-        with self._lock:
-            new = np.unique(rows[~self._was_read[rows]])
-            self._was_read[new] = True
-            datasets = self.manifests.dataset_of[self.manifests.sequence_of(new)]
-            self._read += np.bincount(datasets, minlength=len(self._read))
-
-    def add(self, row: int, file: Path, reason: str) -> None:
-        """Record a bad frame, which must have been passed to `read`."""
-        with self._lock:
-            if row in self._bad:
-                return
-            self._bad.add(row)
-            number = int(self.manifests.dataset_of[self.manifests.sequence_of(row)])
-            self._found[number] += 1
-            first = self._first.setdefault(number, [])
-            if len(first) < NAMED:
-                first.append(file)
-                log.warning("'%s' cannot be decoded and is replaced by another frame: %s", file, reason)
-            if self._log:
-                self._log.write(self.manifests.datasets[number], file, reason)
-
-    def check(self) -> None:
-        """Stop the run if a data set has too many bad frames; call it after `read` and `add` of a batch.
-
-        A batch of good frames can stop a run too: fewer unread frames mean a smaller standard error.
-        """
-        with self._lock:
-            for number, files in self._first.items():
-                bad, read, total = self._found[number], self._read[number], self._total[number]
-                error = np.sqrt(MAX_SHARE * (1 - MAX_SHARE) * read * (1 - read / total))
-                if read < MIN_FRAMES or bad <= MAX_SHARE * read + STANDARD_ERRORS * error:
-                    continue
-                named = ", ".join(f"'{file}'" for file in files)
-                named += f"; all are listed in '{self._log.path}'" if self._log else ""
-                failed = f"{bad} of {read} frames of the data set '{self.manifests.datasets[number]}' cannot be decoded"
-                raise DataError(f"{failed}, such as {named}; restore them, or leave the data set out")
-
-    def replacements(self, row: int, taken: set[int]) -> Iterator[int]:
-        """Rows that may replace a bad one, in an order that depends only on the arguments and the known bad frames.
-
-        First the other frames of its sequence, from `row` on, those not in `taken` first; then the next sequences of
-        its data set with the same `held_out` flag. Known bad frames are skipped.
-        """
-        manifests = self.manifests
-        own = int(manifests.sequence_of(row))
-        alike = (manifests.dataset_of == manifests.dataset_of[own]) & (self.held_out == self.held_out[own])
-        sequences = np.flatnonzero(alike)
-        place = int(np.searchsorted(sequences, own))
-        for sequence in np.roll(sequences, -place)[:MAX_SEQUENCES].tolist():
-            first, last = manifests.starts[sequence : sequence + 2].tolist()
-            rows = (first + (row - first + i) % (last - first) for i in range(last - first))
-            for candidate in sorted(rows, key=taken.__contains__):
-                if candidate != row and candidate not in self._bad:
-                    yield candidate
+def _passing(file: Path) -> bool:
+    """Whether a file cannot be read for a reason that passes."""
+    try:
+        read_file(file)
+    except FrameError as error:
+        return error.passing
+    return False
 
 
-class _LogFile:
-    """Tab-separated bad frames, appended by several processes; lists each file of a data set once."""
+def _work(jobs: "queue.SimpleQueue[tuple[Future[Batch], StepPlan] | None]", load: Callable[[StepPlan], Batch]) -> None:
+    """Thread that decodes plans until it gets None."""
+    _use_one_core()
+    while (job := jobs.get()) is not None:
+        future, plan = job
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(load(plan))
+            except BaseException as error:  # raised by the caller of `batches`
+                future.set_exception(error)
+        being_read.pop(threading.get_ident(), None)
+        del job, future  # or the batch would stay in memory
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.listed: set[tuple[str, str]] = set()  # data set and file of every line read or written so far
-        self._offset = 0
-        self.update()
 
-    def update(self) -> None:
-        """Read the lines that other processes appended."""
-        try:
-            if self.path.is_file() and self.path.stat().st_size > self._offset:
-                with open(self.path, **TEXT) as file:
-                    self._read(file)
-        except OSError as error:
-            raise DataError(f"'{self.path}' cannot be read ({error.strerror or error})") from None
-
-    def write(self, dataset: str, file: Path, reason: str) -> None:
-        """Append a line, unless the file is listed."""
-        with writing(self.path, DataError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+", **TEXT) as out:
-                self._read(out)
-                if (dataset, str(file)) not in self.listed:
-                    self.listed.add((dataset, str(file)))
-                    out.write(f"{dataset}\t{file}\t{' '.join(reason.split())}\n")
-                self._offset = out.tell()
-
-    def _read(self, file: IO[str]) -> None:
-        file.seek(self._offset)
-        while line := file.readline():  # iteration would disable tell()
-            if line.count("\t") >= 2:
-                dataset, name, _ = line.split("\t", 2)
-                self.listed.add((dataset, name))
-        self._offset = file.tell()
+def _wait(future: "Future[Batch]", threads: list[threading.Thread], stopping: Callable[[], bool]) -> None:
+    """Wait for a batch, and warn when it is late; StoppedError if it is late and `stopping` is true."""
+    began, stopped, warn_s = time.monotonic(), None, WARN_S
+    while not wait((future,), POLL_S).done:
+        now = time.monotonic()
+        names = ", ".join(f"'{file}'" for t in threads if (file := being_read.get(t.ident or 0)))
+        late = f"waiting for a batch for {now - began:.0f} s; files being read: {names or 'none'}"
+        if now - began > warn_s:
+            log.warning("%s", late)
+            warn_s *= 2
+        if stopping():
+            stopped = stopped or now
+            if now - stopped > GRACE_S:
+                raise StoppedError(late)
 
 
 class _InUse(deque[tuple[Batch, torch.cuda.Event]]):

@@ -32,6 +32,7 @@ from fastmum.data.manifest_writer import DIGITS, METADATA_KEY, OPTIONAL, TEXT, V
 from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
+from fastmum.files import regular
 
 BUILD = "build it with `python -m fastmum.data.build`"
 NUMBERED, SMALL = pa.dictionary(pa.int32(), TEXT), pa.dictionary(pa.int16(), TEXT)
@@ -159,7 +160,7 @@ class Manifest:
 
 def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes]]:
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise DataError(f"there is no manifest '{path}'; {BUILD}") from None

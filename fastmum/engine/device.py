@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fastmum.config.schema import ConfigError
 from fastmum.engine.distributed import LaunchInfo
+from fastmum.errors import FastmumError
 
 log = logging.getLogger(__name__)
 
@@ -87,17 +88,36 @@ def to_device(batch: Any, device: torch.device) -> Any:
 class Prefetcher:
     """Iterates over a task's batches (pytrees of tensors) and moves them to the device, on CUDA one ahead.
 
-    `wait_seconds` is the time that the training loop has waited for `batches`.
+    `wait_seconds` is the time that the training loop has waited for `batches`. `error` is what `batches` raised for the
+    user; from then on each batch is the one before, so that the step can end on all processes.
     """
 
     def __init__(self, batches: Iterator[Any], device: torch.device) -> None:
         self.wait_seconds = 0.0
+        self.error: FastmumError | None = None
+        self._last: Any = None
+        self._started = False  # `_last` has not been returned
         self._source, self._device = batches, device
         on_cpu = (to_device(batch, device) for batch in self._timed())
         self._moved: Generator[Any, None, None] = self._ahead() if device.type == "cuda" else on_cpu
 
+    def start(self) -> None:
+        """Wait for the first batch."""
+        self._fetch()
+        self._started = True
+
     def __next__(self) -> Any:
-        return next(self._moved)
+        if not self._started:
+            self._fetch()
+        self._started = False
+        return self._last
+
+    def _fetch(self) -> None:
+        if self.error is None:
+            try:
+                self._last = next(self._moved)
+            except FastmumError as error:
+                self.error = error
 
     def close(self) -> None:
         """Stop the source."""

@@ -34,17 +34,21 @@ class NonFiniteGuard:
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
-    def check(self, step: int, loss: Tensor, *norms: Tensor) -> Tensor:
-        """found_inf of a step: 0-d float32 on the device, 1 if the (reduced, 0-d) loss or a norm is not finite."""
+    def check(self, step: int, loss: Tensor, *norms: Tensor, void: Tensor) -> Tensor:
+        """found_inf of a step: 0-d float32 on the device, 1 if the (reduced, 0-d) loss or a norm is not finite.
+
+        It is also 1 if `void` (0-d) is above 0; such steps are not counted.
+        """
         finite = loss.isfinite()
         for norm in norms:
             finite = finite & norm.isfinite()
-        bad = ~finite
+        void = void > 0
+        bad = ~finite & ~void
         row, total, longest, end = self.counts.unbind()
-        row = (row + 1) * bad
+        row = torch.where(void, row, (row + 1) * bad)
         end = torch.where(row > longest, step, end)
         self.counts.copy_(torch.stack([row, total + bad, torch.maximum(row, longest), end]))
-        return bad.float()
+        return (bad | void).float()
 
     def state(self) -> dict[str, Tensor]:
         """The live counts, to save and to fill in place."""
@@ -88,13 +92,16 @@ class Step:
         self._begin()
 
     def _begin(self) -> None:
-        self._loss = torch.zeros(2, device=self._world.device)  # loss or its sum, weight if not known beforehand
+        # Loss or its sum, weight if not known beforehand, void micro-batches.
+        self._loss = torch.zeros(3, device=self._world.device)
         self._known_weight = True
         self._totals: Tensor | None = None
         self._samples = 0
 
-    def accumulate(self, batch: Any, last: bool) -> None:
-        """Forward and backward of a micro-batch; `last`: the step's last one."""
+    def accumulate(self, batch: Any, last: bool, void: bool = False) -> None:
+        """Forward and backward of a micro-batch; `last`: the step's last one; `void`: the step is skipped."""
+        if void:
+            self._loss[2] += 1
         if self._task.config.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         self._gradients.next_batch(last)
@@ -116,7 +123,7 @@ class Step:
     def update(self, step: int, rate: float) -> None:
         """Update the weights at a learning rate, unless loss or gradient are not finite; `step` counts from 1."""
         self._gradients.finish()
-        loss, weight = self._loss.unbind()
+        loss, weight, void = self._loss.unbind()
         norms: list[Tensor] = self._gradients.norms()
         factors: list[Tensor | None] = [None] * len(norms)
         if not self._known_weight:
@@ -124,7 +131,7 @@ class Step:
             factors = [1 / weight] * len(norms)
             norms = [norm / weight for norm in norms]
         total = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
-        found_inf = self._guard.check(step, loss, total)
+        found_inf = self._guard.check(step, loss, total, void=void)
         for i, group in enumerate(self._groups):
             if group.clip is not None:
                 clip = (group.clip / (norms[i] + 1e-6)).clamp(max=1.0)

@@ -1,7 +1,7 @@
 """The interface between the training engine and what it trains."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
@@ -94,6 +94,7 @@ class Task(ABC):
     def __init__(self, config: Any, world: DistContext) -> None:
         self.config, self.world = config, world
         self.batches_per_step = 1
+        self.stopping: Callable[[], bool] = lambda: False  # whether a stop signal has arrived: long waits for data end
 
     @abstractmethod
     def build(self) -> nn.Module:
@@ -141,7 +142,8 @@ class Task(ABC):
     def batches(self, start: int, stop: int) -> Iterator[Any]:
         """`batches_per_step` micro-batches for every step in [start, stop), counted from 0: pytrees of tensors.
 
-        A pure function of (seed, step, rank, world size): resuming needs no other state.
+        A pure function of (seed, step, rank, world size): resuming needs no other state. A FastmumError ends the run
+        after all processes have saved; so does a StoppedError if a batch is late and `stopping` is true.
         """
 
     @abstractmethod
@@ -168,6 +170,16 @@ class Task(ABC):
     def pictures(self, model: Any, step: int) -> dict[str, Image.Image]:
         """Pictures by name after `step` steps; all processes call it, the first one writes them."""
         return {}
+
+    def tally(self) -> Tensor | None:
+        """Counts of this process, float64 on the CPU, to be summed over processes in every step; None: there are none.
+
+        They are of one shape on all processes.
+        """
+        return None
+
+    def pool(self, total: Tensor) -> None:  # noqa: B027
+        """Take the sum of the `tally` of all processes, one step late."""
 
     def counters(self) -> dict[str, float | None]:
         """More numbers for a log line, such as bad frames."""

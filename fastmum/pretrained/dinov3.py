@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmum.files import regular
 from fastmum.model.block import BASE
 from fastmum.model.config import MLP_RATIO, ModelConfig
 from fastmum.pretrained.layout import WeightsError
@@ -100,6 +101,6 @@ def _ours(name: str) -> str:
 def is_dinov3(folder: Path) -> bool:
     """Whether a folder of transformers holds this kind of model."""
     try:
-        return json.loads((folder / "config.json").read_bytes()).get("model_type") == MODEL_TYPE
+        return json.loads(regular(folder / "config.json").read_bytes()).get("model_type") == MODEL_TYPE
     except (OSError, ValueError, AttributeError):
         return False

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.rundir import RunDir
+from fastmum.files import regular
 from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
 from fastmum.pretrained.layout import SIZES, WeightsError, some
 
@@ -63,7 +64,7 @@ def read_saved(path: Path, ema: bool | None = None) -> Saved:
     if path.is_dir():
         return _read_dinov3(path)
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             head = file.read(9)
     except FileNotFoundError:
         raise WeightsError(f"'{path}' does not exist") from None
@@ -101,7 +102,7 @@ def _whole(value: Any) -> int | None:
 
 def _read_dinov3(path: Path) -> Saved:
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = json.loads(regular(path / "config.json").read_bytes())
         tensors = {name: tensor for file in _shards(path) for name, tensor in _read_safetensors(file).tree.items()}
         state, sizes = from_dinov3(tensors, config)
     except (KeyError, RuntimeError, TypeError) as error:
@@ -118,7 +119,7 @@ def _shards(folder: Path) -> list[Path]:
             raise WeightsError(f"'{folder}' has a config.json, but no {whole.name} and no {index.name}")
         return [whole]
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(regular(index).read_bytes())["weight_map"].values()))
         shards = [folder / name for name in names if Path(name).name == name]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise WeightsError(f"'{index}' is no index of weights: it must be JSON with a weight_map") from None
@@ -129,7 +130,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_safetensors(path: Path) -> Saved:
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError) as error:

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fastmum.engine.gpus import PAPER_RUNS, SOURCE
+from fastmum.files import regular
 from fastmum.report.charts import color, report_charts
 from fastmum.report.run import Run
 
@@ -82,7 +83,7 @@ def embed(path: Path, max_side: int = 1280) -> str | None:
 def open_picture(path: Path, max_side: int = 1280) -> Image.Image | None:
     """A picture in RGB, at most `max_side` pixels wide and high; None if it cannot be read."""
     try:
-        with Image.open(path) as file:
+        with Image.open(regular(path)) as file:
             picture = file.convert("RGB")
     except Exception:  # a damaged picture raises any error
         return None

@@ -126,7 +126,9 @@ class MuMTask(Task):
         self._splits = open_splits(self.config, folder, start > 0 or not self.world.is_main, micro_batches)
         decoder = make_decoder(data.decoder, data.image_size, self.world.device, int(data.cache_gb * 1e9))
         splits, bad_frames = self._splits, folder / "bad_frames.log"
-        self._loader = Loader(decoder, splits.manifests, data.workers, bad_frames, splits.is_held_out)
+        self._loader = Loader(
+            decoder, splits.manifests, data.workers, bad_frames, splits.is_held_out, self.world.size, data.retry_s
+        )
 
     def data_digests(self) -> dict[str, str]:
         return {str(part.path): quick_digest(part.path) for part in self._splits.manifests.parts}
@@ -138,20 +140,20 @@ class MuMTask(Task):
         uncounted.
         """
         planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
+        plans = [_picture_plan(self._splits, self.config.data.frames_per_batch)]
+        numbers = range(self.world.rank, -(-count // size) * size, size)
         if planner is not None:
-            for i in range(self.world.rank, -(-count // size) * size, size):
-                number = min(i, count - 1)
-                frames, lengths = self._loader.load(planner.plan(number))
-                self._held_out[i] = self._batch(frames, lengths, EVAL_SEED, number)
-        plan = _picture_plan(self._splits, self.config.data.frames_per_batch)
-        frames, lengths = self._loader.load(plan)
-        self._shown = self._batch(frames, lengths, EVAL_SEED, 0)
-        self._shown_names = _picture_names(self._splits, plan)
+            plans += [planner.plan(min(i, count - 1)) for i in numbers]
+        shown, *evaluated = self._loader.batches(plans, self.stopping)
+        for i, (frames, lengths) in zip(numbers, evaluated, strict=False):
+            self._held_out[i] = self._batch(frames, lengths, EVAL_SEED, min(i, count - 1))
+        self._shown = self._batch(*shown, EVAL_SEED, 0)
+        self._shown_names = _picture_names(self._splits, plans[0])
 
     def batches(self, start: int, stop: int) -> Iterator[MuMBatch]:
         planner, first = self._splits.training, self.world.rank * self.batches_per_step
         places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
-        batches = self._loader.batches(planner.plan(step, part) for step, part in places)
+        batches = self._loader.batches((planner.plan(step, part) for step, part in places), self.stopping)
         for (step, part), (frames, lengths) in zip(places, batches, strict=True):
             yield self._batch(frames, lengths, self.config.run.seed, step, part, planner.step_frames(step))
 
@@ -209,6 +211,15 @@ class MuMTask(Task):
         norm_pix, losses = self.config.loss.norm_pix, output.loss.tolist()
         named = step, *self._shown_names, losses
         return {"reconstruction": draw_reconstruction(frames, batch.lengths, masked_ids, pred, *named, norm_pix)}
+
+    def tally(self) -> Tensor:
+        return torch.from_numpy(self._loader.faults.tally())
+
+    def pool(self, total: Tensor) -> None:
+        self._loader.faults.pool(total.numpy())
+
+    def close(self) -> None:
+        self._loader.faults.close()
 
     def counters(self) -> dict[str, float | None]:
         counts = self._loader.faults.counts

@@ -83,6 +83,48 @@ def test_the_others_report_the_error_of_a_rank(start, tmp_path, image_folder):
     assert any("error: " in log and "data set 'folder' cannot be decoded" in log for log in logs), logs
 
 
+def test_bad_frames_of_all_processes_together_stop_the_run(start, tmp_path, image_folder):
+    for number in (0, 1):
+        (image_folder / f"scene1/{number}.png").write_bytes(b"broken")
+    processes = start(2, *MUM, *ENDLESS)
+    for rank, process in enumerate(processes):
+        process.join(timeout=90)
+        log = (tmp_path / f"log-{rank}").read_text()
+        assert process.exitcode == 2, log
+        assert "% of the frames of the data set 'folder' cannot be decoded (8 sequences" in log, "4 in each process"
+    assert find_checkpoints(tmp_path / "run")[0].manifest.step > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "size", "step"),
+    [
+        (TINY, 1, 10),
+        (TINY, 2, 10),  # the others write a checkpoint before they know
+        pytest.param([*TINY, "parallel.strategy=fsdp2"], 2, 20, marks=pytest.mark.slow),  # the last step
+        pytest.param(TINY, 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_data_error_saves_the_last_whole_step_first(start, tmp_path, args, size, step):
+    """All processes save and exit with the code of a data error; the resumed run equals one without an error."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+
+    def finish(code, *more):
+        processes = start(size, *args, *more)
+        for process in processes:
+            process.join(timeout=60)
+        logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(size)]
+        assert [process.exitcode for process in processes] == [code] * size, logs
+        return logs
+
+    finish(0, f"run.dir={whole}")
+    logs = finish(2, f"tiny.fails_at={step}")
+    assert all(sum("the data are damaged" in line for line in log.splitlines()) == 1 for log in logs), logs
+    found = find_checkpoints(run)
+    assert [each.manifest.step for each in found[:1]] == [step - 1][: step - 1]
+    finish(0)
+    assert numbers(run) == numbers(whole)
+
+
 @pytest.mark.parametrize(("args", "number"), [(MUM, signal.SIGUSR1), (TINY, signal.SIGTERM)])
 def test_a_signal_to_one_process_makes_all_save_the_same_step(start, tmp_path, args, number):
     processes = start(2, *args, *ENDLESS)

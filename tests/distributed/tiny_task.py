@@ -10,6 +10,7 @@ from torch import nn
 from fastmum.config.schema import EngineConfig, key
 from fastmum.engine.device import to_device
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput, Task
+from fastmum.errors import FastmumError
 
 TINY = [
     "run.task=tiny", "optim.base_lr=0.2", "optim.warmup_steps=2", "optim.clip=0.3", "train.steps=20",
@@ -23,6 +24,7 @@ class TinySection:
     hidden: int = key(16, "width of the head", least=1)
     batch: int = key(6, "samples of a micro-batch", least=1)
     batch_per_step: int | None = key(24, "samples of a step")
+    fails_at: int = key(0, "step whose data the last process cannot read; 0: none")
 
 
 @dataclass
@@ -93,6 +95,8 @@ class TinyTask(Task):
         first = self.world.rank * self.batches_per_step
         for step in range(start, stop):
             for part in range(first, first + self.batches_per_step):
+                if step + 1 == self.config.tiny.fails_at and self.world.rank == self.world.size - 1:
+                    raise FastmumError("the data are damaged")
                 yield self._batch(step, part)
 
     def loss(self, model, batch):

@@ -17,6 +17,7 @@ from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import CHUNK
 from fastmum.errors import writing
+from fastmum.files import regular
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def _frames(video: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Image.
     import av
 
     try:
-        with av.open(str(video)) as container:
+        with av.open(str(regular(video))) as container:
             if not container.streams.video:
                 raise UnreadableVideoError(f"'{video}' has no pictures; remove it")
             container.streams.video[0].thread_type = "AUTO"
@@ -108,7 +109,7 @@ def _frames(video: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Image.
                 if take:
                     chosen += 1
                     yield number, _upright(frame, settings["short_side"])
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise UnreadableVideoError(f"'{video}' cannot be decoded ({error.strerror}); repair or remove it") from None
 
 

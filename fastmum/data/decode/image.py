@@ -9,7 +9,9 @@ to ten attempts at an area and an aspect ratio; the first that fits in the image
 largest centred box within the bounds of the aspect ratio.
 """
 
+import errno
 import io
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +19,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch.nn.functional import interpolate
+
+from fastmum.files import regular
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
@@ -41,8 +45,23 @@ BOUNDS = slice(2 * ATTEMPTS + 2, 2 * ATTEMPTS + 4)  # least and greatest aspect 
 CROP_WIDTH = 2 * ATTEMPTS + 4
 
 
+# Errors that pass: of files on a network whose server restarts, or a shortage of memory or file descriptors.
+PASSING = frozenset({
+    errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
+    errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+})  # fmt: skip
+being_read: dict[int, Path] = {}  # by thread: the file that it opened last
+
+
 class FrameError(Exception):
-    """A file that is not a complete image; the message gives the reason in a few words, without the file name."""
+    """A file that is not a complete image; the message gives the reason in a few words, without the file name.
+
+    `passing`: the file could not be read for one of the reasons in `PASSING`.
+    """
+
+    def __init__(self, reason: str, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
 
 
 class Header(NamedTuple):
@@ -55,12 +74,13 @@ class Header(NamedTuple):
 
 
 def read_file(file: Path) -> bytes:
-    """Read a file; raises FrameError if it is missing, empty or unreadable."""
+    """Read a file; raises FrameError if it is missing, empty, unreadable or not `regular`."""
     try:
-        data = file.read_bytes()
+        being_read[threading.get_ident()] = file
+        data = regular(file).read_bytes()
     except OSError as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise FrameError("missing" if missing else error.strerror or str(error)) from None
+        reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
+        raise FrameError(reason, error.errno in PASSING) from None
     if not data:
         raise FrameError("empty")
     return data

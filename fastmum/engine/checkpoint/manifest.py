@@ -14,6 +14,7 @@ import xxhash
 from torch import Tensor
 
 from fastmum.errors import FastmumError
+from fastmum.files import regular
 from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def _is_checkpoint(path: Path) -> bool:
 def _found(path: Path) -> FoundCheckpoint:
     """Read the manifest, without verifying the other files."""
     try:
-        outer = json.loads((path / MANIFEST).read_bytes())
+        outer = json.loads(regular(path / MANIFEST).read_bytes())
         content = outer["content"]
         if _hash(content) != outer["xxh3"]:
             problem = "does not match its hash"

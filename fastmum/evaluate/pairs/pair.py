@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
+from fastmum.files import regular
 from fastmum.geometry import relative_pose
 from fastmum.geometry.warp import Warp, grid_points, true_warp
 
@@ -130,7 +131,7 @@ def read_archive(file: Path) -> dict[str, np.ndarray]:
     The published files hold pickled objects: read only files that you trust.
     """
     try:
-        loaded = np.load(file, allow_pickle=True)
+        loaded = np.load(regular(file), allow_pickle=True)
         return dict(loaded.item()) if file.suffix == ".npy" else dict(loaded)
     except Exception as error:  # unpickling raises any error
         raise DataError(f"archive '{file}' cannot be read ({str(error).partition(chr(10))[0] or error!r})") from None
