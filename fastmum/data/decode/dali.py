@@ -6,7 +6,7 @@ no other thread uses. Files that DALI cannot decode are decoded by Pillow and en
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -84,7 +84,7 @@ class DaliCpuDecoder:
             bad |= {begin + i: reason for i, reason in failed.items()}
             for i, flip in enumerate(flips[chunk].tolist()):
                 place(resize(regions.at(i), self.size), out[begin + i], UPRIGHT, flip)
-        return Decoded(frames, bad | _find_cut(out[CORNERS], files, bad))
+        return Decoded(frames, _with_cut(bad, out[CORNERS], files))
 
 
 class DaliGpuDecoder:
@@ -101,13 +101,14 @@ class DaliGpuDecoder:
             # DALI returns once the frames are complete, so no stream has to wait for them.
             outputs, bad = self._runner.run(files, crops, flips, len(files))
             frames = torch.from_dlpack(outputs.as_tensor())
-            return Decoded(frames, bad | _find_cut(frames[CORNERS].cpu().numpy(), files, bad))
+            return Decoded(frames, _with_cut(bad, frames[CORNERS].cpu().numpy(), files))
 
 
-def _find_cut(corners: np.ndarray, files: Sequence[Path], bad: Mapping[int, str]) -> dict[int, str]:
-    """Index and reason of JPEGs that were cut before the end of the crop and closed; `corners` (F, 4, 3) of frames."""
+def _with_cut(bad: dict[int, str], corners: np.ndarray, files: Sequence[Path]) -> dict[int, str]:
+    """`bad` and the JPEGs that were cut before the end of the crop and closed; `corners` (F, 4, 3) of the frames."""
     grey = (corners == 128).all(2).any(1)
-    return {i: image.CUT_OFF for i in np.flatnonzero(grey).tolist() if i not in bad and image.is_cut(files[i])}
+    cut = (i for i in np.flatnonzero(grey).tolist() if i not in bad and image.is_cut(files[i]))
+    return dict(sorted((bad | dict.fromkeys(cut, image.CUT_OFF)).items()))
 
 
 # Input of a pipeline for one frame: (n,) uint8 bytes of a file; left, top, width, height of the region.
