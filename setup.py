@@ -15,7 +15,7 @@ MAPPED = {"fastmum.kernels": "kernels", "fastmum.configs": "configs", "fastmum.l
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
     "colmap": ["scipy>=1.12"],
-    "video": ["av>=14"],
+    "video": ["av>=14.2"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],

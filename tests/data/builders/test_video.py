@@ -29,7 +29,7 @@ def film(raw):
         with av.open(str(raw / name), "w", options=options or {}) as container:
             if cover:
                 still = container.add_stream("mjpeg", rate=1, width=16, height=16, pix_fmt="yuvj420p")
-                still.disposition = av.stream.Disposition.attached_pic
+                still.disposition = av.stream.Disposition.attached_pic.value
                 picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
             rate = 1000 if times else 10
             stream = container.add_stream(codec, rate, width=64, height=32, pix_fmt="yuv420p", bit_rate=4_000_000)
