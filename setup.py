@@ -15,7 +15,7 @@ MAPPED = {"fastmum.kernels": "kernels", "fastmum.configs": "configs", "fastmum.l
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
     "colmap": ["scipy>=1.12"],
-    "video": ["av>=14"],
+    "video": ["av>=14.2"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
     "xformers": ["xformers>=0.0.35; sys_platform == 'linux'"],
@@ -51,7 +51,7 @@ setup(
     entry_points={"console_scripts": ["fastmum=fastmum.cli:main"]},
     # The wheel of scikit-image has the photographs that texture the rendered scenes.
     install_requires=[
-        "torch>=2.10", "triton>=3.4; sys_platform == 'linux'", "numpy>=1.26", "omegaconf>=2.3", "pillow>=10.3",
+        "torch>=2.10", "triton>=3.4; sys_platform == 'linux'", "numpy>=1.26", "omegaconf>=2.3", "pillow>=11.3",
         "safetensors>=0.4.3", "xxhash>=3", "tensorboard>=2.16", "tqdm>=4.66", "natsort>=8.4", "scipy>=1.11.4",
         "pyarrow>=16", "pyyaml>=6", "platformdirs>=4.2", "scikit-image>=0.24", "jinja2>=3.1", "matplotlib>=3.8",
     ],

@@ -1,5 +1,6 @@
 """Reading sparse COLMAP reconstructions: poses and cameras of the images, and which 3-D points each image sees."""
 
+import logging
 import os
 import struct
 import warnings
@@ -11,6 +12,8 @@ import numpy as np
 
 from fastmum.data.errors import DataError, reading
 
+log = logging.getLogger(__name__)
+
 PARTS = ("cameras", "images", "points3D")  # rigs and frames came later, and most models have none
 # COLMAP's camera models by number: name, parameters, focal lengths (1: f cx cy ..., 2: fx fy cx cy ..., 0: panorama).
 CAMERAS = (
@@ -21,6 +24,7 @@ CAMERAS = (
     ("EQUIRECTANGULAR", 2, 0),
 )  # fmt: skip
 NO_POINT = -1
+POINT_BYTES, OBSERVATION_BYTES = 51, 8  # in points3D.bin; the length of a point's track is in the last 8 of its 51
 POINTS_2D = np.dtype([("x", "<f8"), ("y", "<f8"), ("point", "<i8")])
 
 
@@ -64,7 +68,10 @@ def find_format(folder: Path) -> str:
 
 
 def read_model(folder: str | Path) -> Model:
-    """Read the model in a folder, without coordinates of 3-D points; raises DataError if none is whole."""
+    """Read the model in a folder, without coordinates of 3-D points; raises DataError if none is whole.
+
+    Of an image that is registered several times, the one of the lowest number is taken, which is logged.
+    """
     from scipy.spatial.transform import Rotation  # slow to import
 
     folder = Path(folder)
@@ -77,14 +84,24 @@ def read_model(folder: str | Path) -> Model:
         if not images:
             raise DataError(f"the COLMAP model in '{folder}' has no registered image; leave the folder out")
         _, names, motions, numbers, features = zip(*images, strict=True)
+        if unknown := sorted(set(numbers) - cameras.keys()):
+            raise ValueError(f"it has images of the camera {unknown[0]}, which cameras{suffix} does not have")
         intrinsics, motion = np.array([cameras[number] for number in numbers]), np.array(motions)
         poses = np.tile(np.eye(4), (len(images), 1, 1))
         poses[:, :3, :3] = Rotation.from_quat(motion[:, [1, 2, 3, 0]]).as_matrix()
         poses[:, :3, 3] = motion[:, 4:]
     seen = [points[points != NO_POINT] for points in features]
     rows = np.repeat(np.arange(len(images), dtype=np.int32), [len(points) for points in seen])
+    if suffix == ".bin":
+        with reading(file := folder / "points3D.bin", "points of a COLMAP model", "copy it again"):
+            _check_points(file, len(rows))
     points = np.unique(np.concatenate(seen), return_inverse=True)[1]
-    return Model(tuple(name.replace("\\", "/") for name in names), poses, intrinsics, rows, points)
+    model = Model(tuple(name.replace("\\", "/") for name in names), poses, intrinsics, rows, points)
+    first = np.unique(model.names, return_index=True)[1]
+    if len(first) == len(names):
+        return model
+    log.warning("%d of %d images of '%s' are registered again", len(names) - len(first), len(names), folder)
+    return model.select(np.isin(np.arange(len(names)), first))
 
 
 def _pinhole(number: int, parameters: np.ndarray) -> tuple[float, ...]:
@@ -92,6 +109,8 @@ def _pinhole(number: int, parameters: np.ndarray) -> tuple[float, ...]:
     if len(parameters) != count:
         raise ValueError(f"{len(parameters)} parameters of the camera model {CAMERAS[number][0]}")
     values = parameters.tolist()
+    if focal and not min(values[:focal]) > 0:
+        raise ValueError(f"a focal length of {min(values[:focal])}")
     return (values[0], *values[:3]) if focal == 1 else tuple(values[:4]) if focal else (np.nan,) * 4
 
 
@@ -99,6 +118,8 @@ def _cameras_bin(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
     data, position = file.read_bytes(), 8
     for _ in range(struct.unpack_from("<Q", data)[0]):
         number, model, _, _ = struct.unpack_from("<IiQQ", data, position)
+        if model not in range(len(CAMERAS)):
+            raise ValueError(f"the camera model {model} is unknown")
         parameters = np.frombuffer(data, "<f8", CAMERAS[model][1], position + 24)
         yield number, _pinhole(model, parameters)
         position += 24 + parameters.nbytes
@@ -118,13 +139,25 @@ def _images_bin(file: Path) -> Iterator[Image]:
     _check_end(data, position)
 
 
+def _check_points(file: Path, observations: int) -> None:
+    """Raise an error if points3D.bin is cut. Its records are only read if it is too short for all observations."""
+    with file.open("rb") as stream:
+        (count,) = struct.unpack("<Q", stream.read(8))
+    if file.stat().st_size < 8 + POINT_BYTES * count + OBSERVATION_BYTES * observations:
+        data, position = file.read_bytes(), 8
+        for _ in range(count):
+            (length,) = struct.unpack_from("<Q", data, position + POINT_BYTES - 8)
+            position += POINT_BYTES + OBSERVATION_BYTES * length
+        _check_end(data, position)
+
+
 def _check_end(data: bytes, position: int) -> None:
     if position != len(data):
-        raise ValueError(f"{len(data) - position} bytes follow the last record")
+        raise ValueError(f"its records take {position} bytes, but it has {len(data)}")
 
 
 def _lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         yield from (line.strip() for line in stream if not line.startswith("#"))
 
 
@@ -132,6 +165,8 @@ def _cameras_txt(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
     names = [name for name, _, _ in CAMERAS]
     for line in filter(None, _lines(file)):
         number, name, _, _, *parameters = line.split()
+        if name not in names:
+            raise ValueError(f"the camera model {name} is unknown")
         yield int(number), _pinhole(names.index(name), np.array(parameters, np.float64))
 
 

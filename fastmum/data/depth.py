@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from fastmum.data.decode.image import open_image
 from fastmum.data.errors import DataError, reading
 
 
@@ -42,12 +42,12 @@ def read_depth(file: Path, format: DepthFormat) -> np.ndarray:
 
 def read_mask(file: Path) -> np.ndarray:
     """Read a mask, (H, W) bool: true where the stored 8-bit value is over 127."""
-    with reading(file, "a mask"), Image.open(file) as image:
+    with reading(file, "a mask"), open_image(file) as image:
         return np.asarray(image.convert("L")) > 127
 
 
 def _png16(file: Path) -> np.ndarray:
-    with Image.open(file) as image:
+    with open_image(file) as image:
         return np.asarray(image)
 
 

@@ -17,9 +17,9 @@ from fastmum.data.manifest import Manifests
 log = logging.getLogger(__name__)
 
 MAX_SHARE = 0.05  # of bad frames in the sequences of a data set, on average
-MIN_SEQUENCES, MIN_FRAMES = 150, 1000  # of a data set that must have been read before it can stop a run
+MIN_SEQUENCES, MIN_FRAMES = 100, 1000  # of a data set that must have been read before it can stop a run
 SMALL_SEQUENCES, SMALL_FRAMES = 0.75, 0.5  # shares of a data set that are enough where these are fewer
-STANDARD_ERRORS = 1.5  # by which the share must exceed MAX_SHARE while the data set has unread frames
+STANDARD_ERRORS = 0.5  # by which the share must exceed MAX_SHARE while the data set has unread frames
 MAX_TRIES = 1000  # frames that are tried in place of a bad one, at most half of them from its own sequence
 NAMED = 3  # files named in messages
 # States of a frame. The last one was not read for a batch, but was tried as a replacement and is bad.
@@ -30,8 +30,8 @@ class Faults:
     """Counts bad frames, proposes replacements, and stops a run that has too many bad frames. Thread-safe.
 
     Frames go missing with their whole sequence, so sequences are counted: each with its share of bad frames among those
-    that were read. Their mean must not exceed 5 % by 1.5 standard errors, or at all once every frame was read. Before
-    150 sequences and 1,000 frames of a data set were read (small ones: most), nothing is decided. Frames that are tried
+    that were read. Their mean must not exceed 5 % by half a standard error, or at all once every frame was read. Before
+    100 sequences and 1,000 frames of a data set were read (small ones: most), nothing is decided. Frames that are tried
     as replacements do not count. The counts of several processes are added up (`tally`, `pool`).
 
     Args:

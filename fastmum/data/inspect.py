@@ -11,12 +11,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastmum.data.builders.base import names_in
+from fastmum.data.decode import PillowDecoder
+from fastmum.data.decode.image import whole_frames
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.splits import MOST_LOOKED_UP, hold_out, image_overlap
 from fastmum.errors import program, run_command
-from fastmum.files import regular
 from fastmum.progress import progress_bar
 
 BINS = (1, 2, 4, 8, 16, 24, 50, 100, 200, 500, 1000)  # lower bounds of the histogram's bins
@@ -120,12 +121,9 @@ def _strip(manifest: Manifest, sequence: int, rng: np.random.Generator, tile: in
 
 
 def _thumbnail(file: Path, tile: int) -> Image.Image:
-    try:
-        with Image.open(regular(file)) as image:
-            image.draft("RGB", (2 * tile, 2 * tile))  # decodes large JPEGs at a fraction of their size
-            return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (tile, tile))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return Image.new("RGB", (tile, tile), MISSING)
+    """The middle square, as training sees it."""
+    frames, bad = PillowDecoder(tile).decode([file], whole_frames(1), np.zeros(1, bool))
+    return Image.new("RGB", (tile, tile), MISSING) if bad else Image.fromarray(frames[0].numpy())
 
 
 def _depth_thumbnail(file: Path, format: DepthFormat, tile: int) -> Image.Image:

@@ -207,7 +207,12 @@ class Mixture:
         weights = weights or {}
         for name, weight in weights.items():
             if name not in self._names:
-                raise DataError(f"data.weights names '{name}', but the data sets are {', '.join(self._names)}")
+                from fastmum.data.builders import BUILDERS  # which imports this module
+
+                message = f"data.weights names '{name}', but the data sets are {', '.join(self._names)}"
+                if name not in BUILDERS:
+                    raise DataError(message)
+                self.notes.append(message)  # a configuration for several mixtures
             if not 0 <= weight < np.inf:
                 raise DataError(f"data.weights.{name} is {weight}, but must be a finite number of at least 0")
         given = np.array([weights.get(name, 1.0) for name in self._names])

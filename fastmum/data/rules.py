@@ -24,10 +24,10 @@ MIN_ANGLE = 10.0
 def cut_into_chunks(num_frames: int, size: int = CHUNK, last_takes_rest: bool = False) -> list[range]:
     """Consecutive ranges that cover 0 .. num_frames - 1; none for 0 frames.
 
-    The frames that do not fill a chunk are a shorter one, or with `last_takes_rest` (the released scripts) belong to
-    the last one, which then has up to 2 size - 1 frames.
+    The frames that do not fill a chunk are a shorter one. With `last_takes_rest` (the released scripts) the last one
+    takes the rest, of 1 to `size` frames, so that it has up to 2 size frames.
     """
-    count = max(1, num_frames // size) if last_takes_rest else -(-num_frames // size)
+    count = max(1, (num_frames - 1) // size) if last_takes_rest else -(-num_frames // size)
     ends = [i * size for i in range(1, count)] + [num_frames]
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False) if start < end]
 

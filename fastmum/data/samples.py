@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from fastmum.data.decode.image import ORIENTATION
+from fastmum.data.decode.image import read_size, read_upright
 from fastmum.data.depth import DepthFormat, read_depth, read_mask
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import Manifest
@@ -79,13 +79,12 @@ def manifest_frame(manifest: Manifest, row: int) -> Frame:
 
 
 def read_rgb(file: Path) -> Image.Image:
-    """An image, rotated by its EXIF tag; raises DataError if it cannot be read."""
-    with reading(file, "an image"), Image.open(file) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    """The upright image, RGB; raises DataError if it cannot be read."""
+    with reading(file, "an image"):
+        return Image.fromarray(read_upright(file))
 
 
 def image_size(file: Path) -> tuple[int, int]:
     """Width and height of the upright image, from its header; raises DataError if it cannot be read."""
-    with reading(file, "an image"), Image.open(file) as image:
-        sideways = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)  # rotated by 90 degrees
-        return image.size[::-1] if sideways else image.size
+    with reading(file, "an image"):
+        return read_size(file)[1:]

@@ -12,7 +12,7 @@ import natsort
 import numpy as np
 
 from fastmum.data.builders.base import image_folders, images_in
-from fastmum.data.decode.image import FrameError, place, read_header, resize, rgb
+from fastmum.data.decode.image import FrameError, read_header, read_upright, resize
 from fastmum.data.errors import DataError
 from fastmum.errors import FastmumError
 from fastmum.model.inputs import IMAGENET_MEAN
@@ -121,9 +121,7 @@ def _found(word: str) -> list[str]:
 
 def read_image(file: Path, placement: Placement) -> np.ndarray:
     """An upright image, resized and padded: (height, width, 3) uint8 RGB; FrameError if it cannot be decoded."""
-    header = read_header(file)
-    image = np.empty((header.height, header.width, 3), np.uint8)
-    place(np.asarray(rgb(header.image)), image, header.orientation, flip=False)
+    image = read_upright(file)
     height, width = placement.content_height, placement.content_width
     if image.shape[:2] != (height, width):
         image = resize(image, (height, width))

@@ -62,6 +62,7 @@ def test_frames_below_the_manifest_move_with_it(image_folder, tmp_path):
 def test_an_error_in_a_part_reaches_the_user_and_leaves_nothing(tmp_path):
     for scene in ("a", "b", "c"):
         (tmp_path / f"raw/{scene}/dslr/resized_undistorted_images").mkdir(parents=True)
+        (tmp_path / f"raw/{scene}/dslr/train_test_lists.json").touch()
     with pytest.raises(DataError, match=r"a/dslr/train_test_lists\.json'"):
         build("scannetpp", tmp_path / "raw", tmp_path / "m.arrow", workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]

@@ -158,6 +158,7 @@ def test_deviations_from_the_settings_are_noted():
         ({"a": [24], "short": [3], "i": [1]}, {"imagenet_share": 1.0}, "sequences are never drawn"),
         ({"a": [24], "i": [1]}, {"views": (20, 24)}, "paper's shares of lengths"),
         ({"i": [1] * 5}, {}, None),
+        ({"a": [24] * 9}, {"weights": {"megadepth": 3.0}, "imagenet_share": 0.0}, "data.weights names 'megadepth'"),
     ):
         planner = StepPlanner(catalogue(**datasets), **options)
         assert (len(planner.notes), note is None or note in planner.notes[0]) == (note is not None, True)

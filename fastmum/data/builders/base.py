@@ -27,7 +27,15 @@ log = logging.getLogger(__name__)
 Cameras = tuple[np.ndarray | None, np.ndarray | None]  # poses and intrinsics of the frames, as in `SequenceRecord`
 
 RULES = ("paper", "released")
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+# Of `fastmum.data.decode.image.FORMATS`, but not .pfm, which is depth.
+IMAGE_SUFFIXES = frozenset(
+    """.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .bmp .gif .pbm .pgm .pnm .ppm .avif .avifs .jp2 .j2k .j2c
+    .jpc .jpf .jpx .tga .icb .vda .vst .qoi""".split()  # noqa: SIM905
+)
+OTHER_IMAGE_SUFFIXES = frozenset(
+    """.heic .heif .hif .jxl .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .psd .dds .dib .ico .icns .pcx .dcx .sgi
+    .rgb .rgba .bw .ras .xbm .xpm .svg .eps""".split()  # noqa: SIM905
+)
 # Folders next to a scene's photographs that hold something else.
 OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normals"})
 # Folders that network storage, operating systems, archives and viewers add, in lower case.
@@ -207,8 +215,25 @@ def _is_own_picture(name: str, names: set[str]) -> bool:
 
 
 def image_folders(root: Path) -> list[str]:
-    """The folders of `walk` that contain images, without those of depth, masks and normals, in natural order."""
-    found = (folder for folder, files in walk(root, OTHER_FOLDERS) if any(map(is_image, files)))
+    """The folders of `walk` that contain images, without those of depth, masks and normals, in natural order.
+
+    Images of other formats are counted in the log by their suffixes. DataError: all are of formats that are not read.
+    """
+    found, suffixes = [], Counter[str]()
+    for folder, files in walk(root, OTHER_FOLDERS):
+        suffixes.update(os.path.splitext(name)[1].lower() for name in files if not name.startswith("."))
+        if any(map(is_image, files)):
+            found.append(folder)
+    read, others = (
+        ", ".join(f"{suffixes[suffix]} {suffix}" for suffix in natsort.natsorted(suffixes.keys() & kind))
+        for kind in (IMAGE_SUFFIXES, OTHER_IMAGE_SUFFIXES)
+    )
+    if others and not found:
+        raise DataError(f"the images under '{root}' are {others}, which are not read; convert them to .png or .jpg")
+    if others:
+        log.warning("skipped under %s: %s, which are not read; convert them to .png or .jpg", root, others)
+    if "," in read:
+        log.info("images under %s: %s", root, read)
     key = natsort.natsort_keygen()
     return sorted(found, key=lambda folder: [(key(name), name) for name in folder.split("/") if folder != "."])
 

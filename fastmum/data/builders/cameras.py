@@ -12,12 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fastmum.data import errors
 from fastmum.data.builders.base import Cameras
-from fastmum.data.decode.image import ORIENTATION
-from fastmum.files import regular
+from fastmum.data.decode.image import UPRIGHT, FrameError, open_image, read_size
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 # Turned camera axes of the EXIF orientations 3 (by 180 degrees), 6 (90 clockwise) and 8 (90 counter-clockwise).
@@ -65,11 +63,10 @@ def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.nd
     cannot be read counts as upright.
     """
     try:
-        with Image.open(regular(file)) as image:
-            orientation, (width, height) = image.getexif().get(ORIENTATION, 1), image.size
-    except (OSError, ValueError, SyntaxError):
-        orientation = 1
-    if orientation not in range(2, 9):
+        orientation, width, height = read_size(file)
+    except FrameError:
+        orientation = UPRIGHT
+    if orientation == UPRIGHT:
         return pose, intrinsics, False
     if orientation not in TURNS:
         return np.full_like(pose, np.nan), np.full_like(intrinsics, np.nan), True
@@ -78,7 +75,7 @@ def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.nd
     axes[:2, :2] = turn
     fx_fy = np.abs(turn) @ intrinsics[:2]
     # An axis that points the other way starts at the opposite side of the image.
-    centre = turn @ intrinsics[2:] + (turn < 0) @ np.array([width, height])
+    centre = turn @ intrinsics[2:] + (turn < 0).any(1) * np.array([width, height])
     return axes @ pose, np.concatenate([fx_fy, centre]), True
 
 
@@ -107,6 +104,6 @@ def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> Cameras:
 def image_size(folder: Path, names: Sequence[str]) -> tuple[int, int] | None:
     """Width and height of the images of a scene, which share one size, from the first readable one."""
     for name in names[:5]:
-        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(regular(folder / name)) as image:
+        with contextlib.suppress(FrameError), open_image(folder / name) as image:
             return image.size
     return None

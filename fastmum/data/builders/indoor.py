@@ -159,10 +159,13 @@ def scannetpp(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     """The undistorted DSLR photographs of the training list, in chunks.
 
     They have no depth: the toolkit renders it for the fisheye originals. Masks are 0 where people were anonymised and
-    outside the fisheye image.
+    outside the fisheye image. A scene without a list is skipped, which is logged.
     """
     dslr = root / part / "dslr"
     lists = dslr / "train_test_lists.json"
+    if not lists.is_file():
+        log.warning("skipped: '%s' does not exist, which lists the training photographs of the scene", lists)
+        return
     with reading(lists, "a scene's training list"):
         listed = set(json.loads(lists.read_text(encoding="utf-8"))["train"])
     names = natsort.natsorted(listed.intersection(base.images_in(dslr / SCANNETPP_IMAGES)))

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -17,11 +18,15 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
 from fastmum.geometry.camera import camera_from_pytorch3d
 
+log = logging.getLogger(__name__)
+
 PAPER = "the whole video, if it has at least 24 frames"
 OPTIONS = {"min_frames": base.MIN_FRAMES["min_frames"]._replace(default=24)} | base.POSES | base.DEPTH
 
-CATEGORIES = Option("all", "all, or seen: the 41 that others train on", choices=("all", "seen"))
+CATEGORIES = Option(None, "all, or seen: the 41 that others train on (default all; released seen)",
+                    type=str, choices=("all", "seen"))  # fmt: skip
 ANNOTATIONS = "frame_annotations.jgz"
+TRAINING_LIST = "set_lists/set_lists_fewview_dev.json"  # of RelPose's preprocessing, which the released one follows
 # The 41 categories that RelPose and later work train on, as many as the paper names; the other ten are for tests.
 SEEN = frozenset(
     """apple backpack banana baseballbat baseballglove bench bicycle bottle bowl broccoli cake car carrot cellphone
@@ -33,18 +38,27 @@ SEEN = frozenset(
 def co3d_parts(root: Path, options: Options) -> list[str]:
     """Categories with annotations."""
     names = base.matching_folders(root, "*", ANNOTATIONS)
-    return names if options.categories == "all" else [name for name in names if name in SEEN]
+    seen = (options.categories or ("seen" if options.rule == "released" else "all")) == "seen"
+    return [name for name in names if name in SEEN or not seen]
 
 
 def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
-    """Videos of a category by name, frames by number."""
-    file = root / part / ANNOTATIONS
+    """Videos of a category by name, frames by number; released: frames of the training split."""
+    file, training = root / part / ANNOTATIONS, None
+    if options.rule == "released":
+        if not (list_file := root / part / TRAINING_LIST).is_file():
+            log.warning("skipped: '%s' does not exist, which lists the training split of the category", list_file)
+            return
+        with reading(list_file, "a set list of CO3D"):
+            listed = json.loads(list_file.read_text(encoding="utf-8"))["train"]
+            training = {(name, number) for name, number, _ in listed}
     with reading(file, "CO3D frame annotations"):
         with gzip.open(file, "rt", encoding="utf-8") as stream:
             annotations = json.load(stream)
         videos = defaultdict(list)
         for frame in annotations:
-            videos[frame["sequence_name"]].append(frame)
+            if training is None or (frame["sequence_name"], frame["frame_number"]) in training:
+                videos[frame["sequence_name"]].append(frame)
         for name in sorted(videos):
             frames = sorted(videos[name], key=lambda frame: frame["frame_number"])
             depths, masks = ([frame.get(key) or {} for frame in frames] for key in ("depth", "mask"))
@@ -103,6 +117,7 @@ BUILDERS = {
     "co3d": Builder(
         layout=f"<category>/{ANNOTATIONS} and the images that it names; optional: its depth maps and masks",
         paper=PAPER,
+        released=f"frames of the training split (<category>/{TRAINING_LIST}), of 41 categories",
         parts=co3d_parts,
         sequences=co3d,
         options={"categories": CATEGORIES} | OPTIONS,

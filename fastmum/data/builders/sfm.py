@@ -17,7 +17,7 @@ from fastmum.data.builders.base import Builder, Option, Options
 from fastmum.data.builders.cameras import upright
 from fastmum.data.colmap import Model, find_format, read_model
 from fastmum.data.depth import DepthFormat
-from fastmum.data.errors import DataError
+from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import count_shared
 
@@ -37,8 +37,16 @@ AND = "\0"  # between the models of a part of `colmap`
 
 
 def megadepth_parts(root: Path, options: Options) -> list[str]:
-    """Undistorted scenes without those of `--exclude`."""
+    """Undistorted scenes, those of `--scenes` if given, without those of `--exclude`."""
     present = base.folders_in(root / MEGADEPTH)
+    if options.scenes:
+        with reading(file := Path(options.scenes).expanduser(), "a list of scenes", "give a text file, a scene a line"):
+            listed = file.read_text(encoding="utf-8-sig").split()
+        if unknown := [scene for scene in dict.fromkeys(listed) if scene not in present]:
+            log.warning("%d scenes of '%s' do not exist: %s", len(unknown), file, ", ".join(unknown))
+        present = [scene for scene in present if scene in listed]
+        if not present:
+            raise DataError(f"no scene of '{file}' is in '{root / MEGADEPTH}'")
     excluded = {scene.strip() for scene in options.exclude.split(",")} - {""}
     if unknown := sorted(excluded.difference(present)):
         log.warning("--exclude names scenes that do not exist: %s", ", ".join(unknown))
@@ -238,6 +246,7 @@ ANGLE_OPTIONS = {
     "min_overlap": Option(rules.MIN_OVERLAP, "least overlap of consecutive images", min=0),
     "min_angle": Option(rules.MIN_ANGLE, "least rotation between consecutive images, in degrees", min=0),
 }
+SCENES = Option("", "text file of the scenes to take, one a line, such as the released training list")
 BROKEN = {"broken": Option("stop", "at a model that cannot be read", choices=("stop", "skip"))}
 EXCLUDE = Option("", "scenes to skip, separated by commas; 0015,0022 are those of MegaDepth-1500")
 MIN_FRAMES = Option(None, "skip shorter sequences (default 24; released 12)", type=int, min=1)
@@ -255,7 +264,12 @@ BUILDERS = {
         released="a random anchor and its 255 images of most overlap, even if 0",
         parts=megadepth_parts,
         sequences=megadepth,
-        options=OVERLAP_OPTIONS | base.MIN_FRAMES | {"exclude": EXCLUDE} | BROKEN | base.POSES | base.DEPTH,
+        options=OVERLAP_OPTIONS
+        | base.MIN_FRAMES
+        | {"scenes": SCENES, "exclude": EXCLUDE}
+        | BROKEN
+        | base.POSES
+        | base.DEPTH,
     ),
     "megascenes": Builder(
         layout=f"{MEGASCENES}/<001>/<234>/colmap/<n>/{{cameras,images,points3D}}.bin and "

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,12 @@ from fastmum.files import regular
 
 log = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts"})
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .mov .m4v .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .flv .3gp .ogv".split()  # noqa: SIM905
+)
+ASPECTS = 0.1, 10.0  # width over height of a pixel; a video that states others is damaged there
 SETTINGS = "settings.json"  # in a folder of frames: everything that they depend on
+WHOLE = 0.9  # of the frames that a file announces; an edit list may hide a few
 FPS = 5.0  # a chunk of 100 frames is then 20 s of video
 
 
@@ -56,7 +62,7 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     folder, video = frame_folder(root, options) / part, root / part
     file = video.stat()
     rate = {"every": options.every} if options.every is not None else {"fps": options.fps or FPS}
-    sizes = {"short_side": options.short_side, "quality": options.quality}
+    sizes = {"short_side": options.short_side, "quality": options.quality, "pixels": "square"}
     settings = rate | sizes | {"bytes": file.st_size, "modified_ns": file.st_mtime_ns}
     earlier = None
     with contextlib.suppress(OSError, ValueError):
@@ -91,30 +97,43 @@ def _extract(video: Path, folder: Path, settings: dict[str, Any]) -> None:
 def _frames(video: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Image.Image]]:
     """The chosen frames, upright, with their numbers in the video."""
     import av
+    from av.stream import Disposition
 
+    chosen, elapsed, before = 0, 0.0, None
     try:
         with av.open(str(regular(video))) as container:
-            if not container.streams.video:
-                raise UnreadableVideoError(f"'{video}' has no pictures; remove it")
-            container.streams.video[0].thread_type = "AUTO"
-            chosen, begin = 0, None
-            for number, frame in enumerate(container.decode(video=0)):
-                if frame.time is None and "fps" in settings:
-                    raise DataError(f"'{video}' has no time stamps; give --every instead of --fps")
-                begin = frame.time if begin is None else begin
+            stream: Any = container.streams.best("video")
+            if stream is None or Disposition.attached_pic in stream.disposition:  # the cover of a piece of music
+                raise UnreadableVideoError(f"'{video}' has no moving pictures; remove it")
+            stream.thread_type = "AUTO"
+            frame: Any
+            for number, frame in enumerate(container.decode(stream)):
                 if "every" in settings:
-                    take = number % settings["every"] == 0
+                    tick = number // settings["every"]
+                elif frame.time is None:
+                    raise DataError(f"'{video}' has no time stamps; give --every instead of --fps")
                 else:  # the first frame at or after each tick; the tolerance is for rounded time stamps
-                    take = (frame.time - begin) * settings["fps"] >= chosen - 1e-3
-                if take:
-                    chosen += 1
-                    yield number, _upright(frame, settings["short_side"])
+                    if before is not None:
+                        elapsed += max(frame.time - before, 0.0)  # stamps go back where recordings were joined
+                    before = frame.time
+                    tick = math.floor(elapsed * settings["fps"] + 1e-3)
+                if tick >= chosen:
+                    chosen = tick + 1  # a frame serves all ticks since the one before it
+                    yield number, _upright(frame, stream.sample_aspect_ratio, settings["short_side"])
     except (av.error.FFmpegError, OSError) as error:
         raise UnreadableVideoError(f"'{video}' cannot be decoded ({error.strerror}); repair or remove it") from None
+    if not chosen:
+        raise UnreadableVideoError(f"'{video}' has no frame that can be decoded; repair or remove it")
+    if number + 1 < WHOLE * stream.frames:
+        log.warning("'%s' is cut off: it has %d of %d frames", video, number + 1, stream.frames)
 
 
-def _upright(frame: Any, short_side: int) -> Image.Image:
+def _upright(frame: Any, aspect: Fraction | None, short_side: int) -> Image.Image:
+    """A frame as an image with square pixels; `aspect` is the width of the stored ones over their height."""
     image = frame.to_image()
+    if aspect and aspect != 1 and ASPECTS[0] <= aspect <= ASPECTS[1]:
+        width, height = image.size
+        image = image.resize((round(width * max(aspect, 1)), round(height / min(aspect, 1))), Image.Resampling.BICUBIC)
     if frame.rotation:  # phones store upright video rotated, with a rotation matrix
         image = image.rotate(frame.rotation, expand=True)
     if 0 < short_side < (shorter := min(image.size)):

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from fastmum.data.decode.image import JPEGS, Header, crop_box, jpeg_scale, place, read_header, resize, rgb, stored_box
 from fastmum.data.decode.image import FrameError as FrameError  # public here
-from fastmum.data.decode.image import Header, crop_box, jpeg_scale, place, read_header, resize, rgb, stored_box
 from fastmum.data.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ class PillowDecoder:
         image = self._cache.get(file)
         if image is None:
             header = read_header(file)
-            scalable = header.image.format in ("JPEG", "MPO") and jpeg_scale(*header.image.size, self.size) > 1
+            scalable = header.image.format in JPEGS and jpeg_scale(*header.image.size, self.size) > 1
             if scalable or 3 * header.width * header.height > self._cache_room:
                 place(self._decode_region(header, crop, scalable), out, header.orientation, flip)
                 return
-            image = _Decompressed(np.array(rgb(header.image)), *header[1:])
+            image = _Decompressed(np.array(rgb(header)), header.orientation, header.width, header.height)
             with self._lock:
                 if file not in self._cache and image.pixels.nbytes <= self._cache_room:
                     self._cache_room -= image.pixels.nbytes
@@ -93,13 +93,13 @@ class PillowDecoder:
         box = _box_in_file(crop, header)
         scale = jpeg_scale(box[2] - box[0], box[3] - box[1], self.size) if scalable else 1
         if scale == 1:
-            return resize(np.array(rgb(header.image, box)), self.size)
+            return resize(np.array(rgb(header, box)), self.size)
         header.image.draft(None, (header.image.width // scale, header.image.height // scale))
         # The scaled box has fractions of pixels, which only Pillow's resize supports.
         left, top, right, bottom = (side / scale for side in box)
         outer = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
         inner = left - outer[0], top - outer[1], right - outer[0], bottom - outer[1]
-        frame = rgb(header.image, outer).resize((self.size, self.size), Image.Resampling.BICUBIC, box=inner)
+        frame = rgb(header, outer).resize((self.size, self.size), Image.Resampling.BICUBIC, box=inner)
         return np.asarray(frame)
 
 

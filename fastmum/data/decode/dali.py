@@ -16,7 +16,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 from nvidia.dali.data_node import DataNode
 
-from fastmum.data.decode import Decoded, PillowDecoder
+from fastmum.data.decode import Decoded, PillowDecoder, image
 from fastmum.data.decode.image import UPRIGHT, FrameError, crop_box, place, read_file, read_header, resize
 
 GraphDevice = Literal["gpu", "cpu"]
@@ -25,6 +25,7 @@ GraphOutput = Literal["regions", "frames"]
 log = logging.getLogger(__name__)
 
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})  # decoded by DALI; tested to equal Pillow
+CORNERS = slice(None), [0, 0, -1, -1], [0, -1, 0, -1]  # of frames (F, size, size, 3)
 CPU_RUN = 8  # frames per run on the CPU; bounds the memory for regions of large images
 GPU_THREADS = 4  # of each pipeline, for the part of JPEG decoding that stays on the CPU
 
@@ -83,7 +84,7 @@ class DaliCpuDecoder:
             bad |= {begin + i: reason for i, reason in failed.items()}
             for i, flip in enumerate(flips[chunk].tolist()):
                 place(resize(regions.at(i), self.size), out[begin + i], UPRIGHT, flip)
-        return Decoded(frames, bad)
+        return Decoded(frames, _with_cut(bad, out[CORNERS], files))
 
 
 class DaliGpuDecoder:
@@ -99,7 +100,15 @@ class DaliGpuDecoder:
         with torch.cuda.device(self.device):
             # DALI returns once the frames are complete, so no stream has to wait for them.
             outputs, bad = self._runner.run(files, crops, flips, len(files))
-            return Decoded(torch.from_dlpack(outputs.as_tensor()), bad)
+            frames = torch.from_dlpack(outputs.as_tensor())
+            return Decoded(frames, _with_cut(bad, frames[CORNERS].cpu().numpy(), files))
+
+
+def _with_cut(bad: dict[int, str], corners: np.ndarray, files: Sequence[Path]) -> dict[int, str]:
+    """`bad` and the JPEGs that were cut before the end of the crop and closed; `corners` (F, 4, 3) of the frames."""
+    grey = (corners == 128).all(2).any(1)
+    cut = (i for i in np.flatnonzero(grey).tolist() if i not in bad and image.is_cut(files[i]))
+    return dict(sorted((bad | dict.fromkeys(cut, image.CUT_OFF)).items()))
 
 
 # Input of a pipeline for one frame: (n,) uint8 bytes of a file; left, top, width, height of the region.
@@ -172,7 +181,7 @@ class _Runner:
         if file not in self._for_pillow:
             data = read_file(file)
             header = read_header(data)
-            if header.image.format in FORMATS:
+            if header.image.format in FORMATS and header.plain:
                 left, top, right, bottom = crop_box(crop, header.width, header.height)
                 return np.frombuffer(data, np.uint8), (left, top, right - left, bottom - top)
         frame = np.empty((self.size, self.size, 3), np.uint8)

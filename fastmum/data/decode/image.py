@@ -1,7 +1,8 @@
 """Image files: header checks, EXIF orientation, RGB conversion, random crops, scaled JPEG decoding, bicubic resizing.
 
 Every decoder starts with `read_header`, so all agree on files that are missing, truncated or not images. JPEGs with
-garbage inside the scan are the exception: Pillow refuses some that DALI decodes.
+garbage inside the scan are the exception: Pillow refuses some that DALI decodes. Of a JPEG that was cut and closed with
+an end marker again, DALI sees only the part within the crop.
 
 Random crops are drawn before the image size is known: a plan holds a crop as a row of numbers, and `crop_boxes`
 converts it to pixels. The distribution is torchvision's `RandomResizedCrop` (the augmentation of the released code): up
@@ -11,6 +12,7 @@ largest centred box within the bounds of the aspect ratio.
 
 import errno
 import io
+import re
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -18,19 +20,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.nn.functional import interpolate
 
 from fastmum.files import regular
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
+# What is read, whatever a file is called. Pillow knows more formats; some start other programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA", "QOI")
+JPEGS = ("JPEG", "MPO")  # an MPO is several JPEGs, of which the first is read
 ORIENTATION = 0x0112  # the EXIF tag
+BITS_PER_SAMPLE = 258  # the TIFF tag
 # EXIF orientation -> the stored image is mirrored in x, mirrored in y, then its axes are swapped.
 _TO_UPRIGHT = {
     1: (False, False, False), 2: (True, False, False), 3: (True, True, False), 4: (False, True, False),
     5: (False, False, True), 6: (False, True, True), 7: (True, True, True), 8: (True, False, True),
 }  # fmt: skip
 UPRIGHT = 1
+END = b"\xff\xd9"  # JPEG's end marker
+# Entropy-coded data for any JPEG: plain, then after each of the eight restart markers.
+_MORE = bytes(range(255)) + b"".join(b"\xff" + bytes([0xD0 + i, *range(255)]) for i in range(8))
+CUT_OFF = "cut off, and closed by an end marker"
 JPEG_SCALES = (8, 4, 2)  # JPEG's scaled decoding: 8 x 8 pixels become one, ...
 # Scaled decoding must leave this many pixels per pixel of the frame and side. With 2, frames differ from full decoding
 # by 0.75 grey levels on average (18 photographs; the worst 1.8); with 1 by 1.6 (3.6), and are visibly sharper.
@@ -53,7 +64,7 @@ PASSING = frozenset({
 being_read: dict[int, Path] = {}  # by thread: the file that it opened last
 
 
-class FrameError(Exception):
+class FrameError(ValueError):
     """A file that is not a complete image; the message gives the reason in a few words, without the file name.
 
     `passing`: the file could not be read for one of the reasons in `PASSING`.
@@ -68,9 +79,11 @@ class Header(NamedTuple):
     """An image whose pixels have not been decoded."""
 
     image: Image.Image
-    orientation: int  # EXIF, 1 (as stored) to 8
+    orientation: int  # EXIF, 1 (as decoded) to 8
     width: int  # of the upright image, in pixels
     height: int
+    data: bytes  # the file
+    plain: bool  # intact EXIF gives the orientation, so that other decoders find the same
 
 
 def read_file(file: Path) -> bytes:
@@ -86,43 +99,148 @@ def read_file(file: Path) -> bytes:
     return data
 
 
+def open_image(file: Path | io.BytesIO) -> Image.Image:
+    """Open an image of one of `FORMATS` without decoding it.
+
+    FrameError if it is no such image or larger than Pillow's decompression-bomb limit.
+    """
+    if isinstance(file, Path) and not file.is_file():
+        raise FrameError("missing, or no regular file")
+    try:
+        return Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        raise FrameError(f"not an image of the formats {', '.join(FORMATS)}") from None
+    except Exception as error:  # Pillow's readers raise anything on malformed files
+        raise _frame_error(error) from None
+
+
+def _frame_error(error: Exception) -> FrameError:
+    return FrameError(getattr(error, "strerror", None) or str(error) or type(error).__name__)
+
+
 def read_header(source: Path | bytes) -> Header:
     """Open a file or its content without decoding the image; about 20 microseconds for a JPEG.
 
-    FrameError as of `read_file`, or if it is no image, truncated, or larger than Pillow's decompression-bomb limit.
+    FrameError as of `read_file` and `open_image`, or if it is truncated. PNGs are decoded, as their EXIF may come last.
     """
     data = source if isinstance(source, bytes) else read_file(source)
     if data.startswith(b"RIFF") and int.from_bytes(data[4:8], "little") + 8 > len(data):  # WebP
         raise FrameError("truncated")
     file = io.BytesIO(data)
     try:
-        image = Image.open(file)
-        orientation = image.getexif().get(ORIENTATION, 1)
-    except UnidentifiedImageError:
-        raise FrameError("not an image") from None
-    except Exception as error:  # Pillow's readers raise anything on malformed files
-        raise FrameError(str(error) or type(error).__name__) from None
+        image = open_image(file)
+    except FrameError:
+        if data[4:8] != b"ftyp":
+            raise
+        image = open_image(io.BytesIO(data.replace(b"Exif", b"Skip")))  # libavif refuses an AVIF with damaged EXIF
     # JPEG: cameras append data after the end marker, so it need not be last. Thumbnails have one too, but lie before
     # the scan, where Pillow stops reading.
-    jpeg = image.format in ("JPEG", "MPO")
-    if (jpeg and data.rfind(b"\xff\xd9", file.tell()) < 0) or (image.format == "PNG" and data.rfind(b"IEND") < 0):
+    jpeg = image.format in JPEGS
+    if (jpeg and data.rfind(END, file.tell()) < 0) or (image.format == "PNG" and data.rfind(b"IEND") < 0):
         raise FrameError("truncated")
-    if orientation not in _TO_UPRIGHT:
-        orientation = UPRIGHT
-    width, height = image.size[::-1] if _TO_UPRIGHT[orientation][2] else image.size
-    return Header(image, orientation, width, height)
-
-
-def rgb(image: Image.Image, box: Box | None = None) -> Image.Image:
-    """Decode an image, or a box of it, as 8-bit RGB; raises FrameError if Pillow cannot."""
     try:
+        if image.info.get("progressive") and _lacks_scans(data) and is_cut(data):
+            raise FrameError(CUT_OFF)
+        orientation, plain = _orientation(image)
+        if image.format == "TIFF" and orientation != UPRIGHT:
+            image.load()  # which turns it upright
+            orientation = UPRIGHT
+    except Exception as error:  # as in `open_image`
+        raise _frame_error(error) from None
+    width, height = image.size[::-1] if _TO_UPRIGHT[orientation][2] else image.size
+    return Header(image, orientation, width, height, data, plain)
+
+
+def read_size(file: Path) -> tuple[int, int, int]:
+    """Orientation as stored, 1 to 8, and upright width and height; reads no more of most files than the header.
+
+    FrameError as of `open_image`.
+    """
+    with open_image(file) as image:
+        try:
+            orientation = _orientation(image)[0]
+        except Exception as error:  # as in `open_image`
+            raise _frame_error(error) from None
+        swap = _TO_UPRIGHT[orientation][2] and image.format != "TIFF"  # whose size Pillow swaps itself
+        width, height = image.size[::-1] if swap else image.size
+        return orientation, width, height
+
+
+def _orientation(image: Image.Image) -> tuple[int, bool]:
+    """EXIF orientation, 1 where it is damaged or unknown, and whether it is plain (see `Header`)."""
+    if image.format == "PNG":
+        image.load()  # `getexif` would, if no EXIF comes first; errors of pixels are not those of EXIF
+    try:
+        orientation = image.getexif().get(ORIENTATION, UPRIGHT)
+        if orientation == UPRIGHT or orientation not in _TO_UPRIGHT:
+            return UPRIGHT, True
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+        return orientation, exif.get(ORIENTATION) == orientation  # else XMP gives it, which DALI does not read
+    except Exception:  # as in `open_image`
+        return UPRIGHT, False
+
+
+def _lacks_scans(data: bytes) -> bool:
+    """Whether a progressive JPEG has no scan with the last bit of some of its coefficients."""
+    file = io.BytesIO(data)
+    JpegImageFile(file)
+    begin = data.rfind(b"\xff\xda", 0, file.tell())
+    components, complete = set[int](), set[tuple[int, int]]()
+    for scan in re.finditer(rb"\xff\xda", data[: data.find(END, begin)][begin:]):
+        at = begin + scan.end()
+        end = at + 3 + 2 * data[at + 2]  # of the list of components and tables
+        first, last, bits = data[end : end + 3]
+        components.update(data[at + 3 : end : 2])
+        if bits & 15 == 0:
+            complete |= {(c, k) for c in data[at + 3 : end : 2] for k in range(first, last + 1)}
+    return len(complete) < 64 * len(components)
+
+
+def is_cut(source: Path | bytes) -> bool:
+    """Whether a JPEG ends before its pixels do: more data before the end marker then changes them. False otherwise.
+
+    Decodes the image twice, so callers look for pixels of missing data (128 in all channels) first.
+    """
+    try:
+        data = source if isinstance(source, bytes) else read_file(source)
+        file = io.BytesIO(data)
+        JpegImageFile(file)  # never an MPO, so it stops at the scan
+        end = data.find(END, file.tell())
+        longer = data[:end] + _MORE + data[end:]
+        short, long = (JpegImageFile(io.BytesIO(each)).tobytes() for each in (data, longer))
+        return short != long
+    except Exception:  # no JPEG, or one that only DALI decodes
+        return False
+
+
+def rgb(header: Header, box: Box | None = None) -> Image.Image:
+    """Decode an image, or a box of it, as 8-bit RGB; raises FrameError if Pillow cannot, or of unknown range."""
+    image = header.image
+    try:
+        image.load()
+        if image.format in JPEGS:
+            width, height = image.size
+            corner = set(image.crop((max(width - 2, 0), max(height - 2, 0), width, height)).tobytes())
+            if corner in ({128}, {127}) and is_cut(header.data):  # 127: inverted CMYK
+                raise FrameError(CUT_OFF)
         region = image.crop(box) if box else image
-        region.load()
-        if region.mode.startswith("I"):  # 16 bits
-            region = Image.fromarray((np.asarray(region).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        if region.mode.startswith("I;16") or (region.mode == "I" and image.format in ("PNG", "PPM")):
+            bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]
+            region = Image.fromarray((np.asarray(region).astype(np.uint32) >> (bits - 8)).clip(0, 255).astype(np.uint8))
+        elif region.mode in ("I", "F"):
+            raise FrameError("pixels of 32 bits, whose range is unknown: convert it to 8 or 16 bits")
         return region if region.mode == "RGB" else region.convert("RGB")  # convert would copy RGB, too
-    except Exception as error:  # Pillow's readers raise anything on malformed files
-        raise FrameError(str(error) or type(error).__name__) from None
+    except Exception as error:  # as in `open_image`
+        raise _frame_error(error) from None
+
+
+def read_upright(source: Path | bytes) -> np.ndarray:
+    """Decode a whole image upright, (h, w, 3) uint8 RGB; FrameError if it cannot be decoded."""
+    header = read_header(source)
+    image = np.empty((header.height, header.width, 3), np.uint8)
+    place(np.asarray(rgb(header)), image, header.orientation, flip=False)
+    return image
 
 
 def draw_crops(

@@ -110,11 +110,44 @@ class TestReading:
                 file.write_bytes(content)
                 refused(file.name)
             file.write_bytes(whole)
+        if suffix == ".bin":
+            whole = points.read_bytes()
+            for content in (whole[:-1], whole[: len(whole) // 2], whole[:5], b"\xff" * 8 + whole[8:]):
+                points.write_bytes(content)
+                refused(points.name)
         points.write_bytes(b"")
         cameras.unlink()
         refused(f"{cameras.name}, {points.name} missing or empty")
         shutil.rmtree(folder)
         refused("No such file")
+
+    def test_unknown_cameras_and_focal_lengths_of_zero_are_refused(self, tmp_path):
+        folder = write_text_model(tmp_path / "model", {"a.jpg": View((1,))})
+        cameras = folder / "cameras.txt"
+        for camera in ("2 PINHOLE 640 480 500 510 320 240", "1 MAGIC 640 480 1 2", "1 PINHOLE 640 480 0 0 0 0"):
+            cameras.write_text(f"{camera}\n")
+            with pytest.raises(DataError, match=rf"^[^\n]*{folder}[^\n]*camera|focal"):
+                read_model(folder)
+        cameras.write_text("1 SIMPLE_PINHOLE 640 480 500 320 240\n")
+        binary = convert_to_binary(folder) / "cameras.bin"
+        whole = binary.read_bytes()
+        for number in (-1, len(CAMERAS)):  # of the camera model
+            binary.write_bytes(whole[:12] + number.to_bytes(4, "little", signed=True) + whole[16:])
+            with pytest.raises(DataError, match=r"cameras\.bin.*camera model"):
+                read_model(folder)
+
+    def test_names_with_spaces_images_without_points_and_images_registered_twice(self, tmp_path, caplog):
+        views = {"a.jpg": View((1, 2)), "the  door ü.jpg": View((2,), 90), "again": View((1, 5), 180)}
+        folder = write_text_model(tmp_path / "model", views)
+        text = (folder / "images.txt").read_text().replace("again", "a.jpg")
+        text += "4 1 0 0 0 0 0 1 1 no point.jpg\n\n5 1 0 0 0 0 0 1 1 sub\\last.jpg\n"
+        (folder / "images.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+        model = read_model(folder)
+        assert model.names == ("a.jpg", "the  door ü.jpg", "no point.jpg", "sub/last.jpg")
+        assert model.images.tolist() == [0, 0, 1]
+        assert model.poses[0, 0, 0] == 1, "the first pose of a.jpg"
+        assert "1 of 5 images" in caplog.text
+        assert str(folder) in caplog.text
 
 
 # Shared points: ab 3, ac 2, bc 2, cd 1, and e, whose file is missing in tests, shares most.
@@ -179,6 +212,19 @@ class TestMegaDepth:
 
         assert len({anchors(scene, seed=seed) for scene in ("0000", "0015") for seed in (0, 1)}) == 4
         assert anchors("0015", exclude="0000") == anchors("0015")
+
+    def test_scenes_by_a_list(self, found, tmp_path, caplog):
+        listed = tmp_path / "scenes.txt"
+        listed.write_text("0015\n0000\n7777\n")
+        assert {name[:4] for name in found("megadepth", scenes=str(listed), sequences=3).sequences} == {"0000", "0015"}
+        assert "7777" in caplog.text
+        found("megadepth", scenes=str(listed), exclude="0015", sequences=3)
+        for content in ("0022", ""):
+            listed.write_text(content)
+            with pytest.raises(DataError, match=r"^[^\n]*scenes\.txt[^\n]*$"):
+                found("megadepth", scenes=str(listed))
+        with pytest.raises(DataError, match=r"none\.txt' cannot be read as a list of scenes"):
+            found("megadepth", scenes=str(tmp_path / "none.txt"))
 
     def test_released(self, found):
         # Four of five images are there, so a draw of the fifth is lost; from d, which shares with c, the order is a, b.

@@ -41,6 +41,7 @@ def test_streetview3d_and_the_size_of_chunks(add, found):
     assert list(found("streetview3d", chunk=90).lengths.values()) == [90, 90, 45]
     assert list(found("streetview3d", chunk=90, rule="released").lengths.values()) == [90, 135]
     assert found("streetview3d", chunk=0).lengths == {"0001": 225}
+    assert list(found("streetview3d", chunk=75, rule="released").lengths.values()) == [75, 150]
 
 
 def test_realestate10k(add, found):
@@ -64,7 +65,7 @@ def scannetpp(i, folder="images", suffix="JPG"):
     return f"0a5c/dslr/resized_undistorted_{folder}/DSC{i:05d}.{suffix}"
 
 
-def test_scannetpp_takes_the_training_list(add, found):
+def test_scannetpp_takes_the_training_list(add, found, caplog):
     listed = [f"DSC{i:05d}.JPG" for i in range(1, 232) if i % 2]  # 116
     lists = {"train": listed[::-1] + ["DSC09999.JPG"], "test": ["DSC00002.JPG"], "has_masks": False}
     add(*(scannetpp(i) for i in range(1, 232)), "b/iphone/rgb.mp4", scannetpp(3, "masks", "png"))
@@ -73,10 +74,12 @@ def test_scannetpp_takes_the_training_list(add, found):
     frames = [{"file_path": f"DSC0000{i}.JPG", "transform_matrix": WORLD_FROM_OPENGL.tolist()} for i in (1, 2)]
     cameras = {"w": 60, "h": 40, "fl_x": 50, "fl_y": 51, "cx": 30, "cy": 20, "frames": frames, "test_frames": []}
     add("0a5c/dslr/nerfstudio/transforms_undistorted.json", content=json.dumps(cameras))
+    add("without_a_list/dslr/resized_undistorted_images/DSC00001.JPG")
     files = [scannetpp(i) for i in range(1, 232) if i % 2]
     paper = found("scannetpp")
     assert paper.sequences == chunked("0a5c", files, 100, 16)
     assert found("scannetpp", rule="released").sequences == chunked("0a5c", files, 116)
+    assert "without_a_list/dslr/train_test_lists.json" in caplog.text
     assert [is_camera(pose) for pose in paper.poses("0a5c/000")[:2]] == [True, False]
     assert paper.intrinsics("0a5c/000")[0].tolist() == [50, 51, 30, 20]
     assert paper.masks("0a5c/000")[:3] == [None, scannetpp(3, "masks", "png"), None]
@@ -282,11 +285,26 @@ def test_co3d_takes_whole_sequences_of_at_least_24_frames(found, raw):
         "apple/189_20393_38136": [f"apple/189_20393_38136/images/frame{i:06d}.jpg" for i in range(1, 31)],
         "zebra/1_2_3": [f"zebra/1_2_3/images/frame{i:06d}.jpg" for i in range(1, 25)],
     }
-    assert found("co3d").sequences == found("co3d", rule="released").sequences == expected
+    assert found("co3d").sequences == expected
     assert list(found("co3d", categories="seen").sequences) == ["apple/189_20393_38136"]
     assert len(SEEN) == 41
     assert found("co3d", min_frames=23).lengths["apple/110_13051_23361"] == 23
     assert found("co3d", poses=False).poses("zebra/1_2_3") == [None] * 24
+
+
+def test_co3d_released_takes_the_training_split_of_41_categories(add, found, raw, caplog):
+    for category in ("apple", "banana", "zebra"):
+        annotate(raw, category, [co3d(name, i, category) for name in "abc" for i in range(1, 31)])
+        listed = {"train": [[name, i, "path"] for name, n in (("a", 25), ("b", 23)) for i in range(1, n + 1)],
+                  "test": [["c", i, "path"] for i in range(1, 31)]}  # fmt: skip
+        if category != "banana":
+            add(f"{category}/set_lists/set_lists_fewview_dev.json", content=json.dumps(listed))
+    assert found("co3d", rule="released").lengths == {"apple/a": 25}
+    assert "banana/set_lists" in caplog.text
+    assert list(found("co3d", rule="released", categories="all").lengths) == ["apple/a", "zebra/a"]
+    add("apple/set_lists/set_lists_fewview_dev.json", content='{"train": [["a", 1]]}')
+    with pytest.raises(DataError, match=r"^[^\n]*apple/set_lists/[^\n]*cannot be read"):
+        found("co3d", rule="released")
 
 
 def test_co3d_cameras_depth_and_masks(add, found, raw):
@@ -346,3 +364,14 @@ def test_folders(add, found, raw, tmp_path, caplog):
     assert found("folder", rule="released").sequences == sequences
     assert list(found("folder", min_frames=2).sequences) == ["b9/images", "b10"]
     assert found("folder", single=True).sequences == {name: [name] for names in sequences.values() for name in names}
+
+
+def test_folders_of_other_formats_are_named(add, found, raw, caplog):
+    add("a/1.HEIC", "a/2.heic", "b/3.dng")
+    with pytest.raises(DataError, match=rf"'{raw}' are 1 \.dng, 2 \.heic"):
+        found("folder")
+    add("a/4.avif", "a/5.png", "a/6.PNG")
+    with caplog.at_level(logging.INFO):
+        assert found("folder").sequences == {"a": ["a/4.avif", "a/5.png", "a/6.PNG"]}
+    assert "1 .avif, 2 .png" in caplog.text
+    assert "1 .dng, 2 .heic" in caplog.text

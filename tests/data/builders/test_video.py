@@ -1,6 +1,7 @@
 """Videos: which frames are taken, their rotation, and that finished videos are not decoded again."""
 
 import struct
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -18,16 +19,31 @@ def pixels(file):
 
 @pytest.fixture
 def film(raw):
-    """Writes a video of 64 x 32 at 10 frames a second; frame i is grey 8 i on the right and white on the left."""
+    """Writes a video of 64 x 32 at 10 frames a second; frame i is grey 8 i on the right and white on the left.
 
-    def write(name, frames):
+    `times` are those of the frames in ms; `aspect` is that of pixels; `cover` adds a picture as the first stream.
+    """
+
+    def write(name, frames, times=None, aspect=None, cover=False, codec="mpeg4", options=None):
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(raw / name), "w") as container:
-            stream = container.add_stream("mpeg4", rate=10, width=64, height=32, pix_fmt="yuv420p", bit_rate=4_000_000)
+        with av.open(str(raw / name), "w", options=options or {}) as container:
+            if cover:
+                still = container.add_stream("mjpeg", rate=1, width=16, height=16, pix_fmt="yuvj420p")
+                still.disposition = av.stream.Disposition.attached_pic.value
+                picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+            rate = 1000 if times else 10
+            stream = container.add_stream(codec, rate, width=64, height=32, pix_fmt="yuv420p", bit_rate=4_000_000)
+            if aspect:
+                stream.codec_context.sample_aspect_ratio = aspect
+            if cover:
+                container.mux([*still.encode(picture.reformat(format="yuvj420p")), *still.encode()])
             for i in range(frames):
-                pixels = np.full((32, 64, 3), 8 * i, np.uint8)
+                pixels = np.full((32, 64, 3), min(8 * i, 255), np.uint8)
                 pixels[:, :32] = 255
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                if times:
+                    frame.pts, frame.time_base = times[i], Fraction(1, 1000)
+                container.mux(stream.encode(frame))
             container.mux(stream.encode())
         return raw / name
 
@@ -47,6 +63,44 @@ def test_frames_by_rate_and_by_number(film, found, add, tmp_path):
     assert third.sequences["day/10.mp4/000"] == [f"day/10.mp4/{i:06d}.jpg" for i in (0, 3, 6, 9)]
     assert third.lengths == {"day/10.mp4/000": 4, "day/10.mp4/001": 4}, "rests of one frame are skipped"
     assert found("video", every=3, chunk=4, rule="released").lengths == {"day/10.mp4/000": 4, "day/10.mp4/001": 5}
+
+
+def test_variable_rates_and_recordings_that_were_joined(film, found):
+    times = [0, 40, 80, 500, 540, 1000, 1010, 1020, 1030, 2500, 2600, 2700, 4000]
+    film("a.mkv", len(times), times)
+    taken = [int(file[-10:-4]) for file in found("video", fps=2.0).sequences["a.mkv/000"]]
+    assert [times[i] for i in taken] == [0, 500, 1000, 2500, 4000]
+    part = film("b.ts", 20, codec="mpeg2video").read_bytes()
+    (part_file := film("b.ts", 20, codec="mpeg2video")).write_bytes(2 * part)
+    assert found("video", fps=5.0).lengths["b.ts/000"] == 20, part_file
+
+
+@pytest.mark.parametrize(("aspect", "size"), [((2, 1), (128, 32)), ((1, 2), (64, 64)), ((1, 1000), (64, 32))])
+def test_pixels_become_square(film, found, aspect, size):
+    film("a.mkv", 4, aspect=Fraction(*aspect))
+    assert pixels(found("video", every=1).manifest.file(0)).shape == (*size[::-1], 3)
+
+
+def test_covers_sound_and_cut_videos(film, found, add, raw, caplog):
+    film("a.mp4", 10, cover=True)
+    assert found("video", every=1).lengths == {"a.mp4/000": 10}
+    (raw / "a.mp4").unlink()
+
+    def sound():
+        with av.open(str(raw / "b.mp4"), "w", format="wav") as container:
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+            samples.sample_rate = 8000
+            container.mux(container.add_stream("pcm_s16le", 8000, layout="mono").encode(samples))
+
+    for write in (sound, lambda: film("b.mp4", 0, cover=True), lambda: add("b.mp4")):
+        write()
+        with pytest.raises(DataError, match=r"^[^\n]*b\.mp4'[^\n]*$"):
+            found("video", every=1)
+    (raw / "b.mp4").unlink()
+    file = film("cut.mp4", 60, options={"movflags": "faststart"})
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 3 // 4])
+    assert 10 < found("video", every=1).lengths["cut.mp4/000"] < 54
+    assert "cut.mp4' is cut off" in caplog.text
 
 
 def test_finished_videos_are_kept_and_interrupted_or_changed_ones_are_not(film, found, tmp_path, monkeypatch):

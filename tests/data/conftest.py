@@ -1,0 +1,42 @@
+"""Image files, and the decoders that run on a CPU."""
+
+import pytest
+import skimage.data
+from PIL import Image
+
+from fastmum.data.decode import make_decoder
+from fastmum.data.decode.image import ORIENTATION
+
+
+@pytest.fixture
+def dali():
+    """The module that needs DALI."""
+    return pytest.importorskip("fastmum.data.decode.dali", reason="DALI is not installed")
+
+
+@pytest.fixture(params=["pillow", "dali_cpu"])
+def decoder(request):
+    """Every decoder that runs on a CPU."""
+    if request.param == "dali_cpu":
+        request.getfixturevalue("dali")
+    return make_decoder(request.param, 64)
+
+
+@pytest.fixture(scope="session")
+def photograph():
+    """A photograph of 200 x 150 pixels."""
+    return Image.fromarray(skimage.data.astronaut()).resize((200, 150), box=(0, 0, 512, 384))
+
+
+@pytest.fixture
+def save(tmp_path, photograph):
+    """Writes a file of an image, by default the photograph."""
+
+    def save(name, image=photograph, orientation=None, **options):
+        exif = Image.Exif()
+        if orientation:
+            exif[ORIENTATION] = orientation
+        image.save(tmp_path / name, **{"exif": exif} | options)
+        return tmp_path / name
+
+    return save
