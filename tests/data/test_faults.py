@@ -96,11 +96,11 @@ def test_lines_that_cannot_be_written_wait_and_the_run_goes_on(manifests_of, tmp
     ("sequences", "read", "most"),
     [
         (1000, MIN_SEQUENCES - 1, None),  # too few
-        (1000, MIN_SEQUENCES, 11),  # 5 % and 1.5 standard errors
+        (1000, MIN_SEQUENCES, 6),  # 5 % and half a standard error
         (1000, 1000, 50),  # all were read: 5 % exactly
         (20, 20, 1),
         (20, 14, None),  # too few of a small data set
-        (40, 30, 2),
+        (40, 30, 1),
     ],
 )
 def test_where_the_limit_is(manifests_of, tmp_path, sequences, read, most):
@@ -153,7 +153,7 @@ def test_scenes_that_are_missing_as_a_whole_stop_a_run_above_five_percent(seeds)
     assert [frames_until_it_stops(0.02, seed, 1, 60) for seed in range(seeds)] == [None] * seeds
     assert frames_until_it_stops(0.1, 0, 64, 21) <= 2000
     stopped = [frames_until_it_stops(0.1, seed, 1, 20) for seed in range(seeds)]
-    assert sum(frames is not None for frames in stopped) >= 0.9 * seeds
+    assert None not in stopped
 
 
 def test_replacements_are_neighbours_and_then_spread_over_the_whole_data_set(manifests_of):
