@@ -1,6 +1,7 @@
 """The command line: `python -m fastmum.features IMAGES --weights W --out FILE`."""
 
 import argparse
+import logging
 import re
 import sys
 from collections.abc import Sequence
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--force", action="store_true", help="replace FILE")
     add_overrides(parser)
     args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # which weights were loaded
     return run_command(lambda: _run(args))
 
 
