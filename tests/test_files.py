@@ -19,7 +19,7 @@ from fastmum.data.samples import image_size, read_rgb
 from fastmum.engine.checkpoint import load_checkpoint
 from fastmum.errors import FastmumError
 from fastmum.evaluate.pairs.pair import read_archive, read_json, read_table
-from fastmum.evaluate.results import read
+from fastmum.evaluate.records import read
 from fastmum.features.store import read_features
 from fastmum.files import regular
 from fastmum.pretrained.files import read_saved
