@@ -8,8 +8,9 @@ from pathlib import Path
 from PIL.Image import DecompressionBombError
 
 from fastmum.errors import FastmumError
+from fastmum.files import regular
 
-OTHERS = (struct.error, DecompressionBombError, RecursionError)
+OTHERS = (struct.error, DecompressionBombError, MemoryError, RecursionError)
 
 
 class DataError(FastmumError, ValueError):
@@ -18,8 +19,9 @@ class DataError(FastmumError, ValueError):
 
 @contextlib.contextmanager
 def reading(file: Path, what: str, remedy: str = "restore or remove it") -> Iterator[None]:
-    """Turn any error of reading a file into a `DataError` of one line that names the file."""
+    """Turn any error of reading a file into a `DataError` of one line that names the file; it must be `regular`."""
     try:
+        regular(file)
         yield
     except DataError:
         raise

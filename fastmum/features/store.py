@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastmum.errors import writing
 from fastmum.features.images import FeaturesError, Placement
-from fastmum.files import atomic_path
+from fastmum.files import atomic_path, regular
 
 SUFFIXES = (".safetensors", ".npz")
 ABOUT = "about"
@@ -67,10 +67,10 @@ def read_features(file: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
     """Features by names of images, and their description; FeaturesError if the file has no features."""
     try:
         if file.suffix == ".npz":
-            with np.load(file) as arrays:
+            with np.load(regular(file)) as arrays:
                 about, tensors = str(arrays[ABOUT]), {n: torch.from_numpy(arrays[n]) for n in arrays if n != ABOUT}
         else:
-            with safe_open(file, "pt") as opened:
+            with safe_open(regular(file), "pt") as opened:
                 about = opened.metadata()[ABOUT]
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         features = {}
@@ -80,5 +80,5 @@ def read_features(file: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
         return features, json.loads(about)
     except FileNotFoundError:
         raise FeaturesError(f"'{file}' does not exist") from None
-    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, MemoryError, EOFError, BadZipFile, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise FeaturesError(f"'{file}' holds no features ({error})") from error

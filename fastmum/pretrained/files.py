@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastmum.engine.checkpoint import CheckpointError, read_weights
+from fastmum.files import read_json, regular
 from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
 from fastmum.pretrained.layout import SIZES, WeightsError, some
 
@@ -43,7 +44,7 @@ def read_saved(path: Path, ema: bool | None = None) -> Saved:
     if path.is_dir():
         return _read_dinov3(path)
     try:
-        with open(path, "rb") as file:
+        with open(regular(path), "rb") as file:
             head = file.read(9)
     except FileNotFoundError:
         raise WeightsError(f"'{path}' does not exist") from None
@@ -79,9 +80,9 @@ def _read_dinov3(path: Path) -> Saved:
     if not weights.exists():
         raise WeightsError(f"'{path}' has a config.json, but no model.safetensors")
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = read_json(path / "config.json")
         state, sizes = from_dinov3(_read_safetensors(weights).tree, config)
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (OSError, KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
         raise WeightsError(f"'{path}' does not hold an encoder of fastmum ({what})") from None
     return Saved(path, state, sizes, parameters_only=True)
@@ -89,21 +90,27 @@ def _read_dinov3(path: Path) -> Saved:
 
 def _read_safetensors(path: Path) -> Saved:
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"'{path}' cannot be read ({error})") from None
     try:
         sizes = json.loads(metadata["model_config"]) if "model_config" in metadata else {}
+        if not isinstance(sizes, dict):
+            raise ValueError("model_config is no table")
         step = int(metadata["step"]) if "step" in metadata else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"the metadata of '{path}' cannot be read ({error})") from None
     return Saved(path, tensors, sizes, step)
 
 
 def _read_torch(path: Path) -> Saved:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type for member in archive.infolist()):  # torch.save does not compress
+                    raise WeightsError("it is compressed, so its size is unknown")
         # Training scripts save their arguments next to the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
