@@ -124,7 +124,7 @@ def _check_end(data: bytes, position: int) -> None:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         yield from (line.strip() for line in stream if not line.startswith("#"))
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from fastmum.data import errors
 from fastmum.data.builders.base import Cameras
 from fastmum.data.decode.image import ORIENTATION
+from fastmum.files import regular
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 # Turned camera axes of the EXIF orientations 3 (by 180 degrees), 6 (90 clockwise) and 8 (90 counter-clockwise).
@@ -30,7 +31,7 @@ def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray
     with reading(file, f"{what}, {columns} numbers a line"), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # numpy warns about an empty file
         try:
-            return np.loadtxt(file, ndmin=2, skiprows=skip).reshape(-1, columns)
+            return np.loadtxt(file, ndmin=2, skiprows=skip, encoding="utf-8-sig").reshape(-1, columns)
         except UserWarning:
             raise ValueError("it is empty") from None
 
@@ -64,7 +65,7 @@ def upright(file: Path, pose: np.ndarray, intrinsics: np.ndarray) -> tuple[np.nd
     cannot be read counts as upright.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(regular(file)) as image:
             orientation, (width, height) = image.getexif().get(ORIENTATION, 1), image.size
     except (OSError, ValueError, SyntaxError):
         orientation = 1
@@ -91,7 +92,7 @@ def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> Cameras:
         return None, None
     size = image_size(images, names)
     with reading(file, "a nerfstudio transforms.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         listed = {f["file_path"].rpartition("/")[2]: f for f in content["frames"] + content.get("test_frames", [])}
         poses, intrinsics = {}, {}
         for name in listed.keys() & set(names):
@@ -106,6 +107,6 @@ def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> Cameras:
 def image_size(folder: Path, names: Sequence[str]) -> tuple[int, int] | None:
     """Width and height of the images of a scene, which share one size, from the first readable one."""
     for name in names[:5]:
-        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(folder / name) as image:
+        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(regular(folder / name)) as image:
             return image.size
     return None
