@@ -1,17 +1,23 @@
-"""Files that are replaced as a whole, files that may be opened, and files installed with the package."""
+"""Files that are replaced as a whole, files of others that may be anything, and files installed with the package."""
 
 import contextlib
 import errno
+import io
+import itertools
+import json
 import os
+import pickle
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO, Any
 
 import xxhash
 
 import fastmum
 
+ABANDONED = ".abandoned"  # added to the names of files of steps that a resumed run does again
 PACKAGE = Path(__file__).resolve().parent
 BLOCK, BLOCKS = 1 << 16, 64  # bytes and number of the parts of a large file that its digest covers
 
@@ -27,11 +33,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         yield partial
+        _share(partial)
         if partial.is_dir():
             _remove(path)
         os.replace(partial, path)
     finally:
         _remove(partial)
+
+
+def _share(path: Path) -> None:
+    """Give files that only their owner may read, as safetensors writes them, the rights that the umask asks for."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    private = [file for file in files if file.is_file() and not file.stat().st_mode & 0o077]
+    if private:
+        usual = path.with_name(f"{path.name}.mode")
+        usual.touch()
+        for file in private:
+            file.chmod(stat.S_IMODE(usual.stat().st_mode))
+        usual.unlink()
 
 
 def _remove(path: Path) -> None:
@@ -47,6 +66,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
+def free_path(path: Path) -> Path:
+    """The path, with a number if it exists."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
+
+
 def regular(path: Path) -> Path:
     """The path of a file that is about to be opened; OSError if it is a pipe, a socket or a device.
 
@@ -57,6 +82,28 @@ def regular(path: Path) -> Path:
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     return path
+
+
+def read_json(path: Path, limit: int = 1 << 28) -> Any:
+    """The content of a JSON file. OSError: not `regular`, or larger than `limit` bytes. ValueError: not JSON."""
+    if regular(path).stat().st_size > limit:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), os.fspath(path))
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def unpickle(stream: IO[bytes] | io.IOBase, admitted: Mapping[str, Any]) -> Any:
+    """Read a pickle that may use nothing but `admitted`, full names -> objects; pickle.UnpicklingError otherwise."""
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if f"{module}.{name}" not in admitted:
+                raise pickle.UnpicklingError(f"uses {module}.{name}, which is not loaded, because it can run code")
+            return admitted[f"{module}.{name}"]
+
+    return Unpickler(stream).load()
 
 
 def resource_dir(name: str) -> Path:

@@ -16,15 +16,14 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from fastmum.config.load import describe_keys, load_config, peek_task
-from fastmum.config.schema import EngineConfig
+from fastmum.config.load import describe_keys, load_config, peek_task, settings
+from fastmum.config.schema import EngineConfig, absolute_paths
 from fastmum.engine.checkpoint import CheckpointError, Checkpoints, set_aside_after
 from fastmum.engine.device import MATRIX_DTYPE, Prefetcher, autocast, keep_freed_memory, pick_device, pick_precision
 from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
@@ -61,13 +60,13 @@ def train(config: EngineConfig, task: type[Task] | None = None) -> int:
     timeout = timedelta(seconds=2 * parallel.stuck_after_s)
     world = init_distributed(launch, pick_device(config.train.device, launch), timeout)
     precision = pick_precision(config.train.precision, world.device)
-    config = replace(config, train=replace(config.train, precision=precision))
-    run = RunDir(Path(config.run.dir).expanduser())
+    config = absolute_paths(replace(config, train=replace(config.train, precision=precision)))
+    run = RunDir(Path(config.run.dir))
     versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "fastmum": source_version()}
     beats = Heartbeat(world, parallel.dead_after_s, parallel.stuck_after_s) if world.size > 1 else None
     with beats or contextlib.nullcontext():
         world.check_same("versions", versions)
-        world.check_same("settings", {key.name: attrgetter(key.name)(config) for key in describe_keys(type(config))})
+        world.check_same("settings", settings(config))
         with run.held(world):
             code = _train(config, run, (task or find_task(config.run.task))(config, world))
             world.wait()
@@ -104,6 +103,8 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
         log.info("nothing to do: the run in '%s' has done its %d steps; use another run.dir", run.root, start.step)
         return 0
 
+    for note in config.notes() if world.is_main else ():
+        log.warning(note)
     task.compile(model, steps - start.step)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -240,7 +241,7 @@ def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, sample
     if task.world.is_main:
         with run.writing():
             task.open_data(run.root, start, samples_per_step)
-            run.config.write_text(config.to_yaml(), encoding="utf-8")
+            run.write_config(config.to_yaml(), start)
         set_aside_after(run.checkpoints, start)
     task.world.wait()
     if not task.world.is_main:

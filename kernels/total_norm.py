@@ -77,6 +77,12 @@ class Table(NamedTuple):
     divisor: int  # divides all numbers of values, 16 or 1; with 16 the compiler can mask wide accesses as a whole
 
 
+def same_order(x: Tensor, y: Tensor) -> bool:
+    """Whether tensors of equal shape have equal strides in the dimensions longer than 1; the others mean nothing."""
+    strides = zip(x.shape, x.stride(), y.stride(), strict=True)
+    return x.stride() == y.stride() or all(size == 1 or one == other for size, one, other in strides)
+
+
 def check_lists(**lists: tuple[Sequence[Tensor], torch.dtype | None]) -> None:
     """Check lists of tensors for a table, each with its dtype or None for any one dtype; empty `rests` are absent.
 
@@ -97,7 +103,7 @@ def check_lists(**lists: tuple[Sequence[Tensor], torch.dtype | None]) -> None:
             case = f" {'with' if 'rests' in lists else 'without'} rests" if name == "weights" else ""
             raise TypeError(f"{name} has dtype {found.pop()}, but must have {dtype}{case}")
         for x, leader in zip(tensors, leaders, strict=True):
-            if x.shape != leader.shape or x.stride() != leader.stride():
+            if x.shape != leader.shape or not same_order(x, leader):
                 raise ValueError(
                     f"{name} has a tensor of shape {tuple(x.shape)} and strides {x.stride()}, but that of {first} has "
                     f"{tuple(leader.shape)} and {leader.stride()}"

@@ -44,6 +44,35 @@ def test_weights_are_a_table_of_the_users_own_keys_and_what_is_printed_can_be_re
     assert load_config(file(config.to_yaml())) == config
 
 
+WORDS = [
+    "/data/scene #1", "007", "1e3", "0x10", "1_000", "12:30", "2024-01-01", "yes", "off", "null", "- a", "a:", "a: b",
+    " a ", "[1]", "{a: b}", "&a", "!!int 3", "C:\\a", "ä日本",
+]  # fmt: skip
+
+
+def test_words_stay_words_and_quotes_are_removed(file):
+    for word in WORDS:
+        config = load_config(None, [f"run.name={word}", f"data.root='{word}'"])
+        assert (config.run.name, config.data.root) == (word, word)
+    words = [word for word in WORDS if word not in ("[1]", "{a: b}", " a ")]
+    config = load_config(None, [f"data.manifests=[{','.join(words)}, 'a, b']", "data.root=12:30"])
+    assert (config.data.manifests, config.data.root) == ([*words, "a, b"], "12:30")
+    config.data.manifests = WORDS
+    assert load_config(file(config.to_yaml())) == config
+
+
+def test_words_of_files_are_not_typed_by_yaml_and_numbers_are_decimal(file):
+    text = "run: {name: 007, task: on}\ntrain: {steps: 010, threads: 1e1, checkpoint_async: no}\ndata: {root: ~}\n"
+    for path in (file(text), file("\ufeff" + text)):
+        words = ["data.views=[02,010]", "data.weights.my.set=2", "data.weights={007: 1}", "clip=010"]
+        config = load_config(path, words)
+        assert (config.run.name, config.run.task, config.train.checkpoint_async) == ("007", "on", False)
+        assert (config.train.steps, config.train.threads, config.data.views) == (10, 10, [2, 10])
+        assert (config.data.weights, config.optim.clip, config.data.root) == ({"my.set": 2, "007": 1}, 10.0, None)
+    assert load_config(None, ["data.root=~"]).data.root == "~"
+    assert load_config(file("data: {root: /a # 1\n}")).data.root == "/a"
+
+
 def error_of(*arguments) -> str:
     with pytest.raises(ConfigError) as caught:
         load_config(*arguments)
@@ -60,6 +89,10 @@ def error_of(*arguments) -> str:
         ("train: 5", ["'train'", "section"]),
         ("- a", ["sections"]),
         ("a: [b", ["YAML"]),
+        ("[" * 1000, ["YAML"]),
+        ("train: {steps: 1, steps: 2}", ["'steps' twice"]),
+        ("data:\n  root: /data/scene #1\n", ["'data.root'", "'/data/scene #1'", "Quote"]),
+        ("data: {weights: [co3d]}", ["'data.weights'"]),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
@@ -71,16 +104,24 @@ def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
     ("word", "message"),
     [
         ("train.steps=x", "'train.steps' in the command line is 'x', but must be int"),
+        ("train.steps=12:30", "'train.steps' in the command line is '12:30'"),
+        ("train.steps=1.5", "'train.steps' in the command line is '1.5'"),
+        ("optim.base_lr=nan", "'optim.base_lr' in the command line is 'nan'"),
+        ("run.name=", "'run.name' in the command line is ''"),
+        ("run.name=???", "'run.name' in the command line"),
+        ("data.root=${x", "'data.root' in the command line"),
         ("train.steps", "not of the form key.sub=value"),
         ("=3", "not of the form key.sub=value"),
         ("train.steps.deep=1", "nearest valid key is 'train.steps'"),
         ("data.views=3", "must be list"),
         ("data.views=[4,2]", "data.views is [4, 2]"),
-        ("data.views=[1,2", "not valid YAML"),
+        ("data.views=[1,2", "must be list[int]"),
         ("data.views=[2,500]", "at most data.frames_per_batch"),
         ("data.image_size=250", "multiple of the patch size 16"),
         ("data.weights={a: -1}", "data.weights.a is -1"),
-        ("data.weights=3", "'data.weights' in the command line is 3, but must be dict"),
+        ("data.weights=3", "'data.weights' in the command line is '3', but must be dict"),
+        ("data.weights=[co3d]", "'data.weights' in the command line is '[co3d]'"),
+        ("data.weights={a: {b: 1}}", "'data.weights.a'"),
         ("data.weights={a: b}", "'data.weights.a' in the command line is 'b', but must be a number"),
         ("data.imagenet_share=2", "data.imagenet_share is 2"),
         ("data.crop_scale=[0.2,2]", "data.crop_scale"),
@@ -110,6 +151,11 @@ def test_a_wrong_word_is_one_line_that_names_it(word, message):
 def test_a_missing_file_names_the_nearest(file):
     path = file("")
     assert f"did you mean '{path}'" in error_of(path.with_name("runs.yaml"))
+
+
+def test_a_folder_as_file_is_called_a_folder_and_its_configuration_named(tmp_path, file):
+    file("").rename(tmp_path / "config.yaml")
+    assert f"is a folder, but a YAML file is expected; did you mean '{tmp_path}/config.yaml'" in error_of(tmp_path)
 
 
 def test_every_key_has_a_meaning():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -73,6 +74,17 @@ def test_exports_load(run, tiny, tmp_path, name, encoder_only):
         assert torch.equal(tensor, tiny.state_dict()[key]), key
 
 
+def test_rights_are_those_that_the_umask_asks_for(run):
+    before = os.umask(0o027)
+    try:
+        files = [export(run, name).file for name in ("released", "safetensors", "hf")]
+    finally:
+        os.umask(before)
+    written = [file for path in files for file in ([path] if path.is_file() else path.iterdir())]
+    assert {oct(file.stat().st_mode & 0o777) for file in written} == {"0o640"}
+    assert [path.name for path in run.iterdir() if "mode" in path.name] == []
+
+
 @pytest.mark.parametrize(
     "name", ["released", "safetensors", "hf", pytest.param("onnx", marks=pytest.mark.exhaustive)], ids=list(FORMATS)
 )
@@ -105,6 +117,8 @@ def test_mistakes_are_one_line(run, tmp_path, refusal):
         ([run, "--ema", "on"], "no EMA weights"),
         ([run, "--set", "norm_eps=[1"], "--set is 'norm_eps=[1'"),
         ([run, "--out", "/proc/none/a.pth"], "'/proc/none/a.pth'"),
+        ([run, "--set", "num_heads=010"], "num_heads 10"),
+        ([run, "--set", "key=007"], "key='007'"),
         ([run, "--set", "force=1"], "unknown override 'force'"),
     ):
         assert message in refusal(main, *words)

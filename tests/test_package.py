@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": BASE | {"kernels", "config"},
     "scenes": BASE | {"geometry"},
     "data": BASE | {"geometry", "scenes", "config"},
-    "pretrained": BASE | {"model", "engine"},  # reads training checkpoints
+    "pretrained": BASE | {"model", "config", "engine"},  # reads training checkpoints
     "capi_loader": BASE | {"model", "engine", "pretrained"},
     "tasks": LIBRARIES, "features": LIBRARIES, "export": LIBRARIES,
     "report": BASE | {"config", "engine"},

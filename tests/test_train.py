@@ -16,6 +16,7 @@ import torch
 from processes import wait_for
 from runs import SMALL, numbers
 
+from fastmum.config import load_config
 from fastmum.data.build import build
 from fastmum.data.loader import Loader
 from fastmum.engine.checkpoint import find_checkpoints, read_weights
@@ -132,6 +133,42 @@ def test_what_becomes_of_a_finished_run(run, tmp_path, caplog, capsys):
     assert (folder / "checkpoints/step_0000008.abandoned").exists()
 
 
+def test_a_run_with_other_settings_says_which_from_any_folder(run, tmp_path, monkeypatch, caplog):
+    """Paths are absolute in the run's folder, also those of the file; the older configuration is kept."""
+    monkeypatch.chdir(tmp_path)
+    assert run("run", "data.root=images", "run.dir=run", "train.steps=2", "train.eval_every=99", "optim.min_lr=0") == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    caplog.clear()
+    config = ["--config", str(tmp_path / "run/config.yaml")]
+    assert main([*config, "train.steps=3"]) == main([*config, "train.steps=4", "base_lr=0.02", "schedule=wsd"]) == 0
+    said = [line for line in caplog.messages if line.startswith("differs")]
+    assert said[0] == "differs from the run so far: train.steps 2 -> 3"
+    assert all(word in said[1] for word in ("base_lr 0.01 -> 0.02", "schedule cosine -> wsd", "train.steps 3 -> 4"))
+    assert "min_lr" not in said[1]
+    held = {file.name: load_config(file).optim.base_lr for file in (tmp_path / "run/configs").iterdir()}
+    assert held == {"step_0000000.yaml": 0.01, "step_0000002.yaml": 0.01, "step_0000003.yaml": 0.02}
+    assert [r["step"] for r in numbers(tmp_path / "run")] == [1, 2, 3, 4]
+    assert list((tmp_path / "other").iterdir()) == []
+    caplog.clear()
+    assert run("next", f"train.resume={tmp_path}/run", "train.steps=5", "schedule=wsd", "train.eval_every=99") == 0
+    assert "optim.base_lr 0.02 -> 0.01" in caplog.text
+
+
+def test_intervals_longer_than_the_run_lose_nothing_and_a_warm_up_is_said(run, tmp_path, caplog):
+    every = [f"train.{name}_every=99" for name in ("log", "eval", "checkpoint", "picture")]
+    more = ("train.steps=2", "warmup_steps=2", "schedule=step", "milestones=[1,5]", "profile.steps=3")
+    assert run("run", *every, *more) == 0
+    assert all(f"{key} " in caplog.text for key in ("optim.warmup_steps", "optim.milestones", "profile.steps"))
+    (record,) = numbers(tmp_path / "run")
+    assert {"loss", "held_out_loss"} <= record.keys()
+    assert [found.manifest.step for found in find_checkpoints(tmp_path / "run")] == [2]
+    assert (tmp_path / "run/reconstruction.png").exists()
+    caplog.clear()
+    assert run("other", *every, "train.steps=3", "warmup_steps=2") == 0
+    assert not [line for line in caplog.messages if "train.steps is" in line]
+
+
 def test_too_many_bad_steps_stop_the_run_and_their_checkpoints_are_set_aside(run, image_folder, tmp_path, capsys):
     build("folder", image_folder, tmp_path / "a.arrow", dataset="a")
     more = ("data.root=null", f"data.manifests=[{tmp_path}/a.arrow]", "optim.base_lr=1e30", "optim.warmup_steps=0",
@@ -195,6 +232,12 @@ def test_ema_clipping_and_plain_pixels(run, tmp_path):
     clipped = numbers(tmp_path / "clipped")
     assert clipped[0]["grad_norm"] == plain[0]["grad_norm"] > 0.01, "the norm before clipping is logged"
     assert clipped[-1]["loss"] != plain[-1]["loss"]
+
+
+def test_a_batch_of_one_frame(run, tmp_path):
+    """Slices of gradients then have other strides in dimensions of one element, which mean nothing."""
+    assert run("run", "data.views=[1,1]", "data.frames_per_batch=1", "train.steps=2") == 0
+    assert [r["loss/views_1"] > 0 for r in numbers(tmp_path / "run")] == [True, True]
 
 
 def test_without_held_out_scenes_there_is_still_a_picture(run, tmp_path):

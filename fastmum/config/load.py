@@ -3,18 +3,21 @@
 import dataclasses
 import difflib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fastmum.config.schema import ConfigError, EngineConfig, problem
+from fastmum.config.words import read_word, read_yaml, typed
 from fastmum.files import resource_dir
 
 C = TypeVar("C", bound=EngineConfig)
+YAML_ERRORS = (YAMLError, ValueError, RecursionError)
 
 
 class Key(NamedTuple):
@@ -56,7 +59,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
 
 def peek_task(file: str | Path | None, overrides: Sequence[str]) -> str:
     """The value of `run.task`, which decides about the schema."""
-    in_file = OmegaConf.select(_read(Path(file), {}), "run.task") if file is not None else None
+    in_file = dict(_leaves(_read(Path(file), {}), ())).get("run.task") if file is not None else None
     given = [value for word in overrides for key, _, value in [word.partition("=")] if key in ("run.task", "task")]
     return given[-1] if given else str(in_file or "mum")
 
@@ -76,6 +79,11 @@ def describe_keys(section: type | None = None, prefix: str = "") -> Iterator[Key
             yield Key(name, kind, value, entry.metadata["meaning"], entry.metadata["bounds"])
 
 
+def settings(config: EngineConfig) -> dict[str, Any]:
+    """The values of all keys by their full names."""
+    return {k.name: operator.attrgetter(k.name)(config) for k in describe_keys(type(config))}
+
+
 def _mum_config() -> type[EngineConfig]:
     from fastmum.config.mum import Config  # imports torch
 
@@ -93,6 +101,10 @@ def find_config(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
+    if path.is_dir():
+        found = path / "config.yaml"
+        there = f"; did you mean '{found}'?" if found.is_file() else ""
+        raise ConfigError(f"configuration file '{path}' is a folder, but a YAML file is expected{there}")
     installed = config_names()
     if path.as_posix() in installed:
         return resource_dir("configs") / f"{path}.yaml"
@@ -102,7 +114,7 @@ def find_config(name_or_path: str | Path) -> Path:
     raise ConfigError(f"configuration file '{path}' does not exist{hint} (installed ones: {', '.join(installed)})")
 
 
-def _parse(word: str, keys: dict[str, Key]) -> DictConfig:
+def _parse(word: str, keys: dict[str, Key]) -> dict[str, Any]:
     """One `key=value` of the command line; `precision` is completed to `train.precision`."""
     name, equals, value = word.partition("=")
     if not equals or not name:
@@ -112,47 +124,67 @@ def _parse(word: str, keys: dict[str, Key]) -> DictConfig:
         if len(found) > 1:
             raise ConfigError(f"'{name}' on the command line may be {' or '.join(found)}: write the section too")
         name = found[0] if found else name
+    for table in _tables(keys):
+        if name.startswith(f"{table}."):  # an entry, whose name may have dots
+            return {table: {name.removeprefix(f"{table}."): read_word(value, "float")}}
     try:
-        return OmegaConf.from_dotlist([f"{name}={value}"])
-    except Exception:
+        return {name: read_word(value, keys[name].kind if name in keys else "str")}
+    except YAML_ERRORS:
         raise ConfigError(f"'{value}' for {name} on the command line is not valid YAML") from None
 
 
-def _read(file: Path, keys: dict[str, Key]) -> DictConfig:
+def _read(file: Path, keys: dict[str, Key]) -> dict[str, Any]:
     path = find_config(file)
     try:
-        content = OmegaConf.load(path)
-    except Exception as error:
+        content = read_yaml(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"configuration file '{file}' cannot be read ({error.strerror})") from None
+    except YAML_ERRORS as error:
         raise ConfigError(f"'{file}' is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, DictConfig):
-        raise ConfigError(f"'{file}' must hold sections of keys ({', '.join(_sections(keys))}), not a list")
-    return content
+    if isinstance(content, dict):
+        return content
+    if not content:
+        return {}
+    raise ConfigError(f"'{file}' must hold sections of keys ({', '.join(_sections(keys))}), not a list or a word")
 
 
-def _merge(config: DictConfig, given: DictConfig, keys: dict[str, Key], source: str) -> DictConfig:
-    tables = {name for name, k in keys.items() if isinstance(k.default, dict)}
-    for name, value in _leaves(cast(dict, OmegaConf.to_container(given, resolve=False)), tables):
+def _merge(config: DictConfig, given: dict[str, Any], keys: dict[str, Key], source: str) -> DictConfig:
+    nested: dict[str, Any] = {}
+    for name, value in _leaves(given, _tables(keys)):
         if name in _sections(keys):
-            if value is None:  # a section whose keys are all commented out
+            if not value:  # a section whose keys are all commented out
                 continue
             raise ConfigError(f"'{name}' in {source} is {value!r}, but is a section: it takes keys, not a value")
         if name not in keys:
             near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown key '{name}' in {source}; the nearest valid key is '{near}'")
-        if isinstance(value, bool) and keys[name].kind == "str":
-            value = "on" if value else "off"  # YAML reads these words as booleans
-        nested = reduce(lambda inner, part: {part: inner}, reversed(name.split(".")), value)
-        try:
-            config = cast(DictConfig, OmegaConf.merge(config, nested))
-        except OmegaConfBaseException as error:
-            if isinstance(value, dict) and error.full_key and error.full_key != name:  # an entry of a table
-                wrong = OmegaConf.select(given, error.full_key)
-                raise ConfigError(f"'{error.full_key}' in {source} is {wrong!r}, but must be a number") from None
-            raise ConfigError(f"'{name}' in {source} is {value!r}, but must be {keys[name].kind}") from None
-    return config
+        if isinstance(value, dict):  # a table
+            parts: Any = {str(part): _typed(v, "float", f"{name}.{part}", source) for part, v in value.items()}
+        else:
+            parts = _typed(value, keys[name].kind, name, source)
+        *sections, last = name.split(".")
+        reduce(lambda inner, part: inner.setdefault(part, {}), sections, nested)[last] = parts
+    try:
+        return cast(DictConfig, OmegaConf.merge(config, nested))
+    except OmegaConfBaseException as error:  # a wrong ${...}
+        raise ConfigError(f"'{error.full_key}' in {source}: {str(error).splitlines()[0]}") from None
 
 
-def _leaves(given: dict, tables: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _typed(value: Any, kind: str, name: str, source: str) -> Any:
+    try:
+        return typed(value, kind)
+    except ConfigError as error:
+        raise ConfigError(f"'{name}' in {source}: {error}") from None
+    except ValueError:
+        expected = "a number" if kind == "float" else kind
+        raise ConfigError(f"'{name}' in {source} is {value!r}, but must be {expected}") from None
+
+
+def _tables(keys: dict[str, Key]) -> list[str]:
+    return [name for name, k in keys.items() if isinstance(k.default, dict)]
+
+
+def _leaves(given: dict, tables: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Full names and values. A table, whose keys are the user's, stays whole."""
     for name, value in given.items():
         full = f"{prefix}{name}"

@@ -51,10 +51,12 @@ class ScenesSection:
 class DataSection:
     """Training data and sampling (supplement, "Sampling"; crops from the released code)."""
 
-    manifests: list[str] = key([], "files of sequences, built by python -m fastmum.data.build")
+    manifests: list[str] = key([], "files of sequences, built by python -m fastmum.data.build", is_path=True)
     weights: dict[str, float] = key({}, "weights of data sets, {co3d: 2}; 1 for those not named, 0 for never", least=0)
-    root: str | None = key(None, "folder; its image folders are sequences. Without it and manifests: embedded scenes")
-    image_root: str | None = key(None, "folder of single images, at any depth")
+    root: str | None = key(
+        None, "folder; its image folders are sequences. Without it and manifests: embedded scenes", is_path=True
+    )
+    image_root: str | None = key(None, "folder of single images, at any depth", is_path=True)
     imagenet_share: float = key(0.1, "share of single images (ImageNet-1K in the paper), if any", least=0, most=1)
     mode: str = key("packed", "paper: one number of views a batch; packed: full batches; balanced: also equal costs")
     image_size: int = key(256, "side of a training frame in pixels")

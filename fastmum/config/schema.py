@@ -1,9 +1,10 @@
 """Configuration keys: type, default, bounds and meaning in one place. The sections that every task shares."""
 
 import operator
+import os
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -14,6 +15,10 @@ LIMITS = {
     "least": ("at least", operator.ge), "above": ("greater than", operator.gt),
     "most": ("at most", operator.le), "below": ("less than", operator.lt),
 }  # fmt: skip
+
+
+RESUME_WORDS = ("auto", "latest", "never")
+S = TypeVar("S")
 
 
 class ConfigError(FastmumError, ValueError):
@@ -34,10 +39,10 @@ def problem(value: Any, choices: tuple[str, ...] = (), length: int | None = None
     return None
 
 
-def key(default: Any, meaning: str, **bounds: Any) -> Any:
+def key(default: Any, meaning: str, is_path: bool = False, **bounds: Any) -> Any:
     """A configuration key; `bounds` are the arguments of `problem`."""
     given: dict = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
-    return field(**given, metadata={"meaning": meaning, "bounds": bounds})
+    return field(**given, metadata={"meaning": meaning, "is_path": is_path, "bounds": bounds})
 
 
 @dataclass
@@ -46,7 +51,7 @@ class RunSection:
 
     name: str = key("mum", "name of the run")
     task: str = key("mum", "what is trained: mum, or another name in fastmum/tasks")
-    dir: str = key("runs/${run.name}", "folder of everything that the run writes")
+    dir: str = key("runs/${run.name}", "folder of everything that the run writes", is_path=True)
     seed: int = key(0, "random seed of weights, sampling and masks", least=0)
 
 
@@ -100,7 +105,7 @@ class TrainSection:
     picture_every: int = key(5000, "steps between pictures", least=1)
     resume: str = key(
         "auto", "auto: from the newest good checkpoint in run.dir, if there is one; latest: there must be one; "
-        "never: set an old run aside; or the path of a checkpoint or of a run"
+        "never: set an old run aside; or the path of a checkpoint or of a run", is_path=True
     )  # fmt: skip
 
 
@@ -160,6 +165,36 @@ class EngineConfig:
         """Raise ConfigError for the first broken rule that involves more than one key; subclasses extend it."""
         _ = self.profile.window
 
+    def notes(self) -> list[str]:
+        """Settings that are allowed, but mean nothing in a run of `train.steps`, a line each."""
+        steps, optim = self.train.steps, self.optim
+        notes = []
+        if optim.warmup_steps >= steps:
+            notes.append(f"optim.warmup_steps is {optim.warmup_steps}: the learning rate never reaches its peak")
+        if optim.schedule == "step" and (late := [step for step in optim.milestones if step >= steps]):
+            notes.append(f"optim.milestones has {late}, which are never reached")
+        if self.profile.window and self.profile.window[-1] > steps:
+            notes.append(f"profile.steps is {self.profile.steps}: not all of these steps are reached")
+        return [f"{note} (train.steps is {steps})" for note in notes]
+
     def to_yaml(self) -> str:
         """The resolved configuration as YAML, which `load_config` reads again."""
         return OmegaConf.to_yaml(OmegaConf.structured(self), resolve=True)
+
+
+def absolute_paths(section: S) -> S:
+    """A copy of a configuration, or of a section, whose paths mean the same in every working directory."""
+
+    def absolute(value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(path) for path in value]
+        return value if value is None or value in RESUME_WORDS else os.path.abspath(os.path.expanduser(value))
+
+    changes = {}
+    for entry in fields(section):  # type: ignore[arg-type]
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            changes[entry.name] = absolute_paths(value)
+        elif entry.metadata.get("is_path"):
+            changes[entry.name] = absolute(value)
+    return replace(section, **changes)  # type: ignore[type-var]

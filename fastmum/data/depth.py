@@ -1,7 +1,6 @@
 """Depth maps and masks as data sets store them."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +8,8 @@ import numpy as np
 
 from fastmum.data.decode.image import open_image
 from fastmum.data.errors import DataError, reading
+
+MOST_PIXELS = 1 << 28  # of a depth map
 
 
 class DepthFormat(NamedTuple):
@@ -46,6 +47,11 @@ def read_mask(file: Path) -> np.ndarray:
         return np.asarray(image.convert("L")) > 127
 
 
+def read_npy(file: Path) -> np.ndarray:
+    """Read an array, mapped: a shape that the file is too short for is a ValueError before memory is allocated."""
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
 def _png16(file: Path) -> np.ndarray:
     with open_image(file) as image:
         return np.asarray(image)
@@ -66,6 +72,8 @@ def read_hdf5(file: Path) -> np.ndarray:
         raise DataError(f"'{file}' needs h5py: pip install 'fastmum[evaluate]'") from None
     with h5py.File(file) as archive:
         (depth,) = [archive["depth"]] if "depth" in archive else archive.values()
+        if depth.size > MOST_PIXELS:  # of which the file may hold nothing
+            raise ValueError(f"its shape is {depth.shape}")
         return np.asarray(depth)
 
 
@@ -86,6 +94,6 @@ def _colmap(file: Path) -> np.ndarray:
 
 
 READERS: dict[str, Callable[[Path], np.ndarray]] = {
-    "png16": _png16, "co3d": _co3d, "npy": partial(np.load, allow_pickle=False), "hdf5": read_hdf5, "pfm": _pfm,
+    "png16": _png16, "co3d": _co3d, "npy": read_npy, "hdf5": read_hdf5, "pfm": _pfm,
     "colmap": _colmap,
 }  # fmt: skip

@@ -10,7 +10,7 @@ from PIL.Image import DecompressionBombError
 from fastmum.errors import FastmumError
 from fastmum.files import regular
 
-OTHERS = (struct.error, DecompressionBombError, RecursionError)
+OTHERS = (struct.error, DecompressionBombError, MemoryError, RecursionError)
 
 
 class DataError(FastmumError, ValueError):

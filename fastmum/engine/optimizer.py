@@ -23,6 +23,7 @@ from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import local
 from fastmum.engine.task import ParamGroup, default_groups
 from fastmum.kernels.adamw import Halves, adamw_
+from fastmum.kernels.total_norm import same_order
 
 # Elements updated by one call: what stays in a CPU's cache; everything in one launch on a GPU.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 62}
@@ -219,7 +220,7 @@ class Piece(NamedTuple):
 
     def of(self, like: Tensor) -> Tensor:
         """The same elements of another tensor with the same layout, (stop - start,)."""
-        if like.stride() != self.tensor.stride():
+        if not same_order(like, self.tensor):
             raise RuntimeError(f"a gradient or moment has strides {like.stride()}, its weight {self.tensor.stride()}")
         return like.as_strided((self.stop - self.start,), (1,), like.storage_offset() + self.start)
 

@@ -7,13 +7,19 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastmum.config.load import settings
 from fastmum.config.schema import ConfigError, EngineConfig
-from fastmum.engine.checkpoint import load_checkpoint, load_newest
+from fastmum.engine.checkpoint import CheckpointError, load_checkpoint, load_newest
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.task import Samples, Task
 
 log = logging.getLogger(__name__)
+
+# Values of a checkpoint that a run continues with.
+NEEDED = {"strategy": str, "world_size": int, "samples_per_step": int, "device_seconds": int | float}
+MOST_PROCESSES = 4096  # that are suggested
+NO_SETTINGS = ("run.dir", "train.resume")  # say where, not what is trained
 
 
 class ResumeState(NamedTuple):
@@ -45,8 +51,12 @@ def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, An
     if manifest is None:
         return ResumeState(0, _samples_per_step(task.samples, world, None), 0.0, resumed=False)
     values = manifest.values
+    if not all(isinstance(values.get(name), kind) for name, kind in NEEDED.items()) or values["samples_per_step"] < 1:
+        raise CheckpointError(f"'{manifest.path}' is not a checkpoint of a run: it lacks one of {', '.join(NEEDED)}")
     before = values["strategy"], values["world_size"]
     log.info("resumed from %s at step %d (%s, %d processes)", manifest.path, manifest.step, *before)
+    if world.is_main and (changes := _changes(values.get("config"), settings(config))):
+        log.warning("differs from the run so far: %s", ", ".join(changes))
     samples = _samples_per_step(task.samples, world, values["samples_per_step"])
     if samples != values["samples_per_step"]:
         log.warning(
@@ -61,8 +71,19 @@ def checkpoint_values(config: EngineConfig, task: Task, samples_per_step: int, d
     return {
         "task": config.run.task, "model_config": task.manifest(), "samples_per_step": samples_per_step,
         "device_seconds": device_seconds, "world_size": task.world.size, "strategy": config.parallel.strategy,
-        "precision": config.train.precision, "torch": str(torch.__version__),
+        "precision": config.train.precision, "torch": str(torch.__version__), "config": settings(config),
     }  # fmt: skip
+
+
+def _changes(before: Any, now: Mapping[str, Any]) -> list[str]:
+    """The settings that a checkpoint has with another value; checkpoints of older versions have none."""
+    saved = before if isinstance(before, dict) else {}
+    differing = [name for name in now if name in saved and saved[name] != now[name] and name not in NO_SETTINGS]
+    return [f"{name} {_shown(saved[name])} -> {_shown(now[name])}" for name in differing]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _samples_per_step(samples: Samples, world: DistContext, before: int | None) -> int:
@@ -71,7 +92,7 @@ def _samples_per_step(samples: Samples, world: DistContext, before: int | None) 
     origin = "" if samples.step else " (as in the resumed run)"
     if total % (samples.micro_batch * world.size):
         parts = total // samples.micro_batch
-        fits = [n for n in range(1, parts + 1) if parts % n == 0]
+        fits = [n for n in range(1, min(parts, MOST_PROCESSES) + 1) if parts % n == 0]
         raise ConfigError(
             f"{samples.keys[1]} is {total}{origin}, which {world.size} processes cannot split into micro-batches of "
             f"{samples.micro_batch} ({samples.keys[0]}): start {', '.join(map(str, fits))} processes, or change one of "

@@ -1,5 +1,6 @@
 """The folder of a run, its lock, and the lines of its metrics.jsonl."""
 
+import codecs
 import contextlib
 import fcntl
 import itertools
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastmum.config.schema import ConfigError
+from fastmum.files import ABANDONED, free_path, write_atomic
 
 if TYPE_CHECKING:  # reports import this module, and no torch
     from fastmum.engine.distributed import DistContext
 
 log = logging.getLogger(__name__)
-
 
 VISIBLE_WITHIN = 10.0  # seconds until a new file must be seen on other machines, where NFS caches folders
 
@@ -31,7 +32,9 @@ class RunDir:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.config = root / "config.yaml"  # resolved
+        self.configs = root / "configs"  # step_N.yaml: the configuration from step N on
         self.metrics = root / "metrics.jsonl"  # one JSON object per log step
+        self.metrics_cut = root / "metrics.cut.jsonl"  # what resumed runs cut off metrics.jsonl
         self.bad_frames = root / "bad_frames.log"  # a line per frame that cannot be decoded
         self.checkpoints = root / "checkpoints"
         self.tensorboard = root / "tensorboard"
@@ -116,6 +119,28 @@ class RunDir:
         prefix = "step" if name == "reconstruction" else name
         return self.root / "pictures" / f"{prefix}_{step:07d}.png"
 
+    def write_config(self, text: str, step: int) -> None:
+        """Replace `config.yaml`; the configurations that held before `step` stay in `configs`, with their first steps.
+
+        Those from later steps, which the run does again, are renamed like checkpoints.
+        """
+        new = text.encode(errors="backslashreplace")
+        self.configs.mkdir(exist_ok=True)
+        if self.config.exists() and not any(self.configs.iterdir()):  # of a version that kept none
+            write_atomic(self.configs / "step_0000000.yaml", self.config.read_bytes())
+        kept = {int(file.stem[5:]): file for file in self.configs.glob("step_*.yaml") if file.stem[5:].isdigit()}
+        held = b""
+        for first, file in sorted(kept.items()):
+            content = file.read_bytes()
+            if first < step or (first == step and content == new):
+                held = content
+            else:
+                file.rename(free_path(file.with_name(file.name + ABANDONED)))
+        if held != new:
+            write_atomic(self.configs / f"step_{step:07d}.yaml", new)
+        if not self.config.exists() or self.config.read_bytes() != new:
+            write_atomic(self.config, new)
+
     def set_aside(self) -> None:
         """Rename the folder, if it holds a run, to the next free `<name>.old-<n>`; a held one is locked anew."""
         if not self.config.exists():
@@ -143,7 +168,7 @@ def finite(value: float | None) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, without a last line cut short by a crash; none if the file is missing."""
+    """The records of a metrics.jsonl; none if the file is missing. Lines that are no record are skipped."""
     return [record for _, record in _records(path)]
 
 
@@ -153,14 +178,11 @@ def end_of_step(path: Path, step: int) -> int:
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The whole lines, each with the offset of its end."""
+    """The whole lines with a step, each with the offset of its end."""
     end = 0
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # also of bytes that are not UTF-8
-            return
-        if not line.endswith(b"\n"):
-            return
-        end += len(line)
-        yield end, record
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:  # the last one was cut by a crash
+        end += len(line) + 1
+        with contextlib.suppress(ValueError, RecursionError):  # also of bytes that are not UTF-8
+            record = json.loads(line.removeprefix(codecs.BOM_UTF8))
+            if isinstance(record, dict) and type(record.get("step")) is int:
+                yield end, record

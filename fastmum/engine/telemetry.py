@@ -35,7 +35,7 @@ WANDB_TIMEOUT = 20
 
 
 class Telemetry:
-    """Writes metrics and pictures; a resumed run first drops what was written after the step it resumes from.
+    """Writes metrics and pictures; a resumed run first moves what was written after the step it resumes from elsewhere.
 
     Args:
         step: steps done by the checkpoint that the run resumes from, 0 for a new run.
@@ -47,7 +47,12 @@ class Telemetry:
     ) -> None:
         self._run, self._picture_warned = run, False
         wandb = [WandbSink(project, run, name, config)] if project else []  # first: it may raise
-        self._lines = RecordFile(run.metrics, end_of_step(run.metrics, step))
+        end = end_of_step(run.metrics, step)
+        rest = run.metrics.read_bytes()[end:] if run.metrics.is_file() else b""
+        self._cut = RecordFile(run.metrics_cut, run.metrics_cut.stat().st_size if run.metrics_cut.is_file() else 0)
+        if rest:
+            self._cut.append(rest if rest.endswith(b"\n") else rest + b"\n")
+        self._lines = RecordFile(run.metrics, end)
         self._sinks: list[TensorBoard | WandbSink] = [TensorBoard(run, step), *wandb]
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
@@ -69,7 +74,7 @@ class Telemetry:
 
     def close(self) -> None:
         """Flush and close all sinks."""
-        for sink in (self._lines, *self._sinks):
+        for sink in (self._cut, self._lines, *self._sinks):
             sink.close()
 
     def _write(self, path: Path, content: bytes) -> None:

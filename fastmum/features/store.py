@@ -80,5 +80,5 @@ def read_features(file: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
         return features, json.loads(about)
     except FileNotFoundError:
         raise FeaturesError(f"'{file}' does not exist") from None
-    except (OSError, EOFError, BadZipFile, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, MemoryError, EOFError, BadZipFile, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise FeaturesError(f"'{file}' holds no features ({error})") from error

@@ -5,6 +5,11 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 COMPILE_MODES = ("auto", "block", "full", "off")
+# Bounds of sizes, which a damaged file may state, before a model is built.
+LARGEST = {
+    "embed_dim": 1 << 16, "depth": 1000, "num_heads": 1 << 12, "decoder_embed_dim": 1 << 16, "decoder_depth": 1000,
+    "decoder_num_heads": 1 << 12, "patch_size": 1 << 10, "in_chans": 1 << 10,
+}  # fmt: skip
 MLP_RATIO = 4  # hidden width of every MLP over its block's width
 
 
@@ -28,8 +33,8 @@ class ModelConfig:
             if field.name == "norm_eps":
                 if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
                     raise ValueError(f"norm_eps is {value!r}, but must be a number between 0 and 1")
-            elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field.name} is {value!r}, but must be a positive integer")
+            elif type(value) is not int or not 1 <= value <= LARGEST[field.name]:
+                raise ValueError(f"{field.name} is {value!r}, but must be an integer from 1 to {LARGEST[field.name]}")
         for width, heads in (("embed_dim", "num_heads"), ("decoder_embed_dim", "decoder_num_heads")):
             D, h = getattr(self, width), getattr(self, heads)
             if D % (4 * h):

@@ -4,10 +4,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fastmum.config.words import read_word, typed
 from fastmum.pretrained.layout import SIZES, WeightsError
 from fastmum.pretrained.load import OPTIONS, PLACEMENT, check_names
 
@@ -22,21 +21,21 @@ def add_overrides(parser: argparse.ArgumentParser, *aliases: str, more: str = ""
 
 
 def parse_overrides(words: Sequence[str], flags: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Keyword arguments of `load_pretrained` from words KEY=VALUE with YAML values; the last word of a key counts.
+    """Keyword arguments of `load_pretrained` from words KEY=VALUE; the last word of a key counts.
 
     WeightsError for invalid words, and overrides that are unknown or in `flags`, which names the flag to use instead.
     """
     overrides, flags = dict[str, Any](), flags or {}
     for word in words:
-        key, equals, _ = word.partition("=")
+        key, equals, value = word.partition("=")
         if not equals or not key:
             raise WeightsError(f"--set is '{word}', but must be KEY=VALUE")
         if key in flags:
             raise WeightsError(f"--set is '{word}', but {key} has a separate flag: {flags[key]}")
+        check_names([key], (*SIZES, *OPTIONS, *PLACEMENT))
+        kind = {"norm_eps": "float", "encoder_only": "bool"}.get(key, "int" if key in SIZES else "str")
         try:
-            value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]))
-        except (YAMLError, OmegaConfBaseException):
-            raise WeightsError(f"--set is '{word}', but the value is not YAML") from None
-        overrides |= value
-    check_names(overrides, (*SIZES, *OPTIONS, *PLACEMENT))
+            overrides[key] = typed(read_word(value, kind), kind)
+        except (YAMLError, ValueError):
+            raise WeightsError(f"--set is '{word}', but the value must be {kind}") from None
     return overrides

@@ -4,7 +4,6 @@ DINOv3 has separate q, k and v, registers (none here) and LayerScale (1 here). N
 folders, which all versions of transformers with this model (4.56 on) read.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmum.files import regular
+from fastmum.files import read_json
 from fastmum.model.block import BASE
 from fastmum.model.config import MLP_RATIO, ModelConfig
 from fastmum.pretrained.layout import WeightsError
@@ -101,6 +100,6 @@ def _ours(name: str) -> str:
 def is_dinov3(folder: Path) -> bool:
     """Whether a folder of transformers holds this kind of model."""
     try:
-        return json.loads(regular(folder / "config.json").read_bytes()).get("model_type") == MODEL_TYPE
+        return read_json(folder / "config.json").get("model_type") == MODEL_TYPE
     except (OSError, ValueError, AttributeError):
         return False

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.rundir import RunDir
-from fastmum.files import regular
+from fastmum.files import read_json, regular
 from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
 from fastmum.pretrained.layout import SIZES, WeightsError, some
 
@@ -102,10 +102,10 @@ def _whole(value: Any) -> int | None:
 
 def _read_dinov3(path: Path) -> Saved:
     try:
-        config = json.loads(regular(path / "config.json").read_bytes())
+        config = read_json(path / "config.json")
         tensors = {name: tensor for file in _shards(path) for name, tensor in _read_safetensors(file).tree.items()}
         state, sizes = from_dinov3(tensors, config)
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (OSError, KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
         raise WeightsError(f"'{path}' does not hold an encoder of fastmum ({what})") from None
     return Saved(path, state, sizes, parameters_only=True, image_size=_whole(config.get("image_size")))
@@ -119,7 +119,7 @@ def _shards(folder: Path) -> list[Path]:
             raise WeightsError(f"'{folder}' has a config.json, but no {whole.name} and no {index.name}")
         return [whole]
     try:
-        names = sorted(set(json.loads(regular(index).read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         shards = [folder / name for name in names if Path(name).name == name]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise WeightsError(f"'{index}' is no index of weights: it must be JSON with a weight_map") from None
@@ -137,14 +137,20 @@ def _read_safetensors(path: Path) -> Saved:
         raise WeightsError(f"'{path}' cannot be read ({error})") from None
     try:
         sizes = json.loads(metadata["model_config"]) if "model_config" in metadata else {}
+        if not isinstance(sizes, dict):
+            raise ValueError("model_config is no table")
         step, size = (int(metadata[name]) if name in metadata else None for name in ("step", "image_size"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"the metadata of '{path}' cannot be read ({error})") from None
     return Saved(path, tensors, sizes, step, image_size=size)
 
 
 def _read_torch(path: Path) -> Saved:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type for member in archive.infolist()):  # torch.save does not compress
+                    raise WeightsError("it is compressed, so its size is unknown")
         # Training scripts save their arguments next to the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)

@@ -3,7 +3,7 @@
 import difflib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +102,8 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
         extra = [name for name in state if name not in expected]
         raise MismatchError(f"'{saved.path}' does not hold {model}", missing, extra, misshapen)
     state = {name: state[name] for name in expected}
+    if odd := [n for n, t in state.items() if t.layout != torch.strided or t.is_meta or not t.is_floating_point()]:
+        raise WeightsError(f"'{saved.path}' has weights that are not dense floating-point numbers: {layout.some(odd)}")
     about = saved.step, saved.ema, saved.frames, saved.image_size
     pretrained = Pretrained(saved.path, config, state, encoder_only, rope_dtype, *about)
     log.info("'%s': %s", saved.path, pretrained.title)
@@ -125,7 +127,7 @@ def build(
     return model.eval()
 
 
-def check_names(overrides: Mapping[str, Any], known: tuple[str, ...]) -> None:
+def check_names(overrides: Iterable[str], known: tuple[str, ...]) -> None:
     """Raise WeightsError for the first name that is not one of `known`."""
     for name in overrides:
         if name not in known:
@@ -141,10 +143,10 @@ def _dtype(given: Any, name: str) -> torch.dtype:
 
 
 def _ema(given: Any) -> bool | None:
-    choices = {"auto": None, "on": True, "True": True, "off": False, "False": False}
-    if str(given) not in choices:
+    choices = {"auto": None, "on": True, "true": True, "off": False, "false": False}
+    if str(given).lower() not in choices:
         raise WeightsError(f"ema is '{given}', but must be one of auto, on, off")
-    return choices[str(given)]
+    return choices[str(given).lower()]
 
 
 def _rope(config: ModelConfig, name: str) -> AxialRope:

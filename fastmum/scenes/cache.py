@@ -54,7 +54,7 @@ def cached_folder(settings: Settings, cache_dir: Path | None = None) -> Path:
     """Folder of the scenes of these settings; see `cache_dir` of `ensure_scenes`."""
     from platformdirs import user_cache_dir
 
-    base = Path(cache_dir or os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum"))
+    base = Path(cache_dir or os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum")).expanduser()
     return base / f"scenes-v{GENERATOR}-seed{settings.seed}-{settings.views}x{settings.size}"
 
 
@@ -114,7 +114,7 @@ def render_missing(root: Path, count: int, settings: Settings, workers: int | No
                     write_scene(root, index, settings, bar.update)
     except OSError as error:
         failed = f"cannot write scenes to {root} ({error.strerror or error})"
-        raise ScenesError(f"{failed}: free space or choose another folder") from error
+        raise ScenesError(f"{failed}: free space, or choose another folder with FASTMUM_CACHE") from error
     return len(missing)
 
 

@@ -151,8 +151,13 @@ def test_broken_maps_are_named_in_one_line(tmp_path, monkeypatch):
         for name in ("broken", "absent"):
             with pytest.raises(DataError, match=rf"^[^\n]*{name}[^\n]*$"):
                 read_depth(tmp_path / name, DepthFormat(reader))
+    with open(tmp_path / "huge.npy", "wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (1 << 20, 1 << 20)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(DataError, match=r"huge.*size"):
+        read_depth(tmp_path / "huge.npy", DepthFormat("npy"))
     with pytest.raises(DataError, match=r"coloured.*\(2, 3, 3\)"):
         read_depth(tmp_path / "coloured", DepthFormat("png16"))
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(DataError, match=r"fastmum\[evaluate\]"):
-        read_depth(tmp_path / "d.h5", DepthFormat("hdf5"))
+        read_depth(tmp_path / "broken", DepthFormat("hdf5"))

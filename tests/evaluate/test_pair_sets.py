@@ -15,6 +15,7 @@ from fastmum.data.errors import DataError
 from fastmum.evaluate.features import load_image
 from fastmum.evaluate.pairs import SETS, open_pairs, overlap, pair_warp, same_set
 from fastmum.evaluate.pairs.jsonl import split
+from fastmum.evaluate.pairs.pair import read_archive, read_json, read_table
 from fastmum.evaluate.pairs.scenes import embedded_folders, from_folders
 from fastmum.geometry.warp import grid_points
 
@@ -229,6 +230,35 @@ def test_records_and_files_that_cannot_be_used(wall_file):
             read()
     wall_file.write_text("{")
     refused(wall_file, "line 1 of")
+
+
+def test_archives_run_no_code_and_allocate_no_more_than_they_hold(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'mark')!r}, 'w')",)
+
+    good = {"a": np.eye(2), "b": objects([None, "x", (np.arange(2), np.float64(0.5))])}
+    np.savez(tmp_path / "good.npz", **good)
+    np.save(tmp_path / "good.npy", good)
+    np.savez(tmp_path / "bad.npz", **good, c=objects([Hostile()]))
+    np.save(tmp_path / "bad.npy", {"a": Hostile()})
+    for suffix in ("npz", "npy"):
+        found = read_archive(tmp_path / f"good.{suffix}")
+        assert np.array_equal(found["a"], np.eye(2))
+        assert found["b"][1] == "x"
+        assert found["b"][2][1] == 0.5
+        with pytest.raises(DataError, match=rf"bad.{suffix}.*exec"):
+            read_archive(tmp_path / f"bad.{suffix}")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_byte_order_marks(wall_file, tmp_path):
+    wall_file.write_bytes(b"\xef\xbb\xbf" + wall_file.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(names(wall_file)) == 8
+    (tmp_path / "table.txt").write_text("\ufeff1 2\n3 4\n")
+    assert read_table(tmp_path / "table.txt", (2, 2)).tolist() == [[1, 2], [3, 4]]
+    (tmp_path / "a.json").write_text("\ufeff[1]")
+    assert read_json(tmp_path / "a.json") == [1]
 
 
 def test_unknown_names_broken_files_and_singular_cameras_are_named(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import zipfile
 
 import pytest
 import torch
@@ -161,6 +162,16 @@ def test_files_that_hold_no_mum(tiny, tmp_path, save):
     damaged.write_bytes(damaged.read_bytes()[:-5000])
     save_file(tiny.state_dict(), cut := tmp_path / "cut")
     cut.write_bytes(cut.read_bytes()[:-10])
+    save_file(tiny.state_dict(), tmp_path / "deep", {"model_config": '{"depth": 1000000000}'})
+    save_file(tiny.state_dict(), tmp_path / "list", {"model_config": "[1]"})
+    save_file(tiny.state_dict() | {"blocks.999999999.a": torch.zeros(1)}, tmp_path / "number")
+    packed = tmp_path / "packed"
+    with (
+        zipfile.ZipFile(save(tiny.state_dict(), "plain")) as plain,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_LZMA) as out,
+    ):
+        for name in plain.namelist():
+            out.writestr(name, plain.read(name))
     (tmp_path / "text").write_text("these are no weights")
     (tmp_path / "empty").touch()
     save_file({"cls_token": torch.zeros(1)}, tmp_path / "metadata", {"model_config": "{"})
@@ -171,7 +182,13 @@ def test_files_that_hold_no_mum(tiny, tmp_path, save):
         (damaged, "cannot be read"),
         (cut, "cannot be read"),
         (tmp_path / "metadata", "the metadata of"),
-        (save([1, 2], "list"), "holds a list"),
+        (tmp_path / "deep", "depth is 1000000000"),
+        (tmp_path / "list", "the metadata of"),
+        (tmp_path / "number", "depth is 1000000000"),
+        (packed, "compressed"),
+        (save(tiny.state_dict() | {"norm.bias": torch.zeros(32).to_sparse()}, "sparse"), "norm.bias"),
+        (save(tiny.state_dict() | {"norm.bias": torch.zeros(32, dtype=torch.complex64)}, "complex"), "norm.bias"),
+        (save([1, 2], "pair"), "holds a list"),
         (save({"weight": torch.zeros(2)}, "other"), "(weight)"),
         (save({"model": Custom()}, "custom"), "test_load_pretrained.Custom"),
     ):

@@ -29,7 +29,7 @@ def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray
     with reading(file, f"{what}, {columns} numbers a line"), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # numpy warns about an empty file
         try:
-            return np.loadtxt(file, ndmin=2, skiprows=skip).reshape(-1, columns)
+            return np.loadtxt(file, ndmin=2, skiprows=skip, encoding="utf-8-sig").reshape(-1, columns)
         except UserWarning:
             raise ValueError("it is empty") from None
 
@@ -89,7 +89,7 @@ def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> Cameras:
         return None, None
     size = image_size(images, names)
     with reading(file, "a nerfstudio transforms.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         listed = {f["file_path"].rpartition("/")[2]: f for f in content["frames"] + content.get("test_frames", [])}
         poses, intrinsics = {}, {}
         for name in listed.keys() & set(names):

@@ -124,7 +124,7 @@ def hypersim_cameras(root: Path, scene: str, cameras: dict[str, list[str]]) -> C
     file = root / HYPERSIM_CAMERAS
     if not file.is_file():
         return None, None
-    with reading(file, "camera parameters of Hypersim"), file.open(newline="") as stream:
+    with reading(file, "camera parameters of Hypersim"), file.open(encoding="utf-8-sig", newline="") as stream:
         row = {row["scene_name"]: row for row in csv.DictReader(stream)}[scene]
         cam_from_uv = np.array([[float(row[f"M_cam_from_uv_{i}{j}"]) for j in range(3)] for i in range(3)])
         scale = float(row["settings_units_info_meters_scale"])
@@ -167,7 +167,7 @@ def scannetpp(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
         log.warning("skipped: '%s' does not exist, which lists the training photographs of the scene", lists)
         return
     with reading(lists, "a scene's training list"):
-        listed = set(json.loads(lists.read_text(encoding="utf-8"))["train"])
+        listed = set(json.loads(lists.read_text(encoding="utf-8-sig"))["train"])
     names = natsort.natsorted(listed.intersection(base.images_in(dslr / SCANNETPP_IMAGES)))
     frames = [f"{part}/dslr/{SCANNETPP_IMAGES}/{name}" for name in names]
     masks = [f"{part}/dslr/{SCANNETPP_MASKS}/{name.rpartition('.')[0]}.png" for name in names]

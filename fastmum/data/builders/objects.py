@@ -53,7 +53,7 @@ def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
             listed = json.loads(list_file.read_text(encoding="utf-8"))["train"]
             training = {(name, number) for name, number, _ in listed}
     with reading(file, "CO3D frame annotations"):
-        with gzip.open(file, "rt", encoding="utf-8") as stream:
+        with gzip.open(file, "rt", encoding="utf-8-sig") as stream:
             annotations = json.load(stream)
         videos = defaultdict(list)
         for frame in annotations:
@@ -108,7 +108,7 @@ def wildrgbd_cameras(folder: Path, names: list[str]) -> Cameras:
         poses = by_name(names, {name: by_number[number] for name, number in numbers.items() if number in by_number})
     if (file := folder / "metadata").is_file():
         with reading(file, "a video's metadata"):
-            K = np.array(json.loads(file.read_text(encoding="utf-8"))["K"], float).reshape(3, 3).T
+            K = np.array(json.loads(file.read_text(encoding="utf-8-sig"))["K"], float).reshape(3, 3).T
         intrinsics = np.tile(from_K(K), (len(names), 1))
     return poses, intrinsics
 

@@ -35,7 +35,7 @@ def mvsnet_cameras(folder: Path, stems: list[str]) -> Cameras:
         file = folder / f"{stem}_cam.txt"
         if file.is_file():
             with reading(file, "a camera of MVSNet"):
-                words = file.read_text(encoding="utf-8").split()
+                words = file.read_text(encoding="utf-8-sig").split()
                 begin, middle = words.index("extrinsic") + 1, words.index("intrinsic") + 1
                 poses[stem] = np.array(words[begin : begin + 16], float).reshape(4, 4)
                 intrinsics[stem] = from_K(np.array(words[middle : middle + 9], float).reshape(3, 3))

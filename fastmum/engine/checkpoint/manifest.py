@@ -1,6 +1,5 @@
 """Checkpoint manifests, and the checkpoints of a folder ordered by them: file names and times have no meaning."""
 
-import itertools
 import json
 import logging
 import math
@@ -10,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import torch
 import xxhash
 from torch import Tensor
 
 from fastmum.errors import FastmumError
-from fastmum.files import regular
+from fastmum.files import ABANDONED, free_path, read_json
 from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "checkpoint.json"
-PARTIAL, ABANDONED = ".partial", ".abandoned"
+MANIFEST, METADATA = "checkpoint.json", ".metadata"
+PARTIAL = ".partial"
 FORMAT = 2
 MAX_NAMES = 5  # tensors listed in a message
 
@@ -54,12 +54,26 @@ class TensorSpec(NamedTuple):
     def of(cls, tensor: Tensor | Halves) -> Self:
         return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
+    def check(self) -> int:
+        """The number of bytes; ValueError: no tensor is like this."""
+        dtype = getattr(torch, self.dtype)
+        if not isinstance(dtype, torch.dtype) or any(type(size) is not int or size < 0 for size in self.shape):
+            raise ValueError(f"{self.dtype} {self.shape}")
+        return math.prod(self.shape) * dtype.itemsize
+
 
 class FileHash(NamedTuple):
     """Size in bytes and XXH3-128."""
 
     size: int
     xxh3: str
+
+    def missing(self, path: Path) -> str | None:
+        """What is wrong with the size of a file, None if it is there with this size."""
+        if not path.is_file():  # a pipe would block
+            return f"{path.name} is missing"
+        size = path.stat().st_size
+        return None if size == self.size else f"{path.name} has {size} bytes instead of {self.size}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,21 @@ class CheckpointManifest:
             file.write(_dump({"xxh3": _hash(content), "content": content}))
             file.flush()
             os.fsync(file.fileno())
+
+    def missing(self) -> str | None:
+        """The first file that is not there with its size, and how; None if all are."""
+        return next((wrong for name, file in self.files.items() if (wrong := file.missing(self.path / name))), None)
+
+    def check(self) -> None:
+        """Check what was read; ValueError or a similar error: it cannot have been written by `write`."""
+        if type(self.step) is not int or self.step < 0 or not isinstance(self.values["model_config"], dict):
+            raise ValueError("step or model_config")
+        for name, file in self.files.items():
+            if Path(name).name != name or type(file.size) is not int or file.size < 0:
+                raise ValueError(name)
+        # Tensors are stored as they are, so nothing is allocated for which there are no files.
+        if sum(spec.check() for spec in self.tensors.values()) > sum(file.size for file in self.files.values()):
+            raise ValueError("tensors are larger than files")
 
     def check_model(self, configured: Mapping[str, Any]) -> None:
         """Raise CheckpointError naming the keys of `configured` that differ from those of the saved model."""
@@ -125,14 +154,14 @@ def find_checkpoints(path: Path) -> list[FoundCheckpoint]:
 
 def _is_checkpoint(path: Path) -> bool:
     # .metadata of torch.distributed.checkpoint: a checkpoint that lost its manifest is reported as damaged.
-    exists = any((path / name).exists() for name in (MANIFEST, ".metadata"))
+    exists = any((path / name).exists() for name in (MANIFEST, METADATA))
     return exists and PARTIAL not in path.name and ABANDONED not in path.name
 
 
 def _found(path: Path) -> FoundCheckpoint:
     """Read the manifest, without verifying the other files."""
     try:
-        outer = json.loads(regular(path / MANIFEST).read_bytes())
+        outer = read_json(path / MANIFEST)
         content = outer["content"]
         if _hash(content) != outer["xxh3"]:
             problem = "does not match its hash"
@@ -141,10 +170,12 @@ def _found(path: Path) -> FoundCheckpoint:
         else:
             tensors = {name: TensorSpec(tuple(shape), dtype) for name, (shape, dtype) in content["tensors"].items()}
             files = {name: FileHash(*file) for name, file in content["files"].items()}
-            return FoundCheckpoint(path, CheckpointManifest(path, content["step"], content["values"], tensors, files))
+            manifest = CheckpointManifest(path, content["step"], content["values"], tensors, files)
+            manifest.check()
+            return FoundCheckpoint(path, manifest)
     except OSError as error:
         problem = reason(error)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         problem = "is damaged"
     return FoundCheckpoint(path, None, f"checkpoint '{path}' cannot be read ({MANIFEST}: {problem})")
 
@@ -156,12 +187,6 @@ def set_aside_after(folder: Path, step: int) -> None:
             found.path.rename(free_path(found.path.with_name(found.path.name + ABANDONED)))
             why = f"is after step {step}, from which the run resumes" if found.manifest else "cannot be read"
             log.info("'%s' %s and was renamed", found.path, why)
-
-
-def free_path(path: Path) -> Path:
-    """The path, with a number if it exists."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def _dump(content: Any) -> str:

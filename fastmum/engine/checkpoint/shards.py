@@ -10,9 +10,9 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -20,12 +20,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from fastmum.engine.checkpoint.manifest import (
+    MANIFEST,
+    METADATA,
     CheckpointError,
     CheckpointManifest,
     FileHash,
@@ -34,11 +35,24 @@ from fastmum.engine.checkpoint.manifest import (
     find_checkpoints,
     reason,
 )
+from fastmum.files import unpickle
 from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in a run of one process
+
+# What `.metadata` is made of. Paths are of any platform, and not used.
+_PARTS = (
+    torch.Size, metadata.Metadata, metadata.TensorStorageMetadata, metadata.TensorProperties,
+    metadata.ChunkStorageMetadata, metadata.MetadataIndex, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo, torch.serialization._get_layout,
+)  # fmt: skip
+ADMITTED = {
+    **{f"{part.__module__}.{part.__qualname__}": part for part in _PARTS},
+    **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
+    **{f"pathlib{m}.{kind}Path": PurePath for m in ("", "._local") for kind in ("Posix", "Windows", "PurePosix")},
+}
 
 T = TypeVar("T")
 Group = dist.ProcessGroup | None  # gloo group of all ranks; None: a single process
@@ -80,7 +94,7 @@ def _attempt(compute: Callable[[], T]) -> T | CheckpointError:
         return CheckpointError(reason(error))
 
 
-class _HashedFileSystem(FileSystem):
+class _HashedFileSystem(filesystem.FileSystem):
     """DCP's file system; `written` holds the hashes of the files, which are fsynced by DCP."""
 
     def __init__(self) -> None:
@@ -130,7 +144,7 @@ class _Planner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._copies = copies
 
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
+    def lookup_object(self, index: metadata.MetadataIndex) -> Tensor:
         return self._copies[index.fqn]
 
 
@@ -151,15 +165,31 @@ def write_shards(path: Path, state: State, copies: Mapping[str, Tensor], ranks: 
     return files.written
 
 
-def read_shards(path: Path, state: State, ranks: Ranks) -> None:
-    """Fill the tensors of `state`, sharded in any way, from a checkpoint."""
+class _Reader(dcp.FileSystemReader):
+    """Reads `.metadata` without running its code; the shards must be among `files`."""
+
+    def __init__(self, path: Path, files: Collection[str]) -> None:
+        super().__init__(path)
+        self._files = files
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
+            found = unpickle(stream, ADMITTED)
+        if not {shard.relative_path for shard in found.storage_data.values()} <= {*self._files}:
+            raise CheckpointError(f"{METADATA} names files that {MANIFEST} does not list")
+        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return found
+
+
+def read_shards(path: Path, state: State, ranks: Ranks, files: Collection[str]) -> None:
+    """Fill the tensors of `state`, sharded in any way, from the `files` of a checkpoint."""
     halves = {name: tensor for name, tensor in state.items() if isinstance(tensor, Halves)}
     whole = {n: torch.empty_like(h.parameter, dtype=torch.float32, device="cpu") for n, h in halves.items()}
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _raise_checkpoint_error(ranks), torch.no_grad():
         dcp.load(
             whole | {name: tensor.detach() for name, tensor in state.items() if not isinstance(tensor, Halves)},
-            storage_reader=dcp.FileSystemReader(path), planner=planner, process_group=ranks.group,
+            storage_reader=_Reader(path, files), planner=planner, process_group=ranks.group,
             no_dist=ranks.group is None,
         )  # fmt: skip
         for name, tensor in halves.items():
@@ -180,9 +210,8 @@ def _raise_checkpoint_error(ranks: Ranks) -> Iterator[None]:
 def file_damage(path: Path, expected: FileHash) -> str | None:
     """How a file differs from its hash, None if it is intact."""
     try:
-        size = path.stat().st_size
-        if size != expected.size:
-            return f"{path.name} has {size} bytes instead of {expected.size}"
+        if wrong := expected.missing(path):
+            return wrong
         with open(path, "rb", buffering=0) as file:
             xxh3 = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
     except OSError as error:
@@ -235,6 +264,8 @@ def read_weights(path: Path, prefix: str = "model.") -> CheckpointWeights:
     tensors: dict[str, Tensor] = {}
 
     def read(manifest: CheckpointManifest) -> None:
+        if wrong := manifest.missing():  # before memory is allocated
+            raise UnreadableError(f"checkpoint '{manifest.path}' cannot be read ({wrong})")
         tensors.clear()
         for name, (shape, dtype) in manifest.tensors.items():
             if name.startswith(prefix):
@@ -280,7 +311,7 @@ def _read(manifest: CheckpointManifest, state: State, ranks: Ranks) -> None:
 
     try:
         ranks.on_all(verify)
-        read_shards(manifest.path, state, ranks)
+        read_shards(manifest.path, state, ranks, manifest.files)
     except CheckpointError as error:
         raise UnreadableError(f"checkpoint '{manifest.path}' cannot be read ({error})") from None
 

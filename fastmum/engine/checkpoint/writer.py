@@ -28,11 +28,11 @@ from fastmum.engine.checkpoint.manifest import (
     State,
     TensorSpec,
     find_checkpoints,
-    free_path,
     reason,
 )
 from fastmum.engine.checkpoint.shards import Group, Ranks, sync_folder, write_shards
 from fastmum.engine.gradients import local
+from fastmum.files import free_path
 from fastmum.kernels.adamw import Halves
 
 log = logging.getLogger(__name__)
@@ -249,6 +249,8 @@ class Checkpoints:
                 log.error("%s; training continues", self._error)
 
     def _publish(self, manifest: CheckpointManifest) -> Path:
+        if wrong := manifest.missing():
+            raise CheckpointError(f"{wrong}: all processes must see one folder")
         manifest.write()
         sync_folder(manifest.path)
         path = manifest.path.rename(free_path(self._folder / f"step_{manifest.step:07d}"))

@@ -33,7 +33,8 @@ def from_file(path: Path, part: str) -> PairSet:
     """The pairs of a file, or of the `pairs.jsonl` in a folder, that have depth on both sides; see `split`."""
     file = file_of(path)
     with reading(file, "a text file"):
-        lines = [(i, line) for i, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+        text = file.read_text(encoding="utf-8-sig")
+    lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     pairs: list[Pair] = []
     first: dict[str, int] = {}
     for number, line in lines:
@@ -82,7 +83,7 @@ def _pair(line: str, file: Path, number: int) -> Pair | None:
     where = f"line {number} of '{file}'"
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON ({error})") from None
     if not isinstance(record, dict) or (missing := [key for key in NEEDED if key not in record]):
         raise DataError(f"{where} lacks {', '.join(missing) if isinstance(record, dict) else 'a record'}")

@@ -3,22 +3,31 @@
 Images and depth are read when they are needed, so sets of thousands of pairs open fast.
 """
 
+import codecs
 import json
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 import torch
+from numpy.lib.format import read_array, read_array_header_1_0, read_array_header_2_0, read_magic
 from torch import Tensor
 
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
-from fastmum.files import regular
+from fastmum.files import regular, unpickle
 from fastmum.geometry import relative_pose
 from fastmum.geometry.warp import Warp, grid_points, true_warp
 
 T = TypeVar("T")
+
+# What pickled arrays are made of, under the names of NumPy 1 and 2.
+ARRAYS: dict[str, Any] = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, "_codecs.encode": codecs.encode}
+for _core in ("numpy.core", "numpy._core"):
+    ARRAYS |= {f"{_core}.multiarray._reconstruct": np.empty(0).__reduce__()[0]}
+    ARRAYS |= {f"{_core}.multiarray.scalar": np.float64(0).__reduce__()[0]}
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ def overlap(train: PairSet, test: PairSet) -> str | None:
 def read_table(file: Path, shape: tuple[int, int]) -> np.ndarray:
     """The upper left part (rows, columns) of a matrix in a text file, float64."""
     with reading(file, "a table of numbers"):
-        table = np.loadtxt(file, dtype=np.float64, ndmin=2)
+        table = np.loadtxt(file, dtype=np.float64, ndmin=2, encoding="utf-8-sig")
     if table.shape[0] < shape[0] or table.shape[1] < shape[1]:
         raise DataError(f"'{file}' holds {table.shape} numbers, but at least {shape} are expected")
     return table[: shape[0], : shape[1]]
@@ -122,19 +131,28 @@ def read_table(file: Path, shape: tuple[int, int]) -> np.ndarray:
 def read_json(file: Path) -> Any:
     """The content of a JSON file."""
     with reading(file, "JSON"):
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
 
 
 def read_archive(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, or of the dictionary in an .npy.
-
-    The published files hold pickled objects: read only files that you trust.
-    """
+    """The arrays of an .npz, or of the dictionary in an .npy, also pickled ones as published; no code is run."""
     try:
-        loaded = np.load(regular(file), allow_pickle=True)
-        return dict(loaded.item()) if file.suffix == ".npy" else dict(loaded)
+        if file.suffix == ".npy":
+            with open(regular(file), "rb") as stream:
+                return dict(_read_array(stream).item())
+        with zipfile.ZipFile(regular(file)) as archive:
+            return {name.removesuffix(".npy"): _read_array(archive.open(name)) for name in archive.namelist()}
     except Exception as error:  # unpickling raises any error
         raise DataError(f"archive '{file}' cannot be read ({str(error).partition(chr(10))[0] or error!r})") from None
+
+
+def _read_array(stream: IO[bytes]) -> np.ndarray:
+    header = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}[read_magic(stream)]
+    shape, _, dtype = header(stream)
+    if dtype.hasobject:
+        return unpickle(stream, ARRAYS).reshape(shape)
+    stream.seek(0)
+    return read_array(stream, allow_pickle=False)
 
 
 def matrix(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -75,15 +76,32 @@ def test_values_that_are_not_finite_are_null_and_no_point(run):
         (99, [10, 20, 30], '{"step": 40, "lo'),
     ],
 )
-def test_lines_after_the_step_resumed_from_are_dropped(run, resumed, kept, end):
-    log(run, 0, (10, 20, 30))
-    with open(run.metrics, "a") as file:
-        file.write(end)
-    telemetry = Telemetry(run, resumed)
-    assert steps(run) == kept  # before the first new line
-    telemetry.log(100, {"loss": 0.5})
-    telemetry.close()
-    assert steps(run) == [*kept, 100]
+def test_lines_after_the_step_resumed_from_are_dropped_and_copied(run, resumed, kept, end):
+    for _ in range(2):
+        log(run, 0, (10, 20, 30))
+        with open(run.metrics, "a") as file:
+            file.write(end)
+        whole = run.metrics.read_bytes()
+        telemetry = Telemetry(run, resumed)
+        assert steps(run) == kept  # before the first new line
+        cut = whole.removeprefix(run.metrics.read_bytes())
+        telemetry.log(100, {"loss": 0.5})
+        telemetry.close()
+        assert steps(run) == [*kept, 100]
+        copy = run.metrics_cut.read_bytes() if cut else b""
+        assert copy.removesuffix(b"\n").endswith(cut.removesuffix(b"\n"))
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [b"", b"#", b"[1, 2]", b"3", b"{}", b'{"step": "a"}', b'{"step": null}', b"\xff\xfe", b"\x00" * 9, b"[" * 9999],
+)
+def test_a_line_that_is_no_record_is_skipped_but_not_what_follows(run, junk):
+    log(run, 0, (10, 20))
+    run.metrics.write_bytes(b"\xef\xbb\xbf" + run.metrics.read_bytes().replace(b"\n", b"\r\n" + junk + b"\n"))
+    log(run, 20, (30,))
+    assert [record["step"] for record in read_metrics(run.metrics)] == [10, 20, 30]
+    assert run.metrics.read_bytes().count(junk + b"\n") >= 1
 
 
 @pytest.mark.parametrize("clock_set_back", [False, True])
@@ -120,6 +138,27 @@ def test_an_old_run_is_set_aside(run):
         run.set_aside()
         assert not run.root.exists()
         assert (run.root.parent / f"run.old-{number}/config.yaml").read_text() == str(number)
+
+
+def test_configurations_stay_with_the_step_from_which_they_held(run):
+    def kept():
+        return {path.name: path.read_text() for path in run.configs.iterdir()}
+
+    run.root.mkdir()
+    run.write_config("a", 0)
+    run.write_config("a", 10)
+    assert kept() == {"step_0000000.yaml": "a"}
+    run.write_config("b", 20)
+    run.write_config("c", 30)
+    assert kept() == {"step_0000000.yaml": "a", "step_0000020.yaml": "b", "step_0000030.yaml": "c"}
+    run.write_config("b", 25)  # from an earlier checkpoint: b holds on, and the steps of c are done again
+    assert kept() == {"step_0000000.yaml": "a", "step_0000020.yaml": "b", "step_0000030.yaml.abandoned": "c"}
+    run.write_config("d", 20)
+    assert kept()["step_0000020.yaml"] == run.config.read_text() == "d"
+    assert kept()["step_0000020.yaml.abandoned"] == "b"
+    shutil.rmtree(run.configs)  # a run of a version that kept none
+    run.write_config("e", 40)
+    assert kept() == {"step_0000000.yaml": "d", "step_0000040.yaml": "e"}
 
 
 def fill(folder):
