@@ -87,8 +87,9 @@ def test_manifests(run, image_folder, tmp_path, mode, decoder):
     """Two data sets of sequences by weight, and single images."""
     if decoder == "dali_cpu":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed: pip install 'fastmum[dali]'")
-    for name in ("a", "b", "images"):
-        build("folder", image_folder, tmp_path / f"{name}.arrow", dataset=name, single=name == "images")
+    for name in ("a", "b", "images"):  # of copies, because no image may be trained on and held out
+        folder = shutil.copytree(image_folder, tmp_path / f"of_{name}")
+        build("folder", folder, tmp_path / f"{name}.arrow", dataset=name, single=name == "images")
     manifests = f"data.manifests=[{tmp_path}/a.arrow,{tmp_path}/b.arrow,{tmp_path}/images.arrow]"
     more = ("data.root=null", manifests, "data.weights={a: 2}", f"data.mode={mode}", f"data.decoder={decoder}")
     assert run("run", *more, "data.imagenet_share=0.5") == 0
