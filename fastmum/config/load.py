@@ -128,7 +128,9 @@ def _parse(word: str, keys: dict[str, Key]) -> dict[str, Any]:
         if name.startswith(f"{table}."):  # an entry, whose name may have dots
             return {table: {name.removeprefix(f"{table}."): read_word(value, "float")}}
     try:
-        return {name: read_word(value, keys[name].kind if name in keys else "str")}
+        return {
+            name: read_word(value, keys[name].kind if name in keys else "dict" if name in _sections(keys) else "str")
+        }
     except YAML_ERRORS:
         raise ConfigError(f"'{value}' for {name} on the command line is not valid YAML") from None
 

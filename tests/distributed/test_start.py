@@ -113,12 +113,11 @@ def run_differently(rank_and_size, port, args, what, folder):
                 args = [*args, f"optim.base_lr=0.00{rank + 1}"]
             case "version":
                 patch.setattr("fastmum.train.source_version", lambda: f"commit {rank}")
-            case "folder":
+            case "folder" | "manifest":  # another one under the same name
                 patch.chdir(folder / str(rank))
+                patch.setattr("fastmum.train.absolute_paths", lambda config: config)
                 patch.setattr("fastmum.engine.rundir.VISIBLE_WITHIN", 0.0)
-                args = [*args, "run.dir=run"]
-            case "manifest":
-                patch.chdir(folder / str(rank))
+                args = [*args, "run.dir=run"] if what == "folder" else args
             case "machines":
                 launch = LaunchInfo(rank, size, rank, 1 + rank, "torchrun")
                 patch.setattr("fastmum.train.read_launch_env", lambda: launch)

@@ -130,7 +130,7 @@ def test_names_of_weights(weights, monkeypatch):
 ERRORS = [
     ("--weights nowhere.pth", "nowhere.pth"), ("--weights random:mum_huge", "'mum_huge'"),
     ("--weights random:mum_tiny --set key=teacher", "--set key"),
-    ("--weights random:mum_tiny --set norm_eps=small", "--set: norm_eps is 'small'"),
+    ("--weights random:mum_tiny --set norm_eps=small", "norm_eps=small"),
     ("--weights random:mum_tiny --set num_heads=5", "num_heads 5"), ("--set depth", "KEY=VALUE"),
     ("--set device=cpu", "--device"), ("--set deepth=3", "'depth'"), ("--data nowhere", "'nowhere'"),
     ("--size 50", "patch size 16"), ("--every 0", "--every is 0"), ("--learning-rates -1", "--learning-rates are"),

@@ -138,7 +138,7 @@ def test_mistakes_are_one_line_before_work_is_done(mixed, weights, tmp_path, ref
         (["--layers", "0,2"], "0 to 1"),
         (["--batch", "0"], "--batch 0"),
         (["--device", "nowhere"], "--device is 'nowhere'"),
-        (["--set", "norm_eps=${"], "--set is 'norm_eps=${'"),
+        (["--set", "norm_eps=${"], "norm_eps is '${'"),
         (["--set", "dtype=float16"], "--dtype"),
         (["--set", "norm_eps"], "KEY=VALUE"),
     ):
