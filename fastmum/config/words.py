@@ -84,9 +84,8 @@ def typed(value: Any, kind: str) -> Any:
         if value.lower() not in BOOLS:
             raise ValueError
         return BOOLS[value.lower()]
-    if kind == "int" and re.fullmatch(r"\s*[+-]?\d[\d_]*\s*", value):
-        return int(value)
-    number = float(value)
-    if not math.isfinite(number) or (kind == "int" and number != int(number)):
+    exact = kind == "int" and re.fullmatch(r"\s*[+-]?\d[\d_]*\s*", value)
+    number = int(value) if exact else float(value)
+    if not math.isfinite(number) or (kind == "int" and (number != int(number) or abs(number) >= 1 << 63)):
         raise ValueError
     return int(number) if kind == "int" else number
