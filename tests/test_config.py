@@ -107,6 +107,7 @@ def test_a_wrong_file_is_one_line_that_names_it(file, text, words):
         ("train.steps=12:30", "'train.steps' in the command line is '12:30'"),
         ("train.steps=1.5", "'train.steps' in the command line is '1.5'"),
         ("train.steps=1e30", "'train.steps' in the command line is '1e30'"),
+        ("run.seed=" + "9" * 400, "'run.seed' in the command line is '9"),
         ("run.seed=9223372036854775808", "'run.seed' in the command line is '9223372036854775808'"),
         ("optim.base_lr=nan", "'optim.base_lr' in the command line is 'nan'"),
         ("run.name=", "'run.name' in the command line is ''"),

@@ -86,6 +86,8 @@ def typed(value: Any, kind: str) -> Any:
         return BOOLS[value.lower()]
     exact = kind == "int" and re.fullmatch(r"\s*[+-]?\d[\d_]*\s*", value)
     number = int(value) if exact else float(value)
-    if not math.isfinite(number) or (kind == "int" and (number != int(number) or abs(number) >= 1 << 63)):
+    if kind == "int" and not (abs(number) < 1 << 63 and number == int(number)):  # false for nan, too
+        raise ValueError
+    if not math.isfinite(number):
         raise ValueError
     return int(number) if kind == "int" else number
