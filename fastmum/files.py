@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import pickletools
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
@@ -95,7 +96,14 @@ def read_json(path: Path, limit: int = 1 << 28) -> Any:
 
 
 def unpickle(stream: IO[bytes] | io.IOBase, admitted: Mapping[str, Any]) -> Any:
-    """Read a pickle that may use nothing but `admitted`, full names -> objects; pickle.UnpicklingError otherwise."""
+    """Read a pickle that may use nothing but `admitted`, full names -> objects; pickle.UnpicklingError otherwise.
+
+    ValueError: it is cut off, or numbers its objects so that a few bytes would take all memory.
+    """
+    data = stream.read()
+    for opcode, number, _ in pickletools.genops(data):
+        if opcode.name.endswith("PUT") and int(number or 0) > len(data):  # it allocates that many places
+            raise ValueError("an object has a number that is larger than the file")
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -103,7 +111,7 @@ def unpickle(stream: IO[bytes] | io.IOBase, admitted: Mapping[str, Any]) -> Any:
                 raise pickle.UnpicklingError(f"uses {module}.{name}, which is not loaded, because it can run code")
             return admitted[f"{module}.{name}"]
 
-    return Unpickler(stream).load()
+    return Unpickler(io.BytesIO(data)).load()
 
 
 def resource_dir(name: str) -> Path:

@@ -84,9 +84,10 @@ def typed(value: Any, kind: str) -> Any:
         if value.lower() not in BOOLS:
             raise ValueError
         return BOOLS[value.lower()]
-    if kind == "int" and re.fullmatch(r"\s*[+-]?\d[\d_]*\s*", value):
-        return int(value)
-    number = float(value)
-    if not math.isfinite(number) or (kind == "int" and number != int(number)):
+    exact = kind == "int" and re.fullmatch(r"\s*[+-]?\d[\d_]*\s*", value)
+    number = int(value) if exact else float(value)
+    if kind == "int" and not (abs(number) < 1 << 63 and number == int(number)):  # false for nan, too
+        raise ValueError
+    if not math.isfinite(number):
         raise ValueError
     return int(number) if kind == "int" else number

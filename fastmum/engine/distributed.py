@@ -132,7 +132,7 @@ def read_launch_env(environ: Mapping[str, str] = os.environ) -> LaunchInfo:
 def _number(environ: Mapping[str, str], name: str) -> int:
     if name not in environ:
         raise DistributedError(f"{name} is not set, but other variables of its launcher are; torchrun and srun set all")
-    if not re.fullmatch(r"-?[0-9]+", environ[name].strip()):  # int() reads 7_1 as 71
+    if not re.fullmatch(r"-?[0-9]{1,18}", environ[name].strip()):  # int() reads 7_1 as 71
         raise DistributedError(f"{name} is '{environ[name]}', but must be a whole number")
     return int(environ[name])
 
@@ -142,11 +142,11 @@ def _slurm_local_size(environ: Mapping[str, str], size: int) -> int:
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         if name not in environ:
             continue
-        if not re.fullmatch(r"\d+(\(x\d+\))?(,\d+(\(x\d+\))?)*", environ[name]):
+        if not re.fullmatch(r"\d{1,9}(\(x\d{1,9}\))?(,\d{1,9}(\(x\d{1,9}\))?)*", environ[name]):
             raise DistributedError(f"{name} is '{environ[name]}', but must be like '8(x2),4'")
-        groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ[name])
-        nodes = [int(tasks) for tasks, repeats in groups for _ in range(int(repeats or 1))]
-        if sum(nodes) == size:  # otherwise they are those of the job, of which this step is a part
+        groups = [(int(n), int(m or 1)) for n, m in re.findall(r"(\d{1,9})(?:\(x(\d{1,9})\))?", environ[name])]
+        if sum(n * m for n, m in groups) == size:  # otherwise they are those of the job, of which this step is a part
+            nodes = [tasks for tasks, repeats in groups for _ in range(repeats)]
             node = _number(environ, "SLURM_NODEID") if len(set(nodes)) > 1 else 0
             return nodes[node] if 0 <= node < len(nodes) else 0
     return min(size, _number(environ, "SLURM_NTASKS_PER_NODE")) if "SLURM_NTASKS_PER_NODE" in environ else size

@@ -153,7 +153,8 @@ class RecordFile:
 
     def close(self) -> None:
         """Try once more to write what waits, and close the file."""
-        self._flush()
+        if self._waiting or self._file is not None:
+            self._flush()
         if self._waiting:
             log.warning("%s: %d records could not be written and are lost", self._path, len(self._waiting))
         if self._file is not None:

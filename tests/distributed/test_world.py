@@ -64,6 +64,7 @@ def test_processes_of_a_machine_on_slurm(more, local_size):
     ("environ", "named"),
     [
         (TORCHRUN | {"RANK": "x"}, "RANK"),
+        (TORCHRUN | {"RANK": "9" * 5000}, "RANK"),
         (TORCHRUN | {"RANK": "8"}, "RANK"),
         (TORCHRUN | {"WORLD_SIZE": ""}, "WORLD_SIZE"),
         (TORCHRUN | {"LOCAL_RANK": "-1"}, "LOCAL_RANK"),
@@ -73,6 +74,7 @@ def test_processes_of_a_machine_on_slurm(more, local_size):
         ({"WORLD_SIZE": "8"}, "RANK"),
         ({"RANK": "3"}, "WORLD_SIZE"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8(x"}, "SLURM_STEP_TASKS_PER_NODE"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "8(x99999999999)"}, "SLURM_STEP_TASKS_PER_NODE"),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4,12"}, "SLURM_NODEID"),
         ({"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "16"}, "SLURM_LOCALID"),
     ],

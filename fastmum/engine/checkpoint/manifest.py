@@ -102,6 +102,8 @@ class CheckpointManifest:
         """Check what was read; ValueError or a similar error: it cannot have been written by `write`."""
         if type(self.step) is not int or self.step < 0 or not isinstance(self.values["model_config"], dict):
             raise ValueError("step or model_config")
+        if METADATA not in self.files:
+            raise ValueError(METADATA)
         for name, file in self.files.items():
             if Path(name).name != name or type(file.size) is not int or file.size < 0:
                 raise ValueError(name)

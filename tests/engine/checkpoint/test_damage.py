@@ -103,15 +103,26 @@ def rewrite(folder, **changes):
     dataclasses.replace(manifest, **{name: change(getattr(manifest, name)) for name, change in changes.items()}).write()
 
 
-@pytest.mark.parametrize("call", [os.mkdir, exec, pickle.loads, shutil.rmtree])
-def test_metadata_of_others_run_no_code(two, tmp_path, call):
+def write_metadata(folder, content):
     """The hash is right: whoever writes the pickle can write the manifest, too."""
-    folder, mark = shutil.copytree(two / "step_0000002", tmp_path / "copy"), tmp_path / "mark"
-    words = {os.mkdir: mark, exec: f"open({str(mark)!r}, 'w')", pickle.loads: b"", shutil.rmtree: tmp_path}
-    content = pickle.dumps(Hostile(call, words[call]))
     (folder / ".metadata").write_bytes(content)
     file = FileHash(len(content), xxhash.xxh3_128_hexdigest(content))
     rewrite(folder, files=lambda files: files | {".metadata": file})
+
+
+def test_metadata_with_huge_numbers_take_no_memory(two, tmp_path):
+    """LONG_BINPUT of 4 billion: the unpickler of C would clear a table of 64 GB."""
+    folder = shutil.copytree(two / "step_0000002", tmp_path / "copy")
+    write_metadata(folder, b"\x80\x02Nr\xf0\xff\xff\xff.")
+    with pytest.raises(CheckpointError, match="copy"):
+        read_weights(folder)
+
+
+@pytest.mark.parametrize("call", [os.mkdir, exec, pickle.loads, shutil.rmtree])
+def test_metadata_of_others_run_no_code(two, tmp_path, call):
+    folder, mark = shutil.copytree(two / "step_0000002", tmp_path / "copy"), tmp_path / "mark"
+    words = {os.mkdir: mark, exec: f"open({str(mark)!r}, 'w')", pickle.loads: b"", shutil.rmtree: tmp_path}
+    write_metadata(folder, pickle.dumps(Hostile(call, words[call])))
     for read in (lambda: read_weights(folder), lambda: load_newest(folder, full_state(9), CONFIG)):
         with pytest.raises(CheckpointError, match=rf"copy' .*{call.__name__}"):
             read()
@@ -127,6 +138,7 @@ def test_metadata_of_others_run_no_code(two, tmp_path, call):
         {"tensors": lambda tensors: tensors | {"model.odd": TensorSpec((-1, 4), "float32")}},
         {"files": lambda files: files | {"../../etc/passwd": FileHash(3, "")}},
         {"files": lambda files: {}},
+        {"files": lambda files: {name: file for name, file in files.items() if name != ".metadata"}},  # a pipe, say
         {"step": lambda step: -1},
         {"values": lambda values: {}},
     ],

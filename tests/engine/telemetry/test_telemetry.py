@@ -64,6 +64,7 @@ def test_values_that_are_not_finite_are_null_and_no_point(run):
     assert sorted(board_of(run).Tags()["scalars"]) == ["array", "float32", "frames", "loss", "none"]
     assert points(run, "loss") == [(1, 1.0)]
     assert points(run, "none") == [(2, 4.0)]
+    assert not run.metrics_cut.exists()  # nothing was cut
 
 
 @pytest.mark.parametrize(
