@@ -33,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         yield partial
-        _share(partial)
+        _apply_umask(partial)
         if partial.is_dir():
             _remove(path)
         os.replace(partial, path)
@@ -41,7 +41,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
-def _share(path: Path) -> None:
+def _apply_umask(path: Path) -> None:
     """Give files that only their owner may read, as safetensors writes them, the rights that the umask asks for."""
     files = path.rglob("*") if path.is_dir() else [path]
     private = [file for file in files if file.is_file() and not file.stat().st_mode & 0o077]

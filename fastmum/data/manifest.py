@@ -19,7 +19,7 @@ byte, and then checks that all numbers lie in their dictionaries.
 import itertools
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,20 +241,18 @@ class Manifests(Manifest):
         return self.parts[part].sequence_name(sequence - int(self._first_sequence[part]))
 
     def scene_names(self, sequences: np.ndarray) -> list[str]:
-        which = np.searchsorted(self._first_sequence, sequences, side="right") - 1
-        found = np.empty(len(sequences), object)
-        for part in np.unique(which):
-            mine = which == part
-            found[mine] = self.parts[part].scene_names(sequences[mine] - self._first_sequence[part])
-        return found.tolist()
+        return self._by_part(Manifest.scene_names, sequences, self._first_sequence)
 
     def files(self, rows: Sequence[int] | np.ndarray) -> list[Path]:
-        rows = np.asarray(rows, np.int64)
-        which = np.searchsorted(self._first_row, rows, side="right") - 1
-        found = np.empty(len(rows), object)
+        return self._by_part(Manifest.files, np.asarray(rows, np.int64), self._first_row)
+
+    def _by_part(self, values: Callable[[Manifest, np.ndarray], list], numbers: np.ndarray, first: np.ndarray) -> list:
+        """Values of rows or sequences; `first` has the number of each part's first one."""
+        which = np.searchsorted(first, numbers, side="right") - 1
+        found = np.empty(len(numbers), object)
         for part in np.unique(which):
             mine = which == part
-            found[mine] = self.parts[part].files(rows[mine] - self._first_row[part])
+            found[mine] = values(self.parts[part], numbers[mine] - first[part])
         return found.tolist()
 
     def _value(self, name: str, row: int) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastmum.errors import first_line, some_names
 from fastmum.model.block import AxialRope
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
@@ -103,7 +104,7 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
         raise MismatchError(f"'{saved.path}' does not hold {model}", missing, extra, misshapen)
     state = {name: state[name] for name in expected}
     if odd := [n for n, t in state.items() if t.layout != torch.strided or t.is_meta or not t.is_floating_point()]:
-        raise WeightsError(f"'{saved.path}' has weights that are not dense floating-point numbers: {layout.some(odd)}")
+        raise WeightsError(f"'{saved.path}' has weights that are not dense floating-point numbers: {some_names(odd)}")
     about = saved.step, saved.ema, saved.frames, saved.image_size
     pretrained = Pretrained(saved.path, config, state, encoder_only, rope_dtype, *about)
     log.info("'%s': %s", saved.path, pretrained.title)
@@ -122,7 +123,7 @@ def build(
     try:
         model = model.to_empty(device=device)
     except (RuntimeError, AssertionError) as error:
-        raise WeightsError(f"device '{device}' cannot be used ({str(error).partition(chr(10))[0]})") from None
+        raise WeightsError(f"device '{device}' cannot be used ({first_line(error)})") from None
     model.load_state_dict(pretrained.state)
     return model.eval()
 

@@ -201,7 +201,7 @@ def test_the_sheet_shows_frames_depth_and_what_is_unreadable(rooms, image_folder
 
 
 def test_folders_that_cannot_be_listed_are_named(image_folder, tmp_path, monkeypatch, caplog):
-    """Those without permission are passed over, since others may own them; other errors may be of the moment."""
+    """Those without permission are skipped, since others may own them; other errors may be of the moment."""
     scandir, code = os.scandir, errno.EACCES
 
     def scan(folder):

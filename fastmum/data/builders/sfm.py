@@ -20,6 +20,7 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import count_shared
+from fastmum.errors import some_names
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def megadepth_parts(root: Path, options: Options) -> list[str]:
         with reading(file := Path(options.scenes).expanduser(), "a list of scenes", "give a text file, a scene a line"):
             listed = file.read_text(encoding="utf-8-sig").split()
         if unknown := [scene for scene in dict.fromkeys(listed) if scene not in present]:
-            log.warning("%d scenes of '%s' do not exist: %s", len(unknown), file, ", ".join(unknown))
+            log.warning("%d scenes of '%s' do not exist: %s", len(unknown), file, some_names(unknown))
         present = [scene for scene in present if scene in listed]
         if not present:
             raise DataError(f"no scene of '{file}' is in '{root / MEGADEPTH}'")
