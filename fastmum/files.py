@@ -19,7 +19,6 @@ import fastmum
 
 ABANDONED = ".abandoned"  # added to the names of files of steps that a resumed run does again
 PACKAGE = Path(__file__).resolve().parent
-BLOCK, BLOCKS = 1 << 16, 64  # bytes and number of the parts of a large file that its digest covers
 
 
 @contextlib.contextmanager
@@ -116,14 +115,3 @@ def source_version() -> str:
     """The version of the package and a digest of its source, which differs between commits."""
     files = sorted([*PACKAGE.glob("**/*.py"), *resource_dir("kernels").glob("*.py")])
     return f"{fastmum.__version__} ({xxhash.xxh3_64_hexdigest(b''.join(file.read_bytes() for file in files))})"
-
-
-def quick_digest(path: Path) -> str:
-    """Digest of a file's size and of its bytes: all, or parts at equal distances in files of more than 4 MiB."""
-    size = path.stat().st_size
-    digest = xxhash.xxh3_64(str(size).encode())
-    with open(path, "rb") as file:
-        for offset in range(0, size, max(BLOCK, -(-size // BLOCKS))):
-            file.seek(offset)
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()

@@ -53,6 +53,7 @@ class Manifest:
     Attributes:
         root: folder that paths are relative to.
         metadata: rule, options, seed, counts, source ...
+        checksum: of the whole file, hexadecimal.
         starts: (num_sequences + 1,) int64; the rows of sequence i are starts[i]:starts[i + 1].
         dataset_of: (num_sequences,) int16, index into `datasets`.
         known: frames that have a pose, intrinsics, depth, mask.
@@ -60,7 +61,7 @@ class Manifest:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
-        mapped, batch, schema = _map(self.path)
+        mapped, batch, schema, self.checksum = _map(self.path)
         self.num_frames: int = batch.num_rows
         sequence = batch["sequence"]
         self._names = sequence.dictionary
@@ -158,7 +159,7 @@ class Manifest:
                 yield self.root / folder.dictionary[number].as_py(), file.dictionary.take(names).to_pylist()
 
 
-def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes]]:
+def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes], str]:
     try:
         with open(regular(path), "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -184,7 +185,7 @@ def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes]]:
         types = {field.name: field.type for field in reader.schema}
         if not types.keys() >= REQUIRED or any(TYPES.get(name) != type for name, type in types.items()):
             raise pa.ArrowInvalid("other columns")
-        return mapped, reader.get_batch(0), schema
+        return mapped, reader.get_batch(0), schema, digest.decode()
     except (pa.ArrowException, OSError):
         raise DataError(f"'{path}' is not a manifest, or is damaged or truncated; {BUILD} again") from None
 
