@@ -65,6 +65,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """The path with the home folder in place of ~; a name after ~ that is no user stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def free_path(path: Path) -> Path:
     """The path, with a number if it exists."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
@@ -93,14 +98,14 @@ def read_json(path: Path, limit: int = 1 << 28) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def unpickle(stream: IO[bytes] | io.IOBase, admitted: Mapping[str, Any]) -> Any:
-    """Read a pickle that may use nothing but `admitted`, full names -> objects; pickle.UnpicklingError otherwise."""
+def unpickle(stream: IO[bytes] | io.IOBase, allowed: Mapping[str, Any]) -> Any:
+    """Read a pickle that may use nothing but `allowed`, full names -> objects; pickle.UnpicklingError otherwise."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if f"{module}.{name}" not in admitted:
+            if f"{module}.{name}" not in allowed:
                 raise pickle.UnpicklingError(f"uses {module}.{name}, which is not loaded, because it can run code")
-            return admitted[f"{module}.{name}"]
+            return allowed[f"{module}.{name}"]
 
     return Unpickler(stream).load()
 

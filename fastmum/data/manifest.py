@@ -32,7 +32,7 @@ from fastmum.data.manifest_writer import DIGITS, METADATA_KEY, OPTIONAL, TEXT, V
 from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
-from fastmum.files import regular
+from fastmum.files import expand_user, regular
 
 BUILD = "build it with `python -m fastmum.data.build`"
 NUMBERED, SMALL = pa.dictionary(pa.int32(), TEXT), pa.dictionary(pa.int16(), TEXT)
@@ -60,7 +60,7 @@ class Manifest:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expand_user(path)
         mapped, batch, schema, self.checksum = _map(self.path)
         self.num_frames: int = batch.num_rows
         sequence = batch["sequence"]

@@ -19,7 +19,7 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import Manifest, Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlanner
-from fastmum.files import read_json
+from fastmum.files import expand_user, read_json
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def _check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mappi
 
 def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
     data = config.data
-    paths = [Path(path).expanduser() for path in data.manifests]
+    paths = [expand_user(path) for path in data.manifests]
     if data.root is not None:
         paths.append(_folder_manifest("data.root", data.root, folder / "folder.arrow", data.views[0], keep))
     elif not data.manifests:
@@ -196,7 +196,7 @@ def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
 def _folder_manifest(key: str, root: str, out: Path, min_frames: int, keep: bool) -> Path:
     from fastmum.data.build import NoSequenceError, build  # runs on manifests need no builder
 
-    folder = Path(root).expanduser()
+    folder = expand_user(root)
     options: dict[str, Any] = {"min_frames": min_frames, "single": key == "data.image_root"}
     if not folder.is_dir():
         raise DataError(f"{key} is '{root}', but there is no such folder")

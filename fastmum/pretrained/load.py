@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastmum.errors import first_line, some_names
+from fastmum.files import expand_user
 from fastmum.model.block import AxialRope
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
@@ -75,7 +76,7 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
 def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     """The weights of `load_pretrained` without a model; arguments and errors as there, but no `device` and `dtype`."""
     check_names(overrides, (*SIZES, *OPTIONS))
-    saved = read_saved(Path(path).expanduser(), _ema(overrides.get("ema", "auto")))
+    saved = read_saved(expand_user(path), _ema(overrides.get("ema", "auto")))
     state = layout.find_state(saved.path, saved.tree, overrides.get("key"))
     encoder = {name: tensor for name, tensor in state.items() if not name.startswith(layout.DECODER)}
     if overrides.get("encoder_only") is False and len(encoder) == len(state):
