@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -13,6 +13,17 @@ class FastmumError(RuntimeError):
 
 class StoppedError(FastmumError):
     """A wait for data that a stop signal ended."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return str(error).partition("\n")[0]
+
+
+def some_names(names: Sequence[str], most: int = 10) -> str:
+    """The first names, separated by commas, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextlib.contextmanager

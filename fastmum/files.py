@@ -20,7 +20,6 @@ import fastmum
 
 ABANDONED = ".abandoned"  # added to the names of files of steps that a resumed run does again
 PACKAGE = Path(__file__).resolve().parent
-BLOCK, BLOCKS = 1 << 16, 64  # bytes and number of the parts of a large file that its digest covers
 
 
 @contextlib.contextmanager
@@ -34,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         yield partial
-        _share(partial)
+        _apply_umask(partial)
         if partial.is_dir():
             _remove(path)
         os.replace(partial, path)
@@ -42,7 +41,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
-def _share(path: Path) -> None:
+def _apply_umask(path: Path) -> None:
     """Give files that only their owner may read, as safetensors writes them, the rights that the umask asks for."""
     files = path.rglob("*") if path.is_dir() else [path]
     private = [file for file in files if file.is_file() and not file.stat().st_mode & 0o077]
@@ -65,6 +64,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Replace the content of a file; text is written as UTF-8, with escapes for names of files that are not."""
     with atomic_path(path) as partial:
         partial.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
+
+
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """The path with the home folder in place of ~; a name after ~ that is no user stays as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def free_path(path: Path) -> Path:
@@ -95,8 +99,8 @@ def read_json(path: Path, limit: int = 1 << 28) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def unpickle(stream: IO[bytes] | io.IOBase, admitted: Mapping[str, Any]) -> Any:
-    """Read a pickle that may use nothing but `admitted`, full names -> objects; pickle.UnpicklingError otherwise.
+def unpickle(stream: IO[bytes] | io.IOBase, allowed: Mapping[str, Any]) -> Any:
+    """Read a pickle that may use nothing but `allowed`, full names -> objects; pickle.UnpicklingError otherwise.
 
     ValueError: it is cut off, or numbers its objects so that a few bytes would take all memory.
     """
@@ -107,9 +111,9 @@ def unpickle(stream: IO[bytes] | io.IOBase, admitted: Mapping[str, Any]) -> Any:
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if f"{module}.{name}" not in admitted:
+            if f"{module}.{name}" not in allowed:
                 raise pickle.UnpicklingError(f"uses {module}.{name}, which is not loaded, because it can run code")
-            return admitted[f"{module}.{name}"]
+            return allowed[f"{module}.{name}"]
 
     return Unpickler(io.BytesIO(data)).load()
 
@@ -124,14 +128,3 @@ def source_version() -> str:
     """The version of the package and a digest of its source, which differs between commits."""
     files = sorted([*PACKAGE.glob("**/*.py"), *resource_dir("kernels").glob("*.py")])
     return f"{fastmum.__version__} ({xxhash.xxh3_64_hexdigest(b''.join(file.read_bytes() for file in files))})"
-
-
-def quick_digest(path: Path) -> str:
-    """Digest of a file's size and of its bytes: all, or parts at equal distances in files of more than 4 MiB."""
-    size = path.stat().st_size
-    digest = xxhash.xxh3_64(str(size).encode())
-    with open(path, "rb") as file:
-        for offset in range(0, size, max(BLOCK, -(-size // BLOCKS))):
-            file.seek(offset)
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()

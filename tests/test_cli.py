@@ -11,7 +11,7 @@ import pytest
 from fastmum import cli
 from fastmum.config.load import config_names, find_config
 from fastmum.errors import FastmumError
-from fastmum.files import quick_digest, resource_dir
+from fastmum.files import resource_dir
 
 
 def test_help_lists_every_command_and_imports_no_torch():
@@ -59,19 +59,6 @@ def test_torchrun_leaves_a_hangup_ignored_under_nohup(handler, handled):
     (signals,) = re.findall("--signals-to-handle=(\\S+)", printed)
     assert {"SIGTERM", "SIGUSR1"} <= set(signals.split(","))
     assert ("SIGHUP" in signals) == handled
-
-
-def test_the_quick_digest_of_a_large_file_depends_on_its_size_and_parts(tmp_path):
-    digests, file = set(), tmp_path / "file"
-    for change in (
-        lambda out: out.truncate(5 << 20),
-        lambda out: out.truncate((5 << 20) + 1),
-        lambda out: out.write(b"1"),
-    ):
-        with open(file, "ab" if not digests else "r+b") as out:
-            change(out)
-        digests.add(quick_digest(file))
-    assert len(digests) == 3
 
 
 def test_configurations_are_found_by_name_or_path(tmp_path, monkeypatch):

@@ -44,17 +44,17 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
     for word in overrides:
         config = _merge(config, _parse(word, keys), keys, source="the command line")
     try:
-        typed = cast(C, OmegaConf.to_object(config))
+        loaded = cast(C, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     for name, k in keys.items():
-        value = operator.attrgetter(name)(typed)
+        value = operator.attrgetter(name)(loaded)
         entries = {f"{name}.{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
         for entry, v in entries.items():
             if allowed := problem(v, **k.bounds):
                 raise ConfigError(f"{entry} is {v}, but must be {allowed}")
-    typed.check()
-    return typed
+    loaded.check()
+    return loaded
 
 
 def peek_task(file: str | Path | None, overrides: Sequence[str]) -> str:

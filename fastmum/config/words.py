@@ -13,7 +13,7 @@ BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false"
 ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"|'(?:''|[^'])*'|[^,]*?)\s*,""")
 
 
-class Plain(str):
+class Unquoted(str):
     """A word without quotes; `cut` is what follows it if it may be a part of the word instead of a comment."""
 
     cut = ""
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
     def construct_word(self, node: yaml.ScalarNode) -> str:
         if node.style:
             return cast(str, node.value)
-        word = Plain(node.value)
+        word = Unquoted(node.value)
         if found := re.compile(r"[ \t]+#[^\s\0][^\n\0]*").match(node.end_mark.buffer or "", node.end_mark.pointer):
             word.cut = found[0]
         return word
@@ -43,7 +43,7 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_word)
 
 
 def read_yaml(content: bytes | str) -> Any:
-    """Mappings, lists and words; words without quotes are `Plain`. yaml.YAMLError, ValueError: not YAML, not text."""
+    """Mappings, lists and words, `Unquoted` if they have no quotes. yaml.YAMLError, ValueError: not YAML, not text."""
     if isinstance(content, bytes):
         content = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     return yaml.load(content, _Loader)
@@ -57,7 +57,7 @@ def read_word(word: str, kind: str) -> Any:
         return [read_word(item, "item") for item in ITEM.findall(inner.removesuffix(",") + ",")] if inner else []
     if (kind.startswith("dict") and word.startswith("{")) or (quoted and len(word) > 1 and word[0] == word[-1]):
         return read_yaml(word)
-    return word if word == "~" else Plain(word)  # the folder, for the command line is not YAML
+    return word if word == "~" else Unquoted(word)  # the folder, for the command line is not YAML
 
 
 def typed(value: Any, kind: str) -> Any:
@@ -66,7 +66,7 @@ def typed(value: Any, kind: str) -> Any:
     Numbers are decimal: 010 is 10. Words with `${` are left to OmegaConf. ConfigError: a word that may be cut.
     """
     optional, kind = kind.endswith(" or null"), kind.removesuffix(" or null")
-    if optional and isinstance(value, Plain) and value in (*NULLS, "~"):
+    if optional and isinstance(value, Unquoted) and value in (*NULLS, "~"):
         return None
     if kind.startswith("list") and isinstance(value, list):
         return [typed(item, kind[len("list[") : -1]) for item in value]
@@ -77,7 +77,7 @@ def typed(value: Any, kind: str) -> Any:
     if kind == "str":
         if value == "???":
             raise ConfigError("'???' stands for a missing value")
-        if isinstance(value, Plain) and value.cut:
+        if isinstance(value, Unquoted) and value.cut:
             raise ConfigError(f"'{value}' or '{value}{value.cut}'? Quote it, or write a space after the #")
         return str(value)
     if kind == "bool":

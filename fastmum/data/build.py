@@ -22,6 +22,7 @@ from fastmum.data.builders.base import RULES, Builder, Options
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
 from fastmum.errors import program, run_command
+from fastmum.files import expand_user
 from fastmum.progress import progress_bar
 
 log = logging.getLogger(__name__)
@@ -138,14 +139,14 @@ def _exit_with_parent() -> None:
 
 
 def _folder(root: str | Path) -> Path:
-    root = Path(root).expanduser()
+    root = expand_user(root)
     if not root.is_dir():
         raise DataError(f"--root is '{root}', but there is no such folder")
     return Path(os.path.abspath(root))
 
 
 def _file(out: str | Path) -> Path:
-    out = Path(os.path.abspath(Path(out).expanduser()))
+    out = Path(os.path.abspath(expand_user(out)))
     if out.is_dir():
         raise DataError(f"--out is '{out}', but that is a folder; give the name of a file in it")
     try:

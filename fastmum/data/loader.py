@@ -43,7 +43,7 @@ class Loader:
     """Decodes plans, whose rows index `manifests`, ahead of time and in order; each of `workers` threads a batch.
 
     Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches. Files that
-    cannot be read for a passing reason (`image.PASSING`) are retried for `retry_s` seconds, once for each sequence.
+    cannot be read for now (`image.TRANSIENT`) are retried for `retry_s` seconds, once for each sequence.
     `bad_frames`, `held_out` and `processes` are those of `Faults`; `wait_seconds` is how long callers of `batches` have
     waited in all.
     """
@@ -126,7 +126,7 @@ class Loader:
         known = {s: self.faults.known(s) for s in {int(sequences[i]) for i in bad}}
         waiting, end = [i for i in bad if not known[int(sequences[i])]], time.monotonic() + self.retry_s
         while waiting:
-            readable = [i for i in waiting if not _passing(files[i])]
+            readable = [i for i in waiting if not _is_transient(files[i])]
             if readable:
                 some = [files[i] for i in readable], plan.crops[readable], plan.flips[readable]
                 again, still = self.decoder.decode(*some)
@@ -156,12 +156,12 @@ class Loader:
         raise DataError(f"{failed}; restore them, or leave the data set out")
 
 
-def _passing(file: Path) -> bool:
-    """Whether a file cannot be read for a reason that passes."""
+def _is_transient(file: Path) -> bool:
+    """Whether a transient error prevents reading a file."""
     try:
         read_file(file)
     except FrameError as error:
-        return error.passing
+        return error.transient
     return False
 
 

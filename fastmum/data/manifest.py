@@ -19,7 +19,7 @@ byte, and then checks that all numbers lie in their dictionaries.
 import itertools
 import json
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from fastmum.data.manifest_writer import DIGITS, METADATA_KEY, OPTIONAL, TEXT, V
 from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
-from fastmum.files import regular
+from fastmum.files import expand_user, regular
 
 BUILD = "build it with `python -m fastmum.data.build`"
 NUMBERED, SMALL = pa.dictionary(pa.int32(), TEXT), pa.dictionary(pa.int16(), TEXT)
@@ -53,14 +53,15 @@ class Manifest:
     Attributes:
         root: folder that paths are relative to.
         metadata: rule, options, seed, counts, source ...
+        checksum: of the whole file, hexadecimal.
         starts: (num_sequences + 1,) int64; the rows of sequence i are starts[i]:starts[i + 1].
         dataset_of: (num_sequences,) int16, index into `datasets`.
         known: frames that have a pose, intrinsics, depth, mask.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
-        mapped, batch, schema = _map(self.path)
+        self.path = expand_user(path)
+        mapped, batch, schema, self.checksum = _map(self.path)
         self.num_frames: int = batch.num_rows
         sequence = batch["sequence"]
         self._names = sequence.dictionary
@@ -158,7 +159,7 @@ class Manifest:
                 yield self.root / folder.dictionary[number].as_py(), file.dictionary.take(names).to_pylist()
 
 
-def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes]]:
+def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes], str]:
     try:
         with open(regular(path), "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -184,7 +185,7 @@ def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes]]:
         types = {field.name: field.type for field in reader.schema}
         if not types.keys() >= REQUIRED or any(TYPES.get(name) != type for name, type in types.items()):
             raise pa.ArrowInvalid("other columns")
-        return mapped, reader.get_batch(0), schema
+        return mapped, reader.get_batch(0), schema, digest.decode()
     except (pa.ArrowException, OSError):
         raise DataError(f"'{path}' is not a manifest, or is damaged or truncated; {BUILD} again") from None
 
@@ -241,20 +242,18 @@ class Manifests(Manifest):
         return self.parts[part].sequence_name(sequence - int(self._first_sequence[part]))
 
     def scene_names(self, sequences: np.ndarray) -> list[str]:
-        which = np.searchsorted(self._first_sequence, sequences, side="right") - 1
-        found = np.empty(len(sequences), object)
-        for part in np.unique(which):
-            mine = which == part
-            found[mine] = self.parts[part].scene_names(sequences[mine] - self._first_sequence[part])
-        return found.tolist()
+        return self._by_part(Manifest.scene_names, sequences, self._first_sequence)
 
     def files(self, rows: Sequence[int] | np.ndarray) -> list[Path]:
-        rows = np.asarray(rows, np.int64)
-        which = np.searchsorted(self._first_row, rows, side="right") - 1
-        found = np.empty(len(rows), object)
+        return self._by_part(Manifest.files, np.asarray(rows, np.int64), self._first_row)
+
+    def _by_part(self, values: Callable[[Manifest, np.ndarray], list], numbers: np.ndarray, first: np.ndarray) -> list:
+        """Values of rows or sequences; `first` has the number of each part's first one."""
+        which = np.searchsorted(first, numbers, side="right") - 1
+        found = np.empty(len(numbers), object)
         for part in np.unique(which):
             mine = which == part
-            found[mine] = self.parts[part].files(rows[mine] - self._first_row[part])
+            found[mine] = values(self.parts[part], numbers[mine] - first[part])
         return found.tolist()
 
     def _value(self, name: str, row: int) -> Any:

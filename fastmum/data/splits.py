@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import Manifest, Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlanner
+from fastmum.files import expand_user, read_json
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,7 @@ def hold_out(
     Returns the numbers of their sequences of that length (n,), ascending, and whether a sequence is not to be trained
     on (sequences,) bool, which are all of these scenes. Data sets of weight 0 and of single images are not held out.
     """
-    used = np.array([(weights or {}).get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
-    long_enough = (np.diff(manifests.starts) >= max(2, least)) & used
+    long_enough = (np.diff(manifests.starts) >= max(2, least)) & _is_drawn(manifests, weights or {})
     considered = np.flatnonzero(np.isin(manifests.dataset_of, manifests.dataset_of[long_enough]))
     scenes = [*zip(manifests.dataset_of[considered].tolist(), manifests.scene_names(considered), strict=True)]
     names = [*dict.fromkeys(scene for scene, long in zip(scenes, long_enough[considered], strict=True) if long)]
@@ -65,6 +64,11 @@ def hold_out(
     excluded = np.zeros(manifests.num_sequences, bool)
     excluded[considered] = [scene in chosen for scene in scenes]
     return np.flatnonzero(excluded & long_enough), excluded
+
+
+def _is_drawn(manifests: Manifests, weights: Mapping[str, float]) -> np.ndarray:
+    """Whether the data set of a sequence has a weight above 0, (sequences,) bool."""
+    return np.array([weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
 
 
 class Overlap(NamedTuple):
@@ -169,8 +173,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
 
 
 def _check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mapping[str, float]) -> None:
-    used = np.array([weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
-    found = image_overlap(manifests, is_held_out, ~is_held_out & used)
+    found = image_overlap(manifests, is_held_out, ~is_held_out & _is_drawn(manifests, weights))
     if found.example:
         held, trained = found.example
         what = f"'{held}'" if held == trained else f"'{held}', which is '{trained}'"
@@ -180,7 +183,7 @@ def _check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mappi
 
 def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
     data = config.data
-    paths = [Path(path).expanduser() for path in data.manifests]
+    paths = [expand_user(path) for path in data.manifests]
     if data.root is not None:
         paths.append(_folder_manifest("data.root", data.root, folder / "folder.arrow", data.views[0], keep))
     elif not data.manifests:
@@ -193,7 +196,7 @@ def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
 def _folder_manifest(key: str, root: str, out: Path, min_frames: int, keep: bool) -> Path:
     from fastmum.data.build import NoSequenceError, build  # runs on manifests need no builder
 
-    folder = Path(root).expanduser()
+    folder = expand_user(root)
     options: dict[str, Any] = {"min_frames": min_frames, "single": key == "data.image_root"}
     if not folder.is_dir():
         raise DataError(f"{key} is '{root}', but there is no such folder")
@@ -231,7 +234,7 @@ def rendered_scene(root: Path, name: str) -> SequenceRecord:
     """All views of a rendered scene, described by `cameras.json` (fastmum/scenes/files.py)."""
     file = root / name / "cameras.json"
     with reading(file, "cameras of a rendered scene", "restore the file or remove its scene"):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         frames = content["frames"]
         images, depths = ([f"{name}/{frame[key]}" for frame in frames] for key in ("file", "depth"))
         poses = np.array([frame["T_cam_world"] for frame in frames], np.float32).reshape(-1, 4, 4)

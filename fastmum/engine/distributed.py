@@ -16,10 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 
-from fastmum.errors import FastmumError
+from fastmum.errors import FastmumError, first_line, some_names
 
 START_TIMEOUT = timedelta(minutes=10)  # for all processes to start
-SHOWN = 8  # settings named in a message
 PORTS = range(20_000, 40_000)  # a SLURM job picks one by its id
 
 
@@ -92,9 +91,8 @@ class DistContext(LaunchInfo):
         for name, theirs in others:
             keys = [key for key in {**first, **theirs} if first.get(key) != theirs.get(key)]
             if keys:
-                listed = ", ".join(f"{key} {theirs.get(key)} (rank 0: {first.get(key)})" for key in keys[:SHOWN])
-                more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-                raise DistributedError(f"{name} has other {what} than rank 0: {listed}{more}; they must be the same")
+                listed = some_names([f"{key} {theirs.get(key)} (rank 0: {first.get(key)})" for key in keys])
+                raise DistributedError(f"{name} has other {what} than rank 0: {listed}; they must be the same")
 
     def close(self) -> None:
         if self.size > 1 and dist.is_initialized():
@@ -177,7 +175,7 @@ def init_distributed(launch: LaunchInfo, device: torch.device, timeout: timedelt
         groups = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(2)]
         control, background = cast(list[dist.ProcessGroup], groups)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = first_line(error)
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         rank = f"rank {launch.rank} of {launch.size}"
         raise DistributedError(f"{rank} cannot connect to the others at {address} ({reason})") from None

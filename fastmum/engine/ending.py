@@ -52,9 +52,5 @@ def drop_after(folder: Path, step: int, checkpoints: Checkpoints, world: DistCon
 def first_error(own: FastmumError | None, world: DistContext) -> FastmumError | None:
     """The error of this process, or that of the first rank that has one; called by all processes."""
     own = None if isinstance(own, StoppedError) else own
-    if world.size == 1:
-        return own
-    errors: list[str | None] = [None] * world.size
-    dist.all_gather_object(errors, None if own is None else str(own), group=world.control)
-    others = [FastmumError(f"rank {rank}: {error}") for rank, error in enumerate(errors) if error is not None]
-    return own or next(iter(others), None)
+    errors = enumerate(world.gather(None if own is None else str(own)))
+    return own or next((FastmumError(f"rank {rank}: {error}") for rank, error in errors if error is not None), None)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.stop import REQUEUE, Stopped
-from fastmum.errors import FastmumError
+from fastmum.errors import FastmumError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +95,13 @@ class Heartbeat:
         self._handled.set()
         if error and collective and not isinstance(error, FastmumError):
             self._found.wait(2 * self._dead_after)  # the error arrives before the missing heartbeat is detected
-            failed = self._failed or PeerError(f"{self._world.name} lost the connection to the others ({_line(error)})")
+            lost = f"{self._world.name} lost the connection to the others ({first_line(error)})"
+            failed = self._failed or PeerError(lost)
         self._closed.set()
         for thread in self._threads:
             thread.join(self._dead_after)  # it may wait for a store that never answers
         if self._failed is None:  # otherwise the others know, or the store is gone
-            reason = f"{type(error).__name__}: {_line(error)}" if error else DONE
+            reason = f"{type(error).__name__}: {first_line(error)}" if error else DONE
             if isinstance(error, Stopped):
                 reason = STOPPED + error.name
             try:
@@ -123,7 +124,7 @@ class Heartbeat:
             except RuntimeError as error:
                 failures += 1
                 if failures > BEATS / 2:
-                    return self._report(PeerError(f"{STORE} cannot be reached ({_line(error)})"))
+                    return self._report(PeerError(f"{STORE} cannot be reached ({first_line(error)})"))
                 continue
             failures = 0
             self._answers += 1
@@ -171,10 +172,6 @@ class Heartbeat:
         # The main thread may have caught the error of its collective operation and report the failure itself.
         if not self._handled.wait(self._interval):
             self._stop(failed)
-
-
-def _line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _exit(failed: PeerError) -> None:

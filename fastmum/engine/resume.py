@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from fastmum.engine.checkpoint import CheckpointError, load_checkpoint, load_new
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.task import Samples, Task
+from fastmum.files import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, An
         case "latest":
             manifest = load_checkpoint(run.checkpoints, state, sizes, world.control)
         case path:
-            manifest = load_checkpoint(Path(path).expanduser(), state, sizes, world.control)
+            manifest = load_checkpoint(expand_user(path), state, sizes, world.control)
     if manifest is None:
         return ResumeState(0, _samples_per_step(task.samples, world, None), 0.0, resumed=False)
     values = manifest.values

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.records import check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, page, table
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
-from fastmum.files import write_atomic
+from fastmum.files import expand_user, write_atomic
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
@@ -170,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Namespace) -> None:
     _check(args)
-    out = Path(os.path.expanduser(args.out))  # leaves ~nobody as it is
+    out = expand_user(args.out)
     make_folder(out)
     read(out)  # the page needs every result; fail before the evaluation
     overrides = parse_overrides(args.overrides, {"device": "--device"})
@@ -201,7 +200,7 @@ def load_weights(
     preset, for an untrained model. Raises `WeightsError`.
     """
     if not source.startswith(RANDOM):
-        path = Path(source).expanduser().absolute()
+        path = expand_user(source).absolute()
         if path.parent.name == "checkpoints":
             derived = f"{path.parent.parent.name} {path.name}"
         else:

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import mean
 
 from fastmum.data.errors import DataError
-from fastmum.errors import run_command, writing
+from fastmum.errors import run_command
 from fastmum.evaluate.records import MATCHERS, file_stem, make_folder, read
-from fastmum.evaluate.results import NONE, TITLES, markdown_cell
-from fastmum.evaluate.seeds import SEED, STYLE, Contents, check_same
+from fastmum.evaluate.results import NONE, TITLES, markdown
+from fastmum.evaluate.seeds import SEED, Contents, check_same, svg_axes
 
 Points = dict[int, list[float]]  # by frames seen, a value for each seed
 
@@ -42,29 +42,23 @@ def curves(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Points]]:
 def table(models: dict[str, Points]) -> str:
     """Mean end-point errors, a row for each model and a column for each number of frames, in Markdown."""
     frames = sorted({count for points in models.values() for count in points})
-    rows = [["weights", *(f"{count:,}" for count in frames)], ["---"] * (len(frames) + 1)]
+    rows = [["weights", *(f"{count:,}" for count in frames)]]
     for name, points in models.items():
         rows.append([name, *(f"{mean(points[count]):.1f}" if count in points else NONE for count in frames)])
-    return "\n".join("| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows)
+    return markdown(rows)
 
 
 def draw(models: dict[str, Points], title: str, file: Path) -> None:
     """The curves as an SVG: a line for the mean of the seeds, a dot for each."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE), writing(file, DataError):
-        figure = Figure(figsize=(5.4, 3.2), layout="constrained")
-        axes = figure.add_subplot(title=title, xlabel="frames seen", ylabel="end-point error, pixels of 448 x 448")
+    labels = {"xlabel": "frames seen", "ylabel": "end-point error, pixels of 448 x 448"}
+    with svg_axes(file, title=title, **labels) as axes:
         for i, (name, points) in enumerate(models.items()):
             frames = sorted(points)
             axes.plot(frames, [mean(points[count]) for count in frames], color=f"C{i}", label=name)
             for count in frames:
                 axes.plot([count] * len(points[count]), points[count], "o", color=f"C{i}", markersize=3)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set_xscale("log")
         axes.legend(frameon=False)
-        figure.savefig(file, metadata={"Date": None})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ TEMPERATURE = 0.1  # of the exponential cosine kernel; RoMa's Gaussian process h
 TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the best patch and its neighbours
 BATCH = 8  # pairs matched at once by cosine similarity
 SHRINKAGE = 0.01  # of the covariance of true matches
-HELD_OUT = 6  # one of so many training scenes is left out to choose the probe
+EVERY = 6  # every sixth training scene is left out to choose the probe
 
 
 class Result(NamedTuple):
@@ -108,15 +108,11 @@ def evaluate_matching(
 def leave_out(pairs: PairSet) -> tuple[PairSet, PairSet]:
     """The pairs of most scenes, and those of every sixth scene; DataError if there are fewer than six scenes."""
     scenes = list(dict.fromkeys(pair.scene for pair in pairs.pairs))
-    if len(scenes) < HELD_OUT:
-        raise DataError(
-            f"'{pairs.name}' has pairs of {len(scenes)} scenes to train on; {HELD_OUT} are needed to choose"
-        )
-    out = set(scenes[::HELD_OUT])
-    return tuple(  # type: ignore[return-value]
-        replace(pairs, pairs=[pair for pair in pairs.pairs if (pair.scene in out) == is_out])
-        for is_out in (False, True)
-    )
+    if len(scenes) < EVERY:
+        raise DataError(f"'{pairs.name}' has pairs of {len(scenes)} scenes to train on; {EVERY} are needed to choose")
+    out = set(scenes[::EVERY])
+    kept, left = ([p for p in pairs.pairs if (p.scene in out) == is_out] for is_out in (False, True))
+    return replace(pairs, pairs=kept), replace(pairs, pairs=left)
 
 
 def evaluate_discriminant(

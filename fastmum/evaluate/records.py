@@ -12,7 +12,7 @@ from PIL import Image
 from fastmum.data.errors import DataError, reading
 from fastmum.errors import writing
 from fastmum.evaluate.features import NORMS
-from fastmum.files import write_atomic
+from fastmum.files import read_json, write_atomic
 
 MATCHERS = {  # evaluations and their names in tables
     "matching": "linear probe", "discriminant": "closed-form probe", "cosine": "cosine", "attention": "attention",
@@ -105,9 +105,7 @@ def read(folder: Path) -> list[Record]:
 
 def _content(file: Path) -> dict[str, Any]:
     with reading(file, "a result of fastmum.evaluate", "move it elsewhere, or evaluate again"):
-        if not file.is_file():
-            raise ValueError("it is no regular file")
-        content = printable(json.loads(file.read_text(encoding="utf-8")))
+        content = printable(read_json(file))
         if not isinstance(content, dict) or content.get("task") not in [*MATCHERS]:
             raise ValueError("it has no 'task' of fastmum.evaluate")
         for key in (*KEYS, "scores", "settings", *(("views", *OF_VIEWS[:2]) if content["task"] == "views" else ())):

@@ -60,16 +60,16 @@ class ResultTable(NamedTuple):
 
     def markdown(self) -> str:
         """The table as aligned Markdown."""
-        cells = [[*map(markdown_cell, row)] for row in (self.names, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-        ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-        return "\n".join([f"| {lines[0]} |", ruler, *(f"| {line} |" for line in lines[1:])]) + "\n"
+        return markdown([self.names, *self.rows]) + "\n"
 
 
-def markdown_cell(text: str) -> str:
-    """Text for a cell of a Markdown table."""
-    return " ".join(text.split()).replace("|", "\\|")
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """An aligned Markdown table; the first row has the names of the columns."""
+    cells = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([f"| {lines[0]} |", ruler, *(f"| {line} |" for line in lines[1:])])
 
 
 class Measured(NamedTuple):
@@ -172,10 +172,7 @@ def _columns(contents: Iterable[dict[str, Any]], always: tuple[str, ...]) -> lis
     """Scores that are shown: those of any result, and `always`."""
     there = {name for content in contents for name in content["scores"]} | {*always}
     losses = [name for name in there if name.startswith(VIEWS) and name.removeprefix(VIEWS).isdecimal()]
-    return [
-        *(name for name in SCORES if name in there),
-        *sorted(losses, key=lambda name: int(name.removeprefix(VIEWS))),
-    ]
+    return [name for name in SCORES if name in there] + sorted(losses, key=lambda name: int(name.removeprefix(VIEWS)))
 
 
 def _cells(scores: dict[str, float | None], columns: list[str]) -> list[str]:

@@ -5,9 +5,10 @@ DIR is a folder of results of `fastmum.evaluate`. Weights whose names differ onl
 """
 
 import argparse
+import contextlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command, writing
 from fastmum.evaluate.records import MATCHERS, Record, file_stem, make_folder, read
-from fastmum.evaluate.results import NONE, OTHER_VIEWS, SCORES, TITLES, VIEWS, markdown_cell, measured_on, score_title
+from fastmum.evaluate.results import NONE, OTHER_VIEWS, SCORES, TITLES, VIEWS, markdown, measured_on, score_title
 
 SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
 STYLE: dict[Any, Any] = {  # of plots; a name with $ is text
@@ -70,9 +71,7 @@ def tables(spread: Spread) -> str:
             rows.append(["no motion", "", *(found.get(column, NONE) for column in columns)])
         for each, seeds in weights.items():
             rows.append([each, str(len(seeds)), *(cells[each].get(column, NONE) for column in columns)])
-        lines = ["| " + " | ".join(map(markdown_cell, row)) + " |" for row in rows]
-        lines.insert(1, "|" + "---|" * len(rows[0]))
-        parts.append("\n".join([f"**{_title(task, name, weights)}**", "", *lines]))
+        parts.append(f"**{_title(task, name, weights)}**\n\n{markdown(rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -106,26 +105,27 @@ def _spread(values: Sequence[float | None], digits: str) -> str:
 
 def draw(spread: Spread, folder: Path) -> list[Path]:
     """An SVG of every evaluation and set: losses by number of views, or end-point errors, with every seed."""
+    make_folder(folder, "--plots")
+    files = []
+    for (task, name), weights in spread.items():
+        files.append(folder / f"{file_stem(task, name)}.svg")
+        with svg_axes(files[-1], title=_title(task, name, weights)) as axes:
+            (_draw_views if task == "views" else _draw_scores)(axes, weights)
+    return files
+
+
+@contextlib.contextmanager
+def svg_axes(file: Path, **properties: str) -> Iterator[Any]:
+    """Axes of matplotlib with these properties, saved as an SVG when the block ends; raises `DataError`."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    make_folder(folder, "--plots")
-    files = []
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "fastmum",
-        "font.size": 9,
-        "text.parse_math": False,
-    }
-    with matplotlib.rc_context(style), writing(folder, DataError):
-        for (task, name), weights in spread.items():
-            figure = Figure(figsize=(5.4, 3.2), layout="constrained")
-            axes = figure.add_subplot(title=_title(task, name, weights))
-            (_draw_views if task == "views" else _draw_scores)(axes, weights)
-            axes.spines[["top", "right"]].set_visible(False)
-            files.append(folder / f"{file_stem(task, name)}.svg")
-            figure.savefig(files[-1], metadata={"Date": None})
-    return files
+    with matplotlib.rc_context(STYLE), writing(file, DataError):
+        figure = Figure(figsize=(5.4, 3.2), layout="constrained")
+        axes = figure.add_subplot(**properties)
+        yield axes
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(file, metadata={"Date": None})
 
 
 def _draw_views(axes: Any, weights: dict[str, Contents]) -> None:

@@ -24,6 +24,7 @@ from fastmum.evaluate.features import check_size, load_image, patch_size
 from fastmum.evaluate.matching import Result
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pairs.scenes import SIZE, embedded_folders
+from fastmum.files import expand_user
 from fastmum.model.inputs import num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 from fastmum.progress import progress_bar
@@ -54,7 +55,7 @@ def open_sequences(name: str, least: int) -> SequenceSet:
         folders, size = embedded_folders("test"), SIZE
         root, title = folders[0].parent, "scenes"
     else:
-        root, size = Path(name).expanduser(), 224  # of the released training configuration
+        root, size = expand_user(name), 224  # of the released training configuration
         if not root.is_dir():
             raise DataError(f"there is no folder '{name}'; a folder or scenes is expected")
         folders, title = [root / folder for folder in image_folders(root)], f"{root.resolve().name} (folder)"

@@ -15,12 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmum.errors import FastmumError
+from fastmum.errors import FastmumError, first_line, some_names
 from fastmum.export.folders import hf_features, model_card, timm_features, write_hf, write_timm
 from fastmum.export.onnx_file import onnx_features, write_onnx
 from fastmum.files import atomic_path
 from fastmum.pretrained import Pretrained, build, read_pretrained
-from fastmum.pretrained.layout import some
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +142,8 @@ def export(
         log.warning("the format computes positions in float32; in '%s' they are bfloat16", source.path)
         source = read_pretrained(run, **{**overrides, "rope_dtype": torch.float32})
     if broken := [key for key, tensor in source.state.items() if not tensor.isfinite().all()]:
-        raise ExportError(f"'{source.path}' has weights that are not finite ({some(broken)}): export an earlier step")
+        named = some_names(broken)
+        raise ExportError(f"'{source.path}' has weights that are not finite ({named}): export an earlier step")
     out = out or _default(source, "_encoder" if encoder_only and not kind.features else "", kind.suffix)
     _check_free(out, kind, force)
     try:
@@ -161,7 +161,7 @@ def export(
     except ExportError:
         raise
     except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise ExportError(f"'{out}' cannot be written ({reason})") from error
     parameters = sum(tensor.numel() for key, tensor in source.state.items() if not key.endswith(".periods"))
     return Exported(out, len(source.state), parameters, source, agreement)

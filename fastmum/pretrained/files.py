@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.rundir import RunDir
+from fastmum.errors import first_line, some_names
 from fastmum.files import read_json, regular
 from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
-from fastmum.pretrained.layout import SIZES, WeightsError, some
+from fastmum.pretrained.layout import SIZES, WeightsError
 
 KINDS = "a run, a folder of checkpoints, a checkpoint, a torch.save or safetensors file, a folder of transformers"
 
@@ -158,7 +159,7 @@ def _read_torch(path: Path) -> Saved:
         why = "which are not loaded, because they can run code; save only its state dict"
         raise WeightsError(f"'{path}' holds {_objects(path)} next to tensors, {why}") from error
     except Exception as error:  # a damaged file raises any type
-        raise WeightsError(f"'{path}' cannot be read ({str(error).partition(chr(10))[0]})") from error
+        raise WeightsError(f"'{path}' cannot be read ({first_line(error)})") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"'{path}' holds a {type(content).__name__}, but a state dict is expected")
     return Saved(path, content)
@@ -166,6 +167,6 @@ def _read_torch(path: Path) -> Saved:
 
 def _objects(path: Path) -> str:
     try:
-        return some(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "Python objects"
+        return some_names(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or "Python objects"
     except Exception:  # an older format
         return "Python objects"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastmum.errors import FastmumError
+from fastmum.errors import FastmumError, some_names
 from fastmum.model.config import PRESETS, ModelConfig
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,6 @@ ANCHORS = ("cls_token", "patch_embed.proj.weight", "rope_embed.periods", "norm.w
 # Parts of names that torch.compile, FSDP and activation checkpointing insert.
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 NESTING = 4  # levels of mappings that are searched
-MAX_NAMES = 10  # keys listed in a message
 
 
 class WeightsError(FastmumError):
@@ -38,13 +37,7 @@ class MismatchError(WeightsError):
     def __init__(self, where: str, missing: Sequence[str], extra: Sequence[str], misshapen: Sequence[str]) -> None:
         self.missing, self.extra, self.misshapen = list(missing), list(extra), list(misshapen)
         findings = [("missing", missing), ("unexpected", extra), ("of another shape", misshapen)]
-        super().__init__(f"{where}: {'; '.join(f'{what} {some(keys)}' for what, keys in findings if keys)}")
-
-
-def some(names: Sequence[str]) -> str:
-    """The first 10 names, separated by commas, and how many more there are."""
-    more = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+        super().__init__(f"{where}: {'; '.join(f'{what} {some_names(keys)}' for what, keys in findings if keys)}")
 
 
 class _Candidate(NamedTuple):
@@ -69,7 +62,7 @@ def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
             left_out = [name for name in plain if not name.startswith(prefix)]
             found.append(_Candidate((place + prefix).removesuffix("."), state, left_out, anchors))
     if not found:
-        keys = some([str(name) for name in tree]) or "none"
+        keys = some_names([str(name) for name in tree]) or "none"
         raise WeightsError(f"'{path}' does not hold a MuM: none of {', '.join(ANCHORS)} is among its keys ({keys})")
     best = max(candidate.anchors for candidate in found)
     found = [candidate for candidate in found if candidate.anchors == best]
@@ -82,7 +75,7 @@ def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
         raise WeightsError(f"'{path}' holds several models, at {names}: choose one by key=")
     (chosen,) = found
     if chosen.left_out:
-        log.warning("'%s': uses '%s' and ignores %s", path, chosen.name, some(chosen.left_out))
+        log.warning("'%s': uses '%s' and ignores %s", path, chosen.name, some_names(chosen.left_out))
     return chosen.state
 
 

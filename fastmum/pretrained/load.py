@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastmum.errors import first_line, some_names
+from fastmum.files import expand_user
 from fastmum.model.block import AxialRope
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
@@ -74,7 +76,7 @@ def load_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Encoder |
 def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretrained:
     """The weights of `load_pretrained` without a model; arguments and errors as there, but no `device` and `dtype`."""
     check_names(overrides, (*SIZES, *OPTIONS))
-    saved = read_saved(Path(path).expanduser(), _ema(overrides.get("ema", "auto")))
+    saved = read_saved(expand_user(path), _ema(overrides.get("ema", "auto")))
     state = layout.find_state(saved.path, saved.tree, overrides.get("key"))
     encoder = {name: tensor for name, tensor in state.items() if not name.startswith(layout.DECODER)}
     if overrides.get("encoder_only") is False and len(encoder) == len(state):
@@ -103,7 +105,7 @@ def read_pretrained(path: str | os.PathLike[str], **overrides: Any) -> Pretraine
         raise MismatchError(f"'{saved.path}' does not hold {model}", missing, extra, misshapen)
     state = {name: state[name] for name in expected}
     if odd := [n for n, t in state.items() if t.layout != torch.strided or t.is_meta or not t.is_floating_point()]:
-        raise WeightsError(f"'{saved.path}' has weights that are not dense floating-point numbers: {layout.some(odd)}")
+        raise WeightsError(f"'{saved.path}' has weights that are not dense floating-point numbers: {some_names(odd)}")
     about = saved.step, saved.ema, saved.frames, saved.image_size
     pretrained = Pretrained(saved.path, config, state, encoder_only, rope_dtype, *about)
     log.info("'%s': %s", saved.path, pretrained.title)
@@ -122,7 +124,7 @@ def build(
     try:
         model = model.to_empty(device=device)
     except (RuntimeError, AssertionError) as error:
-        raise WeightsError(f"device '{device}' cannot be used ({str(error).partition(chr(10))[0]})") from None
+        raise WeightsError(f"device '{device}' cannot be used ({first_line(error)})") from None
     model.load_state_dict(pretrained.state)
     return model.eval()
 

@@ -1,13 +1,12 @@
 """Write a page about runs: `python -m fastmum.report RUN [RUN ...] [--out FILE]`."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastmum.errors import FastmumError, program, run_command, writing
-from fastmum.files import write_atomic
+from fastmum.files import expand_user, write_atomic
 from fastmum.report.figures import FORMATS, write_figures
 from fastmum.report.page import report_page
 from fastmum.report.run import distinct_labels, read_run
@@ -28,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def write() -> None:
-        out = _path(args.out or args.runs[0] / "report.html")
-        runs = distinct_labels([read_run(_path(root)) for root in args.runs])
+        out = expand_user(args.out or args.runs[0] / "report.html")
+        runs = distinct_labels([read_run(expand_user(root)) for root in args.runs])
         content = report_page(runs)
         with writing(out, FastmumError):
             write_atomic(out, content)
@@ -39,10 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{folder} ({len(write_figures(folder, runs, args.figures))} figures)")
 
     return run_command(write)
-
-
-def _path(path: Path) -> Path:
-    return Path(os.path.expanduser(path))  # a name after ~ that is no user stays as it is
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastmum.errors import FastmumError
+from fastmum.files import expand_user
 
 GENERATOR = 1  # increased whenever the same seed gives other bytes
 
@@ -54,7 +55,7 @@ def cached_folder(settings: Settings, cache_dir: Path | None = None) -> Path:
     """Folder of the scenes of these settings; see `cache_dir` of `ensure_scenes`."""
     from platformdirs import user_cache_dir
 
-    base = Path(cache_dir or os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum")).expanduser()
+    base = expand_user(cache_dir or os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum"))
     return base / f"scenes-v{GENERATOR}-seed{settings.seed}-{settings.views}x{settings.size}"
 
 

@@ -23,7 +23,6 @@ from fastmum.engine.device import MATRIX_DTYPE, to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.engine.task import Metric, Samples, StepOutput, Task
-from fastmum.files import quick_digest
 from fastmum.kernels import gather_patches
 from fastmum.model.compile import blocks_of, compile_model, eager
 from fastmum.model.config import step_flops
@@ -131,7 +130,7 @@ class MuMTask(Task):
         )
 
     def data_digests(self) -> dict[str, str]:
-        return {str(part.path): quick_digest(part.path) for part in self._splits.manifests.parts}
+        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
 
     def prepare(self) -> None:
         """Decode the held-out batches of this process and the frames of the picture.

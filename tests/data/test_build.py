@@ -71,7 +71,7 @@ def test_an_error_in_a_part_reaches_the_user_and_leaves_nothing(tmp_path):
 def test_errors_of_the_build_are_one_line(image_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for words, message in (
-        (["--root", "nowhere"], "--root is 'nowhere'"),
+        (["--root", "~no-such-user"], "--root is '~no-such-user'"),
         (["--out", "images"], "--out is 'images'"),
         (["--out", "images/scene0/0.png/m"], "--out is 'images/scene0/0.png/m'"),
         (["--out", "/proc/m.arrow"], "/proc/m.arrow"),
@@ -201,7 +201,7 @@ def test_the_sheet_shows_frames_depth_and_what_is_unreadable(rooms, image_folder
 
 
 def test_folders_that_cannot_be_listed_are_named(image_folder, tmp_path, monkeypatch, caplog):
-    """Those without permission are passed over, since others may own them; other errors may be of the moment."""
+    """Those without permission are skipped, since others may own them; other errors may be of the moment."""
     scandir, code = os.scandir, errno.EACCES
 
     def scan(folder):
@@ -254,7 +254,7 @@ def test_inspect(rooms, image_folder, tmp_path, capsys):
     for part in ("missing: 12 of 24 images", f"  {image_folder}/scene0/0.png", "  ..."):
         assert part in out
     for words, message in (
-        (["nowhere.arrow"], "nowhere.arrow"),
+        (["~no-such-user/m.arrow"], "~no-such-user/m.arrow"),
         ([str(rooms), "--sheet", "/proc/s.jpg"], "--sheet '/proc/s.jpg'"),
         ([str(rooms), "--sheet", "s.doc"], "--sheet 's.doc'"),
         ([str(rooms), "--sequences", "0"], "--sequences"),

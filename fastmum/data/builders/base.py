@@ -21,6 +21,7 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import CHUNK, cut_into_chunks
+from fastmum.errors import some_names
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,6 @@ SYSTEM_FOLDERS = frozenset(
     }
 )  # fmt: skip
 RUN_PICTURES = frozenset({"pictures", "wandb"})  # folders of a training run
-NAMED = 5  # unreadable folders to name
 
 
 class Option(NamedTuple):
@@ -145,18 +145,18 @@ def images_in(folder: Path) -> list[str]:
 def walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
     """Folders at or below the root, '.' for the root itself, and the names of their files. Each real folder comes once.
 
-    Links are followed last, so that a folder has its own path if it has one below the root. Passed over and counted in
+    Links are followed last, so that a folder has its own path if it has one below the root. Skipped and counted in
     the log: folders named as in `skip`, in lower case; hidden ones; `SYSTEM_FOLDERS`; what fastmum wrote; links to
     folders that were listed or that contain the root; folders without permission, which are named.
     """
     seen = {_identity(parent) for parent in root.resolve().parents}
-    passed, unreadable = Counter[str](), list[str]()
+    skipped, unreadable = Counter[str](), list[str]()
     folders, links = [""], list[str]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         path = root / folder
         if (identity := _identity(path)) in seen:
-            passed["links to folders that are listed already"] += 1
+            skipped["links to folders that are listed already"] += 1
             continue
         seen.add(identity)
         try:
@@ -168,27 +168,26 @@ def walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, 
         files, deeper = [], list[str]()
         for entry in entries:
             if _is_dir(entry):
-                if reason := _reason_to_pass(entry.name, names, skip):
-                    passed[reason] += 1
+                if reason := _reason_to_skip(entry.name, names, skip):
+                    skipped[reason] += 1
                 else:
                     (links if entry.is_symlink() else deeper).append(f"{folder}/{entry.name}" if folder else entry.name)
             elif is_image(entry.name) and not _is_file(entry):
-                passed["broken links or special files named like images"] += 1
+                skipped["broken links or special files named like images"] += 1
             elif is_image(entry.name) and _is_own_picture(entry.name, names):
-                passed["pictures that fastmum drew"] += 1
+                skipped["pictures that fastmum drew"] += 1
             else:
                 files.append(entry.name)
         folders += reversed(deeper)
         yield folder or ".", files
-    if passed:
-        what = "; ".join(f"{count} {reason}" for reason, count in sorted(passed.items()))
-        log.info("passed over under %s: %s", root, what)
+    if skipped:
+        what = "; ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+        log.info("skipped under %s: %s", root, what)
     if unreadable:
-        more = ", ..." if len(unreadable) > NAMED else ""
-        log.warning("%d folders cannot be read: %s%s", len(unreadable), ", ".join(unreadable[:NAMED]), more)
+        log.warning("%d folders cannot be read: %s", len(unreadable), some_names(unreadable))
 
 
-def _reason_to_pass(name: str, names: set[str], skip: frozenset[str]) -> str | None:
+def _reason_to_skip(name: str, names: set[str], skip: frozenset[str]) -> str | None:
     """Why a sub-folder, next to files and folders `names`, is no place for photographs; None if it may be."""
     if name.startswith("."):
         return "hidden folders"
@@ -240,7 +239,7 @@ def image_folders(root: Path) -> list[str]:
 
 def folders_in(folder: Path) -> list[str]:
     """Names of the visible sub-folders in natural order, without `SYSTEM_FOLDERS`; empty if there is no such folder."""
-    entries = (entry for entry in _entries(folder) if _reason_to_pass(entry.name, set(), frozenset()) is None)
+    entries = (entry for entry in _entries(folder) if _reason_to_skip(entry.name, set(), frozenset()) is None)
     return natsort.natsorted(entry.name for entry in entries if _is_dir(entry))
 
 
@@ -257,7 +256,7 @@ def matching_folders(root: Path, pattern: str, needs: str = "") -> list[str]:
     first = {real: path for path, real in reversed(paths.items())}
     first |= {real: path for path, real in paths.items() if real == os.path.join(top, path)}
     if len(first) < len(paths):
-        log.info("passed over under %s: %d links to folders that are listed already", root, len(paths) - len(first))
+        log.info("skipped under %s: %d links to folders that are listed already", root, len(paths) - len(first))
     return [path for path, real in paths.items() if first[real] == path]
 
 

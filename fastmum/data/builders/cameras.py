@@ -5,7 +5,6 @@ Camera axes: OpenCV x right, y down, z forward; OpenGL (nerfstudio, Hypersim) x 
 """
 
 import contextlib
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ import numpy as np
 from fastmum.data import errors
 from fastmum.data.builders.base import Cameras
 from fastmum.data.decode.image import UPRIGHT, FrameError, open_image, read_size
+from fastmum.files import read_json
 
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 # Turned camera axes of the EXIF orientations 3 (by 180 degrees), 6 (90 clockwise) and 8 (90 counter-clockwise).
@@ -89,7 +89,7 @@ def read_nerfstudio(file: Path, names: Sequence[str], images: Path) -> Cameras:
         return None, None
     size = image_size(images, names)
     with reading(file, "a nerfstudio transforms.json"):
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = read_json(file)
         listed = {f["file_path"].rpartition("/")[2]: f for f in content["frames"] + content.get("test_frames", [])}
         poses, intrinsics = {}, {}
         for name in listed.keys() & set(names):

@@ -1,7 +1,6 @@
 """Indoor scenes: ARKitScenes, Hypersim and ScanNet++, with poses, intrinsics, and depth or masks."""
 
 import csv
-import json
 import logging
 import re
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from fastmum.data.builders.base import Builder, Cameras, Options
 from fastmum.data.builders.cameras import by_name, from_K, from_opengl, image_size, read_nerfstudio, read_table, reading
 from fastmum.data.depth import DepthFormat, read_hdf5
 from fastmum.data.manifest import SequenceRecord
+from fastmum.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def scannetpp(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
         log.warning("skipped: '%s' does not exist, which lists the training photographs of the scene", lists)
         return
     with reading(lists, "a scene's training list"):
-        listed = set(json.loads(lists.read_text(encoding="utf-8-sig"))["train"])
+        listed = set(read_json(lists)["train"])
     names = natsort.natsorted(listed.intersection(base.images_in(dslr / SCANNETPP_IMAGES)))
     frames = [f"{part}/dslr/{SCANNETPP_IMAGES}/{name}" for name in names]
     masks = [f"{part}/dslr/{SCANNETPP_MASKS}/{name.rpartition('.')[0]}.png" for name in names]

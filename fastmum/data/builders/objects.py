@@ -16,6 +16,7 @@ from fastmum.data.builders.base import Builder, Cameras, Option, Options
 from fastmum.data.builders.cameras import by_name, from_K, inverse, read_table, reading
 from fastmum.data.depth import DepthFormat
 from fastmum.data.manifest import SequenceRecord
+from fastmum.files import read_json
 from fastmum.geometry.camera import camera_from_pytorch3d
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
             log.warning("skipped: '%s' does not exist, which lists the training split of the category", list_file)
             return
         with reading(list_file, "a set list of CO3D"):
-            listed = json.loads(list_file.read_text(encoding="utf-8"))["train"]
+            listed = read_json(list_file)["train"]
             training = {(name, number) for name, number, _ in listed}
     with reading(file, "CO3D frame annotations"):
         with gzip.open(file, "rt", encoding="utf-8-sig") as stream:
@@ -108,7 +109,7 @@ def wildrgbd_cameras(folder: Path, names: list[str]) -> Cameras:
         poses = by_name(names, {name: by_number[number] for name, number in numbers.items() if number in by_number})
     if (file := folder / "metadata").is_file():
         with reading(file, "a video's metadata"):
-            K = np.array(json.loads(file.read_text(encoding="utf-8-sig"))["K"], float).reshape(3, 3).T
+            K = np.array(read_json(file)["K"], float).reshape(3, 3).T
         intrinsics = np.tile(from_K(K), (len(names), 1))
     return poses, intrinsics
 

@@ -20,6 +20,8 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import count_shared
+from fastmum.errors import some_names
+from fastmum.files import expand_user
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +35,17 @@ MEGADEPTH_DEPTHS = "phoenix/S6/zl548/MegaDepth_v1/{}/dense0/depths/{}.h5"
 # Smaller files hold a foreground mask (ordinal depth) instead of a map (D2-Net's preprocess_scene.py).
 MEGADEPTH_MIN_BYTES = 100 * 1024
 MEGASCENES, MEGASCENES_IMAGES = "reconstruct", "images"
-AND = "\0"  # between the models of a part of `colmap`
+SEPARATOR = "\0"  # between the models of a part of `colmap`
 
 
 def megadepth_parts(root: Path, options: Options) -> list[str]:
     """Undistorted scenes, those of `--scenes` if given, without those of `--exclude`."""
     present = base.folders_in(root / MEGADEPTH)
     if options.scenes:
-        with reading(file := Path(options.scenes).expanduser(), "a list of scenes", "give a text file, a scene a line"):
+        with reading(file := expand_user(options.scenes), "a list of scenes", "give a text file, a scene a line"):
             listed = file.read_text(encoding="utf-8-sig").split()
         if unknown := [scene for scene in dict.fromkeys(listed) if scene not in present]:
-            log.warning("%d scenes of '%s' do not exist: %s", len(unknown), file, ", ".join(unknown))
+            log.warning("%d scenes of '%s' do not exist: %s", len(unknown), file, some_names(unknown))
         present = [scene for scene in present if scene in listed]
         if not present:
             raise DataError(f"no scene of '{file}' is in '{root / MEGADEPTH}'")
@@ -108,7 +110,7 @@ def colmap_parts(root: Path, options: Options) -> list[str]:
     groups = defaultdict(list)
     for model in _whole_models(root, natsort.natsorted(found), options):
         groups[_place_of_images(root, model, options)].append(model)
-    return [AND.join(models) for models in groups.values()]
+    return [SEPARATOR.join(models) for models in groups.values()]
 
 
 def _place_of_images(root: Path, model: str, options: Options) -> str:
@@ -127,7 +129,7 @@ def colmap(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     The scene is the folder of the images, or that of an earlier model with some of the same images.
     """
     scenes: dict[str, str] = {}  # of the images of the earlier models
-    for each in part.split(AND):
+    for each in part.split(SEPARATOR):
         model = _unless_broken(read_model, root / each, options)
         if model is None or (images := _find_images(model, root, each, options)) is None:
             continue
@@ -246,9 +248,11 @@ ANGLE_OPTIONS = {
     "min_overlap": Option(rules.MIN_OVERLAP, "least overlap of consecutive images", min=0),
     "min_angle": Option(rules.MIN_ANGLE, "least rotation between consecutive images, in degrees", min=0),
 }
-SCENES = Option("", "text file of the scenes to take, one a line, such as the released training list")
 BROKEN = {"broken": Option("stop", "at a model that cannot be read", choices=("stop", "skip"))}
-EXCLUDE = Option("", "scenes to skip, separated by commas; 0015,0022 are those of MegaDepth-1500")
+FROM_LISTS = {
+    "scenes": Option("", "text file of the scenes to take, one a line, such as the released training list"),
+    "exclude": Option("", "scenes to skip, separated by commas; 0015,0022 are those of MegaDepth-1500"),
+}
 MIN_FRAMES = Option(None, "skip shorter sequences (default 24; released 12)", type=int, min=1)
 COLMAP_OPTIONS = {
     "chain": Option("overlap", "the rule that forms sequences", choices=("overlap", "angle")),
@@ -264,12 +268,7 @@ BUILDERS = {
         released="a random anchor and its 255 images of most overlap, even if 0",
         parts=megadepth_parts,
         sequences=megadepth,
-        options=OVERLAP_OPTIONS
-        | base.MIN_FRAMES
-        | {"scenes": SCENES, "exclude": EXCLUDE}
-        | BROKEN
-        | base.POSES
-        | base.DEPTH,
+        options={**OVERLAP_OPTIONS, **base.MIN_FRAMES, **FROM_LISTS, **BROKEN, **base.POSES, **base.DEPTH},
     ),
     "megascenes": Builder(
         layout=f"{MEGASCENES}/<001>/<234>/colmap/<n>/{{cameras,images,points3D}}.bin and "

@@ -19,7 +19,7 @@ from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
 from fastmum.data.rules import CHUNK
 from fastmum.errors import writing
-from fastmum.files import regular
+from fastmum.files import read_json, regular
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def sequences(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     settings = rate | sizes | {"bytes": file.st_size, "modified_ns": file.st_mtime_ns}
     earlier = None
     with contextlib.suppress(OSError, ValueError):
-        earlier = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        earlier = read_json(folder / SETTINGS)
     if earlier != settings:
         try:
             _extract(video, folder, settings)

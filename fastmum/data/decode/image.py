@@ -56,8 +56,8 @@ BOUNDS = slice(2 * ATTEMPTS + 2, 2 * ATTEMPTS + 4)  # least and greatest aspect 
 CROP_WIDTH = 2 * ATTEMPTS + 4
 
 
-# Errors that pass: of files on a network whose server restarts, or a shortage of memory or file descriptors.
-PASSING = frozenset({
+# Of files on a network whose server restarts, or a shortage of memory or file descriptors.
+TRANSIENT = frozenset({
     errno.ENOENT, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN,
     errno.EMFILE, errno.ENFILE, errno.ENOMEM,
 })  # fmt: skip
@@ -67,12 +67,12 @@ being_read: dict[int, Path] = {}  # by thread: the file that it opened last
 class FrameError(ValueError):
     """A file that is not a complete image; the message gives the reason in a few words, without the file name.
 
-    `passing`: the file could not be read for one of the reasons in `PASSING`.
+    `transient`: the file could not be read for one of the reasons in `TRANSIENT`.
     """
 
-    def __init__(self, reason: str, passing: bool = False) -> None:
+    def __init__(self, reason: str, transient: bool = False) -> None:
         super().__init__(reason)
-        self.passing = passing
+        self.transient = transient
 
 
 class Header(NamedTuple):
@@ -93,7 +93,7 @@ def read_file(file: Path) -> bytes:
         data = regular(file).read_bytes()
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
-        raise FrameError(reason, error.errno in PASSING) from None
+        raise FrameError(reason, error.errno in TRANSIENT) from None
     if not data:
         raise FrameError("empty")
     return data

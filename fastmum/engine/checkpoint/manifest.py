@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from fastmum.errors import FastmumError
+from fastmum.errors import FastmumError, first_line, some_names
 from fastmum.files import ABANDONED, free_path, read_json
 from fastmum.kernels.adamw import Halves
 
@@ -41,7 +41,7 @@ def reason(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class TensorSpec(NamedTuple):
@@ -133,8 +133,7 @@ class CheckpointManifest:
                     raise CheckpointError(
                         f"checkpoint '{self.path}' has another {key}: set it as it was, or use another run.dir"
                     )
-            more = f" and {len(wrong) - MAX_NAMES} more" if len(wrong) > MAX_NAMES else ""
-            raise CheckpointError(f"checkpoint '{self.path}' does not fit: {', '.join(wrong[:MAX_NAMES])}{more}")
+            raise CheckpointError(f"checkpoint '{self.path}' does not fit: {some_names(wrong, MAX_NAMES)}")
 
 
 class FoundCheckpoint(NamedTuple):

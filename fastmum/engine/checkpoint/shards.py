@@ -48,7 +48,7 @@ _PARTS = (
     metadata.ChunkStorageMetadata, metadata.MetadataIndex, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
     filesystem._StorageInfo, torch.serialization._get_layout,
 )  # fmt: skip
-ADMITTED = {
+ALLOWED = {
     **{f"{part.__module__}.{part.__qualname__}": part for part in _PARTS},
     **{f"torch.{name}": dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
     **{f"pathlib{m}.{kind}Path": PurePath for m in ("", "._local") for kind in ("Posix", "Windows", "PurePosix")},
@@ -174,7 +174,7 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         with self.fs.create_stream(self.fs.concat_path(self.path, METADATA), "rb") as stream:
-            found = unpickle(stream, ADMITTED)
+            found = unpickle(stream, ALLOWED)
         if not {shard.relative_path for shard in found.storage_data.values()} <= {*self._files}:
             raise CheckpointError(f"{METADATA} names files that {MANIFEST} does not list")
         found.storage_meta = metadata.StorageMeta(load_id=self.load_id)

@@ -12,6 +12,7 @@ from fastmum.data.errors import DataError
 from fastmum.data.samples import Frame
 from fastmum.evaluate.pairs import jsonl, megadepth, motorcycle, navi, scannet, scenes
 from fastmum.evaluate.pairs.pair import Pair, PairSet, overlap, pair_warp
+from fastmum.files import expand_user
 
 __all__ = ["SETS", "Frame", "Pair", "PairSet", "open_pairs", "overlap", "pair_warp", "same_set"]
 
@@ -91,7 +92,7 @@ def _find(name: str) -> tuple[Layout, Path | None]:
 
 
 def _existing(name: str) -> Path:
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if not path.exists():
         words = [word for word, layout in SETS.items() if layout.embedded is not None]
         raise DataError(f"there is no '{name}'; a path, or one of {', '.join(words)}, is expected")

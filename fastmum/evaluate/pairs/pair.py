@@ -4,7 +4,6 @@ Images and depth are read when they are needed, so sets of thousands of pairs op
 """
 
 import codecs
-import json
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
+from fastmum.errors import first_line
+from fastmum.files import read_json as load_json
 from fastmum.files import regular, unpickle
 from fastmum.geometry import relative_pose
 from fastmum.geometry.warp import Warp, grid_points, true_warp
@@ -131,7 +132,7 @@ def read_table(file: Path, shape: tuple[int, int]) -> np.ndarray:
 def read_json(file: Path) -> Any:
     """The content of a JSON file."""
     with reading(file, "JSON"):
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return load_json(file)
 
 
 def read_archive(file: Path) -> dict[str, np.ndarray]:
@@ -143,7 +144,7 @@ def read_archive(file: Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(regular(file)) as archive:
             return {name.removesuffix(".npy"): _read_array(archive.open(name)) for name in archive.namelist()}
     except Exception as error:  # unpickling raises any error
-        raise DataError(f"archive '{file}' cannot be read ({str(error).partition(chr(10))[0] or error!r})") from None
+        raise DataError(f"archive '{file}' cannot be read ({first_line(error) or repr(error)})") from None
 
 
 def _read_array(stream: IO[bytes]) -> np.ndarray:
