@@ -1,7 +1,9 @@
 """Reading sparse COLMAP reconstructions: poses and cameras of the images, and which 3-D points each image sees."""
 
+import itertools
 import logging
 import os
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -83,6 +85,8 @@ def read_model(folder: str | Path) -> Model:
         images = sorted(read_images(file), key=lambda image: image[0])
         if not images:
             raise DataError(f"the COLMAP model in '{folder}' has no registered image; leave the folder out")
+        if suffix == ".txt":
+            _warn_if_cut(file, len(images))
         _, names, motions, numbers, features = zip(*images, strict=True)
         if unknown := sorted(set(numbers) - cameras.keys()):
             raise ValueError(f"it has images of the camera {unknown[0]}, which cameras{suffix} does not have")
@@ -168,6 +172,15 @@ def _cameras_txt(file: Path) -> Iterator[tuple[int, tuple[float, ...]]]:
         if name not in names:
             raise ValueError(f"the camera model {name} is unknown")
         yield int(number), _pinhole(names.index(name), np.array(parameters, np.float64))
+
+
+def _warn_if_cut(file: Path, images: int) -> None:
+    """Log if the header of images.txt states more images: it was cut at the end of a line, or some were taken out."""
+    with file.open(encoding="utf-8-sig") as stream:
+        header = "".join(itertools.takewhile(lambda line: line.startswith("#"), stream))
+    stated = re.search(r"^# Number of images: (\d+)", header, re.MULTILINE)
+    if stated and int(stated[1]) > images:
+        log.warning("'%s' has %d images, but states %s: copy it again if it is cut off", file, images, stated[1])
 
 
 def _images_txt(file: Path) -> Iterator[Image]:

@@ -84,6 +84,11 @@ class Manifest:
         self._columns = {name: batch[name] for name in ("path", "scene", *OPTIONAL) if name in batch.schema.names}
         self.known = {name: self._known(name) for name in OPTIONAL}
 
+    @classmethod
+    def open(cls, path: str | Path) -> "Manifest":
+        """`Manifest(path)`, under the name of other packages that map files."""
+        return cls(path)
+
     def __reduce__(self) -> tuple[type, tuple[Any]]:
         return Manifest, (self.path,)
 

@@ -39,7 +39,7 @@ def test_rows_sequences_and_names(tmp_path):
     unknown = SequenceRecord("top", ["x.png"], np.full((1, 4, 4), np.nan), np.full((1, 4), np.nan), masks=[""])
     assert write(tmp_path / "1", [numbered("a", 3), numbered("b/c", 2), unknown]) == Counts(sequences=3, frames=6)
     write(tmp_path / "2", [numbered("a", 1), numbered("a", 4, dataset="rooms", poses=poses(4))], "streets", "/two")
-    one, both = Manifest(tmp_path / "1"), Manifests([tmp_path / "1", str(tmp_path / "2")])
+    one, both = Manifest.open(tmp_path / "1"), Manifests([tmp_path / "1", str(tmp_path / "2")])
     assert (one.num_sequences, one.num_frames, both.num_sequences, both.num_frames) == (3, 6, 5, 11)
     assert (one.datasets, both.datasets) == (("rooms",), ("rooms", "streets"))
     files = ["/data/b/c/1.jpg", "/data/a/0.jpg", "/data/x.png", "/two/a/0.jpg", "/two/a/3.jpg"]

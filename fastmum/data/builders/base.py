@@ -42,8 +42,9 @@ OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normal
 # Folders that network storage, operating systems, archives and viewers add, in lower case.
 SYSTEM_FOLDERS = frozenset(
     {
-        "@eadir", "@recently-snapshot", "@recycle", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "recycler",
-        "recycled", "system volume information", "lost+found", "lost.dir", "__macosx", "thumbnails", "thumbs",
+        "@__thumb", "@eadir", "@recently-snapshot", "@recycle", "@sharebin", "@tmp", "#recycle", "#snapshot",
+        "~snapshot", "$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "lost+found",
+        "lost.dir", "network trash folder", "temporary items", "__macosx", "thumbnail", "thumbnails", "thumbs",
     }
 )  # fmt: skip
 RUN_PICTURES = frozenset({"pictures", "wandb"})  # folders of a training run

@@ -29,6 +29,7 @@ VIDEO_SUFFIXES = frozenset(
 ASPECTS = 0.1, 10.0  # width over height of a pixel; a video that states others is damaged there
 SETTINGS = "settings.json"  # in a folder of frames: everything that they depend on
 WHOLE = 0.9  # of the frames that a file announces; an edit list may hide a few
+STAMPS = 0.9e-3  # seconds by which the time between two frames may be off: Matroska rounds their stamps to milliseconds
 FPS = 5.0  # a chunk of 100 frames is then 20 s of video
 
 
@@ -105,6 +106,8 @@ def _frames(video: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Image.
             stream: Any = container.streams.best("video")
             if stream is None or Disposition.attached_pic in stream.disposition:  # the cover of a piece of music
                 raise UnreadableVideoError(f"'{video}' has no moving pictures; remove it")
+            if stream.frames == 1:  # a still of many bytes may count as the best
+                stream = max(container.streams.video, key=lambda each: each.frames)
             stream.thread_type = "AUTO"
             frame: Any
             for number, frame in enumerate(container.decode(stream)):
@@ -112,11 +115,11 @@ def _frames(video: Path, settings: dict[str, Any]) -> Iterator[tuple[int, Image.
                     tick = number // settings["every"]
                 elif frame.time is None:
                     raise DataError(f"'{video}' has no time stamps; give --every instead of --fps")
-                else:  # the first frame at or after each tick; the tolerance is for rounded time stamps
+                else:  # the first frame at or after each tick
                     if before is not None:
                         elapsed += max(frame.time - before, 0.0)  # stamps go back where recordings were joined
                     before = frame.time
-                    tick = math.floor(elapsed * settings["fps"] + 1e-3)
+                    tick = math.floor((elapsed + STAMPS) * settings["fps"])
                 if tick >= chosen:
                     chosen = tick + 1  # a frame serves all ticks since the one before it
                     yield number, _upright(frame, stream.sample_aspect_ratio, settings["short_side"])

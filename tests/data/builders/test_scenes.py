@@ -341,6 +341,7 @@ def test_folders(add, found, raw, tmp_path, caplog):
     add("0.png", "b10/depth/0.png", "b10/Masks/1.png", ".cache/0.png", "b10/.0.png")
     add("b9/@eaDir/x2.webp/thumb.jpg", "#recycle/old/0.jpg", "$RECYCLE.BIN/0.jpg", "b10/Thumbnails/0.jpg")
     add("__MACOSX/b10/._1.PNG", "System Volume Information/0.jpg", "lost+found/0.jpg", ".Trash-1000/files/0.jpg")
+    add("b9/@__thumb/0.jpg", "Network Trash Folder/0.jpg", "~snapshot/hourly.0/b9/0.jpg", "FOUND.000/0.jpg")
     add("run/config.yaml", "run/metrics.jsonl", "run/pictures/step_0000001.png", "run/reconstruction.png")
     add(
         "eval/table.md", "eval/report.html", "eval/views-a-b.json", "eval/views-a-b-0.jpg", "c/m.arrow", "c/m_sheet.jpg"
@@ -358,7 +359,7 @@ def test_folders(add, found, raw, tmp_path, caplog):
     }
     with caplog.at_level(logging.INFO):
         assert list(found("folder").sequences.items()) == list(sequences.items())
-    for counted in ("2 folders of depth", "2 hidden folders", "7 folders of thumbnails", "2 folders that fastmum wrote",
+    for counted in ("2 folders of depth", "2 hidden folders", "11 folders of thumbnails", "2 folders that fastmum",
                     "3 pictures that fastmum drew", "4 links to folders", "2 broken links"):  # fmt: skip
         assert counted in caplog.text
     assert found("folder", rule="released").sequences == sequences

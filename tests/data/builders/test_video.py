@@ -21,16 +21,19 @@ def pixels(file):
 def film(raw):
     """Writes a video of 64 x 32 at 10 frames a second; frame i is grey 8 i on the right and white on the left.
 
-    `times` are those of the frames in ms; `aspect` is that of pixels; `cover` adds a picture as the first stream.
+    `times` are those of the frames in ms; `aspect` is that of pixels; `cover` adds a picture as the first stream, which
+    is marked as a cover if it is True, and large if it is "still".
     """
 
     def write(name, frames, times=None, aspect=None, cover=False, codec="mpeg4", options=None):
         (raw / name).parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(raw / name), "w", options=options or {}) as container:
             if cover:
-                still = container.add_stream("mjpeg", rate=1, width=16, height=16, pix_fmt="yuvj420p")
-                still.disposition = av.stream.Disposition.attached_pic.value
-                picture = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+                side = 16 if cover is True else 640
+                still = container.add_stream("mjpeg", rate=1, width=side, height=side, pix_fmt="yuvj420p")
+                if cover is True:
+                    still.disposition = av.stream.Disposition.attached_pic.value
+                picture = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")
             rate = 1000 if times else 10
             stream = container.add_stream(codec, rate, width=64, height=32, pix_fmt="yuv420p", bit_rate=4_000_000)
             if aspect:
@@ -70,6 +73,8 @@ def test_variable_rates_and_recordings_that_were_joined(film, found):
     film("a.mkv", len(times), times)
     taken = [int(file[-10:-4]) for file in found("video", fps=2.0).sequences["a.mkv/000"]]
     assert [times[i] for i in taken] == [0, 500, 1000, 2500, 4000]
+    film("a.mkv", 31, [round(i * 1000 / 30) for i in range(31)])
+    assert found("video", fps=30.0).lengths == {"a.mkv/000": 31}, "stamps are rounded to milliseconds"
     part = film("b.ts", 20, codec="mpeg2video").read_bytes()
     (part_file := film("b.ts", 20, codec="mpeg2video")).write_bytes(2 * part)
     assert found("video", fps=5.0).lengths["b.ts/000"] == 20, part_file
@@ -82,8 +87,9 @@ def test_pixels_become_square(film, found, aspect, size):
 
 
 def test_covers_sound_and_cut_videos(film, found, add, raw, caplog):
-    film("a.mp4", 10, cover=True)
-    assert found("video", every=1).lengths == {"a.mp4/000": 10}
+    for cover in (True, "still"):
+        film("a.mp4", 10, cover=cover)
+        assert found("video", every=1).lengths == {"a.mp4/000": 10}, cover
     (raw / "a.mp4").unlink()
 
     def sound():
