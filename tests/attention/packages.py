@@ -138,6 +138,9 @@ class VarlenKernels:
             for which in ("forward", "backward"):
                 function = getattr(self, f"{name}_{which}")
                 self.library.impl(f"_{name}_attention_{which}", function, "CPU")
+        for which in ("", "_backward"):
+            function = getattr(self, f"efficient{which}")
+            self.library.impl(f"_scaled_dot_product_efficient_attention{which}", function, "CPU")
         members = {"_flash_attn_fwd": self._recorded("flash_attn_4", flash_attn_4_forward)}
         install(monkeypatch, "flash_attn.cute.interface", **members, _flash_attn_bwd=flash_attn_4_backward)
 
@@ -162,6 +165,20 @@ class VarlenKernels:
     ):  # fmt: skip
         assert (dropout, causal, rng.dtype, rng.shape) == (0.0, False, torch.uint64, (2,))
         return varlen_backward(grad, q, k, v, out, lse, cu_q, cu_k)
+
+    def efficient(self, q, k, v, bias, with_lse, *rest, **more):
+        """Groups of equal segments, (n, h, L, d)."""
+        assert (bias, with_lse) == (None, True)
+        self.names.append("efficient")
+        S = q.double() @ k.double().mT / q.shape[-1] ** 0.5
+        return (S.softmax(-1) @ v.double()).to(q.dtype), S.logsumexp(-1).float(), q.new_empty(0), q.new_empty(0)
+
+    def efficient_backward(self, grad, q, k, v, bias, out, lse, seed, offset, dropout, mask, *rest, **more):
+        assert (dropout, mask) == (0.0, [True, True, True, False])
+        g, o, q_, k_, v_, scale = *(x.double() for x in (grad, out, q, k, v)), q.shape[-1] ** -0.5
+        P = (q_ @ k_.mT * scale - lse[..., None].double()).exp()
+        dS = P * (g @ v_.mT - (g * o).sum(-1, keepdim=True)) * scale
+        return *(x.to(q.dtype) for x in (dS @ k_, dS.mT @ q_, P.mT @ g)), q.new_empty(0)
 
     def cudnn_forward(self, q, k, v, bias, cu_q, cu_k, max_q, max_k, with_lse, *rest, **more):
         assert (bias, with_lse) == (None, True)

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from truth import LENGTHS, Problem, assert_within, cumulated, equal, gradients, problem
 
-from fastmum.attention import BACKENDS, Segments, flash, varlen
+from fastmum.attention import BACKENDS, Segments, flash, ragged_attention, sdpa, varlen
 from fastmum.attention.varlen import KERNELS, Plan, agrees, attend_by
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -105,6 +105,15 @@ def test_arguments_fit_the_installed_torch():
         grads = KERNELS["FA2"].backward(out, q, k, v, out, lse, *segments)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (2, 9), torch.float32)
     assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
+
+
+def test_sdpa_on_cuda_is_two_kernels_a_group(monkeypatch, kernels):
+    """Not the pieces that fit a CPU's cache; the memory-efficient kernel is called again for its log-sum-exp."""
+    monkeypatch.setattr(sdpa, "has_fused_backward", lambda q: True)
+    p = problem([65, 65, 9, 0, 4], 2, 48, queries=[48, 48, 9, 0, 0])
+    ours = gradients(lambda q, k, v: ragged_attention(q, k, v, backend="sdpa", **p.segments), p)
+    assert_within(ours, p, 1e-5)
+    assert kernels.names == ["efficient"] * 2
 
 
 def wrong(monkeypatch: pytest.MonkeyPatch, kernel: str, change: object) -> None:
