@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from truth import LENGTHS, Problem, assert_within, cumulated, equal, gradients, problem
 
-from fastmum.attention import BACKENDS, Segments, flash, ragged_attention, sdpa, varlen
+from fastmum.attention import BACKENDS, Segments, cuda, flash, ragged_attention, sdpa, varlen
 from fastmum.attention.varlen import KERNELS, Plan, agrees, attend_by
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -63,6 +63,21 @@ def test_it_compiles_once_for_all_lengths(kernels, kernel):
         exact = [3 * n for n in lengths], [5 * n for n in lengths], 3 * max(lengths), 5 * max(lengths)
         assert kernels.calls[-2:] == [exact, exact]
     assert counter.frame_count == 1
+
+
+def test_xformers_compiles_once_for_all_lengths(monkeypatch):
+    """At the width of the released decoder; its masks are Python lists, inside of an operator."""
+    torch._dynamo.reset()
+    packages.install_xformers(monkeypatch)
+    cuda._mask_of_lengths.cache_clear()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(BACKENDS["xformers"].attend, fullgraph=True, backend=counter)
+    for lengths in ([4], [3, 1], [1] * 4):
+        p = problem([5 * n for n in lengths], 2, 48, queries=[3 * n for n in lengths])
+        plan = BACKENDS["xformers"].plan(Segments.of_frames(lengths, 4, 3, 5, 4), CPU)
+        assert_within(gradients(lambda *x, plan=plan: compiled(*x, plan), p), p, 1e-5)
+    assert counter.frame_count == 1
+    cuda._mask_of_lengths.cache_clear()
 
 
 @pytest.mark.parametrize("with_sizes", [True, False])
