@@ -16,14 +16,7 @@ from torch import Tensor
 from benchmarks.duel import FASTMUM, REFERENCE, Duel
 from benchmarks.sizes import Sizes
 from fastmum.attention import BACKENDS, Segments, dense_attention
-
-
-def ragged_lengths(frames: int) -> list[int]:
-    """Repeatedly half of the remaining frames, at most the paper's 24: 96 -> 24, 24, 24, 12, 6, 3, 2, 1."""
-    lengths: list[int] = []
-    while rest := frames - sum(lengths):
-        lengths.append(min(24, (rest + 1) // 2))
-    return lengths
+from fastmum.attention.backend import ragged_lengths
 
 
 class Heads:
@@ -85,7 +78,7 @@ def test_across_frames(duel: Duel, sizes: Sizes, name: str, kind: str, backward:
     if reason := backend.why_not(sizes.device) or backend.why_not_dtype(sizes.dtype):
         pytest.skip(f"attention backend '{name}': {reason}")
     equal = [sizes.views] * (sizes.frames // sizes.views)
-    heads = Heads(sizes, equal if kind == "equal" else ragged_lengths(sizes.frames))
+    heads = Heads(sizes, equal if kind == "equal" else ragged_lengths(sizes.frames, 24))
     plan = heads.plan(name)
     contestants = {
         REFERENCE: heads.passes(by_sequence(heads.tokens), backward),

@@ -22,6 +22,13 @@ ABANDONED = ".abandoned"  # added to the names of files of steps that a resumed 
 PACKAGE = Path(__file__).resolve().parent
 
 
+def cache_folder() -> Path:
+    """$FASTMUM_CACHE, else the user's cache folder; it may not exist."""
+    from platformdirs import user_cache_dir
+
+    return expand_user(os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum"))
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path for a file or a folder, renamed to `path` on success and deleted on failure.

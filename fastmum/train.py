@@ -25,7 +25,15 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from fastmum.config.load import describe_keys, load_config, peek_task, settings
 from fastmum.config.schema import EngineConfig, absolute_paths
 from fastmum.engine.checkpoint import CheckpointError, Checkpoints, set_aside_after
-from fastmum.engine.device import MATRIX_DTYPE, Prefetcher, autocast, keep_freed_memory, pick_device, pick_precision
+from fastmum.engine.device import (
+    MATRIX_DTYPE,
+    Prefetcher,
+    autocast,
+    keep_freed_memory,
+    make_deterministic,
+    pick_device,
+    pick_precision,
+)
 from fastmum.engine.distributed import DistributedError, broadcast_weights, init_distributed, read_launch_env, shard
 from fastmum.engine.ending import VOID, Tally, drop_after, first_error
 from fastmum.engine.gradients import Gradients
@@ -79,6 +87,8 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     world, steps, precision = task.world, config.train.steps, config.train.precision
+    if config.train.deterministic:
+        make_deterministic(world.device)
 
     model = task.build()
     broadcast_weights(model, world)

@@ -25,8 +25,8 @@ PRODUCT_OPS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, at
 ATTENTION_OPS = {
     "aten::_scaled_dot_product_flash_attention": (2, 0),
     "aten::_scaled_dot_product_flash_attention_backward": (5, 1),
-    "torch_attn::_varlen_attn": (2, 0),
-    "torch_attn::_varlen_attn_backward": (5, 1),
+    "fastmum::varlen_attention": (2, 0),
+    "fastmum::varlen_attention_backward": (5, 1),
 }
 COPY_OPS = {aten._to_copy, aten.clone, aten.copy_, aten.cat, aten.stack, aten.slice_backward, aten.repeat}
 GATHER_OPS = {aten.gather, aten.index_select, aten.index}

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.launches import Launch, recorded_launches
 from benchmarks.offline.kernel import Kernel
-from benchmarks.offline.operators import kernel_of_launch, kernels_of, nbytes, tensors_of
+from benchmarks.offline.operators import ATTENTION_OPS, kernel_of_launch, kernels_of, nbytes, tensors_of
 
 # Operators whose kernels take their tensors by address.
 BY_ADDRESS = {"fastmum::adamw_", "fastmum::apply_", "fastmum::momentum_", "fastmum::total_norm"}
@@ -49,7 +49,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         out = op(*args, **kwargs)
         self._hold(out)
-        if op.namespace == "fastmum":
+        if op.namespace == "fastmum" and op._schema.name not in ATTENTION_OPS:
             self.record(self._of_fastmum(op, args, kwargs))
         else:
             self.record(kernels_of(op, args, kwargs, out, self.sequences))

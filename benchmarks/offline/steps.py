@@ -1,7 +1,7 @@
 """The training steps: fastmum's, and the reference's, eager and compiled.
 
 All tensors are fake. Attention is FlashAttention as PyTorch calls it on CUDA, within frames by
-`scaled_dot_product_attention` and across them by `varlen_attn` (backend `flash`).
+`scaled_dot_product_attention` and across them by `fastmum::varlen_attention` (backend `flash`).
 
 Memory is simulated: Python and autograd free it in eager code, Inductor's planner in a compiled graph. It includes
 weights, masters, gradients and moments. The allocator's rounding and workspaces of cuBLAS and Triton are not counted.
@@ -37,6 +37,7 @@ from benchmarks.offline.recorder import Recorder
 from benchmarks.reference.model import ReferenceMuM
 from benchmarks.reference.step import normalise
 from fastmum.attention import BACKENDS, Segments
+from fastmum.attention.varlen import Plan
 from fastmum.config.schema import OptimSection
 from fastmum.engine import optimizer as optimizers
 from fastmum.engine.distributed import DistContext
@@ -100,7 +101,7 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
             def update() -> None:
                 with recorder.counted_as(NORM):
                     (norm,) = gradients.norms()
-                found_inf = guard.check(1, torch.empty(()), norm)
+                found_inf = guard.check(1, torch.empty(()), norm, void=torch.empty(()))
                 with recorder.counted_as(OPTIMISER):
                     optimizer.step(1e-4, gradients.of, found_inf)
                 gradients.clear()
@@ -120,7 +121,7 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
 def _global_attention(batch: Batch, patches: int, visible: int) -> GlobalAttention:
     lengths, tokens = [batch.views] * batch.sequences, 1 + patches
     plans = (
-        Segments.of_frames(lengths, batch.frames, queries, tokens, max(MAX_VIEWS, batch.views))
+        Plan(Segments.of_frames(lengths, batch.frames, queries, tokens, max(MAX_VIEWS, batch.views)), "FA2")
         for queries in (tokens, patches - visible)
     )
     return GlobalAttention(*(partial(BACKENDS["flash"].attend, plan=plan) for plan in plans))

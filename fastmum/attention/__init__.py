@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmum.attention.backend import HALF, AttentionError, Backend, Segments, constant_in_graphs
-from fastmum.attention.cuda import Flash, FlashAttn2, FlashAttn4, Flex, Xformers
+from fastmum.attention.cuda import FlashAttn2, FlashAttn4, Flex, Xformers
+from fastmum.attention.flash import Flash
 from fastmum.attention.sdpa import Sdpa, dense_attention
 from fastmum.kernels.checks import check_tensors
 
@@ -71,7 +72,7 @@ def ragged_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> None:
-    cu_q, cu_k, max_q, max_k = segments
+    cu_q, cu_k, max_q, max_k, _ = segments
     check_tensors(q=q, k=k, v=v)
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.ndim != 3 or x.shape[1:] != q.shape[1:]:

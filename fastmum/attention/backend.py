@@ -28,6 +28,9 @@ class Segments(NamedTuple):
     cu_seqlens_k: Tensor
     max_seqlen_q: int  # upper bound of the lengths; the same for every batch where code is compiled
     max_seqlen_k: int
+    # (3,) int32 on the CPU: number of segments, the first ones, that are not empty; their longest queries and keys.
+    # None: unknown, or lengths are constant because CUDA graphs record them.
+    sizes: Tensor | None = None
 
     @classmethod
     def of_frames(cls, lengths: Tensor | Sequence[int], num_frames: int, queries: int, keys: int, longest: int) -> Self:
@@ -39,12 +42,25 @@ class Segments(NamedTuple):
         cu_frames = torch.full((num_frames + 1,), num_frames, dtype=torch.int32)
         cu_frames[0] = 0
         cu_frames[1 : len(lengths) + 1] = lengths.cumsum(0)
-        return cls(cu_frames * queries, cu_frames * keys, longest * queries, longest * keys)
+        n, most = lengths.count_nonzero(), lengths.amax()
+        sizes = torch.stack([n, most * queries, most * keys]).int()
+        return cls(cu_frames * queries, cu_frames * keys, longest * queries, longest * keys, sizes)
 
     def to(self, device: torch.device) -> Self:
-        """Copy to a device: asynchronously to a GPU, synchronously to the CPU, where the lengths are read at once."""
+        """Copy to a device: asynchronously to a GPU, synchronously to the CPU, where the lengths are read at once.
+
+        `sizes` stay on the CPU.
+        """
         cu_q, cu_k = (x.to(device, torch.int32, non_blocking=device.type != "cpu") for x in self[:2])
         return self._replace(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+
+
+def ragged_lengths(frames: int, longest: int) -> list[int]:
+    """Half of the remaining frames, again and again, at most `longest`: 96 -> 24, 24, 24, 12, 6, 3, 2, 1."""
+    lengths: list[int] = []
+    while rest := frames - sum(lengths):
+        lengths.append(min(longest, (rest + 1) // 2))
+    return lengths
 
 
 def constant_in_graphs(function: Any) -> Any:
@@ -85,6 +101,10 @@ class Backend(ABC):
         if self.dtypes is None or dtype in self.dtypes:
             return None
         return f"it computes in bfloat16 and float16, and this is {str(dtype).removeprefix('torch.')}"
+
+    def prepare(self, device: torch.device, dtype: torch.dtype, heads: int, width: int, segments: Segments) -> str:
+        """Choose a kernel for batches such as `segments`, on the CPU; what will run, for the log."""
+        return self.name
 
     def plan(self, segments: Segments, device: torch.device) -> Any:
         """The backend's form of `segments`, for `attend`."""

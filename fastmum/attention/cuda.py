@@ -1,6 +1,5 @@
-"""Backends of fused CUDA kernels: torch's `varlen_attn` and FlexAttention, and the packages flash-attn and xformers."""
+"""Further backends for CUDA: the packages flash-attn, flash-attn-4 and xformers, and torch's FlexAttention."""
 
-import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -8,48 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmum.attention.backend import HALF, Backend, Group, Segments, attention_operator, constant_in_graphs
+from fastmum.attention.backend import HALF, Backend, Group, Segments, attention_operator
+from fastmum.attention.varlen import Plan, attend_by
 
-log = logging.getLogger(__name__)
 TILE = 128  # side of FlexAttention's tiles, its default
-
-
-class Flash(Backend):
-    """`torch.nn.attention.varlen.varlen_attn`: FlashAttention 2 or cuDNN, FlashAttention 3 or 4 where installed."""
-
-    name = "flash"
-    dtypes = HALF
-    package = "torch.nn.attention.varlen"
-    install = "it comes with torch 2.10 and later"
-
-    def plan(self, segments: Segments, device: torch.device) -> Segments:
-        if device.type == "cuda":
-            _activate_newest_flash(device)
-        return segments.to(device)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        out = varlen_attn(q, k, v, *plan)
-        return out[0] if isinstance(out, tuple) else out
-
-
-@constant_in_graphs
-@lru_cache
-def _activate_newest_flash(device: torch.device) -> None:
-    """Replace torch's FlashAttention 2 by version 3 (Hopper) or 4 (Blackwell) if its package is installed."""
-    from torch.nn import attention
-
-    major, _ = torch.cuda.get_device_capability(device)
-    version, package = {9: ("FA3", "flash_attn_interface"), 10: ("FA4", "flash_attn.cute")}.get(major, (None, ""))
-    if version is None or not hasattr(attention, "activate_flash_attention_impl"):
-        return
-    try:
-        if Backend.is_installed(package):
-            attention.activate_flash_attention_impl(version)
-            log.info("flash attention by %s", version)
-    except (ImportError, RuntimeError, ValueError) as error:
-        log.warning("%s is installed but torch cannot use it (%s): using FlashAttention 2 of torch", version, error)
 
 
 class FlashAttn2(Backend):
@@ -63,11 +24,11 @@ class FlashAttn2(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, *plan)
+        return flash_attn_varlen_func(q, k, v, *plan[:4])  # without `sizes`
 
 
 class FlashAttn4(Backend):
-    """`flash_attn.cute.flash_attn_varlen_func` of the `flash-attn-4` package; no backward pass below sm_90."""
+    """The kernels of the `flash-attn-4` package; no backward pass below sm_90."""
 
     name = "flash_attn_4"
     dtypes = HALF
@@ -79,11 +40,11 @@ class FlashAttn4(Backend):
         major, minor = torch.cuda.get_device_capability(device) if reason is None else (9, 0)
         return reason if major >= 9 else f"it trains on sm_90 and later only, and this is sm_{major}{minor}"
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
-        from flash_attn.cute import flash_attn_varlen_func
+    def plan(self, segments: Segments, device: torch.device) -> Plan:
+        return Plan(segments.to(device), self.name)
 
-        out = flash_attn_varlen_func(q, k, v, **plan._asdict())
-        return out[0] if isinstance(out, tuple) else out  # some versions also return the log-sum-exp
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        return attend_by(q, k, v, plan)
 
 
 class Xformers(Backend):

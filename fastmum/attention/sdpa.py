@@ -27,6 +27,11 @@ def uses_products(q: Tensor) -> bool:
     return q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
+def has_fused_backward(q: Tensor) -> bool:
+    """Whether torch's memory-efficient kernel computes gradients: on CUDA, in up to float32."""
+    return q.is_cuda and q.dtype != torch.float64 and q.shape[-1] % 8 == 0
+
+
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, seqlen: int) -> Tensor:
     """Attention within segments of equal length; q, k, v (T, h, d) of any strides -> (T, h, d), contiguous."""
     if seqlen < 1 or len(q) % seqlen:
@@ -83,6 +88,9 @@ def _by_products(q_nhLd: Tensor, k_nhLd: Tensor, v_nhLd: Tensor) -> Tensor:
 def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from recomputed probabilities; 0 for queries without keys and keys without queries."""
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    if has_fused_backward(q):
+        _backward_by_sdpa(grad, q, k, v, groups, (dq, dk, dv))
+        return dq, dk, dv
     before, after = _scales(q.shape[-1])
     with _bfloat16_products(q):
         for group in groups:
@@ -103,6 +111,22 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: list[Group]
             for out, x_BLd in zip(outs, (dq_BLd, dk_BLd, dv_BLd), strict=True):
                 out.copy_(x_BLd.view(out.shape))
     return dq, dk, dv
+
+
+def _backward_by_sdpa(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, groups: list[Group], outs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """The same, into `outs`, by two kernels a group: the log-sum-exp is computed again, as its shape varies."""
+    aten = torch.ops.aten
+    grad, q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, q, k, v))
+    for group in groups:
+        inputs = group.queries(q), group.keys(k), group.keys(v)
+        saved = aten._scaled_dot_product_efficient_attention(*inputs, None, True)
+        rest = *inputs, None, *saved, 0.0, [True, True, True, False]
+        grads = aten._scaled_dot_product_efficient_attention_backward(group.queries(grad), *rest)
+        views = group.queries(outs[0]), group.keys(outs[1]), group.keys(outs[2])
+        for view, part in zip(views, grads, strict=False):
+            view.copy_(part)
 
 
 segment_attention = attention_operator("segment_attention", _forward, _backward)

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import os
 import re
 import time
 from collections.abc import Generator, Iterator
@@ -58,6 +59,24 @@ def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.d
         process = f", and this is process {launch.local_rank} of {launch.local_size} on its machine"
         raise ConfigError(f"{key} is '{name}', but torch sees {count} CUDA devices{process if launch.size > 1 else ''}")
     return device
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Let a process on CUDA compute the same bits in every run, before the first product; on the CPU it does anyway.
+
+    What has no deterministic kernel still runs, and torch warns of it.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every value is written
+    torch.backends.cuda.enable_cudnn_sdp(False)  # with warnings only, torch would let it add in any order
+    torch.backends.cudnn.benchmark = False
+    log.info(
+        "train.deterministic: gradients of attention are added in a fixed order, which takes more time and memory in "
+        "its backward pass; attention's kernel is not measured, and cuDNN's is not used"
+    )
 
 
 def keep_freed_memory() -> bool:

@@ -55,6 +55,7 @@ def compile_model(
     if chosen != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     how: dict[str, Any] = {"fullgraph": True, "backend": backend}
+    model.cuda_graphs = cuda_graphs
     if cuda_graphs:
         how["options"] = {"triton.cudagraphs": True}
     if chosen == "block":

@@ -55,6 +55,7 @@ class MuM(Encoder):
     """
 
     attention = "auto"
+    cuda_graphs = False  # whether CUDA graphs record attention across frames, so that its launches must not change
     norm_pix = True  # whether the loss normalises each target patch
     compiled_autoencode: Callable[..., MuMOutput | ReleasedOutput] | None = None  # compiled `_autoencode`
 
@@ -120,7 +121,9 @@ class MuM(Encoder):
         """The only part that depends on the lengths, once per batch on the host; the rest has static shapes."""
         backend = choose_backend(self.attention, device, compute_dtype(self.mask_token))
         tokens = 1 + num_patches
-        segments = (Segments.of_frames(lengths, num_frames, n, tokens, max_views) for n in (tokens, queries))
+        segments = [Segments.of_frames(lengths, num_frames, n, tokens, max_views) for n in (tokens, queries)]
+        if self.cuda_graphs:
+            segments = [s._replace(sizes=None) for s in segments]
         return GlobalAttention(*(partial(backend.attend, plan=backend.plan(s, device)) for s in segments))
 
     def _is_fused(self) -> bool:

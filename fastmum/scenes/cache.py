@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastmum.errors import FastmumError
-from fastmum.files import expand_user
+from fastmum.files import cache_folder, expand_user
 
 GENERATOR = 1  # increased whenever the same seed gives other bytes
 
@@ -53,9 +53,7 @@ def ensure_scenes(
 
 def cached_folder(settings: Settings, cache_dir: Path | None = None) -> Path:
     """Folder of the scenes of these settings; see `cache_dir` of `ensure_scenes`."""
-    from platformdirs import user_cache_dir
-
-    base = expand_user(cache_dir or os.environ.get("FASTMUM_CACHE") or user_cache_dir("fastmum"))
+    base = expand_user(cache_dir) if cache_dir else cache_folder()
     return base / f"scenes-v{GENERATOR}-seed{settings.seed}-{settings.views}x{settings.size}"
 
 

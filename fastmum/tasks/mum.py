@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from fastmum.attention import AttentionError, choose_backend
+from fastmum.attention import AttentionError, Segments, choose_backend
+from fastmum.attention.backend import ragged_lengths
 from fastmum.config.mum import Config as MuMConfig
 from fastmum.config.schema import ConfigError
 from fastmum.data.decode import make_decoder
@@ -86,11 +87,15 @@ class MuMTask(Task):
     def build(self) -> MuM:
         """The model; ConfigError if `model.attention` or `train.precision` is not available on the device."""
         config, device = self.config, self.world.device
+        dtype = MATRIX_DTYPE[config.train.precision]
         try:
-            backend = choose_backend(config.model.attention, device, MATRIX_DTYPE[config.train.precision])
+            backend = choose_backend(config.model.attention, device, dtype)
         except AttentionError as error:
             raise ConfigError(f"model.attention: {error}") from None
-        log.info("global attention: %s", backend.name)
+        heads, frames = config.model_config.decoder_num_heads, config.data.frames_per_batch
+        width, tokens, longest = config.model_config.decoder_embed_dim // heads, 1 + self._patches, config.data.views[1]
+        batch = Segments.of_frames(ragged_lengths(frames, longest), frames, tokens, tokens, longest)
+        log.info("global attention: %s", backend.prepare(device, dtype, heads, width, batch))
         if config.train.precision == "fp8":
             check_fp8(device)
         model = MuM(config.model_config).to(device)

@@ -1,6 +1,5 @@
 """The table of backends, and each CUDA backend by fake tensors and a stand-in of its package."""
 
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn import attention
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from truth import Problem, assert_within, cumulated, gradients, problem
 
-from fastmum.attention import BACKENDS, AttentionError, Segments, choose_backend, cuda, ragged_attention
+from fastmum.attention import BACKENDS, AttentionError, Segments, choose_backend, cuda, flash, ragged_attention
 from fastmum.attention.backend import constant_in_graphs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +27,7 @@ SEGMENTS = Segments(cumulated(QUERIES), cumulated(KEYS), 5, 9)
 def fresh_caches() -> Iterator[None]:
     """Results of stand-ins must not outlive them."""
     yield
-    cuda._activate_newest_flash.cache_clear()
+    flash.candidates.cache_clear()
     cuda._mask_of_lengths.cache_clear()
 
 
@@ -94,7 +92,7 @@ def test_broken_package(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
 def test_flash_attn_4_needs_hopper(monkeypatch, capability):
-    packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=packages.flash_attn_4)
+    packages.install(monkeypatch, "flash_attn.cute")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     with pytest.raises(AttentionError, match="flash_attn_interface"):
         choose_backend("flash_attn", "cuda")  # both live in `flash_attn`
@@ -103,24 +101,6 @@ def test_flash_attn_4_needs_hopper(monkeypatch, capability):
     else:
         with pytest.raises(AttentionError, match=r"sm_90 .* sm_89"):
             choose_backend("flash_attn_4", "cuda")
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[packages.Recorded, list[str]]:
-    """Replace the backend's function by a recorder; returns it, and the names of its arguments in order."""
-    if name == "flash":
-        recorded = packages.Recorded(varlen.varlen_attn, lambda query, *args, **kwargs: torch.empty_like(query))
-        monkeypatch.setattr(varlen, "varlen_attn", recorded)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-        return recorded, ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
-    if name == "flash_attn":
-        recorded = packages.Recorded(packages.flash_attn_2)
-        packages.install(monkeypatch, "flash_attn", flash_attn_varlen_func=recorded)
-        packages.install(monkeypatch, "flash_attn.flash_attn_interface", flash_attn_varlen_func=recorded)
-    else:
-        recorded = packages.Recorded(packages.flash_attn_4)
-        packages.install(monkeypatch, "flash_attn.cute", flash_attn_varlen_func=recorded)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    return recorded, ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
 
 
 class Copies(TorchDispatchMode):
@@ -138,41 +118,47 @@ class Copies(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("dtype", "cu_dtype"), [(torch.bfloat16, torch.int32), (torch.float16, torch.int64)])
-@pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
-def test_call(monkeypatch, fake, name, dtype, cu_dtype):
+def test_call_of_flash_attn(monkeypatch, fake, dtype, cu_dtype):
     """With segments on the device, and as in the model: made on the CPU and copied once per batch."""
-    recorded, names = stand_in(monkeypatch, name)
+    recorded = packages.Recorded(packages.flash_attn_2)
+    packages.install(monkeypatch, "flash_attn", flash_attn_varlen_func=recorded)
+    packages.install(monkeypatch, "flash_attn.flash_attn_interface", flash_attn_varlen_func=recorded)
     q, k, v = cuda_problem(dtype)
     cu_q, cu_k = on_cuda(QUERIES, cu_dtype), on_cuda(KEYS, cu_dtype)
-    outs = [ragged_attention(q, k, v, cu_k, 9, backend=name, cu_seqlens_q=cu_q, max_seqlen_q=5)]
-    with Copies() as copies:
-        plan = BACKENDS[name].plan(SEGMENTS, CUDA)
-    assert copies.non_blocking == [True, True]
-    outs.append(BACKENDS[name].attend(q, k, v, plan))
+    outs = [ragged_attention(q, k, v, cu_k, 9, backend="flash_attn", cu_seqlens_q=cu_q, max_seqlen_q=5)]
+    outs.append(BACKENDS["flash_attn"].attend(q, k, v, BACKENDS["flash_attn"].plan(SEGMENTS, CUDA)))
+    names = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
     for call, result, out in zip(recorded.calls, recorded.results, outs, strict=True):
         assert list(call) == names  # no dropout, no causal mask, default scale 1 / sqrt(d)
         assert [call[x] is y for x, y in zip(names, (q, k, v), strict=False)] == [True] * 3
         for cu in names[3:5]:
             assert (call[cu].device, call[cu].dtype, call[cu].shape) == (CUDA, torch.int32, (4,))
         assert [call[x] for x in names[5:]] == [5, 9]
-        assert all(type(call[x]) is int for x in names[5:])
-        assert out is (result[0] if isinstance(result, tuple) else result)
+        assert out is result
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("sdpa", torch.bfloat16), ("xformers", torch.float32), ("flash", torch.bfloat16)]
+    ("name", "dtype"),
+    [("sdpa", torch.bfloat16), ("xformers", torch.float32), ("flash", torch.bfloat16), ("flash_attn_4", torch.float16)],
 )
 def test_fake_tensors_on_cuda(monkeypatch, fake, name, dtype):
-    """Custom operators, whose lengths are read on the CPU at once, and `varlen_attn` up to its kernel."""
+    """Custom operators; lengths are read on the CPU at once, or copied to the device without waiting."""
     packages.install_xformers(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    packages.install(monkeypatch, "flash_attn.cute")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     q, k, v = cuda_problem(dtype)
-    queries = {"cu_seqlens_q": on_cuda(QUERIES), "max_seqlen_q": 5}
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), Copies() as copies:
-        out = ragged_attention(q, k, v, on_cuda(KEYS), 9, backend=name, **queries)
-    assert copies.non_blocking == ([] if name == "flash" else [False, False])
-    assert (out.shape, out.dtype, out.device) == (q.shape, dtype, CUDA)
-    assert out.is_contiguous() or name == "flash"
+    backend, on_device = BACKENDS[name], name.startswith("flash")
+    with Copies() as copies:
+        outs = [backend.attend(q, k, v, plan := backend.plan(SEGMENTS, CUDA))]
+    assert copies.non_blocking == [True, True] * on_device
+    assert {x.device for x in (plan.segments if on_device else plan)[:2]} == {CUDA if on_device else CPU}
+    with Copies() as copies:
+        queries = {"cu_seqlens_q": on_cuda(QUERIES), "max_seqlen_q": 5}
+        outs.append(ragged_attention(q, k, v, on_cuda(KEYS), 9, backend=name, **queries))
+    assert copies.non_blocking == ([] if on_device else [False, False])
+    for out in outs:
+        assert (out.shape, out.dtype, out.device) == (q.shape, dtype, CUDA)
+        assert out.is_contiguous()
 
 
 @pytest.fixture
@@ -205,13 +191,15 @@ def test_newest_kernels_are_activated(monkeypatch, caplog, activated, capability
     monkeypatch.delitem(sys.modules, "flash_attn.cute")  # its parent is what is absent
     if module:
         packages.install(monkeypatch, module)
-    with caplog.at_level(logging.INFO, "fastmum"):
-        BACKENDS["flash"].plan(SEGMENTS, CPU)
-        assert not activated
-        plan_on(monkeypatch, capability)
+    BACKENDS["flash"].plan(SEGMENTS, CPU)
+    assert not activated
+    plan_on(monkeypatch, capability)
     assert activated == ([name] if name else [])
     assert attention.current_flash_attention_impl() == name
-    assert len(caplog.messages) == len(activated)
+    assert not caplog.messages
+    if name:
+        flash.activate("FA2")
+        assert attention.current_flash_attention_impl() is None
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def attend(p: Problem, padding: int = 0) -> Tensor:
         return BACKENDS["flex"].attend(*p[:3], mask_of(p.queries, p.keys, padding))
 
 
-@pytest.mark.parametrize(("lengths", "width"), [*zip(LENGTHS, [32, 48, 64, 128, 48, 64], strict=True)])
+@pytest.mark.parametrize(("lengths", "width"), [*zip(LENGTHS, [32, 48, 64, 128, 48, 64, 48], strict=True)])
 def test_values(lengths, width):
     queries, keys = LENGTHS[lengths]
     p = problem(keys, 2, width, queries=queries)

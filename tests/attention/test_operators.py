@@ -49,7 +49,7 @@ def test_equal_segments_are_one_group():
 
 
 def attend_ragged(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    cu_q, cu_k, max_q, max_k = segments
+    cu_q, cu_k, max_q, max_k, _ = segments
     return torch.relu(ragged_attention(q * 2, k, v, cu_k, max_k, cu_seqlens_q=cu_q, max_seqlen_q=max_q))
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FLOATS = [torch.float32, torch.bfloat16]
-# Queries and keys of segments: whole or as in the last block, equal lengths, ragged ones, single tokens.
+# Queries and keys of segments: whole or as in the last block, equal lengths, ragged ones, single tokens, empty ones.
 LENGTHS = {
     "ones": ([1, 7, 1, 1, 130, 1], [1, 7, 1, 1, 130, 1]),
     "equal": ([65] * 4, [65] * 4),
@@ -16,6 +16,7 @@ LENGTHS = {
     "ragged": ([257, 1, 65, 390], [257, 1, 65, 390]),
     "ragged, subset": ([192, 1, 48, 290], [257, 1, 65, 390]),
     "single, subset": ([192], [257]),
+    "empty": ([0, 192, 0, 0, 48, 0], [0, 257, 0, 0, 65, 0]),
 }
 
 

@@ -162,7 +162,8 @@ def test_segments_have_a_fixed_number_of_entries(lengths):
     expected = torch.tensor([0, *lengths, *[0] * (5 - len(lengths))]).cumsum(0).int()
     assert torch.equal(segments.cu_seqlens_q, 3 * expected)
     assert torch.equal(segments.cu_seqlens_k, 7 * expected)
-    assert segments[2:] == (12, 28)
+    assert segments[2:4] == (12, 28)
+    assert segments.sizes.tolist() == [len(lengths), 3 * max(lengths), 7 * max(lengths)]
 
 
 def test_the_last_block_computes_only_masked_patches(tiny):
