@@ -225,6 +225,7 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
             # With several processes `latest` is of this step and `stopped` of the one before.
             kept = max(start.step, done - bool(latest & VOID) - bool(stopped & VOID))
             if kept < done:
+                guard.uncount(done - kept)
                 drop_after(run.checkpoints, kept, checkpoints, world)
             if kept > start.step:
                 save(kept)

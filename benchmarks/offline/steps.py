@@ -101,7 +101,7 @@ def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompu
             def update() -> None:
                 with recorder.counted_as(NORM):
                     (norm,) = gradients.norms()
-                found_inf = guard.check(1, torch.empty(()), norm, void=torch.empty(()))
+                found_inf = guard.check(1, torch.empty(()), norm)
                 with recorder.counted_as(OPTIMISER):
                     optimizer.step(1e-4, gradients.of, found_inf)
                 gradients.clear()

@@ -34,21 +34,23 @@ class NonFiniteGuard:
     def __init__(self, device: torch.device) -> None:
         self.counts = torch.zeros(4, dtype=torch.int64, device=device)
 
-    def check(self, step: int, loss: Tensor, *norms: Tensor, void: Tensor) -> Tensor:
-        """found_inf of a step: 0-d float32 on the device, 1 if the (reduced, 0-d) loss or a norm is not finite.
-
-        It is also 1 if `void` (0-d) is above 0; such steps are not counted.
-        """
+    def check(self, step: int, loss: Tensor, *norms: Tensor) -> Tensor:
+        """found_inf of a step: 0-d float32 on the device, 1 if the (reduced, 0-d) loss or a norm is not finite."""
         finite = loss.isfinite()
         for norm in norms:
             finite = finite & norm.isfinite()
-        void = void > 0
-        bad = ~finite & ~void
+        bad = ~finite
         row, total, longest, end = self.counts.unbind()
-        row = torch.where(void, row, (row + 1) * bad)
+        row = (row + 1) * bad
         end = torch.where(row > longest, step, end)
         self.counts.copy_(torch.stack([row, total + bad, torch.maximum(row, longest), end]))
-        return (bad | void).float()
+        return bad.float()
+
+    def uncount(self, steps: int) -> None:
+        """Take back the last `steps`, which were skipped because they are void."""
+        row, total, longest, end = self.counts.unbind()
+        longest = torch.where(longest == row, longest - steps, longest)
+        self.counts.copy_(torch.stack([row - steps, total - steps, longest, end]))
 
     def state(self) -> dict[str, Tensor]:
         """The live counts, to save and to fill in place."""
@@ -92,8 +94,8 @@ class Step:
         self._begin()
 
     def _begin(self) -> None:
-        # Loss or its sum, weight if not known beforehand, void micro-batches.
-        self._loss = torch.zeros(3, device=self._world.device)
+        # Loss or its sum, and weight if not known beforehand.
+        self._loss = torch.zeros(2, device=self._world.device)
         self._known_weight = True
         self._totals: Tensor | None = None
         self._samples = 0
@@ -101,7 +103,7 @@ class Step:
     def accumulate(self, batch: Any, last: bool, void: bool = False) -> None:
         """Forward and backward of a micro-batch; `last`: the step's last one; `void`: the step is skipped."""
         if void:
-            self._loss[2] += 1
+            self._loss[0] = torch.nan  # as a step that is not finite
         if self._task.config.train.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
         self._gradients.next_batch(last)
@@ -123,7 +125,7 @@ class Step:
     def update(self, step: int, rate: float) -> None:
         """Update the weights at a learning rate, unless loss or gradient are not finite; `step` counts from 1."""
         self._gradients.finish()
-        loss, weight, void = self._loss.unbind()
+        loss, weight = self._loss.unbind()
         norms: list[Tensor] = self._gradients.norms()
         factors: list[Tensor | None] = [None] * len(norms)
         if not self._known_weight:
@@ -131,7 +133,7 @@ class Step:
             factors = [1 / weight] * len(norms)
             norms = [norm / weight for norm in norms]
         total = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
-        found_inf = self._guard.check(step, loss, total, void=void)
+        found_inf = self._guard.check(step, loss, total)
         for i, group in enumerate(self._groups):
             if group.clip is not None:
                 clip = (group.clip / (norms[i] + 1e-6)).clamp(max=1.0)
