@@ -45,6 +45,7 @@ def patch_loss(
     check_floating("pred", pred, 3, f"{expected}")
     if tuple(pred.shape) != expected or not pred.numel():
         raise ValueError(f"pred has shape {tuple(pred.shape)}, but ids and frames call for {expected}, not empty")
+    # The gradient of the target, from PyTorch's own operations.
     if frames.requires_grad and torch.is_grad_enabled():
         work = torch.promote_types(pred.dtype, torch.float32)
         target = gather_patches_torch(frames, ids, gain, bias, patch_size, work)
