@@ -70,11 +70,12 @@ def train(config: EngineConfig, task: type[Task] | None = None) -> int:
     precision = pick_precision(config.train.precision, world.device)
     config = absolute_paths(replace(config, train=replace(config.train, precision=precision)))
     run = RunDir(Path(config.run.dir))
-    versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "fastmum": source_version()}
     beats = Heartbeat(world, parallel.dead_after_s, parallel.stuck_after_s) if world.size > 1 else None
     with beats or contextlib.nullcontext():
-        world.check_same("versions", versions)
-        world.check_same("settings", settings(config))
+        if world.size > 1:  # the digest of the source reads all of its files
+            versions = {"Python": sys.version.split()[0], "torch": torch.__version__, "fastmum": source_version()}
+            world.check_same("versions", versions)
+            world.check_same("settings", settings(config))
         with run.held(world):
             code = _train(config, run, (task or find_task(config.run.task))(config, world))
             world.wait()

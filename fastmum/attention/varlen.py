@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmum.attention.backend import Segments
+from fastmum.errors import first_line
 
 log = logging.getLogger(__name__)
 # Queries and keys of the segments of `agrees`: all tokens, and some of them as in the last block.
@@ -187,7 +188,7 @@ def agrees(kernel: str, device: torch.device, dtype: torch.dtype, heads: int, wi
             out = attend_by(q, k, v, Plan(segments.to(device), kernel))
             ours = [out, *torch.autograd.grad(out, qkv, grad)]
         except RuntimeError as error:
-            log.warning("%s attention is not used: it fails (%s)", kernel, str(error).strip().partition("\n")[0])
+            log.warning("%s attention is not used: it fails (%s)", kernel, first_line(error))
             return False
         wide = [x.detach().float().requires_grad_() for x in qkv]
         parts = (x.transpose(0, 1).split(n, 1) for x, n in zip(wide, (queries, keys, keys), strict=True))

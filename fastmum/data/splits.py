@@ -71,7 +71,7 @@ def _is_drawn(manifests: Manifests, weights: Mapping[str, float]) -> np.ndarray:
     return np.array([weights.get(name, 1) > 0 for name in manifests.datasets])[manifests.dataset_of]
 
 
-class Overlap(NamedTuple):
+class ImageOverlap(NamedTuple):
     """Images that are both held out and trained on."""
 
     images: int  # that are held out
@@ -79,7 +79,9 @@ class Overlap(NamedTuple):
     example: tuple[Path, Path] | None  # a shared one, as it is named on either side
 
 
-def image_overlap(manifests: Manifests, held: np.ndarray, trained: np.ndarray, most: int = MOST_LOOKED_UP) -> Overlap:
+def image_overlap(
+    manifests: Manifests, held: np.ndarray, trained: np.ndarray, most: int = MOST_LOOKED_UP
+) -> ImageOverlap:
     """Count the images that sequences `held` and `trained`, each (sequences,) bool, have in common.
 
     Images are equal if they have the same path, after links in the roots are resolved. If there are at most `most`, in
@@ -115,12 +117,12 @@ def image_overlap(manifests: Manifests, held: np.ndarray, trained: np.ndarray, m
     near = np.isin(np.arange(len(folders)), kept // width)
     common = np.intersect1d(kept, images(trained, near), assume_unique=True).tolist()
     if common or manifests.num_frames > 10 * most or len(kept) + len(other := images(trained, everywhere)) > most:
-        return Overlap(len(kept), len(common), (path(common[0]), path(common[0])) if common else None)
+        return ImageOverlap(len(kept), len(common), (path(common[0]), path(common[0])) if common else None)
     with ThreadPoolExecutor(THREADS) as pool:
         ours, theirs = (list(map(path, side.tolist())) for side in (kept, other))
         seen = {file: path for file, path in zip(pool.map(_identity, theirs), theirs, strict=True) if file}
         pairs = [(path, seen[file]) for path, file in zip(ours, pool.map(_identity, ours), strict=True) if file in seen]
-    return Overlap(len(kept), len(pairs), pairs[0] if pairs else None)
+    return ImageOverlap(len(kept), len(pairs), pairs[0] if pairs else None)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -81,7 +81,7 @@ class Measured(NamedTuple):
     size: int | None  # side of the pictures in pixels
 
 
-class Group(NamedTuple):
+class ResultGroup(NamedTuple):
     """Results that can be compared, and the published scores that they can be compared with."""
 
     task: str
@@ -106,7 +106,7 @@ def measured_on(content: dict[str, Any]) -> Measured:
     )
 
 
-def group(contents: Iterable[dict[str, Any]]) -> list[Group]:
+def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
     """Results by evaluation and pairs; a group without results for every other set that the paper has numbers of."""
     found: dict[tuple[str, Measured], list[dict[str, Any]]] = {}
     for content in contents:
@@ -119,13 +119,13 @@ def group(contents: Iterable[dict[str, Any]]) -> list[Group]:
         other = f" ({same.index(on.names) + 1})" if same.index(on.names) else ""
         whole = {PUBLISHED_PAIRS.get(on.set), *(content.get("set_pairs") for content in results)} - {None}
         paper = _published(task, on.set) if on.pairs is None or whole <= {on.pairs} else {}
-        groups.append(Group(task, on, TITLES.get(on.set, on.set) + other, results, paper))
+        groups.append(ResultGroup(task, on, TITLES.get(on.set, on.set) + other, results, paper))
     for task in dict.fromkeys(each.task for each in groups):
         compared = {each.on.set for each in groups if each.task == task and each.paper}
         for name in dict.fromkeys(name for values in PUBLISHED.get(task, {}).values() for name in values):
             if name not in compared:
                 on = Measured(name, PUBLISHED_PAIRS.get(name), frozenset(), None)
-                groups.append(Group(task, on, TITLES[name], [], _published(task, name)))
+                groups.append(ResultGroup(task, on, TITLES[name], [], _published(task, name)))
     return sorted(groups, key=lambda each: [*MATCHERS].index(each.task))
 
 
@@ -157,7 +157,7 @@ def table(records: Sequence[Record]) -> ResultTable:
     return ResultTable([*names, *(f"paper: {method}" for method in methods)], still + rows)
 
 
-def group_table(group: Group) -> ResultTable:
+def group_table(group: ResultGroup) -> ResultTable:
     """A row for each weights of a group, the identity warp before them, and the paper's methods after them."""
     columns = _columns(group.contents, always=("recall" if group.on.set == "navi" else "epe",) if group.paper else ())
     still = [["no motion", *_cells(each["no_motion"], columns)] for each in group.contents if "no_motion" in each]
@@ -203,7 +203,7 @@ def page(records: Sequence[Record]) -> str:
     )  # fmt: skip
 
 
-def _title(group: Group) -> str:
+def _title(group: ResultGroup) -> str:
     """The evaluation, the set, the number of pairs, and the size."""
     label, count, size = group.about()
     pairs = [] if count == NONE else [count if group.task == "views" else f"{count} pairs"]

@@ -1,13 +1,13 @@
 """Render the embedded scenes: `python -m fastmum.scenes --help`."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastmum.errors import program, run_command, writing
+from fastmum.files import read_json
 from fastmum.scenes.cache import ScenesError, Settings, cached_folder, render_missing, scene_dirs
 
 
@@ -51,7 +51,7 @@ def _write_sheet(file: Path, folders: list[Path], columns: int = 6, tile: int = 
     sheet = Image.new("RGB", (columns * pitch - 2, len(folders) * pitch - 2), "white")
     with writing(file, ScenesError, ValueError):
         for row, folder in enumerate(folders):
-            frames = json.loads((folder / "cameras.json").read_text())["frames"]
+            frames = read_json(folder / "cameras.json")["frames"]
             for column, view in enumerate(np.linspace(0, len(frames) - 1, columns).round().astype(int)):
                 with Image.open(folder / frames[view]["file"]) as image:
                     sheet.paste(image.resize((tile, tile), Image.Resampling.LANCZOS), (column * pitch, row * pitch))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastmum.errors import FastmumError
-from fastmum.files import cache_folder, expand_user
+from fastmum.files import cache_folder, expand_user, read_json
 
 GENERATOR = 1  # increased whenever the same seed gives other bytes
 
@@ -74,7 +74,7 @@ def scene_dirs(root: Path, count: int) -> list[Path]:
 def is_complete(folder: Path, settings: Settings) -> bool:
     """Whether all files of a scene exist; ScenesError if they do and have other settings."""
     try:
-        cameras = json.loads((folder / "cameras.json").read_text())
+        cameras = read_json(folder / "cameras.json")
         files = [folder / frame[key] for frame in cameras["frames"] for key in ("file", "depth")]
         found = (cameras["generator"], cameras["seed"], len(cameras["frames"]), *cameras["size"])
         if any(path.stat().st_size == 0 for path in files):
