@@ -41,17 +41,22 @@ class Model(NamedTuple):
     intrinsics: np.ndarray  # (n, 4) float64 fx fy cx cy in stored pixels
     images: np.ndarray  # (m,) int32, image 0..n-1 of every observation, grouped by image
     points: np.ndarray  # (m,) int64, point 0..p-1 of every observation
+    positions: np.ndarray | None = None  # (m, 2) float32, pixels of every observation; if coordinates were read
+    xyz: np.ndarray | None = None  # (p, 3) float64, the points in the world; if coordinates were read
 
     def select(self, keep: np.ndarray) -> "Model":
         """The images where `keep` (n,) bool is true, renumbered; points keep their numbers."""
         number = np.where(keep, np.cumsum(keep) - 1, -1).astype(np.int32)[self.images]
         seen = number >= 0
         names = tuple(name for name, kept in zip(self.names, keep, strict=True) if kept)
-        return Model(names, self.poses[keep], self.intrinsics[keep], number[seen], self.points[seen])
+        positions = None if self.positions is None else self.positions[seen]
+        selected = Model(names, self.poses[keep], self.intrinsics[keep], number[seen], self.points[seen])
+        return selected._replace(positions=positions, xyz=self.xyz)
 
 
-# Number, name, quaternion w x y z and translation (7,), camera, and numbers of 3-D points (k,), `NO_POINT` for none.
-Image = tuple[int, str, np.ndarray, int, np.ndarray]
+# Number, name, quaternion w x y z and translation (7,), camera, numbers of 3-D points (k,), `NO_POINT` for none, and
+# their pixels (k, 2).
+Image = tuple[int, str, np.ndarray, int, np.ndarray, np.ndarray]
 
 
 def find_format(folder: Path) -> str:
@@ -69,8 +74,8 @@ def find_format(folder: Path) -> str:
     return suffix
 
 
-def read_model(folder: str | Path) -> Model:
-    """Read the model in a folder, without coordinates of 3-D points; raises DataError if none is whole.
+def read_model(folder: str | Path, coordinates: bool = False) -> Model:
+    """Read the model in a folder, with or without coordinates of points; raises DataError if none is whole.
 
     Of an image that is registered several times, the one of the lowest number is taken, which is logged.
     """
@@ -87,7 +92,7 @@ def read_model(folder: str | Path) -> Model:
             raise DataError(f"the COLMAP model in '{folder}' has no registered image; leave the folder out")
         if suffix == ".txt":
             _warn_if_cut(file, len(images))
-        _, names, motions, numbers, features = zip(*images, strict=True)
+        _, names, motions, numbers, features, pixels = zip(*images, strict=True)
         if unknown := sorted(set(numbers) - cameras.keys()):
             raise ValueError(f"it has images of the camera {unknown[0]}, which cameras{suffix} does not have")
         intrinsics, motion = np.array([cameras[number] for number in numbers]), np.array(motions)
@@ -99,8 +104,12 @@ def read_model(folder: str | Path) -> Model:
     if suffix == ".bin":
         with reading(file := folder / "points3D.bin", "points of a COLMAP model", "copy it again"):
             _check_points(file, len(rows))
-    points = np.unique(np.concatenate(seen), return_inverse=True)[1]
+    ids, points = np.unique(np.concatenate(seen), return_inverse=True)
     model = Model(tuple(name.replace("\\", "/") for name in names), poses, intrinsics, rows, points)
+    if coordinates:
+        kept = [each[points != NO_POINT] for each, points in zip(pixels, features, strict=True)]
+        xyz = _read_points(folder / f"points3D{suffix}", ids)
+        model = model._replace(positions=np.concatenate(kept).astype(np.float32), xyz=xyz)
     first = np.unique(model.names, return_index=True)[1]
     if len(first) == len(names):
         return model
@@ -138,7 +147,8 @@ def _images_bin(file: Path) -> Iterator[Image]:
         end = data.index(b"\0", position)
         name, count = data[position:end].decode(), struct.unpack_from("<Q", data, end + 1)[0]
         features = np.frombuffer(data, POINTS_2D, count, end + 9)
-        yield number, name, np.array(values), camera, features["point"]
+        pixels = np.frombuffer(data, "<f8", 3 * count, end + 9).reshape(-1, 3)[:, :2]
+        yield number, name, np.array(values), camera, features["point"], pixels
         position = end + 9 + features.nbytes
     _check_end(data, position)
 
@@ -153,6 +163,22 @@ def _check_points(file: Path, observations: int) -> None:
             (length,) = struct.unpack_from("<Q", data, position + POINT_BYTES - 8)
             position += POINT_BYTES + OBSERVATION_BYTES * length
         _check_end(data, position)
+
+
+def _read_points(file: Path, ids: np.ndarray) -> np.ndarray:
+    """Coordinates (p, 3) float64 of the points with these ascending numbers (p,)."""
+    with reading(file, "points of a COLMAP model", "copy it again"):
+        if file.suffix == ".bin":
+            data, position, records = file.read_bytes(), 8, []
+            for _ in range(struct.unpack_from("<Q", data)[0]):
+                number, *xyz, length = struct.unpack_from("<Q3d11xQ", data, position)
+                records.append((number, xyz))
+                position += POINT_BYTES + OBSERVATION_BYTES * length
+        else:
+            lines = (line.split(maxsplit=4) for line in _lines(file) if line)
+            records = [(int(number), [*map(float, xyz)]) for number, *xyz, _ in lines]
+        found = dict(records)
+        return np.array([found[number] for number in ids.tolist()], np.float64).reshape(-1, 3)
 
 
 def _check_end(data: bytes, position: int) -> None:
@@ -192,4 +218,4 @@ def _images_txt(file: Path) -> Iterator[Image]:
                 number, *values, camera, name = line.split(maxsplit=9)
                 features = np.fromstring(next(lines, ""), sep=" ").reshape(-1, 3)
                 points = features[:, 2].astype(np.int64)
-                yield int(number), name, np.array(values, np.float64), int(camera), points
+                yield int(number), name, np.array(values, np.float64), int(camera), points, features[:, :2]

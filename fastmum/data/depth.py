@@ -1,5 +1,6 @@
 """Depth maps and masks as data sets store them."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -66,15 +67,37 @@ def _co3d(file: Path) -> np.ndarray:
 
 def read_hdf5(file: Path) -> np.ndarray:
     """Read the data set "depth" of an HDF5 file, else the only one."""
-    try:
-        import h5py
-    except ImportError:
-        raise DataError(f"'{file}' needs h5py: pip install 'fastmum[evaluate]'") from None
+    require_package("hdf5", f"'{file}'")
+    import h5py
+
     with h5py.File(file) as archive:
         (depth,) = [archive["depth"]] if "depth" in archive else archive.values()
         if depth.size > MOST_PIXELS:  # of which the file may hold nothing
             raise ValueError(f"its shape is {depth.shape}")
         return np.asarray(depth)
+
+
+def _npz(file: Path) -> np.ndarray:
+    """The array "depth" of an archive, else the only one."""
+    with np.load(file, allow_pickle=False) as archive:
+        (name,) = ["depth"] if "depth" in archive.files else archive.files
+        return archive[name]
+
+
+def _exr(file: Path) -> np.ndarray:
+    """The channel Z, else R, Y, or the only one."""
+    require_package("exr", f"'{file}'")
+    import OpenEXR
+
+    try:
+        with OpenEXR.File(str(file), separate_channels=True) as image:
+            channels = image.channels()
+            name = next((name for name in ("Z", "R", "Y", *channels) if name in channels), None)
+            if name is None:
+                raise ValueError("it has no channel")
+            return np.array(channels[name].pixels)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _pfm(file: Path) -> np.ndarray:
@@ -93,7 +116,15 @@ def _colmap(file: Path) -> np.ndarray:
     return np.frombuffer(values, "<f4").reshape(int(channels), int(height), int(width))[0]
 
 
+def require_package(reader: str, what: str) -> None:
+    """Raise DataError if `what` needs a package for its reader that is not installed."""
+    package, extra = PACKAGES.get(reader, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        raise DataError(f"{what} needs {package}: pip install 'fastmum[{extra}]'")
+
+
+PACKAGES = {"hdf5": ("h5py", "evaluate"), "exr": ("OpenEXR", "exr")}  # of readers, and their extras
 READERS: dict[str, Callable[[Path], np.ndarray]] = {
-    "png16": _png16, "co3d": _co3d, "npy": read_npy, "hdf5": read_hdf5, "pfm": _pfm,
-    "colmap": _colmap,
+    "png16": _png16, "co3d": _co3d, "npy": read_npy, "npz": _npz, "hdf5": read_hdf5, "exr": _exr,
+    "pfm": _pfm, "colmap": _colmap,
 }  # fmt: skip

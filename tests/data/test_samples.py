@@ -110,6 +110,12 @@ def write(folder, reader):
     file = folder / f"depth.{reader}"
     if reader == "npy":
         np.save(file, VALUES)
+    elif reader == "npz":
+        with open(file, "wb") as stream:
+            np.savez(stream, depth=VALUES, other=1)
+    elif reader == "exr":
+        exr = pytest.importorskip("OpenEXR", reason="OpenEXR is not installed: pip install 'fastmum[exr]'")
+        exr.File({"type": exr.scanlineimage}, {"RGB": np.stack([VALUES] * 3, -1)}).write(str(file))
     elif reader == "hdf5":
         with pytest.importorskip("h5py").File(file, "w") as archive:
             archive["anything"] = VALUES
@@ -158,6 +164,7 @@ def test_broken_maps_are_named_in_one_line(tmp_path, monkeypatch):
         read_depth(tmp_path / "huge.npy", DepthFormat("npy"))
     with pytest.raises(DataError, match=r"coloured.*\(2, 3, 3\)"):
         read_depth(tmp_path / "coloured", DepthFormat("png16"))
-    monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DataError, match=r"fastmum\[evaluate\]"):
-        read_depth(tmp_path / "broken", DepthFormat("hdf5"))
+    for reader, package, extra in (("hdf5", "h5py", "evaluate"), ("exr", "OpenEXR", "exr")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(DataError, match=rf"broken.*fastmum\[{extra}\]"):
+            read_depth(tmp_path / "broken", DepthFormat(reader))

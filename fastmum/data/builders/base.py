@@ -91,6 +91,7 @@ class Builder:
 MIN_FRAMES = {"min_frames": Option(2, "skip shorter sequences", min=1)}
 POSES = {"poses": Option(True, "read poses and intrinsics if present")}
 DEPTH = {"depth": Option(True, "list depth maps and masks if present")}
+EXCLUDE = {"exclude": Option("", "scenes or categories to skip, separated by commas")}
 CHUNK_OPTION = Option(None, "frames per chunk, 0: the whole scene (default: the rule's)", type=int, min=0)
 CHUNKED = MIN_FRAMES | {"chunk": CHUNK_OPTION}
 CHUNK_RULE = f"natural order, chunks of {CHUNK}, the last one shorter"
@@ -109,6 +110,14 @@ def make_scene(
     if depths and options.depth:
         scene = scene._replace(depths=existing(root, depths), depth_format=depth_format)
     return scene._replace(masks=existing(root, masks)) if masks and options.depth else scene
+
+
+def without_excluded(names: Sequence[str], options: Options) -> list[str]:
+    """The names that `--exclude` does not list; names in it that do not exist are logged."""
+    excluded = {name.strip() for name in options.exclude.split(",")} - {""}
+    if unknown := sorted(excluded.difference(names)):
+        log.warning("--exclude names scenes that do not exist: %s", ", ".join(unknown))
+    return [name for name in names if name not in excluded]
 
 
 def whole(scene: SequenceRecord, options: Options) -> Iterator[SequenceRecord]:

@@ -137,9 +137,12 @@ def hypersim_cameras(root: Path, scene: str, cameras: dict[str, list[str]]) -> C
     signs = np.sign(np.diag(K))
     turn = np.eye(4, dtype=np.float32)
     turn[:3, :3] = R * signs[:, None]
-    detail = root / scene / "_detail"
+    detail, intrinsics = root / scene / "_detail", from_K(K * signs / np.abs(K[2, 2]))
     poses = np.vstack([hypersim_poses(detail / f"cam_{camera}", names, scale) for camera, names in cameras.items()])
-    return turn @ poses, np.tile(from_K(K * signs / np.abs(K[2, 2])), (len(poses), 1))
+    if not ((intrinsics[2:] > 0) & (intrinsics[2:] < size)).all():  # no crop keeps it in the middle
+        log.warning("skipped the cameras of %s: their principal point is outside of the image", scene)
+        intrinsics[:] = np.nan
+    return turn @ poses, np.tile(intrinsics, (len(poses), 1))
 
 
 def hypersim_poses(folder: Path, names: list[str], scale: float) -> np.ndarray:
@@ -183,9 +186,9 @@ BUILDERS = {
         f"{HYPERSIM_CAMERAS}",
         paper="the whole scene, all its cameras in one sequence",
         released="camera 00 only",
-        parts=lambda root, options: base.matching_folders(root, "*", "images"),
+        parts=lambda root, options: base.without_excluded(base.matching_folders(root, "*", "images"), options),
         sequences=hypersim,
-        options=base.MIN_FRAMES | base.POSES | base.DEPTH,
+        options=base.MIN_FRAMES | base.POSES | base.DEPTH | base.EXCLUDE,
     ),
     "scannetpp": Builder(
         layout=f"<scene>/dslr/{SCANNETPP_IMAGES}/*.JPG and <scene>/dslr/train_test_lists.json; "

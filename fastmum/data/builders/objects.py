@@ -84,6 +84,13 @@ def co3d_cameras(frames: list[dict[str, Any]]) -> Cameras:
     return poses, intrinsics
 
 
+def wildrgbd_parts(root: Path, options: Options) -> list[str]:
+    """The videos of all categories that are not excluded."""
+    videos = base.matching_folders(root, "*/scenes/*")
+    kept = base.without_excluded([*dict.fromkeys(video.partition("/")[0] for video in videos)], options)
+    return [video for video in videos if video.partition("/")[0] in kept]
+
+
 def wildrgbd(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """The whole video."""
     names = base.images_in(root / part / "rgb")
@@ -126,8 +133,8 @@ BUILDERS = {
     "wildrgbd": Builder(
         layout="<category>/scenes/<video>/rgb/*; optional: cam_poses.txt, metadata, depth/*, masks/*",
         paper=PAPER,
-        parts=lambda root, options: base.matching_folders(root, "*/scenes/*"),
+        parts=wildrgbd_parts,
         sequences=wildrgbd,
-        options=OPTIONS,
+        options=OPTIONS | base.EXCLUDE,
     ),
 }

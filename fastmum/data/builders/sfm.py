@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import natsort
 import numpy as np
 
 from fastmum.data import rules
-from fastmum.data.builders import base
+from fastmum.data.builders import base, sparse
 from fastmum.data.builders.base import Builder, Option, Options
 from fastmum.data.builders.cameras import upright
 from fastmum.data.colmap import Model, find_format, read_model
@@ -49,10 +50,7 @@ def megadepth_parts(root: Path, options: Options) -> list[str]:
         present = [scene for scene in present if scene in listed]
         if not present:
             raise DataError(f"no scene of '{file}' is in '{root / MEGADEPTH}'")
-    excluded = {scene.strip() for scene in options.exclude.split(",")} - {""}
-    if unknown := sorted(excluded.difference(present)):
-        log.warning("--exclude names scenes that do not exist: %s", ", ".join(unknown))
-    scenes = [scene for scene in present if scene not in excluded]
+    scenes = base.without_excluded(present, options)
     undistorted = [scene for scene in scenes if (root / MEGADEPTH / scene / MEGADEPTH_MODEL).is_dir()]
     if len(undistorted) < len(scenes):
         log.warning("skipped %d scenes without a folder %s", len(scenes) - len(undistorted), MEGADEPTH_MODEL)
@@ -130,7 +128,7 @@ def colmap(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """
     scenes: dict[str, str] = {}  # of the images of the earlier models
     for each in part.split(SEPARATOR):
-        model = _unless_broken(read_model, root / each, options)
+        model = _unless_broken(partial(read_model, coordinates=options.sparse_depth), root / each, options)
         if model is None or (images := _find_images(model, root, each, options)) is None:
             continue
         files = [os.path.join(os.path.realpath(root / images), name) for name in model.names]
@@ -157,7 +155,12 @@ def _colmap_sequences(
         return path if (root / path).is_file() else ""
 
     name, z = root.name if part == "." else part, DepthFormat("colmap")  # as MegaDepth's
-    yield from _sequences(root, name, images, model, options, options.chain, depth, z, scene)
+    if not options.sparse_depth:
+        yield from _sequences(root, name, images, model, options, options.chain, depth, z, scene)
+        return
+    write, z = sparse.sparse_depth(root, name, images, model, options), DepthFormat("npz")
+    found = _sequences(root, name, images, model, options, options.chain, write, z, scene)
+    yield from sparse.below_common_root(found, root, options)
 
 
 def _find_images(model: Model, root: Path, part: str, options: Options) -> str | None:
@@ -251,7 +254,9 @@ ANGLE_OPTIONS = {
 BROKEN = {"broken": Option("stop", "at a model that cannot be read", choices=("stop", "skip"))}
 FROM_LISTS = {
     "scenes": Option("", "text file of the scenes to take, one a line, such as the released training list"),
-    "exclude": Option("", "scenes to skip, separated by commas; 0015,0022 are those of MegaDepth-1500"),
+    "exclude": base.EXCLUDE["exclude"]._replace(
+        help="scenes to skip, separated by commas; 0015,0022 are those of MegaDepth-1500"
+    ),
 }
 MIN_FRAMES = Option(None, "skip shorter sequences (default 24; released 12)", type=int, min=1)
 COLMAP_OPTIONS = {
@@ -259,6 +264,7 @@ COLMAP_OPTIONS = {
     "images": Option("images", "folder of the images, relative to the model's folder or one above it"),
     "models": Option("*", "pattern of the models' folders, such as '*/sparse/0'"),
     "min_frames": MIN_FRAMES._replace(help="skip shorter sequences (default 2; angle 24, released 12)"),
+    "sparse_depth": Option(False, "write depth of the 3-D points next to FILE instead of listing dense maps"),
 }
 
 BUILDERS = {
@@ -288,6 +294,7 @@ BUILDERS = {
         released="--chain overlap: as megadepth; --chain angle: as megascenes",
         parts=colmap_parts,
         sequences=colmap,
+        root=sparse.common_root,
         options=COLMAP_OPTIONS | OVERLAP_OPTIONS | ANGLE_OPTIONS | BROKEN | base.POSES | base.DEPTH,
     ),
 }
