@@ -39,20 +39,26 @@ class Faults:
             processes, are counted and not repeated.
         held_out: (sequences,) bool; held-out and training sequences never replace each other. None: all are training.
         processes: of the run; with more than one, `check` waits for the first sums of all.
+        usable: (frames,) bool; other frames are never drawn, and replace none. None: all are usable.
     """
 
     def __init__(
-        self, manifests: Manifests, log_file: Path | None = None, held_out: np.ndarray | None = None, processes: int = 1
-    ) -> None:
+        self, manifests: Manifests, log_file: Path | None = None, held_out: np.ndarray | None = None,
+        processes: int = 1, usable: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
         self.manifests, self.processes = manifests, processes
         self.held_out = np.zeros(manifests.num_sequences, bool) if held_out is None else held_out
         sets = len(manifests.datasets)
         self._log = _LogFile(log_file) if log_file is not None else None
         self._lock = threading.Lock()
         self._first: dict[int, list[Path]] = {}
-        self._frames = np.bincount(manifests.dataset_of, np.diff(manifests.starts), minlength=sets)
-        self._training = np.bincount(manifests.dataset_of[~self.held_out], minlength=sets)
         self._state = np.zeros(manifests.num_frames, np.uint8)  # untouched pages take no memory
+        lengths = np.diff(manifests.starts)
+        if usable is not None:
+            self._state[~usable] = NO_REPLACEMENT
+            lengths = np.add.reduceat(usable, manifests.starts[:-1], dtype=np.int64)
+        self._frames = np.bincount(manifests.dataset_of, lengths, minlength=sets)
+        self._training = np.bincount(manifests.dataset_of[~self.held_out & (lengths > 0)], minlength=sets)
         self._tally = np.zeros((sets, 3))  # read sequences, sum of their shares of bad frames, read frames
         self._pooled: np.ndarray | None = None
 

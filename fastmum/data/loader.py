@@ -7,11 +7,12 @@ import logging
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -39,37 +40,68 @@ class Batch(NamedTuple):
     lengths: tuple[int, ...]  # frames of each sequence
 
 
-class Loader:
+class Plan(Protocol):
+    """What `PlanLoader` needs to know of a plan; it is a NamedTuple."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(F,) int64, rows of the manifests, sequence by sequence."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64, frames of each sequence; they sum to F."""
+
+
+P = TypeVar("P", bound=Plan)
+B = TypeVar("B", bound=tuple)
+
+
+class PlanLoader(ABC, Generic[P, B]):
     """Decodes plans, whose rows index `manifests`, ahead of time and in order; each of `workers` threads a batch.
 
     Decoders release the GIL while they read, decode and resize, so threads suffice and share their caches. Files that
     cannot be read for now (`image.TRANSIENT`) are retried for `retry_s` seconds, once for each sequence.
-    `bad_frames`, `held_out` and `processes` are those of `Faults`; `wait_seconds` is how long callers of `batches` have
-    waited in all.
+    `bad_frames`, `held_out`, `processes` and `usable` are those of `Faults`; `wait_seconds` is how long callers of
+    `batches` have waited in all.
     """
 
     def __init__(
-        self, decoder: Decoder, manifests: Manifests, workers: int, bad_frames: Path | None = None,
-        held_out: np.ndarray | None = None, processes: int = 1, retry_s: float = 0.0,
+        self, manifests: Manifests, workers: int, bad_frames: Path | None = None, held_out: np.ndarray | None = None,
+        processes: int = 1, retry_s: float = 0.0, usable: np.ndarray | None = None,
     ) -> None:  # fmt: skip
-        self.decoder, self.manifests, self.workers, self.retry_s = decoder, manifests, workers, retry_s
+        self.manifests, self.workers, self.retry_s = manifests, workers, retry_s
         self.wait_seconds = 0.0
-        self.faults = Faults(manifests, bad_frames, held_out, processes)
+        self.faults = Faults(manifests, bad_frames, held_out, processes, usable)
         self._closing = threading.Event()
 
-    def batches(self, plans: Iterable[StepPlan], stopping: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+    @abstractmethod
+    def decode(self, plan: P, at: np.ndarray, rows: np.ndarray) -> tuple[Any, dict[int, str]]:
+        """Decode `rows` (k,) as the frames `at` (k,) of the plan.
+
+        Returns a list or tensor of k frames, and index (below k) and reason of those that cannot be decoded.
+        """
+
+    @abstractmethod
+    def finish(self, plan: P, frames: Any) -> B:
+        """The batch of a plan from all its decoded frames."""
+
+    def files_of(self, row: int) -> list[Path]:
+        """The files that a frame is read from."""
+        return [self.manifests.file(row)]
+
+    def batches(self, plans: Iterable[P], stopping: Callable[[], bool] = lambda: False) -> Iterator[B]:
         """Decoded batches in the order of the plans; up to `workers` batches are decoded ahead.
 
         On a GPU a batch may be used on the stream that is current when the next batch is requested. Raises the
         DataError of `load` in place of the batch, and StoppedError when the batch is late and `stopping` is true.
         """
-        jobs: queue.SimpleQueue[tuple[Future[Batch], StepPlan] | None] = queue.SimpleQueue()
+        jobs: queue.SimpleQueue[tuple[Future[B], P] | None] = queue.SimpleQueue()
         # Not an executor, which would wait for a read that never returns when Python exits.
         threads = [
             threading.Thread(target=_work, args=(jobs, self.load), name=f"decode_{i}", daemon=True)
             for i in range(self.workers)
         ]
-        ahead: deque[Future[Batch]] = deque()
+        ahead: deque[Future[B]] = deque()
         in_use = _InUse()
         plans = iter(plans)
         self._closing.clear()
@@ -103,33 +135,56 @@ class Loader:
                 thread.join(max(0.0, end - time.monotonic()))
             in_use.wait()
 
-    def load(self, plan: StepPlan) -> Batch:
+    def load(self, plan: P) -> B:
         """Decode one plan in the calling thread; DataError if a frame cannot be replaced, or too many are bad."""
         files = self.manifests.files(plan.rows)
-        frames, bad = self.decoder.decode(files, plan.crops, plan.flips)
+        frames, bad = self.decode(plan, np.arange(len(plan.rows)), plan.rows)
         changed = bool(bad)
         if bad and self.retry_s:
             bad = self._retry(plan, files, frames, bad)
         self.faults.read(plan.rows, files, bad)
         self.faults.check()
+        plan = self.replace(plan, frames, bad) if bad else plan
+        if changed and isinstance(frames, Tensor) and frames.is_cuda:
+            torch.cuda.current_stream(frames.device).synchronize()  # training uses another stream
+        return self.finish(plan, frames)
+
+    def replace(self, plan: P, frames: Any, bad: Iterable[int]) -> P:
+        """Put other frames in place of the bad ones; returns the plan of the frames that are there now."""
         taken = set(plan.rows.tolist())
         for i in bad:
-            frames[i], row = self._replacement(plan, i, taken)
+            frames[i], row = self.replacement(plan, i, int(plan.rows[i]), taken)
             taken.add(row)
-        if changed and frames.is_cuda:
-            torch.cuda.current_stream(frames.device).synchronize()  # training uses another stream
-        return Batch(frames, tuple(plan.lengths.tolist()))
+        return plan
 
-    def _retry(self, plan: StepPlan, files: list[Path], frames: Tensor, bad: Mapping[int, str]) -> dict[int, str]:
+    def replacement(self, plan: P, index: int, row: int, taken: set[int]) -> tuple[Any, int]:
+        """Another frame than `row`, decoded as the frame `index` of the plan, and its row."""
+        tried = 0
+        for candidate in itertools.islice(self.faults.replacements(row, taken), MAX_TRIES):
+            if (frame := self.try_row(plan, index, candidate)) is not None:
+                return frame, candidate
+            tried += 1
+        dataset = self.manifests.datasets[self.manifests.dataset_of[self.manifests.sequence_of(row)]]
+        failed = f"'{self.manifests.file(row)}' and {tried} other frames of the data set '{dataset}' cannot be decoded"
+        raise DataError(f"{failed}; restore them, or leave the data set out")
+
+    def try_row(self, plan: P, index: int, row: int) -> Any:
+        """A row, decoded as the frame `index` of the plan; None if it is bad, which does not count."""
+        frames, bad = self.decode(plan, np.array([index]), np.array([row]))
+        if not bad:
+            return frames[0]
+        self.faults.no_replacement(row)
+        return None
+
+    def _retry(self, plan: P, files: list[Path], frames: Any, bad: Mapping[int, str]) -> dict[int, str]:
         """Decode bad frames again as soon as their files can be read; returns those that stay bad."""
         sequences, bad = self.manifests.sequence_of(plan.rows), dict(bad)
         known = {s: self.faults.known(s) for s in {int(sequences[i]) for i in bad}}
         waiting, end = [i for i in bad if not known[int(sequences[i])]], time.monotonic() + self.retry_s
         while waiting:
-            readable = [i for i in waiting if not _is_transient(files[i])]
+            readable = [i for i in waiting if not any(map(_is_transient, self.files_of(int(plan.rows[i]))))]
             if readable:
-                some = [files[i] for i in readable], plan.crops[readable], plan.flips[readable]
-                again, still = self.decoder.decode(*some)
+                again, still = self.decode(plan, np.array(readable), plan.rows[readable])
                 for j, i in enumerate(readable):
                     if j not in still:
                         frames[i] = again[j]
@@ -141,19 +196,21 @@ class Loader:
             raise StoppedError(f"'{files[waiting[0]]}' was not read")
         return bad
 
-    def _replacement(self, plan: StepPlan, index: int, taken: set[int]) -> tuple[Tensor, int]:
-        """Another frame with the same crop and flip, and its row."""
-        same, row = slice(index, index + 1), int(plan.rows[index])
-        tried = 0
-        for candidate in itertools.islice(self.faults.replacements(row, taken), MAX_TRIES):
-            frames, bad = self.decoder.decode([self.manifests.file(candidate)], plan.crops[same], plan.flips[same])
-            if not bad:
-                return frames[0], candidate
-            self.faults.no_replacement(candidate)
-            tried += 1
-        dataset = self.manifests.datasets[self.manifests.dataset_of[self.manifests.sequence_of(row)]]
-        failed = f"'{self.manifests.file(row)}' and {tried} other frames of the data set '{dataset}' cannot be decoded"
-        raise DataError(f"{failed}; restore them, or leave the data set out")
+
+class Loader(PlanLoader[StepPlan, Batch]):
+    """Loads the batches of pretraining: frames of a decoder. The other arguments are those of `PlanLoader`."""
+
+    def __init__(self, decoder: Decoder, manifests: Manifests, workers: int, *args: Any, **options: Any) -> None:
+        super().__init__(manifests, workers, *args, **options)
+        self.decoder = decoder
+
+    def decode(self, plan: StepPlan, at: np.ndarray, rows: np.ndarray) -> tuple[Tensor, dict[int, str]]:
+        """Frames (k, size, size, 3) uint8 with the crops and flips of the plan."""
+        return self.decoder.decode(self.manifests.files(rows), plan.crops[at], plan.flips[at])
+
+    def finish(self, plan: StepPlan, frames: Tensor) -> Batch:
+        """The frames and the lengths of their sequences."""
+        return Batch(frames, tuple(plan.lengths.tolist()))
 
 
 def _is_transient(file: Path) -> bool:
@@ -165,7 +222,7 @@ def _is_transient(file: Path) -> bool:
     return False
 
 
-def _work(jobs: "queue.SimpleQueue[tuple[Future[Batch], StepPlan] | None]", load: Callable[[StepPlan], Batch]) -> None:
+def _work(jobs: "queue.SimpleQueue[tuple[Future[B], P] | None]", load: Callable[[P], B]) -> None:
     """Thread that decodes plans until it gets None."""
     _use_one_core()
     while (job := jobs.get()) is not None:
@@ -179,7 +236,7 @@ def _work(jobs: "queue.SimpleQueue[tuple[Future[Batch], StepPlan] | None]", load
         del job, future  # or the batch would stay in memory
 
 
-def _wait(future: "Future[Batch]", threads: list[threading.Thread], stopping: Callable[[], bool]) -> None:
+def _wait(future: "Future[B]", threads: list[threading.Thread], stopping: Callable[[], bool]) -> None:
     """Wait for a batch, and warn when it is late; StoppedError if it is late and `stopping` is true."""
     began, stopped, warn_s = time.monotonic(), None, WARN_S
     while not wait((future,), POLL_S).done:
@@ -195,17 +252,17 @@ def _wait(future: "Future[Batch]", threads: list[threading.Thread], stopping: Ca
                 raise StoppedError(late)
 
 
-class _InUse(deque[tuple[Batch, torch.cuda.Event]]):
+class _InUse(deque[tuple[tuple, torch.cuda.Event]]):
     """Keeps references to GPU batches until the queued work on them is done.
 
     DALI reuses the memory of a batch as soon as Python holds no reference, even if kernels that read it are queued.
     """
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: tuple) -> None:
         """Keep a batch until the work queued on the current stream is done."""
-        if batch.frames.is_cuda:
+        if on_gpu := [x for x in batch if getattr(x, "is_cuda", False)]:
             event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(batch.frames.device))
+            event.record(torch.cuda.current_stream(on_gpu[0].device))
             self.append((batch, event))
             while self and self[0][1].query():
                 self.popleft()

@@ -136,6 +136,19 @@ class Manifest:
         mask = self._value("mask", row)
         return mask and mask["file"]
 
+    def present(self, name: str) -> np.ndarray:
+        """Which frames have a value in an optional column ("pose", "intrinsics", "depth", "mask"), (frames,) bool."""
+        column = self._columns.get(name)
+        absent = np.zeros(self.num_frames, bool)
+        return absent if column is None else column.is_valid().to_numpy(zero_copy_only=False)
+
+    @property
+    def depth_readers(self) -> set[str]:
+        """The readers of depth maps (`DepthFormat.reader`) that the frames need."""
+        column = self._columns.get("depth")
+        formats = [] if column is None else column.field("format").dictionary.to_pylist()
+        return {json.loads(each)["reader"] for each in formats if each}
+
     def _value(self, name: str, row: int) -> Any:
         """A value of an optional column, with the absolute path of its file; None if it is unknown."""
         value = self._columns[name][row].as_py() if name in self._columns else None
@@ -251,6 +264,13 @@ class Manifests(Manifest):
 
     def files(self, rows: Sequence[int] | np.ndarray) -> list[Path]:
         return self._by_part(Manifest.files, np.asarray(rows, np.int64), self._first_row)
+
+    def present(self, name: str) -> np.ndarray:
+        return np.concatenate([part.present(name) for part in self.parts])
+
+    @property
+    def depth_readers(self) -> set[str]:
+        return set().union(*(part.depth_readers for part in self.parts))
 
     def _by_part(self, values: Callable[[Manifest, np.ndarray], list], numbers: np.ndarray, first: np.ndarray) -> list:
         """Values of rows or sequences; `first` has the number of each part's first one."""

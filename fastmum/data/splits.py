@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastmum.config.mum import Config
+from fastmum.config.mum import Config, ScenesSection
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import Manifest, Manifests, SequenceRecord, write_manifest
@@ -145,7 +145,8 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     images that are held out and trained on.
     """
     data = config.data
-    manifests = Manifests(_manifests(config, folder / "manifests", resumed))
+    roots = {"data.root": data.root, "data.image_root": data.image_root}
+    manifests = open_manifests(data.manifests, roots, data.scenes, folder / "manifests", resumed, data.views[0])
     lengths = np.diff(manifests.starts)
     held, is_held_out = hold_out(manifests, data.held_out, data.views[0], data.weights)
     views, (scale, aspect) = (data.views[0], data.views[1]), ((p[0], p[1]) for p in (data.crop_scale, data.crop_aspect))
@@ -164,7 +165,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
         why = "all sequences that can be drawn are of one scene" if data.held_out else "data.held_out is 0"
         log.warning("no sequence is held out, so there is no evaluation: %s", why)
         return DataSplits(manifests, training, None, np.arange(manifests.num_sequences), is_held_out)
-    _check_overlap(manifests, is_held_out, data.weights)
+    check_overlap(manifests, is_held_out, data.weights)
     evaluated = functools.partial(planner, imagenet_share=0.0, seed=HELD_OUT_SEED, only=held)
     try:
         evaluation = evaluated()
@@ -174,7 +175,8 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     return DataSplits(manifests, training, evaluation, held, is_held_out)
 
 
-def _check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mapping[str, float]) -> None:
+def check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mapping[str, float]) -> None:
+    """Raise DataError if images of held-out sequences (`is_held_out`, (sequences,) bool) are trained on."""
     found = image_overlap(manifests, is_held_out, ~is_held_out & _is_drawn(manifests, weights))
     if found.example:
         held, trained = found.example
@@ -183,44 +185,59 @@ def _check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mappi
         raise DataError(f"{both}: list images once, give their sequences one scene, or set data.held_out=0")
 
 
-def _manifests(config: Config, folder: Path, keep: bool) -> list[Path]:
-    data = config.data
-    paths = [expand_user(path) for path in data.manifests]
-    if data.root is not None:
-        paths.append(_folder_manifest("data.root", data.root, folder / "folder.arrow", data.views[0], keep))
-    elif not data.manifests:
-        paths.append(_scenes_manifest(config, folder / "scenes.arrow"))
-    if data.image_root is not None:
-        paths.append(_folder_manifest("data.image_root", data.image_root, folder / "images.arrow", 1, keep))
-    return paths
+def open_manifests(
+    paths: Sequence[str], roots: Mapping[str, str | None], scenes: ScenesSection, folder: Path, keep: bool,
+    least: int = 2, builder: str = "folder",
+) -> Manifests:  # fmt: skip
+    """Open the manifests of a run, those of folders, or of the embedded scenes if there is nothing else.
+
+    Manifests that have to be built are written to `folder`, or kept if `keep` and they are of the same folder.
+    DataError: missing, damaged or empty ones, or scenes that cannot be rendered.
+
+    Args:
+        paths, scenes: `data.manifests` and `data.scenes` of the configuration.
+        roots: by key of the configuration, folders or None. The name of single images ends in `image_root`.
+        least: fewest frames of a sequence below a root.
+        builder: of sequences below a root.
+    """
+    found = [expand_user(path) for path in paths]
+    if not found and not any(root for key, root in roots.items() if not key.endswith("image_root")):
+        found.append(_scenes_manifest(scenes, folder / "scenes.arrow"))
+    for key, root in roots.items():
+        if root is not None:
+            single = key.endswith("image_root")
+            out = folder / f"{'images' if single else builder}.arrow"
+            options = {"min_frames": 1 if single else least} | ({"single": single} if builder == "folder" else {})
+            found.append(_folder_manifest(key, root, out, builder, options, keep))
+    return Manifests(found)
 
 
-def _folder_manifest(key: str, root: str, out: Path, min_frames: int, keep: bool) -> Path:
+def _folder_manifest(key: str, root: str, out: Path, builder: str, options: dict[str, Any], keep: bool) -> Path:
     from fastmum.data.build import NoSequenceError, build  # runs on manifests need no builder
 
     folder = expand_user(root)
-    options: dict[str, Any] = {"min_frames": min_frames, "single": key == "data.image_root"}
     if not folder.is_dir():
         raise DataError(f"{key} is '{root}', but there is no such folder")
     if keep:
         with contextlib.suppress(DataError):
             made = Manifest(out).metadata
-            if (made["source"], made["options"]) == (os.path.abspath(folder), options):
+            if made["source"] == os.path.abspath(folder) and made["options"].items() >= options.items():
                 return out
     try:
-        build("folder", folder, out, dataset=out.stem, **options)
+        build(builder, folder, out, dataset=out.stem, **options)
     except NoSequenceError:
-        failed = f"{key}: no folder under '{folder}' has {min_frames} images (data.views[0])"
-        raise DataError(f"{failed}; images that are no sequences go into data.image_root") from None
+        failed = f"{key}: no folder under '{folder}' has {options['min_frames']} images"
+        if builder != "folder":
+            raise DataError(f"{failed} with depth (data.min_frames)") from None
+        raise DataError(f"{failed} (data.views[0]); images that are no sequences go into data.image_root") from None
     except DataError as error:
         raise DataError(f"{key}: {error}") from None
     return out
 
 
-def _scenes_manifest(config: Config, out: Path) -> Path:
+def _scenes_manifest(scenes: ScenesSection, out: Path) -> Path:
     from fastmum.scenes import ensure_scenes, scene_dirs  # rendering needs packages that own data does not
 
-    scenes = config.data.scenes
     try:
         root = ensure_scenes(count=scenes.count, views=scenes.views, size=scenes.size, seed=scenes.seed)
         folders = scene_dirs(root, scenes.count)  # there may be more, rendered for another run
