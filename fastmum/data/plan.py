@@ -204,18 +204,7 @@ class Mixture:
         self._names, self._starts = manifests.datasets, manifests.starts
         self.notes: list[str] = []
         self._sort_sequences(manifests.dataset_of, max(views[1], 2), keep)
-        weights = weights or {}
-        for name, weight in weights.items():
-            if name not in self._names:
-                from fastmum.data.builders import BUILDERS  # which imports this module
-
-                message = f"data.weights names '{name}', but the data sets are {', '.join(self._names)}"
-                if name not in BUILDERS:
-                    raise DataError(message)
-                self.notes.append(message)  # a configuration for several mixtures
-            if not 0 <= weight < np.inf:
-                raise DataError(f"data.weights.{name} is {weight}, but must be a finite number of at least 0")
-        given = np.array([weights.get(name, 1.0) for name in self._names])
+        given = given_weights(self._names, weights or {}, self.notes)
         if not given.any():
             raise DataError("data.weights is 0 for every data set, so there is nothing to draw from; raise one of them")
         used = (given > 0) & (self.eligible[:, 1] > 0)
@@ -277,6 +266,24 @@ class Mixture:
         """(n,) sequences of these data sets with at least these lengths, chosen by uniform numbers in [0, 1)."""
         place = (uniform * self.eligible[datasets, lengths]).astype(np.int64)
         return self._order[self._first[datasets] + place]
+
+
+def given_weights(names: Sequence[str], weights: Mapping[str, float], notes: list[str]) -> np.ndarray:
+    """`data.weights` in the order of the data sets, 1 for those not named; DataError: unknown names, invalid weights.
+
+    Names of data sets that are only not among these are added to the notes.
+    """
+    for name, weight in weights.items():
+        if name not in names:
+            from fastmum.data.builders import BUILDERS  # which imports this module
+
+            message = f"data.weights names '{name}', but the data sets are {', '.join(names)}"
+            if name not in BUILDERS:
+                raise DataError(message)
+            notes.append(message)  # a configuration for several mixtures
+        if not 0 <= weight < np.inf:
+            raise DataError(f"data.weights.{name} is {weight}, but must be a finite number of at least 0")
+    return np.array([weights.get(name, 1.0) for name in names])
 
 
 def by_weight(weights: np.ndarray, eligible: np.ndarray) -> np.ndarray:

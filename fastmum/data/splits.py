@@ -49,14 +49,19 @@ def held_out(names: Sequence[str], share: float) -> np.ndarray:
 
 
 def hold_out(
-    manifests: Manifests, share: float, least: int = 2, weights: Mapping[str, float] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+    manifests: Manifests, share: float, least: int = 2, weights: Mapping[str, float] | None = None,
+    usable: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Hold out a share of the scenes, as `held_out` does, that have sequences of at least `least` frames.
 
     Returns the numbers of their sequences of that length (n,), ascending, and whether a sequence is not to be trained
     on (sequences,) bool, which are all of these scenes. Data sets of weight 0 and of single images are not held out.
+    Only frames that are `usable` (frames,) bool count; None: all.
     """
-    long_enough = (np.diff(manifests.starts) >= max(2, least)) & _is_drawn(manifests, weights or {})
+    lengths = np.diff(manifests.starts)
+    if usable is not None:
+        lengths = np.add.reduceat(usable, manifests.starts[:-1], dtype=np.int64)
+    long_enough = (lengths >= max(2, least)) & _is_drawn(manifests, weights or {})
     considered = np.flatnonzero(np.isin(manifests.dataset_of, manifests.dataset_of[long_enough]))
     scenes = [*zip(manifests.dataset_of[considered].tolist(), manifests.scene_names(considered), strict=True)]
     names = [*dict.fromkeys(scene for scene, long in zip(scenes, long_enough[considered], strict=True) if long)]

@@ -74,9 +74,9 @@ def vkitti2(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]
     """The drive of a camera. Its weathers, turns and two cameras are of one scene."""
     place, variant, _, _, camera = part.split("/")
     names = base.images_in(root / part)
-    numbers = [int(name.partition(".")[0].rpartition("_")[2]) for name in names]
+    numbers = [name.partition(".")[0].rpartition("_")[2] for name in names]
     frames = [f"{part}/{name}" for name in names]
-    depths = [f"{place}/{variant}/frames/depth/{camera}/depth_{number:05d}.png" for number in numbers]
+    depths = [f"{place}/{variant}/frames/depth/{camera}/depth_{number}.png" for number in numbers]
     # Centimetres along the optical axis (the data set's web page).
     z = DepthFormat("png16", unit=1e-2, unknown=VKITTI_FAR)
 
@@ -84,8 +84,11 @@ def vkitti2(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]
         tables = []
         for file, columns in ((f"{what}.txt", n) for what, n in (("extrinsic", 18), ("intrinsic", 6))):
             path = root / place / variant / file
-            lines = read_table(path, columns, "cameras of Virtual KITTI", skip=1) if path.is_file() else []
-            mine = {int(line[0]): line[2:] for line in lines if f"Camera_{int(line[1])}" == camera}
+            if not path.is_file():
+                tables.append({})
+                continue
+            lines = read_table(path, columns, "cameras of Virtual KITTI", skip=1)
+            mine = {f"{int(line[0]):05d}": line[2:] for line in lines if f"Camera_{int(line[1])}" == camera}
             tables.append({number: mine[number] for number in numbers if number in mine})
         poses = by_name(numbers, {number: line.reshape(4, 4) for number, line in tables[0].items()})
         # Their centre, 620.5 187 of 1242 x 375 pixels, counts pixel centres from 0.
@@ -132,18 +135,18 @@ def pointodyssey(root: Path, part: str, options: Options) -> Iterator[SequenceRe
     frames = [f"{part}/rgbs/{name}" for name in names]
     depths = [f"{part}/depths/depth_{number}.png" for number in numbers]
     z = DepthFormat("png16", unit=POINTODYSSEY_UNIT)
-    cameras = partial(pointodyssey_cameras, root / part / "anno.npz", [int(number) for number in numbers])
+    cameras = partial(pointodyssey_cameras, root / part / "anno.npz", numbers)
     video = base.make_scene(root, part, frames, options, cameras, depths, z)
     yield from base.whole(video, options)
 
 
-def pointodyssey_cameras(file: Path, numbers: list[int]) -> Cameras:
+def pointodyssey_cameras(file: Path, numbers: list[str]) -> Cameras:
     """camera_from_world and intrinsics of a video; NaN for frames beyond those of the file."""
     with reading(file, "annotations of PointOdyssey"), np.load(file) as content:
         poses, K = (np.asarray(content[key], np.float32) for key in ("extrinsics", "intrinsics"))
-        known = [number for number in numbers if number < len(poses)]
-        found = {number: poses[number].reshape(4, 4) for number in known}
-        return by_name(numbers, found), by_name(numbers, {number: from_K(K[number]) for number in known}, (4,))
+        known = {number: int(number) for number in numbers if int(number) < len(poses)}
+        found = {number: poses[i].reshape(4, 4) for number, i in known.items()}
+        return by_name(numbers, found), by_name(numbers, {number: from_K(K[i]) for number, i in known.items()}, (4,))
 
 
 def rgbd_parts(root: Path, options: Options) -> list[str]:
