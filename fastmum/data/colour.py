@@ -4,12 +4,14 @@ import numpy as np
 
 STRENGTH = (0.5, 0.5, 0.5, 0.1)  # brightness, contrast, saturation, hue
 APPLIED, GREY = 0.9, 0.05  # probabilities of jitter and of a grey image (VGGT's training)
+ROWS = 32  # that are changed at once: their temporary arrays stay in the processor's cache
 LUMA = np.array([0.2989, 0.587, 0.114], np.float32)
 # Columns of the parameters of an image.
 ORDER = slice(0, 4)  # the four changes are made in the order of these numbers
 FACTORS = slice(4, 8)  # of brightness, contrast and saturation, and the shift of hue in turns
 IS_GREY, JITTER_WIDTH = 8, 9
-HUE, NOTHING = 3, (0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+CONTRAST, SATURATION, HUE = 1, 2, 3
+NOTHING = (0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0)
 
 
 def draw_jitter(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -28,33 +30,41 @@ def jitter(image: np.ndarray, parameters: np.ndarray) -> np.ndarray:
     factors, grey = parameters[FACTORS].tolist(), parameters[IS_GREY] > 0
     if not grey and tuple(factors) == NOTHING[FACTORS]:
         return image
-    pixels = image.astype(np.float32) / 255
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32) / 255
+    blocks = [planes[:, top : top + ROWS] for top in range(0, planes.shape[1], ROWS)]
     for change in np.argsort(parameters[ORDER]).tolist():
         factor = factors[change]
-        if change == HUE:
-            pixels = _turn_hue(pixels, factor) if factor else pixels
-        elif factor != 1:
-            other: float | np.ndarray = 0.0
-            if change == 1:
-                other = float((pixels @ LUMA).mean())
-            elif change == 2:
-                other = (pixels @ LUMA)[..., None]
-            pixels = np.clip(factor * pixels + (1 - factor) * other, 0, 1)
+        mean = float(LUMA @ planes.mean((1, 2))) if change == CONTRAST else 0.0
+        for block in blocks if factor != NOTHING[FACTORS][change] else ():
+            if change == HUE:
+                _turn_hue(block, factor)
+            else:
+                other = _grey(block) if change == SATURATION else mean
+                np.clip(block * np.float32(factor) + np.float32(1 - factor) * other, 0, 1, out=block)
     if grey:
-        pixels = np.repeat((pixels @ LUMA)[..., None], 3, -1)
-    return np.rint(pixels * 255).astype(np.uint8)
+        planes[:] = _grey(planes)
+    return np.ascontiguousarray(np.rint(planes * 255).astype(np.uint8).transpose(1, 2, 0))
 
 
-def _turn_hue(pixels: np.ndarray, turns: float) -> np.ndarray:
-    """Add to the hue of HSV; a channel is V - V S max(0, min(k, 4 - k, 1)) for k = (n + hue in sixths) mod 6."""
-    high, low = pixels.max(-1), pixels.min(-1)
+def _grey(planes: np.ndarray) -> np.ndarray:
+    """Brightness (H, W) of planes (3, H, W)."""
+    return np.tensordot(LUMA, planes, 1)
+
+
+def _turn_hue(planes: np.ndarray, turns: float) -> None:
+    """Add to the hue of HSV, in place.
+
+    A channel is V - V S max(0, min(k, 4 - k, 1)) with k = (n + hue in sixths of a turn) mod 6, n = 5, 3, 1 for R, G, B.
+    """
+    r, g, b = planes
+    high, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
     chroma = high - low
-    r, g, b = np.moveaxis(pixels, -1, 0)
-    safe = np.where(chroma > 0, chroma, 1)
-    hue = np.where(high == r, (g - b) / safe, np.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    scale = 1 / np.where(chroma > 0, chroma, np.float32(1))
+    hue = np.where(high == r, (g - b) * scale, np.where(high == g, 2 + (b - r) * scale, 4 + (r - g) * scale))
     hue += np.float32(6 * turns)
-    out = np.empty_like(pixels)
     for channel, n in enumerate((5, 3, 1)):
-        k = np.mod(hue + n, 6)
-        out[..., channel] = high - chroma * np.clip(np.minimum(k, 4 - k), 0, 1)
-    return out
+        k = hue + n  # in -2 ... 10
+        k -= 6 * np.floor(k * np.float32(1 / 6))
+        np.minimum(k, 4 - k, out=k)
+        np.clip(k, 0, 1, out=k)
+        np.subtract(high, k * chroma, out=planes[channel])

@@ -86,7 +86,7 @@ def resize_nearest(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         np.minimum((np.arange(new) * (1 / (new / old))).astype(np.int64), old - 1)
         for new, old in zip(size, values.shape[1::-1], strict=True)
     )
-    return values[rows[:, None], columns]
+    return values.take(rows, 0).take(columns, 1)
 
 
 def flip(view: View) -> View:
