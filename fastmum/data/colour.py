@@ -11,7 +11,7 @@ ORDER = slice(0, 4)  # the four changes are made in the order of these numbers
 FACTORS = slice(4, 8)  # of brightness, contrast and saturation, and the shift of hue in turns
 IS_GREY, JITTER_WIDTH = 8, 9
 CONTRAST, SATURATION, HUE = 1, 2, 3
-NOTHING = (0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0)
+NOTHING = np.array([0, 0, 0, 0, 1, 1, 1, 0, 0], float)  # parameters that change nothing
 
 
 def draw_jitter(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -28,7 +28,7 @@ def draw_jitter(rng: np.random.Generator, count: int) -> np.ndarray:
 def jitter(image: np.ndarray, parameters: np.ndarray) -> np.ndarray:
     """Change the colours of an image (H, W, 3) uint8 by parameters (JITTER_WIDTH,); returns uint8."""
     factors, grey = parameters[FACTORS].tolist(), parameters[IS_GREY] > 0
-    if not grey and tuple(factors) == NOTHING[FACTORS]:
+    if not grey and np.array_equal(parameters[FACTORS], NOTHING[FACTORS]):
         return image
     planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32) / 255
     blocks = [planes[:, top : top + ROWS] for top in range(0, planes.shape[1], ROWS)]

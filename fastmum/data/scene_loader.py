@@ -92,7 +92,7 @@ class SceneLoader(PlanLoader[ScenePlan, SceneBatch]):
                 own = sequence_of(rows[i])
                 frames[i], rows[i] = self.replacement(plan, i, int(rows[i]), set(rows.tolist()))
                 if sequence_of(rows[i]) != own:
-                    for k in set(range(first, end)) - {i}:
+                    for k in (k for k in range(first, end) if k != i):
                         frames[k], rows[k] = self._near(plan, k, int(rows[i]), set(rows.tolist()))
                     break
         return plan._replace(rows=rows)

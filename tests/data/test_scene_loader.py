@@ -2,6 +2,8 @@
 
 import colorsys
 import shutil
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -235,6 +237,19 @@ def test_bad_files_are_replaced_by_frames_of_the_sequence_and_counted(walls, tmp
         loader_of(planner).load(plan)
 
 
+def test_a_depth_map_that_is_missing_for_a_moment_is_waited_for(walls, tmp_path):
+    planner = ScenePlanner(walls, **SETTINGS)
+    plan = plain(planner, [1, 2])
+    expected, file = loader_of(planner).load(plan), tmp_path / "s0/depth/2.png"
+    file.rename(tmp_path / "away.png")
+    timer = threading.Timer(0.3, (tmp_path / "away.png").rename, [file])
+    timer.start()
+    loader = loader_of(planner, retry_s=60.0)
+    assert same(loader.load(plan), expected)
+    assert loader.faults.counts == {}
+    timer.join()
+
+
 def test_frames_without_ground_truth(walls, tmp_path):
     record = SequenceRecord("s0", [f"s0/rgb/{i}.png" for i in range(FRAMES)])
     write_manifest(tmp_path / "p.arrow", [record], dataset="photos", root=tmp_path, metadata={})
@@ -309,7 +324,7 @@ def test_held_out_scenes_of_a_folder_are_never_trained_on(walls, tmp_path, monke
     (batch,) = splits.loader(data).batches([plan])
     assert batch.images.shape[2] == 32
     check_walls(batch)
-    monkeypatch.setitem(__import__("sys").modules, "OpenEXR", None)
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)
     monkeypatch.setattr(Manifests, "depth_readers", {"exr"})
     with pytest.raises(DataError, match=r"OpenEXR: pip install 'fastmum\[exr\]'"):
         splits.loader(data)

@@ -81,7 +81,7 @@ def vkitti2(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]
     z = DepthFormat("png16", unit=1e-2, unknown=VKITTI_FAR)
 
     def cameras() -> Cameras:
-        tables = []
+        tables: list[dict[str, np.ndarray]] = []
         for file, columns in ((f"{what}.txt", n) for what, n in (("extrinsic", 18), ("intrinsic", 6))):
             path = root / place / variant / file
             if not path.is_file():
