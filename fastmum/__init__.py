@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastmum.model.config import PRESETS, ModelConfig
     from fastmum.model.mum import MuM, MuMOutput
-    from fastmum.pretrained import load_pretrained
+    from fastmum.pretrained import load_encoder, load_pretrained
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "ModelConfig", "MuM", "MuMOutput", "load_pretrained"]
+__all__ = ["PRESETS", "ModelConfig", "MuM", "MuMOutput", "load_encoder", "load_pretrained"]
 
 _HOME = dict.fromkeys(("ModelConfig", "PRESETS"), "fastmum.model.config")
-_HOME |= dict.fromkeys(("MuM", "MuMOutput"), "fastmum.model.mum") | {"load_pretrained": "fastmum.pretrained"}
+_HOME |= dict.fromkeys(("MuM", "MuMOutput"), "fastmum.model.mum")
+_HOME |= dict.fromkeys(("load_encoder", "load_pretrained"), "fastmum.pretrained")
 
 
 def __getattr__(name: str) -> object:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastmum.kernels import add_norm, gather_tokens, linear, mlp, rope_qk, rotary_projection
 from fastmum.model.config import MLP_RATIO
+from fastmum.model.options import DEFAULT, Coordinates, EncoderOptions
 
 BASE = 100.0  # released configuration
 
@@ -27,29 +28,44 @@ class AxialRope(nn.Module):
 
     The released encoder without its decoder computes positions in bfloat16, from the periods to the rotated q and k;
     with its decoder, in float32. The dtype of the periods selects one: `rope.to(torch.bfloat16)`.
+
+    Other encoders have `coordinates` "whole", row i and column j, whose angles are coordinate / period (CroCo), or
+    "none", whose angles are 0.
     """
 
     periods: Tensor
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, coordinates: Coordinates = "centre") -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.coordinates = head_dim, coordinates
         self.register_buffer("periods", torch.empty(head_dim // 4, dtype=torch.float32))
 
     def init_weights(self) -> None:
         """Set the periods to base**(2k / (d/2))."""
-        exponent = 2 * torch.arange(self.head_dim // 4, device=self.periods.device) / (self.head_dim // 2)
-        self.periods.copy_(BASE**exponent)
+        self.periods.copy_(rope_periods(self.head_dim, device=self.periods.device))
 
-    def tables(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Sines and cosines of all patches, row by row, (rows * columns, head_dim) in the periods' dtype."""
+    def tables(self, rows: int, columns: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Sines and cosines of all patches, row by row, (rows * columns, head_dim) in the periods' dtype.
+
+        Coordinates are multiplied by `factor`.
+        """
         dtype, device = self.periods.dtype, self.periods.device
-        y = torch.arange(0.5, rows, dtype=dtype, device=device) / rows * 2 - 1
-        x = torch.arange(0.5, columns, dtype=dtype, device=device) / columns * 2 - 1
+        if self.coordinates == "centre":
+            y = torch.arange(0.5, rows, dtype=dtype, device=device) / rows * 2 - 1
+            x = torch.arange(0.5, columns, dtype=dtype, device=device) / columns * 2 - 1
+        else:
+            y, x = (torch.arange(n, dtype=dtype, device=device) for n in (rows, columns))
         coords = torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1).flatten(0, 1)  # (N, 2)
-        angles = 2 * math.pi * coords[:, :, None] / self.periods  # (N, 2, d/4)
+        coords = coords if factor == 1.0 else coords * factor
+        turns = {"centre": 2 * math.pi, "whole": 1.0, "none": 0.0}[self.coordinates]
+        angles = turns * coords[:, :, None] / self.periods  # (N, 2, d/4)
         angles = angles.flatten(1).tile(2)  # (N, d)
         return angles.sin(), angles.cos()
+
+
+def rope_periods(head_dim: int, base: float = BASE, device: torch.device | None = None) -> Tensor:
+    """Periods base**(2k / (d/2)), k < d/4, of the rotary positions of a head of width d, (d/4,) float32."""
+    return base ** (2 * torch.arange(head_dim // 4, device=device) / (head_dim // 2))
 
 
 def rotate_rounded(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, num_heads: int, parts: str) -> Tensor:
@@ -97,7 +113,50 @@ def pack(x_FLD: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(x_FLD, [x_FLD.shape[0] * x_FLD.shape[1], x_FLD.shape[2]])
 
 
-LAYERS = {nn.Linear, nn.LayerNorm, nn.Conv2d}
+class ScaledLinear(nn.Linear):
+    """A linear layer whose output is multiplied by a learnt `scale` (D,): LayerScale.
+
+    The scale is multiplied into the weight and bias, which have fewer elements than the output.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scale = nn.Parameter(torch.ones(out_features))
+
+    def used(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the product."""
+        return self.weight * self.scale[:, None], self.bias * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self.used())
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer whose bias is multiplied by a fixed `bias_mask` (D,), so that some stay 0 in training: DINOv3."""
+
+    bias_mask: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("bias_mask", torch.ones(out_features))
+
+    def used(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the product."""
+        return self.weight, self.bias * self.bias_mask.to(self.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self.used())
+
+
+PLAIN = {nn.Linear, ScaledLinear, MaskedLinear}
+LAYERS = PLAIN | {nn.LayerNorm, nn.Conv2d}
+
+
+def used(layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Weight and bias that a bare layer multiplies by and adds, in `compute_dtype`."""
+    dtype = compute_dtype(layer.weight)
+    weight, bias = layer.used() if isinstance(layer, ScaledLinear | MaskedLinear) else (layer.weight, layer.bias)
+    return weight.to(dtype), bias.to(dtype)
 
 
 def is_bare(layer: nn.Module) -> bool:
@@ -117,22 +176,21 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Linear) -> bool:
-    """Whether a bare layer multiplies by its weight as it is; float8 layers have their own products."""
-    return type(layer) is nn.Linear
+    """Whether a bare layer multiplies by its weight and adds its bias as `used`; float8 layers have other products."""
+    return type(layer) in PLAIN
 
 
 def apply_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Output of a layer, if it is bare in `compute_dtype`."""
     if not is_bare(layer):
         return layer(x)
-    dtype = compute_dtype(layer.weight)
-    return linear(x.to(dtype), layer.weight.to(dtype), layer.bias.to(dtype))
+    weight, bias = used(layer)
+    return linear(x.to(weight.dtype), weight, bias)
 
 
 def linear_detached_bias(layer: nn.Linear, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     """Linear output, plus the bias whose gradient `add_norm` will produce (float8 layers produce their own)."""
-    dtype = compute_dtype(layer.weight)
-    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    weight, bias = used(layer)
     if is_plain(layer):
         return linear(x_TD, weight, bias.detach()), bias
     return layer(x_TD), bias.detach()
@@ -141,11 +199,11 @@ def linear_detached_bias(layer: nn.Linear, x_TD: Tensor) -> tuple[Tensor, Tensor
 class Attention(nn.Module):
     """Multi-head self-attention with rotary positions and biases."""
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    def __init__(self, dim: int, num_heads: int, options: EncoderOptions = DEFAULT) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = (MaskedLinear if options.masked_bias else nn.Linear)(dim, 3 * dim)
+        self.proj = (ScaledLinear if options.layer_scale else nn.Linear)(dim, dim)
 
     def forward(self, x_TD: Tensor, context: Context, fused: bool = True) -> tuple[Tensor, Tensor] | Tensor:
         """Normed tokens (T, D) -> update of the residual stream, (T, D) or of the queries.
@@ -171,7 +229,7 @@ class Attention(nn.Module):
         # The weight's rows are q, k, v; this is a view of some.
         width = self.qkv.in_features
         rows = slice(width if parts == "kv" else 0, width if parts == "q" else None)
-        weight, bias = (p[rows].to(compute_dtype(p)) for p in (self.qkv.weight, self.qkv.bias))
+        weight, bias = (each[rows] for each in used(self.qkv))
         x_TD = x_TD.to(weight.dtype)
         if context.sin.itemsize < 4 <= x_TD.itemsize:  # as the released encoder without its decoder
             qkv = rotate_rounded(F.linear(x_TD, weight, bias), *rotation, parts)
@@ -192,10 +250,10 @@ class Mlp(nn.Module):
 
     recompute: Literal["none", "act", "mlp"] = "none"
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, options: EncoderOptions = DEFAULT) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, MLP_RATIO * dim)
-        self.fc2 = nn.Linear(MLP_RATIO * dim, dim)
+        self.fc2 = (ScaledLinear if options.layer_scale else nn.Linear)(MLP_RATIO * dim, dim)
 
     def forward(self, x_TD: Tensor, fused: bool = True) -> tuple[Tensor, Tensor] | Tensor:
         """Normed tokens (T, D) -> update of the residual stream, (T, D); if `fused`, also the bias for `add_norm`."""
@@ -204,9 +262,8 @@ class Mlp(nn.Module):
             return fc2(F.gelu(fc1(x_TD)))
         if not (is_plain(fc1) and is_plain(fc2)):
             return linear_detached_bias(fc2, F.gelu(fc1(x_TD)))
-        dtype = compute_dtype(fc1.weight)
-        weight1, bias1, weight2, bias2 = (p.to(dtype) for p in (fc1.weight, fc1.bias, fc2.weight, fc2.bias))
-        return mlp(x_TD.to(dtype), weight1, bias1, weight2, bias2, self.recompute), bias2
+        (weight1, bias1), (weight2, bias2) = used(fc1), used(fc2)
+        return mlp(x_TD.to(weight1.dtype), weight1, bias1, weight2, bias2, self.recompute), bias2
 
 
 class Block(nn.Module):
@@ -218,12 +275,12 @@ class Block(nn.Module):
 
     compiled_compute: Callable[..., tuple[Tensor, Tensor]] | None = None  # compiled `_compute`
 
-    def __init__(self, dim: int, num_heads: int, norm_eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, norm_eps: float, options: EncoderOptions = DEFAULT) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads)
+        self.attn = Attention(dim, num_heads, options)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim)
+        self.mlp = Mlp(dim, options)
 
     def forward(
         self, x_TD: Tensor, normed_TD: Tensor, context: Context, weight: Tensor | None, bias: Tensor | None

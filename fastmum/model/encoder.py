@@ -1,11 +1,13 @@
 """The encoder: a vision transformer over the visible patches of each frame.
 
-Legend: F frames, H W pixels, P patches of a frame, K visible ones, D width, T = F * (1 + K) packed tokens.
+Legend: F frames, H W pixels, P patches of a frame, K visible ones, R registers, D width, L tokens of a
+frame (MuM: 1 + K), T = F * L packed tokens.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
-from typing import cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from fastmum.kernels import gather_patches, linear
 from fastmum.model.block import AxialRope, Block, Context, compute_dtype, is_bare, pack
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import Pixels, check_frames
+from fastmum.model.options import DEFAULT, EncoderOptions, position_table
 
 RECOMPUTE = ("none", "mlp", "blocks")
 
@@ -57,30 +60,61 @@ def _contiguous_weight(module: nn.Module, state: dict[str, Tensor], prefix: str,
         state[name] = state[name].contiguous()  # as safetensors requires
 
 
+class LayerTokens(NamedTuple):
+    """Tokens of images after a block."""
+
+    patch: Tensor  # (F, P, D), row by row
+    cls: Tensor | None  # (F, D)
+    registers: Tensor | None  # (F, R, D)
+    grid: tuple[int, int]  # rows and columns of patches
+
+    def maps(self) -> Tensor:
+        """Patch tokens as contiguous maps (F, D, rows, columns)."""
+        return self.patch.mT.unflatten(2, self.grid).contiguous()
+
+
 class Encoder(nn.Module):
     """ViT encoder with the interface of DINOv2, DINOv3 and the released model; `MuM` adds the decoder.
+
+    By its `options` it is MuM's, or that of MAE, CroCo v2 or DINOv3 with the same blocks.
 
     Hooks, parametrizations and replacements of linear layers, norms and the patch embedding's convolution take effect:
     blocks that have any call their layers instead of the fused kernels. They see packed tokens (T, D).
     """
 
     recompute = "none"
+    about: Mapping[str, Any] = MappingProxyType({})  # name, spec, normalisation, ... of loaded weights, for records
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, options: EncoderOptions = DEFAULT) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.options = config, options
         self.embed_dim = self.num_features = config.embed_dim
         self.n_blocks, self.num_heads, self.patch_size = config.depth, config.num_heads, config.patch_size
         self._build(config)
         self.init_weights()
 
     def _build(self, config: ModelConfig) -> None:
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.embed_dim))
+        options, width = self.options, config.embed_dim
+        if options.cls:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        if options.registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, options.registers, width))
+        if options.table:
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + options.table[0] * options.table[1], width))
         self.patch_embed = PatchEmbed(config)
-        self.rope_embed = AxialRope(config.embed_dim // config.num_heads)
-        sizes = config.embed_dim, config.num_heads, config.norm_eps
-        self.blocks = nn.ModuleList(Block(*sizes) for _ in range(config.depth))
+        self.rope_embed = AxialRope(width // config.num_heads, options.coordinates)
+        sizes = width, config.num_heads, config.norm_eps
+        self.blocks = nn.ModuleList(Block(*sizes, options) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_eps)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """What is subtracted from pixel values in 0..1, RGB; then they are divided by `std`."""
+        return self.options.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return self.options.std
 
     def set_recompute(self, what: str) -> None:
         """Set what the backward pass recomputes instead of saving it, in place; results do not change.
@@ -113,7 +147,7 @@ class Encoder(nn.Module):
                 module.reset_parameters()
 
     def encode(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches `ids` (F, K) of each frame -> tokens before and after the last norm, (F, 1 + K, D), CLS first."""
+        """Patches `ids` (F, K) of each frame -> tokens before and after the last norm, (F, L, D): prefix, patches."""
         x_TD, normed_TD, _ = self._run(*self._embed(pixels, ids), self.norm)
         return x_TD.unflatten(0, (len(ids), -1)), normed_TD.unflatten(0, (len(ids), -1))
 
@@ -140,36 +174,78 @@ class Encoder(nn.Module):
         return x_TD, normed_TD, kept
 
     def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, list[tuple[Block, Context]]]:
-        patches = self.patch_embed(pixels, ids)
-        # The residual stream keeps the parameters' precision under autocast.
-        cls = self.cls_token.expand(len(ids), -1, -1)
-        x_TD = pack(torch.cat([cls, patches.to(cls.dtype)], dim=1))
-        positions = F.pad(ids, (1, 0), value=-1).flatten()
+        options = self.options
         rows, columns = pixels.grid  # torch 2.10 cannot trace `*pixels.grid`
-        sin, cos = self.rope_embed.tables(rows, columns)
-        attend = partial(dense_attention, seqlen=1 + ids.shape[1])
-        context = Context(attend, positions, sin, cos, special="keep")
-        return x_TD, [(block, context) for block in cast(Sequence[Block], self.blocks)]
+        prefix = [self.cls_token] if options.cls else []
+        # The residual stream keeps the parameters' precision under autocast.
+        patches = self.patch_embed(pixels, ids).to((prefix[0] if prefix else self.norm.weight).dtype)
+        if options.table:
+            table = position_table(self.pos_embed, options.table, (rows, columns), options.resize)
+            prefix, patches = [self.cls_token + table[:, :1]], patches + table[0, 1:][ids]
+        if options.registers:
+            prefix.append(self.register_tokens)
+        x_TD = pack(torch.cat([*(token.expand(len(ids), -1, -1) for token in prefix), patches], dim=1))
+        positions = F.pad(ids, (options.prefix, 0), value=-1).flatten()
+        attend = partial(dense_attention, seqlen=options.prefix + ids.shape[1])
+        blocks = cast(Sequence[Block], self.blocks)
+        if self.training and options.rope_rescale:
+            factors = [options.rope_rescale ** (2 * share - 1) for share in torch.rand(len(blocks)).tolist()]
+            tables = [self.rope_embed.tables(rows, columns, factor) for factor in factors]
+        else:
+            tables = [self.rope_embed.tables(rows, columns)] * len(blocks)
+        contexts = (Context(attend, positions, sin, cos, special="keep") for sin, cos in tables)
+        return x_TD, list(zip(blocks, contexts, strict=True))
 
     def _all_patches(self, images: Tensor, name: str) -> tuple[Pixels, Tensor]:
-        pixels = check_frames(images, self.config.patch_size, self.config.in_chans, name)
+        options = self.options
+        pixels = check_frames(images, self.config.patch_size, self.config.in_chans, name, options.mean, options.std)
         rows, columns = pixels.grid
         ids = torch.arange(rows * columns, device=pixels.frames.device).expand(len(pixels.frames), -1)
         return pixels, ids
 
-    def forward_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Features of whole images, nothing masked.
+    def split(self, x_FLD: Tensor, grid: tuple[int, int]) -> LayerTokens:
+        """Split the tokens of images by kind."""
+        cls, prefix = self.options.cls, self.options.prefix
+        registers = x_FLD[:, cls:prefix] if self.options.registers else None
+        return LayerTokens(x_FLD[:, prefix:], x_FLD[:, 0] if cls else None, registers, grid)
 
-        `images` are (F, 3, H, W) floating point, ImageNet-normalised, or (F, H, W, 3) uint8; H and W any multiples of
-        the patch size. Floating-point images may require gradients. Returns "x_norm_clstoken" (F, D), which the
-        released model calls "x_norm_cls_token", and "x_norm_patchtokens" (F, P, D), normed, and "x_prenorm"
-        (F, 1 + P, D).
+    def tokens(self, images: Tensor, blocks: Sequence[int] = (-1,), *, norm: bool) -> tuple[LayerTokens, ...]:
+        """Tokens after each of some blocks, in the given order; later blocks are not computed.
+
+        Args:
+            images: (F, H, W, 3) uint8, normalised inside, or (F, 3, H, W) floating point, normalised by `mean` and
+                `std`; H and W any multiples of the patch size. Floating-point images may require gradients.
+            blocks: numbers from 0, or negative ones from the end; ValueError if one does not exist.
+            norm: apply the encoder's last norm to each.
         """
-        x, normed = self.encode(*self._all_patches(images, "images"))
-        cls, patches = normed[:, 0], normed[:, 1:]
-        return {"x_norm_clstoken": cls, "x_norm_cls_token": cls, "x_norm_patchtokens": patches, "x_prenorm": x}
+        depth = len(self.blocks)
+        if not blocks or any(not -depth <= number < depth for number in blocks):
+            raise ValueError(f"blocks are {list(blocks)}, but must be numbers of -{depth} to {depth - 1}")
+        wanted = [number % depth for number in blocks]
+        pixels, ids = self._all_patches(images, "images")
+        x_TD, stack = self._embed(pixels, ids)
+        last = max(wanted)
+        _, normed_TD, kept = self._run(x_TD, stack[: last + 1], self.norm, keep=wanted)
+        found = dict(zip(sorted(set(wanted)), kept, strict=True))
+        if norm:
+            found = {i: normed_TD if i == last else self.norm(x_TD) for i, x_TD in found.items()}
+        split = {i: self.split(x_TD.unflatten(0, (len(ids), -1)), pixels.grid) for i, x_TD in found.items()}
+        return tuple(split[i] for i in wanted)
 
-    def forward(self, images: Tensor, is_training: bool = False) -> Tensor | dict[str, Tensor]:
+    def forward_features(self, images: Tensor) -> dict[str, Any]:
+        """Features of whole images, nothing masked; images as in `tokens`.
+
+        Returns "x_norm_clstoken" (F, D), which the released model calls "x_norm_cls_token", None without CLS;
+        "x_norm_patchtokens" (F, P, D), normed; "x_prenorm" (F, L, D), all tokens; and "x_norm_regtokens" (F, R, D)
+        if there are registers.
+        """
+        pixels, ids = self._all_patches(images, "images")
+        x, normed = self.encode(pixels, ids)
+        patches, cls, registers, _ = self.split(normed, pixels.grid)
+        found = {"x_norm_clstoken": cls, "x_norm_cls_token": cls, "x_norm_patchtokens": patches, "x_prenorm": x}
+        return found if registers is None else found | {"x_norm_regtokens": registers}
+
+    def forward(self, images: Tensor, is_training: bool = False) -> Any:
         """The normed CLS tokens (F, D) of images; `is_training`: everything that `forward_features` returns."""
         features = self.forward_features(images)
         return features if is_training else features["x_norm_clstoken"]
@@ -177,14 +253,14 @@ class Encoder(nn.Module):
     def get_intermediate_layers(
         self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_class_token: bool = False,
         norm: bool = True,
-    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:  # fmt: skip
-        """Patch tokens after some of the blocks.
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor | None], ...]:  # fmt: skip
+        """Patch tokens after some of the blocks, in ascending order; the interface of DINOv2 to `tokens`.
 
         Args:
-            x: images as in `forward_features`.
+            x: images as in `tokens`.
             n: the last n blocks, or block numbers from 0; a ValueError if one does not exist.
             reshape: return maps (F, D, H / p, W / p) instead of tokens (F, P, D).
-            return_class_token: return pairs (patch tokens, CLS token (F, D)).
+            return_class_token: return pairs (patch tokens, CLS token (F, D), or None if there is none).
             norm: apply the encoder's last norm to each.
         """
         depth = len(self.blocks)
@@ -194,13 +270,6 @@ class Encoder(nn.Module):
             wanted, allowed = sorted(n), f"numbers of 0 to {depth - 1}"
         if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
             raise ValueError(f"n is {n}, but the encoder has {depth} blocks: {allowed} is allowed")
-        pixels, ids = self._all_patches(x, "x")
-        _, _, kept = self._run(*self._embed(pixels, ids), self.norm, keep=wanted)
-        outputs = [x_TD.unflatten(0, (len(ids), -1)) for x_TD in kept]
-        outputs = [self.norm(out) for out in outputs] if norm else outputs
-        patches = [out[:, 1:] for out in outputs]
-        if reshape:
-            patches = [out.transpose(1, 2).unflatten(2, pixels.grid).contiguous() for out in patches]
-        if return_class_token:
-            return tuple(zip(patches, (out[:, 0] for out in outputs), strict=True))
-        return tuple(patches)
+        found = self.tokens(x, wanted, norm=norm)
+        patches = tuple(each.maps() if reshape else each.patch for each in found)
+        return tuple(zip(patches, (each.cls for each in found), strict=True)) if return_class_token else patches

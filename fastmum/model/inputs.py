@@ -30,13 +30,16 @@ class Pixels(NamedTuple):
         return self.frames.shape[1] // self.patch_size, self.frames.shape[2] // self.patch_size
 
 
-def check_frames(frames: Tensor, patch_size: int, in_chans: int, name: str = "frames") -> Pixels:
-    """Check raw uint8 frames (F, H, W, C) or normalised floating-point frames (F, C, H, W)."""
+def check_frames(
+    frames: Tensor, patch_size: int, in_chans: int, name: str = "frames", mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Pixels:  # fmt: skip
+    """Check raw uint8 frames (F, H, W, C), to be normalised by `mean` and `std`, or normalised ones (F, C, H, W)."""
     if not isinstance(frames, Tensor):
         raise TypeError(f"{name} is a {type(frames).__name__}, but must be a tensor")
     shape = tuple(frames.shape)
     if frames.dtype == torch.uint8:
-        layout, mean, std = "(F, H, W, 3) uint8", IMAGENET_MEAN, IMAGENET_STD
+        layout = "(F, H, W, 3) uint8"
         fits = frames.ndim == 4 and shape[3] == in_chans == len(mean)
     elif frames.is_floating_point():
         layout, mean, std = f"(F, {in_chans}, H, W) floating point", (0.0,) * in_chans, (1.0,) * in_chans

@@ -1,6 +1,8 @@
-"""Loading weights of runs, exports, released files and transformers, detected by content: `load_pretrained`."""
+"""Loading weights of runs, exports, released files and other encoders, detected by content: `load_encoder`."""
 
 from fastmum.pretrained.layout import MismatchError, WeightsError
-from fastmum.pretrained.load import Pretrained, build, load_pretrained, read_pretrained
+from fastmum.pretrained.load import Pretrained, build, load_encoder, load_pretrained, read_pretrained
 
-__all__ = ["MismatchError", "Pretrained", "WeightsError", "build", "load_pretrained", "read_pretrained"]
+__all__ = [
+    "MismatchError", "Pretrained", "WeightsError", "build", "load_encoder", "load_pretrained", "read_pretrained",
+]  # fmt: skip

@@ -1,21 +1,20 @@
-"""Conversion between an encoder and transformers' `DINOv3ViTModel`, the same computation under other names.
+"""DINOv3: reading facebookresearch/dinov3's files, timm's and transformers' `DINOv3ViTModel`, and writing the last.
 
-DINOv3 has separate q, k and v, registers (none here) and LayerScale (1 here). Names are those of the published DINOv3
-folders, which all versions of transformers with this model (4.56 on) read.
+Besides names they differ in the biases of q, k and v: a mask in the released files, absent ones elsewhere. Written
+names are those of the published folders, which all versions of transformers with this model (4.56 on) read; MuM's
+encoder is a DINOv3 without registers and with LayerScale 1.
 """
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmum.files import read_json
 from fastmum.model.block import BASE
 from fastmum.model.config import MLP_RATIO, ModelConfig
-from fastmum.pretrained.layout import WeightsError
+from fastmum.pretrained.layout import NORMALISATIONS, Found, State, WeightsError, rename
 
 MODEL_TYPE = "dinov3_vit"
 NAMES = {
@@ -24,9 +23,19 @@ NAMES = {
 }  # fmt: skip
 UNUSED = ("embeddings.mask_token", "embeddings.register_tokens")
 QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
-SCALED = {"attn.proj": "layer_scale1.lambda1", "mlp.fc2": "layer_scale2.lambda1"}
+# Names of the released files, of transformers and of timm; transformers in memory has model.layer.
+OURS = {
+    r"^storage_tokens$|^embeddings\.register_tokens$|^reg_token$": "register_tokens",
+    r"^embeddings\.patch_embeddings\.": "patch_embed.proj.", r"^embeddings\.": "", r"^(model\.)?layer\.": "blocks.",
+    r"\.attention\.([qkv])_proj\.": r".attn.\1.", r"\.attention\.o_proj\.": ".attn.proj.",
+    r"\.attn\.([qkv])_bias$": r".attn.\1.bias", r"\.mlp\.up_proj\.": ".mlp.fc1.", r"\.mlp\.down_proj\.": ".mlp.fc2.",
+    r"\.(ls1\.gamma|layer_scale1\.lambda1|gamma_1)$": ".attn.proj.scale",
+    r"\.(ls2\.gamma|layer_scale2\.lambda1|gamma_2)$": ".mlp.fc2.scale",
+}  # fmt: skip
+EPS = 1e-5  # "layernormbf16" of DINOv3's models/vision_transformer.py, which the hub's models have
+HEAD_WIDTH = 64  # of S, B and L
 # Required values of settings that change the computation.
-FIXED = {"num_register_tokens": 0, "use_gated_mlp": False, "hidden_act": "gelu", "rope_theta": BASE}
+FIXED = {"use_gated_mlp": False, "hidden_act": "gelu", "rope_theta": BASE}
 
 
 def dinov3_config(config: ModelConfig, image_size: int) -> dict[str, Any]:
@@ -36,7 +45,7 @@ def dinov3_config(config: ModelConfig, image_size: int) -> dict[str, Any]:
         "num_channels": config.in_chans, "image_size": image_size, "hidden_size": config.embed_dim,
         "intermediate_size": MLP_RATIO * config.embed_dim, "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads, "layer_norm_eps": config.norm_eps,
-        **FIXED,
+        "num_register_tokens": 0, **FIXED,
         **dict.fromkeys(("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"), True),
         "layerscale_value": 1.0, "drop_path_rate": 0.0, "attention_dropout": 0.0,
         **dict.fromkeys(("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"), None),
@@ -64,42 +73,47 @@ def to_dinov3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The parameters of an encoder from those of a `DINOv3ViTModel` and the content of its `config.json`.
+def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any], given: Mapping[str, Any]) -> Found:
+    """An encoder from the tensors of a file of any of the three layouts.
 
-    LayerScale is multiplied into the layer before it; a missing key bias is 0. Also returns fields of `ModelConfig`
-    that the parameters do not determine. WeightsError if the model computes something else.
+    `config` is the content of config.json of a folder, else empty. WeightsError if the model computes something else.
     """
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             raise WeightsError(f"{key} is {config[key]}, but an encoder of fastmum has {value}")
-    theirs = {re.sub(r"^model\.layer\.", "layer.", name): tensor for name, tensor in tensors.items()}
-    state, theirs = {}, {name: tensor for name, tensor in theirs.items() if name not in UNUSED}
-    scales = {name: theirs.pop(name) for name in list(theirs) if name.endswith(".lambda1")}
-    for name in [name for name in theirs if f".{QKV[0]}." in name]:
-        names = [name.replace(QKV[0], part) for part in QKV]
-        zero = torch.zeros_like(theirs[name])
-        rows = [theirs.pop(names[0]), theirs.pop(names[1], zero), theirs.pop(names[2])]
-        state[_ours(name.replace(QKV[0], "attn.qkv"))] = torch.cat(rows)
-    for name, tensor in theirs.items():
-        name = _ours(name)
-        for layer, scale in SCALED.items():
-            if f".{layer}." in name:
-                factor = scales[f"layer.{name.split('.')[1]}.{scale}"]
-                tensor = tensor * (factor[:, None] if tensor.ndim == 2 else factor)
-        state[name] = tensor
-    return state, {"num_heads": config["num_attention_heads"], "norm_eps": config["layer_norm_eps"]}
+    options: dict[str, Any] = {}
+    if any(name.startswith("local_cls_norm.") for name in tensors):  # training only, in the files of SAT-493M
+        options |= dict(zip(("mean", "std"), NORMALISATIONS["sat493m"], strict=True))
+    state = {n: x for n, x in rename(tensors, OURS).items() if not re.fullmatch(r"mask_token|local_cls_norm\..*", n)}
+    if "register_tokens" in state:
+        options["registers"] = state["register_tokens"].shape[1]
+        if not options["registers"]:
+            del state["register_tokens"]
+    for name in [name for name in state if name.endswith("attn.q.weight")]:
+        parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
+        state[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    for name in [name for name in state if name.endswith("attn.qkv.weight")]:
+        _complete_bias(state, name.removesuffix("weight"))
+    masks = [tensor for name, tensor in state.items() if name.endswith("bias_mask")]
+    if not all(mask.isfinite().all() for mask in masks):
+        raise WeightsError("attn.qkv.bias_mask has values that are not finite: it was never initialised")
+    if "rope_embed.periods" in state:  # rounded to bfloat16 in the released files, whose code computes in float32
+        state["rope_embed.periods"] = state["rope_embed.periods"].float()
+    options |= {"layer_scale": any(name.endswith("attn.proj.scale") for name in state), "masked_bias": bool(masks)}
+    sizes = {"norm_eps": config.get("layer_norm_eps", EPS)}
+    heads = config.get("num_attention_heads", config.get("model_args", {}).get("num_heads"))
+    if heads is None and "rope_embed.periods" not in state:
+        heads = max(1, state["norm.weight"].shape[-1] // HEAD_WIDTH)
+    return Found(state, sizes | ({} if heads is None else {"num_heads": heads}), options)
 
 
-def _ours(name: str) -> str:
-    for ours, theirs in NAMES.items():
-        name = name.replace(theirs, ours)
-    return re.sub(r"^layer\.", "blocks.", name)
-
-
-def is_dinov3(folder: Path) -> bool:
-    """Whether a folder of transformers holds this kind of model."""
-    try:
-        return read_json(folder / "config.json").get("model_type") == MODEL_TYPE
-    except (OSError, ValueError, AttributeError):
-        return False
+def _complete_bias(state: State, layer: str) -> None:
+    """Join the biases of q, k and v, as far as there are any, and mask those that are absent."""
+    if f"{layer}bias" in state:
+        return
+    weight, part = state[f"{layer}weight"], layer.replace(".qkv.", ".{}.bias")
+    zero = weight.new_zeros(len(weight) // 3)
+    found = [state.pop(part.format(name), None) for name in "qkv"]
+    state[f"{layer}bias"] = torch.cat([zero if bias is None else bias for bias in found])
+    if any(bias is None for bias in found):
+        state[f"{layer}bias_mask"] = torch.cat([zero if bias is None else zero + 1 for bias in found])

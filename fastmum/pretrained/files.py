@@ -17,10 +17,13 @@ from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.rundir import RunDir
 from fastmum.errors import first_line, some_names
 from fastmum.files import read_json, regular
-from fastmum.pretrained.dinov3 import from_dinov3, is_dinov3
 from fastmum.pretrained.layout import SIZES, WeightsError
 
 KINDS = "a run, a folder of checkpoints, a checkpoint, a torch.save or safetensors file, a folder of transformers"
+
+
+CONFIG, IMAGES = "config.json", "preprocessor_config.json"
+MODEL_TYPES = {"dinov3_vit": "dinov3", "vit_mae": "mae"}  # of transformers
 
 
 class Saved(NamedTuple):
@@ -34,6 +37,8 @@ class Saved(NamedTuple):
     ema: bool = False  # the weights are an exponential moving average
     frames: int | None = None  # seen in training, if stated
     image_size: int | None = None  # side of the training images in pixels, if stated
+    config: Mapping[str, Any] = MappingProxyType({})  # content of a folder's config.json
+    images: Mapping[str, Any] = MappingProxyType({})  # content of a folder's preprocessor_config.json
 
 
 def run_folder(checkpoint: Path) -> Path | None:
@@ -54,16 +59,21 @@ def run_settings(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_saved(path: Path, ema: bool | None = None) -> Saved:
-    """Read the weights at a path, the EMA weights of a checkpoint if `ema` is True, or None and it has them.
+    """Read the weights of a MuM at a path, the EMA weights of a checkpoint if `ema` is True, or None and it has them.
 
     WeightsError if there are none, they cannot be read, or `ema` is True and the path is no checkpoint with them.
     """
-    if path.is_dir() and not is_dinov3(path):
+    if path.is_dir():
         return _read_run(path, ema)
     if ema:
         raise WeightsError(f"'{path}' is no checkpoint of a run, so it has no EMA weights: set ema to auto or off")
+    return read_file(path)
+
+
+def read_file(path: Path) -> Saved:
+    """Read a torch.save or safetensors file, or such a folder with a config.json; WeightsError if it cannot be read."""
     if path.is_dir():
-        return _read_dinov3(path)
+        return _read_folder(path)
     try:
         with open(regular(path), "rb") as file:
             head = file.read(9)
@@ -101,15 +111,28 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _read_dinov3(path: Path) -> Saved:
+def is_transformers(path: Path) -> str:
+    """The kind of public encoder that a folder of transformers holds, "" if it is no such folder."""
+    if not path.is_dir():
+        return ""
     try:
-        config = read_json(path / "config.json")
-        tensors = {name: tensor for file in _shards(path) for name, tensor in _read_safetensors(file).tree.items()}
-        state, sizes = from_dinov3(tensors, config)
-    except (OSError, KeyError, IndexError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        what = error if isinstance(error, WeightsError) else f"{type(error).__name__}: {error}"
-        raise WeightsError(f"'{path}' does not hold an encoder of fastmum ({what})") from None
-    return Saved(path, state, sizes, parameters_only=True, image_size=_whole(config.get("image_size")))
+        return MODEL_TYPES.get(str(read_json(path / CONFIG).get("model_type")), "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _read_folder(path: Path) -> Saved:
+    try:
+        config = read_json(path / CONFIG)
+        images = read_json(path / IMAGES) if (path / IMAGES).exists() else {}
+        if not isinstance(config, dict) or not isinstance(images, dict):
+            raise ValueError(f"{CONFIG} or {IMAGES} is no table")
+        tensors = {name: tensor for file in _shards(path) for name, tensor in read_file(file).tree.items()}
+    except (OSError, ValueError) as error:
+        what = f"{first_line(error)}"
+        raise WeightsError(f"'{path}' cannot be read as a folder with {CONFIG} and weights ({what})") from None
+    return Saved(path, tensors, parameters_only=True, image_size=_whole(config.get("image_size")), config=config,
+                 images=images)  # fmt: skip
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmum.errors import FastmumError, some_names
 from fastmum.model.config import PRESETS, ModelConfig
+from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,11 @@ RELEASED_FIRST = tuple(dict.fromkeys(("mum_vitl16_released", *PRESETS)))  # pres
 DECODER = ("mask_token", "decoder_", "rope_embed_decoder.")
 # Keys of every MuM, with or without decoder.
 ANCHORS = ("cls_token", "patch_embed.proj.weight", "rope_embed.periods", "norm.weight")
+# Mean and standard deviation of images in 0..1, RGB: "half" of DUSt3R, "sat493m" of DINOv3's satellite models.
+NORMALISATIONS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (0.5,) * 3),
+    "sat493m": ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143)),
+}  # fmt: skip
 # Parts of names that torch.compile, FSDP and activation checkpointing insert.
 WRAPPERS = re.compile(r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
 NESTING = 4  # levels of mappings that are searched
@@ -40,6 +46,24 @@ class MismatchError(WeightsError):
         super().__init__(f"{where}: {'; '.join(f'{what} {some_names(keys)}' for what, keys in findings if keys)}")
 
 
+class Found(NamedTuple):
+    """A public encoder under fastmum's names."""
+
+    state: State
+    sizes: dict[str, Any]  # fields of `ModelConfig` that the tensors do not determine
+    options: dict[str, Any]  # fields of `EncoderOptions`
+
+
+def rename(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> State:
+    """Tensors with each of the patterns `names` replaced in their names, in this order."""
+    state = {}
+    for name, tensor in tensors.items():
+        for pattern, ours in names.items():
+            name = re.sub(pattern, ours, name)
+        state[name] = tensor
+    return state
+
+
 class _Candidate(NamedTuple):
     name: str  # mappings and prefix, joined by dots
     state: State
@@ -47,8 +71,10 @@ class _Candidate(NamedTuple):
     anchors: int
 
 
-def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
-    """The state dict of a MuM in saved mappings, without wrappers and prefixes.
+def find_state(
+    path: Path, tree: Mapping[str, Any], key: str | None, anchors: Sequence[str] = ANCHORS, model: str = "a MuM"
+) -> State:
+    """The state dict of a model in saved mappings, without wrappers and prefixes; `anchors` are keys of every one.
 
     `key` is its place, such as "teacher" or "model.backbone"; None: there is only one. WeightsError if there is no such
     state dict, or several; `path` is for messages.
@@ -56,21 +82,21 @@ def find_state(path: Path, tree: Mapping[str, Any], key: str | None) -> State:
     found = []
     for place, tensors in _groups(tree, "", NESTING):
         plain = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-        prefixes = Counter(n.removesuffix(a) for n in plain for a in ANCHORS if f".{n}".endswith(f".{a}"))
-        for prefix, anchors in prefixes.items():
+        prefixes = Counter(n.removesuffix(a) for n in plain for a in anchors if f".{n}".endswith(f".{a}"))
+        for prefix, count in prefixes.items():
             state = {name.removeprefix(prefix): t for name, t in plain.items() if name.startswith(prefix)}
             left_out = [name for name in plain if not name.startswith(prefix)]
-            found.append(_Candidate((place + prefix).removesuffix("."), state, left_out, anchors))
+            found.append(_Candidate((place + prefix).removesuffix("."), state, left_out, count))
     if not found:
         keys = some_names([str(name) for name in tree]) or "none"
-        raise WeightsError(f"'{path}' does not hold a MuM: none of {', '.join(ANCHORS)} is among its keys ({keys})")
+        raise WeightsError(f"'{path}' does not hold {model}: none of {', '.join(anchors)} is among its keys ({keys})")
     best = max(candidate.anchors for candidate in found)
     found = [candidate for candidate in found if candidate.anchors == best]
     names = ", ".join(f"'{candidate.name}'" for candidate in found)
     if key is not None:
         found = [c for c in found if c.name == key or c.name.startswith(f"{key}.")]
         if not found:
-            raise WeightsError(f"'{path}' holds no MuM at key='{key}'; there is one at {names}")
+            raise WeightsError(f"'{path}' does not hold {model} at key='{key}'; there is one at {names}")
     if len(found) > 1:
         raise WeightsError(f"'{path}' holds several models, at {names}: choose one by key=")
     (chosen,) = found
