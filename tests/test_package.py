@@ -31,9 +31,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": BASE | {"geometry", "scenes", "config"},
     "pretrained": BASE | {"model", "config", "engine"},  # reads training checkpoints
     "capi_loader": BASE | {"model", "engine", "pretrained"},
-    "tasks": LIBRARIES, "features": LIBRARIES, "export": LIBRARIES,
+    "features": LIBRARIES, "export": LIBRARIES, "tasks": LIBRARIES | {"features"},
     "report": BASE | {"config", "engine"},
-    "evaluate": LIBRARIES | {"tasks", "report"},
+    "evaluate": LIBRARIES | {"features", "tasks", "report"},
     "train": LIBRARIES | {"tasks"},
     "cli": BASE,
     "__init__": {"model", "pretrained"},  # on first use of the public names

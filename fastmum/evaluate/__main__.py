@@ -5,7 +5,6 @@ import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,17 +26,13 @@ from fastmum.evaluate.records import check_free, make_folder, printable, read, s
 from fastmum.evaluate.results import NOTE, page, table
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
 from fastmum.files import expand_user, write_atomic
-from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.encoder import Encoder
-from fastmum.model.mum import MuM
-from fastmum.pretrained import WeightsError
-from fastmum.pretrained.arguments import add_overrides, parse_overrides
-from fastmum.pretrained.load import build, read_pretrained
+from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
+from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
 
 T = TypeVar("T")
 
-RANDOM = "random:"  # followed by a preset: untrained weights
 STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and minutes on a CPU
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
@@ -45,6 +40,8 @@ LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0
 REMEDIES = {"matching": "lower --batch, --size or the number of --learning-rates", "views": "lower --size or --views"}
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
 _EPILOG = f"""\
+{SPECS}
+
 DATA is scenes or motorcycle, which need no files; a path, whose kind is detected; or KIND:/path. Kinds:
 {_SETS}
 
@@ -79,12 +76,14 @@ def make_parser() -> argparse.ArgumentParser:
         if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
             command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
+            cache = "folder to keep features in, and to read them from the next time (default: none)"
+            command.add_argument("--cache", type=Path, metavar="DIR", help=cache)
     return parser
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    weights = "a run, a checkpoint or a file of weights; random:PRESET is an untrained model to compare with"
+    weights = "weights to evaluate, see below"
     size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
     pairs = "evaluate on N pairs (views: frames), evenly spread over the set (default: all)"
     seed = "of random weights, of the order of training pairs, and of masks (%(default)s)"
@@ -174,11 +173,10 @@ def _run(args: Namespace) -> None:
     read(out)  # the page needs every result; fail before the evaluation
     overrides = parse_overrides(args.overrides, {"device": "--device"})
     device = pick_device(args.device, key="--device")
-    name, model, frames = load_weights(args.weights, args.name, device, overrides, args.seed)
+    weights, model = load_weights(args.weights, args.name, device, overrides, args.seed)
     if args.size is not None:
         check_size(model, args.size)
-    about = {"task": args.task, "set": "", "weights": name, "source": args.weights, "data": args.data, "frames": frames}
-    about = printable(about)
+    about = printable({"task": args.task, "set": "", **weights, "data": args.data})
     _, evaluate = EVALUATIONS[args.task]
     set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
     about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
@@ -192,36 +190,17 @@ def _run(args: Namespace) -> None:
 
 
 def load_weights(
-    source: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
-) -> tuple[str, Encoder, int | None]:
-    """The name in tables and files, by default derived from the source, a model in eval mode, and the frames it saw.
+    spec: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
+) -> tuple[dict[str, Any], Encoder]:
+    """Fields of a record of results that say what the weights are, and the model in eval mode.
 
-    `source` and `overrides` are those of `fastmum.load_pretrained`, or "random:PRESET" and sizes that differ from the
-    preset, for an untrained model. Raises `WeightsError`.
+    `spec` and `overrides` are those of `fastmum.load_pretrained`; the name is by default that of the weights. `seed` is
+    that of random weights. Raises `WeightsError`.
     """
-    if not source.startswith(RANDOM):
-        path = expand_user(source).absolute()
-        if path.parent.name == "checkpoints":
-            derived = f"{path.parent.parent.name} {path.name}"
-        else:
-            derived = path.parent.name if path.name == "checkpoints" else path.stem if path.is_file() else path.name
-        dtype = overrides.get("dtype", torch.float32)
-        pretrained = read_pretrained(source, **{key: value for key, value in overrides.items() if key != "dtype"})
-        return name or derived, build(pretrained, device, dtype), pretrained.frames
-    preset = source.removeprefix(RANDOM)
-    if preset not in PRESETS:
-        raise WeightsError(f"there is no preset '{preset}' for --weights {RANDOM}PRESET: one of {', '.join(PRESETS)}")
-    sizes = [field.name for field in fields(ModelConfig)]
-    if unknown := [key for key in overrides if key not in sizes]:
-        raise WeightsError(f"--set {unknown[0]} is no size of an untrained model: one of {', '.join(sizes)}")
-    try:
-        config = replace(PRESETS[preset], **overrides)
-    except ValueError as error:
-        raise WeightsError(f"--set: {error}") from None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = MuM(config)
-    return name or f"untrained {preset}", model.to(device).eval(), 0
+    dtype, seeded = overrides.get("dtype", torch.float32), {"seed": seed} if spec.startswith(f"{RANDOM}:") else {}
+    pretrained = read_pretrained(spec, **seeded | {key: value for key, value in overrides.items() if key != "dtype"})
+    about = {"weights": name or pretrained.name, "source": spec, "frames": pretrained.frames}
+    return about | {"encoder": pretrained.about}, build(pretrained, device, dtype)
 
 
 def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
@@ -231,13 +210,15 @@ def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed"), **more)
     pairs, train = _open_both(args, claim)
     return _with_pictures(
-        args, pairs, evaluate_matching(model, pairs, train, settings, args.size, args.choose_on == "train")
+        args, pairs, evaluate_matching(model, pairs, train, settings, args.size, args.choose_on == "train", args.cache)
     )
 
 
 def _discriminant(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     pairs, train = _open_both(args, claim)
-    return _with_pictures(args, pairs, evaluate_discriminant(model, pairs, train, args.size, args.temperature))
+    return _with_pictures(
+        args, pairs, evaluate_discriminant(model, pairs, train, args.size, args.temperature, args.cache)
+    )
 
 
 def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
@@ -257,7 +238,7 @@ def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
 def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     pairs = open_pairs(args.data).first(args.max_pairs)
     claim(pairs.name)
-    return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature))
+    return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature, args.cache))
 
 
 def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluated:

@@ -5,7 +5,8 @@ Legend: F frames, N pairs, P patches of a frame, D width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs import Frame, PairSet, pair_warp
+from fastmum.features import FeatureCache, Tokens, image_key
+from fastmum.features.images import Placement
+from fastmum.model.encoder import Encoder
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
+from fastmum.model.options import normalise
 from fastmum.progress import progress_bar
 
 Norm = Literal["layernorm", "raw"]
 NORMS: tuple[Norm, ...] = ("layernorm", "raw")
 BATCH = 8  # frames encoded at once
+WHOLE = Placement(0, 0, 0, 0)  # of cached features: pictures are resized, so nothing is padding
 STORED = torch.float16  # of cached features: half the memory, a relative error of at most 0.05 %
 
 
@@ -52,27 +58,46 @@ class Prepared:
 
 
 def prepare(
-    encoder: nn.Module, pairs: PairSet, size: int | None = None, norms: Sequence[Norm] = NORMS
-) -> dict[Norm, Prepared]:
+    encoder: nn.Module, pairs: PairSet, size: int | None = None, norms: Sequence[Norm] = NORMS,
+    cache: Path | None = None,
+) -> dict[Norm, Prepared]:  # fmt: skip
     """Encode the frames of a set, each once, by `patch_features`, and compute its true warps.
 
-    `size` is the side of the resized pictures in pixels, by default that of the set. DataError: an unreadable frame, a
-    size that does not fit, features that are not finite, or no visible point.
+    `size` is the side of the resized pictures in pixels, by default that of the set. With the folder `cache`, features
+    are read from there if an earlier call wrote them. DataError: an unreadable frame, a size that does not fit,
+    features that are not finite, or no visible point.
     """
     size = check_size(encoder, size or pairs.size)
     by_key = {frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}
     frames, index = list(by_key.values()), {key: i for i, key in enumerate(by_key)}
-    encoded: dict[Norm, list[Tensor]] = {norm: [] for norm in norms}
+    about = {"norms": list(norms), "scale": "root mean square", "dtype": str(STORED)}
+    kept = None if cache is None else FeatureCache(cache, cast(Encoder, encoder), about)
+    encoded: list[Tensor] = []
     for start in progress_bar(range(0, len(frames), BATCH), desc=f"encoding {pairs.name}", leave=False):
         images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
-        found = patch_features(encoder, images)
-        for norm in norms:
-            check_finite(found[norm], pairs)
-            scale = found[norm].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-            encoded[norm].append((found[norm] / scale).to("cpu", STORED))
+        if kept is None:
+            encoded.append(_scaled(encoder, images, norms, pairs))
+            continue
+
+        def compute(missing: list[int], images: Tensor = images) -> list[Tokens]:
+            return [Tokens(None, x, WHOLE) for x in _scaled(encoder, images[missing], norms, pairs)]
+
+        found = kept.tokens([image_key(image) for image in images], compute)
+        encoded.append(torch.stack([tokens.patch for tokens in found]))
     truth = true_warps(pairs, size // patch_size(encoder))
     first, second = torch.tensor([(index[pair.a.key], index[pair.b.key]) for pair in pairs.pairs]).T
-    return {norm: Prepared(truth, torch.cat(batches), first, second) for norm, batches in encoded.items()}
+    features = torch.cat(encoded)
+    return {norm: Prepared(truth, features[:, i], first, second) for i, norm in enumerate(norms)}
+
+
+def _scaled(encoder: nn.Module, images: Tensor, norms: Sequence[Norm], pairs: PairSet) -> Tensor:
+    """Features of frames for each norm, (F, n, P, D), as in `Prepared`."""
+    found, scaled = patch_features(encoder, images), []
+    for norm in norms:
+        check_finite(found[norm], pairs)
+        scale = found[norm].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+        scaled.append((found[norm] / scale).to("cpu", STORED))
+    return torch.stack(scaled, dim=1)
 
 
 def true_warps(pairs: PairSet, side: int) -> Truth:
@@ -104,12 +129,13 @@ def patch_features(encoder: nn.Module, images: Tensor) -> dict[Norm, Tensor]:
     """Last-layer patch features of whole pictures (F, H, W, 3) uint8, computed on the encoder's device.
 
     The encoder has `forward_features` with DINOv2's keys "x_norm_patchtokens" and "x_prenorm". The features (F, P, D),
-    float32, are "layernorm" after the encoder's last norm, "raw" before it.
+    float32, are "layernorm" after the encoder's last norm, "raw" before it. Pictures are normalised by the encoder's
+    `mean` and `std`, by ImageNet's if it has none.
     """
     device = next(encoder.parameters()).device
-    mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    normalised = (images.to(device).float() / 255 - mean) / std
-    features = encoder.forward_features(normalised.permute(0, 3, 1, 2))  # type: ignore[operator]
+    mean, std = getattr(encoder, "mean", IMAGENET_MEAN), getattr(encoder, "std", IMAGENET_STD)
+    normalised = normalise(images.to(device).permute(0, 3, 1, 2).float() / 255, mean, std)
+    features = encoder.forward_features(normalised)  # type: ignore[operator]
     patches = features["x_norm_patchtokens"]
     # CLS, and registers if there are any, come first.
     return {"layernorm": patches.float(), "raw": features["x_prenorm"][:, -patches.shape[1] :].float()}

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf, isfinite
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -75,12 +76,12 @@ class ProbeSettings:
 
 def evaluate_matching(
     encoder: nn.Module, pairs: PairSet, train_pairs: PairSet, settings: ProbeSettings | None = None,
-    size: int | None = None, choose_on_train: bool = False,
+    size: int | None = None, choose_on_train: bool = False, cache: Path | None = None,
 ) -> Result:  # fmt: skip
     """Train linear probes on frozen features (`patch_features`), each training pair both ways, and score the best one.
 
     The best probe and its best evaluation are chosen on the test pairs, as in the paper, or with `choose_on_train` on
-    every sixth training scene, which is left out of training.
+    every sixth training scene, which is left out of training. `cache` is a folder for features, see `prepare`.
 
     The result has "scores" and "per_pair_epe" of the best probe at its best evaluation, "best" which one that is,
     "probes" every evaluation of every probe. DataError: a set that cannot be read or does not fit the encoder, or too
@@ -88,10 +89,10 @@ def evaluate_matching(
     """
     settings, size = settings or ProbeSettings(), size or pairs.size
     device = next(encoder.parameters()).device
-    test = prepare(encoder, pairs, size, ("layernorm",))["layernorm"]
+    test = prepare(encoder, pairs, size, ("layernorm",), cache)["layernorm"]
     left, chosen_on = leave_out(train_pairs) if choose_on_train else (train_pairs, pairs)
-    train = prepare(encoder, left.both_ways(), size, ("layernorm",))["layernorm"]
-    choice = prepare(encoder, chosen_on, size, ("layernorm",))["layernorm"] if choose_on_train else test
+    train = prepare(encoder, left.both_ways(), size, ("layernorm",), cache)["layernorm"]
+    choice = prepare(encoder, chosen_on, size, ("layernorm",), cache)["layernorm"] if choose_on_train else test
     history, (probe, evaluation), matrix = train_probes(train, choice, settings, device)
     warps = match_pairs(test, settings.batch, settings.temperature, device, matrix[None])[0]
     probes: list[dict[str, Any]] = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in settings.probes()]
@@ -116,15 +117,16 @@ def leave_out(pairs: PairSet) -> tuple[PairSet, PairSet]:
 
 
 def evaluate_discriminant(
-    encoder: nn.Module, pairs: PairSet, train_pairs: PairSet, size: int | None = None, temperature: float = TEMPERATURE
-) -> Result:
+    encoder: nn.Module, pairs: PairSet, train_pairs: PairSet, size: int | None = None, temperature: float = TEMPERATURE,
+    cache: Path | None = None,
+) -> Result:  # fmt: skip
     """Score the probe `discriminant` of the training pairs: seconds, and no learning rate to choose.
 
     DataError: a set that cannot be read or does not fit the encoder.
     """
     size, device = size or pairs.size, next(encoder.parameters()).device
-    test = prepare(encoder, pairs, size, ("layernorm",))["layernorm"]
-    train = prepare(encoder, train_pairs, size, ("layernorm",))["layernorm"]
+    test = prepare(encoder, pairs, size, ("layernorm",), cache)["layernorm"]
+    train = prepare(encoder, train_pairs, size, ("layernorm",), cache)["layernorm"]
     warps = match_pairs(test, BATCH, temperature, device, discriminant(train, device)[None])[0]
     about = {"size": size, "temperature": temperature, "shrinkage": SHRINKAGE}
     trained = {"train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
@@ -155,8 +157,9 @@ def discriminant(train: Prepared, device: torch.device, shrinkage: float = SHRIN
 
 
 def evaluate_cosine(
-    encoder: nn.Module, pairs: PairSet, size: int | None = None, temperature: float = TEMPERATURE
-) -> Result:
+    encoder: nn.Module, pairs: PairSet, size: int | None = None, temperature: float = TEMPERATURE,
+    cache: Path | None = None,
+) -> Result:  # fmt: skip
     """Score matching by cosine similarity, with and without the encoder's last LayerNorm, as Siméoni et al. do.
 
     Sets of scenes are scored by dense warps, sets of objects by Probe3D's recall. `size` defaults to that of the set.
@@ -170,7 +173,7 @@ def evaluate_cosine(
         best = max(NORMS, key=lambda norm: recalls[norm]["recall"])
         return Result({**variants, "best": best, "settings": {"size": size}, **variants[best]}, None, size)
     device = next(encoder.parameters()).device
-    prepared = prepare(encoder, pairs, size)
+    prepared = prepare(encoder, pairs, size, cache=cache)
     warps = {norm: match_pairs(data, BATCH, temperature, device) for norm, data in prepared.items()}
     found = {norm: measured(warps[norm], data.truth) for norm, data in prepared.items()}
     best = min(NORMS, key=lambda norm: found[norm]["scores"]["epe"])

@@ -19,6 +19,7 @@ from fastmum.errors import FastmumError, first_line, some_names
 from fastmum.export.folders import hf_features, model_card, timm_features, write_hf, write_timm
 from fastmum.export.onnx_file import onnx_features, write_onnx
 from fastmum.files import atomic_path
+from fastmum.model.options import DEFAULT
 from fastmum.pretrained import Pretrained, build, read_pretrained
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,8 @@ def export(
     if encoder_only or kind.features:
         overrides["encoder_only"] = True
     source = read_pretrained(run, **overrides)
+    if source.options != DEFAULT:
+        raise ExportError(f"'{source.path}' is a {source.kind}, but only MuM's encoders are exported")
     if source.rope_dtype != torch.float32 and not kind.bfloat16_positions:
         log.warning("the format computes positions in float32; in '%s' they are bfloat16", source.path)
         source = read_pretrained(run, **{**overrides, "rope_dtype": torch.float32})

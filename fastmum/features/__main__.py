@@ -15,7 +15,7 @@ from fastmum.features.images import FeaturesError, Sizing, find_images
 from fastmum.features.pictures import write_pictures
 from fastmum.features.store import SUFFIXES, check_file, write_features
 from fastmum.pretrained import build, read_pretrained
-from fastmum.pretrained.arguments import add_overrides, parse_overrides
+from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 
 MAX_NAMES = 10  # skipped images listed in the output
 
@@ -51,10 +51,10 @@ def _run(args: argparse.Namespace) -> None:
     pretrained = read_pretrained(args.weights, **{**overrides, "encoder_only": True})
     depth, patch_size = pretrained.config.depth, pretrained.config.patch_size
     layers, sizing = _layers(args.layers, depth), Sizing(patch_size, size, args.fit, args.max_side)
-    encoder = build(pretrained, pick_device(args.device, key="--device"), args.dtype)
+    encoder = build(pretrained, pick_device(args.device, key="--device"), args.dtype).requires_grad_(False)
     features = extract(encoder, images, sizing, layers, not args.no_norm, args.batch, progress=True)
     about = {
-        "weights": args.weights, "images": str(images.root),
+        "weights": args.weights, "encoder": pretrained.about, "images": str(images.root),
         "layers": layers if isinstance(layers, list) else list(range(depth - (layers or 1), depth)),
         "norm": not args.no_norm, "size": args.size, "fit": args.fit, "max_side": args.max_side,
         "skipped": images.skipped,
@@ -77,10 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("fastmum.features"),
         description="CLS and patch tokens of images, and a picture of each image's patch tokens.",
+        epilog=SPECS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGES", help="folders of images, image files, or patterns in quotes")
-    add("--weights", required=True, metavar="W", help="a run, a checkpoint, or a file that load_pretrained reads")
+    add("--weights", required=True, metavar="W", help="weights of an encoder, see below")
     add("--out", type=Path, required=True, metavar="FILE", help=f"ends in {' or '.join(SUFFIXES)}")
     size = "native (each image's size, rounded to a multiple of the patch size), a number, or HEIGHTxWIDTH"
     add("--size", default="native", metavar="S", help=f"{size} (default %(default)s)")

@@ -33,7 +33,7 @@ def extract(
     ValueError: layers that the encoder does not have.
 
     Args:
-        encoder: in eval mode, as `fastmum.load_pretrained` returns it.
+        encoder: in eval mode, as `fastmum.load_encoder` returns it.
         sizing: None: each image keeps its size as nearly as the patch size permits.
         layers: number of last blocks, or block indices in ascending order; None: the last, without a dimension for it.
         norm: apply the encoder's last norm.
@@ -42,13 +42,13 @@ def extract(
     sizing = sizing or Sizing(encoder.config.patch_size)
     placements = {file: sizing.place(*size) for file, size in images.sizes().items()}
     _check_memory(encoder, placements.values(), layers)
-    device, groups = encoder.cls_token.device, defaultdict(list)
+    device, groups = next(encoder.parameters()).device, defaultdict(list)
     for file, placement in placements.items():
         groups[placement[:2]].append(file)
     batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
     found: dict[str, Tokens] = {}
     with progress_bar(total=len(placements), unit="image", desc="features", show=progress) as bar:
-        for files, frames in _decoded(batches, placements, images):
+        for files, frames in _decoded(batches, placements, images, encoder.mean):
             if frames is not None:
                 for file, cls, patch in zip(files, *_tokens(encoder, frames.to(device), layers, norm), strict=True):
                     name = images.name(file)
@@ -80,8 +80,9 @@ def _check_memory(encoder: Encoder, placements: Collection[Placement], layers: L
     """Raise FeaturesError if the features of all images, which are kept until they are saved, do not fit in memory."""
     count = 1 if layers is None else layers if isinstance(layers, int) else len(layers)
     p = encoder.config.patch_size
-    tokens = sum(1 + (place.height // p) * (place.width // p) for place in placements)
-    needed = count * tokens * encoder.config.embed_dim * encoder.cls_token.element_size()
+    cls, dtype = encoder.options.cls, next(encoder.parameters()).dtype
+    tokens = sum(cls + (place.height // p) * (place.width // p) for place in placements)
+    needed = count * tokens * encoder.config.embed_dim * dtype.itemsize
     available = available_memory()
     if available is not None and needed > available:
         sizes = f"take {needed / 1e9:.1f} GB, but {available / 1e9:.1f} GB of memory are available"
@@ -89,27 +90,33 @@ def _check_memory(encoder: Encoder, placements: Collection[Placement], layers: L
         raise FeaturesError(f"features of {len(placements)} images {sizes}: {remedy}")
 
 
-def _tokens(encoder: Encoder, frames: Tensor, layers: Layers, norm: bool) -> tuple[Tensor, Tensor]:
-    """CLS (F, [n,] D) and patch tokens (F, [n,] P, D) of frames (F, H, W, 3) uint8."""
+def _tokens(
+    encoder: Encoder, frames: Tensor, layers: Layers, norm: bool
+) -> tuple[Sequence[Tensor | None], list[Tensor]]:
+    """CLS (F, [n,] D), or None for each, and patch tokens (F, [n,] P, D) of frames (F, H, W, 3) uint8."""
     try:
         with torch.inference_mode():
             n = 1 if layers is None else layers
             outputs = encoder.get_intermediate_layers(frames, n, return_class_token=True, norm=norm)
-            patch, cls = (torch.stack(tensors, dim=1).cpu() for tensors in zip(*outputs, strict=True))
+            patches, tokens = zip(*outputs, strict=True)
+            patch = torch.stack(patches, dim=1).cpu()
+            cls = torch.stack(tokens, dim=1).cpu() if encoder.options.cls else None
     except torch.OutOfMemoryError:
         size = f"{len(frames)} images of {frames.shape[1]} x {frames.shape[2]} pixels"
         raise FeaturesError(f"the device's memory is too small for {size}: lower --batch or --size") from None
-    return (cls[:, 0], patch[:, 0]) if layers is None else (cls, patch)
+    one = layers is None
+    found = [None] * len(frames) if cls is None else list(cls[:, 0] if one else cls)
+    return found, list(patch[:, 0] if one else patch)
 
 
 def _decoded(
-    batches: Sequence[list[Path]], placements: Mapping[Path, Placement], images: Images
+    batches: Sequence[list[Path]], placements: Mapping[Path, Placement], images: Images, mean: Sequence[float]
 ) -> Iterator[tuple[list[Path], Tensor | None]]:
     """The readable files of each batch and their frames (F, H, W, 3) uint8, or None if there are none."""
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         pending: deque[list[tuple[Path, Future[np.ndarray]]]] = deque()
         for batch in [*batches, *[[]] * AHEAD]:
-            pending.append([(file, pool.submit(read_image, file, placements[file])) for file in batch])
+            pending.append([(file, pool.submit(read_image, file, placements[file], mean)) for file in batch])
             if len(pending) > AHEAD:
                 frames = {}
                 for file, future in pending.popleft():

@@ -3,7 +3,7 @@
 import glob
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,8 +16,6 @@ from fastmum.data.decode.image import FrameError, read_header, read_upright, res
 from fastmum.data.errors import DataError
 from fastmum.errors import FastmumError
 from fastmum.model.inputs import IMAGENET_MEAN
-
-PADDING = np.array([round(255 * mean) for mean in IMAGENET_MEAN], np.uint8)  # 0 after normalisation
 
 
 class FeaturesError(FastmumError):
@@ -39,7 +37,7 @@ class Sizing:
 
     multiple: int  # the patch size
     size: tuple[int, int] | None = None  # height and width of all images; None: as near as possible to their own
-    fit: Literal["resize", "pad"] = "resize"  # pad: keep the aspect ratio, pad right and bottom with ImageNet's mean
+    fit: Literal["resize", "pad"] = "resize"  # pad: keep the aspect ratio, pad right and bottom with the mean colour
     max_side: int = 1024  # images that keep their size are scaled down to this longest side; 0: never
 
     def __post_init__(self) -> None:
@@ -119,12 +117,16 @@ def _found(word: str) -> list[str]:
     return found
 
 
-def read_image(file: Path, placement: Placement) -> np.ndarray:
-    """An upright image, resized and padded: (height, width, 3) uint8 RGB; FrameError if it cannot be decoded."""
+def read_image(file: Path, placement: Placement, mean: Sequence[float] = IMAGENET_MEAN) -> np.ndarray:
+    """An upright image, resized and padded: (height, width, 3) uint8 RGB; FrameError if it cannot be decoded.
+
+    The padding is `mean`, the encoder's mean colour in 0..1, and so nearly 0 after normalisation.
+    """
     image = read_upright(file)
     height, width = placement.content_height, placement.content_width
     if image.shape[:2] != (height, width):
         image = resize(image, (height, width))
-    padded = np.tile(PADDING, (placement.height, placement.width, 1))
+    colour = np.array([round(255 * value) for value in mean], np.uint8)
+    padded = np.tile(colour, (placement.height, placement.width, 1))
     padded[:height, :width] = image
     return padded

@@ -1,7 +1,8 @@
 """Features on disk: safetensors, or NumPy's npz, with the same names.
 
 `NAME/cls` (D,), `NAME/patch` (P, D) and `NAME/placement` (4,) int64 (see `Placement`) for each image; with several
-layers (n, D) and (n, P, D). Their description is JSON: the metadata key `about`, in an npz an array of that name.
+layers (n, D) and (n, P, D). Encoders without CLS have no `NAME/cls`. Their description is JSON: the metadata key
+`about`, in an npz an array of that name.
 """
 
 import json
@@ -28,7 +29,7 @@ ABOUT = "about"
 class Tokens(NamedTuple):
     """Features of an image."""
 
-    cls: Tensor  # (D,), or (n, D) for several layers
+    cls: Tensor | None  # (D,), or (n, D) for several layers
     patch: Tensor  # (P, D) or (n, P, D), patches row by row
     placement: Placement  # of the image in the encoder's input
 
@@ -51,7 +52,7 @@ def write_features(file: Path, features: Mapping[str, Tokens], about: Mapping[st
     """
     tensors: dict[str, Tensor] = {}
     for name, (cls, patch, placement) in features.items():
-        tensors |= {f"{name}/cls": cls.contiguous(), f"{name}/patch": patch.contiguous()}
+        tensors |= {f"{name}/{part}": x.contiguous() for part, x in (("cls", cls), ("patch", patch)) if x is not None}
         tensors[f"{name}/placement"] = torch.tensor(placement)
     with writing(file, FeaturesError, SafetensorError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +75,9 @@ def read_features(file: Path) -> tuple[dict[str, Tokens], dict[str, Any]]:
                 about = opened.metadata()[ABOUT]
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         features = {}
-        for name in (key.removesuffix("/cls") for key in tensors if key.endswith("/cls")):
+        for name in (key.removesuffix("/patch") for key in tensors if key.endswith("/patch")):
             placement = Placement(*tensors[f"{name}/placement"].tolist())
-            features[name] = Tokens(tensors[f"{name}/cls"], tensors[f"{name}/patch"], placement)
+            features[name] = Tokens(tensors.get(f"{name}/cls"), tensors[f"{name}/patch"], placement)
         return features, json.loads(about)
     except FileNotFoundError:
         raise FeaturesError(f"'{file}' does not exist") from None

@@ -12,6 +12,7 @@ import torch._dynamo
 
 from fastmum.model.block import Block
 from fastmum.model.config import COMPILE_MODES
+from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ RECOMPILE_LIMIT = 64  # four kinds of block, for every combination of gradients,
 
 
 def compile_model(
-    model: MuM, mode: str, steps: int, backend: str | Callable = "inductor", several_devices: bool = False,
+    model: Encoder, mode: str, steps: int, backend: str | Callable = "inductor", several_devices: bool = False,
     cuda_graphs: bool = False,
 ) -> str:  # fmt: skip
     """Compile a model in place; log and return the chosen mode: "block", "full" or "off". Every region is one graph.
@@ -32,37 +33,42 @@ def compile_model(
 
     Args:
         model: on its training device.
-        mode: "block" compiles each kind of block, "full" everything between the raw frames and the loss as one region,
-            "off" nothing; "auto" is "block" on CUDA, and on the CPU if the run is long enough to save time.
+        mode: "block" compiles each kind of block, "full" everything between a MuM's raw frames and its loss as one
+            region (an encoder without decoder: its blocks), "off" nothing; "auto" is "block" on CUDA, and on the CPU if
+            the run is long enough to save time.
         steps: remaining steps of the run.
         several_devices: "full" becomes "block", because gradients are reduced over devices during the backward pass.
         cuda_graphs: record compiled regions as CUDA graphs.
     """
     if mode not in COMPILE_MODES:
         raise ValueError(f"compile mode is '{mode}', but must be one of {', '.join(COMPILE_MODES)}")
-    pays = model.mask_token.is_cuda or steps >= CPU_STEPS_TO_PAY
+    is_cuda = next(model.parameters()).is_cuda
+    pays = is_cuda or steps >= CPU_STEPS_TO_PAY
     chosen = mode if mode != "auto" else "block" if pays else "off"
     if chosen != "off" and not has_cpp_compiler():
         log.warning("no C++ compiler is found (g++, clang++ or $CXX), so nothing is compiled and the model runs eager")
         chosen = "off"
+    if chosen == "full" and not isinstance(model, MuM):
+        chosen = "block"
     if chosen == "full" and several_devices:
         log.warning("blocks are compiled instead of the whole model: gradients are reduced during the backward pass")
         chosen = "block"
-    if cuda_graphs and (chosen == "off" or not model.mask_token.is_cuda):
-        what = "nothing is compiled" if model.mask_token.is_cuda else "the model is not on a CUDA device"
+    if cuda_graphs and (chosen == "off" or not is_cuda):
+        what = "nothing is compiled" if is_cuda else "the model is not on a CUDA device"
         raise ValueError(f"CUDA graphs record what is compiled for CUDA, and {what}")
     log.info("torch.compile: %s%s", chosen, f" (model.compile={mode})" if mode != chosen else "")
     if chosen != "off":
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     how: dict[str, Any] = {"fullgraph": True, "backend": backend}
-    model.cuda_graphs = cuda_graphs
+    if isinstance(model, MuM):
+        model.cuda_graphs = cuda_graphs
     if cuda_graphs:
         how["options"] = {"triton.cudagraphs": True}
     if chosen == "block":
         compute = torch.compile(Block._compute, **how)
         for block in blocks_of(model):
             block.compiled_compute = compute
-    elif chosen == "full":
+    elif isinstance(model, MuM) and chosen == "full":
         model.compiled_autoencode = torch.compile(MuM._autoencode, **how)
     return chosen
 
@@ -82,9 +88,10 @@ def eager(model: MuM) -> Iterator[None]:
         yield
 
 
-def blocks_of(model: MuM) -> tuple[Block, ...]:
+def blocks_of(model: Encoder) -> tuple[Block, ...]:
     """All blocks of encoder and decoder."""
-    return (*model.blocks, *model.decoder_frame_blocks, *model.decoder_global_blocks)
+    decoder = (*model.decoder_frame_blocks, *model.decoder_global_blocks) if isinstance(model, MuM) else ()
+    return (*model.blocks, *decoder)
 
 
 def has_cpp_compiler() -> bool:

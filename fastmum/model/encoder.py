@@ -7,7 +7,7 @@ frame (MuM: 1 + K), T = F * L packed tokens.
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,11 @@ class LayerTokens(NamedTuple):
     cls: Tensor | None  # (F, D)
     registers: Tensor | None  # (F, R, D)
     grid: tuple[int, int]  # rows and columns of patches
+
+    def of(self, k: int) -> Self:
+        """Those of one image, F = 1."""
+        cls, registers = (None if x is None else x[k : k + 1] for x in (self.cls, self.registers))
+        return self._replace(patch=self.patch[k : k + 1], cls=cls, registers=registers)
 
     def maps(self) -> Tensor:
         """Patch tokens as contiguous maps (F, D, rows, columns)."""
@@ -176,7 +181,7 @@ class Encoder(nn.Module):
     def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, list[tuple[Block, Context]]]:
         options = self.options
         rows, columns = pixels.grid  # torch 2.10 cannot trace `*pixels.grid`
-        prefix = [self.cls_token] if options.cls else []
+        prefix: list[Tensor] = [self.cls_token] if options.cls else []
         # The residual stream keeps the parameters' precision under autocast.
         patches = self.patch_embed(pixels, ids).to((prefix[0] if prefix else self.norm.weight).dtype)
         if options.table:
@@ -231,6 +236,20 @@ class Encoder(nn.Module):
             found = {i: normed_TD if i == last else self.norm(x_TD) for i, x_TD in found.items()}
         split = {i: self.split(x_TD.unflatten(0, (len(ids), -1)), pixels.grid) for i, x_TD in found.items()}
         return tuple(split[i] for i in wanted)
+
+    def tokens_of(
+        self, images: Sequence[Tensor], blocks: Sequence[int] = (-1,), *, norm: bool
+    ) -> list[tuple[LayerTokens, ...]]:
+        """`tokens` of images of any sizes, (H, W, 3) uint8 or (3, H, W) each; equal sizes are computed together."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for i, image in enumerate(images):
+            groups.setdefault((*image.shape, image.dtype), []).append(i)
+        found: list[tuple[LayerTokens, ...]] = [()] * len(images)
+        for group in groups.values():
+            layers = self.tokens(torch.stack([images[i] for i in group]), blocks, norm=norm)
+            for k, i in enumerate(group):
+                found[i] = tuple(each.of(k) for each in layers)
+        return found
 
     def forward_features(self, images: Tensor) -> dict[str, Any]:
         """Features of whole images, nothing masked; images as in `tokens`.

@@ -1,4 +1,4 @@
-"""Overrides of `load_pretrained` on command lines: `--set norm_eps=1e-6`."""
+"""Weights on command lines: kinds of specs, and overrides of `load_pretrained`: `--set norm_eps=1e-6`."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -7,15 +7,25 @@ from typing import Any
 from yaml import YAMLError
 
 from fastmum.config.words import read_word, typed
+from fastmum.model.config import PRESETS
 from fastmum.pretrained.layout import SIZES, WeightsError
-from fastmum.pretrained.load import OPTIONS, PLACEMENT, check_names
+from fastmum.pretrained.load import OPTIONS, PLACEMENT, RANDOM, check_names
+from fastmum.pretrained.public import KINDS
+
+_KINDS = {
+    "PATH": "a run, a checkpoint, an export or a released file of MuM", **KINDS,
+    RANDOM: f"an untrained model to compare with: {', '.join(PRESETS)}",
+}  # fmt: skip
+ARGUMENTS = {"PATH": "", "timm": ":NAME", RANDOM: ":PRESET"}
+SPECS = "W is one of\n" + "\n".join(f"  {k + ARGUMENTS.get(k, ':PATH'):14} {v}" for k, v in _KINDS.items())
+FLOATS, BOOLS = ("norm_eps", "rope_rescale"), ("encoder_only", "trainable")
 
 
 def add_overrides(parser: argparse.ArgumentParser, *aliases: str, more: str = "") -> None:
     """Add the option `--set`, with further names, which fills `args.overrides`; `more` is appended to its help."""
     parser.add_argument(
         "--set", *aliases, action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="an override of load_pretrained, such as norm_eps=1e-6, rope_dtype=float32, key=teacher, ema=off"
+        help="an override of load_pretrained, such as norm_eps=1e-6, key=teacher, ema=off, table=sincos, num_heads=12"
         f"{more}; may be repeated",
     )  # fmt: skip
 
@@ -33,7 +43,8 @@ def parse_overrides(words: Sequence[str], flags: Mapping[str, str] | None = None
         if key in flags:
             raise WeightsError(f"--set is '{word}', but {key} has a separate flag: {flags[key]}")
         check_names([key], (*SIZES, *OPTIONS, *PLACEMENT))
-        kind = {"norm_eps": "float", "encoder_only": "bool"}.get(key, "int" if key in SIZES else "str")
+        whole = key in SIZES or key == "seed"
+        kind = "float" if key in FLOATS else "bool" if key in BOOLS else "int" if whole else "str"
         try:
             overrides[key] = typed(read_word(value, kind), kind)
         except (YAMLError, ValueError):

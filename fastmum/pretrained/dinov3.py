@@ -85,15 +85,21 @@ def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any], given:
     if any(name.startswith("local_cls_norm.") for name in tensors):  # training only, in the files of SAT-493M
         options |= dict(zip(("mean", "std"), NORMALISATIONS["sat493m"], strict=True))
     state = {n: x for n, x in rename(tensors, OURS).items() if not re.fullmatch(r"mask_token|local_cls_norm\..*", n)}
-    if "register_tokens" in state:
-        options["registers"] = state["register_tokens"].shape[1]
-        if not options["registers"]:
-            del state["register_tokens"]
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    if config.get("num_register_tokens", registers) != registers:
+        raise WeightsError(f"num_register_tokens is {config['num_register_tokens']}, but there are {registers}")
+    if registers:
+        options["registers"] = registers
+    else:
+        state.pop("register_tokens", None)
     for name in [name for name in state if name.endswith("attn.q.weight")]:
         parts = [state.pop(name.replace(".q.", f".{part}.")) for part in "qkv"]
         state[name.replace(".q.", ".qkv.")] = torch.cat(parts)
-    for name in [name for name in state if name.endswith("attn.qkv.weight")]:
-        _complete_bias(state, name.removesuffix("weight"))
+    if any(re.fullmatch(r"storage_tokens|blocks\.\d+\.ls1\.gamma", name) for name in tensors):
+        if "rope_embed.periods" not in state:
+            raise WeightsError("rope_embed.periods is missing")
+    else:
+        _complete_biases(state)
     masks = [tensor for name, tensor in state.items() if name.endswith("bias_mask")]
     if not all(mask.isfinite().all() for mask in masks):
         raise WeightsError("attn.qkv.bias_mask has values that are not finite: it was never initialised")
@@ -107,13 +113,16 @@ def from_dinov3(tensors: Mapping[str, Tensor], config: Mapping[str, Any], given:
     return Found(state, sizes | ({} if heads is None else {"num_heads": heads}), options)
 
 
-def _complete_bias(state: State, layer: str) -> None:
-    """Join the biases of q, k and v, as far as there are any, and mask those that are absent."""
-    if f"{layer}bias" in state:
-        return
-    weight, part = state[f"{layer}weight"], layer.replace(".qkv.", ".{}.bias")
-    zero = weight.new_zeros(len(weight) // 3)
-    found = [state.pop(part.format(name), None) for name in "qkv"]
-    state[f"{layer}bias"] = torch.cat([zero if bias is None else bias for bias in found])
-    if any(bias is None for bias in found):
-        state[f"{layer}bias_mask"] = torch.cat([zero if bias is None else zero + 1 for bias in found])
+def _complete_biases(state: State) -> None:
+    """Join the biases of q, k and v where blocks have them apart or not at all, and mask those that are absent."""
+    absent = set()
+    for name in [name for name in state if name.endswith("attn.qkv.weight") and f"{name[:-6]}bias" not in state]:
+        weight, whole, part = state[name], f"{name[:-6]}bias", name.replace("qkv.weight", "{}.bias")
+        found = [state.pop(part.format(each), None) for each in "qkv"]
+        absent.add(tuple(bias is None for bias in found))
+        zero = weight.new_zeros(len(weight) // 3)
+        state[whole] = torch.cat([zero if bias is None else bias for bias in found])
+        if any(bias is None for bias in found):
+            state[f"{whole}_mask"] = torch.cat([zero if bias is None else zero + 1 for bias in found])
+    if len(absent) > 1:
+        raise WeightsError("some blocks have biases of q, k or v that others have not")

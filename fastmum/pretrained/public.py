@@ -3,6 +3,7 @@
 Files are recognised by their keys. What has such keys but computes something else is refused by name.
 """
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -16,16 +17,18 @@ from fastmum.files import expand_user
 from fastmum.model.options import TABLES, EncoderOptions
 from fastmum.pretrained.croco import from_croco
 from fastmum.pretrained.dinov3 import from_dinov3
-from fastmum.pretrained.files import Saved, read_file
+from fastmum.pretrained.files import MODEL_TYPES, Saved, read_file
 from fastmum.pretrained.layout import NORMALISATIONS, WRAPPERS, Found, State, WeightsError, find_state
 from fastmum.pretrained.mae import from_mae
 from fastmum.pretrained.timm_files import check_architecture, find_timm
 
+log = logging.getLogger(__name__)
+
 KINDS = {
-    "dinov3": "dinov3:PATH  DINOv3 ViT-S, B or L: a .pth, a folder of transformers, timm's file or folder",
-    "mae": "mae:PATH     MAE: a .pth with or without decoder, a folder of transformers, timm's file or folder",
-    "croco": "croco:PATH   CroCo v2, DUSt3R or MASt3R: a .pth",
-    "timm": "timm:NAME    a model of timm that computes the same as one of these, in the local cache of the hub",
+    "dinov3": "DINOv3 ViT-S, B or L: a .pth, a folder of transformers, timm's file or folder",
+    "mae": "MAE: a .pth with or without decoder, a folder of transformers, timm's file or folder",
+    "croco": "CroCo v2, DUSt3R or MASt3R: a .pth",
+    "timm": "a model of timm that computes the same as one of these, in the local cache of the hub, or a path",
 }
 READERS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], Mapping[str, Any]], Found]] = {
     "dinov3": from_dinov3, "mae": from_mae, "croco": from_croco,
@@ -47,8 +50,7 @@ LAYOUTS = (
     Layout("dinov3", (r"layer\.0\.attention\.q_proj\.",),
            ("embeddings.cls_token", "embeddings.patch_embeddings.weight")),
     Layout("mae", (r"embeddings\.position_embeddings$",), ("embeddings.cls_token", "embeddings.position_embeddings")),
-    Layout("dinov3", (r"rope_embed\.periods$", r"storage_tokens$|blocks\.0\.ls1\.gamma$"),
-           (*PLAIN, "rope_embed.periods")),
+    Layout("dinov3", (r"storage_tokens$|blocks\.0\.ls1\.gamma$",), PLAIN),
     Layout("mum", (r"rope_embed\.periods$",)),
     Layout("mae", (r"cls_token$", r"pos_embed$"), (*PLAIN, "pos_embed")),
     Layout("dinov3", (r"cls_token$", r"blocks\.0\.gamma_1$"), PLAIN),
@@ -83,6 +85,9 @@ def read_public(kind: str, where: str, overrides: Mapping[str, Any]) -> Public:
     saved = read_file(path)
     about = about or saved.config
     check_architecture(path, about)
+    model = saved.config.get("model_type")
+    if model is not None and model not in MODEL_TYPES:
+        raise WeightsError(f"'{path}' is transformers' {model}, which fastmum's encoder does not compute")
     layout = _layout(saved)
     found_kind = None if layout is None else layout.kind
     if layout is None or found_kind not in READERS or kind not in (found_kind, "timm"):
@@ -100,6 +105,8 @@ def read_public(kind: str, where: str, overrides: Mapping[str, Any]) -> Public:
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise WeightsError(f"'{path}' does not hold an encoder of the kind {kind} ({what})") from None
+    if layout.kind == "dinov3" and options["layer_scale"] and "registers" not in options:
+        log.warning("'%s' has no registers, unlike every released DINOv3", path)
     options |= _normalisation(saved, about, overrides.get("normalisation"))
     if "rope_rescale" in overrides and layout.kind == "dinov3":
         options["rope_rescale"] = _factor(overrides["rope_rescale"])
@@ -144,10 +151,9 @@ def _normalisation(saved: Saved, about: Mapping[str, Any], name: Any) -> dict[st
         return dict(zip(("mean", "std"), NORMALISATIONS[name], strict=True))
     timm = about.get("pretrained_cfg", about)
     for table, keys in ((saved.images, ("image_mean", "image_std")), (timm, ("mean", "std"))):
-        values = [table.get(key) for key in keys] if isinstance(table, Mapping) else []
-        if all(isinstance(each, list | tuple) and len(each) == 3 for each in values) and values:
-            mean, std = (tuple(float(x) for x in each) for each in values)
-            return {"mean": mean, "std": std}
+        mean, std = (table.get(key) if isinstance(table, Mapping) else None for key in keys)
+        if isinstance(mean, list | tuple) and isinstance(std, list | tuple):
+            return {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
     return {}
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -14,6 +13,7 @@ from fastmum.data.errors import DataError
 from fastmum.evaluate.__main__ import load_weights, main
 from fastmum.evaluate.records import read, save
 from fastmum.evaluate.results import table
+from fastmum.pretrained import read_pretrained
 
 QUICK = ["--size", "64", "--pictures", "1", "--device", "cpu"]
 PROBES = ["--steps", "6", "--every", "3", "--batch", "2", "--learning-rates", "1e-3", "1e-2", "--weight-decays", "0"]
@@ -40,9 +40,13 @@ def error_of(code, capsys):
 
 
 def test_three_evaluations_make_one_page(weights, wall_file, tmp_path, capsys):
-    out = tmp_path / "out"
+    out, scores = tmp_path / "out", []
     assert run("matching", weights, wall_file, out, *PROBES) == 0
-    assert run("discriminant", weights, wall_file, out) == 0
+    for _ in range(2):  # the second time from the cache
+        assert run("discriminant", weights, wall_file, out, "--cache", str(tmp_path / "cache")) == 0
+        scores.append(read(out)[1].content["scores"])
+    assert scores[0] == scores[1]
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 16
     assert run("cosine", weights, wall_file, out, "--name", "mine & yours") == 0
     assert run("attention", "random:mum_tiny", wall_file, out, "--max-pairs", "3") == 0
     printed, records = capsys.readouterr().out, read(out)
@@ -118,18 +122,19 @@ def test_order_and_random_weights_follow_the_seed(wall_file, tmp_path):
     assert found[0] == found[1] != found[2]
 
 
-def test_names_of_weights(weights, monkeypatch):
-    module = "fastmum.evaluate.__main__"
-    monkeypatch.setattr(f"{module}.read_pretrained", lambda source: SimpleNamespace(frames=24))
-    monkeypatch.setattr(f"{module}.build", lambda pretrained, device, dtype: None)
-    sources = "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/step_7", str(weights)
-    found = [load_weights(source, None, torch.device("cpu"), {}) for source in sources]
-    assert found == [(name, None, 24) for name in ("a", "a", "a step_7", "small")]
+def test_names_of_weights(weights):
+    pretrained = read_pretrained(weights)
+    specs = "runs/a", "runs/a/checkpoints", "runs/a/checkpoints/step_7", str(weights), f"mae:{weights}"
+    names = [pretrained._replace(spec=spec).name for spec in (*specs, "random:mum_tiny")]
+    assert names == ["a", "a", "a step_7", "small", "small", "untrained mum_tiny"]
+    about, model = load_weights(str(weights), None, torch.device("cpu"), {})
+    assert (about["weights"], about["source"], about["frames"]) == ("small", str(weights), None)
+    assert about["encoder"] == model.about
 
 
 ERRORS = [
     ("--weights nowhere.pth", "nowhere.pth"), ("--weights random:mum_huge", "'mum_huge'"),
-    ("--weights random:mum_tiny --set key=teacher", "--set key"),
+    ("--weights random:mum_tiny --set key=teacher", "'key'"),
     ("--weights random:mum_tiny --set norm_eps=small", "norm_eps=small"),
     ("--weights random:mum_tiny --set num_heads=5", "num_heads 5"), ("--set depth", "KEY=VALUE"),
     ("--set device=cpu", "--device"), ("--set deepth=3", "'depth'"), ("--data nowhere", "'nowhere'"),

@@ -1,11 +1,6 @@
-"""Numbers of public code (VGGT, Reloc3r, RoMa, Pi3, open3d, CAPI, the depth toolbox): its own outputs, as files.
-
-The folder is taken from FASTMUM_FIXTURES, else ../shared/downstream/fixtures next to the checkout. Every file of a
-layout is run, whatever its prefix.
-"""
+"""Numbers of public code (VGGT, Reloc3r, RoMa, Pi3, open3d, CAPI, the depth toolbox): its own outputs, as files."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from public_files import files
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from scipy.spatial import cKDTree
@@ -20,16 +16,6 @@ from scipy.spatial import cKDTree
 from fastmum.geometry import align, metrics
 from fastmum.geometry.camera import Camera, camera_from_pytorch3d, rigid_inverse, transform, unproject
 from fastmum.geometry.crop import View, clean_depth, reloc3r_view, vggt_view
-
-ROOT = Path(__file__).resolve().parents[2].parent / "shared/downstream/fixtures"
-FIXTURES = Path(os.environ.get("FASTMUM_FIXTURES") or ROOT)
-
-
-def files(folder: str, ending: str) -> list[Any]:
-    """The files of a layout as parameters; one skipped parameter where there are none."""
-    found = sorted((FIXTURES / folder).glob(f"*_{ending}"))
-    absent = pytest.mark.skip(reason=f"no {folder}/*_{ending} in {FIXTURES}: set FASTMUM_FIXTURES")
-    return [pytest.param(file, id=file.stem) for file in found] or [pytest.param(Path(), marks=absent, id="absent")]
 
 
 def described(file: Path) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Features of frozen encoders on disk, each computed once: for probes, which read them in every epoch.
+
+A folder for each encoder and description of what is computed, with a file for each image.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from fastmum.errors import writing
+from fastmum.features.images import FeaturesError
+from fastmum.features.store import Tokens, read_features, write_features
+from fastmum.files import write_atomic
+from fastmum.model.encoder import Encoder
+
+log = logging.getLogger(__name__)
+
+NAME = "image"  # of the only image in a file
+
+
+class FeatureCache:
+    """Tokens of a frozen encoder by keys of images.
+
+    `about` describes all that determines them besides the encoder and the images: resizing, blocks, norm, dtype. Keys
+    are `image_key` or `file_key` of the images. Processes may share a folder: files are complete or absent.
+    """
+
+    def __init__(self, folder: Path, encoder: Encoder, about: Mapping[str, Any]) -> None:
+        if encoder.training:
+            raise FeaturesError("only features of a frozen encoder can be cached, but this one is in train mode")
+        key = {"weights": weights_digest(encoder), **about}
+        self.folder = folder / _digest(json.dumps(key, sort_keys=True).encode())
+        with writing(self.folder, FeaturesError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / "about.json", json.dumps(key | {"encoder": dict(encoder.about)}, indent=1))
+
+    def tokens(self, keys: Sequence[str], compute: Callable[[list[int]], Sequence[Tokens]]) -> list[Tokens]:
+        """Tokens by keys; `compute` returns those of the missing ones, of which it gets the indices.
+
+        FeaturesError: a file cannot be written. A file that cannot be read is computed again.
+        """
+        files = [self.folder / f"{_digest(key.encode())}.safetensors" for key in keys]
+        found = {i: tokens for i, file in enumerate(files) if file.exists() and (tokens := _read(file))}
+        if missing := [i for i in range(len(files)) if i not in found]:
+            for i, tokens in zip(missing, compute(missing), strict=True):
+                write_features(files[i], {NAME: tokens}, {"key": keys[i]})
+                found[i] = tokens
+        return [found[i] for i in range(len(files))]
+
+
+def _read(file: Path) -> Tokens | None:
+    try:
+        return read_features(file)[0][NAME]
+    except (FeaturesError, KeyError) as error:
+        log.warning("%s: it is computed again", error)
+        return None
+
+
+def image_key(image: Tensor) -> str:
+    """The key of an image's pixels, as the encoder gets them: (H, W, 3) uint8 on the CPU."""
+    return f"{list(image.shape)} {_digest(image.contiguous().numpy().tobytes())}"
+
+
+def file_key(file: Path) -> str:
+    """The key of an image file that need not be decoded: its path, size and time of modification."""
+    stat = file.stat()
+    return f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def weights_digest(encoder: Encoder) -> str:
+    """A digest of an encoder's weights, sizes and options: equal for equal features, whatever file they are from."""
+    sizes = [dataclasses.asdict(each) for each in (encoder.config, encoder.options)]
+    digest = xxhash.xxh3_128(json.dumps(sizes).encode())
+    for name, tensor in encoder.state_dict().items():
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest(content: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(content)

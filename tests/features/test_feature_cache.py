@@ -1,0 +1,54 @@
+"""Features on disk: each image of each encoder is computed once."""
+
+import logging
+
+import pytest
+import torch
+
+import fastmum
+from fastmum.features import FeatureCache, FeaturesError, Tokens, file_key, image_key
+from fastmum.features.images import Placement
+
+IMAGES = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+KEYS = [image_key(image) for image in IMAGES]
+
+
+def test_features_are_computed_once(tiny, tmp_path, caplog):
+    torch.save(tiny.state_dict(), tmp_path / "w.pth")
+    encoder, other, calls = fastmum.load_encoder(tmp_path / "w.pth"), fastmum.load_encoder("random:mum_tiny"), []
+
+    def tokens(encoder, keys, **about):
+        def compute(missing):
+            calls.append(missing)
+            (found,) = encoder.tokens(IMAGES[missing], norm=True)
+            rows = zip(found.cls, found.patch, strict=True)
+            return [Tokens(cls, patch, Placement(32, 48, 32, 48)) for cls, patch in rows]
+
+        return FeatureCache(tmp_path / "cache", encoder, about).tokens(keys, compute)
+
+    (first,) = tokens(encoder, KEYS[:1])
+    both = tokens(fastmum.load_encoder(tmp_path / "w.pth"), KEYS)
+    assert calls == [[0], [1]]
+    assert torch.equal(both[0].patch, first.patch)
+    assert torch.equal(both[1].patch, encoder.tokens(IMAGES[1:], norm=True)[0].patch[0])
+    tokens(encoder, KEYS, size=32)  # another transform
+    tokens(fastmum.load_encoder(tmp_path / "w.pth", norm_eps=1e-6), KEYS)
+    tokens(other, KEYS)
+    assert calls[2:] == [[0, 1]] * 3
+    for file in (tmp_path / "cache").glob("*/*.safetensors"):
+        file.write_bytes(b"")  # a damaged disk
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(tokens(encoder, KEYS)[0].patch, first.patch)
+    assert "computed again" in caplog.text
+    with pytest.raises(FeaturesError, match="train mode"):
+        tokens(encoder.train(), KEYS)
+
+
+def test_keys_follow_the_content(tmp_path):
+    file = tmp_path / "a.png"
+    file.write_bytes(b"1")
+    key = file_key(file)
+    assert file_key(file) == key
+    file.write_bytes(b"22")
+    assert file_key(file) != key
+    assert len({*KEYS, image_key(IMAGES[0].transpose(0, 1))}) == 3
