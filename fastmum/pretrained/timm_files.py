@@ -27,7 +27,8 @@ def find_timm(name: str) -> tuple[Path, Mapping[str, Any]]:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         raise WeightsError(f"timm:{name} is no path, and names need timm: pip install timm") from None
-    found = timm.get_pretrained_cfg(name, allow_unregistered=False) if timm.is_model(name) else None
+    known = timm.is_model(name) and timm.is_model_pretrained(name)
+    found = timm.get_pretrained_cfg(name) if known else None
     if found is None or not found.hf_hub_id:
         raise WeightsError(f"timm {timm.__version__} has no weights '{name}' on the hub")
     about = found.to_dict()

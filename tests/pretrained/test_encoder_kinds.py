@@ -218,7 +218,7 @@ def test_specs_and_overrides_that_are_refused(state, save, tmp_path):
         (f"dinov3:{file}", {"encoder_only": False}, "decoder"),
         (f"dinov3:{tmp_path / 'nothing'}", {}, "does not exist"),
         ("random:mum_huge", {}, "mum_huge"), ("random:mum_tiny", {"key": "teacher"}, "'key'"),
-        ("timm:vit_base_patch14_dinov2", {}, "timm's vit_base_patch14_dinov2"), ("timm:resnet50", {}, "timm's resnet50"),
+        ("timm:vit_base_patch14_dinov2", {}, "timm's vit_base_patch14_dinov2"),
     ):  # fmt: skip
         with pytest.raises(WeightsError) as caught:
             fastmum.load_encoder(spec, **overrides)
@@ -233,6 +233,26 @@ def test_specs_and_overrides_that_are_refused(state, save, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(WeightsError, match=words):
             fastmum.load_encoder(f"dinov3:{tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m", "vit_small_patch16_224.dino"])
+def test_names_of_timm(name, tmp_path, monkeypatch):
+    timm, constants = pytest.importorskip("timm"), pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsError, match="not in the local cache"):
+        fastmum.load_encoder(f"timm:{name}")
+    with pytest.raises(WeightsError, match="has no weights"):
+        fastmum.load_encoder(f"timm:{name}_other")
+    theirs = timm.create_model(name, depth=2, dynamic_img_size=True).eval()
+    repository = tmp_path / f"models--timm--{name}"
+    for folder in ("refs", "snapshots/1"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs/main").write_text("1")
+    save_file(theirs.state_dict(), repository / "snapshots/1/model.safetensors")
+    encoder, images = fastmum.load_encoder(f"timm:{name}"), torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        (ours,) = encoder.tokens(images, norm=True)
+        assert difference(ours.patch, theirs.forward_features(images)[:, encoder.options.prefix :]) < 5e-6
 
 
 def test_several_models_in_a_file(state, save):
