@@ -150,7 +150,7 @@ def _dense_losses(residual: Tensor, confidence: Tensor, gradient: Tensor, valid:
     weighted = clean(residual * confidence - ALPHA * confidence.log())
     losses = {"confidence": _filtered_mean(weighted, valid), "error": _filtered_mean(residual, valid)}
     enough = valid.sum() >= LEAST_PIXELS
-    return {name: torch.where(enough, clean(loss), 0) for name, loss in (losses | {"gradient": gradient}).items()}
+    return {name: torch.where(enough, loss, 0) for name, loss in (losses | {"gradient": gradient}).items()}
 
 
 def _filtered_mean(values: Tensor, valid: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _normal_loss(points: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     normals, where = _normals(points, valid)
     cosines = (normals * _normals(target, valid)[0]).sum(-1).clamp(-1 + 1e-8, 1 - 1e-8)
     count = where.sum()
-    mean = torch.where(where, 1 - cosines, 0).sum() / count.clamp(min=1)
+    mean = torch.where(where, clean(1 - cosines), 0).sum() / count.clamp(min=1)
     return torch.where(count >= LEAST_NORMALS, mean, 0)
 
 

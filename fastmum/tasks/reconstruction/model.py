@@ -10,6 +10,8 @@ from fastmum.tasks.reconstruction.camera import CameraHead
 from fastmum.tasks.reconstruction.dpt import LEVELS, Dpt
 from fastmum.tasks.reconstruction.losses import Prediction
 
+RECOMPUTE = ("none", "blocks", "all")
+
 
 @dataclass(frozen=True)
 class ReconstructionConfig:
@@ -69,17 +71,31 @@ class Reconstruction(nn.Module):
         self.depth_head = Dpt(dim, 1, "exp", *dense)
         self.point_head = Dpt(dim, 3, "inv_log", *dense) if config.points else None
 
-    def forward(self, images: Tensor, lengths: Sequence[int]) -> Prediction:
-        """Predict from frames (F, 3, H, W) in 0..1 of packed sequences of `lengths` frames."""
+    def set_recompute(self, what: str) -> None:
+        """Set what the backward pass recomputes instead of saving it, in place; results do not change.
+
+        "none"; "blocks": of the aggregator; "all": also the dense heads, chunk by chunk. ValueError: another value.
+        """
+        if what not in RECOMPUTE:
+            raise ValueError(f"recompute is '{what}', but must be one of {', '.join(RECOMPUTE)}")
+        self.aggregator.recompute = what != "none"
+        for head in (self.depth_head, self.point_head):
+            if head is not None:
+                head.recompute = what == "all"
+
+    def forward(self, images: Tensor, lengths: Sequence[int], longest: int | None = None) -> Prediction:
+        """Predict from frames (F, 3, H, W) in 0..1 of packed sequences of `lengths` frames, at most `longest`."""
         assert self.encoder is not None
         size = self.config.patch_size
         grid = images.shape[2] // size, images.shape[3] // size
-        return self.predict(self.encoder(images), grid, Sequences.of(lengths, images.device))
+        return self.predict(self.encoder(images), grid, Sequences.of(lengths, images.device), longest)
 
-    def predict(self, patches_FPE: Tensor, grid: tuple[int, int], sequences: Sequences) -> Prediction:
+    def predict(
+        self, patches_FPE: Tensor, grid: tuple[int, int], sequences: Sequences, longest: int | None = None
+    ) -> Prediction:
         """Predict from the encoder's patch tokens (F, P, E)."""
         config = self.config
-        *taps, last = self.aggregator(patches_FPE, grid, sequences, (*config.taps, config.pairs - 1))
+        *taps, last = self.aggregator(patches_FPE, grid, sequences, (*config.taps, config.pairs - 1), longest)
         cameras = self.camera_head(last.select(tokens=slice(0, 1))[:, 0], sequences)
         depth, depth_confidence = self.depth_head(taps, grid, config.patch_size)
         points = points_confidence = None
