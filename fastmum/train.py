@@ -95,11 +95,12 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
     broadcast_weights(model, world)
     dtype, reduce_dtype = MATRIX_DTYPE[precision], MATRIX_DTYPE[config.parallel.reduce]
     blocks, parallel = task.blocks(model), config.parallel
-    if shard(model, blocks, world, parallel.strategy, parallel.shard, dtype, reduce_dtype):
+    exact = task.exact(model)
+    if shard(model, blocks, world, parallel.strategy, parallel.shard, dtype, reduce_dtype, exact):
         dtype = torch.float32  # FSDP casts the weights that it gathers
     groups = task.groups(model)
     matrices, products = task.matrices(model), MATRIX_DTYPE[precision]
-    optimizer = build_optimizer(model, config.optim, dtype, groups, matrices, world, products)
+    optimizer = build_optimizer(model, config.optim, dtype, groups, matrices, world, products, exact)
     ema = Ema(optimizer.weights, config.train.ema) if config.train.ema is not None else None
     guard, meter = NonFiniteGuard(world.device), Meter(task.metrics, world)
     buffers = {f"model.{name}": buffer for name, buffer in task.buffers(model).items()}

@@ -62,7 +62,8 @@ class OptimSection:
     optimizer: str = key(
         "adamw", "adamw (fused), muon, or apex (NVIDIA's AdamW, from source)", choices=("adamw", "muon", "apex")
     )
-    base_lr: float = key(1e-4, "peak learning rate for 256 frames per step, scaled linearly with them", above=0)
+    base_lr: float = key(1e-4, "peak learning rate for lr_frames frames per step, scaled linearly with them", above=0)
+    lr_frames: int = key(256, "frames per step that base_lr is for; 0: any number, rates are not scaled", least=0)
     weight_decay: float = key(0.05, "not applied to biases, norms and other 1-D parameters", least=0)
     betas: list[float] = key([0.9, 0.95], "AdamW's betas", least=0, below=1, length=2)
     eps: float = key(1e-8, "AdamW's epsilon", above=0)
@@ -75,6 +76,7 @@ class OptimSection:
         "cosine", "cosine, step (at milestones) or wsd (constant, then linear)", choices=("cosine", "step", "wsd")
     )
     warmup_steps: int = key(25_000, "steps of linear warm-up", least=0)
+    warmup_lr: float = key(0.0, "learning rate before the first step of the warm-up, scaled like base_lr", least=0)
     min_lr: float = key(0.0, "cosine, wsd: learning rate at the end, scaled like base_lr", least=0)
     milestones: list[int] = key([], "step: steps at which the learning rate is multiplied by gamma", least=1)
     gamma: float = key(0.1, "step: factor at each milestone", above=0)

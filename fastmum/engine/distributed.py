@@ -205,7 +205,7 @@ def broadcast_weights(model: nn.Module, world: DistContext) -> None:
 
 def shard(
     model: nn.Module, blocks: Iterable[nn.Module], world: DistContext, strategy: str, group_size: int,
-    dtype: torch.dtype, reduce_dtype: torch.dtype,
+    dtype: torch.dtype, reduce_dtype: torch.dtype, exact: Iterable[nn.Module] = (),
 ) -> bool:  # fmt: skip
     """Shard the trained weights of all `nn.Linear` in a float32 model, in place; gradients are summed, not averaged.
 
@@ -216,15 +216,18 @@ def shard(
         strategy: "fsdp2", "hsdp", or "ddp", which shards nothing.
         group_size: devices that share one copy of the weights ("hsdp"); 0: the devices of a machine.
         dtype, reduce_dtype: of the gathered matrices, and of the sums of their gradients.
+        exact: modules whose matrices are gathered in float32, each at once.
     """
     if strategy == "ddp" or world.size == 1:
         return False
     mesh = _mesh(world, strategy, group_size)
     matrices = {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.requires_grad}
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    for module in (*blocks, model):
+    parts = [(module, torch.float32) for module in exact if not matrices.isdisjoint(module.parameters())]
+    parts += [(module, dtype) for module in (*blocks, model)]
+    for module, param_dtype in parts:
         fully_shard(
-            module, mesh=mesh, mp_policy=policy, reshard_after_forward=True,
+            module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False),
+            reshard_after_forward=True,
             ignored_params=set(model.parameters()) - matrices,
         )  # fmt: skip
         assert isinstance(module, FSDPModule)

@@ -56,11 +56,14 @@ class Weight(NamedTuple):
         return stored.join() if isinstance(stored, Halves) else stored
 
 
-def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.dtype) -> list[Weight]:
+def split_weights(
+    model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.dtype, exact: Iterable[nn.Module] = ()
+) -> list[Weight]:
     """The trainable weights of a float32 model, in its order; matrices and their biases become `dtype`, in place.
 
-    torch.bfloat16 splits the weights into halves. torch.float32 changes nothing, as for models sharded by FSDP, which
-    casts when it gathers. ValueError: a trainable parameter in no group or in several, or a frozen one in a group.
+    torch.bfloat16 splits the weights into halves, but for modules in `exact`. torch.float32 changes nothing, as for
+    models sharded by FSDP, which casts when it gathers. ValueError: a trainable parameter in no group or in several, or
+    a frozen one in a group.
     """
     group_of: dict[nn.Parameter, ParamGroup] = {}
     for group in groups:
@@ -73,15 +76,16 @@ def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.d
             state = "trainable, but in no group" if parameter.requires_grad else "frozen, but in a group"
             raise ValueError(f"the parameter '{name}' is {state}")
     rests: dict[nn.Parameter, Tensor] = {}
+    whole = {module for part in exact for module in part.modules()}
     for module in model.modules():
-        if isinstance(module, CAST_MODULES):
+        if isinstance(module, CAST_MODULES) and module not in whole:
             for p in module.parameters(recurse=False):
                 if p in group_of and p.dtype != dtype:
                     p.data, rests[p] = Halves.of(p.detach())
     weights = [
-        Weight(name, p, rests.get(p), group_of[p].lr_scale, group_of[p].weight_decay if p.ndim > 1 else 0.0)
+        Weight(name, p, rests.get(p), group.lr_scale, group.weight_decay if p.ndim > 1 or group.decay_vectors else 0.0)
         for name, p in model.named_parameters()
-        if p.requires_grad
+        if (group := group_of.get(p)) is not None
     ]
 
     def clear_rests(model: nn.Module, incompatible: object) -> None:
@@ -96,13 +100,14 @@ def split_weights(model: nn.Module, groups: Sequence[ParamGroup], dtype: torch.d
 def build_optimizer(
     model: nn.Module, optim: OptimSection, dtype: torch.dtype = torch.float32,
     groups: Sequence[ParamGroup] | None = None, matrices: Mapping[nn.Parameter, int] | None = None,
-    world: DistContext | None = None, product_dtype: torch.dtype | None = None,
+    world: DistContext | None = None, product_dtype: torch.dtype | None = None, exact: Iterable[nn.Module] = (),
 ) -> Optimizer:  # fmt: skip
     """The optimizer of a model with matrices of `dtype`; ConfigError if `optim.optimizer` cannot be used.
 
-    For Muon: `matrices` as in `Task.matrices`, and the dtype of its products, by default `dtype`.
+    `exact` are modules whose matrices stay float32 (`Task.exact`). For Muon: `matrices` as in `Task.matrices`, and the
+    dtype of its products, by default `dtype`.
     """
-    weights = split_weights(model, groups or default_groups(model, optim), dtype)
+    weights = split_weights(model, groups or default_groups(model, optim), dtype, exact)
     if optim.optimizer == "muon":
         from fastmum.engine.muon import Muon
 
@@ -243,19 +248,17 @@ def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
         yield chunk
 
 
-BASE_SAMPLES = 256  # the base learning rate is for this many samples (frames) per step
-
-
 def learning_rate(step: int, steps: int, optim: OptimSection, samples_per_step: int) -> float:
     """The learning rate of a step, counted from 0.
 
-    Linear warm-up to the peak `base_lr` * samples_per_step / 256, then by `optim.schedule`:
+    Linear warm-up to the peak `base_lr` * samples_per_step / `lr_frames`, then by `optim.schedule`:
     cosine: half a cosine down to `min_lr` (scaled like the peak); step: times `gamma` at each milestone; wsd: constant,
     then linear to `min_lr` over the last `decay_share` of all steps.
     """
-    peak, least = optim.base_lr * samples_per_step / BASE_SAMPLES, optim.min_lr * (samples_per_step / BASE_SAMPLES)
+    scale = samples_per_step / optim.lr_frames if optim.lr_frames else 1.0
+    first, peak, least = (rate * scale for rate in (optim.warmup_lr, optim.base_lr, optim.min_lr))
     if step < optim.warmup_steps:
-        return peak * (step + 1) / optim.warmup_steps
+        return first + (peak - first) * (step + 1) / optim.warmup_steps
     if optim.schedule == "step":
         return peak * optim.gamma ** sum(step >= milestone for milestone in optim.milestones)
     if optim.schedule == "wsd":

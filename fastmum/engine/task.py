@@ -48,7 +48,8 @@ class ParamGroup:
     parameters: list[nn.Parameter]  # in the order of the forward pass
     name: str = "all"  # in the log: `grad_norm/<name>`, if there are several groups
     lr_scale: float = 1.0
-    weight_decay: float = 0.0  # biases, norms and other 1-D parameters do not decay
+    weight_decay: float = 0.0
+    decay_vectors: bool = False  # whether biases, norms and other 1-D parameters decay, too
     clip: float | None = None  # largest norm of the group's gradient
 
 
@@ -105,6 +106,10 @@ class Task(ABC):
 
     def blocks(self, model: Any) -> list[nn.Module]:
         """Modules whose matrices FSDP gathers one after another."""
+        return []
+
+    def exact(self, model: Any) -> list[nn.Module]:
+        """Modules that compute in float32, with autocast off: their matrices are neither split nor cast."""
         return []
 
     def groups(self, model: Any) -> list[ParamGroup]:

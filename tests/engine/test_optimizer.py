@@ -103,6 +103,17 @@ def test_matrices_and_their_biases_are_split_without_loss(tiny):
     assert not any(weight.rest.any() for weight in weights if weight.rest is not None)
 
 
+def test_matrices_of_exact_modules_stay_whole_and_vectors_decay_if_asked(tiny):
+    groups = default_groups(tiny, OptimSection(weight_decay=0.1))
+    groups[0].decay_vectors = True
+    weights = split_weights(tiny, groups, torch.bfloat16, [tiny.blocks[0].mlp])
+    assert {w.weight_decay for w in weights} == {0.1}
+    inside = [w for w in weights if w.name.startswith("blocks.0.mlp.")]
+    assert {w.parameter.dtype for w in inside} == {torch.float32}
+    assert {w.rest for w in inside} == {None}
+    assert tiny.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+
+
 def set_gradients(optimizer, make=torch.randn_like):
     for weight in optimizer.weights:
         weight.parameter.grad = make(weight.parameter)
@@ -160,6 +171,9 @@ def test_schedules():
     # 64 GPUs of 96 frames: 2.4e-3 (the paper's run)
     assert learning_rate(25_000, 500_000, OptimSection(), 64 * 96) == pytest.approx(2.4e-3)
     assert learning_rate(0, 10, OptimSection(base_lr=1.0, warmup_steps=0), 256) == pytest.approx(1.0)
+    vggt = OptimSection(base_lr=2e-4, lr_frames=0, warmup_steps=5, warmup_lr=1e-8, min_lr=1e-8)
+    rates = [learning_rate(i, 100, vggt, 48) for i in (0, 4, 5, 100)]
+    assert rates == pytest.approx([1e-8 + (2e-4 - 1e-8) / 5, 2e-4, 2e-4, 1e-8])
     step = OptimSection(base_lr=1.0, warmup_steps=2, schedule="step", milestones=[5, 8], gamma=0.1)
     assert [learning_rate(i, 10, step, 256) for i in (0, 2, 4, 5, 7, 8)] == pytest.approx([0.5, 1, 1, 0.1, 0.1, 0.01])
     wsd = OptimSection(base_lr=1.0, warmup_steps=2, schedule="wsd", decay_share=0.4, min_lr=0.2)
