@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+from torch import nn
 
 from fastmum.model.block import Block
 from fastmum.model.config import COMPILE_MODES
@@ -40,14 +41,8 @@ def compile_model(
         several_devices: "full" becomes "block", because gradients are reduced over devices during the backward pass.
         cuda_graphs: record compiled regions as CUDA graphs.
     """
-    if mode not in COMPILE_MODES:
-        raise ValueError(f"compile mode is '{mode}', but must be one of {', '.join(COMPILE_MODES)}")
-    is_cuda = next(model.parameters()).is_cuda
-    pays = is_cuda or steps >= CPU_STEPS_TO_PAY
-    chosen = mode if mode != "auto" else "block" if pays else "off"
-    if chosen != "off" and not has_cpp_compiler():
-        log.warning("no C++ compiler is found (g++, clang++ or $CXX), so nothing is compiled and the model runs eager")
-        chosen = "off"
+    device = next(model.parameters()).device
+    is_cuda, chosen = device.type == "cuda", choose_mode(mode, device, steps)
     if chosen == "full" and not isinstance(model, MuM):
         chosen = "block"
     if chosen == "full" and several_devices:
@@ -57,8 +52,6 @@ def compile_model(
         what = "nothing is compiled" if is_cuda else "the model is not on a CUDA device"
         raise ValueError(f"CUDA graphs record what is compiled for CUDA, and {what}")
     log.info("torch.compile: %s%s", chosen, f" (model.compile={mode})" if mode != chosen else "")
-    if chosen != "off":
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     how: dict[str, Any] = {"fullgraph": True, "backend": backend}
     if isinstance(model, MuM):
         model.cuda_graphs = cuda_graphs
@@ -73,18 +66,32 @@ def compile_model(
     return chosen
 
 
+def choose_mode(mode: str, device: torch.device, steps: int) -> str:
+    """The mode "auto" resolved, as in `compile_model`; "off" if there is no compiler. ValueError: an unknown mode."""
+    if mode not in COMPILE_MODES:
+        raise ValueError(f"compile mode is '{mode}', but must be one of {', '.join(COMPILE_MODES)}")
+    pays = device.type == "cuda" or steps >= CPU_STEPS_TO_PAY
+    chosen = mode if mode != "auto" else "block" if pays else "off"
+    if chosen != "off" and not has_cpp_compiler():
+        log.warning("no C++ compiler is found (g++, clang++ or $CXX), so nothing is compiled and the model runs eager")
+        chosen = "off"
+    if chosen != "off":
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return chosen
+
+
 @contextlib.contextmanager
-def eager(model: MuM) -> Iterator[None]:
+def eager(model: nn.Module) -> Iterator[None]:
     """Run the regions of a model uncompiled: evaluation has other sizes, for which compiling does not pay.
 
     Attention that is compiled separately (`flex`) stays compiled: eager, it would hold the scores of all tokens.
     """
     with contextlib.ExitStack() as stack:
-        for block in blocks_of(model):
-            stack.callback(setattr, block, "compiled_compute", block.compiled_compute)
-            block.compiled_compute = None
-        stack.callback(setattr, model, "compiled_autoencode", model.compiled_autoencode)
-        model.compiled_autoencode = None
+        for module in model.modules():
+            for region in ("compiled_compute", "compiled_autoencode"):
+                if (compiled := vars(module).get(region)) is not None:
+                    stack.callback(setattr, module, region, compiled)
+                    setattr(module, region, None)
         yield
 
 

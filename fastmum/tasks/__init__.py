@@ -6,7 +6,10 @@ import importlib
 from fastmum.config.schema import ConfigError
 from fastmum.engine.task import Task
 
-TASKS = {"mum": "fastmum.tasks.mum:MuMTask"}
+TASKS = {
+    "mum": "fastmum.tasks.mum:MuMTask",
+    "reconstruction": "fastmum.tasks.reconstruction.task:ReconstructionTask",
+}
 
 
 def find_task(name: str) -> type[Task]:

@@ -16,7 +16,7 @@ def run(request, pool, image_folder, tmp_path):
 
     def run(name, size, *more):
         args = [*request.module.ARGS, f"run.dir={tmp_path / name}", *more]
-        if "run.task=tiny" not in args:
+        if not any(arg.startswith("run.task=") for arg in args):
             args.append(f"data.root={image_folder}")
         assert pool.run(size, run_train, free_port(), args) == [0] * size
         return numbers(tmp_path / name)

@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from fastmum.engine.distributed import DistContext
 from fastmum.geometry.camera import quaternion as numpy_quaternion
+from fastmum.geometry.camera import rigid_inverse, transform
+from fastmum.geometry.camera import unproject as numpy_unproject
+from fastmum.model.config import ModelConfig
 from fastmum.tasks.reconstruction.aggregator import Sequences
+from fastmum.tasks.reconstruction.block import Block
 from fastmum.tasks.reconstruction.camera import decode_cameras, encode_cameras
 from fastmum.tasks.reconstruction.convert import LayoutError, config_of, from_public, to_public
+from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
 from fastmum.tasks.reconstruction.losses import (
     LossWeights,
     Prediction,
@@ -16,8 +23,10 @@ from fastmum.tasks.reconstruction.losses import (
     camera_losses,
     losses_of,
     normalise_scenes,
+    unproject,
 )
 from fastmum.tasks.reconstruction.model import Reconstruction, ReconstructionConfig
+from fastmum.tasks.reconstruction.scores import Scores
 
 CONFIG = ReconstructionConfig(
     encoder_dim=12, embed_dim=16, pairs=4, num_heads=2, registers=2, patch_size=4, taps=(0, 1, 2, 3), dpt_features=16,
@@ -100,7 +109,7 @@ def test_under_autocast_heads_are_float32():
     # The heads of the tokens that were computed in bfloat16, without autocast: the same bits.
     heads = [*model.camera_head(last.select(tokens=slice(0, 1))[:, 0], sequences)]
     heads += model.depth_head(taps, GRID, CONFIG.patch_size)
-    assert all(torch.equal(a.squeeze(-1), b) for a, b in zip(heads[2:], outputs[2:4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(heads[2:], outputs[2:4], strict=True))
     assert torch.equal(heads[0], outputs[0])
     assert any(not torch.equal(a, b) for a, b in zip(outputs, exact, strict=True))
 
@@ -202,3 +211,68 @@ def test_sizes_that_do_not_fit_are_named():
     for change in ({"taps": (0, 1, 2, 6)}, {"embed_dim": 1000}, {"pairs": 0}, {"dpt_levels": (8, 8, 8, 6)}):
         with pytest.raises(ValueError, match=next(iter(change))):
             ReconstructionConfig(**change)
+
+
+def test_world_points_of_depth_maps():
+    scene = make_scene([2])
+    K = scene.K + torch.tensor([[0, 0.7, 0.3], [0, 0, -0.2], [0, 0, 0]])
+    points = unproject(scene.depth, K, scene.camera_from_world)
+    for depth, k, T, found in zip(scene.depth, K, scene.camera_from_world, points, strict=True):
+        expected = transform(rigid_inverse(T.numpy()), numpy_unproject(depth.numpy(), k.numpy()))
+        assert np.allclose(found, expected)
+
+
+def test_scores_of_the_truth_are_perfect_and_of_others_lower():
+    scene, sequences = make_scene([4, 3]), Sequences.of([4, 3])
+    truth = normalise_scenes(scene, sequences)
+    cameras = encode_cameras(truth.camera_from_world, truth.K, (24, 30))
+    depth = truth.depth.clamp(min=0.1)
+    truth = truth._replace(depth=depth)
+
+    def scored(cameras: torch.Tensor, factor: float) -> dict[str, float]:
+        scores = Scores(DistContext())
+        scores.add(Prediction([cameras], factor * depth, depth, None, None), truth, [4, 3], torch.tensor(2.0))
+        return scores.compute()
+
+    assert scored(cameras, 1.0) == pytest.approx({"held_out_loss": 2, "auc30": 1, "abs_rel": 0}, abs=1e-6)
+    worse = scored(torch.cat([cameras[:, :3], cameras[:, 3:7].roll(1, 1), cameras[:, 7:]], 1), 1.5)
+    assert worse["abs_rel"] == pytest.approx(0.5)
+    assert worse["auc30"] < 0.5
+
+
+def test_operations_are_those_that_torch_counts():
+    grid, frames = GRID, 3
+    model = make_model()
+    encoder = ModelConfig(CONFIG.encoder_dim, 1, 1, 12, 2, 1, patch_size=CONFIG.patch_size)
+    with FlopCounterMode(display=False) as counter:
+        model.predict(tokens_of(frames), grid, Sequences.of([frames]))
+    without = frame_flops(CONFIG, grid, encoder, False) - frame_flops(CONFIG, grid, encoder, True)
+    per_frame = frame_flops(CONFIG, grid, encoder, False) + without / 2  # the encoder is 1 or 3 times its forward pass
+    # torch does not count attention on the CPU.
+    attention = 3 * CONFIG.pairs * 4 * (3 + GRID[0] * GRID[1]) ** 2 * CONFIG.embed_dim
+    assert frames * (per_frame - attention) == 3 * counter.get_total_flops()
+    assert square_flops(CONFIG, grid, [2, 3]) == attention * (4 + 9)
+
+
+@pytest.mark.slow
+def test_blocks_compile_once_for_batches_of_any_size():
+    model, graphs = make_model(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compute = torch.compile(Block._compute, fullgraph=True, dynamic=True, backend=backend)
+    counts = []
+    for lengths, grid in (([3, 1, 4], (2, 3)), ([2, 2], (3, 4)), ([5], (2, 5)), ([1, 1, 2], (4, 2)), ([6], (3, 3))):
+        tokens = torch.randn(sum(lengths), grid[0] * grid[1], CONFIG.encoder_dim)
+        results = []
+        for compiled in (None, compute):
+            for block in (*model.aggregator.frame_blocks, *model.aggregator.global_blocks):
+                block.compiled_compute = compiled
+            outputs = flat(model.predict(tokens, grid, Sequences.of(lengths), 6))
+            results.append(outputs + gradients(model, outputs))
+        close(results[1], results[0], 1e-5)
+        counts.append(len(graphs))
+    assert counts[-1] == counts[2], counts
+    assert counts[-1] <= 6

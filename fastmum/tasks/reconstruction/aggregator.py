@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmum.attention import Segments, choose_backend, dense_attention
+from fastmum.engine.device import to_device
 from fastmum.model.block import apply_linear, compute_dtype
 from fastmum.tasks.reconstruction.block import Attend, Block, Rotation
 
@@ -33,7 +34,7 @@ class Sequences(NamedTuple):
             raise ValueError(f"lengths is {list(lengths)}, but every sequence must have at least one frame")
         counts = torch.tensor(lengths)
         firsts, numbers = counts.cumsum(0) - counts, torch.arange(len(counts)).repeat_interleave(counts)
-        return cls(tuple(lengths), *(x.to(device, non_blocking=True) for x in (firsts, numbers)))
+        return to_device(cls(tuple(lengths), firsts, numbers), torch.device(device))
 
     def attention(self, tokens: int, like: Tensor, backend_name: str, longest: int | None = None) -> Attend:
         """Attention within each sequence, of `tokens` for each frame; `longest` as in `Segments.of_frames`."""

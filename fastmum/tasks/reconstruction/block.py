@@ -29,9 +29,9 @@ class Rotation(NamedTuple):
 
         The angle of channel k < d / 4 is the coordinate times 100**(-2k / (d / 2)).
         """
-        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-        positions = torch.stack([y, x], -1).flatten(0, 1) + 1  # (P, 2)
-        positions = torch.cat([positions.new_zeros(special, 2), positions]).to(device)
+        numbers = (torch.arange(1, n + 1, device=device) for n in (rows, columns))
+        positions = torch.stack(torch.meshgrid(*numbers, indexing="ij"), -1).flatten(0, 1)  # (P, 2)
+        positions = torch.cat([positions.new_zeros(special, 2), positions])
         exponent = torch.arange(head_dim // 4, device=device) / (head_dim // 4)
         angles = positions[:, None, :, None] / ROPE_BASE**exponent
         return cls(angles.sin(), angles.cos())

@@ -5,7 +5,7 @@ Legend: F frames, L tokens of a frame, C width of the aggregator, (h, w) patches
 
 import math
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ class Dpt(nn.Module):
     def forward(
         self, taps: Sequence[Tap], grid: tuple[int, int], patch_size: int, frames: slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
-        """Values (F, H, W, outputs) and confidences (F, H, W), above 1, of the selected frames.
+        """Values (F, H, W, outputs), or (F, H, W) of one output, and confidences (F, H, W), above 1, of some frames.
 
         The patches are the last h * w tokens of the taps, four of them.
         """
@@ -103,14 +103,15 @@ class Dpt(nn.Module):
             for part in parts:
                 args = taps, slice(part.start, part.stop, part.step), grid, patch_size
                 if self.recompute and torch.is_grad_enabled():
-                    maps.append(checkpoint(self._maps, *args, use_reentrant=False, preserve_rng_state=False))
+                    maps.append(checkpoint(self.maps, *args, use_reentrant=False, preserve_rng_state=False))
                 else:
-                    maps.append(self._maps(*args))
+                    maps.append(self.maps(*args))
             values, z = torch.cat(maps).permute(0, 2, 3, 1).tensor_split([-1], dim=-1)
+            values = values.squeeze(-1) if values.shape[-1] == 1 else values
             values = values.exp() if self.activation == "exp" else values.sign() * values.abs().expm1()
             return values, 1 + z[..., 0].exp()
 
-    def _maps(self, taps: Sequence[Tap], frames: slice, grid: tuple[int, int], patch_size: int) -> Tensor:
+    def maps(self, taps: Sequence[Tap], frames: slice, grid: tuple[int, int], patch_size: int) -> Tensor:
         """Before the activation, (F', outputs + 1, H, W)."""
         patches, height, width = slice(-grid[0] * grid[1], None), grid[0] * patch_size, grid[1] * patch_size
         aspect, layers, skips = width / height, self.scratch, []
@@ -143,11 +144,12 @@ def uv_embedding(x: Tensor, aspect: float) -> Tensor:
     """
     channels, rows, columns = x.shape[1:]
     diagonal = math.hypot(aspect, 1)
-    omega = UV_BASE ** (-4 * torch.arange(channels // 4, dtype=torch.float64) / channels)
+    like: dict[str, Any] = {"dtype": torch.float64, "device": x.device}
+    omega = UV_BASE ** (-4 * torch.arange(channels // 4, **like) / channels)
     axes = []
     for n, span in ((columns, aspect / diagonal), (rows, 1 / diagonal)):
         end = span * (n - 1) / n
-        angles = omega[:, None] * torch.linspace(-end, end, n, dtype=torch.float64)
-        axes.append(torch.cat([angles.sin(), angles.cos()]).to(x.device, x.dtype, non_blocking=True))
+        angles = omega[:, None] * torch.linspace(-end, end, n, **like)
+        axes.append(torch.cat([angles.sin(), angles.cos()]).to(x.dtype))
     horizontal, vertical = axes
     return torch.cat([horizontal[:, None].expand(-1, rows, -1), vertical[:, :, None].expand(-1, -1, columns)])

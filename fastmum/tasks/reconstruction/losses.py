@@ -77,6 +77,19 @@ def normalise_scenes(scene: Scene, sequences: Sequences) -> Scene:
     return Scene(pose, scene.K, scene.depth / scale, points / scale[..., None], scene.valid)
 
 
+def unproject(depth: Tensor, K: Tensor, camera_from_world: Tensor) -> Tensor:
+    """World points (F, H, W, 3) of depth maps (F, H, W); pixel centres are at +0.5, as in `fastmum.geometry`."""
+    H, W = depth.shape[1:]
+    y, x = (torch.arange(n, dtype=depth.dtype, device=depth.device) + 0.5 for n in (H, W))
+    fx, fy, cx, cy = (K[:, i, j, None, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    skew = K[:, 0, 1, None, None]
+    vertical = ((y[:, None] - cy) / fy).expand_as(depth)
+    horizontal = (x - cx - skew * vertical) / fx
+    points = torch.stack([horizontal, vertical, torch.ones_like(depth)], -1) * depth[..., None]
+    R, t = camera_from_world[:, None, :3, :3], camera_from_world[:, None, None, :3, 3]
+    return (points - t) @ R
+
+
 def clean(x: Tensor) -> Tensor:
     """Non-finite values become 0, others are clamped to +-`LIMIT`."""
     return torch.where(x.isfinite(), x, 0).clamp(-LIMIT, LIMIT)

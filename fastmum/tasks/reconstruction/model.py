@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastmum.model.encoder import Encoder
 from fastmum.tasks.reconstruction.aggregator import Aggregator, Sequences
 from fastmum.tasks.reconstruction.camera import CameraHead
 from fastmum.tasks.reconstruction.dpt import LEVELS, Dpt
@@ -55,11 +56,10 @@ class Reconstruction(nn.Module):
     """Frames of scenes -> cameras, depth and points.
 
     Args:
-        encoder: images (F, 3, H, W) in 0..1 -> patch tokens (F, P, encoder_dim), row by row; None if `predict` gets
-            tokens.
+        encoder: its normed patch tokens are what the aggregator reads; None if `predict` gets tokens.
     """
 
-    def __init__(self, config: ReconstructionConfig, encoder: nn.Module | None = None) -> None:
+    def __init__(self, config: ReconstructionConfig, encoder: Encoder | None = None) -> None:
         super().__init__()
         self.config, dim = config, 2 * config.embed_dim
         self.encoder = encoder
@@ -79,16 +79,18 @@ class Reconstruction(nn.Module):
         if what not in RECOMPUTE:
             raise ValueError(f"recompute is '{what}', but must be one of {', '.join(RECOMPUTE)}")
         self.aggregator.recompute = what != "none"
-        for head in (self.depth_head, self.point_head):
-            if head is not None:
-                head.recompute = what == "all"
+        for head in self.dense_heads():
+            head.recompute = what == "all"
+
+    def dense_heads(self) -> list[Dpt]:
+        """The heads of depth and points."""
+        return [head for head in (self.depth_head, self.point_head) if head is not None]
 
     def forward(self, images: Tensor, lengths: Sequence[int], longest: int | None = None) -> Prediction:
-        """Predict from frames (F, 3, H, W) in 0..1 of packed sequences of `lengths` frames, at most `longest`."""
+        """Predict from packed sequences of `lengths` frames, at most `longest`; images as in `Encoder.tokens`."""
         assert self.encoder is not None
-        size = self.config.patch_size
-        grid = images.shape[2] // size, images.shape[3] // size
-        return self.predict(self.encoder(images), grid, Sequences.of(lengths, images.device), longest)
+        (tokens,) = self.encoder.tokens(images, norm=True)
+        return self.predict(tokens.patch, tokens.grid, Sequences.of(lengths, images.device), longest)
 
     def predict(
         self, patches_FPE: Tensor, grid: tuple[int, int], sequences: Sequences, longest: int | None = None
@@ -101,4 +103,4 @@ class Reconstruction(nn.Module):
         points = points_confidence = None
         if self.point_head is not None:
             points, points_confidence = self.point_head(taps, grid, config.patch_size)
-        return Prediction(cameras, depth[..., 0], depth_confidence, points, points_confidence)
+        return Prediction(cameras, depth, depth_confidence, points, points_confidence)

@@ -1,0 +1,226 @@
+"""Training of feedforward reconstruction on frames with depth and cameras."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import fastmum
+from fastmum.attention import AttentionError, Segments, choose_backend
+from fastmum.attention.backend import ragged_lengths
+from fastmum.config.schema import ConfigError
+from fastmum.data.scene_loader import SceneBatch, SceneLoader
+from fastmum.engine.device import MATRIX_DTYPE, to_device
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput, Task
+from fastmum.model.block import Block as EncoderBlock
+from fastmum.model.compile import choose_mode, eager
+from fastmum.model.encoder import Encoder
+from fastmum.tasks.reconstruction.aggregator import Sequences
+from fastmum.tasks.reconstruction.block import Block
+from fastmum.tasks.reconstruction.config import Config
+from fastmum.tasks.reconstruction.data import SceneSplits, open_scenes
+from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
+from fastmum.tasks.reconstruction.losses import Prediction, Scene, losses_of, normalise_scenes, unproject
+from fastmum.tasks.reconstruction.model import Reconstruction
+from fastmum.tasks.reconstruction.scores import Scores
+
+log = logging.getLogger(__name__)
+
+DENSE_TERMS = "confidence", "error", "gradient"
+CAMERA_TERMS = "camera", "translation", "rotation", "fov"
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all weights and their names."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class ReconstructionTask(Task):
+    """Cameras, depth and points of the frames of a scene.
+
+    The loss of a micro-batch is not a sum over its pixels or frames: it drops the largest errors of the batch, and its
+    terms have different counts. A step's loss is the mean over its micro-batches, as VGGT's is the mean over devices.
+    Since a step is planned in micro-batches, it does not depend on the number of processes.
+    """
+
+    Config = Config
+    config: Config
+
+    def __init__(self, config: Config, world: DistContext) -> None:
+        super().__init__(config, world)
+        data = config.data
+        keys = "data.frames_per_batch", "data.frames_per_step"
+        self.samples = Samples(data.frames_per_batch, data.frames_per_step, "frames", keys)
+        dense = ("depth", "points") if config.model.points else ("depth",)
+        terms = *CAMERA_TERMS, *(f"{kind}_{term}" for kind in dense for term in DENSE_TERMS)
+        self.metrics: Mapping[str, Metric] = {term: Metric() for term in terms}  # type: ignore[misc]
+        self._splits: SceneSplits
+        self._loader: SceneLoader
+        self._held_out: dict[int, SceneBatch] = {}
+
+    def build(self) -> Reconstruction:
+        """Load the encoder and build the rest; ConfigError if sizes do not fit, or `model.attention` does not run."""
+        settings, device = self.config.model, self.world.device
+        encoder = fastmum.load_encoder(settings.encoder, trainable=settings.finetune)
+        self._patch = encoder.config.patch_size
+        self._frozen = None if settings.finetune else weights_digest(encoder)
+        self.config.data.check(self._patch)
+        sizes = settings.sizes(encoder.embed_dim, self._patch)
+        model = Reconstruction(sizes, encoder).to(device)
+        self._choose_attention(model)
+        recompute = settings.recompute
+        if recompute == "auto":
+            recompute = "blocks" if device.type == "cuda" else "none"
+        model.set_recompute(recompute)
+        for head in model.dense_heads():
+            head.chunk = settings.chunk
+        per_frame = cache(lambda grid: frame_flops(sizes, grid, encoder.config, settings.finetune))
+        self._flops = lambda grid, lengths: per_frame(grid) * sum(lengths) + square_flops(sizes, grid, lengths)
+        return model
+
+    def _choose_attention(self, model: Reconstruction) -> None:
+        device, dtype, data = self.world.device, MATRIX_DTYPE[self.config.train.precision], self.config.data
+        try:
+            backend = choose_backend(self.config.model.attention, device, dtype)
+        except AttentionError as error:
+            raise ConfigError(f"model.attention: {error}") from None
+        sizes, frames, longest = model.config, data.frames_per_batch, data.views[1]
+        tokens = model.aggregator.special + (data.image_size // sizes.patch_size) ** 2
+        batch = Segments.of_frames(ragged_lengths(frames, longest), frames, tokens, tokens, longest)
+        width = sizes.embed_dim // sizes.num_heads
+        log.info("global attention: %s", backend.prepare(device, dtype, sizes.num_heads, width, batch))
+        model.aggregator.attention = backend.name
+
+    def blocks(self, model: Reconstruction) -> list[nn.Module]:
+        return [block for block in self._stacks(model) if any(p.requires_grad for p in block.parameters())]
+
+    def _stacks(self, model: Reconstruction) -> list[nn.Module]:
+        encoder = cast(Encoder, model.encoder)
+        return [*encoder.blocks, *model.aggregator.frame_blocks, *model.aggregator.global_blocks]
+
+    def exact(self, model: Reconstruction) -> list[nn.Module]:
+        return [model.camera_head, *model.dense_heads()]
+
+    def groups(self, model: Reconstruction) -> list[ParamGroup]:
+        """VGGT's groups, which are clipped one by one; everything decays.
+
+        A finetuned encoder is in the aggregator's, as there, unless it has another learning rate.
+        """
+        optim, scale = self.config.optim, self.config.model.encoder_lr_scale
+        parts: dict[str, list[nn.Module | None]] = {
+            "encoder": [model.encoder], "aggregator": [model.aggregator], "camera": [model.camera_head],
+            "depth": [model.depth_head], "points": [model.point_head],
+        }  # fmt: skip
+        if scale == 1.0:
+            parts["aggregator"] = parts.pop("encoder") + parts["aggregator"]
+        groups = []
+        for name, modules in parts.items():
+            every = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+            if every:
+                lr_scale = scale if name == "encoder" else 1.0
+                groups.append(ParamGroup(every, name, lr_scale, optim.weight_decay, True, optim.clip))
+        return groups
+
+    def manifest(self) -> dict[str, Any]:
+        """Sizes, and the digest of a frozen encoder, which checkpoints do not contain."""
+        sizes = dataclasses.asdict(self.config.model.sizes(1, self._patch))
+        return sizes | {"taps": [*sizes["taps"]], "dpt_levels": [*sizes["dpt_levels"]], "frozen_encoder": self._frozen}
+
+    def compile(self, model: Reconstruction, steps: int) -> None:
+        """Compile the blocks, for frames of any number and size; ConfigError for CUDA graphs."""
+        if self.config.train.cuda_graphs:
+            raise ConfigError("train.cuda_graphs is true, but the frames of a batch vary in number and size")
+        chosen = choose_mode(self.config.model.compile, self.world.device, steps)
+        log.info("torch.compile: %s", chosen)
+        if chosen == "off":
+            return
+        for kind in (Block, EncoderBlock):
+            compute = torch.compile(kind._compute, fullgraph=True, dynamic=True)
+            for block in self._stacks(model):
+                if isinstance(block, kind):
+                    block.compiled_compute = compute
+
+    def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
+        """Open manifests, planners and decoder; DataError if the data cannot be used."""
+        config, resumed = self.config, start > 0 or not self.world.is_main
+        micro_batches = samples_per_step // config.data.frames_per_batch
+        self._splits = open_scenes(config.data, folder, config.run.seed, self._patch, resumed, micro_batches)
+        self._loader = self._splits.loader(config.data, folder / "bad_frames.log", self.world.size)
+
+    def data_digests(self) -> dict[str, str]:
+        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
+
+    def prepare(self) -> None:
+        """Read the held-out batches of this process; those without one repeat the last, uncounted (see MuM's task)."""
+        planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
+        if planner is None:
+            return
+        numbers = range(self.world.rank, -(-count // size) * size, size)
+        plans = [planner.plan(min(i, count - 1)) for i in numbers]
+        self._held_out = dict(zip(numbers, self._loader.batches(plans, self.stopping), strict=True))
+
+    def batches(self, start: int, stop: int) -> Iterator[SceneBatch]:
+        planner, first = self._splits.training, self.world.rank * self.batches_per_step
+        places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
+        return self._loader.batches((planner.plan(step, part) for step, part in places), self.stopping)
+
+    def predict(self, model: Reconstruction, batch: SceneBatch) -> tuple[Prediction, Scene, dict[str, Tensor]]:
+        """Prediction, normalised truth, and all terms of the loss."""
+        sequences = Sequences.of(batch.lengths, batch.images.device)
+        longest = max(self.config.data.views[1], *batch.lengths)
+        prediction = model(batch.images, batch.lengths, longest)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            points = unproject(batch.depth, batch.intrinsics, batch.camera_from_world)
+            truth = Scene(batch.camera_from_world, batch.intrinsics, batch.depth, points, batch.valid)
+            truth = normalise_scenes(truth, sequences)
+            return prediction, truth, losses_of(prediction, truth, sequences, self.config.weights)
+
+    def loss(self, model: Reconstruction, batch: SceneBatch) -> StepOutput:
+        """The mean over the micro-batches of the step."""
+        _, _, losses = self.predict(model, batch)
+        one = torch.ones_like(losses["objective"]).detach()
+        terms = {name: (losses[name].detach(), one) for name in self.metrics}
+        return StepOutput(losses["objective"], 1.0, float(self.batches_per_step * self.world.size), terms)
+
+    def sizes(self, batch: SceneBatch) -> tuple[int, float]:
+        grid = batch.images.shape[1] // self._patch, batch.images.shape[2] // self._patch
+        return sum(batch.lengths), self._flops(grid, batch.lengths)
+
+    @property
+    def evaluates(self) -> bool:
+        return self._splits.held_out is not None
+
+    @torch.no_grad()
+    def evaluate(self, model: Reconstruction) -> dict[str, float]:
+        """Loss, and scores of cameras and depth, over the held-out batches, sharded over the processes."""
+        scores = Scores(self.world)
+        for i, batch in self._held_out.items():
+            with eager(model):
+                prediction, truth, losses = self.predict(model, to_device(batch, self.world.device))
+            if i < self.config.train.eval_batches:
+                scores.add(prediction, truth, batch.lengths, losses["objective"])
+        return scores.compute()
+
+    def tally(self) -> Tensor:
+        return torch.from_numpy(self._loader.faults.tally())
+
+    def pool(self, total: Tensor) -> None:
+        self._loader.faults.pool(total.numpy())
+
+    def close(self) -> None:
+        self._loader.faults.close()
+
+    def counters(self) -> dict[str, float | None]:
+        counts = self._loader.faults.counts
+        return {"bad_frames": sum(counts.values()), **{f"bad_frames/{name}": n for name, n in counts.items()}}

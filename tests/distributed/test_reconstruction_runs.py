@@ -1,0 +1,62 @@
+"""Runs of reconstruction: micro-batches, processes, strategies and resuming give the same steps."""
+
+import shutil
+
+import pytest
+
+from fastmum.config import ConfigError
+from fastmum.engine.checkpoint import CheckpointError, read_weights
+
+ARGS = [
+    "run.task=reconstruction", "model.encoder=random:mum_tiny", "model.embed_dim=32", "model.pairs=2",
+    "model.num_heads=2", "model.registers=1", "model.taps=[0,0,1,1]", "model.dpt_features=16",
+    "model.dpt_levels=[16,16,16,16]", "model.camera_heads=4", "model.camera_blocks=1", "data.image_size=64",
+    "data.views=[2,4]", "data.min_frames=4", "data.frames_per_batch=4", "data.frames_per_step=8", "data.workers=1",
+    "data.scenes.count=3", "data.scenes.views=6", "data.scenes.size=64", "optim.warmup_steps=2", "train.steps=4",
+    "train.log_every=1", "train.checkpoint_every=2", "train.eval_every=2", "train.eval_batches=1", "train.threads=1",
+    "train.precision=fp32",
+]  # fmt: skip
+GROUPS = "aggregator", "camera", "depth"
+WITHOUT_POINTS = "model.points=false"  # the gradient of the normals' loss is ill-conditioned
+
+
+def same_steps(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+
+
+@pytest.mark.slow
+def test_steps_agree_on_any_number_of_processes_and_after_resuming(run, tmp_path):
+    single = run("single", 1, WITHOUT_POINTS)
+    assert single[-1].keys() >= {"loss", "held_out_loss", *(f"grad_norm/{group}" for group in GROUPS)}
+    assert single[0]["lr"] == pytest.approx(1e-8 + (2e-4 - 1e-8) / 2)
+    for name, args in (("ddp", ()), ("fsdp2", ("parallel.strategy=fsdp2",))):
+        same_steps(run(name, 2, WITHOUT_POINTS, *args), single)
+    weights = read_weights(tmp_path / "single").tensors
+    assert not any(name.startswith("encoder.") for name in weights)
+    shutil.rmtree(tmp_path / "single/checkpoints/step_0000004")
+    same_steps(run("single", 1, WITHOUT_POINTS, "model.recompute=all", "model.chunk=3"), single)
+    with pytest.raises(CheckpointError, match="frozen_encoder"):
+        run("single", 1, WITHOUT_POINTS, "model.encoder=random:mum_vitb16", "train.steps=6")
+
+
+@pytest.mark.slow
+def test_heads_are_float32_and_the_encoder_learns_if_asked(run, tmp_path):
+    args = "train.precision=bf16", "model.finetune=true", "model.encoder_lr_scale=0.5", "train.steps=2"
+    single = run("single", 1, *args)
+    assert single[-1].keys() >= {"grad_norm/encoder", "grad_norm/points"}
+    sharded = run("sharded", 2, *args, "parallel.strategy=fsdp2")
+    assert [r["loss"] for r in sharded] == pytest.approx([r["loss"] for r in single], rel=2e-2)
+    learnt = read_weights(tmp_path / "single").tensors
+    head = learnt["camera_head.embed_pose.weight"]
+    assert (head.bfloat16().float() != head).any()
+    assert any(name.startswith("encoder.") for name in learnt)
+
+
+def test_what_does_not_fit_is_refused(run):
+    for change, name in (("model.taps=[0,1,2,2]", "taps"), ("data.image_size=40", "image_size"),
+                         ("train.cuda_graphs=true", "cuda_graphs")):  # fmt: skip
+        with pytest.raises(ConfigError, match=name):
+            run("refused", 1, change)
