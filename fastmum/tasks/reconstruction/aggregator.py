@@ -68,6 +68,7 @@ class Aggregator(nn.Module):
         # The first row is for the first frame of a sequence, the second for the others.
         self.camera_token = nn.Parameter(TOKEN_STD * torch.randn(1, 2, 1, dim))
         tokens = nn.Parameter(TOKEN_STD * torch.randn(1, 2, registers, dim)) if registers else None
+        self.register_token: nn.Parameter | None
         self.register_parameter("register_token", tokens)
         self.frame_blocks = nn.ModuleList(Block(dim, num_heads, qk_norm=True) for _ in range(pairs))
         self.global_blocks = nn.ModuleList(Block(dim, num_heads, qk_norm=True) for _ in range(pairs))
@@ -92,7 +93,9 @@ class Aggregator(nn.Module):
         return [outputs[i] for i in taps]
 
     def _add_tokens(self, patches: Tensor, sequences: Sequences) -> Tensor:
-        tokens = [self.camera_token] if self.register_token is None else [self.camera_token, self.register_token]
+        tokens: list[Tensor] = (
+            [self.camera_token] if self.register_token is None else [self.camera_token, self.register_token]
+        )
         first, rest = torch.cat(tokens, dim=2)[0]
         is_first = torch.zeros(len(patches), 1, 1, dtype=torch.bool, device=patches.device)
         is_first = is_first.index_fill(0, sequences.firsts, True)

@@ -1,6 +1,7 @@
 """Configuration of reconstruction: the engine's sections, and those of model, data and loss."""
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from fastmum.attention import BACKENDS
 from fastmum.config.schema import ConfigError, EngineConfig, OptimSection, key
@@ -42,7 +43,7 @@ class ReconstructionSection:
     def sizes(self, encoder_dim: int, patch_size: int) -> ReconstructionConfig:
         """The sizes with an encoder; ConfigError if they do not fit."""
         names = {f.name for f in fields(ReconstructionConfig)} & vars(self).keys()
-        given = {name: tuple(v) if isinstance(v := getattr(self, name), list) else v for name in names}
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v := getattr(self, name), list) else v for name in names}
         try:
             return ReconstructionConfig(encoder_dim=encoder_dim, patch_size=patch_size, **given)
         except ValueError as error:

@@ -4,7 +4,7 @@ Legend: F frames, L tokens of a frame, C width of the aggregator, (h, w) patches
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -114,22 +114,19 @@ class Dpt(nn.Module):
     def maps(self, taps: Sequence[Tap], frames: slice, grid: tuple[int, int], patch_size: int) -> Tensor:
         """Before the activation, (F', outputs + 1, H, W)."""
         patches, height, width = slice(-grid[0] * grid[1], None), grid[0] * patch_size, grid[1] * patch_size
-        aspect, layers, skips = width / height, self.scratch, []
+        aspect, skips = width / height, []
+        layers = cast(Mapping[str, nn.Module], self.scratch._modules)
         for i, tap in enumerate(taps):
             tokens = self.norm(tap.select(frames, patches).to(self.norm.weight.dtype))
             x = self.projects[i](tokens.unflatten(1, grid).permute(0, 3, 1, 2))  # channels last in memory
             x = self.resize_layers[i](x + UV_SCALE * uv_embedding(x, aspect))
-            skips.append(cast(nn.Module, getattr(layers, f"layer{i + 1}_rn"))(x))
-        x = layers.refinenet4(skips[3], None, _size(skips[2]))
-        x = layers.refinenet3(x, skips[2], _size(skips[1]))
-        x = layers.refinenet2(x, skips[1], _size(skips[0]))
-        x = layers.refinenet1(x, skips[0], (2 * skips[0].shape[2], 2 * skips[0].shape[3]))
-        x = enlarge(layers.output_conv1(x), (height, width))
-        return layers.output_conv2(x + UV_SCALE * uv_embedding(x, aspect))
-
-
-def _size(x: Tensor) -> tuple[int, int]:
-    return x.shape[2], x.shape[3]
+            skips.append(layers[f"layer{i + 1}_rn"](x))
+        sizes = [(2 * skips[0].shape[2], 2 * skips[0].shape[3]), *((x.shape[2], x.shape[3]) for x in skips)]
+        x = layers["refinenet4"](skips[3], None, sizes[3])
+        for i in (3, 2, 1):
+            x = layers[f"refinenet{i}"](x, skips[i - 1], sizes[i - 1])
+        x = enlarge(layers["output_conv1"](x), (height, width))
+        return layers["output_conv2"](x + UV_SCALE * uv_embedding(x, aspect))
 
 
 def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:

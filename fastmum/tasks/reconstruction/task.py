@@ -24,7 +24,7 @@ from fastmum.model.compile import choose_mode, eager
 from fastmum.model.encoder import Encoder
 from fastmum.tasks.reconstruction.aggregator import Sequences
 from fastmum.tasks.reconstruction.block import Block
-from fastmum.tasks.reconstruction.config import Config
+from fastmum.tasks.reconstruction.config import Config as RunConfig
 from fastmum.tasks.reconstruction.data import SceneSplits, open_scenes
 from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
 from fastmum.tasks.reconstruction.losses import Prediction, Scene, losses_of, normalise_scenes, unproject
@@ -54,10 +54,10 @@ class ReconstructionTask(Task):
     Since a step is planned in micro-batches, it does not depend on the number of processes.
     """
 
-    Config = Config
-    config: Config
+    Config = RunConfig
+    config: RunConfig
 
-    def __init__(self, config: Config, world: DistContext) -> None:
+    def __init__(self, config: RunConfig, world: DistContext) -> None:
         super().__init__(config, world)
         data = config.data
         keys = "data.frames_per_batch", "data.frames_per_step"
@@ -145,7 +145,8 @@ class ReconstructionTask(Task):
         log.info("torch.compile: %s", chosen)
         if chosen == "off":
             return
-        for kind in (Block, EncoderBlock):
+        kinds: tuple[Any, Any] = Block, EncoderBlock
+        for kind in kinds:
             compute = torch.compile(kind._compute, fullgraph=True, dynamic=True)
             for block in self._stacks(model):
                 if isinstance(block, kind):
