@@ -83,9 +83,9 @@ def split_weights(
                 if p in group_of and p.dtype != dtype:
                     p.data, rests[p] = Halves.of(p.detach())
     weights = [
-        Weight(name, p, rests.get(p), group.lr_scale, group.weight_decay if p.ndim > 1 or group.decay_vectors else 0.0)
+        Weight(name, p, rests.get(p), own.lr_scale, own.weight_decay if p.ndim > 1 or own.decay_vectors else 0.0)
         for name, p in model.named_parameters()
-        if (group := group_of.get(p)) is not None
+        if (own := group_of.get(p)) is not None
     ]
 
     def clear_rests(model: nn.Module, incompatible: object) -> None:

@@ -93,9 +93,9 @@ class Aggregator(nn.Module):
         return [outputs[i] for i in taps]
 
     def _add_tokens(self, patches: Tensor, sequences: Sequences) -> Tensor:
-        tokens: list[Tensor] = (
-            [self.camera_token] if self.register_token is None else [self.camera_token, self.register_token]
-        )
+        tokens: list[Tensor] = [self.camera_token]
+        if self.register_token is not None:
+            tokens.append(self.register_token)
         first, rest = torch.cat(tokens, dim=2)[0]
         is_first = torch.zeros(len(patches), 1, 1, dtype=torch.bool, device=patches.device)
         is_first = is_first.index_fill(0, sequences.firsts, True)

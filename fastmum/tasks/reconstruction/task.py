@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-import fastmum
 from fastmum.attention import AttentionError, Segments, choose_backend
 from fastmum.attention.backend import ragged_lengths
 from fastmum.config.schema import ConfigError
@@ -22,6 +21,7 @@ from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput, Task
 from fastmum.model.block import Block as EncoderBlock
 from fastmum.model.compile import choose_mode, eager
 from fastmum.model.encoder import Encoder
+from fastmum.pretrained import load_encoder
 from fastmum.tasks.reconstruction.aggregator import Sequences
 from fastmum.tasks.reconstruction.block import Block
 from fastmum.tasks.reconstruction.config import Config as RunConfig
@@ -72,7 +72,7 @@ class ReconstructionTask(Task):
     def build(self) -> Reconstruction:
         """Load the encoder and build the rest; ConfigError if sizes do not fit, or `model.attention` does not run."""
         settings, device = self.config.model, self.world.device
-        encoder = fastmum.load_encoder(settings.encoder, trainable=settings.finetune)
+        encoder = load_encoder(settings.encoder, trainable=settings.finetune)
         self._patch = encoder.config.patch_size
         self._frozen = None if settings.finetune else weights_digest(encoder)
         self.config.data.check(self._patch)
