@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmum.engine.distributed import DistContext
@@ -179,6 +180,26 @@ def test_losses_ignore_invalid_pixels_and_survive_what_is_not_finite():
     found["objective"].backward()
     assert all(x.grad.isfinite().all() for x in leaves)
     assert not prediction.depth.grad[~scene.valid].any()
+
+
+def test_losses_never_wait_for_the_device():
+    """No operator whose result has a shape, or is a number, that the host must know."""
+    names = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    scene, sequences, model = make_scene([2, 1]), Sequences.of([2, 1]), make_model().double()
+    tokens = tokens_of(3).double()
+    scene = scene._replace(**{name: getattr(scene, name)[:, :8, :12] for name in ("depth", "points", "valid")})
+    with Recorder():
+        prediction = model.predict(tokens, GRID, sequences)
+        losses_of(prediction, normalise_scenes(scene, sequences), sequences, LossWeights())["objective"].backward()
+    assert {"topk", "convolution"} <= {*names}
+    waiting = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "item", "unique"}
+    assert not waiting & {*names}
 
 
 def test_encoded_cameras_decode_to_themselves():
