@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from benchmarks.contestant import Clock
 from benchmarks.results import COMPILED, FASTMUM, REFERENCE
+
+if TYPE_CHECKING:  # not installed everywhere, and `interleave` needs no pytest
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 # Largest |result - expected| / |expected| of two correct implementations that sum in different order.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

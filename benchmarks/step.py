@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -189,6 +190,15 @@ def fastmum_steps(problem: Problem, lengths: Sequence[tuple[int, ...]]) -> list[
 
     They share the model and its optimizer.
     """
+    device = problem.pixels.device
+    return [
+        Contestant(FASTMUM, lambda lap, queue=queue: queue(lap).item(), device)
+        for queue in queued_steps(problem, lengths)
+    ]
+
+
+def queued_steps(problem: Problem, lengths: Sequence[tuple[int, ...]]) -> list[Callable[[Lap], Tensor]]:
+    """The same as functions that queue a step on the device and return its loss without a synchronisation."""
     task, pixels, noise, model = problem
     config, precision = task.config, task.config.train.precision
     keep_freed_memory()
@@ -197,28 +207,26 @@ def fastmum_steps(problem: Problem, lengths: Sequence[tuple[int, ...]]) -> list[
     task.compile(model, config.train.steps)
     gradients, guard = Gradients(groups, task.world), NonFiniteGuard(pixels.device)
 
-    def contestant(lengths: tuple[int, ...]) -> Contestant:
+    def queue(batch: MuMBatch, lap: Lap) -> Tensor:
+        if config.train.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with autocast(pixels.device, precision):
+            loss = task.loss(model, batch).loss_sum / batch.step_frames
+        lap("forward")
+        loss.backward()
+        lap("backward")
+        found_inf = guard.check(1, loss.detach(), *gradients.norms())
+        lap("norm")
+        optimizer.step(config.optim.base_lr, gradients.of, found_inf)
+        gradients.clear()
+        lap("optimizer")
+        return loss.detach()
+
+    def batch_of(lengths: tuple[int, ...]) -> MuMBatch:
         views = torch.tensor(lengths)
-        batch = MuMBatch(pixels, lengths, noise, views.repeat_interleave(views).to(pixels.device), len(pixels))
+        return MuMBatch(pixels, lengths, noise, views.repeat_interleave(views).to(pixels.device), len(pixels))
 
-        def step(lap: Lap) -> float:
-            if config.train.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()
-            with autocast(pixels.device, precision):
-                loss = task.loss(model, batch).loss_sum / batch.step_frames
-            lap("forward")
-            loss.backward()
-            lap("backward")
-            found_inf = guard.check(1, loss.detach(), *gradients.norms())
-            lap("norm")
-            optimizer.step(config.optim.base_lr, gradients.of, found_inf)
-            gradients.clear()
-            lap("optimizer")
-            return loss.item()
-
-        return Contestant(FASTMUM, step, pixels.device)
-
-    return [contestant(some) for some in lengths]
+    return [partial(queue, batch_of(some)) for some in lengths]
 
 
 BUILDERS: dict[str, Callable[..., Contestant]] = {

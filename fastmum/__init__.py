@@ -4,6 +4,7 @@ The public names below are imported on first use, so that `import fastmum` costs
 """
 
 import importlib
+import os.path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["PRESETS", "ModelConfig", "MuM", "MuMOutput", "load_encoder", "load_pretrained"]
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):  # a checkout, where `kernels/` is next to this folder
+    __path__.append(os.path.dirname(__path__[0]))
 
 _HOME = dict.fromkeys(("ModelConfig", "PRESETS"), "fastmum.model.config")
 _HOME |= dict.fromkeys(("MuM", "MuMOutput"), "fastmum.model.mum")

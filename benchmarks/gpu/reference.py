@@ -1,0 +1,47 @@
+"""The step of fastmum against the released model's, eager and compiled, in turn, with the operators of one of each."""
+
+from __future__ import annotations
+
+import sys
+from statistics import median
+
+from benchmarks.gpu.measure import this_device
+from benchmarks.gpu.record import Record, stage_main
+from benchmarks.gpu.step import SMALL
+from benchmarks.results import FASTMUM
+from benchmarks.step import Comparison
+
+FRAMES, VIEWS, ROUNDS = 96, 12, 10
+PROFILE_LINES = 30  # of each table, in the page
+
+
+def measure(record: Record, small: bool, words: list[str]) -> None:
+    """Phases of every contestant; losses are compared first."""
+    frames, views, rounds = (8, 4, 2) if small else (FRAMES, VIEWS, ROUNDS)
+    settings = [f"train.device={this_device().type}", *(SMALL if small else ["data.views=[2,24]"]), *words]
+    comparison = Comparison(frames, views, settings, compiled=not small)
+    try:
+        comparison.check()
+        comparison.run(rounds)
+        steps = {}
+        for name, contestant in comparison.contestants.items():
+            ms = contestant.milliseconds(median)
+            record.row(contestant=name, **{f"{phase}_ms": value for phase, value in ms.items()})
+            steps[name] = ms["step"]
+        ratios = (f"{ms / steps[FASTMUM]:.2f} times {name}'s" for name, ms in steps.items() if name != FASTMUM)
+        record.headline = f"{steps[FASTMUM]:.4g} ms a step, {' and '.join(ratios)} speed"
+        record.write()
+        for contestant in comparison.contestants.values():
+            table = contestant.profile()
+            record.file.with_name(f"profile-{contestant.name}.txt").write_text(table, encoding="utf-8")
+            lines = "\n".join(table.splitlines()[:PROFILE_LINES])
+            record.notes.append(
+                f"<details><summary>Operators: {contestant.name}</summary>\n\n```\n{lines}\n```\n\n</details>"
+            )
+            record.write()
+    finally:
+        comparison.close()
+
+
+if __name__ == "__main__":
+    sys.exit(stage_main(__doc__, measure))
