@@ -255,7 +255,8 @@ def _wait(future: "Future[B]", threads: list[threading.Thread], stopping: Callab
 class _InUse(deque[tuple[tuple, torch.cuda.Event]]):
     """Keeps references to GPU batches until the queued work on them is done.
 
-    DALI reuses the memory of a batch as soon as Python holds no reference, even if kernels that read it are queued.
+    Loader threads allocate them on other streams, so torch may use the memory of a batch again as soon as Python holds
+    no reference, even if kernels that read it are queued.
     """
 
     def add(self, batch: tuple) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import struct
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
@@ -267,31 +268,68 @@ def test_runs_of_every_length_and_several_threads(save, dali):
         assert torch.equal(frames, longest[: len(frames)])
 
 
-def test_pipelines_have_room_for_the_largest_run_so_far(files, dali):
-    """Also those made for a replacement while another thread decodes a batch."""
-    made = []
+@pytest.fixture
+def runs(dali, monkeypatch):
+    """The pipelines that decoders define from now on, and (pipeline, frames, bytes of regions) of every run."""
+    define, made = dali.define_pipeline, []
+    runs = []
 
-    class Fake:
-        def __init__(self, frames):
-            self.max_batch_size = frames
-            made.append(frames)
+    def watched(*args):
+        pipeline = define(*args)
+        made.append(pipeline)
+        run = pipeline.run
 
-        def run(self, encoded, **others):
-            if len(encoded) > 1:
-                runner.run(files[:1], crops[:1], None, 1)
-            return ([None] * len(encoded),)
+        def watch(**inputs):
+            runs.append((pipeline, len(inputs["encoded"]), 3 * int(inputs["shape"].prod(1).sum())))
+            time.sleep(0.01)  # so that other threads want a pipeline, too
+            return run(**inputs)
 
-    crops, _ = draw(len(files))
-    runner = dali._Runner(SIZE, Fake)
-    for _ in range(2):
-        assert len(runner.run(files, crops, None, 96)[0]) == len(files)
-    assert made == [96, 96]
+        pipeline.run = watch
+        return pipeline
+
+    monkeypatch.setattr(dali, "define_pipeline", watched)
+    return made, runs
+
+
+def test_all_threads_share_two_pipelines_on_a_gpu_and_regions_are_bounded(photograph, save, dali, runs, monkeypatch):
+    """The graph of the GPU, on the CPU: bad files, one that Pillow must decode, and a region beyond the bound."""
+    monkeypatch.setattr(dali, "RUN_BYTES", 100_000)
+    made, done = runs
+    kinds = [{}, {"image": photograph.resize((90, 60))}, {"image": photograph.resize((400, 300))}, {"orientation": 6}]
+    files = [save(f"{i}.jpg", **kinds[i % 4]) for i in range(16)]
+    files[3], files[9] = files[3].with_name("absent.jpg"), save("palette.gif", photograph.convert("P"))
+    files[12].write_bytes(b"no image")
+    decoder, (crops, flips) = dali.DaliGpuDecoder(SIZE, torch.device("cpu")), draw(16)
+    plain = make_decoder("pillow", SIZE).decode(files, crops, flips)
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda _: decoder.decode(files, crops, flips), range(12)))
+    for frames, bad in results:
+        assert bad.keys() == plain.bad.keys() == {3, 12}
+        assert all(distance(frames[i], plain.frames[i]) < 2 for i in range(16) if i not in bad)
+    assert len(made) == dali.GPU_PIPELINES == len({id(pipeline) for pipeline, _, _ in done})
+    assert all(size <= dali.RUN_BYTES or frames == 1 for _, frames, size in done)
+    assert max(frames for _, frames, _ in done) > 1
+    assert any(size > dali.RUN_BYTES for _, _, size in done)
+    assert made[0].max_batch_size == dali.GPU_RUN
+    assert made[0].num_threads == dali.GPU_THREADS
+
+
+def test_memory_of_a_run_is_used_again_only_after_its_frames_are_copied(files, dali, runs):
+    """Another thread's run in the same pipeline must not change the frames of this one."""
+    crops, flips = draw(len(files))
+    decoder = dali.DaliGpuDecoder(SIZE, torch.device("cpu"))
+    first = decoder.decode(files, crops, flips).frames
+    kept = first.clone()
+    again = decoder.decode(files[::-1], crops, flips).frames
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, again)
+    assert len(runs[0]) == 1
 
 
 def test_dali_that_fails_on_everything_is_an_error(files, dali, monkeypatch):
     """Pillow does not silently replace it."""
-    decoder, broken = dali.DaliCpuDecoder(SIZE), Mock(max_batch_size=dali.CPU_RUN)
+    decoder, broken = dali.DaliCpuDecoder(SIZE), Mock()
     broken.run.side_effect = RuntimeError("out of memory")
-    monkeypatch.setattr(decoder._runner, "_define", lambda frames: broken)
+    monkeypatch.setattr(decoder._runner, "_define", lambda: broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         decoder.decode(files, *draw(len(files)))

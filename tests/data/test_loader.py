@@ -50,9 +50,14 @@ def decode_threads():
     return [t for t in threading.enumerate() if t.name.startswith("decode")]
 
 
-def test_batches_come_in_order_and_bad_frames_are_replaced(manifests, tmp_path):
+@pytest.mark.parametrize("name", ["pillow", "dali"])
+def test_batches_come_in_order_and_bad_frames_are_replaced(manifests, tmp_path, name):
     plans = [plan_of(np.random.default_rng(step).permutation(24)[:5], [3, 2], step) for step in range(9)]
-    loader = Loader(DECODER, manifests, 3, bad_frames=tmp_path / "bad_frames.log")
+    decoder = DECODER
+    if name == "dali":  # the GPU's graph and its shared pipelines, on the CPU
+        dali = pytest.importorskip("fastmum.data.decode.dali", reason="DALI is not installed")
+        decoder = dali.DaliGpuDecoder(SIZE, torch.device("cpu"))
+    loader = Loader(decoder, manifests, 3, bad_frames=tmp_path / "bad_frames.log")
     manifests.file(8).write_text("not an image")
     for plan, batch in zip(plans, loader.batches(plans), strict=True):
         assert batch.lengths == (3, 2)

@@ -1,12 +1,14 @@
 """Decoding with DALI, on a GPU or on the CPU.
 
-Each loader thread reads the files of a batch, checks their headers, converts crops to pixels and runs a pipeline that
-no other thread uses. Files that DALI cannot decode are decoded by Pillow and enter the same pipeline as PPM images.
+Each loader thread reads the files of a batch, checks their headers, converts crops to pixels and runs a pipeline on a
+few frames at a time, so that memory does not grow with the batch or the images. Files that DALI cannot decode are
+decoded by Pillow and enter the same pipeline as PPM images.
 """
 
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +28,11 @@ log = logging.getLogger(__name__)
 
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP"})  # decoded by DALI; tested to equal Pillow
 CORNERS = slice(None), [0, 0, -1, -1], [0, -1, 0, -1]  # of frames (F, size, size, 3)
-CPU_RUN = 8  # frames per run on the CPU; bounds the memory for regions of large images
-GPU_THREADS = 4  # of each pipeline, for the part of JPEG decoding that stays on the CPU
+CPU_RUN = 8  # frames per run on the CPU
+GPU_RUN = 96  # frames per run on a GPU: the paper's batch, if the regions are small
+RUN_BYTES = 256 << 20  # of the regions of a run, three bytes a pixel; a larger region runs alone
+GPU_PIPELINES = 2  # of a process, for all loader threads: one works on the CPU while another one uses the GPU
+GPU_THREADS = 8  # of each pipeline on a GPU, for the part of JPEG decoding that stays on the CPU
 
 
 def frame_nodes(device: GraphDevice, size: int) -> tuple[DataNode, DataNode]:
@@ -56,7 +61,7 @@ def define_pipeline(
 
     It has `threads` CPU threads, and the GPU `device_id` (None: no GPU).
     """
-    # No prefetching here: the loader's threads do it, each with its own pipeline.
+    # No prefetching here: the loader's threads do it.
     pipeline = Pipeline(batch_size=frames, num_threads=threads, device_id=device_id, prefetch_queue_depth=1)
     with pipeline:
         pipeline.set_outputs(frame_nodes(device, size)[output == "frames"])
@@ -72,35 +77,48 @@ class DaliCpuDecoder:
 
     def __init__(self, size: int, pin_memory: bool = False) -> None:
         self.size, self.pin_memory = size, pin_memory
-        self._runner = _Runner(size, partial(define_pipeline, "cpu", size, "regions", 1, None))
+        define = partial(define_pipeline, "cpu", size, "regions", 1, None, CPU_RUN)
+        self._runner = _Runner(size, define, CPU_RUN)
 
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
         frames = torch.empty(len(files), self.size, self.size, 3, dtype=torch.uint8, pin_memory=self.pin_memory)
-        out, bad = frames.numpy(), dict[int, str]()
-        for begin in range(0, len(files), CPU_RUN):
-            chunk = slice(begin, begin + CPU_RUN)
-            regions, failed = self._runner.run(files[chunk], crops[chunk], None, CPU_RUN)
-            bad |= {begin + i: reason for i, reason in failed.items()}
-            for i, flip in enumerate(flips[chunk].tolist()):
-                place(resize(regions.at(i), self.size), out[begin + i], UPRIGHT, flip)
+        out = frames.numpy()
+
+        def take(indices: list[int], regions: Any) -> None:
+            for number, i in enumerate(indices):
+                place(resize(regions.at(number), self.size), out[i], UPRIGHT, bool(flips[i]))
+
+        bad = self._runner.run(files, crops, None, take)
         return Decoded(frames, _with_cut(bad, out[CORNERS], files))
 
 
 class DaliGpuDecoder:
-    """DALI decodes with nvJPEG, resizes and flips on a GPU; the frames stay there."""
+    """DALI decodes with nvJPEG, resizes and flips on a GPU; the frames stay there.
+
+    All callers share `GPU_PIPELINES` pipelines: each has memory that is never given back. With the device "cpu" the
+    same graph runs there, as tests do.
+    """
 
     def __init__(self, size: int, device: torch.device) -> None:
-        self.size = size
-        self.device = torch.device("cuda", device.index or 0)
-        self._runner = _Runner(size, partial(define_pipeline, "gpu", size, "frames", GPU_THREADS, self.device.index))
+        self.size, cuda = size, device.type == "cuda"
+        self.device = torch.device("cuda", device.index or 0) if cuda else device
+        where: GraphDevice = "gpu" if cuda else "cpu"
+        define = partial(define_pipeline, where, size, "frames", GPU_THREADS, self.device.index, GPU_RUN)
+        self._runner = _Runner(size, define, GPU_RUN, GPU_PIPELINES)
 
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
-        with torch.cuda.device(self.device):
-            # DALI returns once the frames are complete, so no stream has to wait for them.
-            outputs, bad = self._runner.run(files, crops, flips, len(files))
-            frames = torch.from_dlpack(outputs.as_tensor())
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            frames = torch.empty(len(files), self.size, self.size, 3, dtype=torch.uint8, device=self.device)
+
+            def take(indices: list[int], outputs: Any) -> None:
+                # DALI returns once its frames are complete, and reuses their memory in the next run.
+                frames[torch.tensor(indices, device=self.device)] = torch.from_dlpack(outputs.as_tensor())
+                if frames.is_cuda:
+                    torch.cuda.current_stream().synchronize()
+
+            bad = self._runner.run(files, crops, flips, take)
             return Decoded(frames, _with_cut(bad, frames[CORNERS].cpu().numpy(), files))
 
 
@@ -113,68 +131,92 @@ def _with_cut(bad: dict[int, str], corners: np.ndarray, files: Sequence[Path]) -
 
 # Input of a pipeline for one frame: (n,) uint8 bytes of a file; left, top, width, height of the region.
 _Encoded = tuple[np.ndarray, tuple[int, int, int, int]]
-_NOTHING: _Encoded = np.frombuffer(b"P6 1 1 255\n\0\0\0", np.uint8), (0, 0, 1, 1)
+# Gets the indices of some files, and their regions or frames, which are valid until it returns.
+_Take = Callable[[list[int], Any], None]
 
 
 class _Runner:
-    """Runs pipelines on files, one pipeline per concurrent caller; a file that DALI cannot decode loses no batch."""
+    """Runs pipelines on files; a file that DALI cannot decode loses no batch.
 
-    def __init__(self, size: int, define: Callable[..., Pipeline]) -> None:
+    Args:
+        size: of the frames in pixels.
+        define: makes a pipeline.
+        frames: most frames of a run.
+        pipelines: that run at the same time, others wait; None: one per concurrent caller.
+    """
+
+    def __init__(
+        self, size: int, define: Callable[[], Pipeline], frames: int, pipelines: int | None = None
+    ) -> None:  # fmt: skip
+        self._define, self._frames = define, frames
         self.size = size
-        self._define = define
         self._pillow = PillowDecoder(size)
         self._for_pillow: set[Path] = set()  # files on which DALI failed
         self._idle: list[Pipeline] = []
-        self._room = 0  # largest run so far: the run of one replacement must not leave a pipeline that small
-        self._lock = threading.Lock()
+        self._turn: AbstractContextManager = threading.BoundedSemaphore(pipelines) if pipelines else nullcontext()
 
-    def run(
-        self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray | None, capacity: int
-    ) -> tuple[Any, dict[int, str]]:
-        """Run a pipeline for up to `capacity` frames; `flips` is None for pipelines that return regions.
+    def run(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray | None, take: _Take) -> dict[int, str]:
+        """Run pipelines on all files, in runs of up to `frames` frames and `RUN_BYTES` of regions, and `take` theirs.
 
-        Returns a DALI TensorList, and index and reason of every file that cannot be decoded.
+        `flips` is None for pipelines that return regions. Returns index and reason of every file that cannot be
+        decoded; nothing is taken for these.
         """
-        frames, bad = self._encode_all(files, crops)
-        try:
-            return self._feed(frames, flips, capacity), bad
-        except Exception as error:  # DALI raises any type, and rarely names the frame
-            log.debug("DALI failed on a batch, which is decoded again: %s", error)
-        for i, file in enumerate(files):
-            if i in bad:
-                continue
-            try:
-                self._feed([frames[i]], flips if flips is None else flips[:1], capacity)
-            except Exception:  # as above
-                self._for_pillow.add(file)
-        frames, bad = self._encode_all(files, crops)
-        return self._feed(frames, flips, capacity), bad
-
-    def _feed(self, frames: Sequence[_Encoded], flips: np.ndarray | None, capacity: int) -> Any:
-        boxes = np.array([box for _, box in frames], np.int32)
-        inputs: dict[str, Any] = {"encoded": [data for data, _ in frames]}
-        inputs |= {"anchor": np.ascontiguousarray(boxes[:, :2]), "shape": np.ascontiguousarray(boxes[:, 2:])}
-        if flips is not None:
-            inputs["mirror"] = flips.astype(np.int32)
-        with self._lock:
-            self._room = max(self._room, capacity)
-            pipeline = self._idle.pop() if self._idle else None
-        if pipeline is None or pipeline.max_batch_size < capacity:
-            pipeline = self._define(frames=self._room)
-        (output,) = pipeline.run(**inputs)  # a pipeline that raises is not used again, since its state is unknown
-        with self._lock:
-            self._idle.append(pipeline)
-        return output
-
-    def _encode_all(self, files: Sequence[Path], crops: np.ndarray) -> tuple[list[_Encoded], dict[int, str]]:
-        frames, bad = [], {}
+        bad: dict[int, str] = {}
+        some: dict[int, _Encoded] = {}
+        room = RUN_BYTES
         for i, (file, crop) in enumerate(zip(files, crops, strict=True)):
             try:
-                frames.append(self._encode(file, crop))
+                encoded = self._encode(file, crop)
             except FrameError as error:
-                frames.append(_NOTHING)
                 bad[i] = str(error)
-        return frames, bad
+                continue
+            _, (_, _, width, height) = encoded
+            room -= 3 * width * height
+            if some and (room < 0 or len(some) == self._frames):
+                bad |= self._run(some, files, crops, flips, take)
+                some, room = {}, RUN_BYTES - 3 * width * height
+            some[i] = encoded
+        return bad | self._run(some, files, crops, flips, take)
+
+    def _run(
+        self, some: dict[int, _Encoded], files: Sequence[Path], crops: np.ndarray, flips: np.ndarray | None,
+        take: _Take,
+    ) -> dict[int, str]:  # fmt: skip
+        """One run, or if DALI fails one for each file; index and reason of those that cannot be decoded."""
+        try:
+            self._feed(some, flips, take)
+            return {}
+        except Exception as error:  # DALI raises any type, and rarely names the frame
+            log.debug("DALI failed on a run, whose files are decoded one by one: %s", error)
+        bad = {}
+        for i, encoded in some.items():
+            try:
+                self._feed({i: encoded}, flips, take)
+            except Exception:  # as above
+                self._for_pillow.add(files[i])
+                try:
+                    self._feed({i: self._encode(files[i], crops[i])}, flips, take)
+                except FrameError as error:
+                    bad[i] = str(error)
+        return bad
+
+    def _feed(self, some: dict[int, _Encoded], flips: np.ndarray | None, take: _Take) -> None:
+        if not some:
+            return
+        indices, boxes = list(some), np.array([box for _, box in some.values()], np.int32)
+        inputs: dict[str, Any] = {"encoded": [data for data, _ in some.values()]}
+        inputs |= {"anchor": np.ascontiguousarray(boxes[:, :2]), "shape": np.ascontiguousarray(boxes[:, 2:])}
+        if flips is not None:
+            inputs["mirror"] = flips[indices].astype(np.int32)
+        with self._turn:
+            try:
+                pipeline = self._idle.pop()
+            except IndexError:
+                pipeline = self._define()
+            (output,) = pipeline.run(**inputs)  # a pipeline that raises is not used again, since its state is unknown
+            take(indices, output)
+            del output  # before another thread runs the pipeline
+            self._idle.append(pipeline)
 
     def _encode(self, file: Path, crop: np.ndarray) -> _Encoded:
         """Read a file, and decode it with Pillow if DALI cannot; raises FrameError if neither can."""
