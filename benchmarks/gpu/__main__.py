@@ -34,12 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 if a stage failed, 2 for an error, 130 if interrupted."""
     args = parse(argv)
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         machine = find_machine() | {"small": args.small}
         if not machine["cuda"] and not args.small:
             raise ResultsError("torch sees no CUDA device: --small runs every stage on the CPU, at tiny sizes")
         results = Results(args.out.resolve(), machine)
+        results.write()
         if missing := missing_packages(list(PACKAGES)):
             print(f"missing packages, whose stages are skipped: {' '.join(missing)} (pip install them; wheels do)")
         failed = run_all(select(args, results), results, began + 60 * args.minutes)
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted: what was measured is written; the same command goes on", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"{results.page}\n{results.file}")
     if failed:
         print(f"error: failed: {', '.join(failed)}; their output is in {results.folder}/<stage>.log", file=sys.stderr)

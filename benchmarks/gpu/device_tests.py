@@ -49,7 +49,8 @@ def measure(record: Record, small: bool, words: list[str]) -> bool:
     """Run the tests; False if one failed, or none ran."""
     outcomes = Outcomes(record)
     parallel = ["-n", str(PROCESSES)] if not small and importlib.util.find_spec("xdist") else []
-    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--junitxml={record.file.with_name('tests.xml')}"]
+    options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--rootdir={ROOT}",
+               f"--junitxml={record.file.with_name('tests.xml')}"]  # fmt: skip
     code = pytest.main([*(SMALL if small else TESTED), *options, *parallel, *words], plugins=[outcomes])
     outcomes.headline()
     if code == pytest.ExitCode.INTERRUPTED:
