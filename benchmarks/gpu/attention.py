@@ -62,11 +62,12 @@ class Problem(NamedTuple):
 
 def problem(cut: tuple[int, ...], tokens: int, queries: int, heads: int, width: int, views: int) -> Problem:
     """Random inputs; queries, keys and values are views of one tensor, as in the model."""
-    device, generator, frames = this_device(), torch.Generator().manual_seed(0), sum(cut)
-    packed = torch.randn(frames * tokens, 3 * heads * width, generator=generator).to(device, dtype())
+    device, frames = this_device(), sum(cut)
+    generator = torch.Generator(device).manual_seed(0)
+    packed = torch.randn(frames * tokens, 3 * heads * width, generator=generator, device=device, dtype=dtype())
     q, k, v = packed.unflatten(1, (3, heads, width)).unbind(1)
     q = q[: frames * queries]
-    grad = torch.randn(q.shape, generator=generator).to(device, dtype())
+    grad = torch.randn(q.shape, generator=generator, device=device, dtype=dtype())
     return Problem(q, k, v, grad, [n * queries for n in cut], [n * tokens for n in cut], frames, views)
 
 

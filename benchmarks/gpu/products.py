@@ -49,13 +49,13 @@ class Call(NamedTuple):
 
 
 class Inputs:
-    """Random tensors on the device, the same in every process."""
+    """Random tensors on the device."""
 
     def __init__(self) -> None:
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator(this_device()).manual_seed(0)
 
     def __call__(self, *shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return (scale * torch.randn(shape, generator=self._generator)).to(this_device(), dtype)
+        return scale * torch.randn(shape, generator=self._generator, device=this_device(), dtype=dtype)
 
 
 def calls(tokens: int, width: int, heads: int) -> list[Call]:

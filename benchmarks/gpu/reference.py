@@ -16,10 +16,17 @@ PROFILE_LINES = 30  # of each table, in the page
 
 
 def measure(record: Record, small: bool, words: list[str]) -> None:
-    """Phases of every contestant; losses are compared first."""
+    """Phases of every contestant; losses are compared first. The compiled reference comes last: it compiles long."""
+    profiled: set[str] = set()
+    for compiled in (False,) if small else (False, True):
+        compare(record, small, words, compiled, profiled)
+
+
+def compare(record: Record, small: bool, words: list[str], compiled: bool, profiled: set[str]) -> None:
+    """Time all contestants, and profile those that are not in `profiled`."""
     frames, views, rounds = (8, 4, 2) if small else (FRAMES, VIEWS, ROUNDS)
     settings = [f"train.device={this_device().type}", *(SMALL if small else ["data.views=[2,24]"]), *words]
-    comparison = Comparison(frames, views, settings, compiled=not small)
+    comparison = Comparison(frames, views, settings, compiled=compiled)
     try:
         comparison.check()
         comparison.run(rounds)
@@ -31,14 +38,14 @@ def measure(record: Record, small: bool, words: list[str]) -> None:
         ratios = (f"{ms / steps[FASTMUM]:.2f} times {name}'s" for name, ms in steps.items() if name != FASTMUM)
         record.headline = f"{steps[FASTMUM]:.4g} ms a step, {' and '.join(ratios)} speed"
         record.write()
-        for contestant in comparison.contestants.values():
-            table = contestant.profile()
-            record.file.with_name(f"profile-{contestant.name}.txt").write_text(table, encoding="utf-8")
+        for name in comparison.contestants.keys() - profiled:
+            table = comparison.contestants[name].profile()
+            record.file.with_name(f"profile-{name}.txt").write_text(table, encoding="utf-8")
             lines = "\n".join(table.splitlines()[:PROFILE_LINES])
-            record.notes.append(
-                f"<details><summary>Operators: {contestant.name}</summary>\n\n```\n{lines}\n```\n\n</details>"
-            )
+            title = f"<summary>Operators: {name}</summary>"
+            record.notes.append(f"<details>{title}\n\n```\n{lines}\n```\n\n</details>")
             record.write()
+            profiled.add(name)
     finally:
         comparison.close()
 

@@ -305,3 +305,10 @@ def test_stages_are_consistent():
         assert (ROOT / f"benchmarks/gpu/{stage.module}.py").is_file()
         assert set(stage.needs) <= set(stages.PACKAGES)
         assert set(stage.needs) >= set(TORCH)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_installs_nothing(tmp_path):
+    words = ["make", "-n", "gpu", f"VENV={tmp_path}", "PYTHON=some-python", "ARGS=--minutes 3"]
+    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "some-python -m benchmarks.gpu --minutes 3"

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,16 +107,21 @@ class DaliGpuDecoder:
         define = partial(define_pipeline, where, size, "frames", GPU_THREADS, self.device.index, GPU_RUN)
         self._runner = _Runner(size, define, GPU_RUN, GPU_PIPELINES)
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """For copies: on the default stream they, and the pipeline they are from, would wait for training."""
+        return torch.cuda.Stream(self.device)
+
     def decode(self, files: Sequence[Path], crops: np.ndarray, flips: np.ndarray) -> Decoded:
         """See `Decoder.decode`."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+        with torch.cuda.stream(self._stream) if self.device.type == "cuda" else nullcontext():
             frames = torch.empty(len(files), self.size, self.size, 3, dtype=torch.uint8, device=self.device)
 
             def take(indices: list[int], outputs: Any) -> None:
                 # DALI returns once its frames are complete, and reuses their memory in the next run.
                 frames[torch.tensor(indices, device=self.device)] = torch.from_dlpack(outputs.as_tensor())
                 if frames.is_cuda:
-                    torch.cuda.current_stream().synchronize()
+                    self._stream.synchronize()
 
             bad = self._runner.run(files, crops, flips, take)
             return Decoded(frames, _with_cut(bad, frames[CORNERS].cpu().numpy(), files))
