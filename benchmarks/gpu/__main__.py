@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 1 if a stage failed, 2 for an error, 130 if interrupted."""
     args = parse(argv)
     began = time.monotonic()
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         machine = find_machine() | {"small": args.small}
         if not machine["cuda"] and not args.small:
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\ninterrupted: what was measured is written; the same command goes on", file=sys.stderr)
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print(f"{results.page}\n{results.file}")
     if failed:
         print(f"error: failed: {', '.join(failed)}; their output is in {results.folder}/<stage>.log", file=sys.stderr)

@@ -24,6 +24,7 @@ from benchmarks.gpu.measure import milliseconds, this_device, this_gpu
 from benchmarks.gpu.record import Record, stage_main
 from benchmarks.gpu.stages import ROOT
 from fastmum.kernels import add_norm
+from fastmum.kernels.matmul import fuses_products
 
 WAYS = {"fused": "auto", "library": "library"}  # values of FASTMUM_PRODUCTS
 # Tokens, width, heads: 65 visible tokens of a frame, 257 in the decoder, 192 masked ones in its last block.
@@ -99,6 +100,8 @@ def measure(record: Record, small: bool, words: list[str]) -> bool:
             record.row(**row)
         return True
     os.environ |= {"FASTMUM_PRODUCTS": WAYS["fused"], "FASTMUM_KERNELS": "triton"}
+    if not fuses_products(torch.empty(1, dtype=torch.bfloat16, device=this_device())):
+        raise RuntimeError(f"FASTMUM_PRODUCTS={WAYS['fused']} does not fuse products here")
     fused, library, gpu, wins, sound = list(rows(small)), by_library(record.file, small), this_gpu(), 0, True
     for ours, theirs in zip(fused, library, strict=True):
         agree = ours["of_tolerance"] <= 1 and theirs["of_tolerance"] <= 1

@@ -35,8 +35,8 @@ def compare(record: Record, small: bool, words: list[str], compiled: bool, profi
             ms = contestant.milliseconds(median)
             record.row(contestant=name, **{f"{phase}_ms": value for phase, value in ms.items()})
             steps[name] = ms["step"]
-        ratios = (f"{ms / steps[FASTMUM]:.2f} times {name}'s" for name, ms in steps.items() if name != FASTMUM)
-        record.headline = f"{steps[FASTMUM]:.4g} ms a step, {' and '.join(ratios)} speed"
+        ratios = (f"{name} / fastmum {ms / steps[FASTMUM]:.2f}" for name, ms in steps.items() if name != FASTMUM)
+        record.headline = f"{steps[FASTMUM]:.4g} ms a step; {', '.join(ratios)}"
         record.write()
         for name in comparison.contestants.keys() - profiled:
             table = comparison.contestants[name].profile()

@@ -6,6 +6,7 @@ Further words are settings.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ def measure(record: Record, small: bool, words: list[str]) -> bool:
         *(SMALL if small else FULL), f"train.device={this_device().type}", f"train.steps={steps}", "train.log_every=1",
         f"train.checkpoint_every={half}", "train.eval_batches=1", *words,
     ]  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
     first = train(folder / "whole", [*settings, "train.resume=never"])
     record.row(run="whole", steps=f"1 to {steps}", first_loss=first[1]["loss"], last_loss=first[steps]["loss"])
     for name in ("frames_per_s", "mfu", "data_wait"):
@@ -39,6 +41,8 @@ def measure(record: Record, small: bool, words: list[str]) -> bool:
             record.row(metric=name, value=float(first[steps][name]))
     checkpoint = next((folder / "whole" / "checkpoints").glob(f"step_*{half}"))
     second = train(folder / "resumed", [*settings, f"train.resume={checkpoint}"])
+    for run in ("whole", "resumed"):
+        shutil.rmtree(folder / run / "checkpoints")  # 5 GB each at the paper's size
     pairs = [(first[i]["loss"], second[i]["loss"]) for i in range(half + 1, steps + 1)]
     worst = max(abs(a - b) / abs(a) for a, b in pairs)
     record.row(run="resumed", steps=f"{half + 1} to {steps}", first_loss=pairs[0][1], last_loss=pairs[-1][1])
