@@ -116,6 +116,14 @@ def kernels_here() -> tuple[str, ...]:
     return candidates(this_device()) if this_device().type == "cuda" else ()
 
 
+def untested_kernels() -> tuple[str, ...]:
+    """cuDNN, where its version is one that fastmum does not use: whether it would be sound."""
+    here = kernels_here()
+    if not here or "cuDNN" in here or torch.cuda.get_device_capability()[0] < 9:
+        return ()
+    return ("cuDNN",)
+
+
 def backends_here() -> tuple[str, ...]:
     """Backends of packages that are installed; `sdpa` on a CPU."""
     device = this_device()
@@ -165,11 +173,12 @@ def measure(record: Record, small: bool, words: list[str]) -> bool:
     def add(name: str, queries: int, keys: int, h: int, width: int) -> None:
         given = problem(cuts[name], keys, queries, h, width, views)
         labels = {"cut": name, "width": width, "queries": queries, "keys": keys}
-        wrong.extend(compare(record, given, cuts[name], labels, 1 if small else None))
+        found = contestants(given, cuts[name], kernels_here(), backends_here())
+        wrong.extend(compare(record, given, cuts[name], labels, found, 1 if small else None))
         fastest = min((r for r in record.rows if "error" in r), default=None, key=_rank)
         best = f"; {fastest['cut']}: {fastest['kernel']} is fastest" if fastest else ""
-        found = f"WRONG: {', '.join(sorted(set(wrong)))}" if wrong else "all kernels agree with float32"
-        record.headline = found + best
+        verdict = f"WRONG: {', '.join(sorted(set(wrong)))}" if wrong else "all kernels agree with float32"
+        record.headline = verdict + best
         record.write()
 
     for queries in (tokens, masked):
@@ -177,6 +186,10 @@ def measure(record: Record, small: bool, words: list[str]) -> bool:
             for name in cuts:
                 add(name, queries, tokens, h, width)
     add(next(name for name, cut in cuts.items() if max(cut) == 1), visible, visible, *heads[0])  # encoder blocks
+    if others := untested_kernels():
+        given, cut = problem(cuts["ragged"], tokens, tokens, *heads[0], views), cuts["ragged"]
+        labels = {"cut": "ragged", "width": heads[0][1], "queries": tokens, "keys": tokens}
+        compare(record, given, cut, labels, contestants(given, cut, others, ()), None)
     return not wrong
 
 
@@ -186,19 +199,20 @@ def _rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
 
 
 def compare(
-    record: Record, given: Problem, cut: tuple[int, ...], labels: dict[str, Any], rounds: int | None
+    record: Record, given: Problem, cut: tuple[int, ...], labels: dict[str, Any],
+    found: dict[tuple[str, str], Attend], rounds: int | None,
 ) -> list[str]:  # fmt: skip
-    """Rows for the kernels on one problem; names of the wrong ones."""
+    """Rows for kernels `found` on one problem; names of the wrong ones."""
     gpu, wrong = this_gpu(), []
     truth = passes(partial(by_sequence, given), given, wide=True)()
-    for (kernel, kind), attend in contestants(given, cut, kernels_here(), backends_here()).items():
+    for (kernel, kind), attend in found.items():
         run = passes(attend, given)
         try:
             first, second = run(), run()
             error = distance(first, truth)
             same = all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
             ms = milliseconds({"forward": passes(attend, given, backward=False), "both": run}, rounds)
-        except RuntimeError as failed:  # a kernel that a library has not, or that cannot compute this
+        except Exception as failed:  # a kernel that a library has not, or cannot run here; packages raise any type
             record.row(**labels, kernel=kernel, segments=kind, failed=str(failed).partition("\n")[0][:120])
             continue
         backward = max(ms["both"] - ms["forward"], 1e-6)

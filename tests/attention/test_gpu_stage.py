@@ -35,6 +35,30 @@ def test_exact_and_padded_segments_agree_with_the_truth(kernels, tmp_path):
     assert [27, 18, 9, 0, 0, 0] in lengths, "with those that CUDA graphs record"
 
 
+def test_a_version_of_cudnn_that_is_not_used_is_tried_last(kernels, tmp_path, monkeypatch):
+    """It may be wrong."""
+    monkeypatch.setattr(stage, "kernels_here", lambda: ("FA2",))
+    monkeypatch.setattr(stage.torch.cuda, "get_device_capability", lambda: (9, 0))
+    sound = varlen.KERNELS["FA2"]
+    tried = [False]
+
+    def contestants(given, cut, names, backends, make=stage.contestants):
+        tried[0] |= "cuDNN" in names
+        return make(given, cut, names, backends)
+
+    def forward(*args):
+        out, lse = sound.forward(*args)
+        return (out * 2 if tried[0] else out), lse
+
+    monkeypatch.setattr(stage, "contestants", contestants)
+    monkeypatch.setitem(varlen.KERNELS, "FA2", sound._replace(forward=forward))  # for short segments cuDNN is FA2
+    record = Record(tmp_path / "attention.json")
+    assert stage.measure(record, True, [])
+    kinds = [(row["kernel"], row["segments"], row["error"] > 0.5) for row in record.rows[-2:]]
+    assert kinds == [("cuDNN", "exact", True), ("cuDNN", "padded", True)]
+    assert sum(row["kernel"] == "cuDNN" for row in record.rows) == 2
+
+
 @pytest.mark.parametrize("wrong", ["NaN", "scaled", "other every time", "missing"])
 def test_a_wrong_kernel_is_named(kernels, tmp_path, monkeypatch, wrong):
     sound, calls = varlen.KERNELS["FA3"], []
@@ -48,13 +72,12 @@ def test_a_wrong_kernel_is_named(kernels, tmp_path, monkeypatch, wrong):
         return out * factor, lse
 
     monkeypatch.setitem(varlen.KERNELS, "FA3", sound._replace(forward=forward))
-    monkeypatch.setattr(stage, "kernels_here", lambda: ("FA2", "FA3"))
     monkeypatch.setattr(stage, "activate", lambda kernel: None)
     monkeypatch.setattr(stage, "this_gpu", lambda: GPUS["h100"])
     record, cut = Record(tmp_path / "attention.json"), (3, 2, 1)
     given = stage.problem(cut, 9, 9, 2, 64, 4)
     labels = {"cut": "ragged", "width": 64, "queries": 9, "keys": 9}
-    names = stage.compare(record, given, cut, labels, 1)
+    names = stage.compare(record, given, cut, labels, stage.contestants(given, cut, ("FA2", "FA3"), ()), 1)
     rows = {(row["kernel"], row["segments"]): row for row in record.rows}
     assert names == (["FA3 (exact)", "FA3 (padded)"] if wrong in ("NaN", "scaled") else [])
     ours = rows["FA3", "exact"]
