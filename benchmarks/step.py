@@ -164,7 +164,8 @@ def build_reference(
     model.load_state_dict(ours.state_dict())
     del ours
     optim = config.optim
-    optimizer = build_reference_optimizer(model, optim.base_lr, optim.weight_decay, tuple(optim.betas))
+    fused = True if compile_it and pixels.is_cuda else None  # who compiles also asks for the faster optimizer
+    optimizer = build_reference_optimizer(model, optim.base_lr, optim.weight_decay, tuple(optim.betas), fused)
     model = compile_it(model) if compile_it else model
     images = pixels.permute(0, 3, 1, 2).unflatten(0, (-1, views)).contiguous()
     ratio, precision = config.model.mask_ratio, config.train.precision

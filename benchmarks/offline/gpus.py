@@ -9,13 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-REACHED_PEAK = 0.7  # of the peak, sustained by good matrix products (a convention)
-REACHED_BANDWIDTH = 0.85  # of the memory bandwidth, sustained by streaming kernels (a convention)
-LEAST_SECONDS = 3e-6  # of any kernel: launch and drain (a convention)
-
-
 # `fastmum.engine.gpus` has 989.4e12 for the H100 and H200, from the whitepaper, for measured shares of the peak.
-# Recorded predictions and their goals use the 989e12 of the data sheets.
+# Predictions use the 989e12 of the data sheets.
 
 
 class Gpu(NamedTuple):
@@ -42,10 +37,6 @@ class Gpu(NamedTuple):
     shared_memory: int
     shared_memory_multiprocessor: int
     l2: int
-
-    def seconds(self, flops: float, moved: float) -> float:
-        """The roofline of one kernel: the slower of its operations and its bytes, and no less than a launch."""
-        return max(flops / (REACHED_PEAK * self.peak), moved / (REACHED_BANDWIDTH * self.bandwidth), LEAST_SECONDS)
 
 
 GPUS = {

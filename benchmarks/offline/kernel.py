@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from benchmarks.offline.gpus import Gpu
-
-PRODUCTS, ATTENTION, COPIES, OPTIMISER = "matrix products", "attention", "copies", "optimiser"
+PRODUCTS, COPIES, OPTIMISER = "matrix products", "copies", "optimiser"
 NORM, ATEN, POINTWISE, REDUCTIONS = "gradient norm", "aten", "Inductor pointwise", "Inductor reductions"
+LAYER_NORM = "aten layer norm"
 OURS = "fastmum "  # and the name of the Triton kernel
+# Attention by fastmum's operator on packed segments, or by `scaled_dot_product_attention`: "varlen spans forward".
+VARLEN, DENSE = "varlen", "dense"
 
 
 class Kernel(NamedTuple):
@@ -21,63 +22,43 @@ class Kernel(NamedTuple):
         kind: its class.
         flops: operations of matrix products and attention, two per multiply-add; 0 for others.
         moved: bytes read from and written to memory, each tensor once.
+        idle: further thread blocks, without work, if segments of attention are padded for CUDA graphs.
     """
 
     name: str
     kind: str
     flops: int
     moved: int
+    idle: int = 0
+
+
+def grouped(kernels: Iterable[Kernel]) -> Counter[Kernel]:
+    """Numbers of launches that cost the same, without their names."""
+    return Counter(kernel._replace(name="") for kernel in kernels)
 
 
 class Cost(NamedTuple):
-    """The prediction for one side.
+    """What one side's step launches and holds.
 
     Args:
-        kernels: of one step, in order.
+        kernels: of `grouped`.
         peak_bytes: peak memory; `state_bytes` of it persist between steps.
         sources: Triton kernels that were compiled for the GPU.
         spilled: those whose configurations all spill registers.
     """
 
-    kernels: Sequence[Kernel]
+    kernels: Mapping[Kernel, int]
     peak_bytes: int
     state_bytes: int
-    sources: int
-    spilled: Sequence[str]
+    sources: int = 0
+    spilled: Sequence[str] = ()
 
-    def summary(self, gpu: Gpu) -> dict[str, object]:
-        """Sums, as they are printed in JSON; every one is a prediction."""
+    def sums(self) -> dict[str, int]:
+        """Operations, bytes, launches and memory, as they are printed in JSON and recorded."""
         return {
-            "flops": sum(k.flops for k in self.kernels),
-            "bytes": sum(k.moved for k in self.kernels),
-            "launches": len(self.kernels),
+            "flops": sum(n * kernel.flops for kernel, n in self.kernels.items()),
+            "bytes": sum(n * kernel.moved for kernel, n in self.kernels.items()),
+            "launches": sum(self.kernels.values()),
             "peak_bytes": self.peak_bytes,
             "state_bytes": self.state_bytes,
-            "predicted_ms": 1e3 * seconds(self.kernels, gpu),
-            "classes": {kind: _sums(group, gpu) for kind, group in _by_kind(self.kernels).items()},
-            "triton_kernels": self.sources,
-            "spilled": list(self.spilled),
         }
-
-
-def seconds(kernels: Iterable[Kernel], gpu: Gpu) -> float:
-    """Time of the kernels, one after the other."""
-    # Equal kernels are summed together, so that the sum does not depend on their order.
-    alike = Counter((k.flops, k.moved) for k in kernels)
-    return sum(count * gpu.seconds(*cost) for cost, count in sorted(alike.items()))
-
-
-def _by_kind(kernels: Sequence[Kernel]) -> dict[str, list[Kernel]]:
-    groups: dict[str, list[Kernel]] = {}
-    for kernel in kernels:
-        groups.setdefault(kernel.kind, []).append(kernel)
-    return dict(sorted(groups.items(), key=lambda group: -sum(k.moved for k in group[1])))
-
-
-def _sums(kernels: Sequence[Kernel], gpu: Gpu) -> dict[str, float]:
-    return {
-        "flops": sum(k.flops for k in kernels),
-        "bytes": sum(k.moved for k in kernels),
-        "launches": len(kernels),
-        "predicted_ms": 1e3 * seconds(kernels, gpu),
-    }

@@ -2,7 +2,8 @@
 
 Bytes are those of every tensor that a kernel must read or write, once; gathers read what they select. Matrix products
 and attention count two operations per multiply-add; attention has two products in the forward and five in the backward
-pass. An operator is one launch, except layer norm's backward pass and operators on lists of tensors.
+pass. An operator is one launch, except layer norm's backward pass and operators on lists of tensors. Dense attention is
+recorded as FlashAttention's operator, whichever kernel computes it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.launches import Launch
-from benchmarks.offline.kernel import ATEN, ATTENTION, COPIES, OURS, PRODUCTS, Kernel
+from benchmarks.offline.kernel import ATEN, COPIES, DENSE, LAYER_NORM, OURS, PRODUCTS, VARLEN, Kernel
 
 aten = torch.ops.aten
 PRODUCT_OPS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward}
@@ -39,6 +40,9 @@ NO_KERNEL |= {"_local_scalar_dense", "lift_fresh", "_reshape_alias"}
 TENSORS_A_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 CHUNKS_A_LAUNCH = 320
 CHUNK = 65_536
+
+FRAME = 512  # tokens: segments of at most so many are single frames
+ROWS = 128  # of queries or keys that a thread block of FlashAttention 2 computes at width 64
 
 
 def tensors_of(*trees: object) -> list[Tensor]:
@@ -70,11 +74,11 @@ def kernels_of(op: OpOverload, args: Sequence, kwargs: dict, out: object, sequen
     if packet in WRITE_ONLY:
         reads = [x for x in reads if x is not mutated[0]]
     moved = sum(map(nbytes, (*reads, *writes)))
-    flops, kind = 0, COPIES if packet in COPY_OPS else ATEN
+    flops, kind = 0, COPIES if packet in COPY_OPS else LAYER_NORM if "layer_norm" in name else ATEN
     if packet in PRODUCT_OPS:
         kind, flops = PRODUCTS, flop_registry[packet](*args, **kwargs, out_val=out)
     elif schema in ATTENTION_OPS:
-        kind, flops = ATTENTION, _attention_flops(schema, args, sequences)
+        return [_attention(schema, args, sequences, moved)]
     elif packet in GATHER_OPS:
         moved = 2 * sum(map(nbytes, writes)) + sum(map(nbytes, reads[1:]))
     elif packet is aten.scatter_add:
@@ -83,26 +87,39 @@ def kernels_of(op: OpOverload, args: Sequence, kwargs: dict, out: object, sequen
         grad, x, grads = args[0], args[1], writes
         sums = sum(map(nbytes, grads[1:]))
         return [
-            Kernel(name, ATEN, 0, moved - sums),
-            Kernel(f"{name} (weight, bias)", ATEN, 0, nbytes(grad) + nbytes(x) + sums),
+            Kernel(name, kind, 0, moved - sums),
+            Kernel(f"{name} (weight, bias)", kind, 0, nbytes(grad) + nbytes(x) + sums),
         ]
     return [Kernel(name, kind, flops, moved)]
 
 
-def _attention_flops(schema: str, args: Sequence, sequences: int) -> int:
+def _attention(schema: str, args: Sequence, sequences: int, moved: int) -> Kernel:
     products, before = ATTENTION_OPS[schema]
-    q, k = args[before], args[before + 1]
+    q, k = args[before : before + 2]
+    way = "backward" if before else "forward"
     if q.ndim == 4:
         n, h, queries, d = q.shape
-        return products * 2 * n * h * queries * k.shape[2] * d
-    queries, h, d = q.shape
-    return products * 2 * queries * (len(k) // sequences) * h * d
+        how, keys, idle = DENSE, k.shape[2], 0
+    else:
+        total, h, d = q.shape
+        n, how, queries, keys = sequences, VARLEN, total // sequences, len(k) // sequences
+        segments, (longest_q, longest_k) = len(args[before + 3]) - 1, (x for x in args if isinstance(x, int))
+        # The forward pass has one grid of queries, the backward pass two and one of keys.
+        idle_q, idle_k = (
+            h * (segments * -(-longest // ROWS) - n * -(-length // ROWS))
+            for longest, length in ((longest_q, queries), (longest_k, keys))
+        )
+        idle = 2 * idle_q + idle_k if before else idle_q
+    spans = "frames" if keys <= FRAME else "spans"
+    return Kernel(schema, f"{how} {spans} {way}", products * 2 * n * h * queries * keys * d, moved, idle)
 
 
 def _of_lists(name: str, op: OpOverload, args: Sequence, kwargs: dict, out: object) -> list[Kernel]:
     arguments = zip(op._schema.arguments, args, strict=False)
     given = [(a.is_write, value) for a, value in arguments if isinstance(value, (list, tuple))]
     lists = [(written, value) for written, value in given if value and isinstance(value[0], Tensor)]
+    if name.startswith("_fused_"):  # it writes gradients only where it scales them, and steps are scalars
+        lists = [(written and value is not args[1], value) for written, value in lists if value[0].ndim]
     first = lists[0][1]
     if first[0].ndim == 0:  # counters of steps, which live on the host
         return []

@@ -1,7 +1,8 @@
 """The training steps: fastmum's, and the reference's, eager and compiled.
 
-All tensors are fake. Attention is FlashAttention as PyTorch calls it on CUDA, within frames by
-`scaled_dot_product_attention` and across them by `fastmum::varlen_attention` (backend `flash`).
+All tensors are fake. Attention is a fused kernel as PyTorch calls it on CUDA: the reference's and fastmum's within
+frames by `scaled_dot_product_attention`, fastmum's across them by `fastmum::varlen_attention` (backend `flash`). AdamW
+of the eager reference is torch's choice on CUDA (foreach); the compiled one's is fused, as its users would have it.
 
 Memory is simulated: Python and autograd free it in eager code, Inductor's planner in a compiled graph. It includes
 weights, masters, gradients and moments. The allocator's rounding and workspaces of cuBLAS and Triton are not counted.
@@ -9,7 +10,7 @@ weights, masters, gradients and moments. The allocator's rounding and workspaces
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -32,7 +33,7 @@ from benchmarks.offline.blocks import compile_blocks
 from benchmarks.offline.cubins import spilled_kernels
 from benchmarks.offline.gpus import Gpu
 from benchmarks.offline.inductor import compile_region
-from benchmarks.offline.kernel import NORM, OPTIMISER, Cost
+from benchmarks.offline.kernel import NORM, OPTIMISER, Cost, grouped
 from benchmarks.offline.recorder import Recorder
 from benchmarks.reference.model import ReferenceMuM
 from benchmarks.reference.step import normalise
@@ -46,6 +47,7 @@ from fastmum.engine.step import NonFiniteGuard
 from fastmum.model.config import ModelConfig
 from fastmum.model.inputs import check_frames, num_visible
 from fastmum.model.mum import GlobalAttention, MuM
+from fastmum.progress import progress_bar
 
 MAX_VIEWS = 24  # of the paper's run, for which attention kernels are launched
 MASK_RATIO = 0.75
@@ -68,6 +70,28 @@ class Batch(NamedTuple):
     def sequences(self) -> int:
         """Number of sequences."""
         return self.frames // self.views
+
+
+def measure(
+    config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompute: str, sides: Sequence[str]
+) -> dict[str, Cost]:
+    """What a step of every side launches.
+
+    Args:
+        config: sizes of the model.
+        batch: frames of a step.
+        gpu: that it runs on.
+        mode: what fastmum compiles, "full" or "block".
+        recompute: as `model.recompute`, "mlp" or "none".
+        sides: some of `report.SIDES` and `report.BLOCKS`.
+    """
+    ways = {
+        "fastmum": lambda: fastmum_cost(config, batch, gpu, mode, recompute),
+        "fastmum_block": lambda: fastmum_cost(config, batch, gpu, "block", recompute),
+        "reference": lambda: reference_cost(config, batch, gpu, compiled=False),
+        "reference_compiled": lambda: reference_cost(config, batch, gpu, compiled=True),
+    }
+    return {side: ways[side]() for side in progress_bar(sides, desc="lowering", unit="side")}
 
 
 def fastmum_cost(config: ModelConfig, batch: Batch, gpu: Gpu, mode: str, recompute: str = "mlp") -> Cost:
@@ -152,8 +176,9 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
                 place(model)
                 decayed, plain = ([p for p in model.parameters() if (p.ndim >= 2) == many] for many in (True, False))
                 groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-                # As `build_optimizer` of the reference on CUDA, where torch selects the foreach implementation.
-                optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), foreach=True)
+                # As `build_optimizer` of the reference on CUDA.
+                how = {"fused": True} if compiled else {"foreach": True}
+                optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), **how)
                 shape = (batch.sequences, batch.views, 3, batch.side, batch.side)
                 frames = torch.empty(shape, dtype=torch.uint8)
                 noise = torch.empty(batch.frames, (batch.side // config.patch_size) ** 2)
@@ -172,7 +197,7 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
             if compiled:
                 with recorder:
                     images = normalise(frames)
-                return _compiled_step(model, (images, MASK_RATIO, noise), model, update, recorder)
+                return _compiled_step(model, (images, MASK_RATIO, noise), model, update, recorder, check_spills=False)
 
             def loss() -> Tensor:
                 with torch.autocast("cpu", torch.bfloat16):
@@ -182,9 +207,17 @@ def reference_cost(config: ModelConfig, batch: Batch, gpu: Gpu, compiled: bool) 
 
 
 def _compiled_step(
-    function: Callable, args: tuple, model: nn.Module, update: Callable[[], None], recorder: Recorder
+    function: Callable,
+    args: tuple,
+    model: nn.Module,
+    update: Callable[[], None],
+    recorder: Recorder,
+    check_spills: bool = True,
 ) -> Cost:
-    """A step whose loss is one compiled region; the preparation of its arguments is recorded already."""
+    """A step whose loss is one compiled region; the preparation of its arguments is recorded already.
+
+    `check_spills` compiles its Triton code, which takes most of the time.
+    """
     state = recorder.live
     region = compile_region(function, args, recorder)
     with recorder:
@@ -194,7 +227,7 @@ def _compiled_step(
         recorder.record(region.backward.kernels)
         give_gradients(model)
         update()
-    return summed_cost(recorder, state, region.sources)
+    return summed_cost(recorder, state, region.sources if check_spills else {})
 
 
 def _eager_step(
@@ -210,7 +243,7 @@ def _eager_step(
 
 def summed_cost(recorder: Recorder, state: int, sources: dict[str, str]) -> Cost:
     count, spilled = spilled_kernels(sources, recorder.launches, recorder.arch)
-    return Cost(tuple(recorder.kernels), recorder.peak, state, count, spilled)
+    return Cost(grouped(recorder.kernels), recorder.peak, state, count, spilled)
 
 
 def give_gradients(model: nn.Module) -> None:

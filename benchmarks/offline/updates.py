@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.offline.efficiency import efficiencies
 from benchmarks.offline.gpus import Gpu
-from benchmarks.offline.kernel import Cost, seconds
+from benchmarks.offline.kernel import Cost
+from benchmarks.offline.pricing import Assumptions
 from benchmarks.offline.steps import Batch, give_gradients, place, pretending, summed_cost
 from fastmum.config.schema import OptimSection
 from fastmum.engine.distributed import DistContext
@@ -22,11 +24,11 @@ from fastmum.model.config import ModelConfig
 from fastmum.model.mum import MuM
 
 DEVICES = (1, 8, 64)
-# Bytes a second that a device receives in an all-gather: within a machine 70 % of NVLink's bandwidth in one direction
-# (data sheets: 300, 450 and 450 GB/s), across machines of 8 devices 70 % of a network card for each (200, 400 and
+# Bytes a second that a device receives in an all-gather, of which a share is reached ("links"): within a machine
+# NVLink's bandwidth in one direction (data sheets), across machines of 8 devices a network card for each (200, 400 and
 # 400 Gbit/s, as in the DGX systems); what a machine receives is shared by its 8 cards.
-NVLINK = {"a100": 0.7 * 300e9, "h100": 0.7 * 450e9, "h200": 0.7 * 450e9}
-NETWORK = {"a100": 0.7 * 25e9, "h100": 0.7 * 50e9, "h200": 0.7 * 50e9}
+NVLINK = {"a100": 300e9, "h100": 450e9, "h200": 450e9}
+NETWORK = {"a100": 25e9, "h100": 50e9, "h200": 50e9}
 
 
 def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int = 1) -> tuple[Cost, int]:
@@ -52,22 +54,28 @@ def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int
 
 
 def gather_seconds(moved: int, name: str, devices: int) -> float:
-    """An all-gather of `moved` bytes in all."""
+    """An all-gather of `moved` bytes in all, at the whole bandwidth of the links."""
     within = moved * (devices - 1) / devices / NVLINK[name]
     machines = devices // 8
     return max(within, moved * (machines - 1) / machines / (8 * NETWORK[name])) if machines > 1 else within
 
 
 def table(config: ModelConfig, gpus: dict[str, Gpu]) -> str:
-    """Milliseconds of an update by GPU, optimizer and number of devices; predictions."""
-    lines = [f"{'update, predicted ms':22}" + "".join(f"{gpu:>10}" for gpu in gpus)]
+    """Milliseconds of an update by GPU, optimizer and number of devices: likely, low and high predictions."""
+    lines = [f"{'update, predicted ms':22}" + "".join(f"{gpu:>24}" for gpu in gpus)]
     for label, optim, devices in [
         ("AdamW", OptimSection(), 1),
         *((f"Muon, {n} devices", OptimSection(optimizer="muon"), n) for n in DEVICES),
     ]:
-        times = []
+        cells = []
         for name, gpu in gpus.items():
             cost, moved = update_cost(config, gpu, optim, devices)
-            times.append(seconds(cost.kernels, gpu) + gather_seconds(moved, name, devices))
-        lines.append(f"{label:22}" + "".join(f"{1e3 * s:10.2f}" for s in times))
+            shares = efficiencies(name)
+            device, gather = Assumptions(gpu, shares).device(cost.kernels), gather_seconds(moved, name, devices)
+            slow, likely, fast, _ = shares["links"]
+            low, middle, high = (
+                1e3 * (s + gather / share) for s, share in zip(device, (fast, likely, slow), strict=True)
+            )
+            cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
+        lines.append(f"{label:22}" + "".join(f"{cell:>24}" for cell in cells))
     return "\n".join(lines)

@@ -15,14 +15,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def build_optimizer(
-    model: ReferenceMuM, lr: float, weight_decay: float = 0.05, betas: tuple[float, float] = (0.9, 0.95)
+    model: ReferenceMuM,
+    lr: float,
+    weight_decay: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.95),
+    fused: bool | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW of the released configuration; biases, norms and other 1-D parameters do not decay."""
+    """AdamW of the released configuration; biases, norms and other 1-D parameters do not decay.
+
+    Without `fused` it is torch's choice: foreach on CUDA, on a CPU a loop over parameters (its fused one is faster).
+    """
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    # torch's own choice of implementation: foreach on CUDA, on a CPU a loop over parameters (its fused one is faster).
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
 def normalise(frames: Tensor) -> Tensor:

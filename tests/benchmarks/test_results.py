@@ -8,10 +8,12 @@ from benchmarks import results as duels
 from benchmarks.projection import ProjectionError, projection_tables, read_predictions
 from benchmarks.results import COMPILED, FASTMUM, FRAMES_A_SECOND, HEADINGS, REFERENCE, Result, results_of
 
-SIDE = {"flops": 2.6e13, "bytes": 1.5e11, "launches": 1200, "peak_bytes": 3.1e10, "predicted_ms": 150.0}
+TIMES = {"low": 100.0, "likely": 150.0, "high": 300.0}
+PARTS = [{"class": "cuBLAS products", "kind": kind, "ms": TIMES} for kind in ("one", "other")]
+SIDE = {"flops": 2.6e13, "bytes": 1.5e11, "launches": 1200, "peak_bytes": 3.1e10, "predicted_ms": TIMES}
 PREDICTIONS = {
     "gpu": "A100-80GB", "model": "mum_vitl16", "frames": 96, "fastmum": SIDE,
-    "reference": SIDE | {"predicted_ms": 300.0, "launches": 5000},
+    "reference": SIDE | {"launches": 5000},
 }  # fmt: skip
 
 
@@ -73,14 +75,20 @@ def test_tables_of_predictions(tmp_path):
     path.write_text(json.dumps(PREDICTIONS))
     text = "\n".join(projection_tables(read_predictions(path)))
     for line in (
-        "For mum_vitl16, 96 frames per GPU, A100-80GB.", "4,608 GPU-hours", "| fastmum | 1,333 | 0.87 | 29% |",
-        "| fastmum | 26.00 | 150.0 | 1,200 | 31.0 | 150.0 | 2.00 |",
-        "| reference | 26.00 | 150.0 | 5,000 | 31.0 | 300.0 | 1.00 |",
+        "For mum_vitl16, 96 frames per GPU, A100-80GB.", "4,608 GPU-hours",
+        "| A100-80GB | fastmum, `compile=full` | 150 | 1,200 | 31.0 | 150 (100 to 300) |  | 1,333 (889 to 2,667) |",
+        "| A100-80GB | reference, eager | 150 | 5,000 | 31.0 | 150 (100 to 300) |  | 1,333 (889 to 2,667) |",
     ):  # fmt: skip
         assert line in text
-    assert "compiled" not in text
-    text = "\n".join(projection_tables(PREDICTIONS | {"reference_compiled": SIDE | {"predicted_ms": 200.0}}))
-    assert "| reference, compiled | 26.00 | 150.0 | 1,200 | 31.0 | 200.0 | 1.50 |" in text
+    assert "compiled |" not in text
+    compiled = SIDE | {"compiled_ratio": {"low": 1, "likely": 1, "high": 1}, "host_ms": TIMES, "parts": PARTS}
+    shares = {"cuBLAS products": {"low": 0.4, "likely": 0.5, "high": 0.6, "source": "a paper"}}
+    text = "\n".join(projection_tables(PREDICTIONS | {"reference_compiled": compiled, "efficiencies": shares}))
+    for line in (
+        "| reference, compiled | 150 | 1,200 | 31.0 | 150 (100 to 300) | 1.00 (1.00 to 1.00) |",
+        "| cuBLAS products | 300.0 (200.0 to 600.0) |", "| cuBLAS products | 0.50 (0.40 to 0.60) | a paper |",
+    ):  # fmt: skip
+        assert line in text
 
 
 def test_other_predictions_are_refused(tmp_path):
@@ -88,6 +96,7 @@ def test_other_predictions_are_refused(tmp_path):
     for text, named in (
         (None, "cannot be read"), ("{", "JSON"), ("[]", "'fastmum'"), (json.dumps({"fastmum": SIDE}), "'reference'"),
         (json.dumps(PREDICTIONS | {"reference": {"flops": 1}}), "reference.bytes"),
+        (json.dumps(PREDICTIONS | {"reference": SIDE | {"predicted_ms": 150.0}}), "reference.predicted_ms.low"),
     ):  # fmt: skip
         if text is not None:
             path.write_text(text)
