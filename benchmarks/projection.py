@@ -35,8 +35,8 @@ _GAP, _OURS, _THEIRS = (
 METHOD = (
     "**Nothing here is measured.** Operations, bytes and launches of a step are counted in what PyTorch and Inductor"
     " would launch (`python -m benchmarks.offline`). A kernel takes the longer of operations / (peak x share) and bytes"
-    f" / (bandwidth x share), where its class has a low, likely and high share, and a gap of {_GAP} follows. A step takes"
-    " the longer of its kernels and the host's time to queue them, by assumption"
+    f" / (bandwidth x share), where its class has a low, likely and high share, and a gap of {_GAP} follows. A step"
+    " takes the longer of its kernels and the host's time to queue them, by assumption"
     f" {_OURS} a launch of fastmum's and {_THEIRS} of the reference's. Times are likely values, in parentheses from all"
     " shares high to all shares low; in the range of a ratio classes of both sides vary together."
 )
