@@ -50,12 +50,13 @@ class Contestant:
         device: of the step.
 
     Attributes:
+        step: as given.
         rounds: seconds of every phase and of the whole "step", one dictionary per call.
     """
 
     def __init__(self, name: str, step: Callable[[Lap], float], device: torch.device | str = "cpu") -> None:
         self.name, self.rounds = name, list[dict[str, float]]()
-        self._step, self._clock, self._device = step, Clock(device), torch.device(device)
+        self.step, self._clock, self._device = step, Clock(device), torch.device(device)
 
     def __call__(self) -> float:
         """Time a step; returns the loss."""
@@ -66,7 +67,7 @@ class Contestant:
         def lap(phase: str) -> None:
             ends[phase] = clock.mark()
 
-        loss = self._step(lap)
+        loss = self.step(lap)
         end = clock.mark()
         clock.wait()
         times = {"step": clock.seconds(began, end)}

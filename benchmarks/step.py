@@ -204,7 +204,7 @@ def queued_steps(problem: Problem, lengths: Sequence[tuple[int, ...]]) -> list[C
     config, precision = task.config, task.config.train.precision
     keep_freed_memory()
     groups = task.groups(model)
-    optimizer = build_optimizer(model, config.optim, MATRIX_DTYPE[precision], groups)
+    optimizer = build_optimizer(model, config.optim, MATRIX_DTYPE[precision], groups, task.matrices(model), task.world)
     task.compile(model, config.train.steps)
     gradients, guard = Gradients(groups, task.world), NonFiniteGuard(pixels.device)
 
