@@ -1,12 +1,13 @@
 """The choice between the Triton and PyTorch implementations, and the launch of Triton kernels.
 
-`FASTMUM_KERNELS` is read at every call: "auto" (default) selects Triton on CUDA and PyTorch elsewhere; "torch" and
+`FASTMUM_KERNELS`, read at the first call: "auto" (default) selects Triton on CUDA and PyTorch elsewhere; "torch" and
 "triton" force one. Triton kernels run on CPU tensors if `TRITON_INTERPRET=1` was set before the import.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -23,6 +24,8 @@ except ImportError:  # no Triton on this platform: everything runs in PyTorch
     triton, tl = None, SimpleNamespace(constexpr=None)
 
 recorder: Any = None  # of `benchmarks.launches`, in the place of the device
+choices: dict[str, str] = {}  # environment variables that were read
+recording = threading.local()  # `tape`: the allocations and launches of a call that `plans` records
 
 
 def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]:
@@ -35,6 +38,23 @@ def jit(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable], Callable]
     return triton.jit(do_not_specialize=list(do_not_specialize))
 
 
+def choice(name: str, *allowed: str) -> str:
+    """The environment variable `name`, the first one allowed if it is not set; read once, see `plans.reset`.
+
+    ValueError: another value.
+    """
+    value = choices.get(name)
+    if value is None:
+        value = os.environ.get(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{name} is {value!r}, but must be {', '.join(allowed[:-1])} or {allowed[-1]}")
+        choices[name] = value
+    return value
+
+
+choice._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a constant of compiled code
+
+
 def use_triton(x: Tensor) -> bool:
     """Whether an operation on `x` runs as a Triton kernel; float64 never does.
 
@@ -42,12 +62,10 @@ def use_triton(x: Tensor) -> bool:
     """
     if recorder is not None:
         return True
-    choice = os.environ.get("FASTMUM_KERNELS", "auto")
-    if choice not in ("auto", "torch", "triton"):
-        raise ValueError(f"FASTMUM_KERNELS is {choice!r}, but must be auto, torch or triton")
-    if choice == "torch" or x.dtype == torch.float64:
+    chosen = choice("FASTMUM_KERNELS", "auto", "torch", "triton")
+    if chosen == "torch" or x.dtype == torch.float64:
         return False
-    if choice == "auto":
+    if chosen == "auto":
         return x.is_cuda and triton is not None
     if triton is None:
         raise RuntimeError("FASTMUM_KERNELS=triton, but Triton is not installed")
@@ -67,8 +85,19 @@ def launch(
         recorder.launch(kernel, grid, args, constants, num_warps, num_stages)
     elif 0 not in grid:
         device = args[0].device
+        options = constants | {"num_warps": num_warps, "num_stages": num_stages}
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+            compiled = kernel[grid](*args, **options)
+        if tape := getattr(recording, "tape", None):
+            tape.launches.append((kernel, grid, args, options, compiled))
+
+
+def empty(*size: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.empty`, for host functions of kernels."""
+    out = torch.empty(*size, dtype=dtype, device=device)
+    if tape := getattr(recording, "tape", None):
+        tape.created.append(out)
+    return out
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -89,8 +118,11 @@ def _capability(device: torch.device) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of the GPU, for kernels whose programs process many rows each."""
-    if recorder is not None:
-        return recorder.multiprocessors
+    return _multiprocessors(device) if recorder is None else recorder.multiprocessors
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # in the interpreter: more than one program
     return torch.cuda.get_device_properties(device).multi_processor_count

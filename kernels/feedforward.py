@@ -8,11 +8,13 @@ can recompute the GELU from `hidden`, and `hidden` by the first product, which t
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.checks import check_floating, check_tensors
-from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.matmul import Tiles, fuses_products, product, product_tile, tile_of
+from fastmum.kernels.plans import operator, planned
 from fastmum.kernels.sums import finish_sums, row_split
 
 RECOMPUTE = ("none", "act", "mlp")
@@ -72,7 +74,7 @@ class _Mlp(torch.autograd.Function):
         return grad_x, grad_weight1, grad_bias1 if needs_bias1 else None, grad_weight2, None, None
 
 
-@torch.library.custom_op("fastmum::linear_gelu", mutates_args=())
+@operator("linear_gelu")
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """x @ weight' + bias before (empty unless `keep`) and after the GELU, (T, N) each."""
     if fuses_products(x):
@@ -81,12 +83,12 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[T
     return hidden if keep else hidden.new_empty(0), F.gelu(hidden)
 
 
-@_linear_gelu.register_fake
+@register_fake(_linear_gelu)
 def _(x, weight, bias, keep):
     return x.new_empty((len(x), len(weight)) if keep else 0), x.new_empty(len(x), len(weight))
 
 
-@torch.library.custom_op("fastmum::linear_gelu_backward", mutates_args=())
+@operator("linear_gelu_backward")
 def _linear_gelu_backward(
     grad: Tensor, weight: Tensor, hidden: Tensor | None, x: Tensor | None, weight1: Tensor | None,
     bias1: Tensor | None, again: bool,
@@ -102,7 +104,7 @@ def _linear_gelu_backward(
     return _through_gelu(grad, product(x, weight1.t(), bias1) if hidden is None else hidden, again)
 
 
-@_linear_gelu_backward.register_fake
+@register_fake(_linear_gelu_backward)
 def _(grad, weight, hidden, x, weight1, bias1, again):
     T, N = len(grad), weight.shape[1]
     return grad.new_empty(T, N), grad.new_empty(N), grad.new_empty((T, N) if again else 0)
@@ -122,38 +124,41 @@ def _through_gelu(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Te
     return grad_hidden, grad_hidden.sum(0), F.gelu(hidden) if again else hidden.new_empty(0)
 
 
+@planned
 def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     (T, D), N, tiles = x.shape, len(weight), Tiles()
-    active = torch.empty(T, N, dtype=x.dtype, device=x.device)
-    hidden = torch.empty((T, N) if keep else 0, dtype=x.dtype, device=x.device)
+    active = empty(T, N, dtype=x.dtype, device=x.device)
+    hidden = empty((T, N) if keep else 0, dtype=x.dtype, device=x.device)
     args = x, weight, bias.contiguous(), hidden if keep else None, active, T
     launch(_linear_gelu_kernel, tiles.grid(T, ceil_div(N, tiles.BLOCK_N)), *args, N=N, K=D, **tiles.constants(D, x))
     return hidden, active
 
 
+@planned
 def _backward_triton(grad, weight, hidden, x, weight1, bias1, again):
     (T, D), N = grad.shape, weight.shape[1]
     # Recomputation takes registers.
     tiles = Tiles(BLOCK_M=64) if again else Tiles()
-    grad_hidden = torch.empty(T, N, dtype=grad.dtype, device=grad.device)
-    active = torch.empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
-    partial = torch.empty(1, ceil_div(T, tiles.BLOCK_M), N, dtype=torch.float32, device=grad.device)
+    grad_hidden = empty(T, N, dtype=grad.dtype, device=grad.device)
+    active = empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
+    partial = empty(1, ceil_div(T, tiles.BLOCK_M), N, dtype=torch.float32, device=grad.device)
     grid = tiles.grid(T, ceil_div(N, tiles.BLOCK_N))
     args = grad, weight, hidden, x, weight1, bias1, grad_hidden, active if again else None, partial, T
     launch(_linear_gelu_backward_kernel, grid, *args, N=N, K=D, **tiles.constants(D, grad))
     return grad_hidden, *finish_sums(partial, (grad.dtype,)), active
 
 
+@planned
 def _gelu_backward_triton(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
     T, N = hidden.shape
-    grad_hidden = torch.empty(T, N, dtype=hidden.dtype, device=hidden.device)
-    active = torch.empty((T, N) if again else 0, dtype=hidden.dtype, device=hidden.device)
+    grad_hidden = empty(T, N, dtype=hidden.dtype, device=hidden.device)
+    active = empty((T, N) if again else 0, dtype=hidden.dtype, device=hidden.device)
     BLOCK_N = min(power_of_2(N), 256)
     BLOCK_T = 2048 // BLOCK_N
     columns = ceil_div(N, BLOCK_N)
     # Programs of all columns share the multiprocessors: the more columns, the fewer partial sums of each.
     programs, share = row_split(T, BLOCK_T * max(1, columns // 2), grad.device)
-    partial = torch.empty(1, programs, N, dtype=torch.float32, device=grad.device)
+    partial = empty(1, programs, N, dtype=torch.float32, device=grad.device)
     args = grad, hidden, grad_hidden, active if again else None, partial, T, share
     launch(_gelu_backward_kernel, (columns, programs), *args, N=N, BLOCK_T=BLOCK_T, BLOCK_N=BLOCK_N, num_warps=4)
     return grad_hidden, *finish_sums(partial, (hidden.dtype,)), active

@@ -12,10 +12,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from fastmum.kernels.checks import check_floating, check_range, check_tensors
-from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.patches import check_pixels, gather_patches_torch, load_pixel_rows, pixel_row_start
+from fastmum.kernels.plans import operator, planned
 
 CHUNK_VALUES = 1 << 19  # values of pred that the CPU processes at once
 
@@ -57,31 +59,31 @@ def patch_loss(
     return losses.mean() if reduction == "mean" else losses
 
 
-@torch.library.custom_op("fastmum::patch_loss", mutates_args=())
+@operator("patch_loss")
 def _patch_loss(
     pred: Tensor, frames: Tensor, ids: Tensor, gain: list[float], bias: list[float], patch_size: int, norm_pix: bool,
     eps: float,
 ) -> Tensor:  # fmt: skip
     check_range("ids", ids, 0, frames.shape[1] * frames.shape[2] // patch_size**2)
-    settings = gain, bias, patch_size, norm_pix, eps
+    settings = tuple(gain), tuple(bias), patch_size, norm_pix, eps
     if use_triton(pred):
-        partial = torch.empty(ids.numel(), dtype=torch.float32, device=pred.device)
+        partial = empty(ids.numel(), dtype=torch.float32, device=pred.device)
         _launch(partial, None, pred, frames, ids, *settings)
         return partial.view(ids.shape).sum(1)
     chunks = _chunks(pred, frames, ids)
     return torch.cat([_difference_torch(*chunk, *settings).square_().mean((1, 2)) for chunk in chunks])
 
 
-_patch_loss.register_fake(lambda x, *_: x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32)))
+register_fake(_patch_loss, lambda x, *_: x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32)))
 
 
-@torch.library.custom_op("fastmum::patch_loss_backward", mutates_args=())
+@operator("patch_loss_backward")
 def _patch_loss_backward(
     grad_losses: Tensor, pred: Tensor, frames: Tensor, ids: Tensor, gain: list[float], bias: list[float],
     patch_size: int, norm_pix: bool, eps: float,
 ) -> Tensor:  # fmt: skip
-    grad = torch.empty(pred.shape, dtype=pred.dtype, device=pred.device)
-    settings = gain, bias, patch_size, norm_pix, eps
+    grad = empty(pred.shape, dtype=pred.dtype, device=pred.device)
+    settings = tuple(gain), tuple(bias), patch_size, norm_pix, eps
     if use_triton(pred):
         _launch(grad, grad_losses.contiguous(), pred, frames, ids, *settings)
         return grad
@@ -91,7 +93,7 @@ def _patch_loss_backward(
     return grad
 
 
-_patch_loss_backward.register_fake(lambda grad_losses, pred, *_: pred.new_empty(pred.shape))
+register_fake(_patch_loss_backward, lambda grad_losses, pred, *_: pred.new_empty(pred.shape))
 
 
 def _setup_context(ctx, inputs, output):
@@ -104,7 +106,7 @@ def _backward(ctx, grad_losses):
     return grad, *(None,) * (2 + len(ctx.settings))
 
 
-_patch_loss.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(_patch_loss, _backward, setup_context=_setup_context)
 
 
 def _chunks(*tensors: Tensor) -> zip:
@@ -127,13 +129,14 @@ def _difference_torch(pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
     return torch.sub(pred, target, out=target)
 
 
+@planned
 def _launch(out, grad_losses, pred, frames, ids, gain, bias, patch_size, norm_pix, eps):
     """Fill `out` with the patches' shares of their frame's loss, or with the gradient of `pred`."""
     F, H, W, C = frames.shape
     p, M = patch_size, ids.shape[1]
     ROWS, COLS = power_of_2(p), power_of_2(p * C)
     sizes = M, W // p, (H // p) * (W // p), *frames.stride()
-    settings = tuple(gain), tuple(bias), 1.0 / pred[0].numel(), eps
+    settings = gain, bias, 1.0 / pred[0].numel(), eps
     args = out, grad_losses, pred.contiguous(), frames, ids.contiguous(), *sizes, *settings
     constants = {"C": C, "p": p, "NORM_PIX": norm_pix, "DENSE": frames.stride()[2:] == (C, 1)}
     num_warps = min(8, max(1, ROWS * COLS // 512))  # 16 values per thread: a 16-byte load of uint8

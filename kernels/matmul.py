@@ -4,18 +4,17 @@ On CPUs without bfloat16 instructions the library multiplies bfloat16 in plain l
 float32. There `product` and `linear` widen the operands, which does not change their values, and round the result once.
 
 Legend of tiles: an (M, N) product of a (M, K) and b; M varies with the batch, N and K do not. Operands are bfloat16 or
-float16, sums float32. `FASTMUM_PRODUCTS` is read at every call: "auto" (default) fuses where Triton runs and operands
+float16, sums float32. `FASTMUM_PRODUCTS`, read at the first call: "auto" (default) fuses where Triton runs and operands
 have 16 bits; "library" uses cuBLAS and separate kernels for the operations after it.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmum.kernels.dispatch import ceil_div, jit, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, choice, jit, tl, use_triton
 
 SLOW_BFLOAT16 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # no AVX-512 or later
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -61,10 +60,7 @@ class _Linear(torch.autograd.Function):
 
 def fuses_products(x: Tensor) -> bool:
     """Whether a product with `x` and the operations after it are one kernel; a ValueError for an unknown choice."""
-    choice = os.environ.get("FASTMUM_PRODUCTS", "auto")
-    if choice not in ("auto", "library"):
-        raise ValueError(f"FASTMUM_PRODUCTS is {choice!r}, but must be auto or library")
-    return choice == "auto" and x.dtype in SIXTEEN_BITS and use_triton(x)
+    return choice("FASTMUM_PRODUCTS", "auto", "library") == "auto" and x.dtype in SIXTEEN_BITS and use_triton(x)
 
 
 class Tiles(NamedTuple):

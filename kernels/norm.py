@@ -11,9 +11,11 @@ PyTorch's own operations run, which save the stream.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from fastmum.kernels.checks import check_floating, check_tensors
-from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.plans import operator, planned
 from fastmum.kernels.sums import finish_sums, row_split
 
 LEAST_WEIGHT = 1e-3  # norm weights below this are clamped when backward recovers x_hat = (y - bias) / weight
@@ -76,14 +78,15 @@ class _Biased(torch.autograd.Function):
         return grad, grad.sum(0) if ctx.needs_input_grad[1] else None
 
 
-@torch.library.custom_op("fastmum::add_norm", mutates_args=())
+@operator("add_norm")
+@planned
 def _add_norm(
     x: Tensor, update: Tensor, update_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     T, D = x.shape
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rstd = torch.empty(T, 1, dtype=torch.float32, device=x.device)
+    total = empty(x.shape, dtype=x.dtype, device=x.device)
+    normed = empty(x.shape, dtype=dtype, device=x.device)
+    rstd = empty(T, 1, dtype=torch.float32, device=x.device)
     BLOCK_D = power_of_2(D)
     BLOCK_T = max(1, tile_bytes(x.device) // (BLOCK_D * x.element_size()))
     args = *(y.contiguous() for y in (x, update, weight, bias)), total, normed, rstd, T, eps
@@ -91,13 +94,14 @@ def _add_norm(
     return total, normed, rstd
 
 
-@_add_norm.register_fake
+@register_fake(_add_norm)
 def _(x, update, update_bias, weight, bias, eps, dtype):
     work = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), 1, dtype=work)
 
 
-@torch.library.custom_op("fastmum::add_norm_backward", mutates_args=())
+@operator("add_norm_backward")
+@planned
 def _add_norm_backward(
     grad_total: Tensor | None, grad_normed: Tensor, normed: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
     dtype: torch.dtype, update_dtype: torch.dtype,
@@ -106,12 +110,12 @@ def _add_norm_backward(
     T, D = normed.shape
     same = update_dtype == dtype
     grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_x = torch.empty(normed.shape, dtype=dtype, device=normed.device)
-    grad_update = torch.empty(0 if same else normed.shape, dtype=update_dtype, device=normed.device)
+    grad_x = empty(normed.shape, dtype=dtype, device=normed.device)
+    grad_update = empty(0 if same else normed.shape, dtype=update_dtype, device=normed.device)
     BLOCK_D = power_of_2(D)
     BLOCK_T = max(1, 2048 // BLOCK_D)  # of each of three tensors in flight
     programs, share = row_split(T, BLOCK_T, normed.device)
-    partial = torch.empty(3, programs, D, dtype=torch.float32, device=normed.device)
+    partial = empty(3, programs, D, dtype=torch.float32, device=normed.device)
     inputs = grad_normed.contiguous(), grad_total, normed.contiguous(), rstd, weight.contiguous(), bias.contiguous()
     args = *inputs, grad_x, None if same else grad_update, partial, T, share
     constants = {"LEAST": LEAST_WEIGHT, "D": D, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
@@ -119,7 +123,7 @@ def _add_norm_backward(
     return grad_x, grad_update, *finish_sums(partial, (weight.dtype, weight.dtype, update_dtype))
 
 
-@_add_norm_backward.register_fake
+@register_fake(_add_norm_backward)
 def _(grad_total, grad_normed, normed, rstd, weight, bias, dtype, update_dtype):
     return (
         normed.new_empty(normed.shape, dtype=dtype),
@@ -148,7 +152,7 @@ def _backward(ctx, grad_total, grad_normed, _rstd):
     return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
-_add_norm.register_autograd(_backward, setup_context=_setup_context)
+register_autograd(_add_norm, _backward, setup_context=_setup_context)
 
 
 @jit(do_not_specialize=["T"])

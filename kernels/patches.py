@@ -10,9 +10,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
 from fastmum.kernels.checks import check_ids, check_range, check_tensors
-from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.plans import operator, planned
 
 
 def gather_patches(
@@ -68,17 +70,17 @@ def check_pixels(
     return frames, [1.0 / (scale * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)]
 
 
-@torch.library.custom_op("fastmum::gather_patches", mutates_args=())
+@operator("gather_patches")
 def _gather_patches(
     frames: Tensor, ids: Tensor, gain: list[float], bias: list[float], patch_size: int, dtype: torch.dtype
 ) -> Tensor:
     check_range("ids", ids, 0, frames.shape[1] * frames.shape[2] // patch_size**2)
     if use_triton(frames) and dtype != torch.float64:
-        return _gather_patches_triton(frames, ids, gain, bias, patch_size, dtype)
+        return _gather_patches_triton(frames, ids, tuple(gain), tuple(bias), patch_size, dtype)
     return gather_patches_torch(frames, ids, gain, bias, patch_size, dtype)
 
 
-@_gather_patches.register_fake
+@register_fake(_gather_patches)
 def _(frames, ids, gain, bias, patch_size, dtype):
     return frames.new_empty((*ids.shape, patch_size**2 * frames.shape[3]), dtype=dtype)
 
@@ -104,14 +106,15 @@ def gather_patches_torch(
     return (patches.to(work) * gain_C).sub_(bias_C).to(dtype).reshape(*ids.shape, p * p * C)
 
 
+@planned
 def _gather_patches_triton(frames, ids, gain, bias, patch_size, dtype):
     F, H, W, C = frames.shape
     K, p = ids.shape[1], patch_size
-    out = torch.empty(F, K, p * p * C, dtype=dtype, device=frames.device)
+    out = empty(F, K, p * p * C, dtype=dtype, device=frames.device)
     rows, COLS = F * K * p, power_of_2(p * C)
     ROWS = power_of_2(max(1, tile_bytes(frames.device) // (p * C * out.element_size())))
     sizes = rows, K, W // p, (H // p) * (W // p), *frames.stride()
-    args = frames, ids.contiguous(), out, *sizes, tuple(gain), tuple(bias)
+    args = frames, ids.contiguous(), out, *sizes, gain, bias
     constants = {"C": C, "p": p, "DENSE": frames.stride()[2:] == (C, 1), "ROWS": ROWS, "COLS": COLS}
     launch(_gather_patches_kernel, (ceil_div(rows, ROWS),), *args, **constants, num_warps=4)
     return out

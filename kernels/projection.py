@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.checks import check_range
-from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, power_of_2, tl, use_triton
 from fastmum.kernels.matmul import Tiles, fuses_products, product, tile_of
+from fastmum.kernels.plans import operator, planned
 from fastmum.kernels.rope import _rotate, _rotate_torch, check_rotation
 from fastmum.kernels.sums import finish_sums, row_split
 
@@ -62,7 +64,7 @@ class _RotaryProjection(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias if needs_bias else None, *(None,) * 6
 
 
-@torch.library.custom_op("fastmum::rotary_linear", mutates_args=())
+@operator("rotary_linear")
 def _rotary_linear(
     x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
 ) -> Tensor:
@@ -75,7 +77,7 @@ def _rotary_linear(
     return packed
 
 
-_rotary_linear.register_fake(lambda x, weight, *_: x.new_empty(len(x), len(weight)))
+register_fake(_rotary_linear, lambda x, weight, *_: x.new_empty(len(x), len(weight)))
 
 
 @register_flop_formula(torch.ops.fastmum.rotary_linear)
@@ -83,16 +85,16 @@ def _(x_shape, weight_shape, *_, **__):
     return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
 
 
-@torch.library.custom_op("fastmum::pack_rotated", mutates_args=())
+@operator("pack_rotated")
 def _pack_rotated(
     grads: Sequence[Tensor], positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool
 ) -> tuple[Tensor, Tensor]:
     """Concatenate gradients (T, h, d) to (T, n * D), the first `rotated` rotated back; and their sum (n * D,)."""
     check_range("positions", positions, -1, len(sin))
     T, heads, width = grads[0].shape
+    if use_triton(grads[0]):
+        return _pack_triton(positions, sin, cos, rotated, zero, *grads)
     out = torch.empty(T, len(grads) * heads * width, dtype=grads[0].dtype, device=grads[0].device)
-    if use_triton(out):
-        return out, _pack_triton(out, grads, positions, sin, cos, rotated, zero)
     for i, grad in enumerate(grads):
         place = out[:, i * heads * width : (i + 1) * heads * width]
         if i < rotated:
@@ -102,16 +104,17 @@ def _pack_rotated(
     return out, out.sum(0)
 
 
-@_pack_rotated.register_fake
+@register_fake(_pack_rotated)
 def _(grads, positions, sin, cos, rotated, zero):
     T, heads, width = grads[0].shape
     packed = len(grads) * heads * width
     return grads[0].new_empty(T, packed), grads[0].new_empty(packed)
 
 
+@planned
 def _rotary_linear_triton(x, weight, bias, positions, sin, cos, rotated, zero):
     (T, C), width, half = x.shape, len(weight), sin.shape[1]
-    packed = torch.empty(T, width, dtype=x.dtype, device=x.device)
+    packed = empty(T, width, dtype=x.dtype, device=x.device)
     sin, cos = (table if table.stride(1) == 1 else table.contiguous() for table in (sin, cos))
     heads, tiles = width // (2 * half), Tiles()
     BLOCK_C = power_of_2(half)
@@ -125,8 +128,10 @@ def _rotary_linear_triton(x, weight, bias, positions, sin, cos, rotated, zero):
     return packed
 
 
-def _pack_triton(out, grads, positions, sin, cos, rotated, zero):
+@planned
+def _pack_triton(positions, sin, cos, rotated, zero, *grads):
     T, heads, width = grads[0].shape
+    out = empty(T, len(grads) * heads * width, dtype=grads[0].dtype, device=grads[0].device)
     half = width // 2
     grads = [grad if grad.stride(2) == 1 else grad.contiguous() for grad in grads]
     sin, cos = (x if x.stride(1) == 1 else x.contiguous() for x in (sin, cos))
@@ -135,7 +140,7 @@ def _pack_triton(out, grads, positions, sin, cos, rotated, zero):
     BLOCK_T = max(1, 1024 // (BLOCK_H * BLOCK_C))
     columns = len(grads) * ceil_div(heads, BLOCK_H)
     programs, share = row_split(T, BLOCK_T * max(1, columns // 2), out.device)
-    partial = torch.empty(1, programs, out.shape[1], dtype=torch.float32, device=out.device)
+    partial = empty(1, programs, out.shape[1], dtype=torch.float32, device=out.device)
     first, second, third = (grads[min(i, len(grads) - 1)] for i in range(3))
     strides = *first.stride()[:2], *second.stride()[:2], *third.stride()[:2], sin.stride(0), cos.stride(0)
     args = first, second, third, positions.contiguous(), sin, cos, out, partial, T, len(sin), share, *strides
@@ -143,7 +148,7 @@ def _pack_triton(out, grads, positions, sin, cos, rotated, zero):
     blocks = {"BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_C": BLOCK_C}
     launch(_pack_kernel, (columns, programs), *args, **constants, **blocks, num_warps=4)
     (grad_bias,) = finish_sums(partial, (out.dtype,))
-    return grad_bias
+    return out, grad_bias
 
 
 @jit(do_not_specialize=["M", "positions"])

@@ -8,9 +8,11 @@ Fuses the lookup of sines and cosines, stored once per position, with the rotati
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from fastmum.kernels.checks import INTEGERS, check_floating, check_range, check_tensors
-from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.plans import operator, planned
 
 SPECIAL = ("keep", "zero")
 PARTS = ("qkv", "kv", "q")
@@ -110,14 +112,14 @@ def _rope_qk_(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated:
 _rope_qk_.register_fake(lambda *_: None)
 
 
-@torch.library.custom_op("fastmum::rope_qk", mutates_args=())
+@operator("rope_qk")
 def _rope_qk(qkv: Tensor, positions: Tensor, sin: Tensor, cos: Tensor, rotated: int, zero: bool, back: bool) -> Tensor:
-    out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    out = empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     _rotate(qkv.contiguous(), out, positions, sin, cos, rotated, zero, back)
     return out
 
 
-_rope_qk.register_fake(lambda qkv, *_: qkv.new_empty(qkv.shape))
+register_fake(_rope_qk, lambda qkv, *_: qkv.new_empty(qkv.shape))
 
 
 def _setup_context(ctx, inputs, output):
@@ -126,24 +128,30 @@ def _setup_context(ctx, inputs, output):
     ctx.settings = settings
 
 
-_rope_qk.register_autograd(lambda ctx, grad: (_rotate_back(ctx, grad), *(None,) * 6), setup_context=_setup_context)
+register_autograd(_rope_qk, lambda ctx, grad: (_rotate_back(ctx, grad), *(None,) * 6), setup_context=_setup_context)
 
 
 def _rotate(qkv, out, positions, sin, cos, rotated, zero, inverse):
     """Write `qkv` with its first `rotated` heads rotated to `out`, which may be `qkv`; rows are contiguous."""
     check_range("positions", positions, -1, len(sin))
-    if not use_triton(qkv):
+    if use_triton(qkv):
+        _rotate_triton(qkv, None if out is qkv else out, positions, sin, cos, rotated, zero, inverse)
+    else:
         _rotate_torch(qkv, out, positions, sin, cos, rotated, zero, inverse)
-        return
+
+
+@planned
+def _rotate_triton(qkv, out, positions, sin, cos, rotated, zero, inverse):
     T, width = qkv.shape
     half = sin.shape[1]
     sin, cos = (x if x.stride(1) == 1 else x.contiguous() for x in (sin, cos))
     BLOCK_C = power_of_2(half)
     BLOCK_H = min(power_of_2(rotated), max(1, 256 // BLOCK_C))
     BLOCK_T = max(1, tile_bytes(qkv.device) // (2 * BLOCK_H * BLOCK_C * qkv.element_size()))
+    heads = rotated if out is None else width // (2 * half)  # in place, v is not touched
+    out = qkv if out is None else out
     strides = qkv.stride(0), out.stride(0), sin.stride(0), cos.stride(0)
     args = qkv, out, positions.contiguous(), sin, cos, T, len(sin), *strides, -1.0 if inverse else 1.0
-    heads = rotated if out is qkv else width // (2 * half)  # in place, v is not touched
     blocks = {"BLOCK_T": BLOCK_T, "BLOCK_H": BLOCK_H, "BLOCK_C": BLOCK_C}
     constants = {"ROTATED": rotated, "HEADS": heads, "HALF": half, "ZERO": zero}
     launch(_rope_kernel, (ceil_div(T, BLOCK_T),), *args, **constants, **blocks, num_warps=4)

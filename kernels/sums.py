@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmum.kernels.dispatch import ceil_div, jit, launch, multiprocessors, tl
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, multiprocessors, tl
 
 PROGRAMS_PER_SM = 2  # that sum rows: enough to keep loads in flight, with few partial sums
 
@@ -23,7 +23,7 @@ def row_split(rows: int, rows_at_once: int, device: torch.device) -> tuple[int, 
 def finish_sums(partial: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Sum partial sums (n, programs, D) float32 over the programs -> n vectors (D,) of `dtypes`, n at most 3."""
     count, programs, D = partial.shape
-    outs = [torch.empty(D, dtype=dtype, device=partial.device) for dtype in dtypes]
+    outs = [empty(D, dtype=dtype, device=partial.device) for dtype in dtypes]
     args = partial, outs[0], outs[1 % count], outs[2 % count], programs
     launch(_finish_kernel, (count, ceil_div(D, 64)), *args, D=D, BLOCK_P=64, BLOCK_D=64, num_warps=4)
     return outs

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.checks import check_floating
-from fastmum.kernels.dispatch import ceil_div, jit, launch, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, tl, use_triton
 from fastmum.kernels.matmul import SIXTEEN_BITS, widens
+from fastmum.kernels.plans import operator, planned
 
 
 def symmetric_product(x: Tensor, alpha: float = 1.0, add: Tensor | None = None, beta: float = 0.0) -> Tensor:
@@ -37,12 +39,12 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, add: Tensor | None = None, 
     return (_symmetric_product if use_triton(x) else _symmetric_torch)(x, alpha, add, beta)
 
 
-@torch.library.custom_op("fastmum::symmetric_product", mutates_args=())
+@operator("symmetric_product")
 def _symmetric_product(x: Tensor, alpha: float, add: Tensor | None, beta: float) -> Tensor:
     return (_symmetric_triton if use_triton(x) else _symmetric_torch)(x, alpha, add, beta)
 
 
-@_symmetric_product.register_fake
+@register_fake(_symmetric_product)
 def _(x, alpha, add, beta):
     return x.new_empty(x.shape[0], x.shape[1], x.shape[1])
 
@@ -66,9 +68,10 @@ def tile_sizes(dtype: torch.dtype) -> tuple[int, int]:
     return (128, 64) if dtype in SIXTEEN_BITS else (64, 32)
 
 
+@planned
 def _symmetric_triton(x: Tensor, alpha: float, add: Tensor | None, beta: float) -> Tensor:
     n, r, c = x.shape
-    out = torch.empty(n, r, r, dtype=x.dtype, device=x.device)
+    out = empty(n, r, r, dtype=x.dtype, device=x.device)
     add = None if add is None else add.contiguous()
     BLOCK, BLOCK_K = tile_sizes(x.dtype)
     tiles = ceil_div(r, BLOCK)

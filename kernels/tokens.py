@@ -9,9 +9,11 @@ the mask token's gradient in one read, in two stages of a fixed order.
 
 import torch
 from torch import Tensor
+from torch.library import register_autograd, register_fake
 
 from fastmum.kernels.checks import check_floating, check_ids, check_range, check_tensors
-from fastmum.kernels.dispatch import ceil_div, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, power_of_2, tile_bytes, tl, use_triton
+from fastmum.kernels.plans import operator, planned
 
 MASK_SPLIT = 4  # programs per frame that sum the mask token's gradient
 
@@ -56,20 +58,21 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return _gather_tokens(tokens, ids)
 
 
-@torch.library.custom_op("fastmum::scatter_tokens", mutates_args=())
+@operator("scatter_tokens")
 def _scatter_tokens(visible: Tensor, mask_token: Tensor, visible_ids: Tensor, num_patches: int) -> Tensor:
     check_range("visible_ids", visible_ids, 0, num_patches)
     return _place(visible, mask_token, visible_ids, num_patches)
 
 
-_scatter_tokens.register_fake(lambda x, mask_token, ids, num_patches: x.new_empty(len(x), 1 + num_patches, x.shape[2]))
+register_fake(_scatter_tokens, lambda x, mask_token, ids, num_patches: x.new_empty(len(x), 1 + num_patches, x.shape[2]))
 
 
-@torch.library.custom_op("fastmum::scatter_tokens_backward", mutates_args=())
+@operator("scatter_tokens_backward")
 def _scatter_tokens_backward(grad: Tensor, visible_ids: Tensor, mask_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous()
     if use_triton(grad):
-        return _scatter_tokens_backward_triton(grad, visible_ids, mask_dtype)
+        grad_visible, partial = _scatter_tokens_backward_triton(grad, visible_ids)
+        return grad_visible, partial.sum(0).to(mask_dtype)
     F, T, D = grad.shape
     rows = _token_rows(visible_ids, T, cls=True)
     grad_visible = grad.view(-1, D).index_select(0, rows.flatten()).view(F, -1, D)
@@ -79,13 +82,13 @@ def _scatter_tokens_backward(grad: Tensor, visible_ids: Tensor, mask_dtype: torc
     return grad_visible, grad_mask.to(mask_dtype)
 
 
-@_scatter_tokens_backward.register_fake
+@register_fake(_scatter_tokens_backward)
 def _(grad, visible_ids, mask_dtype):
     F, _, D = grad.shape
     return grad.new_empty(F, 1 + visible_ids.shape[1], D), grad.new_empty(D, dtype=mask_dtype)
 
 
-@torch.library.custom_op("fastmum::gather_tokens", mutates_args=())
+@operator("gather_tokens")
 def _gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     F, T, D = tokens.shape
     check_range("ids", ids, 0, T - 1)
@@ -95,15 +98,15 @@ def _gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.view(-1, D).index_select(0, _token_rows(ids, T).flatten()).view(F, -1, D)
 
 
-_gather_tokens.register_fake(lambda tokens, ids: tokens.new_empty(*ids.shape, tokens.shape[2]))
+register_fake(_gather_tokens, lambda tokens, ids: tokens.new_empty(*ids.shape, tokens.shape[2]))
 
 
-@torch.library.custom_op("fastmum::gather_tokens_backward", mutates_args=())
+@operator("gather_tokens_backward")
 def _gather_tokens_backward(grad: Tensor, ids: Tensor, num_patches: int) -> Tensor:
     return _place(grad, None, ids, num_patches)
 
 
-_gather_tokens_backward.register_fake(lambda x, ids, num_patches: x.new_empty(len(x), 1 + num_patches, x.shape[2]))
+register_fake(_gather_tokens_backward, lambda x, ids, num_patches: x.new_empty(len(x), 1 + num_patches, x.shape[2]))
 
 
 def _setup_scatter(ctx, inputs, output):
@@ -126,8 +129,8 @@ def _backward_gather(ctx, grad):
     return _gather_tokens_backward(grad, *ctx.saved_tensors, ctx.num_patches), None
 
 
-_scatter_tokens.register_autograd(_backward_scatter, setup_context=_setup_scatter)
-_gather_tokens.register_autograd(_backward_gather, setup_context=_setup_gather)
+register_autograd(_scatter_tokens, _backward_scatter, setup_context=_setup_scatter)
+register_autograd(_gather_tokens, _backward_gather, setup_context=_setup_gather)
 
 
 def _token_rows(ids: Tensor, tokens_a_frame: int, cls: bool = False) -> Tensor:
@@ -140,25 +143,32 @@ def _token_rows(ids: Tensor, tokens_a_frame: int, cls: bool = False) -> Tensor:
 
 def _place(source: Tensor, fill: Tensor | None, ids: Tensor, num_patches: int) -> Tensor:
     """Scatter `source` to the patches `ids`. With `fill`, the source starts with CLS; without, 0 fills the rest."""
-    F, count, D = source.shape
-    source = source.contiguous()
+    if use_triton(source):
+        return _place_triton(source, fill, ids, num_patches)
+    F, _, D = source.shape
     out = torch.empty(F, 1 + num_patches, D, dtype=source.dtype, device=source.device)
-    if not use_triton(source):
-        out.copy_(0 if fill is None else fill)
-        rows = _token_rows(ids, 1 + num_patches, cls=fill is not None).flatten()
-        out.view(-1, D).index_copy_(0, rows, source.view(-1, D))
-        return out
+    out.copy_(0 if fill is None else fill)
+    rows = _token_rows(ids, 1 + num_patches, cls=fill is not None).flatten()
+    out.view(-1, D).index_copy_(0, rows, source.contiguous().view(-1, D))
+    return out
+
+
+@planned
+def _place_triton(source: Tensor, fill: Tensor | None, ids: Tensor, num_patches: int) -> Tensor:
+    F, count, D = source.shape
+    out = empty(F, 1 + num_patches, D, dtype=source.dtype, device=source.device)
     fill = None if fill is None else fill.contiguous()
     BLOCK_T, BLOCK_D = _tile(source)
     grid = F * ceil_div(1 + num_patches, BLOCK_T), ceil_div(D, BLOCK_D)
-    args = source, fill, ids.contiguous(), out, count, ids.shape[1], 1 + num_patches
+    args = source.contiguous(), fill, ids.contiguous(), out, count, ids.shape[1], 1 + num_patches
     launch(_place_kernel, grid, *args, D=D, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D, num_warps=4)
     return out
 
 
+@planned
 def _gather_tokens_triton(tokens: Tensor, ids: Tensor) -> Tensor:
     _, T, D = tokens.shape
-    out = torch.empty(*ids.shape, D, dtype=tokens.dtype, device=tokens.device)
+    out = empty(*ids.shape, D, dtype=tokens.dtype, device=tokens.device)
     BLOCK_T, BLOCK_D = _tile(tokens)
     grid = ceil_div(ids.numel(), BLOCK_T), ceil_div(D, BLOCK_D)
     args = tokens, ids.contiguous(), out, ids.numel(), ids.shape[1], T
@@ -166,16 +176,18 @@ def _gather_tokens_triton(tokens: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
-def _scatter_tokens_backward_triton(grad: Tensor, ids: Tensor, mask_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@planned
+def _scatter_tokens_backward_triton(grad: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the visible tokens, and partial sums of that of the mask token."""
     F, T, D = grad.shape
-    grad_visible = torch.empty(F, 1 + ids.shape[1], D, dtype=grad.dtype, device=grad.device)
-    partial = torch.empty(F * MASK_SPLIT, D, dtype=torch.float32, device=grad.device)
+    grad_visible = empty(F, 1 + ids.shape[1], D, dtype=grad.dtype, device=grad.device)
+    partial = empty(F * MASK_SPLIT, D, dtype=torch.float32, device=grad.device)
     BLOCK_T, BLOCK_D = _tile(grad)
     grid = F * MASK_SPLIT, ceil_div(D, BLOCK_D)
     args = grad, ids.contiguous(), grad_visible, partial, ids.shape[1], T
     constants = {"D": D, "SPLIT": MASK_SPLIT, "BLOCK_T": BLOCK_T, "BLOCK_D": BLOCK_D}
     launch(_scatter_backward_kernel, grid, *args, **constants, num_warps=4)
-    return grad_visible, partial.sum(0).to(mask_dtype)
+    return grad_visible, partial
 
 
 def _tile(x: Tensor) -> tuple[int, int]:

@@ -16,9 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
 from fastmum.kernels.checks import check_tensors
 from fastmum.kernels.dispatch import ceil_div, jit, launch, tl, use_triton
+from fastmum.kernels.plans import operator
 
 CHUNK = 1 << 16  # values of a program: 389 M spread evenly, and the table stays small
 
@@ -36,7 +38,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return _total_norm(list(tensors)) if tensors else torch.zeros(())
 
 
-@torch.library.custom_op("fastmum::total_norm", mutates_args=())
+@operator("total_norm")
 def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
     alike: dict[torch.dtype, list[Tensor]] = {}
     for x in tensors:
@@ -48,7 +50,7 @@ def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.cat(norms))
 
 
-@_total_norm.register_fake
+@register_fake(_total_norm)
 def _(tensors):
     return tensors[0].new_empty((), dtype=torch.float32)
 

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.kernel_report.cases import Case, Sizes, rotation, short, zeros
 from fastmum.kernels import adamw, feedforward, norm, projection, sums
+from fastmum.kernels.plans import HOSTS
 from fastmum.kernels.total_norm import CHUNK, _root_kernel, _squares_kernel, _total_norm_triton
 
 MLP_RATIO = 4
@@ -23,7 +24,7 @@ def add_norm_case(s: Sizes, dtype: torch.dtype, per_frame: int) -> Case:
     x, update, vectors = zeros(T, D, dtype=FP32), zeros(T, D, dtype=dtype), zeros(3, D, dtype=FP32)
     return Case(
         f"add_norm forward {T}x{D} {short(dtype)}",
-        lambda: norm._add_norm._init_fn(x, update, *vectors, 1e-5, dtype),
+        lambda: HOSTS["fastmum::add_norm"](x, update, *vectors, 1e-5, dtype),
         ("x", "update", "total", "normed"),
         2 * T * D * (4 + dtype.itemsize) + 4 * T + 2 * 4 * D,
     )
@@ -37,7 +38,7 @@ def add_norm_backward_case(s: Sizes, dtype: torch.dtype, per_frame: int, last: b
     values = dtype.itemsize * (2 if same else 3) + 4 * (1 if last else 2)
     return Case(
         f"add_norm backward{' last' if last else ''} {T}x{D} {short(dtype)}",
-        lambda: norm._add_norm_backward._init_fn(grad_total, grad_normed, normed, rstd, *vectors, FP32, dtype),
+        lambda: HOSTS["fastmum::add_norm_backward"](grad_total, grad_normed, normed, rstd, *vectors, FP32, dtype),
         ("grad_normed", "normed", "grad_x", *(() if last else ("grad_total",)), *(() if same else ("grad_update",))),
         T * D * values + 4 * T + 2 * 4 * D,
         ("partial",),
@@ -115,7 +116,7 @@ def pack_case(s: Sizes, dtype: torch.dtype, per_frame: int, parts: str) -> Case:
     rotated = len(parts.removesuffix("v"))
     return Case(
         f"pack {parts} {T}x{s.width} h={s.heads} {short(dtype)}",
-        lambda: projection._pack_triton(out, grads, *tables, rotated, False),
+        lambda: projection._pack_triton(*tables, rotated, False, *grads),
         ("grad", "out"),
         2 * out.nbytes + 8 * T + 2 * 4 * s.patches * half,
         ("partial",),

@@ -125,7 +125,7 @@ def scatter_backward_case(s: Sizes, dtype: torch.dtype) -> Case:
     values = s.frames * (2 + s.visible + s.patches) * s.width
     return Case(
         f"scatter_tokens backward {short(dtype)}",
-        lambda: tokens._scatter_tokens_backward_triton(grad, ids, torch.float32),
+        lambda: tokens._scatter_tokens_backward_triton(grad, ids),
         ("grad", "grad_visible"),
         values * dtype.itemsize + 8 * ids.numel() + 4 * s.width,
         ("partial",),

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.launches import Launch, recorded_launches
 from benchmarks.offline.kernel import Kernel
 from benchmarks.offline.operators import ATTENTION_OPS, kernel_of_launch, kernels_of, nbytes, tensors_of
+from fastmum.kernels.plans import HOSTS
 
 # Operators whose kernels take their tensors by address.
 BY_ADDRESS = {"fastmum::adamw_", "fastmum::apply_", "fastmum::momentum_", "fastmum::total_norm"}
@@ -98,7 +99,9 @@ class Recorder(TorchDispatchMode):
                 around = Recorder(self.arch, self.sequences)
                 meta_args, meta_kwargs = _meta((args, kwargs))
                 with around:
-                    OPDEFS[op._schema.name]._init_fn(*meta_args, **meta_kwargs)
+                    name = op._schema.name
+                    host = HOSTS[name] if name in HOSTS else OPDEFS[name]._init_fn
+                    host(*meta_args, **meta_kwargs)
             self.launches += launches
             kernels = [kernel_of_launch(launch) for launch in launches]
             if op._schema.name in BY_ADDRESS:

@@ -1,9 +1,13 @@
 """Fixtures of the kernel tests: the implementation under test, and what its numbers need."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from support import DEVICE
+
+from fastmum.kernels.plans import reset
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -13,6 +17,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         triton = pytest.importorskip("triton")
         assert triton.knobs.runtime.interpret, "TRITON_INTERPRET=1 must be set before the first import of Triton"
     monkeypatch.setenv("FASTMUM_KERNELS", request.param)
+    reset()
     return request.param
 
 
@@ -20,6 +25,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test with fused and with library products."""
     monkeypatch.setenv("FASTMUM_PRODUCTS", request.param)
+    reset()
     return request.param
 
 
@@ -37,6 +43,13 @@ def same_numbers_and_nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
 
     monkeypatch.setattr(torch, "empty", empty)
+
+
+@pytest.fixture(autouse=True)
+def forget_choices() -> Iterator[None]:
+    """Other tests read the environment again."""
+    yield
+    reset()
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from support import DEVICE
 
 from fastmum import ModelConfig, MuM
 from fastmum.kernels.dispatch import power_of_2, use_triton
+from fastmum.kernels.plans import reset
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -21,11 +22,15 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_choice(monkeypatch):
     x = torch.zeros(1)
     monkeypatch.delenv("FASTMUM_KERNELS", raising=False)
+    reset()
     assert not use_triton(x)
     monkeypatch.setenv("FASTMUM_KERNELS", "triton")
+    assert not use_triton(x), "it is read once"
+    reset()
     assert use_triton(x)
     assert not use_triton(x.double())
     monkeypatch.setenv("FASTMUM_KERNELS", "cuda")
+    reset()
     with pytest.raises(ValueError, match="FASTMUM_KERNELS"):
         use_triton(x)
 
@@ -88,6 +93,7 @@ def test_training(monkeypatch):
     found = {}
     for name in ("torch", "triton"):
         monkeypatch.setenv("FASTMUM_KERNELS", name)
+        reset()
         assert_equal(losses(autocast=True), losses(autocast=True))
         found[name] = torch.stack(losses(autocast=False)[:3])
     torch.testing.assert_close(found["triton"], found["torch"], rtol=1e-4, atol=0)
