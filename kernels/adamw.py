@@ -1,6 +1,6 @@
 """AdamW on many tensors in one launch: float32 weights, or their two 16-bit halves.
 
-Every value is read and written once. The table of addresses is built at every step because gradients move.
+Every value is read and written once. `Update` keeps the table of addresses between steps.
 
 The bits of a float32 are 65,536 * u + r, with u the bits of the nearest bfloat16, the weight of the model, and
 -32,768 <= r < 32,768 the `rest`. Ties (one float32 in 65,536) round away from zero. Ties to even, as in PyTorch,
@@ -12,14 +12,16 @@ NaN with other bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter, methodcaller
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmum.kernels.dispatch import jit, launch, tl, use_triton
-from fastmum.kernels.total_norm import CHUNK, check_lists, chunk_of, make_table
+from fastmum.kernels.tables import CHUNK, KeptTable, addresses_of, check_lists, chunk_of, is_plain, make_table
 
+_kind, _strides = attrgetter("dtype"), methodcaller("stride")
 COLUMNS = 5  # of the table: weight, gradient, both moments, rest
 
 
@@ -92,13 +94,21 @@ def adamw_(
         lr, betas, weight_decay, eps: as in `torch.optim.AdamW`.
         found_inf: scalar, float32, on the device of the weights: 1.0 skips the update.
     """
-    moments = {"exp_avgs": (exp_avgs, torch.float32), "exp_avg_sqs": (exp_avg_sqs, torch.float32)}
-    dtype = torch.bfloat16 if rests else torch.float32
-    check_lists(weights=(weights, dtype), grads=(grads, None), **moments, rests=(rests, torch.int16))
+    check_adamw(weights, grads, exp_avgs, exp_avg_sqs, rests)
     if weights:
         args = *map(list, (weights, grads, exp_avgs, exp_avg_sqs, rests)), step, lr, *betas, weight_decay, eps
         # The PyTorch implementation needs no operator, whose dispatch would cost time.
         (_adamw_ if use_triton(weights[0]) else _adamw_torch)(*args, found_inf)
+
+
+def check_adamw(
+    weights: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    rests: Sequence[Tensor],
+) -> None:  # fmt: skip
+    """Check the lists of `adamw_`."""
+    moments = {"exp_avgs": (exp_avgs, torch.float32), "exp_avg_sqs": (exp_avg_sqs, torch.float32)}
+    dtype = torch.bfloat16 if rests else torch.float32
+    check_lists(weights=(weights, dtype), grads=(grads, None), **moments, rests=(rests, torch.int16))
 
 
 @torch.library.custom_op("fastmum::adamw_", mutates_args=("weights", "exp_avgs", "exp_avg_sqs", "rests"))
@@ -123,12 +133,48 @@ def _adamw_torch(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, 
         split_(master, weight, rest)
 
 
-def _adamw_triton(weights, grads, exp_avgs, exp_avg_sqs, rests, step, lr, beta1, beta2, weight_decay, eps, found_inf):
+def _adamw_triton(weights, grads, exp_avgs, exp_avg_sqs, rests, *settings):
     table = make_table((weights, grads, exp_avgs, exp_avg_sqs, rests or weights))
-    typed = torch.empty(0, dtype=grads[0].dtype, device=weights[0].device)
+    _launch(table, grads[0].dtype, bool(rests), *settings)
+
+
+def _launch(table, grad_dtype, split, step, lr, beta1, beta2, weight_decay, eps, found_inf):
+    typed = torch.empty(0, dtype=grad_dtype, device=table.words.device)
     args = table.words, typed, step, found_inf, table.rows, lr, beta1, beta2, weight_decay, eps
-    constants = {"SPLIT": bool(rests), "ALIGN": table.align, "DIVISOR": table.divisor, "COLUMNS": COLUMNS}
+    constants = {"SPLIT": split, "ALIGN": table.align, "DIVISOR": table.divisor, "COLUMNS": COLUMNS}
     launch(_adamw_kernel, (table.chunks,), *args, **constants, CHUNK=CHUNK, BLOCK=1024, num_warps=4)
+
+
+class Update:
+    """`adamw_` of the same weights at every step: what stays is checked, and its addresses are copied, once.
+
+    Args:
+        weights, exp_avgs, exp_avg_sqs, rests: as of `adamw_`, at least one weight; their memory must not move.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+        rests: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        self._weights, self._moments, self._rests = list(weights), (list(exp_avgs), list(exp_avg_sqs)), list(rests)
+        self._table = KeptTable([weights], [exp_avgs, exp_avg_sqs, rests or weights])
+        self._kinds: tuple[list, list] = [], []
+
+    def __call__(
+        self, grads: Sequence[Tensor], step: Tensor, lr: float, betas: tuple[float, float], weight_decay: float,
+        eps: float, found_inf: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """One step; arguments and errors as of `adamw_`."""
+        weights = self._weights
+        if not is_plain(weights[0]) or not use_triton(weights[0]):
+            adamw_(weights, grads, *self._moments, self._rests, step, lr, betas, weight_decay, eps, found_inf)
+            return
+        kinds = [*map(_kind, grads)], [*map(_strides, grads)]
+        if kinds != self._kinds:
+            check_adamw(weights, grads, *self._moments, self._rests)
+            self._kinds = kinds
+        table = self._table.of(grads, addresses_of(grads))
+        _launch(table, grads[0].dtype, bool(self._rests), step, lr, *betas, weight_decay, eps, found_inf)
 
 
 @jit(do_not_specialize=["rows", "lr", "beta1", "beta2", "weight_decay", "eps"])
@@ -151,10 +197,10 @@ def _adamw_kernel(
     # Halves as bits.
     weight_type: tl.constexpr = tl.pointer_type(tl.int16 if SPLIT else tl.float32)
     weight_ptr = tl.multiple_of(tl.load(row_ptr).to(weight_type), ALIGN)
-    grads_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
-    mean_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(float_ptr), ALIGN)
-    square_ptr = tl.multiple_of(tl.load(row_ptr + 3).to(float_ptr), ALIGN)
-    rest_ptr = tl.multiple_of(tl.load(row_ptr + 4).to(tl.pointer_type(tl.int16)), ALIGN)
+    grads_ptr = tl.multiple_of(tl.load(row_ptr + rows).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
+    mean_ptr = tl.multiple_of(tl.load(row_ptr + 2 * rows).to(float_ptr), ALIGN)
+    square_ptr = tl.multiple_of(tl.load(row_ptr + 3 * rows).to(float_ptr), ALIGN)
+    rest_ptr = tl.multiple_of(tl.load(row_ptr + 4 * rows).to(tl.pointer_type(tl.int16)), ALIGN)
     step = tl.load(step_ptr)
     correction1 = 1.0 - tl.exp(step * tl.log(beta1))
     correction2 = tl.sqrt(1.0 - tl.exp(step * tl.log(beta2)))

@@ -17,7 +17,7 @@ from fastmum.kernels.checks import check_floating
 from fastmum.kernels.dispatch import jit, launch, tl, use_triton
 from fastmum.kernels.matmul import widens
 from fastmum.kernels.symmetric import symmetric_product
-from fastmum.kernels.total_norm import CHUNK, check_lists, chunk_of, make_table
+from fastmum.kernels.tables import CHUNK, check_lists, chunk_of, make_table
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -191,8 +191,8 @@ def _momentum_kernel(
         skip = tl.load(found_inf_ptr) != 0.0
     row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK, DIVISOR)
     mean_ptr = tl.multiple_of(tl.load(row_ptr).to(tl.pointer_type(tl.float32)), ALIGN)
-    grads_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
-    ahead_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(tl.pointer_type(update_ptr.dtype.element_ty)), ALIGN)
+    grads_ptr = tl.multiple_of(tl.load(row_ptr + rows).to(tl.pointer_type(grad_ptr.dtype.element_ty)), ALIGN)
+    ahead_ptr = tl.multiple_of(tl.load(row_ptr + 2 * rows).to(tl.pointer_type(update_ptr.dtype.element_ty)), ALIGN)
     for first in range(0, CHUNK, BLOCK):
         at = begin + first + tl.arange(0, BLOCK)
         inside = at < numel
@@ -220,9 +220,9 @@ def _apply_kernel(
     row_ptr, begin, numel = chunk_of(table_ptr, rows, COLUMNS, CHUNK, DIVISOR)
     weight_type: tl.constexpr = tl.pointer_type(tl.int16 if SPLIT else tl.float32)  # halves as bits
     weight_ptr = tl.multiple_of(tl.load(row_ptr).to(weight_type), ALIGN)
-    updates_ptr = tl.multiple_of(tl.load(row_ptr + 1).to(tl.pointer_type(update_ptr.dtype.element_ty)), ALIGN)
-    rest_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(tl.pointer_type(tl.int16)), ALIGN)
-    scale = tl.load(row_ptr + 3).to(tl.int32).to(tl.float32, bitcast=True)
+    updates_ptr = tl.multiple_of(tl.load(row_ptr + rows).to(tl.pointer_type(update_ptr.dtype.element_ty)), ALIGN)
+    rest_ptr = tl.multiple_of(tl.load(row_ptr + 2 * rows).to(tl.pointer_type(tl.int16)), ALIGN)
+    scale = tl.load(row_ptr + 3 * rows).to(tl.int32).to(tl.float32, bitcast=True)
     for first in range(0, CHUNK, BLOCK):
         at = begin + first + tl.arange(0, BLOCK)
         inside = at < numel

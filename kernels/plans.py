@@ -8,8 +8,8 @@ with grids, constants and compiled kernels. Later calls repeat these and compute
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
-from operator import itemgetter
+from functools import partial, reduce, wraps
+from operator import attrgetter, itemgetter, methodcaller, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +57,7 @@ class _Plan(NamedTuple):
     """
 
     device: int  # -1: the CPU
-    created: list[tuple[torch.Size, torch.dtype, torch.device]]
+    create: list[Callable[[], Tensor]]
     constants: tuple
     launches: list[tuple[Callable, itemgetter]]
     result: Callable[[tuple], Any]
@@ -67,28 +67,54 @@ def planned(function: Callable) -> Callable:
     """Decorate a host function so that calls with arguments of the same kind repeat what the first one did.
 
     The function allocates by `dispatch.empty`, launches by `dispatch.launch`, and returns None, a tensor or a tuple of
-    tensors and None. It may depend on the arguments' shapes, strides, dtypes, devices and alignment, and on the values
-    of those that are no tensors. If it computes anything else, such as a contiguous copy, its calls are not planned.
+    tensors and None. It may depend on the shapes, strides, dtypes and device of its arguments, and on the values of
+    those that are no tensors. Calls are not planned if it computes anything else, such as a contiguous copy, or if
+    memory is not aligned to 16 bytes, for which Triton compiles other kernels.
     """
     plans: dict[tuple, _Plan | None] = {}
+    choosers: dict[tuple, tuple[itemgetter, itemgetter]] = {}  # of tensors and of other arguments, by types
     PLANS.append(plans)
 
+    # Loops in C: this runs at every call.
     @wraps(function)
     def call(*args: Any) -> Any:
-        if dispatch.recorder is not None or getattr(dispatch.recording, "tape", None):
+        types = (*map(type, args),)
+        choose = choosers.get(types)
+        if choose is None:
+            choose = choosers[types] = _choosers(types)
+        tensors = choose[0](args)
+        if (
+            dispatch.recorder is not None
+            or getattr(dispatch.recording, "tape", None)
+            or reduce(or_, map(_address, tensors)) & 15
+        ):
             return function(*args)
-        tensors = [x for x in args if isinstance(x, Tensor)]
-        kinds = [(x.shape, x.stride(), x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x for x in args]
-        key = tensors[0].get_device(), *kinds
+        key = types, choose[1](args), *map(_layout, tensors), *map(_strides, tensors)
         try:
             plan = plans[key]
         except KeyError:
             return _record(function, args, tensors, plans, key)
-        if plan is None:
-            return function(*args)
-        return _repeat(plan, tensors)
+        return function(*args) if plan is None else _repeat(plan, tensors)
 
     return call
+
+
+_layout, _strides, _address = attrgetter("shape", "dtype", "device"), methodcaller("stride"), methodcaller("data_ptr")
+
+
+def _choosers(types: tuple) -> tuple[itemgetter, itemgetter]:
+    places: tuple[list, list] = [], []
+    for i, kind in enumerate(types):
+        places[not issubclass(kind, Tensor)].append(i)
+    tensors, others = map(chooser, places)
+    return tensors, others
+
+
+def chooser(places: Sequence[int]) -> itemgetter:
+    """Items of a sequence at these places, a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1) if places else slice(0))  # of one place, not the item itself
 
 
 def reset() -> None:
@@ -102,7 +128,7 @@ def _repeat(plan: _Plan, tensors: Sequence[Tensor]) -> Any:
     if plan.device >= 0 and plan.device != torch._C._cuda_getDevice():
         with torch.cuda.device(plan.device):
             return _repeat(plan, tensors)
-    created = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in plan.created]
+    created = [create() for create in plan.create]
     stream = torch._C._cuda_getCurrentRawStream(plan.device) if plan.device >= 0 else None
     pool = (*tensors, *created, stream, *plan.constants)
     for run, choose in plan.launches:
@@ -110,7 +136,7 @@ def _repeat(plan: _Plan, tensors: Sequence[Tensor]) -> Any:
     return plan.result(pool)
 
 
-def _record(function: Callable, args: tuple, tensors: list[Tensor], plans: dict, key: tuple) -> Any:
+def _record(function: Callable, args: tuple, tensors: tuple[Tensor, ...], plans: dict, key: tuple) -> Any:
     dispatch.recording.tape = tape = _Tape()
     try:
         result = function(*args)
@@ -123,7 +149,7 @@ def _record(function: Callable, args: tuple, tensors: list[Tensor], plans: dict,
     return result
 
 
-def _plan(tape: _Tape, tensors: list[Tensor], result: Any) -> _Plan | None:
+def _plan(tape: _Tape, tensors: Sequence[Tensor], result: Any) -> _Plan | None:
     """None if a launch or the result has a tensor that is neither an argument nor was created."""
     pool: list[Any] = [*tensors, *tape.created, None]
     places = {id(x): i for i, x in reversed(list(enumerate(pool[:-1])))}
@@ -157,5 +183,5 @@ def _plan(tape: _Tape, tensors: list[Tensor], result: Any) -> _Plan | None:
     except KeyError:
         return None
     device = tensors[0].get_device()
-    created = [(x.shape, x.dtype, x.device) for x in tape.created]
-    return _Plan(device, created, tuple(pool[stream + 1 :]), launches, finish)
+    create: list[Callable] = [partial(torch.empty, x.shape, dtype=x.dtype, device=x.device) for x in tape.created]
+    return _Plan(device, create, tuple(pool[stream + 1 :]), launches, finish)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import ParamGroup
-from fastmum.kernels import total_norm
+from fastmum.kernels.total_norm import Norm
 
 # Elements of a bucket: enough for full bandwidth, few enough that the last all-reduce, which nothing hides, is short.
 BUCKET = {"cpu": 1 << 21, "cuda": 1 << 24}
@@ -43,6 +43,7 @@ class Gradients:
         reduce_dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         self._groups = [list(group.parameters) for group in groups]
+        self._norms = [(Norm(), Norm()) for _ in groups]  # of replicated and sharded gradients
         self._buckets: list[list[_Bucket]] = [[] for _ in groups]
         if world.size > 1 or batches > 1:
             sent_as = reduce_dtype if world.size > 1 else None
@@ -68,21 +69,23 @@ class Gradients:
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
         """The local shard of the sum; None if the parameter got no gradient."""
-        if parameter in self._views:
+        if self._views and parameter in self._views:
             return self._views[parameter]
-        return None if parameter.grad is None else local(parameter.grad)
+        grad = parameter.grad
+        return grad.to_local() if isinstance(grad, DTensor) else grad
 
     def norms(self) -> list[Tensor]:
         """The 2-norm of each group's gradient, 0-d float32 on the device, the same on every device."""
         norms, sharded = [], []
-        for parameters, buckets in zip(self._groups, self._buckets, strict=True):
+        for parameters, buckets, (norm, _) in zip(self._groups, self._buckets, self._norms, strict=True):
             grads = [p.grad for p in parameters if p.grad is not None]
-            norms.append(total_norm([b.sum for b in buckets] + [g for g in grads if not isinstance(g, DTensor)]))
+            norms.append(norm([b.sum for b in buckets] + [g for g in grads if not isinstance(g, DTensor)]))
             sharded.append([g.to_local() for g in grads if isinstance(g, DTensor)])
         if any(sharded):
             # The devices of a shard group have different shards; replicas have the same.
             device = next(grad.device for some in sharded for grad in some)
-            squares = torch.stack([total_norm(some).to(device) for some in sharded]).square()
+            squares = torch.stack([norm(some).to(device) for some, (_, norm) in zip(sharded, self._norms, strict=True)])
+            squares = squares.square()
             mesh = next(p.device_mesh for group in self._groups for p in group if isinstance(p, DTensor))
             dist.all_reduce(squares, group=mesh.get_group(mesh.ndim - 1))
             norms = [(norm.square() + square).sqrt() for norm, square in zip(norms, squares, strict=True)]

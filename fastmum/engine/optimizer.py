@@ -13,7 +13,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from fastmum.config.schema import OptimSection
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import local
 from fastmum.engine.task import ParamGroup, default_groups
-from fastmum.kernels.adamw import Halves, adamw_
-from fastmum.kernels.total_norm import same_order
+from fastmum.kernels.adamw import Halves, Update
+from fastmum.kernels.tables import same_order
 
 # Elements updated by one call: what stays in a CPU's cache; everything in one launch on a GPU.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 62}
@@ -158,29 +158,49 @@ class Optimizer(ABC):
 
 
 class AdamW(Optimizer):
-    """AdamW of `fastmum.kernels`, on a CPU in chunks that stay in the cache."""
+    """AdamW of `fastmum.kernels`, on a CPU in chunks that stay in the cache.
+
+    Updates are prepared for the weights that have a gradient, and again if these are others than in the last step.
+    """
+
+    def __init__(self, weights: list[Weight], optim: OptimSection) -> None:
+        super().__init__(weights, optim)
+        self._own = [w for w in weights if not w.matrices]
+        self._parameters = [w.parameter for w in self._own]
+        self._kinds: list[torch.dtype | None] = []
+        self._updates: list[tuple[list[Piece], Update, float, float]] = []
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
-        # Local weight, gradient, moments and rest, by the settings that one call must have in common.
-        updates: dict[tuple, list[list[Tensor]]] = {}
-        for w in self.weights:
-            grad = None if w.matrices else gradient(w.parameter)
-            if grad is not None:
-                rest = [] if w.rest is None else [w.rest]
-                tensors = [local(w.parameter.detach()), grad, *map(local, self.moments[w.name]), *rest]
-                key = w.weight_decay, w.lr_scale, tensors[0].dtype, grad.dtype, len(rest)
-                updates.setdefault(key, []).append(tensors)
+        grads = [*map(gradient, self._parameters)]
+        kinds = [None if grad is None else grad.dtype for grad in grads]
+        if kinds != self._kinds:
+            self._kinds, self._updates = kinds, self._prepare(grads)
         self.steps += 1 if found_inf is None else 1 - found_inf
-        for (decay, lr_scale, *_), alike in updates.items():
-            for pieces in chunks([weight for weight, *_ in alike]):
-                parts = zip(*([piece.of(tensor) for tensor in alike[piece.number]] for piece in pieces), strict=True)
-                weights, grads, exp_avgs, exp_avg_sqs, *rests = map(list, parts)
-                adamw_(
-                    weights, grads, exp_avgs, exp_avg_sqs, rests[0] if rests else [], self.steps, lr=rate * lr_scale,
-                    betas=(self.optim.betas[0], self.optim.betas[1]), weight_decay=decay, eps=self.optim.eps,
-                    found_inf=found_inf,
-                )  # fmt: skip
+        betas = self.optim.betas[0], self.optim.betas[1]
+        for pieces, update, decay, lr_scale in self._updates:
+            some = [piece.of(cast(Tensor, grads[piece.number])) for piece in pieces]
+            update(some, self.steps, rate * lr_scale, betas, decay, self.optim.eps, found_inf)
+
+    def _prepare(self, grads: Sequence[Tensor | None]) -> list[tuple[list[Piece], Update, float, float]]:
+        """Pieces of the gradients and their updates, with weight decay and scale of the learning rate."""
+        # Numbers of weights by the settings that one call must have in common.
+        alike: dict[tuple, list[int]] = {}
+        for i, (w, grad) in enumerate(zip(self._own, grads, strict=True)):
+            if grad is not None:
+                key = w.weight_decay, w.lr_scale, w.parameter.dtype, grad.dtype, w.rest is None
+                alike.setdefault(key, []).append(i)
+        prepared = []
+        for (decay, lr_scale, *_, whole), numbers in alike.items():
+            for pieces in chunks((i, local(self._own[i].parameter.detach())) for i in numbers):
+                own = [(piece, self._own[piece.number]) for piece in pieces]
+                exp_avgs, exp_avg_sqs = (
+                    [piece.of(local(self.moments[w.name][k])) for piece, w in own] for k in range(2)
+                )
+                rests = [] if whole else [piece.of(cast(Tensor, w.rest)) for piece, w in own]
+                update = Update([piece.of(piece.tensor) for piece in pieces], exp_avgs, exp_avg_sqs, rests)
+                prepared.append((pieces, update, decay, lr_scale))
+        return prepared
 
 
 class Ema:
@@ -218,28 +238,32 @@ class Ema:
 class Piece(NamedTuple):
     """Elements [start, stop) of the tensor `number` of a list, in memory order."""
 
+    number: int
     tensor: Tensor
     start: int
     stop: int
-    number: int = 0
+    is_whole: bool
 
     def of(self, like: Tensor) -> Tensor:
-        """The same elements of another tensor with the same layout, (stop - start,)."""
+        """The same elements of another tensor with the same layout: all of it, or (stop - start,)."""
+        if self.is_whole:  # whose users compare the layouts
+            return like
         if not same_order(like, self.tensor):
             raise RuntimeError(f"a gradient or moment has strides {like.stride()}, its weight {self.tensor.stride()}")
         return like.as_strided((self.stop - self.start,), (1,), like.storage_offset() + self.start)
 
 
-def chunks(tensors: Iterable[Tensor]) -> Iterator[list[Piece]]:
-    """All elements of the tensors, in lists of pieces with `CHUNK` elements each; the last has fewer."""
+def chunks(tensors: Iterable[tuple[int, Tensor]]) -> Iterator[list[Piece]]:
+    """All elements of numbered tensors, in lists of pieces with `CHUNK` elements each; the last has fewer."""
     chunk: list[Piece] = []
     room = 0
-    for number, tensor in enumerate(tensors):
+    for number, tensor in tensors:
         start = 0
         while start < tensor.numel():
             room = room or CHUNK.get(tensor.device.type, CHUNK["cuda"])
             stop = min(tensor.numel(), start + room)
-            chunk.append(Piece(tensor, start, stop, number))
+            is_whole = (start, stop) == (0, tensor.numel())
+            chunk.append(Piece(number, tensor, start, stop, is_whole))
             start, room = stop, room - (stop - start)
             if not room:
                 yield chunk

@@ -55,8 +55,8 @@ def compile_model(
     how: dict[str, Any] = {"fullgraph": True, "backend": backend}
     if isinstance(model, MuM):
         model.cuda_graphs = cuda_graphs
-    if cuda_graphs:
-        how["options"] = {"triton.cudagraphs": True}
+    if backend == "inductor":
+        how["options"] = {"size_asserts": False, "alignment_asserts": False, "triton.cudagraphs": cuda_graphs}
     if chosen == "block":
         compute = torch.compile(Block._compute, **how)
         for block in blocks_of(model):

@@ -148,7 +148,7 @@ def test_chunks_hold_every_element_once(sizes, limit):
     tensors = [torch.zeros(size) for size in sizes]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(engine_optimizer.CHUNK, "cpu", limit)
-        bundles = list(chunks(tensors))
+        bundles = list(chunks(enumerate(tensors)))
     for bundle in bundles:
         for piece in bundle:
             piece.of(piece.tensor).add_(1)
@@ -157,7 +157,7 @@ def test_chunks_hold_every_element_once(sizes, limit):
     assert set(counts[:-1]) <= {limit}
     assert 0 < counts[-1] <= limit
     with pytest.raises(RuntimeError, match="strides"):  # a gradient in another layout
-        Piece(torch.zeros(4, 6), 0, 24).of(torch.zeros(6, 4).t())
+        Piece(0, torch.zeros(4, 6), 0, 12, False).of(torch.zeros(6, 4).t())
 
 
 def test_schedules():
