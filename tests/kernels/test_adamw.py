@@ -7,9 +7,9 @@ from support import DEVICE, guarded
 
 from benchmarks import kernel_reference as reference
 from fastmum.kernels import total_norm
-from fastmum.kernels.adamw import Halves, adamw_, join, join_bits, split_bits
+from fastmum.kernels.adamw import Halves, Update, adamw_, join, join_bits, split_bits
 from fastmum.kernels.dispatch import jit, launch, tl
-from fastmum.kernels.total_norm import CHUNK
+from fastmum.kernels.total_norm import CHUNK, Norm
 
 INFINITY, SIGN = 0x7F800000, -(1 << 31)  # bits
 SHAPES = [(1,), (37, 5), (2, 3, 4, 4), (CHUNK + 3,), (7,)]
@@ -62,6 +62,27 @@ def test_a_step(backend, grad_dtype, found_inf):
     assert all(memory[0] == memory[-1] == 1 for memory in memories)
     for found, true in zip(zip(masters, *whole[2:], strict=True), truth, strict=True):
         assert all(relative(a, b) < 1e-6 for a, b in zip(found, true, strict=True))
+
+
+def test_kept_tables(backend):
+    """Update and norm are those of single calls, wherever the gradients are, and after a change of their number."""
+    single = [some[:3] for some in halved(state(torch.bfloat16))]
+    weights, _, *moments, rests = kept = [[x.clone() for x in some] for some in single]
+    updates, norm, step = Update(weights, *moments, rests), Norm(), torch.tensor(float(STEP), device=DEVICE)
+    memory = torch.zeros(512, dtype=torch.bfloat16, device=DEVICE)
+    for start in (0, 16, 17):  # the last one without alignment
+        offset = start
+        for i, grad in enumerate(single[1]):
+            place = memory.as_strided(grad.shape, grad.stride(), offset)
+            single[1][i] = place.copy_(torch.randn(grad.shape, device=DEVICE))
+            offset += -(-grad.numel() // 16) * 16
+        update(single)
+        updates(single[1], step, **SETTINGS)
+        assert_equal([x for i in (0, 2, 3, 4) for x in kept[i]], [x for i in (0, 2, 3, 4) for x in single[i]])
+        assert torch.equal(norm(single[1]), total_norm(single[1]))
+    assert torch.equal(norm(single[1][:2]), total_norm(single[1][:2]))
+    with pytest.raises(ValueError, match="grads"):
+        updates([x.flatten() for x in single[1]], step, **SETTINGS)
 
 
 def test_gradients_that_are_not_finite(backend):
