@@ -1,5 +1,7 @@
 """Shared fixtures: the project's test data, a tiny model and a folder of small images."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,14 @@ from fastmum import ModelConfig, MuM
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = ModelConfig(32, 2, 2, 32, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def forget_choices_of_kernels() -> Iterator[None]:
+    """Environment variables are read once; other tests set others."""
+    yield
+    if plans := sys.modules.get("fastmum.kernels.plans"):
+        plans.reset()
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {mode: measured(mode, args.frames, args.views, args.settings, args.rounds, args.arch) for mode in modes}
         if args.record:
             kept = {mode: {name: one[name] for name in RECORDED} for mode, one in found.items()}
-            python = ".".join(map(str, sys.version_info[:2]))
-            write_atomic(RECORD, json.dumps({"python": python} | kept, indent=2) + "\n")
+            versions = {"python": ".".join(map(str, sys.version_info[:2])), "torch": metadata.version("torch")}
+            write_atomic(RECORD, json.dumps(versions | kept, indent=2) + "\n")
         print(json.dumps(found) if args.json else table(found))
 
     return run_command(command)

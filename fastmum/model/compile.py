@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 # On a CPU compiled blocks save at most 1 % of a step and cost half a minute (docs/LOG.md, 2026-11-23).
 CPU_STEPS_TO_PAY = 100_000
+HOST_LENGTHS = ("sdpa", "xformers")  # attention that reads lengths on the host, where CUDA graphs record nothing
 RECOMPILE_LIMIT = 64  # four kinds of block, for every combination of gradients, sizes and precision of a program
 
 
@@ -51,6 +52,11 @@ def compile_model(
     if cuda_graphs and (chosen == "off" or not is_cuda):
         what = "nothing is compiled" if is_cuda else "the model is not on a CUDA device"
         raise ValueError(f"CUDA graphs record what is compiled for CUDA, and {what}")
+    if cuda_graphs and model.attention in HOST_LENGTHS:
+        log.warning(
+            "attention by %s reads lengths on the host: regions that contain it are not recorded as CUDA graphs",
+            model.attention,
+        )
     log.info("torch.compile: %s%s", chosen, f" (model.compile={mode})" if mode != chosen else "")
     how: dict[str, Any] = {"fullgraph": True, "backend": backend}
     if isinstance(model, MuM):

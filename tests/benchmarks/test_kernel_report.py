@@ -14,6 +14,7 @@ import torch
 import fastmum.kernels
 from benchmarks.kernel_report import blocks, cases, muon
 from benchmarks.kernel_report.cases import Case, Sizes
+from fastmum.kernels.plans import reset
 
 SMALL = Sizes(frames=2, side=64, patch=16, width=128, heads=2)
 bf16, fp32 = torch.bfloat16, torch.float32
@@ -100,6 +101,7 @@ def test_formula_is_the_bytes_that_the_kernel_accesses(monkeypatch: pytest.Monke
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     monkeypatch.setenv("FASTMUM_KERNELS", "triton")
+    reset()
     every = small_cases()
     assert len(every) == 40
     case = every[number]

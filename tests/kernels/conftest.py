@@ -1,7 +1,5 @@
 """Fixtures of the kernel tests: the implementation under test, and what its numbers need."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -43,13 +41,6 @@ def same_numbers_and_nan_filled_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return out.fill_(float("nan")) if out.is_floating_point() and out.device.type != "meta" else out
 
     monkeypatch.setattr(torch, "empty", empty)
-
-
-@pytest.fixture(autouse=True)
-def forget_choices() -> Iterator[None]:
-    """Other tests read the environment again."""
-    yield
-    reset()
 
 
 @pytest.fixture(autouse=True)
