@@ -28,19 +28,23 @@ MODES = ("block", "full")
 FRAMES, VIEWS = 96, 12
 
 
-def measured(mode: str, frames: int, views: int, settings: Sequence[str], rounds: int, arch: int = 80) -> dict:
-    """The result of `benchmarks.host.measure` for `model.compile=mode`, from a process that has the no-op device."""
+def on_no_op_device(function: str, *args: Any, arch: int = 80) -> Any:
+    """The result of a function of `benchmarks.host.measure` in a process that has the no-op device; all is JSON."""
+    code = f"import json, sys; from benchmarks.host.measure import {function} as function; "
+    code += "print(json.dumps(function(*json.loads(sys.argv[1]))))"
     with tempfile.TemporaryDirectory() as folder:
-        words = json.dumps([frames, views, [f"model.compile={mode}", *settings], rounds])
-        code = "import json, sys; from benchmarks.host.measure import measure; "
-        code += "print(json.dumps(measure(*json.loads(sys.argv[1]))))"
         result = subprocess.run(
-            [sys.executable, "-c", code, words], env=environment(build(Path(folder)), arch), check=False,
+            [sys.executable, "-c", code, json.dumps(args)], env=environment(build(Path(folder)), arch), check=False,
             stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
         )  # fmt: skip
     if result.returncode:
         raise SystemExit(f"error: the measuring process ended with {result.returncode}; its output is above")
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def measured(mode: str, frames: int, views: int, settings: Sequence[str], rounds: int, arch: int = 80) -> dict:
+    """The result of `measure` for `model.compile=mode`."""
+    return on_no_op_device("measure", frames, views, [f"model.compile={mode}", *settings], rounds, arch=arch)
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:

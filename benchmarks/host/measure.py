@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.contestant import Contestant
 from benchmarks.duel import no_collection
 from benchmarks.host import no_op_cuda
 from benchmarks.step import PHASES, fastmum_steps, make_problem
@@ -25,16 +26,34 @@ WARM_UP = 3  # steps: the first compiles, the second builds tables
 Step = Callable[[Callable[[str], None]], object]
 
 
+def device_counts(frames: int, settings: Sequence[str], lengths: Sequence[tuple[int, ...]]) -> list[dict[str, int]]:
+    """What each of some steps asks of the device, from the first one on; `lengths` are those of its sequences."""
+    contestants = _contestants(frames, lengths[0][0], settings, lengths)
+    found, before = [], no_op_cuda.counts()
+    for contestant in contestants:
+        contestant.step(lambda phase: None)
+        after = no_op_cuda.counts()
+        found.append({name: after[name] - before[name] for name in after})
+        before = after
+    return found
+
+
+def _contestants(
+    frames: int, views: int, settings: Sequence[str], lengths: Sequence[tuple[int, ...]]
+) -> list[Contestant]:
+    with mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor):  # nothing is computed
+        problem = make_problem(frames, views, settings)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its library talks to a driver in other ways
+    return fastmum_steps(problem, lengths)
+
+
 def measure(frames: int, views: int, settings: Sequence[str], rounds: int) -> dict[str, Any]:
     """Milliseconds by phase, the least of the rounds, and the counts of one step.
 
     Counts: `bytecodes` of Python, `calls` of Python and C functions by Python, `operators` of PyTorch, `launches` of
     kernels, and what else was asked of the device.
     """
-    with mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor):  # nothing is computed
-        problem = make_problem(frames, views, settings)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its library talks to a driver in other ways
-    (contestant,) = fastmum_steps(problem, [(views,) * (frames // views)])
+    (contestant,) = _contestants(frames, views, settings, [(views,) * (frames // views)])
     for _ in range(WARM_UP):
         contestant.step(lambda phase: None)
     return {"ms": _milliseconds(contestant.step, rounds)} | count(contestant.step)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmum.kernels import loss, patches, rope, tokens
 
-GAIN, BIAS = [0.017] * 3, [2.0] * 3
+GAIN, BIAS = (0.017,) * 3, (2.0,) * 3
 DEVICE = "meta"  # tests run the cases on the CPU, interpreted
 
 
