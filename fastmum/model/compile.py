@@ -52,7 +52,7 @@ def compile_model(
     if cuda_graphs and (chosen == "off" or not is_cuda):
         what = "nothing is compiled" if is_cuda else "the model is not on a CUDA device"
         raise ValueError(f"CUDA graphs record what is compiled for CUDA, and {what}")
-    if cuda_graphs and model.attention in HOST_LENGTHS:
+    if cuda_graphs and isinstance(model, MuM) and model.attention in HOST_LENGTHS:
         log.warning(
             "attention by %s reads lengths on the host: regions that contain it are not recorded as CUDA graphs",
             model.attention,
