@@ -163,7 +163,7 @@ def _plan(tape: _Tape, tensors: Sequence[Tensor], result: Any) -> _Plan | None:
         return len(pool) - 1
 
     try:
-        launches = []
+        launches: list[tuple[Callable, itemgetter]] = []
         for kernel, grid, values, options, compiled in tape.launches:
             if compiled is None:  # interpreted
                 run, chosen = partial(kernel[grid], **options), [place(x) for x in values]  # type: ignore[index]
