@@ -160,20 +160,22 @@ class Optimizer(ABC):
 class AdamW(Optimizer):
     """AdamW of `fastmum.kernels`, on a CPU in chunks that stay in the cache.
 
-    Updates are prepared for the weights that have a gradient, and again if these are others than in the last step.
+    Updates are prepared for the weights that have a gradient, and again if these, their dtypes or the addresses of
+    weights are others than in the last step.
     """
 
     def __init__(self, weights: list[Weight], optim: OptimSection) -> None:
         super().__init__(weights, optim)
         self._own = [w for w in weights if not w.matrices]
         self._parameters = [w.parameter for w in self._own]
-        self._kinds: list[torch.dtype | None] = []
+        self._kinds: list[tuple[torch.dtype | None, int]] = []
         self._updates: list[tuple[list[Piece], Update, float, float]] = []
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
         grads = [*map(gradient, self._parameters)]
-        kinds = [None if grad is None else grad.dtype for grad in grads]
+        pairs = zip(grads, self._parameters, strict=True)
+        kinds = [(None if grad is None else grad.dtype, local(p).data_ptr()) for grad, p in pairs]
         if kinds != self._kinds:
             self._kinds, self._updates = kinds, self._prepare(grads)
         self.steps += 1 if found_inf is None else 1 - found_inf

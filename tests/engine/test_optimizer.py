@@ -214,3 +214,19 @@ def test_frozen_weights_are_left_out(tiny):
     assert len(optimizer.weights) == len(list(tiny.parameters())) - len(frozen)
     with pytest.raises(ValueError, match="mask_token"):
         build_optimizer(tiny, OptimSection(), groups=[ParamGroup(list(tiny.parameters()))])
+
+
+def test_weights_may_move_between_steps(tiny):
+    """A step updates the memory that a weight has then, whatever was prepared before."""
+    moved = build_optimizer(tiny, OptimSection())
+    still = build_optimizer(copy.deepcopy(tiny), OptimSection())
+    set_gradients(moved)
+    for ours, theirs in zip(moved.weights, still.weights, strict=True):
+        theirs.parameter.grad = ours.parameter.grad
+    for _ in range(2):
+        moved.step(1e-2)
+        still.step(1e-2)
+        for weight in moved.weights:
+            weight.parameter.data = weight.parameter.data.clone()
+    for ours, theirs in zip(moved.weights, still.weights, strict=True):
+        assert torch.equal(ours.parameter, theirs.parameter)
