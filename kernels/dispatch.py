@@ -106,8 +106,12 @@ def tile_bytes(device: torch.device) -> int:
     Little's law: each SM needs bandwidth x latency / number of SMs in flight, about 10 kB on an A100 and 20 kB on an
     H100 or H200. With the 4 to 8 programs that fit an SM at least, these tiles are twice that.
     """
-    arch = _capability(device) if recorder is None else recorder.arch
-    return 4096 if arch < 90 else 8192
+    return 4096 if architecture(device) < 90 else 8192
+
+
+def architecture(device: torch.device) -> int:
+    """Compute capability of the GPU, times ten; 80 in the interpreter."""
+    return _capability(device) if recorder is None else recorder.arch
 
 
 @lru_cache

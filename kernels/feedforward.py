@@ -13,7 +13,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.checks import check_floating, check_tensors
 from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, power_of_2, tl, use_triton
-from fastmum.kernels.matmul import Tiles, fuses_products, product, product_tile, tile_of
+from fastmum.kernels.gelu import gelu, gelu_slope
+from fastmum.kernels.matmul import Tiles, columns_of, fuses_products, product, product_tile, tile_of
 from fastmum.kernels.plans import operator, planned
 from fastmum.kernels.sums import finish_sums, row_split
 
@@ -126,11 +127,12 @@ def _through_gelu(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Tensor, Te
 
 @planned
 def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    (T, D), N, tiles = x.shape, len(weight), Tiles()
+    (T, D), N, tiles = x.shape, len(weight), Tiles.of(x.device)
     active = empty(T, N, dtype=x.dtype, device=x.device)
     hidden = empty((T, N) if keep else 0, dtype=x.dtype, device=x.device)
     args = x, weight, bias.contiguous(), hidden if keep else None, active, T
-    launch(_linear_gelu_kernel, tiles.grid(T, ceil_div(N, tiles.BLOCK_N)), *args, N=N, K=D, **tiles.constants(D, x))
+    constants = {"N": N, "K": D, "PARTS": 2} | tiles.constants(D, x)
+    launch(_linear_gelu_kernel, tiles.grid(T, ceil_div(N, tiles.BLOCK_N)), *args, **constants)
     return hidden, active
 
 
@@ -138,13 +140,14 @@ def _linear_gelu_triton(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> 
 def _backward_triton(grad, weight, hidden, x, weight1, bias1, again):
     (T, D), N = grad.shape, weight.shape[1]
     # Recomputation takes registers.
-    tiles = Tiles(BLOCK_M=64) if again else Tiles()
+    tiles = Tiles.of(grad.device, BLOCK_M=64 if again else 128)
     grad_hidden = empty(T, N, dtype=grad.dtype, device=grad.device)
     active = empty((T, N) if again else 0, dtype=grad.dtype, device=grad.device)
     partial = empty(1, ceil_div(T, tiles.BLOCK_M), N, dtype=torch.float32, device=grad.device)
     grid = tiles.grid(T, ceil_div(N, tiles.BLOCK_N))
     args = grad, weight, hidden, x, weight1, bias1, grad_hidden, active if again else None, partial, T
-    launch(_linear_gelu_backward_kernel, grid, *args, N=N, K=D, **tiles.constants(D, grad))
+    constants = {"N": N, "K": D, "PARTS": 2 if hidden is None else 1} | tiles.constants(D, grad)
+    launch(_linear_gelu_backward_kernel, grid, *args, **constants)
     return grad_hidden, *finish_sums(partial, (grad.dtype,)), active
 
 
@@ -164,17 +167,6 @@ def _gelu_backward_triton(grad: Tensor, hidden: Tensor, again: bool) -> tuple[Te
     return grad_hidden, *finish_sums(partial, (hidden.dtype,)), active
 
 
-@jit()
-def _gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-
-
-@jit()
-def _gelu_slope(x):
-    below = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))  # cumulative normal distribution
-    return below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
-
-
 @jit(do_not_specialize=["M"])
 def _linear_gelu_kernel(
     x_ptr,  # (M, K)
@@ -184,18 +176,29 @@ def _linear_gelu_kernel(
     active_ptr,  # (M, N)
     M,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_of(M, (N + BLOCK_N - 1) // BLOCK_N, BLOCK_M, GROUP_M)
-    i, n = tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = product_tile(x_ptr, weight_ptr, row, n, M, n < N, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
-    acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    inside = (row * BLOCK_M + i < M)[:, None] & (n < N)[None, :]
-    start, at = row.to(tl.int64) * (BLOCK_M * N), i[:, None] * N + n[None, :]
-    hidden = acc.to(active_ptr.dtype.element_ty)
-    if hidden_ptr is not None:
-        tl.store(hidden_ptr + start + at, hidden, mask=inside)
-    tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(hidden.dtype), mask=inside)
+    EVEN_N: tl.constexpr = N % BLOCK_N == 0  # all columns exist
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = product_tile(
+        x_ptr, weight_ptr, row, n, M, (n < N) | EVEN_N, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN
+    )
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    i, c = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
+    start, at = row.to(tl.int64) * (BLOCK_M * N) + column * BLOCK_N, i[:, None] * N + c[None, :]
+    parts = columns_of(acc, PARTS)
+    for part in tl.static_range(PARTS):
+        n = column * BLOCK_N + part * WIDTH + c
+        exists = (n < N) | EVEN_N
+        inside = (row * BLOCK_M + i < M)[:, None] & exists[None, :]
+        bias = tl.load(bias_ptr + n, mask=exists, other=0.0).to(tl.float32)[None, :]
+        hidden = (parts[part] + bias).to(active_ptr.dtype.element_ty)
+        if hidden_ptr is not None:
+            tl.store(hidden_ptr + (start + part * WIDTH) + at, hidden, mask=inside)
+        tl.store(
+            active_ptr + (start + part * WIDTH) + at, gelu(hidden.to(tl.float32), True).to(hidden.dtype), mask=inside
+        )
 
 
 @jit(do_not_specialize=["M"])
@@ -211,29 +214,43 @@ def _linear_gelu_backward_kernel(
     partial_ptr,  # (rows of tiles, N)
     M,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, WIDEN: tl.constexpr,
+    GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, PARTS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     row, column = tile_of(M, (N + BLOCK_N - 1) // BLOCK_N, BLOCK_M, GROUP_M)
-    i, n = tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (row * BLOCK_M + i < M)[:, None] & (n < N)[None, :]
-    start, at = row.to(tl.int64) * (BLOCK_M * N), i[:, None] * N + n[None, :]
+    EVEN_N: tl.constexpr = N % BLOCK_N == 0  # all columns exist
+    n = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = (n < N) | EVEN_N
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    i, c = tl.arange(0, BLOCK_M), tl.arange(0, WIDTH)
+    start, at = row.to(tl.int64) * (BLOCK_M * N) + column * BLOCK_N, i[:, None] * N + c[None, :]
     dtype: tl.constexpr = grad_hidden_ptr.dtype.element_ty
     if hidden_ptr is None:
-        acc = product_tile(x_ptr, weight1_ptr, row, n, M, n < N, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
-        acc += tl.load(bias1_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        hidden = acc.to(dtype)
-        tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(dtype), mask=inside)
-    acc = product_tile(grad_ptr, weight_ptr, row, n, M, n < N, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
-    if hidden_ptr is not None:
-        hidden = tl.load(hidden_ptr + start + at, mask=inside, other=0.0)
-    grad_hidden = (acc * _gelu_slope(hidden.to(tl.float32))).to(dtype)
-    tl.store(grad_hidden_ptr + start + at, grad_hidden, mask=inside)
-    # Rows beyond M are 0, as their gradients were loaded.
-    tl.store(partial_ptr + row.to(tl.int64) * N + n, tl.sum(grad_hidden.to(tl.float32), axis=0), mask=n < N)
-    if hidden_ptr is not None and active_ptr is not None:
-        # Last, with another load from the cache: registers are scarce before.
-        hidden = tl.load(hidden_ptr + start + at, mask=inside, other=0.0)
-        tl.store(active_ptr + start + at, _gelu(hidden.to(tl.float32)).to(dtype), mask=inside)
+        acc = product_tile(x_ptr, weight1_ptr, row, n, M, exists, N, K, True, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
+        acc += tl.load(bias1_ptr + n, mask=exists, other=0.0).to(tl.float32)[None, :]
+        recomputed = columns_of(acc.to(dtype), PARTS)
+        for part in tl.static_range(PARTS):
+            inside = (row * BLOCK_M + i < M)[:, None] & ((column * BLOCK_N + part * WIDTH + c < N) | EVEN_N)[None, :]
+            active = gelu(recomputed[part].to(tl.float32), True).to(dtype)
+            tl.store(active_ptr + (start + part * WIDTH) + at, active, mask=inside)
+    acc = product_tile(grad_ptr, weight_ptr, row, n, M, exists, N, K, False, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K, WIDEN)
+    parts = columns_of(acc, PARTS)
+    for part in tl.static_range(PARTS):
+        n = column * BLOCK_N + part * WIDTH + c
+        exists = (n < N) | EVEN_N
+        inside = (row * BLOCK_M + i < M)[:, None] & exists[None, :]
+        if hidden_ptr is None:
+            hidden = recomputed[part]
+        else:
+            # The last row in place of rows beyond M, whose gradients are 0: without a mask there is nothing to clear.
+            from_at = tl.minimum(i, M - 1 - row * BLOCK_M)[:, None] * N + c[None, :]
+            hidden = tl.load(hidden_ptr + (start + part * WIDTH) + from_at, mask=exists[None, :], other=0.0)
+            if active_ptr is not None:
+                active = gelu(hidden.to(tl.float32), True).to(dtype)
+                tl.store(active_ptr + (start + part * WIDTH) + at, active, mask=inside)
+        grad_hidden = parts[part] * gelu_slope(hidden.to(tl.float32), True)
+        tl.store(grad_hidden_ptr + (start + part * WIDTH) + at, grad_hidden.to(dtype), mask=inside)
+        # Rows beyond M are 0, as their gradients were loaded.
+        tl.store(partial_ptr + row.to(tl.int64) * N + n, tl.sum(grad_hidden, axis=0), mask=exists)
 
 
 @jit(do_not_specialize=["T", "share"])
@@ -250,6 +267,7 @@ def _gelu_backward_kernel(
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, T)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    SHORT: tl.constexpr = grad_hidden_ptr.dtype.element_ty.primitive_bitwidth == 16
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for first in range(begin, end, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
@@ -257,10 +275,10 @@ def _gelu_backward_kernel(
         at = t.to(tl.int64)[:, None] * N + n[None, :]
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0)
         hidden = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        grad_hidden = (grad.to(tl.float32) * _gelu_slope(hidden)).to(grad.dtype)
+        grad_hidden = (grad.to(tl.float32) * gelu_slope(hidden, SHORT)).to(grad.dtype)
         tl.store(grad_hidden_ptr + at, grad_hidden, mask=inside)
-        if active_ptr is not None:
-            tl.store(active_ptr + at, _gelu(hidden).to(grad.dtype), mask=inside)
+        if active_ptr is not None:  # the forward pass is PyTorch's
+            tl.store(active_ptr + at, gelu(hidden, False).to(grad.dtype), mask=inside)
         total += grad_hidden.to(tl.float32)
     at = tl.program_id(1).to(tl.int64) * N + n
     tl.store(partial_ptr + at, tl.sum(total, axis=0), mask=n < N)

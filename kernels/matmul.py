@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmum.kernels.dispatch import ceil_div, choice, jit, tl, use_triton
+from fastmum.kernels.dispatch import architecture, ceil_div, choice, jit, tl, use_triton
 
 SLOW_BFLOAT16 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # no AVX-512 or later
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -64,16 +64,26 @@ def fuses_products(x: Tensor) -> bool:
 
 
 class Tiles(NamedTuple):
-    """Tile sizes; larger tiles leave no registers for the operations after the product (docs/LOG.md, 2026-11-25)."""
+    """Sizes of tiles, and the warps and stages of their programs.
 
-    BLOCK_M: int = 128
-    BLOCK_N: int = 128
-    BLOCK_K: int = 64
+    A program of 4 warps has at most 255 registers and 98 kB of shared memory, so that a multiprocessor holds two: one
+    multiplies while the other computes what follows its product.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @classmethod
+    def of(cls, device: torch.device, BLOCK_M: int = 128) -> "Tiles":
+        """Tiles of 128 columns: sm_90 multiplies 64 of the inner size at once, sm_80 has less shared memory."""
+        return cls(BLOCK_M, 128, 64) if architecture(device) >= 90 else cls(BLOCK_M, 128, 32, num_stages=4)
 
     def constants(self, K: int, x: Tensor) -> dict[str, object]:
         """Constants and options of a kernel."""
-        constants = {"GROUP_M": GROUP_M, "EVEN_K": K % self.BLOCK_K == 0, "WIDEN": x.device.type == "cpu"}
-        return self._asdict() | constants | {"num_warps": 8, "num_stages": 3}
+        return self._asdict() | {"GROUP_M": GROUP_M, "EVEN_K": K % self.BLOCK_K == 0, "WIDEN": x.device.type == "cpu"}
 
     def grid(self, M: int, columns: int) -> tuple[int]:
         return (ceil_div(M, self.BLOCK_M) * columns,)
@@ -120,3 +130,14 @@ def product_tile(
         a_at += BLOCK_K
         b_at += BLOCK_K if TRANSPOSED else BLOCK_K * N
     return acc
+
+
+@jit()
+def columns_of(x, PARTS: tl.constexpr):
+    """The columns of a tile as one part, or as two of equal width: a tuple."""
+    if PARTS == 2:
+        first, second = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        parts = (first, second)
+    else:
+        parts = (x,)
+    return parts

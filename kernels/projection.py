@@ -116,7 +116,7 @@ def _rotary_linear_triton(x, weight, bias, positions, sin, cos, rotated, zero):
     (T, C), width, half = x.shape, len(weight), sin.shape[1]
     packed = empty(T, width, dtype=x.dtype, device=x.device)
     sin, cos = (table if table.stride(1) == 1 else table.contiguous() for table in (sin, cos))
-    heads, tiles = width // (2 * half), Tiles()
+    heads, tiles = width // (2 * half), Tiles(128, 128, 64, num_warps=8)  # two sums take more registers
     BLOCK_C = power_of_2(half)
     BLOCK_H = max(1, tiles.BLOCK_N // (2 * BLOCK_C))
     sizes = T, len(sin), sin.stride(0), cos.stride(0)
