@@ -78,7 +78,7 @@ class _Mlp(torch.autograd.Function):
 @operator("linear_gelu")
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """x @ weight' + bias before (empty unless `keep`) and after the GELU, (T, N) each."""
-    if fuses_products(x):
+    if fuses_products(x, "linear_gelu", weight):
         return _linear_gelu_triton(x.contiguous(), weight.contiguous(), bias, keep)
     hidden = product(x, weight.t(), bias)
     return hidden if keep else hidden.new_empty(0), F.gelu(hidden)
@@ -98,7 +98,8 @@ def _linear_gelu_backward(
 
     Without `hidden`, it is recomputed as x @ weight1' + bias1, and `again` must be true.
     """
-    if fuses_products(grad):
+    recompute = "mlp" if hidden is None else "act" if again else "none"
+    if fuses_products(grad, f"linear_gelu_backward {recompute}", weight):
         tensors = (y if y is None else y.contiguous() for y in (grad, weight, hidden, x, weight1, bias1))
         return _backward_triton(*tensors, again)
     grad = product(grad, weight)

@@ -1,10 +1,10 @@
 """The GELU x Phi(x) and its slope Phi(x) + x phi(x) in kernels, with Phi and phi of the normal distribution.
 
-With `SHORT` they are for results of 16 bits: a power of two and a few products without branches, 8 and 10 instructions
-where libdevice's erf alone has about 30. Coefficients are minimax fits to float64 (linear programs over Chebyshev
-points). Over all finite values of bfloat16 and float16 the GELU is within 7.6e-5 max(|GELU|, 1e-4) of float64, the slope
-within 7.1e-5 max(|slope|, 0.1): 0.02 units in the last place of a bfloat16 that is larger than 1e-4 or 0.1. The slope is
-NaN where |x| > 6e12.
+With `SHORT` they are for results of 16 bits: a power of two and a few products without branches, 8 and 10
+instructions where libdevice's erf alone has about 30. Coefficients are minimax fits to float64 (linear programs over
+Chebyshev points). Over all finite values of bfloat16 and float16 the GELU is within 7.6e-5 max(|GELU|, 1e-4) of
+float64, the slope within 7.1e-5 max(|slope|, 0.1): 0.02 units in the last place of a bfloat16 that is larger than 1e-4
+or 0.1. The slope is NaN where |x| > 6e12.
 """
 
 from fastmum.kernels.dispatch import jit, tl

@@ -4,8 +4,10 @@ On CPUs without bfloat16 instructions the library multiplies bfloat16 in plain l
 float32. There `product` and `linear` widen the operands, which does not change their values, and round the result once.
 
 Legend of tiles: an (M, N) product of a (M, K) and b; M varies with the batch, N and K do not. Operands are bfloat16 or
-float16, sums float32. `FASTMUM_PRODUCTS`, read at the first call: "auto" (default) fuses where Triton runs and operands
-have 16 bits; "library" uses cuBLAS and separate kernels for the operations after it.
+float16, sums float32. `FASTMUM_PRODUCTS` is read at the first call: "fused" processes products in kernels wherever Triton
+runs and operands have 16 bits; "library" uses cuBLAS and separate kernels for the operations after it; "auto" (default)
+is the one that was measured to be faster, and unmeasured "fused" before sm_90. On the CPU, and where launches are
+recorded, it is "fused".
 """
 
 from typing import NamedTuple
@@ -58,9 +60,24 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def fuses_products(x: Tensor) -> bool:
-    """Whether a product with `x` and the operations after it are one kernel; a ValueError for an unknown choice."""
-    return choice("FASTMUM_PRODUCTS", "auto", "library") == "auto" and x.dtype in SIXTEEN_BITS and use_triton(x)
+Key = tuple[str, int, int, torch.dtype]  # operation, rows and columns of its weight, and dtype
+measured: dict[Key, bool] = {}  # whether the fused kernel is faster, by `fastmum.model.products`
+
+
+def products_choice() -> str:
+    """`FASTMUM_PRODUCTS`; ValueError for an unknown value."""
+    return choice("FASTMUM_PRODUCTS", "auto", "fused", "library")
+
+
+def fuses_products(x: Tensor, operation: str, weight: Tensor) -> bool:
+    """Whether the product of `x` with `weight` and the operations after it are one kernel."""
+    chosen = products_choice()
+    if chosen == "library" or x.dtype not in SIXTEEN_BITS or not use_triton(x):
+        return False
+    if chosen == "fused" or not x.is_cuda:
+        return True
+    known = measured.get((operation, *weight.shape, x.dtype))
+    return architecture(x.device) < 90 if known is None else known
 
 
 class Tiles(NamedTuple):

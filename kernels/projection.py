@@ -70,7 +70,7 @@ def _rotary_linear(
 ) -> Tensor:
     """x @ weight' + bias (T, n * D), its first `rotated` heads rotated."""
     check_range("positions", positions, -1, len(sin))
-    if fuses_products(x):
+    if fuses_products(x, "rotary_linear", weight):
         return _rotary_linear_triton(x.contiguous(), weight.contiguous(), bias, positions, sin, cos, rotated, zero)
     packed = product(x, weight.t(), bias)
     _rotate(packed, packed, positions, sin, cos, rotated, zero, False)

@@ -1,10 +1,6 @@
 """The backend `flash`: torch's FlashAttention 2, 3 or 4 or cuDNN, whichever computes a run's batches fastest."""
 
-import hashlib
-import json
 import logging
-import statistics
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -12,11 +8,10 @@ from torch import Tensor, nn
 
 from fastmum.attention.backend import HALF, Backend, Segments, constant_in_graphs
 from fastmum.attention.varlen import Plan, agrees, attend_by, sample
-from fastmum.files import cache_folder, read_json, write_atomic
+from fastmum.measured import measured_times, milliseconds
 
 log = logging.getLogger(__name__)
 CUDNN = 92500  # older versions do not support empty segments, and tested ones fail on ragged batches
-RUNS, WARM_UP = 5, 2  # of a measurement
 
 
 class Flash(Backend):
@@ -102,36 +97,14 @@ def _times(
     """Milliseconds of forward and backward by each kernel, from the cache if this was measured before."""
     versions = torch.cuda.get_device_name(device), str(torch.__version__), torch.backends.cudnn.version()
     lengths = [cu.diff().tolist() for cu in (segments.cu_seqlens_q, segments.cu_seqlens_k)]
-    what = repr((versions, str(dtype), heads, width, lengths, kernels))
-    file = cache_folder() / "measured" / f"attention-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
-    try:
-        known = read_json(file)["ms"]
-        if known.keys() == set(kernels) and all(isinstance(ms, float) for ms in known.values()):
-            return known
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # absent or damaged
-    q, k, v, grad = sample(segments, device, dtype, heads, width)
-    plan, times = segments.to(device), {}
-    for kernel in kernels:
-        activate(kernel)
-        run = lambda kernel=kernel: torch.autograd.grad(attend_by(q, k, v, Plan(plan, kernel)), (q, k, v), grad)  # noqa: E731
-        times[kernel] = milliseconds(run)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, json.dumps({"what": what, "ms": times}))
-    except OSError as error:
-        log.warning("measured times of attention are not kept: %s", error)
-    return times
 
+    def measure() -> dict[str, float]:
+        q, k, v, grad = sample(segments, device, dtype, heads, width)
+        plan, times = segments.to(device), {}
+        for kernel in kernels:
+            activate(kernel)
+            run = lambda kernel=kernel: torch.autograd.grad(attend_by(q, k, v, Plan(plan, kernel)), (q, k, v), grad)  # noqa: E731
+            times[kernel] = milliseconds(run)
+        return times
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of a few runs on the current CUDA device."""
-    times = []
-    for _ in range(WARM_UP + RUNS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[WARM_UP:])
+    return measured_times("attention", repr((versions, str(dtype), heads, width, lengths, kernels)), kernels, measure)

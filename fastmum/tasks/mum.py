@@ -29,6 +29,7 @@ from fastmum.model.compile import blocks_of, compile_model, eager
 from fastmum.model.config import step_flops
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD, num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
+from fastmum.model.products import choose_products
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class MuMTask(Task):
             data.frames_per_batch, data.frames_per_step, "frames", ("data.frames_per_batch", "data.frames_per_step")
         )
         self._patches = (data.image_size // model.patch_size) ** 2
-        visible = num_visible(self._patches, config.model.mask_ratio)
+        visible = self._visible = num_visible(self._patches, config.model.mask_ratio)
         # FLOPs are a F + b sum(S^2): two counts give both factors.
         one, two = (step_flops(model, self._patches, visible, [S]).total for S in (1, 2))
         self._flops_per_square = (two - 2 * one) // 2
@@ -104,6 +105,8 @@ class MuMTask(Task):
         if recompute == "auto":
             recompute = "mlp" if device.type == "cuda" else "none"
         model.set_recompute(recompute)
+        if config.train.precision == "bf16":
+            choose_products(config.model_config, frames, self._patches, self._visible, recompute, device, dtype)
         if config.train.precision == "fp8":
             log.info("float8 products in %d linear layers", use_fp8(model, blocks_of(model)))
         return model

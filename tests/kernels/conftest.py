@@ -19,7 +19,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@pytest.fixture(params=["auto", "library"])
+@pytest.fixture(params=["fused", "library"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test with fused and with library products."""
     monkeypatch.setenv("FASTMUM_PRODUCTS", request.param)

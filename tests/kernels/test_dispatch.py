@@ -20,15 +20,19 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_choice(monkeypatch):
-    x = torch.zeros(1)
+    x = torch.zeros(1, device=DEVICE)
     monkeypatch.delenv("FASTMUM_KERNELS", raising=False)
     reset()
-    assert not use_triton(x)
+    assert use_triton(x) == (DEVICE == "cuda")
+    assert not use_triton(x.cpu())
     monkeypatch.setenv("FASTMUM_KERNELS", "triton")
-    assert not use_triton(x), "it is read once"
+    assert not use_triton(x.cpu()), "it is read once"
     reset()
     assert use_triton(x)
     assert not use_triton(x.double())
+    monkeypatch.setenv("FASTMUM_KERNELS", "torch")
+    reset()
+    assert not use_triton(x)
     monkeypatch.setenv("FASTMUM_KERNELS", "cuda")
     reset()
     with pytest.raises(ValueError, match="FASTMUM_KERNELS"):

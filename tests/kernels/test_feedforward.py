@@ -74,13 +74,13 @@ def test_compiles_in_one_graph(recompute):
 
 
 def test_which_products_are_fused(backend, products, monkeypatch):
-    x = torch.zeros(1, device=DEVICE)
-    assert fuses_products(x.bfloat16()) == (backend == "triton" and products == "auto")
-    assert not fuses_products(x), "sums of float32 products would be rounded"
+    x, weight = torch.zeros(1, device=DEVICE), torch.zeros(3, 2)
+    assert fuses_products(x.bfloat16(), "linear_gelu", weight) == (backend == "triton" and products == "fused")
+    assert not fuses_products(x, "linear_gelu", weight), "sums of float32 products would be rounded"
     monkeypatch.setenv("FASTMUM_PRODUCTS", "both")
     reset()
     with pytest.raises(ValueError, match="FASTMUM_PRODUCTS"):
-        fuses_products(x)
+        fuses_products(x, "linear_gelu", weight)
 
 
 def test_refuses():
