@@ -77,6 +77,11 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
+def is_recorded() -> bool:
+    """Whether launches are recorded instead of performed."""
+    return recorder is not None
+
+
 def launch(
     kernel: Callable, grid: tuple[int, ...], *args: object, num_warps: int, num_stages: int = 3, **constants: object
 ) -> None:

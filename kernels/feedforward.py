@@ -197,9 +197,8 @@ def _linear_gelu_kernel(
         hidden = (parts[part] + bias).to(active_ptr.dtype.element_ty)
         if hidden_ptr is not None:
             tl.store(hidden_ptr + (start + part * WIDTH) + at, hidden, mask=inside)
-        tl.store(
-            active_ptr + (start + part * WIDTH) + at, gelu(hidden.to(tl.float32), True).to(hidden.dtype), mask=inside
-        )
+        active = gelu(hidden.to(tl.float32), True).to(hidden.dtype)
+        tl.store(active_ptr + (start + part * WIDTH) + at, active, mask=inside)
 
 
 @jit(do_not_specialize=["M"])

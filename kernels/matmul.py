@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmum.kernels.dispatch import architecture, ceil_div, choice, jit, tl, use_triton
+from fastmum.kernels.dispatch import architecture, ceil_div, choice, is_recorded, jit, tl, use_triton
 
 SLOW_BFLOAT16 = not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # no AVX-512 or later
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -74,7 +74,7 @@ def fuses_products(x: Tensor, operation: str, weight: Tensor) -> bool:
     chosen = products_choice()
     if chosen == "library" or x.dtype not in SIXTEEN_BITS or not use_triton(x):
         return False
-    if chosen == "fused" or not x.is_cuda:
+    if chosen == "fused" or is_recorded() or not x.is_cuda:
         return True
     known = measured.get((operation, *weight.shape, x.dtype))
     return architecture(x.device) < 90 if known is None else known

@@ -51,9 +51,10 @@ class Gpu(NamedTuple):
     name: str
     bandwidth: float  # of its memory, bytes/s
     products: float  # operations/s of bfloat16 products
+    tensor: int  # products and sums per cycle of a multiprocessor's tensor cores
 
 
-GPUS = {80: Gpu("A100-80GB", 2.039e12, 312e12), 90: Gpu("H200", 4.8e12, 989.4e12)}
+GPUS = {80: Gpu("A100-80GB", 2.039e12, 312e12, 1024), 90: Gpu("H200", 4.8e12, 989.4e12, 2048)}
 
 
 def cases(frames: int = 96) -> list[Case]:
@@ -150,6 +151,20 @@ def moved(case: Case, launch: Launch) -> int:
     return case.least + sum(2 * values[f"{name}_ptr"].nbytes for name in case.partial)
 
 
+def epilogue_share(case: Case, launch: Launch, instructions: int, gpu: Gpu) -> float | None:
+    """Cycles in which a program issues its instructions behind products, over those in which tensor cores compute them.
+
+    A multiprocessor issues four instructions of a warp per cycle. None without products of fixed sizes.
+    """
+    c = launch.constants
+    if "BLOCK_K" not in c or "K" not in c:
+        return None
+    columns = c["BLOCK_N"] if "BLOCK_N" in c else 2 * c["BLOCK_H"] * c["BLOCK_C"]
+    tile = c["BLOCK_M"] * columns * c["K"]
+    products = round(case.operations / 2 / tile / launch.grid[0])
+    return instructions * launch.num_warps / 4 / (products * tile / gpu.tensor)
+
+
 def report(archs: list[int]) -> list[dict[str, object]]:
     """Compile all cases for all architectures; a row each, see `main`."""
     from benchmarks.kernel_report.compiled import compile_launch, identity  # needs Triton
@@ -171,6 +186,8 @@ def report(archs: list[int]) -> list[dict[str, object]]:
                     "registers": made.registers,
                     "spills": made.spills,
                     "shared": made.shared,
+                    "behind": made.epilogue,
+                    "epilogue": epilogue_share(case, launch, made.epilogue, gpu),
                     "vector": made.vector_share(case.main) if case.main else None,
                     "moved": total,
                     "ratio": total / case.least,
@@ -195,12 +212,14 @@ def main() -> None:
         print(json.dumps(rows))
         return
     print(f"sizes: {Sizes()}; encoder 1024 wide; bytes by formula; times are bounds, not measurements")
-    print(f"arch   {'kernel':42} warps  regs  spills  shared  16-byte   MB moved  /least  bound")
+    print("behind: instructions behind products; epilogue: cycles to issue them, over those of the tensor cores")
+    print(f"arch   {'kernel':42} warps  regs  spills  shared  behind  epilogue  16-byte   MB moved  /least  bound")
     for row in rows:
+        products = "     -         -" if row["epilogue"] is None else f"{row['behind']:6}  {row['epilogue']:8.1%}"
         vector = "      -" if row["vector"] is None else f"{row['vector']:7.1%}"
         print(
             f"{row['arch']}  {row['kernel']:42} {row['warps']:5} {row['registers']:5} {row['spills']:7} "
-            f"{row['shared']:7} {vector} {row['moved'] / 1e6:11.2f} {row['ratio']:7.3f}  "
+            f"{row['shared']:7}  {products}  {vector} {row['moved'] / 1e6:11.2f} {row['ratio']:7.3f}  "
             f"{row['bound_us']:.1f} us by {row['bound_by']} on {row['gpu']}"
         )
 

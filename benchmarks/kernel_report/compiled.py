@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,10 @@ LINE = re.compile(r'//## File "([^"]+)", line (\d+)')
 CALLS = {"LDG": "load", "LDGSTS": "load", "STG": "store"}
 NARROW = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 INLINE_ASSEMBLY = re.compile(r"// begin inline asm.*?// end inline asm", re.DOTALL)
+LABEL = re.compile(r"^\s*(\.L_x_\d+):")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w+)")
+JUMP = re.compile(r"BRA.*`\((\.L_x_\d+)\)")
+BETWEEN = 200  # instructions between those of tensor cores that belong to no loop over products
 LOCATION = re.compile(r"^\s*\.loc\s.*$", re.MULTILINE)
 
 
@@ -50,6 +55,7 @@ class Compiled(NamedTuple):
     spills: int  # bytes per thread, stored to local memory and loaded from it
     shared: int  # bytes of shared memory per program
     accesses: Counter[tuple[str, int]]  # number of instructions by (tensor, bytes per thread)
+    epilogue: int  # instructions behind the loops over products, see `behind_products`
 
     def vector_share(self, streams: tuple[str, ...]) -> float:
         """Share of the bytes of `streams` in accesses of 16 bytes per thread; ValueError if one is not accessed."""
@@ -77,7 +83,8 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     registers = int(re.search(r"Used (\d+) registers", said).group(1))
     # Arrays on the stack, such as those of sines, are no spills.
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-    return Compiled(registers, spills, compiled.metadata.shared, _accesses(_disassemble(compiled.asm["cubin"])))
+    sass = _disassemble(compiled.asm["cubin"])
+    return Compiled(registers, spills, compiled.metadata.shared, _accesses(sass), behind_products(sass))
 
 
 def _exact_lines(backend: object = None, stages: dict[str, Callable] | None = None, *_: object) -> tuple[str, str]:
@@ -137,6 +144,29 @@ def _stream(path: str, number: int, call: str) -> str:
     raise ValueError(
         f"{path}:{number} has no tl.{call}(<tensor>_ptr ...) or tl.{call}(<tensor>_at ...): {line.strip()}"
     )
+
+
+def behind_products(sass: str) -> int:
+    """Instructions after the last loop over products, and between loops; 0 without instructions of tensor cores.
+
+    Between two loops they include what starts the second. Every instruction counts once, also those of other loops.
+    """
+    labels, products, jumps, count = {}, [], [], 0
+    for text in sass.splitlines():
+        if label := LABEL.match(text):
+            labels[label.group(1)] = count
+        elif (found := INSTRUCTION.match(text)) and found.group(1) != "NOP":
+            if found.group(1) in ("HGMMA", "HMMA"):
+                products.append(count)
+            elif jump := JUMP.search(text):
+                jumps.append((count, jump.group(1)))
+            count += 1
+    if not products:
+        return 0
+    last = products[-1]
+    ends = [at for at, label in jumps if at > last and labels[label] <= last]
+    gaps = [after - before - 1 for before, after in pairwise(products) if after - before > BETWEEN]
+    return count - 1 - min(ends, default=last) + sum(gaps)
 
 
 @lru_cache
