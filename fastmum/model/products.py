@@ -81,7 +81,7 @@ def _times(call: Call) -> dict[str, float]:
                 results[name] = [x.float() for x in call() if x.numel()]
                 if name == "fused":
                     _check(results)
-                times[name] = milliseconds(call)
+                times[name] = milliseconds(call)  # type: ignore[arg-type]  # mypy takes it for a plain tuple
             except Exception as error:  # a compiler may raise anything; the run itself needs the library
                 if name == "library":
                     raise
