@@ -4,7 +4,7 @@ On CPUs without bfloat16 instructions the library multiplies bfloat16 in plain l
 float32. There `product` and `linear` widen the operands, which does not change their values, and round the result once.
 
 Legend of tiles: an (M, N) product of a (M, K) and b; M varies with the batch, N and K do not. Operands are bfloat16 or
-float16, sums float32. `FASTMUM_PRODUCTS` is read at the first call: "fused" processes products in kernels wherever Triton
+float16, sums float32. `FASTMUM_PRODUCTS`, read at the first call: "fused" processes products in kernels wherever Triton
 runs and operands have 16 bits; "library" uses cuBLAS and separate kernels for the operations after it; "auto" (default)
 is the one that was measured to be faster, and unmeasured "fused" before sm_90. On the CPU, and where launches are
 recorded, it is "fused".

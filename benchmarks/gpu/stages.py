@@ -67,7 +67,8 @@ STAGES = {
     for stage in (
         Stage("products", "Fused products against the library's", "products", 90),
         Stage("attention", "Attention across frames", "attention", 90, needs=(*TORCH, "xxhash")),
-        Stage("step", "The training step", "step", 120, needs=(*TORCH, *STEP), cpu_only=EAGER),
+        Stage("step", "The training step with fused products", "step", 120, needs=(*TORCH, *STEP),
+              environment=(("FASTMUM_PRODUCTS", "fused"),), cpu_only=EAGER),
         Stage("library", "The training step with the library's products", "step", 60, needs=(*TORCH, *STEP),
               environment=(("FASTMUM_PRODUCTS", "library"),), cpu_only=EAGER),
         Stage("graphs", "The training step in CUDA graphs", "step", 120, needs=(*TORCH, *STEP),
