@@ -18,6 +18,7 @@ MODULES = {
     "data build": ("fastmum.data.build", "build a manifest of a data set"),
     "data inspect": ("fastmum.data.inspect", "summarise and draw a manifest"),
     "scenes": ("fastmum.scenes", "render synthetic scenes"),
+    "predict": ("fastmum.predict", "predict images by a trained run: cameras, depth, points"),
     "report": ("fastmum.report", "write an HTML page about runs"),
 }
 LAUNCHERS = ("slurm", "torchrun")

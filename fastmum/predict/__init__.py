@@ -1,0 +1,1 @@
+"""Predictions of trained runs as files: `fastmum predict RUN ...`."""

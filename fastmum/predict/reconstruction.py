@@ -1,0 +1,181 @@
+"""Photographs to cameras, depth maps and a point cloud, by a run of reconstruction."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from fastmum.data.colmap_writer import Points, write_model
+from fastmum.data.decode.image import FrameError, read_upright
+from fastmum.data.evaluation import evaluation_size, pad
+from fastmum.engine.device import pick_device
+from fastmum.errors import FastmumError, some_names, writing
+from fastmum.features.images import Images, find_images
+from fastmum.files import expand_user, write_atomic
+from fastmum.geometry import Camera, View, crop_resize
+from fastmum.geometry.camera import rigid_inverse, transform
+from fastmum.predict.cloud import glb, ply
+from fastmum.predict.viewer import require_plotly, viewer
+from fastmum.progress import progress_bar
+from fastmum.tasks.reconstruction.load import Estimate, estimate, load_reconstruction
+
+FARTHEST = 100.0  # median depths; what is farther is unknown in the depth maps, whose steps it sets
+LEVELS = 65535  # of a depth map
+SEED = 0  # of the points that are kept
+
+
+class Photo(NamedTuple):
+    """An image in the middle of the model's input."""
+
+    name: str  # below the folder of images
+    image: np.ndarray  # (H, W, 3) uint8, padded
+    size: tuple[int, int]  # width and height of the upright original
+    box: tuple[int, int, int, int]  # left, top, right, bottom in the input
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """Rows and columns of the image."""
+        left, top, right, bottom = self.box
+        return slice(top, bottom), slice(left, right)
+
+    def camera(self, pose: np.ndarray, K: np.ndarray) -> Camera:
+        """The camera of the original from that of the input."""
+        left, top, right, bottom = self.box
+        K = K.copy()
+        K[:2, 2] -= left, top
+        return Camera(K, pose, (right - left, bottom - top)).resized(self.size)
+
+    def resize(self, values: np.ndarray) -> np.ndarray:
+        """A map of the input (H, W) at the size of the original, bilinear."""
+        part = torch.from_numpy(values[self.inside])[None, None]
+        return F.interpolate(part, self.size[::-1], mode="bilinear", antialias=True)[0, 0].numpy()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this task."""
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGES", help="folders of images of one scene, image files, or patterns")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add("--size", type=int, metavar="PX", help="longer side that images are resized to (default: as in training)")
+    add("--confidence", type=float, default=25.0, metavar="P", help="percentage of the pixels, those of the lowest "
+        "confidence, that give no point (%(default)s)")  # fmt: skip
+    add("--max-points", type=int, default=200_000, metavar="N", help="points of the cloud (%(default)s)")
+    add("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training")
+    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--no-page", action="store_true", help="no page with the point cloud, which needs plotly")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if not 0 <= args.confidence < 100 or args.max_points < 1:
+        raise FastmumError("--confidence must be from 0 to below 100, and --max-points at least 1")
+    if not args.no_page:
+        require_plotly("pass --no-page")
+    images = find_images(args.images)
+    trained = load_reconstruction(args.run, pick_device(args.device, key="--device"), args.encoder)
+    photos = read_photos(images, args.size or trained.image_size, trained.model.config.patch_size)
+    pixels = torch.from_numpy(np.stack([photo.image for photo in photos]))
+    found = estimate(trained.model, pixels, show=True)
+    source = {"run": trained.name, "step": trained.step, "encoder": trained.encoder["name"], "images": str(images.root)}
+    out = expand_user(args.out)
+    write_results(out, photos, found, source, args.confidence, args.max_points, not args.no_page)
+    print(f"{len(photos)} of {len(images.files)} images: {out}")
+    if images.skipped:
+        print("skipped:", some_names([f"{name} ({why})" for name, why in images.skipped.items()]))
+
+
+def read_photos(images: Images, longest: int, patch_size: int) -> list[Photo]:
+    """Read images in the order of their names, resized as in evaluations, and padded with white to one size.
+
+    Unreadable ones are put into `images.skipped`; FastmumError if all are.
+    """
+    views, sizes, names = [], [], []
+    for file in progress_bar(images.files, unit="image", desc="reading", leave=False):
+        try:
+            view = View(read_upright(file))
+        except FrameError as error:
+            images.skipped[images.name(file)] = str(error)
+            continue
+        size = evaluation_size(view.size, longest, patch_size)
+        views.append(crop_resize(view, None, size, resample=Image.Resampling.BICUBIC))
+        sizes.append(view.size)
+        names.append(images.name(file))
+    if not views:
+        raise FastmumError(f"none of the images can be read: {some_names([*map(str, images.skipped.items())], 3)}")
+    whole = max(view.size[0] for view in views), max(view.size[1] for view in views)
+    photos = []
+    for name, view, size in zip(names, views, sizes, strict=True):
+        left, top = (whole[0] - view.size[0]) // 2, (whole[1] - view.size[1]) // 2
+        photos.append(Photo(name, pad(view, whole).image, size, (left, top, left + view.size[0], top + view.size[1])))
+    return photos
+
+
+def choose_points(
+    photos: list[Photo], cameras: list[Camera], found: Estimate, percentile: float, most: int
+) -> Points:  # fmt: skip
+    """World points of at most `most` random pixels, without the given percentage of lowest confidence.
+
+    They are unprojected from the depth, not of the head of points, so each projects to its pixel.
+    """
+    inside = np.zeros(found.depth.shape, bool)
+    for mask, photo in zip(inside, photos, strict=True):
+        mask[photo.inside] = True
+    inside &= np.isfinite(found.depth) & np.isfinite(found.confidence)
+    kept = np.flatnonzero(inside)
+    confidence = found.confidence.reshape(-1)[kept]
+    kept = kept[confidence >= np.percentile(confidence, percentile)] if len(kept) else kept
+    if len(kept) > most:
+        kept = np.sort(np.random.default_rng(SEED).choice(kept, most, replace=False))
+    frame, row, column = np.unravel_index(kept, found.depth.shape)
+    xy, xyz, rgb = np.empty((len(kept), 2)), np.empty((len(kept), 3)), np.empty((len(kept), 3), np.uint8)
+    for i, (photo, camera) in enumerate(zip(photos, cameras, strict=True)):
+        own = slice(*np.searchsorted(frame, [i, i + 1]))
+        y, x = row[own], column[own]
+        left, top, right, bottom = photo.box
+        scale = photo.size[0] / (right - left), photo.size[1] / (bottom - top)
+        xy[own] = (np.stack([x, y], 1) + 0.5 - (left, top)) * scale
+        rays = np.c_[xy[own], np.ones(len(y))] @ np.linalg.inv(camera.K).T
+        xyz[own] = transform(rigid_inverse(camera.camera_from_world), rays * found.depth[i, y, x, None])
+        rgb[own] = photo.image[y, x]
+    return Points(xyz, rgb, frame, xy)
+
+
+def write_results(
+    out: Path, photos: list[Photo], found: Estimate, source: dict[str, object], percentile: float = 25.0,
+    most: int = 200_000, page: bool = True,
+) -> None:  # fmt: skip
+    """Write all files of a prediction: sparse/0, cameras.json, depth, cloud.ply, cloud.glb and view.html.
+
+    FastmumError: they cannot be written, or nothing finite was predicted.
+    """
+    poses = zip(photos, found.camera_from_world, found.K, strict=True)
+    cameras = [photo.camera(pose, K) for photo, pose, K in poses]
+    points = choose_points(photos, cameras, found, percentile, most)
+    if not len(points.xyz) or not all(np.isfinite(camera.camera_from_world).all() for camera in cameras):
+        raise FastmumError("the model predicts no finite cameras and depth; use an earlier checkpoint")
+    step = FARTHEST * float(np.median(found.depth[np.isfinite(found.depth)])) / LEVELS
+    write_model(out / "sparse/0", [photo.name for photo in photos], cameras, points)
+    frames = []
+    with writing(out, FastmumError):
+        for i, photo in enumerate(progress_bar(photos, unit="image", desc="writing", leave=False)):
+            file = out / "depth" / f"{photo.name}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            steps = np.nan_to_num(photo.resize(found.depth[i]) / step, nan=0.0, posinf=0.0).round()
+            Image.fromarray(np.where(steps <= LEVELS, steps, 0).astype(np.uint16)).save(file)
+            frames.append(
+                {"file": photo.name, "size": photo.size, "depth": f"depth/{photo.name}.png",
+                 "K": cameras[i].K.tolist(), "T_cam_world": cameras[i].camera_from_world.tolist()}
+            )  # fmt: skip
+        content = source | {"depth_unit": step, "frames": frames}
+        write_atomic(out / "cameras.json", json.dumps(content, indent=1) + "\n")
+        cloud = points.xyz, points.rgb
+        write_atomic(out / "cloud.ply", ply(*cloud))
+        write_atomic(out / "cloud.glb", glb(*cloud))
+        if page:
+            names = [photo.name for photo in photos]
+            write_atomic(out / "view.html", viewer(*cloud, cameras, names, f"{source['run']}: {source['images']}"))

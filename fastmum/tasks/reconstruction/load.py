@@ -1,0 +1,149 @@
+"""Trained runs for inference: the model, and cameras, depth and points of the frames of one scene."""
+
+import os
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmum.engine.checkpoint import CheckpointError, read_weights
+from fastmum.engine.device import autocast, pick_precision
+from fastmum.errors import FastmumError, some_names
+from fastmum.files import expand_user
+from fastmum.geometry.camera import rigid_inverse, transform, unproject
+from fastmum.model.encoder import Encoder
+from fastmum.pretrained import load_encoder
+from fastmum.progress import progress_bar
+from fastmum.tasks.reconstruction.aggregator import Sequences
+from fastmum.tasks.reconstruction.camera import decode_cameras
+from fastmum.tasks.reconstruction.config import ReconstructionSection
+from fastmum.tasks.reconstruction.model import Reconstruction
+from fastmum.tasks.reconstruction.task import weights_digest
+
+FOV = (0.02, 3.1)  # radians; untrained heads predict fields of view that no camera has
+
+
+class Trained(NamedTuple):
+    """A trained run."""
+
+    model: Reconstruction  # frozen, in eval mode
+    name: str  # of the run, for tables
+    step: int
+    frames: int | None  # seen in training, if known
+    image_size: int  # width of the training images in pixels
+    encoder: dict[str, Any]  # `Encoder.about`
+
+
+class Estimate(NamedTuple):
+    """What the model predicts for the frames of one scene; the world is the first camera, its unit arbitrary."""
+
+    camera_from_world: np.ndarray  # (F, 4, 4) float64
+    K: np.ndarray  # (F, 3, 3) float64, pixels; the principal point is the centre
+    depth: np.ndarray  # (F, H, W) float32
+    confidence: np.ndarray  # (F, H, W) float32, above 1, of the points if there are any, else of the depth
+    points: np.ndarray | None = None  # (F, H, W, 3) float32, from the head of points
+
+    def world_points(self) -> np.ndarray:
+        """Those of the head of points, else the unprojected depth; (F, H, W, 3) float32."""
+        if self.points is not None:
+            return self.points
+        frames = zip(self.depth, self.K, rigid_inverse(self.camera_from_world), strict=True)
+        return np.stack([transform(T, unproject(depth, K)).astype(np.float32) for depth, K, T in frames])
+
+
+def load_reconstruction(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None
+) -> Trained:
+    """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
+
+    A frozen encoder is loaded from the run's `model.encoder`. Of a finetuned one that gives the architecture, and the
+    checkpoint the weights. FastmumError: no such run, a run of another task, or another encoder than that of the run.
+
+    Args:
+        encoder: spec of the encoder, if its files were moved.
+    """
+    path = expand_user(path)
+    manifest, state = read_weights(path)
+    if (task := manifest.values.get("task", "mum")) != "reconstruction":
+        raise FastmumError(f"'{path}' is a run of the task '{task}', but one of reconstruction is needed")
+    if any(name.startswith("ema.") for name in manifest.tensors):
+        state |= read_weights(manifest.path, prefix="ema.").tensors
+    values = manifest.values.get("config", {})
+    names = {field.name for field in fields(ReconstructionSection)}
+    section = ReconstructionSection(**{name: values[key] for name in names if (key := f"model.{name}") in values})
+    spec = encoder or section.encoder
+    try:
+        loaded = load_encoder(spec, trainable=section.finetune)
+    except FastmumError as error:
+        raise FastmumError(
+            f"the encoder '{spec}' of '{path}' cannot be loaded, name another --encoder: {error}"
+        ) from None
+    frozen = manifest.values["model_config"].get("frozen_encoder")
+    if frozen is not None and weights_digest(loaded) != frozen:
+        raise FastmumError(f"the encoder '{spec}' has other weights than the one that '{path}' was trained on")
+    model = Reconstruction(section.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
+    needed = {name for name, _ in model.named_parameters() if section.finetune or not name.startswith("encoder.")}
+    if wrong := sorted(needed ^ state.keys()):
+        raise CheckpointError(f"checkpoint '{manifest.path}' does not hold the model: {some_names(wrong)}")
+    model.load_state_dict(state, strict=False)
+    for head in model.dense_heads():
+        head.chunk = section.chunk
+    samples = manifest.values.get("samples_per_step")
+    run = manifest.path.parent.parent if manifest.path.parent.name == "checkpoints" else manifest.path
+    return Trained(
+        model.to(device).eval().requires_grad_(False), run.name, manifest.step,
+        None if samples is None else samples * manifest.step, values.get("data.image_size", 512), loaded.about,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def estimate(model: Reconstruction, images: Tensor, points: bool = False, show: bool = False) -> Estimate:
+    """Predict the frames of one scene, images (F, H, W, 3) uint8 on any device, on the device of the model.
+
+    Encoder and dense heads take a few frames at once (`Dpt.chunk`); attention takes all. The device holds about
+    `memory_bytes`. With `points`, the head of points predicts the points and their confidence, if there is one. `show`
+    shows a progress bar.
+    """
+    head, device = model.depth_head, next(model.parameters()).device
+    frames, chunk = len(images), head.chunk
+    sequences = Sequences.of([frames], device)
+    parts = [slice(i, min(i + chunk, frames)) for i in range(0, frames, chunk)]
+    bar = progress_bar(total=3 * frames, unit="frame", desc="predicting", show=show, leave=False)
+    with bar, autocast(device, pick_precision("auto", device)):
+        assert isinstance(model.encoder, Encoder)
+        encoded = []
+        for part in parts:
+            (tokens,) = model.encoder.tokens(images[part].to(device), norm=True)
+            encoded.append(tokens.patch)
+            bar.update(len(tokens.patch))
+        config, grid = model.config, tokens.grid
+        taps = *config.taps, config.pairs - 1
+        *taps, last = model.aggregator(torch.cat(encoded), grid, sequences, taps)
+        del encoded
+        cameras = model.camera_head(last.select(tokens=slice(0, 1))[:, 0], sequences)[-1]
+        bar.update(frames)
+        maps = []
+        for part in parts:
+            found = [head(taps, grid, config.patch_size, part)]
+            if points and model.point_head is not None:
+                found.append(model.point_head(taps, grid, config.patch_size, part))
+            maps.append([each.cpu().numpy() for pair in found for each in pair])
+            bar.update(part.stop - part.start)
+    depth, confidence, *more = (np.concatenate(each) for each in zip(*maps, strict=True))
+    cameras = torch.cat([cameras[:, :7], cameras[:, 7:].clamp(*FOV)], dim=1).double().cpu()
+    T, K = decode_cameras(cameras, (depth.shape[1], depth.shape[2]))
+    return Estimate(T.numpy(), K.numpy(), depth, more[1] if more else confidence, more[0] if more else None)
+
+
+def memory_bytes(model: Reconstruction, frames: int, size: tuple[int, int]) -> int:
+    """About what `estimate` holds on the device for frames of `size` (height, width), without the weights, in float32.
+
+    T tokens of width C: the two outputs of each pair that the heads read, and in a block the stream, queries, keys and
+    values, before and after rotation, or the four times as wide hidden layer: 12 C at most; and the encoder's tokens.
+    """
+    config, patch = model.config, model.config.patch_size
+    tokens = frames * (model.aggregator.special + (size[0] // patch) * (size[1] // patch))
+    outputs = 2 * len({*config.taps, config.pairs - 1})
+    return 4 * tokens * ((outputs + 12) * config.embed_dim + config.encoder_dim)
