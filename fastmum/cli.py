@@ -12,7 +12,10 @@ from fastmum.files import resource_dir, write_atomic
 
 MODULES = {
     "train": ("fastmum.train", "train a model from a configuration"),
-    "evaluate": ("fastmum.evaluate", "evaluate weights: matching, discriminant, cosine, attention, views"),
+    "evaluate": (
+        "fastmum.evaluate",
+        "evaluate weights: matching, discriminant, cosine, attention, views, reconstruction",
+    ),
     "features": ("fastmum.features", "extract patch features of images"),
     "export": ("fastmum.export", "export a checkpoint to safetensors, ONNX and other formats"),
     "data build": ("fastmum.data.build", "build a manifest of a data set"),

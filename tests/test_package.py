@@ -34,6 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "capi_loader": BASE | {"model", "engine", "pretrained"},
     "features": LIBRARIES, "export": LIBRARIES, "tasks": LIBRARIES | {"features"},
     "report": BASE | {"config", "engine"},
+    "predict": LIBRARIES | {"features", "tasks"},
     "evaluate": LIBRARIES | {"features", "tasks", "report"},
     "train": LIBRARIES | {"tasks"},
     "cli": BASE,

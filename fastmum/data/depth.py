@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmum.data.decode.image import open_image
+from fastmum.data.decode.image import open_image, read_size
 from fastmum.data.errors import DataError, reading
+from fastmum.files import regular
 
 MOST_PIXELS = 1 << 28  # of a depth map
 
@@ -46,6 +47,13 @@ def read_mask(file: Path) -> np.ndarray:
     """Read a mask, (H, W) bool: true where the stored 8-bit value is over 127."""
     with reading(file, "a mask"), open_image(file) as image:
         return np.asarray(image.convert("L")) > 127
+
+
+def _eth3d(file: Path) -> np.ndarray:
+    """float32 without a header, in the size of the image `images/<folder>/<name>` next to `ground_truth_depth`."""
+    folder = file.parent
+    width, height = read_size(folder.parent.parent / "images" / folder.name / file.name)[1:]
+    return np.fromfile(regular(file), "<f4").reshape(height, width)
 
 
 def read_npy(file: Path) -> np.ndarray:
@@ -126,5 +134,5 @@ def require_package(reader: str, what: str) -> None:
 PACKAGES = {"hdf5": ("h5py", "evaluate"), "exr": ("OpenEXR", "exr")}  # of readers, and their extras
 READERS: dict[str, Callable[[Path], np.ndarray]] = {
     "png16": _png16, "co3d": _co3d, "npy": read_npy, "npz": _npz, "hdf5": read_hdf5, "exr": _exr,
-    "pfm": _pfm, "colmap": _colmap,
+    "pfm": _pfm, "colmap": _colmap, "eth3d": _eth3d,
 }  # fmt: skip

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import binary_erosion
 
 from fastmum.data.manifest import Manifests
 from fastmum.data.samples import manifest_frame
@@ -72,18 +74,24 @@ def evaluation_size(
 
 def evaluation_batch(
     manifests: Manifests, rows: Sequence[int] | np.ndarray, longest: int = 512, patch_size: int = 16,
-    keep_aspect: bool = True,
+    keep_aspect: bool = True, erode: int = 0,
 ) -> SceneBatch:  # fmt: skip
     """Read the frames of a sequence, resized (bicubic), without augmentation or cleaning of depth.
 
     Images that are smaller than others of the sequence are padded with white on all sides, which moves their
     intrinsics, too. DataError: a file that cannot be read; FastmumError: a frame without intrinsics.
+
+    Args:
+        erode: if above 0, depth counts only inside of the mask, which a square of so many pixels erodes first.
     """
     views = []
     for row in np.asarray(rows).tolist():
         view = manifest_frame(manifests, row).view()
         if view.camera is None:
             raise FastmumError(f"'{manifests.file(row)}' has no intrinsics")
+        if erode and view.depth is not None and view.mask is not None:
+            inside = binary_erosion(view.mask, np.ones((erode, erode)), border_value=1)
+            view = replace(view, depth=np.where(inside, view.depth, np.float32(0)))
         size = evaluation_size(view.size, longest, patch_size, keep_aspect)
         views.append(crop_resize(view, None, size, resample=Image.Resampling.BICUBIC))
     width, height = (max(view.size[axis] for view in views) for axis in range(2))

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
+from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
 from fastmum.evaluate.records import check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, page, table
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
@@ -30,6 +32,7 @@ from fastmum.model.encoder import Encoder
 from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
+from fastmum.tasks.reconstruction.load import Trained, estimate, load_reconstruction
 
 T = TypeVar("T")
 
@@ -45,6 +48,9 @@ _EPILOG = f"""\
 DATA is scenes or motorcycle, which need no files; a path, whose kind is detected; or KIND:/path. Kinds:
 {_SETS}
 
+The evaluation `reconstruction` takes runs of that task, and scenes, a manifest, or KIND:/path with a kind of
+`fastmum data build`: co3d_test, realestate10k_test, dtu, eth3d, ...
+
 The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
 
 DIR collects results: every evaluation adds a .json and pictures; report.html and table.md show all of them next to the
@@ -59,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser; `args.task` is a key of `EVALUATIONS`."""
     description = (
         "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
-        "decoder's attention; and the effect of other views on the masked loss."
+        "decoder's attention; the effect of other views on the masked loss; and reconstruction by runs of that task."
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
@@ -73,6 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
             _add_training(command)
         if task == "views":
             _add_views(command)
+        if task == "reconstruction":
+            square = "resize to squares, as Poincar3 does with RealEstate10K and CO3D (default: keep the aspect ratio)"
+            command.add_argument("--square", action="store_true", help=square)
+            command.add_argument("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved")
         if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
             command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
@@ -85,7 +95,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     weights = "weights to evaluate, see below"
     size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
-    pairs = "evaluate on N pairs (views: frames), evenly spread over the set (default: all)"
+    pairs = "evaluate on N pairs (views: frames, reconstruction: sequences), evenly spread over the set (default: all)"
     seed = "of random weights, of the order of training pairs, and of masks (%(default)s)"
     add("--weights", required=True, metavar="W", help=weights)
     add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
@@ -173,9 +183,12 @@ def _run(args: Namespace) -> None:
     read(out)  # the page needs every result; fail before the evaluation
     overrides = parse_overrides(args.overrides, {"device": "--device"})
     device = pick_device(args.device, key="--device")
-    weights, model = load_weights(args.weights, args.name, device, overrides, args.seed)
+    if args.task == "reconstruction":
+        weights, model = _load_run(args, device)
+    else:
+        weights, model = load_weights(args.weights, args.name, device, overrides, args.seed)
     if args.size is not None:
-        check_size(model, args.size)
+        check_size(model.model.encoder if args.task == "reconstruction" else model, args.size)
     about = printable({"task": args.task, "set": "", **weights, "data": args.data})
     _, evaluate = EVALUATIONS[args.task]
     set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
@@ -271,12 +284,36 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     return sequences.name, result.numbers, [draw_views(model, batch, settings.mask_ratio) for batch in batches]
 
 
+def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Trained]:
+    """As `load_weights`, for a run of reconstruction."""
+    if args.overrides:
+        raise DataError("--set changes the weights of an encoder, but those of a run are fixed; --encoder names others")
+    trained = load_reconstruction(args.weights, device, args.encoder)
+    about = {"weights": args.name or trained.name, "source": args.weights, "frames": trained.frames}
+    return about | {"step": trained.step, "encoder": trained.encoder}, trained
+
+
+def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluated:
+    model, patch = trained.model, trained.model.config.patch_size
+
+    with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
+        name, protocol, manifests = open_set(args.data, Path(folder))
+        claim(name)
+        points = protocol.threshold is not None
+        scored = evaluate_reconstruction(
+            lambda batch: estimate(model, batch.images, points), manifests, protocol,
+            args.size or protocol.size or trained.image_size, patch, not args.square, args.max_pairs, args.pictures,
+        )  # fmt: skip
+    return name, scored.numbers, scored.pictures
+
+
 EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
     "matching": ("dense matching by linear probes, trained in one pass on frozen features", _matching),
     "discriminant": ("the same by a probe in closed form, the linear discriminant of true matches", _discriminant),
     "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _cosine),
     "attention": ("matching by the decoder's attention across views, with pictures", _attention),
     "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),
+    "reconstruction": ("cameras and points of a run of reconstruction, with pictures", _reconstruction),
 }
 
 

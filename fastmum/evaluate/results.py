@@ -8,8 +8,9 @@ from fastmum.evaluate.records import MATCHERS, Record
 from fastmum.report.charts import Chart, Line, color
 from fastmum.report.page import embed, number, render
 
-# The paper's EPE of linear probes (Table 4), and EPE and recall (NAVI) of cosine matching (supplement, Table 13).
-PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
+# The paper's EPE of linear probes (Table 4), EPE and recall (NAVI) of cosine matching (supplement, Table 13); AUC@30,
+# and medians of accuracy and completeness, of reconstruction on frozen encoders and distilled (davnords.com/mum).
+PUBLISHED: dict[str, dict[str, dict[str, float | tuple[float, float]]]] = {
     "matching": {
         "MuM": {"megadepth": 10.2, "scannet": 27.9},
         "DINOv3": {"megadepth": 19.0, "scannet": 28.7},
@@ -22,21 +23,39 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
         "CroCo v2": {"navi": 41.0, "megadepth": 60.3, "scannet": 62.1},
         "MAE": {"navi": 43.7, "megadepth": 88.8, "scannet": 83.4},
     },
+    "reconstruction": {
+        "MuM": {"co3d_test": 71.5, "realestate10k_test": 50.8, "dtu": (3.7, 1.6), "eth3d": (0.8, 0.8)},
+        "DINOv3": {"co3d_test": 66.9, "realestate10k_test": 36.7, "dtu": (6.4, 3.7), "eth3d": (0.9, 1.0)},
+        "CroCo v2": {"co3d_test": 58.2, "realestate10k_test": 27.7, "dtu": (8.5, 12.3), "eth3d": (0.9, 1.0)},
+        "MuM, distilled": {"co3d_test": 62.6, "realestate10k_test": 50.9, "dtu": (6.4, 2.6), "eth3d": (0.6, 0.5)},
+        "random, distilled": {"co3d_test": 10.6, "realestate10k_test": 28.0, "dtu": (8.4, 11.7), "eth3d": (1.0, 1.4)},
+    },
 }
-PUBLISHED_PAIRS = {"megadepth": 1500, "scannet": 1500}
-TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI"}
+PUBLISHED_SCORES = {  # of sets; of the others EPE
+    "navi": ("recall",), "co3d_test": ("auc30",), "realestate10k_test": ("auc30",),
+    "dtu": ("acc_median", "comp_median"), "eth3d": ("acc_median", "comp_median"),
+}  # fmt: skip
+PUBLISHED_PAIRS = {"megadepth": 1500, "scannet": 1500, "realestate10k_test": 1386, "dtu": 22, "eth3d": 13}
+TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI", "co3d_test": "CO3D", "dtu": "DTU",
+          "realestate10k_test": "RealEstate10K", "eth3d": "ETH3D"}  # fmt: skip
 SCORES = {
     "epe": "EPE ↓", "robustness": "R ↑", "pck1": "PCK@1 ↑", "pck3": "PCK@3 ↑", "pck5": "PCK@5 ↑",
     "recall": "Recall ↑", "recall_1cm": "1 cm ↑", "recall_2cm": "2 cm ↑", "recall_5cm": "5 cm ↑",
+    "auc30": "AUC@30 ↑", "auc15": "AUC@15 ↑", "auc5": "AUC@5 ↑", "auc3": "AUC@3 ↑", "acc_mean": "acc ↓",
+    "acc_median": "acc median ↓", "comp_mean": "comp ↓", "comp_median": "comp median ↓", "nc_mean": "normals ↑",
+    "nc_median": "normals median ↑", "abs_rel": "AbsRel ↓",
 }  # fmt: skip
 OTHER_VIEWS = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
+THREE_DIGITS = ("acc_", "comp_", "nc_", "abs_rel", "views_")  # starts of the names of scores
 VIEWS = "views_"  # prefix of scores that are losses; the number of views follows
+COUNTED = {"views": " frames", "reconstruction": " sequences"}  # what the numbers of other tasks than pairs count
 NONE = "–"
 NOTE = (
     "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
     "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine). "
     "Masked loss: of the same frames, without and with the nearest other views; 1.0 is the loss of predicting each "
-    "patch's mean."
+    "patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to true points and the "
+    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
@@ -47,6 +66,7 @@ CAPTIONS = {
     "cosine": f"A, B moved onto A by the cosine {WARPS}",
     "attention": "attention of the framed patch of A to the patches of B in the decoder's global blocks, mean over "
     "heads; the cross is its true place",
+    "reconstruction": "frames with true and predicted depth and its error; cameras and points from above, aligned",
     "views": "a frame, its visible patches, and predictions from it alone, with the nearest other views, and with as "
     "many views of another scene",
 }
@@ -88,11 +108,11 @@ class ResultGroup(NamedTuple):
     on: Measured
     label: str  # the set
     contents: list[dict[str, Any]]
-    paper: dict[str, float]  # by method
+    paper: dict[str, float | tuple[float, float]]  # by method
 
     def about(self) -> list[str]:
         """The set, the number of pairs, and the size, as text."""
-        count = NONE if self.on.pairs is None else f"{self.on.pairs:,}{' frames' if self.task == 'views' else ''}"
+        count = NONE if self.on.pairs is None else f"{self.on.pairs:,}{COUNTED.get(self.task, '')}"
         return [self.label, count, NONE if self.on.size is None else str(self.on.size)]
 
 
@@ -129,7 +149,7 @@ def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
     return sorted(groups, key=lambda each: [*MATCHERS].index(each.task))
 
 
-def _published(task: str, name: str) -> dict[str, float]:
+def _published(task: str, name: str) -> dict[str, float | tuple[float, float]]:
     return {method: values[name] for method, values in PUBLISHED.get(task, {}).items() if name in values}
 
 
@@ -140,8 +160,10 @@ def table(records: Sequence[Record]) -> ResultTable:
     results; its numbers are next to results on all pairs of a set only.
     """
     groups = group(record.content for record in records)
-    columns = _columns([record.content for record in records], always=("epe",))
-    methods = list(dict.fromkeys(method for values in PUBLISHED.values() for method in values))
+    only = bool(records) and all(record.content["task"] == "reconstruction" for record in records)
+    columns = _columns([record.content for record in records], always=() if only else ("epe",))
+    tasks = [task for task in PUBLISHED if task != "reconstruction" or any(each.task == task for each in groups)]
+    methods = list(dict.fromkeys(method for task in tasks for method in PUBLISHED[task]))
     still, rows = [], []
     for each in groups:
         paper = [_number(each.paper.get(method)) for method in methods]
@@ -159,12 +181,14 @@ def table(records: Sequence[Record]) -> ResultTable:
 
 def group_table(group: ResultGroup) -> ResultTable:
     """A row for each weights of a group, the identity warp before them, and the paper's methods after them."""
-    columns = _columns(group.contents, always=("recall" if group.on.set == "navi" else "epe",) if group.paper else ())
+    first = PUBLISHED_SCORES.get(group.on.set, ("epe",))
+    columns = _columns(group.contents, always=first if group.paper else ())
     still = [["no motion", *_cells(each["no_motion"], columns)] for each in group.contents if "no_motion" in each]
     rows = [row for i, row in enumerate(still) if row not in still[:i]]
     rows += [[content["weights"], *_cells(content["scores"], columns)] for content in group.contents]
-    published = [[f"{method} (paper)", _number(score)] for method, score in group.paper.items()]
-    rows += [[*row, *[NONE] * (len(columns) - 1)] for row in published]
+    for method, score in group.paper.items():
+        values = dict(zip(first, score if isinstance(score, tuple) else (score,), strict=True))
+        rows.append([f"{method} (paper)", *(_number(values.get(name)) for name in columns)])
     return ResultTable(["weights", *map(score_title, columns)], rows)
 
 
@@ -176,7 +200,7 @@ def _columns(contents: Iterable[dict[str, Any]], always: tuple[str, ...]) -> lis
 
 
 def _cells(scores: dict[str, float | None], columns: list[str]) -> list[str]:
-    return [_number(scores.get(name), 3 if name.startswith(VIEWS) else 1) for name in columns]
+    return [_number(scores.get(name), 3 if name.startswith(THREE_DIGITS) else 1) for name in columns]
 
 
 def score_title(name: str) -> str:
@@ -187,7 +211,9 @@ def score_title(name: str) -> str:
     return SCORES[name]
 
 
-def _number(value: float | None, digits: int = 1) -> str:
+def _number(value: float | tuple[float, ...] | None, digits: int = 1) -> str:
+    if isinstance(value, tuple):
+        return " / ".join(_number(each, digits) for each in value)
     return NONE if value is None else f"{value:.{digits}f}"
 
 
@@ -206,7 +232,7 @@ def page(records: Sequence[Record]) -> str:
 def _title(group: ResultGroup) -> str:
     """The evaluation, the set, the number of pairs, and the size."""
     label, count, size = group.about()
-    pairs = [] if count == NONE else [count if group.task == "views" else f"{count} pairs"]
+    pairs = [] if count == NONE else [count if group.task in COUNTED else f"{count} pairs"]
     sizes = [] if size == NONE else [f"{size} × {size} px"]
     return ", ".join([f"{MATCHERS[group.task].capitalize()}: {label}", *pairs, *sizes])
 

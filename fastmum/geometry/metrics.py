@@ -26,6 +26,7 @@ CROPS: dict[DepthCrop | None, Callable[[int, int], tuple[float, float, float, fl
 DEPTH_METRICS = ("a1", "a2", "a3", "abs_rel", "sq_rel", "rmse", "rmse_log", "log_10", "silog")
 STANDARD = 448  # side of the image in pixels that match errors are expressed in, whatever size was computed at (RoMa)
 ROBUST = 32.0  # pixels below which a match counts as robust
+BLOCK = 1 << 16  # points whose normals are estimated at once
 PCK = (1.0, 3.0, 5.0)  # pixels below which a key point is correct
 
 
@@ -114,10 +115,13 @@ def mean_metrics(images: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def estimate_normals(points: np.ndarray, neighbours: int = 30) -> np.ndarray:
     """Normals (N, 3) by PCA over the nearest points, the point itself included; their sign is arbitrary."""
-    _, nearest = cKDTree(points).query(points, k=min(neighbours, len(points)))
-    near = points[nearest].astype(np.float64)
-    centred = near - near.mean(1, keepdims=True)
-    return np.linalg.eigh(np.swapaxes(centred, 1, 2) @ centred)[1][..., 0]
+    tree, normals = cKDTree(points), np.empty((len(points), 3))
+    for first in range(0, len(points), BLOCK):
+        part = slice(first, first + BLOCK)
+        near = points[tree.query(points[part], k=min(neighbours, len(points)))[1]].astype(np.float64)
+        centred = near - near.mean(1, keepdims=True)
+        normals[part] = np.linalg.eigh(np.swapaxes(centred, 1, 2) @ centred)[1][..., 0]
+    return normals
 
 
 def point_metrics(

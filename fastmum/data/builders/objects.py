@@ -4,7 +4,7 @@ import gzip
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def co3d_parts(root: Path, options: Options) -> list[str]:
 
 def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """Videos of a category by name, frames by number; released: frames of the training split."""
-    file, training = root / part / ANNOTATIONS, None
+    training = None
     if options.rule == "released":
         if not (list_file := root / part / TRAINING_LIST).is_file():
             log.warning("skipped: '%s' does not exist, which lists the training split of the category", list_file)
@@ -53,15 +53,23 @@ def co3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
         with reading(list_file, "a set list of CO3D"):
             listed = read_json(list_file)["train"]
             training = {(name, number) for name, number, _ in listed}
-    with reading(file, "CO3D frame annotations"):
+    yield from co3d_videos(root, part, options, training)
+
+
+def co3d_videos(
+    root: Path, part: str, options: Options, kept: Collection[tuple[str, int]] | None = None,
+    order: Callable[[tuple[str, int]], int] = lambda frame: frame[1],
+) -> Iterator[SequenceRecord]:  # fmt: skip
+    """Videos of a category by name; `kept` are the (video, number) of frames, None: all. `order` sorts those."""
+    with reading(file := root / part / ANNOTATIONS, "CO3D frame annotations"):
         with gzip.open(file, "rt", encoding="utf-8-sig") as stream:
             annotations = json.load(stream)
         videos = defaultdict(list)
         for frame in annotations:
-            if training is None or (frame["sequence_name"], frame["frame_number"]) in training:
+            if kept is None or (frame["sequence_name"], frame["frame_number"]) in kept:
                 videos[frame["sequence_name"]].append(frame)
         for name in sorted(videos):
-            frames = sorted(videos[name], key=lambda frame: frame["frame_number"])
+            frames = sorted(videos[name], key=lambda frame: order((name, frame["frame_number"])))
             depths, masks = ([frame.get(key) or {} for frame in frames] for key in ("depth", "mask"))
             images = [frame["image"]["path"] for frame in frames]
             maps = {"depths": [depth.get("path", "") for depth in depths], "masks": [m.get("path", "") for m in masks]}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fastmum.attention import AttentionError, Segments, choose_backend
@@ -29,6 +30,7 @@ from fastmum.tasks.reconstruction.data import SceneSplits, open_scenes
 from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
 from fastmum.tasks.reconstruction.losses import Prediction, Scene, losses_of, normalise_scenes, unproject
 from fastmum.tasks.reconstruction.model import Reconstruction
+from fastmum.tasks.reconstruction.pictures import SceneViews, draw_scenes
 from fastmum.tasks.reconstruction.scores import Scores
 
 log = logging.getLogger(__name__)
@@ -212,6 +214,16 @@ class ReconstructionTask(Task):
             if i < self.config.train.eval_batches:
                 scores.add(prediction, truth, batch.lengths, losses["objective"])
         return scores.compute()
+
+    @torch.no_grad()
+    def pictures(self, model: Reconstruction, step: int) -> dict[str, Image.Image]:
+        """Depth, its errors, cameras and points of the first held-out batch; none without one."""
+        if not self._held_out:
+            return {}
+        batch = to_device(self._held_out[min(self._held_out)], self.world.device)
+        with eager(model):
+            prediction, truth, _ = self.predict(model, batch)
+        return {"reconstruction": draw_scenes(SceneViews.of_batch(batch, prediction, truth), f"step {step:,}")}
 
     def tally(self) -> Tensor:
         return torch.from_numpy(self._loader.faults.tally())
