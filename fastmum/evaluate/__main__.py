@@ -32,7 +32,7 @@ from fastmum.model.encoder import Encoder
 from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
-from fastmum.tasks.reconstruction.load import Trained, estimate, load_reconstruction
+from fastmum.tasks.reconstruction.infer import Trained, estimate, load_run
 
 T = TypeVar("T")
 
@@ -288,7 +288,7 @@ def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Tr
     """As `load_weights`, for a run of reconstruction."""
     if args.overrides:
         raise DataError("--set changes the weights of an encoder, but those of a run are fixed; --encoder names others")
-    trained = load_reconstruction(args.weights, device, args.encoder)
+    trained = load_run(args.weights, device, args.encoder)
     about = {"weights": args.name or trained.name, "source": args.weights, "frames": trained.frames}
     return about | {"step": trained.step, "encoder": trained.encoder}, trained
 

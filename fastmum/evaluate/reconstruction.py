@@ -28,7 +28,7 @@ from fastmum.geometry.metrics import (
     rotation_error_quaternion,
 )
 from fastmum.progress import progress_bar
-from fastmum.tasks.reconstruction.load import Estimate
+from fastmum.tasks.reconstruction.infer import Estimate
 from fastmum.tasks.reconstruction.pictures import SceneViews, draw_scenes
 
 DEGREES = (30, 15, 5, 3)  # of the AUC

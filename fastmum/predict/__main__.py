@@ -14,7 +14,7 @@ from fastmum.errors import FastmumError, program, run_command
 from fastmum.files import expand_user
 
 # Task of a run: module with `add_arguments(parser)` and `predict(args)`.
-PREDICTORS = {"reconstruction": "fastmum.predict.reconstruction"}
+PREDICTORS = dict.fromkeys(("reconstruction", "distillation"), "fastmum.predict.reconstruction")
 
 
 def task_of(run: str) -> str:

@@ -22,7 +22,7 @@ from fastmum.geometry.camera import rigid_inverse, transform
 from fastmum.predict.cloud import glb, ply
 from fastmum.predict.viewer import require_plotly, viewer
 from fastmum.progress import progress_bar
-from fastmum.tasks.reconstruction.load import Estimate, estimate, load_reconstruction
+from fastmum.tasks.reconstruction.infer import Estimate, estimate, load_run
 
 FARTHEST = 100.0  # median depths; what is farther is unknown in the depth maps, whose steps it sets
 LEVELS = 65535  # of a depth map
@@ -77,7 +77,7 @@ def predict(args: argparse.Namespace) -> None:
     if not args.no_page:
         require_plotly("pass --no-page")
     images = find_images(args.images)
-    trained = load_reconstruction(args.run, pick_device(args.device, key="--device"), args.encoder)
+    trained = load_run(args.run, pick_device(args.device, key="--device"), args.encoder)
     photos = read_photos(images, args.size or trained.image_size, trained.model.config.patch_size)
     pixels = torch.from_numpy(np.stack([photo.image for photo in photos]))
     found = estimate(trained.model, pixels, show=True)

@@ -17,7 +17,7 @@ from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.reconstruction import PROTOCOLS, Protocol, evaluate_reconstruction, open_set
 from fastmum.geometry.camera import rigid_inverse, transform, unproject
 from fastmum.scenes import ensure_scenes
-from fastmum.tasks.reconstruction.load import Estimate
+from fastmum.tasks.reconstruction.infer import Estimate
 
 SCALE = 0.2  # of the stand-in's world
 

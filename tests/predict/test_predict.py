@@ -21,7 +21,7 @@ from fastmum.predict.__main__ import main
 from fastmum.predict.cloud import VERTEX, glb, ply
 from fastmum.predict.viewer import frustum, viewer
 from fastmum.scenes import ensure_scenes, scene_dirs
-from fastmum.tasks.reconstruction.load import estimate, load_reconstruction
+from fastmum.tasks.reconstruction.infer import estimate, load_run
 
 SIZES = {"0.png": (128, 128), "1.png": (96, 64), "2.jpg": (64, 96), "3.png": (128, 128)}  # the third is turned by EXIF
 
@@ -112,7 +112,7 @@ def test_json_depth_and_clouds_agree_with_the_model(results):
 
 
 def test_points_keep_to_percentile_bound_and_image(run, photos):
-    trained = load_reconstruction(run)
+    trained = load_run(run)
     images = reconstruction.find_images([photos])
     read = reconstruction.read_photos(images, 64, trained.model.config.patch_size)
     assert images.skipped.keys() == {"broken.png"}
@@ -131,7 +131,7 @@ def test_points_keep_to_percentile_bound_and_image(run, photos):
 
 
 def test_one_pass_in_chunks_is_the_model_itself(run):
-    trained = load_reconstruction(run)
+    trained = load_run(run)
     images = torch.randint(0, 256, (5, 48, 64, 3), dtype=torch.uint8)
     for head in trained.model.dense_heads():
         head.chunk = 2
@@ -147,7 +147,7 @@ def test_one_pass_in_chunks_is_the_model_itself(run):
 
 def test_what_cannot_be_predicted_is_one_clear_error(run, photos, tmp_path, capsys):
     with pytest.raises(FastmumError, match="other weights"):
-        load_reconstruction(run, encoder="random:mum_vitb16")
+        load_run(run, encoder="random:mum_vitb16")
     missing = tmp_path / "missing"
     for words, text in (
         ([missing, photos], "missing"),

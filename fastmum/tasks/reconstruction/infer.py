@@ -22,6 +22,7 @@ from fastmum.tasks.reconstruction.config import ReconstructionSection
 from fastmum.tasks.reconstruction.model import Reconstruction
 from fastmum.tasks.reconstruction.task import weights_digest
 
+TASKS = ("reconstruction", "distillation")  # whose runs train this model
 FOV = (0.02, 3.1)  # radians; untrained heads predict fields of view that no camera has
 
 
@@ -53,9 +54,7 @@ class Estimate(NamedTuple):
         return np.stack([transform(T, unproject(depth, K)).astype(np.float32) for depth, K, T in frames])
 
 
-def load_reconstruction(
-    path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None
-) -> Trained:
+def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None) -> Trained:
     """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
 
     A frozen encoder is loaded from the run's `model.encoder`. Of a finetuned one that gives the architecture, and the
@@ -66,7 +65,7 @@ def load_reconstruction(
     """
     path = expand_user(path)
     manifest, state = read_weights(path)
-    if (task := manifest.values.get("task", "mum")) != "reconstruction":
+    if (task := manifest.values.get("task", "mum")) not in TASKS:
         raise FastmumError(f"'{path}' is a run of the task '{task}', but one of reconstruction is needed")
     if any(name.startswith("ema.") for name in manifest.tensors):
         state |= read_weights(manifest.path, prefix="ema.").tensors
