@@ -1,6 +1,7 @@
 """Files of `fastmum predict`: COLMAP model, JSON, depth maps, PLY and GLB agree, for images of any size and turn."""
 
 import json
+import shutil
 import struct
 
 import numpy as np
@@ -11,8 +12,10 @@ from browser import chromium
 from PIL import Image
 from reconstruction_runs import train_tiny
 
+from fastmum import load_encoder
 from fastmum.data.colmap import read_model
 from fastmum.engine.checkpoint import read_weights
+from fastmum.engine.checkpoint.manifest import find_checkpoints
 from fastmum.errors import FastmumError
 from fastmum.geometry import Camera
 from fastmum.geometry.camera import intrinsics_matrix
@@ -148,9 +151,16 @@ def test_one_pass_in_chunks_is_the_model_itself(run):
 def test_what_cannot_be_predicted_is_one_clear_error(run, photos, tmp_path, capsys):
     with pytest.raises(FastmumError, match="other weights"):
         load_run(run, encoder="random:mum_vitb16")
-    missing = tmp_path / "missing"
+    missing, other = tmp_path / "missing", tmp_path / "other"
+    shutil.copytree(run, other)
+    (found,) = find_checkpoints(other)
+    found.manifest.values["task"] = "mum"
+    found.manifest.write()
+    with pytest.raises(FastmumError, match="task 'mum'"):
+        load_run(other)
     for words, text in (
         ([missing, photos], "missing"),
+        ([other, photos], "task 'mum'"),
         ([run, photos, "--size", "40"], "patch size"),
         ([run, photos / "broken.png"], "broken.png"),
         ([run, photos, "--max-points", "0"], "--max"),
@@ -159,6 +169,16 @@ def test_what_cannot_be_predicted_is_one_clear_error(run, photos, tmp_path, caps
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
         assert text in error
+
+
+@pytest.mark.slow
+def test_a_finetuned_encoder_comes_from_the_checkpoint(tmp_path):
+    run = train_tiny(tmp_path / "finetuned", "model.finetune=true", "model.encoder_lr_scale=100")
+    found, weights = load_run(run).model.encoder, read_weights(run).tensors
+    names = [name for name, _ in found.named_parameters()]
+    assert all(torch.equal(found.get_parameter(name), weights[f"encoder.{name}"]) for name in names)
+    start = load_encoder("random:mum_tiny", trainable=True)
+    assert any(not torch.equal(start.get_parameter(name), weights[f"encoder.{name}"]) for name in names)
 
 
 def test_clouds_of_one_point():
