@@ -183,12 +183,16 @@ def _run(args: Namespace) -> None:
     read(out)  # the page needs every result; fail before the evaluation
     overrides = parse_overrides(args.overrides, {"device": "--device"})
     device = pick_device(args.device, key="--device")
+    weights: dict[str, Any]
+    model: Any
     if args.task == "reconstruction":
         weights, model = _load_run(args, device)
+        encoder = model.model.encoder
     else:
         weights, model = load_weights(args.weights, args.name, device, overrides, args.seed)
+        encoder = model
     if args.size is not None:
-        check_size(model.model.encoder if args.task == "reconstruction" else model, args.size)
+        check_size(encoder, args.size)
     about = printable({"task": args.task, "set": "", **weights, "data": args.data})
     _, evaluate = EVALUATIONS[args.task]
     set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))

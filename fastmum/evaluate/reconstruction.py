@@ -12,8 +12,9 @@ from fastmum.data.build import build
 from fastmum.data.builders import BUILDERS
 from fastmum.data.errors import DataError
 from fastmum.data.evaluation import FRAMES, EvaluationSequence, evaluation_batch, evaluation_sequences
-from fastmum.data.manifest import Manifests
+from fastmum.data.manifest import Manifests, write_manifest
 from fastmum.data.scene_loader import SceneBatch
+from fastmum.data.splits import rendered_scene
 from fastmum.evaluate.pairs import scenes
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.files import expand_user
@@ -78,19 +79,24 @@ def open_set(data: str, folder: Path) -> OpenSet:
     DataError: there is no such kind, or it cannot be read.
     """
     kind, colon, path = data.partition(":")
+    file = folder / f"{kind}.arrow"
     if not colon and Path(data).suffix == ".arrow":
-        manifests = Manifests([expand_user(data)])
-        name = kind = " and ".join(manifests.datasets)
-    elif data == "scenes" or (colon and kind in BUILDERS):
-        root = Path(path) if colon else scenes.embedded_folders("test")[0].parent
-        build(kind, root, file := folder / f"{kind}.arrow", progress=True)
-        manifests = Manifests([file])
-        name = f"{root.resolve().name} (folder)" if colon and kind == "scenes" else kind
+        file = expand_user(data)
+    elif data == "scenes":
+        folders = scenes.embedded_folders("test")
+        records = (rendered_scene(each.parent, each.name) for each in folders)
+        write_manifest(file, records, dataset=kind, root=folders[0].parent, metadata={})
+    elif colon and kind in BUILDERS:
+        build(kind, path, file, progress=True)
     else:
         known = ", ".join(BUILDERS)
         raise DataError(
             f"--data is '{data}', but must be scenes, a manifest (.arrow), or KIND:PATH with one of {known}"
         )
+    manifests = Manifests([file])
+    name = kind = " and ".join(manifests.datasets)
+    if colon and kind == "scenes":
+        name = f"{Path(path).resolve().name} (folder)"  # not the name of the embedded ones
     return OpenSet(name, PROTOCOLS.get(kind, Protocol()), manifests)
 
 
@@ -146,7 +152,7 @@ def evaluate_reconstruction(
     scores = dict(zip((f"auc{t}" for t in DEGREES), means.tolist(), strict=True))
     for name in dict.fromkeys(name for each in per_sequence.values() for name in each if name not in scores):
         scores[name] = float(np.mean([each[name] for each in per_sequence.values() if name in each]))
-    settings = {"size": size, "keep_aspect": keep_aspect, "frames": protocol.frames or "all"}
+    settings: dict[str, Any] = {"size": size, "keep_aspect": keep_aspect, "frames": protocol.frames or "all"}
     settings |= {"icp_threshold": protocol.threshold} if protocol.threshold is not None else {}
     about = {"pairs": len(chosen), "set_pairs": len(every), "scores": scores, "settings": settings}
     return Scored(about | {"groups": len(groups), "per_sequence": per_sequence}, drawn)

@@ -124,6 +124,12 @@ def write(folder, reader):
         file.parent.mkdir()
         pixels = [[0, 5, 30], [20, 65535, 0]] if reader == "png16" else VALUES.astype(np.float16).view(np.uint16)
         Image.fromarray(np.array(pixels, np.uint16)).save(file)
+    elif reader == "eth3d":
+        file, image = (folder / name / "custom_undistorted/a.JPG" for name in ("ground_truth_depth", "images"))
+        for path in (file, image):
+            path.parent.mkdir(parents=True)
+        Image.fromarray(np.zeros((*VALUES.shape, 3), np.uint8)).save(image)
+        VALUES.astype("<f4").tofile(file)
     else:
         header, rows = {"pfm": (b"Pf\n3 2\n-1.0\n", VALUES[::-1]), "colmap": (b"3&2&1&", VALUES)}[reader]
         file.write_bytes(header + rows.astype("<f4").tobytes())

@@ -165,6 +165,23 @@ def test_co3d_has_the_test_list_in_its_order_without_bad_viewpoints(tmp_path):
     assert [manifests.file(row).stem for row in range(manifests.num_frames)] == [str(n) for n in range(11, 0, -1)]
 
 
+def test_realestate10k_has_whole_test_clips(tmp_path):
+    clip = tmp_path / "test/0123456789abcdef"
+    clip.mkdir(parents=True)
+    shots, lines = wall_shots(11), ["https://www.youtube.com/watch?v=a"]
+    for i, each in enumerate(shots):
+        each.image().save(clip / f"{1000 * i}.png")
+        K = each.K / [[each.size[0]], [each.size[1]], [1]]
+        lines.append(" ".join(map(str, [1000 * i, K[0, 0], K[1, 1], K[0, 2], K[1, 2], 0, 0, *each.T[:3].ravel()])))
+    clip.with_suffix(".txt").write_text("\n".join(lines))
+    name, protocol, manifests = open_set(f"realestate10k_test:{tmp_path}", tmp_path)
+    assert (name, protocol, manifests.num_sequences, manifests.num_frames) == (name, Protocol(), 1, 11)
+    camera = manifest_frame(manifests, 7).read_camera()
+    assert np.allclose(camera.K, shots[7].K, rtol=1e-5)
+    assert np.allclose(camera.camera_from_world, shots[7].T, atol=1e-6)
+    assert evaluate_reconstruction(stand_in, manifests, protocol, 64).numbers["scores"]["auc3"] == 100
+
+
 def test_the_command_evaluates_a_run_and_refuses_others(rendered, tmp_path, capsys):
     run = train_tiny(tmp_path / "tiny", "train.picture_every=1")
     assert Image.open(run / "reconstruction.png").width > 800

@@ -1,6 +1,7 @@
 """Trained runs for inference: the model, and cameras, depth and points of the frames of one scene."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class Trained(NamedTuple):
     step: int
     frames: int | None  # seen in training, if known
     image_size: int  # width of the training images in pixels
-    encoder: dict[str, Any]  # `Encoder.about`
+    encoder: Mapping[str, Any]  # `Encoder.about`
 
 
 class Estimate(NamedTuple):
