@@ -23,7 +23,7 @@ from fastmum.engine.distributed import DistContext
 from fastmum.engine.gradients import local
 from fastmum.engine.task import ParamGroup, default_groups
 from fastmum.kernels.adamw import Halves, Update
-from fastmum.kernels.tables import same_order
+from fastmum.kernels.tables import addresses_of, is_plain, same_order
 
 # Elements updated by one call: what stays in a CPU's cache; everything in one launch on a GPU.
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 62}
@@ -168,16 +168,17 @@ class AdamW(Optimizer):
         super().__init__(weights, optim)
         self._own = [w for w in weights if not w.matrices]
         self._parameters = [w.parameter for w in self._own]
-        self._kinds: list[tuple[torch.dtype | None, int]] = []
+        self._prepared: tuple[list[torch.dtype | None], list[int]] = [], []
         self._updates: list[tuple[list[Piece], Update, float, float]] = []
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
         grads = [*map(gradient, self._parameters)]
-        pairs = zip(grads, self._parameters, strict=True)
-        kinds = [(None if grad is None else grad.dtype, local(p).data_ptr()) for grad, p in pairs]
-        if kinds != self._kinds:
-            self._kinds, self._updates = kinds, self._prepare(grads)
+        shards = [*map(local, self._parameters)]
+        places = addresses_of(shards) if all(map(is_plain, shards)) else []
+        kinds = [None if grad is None else grad.dtype for grad in grads]
+        if (kinds, places) != self._prepared:
+            self._prepared, self._updates = (kinds, places), self._prepare(grads)
         self.steps += 1 if found_inf is None else 1 - found_inf
         betas = self.optim.betas[0], self.optim.betas[1]
         for pieces, update, decay, lr_scale in self._updates:
