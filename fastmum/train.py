@@ -150,6 +150,11 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
 
     log.info("%d %s per step; %s", start.samples_per_step, unit, paper_line())
     waited, values = 0.0, {}
+    if config.train.eval_first and task.evaluates and start.step == 0:
+        with meter.paused(), autocast(world.device, precision):
+            values = task.evaluate(model)
+        if telemetry:
+            telemetry.log(0, values)
 
     with (
         StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(batches),

@@ -107,6 +107,7 @@ class TrainSection:
     collect_every: int = key(1000, "steps between runs of Python's garbage collector, which is off otherwise", least=1)
     eval_every: int = key(5000, "steps between evaluations on held-out data", least=1)
     eval_batches: int = key(8, "batches of an evaluation, the same every time", least=1)
+    eval_first: bool = key(False, "evaluate before the first step, too")
     picture_every: int = key(5000, "steps between pictures", least=1)
     resume: str = key(
         "auto", "auto: from the newest good checkpoint in run.dir, if there is one; latest: there must be one; "

@@ -9,6 +9,7 @@ from fastmum.engine.task import Task
 TASKS = {
     "mum": "fastmum.tasks.mum:MuMTask",
     "reconstruction": "fastmum.tasks.reconstruction.task:ReconstructionTask",
+    "distillation": "fastmum.tasks.reconstruction.distill:DistillTask",
 }
 
 

@@ -19,6 +19,9 @@ class ReconstructionSection:
     encoder: str = key(
         "random:mum_vitl16", "weights of the encoder: a run, an export, a file, dinov3:PATH, random:PRESET"
     )
+    fallback: str | None = key(
+        None, "weights if there is no file or folder at the path `encoder`, said in a warning. Empty: an error"
+    )
     finetune: bool = key(False, "train the encoder, too; otherwise it is frozen")
     encoder_lr_scale: float = key(1.0, "factor of the encoder's learning rate", above=0)
     embed_dim: int = key(PAPER.embed_dim, "width of the aggregator", least=1)

@@ -1,7 +1,6 @@
 """Training of feedforward reconstruction on frames with depth and cameras."""
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -28,6 +27,7 @@ from fastmum.tasks.reconstruction.block import Block
 from fastmum.tasks.reconstruction.config import Config as RunConfig
 from fastmum.tasks.reconstruction.data import SceneSplits, open_scenes
 from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
+from fastmum.tasks.reconstruction.load import choose_encoder, weights_digest
 from fastmum.tasks.reconstruction.losses import Prediction, Scene, losses_of, normalise_scenes, unproject
 from fastmum.tasks.reconstruction.model import Reconstruction
 from fastmum.tasks.reconstruction.pictures import SceneViews, draw_scenes
@@ -37,15 +37,6 @@ log = logging.getLogger(__name__)
 
 DENSE_TERMS = "confidence", "error", "gradient"
 CAMERA_TERMS = "camera", "translation", "rotation", "fov"
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights and their names."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 class ReconstructionTask(Task):
@@ -58,6 +49,7 @@ class ReconstructionTask(Task):
 
     Config = RunConfig
     config: RunConfig
+    ground_truth = True  # whether frames have depth and cameras
 
     def __init__(self, config: RunConfig, world: DistContext) -> None:
         super().__init__(config, world)
@@ -74,7 +66,7 @@ class ReconstructionTask(Task):
     def build(self) -> Reconstruction:
         """Load the encoder and build the rest; ConfigError if sizes do not fit, or `model.attention` does not run."""
         settings, device = self.config.model, self.world.device
-        encoder = load_encoder(settings.encoder, trainable=settings.finetune)
+        encoder = load_encoder(choose_encoder(settings), trainable=settings.finetune)
         self._patch = encoder.config.patch_size
         self._frozen = None if settings.finetune else weights_digest(encoder)
         self.config.data.check(self._patch)
@@ -158,7 +150,7 @@ class ReconstructionTask(Task):
         """Open manifests, planners and decoder; DataError if the data cannot be used."""
         config, resumed = self.config, start > 0 or not self.world.is_main
         micro_batches = samples_per_step // config.data.frames_per_batch
-        self._splits = open_scenes(config.data, folder, config.run.seed, self._patch, resumed, micro_batches)
+        self._splits = open_scenes(config.data, folder, config.run.seed, self._patch, resumed, micro_batches, self.ground_truth)
         self._loader = self._splits.loader(config.data, folder / "bad_frames.log", self.world.size)
 
     def data_digests(self) -> dict[str, str]:
@@ -172,6 +164,20 @@ class ReconstructionTask(Task):
         numbers = range(self.world.rank, -(-count // size) * size, size)
         plans = [planner.plan(min(i, count - 1)) for i in numbers]
         self._held_out = dict(zip(numbers, self._loader.batches(plans, self.stopping), strict=True))
+        if self.ground_truth:
+            self._mean_depth = self._mean_training_depth()
+
+    def _mean_training_depth(self) -> float:
+        """Mean normalised depth of as many training batches as an evaluation has, which predicts every pixel alike."""
+        count, size = self.config.train.eval_batches, self.world.size
+        depths = torch.zeros(2, dtype=torch.float64)
+        plans = [self._splits.training.plan(i) for i in range(self.world.rank, count, size)]
+        for batch in self._loader.batches(plans, self.stopping):
+            depth = self._truth(batch).depth[batch.valid]
+            depths += torch.tensor([depth.sum(), len(depth)])
+        depths = depths.to(self.world.device)
+        self.world.sum_(depths)
+        return float(depths[0] / depths[1].clamp(min=1))
 
     def batches(self, start: int, stop: int) -> Iterator[SceneBatch]:
         planner, first = self._splits.training, self.world.rank * self.batches_per_step
@@ -184,10 +190,13 @@ class ReconstructionTask(Task):
         longest = max(self.config.data.views[1], *batch.lengths)
         prediction = model(batch.images, batch.lengths, longest)
         with torch.autocast(batch.images.device.type, enabled=False):
-            points = unproject(batch.depth, batch.intrinsics, batch.camera_from_world)
-            truth = Scene(batch.camera_from_world, batch.intrinsics, batch.depth, points, batch.valid)
-            truth = normalise_scenes(truth, sequences)
+            truth = self._truth(batch)
             return prediction, truth, losses_of(prediction, truth, sequences, self.config.weights)
+
+    def _truth(self, batch: SceneBatch) -> Scene:
+        points = unproject(batch.depth, batch.intrinsics, batch.camera_from_world)
+        truth = Scene(batch.camera_from_world, batch.intrinsics, batch.depth, points, batch.valid)
+        return normalise_scenes(truth, Sequences.of(batch.lengths, batch.images.device))
 
     def loss(self, model: Reconstruction, batch: SceneBatch) -> StepOutput:
         """The mean over the micro-batches of the step."""
@@ -207,13 +216,15 @@ class ReconstructionTask(Task):
     @torch.no_grad()
     def evaluate(self, model: Reconstruction) -> dict[str, float]:
         """Loss, and scores of cameras and depth, over the held-out batches, sharded over the processes."""
-        scores = Scores(self.world)
+        scores = Scores(self.world, self._mean_depth)
         for i, batch in self._held_out.items():
             with eager(model):
                 prediction, truth, losses = self.predict(model, to_device(batch, self.world.device))
             if i < self.config.train.eval_batches:
                 scores.add(prediction, truth, batch.lengths, losses["objective"])
-        return scores.compute()
+        found = scores.compute()
+        log.info("held-out: %s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        return found
 
     @torch.no_grad()
     def pictures(self, model: Reconstruction, step: int) -> dict[str, Image.Image]:

@@ -1,0 +1,132 @@
+"""Trained reconstruction models with their encoders: of a run, or VGGT's public checkpoint (VGGT-1B)."""
+
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmum.engine.checkpoint import CheckpointError, read_weights
+from fastmum.errors import first_line
+from fastmum.files import expand_user
+from fastmum.model.block import AxialRope
+from fastmum.model.config import ModelConfig
+from fastmum.model.encoder import Encoder
+from fastmum.model.options import EncoderOptions
+from fastmum.pretrained.files import read_file
+from fastmum.pretrained.layout import WeightsError, find_state, rename, sizes_by_shape
+from fastmum.pretrained.load import RANDOM, load_encoder, split_spec
+from fastmum.pretrained.public import fold
+from fastmum.tasks.reconstruction.config import ReconstructionSection
+from fastmum.tasks.reconstruction.convert import LayoutError, config_of, from_public
+from fastmum.tasks.reconstruction.model import Reconstruction
+
+log = logging.getLogger(__name__)
+
+TASKS = "reconstruction", "distillation"
+DINOV2_EPS = 1e-6  # of facebookresearch/dinov2's norms
+DINOV2_HEAD = 64  # width of a head of its ViT-S, B and L
+DINOV2_NAMES = {r"\.ls1\.gamma$": ".attn.proj.scale", r"\.ls2\.gamma$": ".mlp.fc2.scale"}
+
+
+def load_reconstruction(spec: str | os.PathLike[str]) -> Reconstruction:
+    """A frozen model in eval mode on the CPU, from a run of reconstruction or a file in VGGT's public layout.
+
+    A run finds a frozen encoder, which its checkpoints lack, at its `model.encoder`; moving averages are used if there
+    are any. WeightsError, CheckpointError or LayoutError: nothing is there, it is something else, or it does not fit.
+    """
+    path = expand_user(spec)
+    model = _of_run(path) if path.is_dir() else _of_public(path)
+    return model.eval().requires_grad_(False)
+
+
+def choose_encoder(settings: ReconstructionSection) -> str:
+    """`model.encoder`, or `model.fallback` if there is nothing at its path."""
+    kind, where = split_spec(settings.encoder)
+    if settings.fallback is None or kind in (RANDOM, "timm") or expand_user(where).exists():
+        return settings.encoder
+    log.warning("model.encoder: there is nothing at '%s': the encoder is %s (fallback)", where, settings.fallback)
+    return settings.fallback
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of all weights and their names."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _of_run(path: Path) -> Reconstruction:
+    manifest, tensors = read_weights(path)
+    if (task := manifest.values.get("task")) not in TASKS:
+        raise CheckpointError(f"'{manifest.path}' is a checkpoint of the task '{task}', but must be of reconstruction")
+    if any(name.startswith("ema.") for name in manifest.tensors):
+        tensors |= read_weights(manifest.path, prefix="ema.").tensors
+    config = manifest.values["config"]
+    known = {f.name: f"model.{f.name}" for f in fields(ReconstructionSection)}
+    settings = ReconstructionSection(**{name: config[key] for name, key in known.items() if key in config})
+    try:
+        encoder = load_encoder(choose_encoder(settings), trainable=settings.finetune)
+    except WeightsError as error:
+        raise WeightsError(f"the encoder of the run '{path}': {error}") from None
+    if not settings.finetune and weights_digest(encoder) != manifest.values["model_config"].get("frozen_encoder"):
+        raise WeightsError(f"'{settings.encoder}' is no longer the encoder that the run '{path}' was trained on")
+    model = Reconstruction(settings.sizes(encoder.embed_dim, encoder.config.patch_size), encoder)
+    frozen = {} if settings.finetune else {f"encoder.{name}": x for name, x in encoder.state_dict().items()}
+    return _filled(model, tensors | frozen, manifest.path)
+
+
+def _of_public(path: Path) -> Reconstruction:
+    saved = read_file(path)
+    state = find_state(saved.path, saved.tree, None, ("aggregator.camera_token",), "a VGGT")
+    config = config_of(state)
+    ours, public = from_public(state)
+    if not public:
+        raise LayoutError(f"'{path}' has no encoder (aggregator.patch_embed.*)")
+    encoder = dinov2_encoder(public, path)
+    ours |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    return _filled(Reconstruction(config, encoder), ours, path)
+
+
+def _filled(model: Reconstruction, state: Mapping[str, Tensor], path: Path) -> Reconstruction:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise LayoutError(f"'{path}' does not fit the model: {first_line(error)}") from None
+    return model
+
+
+def dinov2_encoder(tensors: Mapping[str, Tensor], path: Path) -> Encoder:
+    """DINOv2 with registers as VGGT has it; `path` is for messages.
+
+    CLS has an entry in the table of positions, registers have none. The table is resized bicubically with antialiasing
+    to the size of the grid (`interpolate_antialias=True`, `interpolate_offset=0.0` in VGGT's aggregator).
+    """
+    state = {name: x for name, x in rename(tensors, DINOV2_NAMES).items() if name != "mask_token"}
+    try:
+        side, width = math.isqrt(state["pos_embed"].shape[1] - 1), state["norm.weight"].shape[0]
+        registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+        scaled = any(re.fullmatch(r"blocks\.\d+\.attn\.proj\.scale", name) for name in state)
+        options = EncoderOptions(
+            registers=registers, coordinates="none", table=(side, side), resize="antialias", layer_scale=scaled
+        )
+        given: dict[str, Any] = {"num_heads": max(1, width // DINOV2_HEAD), "norm_eps": DINOV2_EPS}
+        config = ModelConfig(**sizes_by_shape(state) | given)
+        state, options = fold(state, options, trainable=False)
+        rope = AxialRope(width // config.num_heads, "none")
+        rope.init_weights()
+        encoder = Encoder(config, options)
+        encoder.load_state_dict(state | {"rope_embed.periods": rope.periods})
+    except (KeyError, IndexError, ValueError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise LayoutError(f"the encoder in '{path}' is not DINOv2's ViT-S, B or L ({what})") from None
+    return encoder
