@@ -240,4 +240,3 @@ class DistillTask(ReconstructionTask):
             height, width = batch.scene.images.shape[1:3]
             flops += self._teacher.flops(height, width, batch.scene.lengths)
         return frames, flops
-

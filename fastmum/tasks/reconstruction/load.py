@@ -81,8 +81,8 @@ def _of_run(path: Path) -> Reconstruction:
     if not settings.finetune and weights_digest(encoder) != manifest.values["model_config"].get("frozen_encoder"):
         raise WeightsError(f"'{settings.encoder}' is no longer the encoder that the run '{path}' was trained on")
     model = Reconstruction(settings.sizes(encoder.embed_dim, encoder.config.patch_size), encoder)
-    frozen = {} if settings.finetune else {f"encoder.{name}": x for name, x in encoder.state_dict().items()}
-    return _filled(model, tensors | frozen, manifest.path)
+    whole = {f"encoder.{name}": x for name, x in encoder.state_dict().items()} | tensors
+    return _filled(model, whole, manifest.path)
 
 
 def _of_public(path: Path) -> Reconstruction:
@@ -101,7 +101,7 @@ def _filled(model: Reconstruction, state: Mapping[str, Tensor], path: Path) -> R
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise LayoutError(f"'{path}' does not fit the model: {first_line(error)}") from None
+        raise LayoutError(f"'{path}' does not fit the model: {' '.join(str(error).split())}") from None
     return model
 
 

@@ -16,7 +16,7 @@ FIXED = 8
 
 
 class Scores:
-    """Sums over batches and processes. `mean_depth` is the normalised depth that a trivial prediction has everywhere."""
+    """Sums over batches and processes; `mean_depth` is the normalised depth of the trivial prediction."""
 
     def __init__(self, world: DistContext, mean_depth: float = 1.0) -> None:
         self._world, self._mean_depth = world, mean_depth
@@ -27,7 +27,7 @@ class Scores:
     def add(self, prediction: Prediction, truth: Scene, lengths: Sequence[int], loss: Tensor) -> None:
         """Add a batch with its normalised truth."""
         depth, trivial = truth.depth, torch.full_like(truth.depth, self._mean_depth)
-        errors = [relative_errors(x, truth, lengths, align) for align in (0,1) for x in (prediction.depth, trivial)]
+        errors = [relative_errors(x, truth, lengths, align) for align in (0, 1) for x in (prediction.depth, trivial)]
         self._sums[:7] += [float(loss), 1, *errors, float(truth.valid.sum())]
         found, _ = decode_cameras(prediction.cameras[-1].double(), (depth.shape[1], depth.shape[2]))
         poses = [T.split(tuple(lengths)) for T in (found.cpu(), truth.camera_from_world.double().cpu())]
@@ -46,12 +46,17 @@ class Scores:
         """`held_out_loss`; `auc30`, the area under the recall of relative poses up to 30 degrees; `abs_rel`."""
         sums = torch.from_numpy(self._sums).to(self._world.device)
         self._world.sum_(sums)
-        loss, batches, relative, trivial, ra,ta, pixels, pairs, *counts = sums.tolist()
+        loss, batches, relative, trivial, ra, ta, pixels, pairs, *counts = sums.tolist()
         scores = {"held_out_loss": loss / batches}
         if pairs:
             scores["auc30"] = float(np.cumsum(counts).mean() / pairs)
         if pixels:
-            scores |= {"abs_rel": relative / pixels, "abs_rel_of_mean_depth": trivial / pixels, "abs_rel_aligned": ra/pixels, "abs_rel_aligned_of_mean": ta/pixels}
+            scores |= {
+                "abs_rel": relative / pixels,
+                "abs_rel_of_mean_depth": trivial / pixels,
+                "abs_rel_aligned": ra / pixels,
+                "abs_rel_aligned_of_mean": ta / pixels,
+            }
         return scores
 
 

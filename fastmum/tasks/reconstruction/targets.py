@@ -37,7 +37,7 @@ class Targets(NamedTuple):
 
 
 class TargetCache:
-    """Outputs of a teacher by frames. `about` is all that determines them besides the frames, the teacher's weights too.
+    """Outputs of a teacher by frames; `about` is all else that determines them, such as the digest of its weights.
 
     Processes may share a folder: files are complete or absent.
     """
@@ -52,7 +52,7 @@ class TargetCache:
             write_atomic(self.folder / "about.json", content)
 
     def targets(self, images: Tensor, lengths: Sequence[int], compute: Callable[[], Targets]) -> Targets:
-        """Outputs for frames (F, H, W, 3) uint8 on the CPU; `compute` returns those of all sequences, if one is missing.
+        """Outputs for frames (F, H, W, 3) uint8 on the CPU; if those of a sequence are missing, `compute` returns all.
 
         TargetsError: a file cannot be written. A file that cannot be read is computed again.
         """
@@ -75,7 +75,9 @@ class TargetCache:
     def _read(self, file: Path) -> Targets | None:
         try:
             tensors = load(file.read_bytes())
-            return Targets(tensors["cameras"], tensors["depth"].float(), tensors["points"].float() if self._points else None)
+            return Targets(
+                tensors["cameras"], tensors["depth"].float(), tensors["points"].float() if self._points else None
+            )
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError, KeyError) as error:
@@ -84,7 +86,9 @@ class TargetCache:
 
     def _write(self, file: Path, targets: Targets) -> None:
         maps = {"depth": targets.depth} | ({} if targets.points is None else {"points": targets.points})
-        tensors = {"cameras": targets.cameras.contiguous()} | {name: x.to(MAPS).contiguous() for name, x in maps.items()}
+        tensors = {"cameras": targets.cameras.contiguous()} | {
+            name: x.to(MAPS).contiguous() for name, x in maps.items()
+        }
         with writing(file, TargetsError):
             write_atomic(file, save(tensors))
 

@@ -150,7 +150,9 @@ class ReconstructionTask(Task):
         """Open manifests, planners and decoder; DataError if the data cannot be used."""
         config, resumed = self.config, start > 0 or not self.world.is_main
         micro_batches = samples_per_step // config.data.frames_per_batch
-        self._splits = open_scenes(config.data, folder, config.run.seed, self._patch, resumed, micro_batches, self.ground_truth)
+        self._splits = open_scenes(
+            config.data, folder, config.run.seed, self._patch, resumed, micro_batches, self.ground_truth
+        )
         self._loader = self._splits.loader(config.data, folder / "bad_frames.log", self.world.size)
 
     def data_digests(self) -> dict[str, str]:
