@@ -3,8 +3,10 @@
 import pytest
 
 from fastmum.config import ConfigError, describe_keys, load_config
-from fastmum.config.load import find_config
+from fastmum.config.load import find_config, peek_task
 from fastmum.config.mum import Config
+from fastmum.tasks import find_task
+from fastmum.tasks.reconstruction.model import ReconstructionConfig
 
 
 @pytest.fixture
@@ -176,5 +178,17 @@ def test_the_configurations_that_come_with_it():
     assert (paper.optim.base_lr, paper.optim.warmup_steps, paper.train.steps) == (1e-4, 25_000, 500_000)
     assert (paper.optim.betas, paper.optim.weight_decay) == ([0.9, 0.95], 0.05)
     assert (mum.data.views, mae.data.views) == ([1, 8], [1, 1])
+    kinds = {"reconstruction": [], "reconstruction_light": [], "reconstruction_quickstart": [],
+             "reconstruction_distill": ["distill.teacher=runs/teacher"]}  # fmt: skip
+    found = {}
+    for name, words in kinds.items():
+        file = find_config(name)
+        found[name] = load_config(file, ["encoder=runs/mine", *words], find_task(peek_task(file, words)).Config)
+        assert (found[name].run.name, found[name].model.encoder) == (name, "runs/mine")
+    default, paper = ReconstructionConfig(), found["reconstruction"]  # supplement B
+    assert paper.model.sizes(1024, 16) == default
+    assert paper.optim == type(paper)().optim
+    assert (paper.data.frames_per_batch, paper.data.image_size, paper.train.steps) == (48, 512, 100_000)
+    assert (paper.model.finetune, found["reconstruction_distill"].model.finetune) == (False, True)
     mae.data.views, mae.run.name, mae.run.dir = mum.data.views, mum.run.name, mum.run.dir
     assert mae == mum

@@ -5,7 +5,11 @@ import shutil
 import pytest
 
 from fastmum.config import ConfigError
+from fastmum.data.build import build
 from fastmum.engine.checkpoint import CheckpointError, read_weights
+from fastmum.engine.rundir import read_metrics
+from fastmum.errors import FastmumError
+from fastmum.scenes import ensure_scenes
 
 ARGS = [
     "run.task=reconstruction", "model.encoder=random:mum_tiny", "model.embed_dim=32", "model.pairs=2",
@@ -53,6 +57,27 @@ def test_heads_are_float32_and_the_encoder_learns_if_asked(run, tmp_path):
     head = learnt["camera_head.embed_pose.weight"]
     assert (head.bfloat16().float() != head).any()
     assert any(name.startswith("encoder.") for name in learnt)
+
+
+@pytest.mark.slow
+def test_bad_depth_files_are_counted_and_a_missing_encoder_is_replaced_if_asked(run, tmp_path):
+    scenes = tmp_path / "scenes"
+    shutil.copytree(ensure_scenes(count=4, views=6, size=64, progress=False), scenes)
+    for file in sorted(scenes.rglob("depth/*.png"))[::3]:
+        file.write_bytes(file.read_bytes()[:100])
+    build("scenes", scenes, tmp_path / "scenes.arrow")
+    args = f"data.manifests=[{tmp_path / 'scenes.arrow'}]", "data.retry_s=0", "train.steps=3", "train.eval_first=true"
+    encoder = f"model.encoder={tmp_path / 'nothing'}"
+    with pytest.raises(FastmumError, match="nothing"):
+        run("refused", 1, encoder, *args)
+    run("run", 1, encoder, "model.fallback=random:mum_tiny", *args)
+    untrained, *records = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert untrained["step"] == 0
+    assert untrained.keys() >= {"auc30", "abs_rel", "abs_rel_of_mean_depth", "held_out_loss"}
+    assert records[-1]["abs_rel_of_mean_depth"] == untrained["abs_rel_of_mean_depth"] > 0
+    assert records[-1]["bad_frames"] > 0
+    assert all(record["loss"] is not None and not record["skipped_steps"] for record in records)
+    assert ".png" in (tmp_path / "run/bad_frames.log").read_text()
 
 
 def test_what_does_not_fit_is_refused(run):

@@ -251,11 +251,13 @@ def test_scores_of_the_truth_are_perfect_and_of_others_lower():
     truth = truth._replace(depth=depth)
 
     def scored(cameras: torch.Tensor, factor: float) -> dict[str, float]:
-        scores = Scores(DistContext())
+        scores = Scores(DistContext(), 0.8)
         scores.add(Prediction([cameras], factor * depth, depth, None, None), truth, [4, 3], torch.tensor(2.0))
         return scores.compute()
 
-    assert scored(cameras, 1.0) == pytest.approx({"held_out_loss": 2, "auc30": 1, "abs_rel": 0}, abs=1e-6)
+    trivial = ((0.8 - depth[truth.valid]).abs() / depth[truth.valid]).mean().item()
+    expected = {"held_out_loss": 2, "auc30": 1, "abs_rel": 0, "abs_rel_of_mean_depth": trivial}
+    assert scored(cameras, 1.0) == pytest.approx(expected, abs=1e-6)
     worse = scored(torch.cat([cameras[:, :3], cameras[:, 3:7].roll(1, 1), cameras[:, 7:]], 1), 1.5)
     assert worse["abs_rel"] == pytest.approx(0.5)
     assert worse["auc30"] < 0.5

@@ -63,6 +63,8 @@ class DistillConfig(Config):
             raise ConfigError("distill.teacher is empty, but must be a run of reconstruction or VGGT's checkpoint")
         if self.distill.cache is not None and self.distill.repeat_after is None:
             raise ConfigError("distill.cache needs distill.repeat_after: otherwise no frames come twice")
+        if self.loss != type(self.loss)():
+            raise ConfigError("loss.* is set, but distillation adds up its errors without weights: remove it")
 
 
 class DistillBatch(NamedTuple):

@@ -175,7 +175,7 @@ class ReconstructionTask(Task):
         depths = torch.zeros(2, dtype=torch.float64)
         plans = [self._splits.training.plan(i) for i in range(self.world.rank, count, size)]
         for batch in self._loader.batches(plans, self.stopping):
-            depth = self._truth(batch).depth[batch.valid]
+            depth = self.truth(batch).depth[batch.valid]
             depths += torch.tensor([depth.sum(), len(depth)])
         depths = depths.to(self.world.device)
         self.world.sum_(depths)
@@ -192,10 +192,11 @@ class ReconstructionTask(Task):
         longest = max(self.config.data.views[1], *batch.lengths)
         prediction = model(batch.images, batch.lengths, longest)
         with torch.autocast(batch.images.device.type, enabled=False):
-            truth = self._truth(batch)
+            truth = self.truth(batch)
             return prediction, truth, losses_of(prediction, truth, sequences, self.config.weights)
 
-    def _truth(self, batch: SceneBatch) -> Scene:
+    def truth(self, batch: SceneBatch) -> Scene:
+        """The normalised truth of a batch."""
         points = unproject(batch.depth, batch.intrinsics, batch.camera_from_world)
         truth = Scene(batch.camera_from_world, batch.intrinsics, batch.depth, points, batch.valid)
         return normalise_scenes(truth, Sequences.of(batch.lengths, batch.images.device))
@@ -211,6 +212,10 @@ class ReconstructionTask(Task):
         grid = batch.images.shape[1] // self._patch, batch.images.shape[2] // self._patch
         return sum(batch.lengths), self._flops(grid, batch.lengths)
 
+    def summary(self, values: Mapping[str, float | None]) -> str:
+        names = "loss", "held_out_loss", "auc30", "abs_rel", "abs_rel_of_mean_depth"
+        return ", ".join(f"{name} {value:.4g}" for name in names if (value := values.get(name)) is not None)
+
     @property
     def evaluates(self) -> bool:
         return self._splits.held_out is not None
@@ -225,7 +230,7 @@ class ReconstructionTask(Task):
             if i < self.config.train.eval_batches:
                 scores.add(prediction, truth, batch.lengths, losses["objective"])
         found = scores.compute()
-        log.info("held-out: %s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        log.info("held-out scenes: %s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         return found
 
     @torch.no_grad()
