@@ -28,7 +28,7 @@ def frame_flops(config: ReconstructionConfig, grid: tuple[int, int], encoder: Mo
     patch = 2 * encoder.in_chans * encoder.patch_size**2 * encoder.embed_dim
     tokens = 1 + P
     encoding = encoder.depth * tokens * (_block(encoder.embed_dim) + 4 * tokens * encoder.embed_dim) + P * patch
-    heads = sum(_dense_head(config, grid, outputs) for outputs in ((1, 3) if config.points else (1,)))
+    heads = sum(dense_flops(config, grid, outputs) for outputs in ((1, 3) if config.points else (1,)))
     return BACKWARD * (blocks + projection + camera + heads) + (BACKWARD if finetune else 1) * encoding
 
 
@@ -42,8 +42,8 @@ def _block(width: int) -> int:
     return 2 * (4 + 2 * MLP_RATIO) * width * width
 
 
-def _dense_head(config: ReconstructionConfig, grid: tuple[int, int], outputs: int) -> int:
-    """Counted on tensors without data."""
+def dense_flops(config: ReconstructionConfig, grid: tuple[int, int], outputs: int) -> int:
+    """Operations of a dense head's forward pass for one frame, counted on tensors without data."""
     with torch.device("meta"), torch.no_grad():
         head = Dpt(2 * config.embed_dim, outputs, "exp", config.dpt_features, config.dpt_levels)
         tokens = torch.empty(1, grid[0] * grid[1], config.embed_dim)
