@@ -29,7 +29,7 @@ FRAMES, VIEWS, ASPECTS, WIDTH = 48, (2, 24), (0.33, 1.0), 512
 SAMPLES = 6  # aspect ratios
 TF32_PEAK = 494.7e12  # of H100 and H200, data sheet: convolutions of the float32 heads, torch's default
 # Values of 2 bytes read and written for each token and channel in the forward pass of a compiled block: norms,
-# LayerScale and residuals in float32, rotation, GELU of four times the width. An estimate; backward moves twice as many.
+# LayerScale, residuals in float32, rotation, GELU of four times the width. An estimate; backward moves twice as many.
 BLOCK_VALUES = 60
 # Shares of peak or bandwidth: low, likely, high. Products: measurements of H100 (triton-lang/triton#2339,
 # pytorch/FBGEMM#2766); attention: FlashAttention-3 paper, forward and backward; convolutions: an estimate; bandwidth:
