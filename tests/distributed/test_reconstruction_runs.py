@@ -62,12 +62,12 @@ def test_heads_are_float32_and_the_encoder_learns_if_asked(run, tmp_path):
 @pytest.mark.slow
 def test_bad_depth_files_are_counted_and_a_missing_encoder_is_replaced_if_asked(run, tmp_path):
     scenes = tmp_path / "scenes"
-    shutil.copytree(ensure_scenes(count=4, views=6, size=64, progress=False), scenes)
-    for scene in scenes.iterdir():  # one file of six frames
+    shutil.copytree(ensure_scenes(count=3, views=24, size=64, progress=False), scenes)
+    for scene in scenes.iterdir():  # one of 24 frames: more than 5 % would end the run
         file = scene / "depth/002.png"
         file.write_bytes(file.read_bytes()[:100])
     build("scenes", scenes, tmp_path / "scenes.arrow")
-    args = f"data.manifests=[{tmp_path / 'scenes.arrow'}]", "data.retry_s=0", "train.steps=3", "train.eval_first=true"
+    args = f"data.manifests=[{tmp_path / 'scenes.arrow'}]", "data.retry_s=0", "train.steps=8", "train.eval_first=true"
     encoder = f"model.encoder={tmp_path / 'nothing'}"
     with pytest.raises(FastmumError, match="nothing"):
         run("refused", 1, encoder, *args)
