@@ -63,8 +63,8 @@ class TargetCache:
             whole = compute()
             split = [[None] * len(parts) if x is None else x.split(tuple(lengths)) for x in whole]
             for i, each in enumerate(zip(*split, strict=True)):
-                found[i] = _rounded(Targets(*each))
-                self._write(files[i], found[i])
+                found[i] = rounded = _rounded(Targets(*each))
+                self._write(files[i], rounded)
         self.frames, self.bytes = self.frames + len(images), self.bytes + sum(f.stat().st_size for f in files)
         return Targets(*(None if x[0] is None else torch.cat(x) for x in zip(*found, strict=True)))  # type: ignore
 
