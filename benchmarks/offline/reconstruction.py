@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.offline.efficiency import Efficiency, efficiencies
 from benchmarks.offline.gpus import GPUS
 from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.tasks.reconstruction.aggregator import Tap
@@ -31,13 +32,9 @@ TF32_PEAK = 494.7e12  # of H100 and H200, data sheet: convolutions of the float3
 # Values of 2 bytes read and written for each token and channel in the forward pass of a compiled block: norms,
 # LayerScale, residuals in float32, rotation, GELU of four times the width. An estimate; backward moves twice as many.
 BLOCK_VALUES = 60
-# Shares of peak or bandwidth: low, likely, high. Products: measurements of H100 (triton-lang/triton#2339,
-# pytorch/FBGEMM#2766); attention: FlashAttention-3 paper, forward and backward; convolutions: an estimate; bandwidth:
-# public element-wise kernels.
-EFFICIENCY = {
-    "products": (0.52, 0.62, 0.73), "attention": (0.35, 0.45, 0.55), "convolutions": (0.25, 0.40, 0.55),
-    "bandwidth": (0.60, 0.75, 0.85),
-}  # fmt: skip
+CONVOLUTIONS = Efficiency(0.25, 0.40, 0.55, "estimate")  # of TF32_PEAK
+# Classes of the table of efficiencies: attention across and within frames is mostly of a thousand tokens and more.
+CLASS = {"products": "cublas", "attention": "fa3_spans_backward", "bandwidth": "elementwise"}
 
 
 class Work(NamedTuple):
@@ -105,8 +102,9 @@ def seconds(done: Work, gpu: str = "h200") -> tuple[float, float, float]:
     """Shortest, likely and longest seconds."""
     about = GPUS[gpu]
     rates = {"products": about.peak, "attention": about.peak, "convolutions": TF32_PEAK, "bandwidth": about.bandwidth}
+    shares = {name: efficiencies(gpu)[each] for name, each in CLASS.items()} | {"convolutions": CONVOLUTIONS}
     low, likely, high = (
-        sum(amount / (rates[name] * EFFICIENCY[name][i]) for name, amount in done._asdict().items()) for i in (2, 1, 0)
+        sum(amount / (rates[name] * shares[name][i]) for name, amount in done._asdict().items()) for i in (2, 1, 0)
     )
     return low, likely, high
 
