@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from fastmum.config.schema import ConfigError, key
@@ -234,6 +235,10 @@ class DistillTask(ReconstructionTask):
                 total += torch.stack([losses["objective"].double(), total.new_ones(())])
         self.world.sum_(total)
         return {"held_out_loss": float(total[0] / total[1])}
+
+    def pictures(self, model: Reconstruction, step: int) -> dict[str, Image.Image]:
+        """None: there is no truth to draw."""
+        return {}
 
     def sizes(self, batch: DistillBatch) -> tuple[int, float]:  # type: ignore[override]
         """With the teacher's forward pass if it computes."""
