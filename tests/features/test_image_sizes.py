@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmum.features import FeaturesError, Sizing, Tokens, find_images
-from fastmum.features.images import PADDING, Placement, read_image
+from fastmum.features.images import Placement, read_image
 from fastmum.features.pictures import _file_names, content, fit_colours
 
 
@@ -67,8 +67,8 @@ def test_reading_turns_resizes_and_pads(tmp_path):
     (file,) = images.files
     assert images.sizes() == {file: (60, 40)}
     upright = np.rot90(pixels, -1)
-    padded = read_image(file, Sizing(16, fit="pad").place(60, 40))
-    expected = np.tile(PADDING, (64, 48, 1))
+    padded = read_image(file, Sizing(16, fit="pad").place(60, 40), mean=(0.2, 0.4, 0.6))
+    expected = np.tile(np.array([51, 102, 153], np.uint8), (64, 48, 1))
     expected[:60, :40] = upright
     np.testing.assert_array_equal(padded, expected)
     resized = read_image(file, Sizing(16).place(60, 40)).astype(int)

@@ -2,28 +2,22 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.device import autocast, pick_precision
-from fastmum.errors import FastmumError, some_names
 from fastmum.files import expand_user
 from fastmum.geometry.camera import rigid_inverse, transform, unproject
 from fastmum.model.encoder import Encoder
-from fastmum.pretrained import load_encoder
 from fastmum.progress import progress_bar
 from fastmum.tasks.reconstruction.aggregator import Sequences
 from fastmum.tasks.reconstruction.camera import decode_cameras
-from fastmum.tasks.reconstruction.config import ReconstructionSection
+from fastmum.tasks.reconstruction.load import read_run
 from fastmum.tasks.reconstruction.model import Reconstruction
-from fastmum.tasks.reconstruction.task import weights_digest
 
-TASKS = ("reconstruction", "distillation")  # whose runs train this model
 FOV = (0.02, 3.1)  # radians; untrained heads predict fields of view that no camera has
 
 
@@ -58,43 +52,21 @@ class Estimate(NamedTuple):
 def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None) -> Trained:
     """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
 
-    A frozen encoder is loaded from the run's `model.encoder`. Of a finetuned one that gives the architecture, and the
-    checkpoint the weights. FastmumError: no such run, a run of another task, or another encoder than that of the run.
+    Errors as of `read_run`.
 
     Args:
         encoder: spec of the encoder, if its files were moved.
     """
-    path = expand_user(path)
-    manifest, state = read_weights(path)
-    if (task := manifest.values.get("task", "mum")) not in TASKS:
-        raise FastmumError(f"'{path}' is a run of the task '{task}', but one of reconstruction is needed")
-    if any(name.startswith("ema.") for name in manifest.tensors):
-        state |= read_weights(manifest.path, prefix="ema.").tensors
-    values = manifest.values.get("config", {})
-    names = {field.name for field in fields(ReconstructionSection)}
-    section = ReconstructionSection(**{name: values[key] for name in names if (key := f"model.{name}") in values})
-    spec = encoder or section.encoder
-    try:
-        loaded = load_encoder(spec, trainable=section.finetune)
-    except FastmumError as error:
-        raise FastmumError(
-            f"the encoder '{spec}' of '{path}' cannot be loaded, name another --encoder: {error}"
-        ) from None
-    frozen = manifest.values["model_config"].get("frozen_encoder")
-    if frozen is not None and weights_digest(loaded) != frozen:
-        raise FastmumError(f"the encoder '{spec}' has other weights than the one that '{path}' was trained on")
-    model = Reconstruction(section.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
-    needed = {name for name, _ in model.named_parameters() if section.finetune or not name.startswith("encoder.")}
-    if wrong := sorted(needed ^ state.keys()):
-        raise CheckpointError(f"checkpoint '{manifest.path}' does not hold the model: {some_names(wrong)}")
-    model.load_state_dict(state, strict=False)
+    model, manifest = read_run(expand_user(path), encoder)
+    values = manifest.values["config"]
     for head in model.dense_heads():
-        head.chunk = section.chunk
+        head.chunk = values.get("model.chunk", head.chunk)
     samples = manifest.values.get("samples_per_step")
     run = manifest.path.parent.parent if manifest.path.parent.name == "checkpoints" else manifest.path
     return Trained(
         model.to(device).eval().requires_grad_(False), run.name, manifest.step,
-        None if samples is None else samples * manifest.step, values.get("data.image_size", 512), loaded.about,
+        None if samples is None else samples * manifest.step, values.get("data.image_size", 512),
+        cast(Encoder, model.encoder).about,
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmum.engine.checkpoint import CheckpointError, read_weights
-from fastmum.errors import first_line
+from fastmum.engine.checkpoint.manifest import CheckpointManifest
+from fastmum.errors import FastmumError, first_line
 from fastmum.files import expand_user
 from fastmum.model.block import AxialRope
 from fastmum.model.config import ModelConfig
@@ -39,11 +40,10 @@ DINOV2_NAMES = {r"\.ls1\.gamma$": ".attn.proj.scale", r"\.ls2\.gamma$": ".mlp.fc
 def load_reconstruction(spec: str | os.PathLike[str]) -> Reconstruction:
     """A frozen model in eval mode on the CPU, from a run of reconstruction or a file in VGGT's public layout.
 
-    A run finds a frozen encoder, which its checkpoints lack, at its `model.encoder`; moving averages are used if there
-    are any. WeightsError, CheckpointError or LayoutError: nothing is there, it is something else, or it does not fit.
+    Errors as of `read_run`.
     """
     path = expand_user(spec)
-    model = _of_run(path) if path.is_dir() else _of_public(path)
+    model = read_run(path)[0] if path.is_dir() else _of_public(path)
     return model.eval().requires_grad_(False)
 
 
@@ -65,24 +65,31 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _of_run(path: Path) -> Reconstruction:
+def read_run(path: Path, encoder: str | None = None) -> tuple[Reconstruction, CheckpointManifest]:
+    """The model of a run, a folder of checkpoints or a checkpoint, and the checkpoint's manifest.
+
+    Moving averages are used if there are any. A frozen encoder, which checkpoints lack, is loaded from `encoder` or the
+    run's `model.encoder`. Of a finetuned one that gives the architecture, and the checkpoint the weights.
+    WeightsError, CheckpointError or LayoutError: no such run, one of another task, or another encoder than the run's.
+    """
     manifest, tensors = read_weights(path)
-    if (task := manifest.values.get("task")) not in TASKS:
-        raise CheckpointError(f"'{manifest.path}' is a checkpoint of the task '{task}', but must be of reconstruction")
+    if (task := manifest.values.get("task", "mum")) not in TASKS:
+        raise CheckpointError(f"'{path}' is a run of the task '{task}', but one of reconstruction is needed")
     if any(name.startswith("ema.") for name in manifest.tensors):
         tensors |= read_weights(manifest.path, prefix="ema.").tensors
     config = manifest.values["config"]
     known = {f.name: f"model.{f.name}" for f in fields(ReconstructionSection)}
     settings = ReconstructionSection(**{name: config[key] for name, key in known.items() if key in config})
+    spec = encoder or choose_encoder(settings)
     try:
-        encoder = load_encoder(choose_encoder(settings), trainable=settings.finetune)
-    except WeightsError as error:
-        raise WeightsError(f"the encoder of the run '{path}': {error}") from None
-    if not settings.finetune and weights_digest(encoder) != manifest.values["model_config"].get("frozen_encoder"):
-        raise WeightsError(f"'{settings.encoder}' is no longer the encoder that the run '{path}' was trained on")
-    model = Reconstruction(settings.sizes(encoder.embed_dim, encoder.config.patch_size), encoder)
-    whole = {f"encoder.{name}": x for name, x in encoder.state_dict().items()} | tensors
-    return _filled(model, whole, manifest.path)
+        loaded = load_encoder(spec, trainable=settings.finetune)
+    except FastmumError as error:
+        raise WeightsError(f"the encoder '{spec}' of the run '{path}' cannot be loaded: {error}") from None
+    if not settings.finetune and weights_digest(loaded) != manifest.values["model_config"].get("frozen_encoder"):
+        raise WeightsError(f"the encoder '{spec}' has other weights than the one that '{path}' was trained on")
+    model = Reconstruction(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
+    whole = {f"encoder.{name}": x for name, x in loaded.state_dict().items()} | tensors
+    return _filled(model, whole, manifest.path), manifest
 
 
 def _of_public(path: Path) -> Reconstruction:
