@@ -168,14 +168,15 @@ class AdamW(Optimizer):
         super().__init__(weights, optim)
         self._own = [w for w in weights if not w.matrices]
         self._parameters = [w.parameter for w in self._own]
+        self._is_plain = all(map(is_plain, self._parameters))
         self._prepared: tuple[list[torch.dtype | None], list[int]] = [], []
         self._updates: list[tuple[list[Piece], Update, float, float]] = []
 
     @torch.no_grad()
     def step(self, rate: float, gradient: GradientOf = own_gradient, found_inf: Tensor | None = None) -> None:
         grads = [*map(gradient, self._parameters)]
-        shards = [*map(local, self._parameters)]
-        places = addresses_of(shards) if all(map(is_plain, shards)) else []
+        shards = self._parameters if self._is_plain else [*map(local, self._parameters)]
+        places = addresses_of(shards) if shards and is_plain(shards[0]) else []
         kinds = [None if grad is None else grad.dtype for grad in grads]
         if (kinds, places) != self._prepared:
             self._prepared, self._updates = (kinds, places), self._prepare(grads)
