@@ -70,7 +70,7 @@ def test_ids_out_of_range_give_nan_on_the_gpu():
     pytest.importorskip("triton")
     pred, frames, _ = problem(2, 2, 2, 8, 2, torch.float32)
     ids, losses = torch.tensor([[4, 0], [-1, 3]], device=DEVICE), torch.zeros(4, device=DEVICE)
-    _launch(losses, None, pred, frames, ids, [1.0] * 3, [0.0] * 3, 8, True, 1e-6)
+    _launch(losses, None, pred, frames, ids, (1.0,) * 3, (0.0,) * 3, 8, True, 1e-6)
     assert losses.isnan().tolist() == [True, False, True, False]
 
 
