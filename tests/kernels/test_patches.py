@@ -53,7 +53,7 @@ def test_ids_out_of_range_give_nan_on_the_gpu():
     """Without the check of the CPU, nothing out of bounds is read."""
     pytest.importorskip("triton")
     frames, ids = guarded(random_frames(2, 2, 2, 8)), torch.tensor([[4, 0], [-1, 3]], device=DEVICE)
-    out = _gather_patches_triton(frames, ids, [1.0] * 3, [0.0] * 3, 8, torch.float32)
+    out = _gather_patches_triton(frames, ids, (1.0,) * 3, (0.0,) * 3, 8, torch.float32)
     assert out.isnan().float().mean(-1).tolist() == [[1, 0], [1, 0]]
 
 
