@@ -152,9 +152,9 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
     waited, values = 0.0, {}
     if config.train.eval_first and task.evaluates and start.step == 0:
         with meter.paused(), autocast(world.device, precision):
-            values = task.evaluate(model)
+            first = task.evaluate(model)
         if telemetry:
-            telemetry.log(0, values)
+            telemetry.log(0, first)
 
     with (
         StopRequest() as stop, progress, logging_redirect_tqdm(), contextlib.closing(batches),
