@@ -15,6 +15,7 @@ def gelu(
     x,  # float32
     SHORT: tl.constexpr,
 ):
+    """x Phi(x), float32."""
     if SHORT:
         z = tl.abs(x)
         # log2 Phi(-z); its leading coefficient is negative, so that its power vanishes for large z.
@@ -30,6 +31,7 @@ def gelu_slope(
     x,  # float32
     SHORT: tl.constexpr,
 ):
+    """Phi(x) + x phi(x), float32."""
     if SHORT:
         z = tl.abs(x)
         # 0.5 - slope(-z), the slope there as -2^(quadratic) (cubic). The cubic has no factor, which costs a register.

@@ -23,13 +23,14 @@ from fastmum.data.splits import DataSplits, open_splits
 from fastmum.engine.device import MATRIX_DTYPE, to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.fp8 import check_fp8, use_fp8
-from fastmum.engine.task import Metric, Samples, StepOutput, Task
+from fastmum.engine.task import Metric, Samples, StepOutput
 from fastmum.kernels import gather_patches
 from fastmum.model.compile import blocks_of, compile_model, eager
 from fastmum.model.config import step_flops
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD, num_visible, seeded_noise
 from fastmum.model.mum import MuM, MuMOutput
 from fastmum.model.products import choose_products
+from fastmum.tasks.loader_task import LoaderTask
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class MuMBatch(NamedTuple):
     step_frames: int  # frames of the step over all processes
 
 
-class MuMTask(Task):
+class MuMTask(LoaderTask):
     """Masked reconstruction.
 
     A step is planned in micro-batches of `data.frames_per_batch` frames, whatever the number of processes: each takes
@@ -218,19 +219,6 @@ class MuMTask(Task):
         norm_pix, losses = self.config.loss.norm_pix, output.loss.tolist()
         named = step, *self._shown_names, losses
         return {"reconstruction": draw_reconstruction(frames, batch.lengths, masked_ids, pred, *named, norm_pix)}
-
-    def tally(self) -> Tensor:
-        return torch.from_numpy(self._loader.faults.tally())
-
-    def pool(self, total: Tensor) -> None:
-        self._loader.faults.pool(total.numpy())
-
-    def close(self) -> None:
-        self._loader.faults.close()
-
-    def counters(self) -> dict[str, float | None]:
-        counts = self._loader.faults.counts
-        return {"bad_frames": sum(counts.values()), **{f"bad_frames/{name}": n for name, n in counts.items()}}
 
     def describe_steps(self, steps: range) -> str:
         """Share of frames of each data set in these steps, over all processes."""

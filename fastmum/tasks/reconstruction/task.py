@@ -17,11 +17,12 @@ from fastmum.config.schema import ConfigError
 from fastmum.data.scene_loader import SceneBatch, SceneLoader
 from fastmum.engine.device import MATRIX_DTYPE, to_device
 from fastmum.engine.distributed import DistContext
-from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput, Task
+from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
 from fastmum.model.block import Block as EncoderBlock
 from fastmum.model.compile import choose_mode, eager
 from fastmum.model.encoder import Encoder
 from fastmum.pretrained import load_encoder
+from fastmum.tasks.loader_task import LoaderTask
 from fastmum.tasks.reconstruction.aggregator import Sequences
 from fastmum.tasks.reconstruction.block import Block
 from fastmum.tasks.reconstruction.config import Config as RunConfig
@@ -39,7 +40,7 @@ DENSE_TERMS = "confidence", "error", "gradient"
 CAMERA_TERMS = "camera", "translation", "rotation", "fov"
 
 
-class ReconstructionTask(Task):
+class ReconstructionTask(LoaderTask):
     """Cameras, depth and points of the frames of a scene.
 
     The loss of a micro-batch is not a sum over its pixels or frames: it drops the largest errors of the batch, and its
@@ -242,16 +243,3 @@ class ReconstructionTask(Task):
         with eager(model):
             prediction, truth, _ = self.predict(model, batch)
         return {"reconstruction": draw_scenes(SceneViews.of_batch(batch, prediction, truth), f"step {step:,}")}
-
-    def tally(self) -> Tensor:
-        return torch.from_numpy(self._loader.faults.tally())
-
-    def pool(self, total: Tensor) -> None:
-        self._loader.faults.pool(total.numpy())
-
-    def close(self) -> None:
-        self._loader.faults.close()
-
-    def counters(self) -> dict[str, float | None]:
-        counts = self._loader.faults.counts
-        return {"bad_frames": sum(counts.values()), **{f"bad_frames/{name}": n for name, n in counts.items()}}
