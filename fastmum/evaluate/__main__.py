@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -18,6 +18,8 @@ from fastmum.data.errors import DataError
 from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, program, run_command, writing
 from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discriminant, evaluate_matching
+from fastmum.evaluate.depth import DepthSettings, evaluate_depth, open_cache
+from fastmum.evaluate.depth_sets import KINDS, open_depth
 from fastmum.evaluate.features import check_size, patch_size
 from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
@@ -27,11 +29,13 @@ from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
 from fastmum.evaluate.records import check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, page, table
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
+from fastmum.features.probe import Probe, of_encoder, write_probe
 from fastmum.files import expand_user, write_atomic
 from fastmum.model.encoder import Encoder
 from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
+from fastmum.tasks.depth import HEADS, Loss
 from fastmum.tasks.reconstruction.infer import Trained, estimate, load_run
 
 T = TypeVar("T")
@@ -39,8 +43,12 @@ T = TypeVar("T")
 STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and minutes on a CPU
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
+ENCODER_ONLY = ("depth",)  # evaluations that need no decoder
+DEPTH_STEPS, DEPTH_STEPS_CPU = 38_400, 100  # DINOv2's, and minutes on a CPU
 LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0}
-REMEDIES = {"matching": "lower --batch, --size or the number of --learning-rates", "views": "lower --size or --views"}
+REMEDIES = {"matching": "lower --batch, --size or the number of --learning-rates", "views": "lower --size or --views",
+            "depth": "lower --batch"}  # fmt: skip
+CACHE = "folder to keep features in, and to read them from the next time (default: none)"
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
 _EPILOG = f"""\
 {SPECS}
@@ -51,6 +59,8 @@ DATA is scenes or motorcycle, which need no files; a path, whose kind is detecte
 The evaluation `reconstruction` takes runs of that task, and scenes, a manifest, or KIND:/path with a kind of
 `fastmum data build`: co3d_test, realestate10k_test, dtu, eth3d, ...
 
+The evaluation `depth` takes {KINDS}.
+
 The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
 
 DIR collects results: every evaluation adds a .json and pictures; report.html and table.md show all of them next to the
@@ -58,14 +68,23 @@ paper's numbers. docs/evaluation.md describes the protocols.
 """
 
 Claim = Callable[[str], None]  # checks, by the name of the set, that a result would not replace another one
-Evaluated = tuple[str, dict[str, Any], list[Image.Image]]  # name of the set, numbers, pictures
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation returns."""
+
+    set: str  # its name
+    numbers: dict[str, Any]
+    pictures: list[Image.Image]
+    probe: Probe | None = None  # for `fastmum predict`
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `args.task` is a key of `EVALUATIONS`."""
     description = (
         "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
-        "decoder's attention; the effect of other views on the masked loss; and reconstruction by runs of that task."
+        "decoder's attention; the effect of other views on the masked loss; reconstruction by runs of that task; and "
+        "depth of single images."
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
@@ -76,7 +95,11 @@ def make_parser() -> argparse.ArgumentParser:
         if task in ("matching", "discriminant"):
             _add_training_pairs(command)
         if task == "matching":
-            _add_training(command)
+            _add_training(command, ProbeSettings(), f"{STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU")
+            every = "steps between evaluations (default: a tenth of --steps)"
+            command.add_argument("--every", type=int, metavar="N", help=every)
+        if task == "depth":
+            _add_depth(command)
         if task == "views":
             _add_views(command)
         if task == "reconstruction":
@@ -86,8 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
         if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
             command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
-            cache = "folder to keep features in, and to read them from the next time (default: none)"
-            command.add_argument("--cache", type=Path, metavar="DIR", help=cache)
+            command.add_argument("--cache", type=Path, metavar="DIR", help=CACHE)
     return parser
 
 
@@ -95,7 +117,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     weights = "weights to evaluate, see below"
     size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
-    pairs = "evaluate on N pairs (views: frames, reconstruction: sequences), evenly spread over the set (default: all)"
+    pairs = "evaluate on N pairs (views: frames, reconstruction: sequences, depth: images), evenly spread over the set (default: all)"
     seed = "of random weights, of the order of training pairs, and of masks (%(default)s)"
     add("--weights", required=True, metavar="W", help=weights)
     add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
@@ -115,18 +137,28 @@ def _add_training_pairs(parser: argparse.ArgumentParser) -> None:
     add("--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)")
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    defaults, add = ProbeSettings(), parser.add_argument_group("training of the probes").add_argument
+def _add_training(parser: argparse.ArgumentParser, defaults: ProbeSettings | DepthSettings, steps: str) -> None:
+    add = parser.add_argument_group("training of the probes").add_argument
     rates, decays = defaults.learning_rates, defaults.weight_decays
-    steps = f"default: {STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU"
     probes = "each combination with a weight decay makes a probe (%(default)s)"
-    add("--steps", type=int, metavar="N", help=steps)
-    add("--every", type=int, metavar="N", help="steps between evaluations (default: a tenth of --steps)")
-    choice = "where the best probe and step are chosen: test pairs, as in the paper, or left-out scenes (%(default)s)"
+    add("--steps", type=int, metavar="N", help=f"default: {steps}")
+    choice = "where the best probe is chosen: on the test set, as in the paper, or on left-out scenes (%(default)s)"
     add("--choose-on", choices=("test", "train"), default="test", help=choice)
-    add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs a step (%(default)s)")
+    add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs, or images, a step (%(default)s)")
     add("--learning-rates", type=float, nargs="+", default=rates, metavar="LR", help=probes)
     add("--weight-decays", type=float, nargs="+", default=decays, metavar="WD", help="(%(default)s)")
+
+
+def _add_depth(parser: argparse.ArgumentParser) -> None:
+    defaults, add = DepthSettings(), parser.add_argument
+    _add_training(parser, defaults, f"{DEPTH_STEPS:,} as in DINOv2, {DEPTH_STEPS_CPU} without a GPU")
+    heads = f"kinds of heads, each with every rate and decay: {', '.join(HEADS)} (%(default)s)"
+    versions = "augmented versions of each training image, encoded once (default: 1; 0, new ones for ever, on a GPU)"
+    add("--train-data", metavar="DATA", help="images to train on (default: other images of --data)")
+    add("--heads", nargs="+", default=defaults.heads, metavar="HEAD", help=heads)
+    add("--loss", choices=get_args(Loss), default=defaults.loss, help="besides that of gradients (%(default)s)")
+    add("--versions", type=int, metavar="N", help=versions)
+    add("--cache", type=Path, metavar="DIR", help=CACHE)
 
 
 def _add_views(parser: argparse.ArgumentParser) -> None:
@@ -181,7 +213,7 @@ def _run(args: Namespace) -> None:
     out = expand_user(args.out)
     make_folder(out)
     read(out)  # the page needs every result; fail before the evaluation
-    overrides = parse_overrides(args.overrides, {"device": "--device"})
+    overrides = _overrides(args)
     device = pick_device(args.device, key="--device")
     weights: dict[str, Any]
     model: Any
@@ -189,15 +221,17 @@ def _run(args: Namespace) -> None:
         weights, model = _load_run(args, device)
         encoder = model.model.encoder
     else:
-        weights, model = load_weights(args.weights, args.name, device, overrides, args.seed)
+        weights, model = load_weights(args.weights, args.name, device, overrides)
         encoder = model
     if args.size is not None:
         check_size(encoder, args.size)
     about = printable({"task": args.task, "set": "", **weights, "data": args.data})
     _, evaluate = EVALUATIONS[args.task]
-    set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
+    set_name, numbers, pictures, probe = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
     about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     saved = save(out, about | numbers, pictures)
+    if probe is not None:
+        write_probe(saved.file.with_suffix(".safetensors"), probe)
     records = read(out)
     text = f"{table(records).markdown()}\n{NOTE}\n"
     with writing(out, DataError):
@@ -206,16 +240,23 @@ def _run(args: Namespace) -> None:
     print(f"{text}\n{saved.file}\n{out / 'report.html'}")
 
 
+def _overrides(args: Namespace) -> dict[str, Any]:
+    """Of the weights; probes of single images do without the decoder."""
+    overrides = parse_overrides(args.overrides, {"device": "--device"})
+    seeded = {"seed": args.seed} if args.weights.startswith(f"{RANDOM}:") else {}
+    return seeded | overrides | ({"encoder_only": True} if args.task in ENCODER_ONLY else {})
+
+
 def load_weights(
-    spec: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
+    spec: str, name: str | None, device: torch.device, overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Encoder]:
     """Fields of a record of results that say what the weights are, and the model in eval mode.
 
-    `spec` and `overrides` are those of `fastmum.load_pretrained`; the name is by default that of the weights. `seed` is
-    that of random weights. Raises `WeightsError`.
+    `spec` and `overrides` are those of `fastmum.load_pretrained`; the name is by default that of the weights. Raises
+    `WeightsError`.
     """
-    dtype, seeded = overrides.get("dtype", torch.float32), {"seed": seed} if spec.startswith(f"{RANDOM}:") else {}
-    pretrained = read_pretrained(spec, **seeded | {key: value for key, value in overrides.items() if key != "dtype"})
+    dtype = overrides.get("dtype", torch.float32)
+    pretrained = read_pretrained(spec, **{key: value for key, value in overrides.items() if key != "dtype"})
     about = {"weights": name or pretrained.name, "source": spec, "frames": pretrained.frames}
     return about | {"encoder": pretrained.about}, build(pretrained, device, dtype)
 
@@ -274,7 +315,9 @@ def _with_pictures(
         draw = draw or (lambda pair: draw_warp(pair, warps[pairs.pairs.index(pair)], result.size))
         first = pairs.first(args.pictures).pairs
         few = [draw(each) for each in progress_bar(first, desc="drawing", unit="pair", leave=False)]
-    return pairs.name, {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)} | result.numbers, few
+    return Evaluated(
+        pairs.name, {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)} | result.numbers, few
+    )
 
 
 def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
@@ -285,7 +328,8 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     patches = (result.size // patch_size(model)) ** 2
     few = evenly(list(result.targets), args.pictures)
     batches = (target_batch(sequences, target, settings, result.size, patches) for target in few)
-    return sequences.name, result.numbers, [draw_views(model, batch, settings.mask_ratio) for batch in batches]
+    drawn = [draw_views(model, batch, settings.mask_ratio) for batch in batches]
+    return Evaluated(sequences.name, result.numbers, drawn)
 
 
 def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Trained]:
@@ -308,7 +352,31 @@ def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluate
             lambda batch: estimate(model, batch.images, points), manifests, protocol,
             args.size or protocol.size or trained.image_size, patch, not args.square, args.max_pairs, args.pictures,
         )  # fmt: skip
-    return name, scored.numbers, scored.pictures
+    return Evaluated(name, scored.numbers, scored.pictures)
+
+
+def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
+    on_gpu = next(encoder.parameters()).device.type == "cuda"
+    steps, versions = args.steps or (DEPTH_STEPS if on_gpu else DEPTH_STEPS_CPU), args.versions
+    lists = {name: tuple(getattr(args, name)) for name in ("heads", "learning_rates", "weight_decays")}
+    versions = int(not on_gpu) if versions is None else versions
+    settings = _settings(DepthSettings, args, ("batch", "loss", "seed"), steps=steps, versions=versions, **lists)
+    test, train = (open_depth(name, part).resized(args.size) for name, part in (
+        (args.data, "test"), (args.train_data or args.data, "train"))
+    )  # fmt: skip
+    if shared := {frame.file for frame in train.frames} & {frame.file for frame in test.frames} - {None}:
+        raise DataError(f"--train-data and --data share '{min(map(str, shared))}'; name a --train-data of other images")
+    claim(test.name)
+    with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
+        kept = args.cache or (Path(folder) if versions else None)
+        result = evaluate_depth(
+            encoder, test, train, settings, args.choose_on == "train",
+            kept and open_cache(kept, encoder), args.max_pairs, args.pictures,
+        )  # fmt: skip
+    used = of_encoder(encoder, args.weights, _overrides(args))
+    about = {"task": "depth", **used, **result.best.about(), "loss": settings.loss, "size": result.longest}
+    about |= {"max_depth": train.protocol.max_depth}
+    return Evaluated(test.name, result.numbers, result.pictures, Probe(result.best.head.state_dict(), about))
 
 
 EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
@@ -318,6 +386,7 @@ EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]]
     "attention": ("matching by the decoder's attention across views, with pictures", _attention),
     "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),
     "reconstruction": ("cameras and points of a run of reconstruction, with pictures", _reconstruction),
+    "depth": ("depth of single images by linear heads on frozen features, for `fastmum predict`", _depth),
 }
 
 

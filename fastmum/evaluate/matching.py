@@ -59,19 +59,24 @@ class ProbeSettings:
     seed: int = 0  # of the order of pairs
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if not self.learning_rates or not all(0 < rate < inf for rate in self.learning_rates):
-            raise ValueError(f"learning_rates are {list(self.learning_rates)}, but must be positive")
-        if not self.weight_decays or not all(0 <= decay < inf for decay in self.weight_decays):
-            raise ValueError(f"weight_decays are {list(self.weight_decays)}, but must be at least 0")
+        check_sweep(self)
         if not 0 < self.temperature < inf:
             raise ValueError(f"temperature is {self.temperature}, but must be positive")
 
     def probes(self) -> list[tuple[float, float]]:
         """(learning rate, weight decay) of each probe."""
         return list(itertools.product(self.learning_rates, self.weight_decays))
+
+
+def check_sweep(settings: Any) -> None:
+    """ValueError, which starts with the field, for steps, learning rates or weight decays of probes out of range."""
+    for name in ("steps", "batch", "evaluate_every"):
+        if getattr(settings, name, 1) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}, but must be at least 1")
+    if not settings.learning_rates or not all(0 < rate < inf for rate in settings.learning_rates):
+        raise ValueError(f"learning_rates are {list(settings.learning_rates)}, but must be positive")
+    if not settings.weight_decays or not all(0 <= decay < inf for decay in settings.weight_decays):
+        raise ValueError(f"weight_decays are {list(settings.weight_decays)}, but must be at least 0")
 
 
 def evaluate_matching(

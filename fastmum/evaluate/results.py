@@ -43,19 +43,25 @@ SCORES = {
     "recall": "Recall ↑", "recall_1cm": "1 cm ↑", "recall_2cm": "2 cm ↑", "recall_5cm": "5 cm ↑",
     "auc30": "AUC@30 ↑", "auc15": "AUC@15 ↑", "auc5": "AUC@5 ↑", "auc3": "AUC@3 ↑", "acc_mean": "acc ↓",
     "acc_median": "acc median ↓", "comp_mean": "comp ↓", "comp_median": "comp median ↓", "nc_mean": "normals ↑",
-    "nc_median": "normals median ↑", "abs_rel": "AbsRel ↓",
+    "nc_median": "normals median ↑", "abs_rel": "AbsRel ↓", "rmse": "RMSE ↓", "a1": "δ₁ ↑",
 }  # fmt: skip
 OTHER_VIEWS = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
-THREE_DIGITS = ("acc_", "comp_", "nc_", "abs_rel", "views_")  # starts of the names of scores
+NAMED = ("per_pair_epe", "per_sequence", "per_image")  # scores by the names of what was measured
+THREE_DIGITS = ("acc_", "comp_", "nc_", "abs_rel", "rmse", "a1", "views_")  # starts of the names of scores
 VIEWS = "views_"  # prefix of scores that are losses; the number of views follows
-COUNTED = {"views": " frames", "reconstruction": " sequences"}  # what the numbers of other tasks than pairs count
+COUNTED = {
+    "views": " frames",
+    "reconstruction": " sequences",
+    "depth": " images",
+}  # what the numbers of other tasks than pairs count
 NONE = "–"
 NOTE = (
     "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
     "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine). "
     "Masked loss: of the same frames, without and with the nearest other views; 1.0 is the loss of predicting each "
     "patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to true points and the "
-    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp."
+    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp. Depth: RMSE in metres, δ₁ the share "
+    "of pixels within a factor of 1.25, means over images."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
@@ -67,6 +73,7 @@ CAPTIONS = {
     "attention": "attention of the framed patch of A to the patches of B in the decoder's global blocks, mean over "
     "heads; the cross is its true place",
     "reconstruction": "frames with true and predicted depth and its error; cameras and points from above, aligned",
+    "depth": "image, true depth, the best head's depth and its relative error (up to 0.5); white: unknown",
     "views": "a frame, its visible patches, and predictions from it alone, with the nearest other views, and with as "
     "many views of another scene",
 }
@@ -121,9 +128,7 @@ def measured_on(content: dict[str, Any]) -> Measured:
     settings = content["settings"]
     numbers = content.get("pairs", settings.get("targets", content["scores"].get("pairs"))), settings.get("size")
     count, size = (int(each) if isinstance(each, int | float) else None for each in numbers)
-    return Measured(
-        content["set"], count, frozenset(content.get("per_pair_epe", content.get("per_sequence", ()))), size
-    )
+    return Measured(content["set"], count, frozenset(next((content[key] for key in NAMED if key in content), ())), size)
 
 
 def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
