@@ -117,7 +117,9 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     weights = "weights to evaluate, see below"
     size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
-    pairs = "evaluate on N pairs (views: frames, reconstruction: sequences, depth: images), evenly spread over the set (default: all)"
+    pairs = (
+        "evaluate on N pairs (views: frames, reconstruction: sequences, depth: images), evenly spread (default: all)"
+    )
     seed = "of random weights, of the order of training pairs, and of masks (%(default)s)"
     add("--weights", required=True, metavar="W", help=weights)
     add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
@@ -368,11 +370,10 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
         raise DataError(f"--train-data and --data share '{min(map(str, shared))}'; name a --train-data of other images")
     claim(test.name)
     with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
-        kept = args.cache or (Path(folder) if versions else None)
+        cache = open_cache(args.cache or Path(folder), encoder) if args.cache or versions else None
         result = evaluate_depth(
-            encoder, test, train, settings, args.choose_on == "train",
-            kept and open_cache(kept, encoder), args.max_pairs, args.pictures,
-        )  # fmt: skip
+            encoder, test, train, settings, args.choose_on == "train", cache, args.max_pairs, args.pictures
+        )
     used = of_encoder(encoder, args.weights, _overrides(args))
     about = {"task": "depth", **used, **result.best.about(), "loss": settings.loss, "size": result.longest}
     about |= {"max_depth": train.protocol.max_depth}

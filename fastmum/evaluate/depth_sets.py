@@ -20,6 +20,7 @@ from fastmum.files import expand_user
 from fastmum.geometry import View, crop_resize
 from fastmum.geometry.crop import Box, flip
 from fastmum.geometry.metrics import DepthCrop
+from fastmum.tasks.depth import scaled
 
 ANGLE = 2.5  # degrees
 GAMMA, COLOUR = (0.9, 1.1), (0.9, 1.1)  # ranges, of values of 0 to 255
@@ -195,9 +196,3 @@ def scored_view(view: View, protocol: DepthProtocol) -> tuple[np.ndarray, np.nda
     if size == view.size:
         return view.image, depth
     return np.asarray(Image.fromarray(view.image).resize(size, Image.Resampling.BILINEAR)), depth
-
-
-def scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Width and height with another longer side."""
-    width, height = (max(1, round(side * longest / max(size))) for side in size)
-    return width, height

@@ -60,8 +60,8 @@ NOTE = (
     "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine). "
     "Masked loss: of the same frames, without and with the nearest other views; 1.0 is the loss of predicting each "
     "patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to true points and the "
-    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp. Depth: RMSE in metres, δ₁ the share "
-    "of pixels within a factor of 1.25, means over images."
+    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp. Depth: RMSE in "
+    "metres, δ₁ the share of pixels within a factor of 1.25, means over images."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide

@@ -9,7 +9,7 @@ Legend: B images, P patches of the grid (h, w), n blocks, D width, C = channels 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -83,7 +83,7 @@ class DepthHead(nn.Module):
         self.conv_depth = nn.Conv2d(channels, bins, 1)
         if kind.batch_norm:
             nn.init.normal_(self.conv_depth.weight, std=0.01)
-            nn.init.zeros_(self.conv_depth.bias)
+            nn.init.constant_(cast(Tensor, self.conv_depth.bias), 0)
         self.register_buffer("bins", torch.linspace(min_depth, max_depth, bins))  # metres, both ends included
 
     def forward(self, patch: Tensor, cls: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -222,6 +222,12 @@ def fit_patches(view: View, encoder: Encoder) -> View:
     p = encoder.config.patch_size
     width, height = (-(-side // p) * p for side in view.size)
     return pad(view, (width, height), [round(255 * value) for value in encoder.mean])
+
+
+def scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Width and height with another longer side."""
+    width, height = (max(1, round(side * longest / max(size))) for side in size)
+    return width, height
 
 
 @torch.no_grad()
