@@ -21,12 +21,12 @@ from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discr
 from fastmum.evaluate.depth import DepthSettings, evaluate_depth, open_cache
 from fastmum.evaluate.depth_sets import KINDS, open_depth
 from fastmum.evaluate.features import check_size, patch_size
-from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
+from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Protocol, Result
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
-from fastmum.evaluate.records import check_free, make_folder, printable, read, save
+from fastmum.evaluate.records import MATCHING, check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, page, table
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
 from fastmum.features.probe import Probe, of_encoder, write_probe
@@ -40,7 +40,7 @@ from fastmum.tasks.reconstruction.infer import Trained, estimate, load_run
 
 T = TypeVar("T")
 
-STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and minutes on a CPU
+CPU_STEPS = 200  # of probes without a GPU: minutes
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
 ENCODER_ONLY = ("depth",)  # evaluations that need no decoder
@@ -95,7 +95,9 @@ def make_parser() -> argparse.ArgumentParser:
         if task in ("matching", "discriminant"):
             _add_training_pairs(command)
         if task == "matching":
-            _add_training(command, ProbeSettings(), f"{STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU")
+            paper, author = (ProbeSettings.of(protocol).steps for protocol in get_args(Protocol))
+            _add_training(command, ProbeSettings(), f"{paper:,}, matchbench {author:,}, without a GPU {CPU_STEPS}")
+            command.set_defaults(learning_rates=None, weight_decays=None)
             every = "steps between evaluations (default: a tenth of --steps)"
             command.add_argument("--every", type=int, metavar="N", help=every)
         if task == "depth":
@@ -106,6 +108,9 @@ def make_parser() -> argparse.ArgumentParser:
             square = "resize to squares, as Poincar3 does with RealEstate10K and CO3D (default: keep the aspect ratio)"
             command.add_argument("--square", action="store_true", help=square)
             command.add_argument("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved")
+        if task in ("matching", "cosine"):
+            protocol = "patches: patch centres are scored; matchbench: every pixel, as the author runs it (%(default)s)"
+            command.add_argument("--protocol", choices=get_args(Protocol), default="patches", help=protocol)
         if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
             command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
@@ -227,7 +232,8 @@ def _run(args: Namespace) -> None:
         encoder = model
     if args.size is not None:
         check_size(encoder, args.size)
-    about = printable({"task": args.task, "set": "", **weights, "data": args.data})
+    protocol = {"protocol": getattr(args, "protocol", "patches")} if args.task in MATCHING else {}
+    about = printable({"task": args.task, "set": "", **weights, "data": args.data, **protocol})
     _, evaluate = EVALUATIONS[args.task]
     set_name, numbers, pictures, probe = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
     about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
@@ -264,10 +270,12 @@ def load_weights(
 
 
 def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
-    steps = args.steps or STEPS[next(model.parameters()).device.type]
-    rates, decays, every = tuple(args.learning_rates), tuple(args.weight_decays), args.every or max(1, steps // 10)
-    more = {"steps": steps, "evaluate_every": every, "learning_rates": rates, "weight_decays": decays}
-    settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed"), **more)
+    defaults, on_gpu = ProbeSettings.of(args.protocol), next(model.parameters()).device.type == "cuda"
+    steps = args.steps or (defaults.steps if on_gpu else CPU_STEPS)
+    more: dict[str, Any] = {"steps": steps, "evaluate_every": args.every or max(1, steps // 10)}
+    for name in ("learning_rates", "weight_decays"):
+        more[name] = tuple(getattr(defaults, name) if getattr(args, name) is None else getattr(args, name))
+    settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed", "protocol"), **more)
     pairs, train = _open_both(args, claim)
     return _with_pictures(
         args, pairs, evaluate_matching(model, pairs, train, settings, args.size, args.choose_on == "train", args.cache)
@@ -284,7 +292,8 @@ def _discriminant(args: Namespace, model: Any, claim: Claim) -> Evaluated:
 def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
     """Pairs to evaluate on and to train on; `DataError` if they share a frame."""
     separate = args.train_data is not None and not same_set(args.train_data, args.data)
-    pairs = open_pairs(args.data, "all" if separate else "test")
+    matchbench = getattr(args, "protocol", "") == "matchbench"
+    pairs = open_pairs(args.data, "all" if separate else "test", matchbench)
     train = open_pairs(args.train_data, "trainable") if separate else open_pairs(args.data, "train")
     if separate and (shared := overlap(train, pairs)):
         raise DataError(
@@ -296,9 +305,10 @@ def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
 
 
 def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluated:
-    pairs = open_pairs(args.data).first(args.max_pairs)
+    pairs = open_pairs(args.data, matchbench=args.protocol == "matchbench").first(args.max_pairs)
     claim(pairs.name)
-    return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature, args.cache))
+    result = evaluate_cosine(model, pairs, args.size, args.temperature, args.cache, args.protocol)
+    return _with_pictures(args, pairs, result)
 
 
 def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluated:

@@ -4,25 +4,27 @@ The kernel nearest-neighbour matcher is RoMa's coarse matcher with an exponentia
 mean of the best patch and its four neighbours. A probe is a square matrix applied to frozen features, one for each
 learning rate and weight decay. They form one tensor, so that a step reads the features once for all of them.
 
+The protocol "matchbench" is the one that MuM's author has published since (davnords/poincar3, `matchbench`).
+
 Legend: Q probes, B pairs of a step, N pairs, P patches of a frame, D width.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmum.data.errors import DataError
-from fastmum.evaluate.features import NORMS, Prepared, Truth, prepare
+from fastmum.evaluate.features import NORMS, Norm, Prepared, Truth, prepare, true_warps
 from fastmum.evaluate.pairs import PairSet
 from fastmum.evaluate.recall import object_recall
-from fastmum.geometry.metrics import MatchScores, match_errors, match_scores, pair_epe
+from fastmum.geometry.metrics import STANDARD, MatchScores, match_errors, match_scores, pair_epe
 from fastmum.geometry.warp import grid_points
 from fastmum.progress import progress_bar
 
@@ -31,6 +33,9 @@ TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the 
 BATCH = 8  # pairs matched at once by cosine similarity
 SHRINKAGE = 0.01  # of the covariance of true matches
 EVERY = 6  # every sixth training scene is left out to choose the probe
+Protocol = Literal["patches", "matchbench"]
+# Of matchbench: joint norm of the gradients of all probes; share of the steps after which learning rates are divided.
+CLIP, DECAY_AT, DECAY = 0.01, 0.9, 0.1
 
 
 class Result(NamedTuple):
@@ -56,7 +61,17 @@ class ProbeSettings:
     learning_rates: tuple[float, ...] = (1e-5, 1e-4, 1e-3, 1e-2)
     weight_decays: tuple[float, ...] = (0.0, 1e-2, 1e-1)
     temperature: float = TEMPERATURE  # of the matcher
-    seed: int = 0  # of the order of pairs
+    seed: int = 0  # of the order of pairs, and of the first weights of matchbench
+    protocol: Protocol = "patches"
+
+    @classmethod
+    def of(cls, protocol: Protocol, **fields: Any) -> Self:
+        """Settings with the defaults of a protocol: matchbench has 10,000 steps, ten rates and three decays."""
+        author: dict[str, Any] = {
+            "steps": 10_000, "evaluate_every": 1_000, "weight_decays": (1e-2, 1e-3, 5e-2),
+            "learning_rates": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+        }  # fmt: skip
+        return cls(protocol=protocol, **(author if protocol == "matchbench" else {}) | fields)
 
     def __post_init__(self) -> None:
         check_sweep(self)
@@ -83,7 +98,11 @@ def evaluate_matching(
     encoder: nn.Module, pairs: PairSet, train_pairs: PairSet, settings: ProbeSettings | None = None,
     size: int | None = None, choose_on_train: bool = False, cache: Path | None = None,
 ) -> Result:  # fmt: skip
-    """Train linear probes on frozen features (`patch_features`), each training pair both ways, and score the best one.
+    """Train linear probes on frozen features (`patch_features`), and score the best one.
+
+    By the protocol "patches", features are normed, each training pair is used both ways, and the warps of patch centres
+    are scored. By "matchbench", features are those before the last norm, pairs are used as listed, and every pixel of
+    448 x 448 is scored.
 
     The best probe and its best evaluation are chosen on the test pairs, as in the paper, or with `choose_on_train` on
     every sixth training scene, which is left out of training. `cache` is a folder for features, see `prepare`.
@@ -93,21 +112,33 @@ def evaluate_matching(
     few training scenes to leave one out. FloatingPointError: every probe diverged.
     """
     settings, size = settings or ProbeSettings(), size or pairs.size
-    device = next(encoder.parameters()).device
-    test = prepare(encoder, pairs, size, ("layernorm",), cache)["layernorm"]
+    device, matchbench = next(encoder.parameters()).device, settings.protocol == "matchbench"
+    norm: Norm = "raw" if matchbench else "layernorm"
+
+    def prepared(each: PairSet) -> Prepared:
+        return prepare(encoder, each, size, (norm,), cache, scaled=not matchbench)[norm]
+
+    test = prepared(pairs)
     left, chosen_on = leave_out(train_pairs) if choose_on_train else (train_pairs, pairs)
-    train = prepare(encoder, left.both_ways(), size, ("layernorm",), cache)["layernorm"]
-    choice = prepare(encoder, chosen_on, size, ("layernorm",), cache)["layernorm"] if choose_on_train else test
-    history, (probe, evaluation), matrix = train_probes(train, choice, settings, device)
+    train = prepared(left if matchbench else left.both_ways())
+    choice = prepared(chosen_on) if choose_on_train else test
+    scored = scored_points(test, settings.protocol)
+    choice_scored = scored_points(choice, settings.protocol) if choose_on_train else scored
+    history, (probe, evaluation), matrix = train_probes(train, choice, settings, device, choice_scored)
     warps = match_pairs(test, settings.batch, settings.temperature, device, matrix[None])[0]
     probes: list[dict[str, Any]] = [{"learning_rate": rate, "weight_decay": decay} for rate, decay in settings.probes()]
     best = {**probes[probe], "step": history[evaluation].step}
     for i, each in enumerate(probes):
         each["evaluations"] = [{"step": e.step, "train_loss": e.losses[i], **e.scores[i].as_dict()} for e in history]
-    fields = {name: getattr(settings, name) for name in ("steps", "batch", "evaluate_every", "temperature", "seed")}
-    about = {"size": size, **fields, "train_set": train_pairs.name, "train_pairs": len(left.pairs)}
+    names = "steps", "batch", "evaluate_every", "temperature", "seed", "protocol"
+    about = {
+        "size": size,
+        **{name: getattr(settings, name) for name in names},
+        "train_set": train_pairs.name,
+        "train_pairs": len(left.pairs),
+    }
     about |= {"chosen_on": "left-out training scenes" if choose_on_train else "test pairs"}
-    numbers = measured(warps, test.truth) | {"best": best, "probes": probes, "settings": about}
+    numbers = measured(warps, test.truth, scored) | {"best": best, "probes": probes, "settings": about}
     return Result(numbers, warps, size)
 
 
@@ -133,7 +164,7 @@ def evaluate_discriminant(
     test = prepare(encoder, pairs, size, ("layernorm",), cache)["layernorm"]
     train = prepare(encoder, train_pairs, size, ("layernorm",), cache)["layernorm"]
     warps = match_pairs(test, BATCH, temperature, device, discriminant(train, device)[None])[0]
-    about = {"size": size, "temperature": temperature, "shrinkage": SHRINKAGE}
+    about = {"size": size, "temperature": temperature, "shrinkage": SHRINKAGE, "protocol": "patches"}
     trained = {"train_set": train_pairs.name, "train_pairs": len(train_pairs.pairs)}
     return Result(measured(warps, test.truth) | {"settings": about | trained}, warps, size)
 
@@ -163,11 +194,12 @@ def discriminant(train: Prepared, device: torch.device, shrinkage: float = SHRIN
 
 def evaluate_cosine(
     encoder: nn.Module, pairs: PairSet, size: int | None = None, temperature: float = TEMPERATURE,
-    cache: Path | None = None,
+    cache: Path | None = None, protocol: Protocol = "patches",
 ) -> Result:  # fmt: skip
     """Score matching by cosine similarity, with and without the encoder's last LayerNorm, as Siméoni et al. do.
 
-    Sets of scenes are scored by dense warps, sets of objects by Probe3D's recall. `size` defaults to that of the set.
+    Sets of scenes are scored by dense warps at the points of the protocol, see `evaluate_matching`, sets of objects by
+    Probe3D's recall. `size` defaults to that of the set.
     The result has "layernorm" and "raw" with the "scores" of each, "best" the better one, and its "scores".
     DataError: a set that cannot be read or does not fit the encoder.
     """
@@ -180,25 +212,67 @@ def evaluate_cosine(
     device = next(encoder.parameters()).device
     prepared = prepare(encoder, pairs, size, cache=cache)
     warps = {norm: match_pairs(data, BATCH, temperature, device) for norm, data in prepared.items()}
-    found = {norm: measured(warps[norm], data.truth) for norm, data in prepared.items()}
+    truth = prepared["raw"].truth
+    scored = scored_points(prepared["raw"], protocol)
+    found = {norm: measured(warps[norm], truth, scored) for norm in prepared}
     best = min(NORMS, key=lambda norm: found[norm]["scores"]["epe"])
     by_norm: dict[str, Any] = {norm: {"scores": found[norm]["scores"]} for norm in NORMS}
-    settings = {"size": size, "temperature": temperature}
+    settings = {"size": size, "temperature": temperature, "protocol": protocol}
     return Result({**by_norm, "best": best, "settings": settings, **found[best]}, warps[best], size)
 
 
-def measured(warps: Tensor, truth: Truth) -> dict[str, Any]:
-    """Scores of warps (N, P, 2) and of the identity warp, and the end-point error of each pair."""
-    identity = grid_points(*truth.grid).expand_as(truth.target)
-    errors, errors_identity = (match_errors(points, truth.target) for points in (warps, identity))
-    found, found_identity = match_scores(torch.stack([errors, errors_identity]), truth.visible)
-    by_pair = zip(truth.pairs.pairs, pair_epe(errors, truth.visible), strict=True)
+def measured(warps: Tensor, truth: Truth, scored: Truth | None = None) -> dict[str, Any]:
+    """Scores of warps (N, P, 2) of the grid of `truth` and of the identity warp at the points `scored`; pairs' errors.
+
+    `scored` is by default `truth`, see `scored_points`.
+    """
+    scored = scored or truth
+    both = torch.stack([warps.double(), grid_points(*truth.grid).expand(warps.shape)])
+    (found, identity), by_pair = score_warps(both, truth.grid, scored, warps.device)
     return {
         "scores": found.as_dict(),
-        "no_motion": found_identity.as_dict(),
-        "per_pair_epe": {pair.name: error for pair, error in by_pair},
-        "visible_share": truth.visible.double().mean().item(),
+        "no_motion": identity.as_dict(),
+        "per_pair_epe": {pair.name: error for pair, error in zip(truth.pairs.pairs, by_pair, strict=True)},
+        "visible_share": scored.visible.double().mean().item(),
     }
+
+
+def scored_points(data: Prepared, protocol: Protocol) -> Truth:
+    """The true warps that a protocol scores: of patch centres, or of all pixels of 448 x 448, 1.8 MB a pair."""
+    return true_warps(data.truth.pairs, STANDARD, torch.float32) if protocol == "matchbench" else data.truth
+
+
+def score_warps(
+    warps: Tensor, grid: tuple[int, int], truth: Truth, device: torch.device
+) -> tuple[list[MatchScores], list[float | None]]:
+    """Scores of warps (Q, N, P, 2) of a grid, and the end-point error of each pair by the first of them.
+
+    If `truth` is that of pixels, warps are interpolated bilinearly, and scores are means over the visible pixels of 8
+    pairs in random order, then over these batches, as matchbench has them. Else see `match_scores`.
+    """
+    if truth.grid == grid:
+        errors = match_errors(warps, truth.target)
+        return match_scores(errors, truth.visible), pair_epe(errors[0], truth.visible)
+    by_pair: list[float | None] = [None] * len(truth.visible)
+    found: list[list[MatchScores]] = [[] for _ in warps]
+    order = torch.randperm(len(truth.visible), generator=torch.Generator().manual_seed(0))
+    for pairs in order.split(BATCH):
+        visible, target = truth.visible[pairs].to(device), truth.target[pairs].to(device)
+        if not visible.any():
+            continue
+        for i, each in enumerate(warps):
+            maps = each[pairs].to(device, torch.float32).mT.unflatten(2, grid)
+            fine = F.interpolate(maps, truth.grid, mode="bilinear", align_corners=False).flatten(2).mT
+            errors = match_errors(fine, target)
+            found[i] += match_scores(errors.view(1, 1, -1), visible.view(1, -1))
+            if i == 0:
+                for pair, error in zip(pairs.tolist(), pair_epe(errors, visible), strict=True):
+                    by_pair[pair] = error
+    seen, scores = int(truth.visible.any(-1).sum()), []
+    for each in found:
+        means = [sum(values) / len(values) for values in zip(*map(astuple, each), strict=True)]
+        scores.append(replace(MatchScores(*means), pairs=seen))
+    return scores, by_pair
 
 
 def cosine_logits(a: Tensor, b: Tensor, temperature: float = TEMPERATURE) -> Tensor:
@@ -230,7 +304,7 @@ def nearest_patch(points: Tensor, grid: tuple[int, int]) -> Tensor:
 def match_pairs(
     data: Prepared, batch: int, temperature: float, device: torch.device, stack: Tensor | None = None
 ) -> Tensor:
-    """Warps (N, P, 2) of all pairs by their features, or (Q, N, P, 2) by each probe (Q, D, D), on the CPU."""
+    """Warps (N, P, 2) of all pairs by their features, or (Q, N, P, 2) by each probe of a stack, on the CPU."""
     warps = []
     for pairs in torch.arange(len(data.first)).split(batch):
         a, b = (each if stack is None else project(stack, each) for each in data.of(pairs, device))
@@ -251,18 +325,30 @@ class Trained(NamedTuple):
 
     history: list[Evaluated]
     best: tuple[int, int]  # indices of the probe and of the evaluation
-    matrix: Tensor  # (D, D) that probe at that evaluation
+    matrix: Tensor  # (D, D) that probe at that evaluation, (D + 1, D) if it has a bias
 
 
-def train_probes(train: Prepared, choice: Prepared, settings: ProbeSettings, device: torch.device) -> Trained:
-    """Train all probes in one pass and keep the best on `choice`. They start as the identity, which is cosine matching.
+def train_probes(
+    train: Prepared, choice: Prepared, settings: ProbeSettings, device: torch.device, scored: Truth | None = None
+) -> Trained:
+    """Train all probes in one pass and keep the best on `choice`, of which the points `scored` count.
+
+    They start as the identity, which is cosine matching. Those of matchbench have a bias and start as PyTorch's linear
+    layers; the loss is their mean, and their gradients are clipped together.
 
     FloatingPointError: no probe gave a finite warp at any evaluation.
     """
     probes, width, steps = settings.probes(), train.features.shape[-1], settings.steps
-    stack = torch.eye(width, device=device).repeat(len(probes), 1, 1)
-    matrices = list(stack.unbind())  # views: the optimizer updates the stack
-    groups = [{"params": [each], "lr": lr, "weight_decay": wd} for each, (lr, wd) in zip(matrices, probes, strict=True)]
+    scored, matchbench = scored or choice.truth, settings.protocol == "matchbench"
+    if matchbench:
+        rng, bound = torch.Generator().manual_seed(settings.seed), width**-0.5
+        stack = (2 * torch.rand(len(probes), width + 1, width, generator=rng) - 1).mul(bound).to(device)
+    else:
+        stack = torch.eye(width, device=device).repeat(len(probes), 1, 1)
+    # Views: the optimizer updates the stack. Biases are not decayed, and have the same learning rate.
+    views, scale = [part for each in stack for part in each.split(width)], settings.batch / 8 if matchbench else 1.0
+    rates = [(lr * scale, decay) for lr, wd in probes for decay in (wd, 0.0)[: len(views) // len(probes)]]
+    groups = [{"params": [each], "lr": lr, "weight_decay": wd} for each, (lr, wd) in zip(views, rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, fused=True)
     history: list[Evaluated] = []
     best, least, kept = (0, 0), inf, stack[0]
@@ -274,15 +360,21 @@ def train_probes(train: Prepared, choice: Prepared, settings: ProbeSettings, dev
         target = nearest_patch(train.truth.target[pairs], train.truth.grid).to(device)
         logits, visible = cosine_logits(a, b, settings.temperature), train.truth.visible[pairs].to(device)
         losses = matching_losses(logits, target, visible)
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        for each, part in zip(matrices, gradient, strict=True):
-            each.grad = part
+        (gradient,) = torch.autograd.grad(losses.mean() if matchbench else losses.sum(), leaf)
+        if matchbench:
+            norm = gradient.norm()  # steps with an infinite one are skipped, as the author's loss scaler does
+            gradient = torch.where(norm.isfinite(), gradient * (CLIP / (norm + 1e-6)).clamp(max=1), 0)
+        for view, part in zip(views, (part for each in gradient for part in each.split(width)), strict=True):
+            view.grad = part
         optimizer.step()
+        if matchbench and step == int(DECAY_AT * steps):
+            for group in optimizer.param_groups:
+                group["lr"] *= DECAY
         total, since = total + losses.detach(), since + 1
         if step % settings.evaluate_every and step < steps:
             continue
         warps = match_pairs(choice, settings.batch, settings.temperature, device, stack)
-        found = match_scores(match_errors(warps, choice.truth.target), choice.truth.visible)
+        found, _ = score_warps(warps, choice.truth.grid, scored, device)
         history.append(Evaluated(step, (total / since).tolist(), found))
         probe = min(range(len(found)), key=lambda i: found[i].epe if isfinite(found[i].epe) else inf)
         if found[probe].epe < least:
@@ -304,8 +396,9 @@ def matching_losses(logits: Tensor, target: Tensor, visible: Tensor) -> Tensor:
 
 
 def project(stack: Tensor, features: Tensor) -> Tensor:
-    """Features (B, P, D) times every probe (Q, D, D) -> (Q, B, P, D)."""
-    return (features.flatten(0, 1) @ stack).unflatten(1, features.shape[:2])
+    """Features (B, P, D) times every probe (Q, D, D) -> (Q, B, P, D); row D of (Q, D + 1, D) is a bias."""
+    matrices, bias = stack.split([features.shape[-1], stack.shape[1] - features.shape[-1]], dim=1)
+    return (features.flatten(0, 1) @ matrices + bias.sum(1, keepdim=True)).unflatten(1, features.shape[:2])
 
 
 def _draw(data: Prepared, settings: ProbeSettings) -> Iterator[Tensor]:

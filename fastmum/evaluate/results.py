@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fastmum.evaluate.features import NORMS
-from fastmum.evaluate.records import MATCHERS, Record
+from fastmum.evaluate.records import MATCHERS, MATCHING, Record
 from fastmum.report.charts import Chart, Line, color
 from fastmum.report.page import embed, number, render
 
@@ -35,7 +35,8 @@ PUBLISHED_SCORES = {  # of sets; of the others EPE
     "navi": ("recall",), "co3d_test": ("auc30",), "realestate10k_test": ("auc30",),
     "dtu": ("acc_median", "comp_median"), "eth3d": ("acc_median", "comp_median"),
 }  # fmt: skip
-PUBLISHED_PAIRS = {"megadepth": 1500, "scannet": 1500, "realestate10k_test": 1386, "dtu": 22, "eth3d": 13}
+PUBLISHED_PROTOCOL = {"matching": "matchbench", "cosine": "matchbench"}  # of sets with EPE
+PUBLISHED_PAIRS = {"megadepth": 1000, "scannet": 1500, "realestate10k_test": 1386, "dtu": 22, "eth3d": 13}
 TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI", "co3d_test": "CO3D", "dtu": "DTU",
           "realestate10k_test": "RealEstate10K", "eth3d": "ETH3D"}  # fmt: skip
 SCORES = {
@@ -57,11 +58,11 @@ COUNTED = {
 NONE = "–"
 NOTE = (
     "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
-    "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine). "
-    "Masked loss: of the same frames, without and with the nearest other views; 1.0 is the loss of predicting each "
-    "patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to true points and the "
-    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp. Depth: RMSE in "
-    "metres, δ₁ the share of pixels within a factor of 1.25, means over images."
+    "5 cm, in percent. The paper's numbers are EPE by the protocol matchbench, and recall on NAVI (Table 4: linear "
+    "probe; Table 13: cosine). Masked loss: of the same frames, without and with the nearest other views; 1.0 is the "
+    "loss of predicting each patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to "
+    "true points and the reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp. Depth: "
+    "RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over images."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
@@ -106,6 +107,7 @@ class Measured(NamedTuple):
     pairs: int | None  # number of pairs, or of frames for "views"; None if an old result does not say it
     names: frozenset[str]  # of the pairs or sequences, empty if the result does not say them
     size: int | None  # side of the pictures in pixels
+    protocol: str | None = None  # of matching
 
 
 class ResultGroup(NamedTuple):
@@ -120,7 +122,7 @@ class ResultGroup(NamedTuple):
     def about(self) -> list[str]:
         """The set, the number of pairs, and the size, as text."""
         count = NONE if self.on.pairs is None else f"{self.on.pairs:,}{COUNTED.get(self.task, '')}"
-        return [self.label, count, NONE if self.on.size is None else str(self.on.size)]
+        return [self.label, count, NONE if self.on.size is None else str(self.on.size), self.on.protocol or NONE]
 
 
 def measured_on(content: dict[str, Any]) -> Measured:
@@ -128,7 +130,9 @@ def measured_on(content: dict[str, Any]) -> Measured:
     settings = content["settings"]
     numbers = content.get("pairs", settings.get("targets", content["scores"].get("pairs"))), settings.get("size")
     count, size = (int(each) if isinstance(each, int | float) else None for each in numbers)
-    return Measured(content["set"], count, frozenset(next((content[key] for key in NAMED if key in content), ())), size)
+    names = frozenset(next((content[key] for key in NAMED if key in content), ()))
+    protocol = content.get("protocol", "patches") if content["task"] in MATCHING else None
+    return Measured(content["set"], count, names, size, None if "recall" in content["scores"] else protocol)
 
 
 def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
@@ -143,13 +147,15 @@ def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
         same += [on.names] if on.names not in same else []
         other = f" ({same.index(on.names) + 1})" if same.index(on.names) else ""
         whole = {PUBLISHED_PAIRS.get(on.set), *(content.get("set_pairs") for content in results)} - {None}
-        paper = _published(task, on.set) if on.pairs is None or whole <= {on.pairs} else {}
+        same_points = on.protocol in (None, PUBLISHED_PROTOCOL.get(task))
+        paper = _published(task, on.set) if same_points and (on.pairs is None or whole <= {on.pairs}) else {}
         groups.append(ResultGroup(task, on, TITLES.get(on.set, on.set) + other, results, paper))
     for task in dict.fromkeys(each.task for each in groups):
         compared = {each.on.set for each in groups if each.task == task and each.paper}
         for name in dict.fromkeys(name for values in PUBLISHED.get(task, {}).values() for name in values):
             if name not in compared:
-                on = Measured(name, PUBLISHED_PAIRS.get(name), frozenset(), None)
+                protocol = PUBLISHED_PROTOCOL.get(task) if name not in PUBLISHED_SCORES else None
+                on = Measured(name, PUBLISHED_PAIRS.get(name), frozenset(), None, protocol)
                 groups.append(ResultGroup(task, on, TITLES[name], [], _published(task, name)))
     return sorted(groups, key=lambda each: [*MATCHERS].index(each.task))
 
@@ -165,7 +171,7 @@ def table(records: Sequence[Record]) -> ResultTable:
     results; its numbers are next to results on all pairs of a set only.
     """
     groups = group(record.content for record in records)
-    only = bool(records) and all(record.content["task"] == "reconstruction" for record in records)
+    only = bool(records) and all(record.content["task"] in ("reconstruction", "depth") for record in records)
     columns = _columns([record.content for record in records], always=() if only else ("epe",))
     tasks = [task for task in PUBLISHED if task != "reconstruction" or any(each.task == task for each in groups)]
     methods = list(dict.fromkeys(method for task in tasks for method in PUBLISHED[task]))
@@ -180,7 +186,7 @@ def table(records: Sequence[Record]) -> ResultTable:
                 cells = _cells(content["no_motion"], columns)
                 still.append(["no motion", *each.about(), NONE, *cells, *[NONE] * len(methods)])
     still = [row for i, row in enumerate(still) if row not in still[:i]]
-    names = ["matcher", "set", "pairs", "size", "weights", *map(score_title, columns)]
+    names = ["matcher", "set", "pairs", "size", "protocol", "weights", *map(score_title, columns)]
     return ResultTable([*names, *(f"paper: {method}" for method in methods)], still + rows)
 
 
@@ -236,10 +242,11 @@ def page(records: Sequence[Record]) -> str:
 
 def _title(group: ResultGroup) -> str:
     """The evaluation, the set, the number of pairs, and the size."""
-    label, count, size = group.about()
+    label, count, size, protocol = group.about()
     pairs = [] if count == NONE else [count if group.task in COUNTED else f"{count} pairs"]
     sizes = [] if size == NONE else [f"{size} × {size} px"]
-    return ", ".join([f"{MATCHERS[group.task].capitalize()}: {label}", *pairs, *sizes])
+    named = [] if protocol == NONE else [f"protocol {protocol}"]
+    return ", ".join([f"{MATCHERS[group.task].capitalize()}: {label}", *pairs, *sizes, *named])
 
 
 def _charts(content: dict[str, Any]) -> list[Chart]:

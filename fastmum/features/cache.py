@@ -67,9 +67,9 @@ def frozen_tokens(
 
     def compute(missing: Sequence[int]) -> list[Tokens]:
         layers = encoder.tokens(images[missing].to(next(encoder.parameters()).device), blocks, norm=norm)
-        patch = _half(torch.stack([layer.patch for layer in layers], 1))
+        patch = half(torch.stack([layer.patch for layer in layers], 1))
         classes = [layer.cls for layer in layers if layer.cls is not None]
-        cls = _half(torch.stack(classes, 1)) if classes else None
+        cls = half(torch.stack(classes, 1)) if classes else None
         if not patch.isfinite().all():
             raise FeaturesError("features are not finite: are the weights damaged?")
         place = Placement(*images.shape[1:3], *images.shape[1:3])
@@ -81,7 +81,7 @@ def frozen_tokens(
     return torch.stack([tokens.patch for tokens in found]), torch.stack(classes) if classes else None
 
 
-def _half(x: Tensor) -> Tensor:
+def half(x: Tensor) -> Tensor:
     """float16 on the CPU; the few channels of an encoder that are larger are cut off."""
     limit = torch.finfo(torch.float16).max
     return x.float().clamp(-limit, limit).to("cpu", torch.float16)

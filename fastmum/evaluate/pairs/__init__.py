@@ -50,8 +50,10 @@ SETS: dict[str, Layout] = {
 }  # fmt: skip
 
 
-def open_pairs(name: str, part: Part = "all") -> PairSet:
+def open_pairs(name: str, part: Part = "all", matchbench: bool = False) -> PairSet:
     """The set that a user names by a word, a path, or both with a colon between; DataError if it cannot be read.
+
+    With `matchbench`, MegaDepth's test pairs are the 1,000 random ones of that protocol.
 
     Of the parts, "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable"
     may be trained on if nothing of the set is tested on.
@@ -63,7 +65,8 @@ def open_pairs(name: str, part: Part = "all") -> PairSet:
         assert layout.embedded is not None
         return layout.embedded(part)
     assert layout.open is not None
-    return layout.open(path, part)
+    chosen = matchbench and part in ("test", "all") and layout is SETS["megadepth"]
+    return layout.open(path, "matchbench" if chosen else part)
 
 
 def same_set(one: str, other: str) -> bool:
