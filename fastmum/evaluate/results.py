@@ -122,7 +122,12 @@ class ResultGroup(NamedTuple):
     def about(self) -> list[str]:
         """The set, the number of pairs, and the size, as text."""
         count = NONE if self.on.pairs is None else f"{self.on.pairs:,}{COUNTED.get(self.task, '')}"
-        return [self.label, count, NONE if self.on.size is None else str(self.on.size), self.on.protocol or NONE]
+        return [self.label, count, NONE if self.on.size is None else str(self.on.size)]
+
+    @property
+    def protocol(self) -> str:
+        """Its name as text."""
+        return self.on.protocol or NONE
 
 
 def measured_on(content: dict[str, Any]) -> Measured:
@@ -179,14 +184,13 @@ def table(records: Sequence[Record]) -> ResultTable:
     for each in groups:
         paper = [_number(each.paper.get(method)) for method in methods]
         for content in each.contents or [{"weights": NONE, "scores": {}}]:
-            rows.append(
-                [MATCHERS[each.task], *each.about(), content["weights"], *_cells(content["scores"], columns), *paper]
-            )
+            about, cells = [MATCHERS[each.task], *each.about()], _cells(content["scores"], columns)
+            rows.append([*about, content["weights"], each.protocol, *cells, *paper])
             if "no_motion" in content:
                 cells = _cells(content["no_motion"], columns)
-                still.append(["no motion", *each.about(), NONE, *cells, *[NONE] * len(methods)])
+                still.append(["no motion", *each.about(), NONE, each.protocol, *cells, *[NONE] * len(methods)])
     still = [row for i, row in enumerate(still) if row not in still[:i]]
-    names = ["matcher", "set", "pairs", "size", "protocol", "weights", *map(score_title, columns)]
+    names = ["matcher", "set", "pairs", "size", "weights", "protocol", *map(score_title, columns)]
     return ResultTable([*names, *(f"paper: {method}" for method in methods)], still + rows)
 
 
@@ -242,10 +246,10 @@ def page(records: Sequence[Record]) -> str:
 
 def _title(group: ResultGroup) -> str:
     """The evaluation, the set, the number of pairs, and the size."""
-    label, count, size, protocol = group.about()
+    label, count, size = group.about()
     pairs = [] if count == NONE else [count if group.task in COUNTED else f"{count} pairs"]
     sizes = [] if size == NONE else [f"{size} × {size} px"]
-    named = [] if protocol == NONE else [f"protocol {protocol}"]
+    named = [] if group.protocol == NONE else [f"protocol {group.protocol}"]
     return ", ".join([f"{MATCHERS[group.task].capitalize()}: {label}", *pairs, *sizes, *named])
 
 
