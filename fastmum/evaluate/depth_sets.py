@@ -159,7 +159,7 @@ def train_view(view: View, protocol: DepthProtocol, rng: np.random.Generator) ->
     DataError: the image is smaller than the crop.
     """
     if protocol.train_box is not None:
-        view = crop_resize(view, protocol.train_box(*view.size))
+        view = cut(view, protocol.train_box(*view.size))
     if protocol.longest is not None:
         view = crop_resize(view, None, scaled(view.size, protocol.longest))
     if rng.random() < CHANCE:
@@ -167,16 +167,21 @@ def train_view(view: View, protocol: DepthProtocol, rng: np.random.Generator) ->
     if rng.random() < CHANCE:
         view = flip(view)
     if protocol.train_size is not None:
-        spare = [has - wanted for has, wanted in zip(view.size, protocol.train_size, strict=True)]
-        if min(spare) < 0:
-            raise DataError(f"an image of {view.size} pixels is smaller than the crop {protocol.train_size}")
-        left, top = (int(rng.integers(n + 1)) for n in spare)
-        view = crop_resize(view, (left, top, left + protocol.train_size[0], top + protocol.train_size[1]))
+        width, height = protocol.train_size
+        left, top = (int(rng.integers(max(0, n) + 1)) for n in (view.size[0] - width, view.size[1] - height))
+        view = cut(view, (left, top, left + width, top + height))
     if rng.random() < CHANCE:
         factors = rng.uniform(*protocol.brightness) * rng.uniform(*COLOUR, size=3)
         image = (view.image.astype(np.float32) ** rng.uniform(*GAMMA) * factors).clip(0, 255)
         view = View(np.rint(image).astype(np.uint8), None, view.depth)
     return view
+
+
+def cut(view: View, box: Box) -> View:
+    """A part of the view; DataError if it is not inside."""
+    if min(box) < 0 or box[2] > view.size[0] or box[3] > view.size[1]:
+        raise DataError(f"an image of {view.size[0]} x {view.size[1]} pixels does not hold the crop {box}")
+    return crop_resize(view, box)
 
 
 def rotate(view: View, degrees: float) -> View:
@@ -189,7 +194,7 @@ def rotate(view: View, degrees: float) -> View:
 def scored_view(view: View, protocol: DepthProtocol) -> tuple[np.ndarray, np.ndarray]:
     """The image (h, w, 3) uint8 that is predicted, and true depth (H, W) that the prediction is compared with."""
     if protocol.test_box is not None:
-        view = crop_resize(view, protocol.test_box(*view.size))
+        view = cut(view, protocol.test_box(*view.size))
     assert view.depth is not None
     depth = view.depth if protocol.cap is None else view.depth.clip(max=protocol.cap)
     size = protocol.test_size or (view.size if protocol.longest is None else scaled(view.size, protocol.longest))
