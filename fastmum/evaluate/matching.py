@@ -256,18 +256,17 @@ def score_warps(
     by_pair: list[float | None] = [None] * len(truth.visible)
     found: list[list[MatchScores]] = [[] for _ in warps]
     order = torch.randperm(len(truth.visible), generator=torch.Generator().manual_seed(0))
-    for pairs in order.split(BATCH):
-        visible, target = truth.visible[pairs].to(device), truth.target[pairs].to(device)
-        if not visible.any():
-            continue
+    for pairs in order[truth.visible.any(-1)[order]].split(BATCH):
+        visible = truth.visible[pairs].to(device)
+        target, every = truth.target[pairs].to(device)[visible], visible.new_ones(1, int(visible.sum()))
         for i, each in enumerate(warps):
             maps = each[pairs].to(device, torch.float32).mT.unflatten(2, grid)
             fine = F.interpolate(maps, truth.grid, mode="bilinear", align_corners=False).flatten(2).mT
-            errors = match_errors(fine, target)
-            found[i] += match_scores(errors.view(1, 1, -1), visible.view(1, -1))
+            errors = match_errors(fine[visible], target)
+            found[i] += match_scores(errors[None, None], every)
             if i == 0:
-                for pair, error in zip(pairs.tolist(), pair_epe(errors, visible), strict=True):
-                    by_pair[pair] = error
+                for pair, own in zip(pairs.tolist(), errors.split(visible.sum(1).tolist()), strict=True):
+                    by_pair[pair] = own.mean().item()
     seen, scores = int(truth.visible.any(-1).sum()), []
     for each in found:
         means = [sum(values) / len(values) for values in zip(*map(astuple, each), strict=True)]
