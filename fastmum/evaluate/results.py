@@ -215,7 +215,12 @@ def _columns(contents: Iterable[dict[str, Any]], always: tuple[str, ...]) -> lis
 
 
 def _cells(scores: dict[str, float | None], columns: list[str]) -> list[str]:
-    return [_number(scores.get(name), 3 if name.startswith(THREE_DIGITS) else 1) for name in columns]
+    return [_number(scores.get(name), digits(name)) for name in columns]
+
+
+def digits(name: str) -> int:
+    """Digits after the point that a score is printed with."""
+    return 3 if name.startswith(THREE_DIGITS) else 1
 
 
 def score_title(name: str) -> str:
