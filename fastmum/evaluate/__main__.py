@@ -16,7 +16,7 @@ from PIL import Image
 import fastmum
 from fastmum.data.errors import DataError
 from fastmum.engine.device import pick_device
-from fastmum.errors import FastmumError, program, run_command, writing
+from fastmum.errors import FastmumError, program, run_command, some_names, writing
 from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discriminant, evaluate_matching
 from fastmum.evaluate.depth import DepthSettings, evaluate_depth, open_cache
 from fastmum.evaluate.depth_sets import KINDS, open_depth
@@ -384,6 +384,10 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
         result = evaluate_depth(
             encoder, test, train, settings, args.choose_on == "train", cache, args.max_pairs, args.pictures
         )
+    for data, part in ((test, "test"), (train, "training")):
+        if data.skipped:
+            why = some_names([f"{name} ({reason})" for name, reason in data.skipped.items()], 3)
+            print(f"{data.name}: {len(data.skipped)} {part} images are skipped: {why}", file=sys.stderr)
     used = of_encoder(encoder, args.weights, _overrides(args))
     about = {"task": "depth", **used, **result.best.about(), "loss": settings.loss, "size": result.longest}
     about |= {"max_depth": train.protocol.max_depth}
