@@ -35,7 +35,7 @@ from fastmum.model.encoder import Encoder
 from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
-from fastmum.tasks.depth import HEADS, Loss
+from fastmum.tasks.depth import HEADS, LINEAR, Loss
 from fastmum.tasks.reconstruction.infer import Trained, estimate, load_run
 
 T = TypeVar("T")
@@ -159,10 +159,12 @@ def _add_training(parser: argparse.ArgumentParser, defaults: ProbeSettings | Dep
 def _add_depth(parser: argparse.ArgumentParser) -> None:
     defaults, add = DepthSettings(), parser.add_argument
     _add_training(parser, defaults, f"{DEPTH_STEPS:,} as in DINOv2, {DEPTH_STEPS_CPU} without a GPU")
-    heads = f"kinds of heads, each with every rate and decay: {', '.join(HEADS)} (%(default)s)"
+    heads = (
+        f"of {', '.join(HEADS)}, each with every rate and decay (default: lin1 and lin4, without a CLS token *-nocls)"
+    )
     versions = "augmented versions of each training image, encoded once (default: 1; 0, new ones for ever, on a GPU)"
     add("--train-data", metavar="DATA", help="images to train on (default: other images of --data)")
-    add("--heads", nargs="+", default=defaults.heads, metavar="HEAD", help=heads)
+    add("--heads", nargs="+", metavar="HEAD", help=heads)
     add("--loss", choices=get_args(Loss), default=defaults.loss, help="besides that of gradients (%(default)s)")
     add("--versions", type=int, metavar="N", help=versions)
     add("--cache", type=Path, metavar="DIR", help=CACHE)
@@ -370,7 +372,8 @@ def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluate
 def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
     on_gpu = next(encoder.parameters()).device.type == "cuda"
     steps, versions = args.steps or (DEPTH_STEPS if on_gpu else DEPTH_STEPS_CPU), args.versions
-    lists = {name: tuple(getattr(args, name)) for name in ("heads", "learning_rates", "weight_decays")}
+    lists = {name: tuple(getattr(args, name)) for name in ("learning_rates", "weight_decays")}
+    lists["heads"] = tuple(args.heads or (name for name in LINEAR if HEADS[name].cls == encoder.options.cls))
     versions = int(not on_gpu) if versions is None else versions
     settings = _settings(DepthSettings, args, ("batch", "loss", "seed"), steps=steps, versions=versions, **lists)
     test, train = (open_depth(name, part).resized(args.size) for name, part in (

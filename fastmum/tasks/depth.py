@@ -47,9 +47,11 @@ class HeadKind:
     beta2: float = 0.999  # of AdamW
 
 
-HEADS = {
+LINEAR = {  # DINOv2's
     "lin1": HeadKind(layers=1), "lin4": HeadKind(),
     "lin1-nocls": HeadKind(layers=1, cls=False), "lin4-nocls": HeadKind(cls=False),
+}  # fmt: skip
+HEADS = LINEAR | {
     "dinov3": HeadKind(1, cls=False, upsample=1, norm=True, batch_norm=True, gradient=0.0, beta2=0.99),
 }  # fmt: skip
 

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 import fastmum
-from fastmum import PRESETS, MuM
+from fastmum import PRESETS, ModelConfig, MuM
 from fastmum.data.errors import DataError
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.depth import DepthSettings, batches, evaluate_depth, open_cache, train_heads
 from fastmum.evaluate.depth_sets import open_depth
+from fastmum.model.encoder import Encoder
+from fastmum.model.options import EncoderOptions
 from fastmum.predict.__main__ import main as predict
 from fastmum.scenes import ensure_scenes
 
@@ -104,6 +106,20 @@ def test_heads_share_features_and_do_not_disturb_each_other(rendered, tmp_path, 
     )
     assert sum(calls) == 24  # all from the cache
     torch.testing.assert_close(one.head.conv_depth.weight, many[3].head.conv_depth.weight)
+
+
+def test_encoders_with_registers_and_without_cls(rendered):
+    """DINOv3 has registers, CroCo has no CLS."""
+    test, train = (open_depth(f"scenes:{rendered}", part).resized(48) for part in ("test", "train"))
+    for options, heads in (({"registers": 4}, ("lin4", "dinov3")), ({"cls": False}, ("lin4-nocls",))):
+        encoder = Encoder(ModelConfig(32, 2, 2, 32, 2, 2), EncoderOptions(**options)).eval()
+        settings = DepthSettings(2, 4, heads, (1e-3,), (0.01,))
+        result = evaluate_depth(encoder, test, train, settings, most=2)
+        assert result.best.head.conv_depth.in_channels == 32 * (
+            1 if result.best.name == "dinov3" else 2 * (1 + ("cls" not in options))
+        )
+    with pytest.raises(DataError, match="no CLS"):
+        evaluate_depth(encoder, test, train, replace(settings, heads=("lin4",)))
 
 
 def test_versions_repeat_and_new_ones_do_not(rendered):
