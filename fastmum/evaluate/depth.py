@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastmum.data.errors import DataError
 from fastmum.errors import some_names
 from fastmum.evaluate.depth_sets import DepthSet, read_view, scored_view, train_view
-from fastmum.evaluate.matching import check_sweep
+from fastmum.evaluate.matching import check_sweep, split_scenes
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.features import FeatureCache
 from fastmum.geometry import View
@@ -121,7 +121,10 @@ def evaluate_depth(
     settings = settings or DepthSettings()
     if any(HEADS[name].cls for name in settings.heads) and not encoder.options.cls:
         raise DataError("the encoder has no CLS token: use --heads lin1-nocls lin4-nocls")
-    kept, choice = train.left_out() if choose_on_train else (train, None)
+    kept, choice = train, None
+    if choose_on_train:
+        scenes = [str(Path(frame.key).parent) for frame in train.frames]
+        kept, choice = (replace(train, frames=f) for f in split_scenes(train.frames, scenes, train.name))
     candidates, losses = train_heads(encoder, kept, settings, cache)
     heads = [each.head for each in candidates]
     frames = evenly(test.frames, most)
@@ -138,7 +141,7 @@ def evaluate_depth(
     about |= {"size": test.protocol.longest, "max_depth": train.protocol.max_depth}
     about |= {"chosen_on": "left-out training scenes" if choice else "test images"}
     numbers = {
-        "pairs": len(scored), "set_pairs": len(test.frames) + len(test.skipped.keys() - {f.key for f in test.frames}),
+        "pairs": len(scored), "set_pairs": len(test.frames),
         "scores": {name: x for name, x in rows[best].items() if name in next(iter(scored.values()))[best]},
         "best": candidates[best].about(), "heads": rows, "settings": about,
         "per_image": {key: _finite(metrics[best]) for key, metrics in scored.items()},

@@ -71,18 +71,6 @@ class DepthSet:
             raise DataError(f"--size is {longest}, but the protocol of '{self.name}' fixes the size of its images")
         return replace(self, protocol=replace(self.protocol, longest=longest))
 
-    def left_out(self, every: int = 6) -> tuple[Self, Self]:
-        """The frames of most scenes (folders of images), and those of every sixth; DataError if there are fewer."""
-        scenes = list(dict.fromkeys(str(Path(frame.key).parent) for frame in self.frames))
-        if len(scenes) < every:
-            raise DataError(f"'{self.name}' has {len(scenes)} scenes to train on; {every} are needed to choose")
-        out = set(scenes[::every])
-        kept, left = (
-            [frame for frame in self.frames if (str(Path(frame.key).parent) in out) == is_out]
-            for is_out in (False, True)
-        )
-        return replace(self, frames=kept), replace(self, frames=left)
-
 
 @dataclass(frozen=True)
 class Listed:

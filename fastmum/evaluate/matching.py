@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from fastmum.evaluate.recall import object_recall
 from fastmum.geometry.metrics import STANDARD, MatchScores, match_errors, match_scores, pair_epe
 from fastmum.geometry.warp import grid_points
 from fastmum.progress import progress_bar
+
+T = TypeVar("T")
 
 TEMPERATURE = 0.1  # of the exponential cosine kernel; RoMa's Gaussian process has 0.2
 TAPS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # (row, column) offsets: the best patch and its neighbours
@@ -144,12 +146,21 @@ def evaluate_matching(
 
 def leave_out(pairs: PairSet) -> tuple[PairSet, PairSet]:
     """The pairs of most scenes, and those of every sixth scene; DataError if there are fewer than six scenes."""
-    scenes = list(dict.fromkeys(pair.scene for pair in pairs.pairs))
-    if len(scenes) < EVERY:
-        raise DataError(f"'{pairs.name}' has pairs of {len(scenes)} scenes to train on; {EVERY} are needed to choose")
-    out = set(scenes[::EVERY])
-    kept, left = ([p for p in pairs.pairs if (p.scene in out) == is_out] for is_out in (False, True))
+    kept, left = split_scenes(pairs.pairs, [pair.scene for pair in pairs.pairs], pairs.name)
     return replace(pairs, pairs=kept), replace(pairs, pairs=left)
+
+
+def split_scenes(items: list[T], scenes: list[str], name: str) -> tuple[list[T], list[T]]:
+    """The items of most scenes, and those of every sixth; errors as of `leave_out`, which name the set."""
+    distinct = list(dict.fromkeys(scenes))
+    if len(distinct) < EVERY:
+        raise DataError(f"'{name}' has {len(distinct)} scenes to train on; {EVERY} are needed to choose")
+    out = set(distinct[::EVERY])
+    kept, left = (
+        [item for item, scene in zip(items, scenes, strict=True) if (scene in out) == is_out]
+        for is_out in (False, True)
+    )
+    return kept, left
 
 
 def evaluate_discriminant(

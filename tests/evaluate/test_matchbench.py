@@ -12,6 +12,7 @@ from test_matching import CPU, GRID, hidden_signal
 from torch import nn
 
 from fastmum.evaluate import evaluate_cosine, evaluate_matching, open_pairs
+from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.features import load_image, patch_features, prepare, true_warps
 from fastmum.evaluate.matching import (
     BATCH,
@@ -22,6 +23,7 @@ from fastmum.evaluate.matching import (
     train_probes,
 )
 from fastmum.evaluate.pairs import Pair, PairSet, pair_warp
+from fastmum.evaluate.records import read
 
 
 def test_every_visible_pixel_counts_and_batches_are_averaged():
@@ -128,6 +130,29 @@ def test_evaluations_by_the_protocol(wall_pairs, by_colour):
     assert patches["scores"]["epe"] != pixels["scores"]["epe"]
     assert pixels["scores"]["epe"] == pytest.approx(patches["scores"]["epe"], rel=0.5)  # both are below half a patch
     assert json.dumps(pixels)
+
+
+def test_the_command_says_the_protocol(wall_file, tmp_path):
+    out = tmp_path / "out"
+    common = ["--weights", "random:mum_tiny", "--data", str(wall_file), "--out", str(out)]
+    common += ["--size", "64", "--pictures", "0", "--max-pairs", "2"]
+    few = ["--steps", "1", "--batch", "2", "--learning-rates", "1e-3"]
+    for protocol in ("patches", "matchbench"):
+        assert main(["matching", *common, *few, "--protocol", protocol]) == 0
+        assert main(["cosine", *common, "--protocol", protocol]) == 0
+    assert main(["discriminant", *common]) == 0
+    contents = [record.content for record in read(out)]
+    found = [(content["task"], content["protocol"], content["settings"]["protocol"]) for content in contents]
+    assert sorted(found) == [
+        (task, protocol, protocol)
+        for task, protocols in (("cosine", ("matchbench", "patches")), ("discriminant", ("patches",)),
+                                ("matching", ("matchbench", "patches")))
+        for protocol in protocols
+    ]  # fmt: skip
+    trained = {content["protocol"]: content for content in contents if content["task"] == "matching"}
+    assert [len(trained[name]["probes"]) for name in ("patches", "matchbench")] == [3, 3]
+    assert trained["patches"]["settings"]["train_pairs"] == trained["matchbench"]["settings"]["train_pairs"] == 4
+    assert "matchbench" in (out / "table.md").read_text()
 
 
 def test_pairs_of_megadepth(tmp_path, monkeypatch):
