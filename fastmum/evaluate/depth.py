@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastmum.data.errors import DataError
+from fastmum.data.samples import Frame
 from fastmum.errors import some_names
 from fastmum.evaluate.depth_sets import DepthSet, read_view, scored_view, train_view
 from fastmum.evaluate.matching import check_sweep, split_scenes
@@ -112,7 +113,7 @@ def evaluate_depth(
     which is then not trained on. "scores" are the means over images of its `depth_metrics`.
 
     Args:
-        cache: of `open_cache`; worth its space with `settings.versions`.
+        cache: of `open_cache`; training images are kept there if they have a number of versions.
         most: test images, evenly spread.
         pictures: test images that are drawn.
 
@@ -182,7 +183,7 @@ def train_heads(
         for group, each in zip(optimizer.param_groups, candidates, strict=True):
             group["lr"] = each.learning_rate * learning_rate_factor(step, steps)
             group["betas"] = momentum(step, steps), each.head.kind.beta2
-        encoded, true = EncodedImages(encoder, pixels, cache), true.to(device)
+        encoded, true = EncodedImages(encoder, pixels, cache if settings.versions else None), true.to(device)
         losses = []
         for each in candidates:
             loss = each.head.losses(each.head(*encoded.of(each.head.kind)), true, step < MEAN_ONLY * steps)
@@ -243,7 +244,7 @@ def batches(data: DepthSet, settings: DepthSettings, encoder: Encoder) -> Iterat
 
 
 def score_heads(
-    heads: list[DepthHead], encoder: Encoder, data: DepthSet, frames: list[Any], cache: FeatureCache | None = None
+    heads: list[DepthHead], encoder: Encoder, data: DepthSet, frames: list[Frame], cache: FeatureCache | None = None
 ) -> dict[str, list[dict[str, float]]]:
     """The `depth_metrics` of every head by the keys of frames; those that cannot be used are noted in `data.skipped`.
 

@@ -178,7 +178,8 @@ def table(records: Sequence[Record]) -> ResultTable:
     groups = group(record.content for record in records)
     only = bool(records) and all(record.content["task"] in ("reconstruction", "depth") for record in records)
     columns = _columns([record.content for record in records], always=() if only else ("epe",))
-    tasks = [task for task in PUBLISHED if task != "reconstruction" or any(each.task == task for each in groups)]
+    shown = {each.task for each in groups} | (set() if only else {*MATCHING})
+    tasks = [task for task in PUBLISHED if task in shown]
     methods = list(dict.fromkeys(method for task in tasks for method in PUBLISHED[task]))
     still, rows = [], []
     for each in groups:

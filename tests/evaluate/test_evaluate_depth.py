@@ -51,6 +51,7 @@ def test_from_weights_to_depth_of_photographs(rendered, weights, tmp_path, capsy
     assert "RMSE ↓" in (out / "table.md").read_text()
     assert len(list(out.glob("*.jpg"))) == 2
     assert len(list(cache.glob("*/*.safetensors"))) == 3 * 4 + 2 * 12  # training images once, test images both ways
+    assert "paper" not in (out / "table.md").read_text().splitlines()[0]
     page = (out / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2
 
@@ -105,6 +106,9 @@ def test_heads_share_features_and_do_not_disturb_each_other(rendered, tmp_path, 
         encoder, data, DepthSettings(4, 6, ("lin4",), (1e-2,), (0.01,), versions=1), open_cache(tmp_path, encoder)
     )
     assert sum(calls) == 24  # all from the cache
+    files = len(list(tmp_path.glob("*/*.safetensors")))
+    train_heads(encoder, data, replace(settings, versions=0), open_cache(tmp_path, encoder))
+    assert (sum(calls), len(list(tmp_path.glob("*/*.safetensors")))) == (48, files)  # new images are not kept
     torch.testing.assert_close(one.head.conv_depth.weight, many[3].head.conv_depth.weight)
 
 
