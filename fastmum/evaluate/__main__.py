@@ -21,13 +21,14 @@ from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discr
 from fastmum.evaluate.depth import DepthSettings, evaluate_depth, open_cache
 from fastmum.evaluate.depth_sets import KINDS, open_depth
 from fastmum.evaluate.features import check_size, patch_size
-from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Protocol, Result
+from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
 from fastmum.evaluate.records import MATCHING, check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, page, table
+from fastmum.evaluate.scoring import Protocol
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
 from fastmum.features.probe import Probe, of_encoder, write_probe
 from fastmum.files import expand_user, write_atomic

@@ -15,15 +15,14 @@ from fastmum.evaluate import evaluate_cosine, evaluate_matching, open_pairs
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.features import load_image, patch_features, prepare, true_warps
 from fastmum.evaluate.matching import (
-    BATCH,
     ProbeSettings,
     cosine_logits,
     nearest_patch,
-    score_warps,
     train_probes,
 )
 from fastmum.evaluate.pairs import Pair, PairSet, pair_warp
 from fastmum.evaluate.records import read
+from fastmum.evaluate.scoring import BATCH, score_warps
 
 
 def test_every_visible_pixel_counts_and_batches_are_averaged():
