@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this task."""
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGES", help="folders of images, image files, or patterns")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder of the results (%(default)s)")
     add("--size", type=int, metavar="PX", help="longer side that images are resized to (default: that of the test set)")
     add("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training")
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
