@@ -67,11 +67,11 @@ def frozen_tokens(
 
     def compute(missing: Sequence[int]) -> list[Tokens]:
         layers = encoder.tokens(images[missing].to(next(encoder.parameters()).device), blocks, norm=norm)
-        patch = half(torch.stack([layer.patch for layer in layers], 1))
-        classes = [layer.cls for layer in layers if layer.cls is not None]
-        cls = half(torch.stack(classes, 1)) if classes else None
+        patch = torch.stack([layer.patch for layer in layers], 1)
         if not patch.isfinite().all():
             raise FeaturesError("features are not finite: are the weights damaged?")
+        patch, classes = half(patch), [layer.cls for layer in layers if layer.cls is not None]
+        cls = half(torch.stack(classes, 1)) if classes else None
         place = Placement(*images.shape[1:3], *images.shape[1:3])
         return [Tokens(None if cls is None else cls[i], patch[i], place) for i in range(len(patch))]
 
