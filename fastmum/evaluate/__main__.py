@@ -98,7 +98,6 @@ def make_parser() -> argparse.ArgumentParser:
         if task == "matching":
             paper, author = (ProbeSettings.of(protocol).steps for protocol in get_args(Protocol))
             _add_training(command, ProbeSettings(), f"{paper:,}, matchbench {author:,}, without a GPU {CPU_STEPS}")
-            command.set_defaults(learning_rates=None, weight_decays=None)
             every = "steps between evaluations (default: a tenth of --steps)"
             command.add_argument("--every", type=int, metavar="N", help=every)
         if task == "depth":
@@ -122,7 +121,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     weights = "weights to evaluate, see below"
-    size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
+    size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448; depth: "
+    size += "the longer side, default: the protocol's)"
     pairs = (
         "evaluate on N pairs (views: frames, reconstruction: sequences, depth: images), evenly spread (default: all)"
     )
@@ -147,14 +147,21 @@ def _add_training_pairs(parser: argparse.ArgumentParser) -> None:
 
 def _add_training(parser: argparse.ArgumentParser, defaults: ProbeSettings | DepthSettings, steps: str) -> None:
     add = parser.add_argument_group("training of the probes").add_argument
-    rates, decays = defaults.learning_rates, defaults.weight_decays
-    probes = "each combination with a weight decay makes a probe (%(default)s)"
+    rates, decays = (" ".join(map(str, each)) for each in (defaults.learning_rates, defaults.weight_decays))
+    author = "; matchbench: its own" if isinstance(defaults, ProbeSettings) else ""
+    probes = f"each combination with a weight decay makes a probe (default: {rates}{author})"
     add("--steps", type=int, metavar="N", help=f"default: {steps}")
     choice = "where the best probe is chosen: on the test set, as in the paper, or on left-out scenes (%(default)s)"
     add("--choose-on", choices=("test", "train"), default="test", help=choice)
     add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs, or images, a step (%(default)s)")
-    add("--learning-rates", type=float, nargs="+", default=rates, metavar="LR", help=probes)
-    add("--weight-decays", type=float, nargs="+", default=decays, metavar="WD", help="(%(default)s)")
+    add("--learning-rates", type=float, nargs="+", metavar="LR", help=probes)
+    add("--weight-decays", type=float, nargs="+", metavar="WD", help=f"default: {decays}{author}")
+
+
+def _sweep(args: Namespace, defaults: ProbeSettings | DepthSettings) -> dict[str, Any]:
+    """Learning rates and weight decays, by default those of the settings."""
+    names = "learning_rates", "weight_decays"
+    return {name: tuple(getattr(defaults if getattr(args, name) is None else args, name)) for name in names}
 
 
 def _add_depth(parser: argparse.ArgumentParser) -> None:
@@ -276,8 +283,7 @@ def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     defaults, on_gpu = ProbeSettings.of(args.protocol), next(model.parameters()).device.type == "cuda"
     steps = args.steps or (defaults.steps if on_gpu else CPU_STEPS)
     more: dict[str, Any] = {"steps": steps, "evaluate_every": args.every or max(1, steps // 10)}
-    for name in ("learning_rates", "weight_decays"):
-        more[name] = tuple(getattr(defaults, name) if getattr(args, name) is None else getattr(args, name))
+    more |= _sweep(args, defaults)
     settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed", "protocol"), **more)
     pairs, train = _open_both(args, claim)
     return _with_pictures(
@@ -373,10 +379,10 @@ def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluate
 def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
     on_gpu = next(encoder.parameters()).device.type == "cuda"
     steps, versions = args.steps or (DEPTH_STEPS if on_gpu else DEPTH_STEPS_CPU), args.versions
-    lists = {name: tuple(getattr(args, name)) for name in ("learning_rates", "weight_decays")}
-    lists["heads"] = tuple(args.heads or (name for name in LINEAR if HEADS[name].cls == encoder.options.cls))
+    heads = tuple(args.heads or (name for name in LINEAR if HEADS[name].cls == encoder.options.cls))
     versions = int(not on_gpu) if versions is None else versions
-    settings = _settings(DepthSettings, args, ("batch", "loss", "seed"), steps=steps, versions=versions, **lists)
+    more = {"steps": steps, "versions": versions, "heads": heads, **_sweep(args, DepthSettings())}
+    settings = _settings(DepthSettings, args, ("batch", "loss", "seed"), **more)
     test, train = (open_depth(name, part).resized(args.size) for name, part in (
         (args.data, "test"), (args.train_data or args.data, "train"))
     )  # fmt: skip
