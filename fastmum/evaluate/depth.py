@@ -62,7 +62,7 @@ class DepthSettings:
     steps: int = 38_400
     batch: int = 16  # images: 2 on each of 8 devices
     heads: tuple[str, ...] = ("lin1", "lin4")  # of `HEADS`
-    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     weight_decays: tuple[float, ...] = (1e-2, 1e-4)
     loss: Loss = "sig"
     versions: int = 0  # augmented versions of each training image that are used in turn; 0: a new one each time
