@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from fastmum.data.archives import Tree, TreePath, open_root, trees, with_places
 from fastmum.data.builders import BUILDERS
 from fastmum.data.builders.base import RULES, Builder, Options
 from fastmum.data.errors import DataError
@@ -58,7 +59,8 @@ def build(
         workers: reading processes; 0 or 1 reads in this one.
         dataset: name of the data set in the manifest, None for the builder's.
     """
-    builder, root, out = BUILDERS[name], _folder(root), _file(out)
+    builder, out = BUILDERS[name], _file(out)
+    root = _folder(root, builder.archives)
     if unknown := options.keys() - builder.options.keys():
         raise TypeError(f"{name} has no option {sorted(unknown)}")
     values = {key: option.default for key, option in builder.options.items()} | options
@@ -83,7 +85,7 @@ def build(
             what = f"nothing under '{root}' makes a sequence of {name} of at least {least} frames (--min-frames)"
             raise NoSequenceError(f"{what}; expected: {builder.layout}")
 
-    frame_root = builder.root(root, settings) if builder.root else root
+    frame_root = Path(str(builder.root(root, settings) if builder.root else root))
     if frame_root.is_relative_to(out.parent):  # then both can be moved together
         frame_root = frame_root.relative_to(out.parent)
     metadata = {"builder": name, "rule": rule, "seed": seed, "options": values, "source": str(root)}
@@ -102,7 +104,8 @@ def _in_order(
     if workers <= 1 or len(parts) == 1:
         yield from (_read(name, root, part, options) for part in parts)
         return
-    pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"), _init_worker)
+    spawn, tree = multiprocessing.get_context("spawn"), root.tree if isinstance(root, TreePath) else None
+    pool = ProcessPoolExecutor(min(workers, len(parts)), spawn, _init_worker, (tree,))
     try:
         pending: deque = deque()
         for part in parts:
@@ -118,14 +121,22 @@ def _in_order(
 
 
 def _read(name: str, root: Path, part: str, options: Options) -> list[SequenceRecord]:
+    """The sequences of a part, with the places of their files in archives."""
+    builder = BUILDERS[name]
     try:
-        return list(BUILDERS[name].sequences(root, part, options))
+        records = list(builder.sequences(root, part, options))
+        if isinstance(root, TreePath) and root.tree:
+            base = builder.root(root, options) if builder.root else root
+            records = [with_places(record, root.tree, Path(str(base))) for record in records]
+        return records
     except OSError as error:
         named = f" '{error.filename}'" if error.filename else ""
         raise DataError(f"'{part}' cannot be read:{named} {error.strerror or error}") from None
 
 
-def _init_worker() -> None:
+def _init_worker(found: Tree | None) -> None:
+    if found is not None:
+        trees[str(found.root)] = found  # what the parent knows of the archives
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
@@ -138,11 +149,12 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _folder(root: str | Path) -> Path:
-    root = expand_user(root)
-    if not root.is_dir():
-        raise DataError(f"--root is '{root}', but there is no such folder")
-    return Path(os.path.abspath(root))
+def _folder(root: str | Path, archives: bool) -> Path:
+    root = Path(os.path.abspath(expand_user(root)))
+    found = open_root(root) if archives else root if root.is_dir() else None
+    if found is None:
+        raise DataError(f"--root is '{root}', but there is no such folder{' or archive' * archives}")
+    return found
 
 
 def _file(out: str | Path) -> Path:
