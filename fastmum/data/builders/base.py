@@ -240,6 +240,12 @@ def image_folders(root: Path) -> list[str]:
     return sorted(found, key=lambda folder: [(key(name), name) for name in folder.split("/") if folder != "."])
 
 
+def root_name(root: Path) -> str:
+    """The name of the folder, or of an archive without its suffix."""
+    real = root.resolve()
+    return real.stem if real.is_file() else real.name
+
+
 def folders_in(folder: Path) -> list[str]:
     """Names of the visible sub-folders in natural order, without `SYSTEM_FOLDERS`; empty if there is no such folder."""
     entries = (entry for entry in _entries(folder) if _reason_to_skip(entry.name, set(), frozenset()) is None)

@@ -167,7 +167,7 @@ def rgbd(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     stems = [name.rpartition(".")[0] for name in names]
     depths, z = _rgbd_depths(scene, stems, options)
     masks = [f"{prefix}{folder}/{stem}.png" for stem in stems] if (folder := _one_of(scene, MASKS)) else []
-    name = root.resolve().name if part == "." else part
+    name = base.root_name(root) if part == "." else part
     cameras = partial(rgbd_cameras, scene, scene / images, names, stems, options.pose)
     frames = [f"{prefix}{images}/{name}" for name in names]
     paths = [depth and f"{prefix}{depth}" for depth in depths]

@@ -147,7 +147,7 @@ def _colmap_sequences(
         path = f"{maps}/{name}.geometric.bin"
         return path if (root / path).is_file() else ""
 
-    name, z = root.name if part == "." else part, DepthFormat("colmap")  # as MegaDepth's
+    name, z = base.root_name(root) if part == "." else part, DepthFormat("colmap")  # as MegaDepth's
     if not options.sparse_depth:
         yield from _sequences(root, name, images, model, options, options.chain, depth, z, scene)
         return
