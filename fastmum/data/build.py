@@ -3,17 +3,12 @@
 import argparse
 import contextlib
 import logging
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -22,13 +17,12 @@ from fastmum.data.builders import BUILDERS
 from fastmum.data.builders.base import RULES, Builder, Options
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
-from fastmum.errors import program, run_command
+from fastmum.data.processes import map_in_order, until_terminated
+from fastmum.errors import program
 from fastmum.files import expand_user
 from fastmum.progress import progress_bar
 
 log = logging.getLogger(__name__)
-
-PREFETCH = 4  # parts submitted per worker: bounds the memory, keeps every worker busy
 
 
 class NoSequenceError(DataError):
@@ -101,26 +95,11 @@ def _in_order(
     name: str, root: Path, parts: Sequence[str], options: Options, workers: int
 ) -> Iterator[list[SequenceRecord]]:
     """Sequences of every part, in the order of the parts."""
-    if workers <= 1 or len(parts) == 1:
-        yield from (_read(name, root, part, options) for part in parts)
-        return
-    spawn, tree = multiprocessing.get_context("spawn"), root.tree if isinstance(root, TreePath) else None
-    pool = ProcessPoolExecutor(min(workers, len(parts)), spawn, _init_worker, (tree,))
-    try:
-        pending: deque = deque()
-        for part in parts:
-            pending.append(pool.submit(_read, name, root, part, options))
-            if len(pending) >= PREFETCH * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise DataError("a reading process was killed, perhaps for lack of memory; try fewer --workers") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    found = root.tree if isinstance(root, TreePath) else None
+    yield from map_in_order(partial(_read, name, root, options), parts, workers, partial(_know, found))
 
 
-def _read(name: str, root: Path, part: str, options: Options) -> list[SequenceRecord]:
+def _read(name: str, root: Path, options: Options, part: str) -> list[SequenceRecord]:
     """The sequences of a part, with the places of their files in archives."""
     builder = BUILDERS[name]
     try:
@@ -134,19 +113,10 @@ def _read(name: str, root: Path, part: str, options: Options) -> list[SequenceRe
         raise DataError(f"'{part}' cannot be read:{named} {error.strerror or error}") from None
 
 
-def _init_worker(found: Tree | None) -> None:
+def _know(found: Tree | None) -> None:
+    """Tell a process what is known of archives."""
     if found is not None:
-        trees[str(found.root)] = found  # what the parent knows of the archives
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    # If the parent is killed, a worker would wait forever for its next part.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        trees[str(found.root)] = found
 
 
 def _folder(root: str | Path, archives: bool) -> Path:
@@ -215,11 +185,6 @@ def _check(values: dict[str, Any], builder: Builder) -> None:
                 raise DataError(f"{_flag(key)} is {value}, but must be at most {most}")
 
 
-def _terminate(number: int, _: object) -> NoReturn:
-    print("terminated; nothing was written", file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -233,11 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         empty = f"; {built.empty} gave none" if built.empty else ""
         print(f"{values['out']}: {sequences} sequences, {frames} frames of {built.parts} parts{empty}")
 
-    before = signal.signal(signal.SIGTERM, _terminate)  # batch systems send it; clean up as after Ctrl-C
-    try:
-        return run_command(command, interrupted="interrupted; nothing was written")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return until_terminated(command, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ from fastmum.data.manifest_writer import (
 from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
+from fastmum.data.remote import local_copy
 from fastmum.data.store import Place, StoredPath, copies, is_url, join
 from fastmum.files import expand_user, regular
 
@@ -80,7 +81,7 @@ class Manifest:
     DataError: a file that is missing, not a manifest, damaged or of another version.
 
     Args:
-        path: of the file.
+        path: of the file; one of a URL is copied to the cache (`$FASTMUM_CACHE`).
         roots: folders or URLs by name of a data set, that its files were moved to (`data.roots`); names without an
             entry are looked up in the environment (`FASTMUM_ROOT_CO3D`).
 
@@ -94,7 +95,7 @@ class Manifest:
     """
 
     def __init__(self, path: str | Path, roots: Mapping[str, str] | None = None) -> None:
-        self.path, self._roots = expand_user(path), roots
+        self.path, self._roots = local_copy(path) if is_url(path) else expand_user(path), roots
         mapped, batch, schema, self.checksum = _map(self.path)
         self.num_frames: int = batch.num_rows
         self._columns: dict[str, Any] = {name: batch[name] for name in batch.schema.names}
@@ -164,7 +165,11 @@ class Manifest:
 
     def files(self, rows: Sequence[int] | np.ndarray) -> list[Path]:
         """Absolute paths of frames."""
-        return self._files("path", np.asarray(rows, np.int64))
+        return self.column_files("path", np.asarray(rows, np.int64))
+
+    def has_archives(self, column: str) -> bool:
+        """Whether files of a column ("path", "depth", "mask", "side") are in archives."""
+        return f"{column}_archive" in self._columns
 
     def places(self, column: str, rows: np.ndarray) -> list[Place | None]:
         """Where the files of a column ("path", "depth", "mask", "side") are in archives, None for loose ones."""
@@ -178,7 +183,7 @@ class Manifest:
             for archive, offset, length, check in zip(archives, *fields, strict=True)
         ]  # fmt: skip
 
-    def _files(self, column: str, rows: np.ndarray) -> list[Path]:
+    def column_files(self, column: str, rows: np.ndarray) -> list[Path]:
         """Absolute paths of the files of a column, which all rows have."""
         struct, numbers = self._columns[column], pa.array(rows)
         pairs = zip(*(struct.field(key).take(numbers).to_pylist() for key in ("folder", "file")), strict=True)
@@ -200,6 +205,19 @@ class Manifest:
         intrinsics, upper = self._value("intrinsics", row), self._value("pose", row)
         K = None if intrinsics is None else np.array(intrinsics, np.float32)
         return K, None if upper is None else np.array([*upper, 0, 0, 0, 1], np.float32).reshape(4, 4)
+
+    def paths(self, column: str, rows: np.ndarray) -> list[str]:
+        """Paths below the root of the files of a column ("path", "depth", "mask", "side"), "" for rows without one."""
+        if (struct := self._columns.get(column)) is None:
+            return [""] * len(rows)
+        numbers = pa.array(rows)
+        pairs = zip(*(struct.field(key).take(numbers).to_pylist() for key in ("folder", "file")), strict=True)
+        return [f"{folder}/{file}" if folder else file for folder, file in pairs]
+
+    def depth_format(self, row: int) -> DepthFormat | None:
+        """The format of the depth map of a frame, None if it has none."""
+        depth = self._columns["depth"][int(row)].as_py() if "depth" in self._columns else None
+        return None if depth is None else DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
 
     def depth_file(self, row: int) -> tuple[Path, DepthFormat] | None:
         """Absolute path and format of the depth map of a frame."""
@@ -230,7 +248,7 @@ class Manifest:
     def _value(self, name: str, row: int) -> Any:
         """A value of an optional column, with the absolute path of its file; None if it is unknown."""
         value = self._columns[name][int(row)].as_py() if name in self._columns else None
-        return value | {"file": self._files(name, np.array([row]))[0]} if isinstance(value, dict) else value
+        return value | {"file": self.column_files(name, np.array([row]))[0]} if isinstance(value, dict) else value
 
     def _known(self, name: str) -> int:
         column = self._columns.get(name)

@@ -8,7 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from fastmum.data.errors import DataError
+from fastmum.errors import writing
+from fastmum.files import cache_folder, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,15 @@ def read(url: str, start: int = 0, length: int = WHOLE) -> bytes:
         wait = min(2 * wait, LONGEST_S)
 
 
+def size(url: str) -> int:
+    """Bytes of an object; OSError if there is none."""
+    system, path = file_system(url)
+    try:
+        return int(system.info(path)["size"])
+    except Exception as error:  # fsspec's stores have no common error
+        raise OSError(errno.EIO, str(error), url) from None
+
+
 def check(url: str) -> None:
     """DataError in one line if an object cannot be read: no package, no credentials, no such bucket or object."""
     try:
@@ -77,6 +90,19 @@ def check(url: str) -> None:
         raise DataError(
             f"'{url}' cannot be read ({error.strerror}); check its name and the store's credentials"
         ) from None
+
+
+def local_copy(url: str | Path) -> Path:
+    """The content of an object in a file of the cache; DataError if it cannot be read."""
+    check(str(url))
+    system, path = file_system(str(url))
+    name = xxhash.xxh3_64_hexdigest(f"{url} {system.ukey(path)}".encode())  # which differs between versions
+    copy = cache_folder() / "objects" / f"{name}-{path.rpartition('/')[2]}"
+    if not copy.is_file():
+        with writing(copy, DataError):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(copy, read(str(url)))
+    return copy
 
 
 def write(url: str, file: Path) -> None:

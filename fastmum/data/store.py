@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from fastmum.data import remote
 from fastmum.data.remote import WHOLE, is_url
+from fastmum.files import regular
 
 BLOCK = 512  # bytes of a tar header, and what members of tars are aligned to
 NOFILE = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -172,8 +173,7 @@ _lock = threading.Lock()
 
 def _pread(path: str, start: int, length: int) -> bytes:
     if length == WHOLE:
-        with open(path, "rb") as file:
-            return file.read()
+        return regular(Path(path)).read_bytes()
     with _lock:
         handle = _handles.get(path)
         if handle is not None:

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch.nn.functional import interpolate
 
-from fastmum.data.store import source
+from fastmum.data.store import StoredPath, source
 from fastmum.files import regular
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
@@ -102,7 +102,7 @@ def read_file(file: Path) -> bytes:
     """Read a file; raises FrameError if it is missing, empty, unreadable or not `regular`."""
     try:
         being_read[threading.get_ident()] = file
-        data = regular(file).read_bytes()
+        data = file.read_bytes() if isinstance(file, StoredPath) else regular(file).read_bytes()
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise FrameError(reason, error.errno in TRANSIENT) from None
