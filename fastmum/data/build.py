@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,8 +71,11 @@ def build(
         bar = progress_bar(total=len(parts), unit="part", desc=name, show=progress)
         with bar, logging_redirect_tqdm() if progress else contextlib.nullcontext():
             for found in _in_order(name, root, parts, settings, workers):
-                empty += not found
-                yield from found
+                some = False
+                for record in found:
+                    some = True
+                    yield record
+                empty += not some
                 bar.update()
         if empty == len(parts):
             least = values.get("min_frames") or 1
@@ -93,21 +96,27 @@ def build(
 
 def _in_order(
     name: str, root: Path, parts: Sequence[str], options: Options, workers: int
-) -> Iterator[list[SequenceRecord]]:
-    """Sequences of every part, in the order of the parts."""
+) -> Iterator[Iterable[SequenceRecord]]:
+    """Sequences of every part, in the order of the parts; those that are read in this process one by one."""
+    if workers <= 1 or len(parts) == 1:
+        yield from (_read(name, root, options, part) for part in parts)
+        return
     found = root.tree if isinstance(root, TreePath) else None
-    yield from map_in_order(partial(_read, name, root, options), parts, workers, partial(_know, found))
+    yield from map_in_order(partial(_read_all, name, root, options), parts, workers, partial(_know, found))
 
 
-def _read(name: str, root: Path, options: Options, part: str) -> list[SequenceRecord]:
+def _read_all(name: str, root: Path, options: Options, part: str) -> list[SequenceRecord]:
+    return list(_read(name, root, options, part))
+
+
+def _read(name: str, root: Path, options: Options, part: str) -> Iterator[SequenceRecord]:
     """The sequences of a part, with the places of their files in archives."""
     builder = BUILDERS[name]
     try:
-        records = list(builder.sequences(root, part, options))
-        if isinstance(root, TreePath) and root.tree:
-            base = builder.root(root, options) if builder.root else root
-            records = [with_places(record, root.tree, Path(str(base))) for record in records]
-        return records
+        base = builder.root(root, options) if builder.root else root
+        for record in builder.sequences(root, part, options):
+            tree = root.tree if isinstance(root, TreePath) else None
+            yield with_places(record, tree, Path(str(base))) if tree else record
     except OSError as error:
         named = f" '{error.filename}'" if error.filename else ""
         raise DataError(f"'{part}' cannot be read:{named} {error.strerror or error}") from None

@@ -160,11 +160,11 @@ def held_out_summary(manifests: Manifests, share: float, resolve: bool = False) 
     return f"held out at data.held_out={share:g}: {what}; {overlap}", found.shared
 
 
-def _inspect(file: Path, args: argparse.Namespace) -> int:
+def _inspect(file: str, args: argparse.Namespace) -> int:
     manifest = Manifest(file)
     print("\n".join(summary(manifest)))
     if not args.no_sheet:
-        sheet = args.sheet or file.with_name(f"{file.stem}_sheet.jpg")
+        sheet = args.sheet or manifest.path.with_name(f"{manifest.path.stem}_sheet.jpg")
         try:
             contact_sheet(manifest, args.sequences, args.seed).save(sheet, quality=85)
         except (OSError, ValueError) as error:
@@ -199,8 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     description = "What manifests contain: sequences, frames, lengths, data sets, their making, and what is held out."
     parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the manifests of a run")
-    check = "look for missing files, read those in archives and stores and compare their checksums, and through links for images on both sides; exit code 1 if there are any"
+    parser.add_argument("files", nargs="+", metavar="FILE", help="the manifests of a run")
+    check = (
+        "look for missing files, read those in archives and stores and compare their checksums, and look through links "
+        "for images on both sides; exit code 1 if there are any"
+    )
     parser.add_argument("--check", action="store_true", help=check)
     share = "data.held_out of the run (default %(default)s)"
     parser.add_argument("--held-out", type=float, default=0.1, metavar="S", help=share)

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 WHOLE = -1  # length of all bytes of a file or object
 RETRY_S = 300.0  # seconds that a store may fail
+START_S = 20.0  # at the start of a run, which would otherwise wait for a wrong address
 FIRST_S, LONGEST_S = 0.25, 8.0  # between attempts
 # Errors that no attempt changes, by the name of their class: fsspec's stores have no common one.
 FINAL = (
@@ -45,16 +46,17 @@ def file_system(url: str) -> tuple[Any, str]:
         raise DataError(f"'{url}' cannot be read: {error}; pip install 'fastmum[remote]'") from None
 
 
-def read(url: str, start: int = 0, length: int = WHOLE) -> bytes:
+def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = None) -> bytes:
     """Bytes of an object. Failing requests are sent again for `RETRY_S` seconds; then, or if that is useless, OSError.
 
     The error is a FileNotFoundError or PermissionError where that is the reason.
     """
     system, path = file_system(url)
-    end, wait = time.monotonic() + RETRY_S, FIRST_S
+    retry_s = RETRY_S if retry_s is None else retry_s
+    end, wait = time.monotonic() + retry_s, FIRST_S
     while True:
         try:
-            data = system.cat_file(path) if length == WHOLE else system.cat_file(path, start, start + length)
+            data = system.cat_file(path) if length == WHOLE else system.cat_file(path, start=start, end=start + length)
             _outage.clear()
             return data
         except Exception as error:
@@ -68,7 +70,7 @@ def read(url: str, start: int = 0, length: int = WHOLE) -> bytes:
                 raise TimeoutError(errno.ETIMEDOUT, reason, url) from None
             if not _outage.is_set():
                 _outage.set()
-                log.warning("'%s' cannot be read for now (%s); it is tried again for %.0f s", url, reason, RETRY_S)
+                log.warning("'%s' cannot be read for now (%s); it is tried again for %.0f s", url, reason, retry_s)
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_S)
 
@@ -85,7 +87,7 @@ def size(url: str) -> int:
 def check(url: str) -> None:
     """DataError in one line if an object cannot be read: no package, no credentials, no such bucket or object."""
     try:
-        read(url, 0, 1)
+        read(url, 0, 1, START_S)
     except OSError as error:
         raise DataError(
             f"'{url}' cannot be read ({error.strerror}); check its name and the store's credentials"
