@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fastmum.data import store
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest_writer import (
@@ -57,7 +58,7 @@ from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
 from fastmum.data.remote import local_copy
-from fastmum.data.store import Place, StoredPath, copies, is_url, join
+from fastmum.data.store import Place, StoredPath, is_url, join
 from fastmum.files import expand_user, regular
 
 BUILD = "build it with `python -m fastmum.data.build`"
@@ -86,6 +87,7 @@ class Manifest:
             entry are looked up in the environment (`FASTMUM_ROOT_CO3D`).
 
     Attributes:
+        stem: name of the file without its suffix.
         root: folder or URL that paths are relative to.
         metadata: rule, options, seed, counts, source ...
         checksum: of the whole file, hexadecimal.
@@ -95,6 +97,7 @@ class Manifest:
     """
 
     def __init__(self, path: str | Path, roots: Mapping[str, str] | None = None) -> None:
+        self.stem = Path(str(path)).stem
         self.path, self._roots = local_copy(path) if is_url(path) else expand_user(path), roots
         mapped, batch, schema, self.checksum = _map(self.path)
         self.num_frames: int = batch.num_rows
@@ -188,12 +191,12 @@ class Manifest:
         struct, numbers = self._columns[column], pa.array(rows)
         pairs = zip(*(struct.field(key).take(numbers).to_pylist() for key in ("folder", "file")), strict=True)
         remote = is_url(self.root)
-        if not (remote or copies or f"{column}_archive" in self._columns):
+        if not (remote or store.stage or f"{column}_archive" in self._columns):
             return [Path(self.root, folder, file) for folder, file in pairs]
         found: list[Path] = []
         for (folder, file), place in zip(pairs, self.places(column, rows), strict=True):
             path = join(self.root, f"{folder}/{file}" if folder else file)
-            loose = place is None and not remote and not copies
+            loose = place is None and not remote and not store.stage
             found.append(Path(path) if loose else StoredPath.at(path, place or Place(path)))
         return found
 

@@ -82,7 +82,7 @@ def pack(
     DataError: files that cannot be read, or not be written.
     """
     source, out = Manifest(manifest), str(out) if is_url(out) else os.path.abspath(os.path.expanduser(out))
-    stem = source.path.stem
+    stem = source.stem
     if not is_url(out):
         with writing(Path(out), DataError):
             Path(out).mkdir(parents=True, exist_ok=True)
@@ -281,7 +281,7 @@ def _write_manifest(
     metadata = {k: v for k, v in source.metadata.items() if k not in ("counts", "root")}
     metadata["packed"] = settings._asdict()
     with _folder(out) as folder:
-        file = folder / f"{source.path.stem}.arrow"
+        file = folder / f"{source.stem}.arrow"
         root = StoredPath(out) if is_url(out) else Path(".")
         counts = write_manifest(file, records(), dataset=source.datasets[0], root=root, metadata=metadata)
         if is_url(out):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmum.data import store
 from fastmum.data.colour import jitter
 from fastmum.data.decode.image import FrameError
 from fastmum.data.depth import require_package
@@ -17,7 +18,7 @@ from fastmum.data.loader import PlanLoader
 from fastmum.data.manifest import Manifests
 from fastmum.data.samples import manifest_frame
 from fastmum.data.scene_plan import Rule, ScenePlan, rule_of
-from fastmum.data.store import copies, is_url
+from fastmum.data.store import is_url
 from fastmum.errors import FastmumError
 from fastmum.geometry import Camera, View
 from fastmum.geometry.camera import intrinsics_matrix
@@ -49,7 +50,7 @@ class SceneLoader(PlanLoader[ScenePlan, SceneBatch]):
     def __init__(self, manifests: Manifests, workers: int, *, ground_truth: bool = True, **options: Any) -> None:
         super().__init__(manifests, workers, **options)
         self._ground_truth = ground_truth
-        self._ahead = bool(copies) or any(is_url(part.root) for part in manifests.parts)
+        self._ahead = store.stage is not None or any(is_url(part.root) for part in manifests.parts)
         self._rules = [rule_of(manifests, name) for name in manifests.datasets]
         for reader in sorted(manifests.depth_readers) if ground_truth else ():
             require_package(reader, "the depth of a data set")

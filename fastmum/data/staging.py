@@ -82,8 +82,7 @@ def _taken(place: Place) -> bytes | None:
 def reading_ahead(files: Iterable[Path]) -> Iterator[None]:
     """Read the remote ones of some files concurrently, while decoders in the context take one after another."""
     places = [file.place for file in files if isinstance(file, StoredPath) and file.place and is_url(file.place.store)]
-    if places and _taken not in store.copies:
-        store.copies.insert(0, _taken)
+    store.ahead = _taken
     new = [place for place in dict.fromkeys(places) if place not in _ahead]
     mine = {place: _submit(partial(_nearest, place)) for place in new}
     _ahead.update(mine)
@@ -104,11 +103,8 @@ def _nearest(place: Place) -> bytes:
 def start(folder: str | None, gigabytes: float) -> None:
     """Copy files to a folder from now on, `data.stage`; None: no longer. DataError: it cannot be written."""
     global _stage
-    if _stage and _stage.read in store.copies:
-        store.copies.remove(_stage.read)
     _stage = Stage(expand_user(folder), int(gigabytes * 1e9)) if folder else None
-    if _stage:
-        store.copies.append(_stage.read)
+    store.stage = _stage.read if _stage else None
 
 
 def copied_ahead(plans: Iterable[T], files: Callable[[T], Iterable[Path]]) -> Iterator[T]:

@@ -24,7 +24,9 @@ from fastmum.files import regular
 BLOCK = 512  # bytes of a tar header, and what members of tars are aligned to
 NOFILE = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 MOST_HANDLES = max(16, min(4096, NOFILE // 2))
-copies: "list[Callable[[Place], bytes | None]]" = []  # read what was fetched ahead of time, or return None
+# Set by `fastmum.data.staging`: return content that was read ahead of time, or was copied to the stage, else None.
+ahead: "Callable[[Place], bytes | None] | None" = None
+stage: "Callable[[Place], bytes | None] | None" = None
 
 
 class Place(NamedTuple):
@@ -118,8 +120,8 @@ def source(file: Path) -> Path | IO[bytes]:
 
 def read(place: Place) -> bytes:
     """The verified content of a file; OSError if it cannot be read, or other bytes are in its place."""
-    for nearer in copies:
-        if (content := nearer(place)) is not None:
+    for nearer in (ahead, stage):
+        if nearer is not None and (content := nearer(place)) is not None:
             return content
     return fetch(place)
 

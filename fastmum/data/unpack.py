@@ -61,12 +61,12 @@ def unpack(manifest: str | Path, out: str | Path, *, workers: int = 1, progress:
     Files of an interrupted call are kept. DataError: a file cannot be read, or not be written.
     """
     source, out = Manifest(manifest), Path(os.path.abspath(expand_user(out)))
-    made = out / f"{source.path.name}"
+    made = out / f"{source.stem}.arrow"
     if made.exists() and made.samefile(source.path):
         raise DataError(f"--out is '{out}', where the manifest would be replaced; give another folder")
     rows = np.unique(first_rows(source))
     tasks = [Files(source.path, out, some) for some in np.array_split(rows, -(-len(rows) // ROWS))]
-    with progress_bar(total=len(rows), unit="frame", desc=source.path.stem, show=progress) as bar:
+    with progress_bar(total=len(rows), unit="frame", desc=source.stem, show=progress) as bar:
         for count in map_in_order(write_files, tasks, workers):
             bar.update(count)
 
