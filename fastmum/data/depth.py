@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from fastmum.data.decode.image import open_image, read_size
 from fastmum.data.errors import DataError, reading
 from fastmum.data.store import source
 from fastmum.files import regular
@@ -52,6 +52,13 @@ def read_mask(file: Path) -> np.ndarray:
         return np.asarray(image.convert("L")) > 127
 
 
+def open_image(file: Path) -> Image.Image:
+    """See `fastmum.data.decode.image`, which imports torch: manifests, which use formats of depth, do not need it."""
+    from fastmum.data.decode import image
+
+    return image.open_image(file)
+
+
 def side(file: Path, reader: str) -> Path:
     """The file that a map needs besides itself: its own in an archive, else the one in its place among folders."""
     return getattr(file, "side", None) or SIDES[reader](file)
@@ -71,6 +78,8 @@ def _real(file: Path) -> Iterator[Path]:
 
 def _eth3d(file: Path) -> np.ndarray:
     """float32 without a header, in the size of the image `images/<folder>/<name>` next to `ground_truth_depth`."""
+    from fastmum.data.decode.image import read_size  # as `open_image`
+
     width, height = read_size(side(file, "eth3d"))[1:]
     return np.frombuffer(regular(file).read_bytes(), "<f4").reshape(height, width)
 

@@ -23,7 +23,8 @@ Manifests of files in archives (`fastmum.data.store`) are of version 3 and have,
 2, without these columns; both versions are read.
 
 Columns are not compressed but mapped, and shared by processes. Opening a file compares its checksum, which covers every
-byte, and then checks that all numbers lie in their dictionaries.
+byte, and then checks that all numbers lie in their dictionaries. In version 3 the rows are not read then: each block of
+1,024 has a checksum, which is compared when a row of it is used first.
 """
 
 import itertools
@@ -42,6 +43,8 @@ from fastmum.data import store
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest_writer import (
+    BLOCK_ROWS,
+    BLOCKS_KEY,
     DIGITS,
     FILES,
     METADATA_KEY,
@@ -52,7 +55,9 @@ from fastmum.data.manifest_writer import (
     VERSION,
     VERSION_KEY,
     WIDTHS,
+    block_digest,
     checksum,
+    row_buffers,
 )  # fmt: skip
 from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
@@ -102,6 +107,9 @@ class Manifest:
         mapped, batch, schema, self.checksum = _map(self.path)
         self.num_frames: int = batch.num_rows
         self._columns: dict[str, Any] = {name: batch[name] for name in batch.schema.names}
+        self._blocks = schema.get(BLOCKS_KEY)
+        if self._blocks is not None:
+            self._buffers, self._unread = row_buffers(batch), np.ones(-(-self.num_frames // BLOCK_ROWS), bool)
         try:
             self.metadata: dict[str, Any] = json.loads(schema[METADATA_KEY])
             root = str(self.metadata["root"])
@@ -118,6 +126,19 @@ class Manifest:
         mapped.madvise(mmap.MADV_DONTNEED)
         mapped.madvise(mmap.MADV_RANDOM)
         self.known = {name: self._known(name) for name in OPTIONAL}
+
+    def _check(self, rows: np.ndarray | slice = slice(None)) -> None:
+        """Compare the checksums of rows that are used for the first time; DataError: they are damaged."""
+        if self._blocks is None:
+            return
+        unread = self._unread[rows] if isinstance(rows, slice) else self._unread[rows // BLOCK_ROWS]
+        if not unread.any():
+            return
+        numbers = np.flatnonzero(self._unread) if isinstance(rows, slice) else np.unique(rows // BLOCK_ROWS)
+        for block in numbers.tolist():
+            if self._blocks[16 * block : 16 * block + 16] != block_digest(self._buffers, block).hex().encode():
+                raise DataError(f"the manifest '{self.path}' is damaged; restore it, or {BUILD} again")
+            self._unread[block] = False
 
     def _read_sequences(self) -> None:
         """Set `num_sequences`, `starts`, `datasets` and `dataset_of`; ValueError if rows are not consecutive."""
@@ -178,6 +199,7 @@ class Manifest:
         """Where the files of a column ("path", "depth", "mask", "side") are in archives, None for loose ones."""
         if f"{column}_archive" not in self._columns:
             return [None] * len(rows)
+        self._check(rows)
         archives = self._columns[f"{column}_archive"].take(rows)
         fields = (self._columns[f"{column}_place"].field(key).take(pa.array(rows)).to_pylist() for key in PLACE)
         return [
@@ -188,6 +210,7 @@ class Manifest:
 
     def column_files(self, column: str, rows: np.ndarray) -> list[Path]:
         """Absolute paths of the files of a column, which all rows have."""
+        self._check(rows)
         struct, numbers = self._columns[column], pa.array(rows)
         pairs = zip(*(struct.field(key).take(numbers).to_pylist() for key in ("folder", "file")), strict=True)
         remote = is_url(self.root)
@@ -213,13 +236,14 @@ class Manifest:
         """Paths below the root of the files of a column ("path", "depth", "mask", "side"), "" for rows without one."""
         if (struct := self._columns.get(column)) is None:
             return [""] * len(rows)
+        self._check(rows)
         numbers = pa.array(rows)
         pairs = zip(*(struct.field(key).take(numbers).to_pylist() for key in ("folder", "file")), strict=True)
         return [f"{folder}/{file}" if folder else file for folder, file in pairs]
 
     def depth_format(self, row: int) -> DepthFormat | None:
         """The format of the depth map of a frame, None if it has none."""
-        depth = self._columns["depth"][int(row)].as_py() if "depth" in self._columns else None
+        depth = self._value("depth", row)
         return None if depth is None else DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
 
     def depth_file(self, row: int) -> tuple[Path, DepthFormat] | None:
@@ -237,6 +261,7 @@ class Manifest:
 
     def present(self, name: str) -> np.ndarray:
         """Which frames have a value in an optional column ("pose", "intrinsics", "depth", "mask"), (frames,) bool."""
+        self._check()
         column = self._columns.get(name)
         absent = np.zeros(self.num_frames, bool)
         return absent if column is None else column.is_valid().to_numpy(zero_copy_only=False)
@@ -250,6 +275,7 @@ class Manifest:
 
     def _value(self, name: str, row: int) -> Any:
         """A value of an optional column, with the absolute path of its file; None if it is unknown."""
+        self._check(np.array([row]))
         value = self._columns[name][int(row)].as_py() if name in self._columns else None
         return value | {"file": self.column_files(name, np.array([row]))[0]} if isinstance(value, dict) else value
 
@@ -260,12 +286,14 @@ class Manifest:
     @property
     def folder_and_file(self) -> tuple[pa.DictionaryArray, pa.DictionaryArray]:
         """Folders below the root, and file names, of all frames."""
+        self._check()
         return self._columns["path"].field("folder"), self._columns["path"].field("file")
 
     def folders(self, column: str = "path") -> Iterator[tuple[Path, list[str]]]:
         """Every folder and the names of its files in a column ("path", "depth", "mask"), each once."""
         if (struct := self._columns.get(column)) is None:
             return
+        self._check()
         folder, file = struct.field("folder"), struct.field("file")
         width = len(file.dictionary)
         pairs = folder.indices.to_numpy().astype(np.int64) * width + file.indices.to_numpy()
@@ -287,24 +315,25 @@ def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes], str
     except ValueError:  # an empty file
         raise DataError(f"'{path}' is not a manifest; {BUILD}") from None
     try:
-        places, digest = checksum(mapped)
-        checked = places[0] != places[1]
-        if checked and any(mapped[place : place + DIGITS] != digest for place in places):
-            raise pa.ArrowInvalid("another checksum")
         reader = pa.ipc.open_file(pa.py_buffer(mapped))
         schema = reader.schema.metadata or {}
         version = schema.get(VERSION_KEY)
         if version is not None and version not in (b"%d" % VERSION, b"%d" % STORED_VERSION):
             found, known = version.decode(errors="replace"), f"versions {VERSION} and {STORED_VERSION}"
             raise DataError(f"'{path}' has version {found}, but this fastmum reads {known}; {BUILD} again")
-        if version is None or not checked or reader.num_record_batches != 1:
+        places, digest = checksum(mapped, BLOCKS_KEY in schema)
+        if version is None or places[0] == places[1] or reader.num_record_batches != 1:
             raise pa.ArrowInvalid("not written by fastmum")
+        if any(mapped[place : place + DIGITS] != digest for place in places):
+            raise pa.ArrowInvalid("another checksum")
         types = {field.name: field.type for field in reader.schema}
         allowed = TYPES if version == b"%d" % VERSION else STORED_TYPES
         if not types.keys() >= REQUIRED or any(allowed.get(name) != type for name, type in types.items()):
             raise pa.ArrowInvalid("other columns")
         return mapped, reader.get_batch(0), schema, digest.decode()
-    except (pa.ArrowException, OSError):
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, IndexError, ValueError):
         raise DataError(f"'{path}' is not a manifest, or is damaged or truncated; {BUILD} again") from None
 
 

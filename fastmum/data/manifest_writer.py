@@ -5,7 +5,7 @@ import json
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,6 +21,7 @@ from fastmum.files import atomic_path
 
 VERSION, STORED_VERSION = 2, 3  # of manifests of loose files, and of those with places in archives
 VERSION_KEY, METADATA_KEY, CHECKSUM_KEY = b"fastmum.manifest", b"fastmum.metadata", b"fastmum.checksum"
+BLOCKS_KEY, BLOCK_ROWS = b"fastmum.blocks", 1024  # checksums of blocks of rows, 16 hexadecimal digits each
 MARK, DIGITS = b"xxh3_128:", 32  # the checksum in a file: hexadecimal digits after the mark
 TEXT = pa.large_string()  # a column of Arrow's "large" strings may exceed 2 GB
 WIDTHS = {"pose": 12, "intrinsics": 4}  # floats per frame
@@ -92,34 +93,74 @@ def write_manifest(
 
 
 def _write(out: Path, batch: pa.RecordBatch, content: str) -> None:
-    version = STORED_VERSION if any(name.endswith("_place") for name in batch.schema.names) else VERSION
-    described = {CHECKSUM_KEY: MARK + b"0" * DIGITS, VERSION_KEY: str(version), METADATA_KEY: content}
+    described = {CHECKSUM_KEY: MARK + b"0" * DIGITS, VERSION_KEY: str(VERSION), METADATA_KEY: content}
+    if any(name.endswith("_place") for name in batch.schema.names):
+        blocks = -(-batch.num_rows // BLOCK_ROWS)
+        digests = [block_digest(row_buffers(batch), block).hex() for block in range(blocks)]
+        described |= {VERSION_KEY: str(STORED_VERSION), BLOCKS_KEY: "".join(digests)}
     batch = batch.replace_schema_metadata(described)
     with atomic_path(out) as partial, open(partial, "w+b") as file:
         with pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
         file.flush()
         with mmap.mmap(file.fileno(), 0) as mapped:
-            places, digest = checksum(mapped)
+            places, digest = checksum(mapped, BLOCKS_KEY in described)
             for place in places:
                 mapped[place : place + DIGITS] = digest
         os.fsync(file.fileno())
 
 
-def checksum(mapped: mmap.mmap) -> tuple[tuple[int, int], bytes]:
+def checksum(mapped: mmap.mmap, in_blocks: bool) -> tuple[tuple[int, int], bytes]:
     """Where a file has its checksum, in the schema at its start and at its end, and the right one.
 
-    It is that of the whole file with zeros in these two places. They are equal, or -1, in other files.
+    It is that of the whole file with zeros in these two places, and without the rows if they have checksums of their
+    own (`in_blocks`). The places are equal, or -1, in other files.
     """
     first, last = mapped.find(MARK), mapped.rfind(MARK)
     if first == last:
         return (first, last), b""
-    first, last = first + len(MARK), last + len(MARK)
-    digest, zeros = xxhash.xxh3_128(), b"0" * DIGITS
+    places = first + len(MARK), last + len(MARK)
+    skipped = [(place, DIGITS) for place in places]
+    if in_blocks:
+        whole = pa.py_buffer(mapped)
+        buffers = row_buffers(pa.ipc.open_file(whole).get_batch(0))
+        skipped += [(buffer.address - whole.address, buffer.size) for buffer, _ in buffers]
+    digest, at = xxhash.xxh3_128(), 0
     with memoryview(mapped) as view:
-        for piece in (view[:first], zeros, view[first + DIGITS : last], zeros, view[last + DIGITS :]):
-            digest.update(piece)
-    return (first, last), digest.hexdigest().encode()
+        for place, size in sorted(skipped):
+            digest.update(view[at:place])
+            digest.update(b"0" * DIGITS if place in places else b"")
+            at = place + size
+        digest.update(view[at:])
+    return places, digest.hexdigest().encode()
+
+
+def row_buffers(batch: pa.RecordBatch) -> list[tuple[pa.Buffer, int]]:
+    """The buffers with a value for each row, and their bits per row."""
+
+    def of(array: pa.Array) -> Iterator[tuple[pa.Buffer | None, int]]:
+        kind = array.type
+        if pa.types.is_run_end_encoded(kind):
+            return
+        yield array.buffers()[0], 1
+        if pa.types.is_struct(kind):
+            for i in range(kind.num_fields):
+                yield from of(array.field(i))
+        elif pa.types.is_fixed_size_list(kind):
+            yield array.values.buffers()[1], kind.list_size * kind.value_type.bit_width
+        else:
+            yield array.buffers()[1], kind.index_type.bit_width if pa.types.is_dictionary(kind) else kind.bit_width
+
+    return [(buffer, bits) for column in batch.columns for buffer, bits in of(column) if buffer is not None]
+
+
+def block_digest(buffers: Sequence[tuple[pa.Buffer, int]], block: int) -> bytes:
+    """The checksum of `BLOCK_ROWS` rows."""
+    digest = xxhash.xxh3_64()
+    for buffer, bits in buffers:
+        size = BLOCK_ROWS * bits // 8
+        digest.update(memoryview(buffer)[block * size : (block + 1) * size])
+    return digest.digest()
 
 
 class _Spool:
