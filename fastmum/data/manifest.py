@@ -81,6 +81,11 @@ STORED_TYPES = TYPES | {"sequence": RUNS, "dataset": RUNS, "scene": RUNS, "side"
 }  # fmt: skip
 
 
+# Rows of a manifest of version 3 whose pages count as memory of the process, 64 kB for each value that is read. They
+# stay in the page cache, which processes share.
+ROWS_MAPPED = 128
+
+
 class Manifest:
     """A memory-mapped manifest; pickled as its path.
 
@@ -108,6 +113,7 @@ class Manifest:
         self.num_frames: int = batch.num_rows
         self._columns: dict[str, Any] = {name: batch[name] for name in batch.schema.names}
         self._blocks = schema.get(BLOCKS_KEY)
+        self._mapped, self._used = mapped, 0
         if self._blocks is not None:
             self._buffers, self._unread = row_buffers(batch), np.ones(-(-self.num_frames // BLOCK_ROWS), bool)
         try:
@@ -131,6 +137,11 @@ class Manifest:
         """Compare the checksums of rows that are used for the first time; DataError: they are damaged."""
         if self._blocks is None:
             return
+        if isinstance(rows, np.ndarray):
+            self._used += len(rows)
+            if self._used > ROWS_MAPPED:
+                self._used = 0
+                self._mapped.madvise(mmap.MADV_DONTNEED)
         unread = self._unread[rows] if isinstance(rows, slice) else self._unread[rows // BLOCK_ROWS]
         if not unread.any():
             return
