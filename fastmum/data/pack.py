@@ -28,7 +28,7 @@ from PIL import Image
 
 from fastmum.data import remote
 from fastmum.data.check import INDEX_SCHEMA, read_index
-from fastmum.data.decode.image import FrameError, read_file, read_header, read_upright
+from fastmum.data.decode.image import JPEGS, FrameError, jpeg_scale, read_file, read_header, resize, turn_upright
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, write_manifest
 from fastmum.data.processes import map_in_order, until_terminated
@@ -151,7 +151,9 @@ def _shrunk(data: bytes, settings: Settings) -> tuple[bytes, tuple[float, float]
     if not 0 < settings.short_side < min(size):
         return data, (1.0, 1.0)
     smaller = [max(1, round(side * settings.short_side / min(size))) for side in size]
-    image = Image.fromarray(read_upright(data)).resize(smaller, Image.Resampling.BICUBIC, reducing_gap=3.0)
+    if header.image.format in JPEGS and (scale := jpeg_scale(*size, settings.short_side)) > 1:
+        header.image.draft(None, (header.image.width // scale, header.image.height // scale))
+    image = Image.fromarray(resize(turn_upright(header), (smaller[1], smaller[0])))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=settings.quality)
     return stream.getvalue(), (smaller[0] / size[0], smaller[1] / size[1])

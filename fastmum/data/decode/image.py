@@ -249,9 +249,15 @@ def rgb(header: Header, box: Box | None = None) -> Image.Image:
 
 def read_upright(source: Path | bytes) -> np.ndarray:
     """Decode a whole image upright, (h, w, 3) uint8 RGB; FrameError if it cannot be decoded."""
-    header = read_header(source)
-    image = np.empty((header.height, header.width, 3), np.uint8)
-    place(np.asarray(rgb(header)), image, header.orientation, flip=False)
+    return turn_upright(read_header(source))
+
+
+def turn_upright(header: Header) -> np.ndarray:
+    """Decode a whole image, at the scale that `Image.draft` was asked for, as `read_upright`."""
+    pixels = np.asarray(rgb(header))
+    swap = _TO_UPRIGHT[header.orientation][2]
+    image = np.empty_like(pixels, shape=(*(pixels.shape[1::-1] if swap else pixels.shape[:2]), 3))
+    place(pixels, image, header.orientation, flip=False)
     return image
 
 
