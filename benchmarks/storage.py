@@ -2,7 +2,7 @@
 
 `python -m benchmarks.storage [PART ...] [--images 400] [--size 500x375] [--rounds 3]`, all parts by default:
 
-    loaders   decoded 256 px crops a CPU-second, in one process, with a warm page cache (after a first round)
+    loaders   decoded 256 px crops a CPU-second, in one process, with a warm page cache (or --cold)
     calls     system calls that open or look up files, per image (needs strace)
     s3        a tiny run from an S3 server on this machine with 20 ms more latency, against the same run from disk
     open      opening manifests of 20 M images in shards (share 0.05 of them with --quick)
@@ -101,7 +101,16 @@ def loaders(folder: Path, raw: Path, count: int) -> dict[str, Callable[[], int]]
     return found
 
 
-def compare_loaders(folder: Path, count: int, size: tuple[int, int], rounds: int) -> None:
+def drop(folder: Path) -> None:
+    """Remove files from the page cache."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def compare_loaders(folder: Path, count: int, size: tuple[int, int], rounds: int, cold: bool) -> None:
     """Print images a CPU-second of each loader: median of the rounds, in turn, after one that warms up."""
     import torch
 
@@ -110,12 +119,15 @@ def compare_loaders(folder: Path, count: int, size: tuple[int, int], rounds: int
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(-1, rounds):
         for name in rotated(list(runs), max(number, 0)):
+            if cold:
+                drop(folder)
             start = time.process_time()
             images = runs[name]()
             assert images == count, (name, images)
             if number >= 0:
                 rates[name].append(images / (time.process_time() - start))
-    print(f"\n{count} images of {size[0]} x {size[1]} pixels, {SIZE} px crops a CPU-second, median of {rounds} rounds")
+    cache = "dropped page cache" if cold else "warm page cache"
+    print(f"\n{count} images of {size[0]} x {size[1]} pixels, {cache}, {SIZE} px crops a CPU-second, {rounds} rounds")
     ours = rates["fastmum, shards"]
     for name, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
@@ -269,6 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--size", default="500x375", help="of the images of loaders (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="drop the files of loaders from the page cache")
     parser.add_argument("--steps", type=int, default=40, help="of the run from S3")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the 20 M images")
     args = parser.parse_args(argv)
@@ -277,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if part == "loaders":
-                compare_loaders(folder, args.images, (width, height), args.rounds)
+                compare_loaders(folder, args.images, (width, height), args.rounds, args.cold)
             elif part == "calls":
                 count_calls(folder, args.images)
             elif part == "s3":

@@ -150,6 +150,7 @@ class Manifest:
             if self._blocks[16 * block : 16 * block + 16] != block_digest(self._buffers, block).hex().encode():
                 raise DataError(f"the manifest '{self.path}' is damaged; restore it, or {BUILD} again")
             self._unread[block] = False
+        self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def _read_sequences(self) -> None:
         """Set `num_sequences`, `starts`, `datasets` and `dataset_of`; ValueError if rows are not consecutive."""

@@ -234,8 +234,8 @@ def _folder_manifest(key: str, root: str, out: Path, builder: str, options: dict
     from fastmum.data.build import NoSequenceError, build  # runs on manifests need no builder
 
     folder = expand_user(root)
-    if not folder.is_dir():
-        raise DataError(f"{key} is '{root}', but there is no such folder")
+    if not folder.exists():
+        raise DataError(f"{key} is '{root}', but there is no such folder or archive")
     if keep:
         with contextlib.suppress(DataError):
             made = Manifest(out).metadata

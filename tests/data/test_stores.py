@@ -225,6 +225,36 @@ class TestDamage:
             (image_folder / f"broken{suffix}").unlink()
 
 
+def add_member(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def test_imagenet_as_it_is_distributed_and_shards_of_others(tmp_path):
+    """A tar with a flat tar for each class; a flat shard is a folder of its name."""
+    images = {f"{name}/{name}_{i}.JPEG": f"{name} {i}".encode() for name in ("n01", "n02") for i in range(3)}
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as outer:
+        for name in ("n01", "n02"):
+            with tarfile.open(fileobj=(inner := io.BytesIO()), mode="w") as archive:
+                for path, content in images.items():
+                    if path.startswith(name):
+                        add_member(archive, path.partition("/")[2], content)
+            add_member(outer, f"{name}.tar", inner.getvalue())
+    long = "é" * 60 + "/" + "x" * 120 + ".jpg"
+    with tarfile.open(tmp_path / "000.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("0.jpg", "0.json", "../1.jpg", long):
+            add_member(archive, name, name.encode())
+    shard = {"000/0.jpg": b"0.jpg", f"000/{long}": long.encode()}
+    for name, expected in (("imagenet", images | {"000/0.jpg": b"0.jpg"}), ("folder", images | shard)):
+        build(name, tmp_path, tmp_path / "out/m.arrow")
+        manifest = Manifest(tmp_path / "out/m.arrow")
+        paths = manifest.paths("path", np.arange(manifest.num_frames))
+        assert dict(zip(paths, contents(manifest), strict=True)) == expected
+    build("imagenet", tmp_path / "ILSVRC2012_img_train.tar", tmp_path / "out/m.arrow")
+    assert contents(Manifest(tmp_path / "out/m.arrow")) == list(images.values())
+
+
 def test_roots_move_without_a_rebuild(loose, shards, image_folder, tmp_path, monkeypatch):
     right = contents(Manifest(loose))
     shutil.move(image_folder, tmp_path / "elsewhere")
