@@ -55,6 +55,7 @@ from fastmum.data.manifest_writer import (
     VERSION,
     VERSION_KEY,
     WIDTHS,
+    block_bytes,
     block_digest,
     checksum,
     row_buffers,
@@ -63,7 +64,7 @@ from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
 from fastmum.data.remote import local_copy
-from fastmum.data.store import Place, StoredPath, is_url, join
+from fastmum.data.store import Handle, Place, StoredPath, is_url, join
 from fastmum.files import expand_user, regular
 
 BUILD = "build it with `python -m fastmum.data.build`"
@@ -79,11 +80,6 @@ RUNS = pa.run_end_encoded(pa.int64(), TEXT)
 STORED_TYPES = TYPES | {"sequence": RUNS, "dataset": RUNS, "scene": RUNS, "side": pa.struct(FILE)} | {
     f"{name}_{kind}": type for name in FILES for kind, type in (("archive", RUNS), ("place", pa.struct(PLACE)))
 }  # fmt: skip
-
-
-# Rows of a manifest of version 3 whose pages count as memory of the process, 64 kB for each value that is read. They
-# stay in the page cache, which processes share.
-ROWS_MAPPED = 128
 
 
 class Manifest:
@@ -113,9 +109,10 @@ class Manifest:
         self.num_frames: int = batch.num_rows
         self._columns: dict[str, Any] = {name: batch[name] for name in batch.schema.names}
         self._blocks = schema.get(BLOCKS_KEY)
-        self._mapped, self._used = mapped, 0
         if self._blocks is not None:
-            self._buffers, self._unread = row_buffers(batch), np.ones(-(-self.num_frames // BLOCK_ROWS), bool)
+            self._file, self._base = Handle(str(self.path)), pa.py_buffer(mapped).address
+            self._rows = [(buffer.address - self._base, buffer.size, bits) for buffer, bits in row_buffers(batch)]
+            self._unread = np.ones(-(-self.num_frames // BLOCK_ROWS), bool)
         try:
             self.metadata: dict[str, Any] = json.loads(schema[METADATA_KEY])
             root = str(self.metadata["root"])
@@ -137,20 +134,31 @@ class Manifest:
         """Compare the checksums of rows that are used for the first time; DataError: they are damaged."""
         if self._blocks is None:
             return
-        if isinstance(rows, np.ndarray):
-            self._used += len(rows)
-            if self._used > ROWS_MAPPED:
-                self._used = 0
-                self._mapped.madvise(mmap.MADV_DONTNEED)
-        unread = self._unread[rows] if isinstance(rows, slice) else self._unread[rows // BLOCK_ROWS]
+        unread = self._unread if isinstance(rows, slice) else self._unread[rows // BLOCK_ROWS]
         if not unread.any():
             return
         numbers = np.flatnonzero(self._unread) if isinstance(rows, slice) else np.unique(rows // BLOCK_ROWS)
         for block in numbers.tolist():
-            if self._blocks[16 * block : 16 * block + 16] != block_digest(self._buffers, block).hex().encode():
+            pieces = []
+            for start, size, bits in self._rows:
+                first, end = block_bytes(block, bits)
+                pieces.append(os.pread(self._file.number, min(end, size) - first, start + first))
+            if self._blocks[16 * block : 16 * block + 16] != block_digest(pieces).encode():
                 raise DataError(f"the manifest '{self.path}' is damaged; restore it, or {BUILD} again")
             self._unread[block] = False
-        self._mapped.madvise(mmap.MADV_DONTNEED)
+
+    def _numbers(self, array: pa.Array, rows: np.ndarray) -> np.ndarray:
+        """Numbers of rows (of a dictionary: indices); in version 3 by `pread`, so that no pages of rows are mapped."""
+        array = array.indices if pa.types.is_dictionary(array.type) else array
+        if self._blocks is None:
+            return array.to_numpy()[rows]
+        kind = np.dtype(array.type.to_pandas_dtype())
+        start, width, number = array.buffers()[1].address - self._base, kind.itemsize, self._file.number
+        return np.frombuffer(b"".join([os.pread(number, width, start + width * row) for row in rows.tolist()]), kind)
+
+    def _texts(self, array: pa.DictionaryArray, rows: np.ndarray) -> list[str]:
+        """Values of rows."""
+        return array.dictionary.take(pa.array(self._numbers(array, rows))).to_pylist()
 
     def _read_sequences(self) -> None:
         """Set `num_sequences`, `starts`, `datasets` and `dataset_of`; ValueError if rows are not consecutive."""
@@ -213,7 +221,7 @@ class Manifest:
             return [None] * len(rows)
         self._check(rows)
         archives = self._columns[f"{column}_archive"].take(rows)
-        fields = (self._columns[f"{column}_place"].field(key).take(pa.array(rows)).to_pylist() for key in PLACE)
+        fields = (self._numbers(self._columns[f"{column}_place"].field(key), rows).tolist() for key in PLACE)
         return [
             Place(join(self.root, archive), offset, abs(length), check, length < 0, -1 if length < 0 else length)
             if archive else None
@@ -223,8 +231,8 @@ class Manifest:
     def column_files(self, column: str, rows: np.ndarray) -> list[Path]:
         """Absolute paths of the files of a column, which all rows have."""
         self._check(rows)
-        struct, numbers = self._columns[column], pa.array(rows)
-        pairs = zip(*(struct.field(key).take(numbers).to_pylist() for key in ("folder", "file")), strict=True)
+        struct = self._columns[column]
+        pairs = zip(*(self._texts(struct.field(key), rows) for key in ("folder", "file")), strict=True)
         remote = is_url(self.root)
         if not (remote or store.stage or f"{column}_archive" in self._columns):
             return [Path(self.root, folder, file) for folder, file in pairs]
@@ -249,8 +257,7 @@ class Manifest:
         if (struct := self._columns.get(column)) is None:
             return [""] * len(rows)
         self._check(rows)
-        numbers = pa.array(rows)
-        pairs = zip(*(struct.field(key).take(numbers).to_pylist() for key in ("folder", "file")), strict=True)
+        pairs = zip(*(self._texts(struct.field(key), rows) for key in ("folder", "file")), strict=True)
         return [f"{folder}/{file}" if folder else file for folder, file in pairs]
 
     def depth_format(self, row: int) -> DepthFormat | None:

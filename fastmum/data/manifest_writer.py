@@ -96,7 +96,10 @@ def _write(out: Path, batch: pa.RecordBatch, content: str) -> None:
     described = {CHECKSUM_KEY: MARK + b"0" * DIGITS, VERSION_KEY: str(VERSION), METADATA_KEY: content}
     if any(name.endswith("_place") for name in batch.schema.names):
         blocks = -(-batch.num_rows // BLOCK_ROWS)
-        digests = [block_digest(row_buffers(batch), block).hex() for block in range(blocks)]
+        buffers = [(memoryview(buffer), bits) for buffer, bits in row_buffers(batch)]
+        digests = [
+            block_digest(view[slice(*block_bytes(block, bits))] for view, bits in buffers) for block in range(blocks)
+        ]
         described |= {VERSION_KEY: str(STORED_VERSION), BLOCKS_KEY: "".join(digests)}
     batch = batch.replace_schema_metadata(described)
     with atomic_path(out) as partial, open(partial, "w+b") as file:
@@ -154,13 +157,18 @@ def row_buffers(batch: pa.RecordBatch) -> list[tuple[pa.Buffer, int]]:
     return [(buffer, bits) for column in batch.columns for buffer, bits in of(column) if buffer is not None]
 
 
-def block_digest(buffers: Sequence[tuple[pa.Buffer, int]], block: int) -> bytes:
-    """The checksum of `BLOCK_ROWS` rows."""
+def block_bytes(block: int, bits: int) -> tuple[int, int]:
+    """Where a block of rows begins and ends in a buffer with so many bits per row."""
+    size = BLOCK_ROWS * bits // 8
+    return block * size, (block + 1) * size
+
+
+def block_digest(pieces: Iterable[bytes | memoryview]) -> str:
+    """The checksum of a block of rows, from its piece of each buffer."""
     digest = xxhash.xxh3_64()
-    for buffer, bits in buffers:
-        size = BLOCK_ROWS * bits // 8
-        digest.update(memoryview(buffer)[block * size : (block + 1) * size])
-    return digest.digest()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 class _Spool:

@@ -158,7 +158,7 @@ def _bad(place: Place, what: str) -> OSError:
     return OSError(errno.EBADMSG, text)
 
 
-class _Handle:
+class Handle:
     """An open file, closed once nothing refers to it: another thread may still read when it leaves the cache."""
 
     def __init__(self, path: str) -> None:
@@ -169,7 +169,7 @@ class _Handle:
             os.close(self.number)
 
 
-_handles: OrderedDict[str, _Handle] = OrderedDict()
+_handles: OrderedDict[str, Handle] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -181,7 +181,7 @@ def _pread(path: str, start: int, length: int) -> bytes:
         if handle is not None:
             _handles.move_to_end(path)
     if handle is None:
-        handle = _Handle(path)
+        handle = Handle(path)
         with _lock:
             _handles[path] = handle
             while len(_handles) > MOST_HANDLES:
