@@ -145,7 +145,7 @@ def row_buffers(batch: pa.RecordBatch) -> list[tuple[pa.Buffer, int]]:
         kind = array.type
         if pa.types.is_run_end_encoded(kind):
             return
-        yield array.buffers()[0], 1
+        yield array.buffers()[0] if array.null_count else None, 1  # a file has none if all values are known
         if pa.types.is_struct(kind):
             for i in range(kind.num_fields):
                 yield from of(array.field(i))
@@ -154,7 +154,8 @@ def row_buffers(batch: pa.RecordBatch) -> list[tuple[pa.Buffer, int]]:
         else:
             yield array.buffers()[1], kind.index_type.bit_width if pa.types.is_dictionary(kind) else kind.bit_width
 
-    return [(buffer, bits) for column in batch.columns for buffer, bits in of(column) if buffer is not None]
+    found = [each for column in batch.columns for each in of(column)]
+    return [(buffer.slice(0, -(-batch.num_rows * bits // 8)), bits) for buffer, bits in found if buffer is not None]
 
 
 def block_bytes(block: int, bits: int) -> tuple[int, int]:

@@ -280,3 +280,17 @@ def test_opening_allocates_a_few_bytes_per_sequence_not_per_frame(tmp_path):
     assert peak < 40 * manifest.num_sequences + (8 << 20)
     assert pa.total_allocated_bytes() - arrow < 1 << 16, "Arrow maps the columns, it does not read them"
     assert manifest.file(999_999).name == "9999_00099.jpg"
+
+
+@pytest.mark.parametrize("n", [1, 9, 3000])
+def test_blocks_of_rows_with_and_without_unknown_values(tmp_path, n):
+    """Columns that are known for all rows have no bitmaps in the file."""
+    places = [Place("a.tar", 512 * i, i, i) for i in range(n)]
+    whole = {"poses": poses(n), "intrinsics": np.ones((n, 4)), "masks": ["m.png"] * n, "places": {"path": places}}
+    for unknown in (False, True):
+        records = [numbered("a", n, **whole), *([numbered("b", 2)] * unknown)]
+        write(tmp_path / "m.arrow", records)
+        manifest = Manifest(tmp_path / "m.arrow")
+        assert [place.offset for place in manifest.places("path", np.arange(n))] == [512 * i for i in range(n)]
+        assert np.array_equal(manifest.camera_arrays(n - 1)[1], poses(n)[n - 1])
+        assert manifest.present("mask").tolist() == [True] * n + [False] * (2 * unknown)
