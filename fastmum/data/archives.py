@@ -104,7 +104,8 @@ class TreePath(StoredPath):
 class Tree:
     """The files below a root and in its archives. Archives are listed when a folder that they may be in is asked for.
 
-    DataError: an archive that is damaged, encrypted or compressed in another way.
+    DataError: an archive that is damaged. Files that are encrypted or compressed in unusual ways are left out, which
+    is logged.
     """
 
     def __init__(self, root: Path) -> None:
@@ -269,7 +270,7 @@ def _parents(folder: str) -> list[str]:
 
 
 def _members_of(place: Place) -> Iterator[tuple[str, Place]]:
-    """Path and place of every file in an archive; DataError: it is damaged, or has members that cannot be read."""
+    """Path and place of every file in an archive; DataError: it is damaged."""
     read = _tar_members if place.in_tar or place.store.lower().endswith(".tar") else _zip_members
     with reading(Path(place.store), "an archive", "copy it again"):
         try:
@@ -325,11 +326,13 @@ def _tar_members(place: Place) -> Iterator[tuple[str, Place]]:
 
 def _zip_members(place: Place) -> Iterator[tuple[str, Place]]:
     with open(place.store, "rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
+        unread = 0
         for member in archive.infolist():
             if member.is_dir():
                 continue
             if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"'{member.filename}' is encrypted, or compressed in another way than by deflation")
+                unread += 1
+                continue
             header = os.pread(file.fileno(), LOCAL_HEADER.size, member.header_offset)
             if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\3\4"):
                 raise ValueError(f"the header of '{member.filename}' is damaged")
@@ -339,4 +342,8 @@ def _zip_members(place: Place) -> Iterator[tuple[str, Place]]:
             yield (
                 member.filename,
                 Place(place.store, start, member.compress_size, member.CRC, deflated, member.file_size),
+            )
+        if unread:
+            log.warning(
+                "'%s': %d files are left out, which are encrypted or not compressed by deflation", place.store, unread
             )

@@ -22,7 +22,7 @@ from fastmum.data.remote import WHOLE, is_url
 from fastmum.files import regular
 
 BLOCK = 512  # bytes of a tar header, and what members of tars are aligned to
-# Open archives, at most half of the files that the process may open.
+# Open archives, at most half of the files that the process may open (-1: any number).
 MOST_HANDLES = min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % (1 << 63) // 2)
 # Set by `fastmum.data.staging`: return content that was read ahead of time, or was copied to the stage, else None.
 ahead: "Callable[[Place], bytes | None] | None" = None

@@ -225,6 +225,28 @@ class TestDamage:
             (image_folder / f"broken{suffix}").unlink()
 
 
+def test_tars_that_are_cut_off_and_members_that_cannot_be_read(tmp_path, image_folder, caplog):
+    (raw := tmp_path / "raw").mkdir()
+    with tarfile.open(raw / "a.tar", "w") as archive:
+        archive.add(image_folder, "images")
+    whole = (raw / "a.tar").read_bytes()
+    build("folder", raw, tmp_path / "m.arrow")
+    places = [file.place for file in Manifest(tmp_path / "m.arrow").files(np.arange(24))]
+    last = max(places, key=lambda place: place.offset)
+    (raw / "a.tar").write_bytes(whole[: last.offset + 100])
+    with pytest.raises(DataError, match=r"^[^\n]*a\.tar' cannot be read as an archive \(it is cut off[^\n]*$"):
+        build("folder", raw, tmp_path / "m.arrow")
+    (raw / "a.tar").write_bytes(whole[: last.offset + (last.length + 511) // 512 * 512])
+    build("folder", raw, tmp_path / "m.arrow")
+    assert "a.tar' lacks its end mark" in caplog.text
+    with zipfile.ZipFile(raw / "b.zip", "w") as archive:
+        archive.writestr("0.jpg", b"0", zipfile.ZIP_LZMA)
+        archive.writestr("1.jpg", b"1")
+    build("folder", raw, tmp_path / "m.arrow")
+    assert "b.zip': 1 files are left out" in caplog.text
+    assert Manifest(tmp_path / "m.arrow").num_frames == 25
+
+
 def add_member(archive, name, content):
     member = tarfile.TarInfo(name)
     member.size = len(content)
