@@ -41,12 +41,19 @@ class FeatureCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / "about.json", json.dumps(key | {"encoder": dict(encoder.about)}, indent=1))
 
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{_digest(key.encode())}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file of this key; it may be damaged."""
+        return self._file(key).exists()
+
     def tokens(self, keys: Sequence[str], compute: Callable[[list[int]], Sequence[Tokens]]) -> list[Tokens]:
         """Tokens by keys; `compute` returns those of the missing ones, of which it gets the indices.
 
         FeaturesError: a file cannot be written. A file that cannot be read is computed again.
         """
-        files = [self.folder / f"{_digest(key.encode())}.safetensors" for key in keys]
+        files = [self._file(key) for key in keys]
         found = {i: tokens for i, file in enumerate(files) if file.exists() and (tokens := _read(file))}
         if missing := [i for i in range(len(files)) if i not in found]:
             for i, tokens in zip(missing, compute(missing), strict=True):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fastmum.scenes.light import Lamp
-from fastmum.scenes.room import Paint, Palette, Part, Room, box, cylinder, moved, sphere
+from fastmum.scenes.room import Paint, Palette, Part, Room, box, cylinder, labelled, moved, sphere
 from fastmum.scenes.textures import shade
 
 
@@ -52,34 +52,34 @@ def add_fixtures(room: Room, kind: str) -> list[Lamp]:
     p, rng = room.palette, room.rng
     length, width, height = room.size
     lengths = [(wall, 2 * room.half_length(wall)) for wall in range(4)]
-    room.parts.append(box(0, 0, 0.002, length + 0.1, width + 0.1, 0.008, floor_paint(p, kind)))
+    room.parts.append(box(0, 0, 0.002, length + 0.1, width + 0.1, 0.008, floor_paint(p, kind), label="floor"))
     if kind != "courtyard":
         pale = Paint("plaster", p.near(0.1, 0.06, 0.85), p.near(0.1, 0.1, 0.75))
-        room.parts.append(box(0, 0, height - 0.01, length + 0.1, width + 0.1, 0.008, pale))
+        room.parts.append(box(0, 0, height - 0.01, length + 0.1, width + 0.1, 0.008, pale, label="ceiling"))
         panel, tall = p.wood() if rng.random() < 0.5 else p.paint(), rng.uniform(0.75, 1.0)
         if rng.random() < 0.45:  # panelling with a rail
             for wall, long in lengths:
                 parts = [box(0, 0, 0, long, 0.015, tall, panel), box(0, -0.01, tall, long, 0.03, 0.05, panel)]
-                room.parts += room.moved_to_wall(parts, wall, 0, 0.008)
+                room.parts += labelled(room.moved_to_wall(parts, wall, 0, 0.008), "wall")
         if rng.random() < 0.4:
             timber = p.wood()
             for x in np.arange(-length / 2 + rng.uniform(0.4, 0.9), length / 2, rng.uniform(0.9, 1.4)):
-                room.parts.append(box(x, 0, height - 0.15, 0.13, width, 0.15, timber))
+                room.parts.append(box(x, 0, height - 0.15, 0.13, width, 0.15, timber, label="ceiling"))
     trim = p.paint()
     for wall, long in lengths:
-        skirting = box(0, 0, 0, long, 0.02, rng.uniform(0.08, 0.16), trim)
+        skirting = box(0, 0, 0, long, 0.02, rng.uniform(0.08, 0.16), trim, label="wall")
         room.parts += room.moved_to_wall([skirting], wall, 0, 0.01)
     if kind == "courtyard":
         stone = p.stone()
         for wall, long in lengths:
-            coping = box(0, 0, 0, long + 0.3, 0.34, 0.12, stone)
+            coping = box(0, 0, 0, long + 0.3, 0.34, 0.12, stone, label="wall")
             room.parts += room.moved_to_wall([coping], wall, 0, 0.0, height - 0.06)
     order = rng.permutation(4).tolist()
     for wall in order[: rng.integers(1, 3)]:
         along, tall = float(rng.uniform(-0.55, 0.55) * room.half_length(wall)), min(2.05, height - 0.25)
         wood = Paint("door", p.near(0.5, 0.3, 0.6), p.near(0.5, 0.4, 0.45))
         door = [box(0, 0.01, 0, 0.98, 0.04, tall + 0.06, trim), box(0, 0, 0, 0.84, 0.06, tall, wood)]
-        room.parts += room.moved_to_wall(door, wall, along, 0.03)
+        room.parts += labelled(room.moved_to_wall(door, wall, along, 0.03), "door")
         room.taken.append((*room.at_wall(wall, along, 0.3), 0.5))
         room.hung.append((wall, along, 1.0))
     if kind == "courtyard":
@@ -95,7 +95,7 @@ def _add_window(room: Room, wall: int, trim: Paint) -> Lamp:
     panes = Paint("panes", p.near(0, 0, 0.8), p.near(0, 0.05, 0.85))
     sill = box(0, -0.08, 0.86, wide + 0.1, 0.2, 0.04, trim)
     window = [box(0, 0, 0.9, wide, 0.04, tall, panes, glow=0.92, edge=trim), sill]
-    room.parts += room.moved_to_wall(window, wall, along, 0.02)
+    room.parts += labelled(room.moved_to_wall(window, wall, along, 0.02), "window")
     room.hung.append((wall, along, wide))
     (x, y), (nx, ny) = room.at_wall(wall, along, 0.02), room.normal(wall)
     centre_3 = np.array([x + nx * 0.15, y + ny * 0.15, 0.9 + tall / 2])
@@ -111,7 +111,7 @@ def _add_lamps(room: Room, trim: Paint) -> list[Lamp]:
         cord = cylinder(x, y, height - drop, 0.012, drop, trim, glow=0.3)
         lamp = [cord, sphere(x, y, height - drop - 0.26, 0.14, Paint("glow", colour, colour), glow=0.97)]
         if room.clear_of_path(lamp):
-            room.parts += lamp
+            room.parts += labelled(lamp, "lamp")
             warm = np.array([1.12, 1.0, 0.84]) * 2.4
             lamps.append(Lamp(np.array([x, y, height - drop - 0.16]), np.full(3, 0.15), warm))
     return lamps
@@ -128,7 +128,7 @@ def hang_pictures(room: Room, count: int) -> None:
         z = rng.uniform(1.0, max(1.05, room.size[2] - tall - 0.25))
         if any(w == wall and abs(along - a) < (wide + b) / 2 + 0.12 for w, a, b in room.hung):
             continue
-        frame = box(0, 0, z, wide, 0.04, tall, p.print(), edge=p.wood())
+        frame = box(0, 0, z, wide, 0.04, tall, p.print(), edge=p.wood(), label="picture")
         room.parts += room.moved_to_wall([frame], wall, along, 0.02)
         room.hung.append((wall, along, wide))
         hung += 1
@@ -176,7 +176,7 @@ def table(p: Palette) -> list[Part]:
     seat = p.cloth()
     for x in rng.permutation([-0.3, 0.32])[: rng.integers(1, 3)]:
         side = rng.choice([-1, 1])
-        parts += moved(stool(p, seat), x * w, side * (d / 2 + 0.22), 0, rng.uniform(-0.3, 0.3))
+        parts += moved(labelled(stool(p, seat), "stool"), x * w, side * (d / 2 + 0.22), 0, rng.uniform(-0.3, 0.3))
     return parts
 
 

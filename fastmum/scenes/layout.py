@@ -9,7 +9,7 @@ import numpy as np
 
 from fastmum.scenes.furniture import PIECES, add_fixtures, hang_pictures, pillar, wall_paint
 from fastmum.scenes.light import Lamp, Lighting
-from fastmum.scenes.room import Paint, Palette, Part, Room, as_solids, box, sphere
+from fastmum.scenes.room import Paint, Palette, Part, Room, as_solids, box, labelled, sphere
 from fastmum.scenes.shapes import SHELL, Solids
 from fastmum.scenes.textures import shade
 
@@ -135,7 +135,7 @@ def build_scene(seed: int, index: int) -> Scene:
     lamps = add_fixtures(room, kind)
     hang_pictures(room, KINDS[kind].pictures)
     _furnish(room, KINDS[kind])
-    shell = Part(SHELL, (0.0, 0.0, height / 2), (length / 2, width / 2, height / 2), wall_paint(palette, kind))
+    shell = Part(SHELL, (0.0, 0.0, height / 2), (length / 2, width / 2, height / 2), wall_paint(palette, kind), label="wall")
     parts = [shell, *room.parts]
     if open_top:
         parts += _surroundings(palette, max(length, width) / 2, height)
@@ -147,7 +147,8 @@ def build_scene(seed: int, index: int) -> Scene:
 def _furnish(room: Room, kind: Kind) -> None:
     rng, p = room.rng, room.palette
     for _ in range(kind.wall_count):
-        piece = PIECES[str(rng.choice(kind.at_wall))](p)
+        name = str(rng.choice(kind.at_wall))
+        piece = labelled(PIECES[name](p), name)
         deep = max(q.centre[1] + q.half[1] for q in piece)
         for _ in range(6):
             wall = int(rng.integers(0, 4))
@@ -155,12 +156,13 @@ def _furnish(room: Room, kind: Kind) -> None:
             if room.add(room.moved_to_wall(piece, wall, along, deep + 0.03)):
                 break
     if rng.random() < 0.3:
-        room.scatter(pillar(p, room.size[2]), 2.0)
+        room.scatter(labelled(pillar(p, room.size[2]), "pillar"), 2.0)
     for _ in range(kind.free_count):
-        room.scatter(PIECES[str(rng.choice(kind.free))](p), 1.5)
+        name = str(rng.choice(kind.free))
+        room.scatter(labelled(PIECES[name](p), name), 1.5)
     if kind.rug:
         x, y = rng.uniform(-0.8, 0.8, 2)
-        room.parts.append(box(x, y, 0.01, rng.uniform(1.4, 2.6), rng.uniform(1.2, 2.0), 0.008, p.cloth()))
+        room.parts.append(box(x, y, 0.01, rng.uniform(1.4, 2.6), rng.uniform(1.2, 2.0), 0.008, p.cloth(), label="rug"))
 
 
 def _surroundings(p: Palette, radius: float, height: float) -> list[Part]:
@@ -170,12 +172,12 @@ def _surroundings(p: Palette, radius: float, height: float) -> list[Part]:
         away = radius + rng.uniform(3.5, 6.0)
         w, h = rng.uniform(2.0, 4.0), height + rng.uniform(1.0, 4.0)
         facade = Paint("facade", p.near(0.05, 0.2, 0.75), p.near(0.5, 0.15, 0.8))
-        parts.append(box(away * np.cos(angle), away * np.sin(angle), 0, w, 2.0, h, facade, yaw=angle + np.pi / 2))
+        parts.append(box(away * np.cos(angle), away * np.sin(angle), 0, w, 2.0, h, facade, yaw=angle + np.pi / 2, label="building"))
     for _ in range(rng.integers(2, 5)):
         angle, r = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.3)
         away = radius + rng.uniform(1.6, 2.4)
         green = Paint("leaves", shade(rng, 0.28, 0.45, 0.4), shade(rng, 0.22, 0.45, 0.6))
-        parts.append(sphere(away * np.cos(angle), away * np.sin(angle), height - 0.4, r, green, 1.2))
+        parts.append(sphere(away * np.cos(angle), away * np.sin(angle), height - 0.4, r, green, 1.2, label="tree"))
     return parts
 
 

@@ -27,7 +27,10 @@ class Paint(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A solid turned by `yaw` about z; `edge` paints sides under 7 cm; `glow` > 0 is a gain in place of light."""
+    """A solid turned by `yaw` about z; `edge` paints sides under 7 cm; `glow` > 0 is a gain in place of light.
+
+    `label` is what it belongs to, one of `labels.CLASSES`.
+    """
 
     kind: int
     centre: tuple[float, float, float]
@@ -36,6 +39,7 @@ class Part(NamedTuple):
     yaw: float = 0.0
     edge: Paint | None = None
     glow: float = 0.0
+    label: str = ""
 
 
 class Palette(NamedTuple):
@@ -100,6 +104,11 @@ def moved(parts: list[Part], x: float, y: float, z: float, yaw: float = 0.0) -> 
     c, s = np.cos(yaw), np.sin(yaw)
     centres = [(x + c * a - s * b, y + s * a + c * b, z + h) for a, b, h in (p.centre for p in parts)]
     return [p._replace(yaw=p.yaw + yaw, centre=centre) for p, centre in zip(parts, centres, strict=True)]
+
+
+def labelled(parts: list[Part], label: str) -> list[Part]:
+    """Parts with a label; those that have one keep it."""
+    return [p if p.label else p._replace(label=label) for p in parts]
 
 
 def as_solids(parts: list[Part]) -> Solids:

@@ -35,7 +35,7 @@ OTHER_IMAGE_SUFFIXES = frozenset(
     .rgb .rgba .bw .ras .xbm .xpm .svg .eps""".split()  # noqa: SIM905
 )
 # Folders next to a scene's photographs that hold something else.
-OTHER_FOLDERS = frozenset({"depth", "depths", "mask", "masks", "normal", "normals"})
+OTHER_FOLDERS = frozenset({"depth", "depths", "label", "labels", "mask", "masks", "normal", "normals"})
 # Folders that network storage, operating systems, archives and viewers add, in lower case.
 SYSTEM_FOLDERS = frozenset(
     {
@@ -197,7 +197,7 @@ def _reason_to_skip(name: str, names: set[str], skip: frozenset[str]) -> str | N
     if name.lower() in SYSTEM_FOLDERS:
         return "folders of thumbnails, deleted files or the system"
     if name.lower() in skip:
-        return "folders of depth, masks or normals"
+        return "folders of depth, masks, labels or normals"
     stem = name.removesuffix("_pictures")
     features = stem != name and not names.isdisjoint({f"{stem}.safetensors", f"{stem}.npz"})
     return "folders that fastmum wrote" if features or (name in RUN_PICTURES and _is_run(names)) else None
@@ -217,7 +217,7 @@ def _is_own_picture(name: str, names: set[str]) -> bool:
 
 
 def image_folders(root: Path) -> list[str]:
-    """The folders of `walk` that contain images, without those of depth, masks and normals, in natural order.
+    """The folders of `walk` that contain images, without those of depth, masks, labels and normals, in natural order.
 
     Images of other formats are counted in the log by their suffixes. DataError: all are of formats that are not read.
     """

@@ -152,7 +152,7 @@ BUILDERS = {
         options=base.MIN_FRAMES,
     ),
     "folder": Builder(
-        layout="any folders of images; depth, mask and normal folders are skipped",
+        layout="any folders of images; folders of depth, masks, labels and normals are skipped",
         paper="every folder with images is a sequence, in natural order",
         parts=lambda root, options: base.image_folders(root),
         sequences=folder,

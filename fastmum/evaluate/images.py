@@ -1,0 +1,239 @@
+"""Sets of classified images: the layouts that `--data` of the evaluation `recognition` names."""
+
+import io
+import json
+import logging
+import re
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy.io import loadmat
+
+from fastmum.data.errors import DataError, reading
+from fastmum.errors import some_names
+from fastmum.evaluate.pairs import scenes
+from fastmum.files import expand_user, read_json
+from fastmum.scenes.layout import KINDS as ROOMS
+from fastmum.tasks.recognition.files import File, Tree
+
+log = logging.getLogger(__name__)
+
+KAGGLE = "ILSVRC/Data/CLS-LOC"  # ImageNet-1K as Kaggle has it
+DEVKIT = "ILSVRC2012_devkit_t12"
+TRUTH, META = f"{DEVKIT}/data/ILSVRC2012_validation_ground_truth.txt", f"{DEVKIT}/data/meta.mat"
+
+
+class Labelled(NamedTuple):
+    """An image and its classes: none if it has no label, several in lists of annotators."""
+
+    file: File
+    labels: tuple[int, ...]
+
+
+@dataclass
+class ImageSet:
+    """Images to train on and to test on."""
+
+    name: str
+    classes: list[str]
+    train: list[Labelled]
+    test: list[Labelled]
+    groups: list[str] | None = None  # of `train`: images of a group are not split; None: each by itself
+    empty: list[str] = field(default_factory=list)  # classes without a training image
+
+
+def open_images(data: str) -> ImageSet:
+    """A set by its name: "scenes", KIND:/path, or a path with class folders; DataError if it cannot be read."""
+    kind, colon, path = data.partition(":")
+    if data == "scenes":
+        return rendered()
+    if colon and kind not in LAYOUTS:
+        raise DataError(f"--data is '{data}', but must be scenes, a folder, or KIND:PATH with {', '.join(LAYOUTS)}")
+    root = expand_user(path if colon else data)
+    if not colon and not root.exists():
+        raise DataError(f"--data is '{data}', but there is no such folder; other sets: scenes, {', '.join(LAYOUTS)}")
+    found = LAYOUTS[kind if colon else "folder"](Tree(root))
+    found.name = kind if colon and kind != "folder" else f"{root.resolve().name} (folder)"
+    if found.empty:
+        log.warning("%s: %d classes have no image to train on: %s", found.name, len(found.empty), some_names(found.empty))
+    return found
+
+
+def rendered() -> ImageSet:
+    """The kinds of the rendered rooms; training and test share no room."""
+    classes, parts, groups = [*ROOMS], dict[str, list[Labelled]](), list[str]()
+    for part in ("train", "test"):
+        parts[part] = []
+        for folder in scenes.embedded_folders(part):
+            cameras = read_json(folder / "cameras.json")
+            names = [f"{folder.name}/{frame['file']}" for frame in cameras["frames"]]
+            label = (classes.index(cameras["kind"]),)
+            parts[part] += [Labelled(File(name, str(folder.parent), name), label) for name in names]
+            groups += [folder.name] * len(names) if part == "train" else []
+    return ImageSet("scenes", classes, parts["train"], parts["test"], groups)
+
+
+def class_folders(tree: Tree, train: Sequence[str], test: Sequence[str]) -> ImageSet:
+    """Classes are the folders of the training images, in the order of their names, with images at any depth."""
+    files = _training(tree, train)
+    named = [file.name.partition("/")[0] for file in files if "/" in file.name]
+    classes = sorted({*named, *tree.folders(*train)})
+    number = {name: i for i, name in enumerate(classes)}
+    files = sorted((file for file in files if "/" in file.name), key=lambda file: file.name.partition("/")[0])
+    tested = tree.files(*test)
+    if not tested:
+        raise DataError(f"'{tree.root}' has no images in {' or '.join(test)}{tree.compressed(*test)}")
+    if unknown := sorted({name for f in tested if (name := _folder(f)) and name not in number}):
+        raise DataError(f"'{tree.root}' tests on classes that it does not train on: {some_names(unknown)}")
+    parts = ([Labelled(f, (number[_folder(f)],) if _folder(f) else ()) for f in some] for some in (files, tested))
+    return ImageSet("", classes, *parts, empty=sorted({*classes} - {*named}))
+
+
+def _training(tree: Tree, folders: Sequence[str]) -> list[File]:
+    files = tree.files(*folders)
+    if not any("/" in file.name for file in files):
+        why = f"no class folders with images in {' or '.join(folders)}{tree.compressed(*folders)}"
+        raise DataError(f"'{tree.root}' has {why}")
+    return files
+
+
+def _folder(file: File) -> str:
+    return file.name.partition("/")[0] if "/" in file.name else ""
+
+
+def imagenet(tree: Tree) -> ImageSet:
+    """ImageNet-1K: class folders, or the files as distributed. Flat validation images get the lists' labels."""
+    train = ("train", f"{KAGGLE}/train", "ILSVRC2012_img_train")
+    found = class_folders(tree, train, ("val", f"{KAGGLE}/val", "ILSVRC2012_img_val"))
+    if any(each.labels for each in found.test):
+        return found
+    names = _validation(tree)
+    number = {name: i for i, name in enumerate(found.classes)}
+    if unknown := sorted({*names.values()} - {*number}):
+        raise DataError(f"'{tree.root}' tests on classes that it does not train on: {some_names(unknown)}")
+    found.test = sorted(
+        Labelled(file, (number[names[stem]],) if (stem := Path(file.name).stem) in names else ())
+        for file in (each.file for each in found.test)
+    )
+    return found
+
+
+def _validation(tree: Tree) -> dict[str, str]:
+    """Names of the classes of ImageNet's validation images by their names, of Kaggle's list or the development kit."""
+    if text := tree.text("LOC_val_solution.csv"):
+        rows = (line.partition(",") for line in text.splitlines()[1:])
+        return {name: boxes.split()[0] for name, _, boxes in rows if boxes.strip()}
+    packed = tree.root / f"{DEVKIT}.tar.gz"
+    contents = [(tree.root / name).read_bytes() if (tree.root / name).is_file() else b"" for name in (TRUTH, META)]
+    if not all(contents) and packed.is_file():
+        with reading(packed, "ImageNet's development kit"), tarfile.open(packed) as archive:
+            members = [archive.extractfile(name) for name in (TRUTH, META)]
+            contents = [member.read() if member else b"" for member in members]
+    if not all(contents):
+        raise DataError(
+            f"'{tree.root}' has validation images without class folders; add LOC_val_solution.csv or {packed.name}"
+        )
+    with reading(tree.root / META, "ImageNet's list of classes"):
+        synsets = loadmat(io.BytesIO(contents[1]), squeeze_me=True)["synsets"]
+        leaves = {int(each["ILSVRC2012_ID"]): str(each["WNID"]) for each in synsets if each["num_children"] == 0}
+        labels = [int(line) for line in contents[0].split()]
+        return {f"ILSVRC2012_val_{i:08d}": leaves[label] for i, label in enumerate(labels, 1)}
+
+
+def sun397(tree: Tree) -> ImageSet:
+    """SUN397's first partition: Training_01.txt and Testing_01.txt, with paths such as /a/abbey/sun_x.jpg."""
+    lists = [tree.text(f"{part}_01.txt", f"Partitions/{part}_01.txt") for part in ("Training", "Testing")]
+    if not all(lists):
+        raise DataError(f"'{tree.root}' has no Training_01.txt and Testing_01.txt, or Partitions/ with them")
+    paths = [[line.strip().lstrip("/") for line in (text or "").splitlines() if line.strip()] for text in lists]
+    classes = sorted({path.rpartition("/")[0] for path in paths[0]})
+    number, find = {name: i for i, name in enumerate(classes)}, tree.lookup("SUN397", "")
+    if unknown := sorted({path.rpartition("/")[0] for path in paths[1]} - {*number}):
+        raise DataError(f"'{tree.root}': Testing_01.txt has classes that are not trained on: {some_names(unknown)}")
+    return ImageSet("", classes, *(
+        [Labelled(find(path), (number[path.rpartition("/")[0]],)) for path in some] for some in paths
+    ))  # fmt: skip
+
+
+PLACES_TRAIN = ("data_256_standard", "data_large_standard", "data_256", "data_large", "images256",
+                "data/vision/torralba/deeplearning/images256")  # fmt: skip
+PLACES_VAL = ("val_256", "val_large", *PLACES_TRAIN[4:])
+
+
+def places(tree: Tree) -> ImageSet:
+    """Places365 or Places205: class folders in train and val, or the lists as distributed."""
+    lists = (
+        ("places365_train_standard.txt", "places365_train_challenge.txt", "train_places205.csv"),
+        ("places365_val.txt", "val_places205.csv"),
+    )
+    texts = [
+        tree.text(*names, *(f"{folder}/{name}" for folder in ("trainvalsplit_places205", "filelist_places365-standard")
+                            for name in names))
+        for names in lists
+    ]  # fmt: skip
+    if not all(texts):
+        return class_folders(tree, ("train",), ("val",))
+    train, test = (_listed(tree, text or "", folders) for text, folders in zip(texts, (PLACES_TRAIN, PLACES_VAL), strict=True))
+    names = {label: each.file.name.rpartition("/")[0] for each in train for label in each.labels}
+    found = ImageSet("", [names.get(i, str(i)) for i in range(max(names) + 1)], train, test)
+    check_labels(found.test, len(found.classes), f"'{tree.root}', {lists[1][0]}")
+    found.empty = [str(i) for i in range(len(found.classes)) if i not in names]
+    return found
+
+
+def _listed(tree: Tree, text: str, folders: Sequence[str]) -> list[Labelled]:
+    """Images of a list with lines of a path and a label."""
+    find, found = tree.lookup(*folders), []
+    for i, line in enumerate(text.splitlines(), 1):
+        path, _, label = line.strip().rpartition(" ")
+        if line.strip() and not (path and re.fullmatch(r"\d+", label)):
+            raise DataError(f"'{tree.root}': line {i} of a list is '{line}', but must be a path and a label")
+        if path:
+            found.append(Labelled(find(path.lstrip("/")), (int(label),)))
+    return found
+
+
+def check_labels(images: Iterable[Labelled], classes: int, where: str) -> None:
+    """Raise a DataError that names an image whose label is out of range."""
+    for file, labels in images:
+        if wrong := [label for label in labels if not 0 <= label < classes]:
+            raise DataError(f"{where}: the label of '{file.name}' is {wrong[0]}, but must be 0 to {classes - 1}")
+
+
+def relabel(images: ImageSet, file: Path) -> None:
+    """Replace the labels of the test images by those of a JSON file.
+
+    A list has the labels of the images in the order of their names (ImageNet ReaL); a dictionary has them by path or
+    name. Labels are indices of classes or their names, or lists of them; images without any are not scored. DataError:
+    the file cannot be read, has another number of images, or an unknown label.
+    """
+    with reading(file, "labels of images"):
+        content: Any = read_json(file)
+        images.test = sorted(images.test, key=lambda each: each.file.name.rpartition("/")[2])
+        if isinstance(content, list):
+            if len(content) != len(images.test):
+                raise ValueError(f"it has {len(content)} labels, but there are {len(images.test)} test images")
+            every = content
+        else:
+            every = [content.get(each.file.name, content.get(each.file.name.rpartition("/")[2], []))
+                     for each in images.test]  # fmt: skip
+        number = {name: i for i, name in enumerate(images.classes)}
+        listed = [each if isinstance(each, list) else [each] for each in every]
+        unknown = [x for labels in listed for x in labels if not isinstance(x, int) and x not in number]
+        if unknown:
+            raise ValueError(f"there is no class {json.dumps(unknown[0])}")
+        labels = [tuple(number.get(x, x) for x in each) for each in listed]
+    images.test = [Labelled(each.file, own) for each, own in zip(images.test, labels, strict=True)]
+    check_labels(images.test, len(images.classes), f"'{file}'")
+
+
+LAYOUTS: dict[str, Callable[[Tree], ImageSet]] = {
+    "folder": lambda tree: class_folders(tree, ("train",), ("val", "test")),
+    "imagenet": imagenet,
+    "inaturalist": lambda tree: class_folders(tree, ("train", "train_mini"), ("val",)),
+    "sun397": sun397,
+    "places": places,
+}
