@@ -1,11 +1,12 @@
 """Evaluate weights: `python -m fastmum.evaluate EVALUATION --weights W --data D [--out DIR]`."""
 
 import argparse
+import contextlib
 import logging
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_args
@@ -21,12 +22,16 @@ from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discr
 from fastmum.evaluate.depth import DepthSettings, evaluate_depth, open_cache
 from fastmum.evaluate.depth_sets import KINDS, open_depth
 from fastmum.evaluate.features import check_size, patch_size
+from fastmum.evaluate.images import open_images, relabel
+from fastmum.evaluate.maps import open_maps
 from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
+from fastmum.evaluate.overview import add_arguments, overview, run_all
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
+from fastmum.evaluate.recognition import evaluate_recognition, evaluate_segmentation
 from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
-from fastmum.evaluate.records import MATCHING, check_free, make_folder, printable, read, save
+from fastmum.evaluate.records import MATCHING, Record, check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, page, table
 from fastmum.evaluate.scoring import Protocol
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
@@ -37,18 +42,24 @@ from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
 from fastmum.tasks.depth import HEADS, LINEAR, Loss
+from fastmum.tasks.recognition.probes import ClassifierSettings
 from fastmum.tasks.reconstruction.infer import Trained, estimate, load_run
 
 T = TypeVar("T")
 
 CPU_STEPS = 200  # of probes without a GPU: minutes
+ALL = "all"  # the command that runs every evaluation
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
-ENCODER_ONLY = ("depth",)  # evaluations that need no decoder
+ENCODER_ONLY = ("depth", "recognition", "segmentation")  # evaluations that need no decoder
 DEPTH_STEPS, DEPTH_STEPS_CPU = 38_400, 100  # DINOv2's, and minutes on a CPU
-LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0}
+CLASSIFIER_STEPS, CLASSIFIER_STEPS_CPU = 12_500, 300  # CAPI's, and minutes on a CPU
+CROPS = {"cuda": 0, "cpu": 2}  # random crops of a training image; 0: a new one each time, as CAPI
+IMAGE_SIZE = 224  # of recognition and segmentation, CAPI's
+LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0, "crops": 0,
+         "train_images": 2, "seeds": 1}  # fmt: skip
 REMEDIES = {"matching": "lower --batch, --size or the number of --learning-rates", "views": "lower --size or --views",
-            "depth": "lower --batch"}  # fmt: skip
+            "depth": "lower --batch", "recognition": "lower --batch or --size"}  # fmt: skip
 CACHE = "folder to keep features in, and to read them from the next time (default: none)"
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
 _EPILOG = f"""\
@@ -61,6 +72,8 @@ The evaluation `reconstruction` takes runs of that task, and scenes, a manifest,
 `fastmum data build`: co3d_test, realestate10k_test, dtu, eth3d, ...
 
 The evaluation `depth` takes {KINDS}.
+`recognition` takes scenes (kinds of rooms), a folder with train/ and val/ of class folders, or imagenet, inaturalist,
+sun397, places; `segmentation` takes scenes, ade20k or voc. Folders, tar and zip files: docs/recognition.md.
 
 The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
 
@@ -84,14 +97,15 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser; `args.task` is a key of `EVALUATIONS`."""
     description = (
         "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
-        "decoder's attention; the effect of other views on the masked loss; reconstruction by runs of that task; and "
-        "depth of single images."
+        "decoder's attention; the effect of other views on the masked loss; recognition of classes and segmentation by "
+        "probes; reconstruction by runs of that task; and depth of single images."
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
-    commands = parser.add_subparsers(dest="task", required=True, metavar="|".join(EVALUATIONS))
+    commands = parser.add_subparsers(dest="task", required=True, metavar="|".join([*EVALUATIONS, ALL]))
     for task, (text, _) in EVALUATIONS.items():
         command = commands.add_parser(task, help=text, description=f"{text[0].upper()}{text[1:]}.", **common)
+        _add_weights(command)
         _add_shared(command)
         if task in ("matching", "discriminant"):
             _add_training_pairs(command)
@@ -111,26 +125,38 @@ def make_parser() -> argparse.ArgumentParser:
         if task in ("matching", "cosine"):
             protocol = "patches: patch centres are scored; matchbench: every pixel, as the author runs it (%(default)s)"
             command.add_argument("--protocol", choices=get_args(Protocol), default="patches", help=protocol)
+        if task == "recognition":
+            _add_classifiers(command)
+        if task == "segmentation":
+            images = "images to train on, evenly spread (default: all)"
+            command.add_argument("--train-images", type=int, metavar="N", help=images)
         if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
             command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
+        if task in ("matching", "discriminant", "cosine", "recognition", "segmentation"):
             command.add_argument("--cache", type=Path, metavar="DIR", help=CACHE)
+    text = "every evaluation that the data at hand allows, of several encoders, on one page"
+    command = commands.add_parser(ALL, help=text, description=f"{text[0].upper()}{text[1:]}.", **common)
+    add_arguments(command, list(EVALUATIONS))
+    _add_shared(command)
     return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--weights", required=True, metavar="W", help="weights to evaluate, see below")
+    add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
+    add("--name", metavar="NAME", help="of the weights in the table (default: that of the run or file)")
+    add("--data", default="scenes", metavar="DATA", help="data to evaluate on, see below (%(default)s)")
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    weights = "weights to evaluate, see below"
-    size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448; depth: "
-    size += "the longer side, default: the protocol's)"
-    pairs = (
-        "evaluate on N pairs (views: frames, reconstruction: sequences, depth: images), evenly spread (default: all)"
-    )
+    size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for images and folders of sequences, else "
+    size += "448; depth: the longer side, default: the protocol's)"
+    pairs = "evaluate on N pairs (views: frames, reconstruction: sequences, recognition, segmentation, depth: images), "
+    pairs += "evenly spread (default: all)"
     seed = "of random weights, of the order of training pairs, and of masks (%(default)s)"
-    add("--weights", required=True, metavar="W", help=weights)
-    add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
-    add("--name", metavar="NAME", help="of the weights in the table (default: that of the run or file)")
-    add("--data", default="scenes", metavar="DATA", help="pairs to evaluate on, see below (%(default)s)")
     add("--out", type=Path, default=Path("runs/evaluation"), metavar="DIR", help="folder of results (%(default)s)")
     add("--size", type=int, metavar="PX", help=size)
     add("--max-pairs", type=int, metavar="N", help=pairs)
@@ -178,6 +204,20 @@ def _add_depth(parser: argparse.ArgumentParser) -> None:
     add("--cache", type=Path, metavar="DIR", help=CACHE)
 
 
+def _add_classifiers(parser: argparse.ArgumentParser) -> None:
+    defaults, add = ClassifierSettings(), parser.add_argument_group("training of the probes").add_argument
+    rates, decays = defaults.learning_rates, defaults.weight_decays
+    steps = f"default: {CLASSIFIER_STEPS:,} as CAPI, {CLASSIFIER_STEPS_CPU} without a GPU"
+    crops = "random crops of each training image, of which features are computed once; 0: a new crop each time, as CAPI"
+    labels = "JSON with the classes of the test images, or lists of them (ImageNet ReaL), see docs/recognition.md"
+    add("--steps", type=int, metavar="N", help=steps)
+    add("--batch", type=int, default=defaults.batch, metavar="N", help="images a step (%(default)s)")
+    add("--learning-rates", type=float, nargs="+", default=rates, metavar="LR", help="for 256 images (%(default)s)")
+    add("--weight-decays", type=float, nargs="+", default=decays, metavar="WD", help="(%(default)s)")
+    add("--crops", type=int, metavar="N", help=f"{crops} (default; without a GPU {CROPS['cpu']})")
+    add("--labels", metavar="FILE", help=labels)
+
+
 def _add_views(parser: argparse.ArgumentParser) -> None:
     defaults, add = ViewSettings(), parser.add_argument_group("views").add_argument
     ratio = "share of masked patches in every frame (%(default)s)"
@@ -208,24 +248,69 @@ def _settings(kind: type[T], args: Namespace, names: Sequence[str], **more: Any)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
 
     def run() -> None:
-        try:
-            _run(args)
-        except torch.OutOfMemoryError:
-            remedy = f"{REMEDIES.get(args.task, 'lower --size')}, or use --device cpu"
-            raise FastmumError(f"the memory of the device is too small: {remedy}") from None
-        except FloatingPointError as error:
-            raise FastmumError(str(error)) from None
+        if args.task == ALL:
+            _run_all(parser, args)
+        else:
+            with _remedies(args.task):
+                _run(args)
 
     return run_command(run)
 
 
+@contextlib.contextmanager
+def _remedies(task: str) -> Iterator[None]:
+    """Turn errors of the device's memory and of divergence into a `FastmumError` of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        remedy = f"{REMEDIES.get(task, 'lower --size')}, or use --device cpu"
+        raise FastmumError(f"the memory of the device is too small: {remedy}") from None
+    except FloatingPointError as error:
+        raise FastmumError(str(error)) from None
+
+
 def _run(args: Namespace) -> None:
+    saved, out = _evaluate(args), expand_user(args.out)
+    text = _write_tables(out)
+    print(f"{text}\n{NOTE}\n\n{saved.file}\n{out / 'report.html'}")
+
+
+def _run_all(parser: argparse.ArgumentParser, args: Namespace) -> None:
+    _check(args)
+
+    def evaluate(own: Namespace) -> None:
+        with _remedies(own.task):
+            _evaluate(own)
+
+    skipped = run_all(parser, list(EVALUATIONS), args, evaluate)
+    out = expand_user(args.out)
+    found, notes = overview(record.content for record in read(out))
+    notes += [f"Not run: {each.task} of {each.weights}, data {each.data}: {each.why}" for each in skipped]
+    _write_tables(out, overview=found, notes=notes)
+    with writing(out, DataError):
+        write_atomic(out / "overview.md", "\n".join([found.markdown(), *(f"- {note}" for note in notes), ""]))
+    print("\n".join([found.markdown(), *notes, str(out / "overview.md"), str(out / "report.html")]))
+
+
+def _write_tables(out: Path, **more: Any) -> str:
+    """Write table.md and report.html of all results in a folder; returns the table."""
+    records = read(out)
+    text = table(records).markdown()
+    with writing(out, DataError):
+        write_atomic(out / "table.md", f"{text}\n{NOTE}\n")
+        write_atomic(out / "report.html", page(records, **more))
+    return text
+
+
+def _evaluate(args: Namespace) -> Record:
+    """Run an evaluation and save its results."""
     _check(args)
     out = expand_user(args.out)
     make_folder(out)
@@ -240,6 +325,8 @@ def _run(args: Namespace) -> None:
     else:
         weights, model = load_weights(args.weights, args.name, device, overrides)
         encoder = model
+    if getattr(args, "number", None) is not None:  # of several seeds
+        weights["weights"] += f" {args.number}"
     if args.size is not None:
         check_size(encoder, args.size)
     protocol = {"protocol": getattr(args, "protocol", "patches")} if args.task in MATCHING else {}
@@ -250,12 +337,7 @@ def _run(args: Namespace) -> None:
     saved = save(out, about | numbers, pictures)
     if probe is not None:
         write_probe(saved.file.with_suffix(".safetensors"), probe)
-    records = read(out)
-    text = f"{table(records).markdown()}\n{NOTE}\n"
-    with writing(out, DataError):
-        write_atomic(out / "table.md", text)
-        write_atomic(out / "report.html", page(records))
-    print(f"{text}\n{saved.file}\n{out / 'report.html'}")
+    return saved
 
 
 def _overrides(args: Namespace) -> dict[str, Any]:
@@ -353,6 +435,41 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     return Evaluated(sequences.name, result.numbers, drawn)
 
 
+def _recognition(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+    device = next(model.parameters()).device.type
+    steps = args.steps or (CLASSIFIER_STEPS if device == "cuda" else CLASSIFIER_STEPS_CPU)
+    sweep = {"learning_rates": tuple(args.learning_rates), "weight_decays": tuple(args.weight_decays)}
+    seed = ClassifierSettings.seed + args.seed
+    settings = _settings(ClassifierSettings, args, ("batch",), steps=steps, seed=seed, **sweep)
+    images = open_images(args.data)
+    claim(images.name)
+    if args.labels:
+        relabel(images, expand_user(args.labels))
+    crops = (CROPS[device] if args.crops is None else args.crops) or None
+    found = evaluate_recognition(
+        model, images, settings, args.size or IMAGE_SIZE, crops, args.max_pairs, args.cache, args.pictures
+    )
+    return _of_images(images.name, found.numbers, found.pictures)
+
+
+def _segmentation(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+    maps = open_maps(args.data)
+    claim(maps.name)
+    size = args.size or IMAGE_SIZE
+    found = evaluate_segmentation(
+        model, maps, size, args.max_pairs, args.train_images, args.cache, pictures=args.pictures
+    )
+    return _of_images(maps.name, found.numbers, found.pictures)
+
+
+def _of_images(name: str, numbers: dict[str, Any], pictures: list[Image.Image]) -> Evaluated:
+    """Say how many images were skipped."""
+    if numbers["skipped"] or numbers["not_scored"]:
+        skipped = f"{numbers['skipped']} images could not be read, {numbers['not_scored']} test images are not scored"
+        print(f"{name}: {skipped}", file=sys.stderr)
+    return Evaluated(name, numbers, pictures)
+
+
 def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Trained]:
     """As `load_weights`, for a run of reconstruction."""
     if args.overrides:
@@ -410,6 +527,8 @@ EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]]
     "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _cosine),
     "attention": ("matching by the decoder's attention across views, with pictures", _attention),
     "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),
+    "recognition": ("classes of images by attentive and linear probes on frozen features, as CAPI", _recognition),
+    "segmentation": ("labels of pixels by k-NN and logistic regression on frozen features, as CAPI", _segmentation),
     "reconstruction": ("cameras and points of a run of reconstruction, with pictures", _reconstruction),
     "depth": ("depth of single images by linear heads on frozen features, for `fastmum predict`", _depth),
 }

@@ -58,7 +58,9 @@ def open_images(data: str) -> ImageSet:
     found = LAYOUTS[kind if colon else "folder"](Tree(root))
     found.name = kind if colon and kind != "folder" else f"{root.resolve().name} (folder)"
     if found.empty:
-        log.warning("%s: %d classes have no image to train on: %s", found.name, len(found.empty), some_names(found.empty))
+        log.warning(
+            "%s: %d classes have no image to train on: %s", found.name, len(found.empty), some_names(found.empty)
+        )
     return found
 
 
@@ -88,8 +90,11 @@ def class_folders(tree: Tree, train: Sequence[str], test: Sequence[str]) -> Imag
         raise DataError(f"'{tree.root}' has no images in {' or '.join(test)}{tree.compressed(*test)}")
     if unknown := sorted({name for f in tested if (name := _folder(f)) and name not in number}):
         raise DataError(f"'{tree.root}' tests on classes that it does not train on: {some_names(unknown)}")
-    parts = ([Labelled(f, (number[_folder(f)],) if _folder(f) else ()) for f in some] for some in (files, tested))
-    return ImageSet("", classes, *parts, empty=sorted({*classes} - {*named}))
+    train_images, test_images = (
+        [Labelled(file, (number[name],) if (name := _folder(file)) else ()) for file in some]
+        for some in (files, tested)
+    )
+    return ImageSet("", classes, train_images, test_images, empty=sorted({*classes} - {*named}))
 
 
 def _training(tree: Tree, folders: Sequence[str]) -> list[File]:
@@ -153,9 +158,8 @@ def sun397(tree: Tree) -> ImageSet:
     number, find = {name: i for i, name in enumerate(classes)}, tree.lookup("SUN397", "")
     if unknown := sorted({path.rpartition("/")[0] for path in paths[1]} - {*number}):
         raise DataError(f"'{tree.root}': Testing_01.txt has classes that are not trained on: {some_names(unknown)}")
-    return ImageSet("", classes, *(
-        [Labelled(find(path), (number[path.rpartition("/")[0]],)) for path in some] for some in paths
-    ))  # fmt: skip
+    train, test = ([Labelled(find(path), (number[path.rpartition("/")[0]],)) for path in some] for some in paths)
+    return ImageSet("", classes, train, test)
 
 
 PLACES_TRAIN = ("data_256_standard", "data_large_standard", "data_256", "data_large", "images256",
@@ -176,7 +180,9 @@ def places(tree: Tree) -> ImageSet:
     ]  # fmt: skip
     if not all(texts):
         return class_folders(tree, ("train",), ("val",))
-    train, test = (_listed(tree, text or "", folders) for text, folders in zip(texts, (PLACES_TRAIN, PLACES_VAL), strict=True))
+    train, test = (
+        _listed(tree, text or "", folders) for text, folders in zip(texts, (PLACES_TRAIN, PLACES_VAL), strict=True)
+    )
     names = {label: each.file.name.rpartition("/")[0] for each in train for label in each.labels}
     found = ImageSet("", [names.get(i, str(i)) for i in range(max(names) + 1)], train, test)
     check_labels(found.test, len(found.classes), f"'{tree.root}', {lists[1][0]}")
@@ -225,7 +231,7 @@ def relabel(images: ImageSet, file: Path) -> None:
         unknown = [x for labels in listed for x in labels if not isinstance(x, int) and x not in number]
         if unknown:
             raise ValueError(f"there is no class {json.dumps(unknown[0])}")
-        labels = [tuple(number.get(x, x) for x in each) for each in listed]
+        labels = [tuple(x if isinstance(x, int) else number[x] for x in each) for each in listed]
     images.test = [Labelled(each.file, own) for each, own in zip(images.test, labels, strict=True)]
     check_labels(images.test, len(images.classes), f"'{file}'")
 

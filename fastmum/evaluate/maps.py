@@ -79,7 +79,7 @@ def ade20k(tree: Tree) -> MapSet:
         )
         by_stem = {Path(file.name).stem: file for file in labels}
         parts.append([Mapped(file, by_stem.get(Path(file.name).stem)) for file in images])
-    return MapSet("ade20k", 150, (0, VOID), *parts, half=True)
+    return MapSet("ade20k", 150, (0, VOID), parts[0], parts[1], half=True)
 
 
 def voc(tree: Tree) -> MapSet:
@@ -89,7 +89,7 @@ def voc(tree: Tree) -> MapSet:
              for part in ("train", "val")}  # fmt: skip
     if not all(lists.values()):
         raise DataError(f"'{tree.root}' has no VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt and val.txt")
-    root, find = lists["train"][0][0], tree.lookup(lists["train"][0][0])
+    find = tree.lookup(lists["train"][0][0])
     ids = {part: found[0][1].split() for part, found in lists.items()}
     train, test = (
         [Mapped(find(f"JPEGImages/{name}.jpg"), find(f"SegmentationClass/{name}.png")) for name in ids[part]]
@@ -124,7 +124,9 @@ def read_label(mapped: Mapped, image: Image.Image, most: int) -> np.ndarray:
         except Exception as error:  # as in `open_image`
             raise FrameError(f"its labels cannot be read ({error})") from None
     if label.shape != image.size[::-1]:
-        raise FrameError(f"its labels are {label.shape[1]} x {label.shape[0]} pixels, but it is {image.width} x {image.height}")
+        raise FrameError(
+            f"its labels are {label.shape[1]} x {label.shape[0]} pixels, but it is {image.width} x {image.height}"
+        )
     if (wrong := label[(label > most) & (label != VOID)]).size:
         raise FrameError(f"it has the label {wrong[0]}, but labels are 0 to {most}, and {VOID}")
     return label

@@ -3,6 +3,8 @@
 Legend: H W pixels, P patches of a frame, G global blocks.
 """
 
+from collections.abc import Sequence
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -34,7 +36,7 @@ def draw_warp(pair: Pair, points: Tensor, size: int) -> Image.Image:
     truth = pair_warp(pair, size, size)
     true = warp_image(b, truth.points.view(size, size, 2))
     true[~truth.visible.view(size, size)] = 255
-    return _row([("A", a), ("B moved onto A", moved), ("B by the true warp", true), ("B", b)])
+    return labelled_row([("A", a), ("B moved onto A", moved), ("B by the true warp", true), ("B", b)])
 
 
 def draw_attention(model: MuM, pair: Pair, size: int) -> Image.Image:
@@ -61,7 +63,7 @@ def draw_attention(model: MuM, pair: Pair, size: int) -> Image.Image:
             draw.line([x - arm, y, x + arm, y], fill=TRUTH, width=2)
             draw.line([x, y - arm, x, y + arm], fill=TRUTH, width=2)
     labels = [*(f"block {i}" for i in range(len(maps))), "mean"]
-    return _row([("A, query", framed), ("B", b), *zip(labels, heats, strict=True)])
+    return labelled_row([("A, query", framed), ("B", b), *zip(labels, heats, strict=True)])
 
 
 def draw_views(model: MuM, batch: ViewBatch, mask_ratio: float) -> Image.Image:
@@ -73,7 +75,7 @@ def draw_views(model: MuM, batch: ViewBatch, mask_ratio: float) -> Image.Image:
     labels = [f"{count} view{'s' * (count > 1)}" for count in batch.lengths[:related]]
     labels += [f"{count} unrelated" for count in batch.lengths[related:]]
     named = [(f"{label}: {loss:.3f}", image) for label, loss, image in zip(labels, losses, predicted, strict=True)]
-    return _row([("target", frames[0]), ("seen", masked[0]), *named[:related], named[-1]])
+    return labelled_row([("target", frames[0]), ("seen", masked[0]), *named[:related], named[-1]])
 
 
 def _query(image: Tensor, visible: Tensor, side: int) -> int:
@@ -95,7 +97,7 @@ def _heat(image: Tensor, values_hw: Tensor) -> Image.Image:
     return Image.blend(colours, grey, FAINT)
 
 
-def _row(named: list[tuple[str, Tensor | Image.Image]]) -> Image.Image:
+def labelled_row(named: Sequence[tuple[str, Tensor | Image.Image]]) -> Image.Image:
     """Squares side by side, a line of text above each; small ones are enlarged."""
     images = [(name, each if isinstance(each, Image.Image) else Image.fromarray(each.numpy())) for name, each in named]
     size = max(images[0][1].width, MIN_SIDE)

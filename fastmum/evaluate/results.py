@@ -37,24 +37,34 @@ PUBLISHED_SCORES = {  # of sets; of the others EPE
 }  # fmt: skip
 PUBLISHED_PROTOCOL = {"matching": "matchbench", "cosine": "matchbench"}  # of sets with EPE
 PUBLISHED_PAIRS = {"megadepth": 1000, "scannet": 1500, "realestate10k_test": 1386, "dtu": 22, "eth3d": 13}
-TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI", "co3d_test": "CO3D", "dtu": "DTU",
-          "realestate10k_test": "RealEstate10K", "eth3d": "ETH3D"}  # fmt: skip
+TITLES = {
+    "megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI", "co3d_test": "CO3D", "dtu": "DTU",
+    "realestate10k_test": "RealEstate10K", "eth3d": "ETH3D", "imagenet": "ImageNet-1K",
+    "inaturalist": "iNaturalist 2021", "sun397": "SUN397", "places": "Places", "ade20k": "ADE20K", "voc": "VOC 2012",
+}  # fmt: skip
 SCORES = {
     "epe": "EPE ↓", "robustness": "R ↑", "pck1": "PCK@1 ↑", "pck3": "PCK@3 ↑", "pck5": "PCK@5 ↑",
     "recall": "Recall ↑", "recall_1cm": "1 cm ↑", "recall_2cm": "2 cm ↑", "recall_5cm": "5 cm ↑",
     "auc30": "AUC@30 ↑", "auc15": "AUC@15 ↑", "auc5": "AUC@5 ↑", "auc3": "AUC@3 ↑", "acc_mean": "acc ↓",
     "acc_median": "acc median ↓", "comp_mean": "comp ↓", "comp_median": "comp median ↓", "nc_mean": "normals ↑",
     "nc_median": "normals median ↑", "abs_rel": "AbsRel ↓", "rmse": "RMSE ↓", "a1": "δ₁ ↑",
+    "top1_patch": "top-1 attentive ↑", "top1_cls": "top-1 CLS ↑", "top1_avg_patch": "top-1 mean ↑",
+    "top1_cls_avg_patch": "top-1 CLS + mean ↑", "knn_miou": "k-NN mIoU ↑", "logreg_miou": "log. regr. mIoU ↑",
+    "knn_accuracy": "k-NN pixels ↑", "logreg_accuracy": "log. regr. pixels ↑", "knn_ignored": "ignored labels, k-NN",
+}  # fmt: skip
+HEADLINES = {  # scores of evaluations in the table of all; of the others the first one of `SCORES` that they have
+    "matching": ("epe",), "reconstruction": ("auc30", "acc_median", "comp_median"), "recognition": ("top1_patch",),
+    "segmentation": ("knn_miou", "logreg_miou"), "cosine": ("epe", "recall"), "depth": ("rmse", "abs_rel"),
 }  # fmt: skip
 OTHER_VIEWS = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
 NAMED = ("per_pair_epe", "per_sequence", "per_image")  # scores by the names of what was measured
 THREE_DIGITS = ("acc_", "comp_", "nc_", "abs_rel", "rmse", "a1", "views_")  # starts of the names of scores
 VIEWS = "views_"  # prefix of scores that are losses; the number of views follows
-COUNTED = {
-    "views": " frames",
-    "reconstruction": " sequences",
-    "depth": " images",
-}  # what the numbers of other tasks than pairs count
+COUNTED = {  # what the numbers of other tasks than pairs count
+    "views": " frames", "reconstruction": " sequences", "depth": " images", "recognition": " images",
+    "segmentation": " images",
+}  # fmt: skip
+COUNTED_SCORES = ("knn_ignored",)  # without digits after the point
 NONE = "–"
 NOTE = (
     "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
@@ -62,7 +72,10 @@ NOTE = (
     "probe; Table 13: cosine). Masked loss: of the same frames, without and with the nearest other views; 1.0 is the "
     "loss of predicting each patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to "
     "true points and the reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp. Depth: "
-    "RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over images."
+    "RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over images. Top-1: by the probe of each "
+    "source of features that is best on a tenth of the training images, in percent. mIoU as CAPI: the mean over labels "
+    "that occur in truth or prediction, in percent; k-NN also predicts labels that are not scored (their number is in "
+    "the column of ignored labels), each of which counts as a class with an IoU of 0. Pixels: right ones, in percent."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
@@ -73,6 +86,8 @@ CAPTIONS = {
     "cosine": f"A, B moved onto A by the cosine {WARPS}",
     "attention": "attention of the framed patch of A to the patches of B in the decoder's global blocks, mean over "
     "heads; the cross is its true place",
+    "recognition": "test images under the class of the attentive probe; where it is wrong, with the true class",
+    "segmentation": "an image, its labels, and the predicted ones; black: not scored",
     "reconstruction": "frames with true and predicted depth and its error; cameras and points from above, aligned",
     "depth": "image, true depth, the best head's depth and its relative error (up to 0.5); white: unknown",
     "views": "a frame, its visible patches, and predictions from it alone, with the nearest other views, and with as "
@@ -176,7 +191,7 @@ def table(records: Sequence[Record]) -> ResultTable:
     results; its numbers are next to results on all pairs of a set only.
     """
     groups = group(record.content for record in records)
-    only = bool(records) and all(record.content["task"] in ("reconstruction", "depth") for record in records)
+    only = bool(records) and all(record.content["task"] not in (*MATCHING, "views") for record in records)
     columns = _columns([record.content for record in records], always=() if only else ("epe",))
     shown = {each.task for each in groups} | (set() if only else {*MATCHING})
     tasks = [task for task in PUBLISHED if task in shown]
@@ -221,7 +236,7 @@ def _cells(scores: dict[str, float | None], columns: list[str]) -> list[str]:
 
 def digits(name: str) -> int:
     """Digits after the point that a score is printed with."""
-    return 3 if name.startswith(THREE_DIGITS) else 1
+    return 0 if name in COUNTED_SCORES else 3 if name.startswith(THREE_DIGITS) else 1
 
 
 def score_title(name: str) -> str:
@@ -238,15 +253,15 @@ def _number(value: float | tuple[float, ...] | None, digits: int = 1) -> str:
     return NONE if value is None else f"{value:.{digits}f}"
 
 
-def page(records: Sequence[Record]) -> str:
-    """The HTML of results; it needs no other file."""
+def page(records: Sequence[Record], overview: ResultTable | None = None, notes: Sequence[str] = ()) -> str:
+    """The HTML of results, below an overview of them and notes on it if given; it needs no other file."""
     contents = [record.content for record in records]
     return render(
         "evaluate/results.html", title="Correspondence across views", records=contents,
         groups=[(_title(each), group_table(each)) for each in group(contents)],
         charts=[_charts(content) for content in contents], tables=[_table(content) for content in contents],
         pictures=[[url for file in record.pictures if (url := embed(file, PICTURE_SIDE))] for record in records],
-        note=NOTE, captions=CAPTIONS, matchers=MATCHERS, titles=TITLES,
+        note=NOTE, overview=overview, notes=notes, captions=CAPTIONS, matchers=MATCHERS, titles=TITLES,
     )  # fmt: skip
 
 

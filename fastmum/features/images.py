@@ -89,7 +89,7 @@ class Images:
 def find_images(words: Iterable[str | os.PathLike[str]]) -> Images:
     """Find images by folders, file names, or patterns such as "scenes/**/*.jpg".
 
-    A folder stands for all images below it, except those in hidden folders and in folders of depth, masks, labels and normals.
+    A folder stands for all images below it, but for those in hidden folders and those of depth, masks, labels, normals.
     FeaturesError if a word matches no image.
     """
     names = [os.path.expanduser(os.fspath(word)) for word in words]

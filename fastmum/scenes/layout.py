@@ -135,7 +135,9 @@ def build_scene(seed: int, index: int) -> Scene:
     lamps = add_fixtures(room, kind)
     hang_pictures(room, KINDS[kind].pictures)
     _furnish(room, KINDS[kind])
-    shell = Part(SHELL, (0.0, 0.0, height / 2), (length / 2, width / 2, height / 2), wall_paint(palette, kind), label="wall")
+    shell = Part(
+        SHELL, (0.0, 0.0, height / 2), (length / 2, width / 2, height / 2), wall_paint(palette, kind), label="wall"
+    )
     parts = [shell, *room.parts]
     if open_top:
         parts += _surroundings(palette, max(length, width) / 2, height)
@@ -172,7 +174,19 @@ def _surroundings(p: Palette, radius: float, height: float) -> list[Part]:
         away = radius + rng.uniform(3.5, 6.0)
         w, h = rng.uniform(2.0, 4.0), height + rng.uniform(1.0, 4.0)
         facade = Paint("facade", p.near(0.05, 0.2, 0.75), p.near(0.5, 0.15, 0.8))
-        parts.append(box(away * np.cos(angle), away * np.sin(angle), 0, w, 2.0, h, facade, yaw=angle + np.pi / 2, label="building"))
+        parts.append(
+            box(
+                away * np.cos(angle),
+                away * np.sin(angle),
+                0,
+                w,
+                2.0,
+                h,
+                facade,
+                yaw=angle + np.pi / 2,
+                label="building",
+            )
+        )
     for _ in range(rng.integers(2, 5)):
         angle, r = rng.uniform(0, 2 * np.pi), rng.uniform(0.8, 1.3)
         away = radius + rng.uniform(1.6, 2.4)

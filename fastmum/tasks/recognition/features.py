@@ -112,9 +112,7 @@ def _load(view: View, pixels: bool) -> tuple[Any, np.ndarray | None] | str:
         return str(error)
 
 
-def _batch(
-    encoder: Encoder, good: list[tuple[View, str, Any, np.ndarray | None]], cache: FeatureCache | None
-) -> Batch:
+def _batch(encoder: Encoder, good: list[tuple[View, str, Any, np.ndarray | None]], cache: FeatureCache | None) -> Batch:
     device = next(encoder.parameters()).device
 
     def compute(rows: Sequence[int]) -> list[Tokens]:
@@ -124,7 +122,7 @@ def _batch(
             (tokens,) = encoder.tokens(torch.from_numpy(np.stack(images)).to(device), norm=True)
         if not tokens.patch.isfinite().all():
             raise DataError(f"features of '{good[rows[0]][0].file.name}' are not finite: are the weights damaged?")
-        cls = [None] * len(rows) if tokens.cls is None else tokens.cls
+        cls: Iterable[Tensor | None] = [None] * len(rows) if tokens.cls is None else tokens.cls
         place = Placement(*images[0].shape[:2], *images[0].shape[:2])
         return [Tokens(c, patch, place) for c, patch in zip(cls, tokens.patch, strict=True)]
 
@@ -132,7 +130,8 @@ def _batch(
         found = compute(range(len(good)))
     else:
         found = cache.tokens([key for _, key, _, _ in good], lambda rows: [_on_cpu(each) for each in compute(rows)])
-    cls = None if found[0].cls is None else torch.stack([each.cls for each in found]).to(device).float()
+    vectors = [each.cls for each in found if each.cls is not None]
+    cls = torch.stack(vectors).to(device).float() if vectors else None
     patch = torch.stack([each.patch for each in found]).to(device).float()
     return Batch(cls, patch, [label for _, _, label, _ in good])
 

@@ -1,0 +1,143 @@
+"""All evaluations of several encoders, and one table of them: `fastmum evaluate all --weights A B C`."""
+
+import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from fastmum.data.errors import DataError
+from fastmum.errors import FastmumError
+from fastmum.evaluate.records import MATCHERS
+from fastmum.evaluate.results import (
+    HEADLINES,
+    NONE,
+    PUBLISHED_SCORES,
+    SCORES,
+    VIEWS,
+    ResultGroup,
+    ResultTable,
+    digits,
+    group,
+    score_title,
+)
+from fastmum.evaluate.seeds import SEED, check_same
+
+DEFAULT = "default"  # --data: what each evaluation takes by itself
+
+
+class Skipped(NamedTuple):
+    """An evaluation that was not run."""
+
+    task: str
+    weights: str
+    data: str
+    why: str
+
+
+def overview(contents: Iterable[dict[str, Any]]) -> tuple[ResultTable, list[str]]:
+    """A row for each encoder, with mean and standard deviation over its seeds, and a column for each score and set.
+
+    The rows of the paper follow, where results of the same protocol on the same pairs are there. Seeds are weights
+    whose names differ in a final number. The second value are remarks on results of different settings.
+    """
+    groups = [each for each in group(contents) if each.contents]
+    columns = [(each, score) for each in groups for score in headlines(each)]
+    names = dict.fromkeys(content["weights"] for each in groups for content in each.contents)
+    seeds = {name: [other for other in names if SEED.sub("", other) == SEED.sub("", name)] for name in names}
+    rows = []
+    for same in dict.fromkeys(tuple(each) for each in seeds.values()):
+        label = SEED.sub("", same[0]) if len(same) > 1 else same[0]
+        rows.append([label, str(len(same)), *(_cell(each, score, same) for each, score in columns)])
+    for method in dict.fromkeys(method for each, _ in columns for method in each.paper):
+        rows.append([f"{method} (paper)", "", *(_published(each, score, method) for each, score in columns)])
+    notes = []
+    for each in groups:
+        try:
+            check_same(each.contents)
+        except DataError as error:
+            notes.append(f"{MATCHERS[each.task]}: {error}")
+    return ResultTable(["encoder", "seeds", *(_title(each, score) for each, score in columns)], rows), notes
+
+
+def headlines(of: ResultGroup) -> list[str]:
+    """The scores of an evaluation in the overview."""
+    there = {name for content in of.contents for name, value in content["scores"].items() if value is not None}
+    named = [name for name in HEADLINES.get(of.task, ()) if name in there]
+    first = [name for name in SCORES if name in there] + sorted(name for name in there if name.startswith(VIEWS))
+    return named or first[:1]
+
+
+def _title(of: ResultGroup, score: str) -> str:
+    label, count, size = of.about()
+    protocol = "" if of.on.protocol in (None, "patches") else f" by {of.on.protocol}"
+    return f"{MATCHERS[of.task]}{protocol}, {label} ({count}, {size} px): {score_title(score)}"
+
+
+def _cell(of: ResultGroup, score: str, weights: Sequence[str]) -> str:
+    values = [content["scores"].get(score) for content in of.contents if content["weights"] in weights]
+    known = [value for value in values if value is not None]
+    if not known:
+        return NONE
+    spread = f" ± {stdev(known):.{digits(score)}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{digits(score)}f}{spread}" + (f" ({len(known)})" if len(known) < len(weights) else "")
+
+
+def _published(of: ResultGroup, score: str, method: str) -> str:
+    values, names = of.paper.get(method, ()), PUBLISHED_SCORES.get(of.on.set, ("epe",))
+    found = dict(zip(names, values if isinstance(values, tuple) else (values,), strict=False)).get(score)
+    return NONE if found is None else f"{found:.{digits(score)}f}"
+
+
+def run_all(
+    parser: argparse.ArgumentParser, tasks: Sequence[str], args: Namespace, evaluate: Callable[[Namespace], None]
+) -> list[Skipped]:
+    """Run evaluations of all weights on all data by their own defaults; returns those that do not fit each other.
+
+    An evaluation that fails with a FastmumError is skipped. FastmumError: every one is.
+    """
+    skipped, words = list[Skipped](), dict[str, list[str]]()
+    for each in args.options:
+        task, _, more = each.partition("=")
+        if task not in tasks:
+            raise FastmumError(f"--options {each}: must be EVALUATION=OPTIONS with one of {', '.join(tasks)}")
+        words[task] = more.split()
+    runs = [(task, weights, data) for task in tasks for data in args.data for weights in args.weights]
+    for task, weights, data in runs:
+        for number in range(args.seeds):
+            own = parser.parse_args([task, "--weights", weights, *_shared(args, data), *words.get(task, [])])
+            own.seed, own.number = own.seed + number, number if args.seeds > 1 else None
+            print(f"{task}: {weights}, {data}, seed {own.seed}", file=sys.stderr)
+            try:
+                evaluate(own)
+            except FastmumError as error:
+                print(f"  not run: {error}", file=sys.stderr)
+                skipped.append(Skipped(task, weights, data, str(error)))
+                break
+    if len(skipped) == len(runs):
+        raise FastmumError(f"no evaluation could be run; the first: {skipped[0].task}: {skipped[0].why}")
+    return skipped
+
+
+def _shared(args: Namespace, data: str) -> Iterator[str]:
+    yield from ("--out", str(args.out), "--device", args.device, "--seed", str(args.seed))
+    yield from () if data == DEFAULT else ("--data", data)
+    for name in ("size", "max_pairs", "pictures"):
+        if getattr(args, name) is not None:
+            yield from (f"--{name.replace('_', '-')}", str(getattr(args, name)))
+
+
+def add_arguments(parser: argparse.ArgumentParser, tasks: Sequence[str]) -> None:
+    """The options of `all`."""
+    add = parser.add_argument
+    data = "sets, as --data of the evaluations, each of which takes those it knows (default: its own)"
+    options = "options of an evaluation, such as 'matching=--steps 4000'"
+    seeds = (
+        "seeds of random weights, probes and masks, from --seed on; weights of names like 'a-0', 'a-1' are seeds, too"
+    )
+    add("--weights", required=True, nargs="+", metavar="W", help="weights to compare, see below")
+    add("--data", nargs="+", default=[DEFAULT], metavar="DATA", help=data)
+    add("--tasks", nargs="+", choices=tasks, default=list(tasks), metavar="T", help="evaluations (default: all)")
+    add("--options", nargs="+", default=[], metavar="T=O", help=options)
+    add("--seeds", type=int, default=1, metavar="N", help=f"{seeds} (%(default)s)")
