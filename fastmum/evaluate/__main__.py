@@ -289,10 +289,10 @@ def _run_all(parser: argparse.ArgumentParser, args: Namespace) -> None:
         with _remedies(own.task):
             _evaluate(own)
 
-    skipped = run_all(parser, list(EVALUATIONS), args, evaluate)
+    not_run = run_all(parser, list(EVALUATIONS), args, evaluate)
     out = expand_user(args.out)
     found, notes = overview(record.content for record in read(out))
-    notes += [f"Not run: {each.task} of {each.weights}, data {each.data}: {each.why}" for each in skipped]
+    notes += not_run
     _write_tables(out, overview=found, notes=notes)
     with writing(out, DataError):
         write_atomic(out / "overview.md", "\n".join([found.markdown(), *(f"- {note}" for note in notes), ""]))

@@ -5,7 +5,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastmum.data.errors import DataError
 from fastmum.errors import FastmumError
@@ -25,15 +25,6 @@ from fastmum.evaluate.results import (
 from fastmum.evaluate.seeds import SEED, check_same
 
 DEFAULT = "default"  # --data: what each evaluation takes by itself
-
-
-class Skipped(NamedTuple):
-    """An evaluation that was not run."""
-
-    task: str
-    weights: str
-    data: str
-    why: str
 
 
 def overview(contents: Iterable[dict[str, Any]]) -> tuple[ResultTable, list[str]]:
@@ -92,12 +83,12 @@ def _published(of: ResultGroup, score: str, method: str) -> str:
 
 def run_all(
     parser: argparse.ArgumentParser, tasks: Sequence[str], args: Namespace, evaluate: Callable[[Namespace], None]
-) -> list[Skipped]:
-    """Run evaluations of all weights on all data by their own defaults; returns those that do not fit each other.
+) -> list[str]:
+    """Run evaluations of all weights on all data by their own defaults; returns remarks on those that were not run.
 
-    An evaluation that fails with a FastmumError is skipped. FastmumError: every one is.
+    These are the ones that fail with a FastmumError. FastmumError: all do.
     """
-    skipped, words = list[Skipped](), dict[str, list[str]]()
+    failed, words = dict[tuple[str, str, str], list[str]](), dict[str, list[str]]()
     for each in args.options:
         task, _, more = each.partition("=")
         if task not in tasks:
@@ -113,11 +104,15 @@ def run_all(
                 evaluate(own)
             except FastmumError as error:
                 print(f"  not run: {error}", file=sys.stderr)
-                skipped.append(Skipped(task, weights, data, str(error)))
+                failed.setdefault((weights, data, str(error)), []).append(task)
                 break
-    if len(skipped) == len(runs):
-        raise FastmumError(f"no evaluation could be run; the first: {skipped[0].task}: {skipped[0].why}")
-    return skipped
+    if sum(map(len, failed.values())) == len(runs):
+        (weights, _, why), named = next(iter(failed.items()))
+        raise FastmumError(f"no evaluation could be run; the first, {named[0]} of '{weights}': {why}")
+    return [
+        f"Not run: {', '.join(named)} of {weights}{'' if data == DEFAULT else f' on {data}'}: {why}"
+        for (weights, data, why), named in failed.items()
+    ]
 
 
 def _shared(args: Namespace, data: str) -> Iterator[str]:

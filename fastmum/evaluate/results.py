@@ -55,6 +55,7 @@ SCORES = {
 HEADLINES = {  # scores of evaluations in the table of all; of the others the first one of `SCORES` that they have
     "matching": ("epe",), "reconstruction": ("auc30", "acc_median", "comp_median"), "recognition": ("top1_patch",),
     "segmentation": ("knn_miou", "logreg_miou"), "cosine": ("epe", "recall"), "depth": ("rmse", "abs_rel"),
+    "views": ("views_1", "views_8"),
 }  # fmt: skip
 OTHER_VIEWS = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
 NAMED = ("per_pair_epe", "per_sequence", "per_image")  # scores by the names of what was measured
@@ -163,7 +164,7 @@ def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
     kinds: dict[tuple[Any, ...], list[frozenset[str]]] = {}
     groups = []
     for (task, on), results in found.items():
-        same = kinds.setdefault((on.set, on.pairs, task == "views"), [])  # as many pairs, but others
+        same = kinds.setdefault((on.set, on.pairs, task if task in COUNTED else ""), [])  # as many pairs, but others
         same += [on.names] if on.names not in same else []
         other = f" ({same.index(on.names) + 1})" if same.index(on.names) else ""
         whole = {PUBLISHED_PAIRS.get(on.set), *(content.get("set_pairs") for content in results)} - {None}
