@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import loadmat
 
-from fastmum.data.decode.image import FrameError, open_image
+from fastmum.data.decode.image import FrameError, read_header
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs import scenes
 from fastmum.files import expand_user
@@ -116,12 +116,12 @@ def read_label(mapped: Mapped, image: Image.Image, most: int) -> np.ndarray:
         except Exception as error:  # scipy's reader raises anything on damaged files
             raise FrameError(f"its labels cannot be read ({error})") from None
     else:
-        opened = open_image(io.BytesIO(content))
+        opened = read_header(content).image
         if opened.mode not in ("P", "L"):
             raise FrameError(f"its labels are an image of mode {opened.mode}, not of 8 bits")
         try:
             label = np.array(opened)
-        except Exception as error:  # as in `open_image`
+        except Exception as error:  # Pillow's readers do as well
             raise FrameError(f"its labels cannot be read ({error})") from None
     if label.shape != image.size[::-1]:
         raise FrameError(
