@@ -94,10 +94,13 @@ def run_all(
         if task not in tasks:
             raise FastmumError(f"--options {each}: must be EVALUATION=OPTIONS with one of {', '.join(tasks)}")
         words[task] = more.split()
-    runs = [(task, weights, data) for task in tasks for data in args.data for weights in args.weights]
-    for task, weights, data in runs:
-        for number in range(args.seeds):
-            own = parser.parse_args([task, "--weights", weights, *_shared(args, data), *words.get(task, [])])
+    runs = [
+        (task, weights, data, [task, "--weights", weights, *_shared(args, data), *words.get(task, [])])
+        for task in args.tasks for data in args.data for weights in args.weights
+    ]  # fmt: skip
+    parsed = [[parser.parse_args(each[-1]) for _ in range(args.seeds)] for each in runs]  # errors come first
+    for (task, weights, data, _), seeds in zip(runs, parsed, strict=True):
+        for number, own in enumerate(seeds):
             own.seed, own.number = own.seed + number, number if args.seeds > 1 else None
             print(f"{task}: {weights}, {data}, seed {own.seed}", file=sys.stderr)
             try:
