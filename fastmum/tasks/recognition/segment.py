@@ -27,7 +27,7 @@ DISTANCES: tuple["Distance", ...] = ("cosine", "L2")
 INVERSE_PENALTIES = tuple((10 ** np.linspace(-6, 5, 8)).tolist())  # C of the logistic regression
 MAX_ITERATIONS, TOLERANCE, MEMORY, LINE_SEARCH = 1000, 1e-12, 5, 50  # of L-BFGS
 QUERIES, KEYS = 1024, 16_384  # compared at once: 67 MB of float32 distances
-ROWS = 65_536  # standardised at once
+ROWS = 65_536  # standardised, or compared with the truth, at once
 
 Distance = Literal["cosine", "L2"]
 Setting = tuple[Any, ...]  # (neighbours, distance), or (C,)
@@ -60,8 +60,10 @@ class Scores(NamedTuple):
 
 def confusion(truth: Tensor, predicted: Tensor) -> Tensor:
     """Pixels by true and predicted label, (256, 256) int64, of uint8 labels of one shape."""
-    pairs = truth.flatten().long() * LABELS + predicted.flatten().long()
-    return torch.bincount(pairs, minlength=LABELS**2).view(LABELS, LABELS)
+    counts = torch.zeros(LABELS**2, dtype=torch.int64)
+    for true, found in zip(truth.split(ROWS), predicted.split(ROWS), strict=True):  # int64 is large
+        counts += torch.bincount(true.flatten().long() * LABELS + found.flatten(), minlength=LABELS**2)
+    return counts.view(LABELS, LABELS)
 
 
 def scores_of(confused: Tensor, ignore: Sequence[int]) -> Scores:
