@@ -5,7 +5,6 @@ Both choose on a tenth of the training images and are scored on the test images 
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -84,31 +83,33 @@ def evaluate_recognition(
     groups = images.groups or [str(i) for i in range(len(images.train))]
     train, validation = ([images.train[i] for i in part] for part in split(groups, "images"))
     test = evenly(images.test, most)
-    about, middle = {"task": "recognition", "norm": True}, centre(size)
+    middle = centre(size)
 
-    def views(some: Sequence[Labelled]) -> list[View]:
-        return [View(each.file, middle, f"centre {size}", partial(_given, each.labels)) for each in some]
+    def view(each: Labelled, transform: Transform, name: str) -> View:
+        return View(each.file, transform, name, lambda image: each.labels)
 
     def training() -> Iterator[View]:
         for i, before in visits(len(train), settings.seed):
-            crop = before % crops if crops else before
-            seed = settings.seed, i, crop
-            yield View(train[i].file, random_crop(size, seed), f"crop {size} {seed}", partial(_given, train[i].labels))
+            seed = settings.seed, i, before % crops if crops else before
+            yield view(train[i], random_crop(size, seed), f"crop {size} {seed}")
 
-    with ExitStack() as stack:
-        if crops and cache is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fastmum-")))
-        else:
-            folder = cache or Path()
-        kept = FeatureCache(folder, encoder, about) if cache or crops else None
+    def scored_on(
+        weights: dict[str, Weights], some: Sequence[Labelled], cache: FeatureCache | None
+    ) -> dict[str, Tensor]:
+        views = [view(each, middle, f"centre {size}") for each in some]
+        parts = [views[i : i + settings.batch] for i in range(0, len(views), settings.batch)]
+        found = stream(encoder, parts, cache, skipped)
+        return _matches(weights, progress_bar(found, total=len(parts), desc="scoring", unit="batch", leave=False))
+
+    with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
+        kept = FeatureCache(cache or Path(folder), encoder, {"task": "recognition", "norm": True})
         drawn = training()
         batches = ([*islice(drawn, settings.batch)] for _ in range(settings.steps))
         probes = _train(stream(encoder, batches, kept if crops else None, skipped), len(images.classes), settings)
-        kept = kept if cache else None
-        right = _matches(probes.weights, _in_batches(encoder, views(validation), settings.batch, kept, skipped))
+        right = scored_on(probes.weights, validation, kept if cache else None)
         chosen = {source: int(found.double().mean(0).argmax()) for source, found in right.items()}
-        kept_heads = probes.keep(chosen)
-        found = _matches(kept_heads, _in_batches(encoder, views(test), settings.batch, kept, skipped))
+        weights = probes.keep(chosen)
+        found = scored_on(weights, test, kept if cache else None)
     scored = len(next(iter(found.values())))
     best = {source: probes.heads[source][i] for source, i in chosen.items()}
     numbers = {
@@ -128,11 +129,7 @@ def evaluate_recognition(
         "skipped": len(skipped), "not_scored": len(test) - scored,
     }  # fmt: skip
     few = evenly([each for each in test if each.labels], pictures) if pictures else []
-    return Evaluated(numbers, _draw_classes(encoder, kept_heads, few, images.classes, middle))
-
-
-def _given(labels: tuple[int, ...], image: Image.Image) -> tuple[int, ...]:
-    return labels
+    return Evaluated(numbers, _draw_classes(encoder, weights, few, images.classes, middle))
 
 
 def split(groups: Sequence[str], kind: Literal["images", "maps"]) -> tuple[list[int], list[int]]:
@@ -156,13 +153,6 @@ def split(groups: Sequence[str], kind: Literal["images", "maps"]) -> tuple[list[
         parts = order[cut:], order[:cut]
     train, validation = ([i for place in part.tolist() for i in places[place]] for part in parts)
     return train, validation
-
-
-def _in_batches(
-    encoder: Encoder, views: list[View], batch: int, cache: FeatureCache | None, skipped: dict[str, str]
-) -> Iterator[Batch]:
-    parts = [views[i : i + batch] for i in range(0, len(views), batch)]
-    return iter(progress_bar(stream(encoder, parts, cache, skipped), total=len(parts), desc="scoring", leave=False))
 
 
 def _train(batches: Iterable[Batch], classes: int, settings: ClassifierSettings) -> Probes:
@@ -202,10 +192,8 @@ def _draw_classes(
 ) -> list[Image.Image]:
     """Test images under the class of the attentive probe and the true one."""
     named = []
-    for each, batch in zip(
-        few, (stream(encoder, [[View(each.file, middle, "")]], None, {}) for each in few), strict=True
-    ):
-        for tokens in batch:
+    for each in few:
+        for tokens in stream(encoder, [[View(each.file, middle, "")]], None, {}):
             number = int(logits_of(best, sources_of(tokens.cls, tokens.patch))[SOURCES[0]][0, :, 0].argmax())
             mark = "" if number in each.labels else f" (is {classes[each.labels[0]]})"
             named.append((classes[number] + mark, middle(rgb(read_header(each.file.read())))))

@@ -42,6 +42,7 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"CAPI's packages are not installed: {', '.join(MISSING)}"),
 ]
 RATES, DECAYS = (1e-3, 1e-2), (5e-4,)
+SIZE = 96  # of the images with labels of pixels
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def test_capis_evaluations_and_ours(data):
     }  # fmt: skip
     ade = "custom://ADE20K?root='{}'&split='{}'"
     maps = {
-        "train_dataset_name": ade.format(data / "ade", "training"), "num_workers": 0,
+        "train_dataset_name": ade.format(data / "ade", "training"), "num_workers": 0, "resolution": SIZE,
         "test_dataset_name": ade.format(data / "ade", "validation"), "classifiers_kwargs": {"knn": {"device": "cpu"}},
     }  # fmt: skip
     job = {"capi": str(CAPI.resolve()), "out": str(data), "loader": fastmum.capi_loader.__file__, "models": models}
@@ -103,7 +104,7 @@ def test_capis_evaluations_and_ours(data):
         encoder = load_encoder(**{"spec": models[name]["pretrained_weights"], **{
             key: value for key, value in models[name].items() if key != "pretrained_weights"}}).eval()  # fmt: skip
         segmented = theirs[f"{name} eval_segmentation"]
-        ours = evaluate_segmentation(encoder, open_maps(f"ade20k:{data / 'ade'}")).numbers
+        ours = evaluate_segmentation(encoder, open_maps(f"ade20k:{data / 'ade'}"), SIZE).numbers
         for kind in ("knn", "logreg"):
             assert ours["scores"][f"{kind}_miou"] == pytest.approx(100 * segmented[f"labels_{kind}_mIoU"], abs=0.2)
             assert ours["scores"][f"{kind}_accuracy"] == pytest.approx(100 * segmented[f"labels_{kind}_acc"], abs=0.2)
