@@ -194,16 +194,17 @@ def test_all_evaluations_of_two_encoders_on_one_page(folder, weights, wall_file,
 
 
 def test_overview_has_the_papers_numbers_for_the_same_protocol(tmp_path):
-    def result(task, name, weights, pairs, **scores):
-        content = {"task": task, "set": name, "weights": weights, "settings": {"size": 448}}
-        save(tmp_path, content | {"scores": scores, "pairs": pairs, "set_pairs": 1500}, [])
+    def result(task, name, weights, pairs, of, **scores):
+        content = {"task": task, "set": name, "weights": weights, "settings": {"size": 448}, "protocol": "matchbench"}
+        save(tmp_path, content | {"scores": scores, "pairs": pairs, "set_pairs": of}, [])
 
     for i, epe in enumerate((10.0, 12.0)):
-        result("matching", "megadepth", f"mum-{i}", 1500, epe=epe)
-    result("matching", "scannet", "mum-0", 20, epe=7.0)  # not the whole set
-    result("segmentation", "ade20k", "other", 2000, knn_miou=20.0, logreg_miou=None)
+        result("matching", "megadepth", f"mum-{i}", 1000, 1000, epe=epe)
+    result("matching", "scannet", "mum-0", 20, 1500, epe=7.0)  # not the whole set
+    result("segmentation", "ade20k", "other", 2000, 2000, knn_miou=20.0, logreg_miou=None)
     found, notes = overview(record.content for record in read(tmp_path))
     rows = {row[0]: row[2:] for row in found.rows}
+    assert found.names[2].startswith("linear probe by matchbench, MegaDepth (1,000")
     assert notes == []
     assert rows["mum"] == ["11.0 ± 1.4", "7.0 (1)", "–"]
     assert rows["other"] == ["–", "–", "20.0"]
