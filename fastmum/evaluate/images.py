@@ -134,9 +134,13 @@ def _validation(tree: Tree) -> dict[str, str]:
     packed = tree.root / f"{DEVKIT}.tar.gz"
     contents = [(tree.root / name).read_bytes() if (tree.root / name).is_file() else b"" for name in (TRUTH, META)]
     if not all(contents) and packed.is_file():
-        with reading(packed, "ImageNet's development kit"), tarfile.open(packed) as archive:
-            members = [archive.extractfile(name) for name in (TRUTH, META)]
-            contents = [member.read() if member else b"" for member in members]
+        with reading(packed, "ImageNet's development kit"):
+            try:
+                with tarfile.open(packed) as archive:
+                    members = [archive.extractfile(name) for name in (TRUTH, META)]
+                    contents = [member.read() if member else b"" for member in members]
+            except tarfile.TarError as error:
+                raise ValueError(str(error)) from None
     if not all(contents):
         raise DataError(
             f"'{tree.root}' has validation images without class folders; add LOC_val_solution.csv or {packed.name}"
@@ -183,6 +187,8 @@ def places(tree: Tree) -> ImageSet:
     train, test = (
         _listed(tree, text or "", folders) for text, folders in zip(texts, (PLACES_TRAIN, PLACES_VAL), strict=True)
     )
+    if not train:
+        raise DataError(f"'{tree.root}' has a list of training images that is empty")
     names = {label: each.file.name.rpartition("/")[0] for each in train for label in each.labels}
     found = ImageSet("", [names.get(i, str(i)) for i in range(max(names) + 1)], train, test)
     check_labels(found.test, len(found.classes), f"'{tree.root}', {lists[1][0]}")

@@ -117,8 +117,12 @@ def test_imagenet_as_distributed(imagenet):
     for i in range(3):
         put(imagenet, f"flat/ILSVRC2012_val_{i + 1:08d}.JPEG", picture(i, ".JPEG"))
     tar(imagenet / "flat", imagenet / "ILSVRC2012_img_val.tar")
-    with pytest.raises(DataError, match="ILSVRC2012_devkit_t12"):
-        open_images(f"imagenet:{imagenet}")
+    for content in (None, b"no archive"):
+        if content:
+            put(imagenet, "ILSVRC2012_devkit_t12.tar.gz", content)
+        with pytest.raises(DataError, match="ILSVRC2012_devkit_t12"):
+            open_images(f"imagenet:{imagenet}")
+    (imagenet / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     kit = imagenet / "ILSVRC2012_devkit_t12/data"
     put(kit, "ILSVRC2012_validation_ground_truth.txt", "2\n2\n1\n")
     fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
@@ -208,6 +212,9 @@ def test_inaturalist_sun397_and_places(tmp_path):
     assert readable(found)
     put(root, "places365_val.txt", "Places365_val_00000001.jpg 2\n")
     with pytest.raises(DataError, match="is 2, but must be 0 to 1"):
+        open_images(f"places:{root}")
+    put(root, "places365_train_standard.txt", "\n")
+    with pytest.raises(DataError, match="is empty"):
         open_images(f"places:{root}")
     put(root, "places365_val.txt", "Places365_val_00000001.jpg\n")
     with pytest.raises(DataError, match="line 1"):

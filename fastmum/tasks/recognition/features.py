@@ -78,7 +78,7 @@ def stream(
 ) -> Iterator[Batch]:
     """Features of batches of images, which are decoded ahead by threads; batches without a readable image are left out.
 
-    Images, or their labels, that cannot be read are skipped: `skipped` gets their names and the reasons. With a cache,
+    Images, or their labels, that cannot be read are skipped: `skipped` gets their paths and the reasons. With a cache,
     features that it has are not computed, and their images are not decoded. DataError: features are not finite.
     """
     with ThreadPoolExecutor(THREADS) as pool:
@@ -88,7 +88,7 @@ def stream(
             if len(pending) <= AHEAD or not (current := pending.popleft()):
                 continue
             loaded = [(view, key, future.result()) for view, key, future in current]
-            skipped |= {view.file.name: found for view, _, found in loaded if isinstance(found, str)}
+            skipped |= {view.file.path: found for view, _, found in loaded if isinstance(found, str)}
             good = [(view, key, *found) for view, key, found in loaded if not isinstance(found, str)]
             if good:
                 yield _batch(encoder, good, cache)
@@ -121,7 +121,7 @@ def _batch(encoder: Encoder, good: list[tuple[View, str, Any, np.ndarray | None]
         with torch.no_grad():
             (tokens,) = encoder.tokens(torch.from_numpy(np.stack(images)).to(device), norm=True)
         if not tokens.patch.isfinite().all():
-            raise DataError(f"features of '{good[rows[0]][0].file.name}' are not finite: are the weights damaged?")
+            raise DataError(f"features of '{good[rows[0]][0].file.path}' are not finite: are the weights damaged?")
         cls: Iterable[Tensor | None] = [None] * len(rows) if tokens.cls is None else tokens.cls
         place = Placement(*images[0].shape[:2], *images[0].shape[:2])
         return [Tokens(c, patch, place) for c, patch in zip(cls, tokens.patch, strict=True)]

@@ -29,6 +29,11 @@ class File(NamedTuple):
     size: int = 0  # bytes in the archive
     zipped: int = -1  # compression of a zip's member
 
+    @property
+    def path(self) -> str:
+        """For messages: its name below the folder or archive."""
+        return f"{self.place}/{self.name}"
+
     def read(self) -> bytes:
         """The content; FrameError if it cannot be read."""
         if self.offset < 0:
