@@ -223,10 +223,9 @@ def evaluate_segmentation(
     groups = [maps.groups[i] if maps.groups else str(i) for i, _ in numbered]
     train, validation = ([some[i] for i in part] for part in split(groups, "maps"))
     test = evenly(maps.test, most)
-    parts = {
-        name: _samples(encoder, maps, part, size, batch, kept, skipped, name)
-        for name, part in (("training", train), ("validation", validation), ("test", test))
-    }
+    parts, read = {}, list[Mapped]()
+    for name, each in (("training", train), ("validation", validation), ("test", test)):
+        parts[name], read = _samples(encoder, maps, each, size, batch, kept, skipped, name)
     standardise = standardiser(parts["training"].features)
     for part in parts.values():
         standardise(part.features)
@@ -238,12 +237,11 @@ def evaluate_segmentation(
     blocks = {name: each.predict(parts["test"].features) for name, each in fitted.items()}
     found = {name: scores_of(confusion(parts["test"].labels, each), maps.ignore) for name, each in blocks.items()}
     side = size // patch_size(encoder)
-    count = len(parts["test"].labels) // side**2
     scores = {f"{name}_miou": 100 * each.miou for name, each in found.items()}
     scores |= {f"{name}_accuracy": 100 * each.accuracy for name, each in found.items()}
     scores |= {f"{name}_ignored": each.ignored for name, each in found.items()}
     numbers = {
-        "pairs": count, "set_pairs": len(maps.test), "scores": scores,
+        "pairs": len(read), "set_pairs": len(maps.test), "scores": scores,
         "best": {name: _text(each.setting) for name, each in fitted.items()},
         "validation": {
             name: {_text(setting): 100 * each.miou for setting, each in one.validation.items()}
@@ -253,12 +251,12 @@ def evaluate_segmentation(
             "size": size, "train_images": len(train), "validation_images": len(validation),
             "ignored_labels": list(maps.ignore), "dtype_of_neighbours": str(half).removeprefix("torch."),
         },
-        "skipped": len(skipped), "not_scored": len(test) - count,
+        "skipped": len(skipped), "not_scored": len(test) - len(read),
     }  # fmt: skip
     drawn = [
         _draw_maps(maps, each, size, {name: _whole(b, i, side) for name, b in blocks.items()})
-        for i, each in evenly([*enumerate(test)], pictures) if pictures and count == len(test)
-    ]  # fmt: skip
+        for i, each in (evenly([*enumerate(read)], pictures) if pictures else ())
+    ]
     return Evaluated(numbers, drawn)
 
 
@@ -269,12 +267,13 @@ def _text(setting: Setting) -> str:
 def _samples(
     encoder: Encoder, maps: MapSet, some: Sequence[Mapped], size: int, batch: int, cache: FeatureCache | None,
     skipped: dict[str, str], part: str,
-) -> Samples:  # fmt: skip
+) -> tuple[Samples, list[Mapped]]:  # fmt: skip
+    """Patches of the images that can be read, and these images."""
     patch, transform = patch_size(encoder), squashed(size)
 
-    def label(each: Mapped, image: Image.Image) -> Tensor:
+    def label(each: Mapped, image: Image.Image) -> tuple[Mapped, Tensor]:
         nearest = Image.fromarray(read_label(each, image, maps.most)).resize((size, size), Image.Resampling.NEAREST)
-        return torch.from_numpy(label_blocks(np.array(nearest), patch))
+        return each, torch.from_numpy(label_blocks(np.array(nearest), patch))
 
     views = [View(each.file, transform, f"squashed {size}", partial(label, each)) for each in some]
     batches = [views[i : i + batch] for i in range(0, len(views), batch)]
@@ -286,7 +285,8 @@ def _samples(
     if not features:
         name, why = next(iter(skipped.items()), ("", "there is none"))
         raise DataError(f"none of {len(some)} {part} images of '{maps.name}' can be read; '{name}': {why}")
-    return Samples(torch.cat(features), torch.cat(labels))
+    read, blocks = zip(*labels, strict=True)
+    return Samples(torch.cat(features), torch.cat(blocks)), [*read]
 
 
 def _whole(blocks: Tensor, i: int, side: int) -> np.ndarray:

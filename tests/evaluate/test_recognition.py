@@ -162,6 +162,7 @@ def test_segmentation_finds_the_colours(ade, weights, tmp_path, capsys):
     assert scores["logreg_ignored"] == 0
     assert (record.content["pairs"], record.content["skipped"], record.content["set_pairs"]) == (3, 1, 4)
     assert len(record.content["validation"]["knn"]) == 8
+    assert len(record.pictures) == 1
     assert "1 images could not be read" in capsys.readouterr().err
     assert run("segmentation", f"ade20k:{ade}", tmp_path / "out", "--weights", weights, "--train-images", 1) == 2
     assert "--train-images is 1" in capsys.readouterr().err
