@@ -201,11 +201,11 @@ class RelativePose(nn.Module):
     def init_weights(self) -> None:
         """Reloc3r's: Xavier uniform and zero biases, but its 1x1 convolutions keep PyTorch's default."""
         convolutions = {*self.head.residual.modules()}
+        pairs = {block.cross_attn.kv for block in cast(Sequence[Block], self.decoder.blocks)}  # two public layers each
         for module in (*self.decoder.modules(), *self.head.modules()):
             if isinstance(module, nn.Linear) and module not in convolutions:
                 nn.init.zeros_(module.bias)
-                # Of the public layers: three of qkv are one, those of k and v two.
-                for part in module.weight.chunk(2) if module.out_features == 2 * module.in_features else [module.weight]:
+                for part in module.weight.chunk(2 if module in pairs else 1):
                     nn.init.xavier_uniform_(part)
 
     def set_recompute(self, what: str) -> None:
