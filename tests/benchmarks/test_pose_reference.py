@@ -8,9 +8,13 @@ from public_files import files
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from benchmarks.offline.pose import pace, seconds, work
 from benchmarks.pose import PoseComparison, main
 from benchmarks.reference.pose import ReferenceReloc3r, pose_loss
 from benchmarks.step import DisagreementError
+from fastmum.model.config import PRESETS
+from fastmum.tasks.pose.flops import frame_flops
+from fastmum.tasks.pose.model import PoseConfig
 
 TINY = [
     "model.encoder=random:mum_tiny", "model.embed_dim=64", "model.num_heads=2", "model.depth=2", "model.head_dim=32",
@@ -55,3 +59,15 @@ def test_losses_agree_or_nothing_is_timed():
 
 def test_invalid_arguments(refusal):
     assert "--pairs is 0" in refusal(main, "--pairs=0")
+
+
+def test_the_prediction_counts_what_the_task_counts():
+    config, encoder = PoseConfig(depth=4), PRESETS["mum_vitb16"]
+    done = work(config, encoder, 3)
+    counted = 6 * frame_flops(config, (16, 16), encoder, 1, True)
+    assert sum(done[:3]) == pytest.approx(counted)
+    assert min(done) > 0
+    for gpu in ("a100", "h200"):
+        low, likely, high = seconds(done, gpu)
+        assert 0 < low < likely < high
+    assert pace(16, 1.0) == pytest.approx(86400 * 1024 / 225e6)
