@@ -19,7 +19,7 @@ from benchmarks.reconstruction import fastmum_step
 from benchmarks.reference.model import ReferenceMuM
 from benchmarks.reference.pose import ReferenceReloc3r, pose_loss
 from benchmarks.results import FASTMUM, REFERENCE
-from benchmarks.step import Comparison
+from benchmarks.step import AGREEMENT, Comparison
 from fastmum.config import ConfigError, load_config
 from fastmum.data.scene_loader import SceneBatch
 from fastmum.engine.device import autocast, pick_device, pick_precision
@@ -43,7 +43,12 @@ class Problem(NamedTuple):
 
 
 class PoseComparison(Comparison):
-    """Both with the same weights, frames and poses, in separate processes on a CPU."""
+    """Both with the same weights, frames and poses, in separate processes on a CPU.
+
+    AdamW's first step is the sign of the gradient, and the loss of a few pairs depends on rounding: 2e-3 were seen.
+    """
+
+    agreement = AGREEMENT | {"bf16": 5e-3}
 
     def __init__(self, pairs: int, settings: Sequence[str] = ()) -> None:
         if pairs < 1:
