@@ -29,10 +29,11 @@ from fastmum.evaluate.overview import add_arguments, overview, run_all
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
+from fastmum.evaluate.pose import evaluate_pose
 from fastmum.evaluate.recognition import evaluate_recognition, evaluate_segmentation
 from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
 from fastmum.evaluate.records import MATCHING, Record, check_free, make_folder, printable, read, save
-from fastmum.evaluate.results import NOTE, page, table
+from fastmum.evaluate.results import NOTE, OF_RUNS, page, table
 from fastmum.evaluate.scoring import Protocol
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
 from fastmum.features.probe import Probe, of_encoder, write_probe
@@ -42,8 +43,9 @@ from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
 from fastmum.tasks.depth import HEADS, LINEAR, Loss
+from fastmum.tasks.pose import infer as pose
 from fastmum.tasks.recognition.probes import ClassifierSettings
-from fastmum.tasks.reconstruction.infer import Trained, estimate, load_run
+from fastmum.tasks.reconstruction import infer as reconstruction
 
 T = TypeVar("T")
 
@@ -75,6 +77,8 @@ The evaluation `depth` takes {KINDS}.
 `recognition` takes scenes (kinds of rooms), a folder with train/ and val/ of class folders, or imagenet, inaturalist,
 sun397, places; `segmentation` takes scenes, ade20k or voc. Folders, tar and zip files: docs/recognition.md.
 
+The evaluation `pose` takes runs of that task.
+
 The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
 
 DIR collects results: every evaluation adds a .json and pictures; report.html and table.md show all of them next to the
@@ -98,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     description = (
         "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
         "decoder's attention; the effect of other views on the masked loss; recognition of classes and segmentation by "
-        "probes; reconstruction by runs of that task; and depth of single images."
+        "probes; depth of single images; and reconstruction and relative pose by runs of those tasks."
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
@@ -118,10 +122,11 @@ def make_parser() -> argparse.ArgumentParser:
             _add_depth(command)
         if task == "views":
             _add_views(command)
+        if task in OF_RUNS:
+            command.add_argument("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved")
         if task == "reconstruction":
             square = "resize to squares, as Poincar3 does with RealEstate10K and CO3D (default: keep the aspect ratio)"
             command.add_argument("--square", action="store_true", help=square)
-            command.add_argument("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved")
         if task in ("matching", "cosine"):
             protocol = "patches: patch centres are scored; matchbench: every pixel, as the author runs it (%(default)s)"
             command.add_argument("--protocol", choices=get_args(Protocol), default="patches", help=protocol)
@@ -319,7 +324,7 @@ def _evaluate(args: Namespace) -> Record:
     device = pick_device(args.device, key="--device")
     weights: dict[str, Any]
     model: Any
-    if args.task == "reconstruction":
+    if args.task in OF_RUNS:
         weights, model = _load_run(args, device)
         encoder = model.model.encoder
     else:
@@ -470,16 +475,27 @@ def _of_images(name: str, numbers: dict[str, Any], pictures: list[Image.Image]) 
     return Evaluated(name, numbers, pictures)
 
 
-def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Trained]:
-    """As `load_weights`, for a run of reconstruction."""
+def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Any]:
+    """As `load_weights`, for a run of the task that is evaluated."""
     if args.overrides:
         raise DataError("--set changes the weights of an encoder, but those of a run are fixed; --encoder names others")
-    trained = load_run(args.weights, device, args.encoder)
+    load = {"reconstruction": reconstruction.load_run, "pose": pose.load_run}[args.task]
+    trained: Any = load(args.weights, device, args.encoder)
     about = {"weights": args.name or trained.name, "source": args.weights, "frames": trained.frames}
     return about | {"step": trained.step, "encoder": trained.encoder}, trained
 
 
-def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluated:
+def _pose(args: Namespace, trained: pose.Trained, claim: Claim) -> Evaluated:
+    pairs = open_pairs(args.data, needs_depth=False)
+    claim(pairs.name)
+    scored = evaluate_pose(
+        lambda images: pose.estimate(trained.model, images), pairs, args.size or trained.image_size, args.max_pairs,
+        args.pictures,
+    )  # fmt: skip
+    return Evaluated(pairs.name, scored.numbers, scored.pictures)
+
+
+def _reconstruction(args: Namespace, trained: reconstruction.Trained, claim: Claim) -> Evaluated:
     model, patch = trained.model, trained.model.config.patch_size
 
     with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
@@ -487,7 +503,7 @@ def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluate
         claim(name)
         points = protocol.threshold is not None
         scored = evaluate_reconstruction(
-            lambda batch: estimate(model, batch.images, points), manifests, protocol,
+            lambda batch: reconstruction.estimate(model, batch.images, points), manifests, protocol,
             args.size or protocol.size or trained.image_size, patch, not args.square, args.max_pairs, args.pictures,
         )  # fmt: skip
     return Evaluated(name, scored.numbers, scored.pictures)
@@ -531,6 +547,7 @@ EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]]
     "segmentation": ("labels of pixels by k-NN and logistic regression on frozen features, as CAPI", _segmentation),
     "reconstruction": ("cameras and points of a run of reconstruction, with pictures", _reconstruction),
     "depth": ("depth of single images by linear heads on frozen features, for `fastmum predict`", _depth),
+    "pose": ("relative poses of a run of pose, with pictures", _pose),
 }
 
 

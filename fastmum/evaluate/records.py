@@ -17,7 +17,7 @@ from fastmum.files import read_json, write_atomic
 MATCHERS = {  # evaluations and their names in tables
     "matching": "linear probe", "discriminant": "closed-form probe", "cosine": "cosine", "attention": "attention",
     "views": "masked loss", "recognition": "recognition", "segmentation": "segmentation",
-    "reconstruction": "reconstruction", "depth": "depth",
+    "reconstruction": "reconstruction", "depth": "depth", "pose": "relative pose",
 }  # fmt: skip
 MATCHING = ("matching", "discriminant", "cosine", "attention")  # those with a protocol, by default "patches"
 KEYS = ("task", "set", "weights")
