@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastmum.kernels import local_correlation
 from fastmum.model.block import compute_dtype
 from fastmum.tasks.roma.coarse import GP, CoarseDecoder, anchor_flow, grid
+from fastmum.tasks.roma.depthwise import DepthwiseConv
 from fastmum.tasks.roma.vgg import BatchNorm
 
 STRIDES = (16, 8, 4, 2, 1)
@@ -84,7 +85,7 @@ class Refiner(nn.Module):
 def _block(inputs: int, width: int) -> nn.Sequential:
     """Depthwise 5x5, batch norm, ReLU, 1x1. If the first widens, it has one group per input channel."""
     return nn.Sequential(
-        nn.Conv2d(inputs, width, 5, padding=2, groups=inputs), BatchNorm(width, momentum=MOMENTUM),
+        DepthwiseConv(inputs, width, 5), BatchNorm(width, momentum=MOMENTUM),
         nn.ReLU(inplace=True), nn.Conv2d(width, width, 1),
     )  # fmt: skip
 
