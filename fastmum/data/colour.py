@@ -14,14 +14,14 @@ CONTRAST, SATURATION, HUE = 1, 2, 3
 NOTHING = np.array([0, 0, 0, 0, 1, 1, 1, 0, 0], float)  # parameters that change nothing
 
 
-def draw_jitter(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Parameters for `jitter`, (count, JITTER_WIDTH) float64."""
+def draw_jitter(rng: np.random.Generator, count: int, applied: float = APPLIED, grey: float = GREY) -> np.ndarray:
+    """Parameters for `jitter`, (count, JITTER_WIDTH) float64; `applied` and `grey` are probabilities."""
     drawn = rng.random((count, JITTER_WIDTH + 1))
     drawn[:, FACTORS] = 1 + np.array(STRENGTH) * (2 * drawn[:, FACTORS] - 1)
     drawn[:, FACTORS.start + HUE] -= 1
-    applied, grey = drawn[:, JITTER_WIDTH] < APPLIED, drawn[:, IS_GREY] < GREY
-    drawn = np.where(applied[:, None], drawn[:, :JITTER_WIDTH], NOTHING)
-    drawn[:, IS_GREY] = grey
+    changed, is_grey = drawn[:, JITTER_WIDTH] < applied, drawn[:, IS_GREY] < grey
+    drawn = np.where(changed[:, None], drawn[:, :JITTER_WIDTH], NOTHING)
+    drawn[:, IS_GREY] = is_grey
     return drawn
 
 

@@ -37,7 +37,7 @@ class SceneBatch(NamedTuple):
     names: tuple[str, ...]  # data set and name of each sequence
 
 
-class SceneLoader(PlanLoader[ScenePlan, SceneBatch]):
+class SceneLoader(PlanLoader[Any, SceneBatch]):
     """Loads plans of `ScenePlanner`; bad images, depth maps and masks are replaced and counted as in pretraining.
 
     If no frame of a sequence can be read, another sequence takes its place as a whole, since frames of two sequences

@@ -4,16 +4,18 @@ A plan is a pure function of (seed, step, rank, world size), like those of pretr
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from fastmum.data.colour import JITTER_WIDTH, NOTHING, draw_jitter
 from fastmum.data.errors import DataError
-from fastmum.data.manifest import Manifests
+from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.packing import cumulative
 from fastmum.data.plan import given_weights
 from fastmum.geometry.crop import VGGT_MARGIN
+
+T = TypeVar("T")
 
 SCALE = (0.8, 1.2)  # share of width and of height that the first crop keeps, at most 1, so half of the draws are 1
 MARGIN = 0.3  # of the longer side: the largest number of pixels beyond the target before the last crop, rarest
@@ -155,10 +157,12 @@ class ScenePlanner:
         return rows[np.append(anchor, rng.integers(low, high, length - 1))]
 
 
-def usable_frames(manifests: Manifests, min_frames: int, ground_truth: bool) -> np.ndarray:
+def usable_frames(
+    manifests: Manifest, min_frames: int, ground_truth: bool, columns: Iterable[str] = GROUND_TRUTH
+) -> np.ndarray:
     """Frames with pose, intrinsics and depth, of sequences that have at least `min_frames` of them; (frames,) bool."""
     usable = np.ones(manifests.num_frames, bool)
-    for column in GROUND_TRUTH if ground_truth else ():
+    for column in columns if ground_truth else ():
         usable &= manifests.present(column)
     counts = np.add.reduceat(usable, manifests.starts[:-1], dtype=np.int64)
     return usable & np.repeat(counts >= max(1, min_frames), np.diff(manifests.starts))
@@ -166,5 +170,10 @@ def usable_frames(manifests: Manifests, min_frames: int, ground_truth: bool) -> 
 
 def rule_of(manifests: Manifests, dataset: str) -> Rule:
     """The rule of a data set of some manifests."""
-    names = (part.metadata.get("builder") for part in manifests.parts if dataset in part.datasets)
-    return next((RULES[name] for name in (*names, dataset) if name in RULES), Rule())
+    return by_builder(RULES, manifests, dataset) or Rule()
+
+
+def by_builder(table: Mapping[str, T], manifests: Manifests, dataset: str) -> T | None:
+    """The entry of a data set, by the builder of its manifest or by its name; None: there is none."""
+    names = (str(part.metadata.get("builder")) for part in manifests.parts if dataset in part.datasets)
+    return next((table[name] for name in (*names, dataset) if name in table), None)

@@ -10,6 +10,7 @@ TASKS = {
     "mum": "fastmum.tasks.mum:MuMTask",
     "reconstruction": "fastmum.tasks.reconstruction.task:ReconstructionTask",
     "distillation": "fastmum.tasks.reconstruction.distill:DistillTask",
+    "pose": "fastmum.tasks.pose.task:PoseTask",
 }
 
 

@@ -5,10 +5,10 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from fastmum.tasks.reconstruction.model import Reconstruction
 
 log = logging.getLogger(__name__)
 
+M = TypeVar("M", bound=nn.Module)
+S = TypeVar("S")
+
 TASKS = "reconstruction", "distillation"
 DINOV2_EPS = 1e-6  # of facebookresearch/dinov2's norms
 DINOV2_HEAD = 64  # width of a head of its ViT-S, B and L
@@ -47,8 +50,8 @@ def load_reconstruction(spec: str | os.PathLike[str]) -> Reconstruction:
     return model.eval().requires_grad_(False)
 
 
-def choose_encoder(settings: ReconstructionSection) -> str:
-    """`model.encoder`, or `model.fallback` if there is nothing at its path."""
+def choose_encoder(settings: Any) -> str:
+    """`encoder` of a section `model`, or `fallback` if there is nothing at its path."""
     kind, where = split_spec(settings.encoder)
     if settings.fallback is None or kind in (RANDOM, "timm") or expand_user(where).exists():
         return settings.encoder
@@ -72,14 +75,28 @@ def read_run(path: Path, encoder: str | None = None) -> tuple[Reconstruction, Ch
     run's `model.encoder`. Of a finetuned one that gives the architecture, and the checkpoint the weights.
     WeightsError, CheckpointError or LayoutError: no such run, one of another task, or another encoder than the run's.
     """
+    manifest, tensors, settings = read_settings(path, TASKS, ReconstructionSection)
+    loaded = read_encoder(path, manifest, settings, encoder)
+    model = Reconstruction(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
+    return fill(model, tensors, manifest.path), manifest
+
+
+def read_settings(
+    path: Path, tasks: Sequence[str], section: type[S]
+) -> tuple[CheckpointManifest, dict[str, Tensor], S]:  # fmt: skip
+    """Manifest, weights and the section `model` of the configuration of a run; CheckpointError as of `read_run`."""
     manifest, tensors = read_weights(path)
-    if (task := manifest.values.get("task", "mum")) not in TASKS:
-        raise CheckpointError(f"'{path}' is a run of the task '{task}', but one of reconstruction is needed")
+    if (task := manifest.values.get("task", "mum")) not in tasks:
+        raise CheckpointError(f"'{path}' is a run of the task '{task}', but one of {tasks[0]} is needed")
     if any(name.startswith("ema.") for name in manifest.tensors):
         tensors |= read_weights(manifest.path, prefix="ema.").tensors
     config = manifest.values["config"]
-    known = {f.name: f"model.{f.name}" for f in fields(ReconstructionSection)}
-    settings = ReconstructionSection(**{name: config[key] for name, key in known.items() if key in config})
+    known = {f.name: f"model.{f.name}" for f in fields(section)}  # type: ignore[arg-type]
+    return manifest, tensors, section(**{name: config[key] for name, key in known.items() if key in config})
+
+
+def read_encoder(path: Path, manifest: CheckpointManifest, settings: Any, encoder: str | None = None) -> Encoder:
+    """The encoder of a run; arguments and errors as of `read_run`, `settings` as of `choose_encoder`."""
     spec = encoder or choose_encoder(settings)
     try:
         loaded = load_encoder(spec, trainable=settings.finetune)
@@ -87,9 +104,7 @@ def read_run(path: Path, encoder: str | None = None) -> tuple[Reconstruction, Ch
         raise WeightsError(f"the encoder '{spec}' of the run '{path}' cannot be loaded: {error}") from None
     if not settings.finetune and weights_digest(loaded) != manifest.values["model_config"].get("frozen_encoder"):
         raise WeightsError(f"the encoder '{spec}' has other weights than the one that '{path}' was trained on")
-    model = Reconstruction(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
-    whole = {f"encoder.{name}": x for name, x in loaded.state_dict().items()} | tensors
-    return _filled(model, whole, manifest.path), manifest
+    return loaded
 
 
 def _of_public(path: Path) -> Reconstruction:
@@ -101,12 +116,15 @@ def _of_public(path: Path) -> Reconstruction:
         raise LayoutError(f"'{path}' has no encoder (aggregator.patch_embed.*)")
     encoder = dinov2_encoder(public, path)
     ours |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
-    return _filled(Reconstruction(config, encoder), ours, path)
+    return fill(Reconstruction(config, encoder), ours, path)
 
 
-def _filled(model: Reconstruction, state: Mapping[str, Tensor], path: Path) -> Reconstruction:
+def fill(model: M, state: Mapping[str, Tensor], path: Path) -> M:
+    """Load weights from `path` into a model, whose encoder and buffers may stay; LayoutError: they do not fit."""
+    own = {name for name, _ in model.named_buffers()}
+    kept = {name: x for name, x in model.state_dict().items() if name.startswith("encoder.") or name in own}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(kept | dict(state))
     except RuntimeError as error:
         raise LayoutError(f"'{path}' does not fit the model: {' '.join(str(error).split())}") from None
     return model

@@ -1,0 +1,178 @@
+"""Sampling of pairs of frames with cameras, by overlap or by distance in the sequence.
+
+A plan is a pure function of (seed, step, rank, world size), like those of pretraining (`fastmum.data.plan`).
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from fastmum.data.colour import JITTER_WIDTH, NOTHING, draw_jitter
+from fastmum.data.errors import DataError
+from fastmum.data.manifest import Manifests
+from fastmum.data.overlap import pair_table
+from fastmum.data.packing import cumulative
+from fastmum.data.plan import given_weights
+from fastmum.data.scene_plan import GROUND_TRUTH, by_builder, usable_frames
+
+SAMPLING = ("auto", "overlap", "distance")
+ANY = 1 << 30  # frames
+# Least and most distance of the frames of a pair in their sequence, by the builder of the manifest or the name of the
+# data set. The first three are Reloc3r's training; it reads lists of pairs of the others.
+GAPS = {
+    "scannet": (10, 500), "wildrgbd": (1, ANY), "vkitti2": (1, 100), "realestate10k": (10, 100), "dl3dv": (1, 20),
+}  # fmt: skip
+DEFAULT_GAPS = (1, 10)
+
+
+class PairPlan(NamedTuple):
+    """What one rank decodes for one step: pair after pair, two frames each, all of one size."""
+
+    rows: np.ndarray  # (2 B,) int64, rows of the manifests
+    lengths: np.ndarray  # (B,) int64, all 2
+    size: tuple[int, int]  # width and height in pixels
+    jitter: np.ndarray  # (2 B, JITTER_WIDTH), for `fastmum.data.colour.jitter`
+
+
+class Pairs(Protocol):
+    """The pairs of a data set."""
+
+    def __len__(self) -> int:
+        """A number that is 0 if there are none."""
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """The rows of a random pair, (2,) int64."""
+
+
+class ListedPairs:
+    """Pairs of a list `rows` (N, 2), uniform, in either order."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        return self.rows[rng.integers(len(self.rows)), :: rng.choice((1, -1))]
+
+
+class DistantPairs:
+    """A uniform frame, and another one of its sequence, uniform among those `gaps` frames away on either side.
+
+    `rows` (n,) are those of some sequences, ascending, and `sequence_of` (n,) their sequences.
+    """
+
+    def __init__(self, rows: np.ndarray, sequence_of: np.ndarray, gaps: tuple[int, int]) -> None:
+        self.rows, self._least = rows, gaps[0]
+        _, first, inverse, counts = np.unique(sequence_of, return_index=True, return_inverse=True, return_counts=True)
+        before = np.arange(len(rows)) - first[inverse]
+        after = counts[inverse] - 1 - before
+        self._left, self._right = (np.maximum(0, np.minimum(each, gaps[1]) - gaps[0] + 1) for each in (before, after))
+        self._anchors = np.flatnonzero(self._left + self._right)
+
+    def __len__(self) -> int:
+        return len(self._anchors)
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        anchor = int(rng.choice(self._anchors))
+        k, left = int(rng.integers(self._left[anchor] + self._right[anchor])), int(self._left[anchor])
+        return self.rows[[anchor, anchor - self._least - k if k < left else anchor + self._least + k - left]]
+
+
+class PairPlanner:
+    """Draws plans: for every pair a data set, then a pair of its frames that have pose and intrinsics.
+
+    DataError: there is none, or settings that cannot be met. Subclasses may draw otherwise (`draw`).
+
+    Args:
+        weights: of data sets by name, default 1; 0 excludes a set.
+        size: width and height of all frames.
+        sampling: "overlap": pairs that overlap by a share in the range `overlap` (`fastmum.data.overlap`), which needs
+            depth; "distance": by `gaps`; "auto": by overlap where depth is known and no distance is given.
+        gaps: least and most distance in frames by data set, beside those of `GAPS`.
+        depth: whether frames need depth.
+        augment: random colours, each frame its own (Reloc3r's training).
+        exclude, only: sequences never to draw from, and sequences to draw from (None: all).
+        workers: threads that compute overlaps.
+
+    Attributes:
+        usable: (frames,) bool, the rows that can be drawn, also from sequences of `exclude`.
+        notes: one line per data set that is never drawn.
+    """
+
+    def __init__(
+        self, manifests: Manifests, weights: Mapping[str, float] | None = None, pairs_per_batch: int = 32,
+        size: tuple[int, int] = (256, 256), seed: int = 0, world_size: int = 1, *, sampling: str = "auto",
+        overlap: tuple[float, float] = (0.1, 0.7), gaps: Mapping[str, tuple[int, int]] | None = None,
+        depth: bool = False, augment: bool = True, exclude: Iterable[int] = (), only: Iterable[int] | None = None,
+        workers: int = 2,
+    ) -> None:  # fmt: skip
+        if sampling not in SAMPLING:
+            raise DataError(f"the sampling of pairs is '{sampling}', but must be one of {', '.join(SAMPLING)}")
+        self.manifests, self.pairs_per_batch, self.size = manifests, pairs_per_batch, size
+        self.seed, self.world_size, self.augment, self.depth = seed, world_size, augment, depth
+        self.overlap, self.notes = overlap, list[str]()
+        self.usable = usable_frames(manifests, 2, True, GROUND_TRUTH if depth else GROUND_TRUTH[:2])
+        keep = np.full(manifests.num_sequences, only is None)
+        keep[np.array(() if only is None else list(only), np.int64)] = True
+        keep[np.array(list(exclude), np.int64)] = False
+        self.pairs = self._find_pairs(sampling, (gaps or {}), keep, workers)
+        for name, pairs in zip(manifests.datasets, self.pairs, strict=True):
+            if not len(pairs):
+                self.notes.append(f"data set '{name}' is never drawn: it has no pair of frames to draw")
+        drawn = given_weights(manifests.datasets, weights or {}, self.notes) * [len(pairs) > 0 for pairs in self.pairs]
+        if not drawn.any():
+            what = f"pose and intrinsics{' and depth' * depth}, overlap in {list(overlap)} or a distance in data.gaps"
+            raise DataError(f"there is no pair of frames to draw ({what}) in a data set of weight above 0")
+        self._chances = cumulative(drawn)
+
+    def _find_pairs(
+        self, sampling: str, given: Mapping[str, tuple[int, int]], keep: np.ndarray, workers: int
+    ) -> list[Pairs]:  # fmt: skip
+        manifests = self.manifests
+        for name in given.keys() - {*manifests.datasets, *GAPS}:
+            raise DataError(f"data.gaps names '{name}', but the data sets are {', '.join(manifests.datasets)}")
+        gaps = [by_builder({**GAPS, **given}, manifests, name) for name in manifests.datasets]
+        dataset_of_row = np.repeat(manifests.dataset_of, np.diff(manifests.starts))
+        with_depth = np.bincount(dataset_of_row[manifests.present("depth")], minlength=len(gaps)) > 0
+        listed = [sampling == "overlap" or (sampling == "auto" and own is None and depth)
+                  for own, depth in zip(gaps, with_depth, strict=True)]  # fmt: skip
+        sequence_of = np.repeat(np.arange(manifests.num_sequences), np.diff(manifests.starts))
+        rows = np.flatnonzero(self.usable & keep[sequence_of])
+        if any(listed):
+            table = pair_table(manifests, workers)
+            low, high = self.overlap
+            chosen = table.rows[(table.overlap >= low) & (table.overlap <= high)]
+            chosen = chosen[keep[sequence_of[chosen[:, 0]]]]
+        found: list[Pairs] = []
+        for i, (by_overlap, own) in enumerate(zip(listed, gaps, strict=True)):
+            if by_overlap:
+                found.append(ListedPairs(chosen[dataset_of_row[chosen[:, 0]] == i]))
+            else:
+                mine = rows[dataset_of_row[rows] == i]
+                found.append(DistantPairs(mine, sequence_of[mine], own or DEFAULT_GAPS))
+        return found
+
+    def plan(self, step: int, rank: int = 0) -> PairPlan:
+        """The plan of a rank for a step."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is not one of {self.world_size}")
+        rng = np.random.default_rng((self.seed, step, rank))
+        count = self.pairs_per_batch
+        rows = self.draw(step, rank, rng).reshape(-1)
+        colours = draw_jitter(rng, 2 * count, applied=1.0, grey=0.0)
+        if not self.augment:
+            colours = np.tile(NOTHING, (2 * count, 1))
+        assert colours.shape == (len(rows), JITTER_WIDTH)
+        return PairPlan(rows, np.full(count, 2, np.int64), self.size, colours)
+
+    def draw(self, step: int, rank: int, rng: np.random.Generator) -> np.ndarray:
+        """Rows of the pairs of a plan, (pairs_per_batch, 2) int64; `rng` is that of (seed, step, rank)."""
+        drawn = np.searchsorted(self._chances, rng.random(self.pairs_per_batch), side="right")
+        return np.stack([self.pairs[dataset].draw(rng) for dataset in drawn.tolist()])
+
+    def another(self, row: int, rng: np.random.Generator) -> np.ndarray:
+        """A random pair of the data set of a row, (2,) int64, in place of one that cannot be read."""
+        return self.pairs[self.manifests.dataset_of[self.manifests.sequence_of(row)]].draw(rng)

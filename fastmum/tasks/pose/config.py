@@ -1,0 +1,63 @@
+"""Configuration of relative pose: the engine's sections, and those of model and data."""
+
+from dataclasses import dataclass, field
+
+from fastmum.config.schema import ConfigError, EngineConfig, OptimSection, key
+from fastmum.model.encoder import RECOMPUTE
+from fastmum.tasks.pairs import PairDataSection
+from fastmum.tasks.pose.model import PoseConfig
+
+PAPER = PoseConfig()
+
+
+@dataclass
+class PoseSection:
+    """Encoder, and sizes of the decoder (supplement B by default)."""
+
+    encoder: str = key(
+        "random:mum_vitl16", "weights of the encoder: a run, an export, a file, dinov3:PATH, random:PRESET"
+    )
+    fallback: str | None = key(
+        None, "weights if there is no file or folder at the path `encoder`, said in a warning. Empty: an error"
+    )
+    finetune: bool = key(True, "train the encoder, too; otherwise it is frozen")
+    encoder_lr_scale: float = key(0.1, "factor of the encoder's learning rate", above=0)
+    normalisation: str = key(
+        "half", "of images: half, (x - 0.5) / 0.5 for any encoder, as Reloc3r; encoder, its own",
+        choices=("half", "encoder"),
+    )  # fmt: skip
+    embed_dim: int = key(PAPER.embed_dim, "width of the decoder", least=1)
+    depth: int = key(PAPER.depth, "blocks of the decoder", least=1)
+    num_heads: int = key(PAPER.num_heads, "heads of the decoder", least=1)
+    compile: str = key("auto", "torch.compile: off, block (each kind) or auto", choices=("auto", "block", "off"))
+    recompute: str = key(
+        "auto", "activations recomputed in the backward pass, as in pretraining: none, mlp, blocks; auto: mlp on CUDA, "
+        "none on the CPU", choices=("auto", *RECOMPUTE),
+    )  # fmt: skip
+
+    def sizes(self, encoder_dim: int, patch_size: int) -> PoseConfig:
+        """The sizes with an encoder; ConfigError if they do not fit."""
+        try:
+            return PoseConfig(encoder_dim, patch_size, self.embed_dim, self.depth, self.num_heads)
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from None
+
+
+def _optim() -> OptimSection:
+    """Supplement B and davnords/reloc3r: 100 epochs of 2.25 M pairs, 1,024 a step: 5 epochs of warm-up, cosine."""
+    return OptimSection(base_lr=2e-4, lr_frames=0, betas=[0.9, 0.95], warmup_steps=10_986, min_lr=1e-6)
+
+
+@dataclass
+class Config(EngineConfig):
+    """Everything that a run of relative pose depends on."""
+
+    optim: OptimSection = field(default_factory=_optim)
+    model: PoseSection = field(default_factory=PoseSection)
+    data: PairDataSection = field(default_factory=PairDataSection)
+
+    def check(self) -> None:
+        """Check rules between keys; those about the patch size are checked when the encoder is loaded."""
+        super().check()
+        self.model.sizes(1, 1)
+        self.data.check(1)

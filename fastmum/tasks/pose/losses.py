@@ -1,0 +1,22 @@
+"""Reloc3r's loss: angles of rotations and of directions of translation, in both directions."""
+
+from torch import Tensor
+
+from fastmum.tasks.pose.model import Poses, of_other_view
+from fastmum.tasks.pose.rotation import direction_angle, rotation_angle
+
+
+def true_poses(camera_from_world: Tensor) -> Poses:
+    """The true poses of pairs of frames, from camera_from_world (F, 4, 4), in their dtype."""
+    R, t = camera_from_world[:, :3, :3], camera_from_world[:, :3, 3]
+    R_other, t_other = of_other_view(R, 1), of_other_view(t, 1)
+    R = R_other @ R.mT
+    return Poses(R, t_other - (R @ t[:, :, None])[..., 0])
+
+
+def pose_errors(found: Poses, true: Poses) -> tuple[Tensor, Tensor]:
+    """Angles of rotations and of directions of translation, radians (F,) each.
+
+    The loss of a pair is the sum of both angles of both frames.
+    """
+    return rotation_angle(found.R, true.R), direction_angle(found.t, true.t)

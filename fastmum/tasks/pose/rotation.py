@@ -1,0 +1,71 @@
+"""The nearest rotation of a matrix, and the loss on poses, without waiting for the device.
+
+torch.linalg.svd on CUDA waits for its status, and its gradient is infinite where singular values are equal.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmum.tasks.reconstruction.camera import rotation_matrix
+
+SQUARINGS = 24  # of K: eigenvalues that differ by 1e-6 are separated by e**16
+LEAST = 1e-8  # added to sums of two singular values: where one is 0, the rotation is not unique
+COSINE = 1 - 1e-6  # bound of cosines (Reloc3r's loss)
+EPS = 1e-6  # added to lengths (Reloc3r's loss)
+
+
+def nearest_rotation(m: Tensor) -> Tensor:
+    """The rotations (..., 3, 3) of least squared distance to matrices (..., 3, 3), in their dtype; float64 inside.
+
+    It is U diag(1, 1, det(U V')) V' of the singular vectors (`svd_orthogonalize` of Reloc3r). Where it is not unique,
+    any rotation.
+    """
+    return _NearestRotation.apply(m)
+
+
+class _NearestRotation(torch.autograd.Function):
+    """Horn's method: the quaternion of the rotation is the eigenvector of the largest eigenvalue of K."""
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor) -> Tensor:
+        wide = m.double()
+        trace = wide.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
+        odd = torch.stack([wide[..., i, j] - wide[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1)
+        upper = wide + wide.mT - trace[..., None] * torch.eye(3, dtype=wide.dtype, device=m.device)
+        K = torch.cat([torch.cat([upper, odd[..., None]], -1), torch.cat([odd, trace], -1)[..., None, :]], -2)
+        size = K.square().sum((-2, -1), keepdim=True).sqrt() + torch.finfo(m.dtype).tiny
+        power = K / size + torch.eye(4, dtype=K.dtype, device=m.device)  # eigenvalues of 0 to 2
+        for _ in range(SQUARINGS):
+            power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+            power = power @ power
+        largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+        R = rotation_matrix(power.gather(-2, largest.expand(*largest.shape[:-1], 4))[..., 0, :])
+        ctx.save_for_backward(wide, R)
+        return R.to(m.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """R' m = H is symmetric, so a change dm turns R by R [w], (tr(H) I - H) w = vee(R' dm - dm' R)."""
+        m, R = ctx.saved_tensors
+        H = R.mT @ m
+        sums = (H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + LEAST) * torch.eye(3, device=m.device) - H
+        A = R.mT @ grad.double()
+        pulled = torch.stack([A[..., i, j] - A[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1)
+        w = (torch.linalg.inv_ex(sums).inverse @ pulled[..., None])[..., 0]
+        x, y, z = w.unbind(-1)
+        zero = torch.zeros_like(x)
+        skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+        return (R @ skew).to(grad.dtype)
+
+
+def rotation_angle(R: Tensor, R_true: Tensor) -> Tensor:
+    """Angles between rotations (..., 3, 3), radians (...)."""
+    return ((R * R_true).sum((-2, -1)) - 1).div(2).clamp(-COSINE, COSINE).acos()
+
+
+def direction_angle(t: Tensor, t_true: Tensor) -> Tensor:
+    """Angles between translations (..., 3), radians (...); pi / 2 if one is 0."""
+    a, b = (x / (x.norm(dim=-1, keepdim=True) + EPS) for x in (t, t_true))
+    return (a * b).sum(-1).clamp(-COSINE, COSINE).acos()

@@ -1,0 +1,206 @@
+"""Training of relative pose on pairs of frames with cameras."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastmum.config.schema import ConfigError
+from fastmum.data.pair_loader import PairLoader
+from fastmum.data.scene_loader import SceneBatch
+from fastmum.engine.device import to_device
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
+from fastmum.model.compile import choose_mode, compile_model, eager
+from fastmum.model.encoder import Encoder
+from fastmum.pretrained import load_encoder
+from fastmum.tasks.loader_task import LoaderTask
+from fastmum.tasks.pairs import PairSplits, open_pairs
+from fastmum.tasks.pose.config import Config as RunConfig
+from fastmum.tasks.pose.flops import frame_flops
+from fastmum.tasks.pose.losses import pose_errors, true_poses
+from fastmum.tasks.pose.model import Block, Poses, RelativePose
+from fastmum.tasks.pose.pictures import draw_pairs, views_of
+from fastmum.tasks.pose.rotation import nearest_rotation
+from fastmum.tasks.pose.scores import Errors, errors_of, scores_of
+from fastmum.tasks.reconstruction.load import choose_encoder, weights_digest
+
+log = logging.getLogger(__name__)
+
+
+class PoseTask(LoaderTask):
+    """The pose of each view of a pair in the other. A step's loss is the mean over its pairs."""
+
+    Config = RunConfig
+    config: RunConfig
+    metrics: Mapping[str, Metric] = {name: Metric() for name in ("rotation_error", "direction_error")}
+
+    def __init__(self, config: RunConfig, world: DistContext) -> None:
+        super().__init__(config, world)
+        data = config.data
+        keys = "data.pairs_per_batch", "data.pairs_per_step"
+        self.samples = Samples(data.pairs_per_batch, data.pairs_per_step, "pairs", keys)
+        self._splits: PairSplits
+        self._loader: PairLoader
+        self._held_out: dict[int, SceneBatch] = {}
+        self._mean: Poses  # of the training pairs
+
+    def build(self) -> RelativePose:
+        """Load the encoder and build the rest; ConfigError if sizes do not fit."""
+        settings, device = self.config.model, self.world.device
+        encoder = load_encoder(choose_encoder(settings), trainable=settings.finetune)
+        patch = encoder.config.patch_size
+        self._frozen = None if settings.finetune else weights_digest(encoder)
+        self.config.data.check(patch)
+        sizes = settings.sizes(encoder.embed_dim, patch)
+        model = RelativePose(sizes, encoder, settings.normalisation == "half").to(device)
+        recompute = settings.recompute
+        if recompute == "auto":
+            recompute = "mlp" if device.type == "cuda" else "none"
+        model.set_recompute(recompute)
+        config, prefix, finetune = encoder.config, encoder.options.prefix, settings.finetune
+        self._flops = cache(lambda grid: 2 * frame_flops(sizes, grid, config, prefix, finetune))
+        self._patch = patch
+        return model
+
+    def blocks(self, model: RelativePose) -> list[nn.Module]:
+        every = [*cast(Encoder, model.encoder).blocks, *model.decoder.blocks]
+        return [block for block in every if any(p.requires_grad for p in block.parameters())]
+
+    def exact(self, model: RelativePose) -> list[nn.Module]:
+        return [model.head]
+
+    def groups(self, model: RelativePose) -> list[ParamGroup]:
+        """The encoder has its own learning rate; biases, norms and other 1-D parameters do not decay."""
+        optim, scale = self.config.optim, self.config.model.encoder_lr_scale
+        parts = {"encoder": (model.encoder, scale), "decoder": (model.decoder, 1.0), "head": (model.head, 1.0)}
+        groups = []
+        for name, (module, lr_scale) in parts.items():
+            every = [p for p in cast(nn.Module, module).parameters() if p.requires_grad]
+            if every:
+                groups.append(ParamGroup(every, name, lr_scale, optim.weight_decay, clip=optim.clip))
+        return groups
+
+    def manifest(self) -> dict[str, Any]:
+        """Sizes, and the digest of a frozen encoder, which checkpoints do not contain."""
+        sizes = dataclasses.asdict(self.config.model.sizes(1, self._patch))
+        return sizes | {"normalisation": self.config.model.normalisation, "frozen_encoder": self._frozen}
+
+    def compile(self, model: RelativePose, steps: int) -> None:
+        """Compile the blocks of encoder and decoder; ConfigError for CUDA graphs."""
+        if self.config.train.cuda_graphs:
+            raise ConfigError("train.cuda_graphs is true, but the task 'pose' records no CUDA graphs")
+        mode = self.config.model.compile
+        compile_model(cast(Encoder, model.encoder), mode, steps)
+        if choose_mode(mode, self.world.device, steps) != "off":
+            compute = torch.compile(Block._compute, fullgraph=True)
+            for block in model.decoder.blocks:
+                cast(Any, block).compiled_compute = compute
+
+    def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
+        """Open manifests and planners; DataError if the data cannot be used."""
+        data, resumed = self.config.data, start > 0 or not self.world.is_main
+        self._splits = open_pairs(
+            data, folder, self.config.run.seed, resumed, samples_per_step // data.pairs_per_batch
+        )  # fmt: skip
+        self._loader = self._splits.loader(data, folder / "bad_frames.log", self.world.size)
+
+    def data_digests(self) -> dict[str, str]:
+        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
+
+    def prepare(self) -> None:
+        """Read the held-out batches of this process; those without one repeat the last, uncounted (see MuM's task)."""
+        planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
+        if planner is None:
+            return
+        numbers = range(self.world.rank, -(-count // size) * size, size)
+        plans = [planner.plan(min(i, count - 1)) for i in numbers]
+        self._held_out = dict(zip(numbers, self._loader.batches(plans, self.stopping), strict=True))
+        self._mean = self._mean_pose()
+
+    def _mean_pose(self) -> Poses:
+        """Mean pose of as many training batches as an evaluation has: what knows nothing of the images predicts."""
+        planner, manifests = self._splits.training, self._splits.manifests
+        rows = np.concatenate([planner.plan(i).rows for i in range(self.config.train.eval_batches)])
+        poses = torch.from_numpy(np.stack([cast(np.ndarray, manifests.camera_arrays(row)[1]) for row in rows.tolist()]))
+        R, t = (x[1::2] for x in true_poses(poses.double()))
+        return Poses(nearest_rotation(R.mean(0, keepdim=True)), nn.functional.normalize(t, dim=1).mean(0, keepdim=True))
+
+    def batches(self, start: int, stop: int) -> Iterator[SceneBatch]:
+        planner, first = self._splits.training, self.world.rank * self.batches_per_step
+        places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
+        return self._loader.batches((planner.plan(step, part) for step, part in places), self.stopping)
+
+    def predict(self, model: RelativePose, batch: SceneBatch) -> tuple[Poses, tuple[Tensor, Tensor]]:
+        """Poses, and the angles of both parts of the loss, (F,) each."""
+        found = model(batch.images)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            return found, pose_errors(found, true_poses(batch.camera_from_world))
+
+    def loss(self, model: RelativePose, batch: SceneBatch) -> StepOutput:
+        """Mean over the pairs of the step: for each the sum of both angles in both directions, radians."""
+        _, angles = self.predict(model, batch)
+        pairs = float(len(batch.lengths))
+        count = torch.full((), 2 * pairs, device=batch.images.device)
+        means = {
+            name: (torch.rad2deg(a.detach()).sum(), count) for name, a in zip(self.metrics, angles, strict=True)
+        }  # fmt: skip
+        total = pairs * self.batches_per_step * self.world.size
+        return StepOutput((angles[0] + angles[1]).sum(), pairs, total, means)
+
+    def sizes(self, batch: SceneBatch) -> tuple[int, float]:
+        grid = batch.images.shape[1] // self._patch, batch.images.shape[2] // self._patch
+        return len(batch.lengths), len(batch.lengths) * self._flops(grid)
+
+    def summary(self, values: Mapping[str, float | None]) -> str:
+        names = "loss", "held_out_loss", "auc20", "rotation_median", "rotation_median_of_mean_pose"
+        return ", ".join(f"{name} {value:.4g}" for name in names if (value := values.get(name)) is not None)
+
+    @property
+    def evaluates(self) -> bool:
+        return self._splits.held_out is not None
+
+    @torch.no_grad()
+    def evaluate(self, model: RelativePose) -> dict[str, float]:
+        """Loss and scores of the held-out pairs, sharded over the processes: pose of view 2 in view 1, as inference.
+
+        `*_of_mean_pose` are the scores of the mean pose of the training pairs.
+        """
+        count, pairs = self.config.train.eval_batches, self.config.data.pairs_per_batch
+        # Angles of the loss in both directions; errors of the prediction, then of the mean pose. Each process fills
+        # in its batches, and the sum has all.
+        filled = torch.zeros(count, pairs, 5, dtype=torch.float64)
+        for i, batch in self._held_out.items():
+            with eager(model):
+                found, angles = self.predict(model, to_device(batch, self.world.device))
+            if i < count:
+                true = [x[1::2].double().numpy() for x in true_poses(batch.camera_from_world)]
+                own = errors_of(*(x[1::2].double().cpu().numpy() for x in found), *true)
+                trivial = errors_of(*(x.expand(pairs, *x.shape[1:]).numpy() for x in self._mean), *true)
+                filled[i, :, 0] = (angles[0] + angles[1]).view(pairs, 2).sum(1).double().cpu()
+                filled[i, :, 1:] = torch.from_numpy(np.stack([*own, *trivial], 1))
+        filled = filled.to(self.world.device)
+        self.world.sum_(filled)
+        loss, *errors = filled.cpu().flatten(0, 1).numpy().T
+        trivial_scores = scores_of(Errors(*errors[2:]))
+        scores = {"held_out_loss": float(loss.mean())} | scores_of(Errors(*errors[:2]))
+        scores |= {f"{name}_of_mean_pose": value for name, value in trivial_scores.items()}
+        log.info("held-out pairs: %s", ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        return scores
+
+    @torch.no_grad()
+    def pictures(self, model: RelativePose, step: int) -> dict[str, Image.Image]:
+        """Epipolar lines, predicted and true, in pairs of the first held-out batch; none without one."""
+        if not self._held_out:
+            return {}
+        batch = self._held_out[min(self._held_out)]
+        with eager(model):
+            found, _ = self.predict(model, to_device(batch, self.world.device))
+        return {"pose": draw_pairs(views_of(batch, found), f"step {step:,}")}
