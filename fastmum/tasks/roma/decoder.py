@@ -62,7 +62,6 @@ class Refiner(nn.Module):
         self.hidden_blocks = nn.Sequential(*(_block(hidden, hidden) for _ in range(hidden_blocks)))
         self.out_conv = nn.Conv2d(hidden, 3, 1)
         self.disp_emb = nn.Conv2d(2, scale.displacement, 1)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, a: Tensor, b: Tensor, flow: Tensor, scale_factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Features (B, C, h, w) and a warp (B, 2, h, w) -> change of the warp (B, 2, h, w), of the certainty."""
