@@ -76,6 +76,8 @@ class Comparison:
         ConfigError: invalid settings.
     """
 
+    agreement = AGREEMENT
+
     def __init__(self, frames: int, views: int, settings: Sequence[str] = (), compiled: bool = True) -> None:
         if min(frames, views) < 1 or frames % views:
             raise ConfigError(f"--frames is {frames}, but must be a positive multiple of --views, which is {views}")
@@ -98,7 +100,7 @@ class Comparison:
         Raises:
             DisagreementError: losses differ.
         """
-        bound = AGREEMENT[self.config.train.precision]
+        bound = self.agreement[self.config.train.precision]
         for number in (1, 2):
             losses = {name: contestant() for name, contestant in self.contestants.items()}
             expected = losses[REFERENCE]

@@ -71,8 +71,9 @@ class ConvRefiner(nn.Module):
         parts = [x, x_hat, self.disp_emb(40 / 32 * scale_factor * shift)]
         if self.radius:
             parts.append(gathered_correlation(x, y, self.radius, warp))
-        d = self.hidden_blocks(self.block1(torch.cat(parts, dim=1)))
-        d = self.out_conv(d.float())
+        d = self.hidden_blocks(self.block1(torch.cat([part.float() for part in parts], dim=1)))
+        with torch.autocast(d.device.type, enabled=False):
+            d = self.out_conv(d.float())
         return d[:, :-1], d[:, -1:]
 
 
@@ -181,16 +182,24 @@ class ReferenceRoMa(nn.Module):
                 channels, projected, displacement, radius, hidden, hidden_blocks
             )
 
-    def forward(self, f1: Mapping[int, Tensor], f2: Mapping[int, Tensor]) -> dict[int, dict[str, Tensor]]:
-        """"flow", "certainty", "delta_flow" by stride, "gm_cls" and "gm_certainty" of the first."""
+    def forward(
+        self, f1: Mapping[int, Tensor], f2: Mapping[int, Tensor], start: Tensor | None = None
+    ) -> dict[int, dict[str, Tensor]]:
+        """"flow", "certainty", "delta_flow" by stride; of the first "gm_cls" and "gm_certainty", unless `start` is it."""
         h, w = f1[1].shape[2:]
         corresps: dict[int, dict[str, Tensor]] = {}
         flow = certainty = torch.zeros(0)
         for stride in STRIDES:
-            x, y = (self.proj[str(stride)](f[stride].float()) for f in (f1, f2))
+            # The public code's projections and Gaussian process are in float32 whatever the precision.
+            with torch.autocast(f1[1].device.type, enabled=False):
+                x, y = (self.proj[str(stride)](f[stride].float()) for f in (f1, f2))
             corresps[stride] = {}
-            if stride == 16:
-                classes, certainty = self.embedding_decoder(self.gps["16"](x, y), x)
+            if stride == 16 and start is not None:
+                flow, certainty = start, start[:, :1] * 0
+            elif stride == 16:
+                with torch.autocast(x.device.type, enabled=False):
+                    posterior = self.gps["16"](x, y)
+                classes, certainty = (each.float() for each in self.embedding_decoder(posterior, x))
                 flow = refined_classes(classes).permute(0, 3, 1, 2)
                 corresps[stride] |= {"gm_cls": classes, "gm_certainty": certainty}
             delta_flow, delta_certainty = self.conv_refiner[str(stride)](x, y, flow)

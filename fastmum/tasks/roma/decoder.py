@@ -3,7 +3,7 @@
 Legend: B pairs, (h, w) map of a stride, (H, W) of stride 1, C channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -121,16 +121,16 @@ class Decoder(nn.Module):
 
     def forward(
         self, maps_a: Mapping[int, Tensor], maps_b: Mapping[int, Tensor], start: tuple[Tensor, Tensor] | None = None,
-        scale_factor: float = 1.0,
+        scale_factor: float = 1.0, strides: Sequence[int] = STRIDES,
     ) -> dict[int, ScaleOutput]:  # fmt: skip
         """Outputs by stride.
 
         Args:
             maps_a, maps_b: (B, C, h, w) by stride.
-            start: flow and certainty of any size to refine from stride 8 on, instead of the coarse matching.
+            start: flow and certainty of any size to refine, instead of the coarse matching.
             scale_factor: of displacements, for images of other sizes than in training: the root of the areas' ratio.
+            strides: those of the outputs, coarse to fine; without `start` the first is the coarse one.
         """
-        strides = STRIDES if start is None else STRIDES[1:]
         H, W = maps_a[1].shape[2:]
         outputs = dict[int, ScaleOutput]()
         logits = certain = None

@@ -39,6 +39,20 @@ log = logging.getLogger(__name__)
 TERMS = "regression", "certainty"
 
 
+def compile_regions(model: nn.Module, mode: str, device: torch.device, steps: int) -> None:
+    """Compile coarse blocks and refiners' convolutions in place; `mode` and `steps` as in `choose_mode`."""
+    chosen = choose_mode(mode, device, steps)
+    log.info("torch.compile: %s", chosen)
+    if chosen == "off":
+        return
+    kinds: tuple[Any, ...] = Block, Refiner
+    for kind in kinds:
+        compute = torch.compile(kind._compute, fullgraph=True)
+        for module in model.modules():
+            if isinstance(module, kind):
+                module.compiled_compute = compute
+
+
 class RomaTask(LoaderTask):
     """Dense warps from the first image of a pair to the second.
 
@@ -84,11 +98,11 @@ class RomaTask(LoaderTask):
         return model.decoder.exact()
 
     def groups(self, model: Roma) -> list[ParamGroup]:
-        """RoMa's: the fine encoder has its own learning rate; everything decays, and is clipped by its own norm."""
+        """RoMa's: the fine encoder has its own learning rate; everything decays, and is clipped together."""
         optim, scale = self.config.optim, self.config.model.fine_lr_scale
         parts = {"fine": (model.cnn, scale), "decoder": (model.decoder, 1.0)}
         return [
-            ParamGroup([*module.parameters()], name, lr_scale, optim.weight_decay, True, optim.clip)
+            ParamGroup([*module.parameters()], name, lr_scale, optim.weight_decay, True, optim.clip, True)
             for name, (module, lr_scale) in parts.items()
         ]
 
@@ -106,16 +120,7 @@ class RomaTask(LoaderTask):
         """Compile the coarse blocks and the refiners' convolutions; ConfigError for CUDA graphs."""
         if self.config.train.cuda_graphs:
             raise ConfigError("train.cuda_graphs is true, but the task 'roma' records no CUDA graphs")
-        chosen = choose_mode(self.config.model.compile, self.world.device, steps)
-        log.info("torch.compile: %s", chosen)
-        if chosen == "off":
-            return
-        kinds: tuple[Any, ...] = Block, Refiner
-        for kind in kinds:
-            compute = torch.compile(kind._compute, fullgraph=True)
-            for module in model.modules():
-                if isinstance(module, kind):
-                    module.compiled_compute = compute
+        compile_regions(model, self.config.model.compile, self.world.device, steps)
 
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
         """Open manifests and planners; DataError if the data cannot be used."""
