@@ -23,11 +23,12 @@ EXTRAS = {
     "fp8": ["torchao>=0.12"],
     "evaluate": ["h5py>=3.10"],
     "exr": ["OpenEXR>=3.3"],
+    "matching": ["opencv-python-headless>=4.8"],
     "viewer": ["plotly>=6.0"],  # plotly.js is inside
     "hf": ["transformers>=4.56"],  # first version with DINOv3
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
-TESTED_WITHOUT_GPU = ("dali", "colmap", "video", "wandb", "fp8", "evaluate", "exr", "viewer", "hf", "onnx")
+TESTED_WITHOUT_GPU = ("dali", "colmap", "video", "wandb", "fp8", "evaluate", "exr", "matching", "viewer", "hf", "onnx")
 EXTRAS["dev"] = [requirement for extra in TESTED_WITHOUT_GPU for requirement in EXTRAS[extra]]
 # pycolmap writes the binary models of tests.
 EXTRAS["dev"] += ["pycolmap>=3.12", "pytest>=8.2", "pytest-benchmark>=4.0", "hypothesis>=6.100", "ruff>=0.6"]

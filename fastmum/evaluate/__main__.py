@@ -26,6 +26,7 @@ from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
 from fastmum.evaluate.records import check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, page, table
+from fastmum.evaluate.roma import evaluate_roma
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
 from fastmum.files import expand_user, write_atomic
 from fastmum.model.encoder import Encoder
@@ -33,6 +34,7 @@ from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
 from fastmum.tasks.reconstruction.infer import Trained, estimate, load_run
+from fastmum.tasks.roma import infer as roma
 
 T = TypeVar("T")
 
@@ -50,6 +52,8 @@ DATA is scenes or motorcycle, which need no files; a path, whose kind is detecte
 
 The evaluation `reconstruction` takes runs of that task, and scenes, a manifest, or KIND:/path with a kind of
 `fastmum data build`: co3d_test, realestate10k_test, dtu, eth3d, ...
+
+The evaluation `roma` takes runs of that task, and the same DATA as matching.
 
 The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
 
@@ -82,6 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
         if task == "reconstruction":
             square = "resize to squares, as Poincar3 does with RealEstate10K and CO3D (default: keep the aspect ratio)"
             command.add_argument("--square", action="store_true", help=square)
+        if task == "roma":
+            command.add_argument("--no-pose", action="store_true", help="dense warps only, which needs no OpenCV")
+        if task in LOADERS:
             command.add_argument("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved")
         if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
@@ -185,7 +192,7 @@ def _run(args: Namespace) -> None:
     device = pick_device(args.device, key="--device")
     weights: dict[str, Any]
     model: Any
-    if args.task == "reconstruction":
+    if args.task in LOADERS:
         weights, model = _load_run(args, device)
         encoder = model.model.encoder
     else:
@@ -288,12 +295,17 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     return sequences.name, result.numbers, [draw_views(model, batch, settings.mask_ratio) for batch in batches]
 
 
-def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Trained]:
-    """As `load_weights`, for a run of reconstruction."""
+# Loaders of runs, by the evaluations that take a run instead of an encoder.
+LOADERS: dict[str, Callable[..., Any]] = {"reconstruction": load_run, "roma": roma.load_run}
+
+
+def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Any]:
+    """As `load_weights`, for a run of a task in `LOADERS`."""
     if args.overrides:
         raise DataError("--set changes the weights of an encoder, but those of a run are fixed; --encoder names others")
-    trained = load_run(args.weights, device, args.encoder)
-    about = {"weights": args.name or trained.name, "source": args.weights, "frames": trained.frames}
+    trained = LOADERS[args.task](args.weights, device, args.encoder)
+    seen = trained.pairs * 2 if args.task == "roma" and trained.pairs is not None else getattr(trained, "frames", None)
+    about = {"weights": args.name or trained.name, "source": args.weights, "frames": seen}
     return about | {"step": trained.step, "encoder": trained.encoder}, trained
 
 
@@ -311,6 +323,15 @@ def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluate
     return name, scored.numbers, scored.pictures
 
 
+def _roma(args: Namespace, trained: roma.Trained, claim: Claim) -> Evaluated:
+    pairs = open_pairs(args.data).first(args.max_pairs)
+    claim(pairs.name)
+    few = pairs.first(args.pictures).pairs if args.pictures else []
+    scored = evaluate_roma(trained, pairs, args.size, not args.no_pose, few, args.seed)
+    counts = {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)}
+    return pairs.name, counts | scored.numbers, scored.pictures
+
+
 EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
     "matching": ("dense matching by linear probes, trained in one pass on frozen features", _matching),
     "discriminant": ("the same by a probe in closed form, the linear discriminant of true matches", _discriminant),
@@ -318,6 +339,7 @@ EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]]
     "attention": ("matching by the decoder's attention across views, with pictures", _attention),
     "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),
     "reconstruction": ("cameras and points of a run of reconstruction, with pictures", _reconstruction),
+    "roma": ("dense warps and relative poses by a run of RoMa, with pictures", _roma),
 }
 
 

@@ -41,7 +41,7 @@ TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI", "co3d_
 SCORES = {
     "epe": "EPE ↓", "robustness": "R ↑", "pck1": "PCK@1 ↑", "pck3": "PCK@3 ↑", "pck5": "PCK@5 ↑",
     "recall": "Recall ↑", "recall_1cm": "1 cm ↑", "recall_2cm": "2 cm ↑", "recall_5cm": "5 cm ↑",
-    "auc30": "AUC@30 ↑", "auc15": "AUC@15 ↑", "auc5": "AUC@5 ↑", "auc3": "AUC@3 ↑", "acc_mean": "acc ↓",
+    "auc30": "AUC@30 ↑", "auc20": "AUC@20 ↑", "auc15": "AUC@15 ↑", "auc10": "AUC@10 ↑", "auc5": "AUC@5 ↑", "auc3": "AUC@3 ↑", "acc_mean": "acc ↓",
     "acc_median": "acc median ↓", "comp_mean": "comp ↓", "comp_median": "comp median ↓", "nc_mean": "normals ↑",
     "nc_median": "normals median ↑", "abs_rel": "AbsRel ↓",
 }  # fmt: skip
@@ -67,6 +67,7 @@ CAPTIONS = {
     "attention": "attention of the framed patch of A to the patches of B in the decoder's global blocks, mean over "
     "heads; the cross is its true place",
     "reconstruction": "frames with true and predicted depth and its error; cameras and points from above, aligned",
+    "roma": "A, B, each warped onto the other where the warp is certain, the certainty, B by the true warp",
     "views": "a frame, its visible patches, and predictions from it alone, with the nearest other views, and with as "
     "many views of another scene",
 }
