@@ -65,7 +65,7 @@ def evaluate_roma(
     errors, batches, poses, drawn = list[Tensor](), list[Tensor](), list[float](), []
     per_pair_epe, per_pair_pose = dict[str, float | None](), dict[str, float]()
     for number, pair in enumerate(progress_bar(pairs.pairs, unit="pair", desc="evaluating"), 1):
-        images = [np.asarray(frame.read_image()) for frame in (pair.a, pair.b)]
+        images = [np.array(frame.read_image()) for frame in (pair.a, pair.b)]
         warps, truth = match(trained, *images, size, fine=False), truth_of(pair, size)
         found = pixel_errors(warps.points[:1].permute(0, 3, 1, 2), truth.points)[truth.visible]
         errors.append(found)

@@ -24,7 +24,7 @@ MORE = 4  # times as many samples are drawn by certainty, of which the balanced 
 SPREAD = 0.1  # standard deviation of the density, in the unit of warps
 FEW = 10.0  # samples of a lower density are isolated,
 ISOLATED = 1e-7  # and have this chance
-BLOCK = 1024  # samples whose density is computed at once
+BLOCK = 64  # samples whose density is computed at once: a block stays in the cache
 
 
 class Trained(NamedTuple):
@@ -120,7 +120,7 @@ def sample(warps: Warps, count: int, generator: torch.Generator, threshold: floa
     chances = torch.where(certainty > threshold, 1.0, certainty)
     drawn = _draw(chances, MORE * count, generator)
     matches, certainty = matches[drawn], certainty[drawn]
-    density = torch.cat([_density(part, matches) for part in matches.split(BLOCK)]) if len(matches) else certainty
+    density = _density(matches)
     balanced = torch.where(density < FEW, ISOLATED, 1 / (density + 1))
     kept = _draw(balanced, count, generator)
     return matches[kept], certainty[kept]
@@ -133,8 +133,13 @@ def _draw(chances: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return times.topk(min(count, possible), largest=False).indices
 
 
-def _density(some: Tensor, every: Tensor) -> Tensor:
-    return (-torch.cdist(some, every).square() / (2 * SPREAD**2)).exp().sum(1)
+def _density(points: Tensor) -> Tensor:
+    """Sums of Gaussian kernels (n,) at points (n, 4), whose exponents are products of vectors: -|x - y|^2 / 2 sigma^2."""
+    x = points / SPREAD
+    half, one = -x.square().sum(1, keepdim=True) / 2, torch.ones_like(x[:, :1])
+    every = torch.cat([x, one, half], 1).T
+    parts = torch.cat([x, half, one], 1).split(BLOCK)
+    return torch.cat([(part @ every).exp_().sum(1) for part in parts])
 
 
 def pixels(points: Tensor, size: tuple[int, int]) -> np.ndarray:
