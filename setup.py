@@ -14,7 +14,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastmum/__init__.py").re
 MAPPED = {"fastmum.kernels": "kernels", "fastmum.configs": "configs", "fastmum.launch": "launch"}
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
-    "colmap": ["scipy>=1.12"],
+    "colmap": ["scipy>=1.12", "pycolmap>=3.12"],
     "video": ["av>=14.2"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],

@@ -15,6 +15,7 @@ from fastmum.files import expand_user
 
 # Task of a run: module with `add_arguments(parser)` and `predict(args)`.
 PREDICTORS = dict.fromkeys(("reconstruction", "distillation"), "fastmum.predict.reconstruction")
+PREDICTORS["roma"] = "fastmum.predict.roma"
 
 
 def task_of(run: str) -> str:
