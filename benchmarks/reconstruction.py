@@ -28,6 +28,7 @@ from fastmum.engine.distributed import DistContext, LaunchInfo
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.optimizer import build_optimizer
 from fastmum.engine.step import NonFiniteGuard
+from fastmum.engine.task import Task
 from fastmum.errors import run_command
 from fastmum.tasks.reconstruction.camera import encode_cameras
 from fastmum.tasks.reconstruction.config import Config
@@ -134,7 +135,11 @@ def build_reference(frames: int, views: int, settings: Sequence[str]) -> Contest
 
 def build_fastmum(frames: int, views: int, settings: Sequence[str]) -> Contestant:
     """A step as in `fastmum.engine.step`."""
-    task, model, batch = make_problem(frames, views, settings)
+    return fastmum_step(*make_problem(frames, views, settings))
+
+
+def fastmum_step(task: Task, model: nn.Module, batch: SceneBatch) -> Contestant:
+    """A step of a task on a batch, which is all of the step, as in `fastmum.engine.step`."""
     config, device, precision = task.config, batch.images.device, task.config.train.precision
     keep_freed_memory()
     groups = task.groups(model)
@@ -145,7 +150,8 @@ def build_fastmum(frames: int, views: int, settings: Sequence[str]) -> Contestan
 
     def step(lap: Lap) -> float:
         with autocast(device, precision):
-            loss = task.loss(model, batch).loss_sum
+            output = task.loss(model, batch)
+        loss = output.loss_sum / output.weight
         lap("forward")
         loss.backward()
         lap("backward")

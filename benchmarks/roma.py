@@ -1,8 +1,9 @@
 """Training step of RoMa's decoder: the public code in plain PyTorch and fastmum, timed in turn by phases.
 
-`python -m benchmarks.roma --pairs 2 --rounds 5 [--refiners] [key.sub=value ...]`, with settings of fastmum. Weights, maps
-of the encoders and truth are the same. The step has forward pass, losses with their true warps, backward pass, clipping
-and AdamW; the encoders are not in it. `--refiners`: local correlation and refiners only, from a given coarse warp.
+`python -m benchmarks.roma --pairs 2 --rounds 5 [--refiners] [key.sub=value ...]`, with settings of fastmum. Weights,
+maps of the encoders and truth are the same. The step has forward pass, losses with their true warps, backward pass,
+clipping and AdamW; the encoders are not in it. `--refiners`: local correlation and refiners only, from a given coarse
+warp.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fastmum.engine.step import NonFiniteGuard
 from fastmum.engine.task import ParamGroup
 from fastmum.errors import run_command
 from fastmum.tasks.roma.config import Config
-from fastmum.tasks.roma.decoder import COARSE, Decoder, Refiner
+from fastmum.tasks.roma.decoder import COARSE, Decoder
 from fastmum.tasks.roma.losses import losses_of, true_warps
 from fastmum.tasks.roma.task import compile_regions
 

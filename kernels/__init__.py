@@ -29,6 +29,6 @@ from fastmum.kernels.tokens import gather_tokens, scatter_tokens
 from fastmum.kernels.total_norm import total_norm
 
 __all__ = [
-    "add_norm", "gather_patches", "gather_tokens", "linear", "local_correlation", "mlp", "orthogonalize", "patch_loss", "rope_qk",
-    "rotary_projection", "scatter_tokens", "symmetric_product", "total_norm",
+    "add_norm", "gather_patches", "gather_tokens", "linear", "local_correlation", "mlp", "orthogonalize", "patch_loss",
+    "rope_qk", "rotary_projection", "scatter_tokens", "symmetric_product", "total_norm",
 ]  # fmt: skip

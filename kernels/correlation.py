@@ -163,7 +163,8 @@ def _blocks(C: int, radius: int) -> dict[str, int]:
     """A program has a pixel: 64 values per thread of the S x S pixels around its warp, and some of their channels."""
     side = power_of_2(2 * radius + 2)
     block = max(8, min(power_of_2(C), 8192 // side**2, 64))
-    return {"C": C, "RADIUS": radius, "SIDE": side, "BLOCK_C": block, "num_warps": max(1, min(4, side**2 * block // 2048))}
+    num_warps = max(1, min(4, side**2 * block // 2048))
+    return {"C": C, "RADIUS": radius, "SIDE": side, "BLOCK_C": block, "num_warps": num_warps}
 
 
 @jit(do_not_specialize=["H", "W"])

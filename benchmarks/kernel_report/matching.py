@@ -12,7 +12,7 @@ PAIRS = 8  # of a device
 
 
 def correlation_case(stride: int, dtype: torch.dtype, backward: bool, pairs: int = PAIRS) -> Case:
-    """Both maps and the warp in, correlations out; or their gradient, a map and the warp in, the other's gradient out."""
+    """Maps and warp in, correlations out; or their gradient, a map and the warp in, the other map's gradient out."""
     C, side, radius = STRIDES[stride]
     return sized_case((pairs, side, side, C), radius, dtype, backward)
 

@@ -176,7 +176,10 @@ class ReferenceRoMa(nn.Module):
         self.proj = nn.ModuleDict()
         self.conv_refiner = nn.ModuleDict()
         for stride, (channels, projected, displacement, radius, hidden) in scales.items():
-            assert channels is not None and projected is not None and displacement is not None and radius is not None
+            assert channels is not None
+            assert projected is not None
+            assert displacement is not None
+            assert radius is not None
             self.proj[str(stride)] = nn.Sequential(nn.Conv2d(channels, projected, 1), nn.BatchNorm2d(projected))
             self.conv_refiner[str(stride)] = ConvRefiner(
                 channels, projected, displacement, radius, hidden, hidden_blocks
@@ -185,7 +188,7 @@ class ReferenceRoMa(nn.Module):
     def forward(
         self, f1: Mapping[int, Tensor], f2: Mapping[int, Tensor], start: Tensor | None = None
     ) -> dict[int, dict[str, Tensor]]:
-        """"flow", "certainty", "delta_flow" by stride; of the first "gm_cls" and "gm_certainty", unless `start` is it."""
+        """By stride "flow", "certainty", "delta_flow"; of the first "gm_cls" and "gm_certainty", unless it is `start`."""
         h, w = f1[1].shape[2:]
         corresps: dict[int, dict[str, Tensor]] = {}
         flow = certainty = torch.zeros(0)
@@ -216,9 +219,7 @@ class ReferenceRoMa(nn.Module):
 @torch.no_grad()
 def true_warp(batch: Mapping[str, Tensor], h: int, w: int) -> tuple[Tensor, Tensor]:
     """Points (B, h, w, 2) and 1 where they are visible (B, h, w); the batch has the fixture's names."""
-    depth1, depth2, T, K1, K2 = (
-        batch[name].double() for name in ("im_A_depth", "im_B_depth", "T_1to2", "K1", "K2")
-    )
+    depth1, depth2, T, K1, K2 = (batch[name].double() for name in ("im_A_depth", "im_B_depth", "T_1to2", "K1", "K2"))
     B, H, W = depth1.shape
     x1 = coordinates(h, w)[0].permute(1, 2, 0).reshape(1, h * w, 2).expand(B, -1, -1).double()
     z1 = F.grid_sample(depth1[:, None], x1[:, :, None], align_corners=False)[:, 0, :, 0]

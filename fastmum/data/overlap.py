@@ -7,7 +7,7 @@ import logging
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from fastmum.data.depth import require_package
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.samples import Frame, manifest_frame
+from fastmum.data.scene_info import SCENE_INFO, listed_pairs
 from fastmum.data.scene_plan import usable_frames
 from fastmum.errors import first_line, writing
 from fastmum.files import atomic_path, cache_folder
@@ -37,6 +38,10 @@ LEAST = 0.01  # overlap of a pair that is kept: RoMa's least
 BLOCK = 256  # pairs that are computed at once
 KEPT_MAPS = 4096  # reduced depth maps in memory, 7 kB each
 POINTS = grid_points(*GRID).float()
+
+
+# Data sets that come with pairs and their overlap, by the builder of the manifest.
+LISTS: dict[str, Callable[[Manifest], tuple[np.ndarray, np.ndarray]]] = {SCENE_INFO: listed_pairs}
 
 
 class PairTable(NamedTuple):
@@ -63,7 +68,8 @@ def pair_table(manifests: Manifests, workers: int = 2) -> PairTable:
     rows, overlaps, first = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)], 0
     for part in manifests.parts:
         if part.known["depth"]:
-            found = _cached(part, workers)
+            builder = part.metadata.get("builder")
+            found = PairTable(*LISTS[builder](part)) if builder in LISTS else _cached(part, workers)
             rows.append(found.rows + first)
             overlaps.append(found.overlap)
         first += part.num_frames
@@ -80,20 +86,33 @@ def _cached(part: Manifest, workers: int) -> PairTable:
     file = cache_folder() / "overlap" / f"v{VERSION}-{part.checksum}.npz"
     try:
         with np.load(file, allow_pickle=False) as saved:
-            return PairTable(saved["rows"].astype(np.int64), saved["overlap"].astype(np.float32))
+            table = PairTable(saved["rows"].astype(np.int64), saved["overlap"].astype(np.float32))
+            bad = saved["bad"].tolist()
+        _report(part, bad, file)
+        return table
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("'%s' cannot be read (%s): it is computed again", file, first_line(error))
-    table = _compute(part, workers)
+    table, bad = _compute(part, workers)
+    _report(part, bad, file)
     with writing(file, DataError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as path, open(path, "wb") as stream:
-            np.savez(stream, rows=table.rows.astype(np.int32), overlap=table.overlap)
+            np.savez(stream, rows=table.rows.astype(np.int32), overlap=table.overlap, bad=np.array(bad, str))
     return table
 
 
-def _compute(part: Manifest, workers: int) -> PairTable:
+def _report(part: Manifest, bad: list[str], file: Path) -> None:
+    if bad:
+        log.warning(
+            "%s: %d frames are in no pair, since their depth or image cannot be read; remove '%s' if they can be now. "
+            "The first: %s", part.path, len(bad), file, bad[0],
+        )  # fmt: skip
+
+
+def _compute(part: Manifest, workers: int) -> tuple[PairTable, list[str]]:
+    """The pairs, and messages about frames that cannot be read."""
     for reader in sorted(part.depth_readers):
         require_package(reader, "the depth of a data set")
     scenes = part.scene_names(np.arange(part.num_sequences))
@@ -121,9 +140,8 @@ def _compute(part: Manifest, workers: int) -> PairTable:
     with ThreadPoolExecutor(workers) as pool:
         what: dict[str, Any] = {"total": len(sequences), "unit": "sequence", "desc": f"overlap of {part.path.stem}"}
         found = list(progress_bar(pool.map(one, sequences), leave=False, **what))
-    if maps.bad:
-        log.warning("%d depth maps of '%s' cannot be read, such as: %s", len(maps.bad), part.path, maps.bad[0])
-    return PairTable(np.concatenate([each.rows for each in found]), np.concatenate([each.overlap for each in found]))
+    tables = zip(*found, strict=True)
+    return PairTable(*(np.concatenate(each) for each in tables)), maps.bad
 
 
 def _choose(count: int, most: int, seed: int) -> np.ndarray:

@@ -23,9 +23,10 @@ from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
+from fastmum.evaluate.pose import evaluate_pose
 from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
 from fastmum.evaluate.records import check_free, make_folder, printable, read, save
-from fastmum.evaluate.results import NOTE, page, table
+from fastmum.evaluate.results import NOTE, OF_RUNS, page, table
 from fastmum.evaluate.roma import evaluate_roma
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
 from fastmum.files import expand_user, write_atomic
@@ -33,7 +34,8 @@ from fastmum.model.encoder import Encoder
 from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
-from fastmum.tasks.reconstruction.infer import Trained, estimate, load_run
+from fastmum.tasks.pose import infer as pose
+from fastmum.tasks.reconstruction import infer as reconstruction
 from fastmum.tasks.roma import infer as roma
 
 T = TypeVar("T")
@@ -53,6 +55,7 @@ DATA is scenes or motorcycle, which need no files; a path, whose kind is detecte
 The evaluation `reconstruction` takes runs of that task, and scenes, a manifest, or KIND:/path with a kind of
 `fastmum data build`: co3d_test, realestate10k_test, dtu, eth3d, ...
 
+The evaluation `pose` takes runs of that task.
 The evaluation `roma` takes runs of that task, and the same DATA as matching.
 
 The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
@@ -69,7 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser; `args.task` is a key of `EVALUATIONS`."""
     description = (
         "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
-        "decoder's attention; the effect of other views on the masked loss; and reconstruction by runs of that task."
+        "decoder's attention; the effect of other views on the masked loss; and reconstruction and relative pose by "
+        "runs of those tasks."
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
@@ -83,13 +87,13 @@ def make_parser() -> argparse.ArgumentParser:
             _add_training(command)
         if task == "views":
             _add_views(command)
+        if task in OF_RUNS:
+            command.add_argument("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved")
         if task == "reconstruction":
             square = "resize to squares, as Poincar3 does with RealEstate10K and CO3D (default: keep the aspect ratio)"
             command.add_argument("--square", action="store_true", help=square)
         if task == "roma":
             command.add_argument("--no-pose", action="store_true", help="dense warps only, which needs no OpenCV")
-        if task in LOADERS:
-            command.add_argument("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved")
         if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
             command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
@@ -192,7 +196,7 @@ def _run(args: Namespace) -> None:
     device = pick_device(args.device, key="--device")
     weights: dict[str, Any]
     model: Any
-    if args.task in LOADERS:
+    if args.task in OF_RUNS:
         weights, model = _load_run(args, device)
         encoder = model.model.encoder
     else:
@@ -295,21 +299,27 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     return sequences.name, result.numbers, [draw_views(model, batch, settings.mask_ratio) for batch in batches]
 
 
-# Loaders of runs, by the evaluations that take a run instead of an encoder.
-LOADERS: dict[str, Callable[..., Any]] = {"reconstruction": load_run, "roma": roma.load_run}
-
-
 def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Any]:
-    """As `load_weights`, for a run of a task in `LOADERS`."""
+    """As `load_weights`, for a run of the task that is evaluated."""
     if args.overrides:
         raise DataError("--set changes the weights of an encoder, but those of a run are fixed; --encoder names others")
-    trained = LOADERS[args.task](args.weights, device, args.encoder)
-    seen = trained.pairs * 2 if args.task == "roma" and trained.pairs is not None else getattr(trained, "frames", None)
-    about = {"weights": args.name or trained.name, "source": args.weights, "frames": seen}
+    load = {"reconstruction": reconstruction, "pose": pose, "roma": roma}[args.task].load_run
+    trained: Any = load(args.weights, device, args.encoder)
+    about = {"weights": args.name or trained.name, "source": args.weights, "frames": trained.frames}
     return about | {"step": trained.step, "encoder": trained.encoder}, trained
 
 
-def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluated:
+def _pose(args: Namespace, trained: pose.Trained, claim: Claim) -> Evaluated:
+    pairs = open_pairs(args.data, needs_depth=False)
+    claim(pairs.name)
+    scored = evaluate_pose(
+        lambda images: pose.estimate(trained.model, images), pairs, args.size or trained.image_size, args.max_pairs,
+        args.pictures,
+    )  # fmt: skip
+    return pairs.name, scored.numbers, scored.pictures
+
+
+def _reconstruction(args: Namespace, trained: reconstruction.Trained, claim: Claim) -> Evaluated:
     model, patch = trained.model, trained.model.config.patch_size
 
     with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
@@ -317,7 +327,7 @@ def _reconstruction(args: Namespace, trained: Trained, claim: Claim) -> Evaluate
         claim(name)
         points = protocol.threshold is not None
         scored = evaluate_reconstruction(
-            lambda batch: estimate(model, batch.images, points), manifests, protocol,
+            lambda batch: reconstruction.estimate(model, batch.images, points), manifests, protocol,
             args.size or protocol.size or trained.image_size, patch, not args.square, args.max_pairs, args.pictures,
         )  # fmt: skip
     return name, scored.numbers, scored.pictures
@@ -339,6 +349,7 @@ EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]]
     "attention": ("matching by the decoder's attention across views, with pictures", _attention),
     "views": ("masked loss of the same frames with more and more views, and with views of other scenes", _views),
     "reconstruction": ("cameras and points of a run of reconstruction, with pictures", _reconstruction),
+    "pose": ("relative poses of a run of pose, with pictures", _pose),
     "roma": ("dense warps and relative poses by a run of RoMa, with pictures", _roma),
 }
 

@@ -9,7 +9,8 @@ from fastmum.report.charts import Chart, Line, color
 from fastmum.report.page import embed, number, render
 
 # The paper's EPE of linear probes (Table 4), EPE and recall (NAVI) of cosine matching (supplement, Table 13); AUC@30,
-# and medians of accuracy and completeness, of reconstruction on frozen encoders and distilled (davnords.com/mum).
+# and medians of accuracy and completeness, of reconstruction on frozen encoders and distilled, and AUC@5 of relative
+# pose (davnords.com/mum).
 PUBLISHED: dict[str, dict[str, dict[str, float | tuple[float, float]]]] = {
     "matching": {
         "MuM": {"megadepth": 10.2, "scannet": 27.9},
@@ -30,8 +31,11 @@ PUBLISHED: dict[str, dict[str, dict[str, float | tuple[float, float]]]] = {
         "MuM, distilled": {"co3d_test": 62.6, "realestate10k_test": 50.9, "dtu": (6.4, 2.6), "eth3d": (0.6, 0.5)},
         "random, distilled": {"co3d_test": 10.6, "realestate10k_test": 28.0, "dtu": (8.4, 11.7), "eth3d": (1.0, 1.4)},
     },
+    "pose": {"MuM": {"megadepth": 26.7}, "DINOv3": {"megadepth": 15.6}, "CroCo v2": {"megadepth": 13.9}},
 }
-PUBLISHED_SCORES = {  # of sets; of the others EPE
+OF_RUNS = ("reconstruction", "pose", "roma")  # evaluations of runs of these tasks, not of encoders
+PUBLISHED_SCORES = {  # of evaluations or sets; of the others EPE
+    "pose": ("auc5",),
     "navi": ("recall",), "co3d_test": ("auc30",), "realestate10k_test": ("auc30",),
     "dtu": ("acc_median", "comp_median"), "eth3d": ("acc_median", "comp_median"),
 }  # fmt: skip
@@ -41,7 +45,8 @@ TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI", "co3d_
 SCORES = {
     "epe": "EPE ↓", "robustness": "R ↑", "pck1": "PCK@1 ↑", "pck3": "PCK@3 ↑", "pck5": "PCK@5 ↑",
     "recall": "Recall ↑", "recall_1cm": "1 cm ↑", "recall_2cm": "2 cm ↑", "recall_5cm": "5 cm ↑",
-    "auc30": "AUC@30 ↑", "auc20": "AUC@20 ↑", "auc15": "AUC@15 ↑", "auc10": "AUC@10 ↑", "auc5": "AUC@5 ↑", "auc3": "AUC@3 ↑", "acc_mean": "acc ↓",
+    "auc30": "AUC@30 ↑", "auc20": "AUC@20 ↑", "auc15": "AUC@15 ↑", "auc10": "AUC@10 ↑", "auc5": "AUC@5 ↑",
+    "auc3": "AUC@3 ↑", "rotation_median": "rotation ↓", "direction_median": "direction ↓", "acc_mean": "acc ↓",
     "acc_median": "acc median ↓", "comp_mean": "comp ↓", "comp_median": "comp median ↓", "nc_mean": "normals ↑",
     "nc_median": "normals median ↑", "abs_rel": "AbsRel ↓",
 }  # fmt: skip
@@ -55,7 +60,8 @@ NOTE = (
     "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine). "
     "Masked loss: of the same frames, without and with the nearest other views; 1.0 is the loss of predicting each "
     "patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to true points and the "
-    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp."
+    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp, and AUC@5 of relative pose. "
+    "Rotation, direction: medians in degrees."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
@@ -67,6 +73,7 @@ CAPTIONS = {
     "attention": "attention of the framed patch of A to the patches of B in the decoder's global blocks, mean over "
     "heads; the cross is its true place",
     "reconstruction": "frames with true and predicted depth and its error; cameras and points from above, aligned",
+    "pose": "points of view 1, and their epipolar lines in view 2: predicted in their colours, true in white",
     "roma": "A, B, each warped onto the other where the warp is certain, the certainty, B by the true warp",
     "views": "a frame, its visible patches, and predictions from it alone, with the nearest other views, and with as "
     "many views of another scene",
@@ -161,9 +168,9 @@ def table(records: Sequence[Record]) -> ResultTable:
     results; its numbers are next to results on all pairs of a set only.
     """
     groups = group(record.content for record in records)
-    only = bool(records) and all(record.content["task"] == "reconstruction" for record in records)
+    only = bool(records) and all(record.content["task"] in OF_RUNS for record in records)
     columns = _columns([record.content for record in records], always=() if only else ("epe",))
-    tasks = [task for task in PUBLISHED if task != "reconstruction" or any(each.task == task for each in groups)]
+    tasks = [task for task in PUBLISHED if task not in OF_RUNS or any(each.task == task for each in groups)]
     methods = list(dict.fromkeys(method for task in tasks for method in PUBLISHED[task]))
     still, rows = [], []
     for each in groups:
@@ -182,7 +189,7 @@ def table(records: Sequence[Record]) -> ResultTable:
 
 def group_table(group: ResultGroup) -> ResultTable:
     """A row for each weights of a group, the identity warp before them, and the paper's methods after them."""
-    first = PUBLISHED_SCORES.get(group.on.set, ("epe",))
+    first = PUBLISHED_SCORES.get(group.task) or PUBLISHED_SCORES.get(group.on.set, ("epe",))
     columns = _columns(group.contents, always=first if group.paper else ())
     still = [["no motion", *_cells(each["no_motion"], columns)] for each in group.contents if "no_motion" in each]
     rows = [row for i, row in enumerate(still) if row not in still[:i]]

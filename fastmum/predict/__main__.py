@@ -16,6 +16,7 @@ from fastmum.files import expand_user
 # Task of a run: module with `add_arguments(parser)` and `predict(args)`.
 PREDICTORS = dict.fromkeys(("reconstruction", "distillation"), "fastmum.predict.reconstruction")
 PREDICTORS["roma"] = "fastmum.predict.roma"
+PREDICTORS["pose"] = "fastmum.predict.pose"
 
 
 def task_of(run: str) -> str:

@@ -27,7 +27,9 @@ def require_pycolmap() -> Any:
     return pycolmap
 
 
-def write_database(file: Path, root: Path, pairs: list[PairMatches], cell: float, verify: bool = True) -> tuple[int, int]:
+def write_database(
+    file: Path, root: Path, pairs: list[PairMatches], cell: float, verify: bool = True
+) -> tuple[int, int]:
     """Write a database with cameras, images, keypoints, matches and verified geometry; returns keypoints and matches.
 
     Points of an image in the same cell are one keypoint at their mean, and a keypoint has at most one match in each

@@ -4,7 +4,6 @@ import argparse
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--colmap", type=Path, metavar="FILE", help="COLMAP database to write with the matches of all pairs of images")
     add("--pairs", type=Path, metavar="FILE", help="--colmap: only these pairs, the names of two images a line")
     add("--matches", type=int, default=5000, metavar="N", help="matches of a pair, at most (%(default)s)")
-    add("--cell", type=float, default=2.0, metavar="PX", help="--colmap: points of an image in the same cell of so many "
-        "pixels are one keypoint, so that tracks span several pairs (%(default)s)")  # fmt: skip
+    add("--cell", type=float, default=2.0, metavar="PX", help="--colmap: points of an image in the same cell of so "
+        "many pixels are one keypoint, so that tracks span several pairs (%(default)s)")  # fmt: skip
     add("--certainty", type=float, default=0.05, metavar="P", help="least certainty of a match (%(default)s)")
     add("--size", type=int, metavar="PX", help="side that images are resized to for the first pass (default: as in "
         "training); the second one is at 864 / 560 of it")  # fmt: skip
@@ -106,7 +105,9 @@ def read_pairs(file: Path, images: Images) -> list[tuple[Path, Path]]:
 
 
 def match_pairs(
-    images: Images, pairs: Sequence[tuple[Path, Path]], matcher: Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]
+    images: Images,
+    pairs: Sequence[tuple[Path, Path]],
+    matcher: Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]],
 ) -> list[PairMatches]:
     """Matches of pairs in pixels of the upright images; unreadable ones are put into `images.skipped`."""
     kept: dict[Path, np.ndarray] = {}

@@ -50,8 +50,10 @@ SETS: dict[str, Layout] = {
 }  # fmt: skip
 
 
-def open_pairs(name: str, part: Part = "all") -> PairSet:
+def open_pairs(name: str, part: Part = "all", needs_depth: bool = True) -> PairSet:
     """The set that a user names by a word, a path, or both with a colon between; DataError if it cannot be read.
+
+    `needs_depth=False` also takes the pairs of a `pairs.jsonl` that have no depth.
 
     Of the parts, "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable"
     may be trained on if nothing of the set is tested on.
@@ -62,6 +64,8 @@ def open_pairs(name: str, part: Part = "all") -> PairSet:
     if path is None:
         assert layout.embedded is not None
         return layout.embedded(part)
+    if layout is SETS["pairs"]:
+        return jsonl.from_file(path, part, needs_depth)
     assert layout.open is not None
     return layout.open(path, part)
 

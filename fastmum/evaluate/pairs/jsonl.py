@@ -29,8 +29,8 @@ def file_of(path: Path) -> Path:
     return path if path.is_file() else path / "pairs.jsonl"
 
 
-def from_file(path: Path, part: str) -> PairSet:
-    """The pairs of a file, or of the `pairs.jsonl` in a folder, that have depth on both sides; see `split`."""
+def from_file(path: Path, part: str, needs_depth: bool = True) -> PairSet:
+    """The pairs of a file, or of the `pairs.jsonl` in a folder, by default those with depth on both sides: `split`."""
     file = file_of(path)
     with reading(file, "a text file"):
         text = file.read_text(encoding="utf-8-sig")
@@ -38,7 +38,7 @@ def from_file(path: Path, part: str) -> PairSet:
     pairs: list[Pair] = []
     first: dict[str, int] = {}
     for number, line in lines:
-        pair = _pair(line, file, number)
+        pair = _pair(line, file, number, needs_depth)
         if pair is None:
             continue
         if first.setdefault(pair.name, number) != number:
@@ -79,7 +79,7 @@ def split(pairs: list[Pair]) -> tuple[list[Pair], list[Pair]]:
     return test, train
 
 
-def _pair(line: str, file: Path, number: int) -> Pair | None:
+def _pair(line: str, file: Path, number: int, needs_depth: bool) -> Pair | None:
     where = f"line {number} of '{file}'"
     try:
         record = json.loads(line)
@@ -87,7 +87,7 @@ def _pair(line: str, file: Path, number: int) -> Pair | None:
         raise DataError(f"{where} is not JSON ({error})") from None
     if not isinstance(record, dict) or (missing := [key for key in NEEDED if key not in record]):
         raise DataError(f"{where} lacks {', '.join(missing) if isinstance(record, dict) else 'a record'}")
-    if not record.get("depth_a") or not record.get("depth_b"):
+    if needs_depth and not (record.get("depth_a") and record.get("depth_b")):
         return None
     a = _frame(record, "a", np.eye(4), file, where)
     b = _frame(record, "b", square(record["T_b_a"], 4, f"T_b_a in {where}"), file, where)
@@ -96,12 +96,14 @@ def _pair(line: str, file: Path, number: int) -> Pair | None:
 
 
 def _frame(record: dict[str, Any], side: str, pose: np.ndarray, file: Path, where: str) -> Frame:
-    image, depth = (_find(record[f"{kind}_{side}"], file) for kind in ("image", "depth"))
+    image, K = _find(record[f"image_{side}"], file), square(record[f"K_{side}"], 3, f"K_{side} in {where}")
+    if not record.get(f"depth_{side}"):
+        return Frame(record[f"image_{side}"], image, K, pose)
+    depth = _find(record[f"depth_{side}"], file)
     if depth.suffix not in DEPTHS:
         raise DataError(f"depth '{depth}' ends in '{depth.suffix}', but one of {', '.join(DEPTHS)} is expected")
     stored = DEPTHS[depth.suffix]
     unit = float(matrix(record.get("depth_unit", stored.unit), (), f"depth_unit in {where}"))
-    K = square(record[f"K_{side}"], 3, f"K_{side} in {where}")
     return Frame(record[f"image_{side}"], image, K, pose, depth, stored._replace(unit=unit))
 
 

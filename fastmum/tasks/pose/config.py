@@ -29,6 +29,7 @@ class PoseSection:
     embed_dim: int = key(PAPER.embed_dim, "width of the decoder", least=1)
     depth: int = key(PAPER.depth, "blocks of the decoder", least=1)
     num_heads: int = key(PAPER.num_heads, "heads of the decoder", least=1)
+    head_dim: int | None = key(None, "width of the head. Empty: 4 patch_size**2, as Reloc3r's", least=1)
     compile: str = key("auto", "torch.compile: off, block (each kind) or auto", choices=("auto", "block", "off"))
     recompute: str = key(
         "auto", "activations recomputed in the backward pass, as in pretraining: none, mlp, blocks; auto: mlp on CUDA, "
@@ -38,7 +39,9 @@ class PoseSection:
     def sizes(self, encoder_dim: int, patch_size: int) -> PoseConfig:
         """The sizes with an encoder; ConfigError if they do not fit."""
         try:
-            return PoseConfig(encoder_dim, patch_size, self.embed_dim, self.depth, self.num_heads)
+            return PoseConfig(
+                encoder_dim, patch_size, self.embed_dim, self.depth, self.num_heads, self.head_dim or 4 * patch_size**2
+            )
         except ValueError as error:
             raise ConfigError(f"model.{error}") from None
 

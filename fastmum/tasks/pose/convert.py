@@ -30,11 +30,12 @@ def config_of(state: Mapping[str, Tensor], num_heads: int | None = None) -> Pose
     """The sizes of a public state dict; LayoutError names what is missing."""
     try:
         dim, encoder_dim = state["decoder_embed.weight"].shape
-        patch = round((len(state["pose_head.proj.weight"]) / 4) ** 0.5)
+        head_dim = len(state["pose_head.proj.weight"])
     except KeyError as error:
         raise LayoutError(f"the weights have no {error}, so they are not Reloc3r's") from None
     depth = sum(name.startswith("dec_blocks.") and name.endswith(".norm_y.bias") for name in state)
-    return PoseConfig(encoder_dim, patch, dim, depth, num_heads or max(1, dim // HEAD_WIDTH))
+    patch = round((head_dim / 4) ** 0.5)
+    return PoseConfig(encoder_dim, patch, dim, depth, num_heads or max(1, dim // HEAD_WIDTH), head_dim)
 
 
 def from_public(state: Mapping[str, Tensor], config: PoseConfig) -> dict[str, Tensor]:

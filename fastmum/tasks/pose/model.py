@@ -3,7 +3,7 @@
 Both views of all pairs are packed: frames 2 i and 2 i + 1 are a pair. One set of weights serves both views.
 
 Legend: F = 2 B frames of B pairs, P patches of a frame, T = F * P tokens, E width of the encoder, D of the decoder, h
-heads, C = 4 p**2 width of the head.
+heads, C width of the head.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,6 +46,7 @@ class PoseConfig:
     embed_dim: int = 768  # of the decoder
     depth: int = 12
     num_heads: int = 12
+    head_dim: int = 1024  # width of the head; Reloc3r's is 4 * patch_size**2
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -162,9 +163,8 @@ class PoseHead(nn.Module):
     The public code's 1x1 convolutions of the map of patches are linear layers here.
     """
 
-    def __init__(self, dim: int, patch_size: int) -> None:
+    def __init__(self, dim: int, width: int) -> None:
         super().__init__()
-        width = 4 * patch_size**2
         self.proj = nn.Linear(dim, width)
         self.residual = nn.ModuleList(
             nn.ModuleList(nn.Linear(width, width) for _ in range(CONVOLUTIONS)) for _ in range(RESIDUAL_BLOCKS)
@@ -194,7 +194,7 @@ class RelativePose(nn.Module):
         if encoder is not None and half:
             encoder.options = replace(encoder.options, mean=HALF, std=HALF)
         self.encoder, self.decoder = encoder, Decoder(config)
-        self.head = PoseHead(config.embed_dim, config.patch_size)
+        self.head = PoseHead(config.embed_dim, config.head_dim)
         self.init_weights()
 
     @torch.no_grad()

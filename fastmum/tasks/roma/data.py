@@ -95,7 +95,7 @@ class RomaPlanner(PairPlanner):
         self._round = lru_cache(2)(self._draw_round)
 
     def _draw_round(self, number: int) -> np.ndarray:
-        """Indices of the pairs of a round, in order: by exponential times over weights, which is without replacement."""
+        """Indices of the pairs of a round in order, without replacement: by exponential times over weights."""
         rng, count = np.random.default_rng((self.seed, ROUND_SEED, number)), min(ROUND, len(self._rows))
         times = rng.standard_exponential(len(self._rows)) / self._weights
         first = np.argpartition(times, count - 1)[:count]
@@ -109,7 +109,7 @@ class RomaPlanner(PairPlanner):
 
     def plan(self, step: int, rank: int = 0) -> RomaPlan:  # type: ignore[override]
         """The plan of a rank for a step."""
-        rows, lengths, size, jitter = super().plan(step, rank)
+        rows, lengths, size, _ = super().plan(step, rank)
         rng, B = np.random.default_rng((self.seed, step, rank, SHIFT_SEED)), len(lengths)
         shift, flipped = rng.integers(-self._shift, self._shift + 1, (B, 2)), rng.random(B) < 0.5
         if not self.augment:

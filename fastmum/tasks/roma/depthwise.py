@@ -1,8 +1,8 @@
 """Depthwise convolution, with a weight gradient for the CPU.
 
-oneDNN computes the forward pass of a depthwise convolution at tens of operations per nanosecond, but its weight gradient
-20 times as slowly, and in bfloat16 100 times. The gradient is therefore a forward pass, too: the gradient of the output,
-cut into tiles, is the kernel of a depthwise convolution over the tiles of the input.
+oneDNN computes the forward pass of a depthwise convolution at tens of operations per nanosecond, but its weight
+gradient 20 times as slowly, and in bfloat16 100 times. Here the gradient is a forward pass, too: the gradient of the
+output, cut into tiles, is the kernel of a depthwise convolution over the tiles of the input.
 """
 
 import torch
@@ -39,8 +39,10 @@ class _Depthwise(torch.autograd.Function):
         args = grad, x, weight, None, (1, 1), (pad, pad), (1, 1), False, (0, 0), C, (True, False, False)
         grad_x = torch.ops.aten.convolution_backward(*args)[0]
         with torch.autocast(x.device.type, enabled=False):
-            return grad_x, weight_gradient(x, grad, k).to(weight.dtype), grad.sum((0, 2, 3), dtype=torch.float32).to(
-                weight.dtype
+            return (
+                grad_x,
+                weight_gradient(x, grad, k).to(weight.dtype),
+                grad.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype),
             )
 
 

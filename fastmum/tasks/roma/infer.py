@@ -33,7 +33,7 @@ class Trained(NamedTuple):
     model: Roma  # frozen, in eval mode
     name: str  # of the run, for tables
     step: int
-    pairs: int | None  # seen in training, if known
+    frames: int | None  # seen in training, if known
     image_size: int  # side of the training images in pixels
     encoder: Mapping[str, Any]  # `Encoder.about`
 
@@ -60,7 +60,7 @@ def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", e
     run = manifest.path.parent.parent if manifest.path.parent.name == "checkpoints" else manifest.path
     return Trained(
         model.to(device).eval().requires_grad_(False), run.name, manifest.step,
-        None if samples is None else samples * manifest.step,
+        None if samples is None else 2 * samples * manifest.step,
         manifest.values["config"].get("data.image_size", 560), loaded.about,
     )  # fmt: skip
 
@@ -134,7 +134,7 @@ def _draw(chances: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _density(points: Tensor) -> Tensor:
-    """Sums of Gaussian kernels (n,) at points (n, 4), whose exponents are products of vectors: -|x - y|^2 / 2 sigma^2."""
+    """Sums of Gaussian kernels (n,) at points (n, 4); their exponents, -|x - y|^2 / 2, are products of vectors."""
     x = points / SPREAD
     half, one = -x.square().sum(1, keepdim=True) / 2, torch.ones_like(x[:, :1])
     every = torch.cat([x, one, half], 1).T

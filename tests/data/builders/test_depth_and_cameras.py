@@ -18,6 +18,8 @@ from fastmum.data.build import build
 from fastmum.data.builders import BUILDERS
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
+from fastmum.data.pair_loader import PairLoader
+from fastmum.data.pair_plan import GAPS, DistantPairs, ListedPairs, PairPlanner
 from fastmum.data.samples import manifest_frame
 from fastmum.geometry.camera import rigid_inverse, transform, unproject
 
@@ -208,6 +210,52 @@ def rgbd_nerfstudio(raw):
     frames = [frame | {"file_path": f"rgb/{i}.jpg"} for i in range(2)]
     camera = {"w": 8, "h": 4, "fl_x": 4, "fl_y": 4, "cx": 4, "cy": 2}
     put(raw, "kitchen/transforms.json", json.dumps(camera | {"frames": frames}))
+
+
+def realestate10k(raw):
+    pose = text((CAMERA_FROM_WORLD[:3]).ravel()).strip()
+    lines = [f"{1000 * i} 0.5 1 0.5 0.5 0 0 {pose}\n" for i in range(2)]
+    put(raw, "train/a1.txt", "https://youtube\n" + "".join(lines))
+    for i in range(2):
+        put(raw, f"train/a1/{1000 * i}.png", None)
+
+
+def dl3dv(raw):
+    opengl = (WORLD_FROM_CAMERA * [1, -1, -1, 1]).tolist()
+    frames = [{"file_path": f"images/frame_{i:05d}.png", "transform_matrix": opengl} for i in range(2)]
+    camera = {"w": 8, "h": 4, "fl_x": 4, "fl_y": 4, "cx": 4, "cy": 2}
+    put(raw, "1K/abc/transforms.json", json.dumps(camera | {"frames": frames}))
+    for i in range(2):
+        put(raw, f"1K/abc/images_8/frame_{i:05d}.png", None)
+
+
+@pytest.mark.parametrize(
+    ("write", "options", "by_overlap"),
+    [
+        (megadepth, {"sequences": 1}, True),
+        (blendedmvs, {"chunk": 0}, True),
+        (scannet, {"chunk": 0}, False),
+        (wildrgbd, {"min_frames": 2, "exclude": "chair"}, False),
+        (vkitti2, {}, False),
+        (realestate10k, {"chunk": 0}, False),
+        (dl3dv, {}, False),
+    ],
+)
+def test_pairs_of_the_training_sets_of_relative_pose(raw, tmp_path, monkeypatch, write, options, by_overlap):
+    monkeypatch.setenv("FASTMUM_CACHE", str(tmp_path / "cache"))
+    write(raw)
+    name = write.__name__
+    build(name, raw, tmp_path / "all.arrow", **options)
+    manifests = Manifests([tmp_path / "all.arrow"])
+    # Miniatures have two frames, with one camera: all of the one is seen by the other.
+    gaps = None if by_overlap or GAPS[name][0] == 1 else {name: (1, 500)}
+    planner = PairPlanner(manifests, None, 2, (4, 4), overlap=(0.9, 1.0), gaps=gaps, augment=False)
+    assert isinstance(planner.pairs[0], ListedPairs if by_overlap else DistantPairs)
+    plan = planner.plan(0)
+    assert {*map(tuple, plan.rows.reshape(-1, 2).tolist())} <= {(0, 1), (1, 0)}
+    batch = PairLoader((planner, None), 1).load(plan)
+    assert batch.images.shape == (4, 4, 4, 3)
+    assert np.allclose(batch.camera_from_world, CAMERA_FROM_WORLD, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,78 @@
+"""Trained runs of relative pose for inference."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from fastmum.data.pair_loader import crop_view
+from fastmum.engine.device import autocast, pick_precision
+from fastmum.files import expand_user
+from fastmum.geometry import Camera, View
+from fastmum.geometry.camera import intrinsics_matrix
+from fastmum.model.encoder import Encoder
+from fastmum.tasks.pose.config import PoseSection
+from fastmum.tasks.pose.model import RelativePose
+from fastmum.tasks.reconstruction.load import fill, read_encoder, read_settings
+
+TASKS = ("pose",)
+
+
+class Trained(NamedTuple):
+    """A trained run."""
+
+    model: RelativePose  # frozen, in eval mode
+    name: str  # of the run, for tables
+    step: int
+    frames: int | None  # seen in training, if known
+    image_size: int  # side of the training images in pixels
+    encoder: Mapping[str, Any]  # `Encoder.about`
+
+
+def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None) -> Trained:
+    """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
+
+    WeightsError, CheckpointError or LayoutError: no such run, one of another task, or another encoder than the run's.
+
+    Args:
+        encoder: spec of the encoder, if its files were moved. A finetuned one has the weights of the run.
+    """
+    path = expand_user(path)
+    manifest, tensors, settings = read_settings(path, TASKS, PoseSection)
+    loaded = read_encoder(path, manifest, settings, encoder)
+    sizes = settings.sizes(loaded.embed_dim, loaded.config.patch_size)
+    model = fill(RelativePose(sizes, loaded, settings.normalisation == "half"), tensors, manifest.path)
+    samples = manifest.values.get("samples_per_step")
+    run = manifest.path.parent.parent if manifest.path.parent.name == "checkpoints" else manifest.path
+    return Trained(
+        model.to(device).eval().requires_grad_(False), run.name, manifest.step,
+        None if samples is None else 2 * samples * manifest.step, manifest.values["config"].get("data.image_size", 256),
+        cast(Encoder, model.encoder).about,
+    )  # fmt: skip
+
+
+def prepare(view: View, size: int) -> View:
+    """The image as the model reads it: the largest square around the principal point, `size` pixels wide.
+
+    Without intrinsics the principal point is the image's centre.
+    """
+    if view.camera is None:
+        width, height = view.size
+        K = intrinsics_matrix(np.nan, np.nan, width / 2, height / 2)
+        view = replace(view, camera=Camera(K, np.full((4, 4), np.nan), view.size))
+    return crop_view(replace(view, depth=None, mask=None), (size, size))
+
+
+@torch.inference_mode()
+def estimate(model: RelativePose, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Poses of pairs of images (B, 2, H, W, 3) uint8: rotations (B, 3, 3) and translations (B, 3), float64.
+
+    They are of view 2 in view 1, x_1 = R x_2 + t; the length of t means nothing.
+    """
+    device = next(model.parameters()).device
+    with autocast(device, pick_precision("auto", device)):
+        R, t = model(torch.from_numpy(images).flatten(0, 1).to(device))
+    return R[1::2].double().cpu().numpy(), t[1::2].double().cpu().numpy()
