@@ -188,7 +188,7 @@ class ReferenceRoMa(nn.Module):
     def forward(
         self, f1: Mapping[int, Tensor], f2: Mapping[int, Tensor], start: Tensor | None = None
     ) -> dict[int, dict[str, Tensor]]:
-        """By stride "flow", "certainty", "delta_flow"; of the first "gm_cls" and "gm_certainty", unless it is `start`."""
+        """Flow, certainty and delta_flow by stride; of the first gm_cls and gm_certainty, unless it is `start`."""
         h, w = f1[1].shape[2:]
         corresps: dict[int, dict[str, Tensor]] = {}
         flow = certainty = torch.zeros(0)

@@ -65,18 +65,18 @@ def evaluate_roma(
     errors, batches, poses, drawn = list[Tensor](), list[Tensor](), list[float](), []
     per_pair_epe, per_pair_pose = dict[str, float | None](), dict[str, float]()
     for number, pair in enumerate(progress_bar(pairs.pairs, unit="pair", desc="evaluating"), 1):
-        images = [np.array(frame.read_image()) for frame in (pair.a, pair.b)]
-        warps, truth = match(trained, *images, size, fine=False), truth_of(pair, size)
+        a, b = images = [np.array(frame.read_image()) for frame in (pair.a, pair.b)]
+        warps, truth = match(trained, a, b, size, fine=False), truth_of(pair, size)
         found = pixel_errors(warps.points[:1].permute(0, 3, 1, 2), truth.points)[truth.visible]
         errors.append(found)
         per_pair_epe[pair.name] = found.mean().item() if len(found) else None
         if pose:
-            angles = pose_errors(cv2, match(trained, *images, size), pair, images, generator, side)
+            angles = pose_errors(cv2, match(trained, a, b, size), pair, images, generator, side)
             poses += angles
             per_pair_pose[pair.name] = float(np.mean(angles))
         if pair in pictures:
             drawn.append(draw_pair(images, warps, truth))
-        if (number % BATCH == 0 or number == len(pairs.pairs)) and sum(map(len, errors)):
+        if (number % BATCH == 0 or number == len(pairs.pairs)) and any(len(each) for each in errors):
             whole = torch.cat(errors)
             batches.append(torch.stack([whole.mean(), *((whole < bound).float().mean() for bound in PCK)]))
             errors = []
@@ -102,7 +102,8 @@ def truth_of(pair: Pair, size: int) -> TrueWarp:
         resized = torch.nn.functional.interpolate(torch.from_numpy(depth)[None, None], (size, size), mode="bilinear")
         maps.append(resized[0])
         Ks.append(torch.from_numpy(camera.resized((size, size)).K)[None])
-    return true_warps(*maps, *Ks, torch.from_numpy(pair.T_b_a)[None], [(size, size)])[0]
+    T = torch.from_numpy(pair.T_b_a)[None]
+    return true_warps(maps[0], maps[1], Ks[0], Ks[1], T, [(size, size)])[0]
 
 
 def pose_errors(

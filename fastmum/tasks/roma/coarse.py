@@ -4,6 +4,7 @@ Legend: B pairs, (h, w) coarse maps, P = h w positions, C channels, A anchors.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,9 @@ EPS = 1e-6  # added to the product of norms
 FREQUENCY = 8 * math.pi  # of the coordinates' Fourier features
 
 
-def grid(h: int, w: int, device: torch.device | None = None) -> Tensor:
-    """Centres of pixels, (1, 2, h, w) float32: x and y in [-1, 1]."""
+def grid(size: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Centres of the pixels of a map of size (h, w), (1, 2, h, w) float32: x and y in [-1, 1]."""
+    h, w = size
     x, y = (torch.linspace(-1 + 1 / n, 1 - 1 / n, n, device=device) for n in (w, h))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
 
@@ -36,7 +38,7 @@ class GP(nn.Module):
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Maps (B, C, h, w) float32 -> (B, dim, h, w). An explicit inverse in training, as in RoMa, else Cholesky."""
-        coordinates = (FREQUENCY * self.pos_conv(grid(*b.shape[2:], device=b.device))).cos().flatten(2).mT
+        coordinates = (FREQUENCY * self.pos_conv(grid(b.shape[2:], b.device))).cos().flatten(2).mT
         x, y = a.flatten(2).mT, b.flatten(2).mT
         matrix = kernel(y, y) + NOISE * torch.eye(y.shape[1], device=y.device)
         # The variants without a check of the result do not wait for the device.
@@ -69,15 +71,15 @@ class Block(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, num_heads)
-        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Module()
-        self.mlp.fc1, self.mlp.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.compiled_compute or Block._compute)(self, x)
 
     def _compute(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
 
 
 class CoarseDecoder(nn.Module):
@@ -105,7 +107,7 @@ def anchor_flow(logits: Tensor) -> Tensor:
     """
     A = logits.shape[1]
     side = math.isqrt(A)
-    anchors = grid(side, side, logits.device)[0].flatten(1)  # (2, A)
+    anchors = grid((side, side), logits.device)[0].flatten(1)  # (2, A)
     best = logits.argmax(1, keepdim=True)
     index = torch.cat([best + shift for shift in (-1, 0, 1, -side, side)], 1).clamp(0, A - 1)
     weights = logits.softmax(1).gather(1, index)

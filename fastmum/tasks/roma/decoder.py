@@ -68,7 +68,7 @@ class Refiner(nn.Module):
         dtype, device = compute_dtype(a), a.device.type
         with torch.autocast(device, enabled=False):
             parts = [a, F.grid_sample(b, flow.permute(0, 2, 3, 1), align_corners=False)]
-            shift = flow - grid(*flow.shape[2:], device=flow.device)
+            shift = flow - grid(flow.shape[2:], flow.device)
             parts.append(self.disp_emb(DISPLACEMENT * scale_factor * shift))
             if self.radius:
                 parts.append(local_correlation(a.to(dtype), b.to(dtype), flow, self.radius))

@@ -5,6 +5,8 @@ gradient 20 times as slowly, and in bfloat16 100 times. Here the gradient is a f
 output, cut into tiles, is the kernel of a depthwise convolution over the tiles of the input.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,13 +29,13 @@ class DepthwiseConv(nn.Conv2d):
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
         with torch.autocast(x.device.type, enabled=False):
             return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2, groups=len(weight))
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         (C, _, k, _), pad = weight.shape, weight.shape[2] // 2
         args = grad, x, weight, None, (1, 1), (pad, pad), (1, 1), False, (0, 0), C, (True, False, False)

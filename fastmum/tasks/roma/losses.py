@@ -50,7 +50,7 @@ def true_warps(
     z_row = (T[:, 2:3, :3] @ torch.linalg.inv_ex(K_a).inverse, T[:, 2:3, 3:])
     found = []
     for h, w in sizes:
-        points = grid(h, w, depth_a.device).double().expand(len(depth_a), -1, -1, -1)
+        points = grid((h, w), depth_a.device).double().expand(len(depth_a), -1, -1, -1)
         z = _sample(depth_a, points).flatten(1)[:, None]  # (B, 1, h w)
         pixels = torch.cat([(points.flatten(2) + 1) / 2 * size_a[:, None], torch.ones_like(z)], 1) * z
         in_b = M @ pixels + t

@@ -1,6 +1,7 @@
 """Scores of warps of held-out pairs during training."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class Scores:
         # error of the anchors; pixels, their certainty's loss, those that count as certain.
         self._sums = torch.zeros(2 + 2 + len(PCK) + 2 + 3, dtype=torch.float64)
 
+    @torch.no_grad()
     def add(self, outputs: dict[int, ScaleOutput], truth: list[TrueWarp]) -> None:
         losses = losses_of(outputs, truth)
         coarse, fine = outputs[COARSE], outputs[1]
@@ -35,7 +37,13 @@ class Scores:
         errors = pixel_errors(fine.flow, truth[-1].points)[truth[-1].visible]
         factor = fine.flow.shape[3] / coarse.flow.shape[3]
         rough = factor * pixel_errors(anchor_flow(coarse.anchor_logits), truth[0].points)[truth[0].visible]
-        sums = [losses["objective"], 1, len(errors), errors.sum(), *((errors < bound).sum() for bound in PCK)]
+        sums: list[Any] = [
+            losses["objective"],
+            1,
+            len(errors),
+            errors.sum(),
+            *((errors < bound).sum() for bound in PCK),
+        ]
         sums += [len(rough), rough.sum()]
         # The certainty's target in training: a true warp that the stride before had come near to.
         before = (outputs[2].flow - truth[-2].points).norm(dim=1)

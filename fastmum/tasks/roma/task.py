@@ -153,8 +153,8 @@ class RomaTask(LoaderTask):
         outputs = model(torch.cat([batch.images[0::2], batch.images[1::2]]))
         T = batch.camera_from_world.double()
         b_from_a = T[1::2] @ torch.linalg.inv_ex(T[0::2]).inverse
-        sides = (x[i::2] for x in (batch.depth, batch.intrinsics) for i in (0, 1))
-        return outputs, true_warps(*sides, b_from_a, [tuple(out.flow.shape[2:]) for out in outputs.values()])
+        depth, K, sizes = batch.depth, batch.intrinsics, [tuple(out.flow.shape[2:]) for out in outputs.values()]
+        return outputs, true_warps(depth[0::2], depth[1::2], K[0::2], K[1::2], b_from_a, sizes)
 
     def loss(self, model: Roma, batch: SceneBatch) -> StepOutput:
         """The mean over the micro-batches of the step."""

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class Vgg(nn.Module):
 
         WeightsError: it cannot be read, or has other names or shapes.
         """
-        tree = read_file(path).tree
+        tree = read_file(Path(path)).tree
         names = ((re.fullmatch(r"features\.(\d+)\.(.+)", str(name)), x) for name, x in tree.items())
         found = {f"layers.{m[1]}.{m[2]}": x for m, x in names if m and int(m[1]) < len(self.layers)}
         try:
