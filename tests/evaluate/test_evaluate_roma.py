@@ -90,20 +90,8 @@ def test_the_command_writes_results_next_to_others(tmp_path):
     run = train_tiny(tmp_path / "run")
     folder = ensure_scenes(count=3, views=6, size=64, progress=False)
     out = tmp_path / "out"
-    words = [
-        "roma",
-        "--weights",
-        str(run),
-        "--data",
-        str(folder),
-        "--max-pairs",
-        "2",
-        "--pictures",
-        "1",
-        "--out",
-        str(out),
-    ]
-    assert main([*words, "--no-pose"]) == 0
+    words = ["roma", "--weights", str(run), "--data", str(folder), "--max-pairs", "2", "--pictures", "1", "--no-pose"]
+    assert main([*words, "--out", str(out)]) == 0
     (file,) = out.glob("*.json")
     content = json.loads(file.read_text())
     assert content["scores"].keys() == {"epe", "pck1", "pck3", "pck5"}

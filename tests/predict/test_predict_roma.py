@@ -93,10 +93,8 @@ def test_colmap_builds_a_model_of_true_matches(tmp_path):
 
 @pytest.mark.slow
 def test_commands(tmp_path, capsys):
-    run, scene = (
-        train_tiny(tmp_path / "run"),
-        scene_dirs(ensure_scenes(count=3, views=6, size=64, progress=False), 3)[0],
-    )
+    run = train_tiny(tmp_path / "run")
+    scene = scene_dirs(ensure_scenes(count=3, views=6, size=64, progress=False), 3)[0]
     files = [str(scene / f"00{i}.png") for i in range(3)]
     assert main([str(run), *files[:2], "--out", str(tmp_path / "pair"), "--matches", "50"]) == 0
     assert np.load(tmp_path / "pair/matches.npz")["first"].shape[1] == 2
