@@ -7,7 +7,10 @@ from roma_runs import TINY
 
 from fastmum.config import ConfigError
 from fastmum.data.build import build
+from fastmum.data.manifest import Manifests
+from fastmum.data.overlap import pair_table
 from fastmum.engine.checkpoint import CheckpointError, read_weights
+from fastmum.engine.rundir import read_metrics
 from fastmum.pretrained.layout import WeightsError
 from fastmum.scenes import ensure_scenes
 
@@ -51,11 +54,13 @@ def test_steps_agree_on_any_number_of_processes_and_after_resuming(run, tmp_path
 def test_bad_files_are_replaced_and_counted(run, tmp_path):
     scenes = tmp_path / "scenes"
     shutil.copytree(ensure_scenes(count=3, views=24, size=64, progress=False), scenes)
+    build("scenes", scenes, tmp_path / "scenes.arrow")
+    pair_table(Manifests([tmp_path / "scenes.arrow"]))  # files that are bad by then are in no pair
     for scene in scenes.iterdir():  # one of 24 frames: more than 5 % would end the run
         (scene / "005.png").write_bytes((scene / "005.png").read_bytes()[:100])
-    build("scenes", scenes, tmp_path / "scenes.arrow")
     args = f"data.manifests=[{tmp_path / 'scenes.arrow'}]", "data.retry_s=0", "train.steps=8"
-    records = run("run", 1, *args)
+    run("run", 1, *args)
+    records = read_metrics(tmp_path / "run/metrics.jsonl")
     assert records[-1]["bad_frames"] > 0
     assert all(record["loss"] is not None and not record["skipped_steps"] for record in records)
     assert ".png" in (tmp_path / "run/bad_frames.log").read_text()
