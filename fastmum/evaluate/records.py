@@ -17,7 +17,7 @@ from fastmum.files import read_json, write_atomic
 MATCHERS = {  # evaluations and their names in tables
     "matching": "linear probe", "discriminant": "closed-form probe", "cosine": "cosine", "attention": "attention",
     "views": "masked loss", "reconstruction": "reconstruction", "pose": "relative pose",
-    "roma": "RoMa",
+    "roma": "dense matching",
 }  # fmt: skip
 KEYS = ("task", "set", "weights")
 LARGEST = 1e300  # of numbers in files

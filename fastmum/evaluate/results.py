@@ -56,7 +56,7 @@ VIEWS = "views_"  # prefix of scores that are losses; the number of views follow
 COUNTED = {"views": " frames", "reconstruction": " sequences"}  # what the numbers of other tasks than pairs count
 NONE = "–"
 NOTE = (
-    "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
+    "EPE: end-point error in pixels of 448 x 448 (dense matching by runs: of their size). R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
     "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine). "
     "Masked loss: of the same frames, without and with the nearest other views; 1.0 is the loss of predicting each "
     "patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to true points and the "
