@@ -14,7 +14,7 @@ MODULES = {
     "train": ("fastmum.train", "train a model from a configuration"),
     "evaluate": (
         "fastmum.evaluate",
-        "evaluate weights: matching, discriminant, cosine, attention, views, reconstruction",
+        "evaluate weights: matching, discriminant, cosine, attention, views, reconstruction, depth",
     ),
     "features": ("fastmum.features", "extract patch features of images"),
     "export": ("fastmum.export", "export a checkpoint to safetensors, ONNX and other formats"),

@@ -66,6 +66,12 @@ def _png16(file: Path) -> np.ndarray:
         return np.asarray(image)
 
 
+def _sunrgbd(file: Path) -> np.ndarray:
+    """SUN RGB-D's 16-bit PNG, whose bits are rotated to the left by 3."""
+    stored = _png16(file).astype(np.uint16)
+    return (stored >> 3) | (stored << 13)
+
+
 def _co3d(file: Path) -> np.ndarray:
     """float16 bits in a 16-bit PNG; 0 outside `../depth_masks/<frame>.png`, where MVS depth is unreliable."""
     depth = _png16(file).astype(np.uint16).view(np.float16)
@@ -133,6 +139,6 @@ def require_package(reader: str, what: str) -> None:
 
 PACKAGES = {"hdf5": ("h5py", "evaluate"), "exr": ("OpenEXR", "exr")}  # of readers, and their extras
 READERS: dict[str, Callable[[Path], np.ndarray]] = {
-    "png16": _png16, "co3d": _co3d, "npy": read_npy, "npz": _npz, "hdf5": read_hdf5, "exr": _exr,
+    "png16": _png16, "sunrgbd": _sunrgbd, "co3d": _co3d, "npy": read_npy, "npz": _npz, "hdf5": read_hdf5, "exr": _exr,
     "pfm": _pfm, "colmap": _colmap, "eth3d": _eth3d,
 }  # fmt: skip

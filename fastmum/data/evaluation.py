@@ -99,13 +99,14 @@ def evaluation_batch(
     return stack([pad(view, (width, height)) for view in views], [len(views)], [name])
 
 
-def pad(view: View, size: tuple[int, int]) -> View:
-    """The view in the middle of a white image of `size` (width, height), which has no depth outside of the view."""
+def pad(view: View, size: tuple[int, int], colour: int | Sequence[int] = WHITE) -> View:
+    """The view in the middle of an image of `size` (width, height) and a colour, without depth outside of the view."""
     if view.size == size:
         return view
     left, top = ((new - old) // 2 for new, old in zip(size, view.size, strict=True))
     padded = crop_resize(view, (-left, -top, size[0] - left, size[1] - top))
-    image = np.full_like(padded.image, WHITE)
+    image = np.empty_like(padded.image)
+    image[:] = colour
     inside = slice(top, top + view.size[1]), slice(left, left + view.size[0])
     image[inside] = padded.image[inside]
     return View(image, padded.camera, padded.depth, padded.mask)

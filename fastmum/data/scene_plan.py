@@ -62,6 +62,8 @@ class ScenePlanner:
         augment: random crops and colours; otherwise the largest crop of the size, and the colours of the file.
         exclude, only: sequences never to draw from, and sequences to draw from (None: all).
         ground_truth: False draws from all frames, for training without depth and cameras.
+        window: frames are drawn within this many times the length of a sequence from the first one; 0: as the data
+            set's rule says, for most sets from the whole sequence.
 
     Attributes:
         usable: (frames,) bool, the rows that can be drawn, also from sequences of `exclude`.
@@ -73,14 +75,15 @@ class ScenePlanner:
         views: tuple[int, int] = (2, 24), min_frames: int = 24, image_size: int = 512,
         aspects: tuple[float, float] = (0.33, 1.0), patch_size: int = 16, seed: int = 0, world_size: int = 1, *,
         augment: bool = True, exclude: Iterable[int] = (), only: Iterable[int] | None = None,
-        ground_truth: bool = True,
+        ground_truth: bool = True, window: int = 0,
     ) -> None:  # fmt: skip
         if image_size % patch_size or image_size < patch_size:
             raise DataError(f"data.image_size is {image_size}, but must be a multiple of the patch size {patch_size}")
         self.manifests, self.frames_per_batch, self.views = manifests, frames_per_batch, views
         self.image_size, self.aspects, self.patch_size = image_size, aspects, patch_size
         self.seed, self.world_size, self.augment, self.ground_truth = seed, world_size, augment, ground_truth
-        self.rules = [rule_of(manifests, name) for name in manifests.datasets]
+        rules = (rule_of(manifests, name) for name in manifests.datasets)
+        self.rules = [rule._replace(window=window or rule.window) for rule in rules]
         self._choose_sequences(min_frames, ground_truth, exclude, only)
         drawn = given_weights(manifests.datasets, weights or {}, self.notes) * [
             len(each) > 0 for each in self._sequences

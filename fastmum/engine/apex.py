@@ -42,16 +42,17 @@ class ApexAdamW(Optimizer):
             raise ConfigError("optim.optimizer is apex, which needs a CUDA device: take optim.optimizer=adamw")
         # Apex needs float32 weights: halves are joined during an update only.
         self._parts = [self.steps.new_empty(0) if w.rest is not None else local(w.master) for w in self.weights]
-        groups = [
-            {"params": [p for p, w in zip(self._parts, self.weights, strict=True) if w.weight_decay == decay],
-             "weight_decay": decay}
-            for decay in sorted({w.weight_decay for w in self.weights})
-        ]  # fmt: skip
+        of_group = [(w.weight_decay, w.lr_scale) for w in self.weights]
+        self._kinds = sorted(set(of_group))
+        parts = [[p for p, own in zip(self._parts, of_group, strict=True) if own == kind] for kind in self._kinds]
+        groups = [{"params": some, "weight_decay": kind[0]} for some, kind in zip(parts, self._kinds, strict=True)]
         try:
             betas = tuple(optim.betas)
             self._apex = fused_adam(groups, lr=0.0, betas=betas, eps=optim.eps, adam_w_mode=True, capturable=True)
         except RuntimeError as error:
             raise ConfigError(f"optim.optimizer is apex, but it cannot be used ({error}): {INSTALL}") from None
+        for group in self._apex.param_groups:
+            group["lr"] = group["lr"].clone()  # groups may share it
         for part, weight in zip(self._parts, self.weights, strict=True):
             averages = (local(moment) for moment in self.moments[weight.name])
             self._apex.state[part] = dict(zip(("exp_avg", "exp_avg_sq"), averages, strict=True))
@@ -64,8 +65,8 @@ class ApexAdamW(Optimizer):
                 part.data = weight.master
             grad = gradient(weight.parameter)
             part.grad = None if grad is None else grad.float()
-        for group in self._apex.param_groups:
-            group["lr"].fill_(rate)
+        for (_, lr_scale), group in zip(self._kinds, self._apex.param_groups, strict=True):
+            group["lr"].fill_(rate * lr_scale)
             group["step"] = self.steps.to(torch.int32).reshape(1)  # Apex adds 1
         self._apex._dummy_overflow_buf.zero_()  # else it does not add after a skipped step
         flag = found_inf.reshape(1)  # in a gradient scaler with the two methods that Apex calls, and a scale of 1

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import torch
 from PIL import Image
@@ -16,8 +16,10 @@ from PIL import Image
 import fastmum
 from fastmum.data.errors import DataError
 from fastmum.engine.device import pick_device
-from fastmum.errors import FastmumError, program, run_command, writing
+from fastmum.errors import FastmumError, program, run_command, some_names, writing
 from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discriminant, evaluate_matching
+from fastmum.evaluate.depth import DepthSettings, evaluate_depth, open_cache
+from fastmum.evaluate.depth_sets import KINDS, open_depth
 from fastmum.evaluate.features import check_size, patch_size
 from fastmum.evaluate.matching import TEMPERATURE, ProbeSettings, Result
 from fastmum.evaluate.pairs import SETS, Pair, PairSet, open_pairs, overlap, same_set
@@ -25,26 +27,33 @@ from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import draw_attention, draw_views, draw_warp
 from fastmum.evaluate.pose import evaluate_pose
 from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
-from fastmum.evaluate.records import check_free, make_folder, printable, read, save
+from fastmum.evaluate.records import MATCHING, check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, OF_RUNS, page, table
 from fastmum.evaluate.roma import evaluate_roma
+from fastmum.evaluate.scoring import Protocol
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
+from fastmum.features.probe import Probe, of_encoder, write_probe
 from fastmum.files import expand_user, write_atomic
 from fastmum.model.encoder import Encoder
 from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 from fastmum.pretrained.load import RANDOM, build, read_pretrained
 from fastmum.progress import progress_bar
+from fastmum.tasks.depth import HEADS, LINEAR, Loss
 from fastmum.tasks.pose import infer as pose
 from fastmum.tasks.reconstruction import infer as reconstruction
 from fastmum.tasks.roma import infer as roma
 
 T = TypeVar("T")
 
-STEPS = {"cuda": 25_000, "cpu": 200}  # the paper's (supplement, section B), and minutes on a CPU
+CPU_STEPS = 200  # of probes without a GPU: minutes
 TRAIN_PAIRS = 2000  # whose features fit in memory: at most 6 GB for ViT-L at 448 px
 FLAGS = {"counts": "views", "evaluate_every": "every"}  # fields of settings whose flags have other names
+ENCODER_ONLY = ("depth",)  # evaluations that need no decoder
+DEPTH_STEPS, DEPTH_STEPS_CPU = 38_400, 100  # DINOv2's, and minutes on a CPU
 LEAST = {"max_pairs": 1, "train_pairs": 1, "steps": 1, "every": 1, "pictures": 0, "seed": 0}
-REMEDIES = {"matching": "lower --batch, --size or the number of --learning-rates", "views": "lower --size or --views"}
+REMEDIES = {"matching": "lower --batch, --size or the number of --learning-rates", "views": "lower --size or --views",
+            "depth": "lower --batch"}  # fmt: skip
+CACHE = "folder to keep features in, and to read them from the next time (default: none)"
 _SETS = "\n".join(f"  {name:11}{layout.meaning}" for name, layout in SETS.items())
 _EPILOG = f"""\
 {SPECS}
@@ -57,6 +66,7 @@ The evaluation `reconstruction` takes runs of that task, and scenes, a manifest,
 
 The evaluation `pose` takes runs of that task.
 The evaluation `roma` takes runs of that task, and the same DATA as matching.
+The evaluation `depth` takes {KINDS}.
 
 The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
 
@@ -65,15 +75,23 @@ paper's numbers. docs/evaluation.md describes the protocols.
 """
 
 Claim = Callable[[str], None]  # checks, by the name of the set, that a result would not replace another one
-Evaluated = tuple[str, dict[str, Any], list[Image.Image]]  # name of the set, numbers, pictures
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation returns."""
+
+    set: str  # its name
+    numbers: dict[str, Any]
+    pictures: list[Image.Image]
+    probe: Probe | None = None  # for `fastmum predict`
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser; `args.task` is a key of `EVALUATIONS`."""
     description = (
         "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
-        "decoder's attention; the effect of other views on the masked loss; and reconstruction and relative pose by "
-        "runs of those tasks."
+        "decoder's attention; the effect of other views on the masked loss; reconstruction, relative pose and dense "
+        "matching by runs of those tasks; and depth of single images."
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
@@ -84,7 +102,12 @@ def make_parser() -> argparse.ArgumentParser:
         if task in ("matching", "discriminant"):
             _add_training_pairs(command)
         if task == "matching":
-            _add_training(command)
+            paper, author = (ProbeSettings.of(protocol).steps for protocol in get_args(Protocol))
+            _add_training(command, ProbeSettings(), f"{paper:,}, matchbench {author:,}, without a GPU {CPU_STEPS}")
+            every = "steps between evaluations (default: a tenth of --steps)"
+            command.add_argument("--every", type=int, metavar="N", help=every)
+        if task == "depth":
+            _add_depth(command)
         if task == "views":
             _add_views(command)
         if task in OF_RUNS:
@@ -94,19 +117,24 @@ def make_parser() -> argparse.ArgumentParser:
             command.add_argument("--square", action="store_true", help=square)
         if task == "roma":
             command.add_argument("--no-pose", action="store_true", help="dense warps only, which needs no OpenCV")
+        if task in ("matching", "cosine"):
+            protocol = "patches: patch centres are scored; matchbench: every pixel, as the author runs it (%(default)s)"
+            command.add_argument("--protocol", choices=get_args(Protocol), default="patches", help=protocol)
         if task in ("matching", "discriminant", "cosine"):
             temperature = "of the matcher (%(default)s)"
             command.add_argument("--temperature", type=float, default=TEMPERATURE, metavar="T", help=temperature)
-            cache = "folder to keep features in, and to read them from the next time (default: none)"
-            command.add_argument("--cache", type=Path, metavar="DIR", help=cache)
+            command.add_argument("--cache", type=Path, metavar="DIR", help=CACHE)
     return parser
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     weights = "weights to evaluate, see below"
-    size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448)"
-    pairs = "evaluate on N pairs (views: frames, reconstruction: sequences), evenly spread over the set (default: all)"
+    size = "side of the resized pictures (256 for scenes, 512 for NAVI, 224 for folders of sequences, else 448; depth: "
+    size += "the longer side, default: the protocol's)"
+    pairs = (
+        "evaluate on N pairs (views: frames, reconstruction: sequences, depth: images), evenly spread (default: all)"
+    )
     seed = "of random weights, of the order of training pairs, and of masks (%(default)s)"
     add("--weights", required=True, metavar="W", help=weights)
     add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
@@ -126,18 +154,37 @@ def _add_training_pairs(parser: argparse.ArgumentParser) -> None:
     add("--train-pairs", type=int, default=TRAIN_PAIRS, metavar="N", help="maximum number (%(default)s)")
 
 
-def _add_training(parser: argparse.ArgumentParser) -> None:
-    defaults, add = ProbeSettings(), parser.add_argument_group("training of the probes").add_argument
-    rates, decays = defaults.learning_rates, defaults.weight_decays
-    steps = f"default: {STEPS['cuda']:,} as in the paper, {STEPS['cpu']} without a GPU"
-    probes = "each combination with a weight decay makes a probe (%(default)s)"
-    add("--steps", type=int, metavar="N", help=steps)
-    add("--every", type=int, metavar="N", help="steps between evaluations (default: a tenth of --steps)")
-    choice = "where the best probe and step are chosen: test pairs, as in the paper, or left-out scenes (%(default)s)"
+def _add_training(parser: argparse.ArgumentParser, defaults: ProbeSettings | DepthSettings, steps: str) -> None:
+    add = parser.add_argument_group("training of the probes").add_argument
+    rates, decays = (" ".join(map(str, each)) for each in (defaults.learning_rates, defaults.weight_decays))
+    author = "; matchbench: its own" if isinstance(defaults, ProbeSettings) else ""
+    probes = f"each combination with a weight decay makes a probe (default: {rates}{author})"
+    add("--steps", type=int, metavar="N", help=f"default: {steps}")
+    choice = "where the best probe is chosen: on the test set, as in the paper, or on left-out scenes (%(default)s)"
     add("--choose-on", choices=("test", "train"), default="test", help=choice)
-    add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs a step (%(default)s)")
-    add("--learning-rates", type=float, nargs="+", default=rates, metavar="LR", help=probes)
-    add("--weight-decays", type=float, nargs="+", default=decays, metavar="WD", help="(%(default)s)")
+    add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs, or images, a step (%(default)s)")
+    add("--learning-rates", type=float, nargs="+", metavar="LR", help=probes)
+    add("--weight-decays", type=float, nargs="+", metavar="WD", help=f"default: {decays}{author}")
+
+
+def _sweep(args: Namespace, defaults: ProbeSettings | DepthSettings) -> dict[str, Any]:
+    """Learning rates and weight decays, by default those of the settings."""
+    names = "learning_rates", "weight_decays"
+    return {name: tuple(getattr(defaults if getattr(args, name) is None else args, name)) for name in names}
+
+
+def _add_depth(parser: argparse.ArgumentParser) -> None:
+    defaults, add = DepthSettings(), parser.add_argument
+    _add_training(parser, defaults, f"{DEPTH_STEPS:,} as in DINOv2, {DEPTH_STEPS_CPU} without a GPU")
+    heads = (
+        f"of {', '.join(HEADS)}, each with every rate and decay (default: lin1 and lin4, without a CLS token *-nocls)"
+    )
+    versions = "augmented versions of each training image, encoded once (default: 1; 0, new ones for ever, on a GPU)"
+    add("--train-data", metavar="DATA", help="images to train on (default: other images of --data)")
+    add("--heads", nargs="+", metavar="HEAD", help=heads)
+    add("--loss", choices=get_args(Loss), default=defaults.loss, help="besides that of gradients (%(default)s)")
+    add("--versions", type=int, metavar="N", help=versions)
+    add("--cache", type=Path, metavar="DIR", help=CACHE)
 
 
 def _add_views(parser: argparse.ArgumentParser) -> None:
@@ -192,7 +239,7 @@ def _run(args: Namespace) -> None:
     out = expand_user(args.out)
     make_folder(out)
     read(out)  # the page needs every result; fail before the evaluation
-    overrides = parse_overrides(args.overrides, {"device": "--device"})
+    overrides = _overrides(args)
     device = pick_device(args.device, key="--device")
     weights: dict[str, Any]
     model: Any
@@ -200,15 +247,18 @@ def _run(args: Namespace) -> None:
         weights, model = _load_run(args, device)
         encoder = model.model.encoder
     else:
-        weights, model = load_weights(args.weights, args.name, device, overrides, args.seed)
+        weights, model = load_weights(args.weights, args.name, device, overrides)
         encoder = model
     if args.size is not None:
         check_size(encoder, args.size)
-    about = printable({"task": args.task, "set": "", **weights, "data": args.data})
+    protocol = {"protocol": getattr(args, "protocol", "patches")} if args.task in MATCHING else {}
+    about = printable({"task": args.task, "set": "", **weights, "data": args.data, **protocol})
     _, evaluate = EVALUATIONS[args.task]
-    set_name, numbers, pictures = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
+    set_name, numbers, pictures, probe = evaluate(args, model, lambda name: check_free(out, about | {"set": name}))
     about |= {"set": set_name, "fastmum": fastmum.__version__, "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
     saved = save(out, about | numbers, pictures)
+    if probe is not None:
+        write_probe(saved.file.with_suffix(".safetensors"), probe)
     records = read(out)
     text = f"{table(records).markdown()}\n{NOTE}\n"
     with writing(out, DataError):
@@ -217,25 +267,33 @@ def _run(args: Namespace) -> None:
     print(f"{text}\n{saved.file}\n{out / 'report.html'}")
 
 
+def _overrides(args: Namespace) -> dict[str, Any]:
+    """Of the weights; probes of single images do without the decoder."""
+    overrides = parse_overrides(args.overrides, {"device": "--device"})
+    seeded = {"seed": args.seed} if args.weights.startswith(f"{RANDOM}:") else {}
+    return seeded | overrides | ({"encoder_only": True} if args.task in ENCODER_ONLY else {})
+
+
 def load_weights(
-    spec: str, name: str | None, device: torch.device, overrides: Mapping[str, Any], seed: int = 0
+    spec: str, name: str | None, device: torch.device, overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Encoder]:
     """Fields of a record of results that say what the weights are, and the model in eval mode.
 
-    `spec` and `overrides` are those of `fastmum.load_pretrained`; the name is by default that of the weights. `seed` is
-    that of random weights. Raises `WeightsError`.
+    `spec` and `overrides` are those of `fastmum.load_pretrained`; the name is by default that of the weights. Raises
+    `WeightsError`.
     """
-    dtype, seeded = overrides.get("dtype", torch.float32), {"seed": seed} if spec.startswith(f"{RANDOM}:") else {}
-    pretrained = read_pretrained(spec, **seeded | {key: value for key, value in overrides.items() if key != "dtype"})
+    dtype = overrides.get("dtype", torch.float32)
+    pretrained = read_pretrained(spec, **{key: value for key, value in overrides.items() if key != "dtype"})
     about = {"weights": name or pretrained.name, "source": spec, "frames": pretrained.frames}
     return about | {"encoder": pretrained.about}, build(pretrained, device, dtype)
 
 
 def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
-    steps = args.steps or STEPS[next(model.parameters()).device.type]
-    rates, decays, every = tuple(args.learning_rates), tuple(args.weight_decays), args.every or max(1, steps // 10)
-    more = {"steps": steps, "evaluate_every": every, "learning_rates": rates, "weight_decays": decays}
-    settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed"), **more)
+    defaults, on_gpu = ProbeSettings.of(args.protocol), next(model.parameters()).device.type == "cuda"
+    steps = args.steps or (defaults.steps if on_gpu else CPU_STEPS)
+    more: dict[str, Any] = {"steps": steps, "evaluate_every": args.every or max(1, steps // 10)}
+    more |= _sweep(args, defaults)
+    settings = _settings(ProbeSettings, args, ("batch", "temperature", "seed", "protocol"), **more)
     pairs, train = _open_both(args, claim)
     return _with_pictures(
         args, pairs, evaluate_matching(model, pairs, train, settings, args.size, args.choose_on == "train", args.cache)
@@ -252,7 +310,8 @@ def _discriminant(args: Namespace, model: Any, claim: Claim) -> Evaluated:
 def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
     """Pairs to evaluate on and to train on; `DataError` if they share a frame."""
     separate = args.train_data is not None and not same_set(args.train_data, args.data)
-    pairs = open_pairs(args.data, "all" if separate else "test")
+    matchbench = getattr(args, "protocol", "") == "matchbench"
+    pairs = open_pairs(args.data, "all" if separate else "test", matchbench=matchbench)
     train = open_pairs(args.train_data, "trainable") if separate else open_pairs(args.data, "train")
     if separate and (shared := overlap(train, pairs)):
         raise DataError(
@@ -264,9 +323,10 @@ def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
 
 
 def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluated:
-    pairs = open_pairs(args.data).first(args.max_pairs)
+    pairs = open_pairs(args.data, matchbench=args.protocol == "matchbench").first(args.max_pairs)
     claim(pairs.name)
-    return _with_pictures(args, pairs, evaluate_cosine(model, pairs, args.size, args.temperature, args.cache))
+    result = evaluate_cosine(model, pairs, args.size, args.temperature, args.cache, args.protocol)
+    return _with_pictures(args, pairs, result)
 
 
 def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluated:
@@ -285,7 +345,9 @@ def _with_pictures(
         draw = draw or (lambda pair: draw_warp(pair, warps[pairs.pairs.index(pair)], result.size))
         first = pairs.first(args.pictures).pairs
         few = [draw(each) for each in progress_bar(first, desc="drawing", unit="pair", leave=False)]
-    return pairs.name, {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)} | result.numbers, few
+    return Evaluated(
+        pairs.name, {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)} | result.numbers, few
+    )
 
 
 def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
@@ -296,7 +358,8 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     patches = (result.size // patch_size(model)) ** 2
     few = evenly(list(result.targets), args.pictures)
     batches = (target_batch(sequences, target, settings, result.size, patches) for target in few)
-    return sequences.name, result.numbers, [draw_views(model, batch, settings.mask_ratio) for batch in batches]
+    drawn = [draw_views(model, batch, settings.mask_ratio) for batch in batches]
+    return Evaluated(sequences.name, result.numbers, drawn)
 
 
 def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Any]:
@@ -316,7 +379,7 @@ def _pose(args: Namespace, trained: pose.Trained, claim: Claim) -> Evaluated:
         lambda images: pose.estimate(trained.model, images), pairs, args.size or trained.image_size, args.max_pairs,
         args.pictures,
     )  # fmt: skip
-    return pairs.name, scored.numbers, scored.pictures
+    return Evaluated(pairs.name, scored.numbers, scored.pictures)
 
 
 def _reconstruction(args: Namespace, trained: reconstruction.Trained, claim: Claim) -> Evaluated:
@@ -330,7 +393,35 @@ def _reconstruction(args: Namespace, trained: reconstruction.Trained, claim: Cla
             lambda batch: reconstruction.estimate(model, batch.images, points), manifests, protocol,
             args.size or protocol.size or trained.image_size, patch, not args.square, args.max_pairs, args.pictures,
         )  # fmt: skip
-    return name, scored.numbers, scored.pictures
+    return Evaluated(name, scored.numbers, scored.pictures)
+
+
+def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
+    on_gpu = next(encoder.parameters()).device.type == "cuda"
+    steps, versions = args.steps or (DEPTH_STEPS if on_gpu else DEPTH_STEPS_CPU), args.versions
+    heads = tuple(args.heads or (name for name in LINEAR if HEADS[name].cls == encoder.options.cls))
+    versions = int(not on_gpu) if versions is None else versions
+    more = {"steps": steps, "versions": versions, "heads": heads, **_sweep(args, DepthSettings())}
+    settings = _settings(DepthSettings, args, ("batch", "loss", "seed"), **more)
+    test, train = (open_depth(name, part).resized(args.size) for name, part in (
+        (args.data, "test"), (args.train_data or args.data, "train"))
+    )  # fmt: skip
+    if shared := {frame.file for frame in train.frames} & {frame.file for frame in test.frames} - {None}:
+        raise DataError(f"--train-data and --data share '{min(map(str, shared))}'; name a --train-data of other images")
+    claim(test.name)
+    with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
+        cache = open_cache(args.cache or Path(folder), encoder) if args.cache or versions else None
+        result = evaluate_depth(
+            encoder, test, train, settings, args.choose_on == "train", cache, args.max_pairs, args.pictures
+        )
+    for data, part in ((test, "test"), (train, "training")):
+        if data.skipped:
+            why = some_names([f"{name} ({reason})" for name, reason in data.skipped.items()], 3)
+            print(f"{data.name}: {len(data.skipped)} {part} images are skipped: {why}", file=sys.stderr)
+    used = of_encoder(encoder, args.weights, _overrides(args))
+    about = {"task": "depth", **used, **result.best.about(), "loss": settings.loss, "size": result.longest}
+    about |= {"max_depth": train.protocol.max_depth}
+    return Evaluated(test.name, result.numbers, result.pictures, Probe(result.best.head.state_dict(), about))
 
 
 def _roma(args: Namespace, trained: roma.Trained, claim: Claim) -> Evaluated:
@@ -339,7 +430,7 @@ def _roma(args: Namespace, trained: roma.Trained, claim: Claim) -> Evaluated:
     few = pairs.first(args.pictures).pairs if args.pictures else []
     scored = evaluate_roma(trained, pairs, args.size, not args.no_pose, few, args.seed)
     counts = {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)}
-    return pairs.name, counts | scored.numbers, scored.pictures
+    return Evaluated(pairs.name, counts | scored.numbers, scored.pictures)
 
 
 EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
@@ -351,6 +442,7 @@ EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]]
     "reconstruction": ("cameras and points of a run of reconstruction, with pictures", _reconstruction),
     "pose": ("relative poses of a run of pose, with pictures", _pose),
     "roma": ("dense warps and relative poses by a run of RoMa, with pictures", _roma),
+    "depth": ("depth of single images by linear heads on frozen features, for `fastmum predict`", _depth),
 }
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from fastmum.attention import ragged_attention
 from fastmum.data.errors import DataError
 from fastmum.evaluate.features import check_finite, check_size, load_image, patch_size, true_warps
-from fastmum.evaluate.matching import Result, decode, measured
+from fastmum.evaluate.matching import Result, decode
 from fastmum.evaluate.pairs import PairSet
+from fastmum.evaluate.scoring import measured
 from fastmum.geometry.metrics import match_errors, match_scores
 from fastmum.model.mum import GlobalAttention, MuM
 from fastmum.progress import progress_bar

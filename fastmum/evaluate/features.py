@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs import Frame, PairSet, pair_warp
 from fastmum.features import FeatureCache, Tokens, image_key
+from fastmum.features.cache import half
 from fastmum.features.images import Placement
 from fastmum.model.encoder import Encoder
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
@@ -34,16 +35,17 @@ class Truth:
     """True warps of a pair set, on the CPU."""
 
     pairs: PairSet
-    target: Tensor  # (N, P, 2) float64 unit coordinates in B of the patch centres of A
+    target: Tensor  # (N, P, 2) unit coordinates in B of the cell centres of A, float64; of pixels float32
     visible: Tensor  # (N, P) bool, where the true warp exists
-    grid: tuple[int, int]  # rows and columns of patches
+    grid: tuple[int, int]  # rows and columns of cells: patches or pixels
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Features and true warps of a pair set, on the CPU.
 
-    Each token is divided by its root mean square, which a cosine does not see and without which float16 could overflow.
+    By default each token is divided by its root mean square, which a cosine does not see and without which float16
+    could overflow.
     """
 
     truth: Truth
@@ -59,28 +61,29 @@ class Prepared:
 
 def prepare(
     encoder: nn.Module, pairs: PairSet, size: int | None = None, norms: Sequence[Norm] = NORMS,
-    cache: Path | None = None,
+    cache: Path | None = None, scaled: bool = True,
 ) -> dict[Norm, Prepared]:  # fmt: skip
     """Encode the frames of a set, each once, by `patch_features`, and compute its true warps.
 
     `size` is the side of the resized pictures in pixels, by default that of the set. With the folder `cache`, features
-    are read from there if an earlier call wrote them. DataError: an unreadable frame, a size that does not fit,
-    features that are not finite, or no visible point.
+    are read from there if an earlier call wrote them. Unless `scaled`, tokens keep their length (a probe with a bias
+    sees it). DataError: an unreadable frame, a size that does not fit, features that are not finite, or no visible
+    point.
     """
     size = check_size(encoder, size or pairs.size)
     by_key = {frame.key: frame for pair in pairs.pairs for frame in (pair.a, pair.b)}
     frames, index = list(by_key.values()), {key: i for i, key in enumerate(by_key)}
-    about = {"norms": list(norms), "scale": "root mean square", "dtype": str(STORED)}
+    about = {"norms": list(norms), "scale": "root mean square" if scaled else "none", "dtype": str(STORED)}
     kept = None if cache is None else FeatureCache(cache, cast(Encoder, encoder), about)
     encoded: list[Tensor] = []
     for start in progress_bar(range(0, len(frames), BATCH), desc=f"encoding {pairs.name}", leave=False):
         images = torch.stack([load_image(frame, size) for frame in frames[start : start + BATCH]])
         if kept is None:
-            encoded.append(_scaled(encoder, images, norms, pairs))
+            encoded.append(_stored(encoder, images, norms, pairs, scaled))
             continue
 
         def compute(missing: list[int], images: Tensor = images) -> list[Tokens]:
-            return [Tokens(None, x, WHOLE) for x in _scaled(encoder, images[missing], norms, pairs)]
+            return [Tokens(None, x, WHOLE) for x in _stored(encoder, images[missing], norms, pairs, scaled)]
 
         found = kept.tokens([image_key(image) for image in images], compute)
         encoded.append(torch.stack([tokens.patch for tokens in found]))
@@ -90,24 +93,25 @@ def prepare(
     return {norm: Prepared(truth, features[:, i], first, second) for i, norm in enumerate(norms)}
 
 
-def _scaled(encoder: nn.Module, images: Tensor, norms: Sequence[Norm], pairs: PairSet) -> Tensor:
+def _stored(encoder: nn.Module, images: Tensor, norms: Sequence[Norm], pairs: PairSet, scaled: bool) -> Tensor:
     """Features of frames for each norm, (F, n, P, D), as in `Prepared`."""
-    found, scaled = patch_features(encoder, images), []
+    found, stored = patch_features(encoder, images), []
     for norm in norms:
         check_finite(found[norm], pairs)
-        scale = found[norm].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
-        scaled.append((found[norm] / scale).to("cpu", STORED))
-    return torch.stack(scaled, dim=1)
+        scale = found[norm].square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30) if scaled else 1.0
+        stored.append(half(found[norm] / scale))
+    return torch.stack(stored, dim=1)
 
 
-def true_warps(pairs: PairSet, side: int) -> Truth:
-    """True warps at the centres of side x side patches; a `DataError` if no point is visible in any pair."""
+def true_warps(pairs: PairSet, side: int, dtype: torch.dtype = torch.float64) -> Truth:
+    """True warps at the centres of side x side cells; a `DataError` if no point is visible in any pair."""
     bar = progress_bar(pairs.pairs, desc="true warps", unit="pair", leave=False)
-    warps = [pair_warp(pair, side, side) for pair in bar]
-    visible = torch.stack([warp.visible for warp in warps])
+    warps = (pair_warp(pair, side, side) for pair in bar)
+    points, seen = zip(*((warp.points.to(dtype), warp.visible) for warp in warps), strict=True)
+    visible = torch.stack(seen)
     if not visible.any():
-        raise DataError(f"no patch of the set '{pairs.name}' is visible in both views: are K, T_b_a and depth right?")
-    return Truth(pairs, torch.stack([warp.points for warp in warps]), visible, (side, side))
+        raise DataError(f"no point of the set '{pairs.name}' is visible in both views: are K, T_b_a and depth right?")
+    return Truth(pairs, torch.stack(points), visible, (side, side))
 
 
 def check_finite(computed: Tensor, pairs: PairSet) -> None:

@@ -16,9 +16,10 @@ from fastmum.files import read_json, write_atomic
 
 MATCHERS = {  # evaluations and their names in tables
     "matching": "linear probe", "discriminant": "closed-form probe", "cosine": "cosine", "attention": "attention",
-    "views": "masked loss", "reconstruction": "reconstruction", "pose": "relative pose",
-    "roma": "dense matching",
+    "views": "masked loss", "reconstruction": "reconstruction", "pose": "relative pose", "roma": "dense matching",
+    "depth": "depth",
 }  # fmt: skip
+MATCHING = ("matching", "discriminant", "cosine", "attention")  # those with a protocol, by default "patches"
 KEYS = ("task", "set", "weights")
 LARGEST = 1e300  # of numbers in files
 LONGEST_NAME = 200  # bytes; file systems allow 255, and a suffix follows
@@ -28,7 +29,7 @@ OF_VIEWS = "same", "other", "change_same", "change_other"  # one value for each 
 ANY, NUMBER, OPTIONAL = "any key", "a finite number", "a finite number or null"
 _SCORES = {ANY: OPTIONAL}
 SHAPES: dict[str, Any] = {
-    "task": str, "set": str, "weights": str, "scores": _SCORES, "settings": {},  # these are required
+    "task": str, "set": str, "weights": str, "protocol": str, "scores": _SCORES, "settings": {},  # these are required
     "source": str, "frames": OPTIONAL, "pairs": NUMBER, "set_pairs": NUMBER, "no_motion": _SCORES,
     "per_pair_epe": _SCORES,
     "probes": [{"learning_rate": NUMBER, "evaluations": [{"step": NUMBER, "epe": OPTIONAL, "train_loss": OPTIONAL}]}],
@@ -149,7 +150,8 @@ def _pictures(folder: Path, stem: str) -> list[Path]:
 
 def _stem(content: dict[str, Any]) -> str:
     """Common part of the names of a result's files."""
-    return file_stem(*(content[key] for key in KEYS))
+    protocol = content.get("protocol", "patches")
+    return file_stem(*(content[key] for key in KEYS), *([] if protocol == "patches" else [protocol]))
 
 
 def file_stem(*names: str) -> str:

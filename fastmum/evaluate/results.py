@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fastmum.evaluate.features import NORMS
-from fastmum.evaluate.records import MATCHERS, Record
+from fastmum.evaluate.records import MATCHERS, MATCHING, Record
 from fastmum.report.charts import Chart, Line, color
 from fastmum.report.page import embed, number, render
 
@@ -39,7 +39,8 @@ PUBLISHED_SCORES = {  # of evaluations or sets; of the others EPE
     "navi": ("recall",), "co3d_test": ("auc30",), "realestate10k_test": ("auc30",),
     "dtu": ("acc_median", "comp_median"), "eth3d": ("acc_median", "comp_median"),
 }  # fmt: skip
-PUBLISHED_PAIRS = {"megadepth": 1500, "scannet": 1500, "realestate10k_test": 1386, "dtu": 22, "eth3d": 13}
+PUBLISHED_PROTOCOL = {"matching": "matchbench", "cosine": "matchbench"}  # of sets with EPE
+PUBLISHED_PAIRS = {"megadepth": 1000, "scannet": 1500, "realestate10k_test": 1386, "dtu": 22, "eth3d": 13}
 TITLES = {"megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI", "co3d_test": "CO3D", "dtu": "DTU",
           "realestate10k_test": "RealEstate10K", "eth3d": "ETH3D"}  # fmt: skip
 SCORES = {
@@ -48,20 +49,26 @@ SCORES = {
     "auc30": "AUC@30 ↑", "auc20": "AUC@20 ↑", "auc15": "AUC@15 ↑", "auc10": "AUC@10 ↑", "auc5": "AUC@5 ↑",
     "auc3": "AUC@3 ↑", "rotation_median": "rotation ↓", "direction_median": "direction ↓", "acc_mean": "acc ↓",
     "acc_median": "acc median ↓", "comp_mean": "comp ↓", "comp_median": "comp median ↓", "nc_mean": "normals ↑",
-    "nc_median": "normals median ↑", "abs_rel": "AbsRel ↓",
+    "nc_median": "normals median ↑", "abs_rel": "AbsRel ↓", "rmse": "RMSE ↓", "a1": "δ₁ ↑",
 }  # fmt: skip
 OTHER_VIEWS = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
-THREE_DIGITS = ("acc_", "comp_", "nc_", "abs_rel", "views_")  # starts of the names of scores
+NAMED = ("per_pair_epe", "per_sequence", "per_image")  # scores by the names of what was measured
+THREE_DIGITS = ("acc_", "comp_", "nc_", "abs_rel", "rmse", "a1", "views_")  # starts of the names of scores
 VIEWS = "views_"  # prefix of scores that are losses; the number of views follows
-COUNTED = {"views": " frames", "reconstruction": " sequences"}  # what the numbers of other tasks than pairs count
+COUNTED = {
+    "views": " frames",
+    "reconstruction": " sequences",
+    "depth": " images",
+}  # what the numbers of other tasks than pairs count
 NONE = "–"
 NOTE = (
-    "EPE: end-point error in pixels of 448 x 448 (dense matching by runs: of their size). R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
-    "5 cm, in percent. The paper's numbers are EPE, and recall on NAVI (Table 4: linear probe; Table 13: cosine). "
-    "Masked loss: of the same frames, without and with the nearest other views; 1.0 is the loss of predicting each "
-    "patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to true points and the "
-    "reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp, and AUC@5 of relative pose. "
-    "Rotation, direction: medians in degrees."
+    "EPE: end-point error in pixels of 448 x 448 (dense matching by runs: of their size). R: matches within 32 px, "
+    "PCK@k: within k px, recall: within 1, 2 and 5 cm, in percent. The paper's numbers are EPE by the protocol "
+    "matchbench, and recall on NAVI (Table 4: linear probe; Table 13: cosine). Masked loss: of the same frames, "
+    "without and with the nearest other views; 1.0 is the loss of predicting each patch's mean. AUC: of relative poses, "
+    "in percent; acc, comp: distance of predicted to true points and the reverse, in the unit of the set; the paper's are "
+    "AUC@30, and medians of acc / comp, and AUC@5 of relative pose. Rotation, direction: medians in degrees. Depth: "
+    "RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over images."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
@@ -75,6 +82,7 @@ CAPTIONS = {
     "reconstruction": "frames with true and predicted depth and its error; cameras and points from above, aligned",
     "pose": "points of view 1, and their epipolar lines in view 2: predicted in their colours, true in white",
     "roma": "A, B, each warped onto the other where the warp is certain, the certainty, B by the true warp",
+    "depth": "image, true depth, the best head's depth and its relative error (up to 0.5); white: unknown",
     "views": "a frame, its visible patches, and predictions from it alone, with the nearest other views, and with as "
     "many views of another scene",
 }
@@ -107,6 +115,7 @@ class Measured(NamedTuple):
     pairs: int | None  # number of pairs, or of frames for "views"; None if an old result does not say it
     names: frozenset[str]  # of the pairs or sequences, empty if the result does not say them
     size: int | None  # side of the pictures in pixels
+    protocol: str | None = None  # of matching
 
 
 class ResultGroup(NamedTuple):
@@ -123,15 +132,20 @@ class ResultGroup(NamedTuple):
         count = NONE if self.on.pairs is None else f"{self.on.pairs:,}{COUNTED.get(self.task, '')}"
         return [self.label, count, NONE if self.on.size is None else str(self.on.size)]
 
+    @property
+    def protocol(self) -> str:
+        """Its name as text."""
+        return self.on.protocol or NONE
+
 
 def measured_on(content: dict[str, Any]) -> Measured:
     """What a result was measured on."""
     settings = content["settings"]
     numbers = content.get("pairs", settings.get("targets", content["scores"].get("pairs"))), settings.get("size")
     count, size = (int(each) if isinstance(each, int | float) else None for each in numbers)
-    return Measured(
-        content["set"], count, frozenset(content.get("per_pair_epe", content.get("per_sequence", ()))), size
-    )
+    names = frozenset(next((content[key] for key in NAMED if key in content), ()))
+    protocol = content.get("protocol", "patches") if content["task"] in MATCHING else None
+    return Measured(content["set"], count, names, size, None if "recall" in content["scores"] else protocol)
 
 
 def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
@@ -146,13 +160,15 @@ def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
         same += [on.names] if on.names not in same else []
         other = f" ({same.index(on.names) + 1})" if same.index(on.names) else ""
         whole = {PUBLISHED_PAIRS.get(on.set), *(content.get("set_pairs") for content in results)} - {None}
-        paper = _published(task, on.set) if on.pairs is None or whole <= {on.pairs} else {}
+        same_points = on.protocol in (None, PUBLISHED_PROTOCOL.get(task))
+        paper = _published(task, on.set) if same_points and (on.pairs is None or whole <= {on.pairs}) else {}
         groups.append(ResultGroup(task, on, TITLES.get(on.set, on.set) + other, results, paper))
     for task in dict.fromkeys(each.task for each in groups):
         compared = {each.on.set for each in groups if each.task == task and each.paper}
         for name in dict.fromkeys(name for values in PUBLISHED.get(task, {}).values() for name in values):
             if name not in compared:
-                on = Measured(name, PUBLISHED_PAIRS.get(name), frozenset(), None)
+                protocol = PUBLISHED_PROTOCOL.get(task) if name not in PUBLISHED_SCORES else None
+                on = Measured(name, PUBLISHED_PAIRS.get(name), frozenset(), None, protocol)
                 groups.append(ResultGroup(task, on, TITLES[name], [], _published(task, name)))
     return sorted(groups, key=lambda each: [*MATCHERS].index(each.task))
 
@@ -168,22 +184,22 @@ def table(records: Sequence[Record]) -> ResultTable:
     results; its numbers are next to results on all pairs of a set only.
     """
     groups = group(record.content for record in records)
-    only = bool(records) and all(record.content["task"] in OF_RUNS for record in records)
+    only = bool(records) and all(record.content["task"] in (*OF_RUNS, "depth") for record in records)
     columns = _columns([record.content for record in records], always=() if only else ("epe",))
-    tasks = [task for task in PUBLISHED if task not in OF_RUNS or any(each.task == task for each in groups)]
+    shown = {each.task for each in groups} | (set() if only else {*MATCHING})
+    tasks = [task for task in PUBLISHED if task in shown]
     methods = list(dict.fromkeys(method for task in tasks for method in PUBLISHED[task]))
     still, rows = [], []
     for each in groups:
         paper = [_number(each.paper.get(method)) for method in methods]
         for content in each.contents or [{"weights": NONE, "scores": {}}]:
-            rows.append(
-                [MATCHERS[each.task], *each.about(), content["weights"], *_cells(content["scores"], columns), *paper]
-            )
+            about, cells = [MATCHERS[each.task], *each.about()], _cells(content["scores"], columns)
+            rows.append([*about, content["weights"], each.protocol, *cells, *paper])
             if "no_motion" in content:
                 cells = _cells(content["no_motion"], columns)
-                still.append(["no motion", *each.about(), NONE, *cells, *[NONE] * len(methods)])
+                still.append(["no motion", *each.about(), NONE, each.protocol, *cells, *[NONE] * len(methods)])
     still = [row for i, row in enumerate(still) if row not in still[:i]]
-    names = ["matcher", "set", "pairs", "size", "weights", *map(score_title, columns)]
+    names = ["matcher", "set", "pairs", "size", "weights", "protocol", *map(score_title, columns)]
     return ResultTable([*names, *(f"paper: {method}" for method in methods)], still + rows)
 
 
@@ -208,7 +224,12 @@ def _columns(contents: Iterable[dict[str, Any]], always: tuple[str, ...]) -> lis
 
 
 def _cells(scores: dict[str, float | None], columns: list[str]) -> list[str]:
-    return [_number(scores.get(name), 3 if name.startswith(THREE_DIGITS) else 1) for name in columns]
+    return [_number(scores.get(name), digits(name)) for name in columns]
+
+
+def digits(name: str) -> int:
+    """Digits after the point that a score is printed with."""
+    return 3 if name.startswith(THREE_DIGITS) else 1
 
 
 def score_title(name: str) -> str:
@@ -242,7 +263,8 @@ def _title(group: ResultGroup) -> str:
     label, count, size = group.about()
     pairs = [] if count == NONE else [count if group.task in COUNTED else f"{count} pairs"]
     sizes = [] if size == NONE else [f"{size} × {size} px"]
-    return ", ".join([f"{MATCHERS[group.task].capitalize()}: {label}", *pairs, *sizes])
+    named = [] if group.protocol == NONE else [f"protocol {group.protocol}"]
+    return ", ".join([f"{MATCHERS[group.task].capitalize()}: {label}", *pairs, *sizes, *named])
 
 
 def _charts(content: dict[str, Any]) -> list[Chart]:

@@ -16,9 +16,21 @@ from typing import Any
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command, writing
 from fastmum.evaluate.records import MATCHERS, Record, file_stem, make_folder, read
-from fastmum.evaluate.results import NONE, OTHER_VIEWS, SCORES, TITLES, VIEWS, markdown, measured_on, score_title
+from fastmum.evaluate.results import (
+    COUNTED,
+    NONE,
+    OTHER_VIEWS,
+    SCORES,
+    TITLES,
+    VIEWS,
+    digits,
+    markdown,
+    measured_on,
+    score_title,
+)
 
 SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
+LEADING = {"epe": "end-point error, pixels of 448 x 448", "recall": "recall, percent", "rmse": "RMSE, metres"}
 STYLE: dict[Any, Any] = {  # of plots; a name with $ is text
     "svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9, "text.parse_math": False
 }  # fmt: skip
@@ -78,13 +90,15 @@ def tables(spread: Spread) -> str:
 def _title(task: str, name: str, weights: dict[str, Contents]) -> str:
     """The evaluation, the set and the number of its pairs."""
     pairs = next((on.pairs for seeds in weights.values() for on in map(measured_on, seeds) if on.pairs), None)
-    count = "" if pairs is None else f", {pairs:,} {'frames' if task == 'views' else 'pairs'}"
+    count = "" if pairs is None else f", {pairs:,}{COUNTED.get(task, ' pairs')}"
     return f"{MATCHERS[task]}, {TITLES.get(name, name)}{count}"
 
 
 def _score_cells(seeds: Contents) -> dict[str, str]:
     scores = [score for score in SCORES if any(score in content["scores"] for content in seeds)]
-    return {score_title(score): _spread([c["scores"].get(score) for c in seeds], ".1f") for score in scores}
+    return {
+        score_title(score): _spread([c["scores"].get(score) for c in seeds], f".{digits(score)}f") for score in scores
+    }
 
 
 def _view_cells(seeds: Contents) -> dict[str, str]:
@@ -146,14 +160,15 @@ def _draw_views(axes: Any, weights: dict[str, Contents]) -> None:
 
 
 def _draw_scores(axes: Any, weights: dict[str, Contents]) -> None:
-    """End-point errors, or recall on sets without them: a bar for the mean of the seeds, a dot for each."""
-    score = "epe" if any("epe" in content["scores"] for seeds in weights.values() for content in seeds) else "recall"
+    """End-point errors, or the first score of sets without them: a bar for the mean of the seeds, a dot for each."""
+    there = {name for seeds in weights.values() for content in seeds for name in content["scores"]}
+    score = next((name for name in (*LEADING, *SCORES) if name in there), "epe")
     for i, seeds in enumerate(weights.values()):
         if values := [value for content in seeds if (value := content["scores"].get(score)) is not None]:
             axes.bar(i, mean(values), color=f"C{i}", alpha=0.5, width=0.6)
             axes.plot([i] * len(values), values, "o", color=f"C{i}", markersize=4)
     axes.set_xticks(range(len(weights)), list(weights))
-    axes.set_ylabel("end-point error, pixels of 448 x 448" if score == "epe" else "recall, percent")
+    axes.set_ylabel(LEADING.get(score, score_title(score)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from fastmum.errors import writing
-from fastmum.features.images import FeaturesError
+from fastmum.features.images import FeaturesError, Placement
 from fastmum.features.store import Tokens, read_features, write_features
 from fastmum.files import write_atomic
 from fastmum.model.encoder import Encoder
@@ -53,6 +53,38 @@ class FeatureCache:
                 write_features(files[i], {NAME: tokens}, {"key": keys[i]})
                 found[i] = tokens
         return [found[i] for i in range(len(files))]
+
+
+@torch.no_grad()
+def frozen_tokens(
+    encoder: Encoder, images: Tensor, blocks: Sequence[int], cache: FeatureCache | None = None, norm: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Patch tokens (B, n, P, D) and CLS (B, n, D), or None, after n blocks of a frozen encoder: float16 on the CPU.
+
+    Of the images (B, H, W, 3) uint8, on the CPU, those that `cache` lacks are computed together. `about` of the cache
+    must describe `blocks` and `norm`. FeaturesError: features are not finite, or a file cannot be written.
+    """
+
+    def compute(missing: Sequence[int]) -> list[Tokens]:
+        layers = encoder.tokens(images[missing].to(next(encoder.parameters()).device), blocks, norm=norm)
+        patch = torch.stack([layer.patch for layer in layers], 1)
+        if not patch.isfinite().all():
+            raise FeaturesError("features are not finite: are the weights damaged?")
+        patch, classes = half(patch), [layer.cls for layer in layers if layer.cls is not None]
+        cls = half(torch.stack(classes, 1)) if classes else None
+        place = Placement(*images.shape[1:3], *images.shape[1:3])
+        return [Tokens(None if cls is None else cls[i], patch[i], place) for i in range(len(patch))]
+
+    every = list(range(len(images)))
+    found = compute(every) if cache is None else cache.tokens([image_key(image) for image in images], compute)
+    classes = [tokens.cls for tokens in found if tokens.cls is not None]
+    return torch.stack([tokens.patch for tokens in found]), torch.stack(classes) if classes else None
+
+
+def half(x: Tensor) -> Tensor:
+    """float16 on the CPU; the few channels of an encoder that are larger are cut off."""
+    limit = torch.finfo(torch.float16).max
+    return x.float().clamp(-limit, limit).to("cpu", torch.float16)
 
 
 def _read(file: Path) -> Tokens | None:

@@ -180,7 +180,7 @@ class Encoder(nn.Module):
 
     def _embed(self, pixels: Pixels, ids: Tensor) -> tuple[Tensor, list[tuple[Block, Context]]]:
         options = self.options
-        rows, columns = pixels.grid  # torch 2.10 cannot trace `*pixels.grid`
+        rows, columns = pixels.grid
         prefix: list[Tensor] = [self.cls_token] if options.cls else []
         # The residual stream keeps the parameters' precision under autocast.
         patches = self.patch_embed(pixels, ids).to((prefix[0] if prefix else self.norm.weight).dtype)

@@ -23,11 +23,7 @@ class Pixels(NamedTuple):
     mean: Sequence[float]
     std: Sequence[float]
     patch_size: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.frames.shape[1] // self.patch_size, self.frames.shape[2] // self.patch_size
+    grid: tuple[int, int]  # rows and columns of patches
 
 
 def check_frames(
@@ -58,7 +54,7 @@ def check_frames(
             f"{name} is {height} x {width} pixels, but height and width must be positive multiples of the patch "
             f"size {patch_size}"
         )
-    return Pixels(frames, mean, std, patch_size)
+    return Pixels(frames, mean, std, patch_size, (height // patch_size, width // patch_size))
 
 
 def check_lengths(lengths: Tensor | Sequence[int], max_views: int | None, num_frames: int) -> tuple[Tensor, int]:

@@ -136,7 +136,7 @@ class MuM(Encoder):
         released: bool = False,
     ) -> MuMOutput | ReleasedOutput:  # fmt: skip
         """The whole computation, with static shapes and no control flow that depends on data."""
-        rows, columns = pixels.grid  # torch 2.10 cannot trace `*pixels.grid`
+        rows, columns = pixels.grid
         visible_ids, masked_ids = split_by_noise(noise, visible)
         _, encoded = self.encode(pixels, visible_ids)
         query_ids = torch.arange(rows * columns, device=noise.device).expand(len(noise), -1) if released else masked_ids

@@ -11,17 +11,19 @@ import torch
 from fastmum.engine.checkpoint import CheckpointError
 from fastmum.engine.checkpoint.manifest import find_checkpoints
 from fastmum.errors import FastmumError, program, run_command
+from fastmum.features.probe import find_probe, read_probe
 from fastmum.files import expand_user
 
 # Task of a run: module with `add_arguments(parser)` and `predict(args)`.
 PREDICTORS = dict.fromkeys(("reconstruction", "distillation"), "fastmum.predict.reconstruction")
-PREDICTORS["roma"] = "fastmum.predict.roma"
-PREDICTORS["pose"] = "fastmum.predict.pose"
+PREDICTORS |= {"pose": "fastmum.predict.pose", "roma": "fastmum.predict.roma", "depth": "fastmum.predict.depth"}
 
 
 def task_of(run: str) -> str:
-    """The task of a run, a folder of checkpoints or a checkpoint; CheckpointError if there is none."""
+    """The task of a run, a folder of checkpoints or a checkpoint, or a probe; CheckpointError if there is none."""
     path = expand_user(run)
+    if find_probe(path) is not None:
+        return str(read_probe(path).about["task"])
     found = find_checkpoints(path)
     for checkpoint in found:
         if checkpoint.manifest is not None:
@@ -38,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=program("fastmum.predict"), description="Predict images by a trained run, and write files.",
         epilog=f"The options depend on the task of the run ({', '.join(PREDICTORS)}): fastmum predict RUN --help",
     )  # fmt: skip
-    parser.add_argument("run", metavar="RUN", help="a run, or one of its checkpoints; the first argument")
+    parser.add_argument(
+        "run", metavar="RUN", help="a run, one of its checkpoints, or a probe of fastmum evaluate; the first argument"
+    )
 
     def command() -> None:
         if words and not words[0].startswith("-"):

@@ -106,6 +106,9 @@ def test_images_are_upright(tmp_path):
     assert Frame("", file).view().image.shape == (30, 20, 3)
 
 
+COUNTS = ("png16", "sunrgbd")  # readers of whole numbers
+
+
 def write(folder, reader):
     file = folder / f"depth.{reader}"
     if reader == "npy":
@@ -119,11 +122,12 @@ def write(folder, reader):
     elif reader == "hdf5":
         with pytest.importorskip("h5py").File(file, "w") as archive:
             archive["anything"] = VALUES
-    elif reader in ("co3d", "png16"):
+    elif reader in ("co3d", *COUNTS):
         file = folder / "depths/frame000001.jpg.geometric.png"
         file.parent.mkdir()
-        pixels = [[0, 5, 30], [20, 65535, 0]] if reader == "png16" else VALUES.astype(np.float16).view(np.uint16)
-        Image.fromarray(np.array(pixels, np.uint16)).save(file)
+        counts, halves = np.array([[0, 5, 30], [20, 65535, 0]], np.uint16), VALUES.astype(np.float16).view(np.uint16)
+        pixels = {"png16": counts, "sunrgbd": (counts << 3) | (counts >> 13), "co3d": halves}[reader]
+        Image.fromarray(pixels).save(file)
     elif reader == "eth3d":
         file, image = (folder / name / "custom_undistorted/a.JPG" for name in ("ground_truth_depth", "images"))
         for path in (file, image):
@@ -138,7 +142,7 @@ def write(folder, reader):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_depth_is_in_metres_and_0_where_unknown(tmp_path, reader):
-    file, unit = write(tmp_path, reader), 0.2 if reader == "png16" else 2.0
+    file, unit = write(tmp_path, reader), 0.2 if reader in COUNTS else 2.0
     depth = read_depth(file, DepthFormat(reader, unit, unknown=65535))
     assert depth.dtype == np.float32
     assert np.allclose(depth, [[0, 1, 6], [4, 0, 0]])

@@ -1,6 +1,7 @@
 """NVIDIA's Apex is distinguished from the package of the same name on PyPI; updates with a substitute of FusedAdam."""
 
 import copy
+import dataclasses
 import sys
 
 import pytest
@@ -44,7 +45,11 @@ def test_detection(tmp_path, monkeypatch, files, message):
 
 
 def weights_of(model, dtype):
-    return split_weights(model, default_groups(model, OptimSection()), dtype)
+    """In two groups, of which the second has half of the learning rate."""
+    (one,) = default_groups(model, OptimSection())
+    halves = one.parameters[::2], one.parameters[1::2]
+    groups = [dataclasses.replace(one, parameters=p, lr_scale=x) for p, x in zip(halves, (1.0, 0.5), strict=True)]
+    return split_weights(model, groups, dtype)
 
 
 class FusedAdamSubstitute(torch.optim.Optimizer):

@@ -185,8 +185,12 @@ def result(weights, **scores):
 
 
 def test_table_of_the_papers_sets(tmp_path):
+    """Its numbers are next to results of its protocol; a result of the other one does not replace that."""
     content = result("ours", epe=12.34, pck5=None) | {"task": "matching", "set": "megadepth"}
-    results = table([save(tmp_path, content, [])])
-    (row,) = (row for row in results.rows if row[1] == "MegaDepth")
-    cells = dict(zip(results.names, row, strict=True))
-    assert (cells["EPE ↓"], cells["PCK@5 ↑"], cells["paper: MuM"]) == ("12.3", "–", "10.2")
+    records = [save(tmp_path, content | {"protocol": name}, []) for name in ("matchbench", "patches")]
+    assert [record.content["protocol"] for record in read(tmp_path)] == ["matchbench", "patches"]
+    results = table(records)
+    rows = [dict(zip(results.names, row, strict=True)) for row in results.rows if row[1] == "MegaDepth"]
+    columns = "protocol", "EPE ↓", "PCK@5 ↑", "paper: MuM"
+    found = [tuple(row[column] for column in columns) for row in rows]
+    assert found == [("matchbench", "12.3", "–", "10.2"), ("patches", "12.3", "–", "–")]

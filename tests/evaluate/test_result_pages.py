@@ -13,6 +13,8 @@ from fastmum.evaluate.records import read, save
 from fastmum.evaluate.results import page, table
 from fastmum.evaluate.seeds import main
 
+AUTHOR = {"protocol": "matchbench"}
+
 
 def result(task="cosine", name="scenes", weights="mine", pairs=4, size=128, epe=40.0, still=70.0, of=None):
     """A result of any evaluation with all its fields; the "views" of as many frames."""
@@ -45,8 +47,9 @@ def test_rows_of_other_pairs_are_another_set(tmp_path):
         result(weights="a"), result(weights="b", epe=30.0), result("attention"),
         result(weights="few", pairs=2, of=4, still=60.0), result(weights="small", size=64, still=50.0),
         result(weights="others", still=20.0) | {"per_pair_epe": dict.fromkeys("wxyz", 1.0)},
-        result("matching", "megadepth", "all", 1500), result("matching", "megadepth", "part", 20, of=1500),
-        result("matching", "megadepth", "old part", 30) | {"set_pairs": 30},
+        result("matching", "megadepth", "all", 1000) | AUTHOR,
+        result("matching", "megadepth", "part", 20, of=1000) | AUTHOR,
+        result("matching", "megadepth", "old part", 30) | {"set_pairs": 30} | AUTHOR,
     ):  # fmt: skip
         save(tmp_path, content, [])
     rows = cells(tmp_path)
@@ -59,7 +62,7 @@ def test_rows_of_other_pairs_are_another_set(tmp_path):
     paper = {key[4]: row["paper: MuM"] for key, row in rows.items() if key[:2] == ("linear probe", "MegaDepth")}
     assert paper == {"all": "10.2", "part": "–", "old part": "–"}  # the paper's numbers belong to all pairs
     html = page(read(tmp_path))
-    titles = "Cosine: scenes, 4 pairs, 128 × 128 px", "Cosine: scenes, 2 pairs", "Linear probe: MegaDepth, 1,500 pairs"
+    titles = "Cosine: scenes, 4 pairs, 128 × 128 px", "Cosine: scenes, 2 pairs", "Linear probe: MegaDepth, 1,000 pairs"
     assert [html.count(f"<h3>{title}") for title in titles] == [1, 1, 1]
     assert html.count("MuM (paper)") == 5  # both sets of linear probes, three of cosine matching
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastmum
-from fastmum.features import FeatureCache, FeaturesError, Tokens, file_key, image_key
+from fastmum.features import FeatureCache, FeaturesError, Tokens, file_key, frozen_tokens, image_key
 from fastmum.features.images import Placement
 
 IMAGES = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -52,3 +52,25 @@ def test_keys_follow_the_content(tmp_path):
     file.write_bytes(b"22")
     assert file_key(file) != key
     assert len({*KEYS, image_key(IMAGES[0].transpose(0, 1))}) == 3
+
+
+def test_tokens_of_several_blocks(tmp_path, monkeypatch):
+    """In float16, from the cache where they are there; those that overflow are cut off, and infinite ones an error."""
+    encoder, calls = fastmum.load_encoder("random:mum_tiny"), []
+    forward = encoder.tokens
+    monkeypatch.setattr(
+        encoder, "tokens", lambda images, *a, **k: calls.append(len(images)) or forward(images, *a, **k)
+    )
+    cache = FeatureCache(tmp_path, encoder, {"blocks": [0, 2]})
+    (patch, cls), expected = frozen_tokens(encoder, IMAGES, [0, 2]), forward(IMAGES, [0, 2], norm=False)
+    torch.testing.assert_close(patch.float(), torch.stack([each.patch for each in expected], 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(cls.float(), torch.stack([each.cls for each in expected], 1), rtol=1e-3, atol=1e-3)
+    frozen_tokens(encoder, IMAGES[1:], [0, 2], cache)
+    both = frozen_tokens(encoder, IMAGES, [0, 2], cache)
+    assert calls == [2, 1, 1]
+    torch.testing.assert_close(both, (patch, cls), rtol=1e-2, atol=1e-3)
+    encoder.blocks[2].mlp.fc2.bias.data.fill_(1e6)
+    assert frozen_tokens(encoder, IMAGES, [2])[0].max() == torch.finfo(torch.float16).max
+    encoder.blocks[2].mlp.fc2.bias.data.fill_(torch.inf)
+    with pytest.raises(FeaturesError, match="not finite"):
+        frozen_tokens(encoder, IMAGES, [2])

@@ -26,6 +26,7 @@ NOT_TRAINED_ON = (*TEST_SCENES, "0008", "0019", "0021", "0024", "0025", "0032", 
 MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
 TRAIN_PAIRS = 50  # drawn from each file, which may list hundreds of thousands
 TEST_PAIRS = 1500  # drawn from DKM's files, which list more, if LoFTR's are absent
+MATCHBENCH_PAIRS = 1000  # drawn by the protocol matchbench from all that DKM's files list, else from LoFTR's
 
 _LOFTR_TEST = ("", "megadepth_test_1500_scene_info", "index/megadepth_test_1500_scene_info")
 _LOFTR_TRAIN = ("index/scene_info_0.1_0.7", "scene_info_0.1_0.7")
@@ -41,21 +42,25 @@ NO_TEST = (
 
 
 def from_root(root: Path, part: str) -> PairSet:
-    """The 1,500 pairs for "test" and "all", or pairs of all other scenes for "train"."""
+    """The 1,500 pairs for "test" and "all", 1,000 for "matchbench", or pairs of all other scenes for "train"."""
     files = information_files(root, part)
     if not files:
         raise DataError(f"'{root}' {NO_TRAINING if part == 'train' else NO_TEST}")
-    return PairSet("megadepth", [pair for file in files for pair in _pairs(file, root, part)], origin="megadepth")
+    pairs = [pair for file in files for pair in _pairs(file, root, part)]
+    if part == "matchbench":
+        pairs = [pairs[i] for i in some(np.arange(len(pairs)), MATCHBENCH_PAIRS)]
+    return PairSet("megadepth", pairs, origin="megadepth")
 
 
 def information_files(root: Path, part: str) -> list[Path]:
-    """Files of scene information, LoFTR's if both kinds exist; none in a folder of another layout."""
+    """Files of scene information, none in a folder of another layout; of both kinds LoFTR's ("matchbench": DKM's)."""
     if part != "train":
-        for folder in _LOFTR_TEST:
-            found = sorted(file for scene in TEST_SCENES for file in (root / folder).glob(f"{scene}_*.npz"))
-            if found:
-                return found
-        return [file for scene in TEST_SCENES if (file := root / "prep_scene_info" / f"{scene}.npy").is_file()]
+        kinds = [
+            sorted(file for scene in TEST_SCENES for file in (root / folder).glob(f"{scene}_*.npz"))
+            for folder in _LOFTR_TEST
+        ]
+        kinds.append([f for scene in TEST_SCENES if (f := root / "prep_scene_info" / f"{scene}.npy").is_file()])
+        return next(filter(None, kinds[::-1] if part == "matchbench" else kinds), [])
     for pattern in (*(f"{folder}/*.npz" for folder in _LOFTR_TRAIN), "prep_scene_info/*.npy"):
         found = sorted(file for file in root.glob(pattern) if file.stem.partition("_")[0] not in NOT_TRAINED_ON)
         if found:
@@ -69,6 +74,8 @@ def _pairs(file: Path, root: Path, part: str) -> list[Pair]:
         indices, overlaps = _listed(information)
         if part == "train":
             indices = some(indices[overlaps > MIN_OVERLAP], TRAIN_PAIRS)
+        elif part == "matchbench":
+            indices = indices[overlaps > 0]
         elif file.suffix == ".npy":
             indices = some(indices, TEST_PAIRS // len(TEST_SCENES))
         folder = _image_root(information["image_paths"], root, file)

@@ -38,14 +38,18 @@ def from_root(root: Path, part: str) -> PairSet:
 
     "test" is the last third of the scenes, at least one; "train" the others; "all" both.
     """
+    return from_folders(folders_of(root, part), f"{root.resolve().name} (folder)")  # not the name of the embedded ones
+
+
+def folders_of(root: Path, part: str) -> list[Path]:
+    """The folders of the scenes of a part, see `from_root`; raises `DataError`."""
     folders = sorted(file.parent for file in root.glob("scene_*/cameras.json"))
     if not folders:
         raise DataError(f"'{root}' holds no rendered scene (scene_*/cameras.json)")
     test = max(1, len(folders) // 3)
     if part == "train" and len(folders) == 1:
         raise DataError(f"'{root}' holds a single scene, which is tested on; --train-data names what to train on")
-    folders = {"test": folders[-test:], "train": folders[:-test], "all": folders}[part]
-    return from_folders(folders, f"{root.resolve().name} (folder)")  # not the name of the embedded scenes
+    return {"test": folders[-test:], "train": folders[:-test], "all": folders}[part]
 
 
 def from_folders(
@@ -54,7 +58,7 @@ def from_folders(
     """Pairs of views `gaps` steps apart on the path of their scene, at most `starts` of each, spread over the path."""
     pairs = []
     for folder in folders:
-        frames = _frames(folder)
+        frames = frames_of(folder)
         for gap in gaps:
             firsts = max(0, len(frames) - gap)  # views that have another one `gap` steps on
             count = min(starts, firsts)
@@ -63,7 +67,8 @@ def from_folders(
     return PairSet(name, pairs, SIZE, origin=str(folders[0].parent.resolve()))
 
 
-def _frames(folder: Path) -> list[Frame]:
+def frames_of(folder: Path) -> list[Frame]:
+    """The views of a scene along its path; raises `DataError`."""
     file = folder / "cameras.json"
     cameras = read_json(file)
     with reading(file, "the cameras.json of a scene"):

@@ -28,6 +28,10 @@ class SceneDataSection:
         is_path=True,
     )  # fmt: skip
     views: list[int] = key([2, 24], "fewest and most frames of a sequence; a batch has one number", above=0, length=2)
+    window: int = key(
+        0, "frames of a sequence are within this many times its length of the first one; 0: anywhere, but in VKITTI 2",
+        least=0,
+    )  # fmt: skip
     min_frames: int = key(24, "fewest frames with depth and camera that a sequence must have", least=1)
     frames_per_batch: int = key(48, "frames that a device computes at once, at most", least=1)
     frames_per_step: int | None = key(
@@ -101,7 +105,7 @@ def open_scenes(
         views, aspects = (data.views[0], data.views[1]), (data.aspects[0], data.aspects[1])
         return ScenePlanner(
             manifests, data.weights, data.frames_per_batch, views, data.min_frames, data.image_size, aspects,
-            patch_size, seed, ground_truth=ground_truth, **options,
+            patch_size, seed, ground_truth=ground_truth, window=data.window, **options,
         )  # fmt: skip
 
     training = planner(seed, world_size=micro_batches, augment=data.augment, exclude=np.flatnonzero(is_held_out))

@@ -71,9 +71,9 @@ def _draw(scene: SceneViews) -> Image.Image:
     masks, first = scene.valid[:columns, ..., None], slice(columns)
     rows = [
         scene.images[first],
-        np.where(masks, _colours(true[first], low, high), 255),
-        _colours(found[first], low, high),
-        np.where(masks, _colours(error[first], 0, WORST), 255),
+        np.where(masks, colours(true[first], low, high), 255),
+        colours(found[first], low, high),
+        np.where(masks, colours(error[first], 0, WORST), 255),
     ]
     line, margin, side = 2 * TEXT, 8 * TEXT, 2 * shape[0] + GAP
     middle = margin + columns * (SIDE + GAP)
@@ -95,7 +95,7 @@ def _draw(scene: SceneViews) -> Image.Image:
     return page
 
 
-def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
+def colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Values (...) as colours from blue to red, (..., 3) uint8."""
     from matplotlib import colormaps
 

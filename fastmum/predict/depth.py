@@ -1,0 +1,71 @@
+"""Depth maps of images by a head that `fastmum evaluate depth` trained."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastmum.data.decode.image import FrameError, read_upright
+from fastmum.engine.device import pick_device
+from fastmum.errors import FastmumError, some_names, writing
+from fastmum.features.images import find_images
+from fastmum.features.probe import probe_encoder, read_probe
+from fastmum.files import expand_user
+from fastmum.progress import progress_bar
+from fastmum.tasks.depth import HEADS, DepthHead, head_blocks, predict_depth, resize, scaled
+from fastmum.tasks.reconstruction.pictures import colours
+
+LEVELS = 65535  # millimetres in a 16-bit image; what is farther has this value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this task."""
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGES", help="folders of images, image files, or patterns")
+    add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder of the results (%(default)s)")
+    add("--size", type=int, metavar="PX", help="longer side that images are resized to (default: that of the test set)")
+    add("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training")
+    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Write `depth/NAME.png`, 16-bit millimetres of the size of the image, and `colour/NAME.jpg` next to the image."""
+    if args.size is not None and args.size < 1:
+        raise FastmumError(f"--size is {args.size}, but must be at least 1")
+    images, probe = find_images(args.images), read_probe(expand_user(args.run))
+    about, device = probe.about, pick_device(args.device, key="--device")
+    encoder, kind = probe_encoder(probe, args.encoder).to(device), HEADS[about["head"]]
+    blocks = len(head_blocks(encoder.config.depth, kind.layers))
+    head = DepthHead(kind, encoder.config.embed_dim, blocks, about["max_depth"], about["loss"])
+    head.load_state_dict(dict(probe.tensors))
+    head.to(device).eval()
+    out = expand_user(args.out)
+    for file in progress_bar(images.files, unit="image", desc="predicting"):
+        name = images.name(file)
+        try:
+            image = Image.fromarray(read_upright(file))
+        except FrameError as error:
+            images.skipped[name] = str(error)
+            continue
+        size = scaled(image.size, args.size or about["size"])
+        depth = predict_depth([head], encoder, np.asarray(image.resize(size, Image.Resampling.BILINEAR)))
+        write_depth(out, name, image, resize(depth[None], image.size[::-1])[0, 0].numpy())
+    if len(images.skipped) == len(images.files):
+        raise FastmumError(f"none of the images can be read: {some_names([*map(str, images.skipped.items())], 3)}")
+    print(f"{len(images.files) - len(images.skipped)} of {len(images.files)} images: {out}")
+    if images.skipped:
+        print("skipped:", some_names([f"{name} ({why})" for name, why in images.skipped.items()]))
+
+
+def write_depth(out: Path, name: str, image: Image.Image, depth: np.ndarray) -> None:
+    """Write the files of an image and its depth (H, W), metres."""
+    maps, pictures = out / "depth" / f"{name}.png", out / "colour" / f"{name}.jpg"
+    drawn = Image.new("RGB", (2 * image.width, image.height))
+    drawn.paste(image, (0, 0))
+    drawn.paste(Image.fromarray(colours(depth, *np.percentile(depth, [2, 98]))), (image.width, 0))
+    with writing(out, FastmumError):
+        for file in (maps, pictures):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((1000 * depth).round().clip(0, LEVELS).astype(np.uint16)).save(maps)
+        drawn.save(pictures, quality=90)
