@@ -62,13 +62,14 @@ COUNTED = {
 }  # what the numbers of other tasks than pairs count
 NONE = "–"
 NOTE = (
-    "EPE: end-point error in pixels of 448 x 448 (dense matching by runs: of their size). R: matches within 32 px, "
-    "PCK@k: within k px, recall: within 1, 2 and 5 cm, in percent. The paper's numbers are EPE by the protocol "
-    "matchbench, and recall on NAVI (Table 4: linear probe; Table 13: cosine). Masked loss: of the same frames, "
-    "without and with the nearest other views; 1.0 is the loss of predicting each patch's mean. AUC: of relative poses, "
-    "in percent; acc, comp: distance of predicted to true points and the reverse, in the unit of the set; the paper's are "
-    "AUC@30, and medians of acc / comp, and AUC@5 of relative pose. Rotation, direction: medians in degrees. Depth: "
-    "RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over images."
+    "EPE: end-point error in pixels of 448 x 448 (dense matching by runs: of their size). R: matches within 32 "
+    "px, PCK@k: within k px, recall: within 1, 2 and 5 cm, in percent. The paper's numbers are EPE by the "
+    "protocol matchbench, and recall on NAVI (Table 4: linear probe; Table 13: cosine). Masked loss: of the same "
+    "frames, without and with the nearest other views; 1.0 is the loss of predicting each patch's mean. AUC: of "
+    "relative poses, in percent; acc, comp: distance of predicted to true points and the reverse, in the unit of "
+    "the set; the paper's are AUC@30, and medians of acc / comp, and AUC@5 of relative pose. Rotation, direction: "
+    "medians in degrees. Depth: RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over "
+    "images."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
