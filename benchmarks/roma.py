@@ -69,7 +69,8 @@ def configure(pairs: int, settings: Sequence[str]) -> Config:
     """The settings of fastmum."""
     if pairs < 1:
         raise ConfigError(f"--pairs is {pairs}, but must be at least 1")
-    given = f"data.pairs_per_batch={pairs}", "data.image_size=224", "model.compile=off"
+    # A small rate: the first steps of AdamW follow signs, which differ in bfloat16 where gradients nearly vanish.
+    given = f"data.pairs_per_batch={pairs}", "data.image_size=224", "model.compile=off", "optim.base_lr=1e-6"
     config = load_config(None, [*given, *settings], Config)
     config.train.precision = pick_precision(config.train.precision, pick_device(config.train.device, LaunchInfo()))
     return config
