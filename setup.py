@@ -24,14 +24,18 @@ EXTRAS = {
     "evaluate": ["h5py>=3.10"],
     "exr": ["OpenEXR>=3.3"],
     "matching": ["opencv-python-headless>=4.8"],
+    "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],  # other stores: gcsfs, huggingface_hub, aiohttp
     "viewer": ["plotly>=6.0"],  # plotly.js is inside
     "hf": ["transformers>=4.56"],  # first version with DINOv3
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
-TESTED_WITHOUT_GPU = ("dali", "colmap", "video", "wandb", "fp8", "evaluate", "exr", "matching", "viewer", "hf", "onnx")
+TESTED_WITHOUT_GPU = (
+    "dali", "colmap", "video", "wandb", "fp8", "evaluate", "exr", "matching", "remote", "viewer", "hf", "onnx",
+)  # fmt: skip
 EXTRAS["dev"] = [requirement for extra in TESTED_WITHOUT_GPU for requirement in EXTRAS[extra]]
 # pycolmap writes the binary models of tests.
 EXTRAS["dev"] += ["pycolmap>=3.12", "pytest>=8.2", "pytest-benchmark>=4.0", "hypothesis>=6.100", "ruff>=0.6"]
+EXTRAS["dev"] += ["moto[server]>=5.0", "webdataset>=0.2.100"]  # an S3 server, and another reader of shards
 EXTRAS["dev"] += ["mypy>=1.11", "types-PyYAML", "setuptools>=77"]
 
 setup(

@@ -19,6 +19,8 @@ MODULES = {
     "features": ("fastmum.features", "extract patch features of images"),
     "export": ("fastmum.export", "export a checkpoint to safetensors, ONNX and other formats"),
     "data build": ("fastmum.data.build", "build a manifest of a data set"),
+    "data pack": ("fastmum.data.pack", "pack the files of manifests into tar shards"),
+    "data unpack": ("fastmum.data.unpack", "write the files of manifests as loose files"),
     "data inspect": ("fastmum.data.inspect", "summarise and draw a manifest"),
     "scenes": ("fastmum.scenes", "render synthetic scenes"),
     "predict": ("fastmum.predict", "predict images by a trained run: cameras, depth, points"),

@@ -89,7 +89,8 @@ def regular(path: Path) -> Path:
 
     Opening a named pipe waits until another process writes to it, and reading a device may never end.
     """
-    with contextlib.suppress(FileNotFoundError):  # opening a missing file, or a folder, fails with a better message
+    # Opening a missing file, or a folder, fails with a better message.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))

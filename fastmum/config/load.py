@@ -126,7 +126,7 @@ def _parse(word: str, keys: dict[str, Key]) -> dict[str, Any]:
         name = found[0] if found else name
     for table in _tables(keys):
         if name.startswith(f"{table}."):  # an entry, whose name may have dots
-            return {table: {name.removeprefix(f"{table}."): read_word(value, "float")}}
+            return {table: {name.removeprefix(f"{table}."): read_word(value, _entry_kind(keys[table].kind))}}
     try:
         return {
             name: read_word(value, keys[name].kind if name in keys else "dict" if name in _sections(keys) else "str")
@@ -161,7 +161,8 @@ def _merge(config: DictConfig, given: dict[str, Any], keys: dict[str, Key], sour
             near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown key '{name}' in {source}; the nearest valid key is '{near}'")
         if isinstance(value, dict):  # a table
-            parts: Any = {str(part): _typed(v, "float", f"{name}.{part}", source) for part, v in value.items()}
+            kind = _entry_kind(keys[name].kind)
+            parts: Any = {str(part): _typed(v, kind, f"{name}.{part}", source) for part, v in value.items()}
         else:
             parts = _typed(value, keys[name].kind, name, source)
         *sections, last = name.split(".")
@@ -180,6 +181,11 @@ def _typed(value: Any, kind: str, name: str, source: str) -> Any:
     except ValueError:
         expected = "a number" if kind == "float" else kind
         raise ConfigError(f"'{name}' in {source} is {value!r}, but must be {expected}") from None
+
+
+def _entry_kind(kind: str) -> str:
+    """The kind of the values of a table, "float" of "dict[str, float]"."""
+    return kind.removeprefix("dict[str, ").removesuffix("]")
 
 
 def _tables(keys: dict[str, Key]) -> list[str]:

@@ -53,6 +53,15 @@ class DataSection:
 
     manifests: list[str] = key([], "files of sequences, built by python -m fastmum.data.build", is_path=True)
     weights: dict[str, float] = key({}, "weights of data sets, {co3d: 2}; 1 for those not named, 0 for never", least=0)
+    roots: dict[str, str] = key(
+        {}, "folders or URLs (s3://...) that data sets were moved to, {co3d: /nvme/co3d}; also $FASTMUM_ROOT_CO3D",
+        is_path=True,
+    )  # fmt: skip
+    stage: str | None = key(
+        None, "folder on a local disk for copies of the coming steps' files, shared by a machine's processes",
+        is_path=True,
+    )  # fmt: skip
+    stage_gb: float = key(100.0, "size of the copies in data.stage, of which the oldest are deleted", above=0)
     root: str | None = key(
         None, "folder; its image folders are sequences. Without it and manifests: embedded scenes", is_path=True
     )

@@ -194,7 +194,11 @@ def absolute_paths(section: S) -> S:
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
             return [absolute(path) for path in value]
-        return value if value is None or value in RESUME_WORDS else os.path.abspath(os.path.expanduser(value))
+        if isinstance(value, dict):
+            return {name: absolute(path) for name, path in value.items()}
+        if value is None or value in RESUME_WORDS or "://" in value:  # the URL of a store
+            return value
+        return os.path.abspath(os.path.expanduser(value))
 
     changes = {}
     for entry in fields(section):  # type: ignore[arg-type]

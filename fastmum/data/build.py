@@ -3,31 +3,26 @@
 import argparse
 import contextlib
 import logging
-import multiprocessing
 import os
-import signal
 import sys
-import threading
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from fastmum.data.archives import Tree, TreePath, open_root, trees, with_places
 from fastmum.data.builders import BUILDERS
 from fastmum.data.builders.base import RULES, Builder, Options
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
-from fastmum.errors import program, run_command
+from fastmum.data.processes import map_in_order, until_terminated
+from fastmum.errors import program
 from fastmum.files import expand_user
 from fastmum.progress import progress_bar
 
 log = logging.getLogger(__name__)
-
-PREFETCH = 4  # parts submitted per worker: bounds the memory, keeps every worker busy
 
 
 class NoSequenceError(DataError):
@@ -58,7 +53,8 @@ def build(
         workers: reading processes; 0 or 1 reads in this one.
         dataset: name of the data set in the manifest, None for the builder's.
     """
-    builder, root, out = BUILDERS[name], _folder(root), _file(out)
+    builder, out = BUILDERS[name], _file(out)
+    root = _folder(root, builder.archives)
     if unknown := options.keys() - builder.options.keys():
         raise TypeError(f"{name} has no option {sorted(unknown)}")
     values = {key: option.default for key, option in builder.options.items()} | options
@@ -75,15 +71,18 @@ def build(
         bar = progress_bar(total=len(parts), unit="part", desc=name, show=progress)
         with bar, logging_redirect_tqdm() if progress else contextlib.nullcontext():
             for found in _in_order(name, root, parts, settings, workers):
-                empty += not found
-                yield from found
+                some = False
+                for record in found:
+                    some = True
+                    yield record
+                empty += not some
                 bar.update()
         if empty == len(parts):
             least = values.get("min_frames") or 1
             what = f"nothing under '{root}' makes a sequence of {name} of at least {least} frames (--min-frames)"
             raise NoSequenceError(f"{what}; expected: {builder.layout}")
 
-    frame_root = builder.root(root, settings) if builder.root else root
+    frame_root = Path(str(builder.root(root, settings) if builder.root else root))
     if frame_root.is_relative_to(out.parent):  # then both can be moved together
         frame_root = frame_root.relative_to(out.parent)
     metadata = {"builder": name, "rule": rule, "seed": seed, "options": values, "source": str(root)}
@@ -97,52 +96,44 @@ def build(
 
 def _in_order(
     name: str, root: Path, parts: Sequence[str], options: Options, workers: int
-) -> Iterator[list[SequenceRecord]]:
-    """Sequences of every part, in the order of the parts."""
+) -> Iterator[Iterable[SequenceRecord]]:
+    """Sequences of every part, in the order of the parts; those that are read in this process one by one."""
     if workers <= 1 or len(parts) == 1:
-        yield from (_read(name, root, part, options) for part in parts)
+        yield from (_read(name, root, options, part) for part in parts)
         return
-    pool = ProcessPoolExecutor(min(workers, len(parts)), multiprocessing.get_context("spawn"), _init_worker)
-    try:
-        pending: deque = deque()
-        for part in parts:
-            pending.append(pool.submit(_read, name, root, part, options))
-            if len(pending) >= PREFETCH * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise DataError("a reading process was killed, perhaps for lack of memory; try fewer --workers") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    found = root.tree if isinstance(root, TreePath) else None
+    yield from map_in_order(partial(_read_all, name, root, options), parts, workers, partial(_know, found))
 
 
-def _read(name: str, root: Path, part: str, options: Options) -> list[SequenceRecord]:
+def _read_all(name: str, root: Path, options: Options, part: str) -> list[SequenceRecord]:
+    return list(_read(name, root, options, part))
+
+
+def _read(name: str, root: Path, options: Options, part: str) -> Iterator[SequenceRecord]:
+    """The sequences of a part, with the places of their files in archives."""
+    builder = BUILDERS[name]
     try:
-        return list(BUILDERS[name].sequences(root, part, options))
+        base = builder.root(root, options) if builder.root else root
+        for record in builder.sequences(root, part, options):
+            tree = root.tree if isinstance(root, TreePath) else None
+            yield with_places(record, tree, Path(str(base))) if tree else record
     except OSError as error:
         named = f" '{error.filename}'" if error.filename else ""
         raise DataError(f"'{part}' cannot be read:{named} {error.strerror or error}") from None
 
 
-def _init_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+def _know(found: Tree | None) -> None:
+    """Tell a process what is known of archives."""
+    if found is not None:
+        trees[str(found.root)] = found
 
 
-def _exit_with_parent() -> None:
-    # If the parent is killed, a worker would wait forever for its next part.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _folder(root: str | Path) -> Path:
-    root = expand_user(root)
-    if not root.is_dir():
-        raise DataError(f"--root is '{root}', but there is no such folder")
-    return Path(os.path.abspath(root))
+def _folder(root: str | Path, archives: bool) -> Path:
+    root = Path(os.path.abspath(expand_user(root)))
+    found = open_root(root) if archives else root if root.is_dir() else None
+    if found is None:
+        raise DataError(f"--root is '{root}', but there is no such folder{' or archive' * archives}")
+    return found
 
 
 def _file(out: str | Path) -> Path:
@@ -203,11 +194,6 @@ def _check(values: dict[str, Any], builder: Builder) -> None:
                 raise DataError(f"{_flag(key)} is {value}, but must be at most {most}")
 
 
-def _terminate(number: int, _: object) -> NoReturn:
-    print("terminated; nothing was written", file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -221,11 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         empty = f"; {built.empty} gave none" if built.empty else ""
         print(f"{values['out']}: {sequences} sequences, {frames} frames of {built.parts} parts{empty}")
 
-    before = signal.signal(signal.SIGTERM, _terminate)  # batch systems send it; clean up as after Ctrl-C
-    try:
-        return run_command(command, interrupted="interrupted; nothing was written")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return until_terminated(command, "nothing was written")
 
 
 if __name__ == "__main__":

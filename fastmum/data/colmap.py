@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 import re
 import struct
 import warnings
@@ -61,10 +60,10 @@ Image = tuple[int, str, np.ndarray, int, np.ndarray, np.ndarray]
 
 def find_format(folder: Path) -> str:
     """`".bin"` or `".txt"`, the binary files if both are complete; raises DataError if files are missing or empty."""
-    try:
-        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
-    except OSError as error:
-        raise DataError(f"'{folder}' cannot be read as a COLMAP model ({error.strerror})") from None
+    with reading(folder, "a COLMAP model"):
+        folder.stat()
+        names = [part + suffix for part in PARTS for suffix in (".bin", ".txt")]
+        sizes = {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
     lacking = {suffix: [p + suffix for p in PARTS if not sizes.get(p + suffix)] for suffix in (".bin", ".txt")}
     suffix = min(lacking, key=lambda suffix: len(lacking[suffix]))
     if lacking[suffix]:
@@ -81,7 +80,7 @@ def read_model(folder: str | Path, coordinates: bool = False) -> Model:
     """
     from scipy.spatial.transform import Rotation  # slow to import
 
-    folder = Path(folder)
+    folder = folder if isinstance(folder, Path) else Path(folder)
     suffix = find_format(folder)
     read_cameras, read_images = {".bin": (_cameras_bin, _images_bin), ".txt": (_cameras_txt, _images_txt)}[suffix]
     with reading(file := folder / f"cameras{suffix}", "cameras of a COLMAP model", "copy it again"):

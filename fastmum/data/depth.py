@@ -1,14 +1,17 @@
 """Depth maps and masks as data sets store them."""
 
+import contextlib
 import importlib.util
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from fastmum.data.decode.image import open_image, read_size
 from fastmum.data.errors import DataError, reading
+from fastmum.data.store import source
 from fastmum.files import regular
 
 MOST_PIXELS = 1 << 28  # of a depth map
@@ -30,7 +33,7 @@ def read_depth(file: Path, format: DepthFormat) -> np.ndarray:
     DataError: the file cannot be read, or h5py is not installed.
     """
     with reading(file, f"a depth map ({format.reader})"):
-        stored = READERS[format.reader](Path(file))
+        stored = READERS[format.reader](file)
         if stored.ndim != 2:
             raise ValueError(f"its shape is {stored.shape}, not (height, width)")
         stored = stored.astype(np.float32)
@@ -49,16 +52,42 @@ def read_mask(file: Path) -> np.ndarray:
         return np.asarray(image.convert("L")) > 127
 
 
+def open_image(file: Path) -> Image.Image:
+    """See `fastmum.data.decode.image`, which imports torch: manifests, which use formats of depth, do not need it."""
+    from fastmum.data.decode import image
+
+    return image.open_image(file)
+
+
+def side(file: Path, reader: str) -> Path:
+    """The file that a map needs besides itself: its own in an archive, else the one in its place among folders."""
+    return getattr(file, "side", None) or SIDES[reader](file)
+
+
+@contextlib.contextmanager
+def _real(file: Path) -> Iterator[Path]:
+    """A file that a library can open by its name."""
+    if isinstance(stored := source(file), Path):
+        yield stored
+        return
+    with tempfile.NamedTemporaryFile(suffix=file.suffix) as copy:
+        copy.write(stored.read())
+        copy.flush()
+        yield Path(copy.name)
+
+
 def _eth3d(file: Path) -> np.ndarray:
     """float32 without a header, in the size of the image `images/<folder>/<name>` next to `ground_truth_depth`."""
-    folder = file.parent
-    width, height = read_size(folder.parent.parent / "images" / folder.name / file.name)[1:]
-    return np.fromfile(regular(file), "<f4").reshape(height, width)
+    from fastmum.data.decode.image import read_size  # as `open_image`
+
+    width, height = read_size(side(file, "eth3d"))[1:]
+    return np.frombuffer(regular(file).read_bytes(), "<f4").reshape(height, width)
 
 
 def read_npy(file: Path) -> np.ndarray:
     """Read an array, mapped: a shape that the file is too short for is a ValueError before memory is allocated."""
-    return np.load(file, mmap_mode="r", allow_pickle=False)
+    stored = source(file)
+    return np.load(stored, mmap_mode="r" if isinstance(stored, Path) else None, allow_pickle=False)
 
 
 def _png16(file: Path) -> np.ndarray:
@@ -75,7 +104,7 @@ def _sunrgbd(file: Path) -> np.ndarray:
 def _co3d(file: Path) -> np.ndarray:
     """float16 bits in a 16-bit PNG; 0 outside `../depth_masks/<frame>.png`, where MVS depth is unreliable."""
     depth = _png16(file).astype(np.uint16).view(np.float16)
-    mask = file.parent.parent / "depth_masks" / f"{file.name.partition('.')[0]}.png"
+    mask = side(file, "co3d")
     return np.where(_png16(mask) > 0, depth, np.float16(0)) if mask.is_file() else depth
 
 
@@ -84,7 +113,7 @@ def read_hdf5(file: Path) -> np.ndarray:
     require_package("hdf5", f"'{file}'")
     import h5py
 
-    with h5py.File(file) as archive:
+    with h5py.File(source(file)) as archive:
         (depth,) = [archive["depth"]] if "depth" in archive else archive.values()
         if depth.size > MOST_PIXELS:  # of which the file may hold nothing
             raise ValueError(f"its shape is {depth.shape}")
@@ -93,7 +122,7 @@ def read_hdf5(file: Path) -> np.ndarray:
 
 def _npz(file: Path) -> np.ndarray:
     """The array "depth" of an archive, else the only one."""
-    with np.load(file, allow_pickle=False) as archive:
+    with np.load(source(file), allow_pickle=False) as archive:
         (name,) = ["depth"] if "depth" in archive.files else archive.files
         return archive[name]
 
@@ -104,7 +133,7 @@ def _exr(file: Path) -> np.ndarray:
     import OpenEXR
 
     try:
-        with OpenEXR.File(str(file), separate_channels=True) as image:
+        with _real(file) as path, OpenEXR.File(str(path), separate_channels=True) as image:
             channels = image.channels()
             name = next((name for name in ("Z", "R", "Y", *channels) if name in channels), None)
             if name is None:
@@ -116,7 +145,7 @@ def _exr(file: Path) -> np.ndarray:
 
 def _pfm(file: Path) -> np.ndarray:
     """Portable float map: lines `Pf`, `width height`, `scale` (negative: little-endian), then rows from the bottom."""
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         if stream.readline().strip() != b"Pf":
             raise ValueError("not a PFM of one channel")
         width, height = map(int, stream.readline().split())
@@ -137,6 +166,11 @@ def require_package(reader: str, what: str) -> None:
         raise DataError(f"{what} needs {package}: pip install 'fastmum[{extra}]'")
 
 
+# Files that reading a map needs besides itself, by reader.
+SIDES: dict[str, Callable[[Path], Path]] = {
+    "co3d": lambda file: file.parent.parent / "depth_masks" / f"{file.name.partition('.')[0]}.png",
+    "eth3d": lambda file: file.parent.parent.parent / "images" / file.parent.name / file.name,
+}
 PACKAGES = {"hdf5": ("h5py", "evaluate"), "exr": ("OpenEXR", "exr")}  # of readers, and their extras
 READERS: dict[str, Callable[[Path], np.ndarray]] = {
     "png16": _png16, "sunrgbd": _sunrgbd, "co3d": _co3d, "npy": read_npy, "npz": _npz, "hdf5": read_hdf5, "exr": _exr,

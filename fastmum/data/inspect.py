@@ -11,12 +11,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastmum.data.builders.base import names_in
+from fastmum.data.check import find_damaged
 from fastmum.data.decode import PillowDecoder
 from fastmum.data.decode.image import whole_frames
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.splits import MOST_LOOKED_UP, hold_out, image_overlap
+from fastmum.data.store import is_url
 from fastmum.errors import program, run_command
 from fastmum.progress import progress_bar
 
@@ -81,10 +83,12 @@ def _check_files(manifest: Manifest) -> int:
     for column, what in FILES.items():
         if column != "path" and not manifest.known[column]:
             continue
-        total, missing = find_missing(manifest, column, progress=True)
-        print(f"\nmissing: {len(missing)} of {total} {what}")
-        print("".join(f"  {file}\n" for file in [*missing[:NAMED], *["..."] * (len(missing) > NAMED)]), end="")
-        code |= bool(missing)
+        stored = is_url(manifest.root) or manifest.has_archives(column)
+        find, fault = (find_damaged, "damaged") if stored else (find_missing, "missing")
+        total, found = find(manifest, column, progress=True)
+        print(f"\n{fault}: {len(found)} of {total} {what}")
+        print("".join(f"  {file}\n" for file in [*found[:NAMED], *["..."] * (len(found) > NAMED)]), end="")
+        code |= bool(found)
     return code
 
 
@@ -156,11 +160,11 @@ def held_out_summary(manifests: Manifests, share: float, resolve: bool = False) 
     return f"held out at data.held_out={share:g}: {what}; {overlap}", found.shared
 
 
-def _inspect(file: Path, args: argparse.Namespace) -> int:
+def _inspect(file: str, args: argparse.Namespace) -> int:
     manifest = Manifest(file)
     print("\n".join(summary(manifest)))
     if not args.no_sheet:
-        sheet = args.sheet or file.with_name(f"{file.stem}_sheet.jpg")
+        sheet = args.sheet or manifest.path.with_name(f"{manifest.path.stem}_sheet.jpg")
         try:
             contact_sheet(manifest, args.sequences, args.seed).save(sheet, quality=85)
         except (OSError, ValueError) as error:
@@ -195,8 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     description = "What manifests contain: sequences, frames, lengths, data sets, their making, and what is held out."
     parser = argparse.ArgumentParser(prog=program("fastmum.data.inspect"), description=description)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="the manifests of a run")
-    check = "look for missing files, and through links for images on both sides; exit code 1 if there are any"
+    parser.add_argument("files", nargs="+", metavar="FILE", help="the manifests of a run")
+    check = (
+        "look for missing files, read those in archives and stores and compare their checksums, and look through links "
+        "for images on both sides; exit code 1 if there are any"
+    )
     parser.add_argument("--check", action="store_true", help=check)
     share = "data.held_out of the run (default %(default)s)"
     parser.add_argument("--held-out", type=float, default=0.1, metavar="S", help=share)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmum.data import staging
 from fastmum.data.decode import Decoder
 from fastmum.data.decode.image import FrameError, being_read, read_file
 from fastmum.data.errors import DataError
@@ -89,6 +90,10 @@ class PlanLoader(ABC, Generic[P, B]):
         """The files that a frame is read from."""
         return [self.manifests.file(row)]
 
+    def files_of_plan(self, plan: P) -> list[Path]:
+        """The files that a plan's frames are read from."""
+        return self.manifests.files(plan.rows)
+
     def batches(self, plans: Iterable[P], stopping: Callable[[], bool] = lambda: False) -> Iterator[B]:
         """Decoded batches in the order of the plans; up to `workers` batches are decoded ahead.
 
@@ -103,7 +108,7 @@ class PlanLoader(ABC, Generic[P, B]):
         ]
         ahead: deque[Future[B]] = deque()
         in_use = _InUse()
-        plans = iter(plans)
+        plans = iter(staging.copied_ahead(plans, self.files_of_plan))
         self._closing.clear()
         try:
             for thread in threads:
@@ -138,7 +143,8 @@ class PlanLoader(ABC, Generic[P, B]):
     def load(self, plan: P) -> B:
         """Decode one plan in the calling thread; DataError if a frame cannot be replaced, or too many are bad."""
         files = self.manifests.files(plan.rows)
-        frames, bad = self.decode(plan, np.arange(len(plan.rows)), plan.rows)
+        with staging.reading_ahead(self.files_of_plan(plan)):
+            frames, bad = self.decode(plan, np.arange(len(plan.rows)), plan.rows)
         changed = bool(bad)
         if bad and self.retry_s:
             bad = self._retry(plan, files, frames, bad)

@@ -12,26 +12,59 @@ has a value, and null for the frames that have none:
     depth       like path, and format: dictionary<int16, string> (JSON), unit: double; optional
     mask        like path, optional
 
+Manifests of files in archives (`fastmum.data.store`) are of version 3 and have, for `path`, `depth` and `mask`:
+
+    path_archive  run_end_encoded<int64, string>; path of the archive relative to the root, "" for loose files
+    path_place    struct<offset: int64, length: int32, check: uint32>; bytes of the archive, a negative length that of
+                  deflated bytes; CRC-32 of the 512 bytes in front of it (.tar) or of the content (.zip)
+    side          like path, with side_archive and side_place; of files that reading the depth maps needs, too
+
+`dataset`, `sequence` and `scene` are run_end_encoded<int64, string> in these. Manifests without archives are of version
+2, without these columns; both versions are read.
+
 Columns are not compressed but mapped, and shared by processes. Opening a file compares its checksum, which covers every
-byte, and then checks that all numbers lie in their dictionaries.
+byte, and then checks that all numbers lie in their dictionaries. In version 3 the rows are not read then: each block of
+1,024 has a checksum, which is compared when a row of it is used first.
 """
 
 import itertools
 import json
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from fastmum.data import store
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
-from fastmum.data.manifest_writer import DIGITS, METADATA_KEY, OPTIONAL, TEXT, VERSION, VERSION_KEY, WIDTHS, checksum
+from fastmum.data.manifest_writer import (
+    BLOCK_ROWS,
+    BLOCKS_KEY,
+    DIGITS,
+    FILES,
+    METADATA_KEY,
+    OPTIONAL,
+    PLACE,
+    STORED_VERSION,
+    TEXT,
+    VERSION,
+    VERSION_KEY,
+    WIDTHS,
+    block_bytes,
+    block_digest,
+    checksum,
+    row_buffers,
+)  # fmt: skip
 from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
+from fastmum.data.remote import local_copy
+from fastmum.data.store import Handle, Place, StoredPath, is_url, join
 from fastmum.files import expand_user, regular
 
 BUILD = "build it with `python -m fastmum.data.build`"
@@ -43,6 +76,10 @@ TYPES = {
     **{name: pa.list_(pa.float32(), width) for name, width in WIDTHS.items()},
 }  # fmt: skip
 REQUIRED = {"dataset", "sequence", "path"}
+RUNS = pa.run_end_encoded(pa.int64(), TEXT)
+STORED_TYPES = TYPES | {"sequence": RUNS, "dataset": RUNS, "scene": RUNS, "side": pa.struct(FILE)} | {
+    f"{name}_{kind}": type for name in FILES for kind, type in (("archive", RUNS), ("place", pa.struct(PLACE)))
+}  # fmt: skip
 
 
 class Manifest:
@@ -50,8 +87,14 @@ class Manifest:
 
     DataError: a file that is missing, not a manifest, damaged or of another version.
 
+    Args:
+        path: of the file; one of a URL is copied to the cache (`$FASTMUM_CACHE`).
+        roots: folders or URLs by name of a data set, that its files were moved to (`data.roots`); names without an
+            entry are looked up in the environment (`FASTMUM_ROOT_CO3D`).
+
     Attributes:
-        root: folder that paths are relative to.
+        stem: name of the file without its suffix.
+        root: folder or URL that paths are relative to.
         metadata: rule, options, seed, counts, source ...
         checksum: of the whole file, hexadecimal.
         starts: (num_sequences + 1,) int64; the rows of sequence i are starts[i]:starts[i + 1].
@@ -59,38 +102,91 @@ class Manifest:
         known: frames that have a pose, intrinsics, depth, mask.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = expand_user(path)
+    def __init__(self, path: str | Path, roots: Mapping[str, str] | None = None) -> None:
+        self.stem = Path(str(path)).stem
+        self.path, self._roots = local_copy(path) if is_url(path) else expand_user(path), roots
         mapped, batch, schema, self.checksum = _map(self.path)
         self.num_frames: int = batch.num_rows
-        sequence = batch["sequence"]
-        self._names = sequence.dictionary
-        self.num_sequences: int = len(self._names)
+        self._columns: dict[str, Any] = {name: batch[name] for name in batch.schema.names}
+        self._blocks = schema.get(BLOCKS_KEY)
+        if self._blocks is not None:
+            self._file, self._base = Handle(str(self.path)), pa.py_buffer(mapped).address
+            self._rows = [(buffer.address - self._base, buffer.size, bits) for buffer, bits in row_buffers(batch)]
+            self._unread = np.ones(-(-self.num_frames // BLOCK_ROWS), bool)
         try:
             self.metadata: dict[str, Any] = json.loads(schema[METADATA_KEY])
-            self.root = self.path.parent / self.metadata["root"]
+            root = str(self.metadata["root"])
             _check_bounds(batch)
-            starts = _changes(sequence.indices.to_numpy())
-            if not np.array_equal(sequence.indices.to_numpy()[starts], np.arange(self.num_sequences)):
-                raise ValueError("the rows of a sequence are not consecutive")
+            for name, column in self._columns.items():
+                if column.type == RUNS:
+                    self._columns[name] = _Runs(column, self.num_frames)
+            self._read_sequences()
         except (KeyError, TypeError, ValueError) as error:  # Arrow's errors are ValueErrors
             raise DataError(f"'{self.path}' is not a manifest ({error}); {BUILD}") from None
-        self.starts = np.append(starts, self.num_frames)
-        self.datasets: tuple[str, ...] = tuple(batch["dataset"].dictionary.to_pylist())
-        self.dataset_of = batch["dataset"].indices.to_numpy()[self.starts[:-1]]
+        root = next(filter(None, (moved_root(name, roots or {}) for name in self.datasets)), root)
+        self.root: Path = StoredPath(root) if is_url(root) else self.path.parent / root
         # The pages read so far are not needed again and no longer count as this process's memory.
         mapped.madvise(mmap.MADV_DONTNEED)
         mapped.madvise(mmap.MADV_RANDOM)
-        self._columns = {name: batch[name] for name in ("path", "scene", *OPTIONAL) if name in batch.schema.names}
         self.known = {name: self._known(name) for name in OPTIONAL}
+
+    def _check(self, rows: np.ndarray | slice = slice(None)) -> None:
+        """Compare the checksums of rows that are used for the first time; DataError: they are damaged."""
+        if self._blocks is None:
+            return
+        unread = self._unread if isinstance(rows, slice) else self._unread[rows // BLOCK_ROWS]
+        if not unread.any():
+            return
+        numbers = np.flatnonzero(self._unread) if isinstance(rows, slice) else np.unique(rows // BLOCK_ROWS)
+        for block in numbers.tolist():
+            pieces = []
+            for start, size, bits in self._rows:
+                first, end = block_bytes(block, bits)
+                pieces.append(os.pread(self._file.number, min(end, size) - first, start + first))
+            if self._blocks[16 * block : 16 * block + 16] != block_digest(pieces).encode():
+                raise DataError(f"the manifest '{self.path}' is damaged; restore it, or {BUILD} again")
+            self._unread[block] = False
+
+    def _numbers(self, array: pa.Array, rows: np.ndarray) -> np.ndarray:
+        """Numbers of rows (of a dictionary: indices); in version 3 by `pread`, so that no pages of rows are mapped."""
+        array = array.indices if pa.types.is_dictionary(array.type) else array
+        if self._blocks is None:
+            return array.to_numpy()[rows]
+        kind = np.dtype(array.type.to_pandas_dtype())
+        start, width, number = array.buffers()[1].address - self._base, kind.itemsize, self._file.number
+        return np.frombuffer(b"".join([os.pread(number, width, start + width * row) for row in rows.tolist()]), kind)
+
+    def _texts(self, array: pa.DictionaryArray, rows: np.ndarray) -> list[str]:
+        """Values of rows."""
+        return array.dictionary.take(pa.array(self._numbers(array, rows))).to_pylist()
+
+    def _read_sequences(self) -> None:
+        """Set `num_sequences`, `starts`, `datasets` and `dataset_of`; ValueError if rows are not consecutive."""
+        sequence, dataset = self._columns["sequence"], self._columns["dataset"]
+        self.datasets: tuple[str, ...]
+        if isinstance(sequence, _Runs) and isinstance(dataset, _Runs):
+            self._names, self.num_sequences = sequence.values, len(sequence.values)
+            self.starts = np.append(0, sequence.ends)
+            names = dataset.values.dictionary_encode()
+            self.datasets = tuple(names.dictionary.to_pylist())
+            self.dataset_of = names.indices.to_numpy().astype(np.int16)[dataset.runs(self.starts[:-1])]
+            return
+        self._names, self.num_sequences = sequence.dictionary, len(sequence.dictionary)
+        numbers = sequence.indices.to_numpy()
+        starts = _changes(numbers)
+        if not np.array_equal(numbers[starts], np.arange(self.num_sequences)):
+            raise ValueError("the rows of a sequence are not consecutive")
+        self.starts = np.append(starts, self.num_frames)
+        self.datasets = tuple(dataset.dictionary.to_pylist())
+        self.dataset_of = dataset.indices.to_numpy()[self.starts[:-1]]
 
     @classmethod
     def open(cls, path: str | Path) -> "Manifest":
         """`Manifest(path)`, under the name of other packages that map files."""
         return cls(path)
 
-    def __reduce__(self) -> tuple[type, tuple[Any]]:
-        return Manifest, (self.path,)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return Manifest, (self.path, self._roots)
 
     def sequence_name(self, sequence: int) -> str:
         """Name of a sequence, unique in its data set."""
@@ -100,7 +196,8 @@ class Manifest:
         """Names of what sequences show, unique in their data sets; those of the sequences if each shows its own."""
         if "scene" not in self._columns:
             return self._names.take(pa.array(sequences)).to_pylist()
-        return self._columns["scene"].take(pa.array(self.starts[sequences])).to_pylist()
+        scene, rows = self._columns["scene"], self.starts[sequences]
+        return scene.take(rows) if isinstance(scene, _Runs) else scene.take(pa.array(rows)).to_pylist()
 
     def sequence_of(self, rows: int | np.ndarray) -> Any:
         """Numbers of the sequences that contain the rows."""
@@ -112,9 +209,39 @@ class Manifest:
 
     def files(self, rows: Sequence[int] | np.ndarray) -> list[Path]:
         """Absolute paths of frames."""
-        rows, path = pa.array(np.asarray(rows, np.int64)), self._columns["path"]
-        pairs = zip(*(path.field(key).take(rows).to_pylist() for key in ("folder", "file")), strict=True)
-        return [Path(self.root, folder, file) for folder, file in pairs]
+        return self.column_files("path", np.asarray(rows, np.int64))
+
+    def has_archives(self, column: str) -> bool:
+        """Whether files of a column ("path", "depth", "mask", "side") are in archives."""
+        return f"{column}_archive" in self._columns
+
+    def places(self, column: str, rows: np.ndarray) -> list[Place | None]:
+        """Where the files of a column ("path", "depth", "mask", "side") are in archives, None for loose ones."""
+        if f"{column}_archive" not in self._columns:
+            return [None] * len(rows)
+        self._check(rows)
+        archives = self._columns[f"{column}_archive"].take(rows)
+        fields = (self._numbers(self._columns[f"{column}_place"].field(key), rows).tolist() for key in PLACE)
+        return [
+            Place(join(self.root, archive), offset, abs(length), check, length < 0, -1 if length < 0 else length)
+            if archive else None
+            for archive, offset, length, check in zip(archives, *fields, strict=True)
+        ]  # fmt: skip
+
+    def column_files(self, column: str, rows: np.ndarray) -> list[Path]:
+        """Absolute paths of the files of a column, which all rows have."""
+        self._check(rows)
+        struct = self._columns[column]
+        pairs = zip(*(self._texts(struct.field(key), rows) for key in ("folder", "file")), strict=True)
+        remote = is_url(self.root)
+        if not (remote or store.stage or f"{column}_archive" in self._columns):
+            return [Path(self.root, folder, file) for folder, file in pairs]
+        found: list[Path] = []
+        for (folder, file), place in zip(pairs, self.places(column, rows), strict=True):
+            path = join(self.root, f"{folder}/{file}" if folder else file)
+            loose = place is None and not remote and not store.stage
+            found.append(Path(path) if loose else StoredPath.at(path, place or Place(path)))
+        return found
 
     def camera_arrays(self, row: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Intrinsics (4,) float32 and camera_from_world (4, 4) float32 of a frame, None where unknown.
@@ -125,10 +252,25 @@ class Manifest:
         K = None if intrinsics is None else np.array(intrinsics, np.float32)
         return K, None if upper is None else np.array([*upper, 0, 0, 0, 1], np.float32).reshape(4, 4)
 
+    def paths(self, column: str, rows: np.ndarray) -> list[str]:
+        """Paths below the root of the files of a column ("path", "depth", "mask", "side"), "" for rows without one."""
+        if (struct := self._columns.get(column)) is None:
+            return [""] * len(rows)
+        self._check(rows)
+        pairs = zip(*(self._texts(struct.field(key), rows) for key in ("folder", "file")), strict=True)
+        return [f"{folder}/{file}" if folder else file for folder, file in pairs]
+
+    def depth_format(self, row: int) -> DepthFormat | None:
+        """The format of the depth map of a frame, None if it has none."""
+        depth = self._value("depth", row)
+        return None if depth is None else DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
+
     def depth_file(self, row: int) -> tuple[Path, DepthFormat] | None:
         """Absolute path and format of the depth map of a frame."""
         if (depth := self._value("depth", row)) is None:
             return None
+        if self._value("side", row) is not None:
+            depth["file"].side = self._value("side", row)["file"]
         return depth["file"], DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
 
     def mask_file(self, row: int) -> Path | None:
@@ -138,6 +280,7 @@ class Manifest:
 
     def present(self, name: str) -> np.ndarray:
         """Which frames have a value in an optional column ("pose", "intrinsics", "depth", "mask"), (frames,) bool."""
+        self._check()
         column = self._columns.get(name)
         absent = np.zeros(self.num_frames, bool)
         return absent if column is None else column.is_valid().to_numpy(zero_copy_only=False)
@@ -151,8 +294,9 @@ class Manifest:
 
     def _value(self, name: str, row: int) -> Any:
         """A value of an optional column, with the absolute path of its file; None if it is unknown."""
-        value = self._columns[name][row].as_py() if name in self._columns else None
-        return value | {"file": self.root / value["folder"] / value["file"]} if isinstance(value, dict) else value
+        self._check(np.array([row]))
+        value = self._columns[name][int(row)].as_py() if name in self._columns else None
+        return value | {"file": self.column_files(name, np.array([row]))[0]} if isinstance(value, dict) else value
 
     def _known(self, name: str) -> int:
         column = self._columns.get(name)
@@ -161,12 +305,14 @@ class Manifest:
     @property
     def folder_and_file(self) -> tuple[pa.DictionaryArray, pa.DictionaryArray]:
         """Folders below the root, and file names, of all frames."""
+        self._check()
         return self._columns["path"].field("folder"), self._columns["path"].field("file")
 
     def folders(self, column: str = "path") -> Iterator[tuple[Path, list[str]]]:
         """Every folder and the names of its files in a column ("path", "depth", "mask"), each once."""
         if (struct := self._columns.get(column)) is None:
             return
+        self._check()
         folder, file = struct.field("folder"), struct.field("file")
         width = len(file.dictionary)
         pairs = folder.indices.to_numpy().astype(np.int64) * width + file.indices.to_numpy()
@@ -188,23 +334,25 @@ def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes], str
     except ValueError:  # an empty file
         raise DataError(f"'{path}' is not a manifest; {BUILD}") from None
     try:
-        places, digest = checksum(mapped)
-        checked = places[0] != places[1]
-        if checked and any(mapped[place : place + DIGITS] != digest for place in places):
-            raise pa.ArrowInvalid("another checksum")
         reader = pa.ipc.open_file(pa.py_buffer(mapped))
         schema = reader.schema.metadata or {}
         version = schema.get(VERSION_KEY)
-        if version is not None and version != str(VERSION).encode():
-            found = version.decode(errors="replace")
-            raise DataError(f"'{path}' has version {found}, but this fastmum reads version {VERSION}; {BUILD} again")
-        if version is None or not checked or reader.num_record_batches != 1:
+        if version is not None and version not in (b"%d" % VERSION, b"%d" % STORED_VERSION):
+            found, known = version.decode(errors="replace"), f"versions {VERSION} and {STORED_VERSION}"
+            raise DataError(f"'{path}' has version {found}, but this fastmum reads {known}; {BUILD} again")
+        places, digest = checksum(mapped, BLOCKS_KEY in schema)
+        if version is None or places[0] == places[1] or reader.num_record_batches != 1:
             raise pa.ArrowInvalid("not written by fastmum")
+        if any(mapped[place : place + DIGITS] != digest for place in places):
+            raise pa.ArrowInvalid("another checksum")
         types = {field.name: field.type for field in reader.schema}
-        if not types.keys() >= REQUIRED or any(TYPES.get(name) != type for name, type in types.items()):
+        allowed = TYPES if version == b"%d" % VERSION else STORED_TYPES
+        if not types.keys() >= REQUIRED or any(allowed.get(name) != type for name, type in types.items()):
             raise pa.ArrowInvalid("other columns")
         return mapped, reader.get_batch(0), schema, digest.decode()
-    except (pa.ArrowException, OSError):
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, IndexError, ValueError):
         raise DataError(f"'{path}' is not a manifest, or is damaged or truncated; {BUILD} again") from None
 
 
@@ -213,6 +361,8 @@ def _check_bounds(batch: pa.RecordBatch) -> None:
     batch.validate()
     if not batch.num_rows:
         raise ValueError("it has no frames")
+    if any(column.type == RUNS for column in batch.columns):
+        return  # numbers are checked when they are used
     for column in batch.columns:
         struct = pa.types.is_struct(column.type)
         for field in map(column.field, range(column.type.num_fields)) if struct else [column]:
@@ -222,6 +372,32 @@ def _check_bounds(batch: pa.RecordBatch) -> None:
                 # As unsigned numbers, negative ones exceed all others.
                 if numbers.view(f"u{numbers.itemsize}").max() >= len(field.dictionary):
                     raise ValueError("a number lies outside its dictionary")
+
+
+class _Runs:
+    """A run-end encoded column: `values` of the rows up to each of `ends`. ValueError: the runs are invalid."""
+
+    def __init__(self, column: pa.RunEndEncodedArray, rows: int) -> None:
+        self.values, self.ends = column.values, column.run_ends.to_numpy()
+        self.values.validate(full=True)
+        ends = self.ends
+        if not len(ends) or ends[0] < 1 or ends[-1] != rows or not (ends[1:] > ends[:-1]).all():
+            raise ValueError("its runs are no runs of rows")
+
+    def runs(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the runs that contain the rows."""
+        return np.searchsorted(self.ends, rows, side="right")
+
+    def take(self, rows: np.ndarray) -> list[str]:
+        """Values of rows."""
+        return self.values.take(pa.array(self.runs(rows))).to_pylist()
+
+
+def moved_root(dataset: str, roots: Mapping[str, str]) -> str | None:
+    """The folder or URL that a data set was moved to by `data.roots` or the environment, None if it was not."""
+    name = re.sub(r"\W", "_", dataset).upper()
+    root = roots.get(dataset) or os.environ.get(f"FASTMUM_ROOT_{name}")
+    return root if not root or is_url(root) else os.path.abspath(expand_user(root))
 
 
 def _changes(numbers: np.ndarray, block: int = 1 << 20) -> np.ndarray:
@@ -239,21 +415,24 @@ class Manifests(Manifest):
     What belongs to a file (path, root, metadata, known, folders) is that of `parts`.
     """
 
-    def __init__(self, paths: Sequence[str | Path]) -> None:
+    def __init__(self, paths: Sequence[str | Path], roots: Mapping[str, str] | None = None) -> None:
         if not paths:
             raise DataError("no manifest was given; build one with `python -m fastmum.data.build`")
-        self.parts = tuple(Manifest(path) for path in paths)
+        self.parts = tuple(Manifest(path, roots) for path in paths)
+        self._roots = roots
         self._first_row = np.cumsum([0, *(part.num_frames for part in self.parts)])
         self._first_sequence = np.cumsum([0, *(part.num_sequences for part in self.parts)])
         self.num_frames, self.num_sequences = int(self._first_row[-1]), int(self._first_sequence[-1])
         self.datasets = tuple(dict.fromkeys(itertools.chain.from_iterable(part.datasets for part in self.parts)))
         starts = [part.starts[:-1] + first for part, first in zip(self.parts, self._first_row, strict=False)]
         self.starts = np.append(np.concatenate(starts), self.num_frames)
+        if unknown := sorted((roots or {}).keys() - set(self.datasets)):
+            raise DataError(f"data.roots.{unknown[0]} is no data set; there are {', '.join(self.datasets)}")
         index = [np.array([self.datasets.index(name) for name in part.datasets], np.int16) for part in self.parts]
         self.dataset_of = np.concatenate([i[part.dataset_of] for i, part in zip(index, self.parts, strict=True)])
 
-    def __reduce__(self) -> tuple[type, tuple[Any]]:
-        return Manifests, ([part.path for part in self.parts],)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return Manifests, ([part.path for part in self.parts], self._roots)
 
     def sequence_name(self, sequence: int) -> str:
         part = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1

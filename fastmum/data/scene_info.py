@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmum.data.archives import read_archive
+from fastmum.data.arrays import read_archive
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import Manifest
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmum.data import store
 from fastmum.data.colour import jitter
 from fastmum.data.decode.image import FrameError
 from fastmum.data.depth import require_package
@@ -17,6 +18,7 @@ from fastmum.data.loader import PlanLoader
 from fastmum.data.manifest import Manifests
 from fastmum.data.samples import manifest_frame
 from fastmum.data.scene_plan import Rule, ScenePlan, rule_of
+from fastmum.data.store import is_url
 from fastmum.errors import FastmumError
 from fastmum.geometry import Camera, View
 from fastmum.geometry.camera import intrinsics_matrix
@@ -48,6 +50,7 @@ class SceneLoader(PlanLoader[Any, SceneBatch]):
     def __init__(self, manifests: Manifests, workers: int, *, ground_truth: bool = True, **options: Any) -> None:
         super().__init__(manifests, workers, **options)
         self._ground_truth = ground_truth
+        self._ahead = store.stage is not None or any(is_url(part.root) for part in manifests.parts)
         self._rules = [rule_of(manifests, name) for name in manifests.datasets]
         for reader in sorted(manifests.depth_readers) if ground_truth else ():
             require_package(reader, "the depth of a data set")
@@ -57,6 +60,10 @@ class SceneLoader(PlanLoader[Any, SceneBatch]):
         frame = manifest_frame(self.manifests, row)
         maps = (frame.depth, frame.mask) if self._ground_truth else ()
         return [file for file in (frame.file, *maps) if file is not None]
+
+    def files_of_plan(self, plan: ScenePlan) -> list[Path]:
+        """Images, depth maps and masks, if any are copied or read ahead of time."""
+        return [file for row in plan.rows.tolist() for file in self.files_of(row)] if self._ahead else []
 
     def decode(self, plan: ScenePlan, at: np.ndarray, rows: np.ndarray) -> tuple[list[View | None], dict[int, str]]:
         """Views with depth and camera, of the size of the plan."""

@@ -15,10 +15,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastmum.config.mum import Config, ScenesSection
+from fastmum.data import remote, staging
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import Manifest, Manifests, SequenceRecord, write_manifest
 from fastmum.data.plan import StepPlanner
+from fastmum.data.store import StoredPath, is_url
 from fastmum.files import expand_user, read_json
 
 log = logging.getLogger(__name__)
@@ -151,7 +153,10 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     """
     data = config.data
     roots = {"data.root": data.root, "data.image_root": data.image_root}
-    manifests = open_manifests(data.manifests, roots, data.scenes, folder / "manifests", resumed, data.views[0])
+    manifests = open_manifests(
+        data.manifests, roots, data.scenes, folder / "manifests", resumed, data.views[0], moved=data.roots
+    )
+    staging.start(data.stage, data.stage_gb)
     lengths = np.diff(manifests.starts)
     held, is_held_out = hold_out(manifests, data.held_out, data.views[0], data.weights)
     views, (scale, aspect) = (data.views[0], data.views[1]), ((p[0], p[1]) for p in (data.crop_scale, data.crop_aspect))
@@ -192,7 +197,7 @@ def check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mappin
 
 def open_manifests(
     paths: Sequence[str], roots: Mapping[str, str | None], scenes: ScenesSection, folder: Path, keep: bool,
-    least: int = 2, builder: str = "folder",
+    least: int = 2, builder: str = "folder", moved: Mapping[str, str] | None = None,
 ) -> Manifests:  # fmt: skip
     """Open the manifests of a run, those of folders, or of the embedded scenes if there is nothing else.
 
@@ -204,8 +209,9 @@ def open_manifests(
         roots: by key of the configuration, folders or None. The name of single images ends in `image_root`.
         least: fewest frames of a sequence below a root.
         builder: of sequences below a root.
+        moved: `data.roots`.
     """
-    found = [expand_user(path) for path in paths]
+    found: list[Path | str] = [path if is_url(path) else expand_user(path) for path in paths]
     if not found and not any(root for key, root in roots.items() if not key.endswith("image_root")):
         found.append(_scenes_manifest(scenes, folder / "scenes.arrow"))
     for key, root in roots.items():
@@ -214,15 +220,22 @@ def open_manifests(
             out = folder / f"{'images' if single else builder}.arrow"
             options = {"min_frames": 1 if single else least} | ({"single": single} if builder == "folder" else {})
             found.append(_folder_manifest(key, root, out, builder, options, keep))
-    return Manifests(found)
+    manifests = Manifests(found, moved)
+    for part in manifests.parts:
+        if is_url(part.root):  # an error of credentials or names comes before the run
+            first = part.file(0)
+            assert isinstance(first, StoredPath)
+            assert first.place is not None
+            remote.check(first.place.store)
+    return manifests
 
 
 def _folder_manifest(key: str, root: str, out: Path, builder: str, options: dict[str, Any], keep: bool) -> Path:
     from fastmum.data.build import NoSequenceError, build  # runs on manifests need no builder
 
     folder = expand_user(root)
-    if not folder.is_dir():
-        raise DataError(f"{key} is '{root}', but there is no such folder")
+    if not folder.exists():
+        raise DataError(f"{key} is '{root}', but there is no such folder or archive")
     if keep:
         with contextlib.suppress(DataError):
             made = Manifest(out).metadata

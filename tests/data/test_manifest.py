@@ -15,6 +15,7 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, Manifests, SequenceRecord, _changes, write_manifest
 from fastmum.data.manifest_writer import TEXT, _write
+from fastmum.data.store import Place, StoredPath
 
 MILLIMETRES = DepthFormat("png16", 1e-3, unknown=65535.0)
 RAYS = DepthFormat("hdf5", kind="ray", max=100.0)
@@ -115,9 +116,13 @@ def test_scenes_are_those_that_are_named_or_else_the_sequences(tmp_path):
     assert "scene" not in pa.ipc.open_file(tmp_path / "2").schema.names
 
 
-def test_a_flipped_bit_is_one_error(tmp_path):
+@pytest.mark.parametrize("archives", [False, True])
+def test_a_flipped_bit_is_one_error(tmp_path, archives):
     maps = {"depths": ["d.png", ""], "masks": ["", "m.png"], "depth_format": MILLIMETRES}
     cameras = numbered("a", 2, poses=poses(2), intrinsics=np.ones((2, 4)), **maps)
+    if archives:
+        places = [Place("a.tar", 512, 1000, 2**32 - 1), Place("b.zip", 2**40, 5, 7, deflated=True)]
+        cameras = cameras._replace(places={"path": places, "depth": [None, None], "mask": [None, places[1]]})
     write(tmp_path / "m.arrow", [cameras, *(cameras.select([i], f"a/{i}") for i in range(2))], rule="paper")
     whole = (tmp_path / "m.arrow").read_bytes()
     bits = {*range(128), *range(8 * len(whole) - 128, 8 * len(whole)), *range(128, 8 * len(whole), 137)}
@@ -126,7 +131,32 @@ def test_a_flipped_bit_is_one_error(tmp_path):
         damaged[bit // 8] ^= 1 << bit % 8
         (tmp_path / "d.arrow").write_bytes(damaged)
         with pytest.raises(DataError, match=rf"^[^\n]*{tmp_path}/d.arrow[^\n]*$"):
-            Manifest(tmp_path / "d.arrow")
+            Manifest(tmp_path / "d.arrow").files([0])  # blocks of rows are checked when they are used
+
+
+def test_places_in_archives_are_read_back(tmp_path):
+    places = [Place("a.tar", 512 + i, 1000 + i, 2**32 - 1 - i, size=1000 + i) for i in range(3000)]
+    some = [*places[:2], Place("z/b.zip", 2**40, 5, 7, deflated=True), None]
+    records = [
+        numbered("loose", 2),
+        numbered("some", 4, places={"path": some}),
+        numbered("some", 3000, dataset="other"),
+    ]
+    write(tmp_path / "m.arrow", [*records[:2], records[2]._replace(places={"path": places})], root="raw")
+    manifest = Manifest(tmp_path / "m.arrow")
+    assert manifest.starts.tolist() == [0, 2, 6, 3006]
+    assert (manifest.datasets, manifest.dataset_of.tolist()) == (("rooms", "other"), [0, 0, 1])
+    assert [manifest.sequence_name(i) for i in range(3)] == ["loose", "some", "some"]
+    found = [*manifest.places("path", np.arange(6)), *manifest.places("path", np.array([3005, 6]))]
+    stores = [tmp_path / "raw/a.tar", tmp_path / "raw/z/b.zip"]
+    expected = [None, None, *places[:2], some[2]._replace(store=stores[1]), None, places[2999], places[0]]
+    assert found == [place and place._replace(store=str(stores["b.zip" in str(place.store)])) for place in expected]
+    assert [type(file) is StoredPath for file in manifest.files([0, 2, 5])] == [False, True, False]
+    assert str(manifest.file(3005)) == f"{tmp_path}/raw/some/2999.jpg"
+    table = pa.ipc.open_file(tmp_path / "m.arrow").read_all()  # anyone can read it with Arrow
+    table.validate(full=True)
+    assert table["sequence"].slice(2, 1).to_pylist() == ["some"]
+    assert table["path_place"].to_pylist()[3] == {"offset": 513, "length": 1001, "check": 2**32 - 2}
 
 
 def test_numbers_outside_their_dictionaries_and_other_columns_are_refused(tmp_path):
@@ -250,3 +280,17 @@ def test_opening_allocates_a_few_bytes_per_sequence_not_per_frame(tmp_path):
     assert peak < 40 * manifest.num_sequences + (8 << 20)
     assert pa.total_allocated_bytes() - arrow < 1 << 16, "Arrow maps the columns, it does not read them"
     assert manifest.file(999_999).name == "9999_00099.jpg"
+
+
+@pytest.mark.parametrize("n", [1, 9, 3000])
+def test_blocks_of_rows_with_and_without_unknown_values(tmp_path, n):
+    """Columns that are known for all rows have no bitmaps in the file."""
+    places = [Place("a.tar", 512 * i, i, i) for i in range(n)]
+    whole = {"poses": poses(n), "intrinsics": np.ones((n, 4)), "masks": ["m.png"] * n, "places": {"path": places}}
+    for unknown in (False, True):
+        records = [numbered("a", n, **whole), *([numbered("b", 2)] * unknown)]
+        write(tmp_path / "m.arrow", records)
+        manifest = Manifest(tmp_path / "m.arrow")
+        assert [place.offset for place in manifest.places("path", np.arange(n))] == [512 * i for i in range(n)]
+        assert np.array_equal(manifest.camera_arrays(n - 1)[1], poses(n)[n - 1])
+        assert manifest.present("mask").tolist() == [True] * n + [False] * (2 * unknown)

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import natsort
 import numpy as np
 
+from fastmum.data.archives import TreePath
+from fastmum.data.decode.image import IMAGE_SUFFIXES, is_image
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
@@ -28,11 +30,6 @@ log = logging.getLogger(__name__)
 Cameras = tuple[np.ndarray | None, np.ndarray | None]  # poses and intrinsics of the frames, as in `SequenceRecord`
 
 RULES = ("paper", "released")
-# Of `fastmum.data.decode.image.FORMATS`, but not .pfm, which is depth.
-IMAGE_SUFFIXES = frozenset(
-    """.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .bmp .gif .pbm .pgm .pnm .ppm .avif .avifs .jp2 .j2k .j2c
-    .jpc .jpf .jpx .tga .icb .vda .vst .qoi""".split()  # noqa: SIM905
-)
 OTHER_IMAGE_SUFFIXES = frozenset(
     """.heic .heif .hif .jxl .exr .hdr .dng .cr2 .cr3 .nef .arw .orf .raf .rw2 .psd .dds .dib .ico .icns .pcx .dcx .sgi
     .rgb .rgba .bw .ras .xbm .xpm .svg .eps""".split()  # noqa: SIM905
@@ -86,6 +83,7 @@ class Builder:
     options: Mapping[str, Option] = field(default_factory=dict)
     begin: Callable[[Path, Options], None] | None = None  # called before anything is read; checks packages, folders ...
     root: Callable[[Path, Options], Path] | None = None  # folder that the frames' paths are relative to, None: --root
+    archives: bool = True  # whether files in archives are read
 
 
 MIN_FRAMES = {"min_frames": Option(2, "skip shorter sequences", min=1)}
@@ -134,11 +132,6 @@ def chunks(scene: SequenceRecord, options: Options, released: int | None) -> Ite
         return
     for i, rows in enumerate(cut_into_chunks(len(scene.frames), size, last_takes_rest=options.rule == "released")):
         yield from whole(scene.select(rows, f"{scene.name}/{i:03d}"), options)
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name is an image's; hidden files (macOS writes some) are not."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def images_in(folder: Path) -> list[str]:
@@ -247,6 +240,12 @@ def image_folders(root: Path) -> list[str]:
     return sorted(found, key=lambda folder: [(key(name), name) for name in folder.split("/") if folder != "."])
 
 
+def root_name(root: Path) -> str:
+    """The name of the folder, or of an archive without its suffix."""
+    real = root.resolve()
+    return real.stem if real.is_file() else real.name
+
+
 def folders_in(folder: Path) -> list[str]:
     """Names of the visible sub-folders in natural order, without `SYSTEM_FOLDERS`; empty if there is no such folder."""
     entries = (entry for entry in _entries(folder) if _reason_to_skip(entry.name, set(), frozenset()) is None)
@@ -291,23 +290,47 @@ def names_in(folder: Path) -> list[str]:
     return [entry.name for entry in _entries(folder)]
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
+class Member(NamedTuple):
+    """A file or a folder in an archive, as an `os.DirEntry`."""
+
+    name: str
+    path: str
+    folder: bool
+
+    def is_dir(self) -> bool:
+        return self.folder
+
+    def is_file(self) -> bool:
+        return not self.folder
+
+    def is_symlink(self) -> bool:
+        return False
+
+
+def _entries(folder: Path) -> "list[os.DirEntry[str] | Member]":
+    """The entries of a folder, real ones before those of archives."""
+    found: list[os.DirEntry[str] | Member] = []
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            found = list(entries)
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        pass
     except OSError as error:
         kind = UnreadableFolderError if isinstance(error, PermissionError) else DataError
         raise kind(f"the folder '{folder}' cannot be read ({error.strerror})") from None
+    if isinstance(folder, TreePath):
+        names = {entry.name for entry in found}
+        members = folder.entries(names).items()
+        found += [Member(name, f"{folder}/{name}", at is None) for name, at in members if name not in names]
+    return found
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
+def _is_file(entry: os.DirEntry[str] | Member) -> bool:
     # DirEntry's own methods raise OSError for links in a circle.
     return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
+def _is_dir(entry: os.DirEntry[str] | Member) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 

@@ -33,7 +33,8 @@ def co3d_test(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     """Frames of the test list, in its order, of videos with good viewpoints."""
     with (
         reading(file := root / part / SEQUENCES, "CO3D sequence annotations"),
-        gzip.open(file, "rt", encoding="utf-8-sig") as stream,
+        file.open("rb") as packed,
+        gzip.open(packed, "rt", encoding="utf-8-sig") as stream,
     ):
         good = {s["sequence_name"] for s in json.load(stream) if s["viewpoint_quality_score"] > CO3D_QUALITY}
     with reading(file := root / part / TRAINING_LIST, "a set list of CO3D"):
@@ -76,7 +77,7 @@ def eth3d(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
         poses, intrinsics = {}, {}
         for name in names:
             file = root / part / "custom_undistorted_cam" / f"{name.rpartition('.')[0]}.npz"
-            with reading(file, "a camera of ETH3D"), np.load(file) as content:
+            with reading(file, "a camera of ETH3D"), file.open("rb") as packed, np.load(packed) as content:
                 poses[name] = np.vstack([content["extrinsics"][:3], [0, 0, 0, 1]])
                 intrinsics[name] = from_K(content["intrinsics"])
         return by_name(names, poses), by_name(names, intrinsics, (4,))

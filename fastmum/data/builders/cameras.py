@@ -29,7 +29,8 @@ def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray
     with reading(file, f"{what}, {columns} numbers a line"), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # numpy warns about an empty file
         try:
-            return np.loadtxt(file, ndmin=2, skiprows=skip, encoding="utf-8-sig").reshape(-1, columns)
+            with file.open(encoding="utf-8-sig") as stream:
+                return np.loadtxt(stream, ndmin=2, skiprows=skip).reshape(-1, columns)
         except UserWarning:
             raise ValueError("it is empty") from None
 

@@ -128,8 +128,9 @@ def hypersim_cameras(root: Path, scene: str, cameras: dict[str, list[str]]) -> C
         row = {row["scene_name"]: row for row in csv.DictReader(stream)}[scene]
         cam_from_uv = np.array([[float(row[f"M_cam_from_uv_{i}{j}"]) for j in range(3)] for i in range(3)])
         scale = float(row["settings_units_info_meters_scale"])
-    prefix = root / scene / "images" / HYPERSIM_PREFIX
-    sizes = (image_size(Path(f"{prefix}{camera}{HYPERSIM_SUFFIX}"), names) for camera, names in cameras.items())
+    images = root / scene / "images"
+    folders = ((images / f"{HYPERSIM_PREFIX}{camera}{HYPERSIM_SUFFIX}", names) for camera, names in cameras.items())
+    sizes = (image_size(folder, names) for folder, names in folders)
     if (size := next(filter(None, sizes), None)) is None:
         return None, None
     uv_from_pixel = np.array([[2 / size[0], 0, -1], [0, -2 / size[1], 1], [0, 0, 1]])

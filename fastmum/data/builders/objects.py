@@ -62,7 +62,7 @@ def co3d_videos(
 ) -> Iterator[SequenceRecord]:  # fmt: skip
     """Videos of a category by name; `kept` are the (video, number) of frames, None: all. `order` sorts those."""
     with reading(file := root / part / ANNOTATIONS, "CO3D frame annotations"):
-        with gzip.open(file, "rt", encoding="utf-8-sig") as stream:
+        with file.open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8-sig") as stream:
             annotations = json.load(stream)
         videos = defaultdict(list)
         for frame in annotations:

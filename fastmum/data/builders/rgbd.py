@@ -142,7 +142,7 @@ def pointodyssey(root: Path, part: str, options: Options) -> Iterator[SequenceRe
 
 def pointodyssey_cameras(file: Path, numbers: list[str]) -> Cameras:
     """camera_from_world and intrinsics of a video; NaN for frames beyond those of the file."""
-    with reading(file, "annotations of PointOdyssey"), np.load(file) as content:
+    with reading(file, "annotations of PointOdyssey"), file.open("rb") as packed, np.load(packed) as content:
         poses, K = (np.asarray(content[key], np.float32) for key in ("extrinsics", "intrinsics"))
         known = {number: int(number) for number in numbers if int(number) < len(poses)}
         found = {number: poses[i].reshape(4, 4) for number, i in known.items()}
@@ -167,7 +167,7 @@ def rgbd(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     stems = [name.rpartition(".")[0] for name in names]
     depths, z = _rgbd_depths(scene, stems, options)
     masks = [f"{prefix}{folder}/{stem}.png" for stem in stems] if (folder := _one_of(scene, MASKS)) else []
-    name = root.resolve().name if part == "." else part
+    name = base.root_name(root) if part == "." else part
     cameras = partial(rgbd_cameras, scene, scene / images, names, stems, options.pose)
     frames = [f"{prefix}{images}/{name}" for name in names]
     paths = [depth and f"{prefix}{depth}" for depth in depths]
@@ -224,8 +224,8 @@ def rgbd_cameras(scene: Path, images: Path, names: list[str], stems: list[str], 
         return read_nerfstudio(file, names, images)
     intrinsics, poses = None, None
     if (file := scene / "intrinsics.txt").is_file():
-        with reading(file, "intrinsics, fx fy cx cy or a matrix"):
-            values = np.loadtxt(file, ndmin=2, encoding="utf-8-sig")
+        with reading(file, "intrinsics, fx fy cx cy or a matrix"), file.open(encoding="utf-8-sig") as stream:
+            values = np.loadtxt(stream, ndmin=2)
             K = values.reshape(4) if values.size == 4 else from_K(values.reshape(len(values), len(values)))
         intrinsics = np.tile(np.asarray(K, np.float32), (len(names), 1))
     if (file := scene / "poses.txt").is_file():

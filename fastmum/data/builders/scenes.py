@@ -103,7 +103,7 @@ def folder(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     if options.single:
         yield from (SequenceRecord(frame, [frame]) for frame in frames)
     else:
-        yield from base.whole(SequenceRecord(root.resolve().name if part == "." else part, frames), options)
+        yield from base.whole(SequenceRecord(base.root_name(root) if part == "." else part, frames), options)
 
 
 BUILDERS = {

@@ -72,13 +72,6 @@ def megadepth(root: Path, part: str, options: Options) -> Iterator[SequenceRecor
     yield from _sequences(root, part, images, model, options, "overlap", depth, z)
 
 
-def megascenes_begin(root: Path, options: Options) -> None:
-    """Check for zips that are still packed."""
-    for name in (MEGASCENES, MEGASCENES_IMAGES):
-        if not (root / name).is_dir() and (root / f"{name}.zip").is_file():
-            raise DataError(f"'{root / name}.zip' must be unpacked first: unzip '{root / name}.zip' -d '{root}'")
-
-
 def megascenes_parts(root: Path, options: Options) -> list[str]:
     """Every model of every scene, such as reconstruct/001/234/colmap/0.
 
@@ -154,7 +147,7 @@ def _colmap_sequences(
         path = f"{maps}/{name}.geometric.bin"
         return path if (root / path).is_file() else ""
 
-    name, z = root.name if part == "." else part, DepthFormat("colmap")  # as MegaDepth's
+    name, z = base.root_name(root) if part == "." else part, DepthFormat("colmap")  # as MegaDepth's
     if not options.sparse_depth:
         yield from _sequences(root, name, images, model, options, options.chain, depth, z, scene)
         return
@@ -278,13 +271,12 @@ BUILDERS = {
     ),
     "megascenes": Builder(
         layout=f"{MEGASCENES}/<001>/<234>/colmap/<n>/{{cameras,images,points3D}}.bin and "
-        f"{MEGASCENES_IMAGES}/<001>/<234>/, unpacked",
+        f"{MEGASCENES_IMAGES}/<001>/<234>/",
         paper="from the image that sees most points to the unused one of largest overlap x 4 cos(t) (1 - cos(t)), "
         "and so on; at least 24 images",
         released="every model of at least 12 images is a sequence: the chains are written, but never called",
         parts=megascenes_parts,
         sequences=megascenes,
-        begin=megascenes_begin,
         options={"min_frames": MIN_FRAMES} | ANGLE_OPTIONS | BROKEN | base.POSES,
     ),
     "colmap": Builder(

@@ -153,6 +153,7 @@ BUILDERS = {
         sequences=sequences,
         begin=begin,
         root=frame_folder,
+        archives=False,
         options={
             "fps": Option(None, f"frames per second to take (default {FPS:g})", type=float, min=1e-3),
             "every": Option(None, "take every N-th frame instead", type=int, min=1),

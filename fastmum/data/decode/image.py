@@ -12,6 +12,7 @@ largest centred box within the bounds of the aspect ratio.
 
 import errno
 import io
+import os
 import re
 import threading
 from pathlib import Path
@@ -23,12 +24,18 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch.nn.functional import interpolate
 
+from fastmum.data.store import StoredPath, source
 from fastmum.files import regular
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 # What is read, whatever a file is called. Pillow knows more formats; some start other programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "TGA", "QOI")
+# Of `FORMATS`, but not .pfm, which is depth.
+IMAGE_SUFFIXES = frozenset(
+    """.jpg .jpeg .jpe .jfif .mpo .png .apng .webp .tif .tiff .bmp .gif .pbm .pgm .pnm .ppm .avif .avifs .jp2 .j2k .j2c
+    .jpc .jpf .jpx .tga .icb .vda .vst .qoi""".split()  # noqa: SIM905
+)
 JPEGS = ("JPEG", "MPO")  # an MPO is several JPEGs, of which the first is read
 ORIENTATION = 0x0112  # the EXIF tag
 BITS_PER_SAMPLE = 258  # the TIFF tag
@@ -86,11 +93,16 @@ class Header(NamedTuple):
     plain: bool  # intact EXIF gives the orientation, so that other decoders find the same
 
 
+def is_image(name: str) -> bool:
+    """Whether a file name is an image's; hidden files (macOS writes some) are not."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
 def read_file(file: Path) -> bytes:
     """Read a file; raises FrameError if it is missing, empty, unreadable or not `regular`."""
     try:
         being_read[threading.get_ident()] = file
-        data = regular(file).read_bytes()
+        data = file.read_bytes() if isinstance(file, StoredPath) else regular(file).read_bytes()
     except OSError as error:
         reason = "missing" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise FrameError(reason, error.errno in TRANSIENT) from None
@@ -107,7 +119,7 @@ def open_image(file: Path | io.BytesIO) -> Image.Image:
     if isinstance(file, Path) and not file.is_file():
         raise FrameError("missing, or no regular file")
     try:
-        return Image.open(file, formats=FORMATS)
+        return Image.open(source(file) if isinstance(file, Path) else file, formats=FORMATS)
     except UnidentifiedImageError:
         raise FrameError(f"not an image of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's readers raise anything on malformed files
@@ -237,9 +249,15 @@ def rgb(header: Header, box: Box | None = None) -> Image.Image:
 
 def read_upright(source: Path | bytes) -> np.ndarray:
     """Decode a whole image upright, (h, w, 3) uint8 RGB; FrameError if it cannot be decoded."""
-    header = read_header(source)
-    image = np.empty((header.height, header.width, 3), np.uint8)
-    place(np.asarray(rgb(header)), image, header.orientation, flip=False)
+    return turn_upright(read_header(source))
+
+
+def turn_upright(header: Header) -> np.ndarray:
+    """Decode a whole image, at the scale that `Image.draft` was asked for, as `read_upright`."""
+    pixels = np.asarray(rgb(header))
+    swap = _TO_UPRIGHT[header.orientation][2]
+    image = np.empty_like(pixels, shape=(*(pixels.shape[1::-1] if swap else pixels.shape[:2]), 3))
+    place(pixels, image, header.orientation, flip=False)
     return image
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmum.data.archives import read_archive as read_archive
+from fastmum.data.arrays import read_archive as read_archive
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
 from fastmum.files import read_json as load_json

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmum.config.mum import ScenesSection
 from fastmum.config.schema import ConfigError, key
+from fastmum.data import staging
 from fastmum.data.manifest import Manifests
 from fastmum.data.scene_loader import SceneLoader
 from fastmum.data.scene_plan import ScenePlanner, usable_frames
@@ -23,6 +24,15 @@ class SceneDataSection:
 
     manifests: list[str] = key([], "files of sequences, built by python -m fastmum.data.build", is_path=True)
     weights: dict[str, float] = key({}, "weights of data sets, {co3d: 2}; 1 for those not named, 0 for never", least=0)
+    roots: dict[str, str] = key(
+        {}, "folders or URLs (s3://...) that data sets were moved to, {co3d: /nvme/co3d}; also $FASTMUM_ROOT_CO3D",
+        is_path=True,
+    )  # fmt: skip
+    stage: str | None = key(
+        None, "folder on a local disk for copies of the coming steps' files, shared by a machine's processes",
+        is_path=True,
+    )  # fmt: skip
+    stage_gb: float = key(100.0, "size of the copies in data.stage, of which the oldest are deleted", above=0)
     root: str | None = key(
         None, "folder of RGB-D scenes (fastmum data build rgbd); without it and manifests: embedded scenes",
         is_path=True,
@@ -96,8 +106,9 @@ def open_scenes(
     """
     roots, builder = {"data.root": data.root}, "rgbd" if ground_truth else "folder"
     manifests = open_manifests(
-        data.manifests, roots, data.scenes, folder / "manifests", resumed, data.min_frames, builder
+        data.manifests, roots, data.scenes, folder / "manifests", resumed, data.min_frames, builder, data.roots
     )
+    staging.start(data.stage, data.stage_gb)
     usable = usable_frames(manifests, data.min_frames, ground_truth)
     held, is_held_out = hold_out(manifests, data.held_out, data.min_frames, data.weights, usable)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from fastmum.data.build import build
+import fastmum.data.build as builds
 from fastmum.data.manifest import Manifest
 
 
@@ -36,7 +36,7 @@ def found(raw, tmp_path):
     """Builds a data set; returns its manifest as Python objects: cameras, depth and masks by the name of a sequence."""
 
     def make(name, **options):
-        build(name, raw, tmp_path / f"{name}.arrow", **options)
+        builds.build(name, raw, tmp_path / f"{name}.arrow", **options)
         manifest = Manifest(tmp_path / f"{name}.arrow")
         starts = manifest.starts.tolist()
         rows = {manifest.sequence_name(i): range(*starts[i : i + 2]) for i in range(manifest.num_sequences)}

@@ -288,10 +288,6 @@ class TestMegaScenes:
         (raw / "images/001/234/commons/Tower/0/pictures/a.jpg").unlink()
         # From s: b; from b (8 points): c, which turns by 25 degrees.
         assert letters(found("megascenes", min_frames=3).sequences["001/234/0/000"]) == "sbc"
-        (raw / "reconstruct").rename(raw / "elsewhere")
-        add("reconstruct.zip")
-        with pytest.raises(DataError, match="must be unpacked first"):
-            found("megascenes")
 
     def test_released_takes_models_of_twelve_images_whole(self, raw, add, found):
         with pytest.raises(DataError, match="makes a sequence of megascenes"):

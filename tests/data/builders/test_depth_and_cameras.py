@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from fastmum.data.build import build
+import fastmum.data.build as builds
 from fastmum.data.builders import BUILDERS
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
@@ -281,7 +281,7 @@ def test_pairs_of_the_training_sets_of_relative_pose(raw, tmp_path, monkeypatch,
 def test_the_world_point_of_a_pixel(raw, tmp_path, write, options, tolerance):
     write(raw)
     name = next(name for name in (write.__name__, write.__name__.partition("_")[0]) if name in BUILDERS)
-    counts = build(name, raw, tmp_path / "lists/all.arrow", **options).counts
+    counts = builds.build(name, raw, tmp_path / "lists/all.arrow", **options).counts
     assert counts == (1, 2)
     manifests = Manifests([tmp_path / "lists/all.arrow"])
     for row in range(2):
@@ -300,34 +300,34 @@ def test_mvssynth_squashes_its_540p_copy_and_hypersim_has_cameras_without_a_cent
         Image.new("RGB", (810, 540)).save(raw / f"0000/images/{i}.png")
         camera = {"f_x": 1920, "f_y": 500, "c_x": 405, "c_y": 270, "extrinsic": np.eye(4).tolist()}
         put(raw, f"0000/poses/{i}.json", json.dumps(camera))
-    build("mvssynth", raw, tmp_path / "a.arrow")
+    builds.build("mvssynth", raw, tmp_path / "a.arrow")
     assert Manifests([tmp_path / "a.arrow"]).camera_arrays(0)[0].tolist() == [810, 500, 405, 270]
     if importlib.util.find_spec("h5py"):
         hypersim(raw)
         file = raw / "metadata_camera_parameters.csv"
         file.write_text(file.read_text().replace("1,0,0,0,0.5", "1,0,-3,0,0.5"))
-        build("hypersim", raw, tmp_path / "b.arrow", exclude="ai_024_012")
+        builds.build("hypersim", raw, tmp_path / "b.arrow", exclude="ai_024_012")
         assert Manifests([tmp_path / "b.arrow"]).camera_arrays(0)[0] is None
         assert "ai_001_001" in caplog.text
 
 
 def one_line(raw, tmp_path, match, **options):
     with pytest.raises(DataError, match=rf"^[^\n]*{match}[^\n]*$"):
-        build("rgbd", raw, tmp_path / "a.arrow", **options)
+        builds.build("rgbd", raw, tmp_path / "a.arrow", **options)
 
 
 def test_folders_of_users_with_faults_are_named_in_one_line(raw, tmp_path, caplog):
     rgbd(raw)
     put(raw, "kitchen/depth/stray.png", Z)
     put(raw, "kitchen/rgb/2.jpg", None)
-    build("rgbd", raw, tmp_path / "a.arrow")
+    builds.build("rgbd", raw, tmp_path / "a.arrow")
     assert "'stray.png'" in caplog.text
     assert "1 of 3 frames have no depth" in caplog.text
     assert Manifests([tmp_path / "a.arrow"]).depth_file(2) is None
 
     put(raw, "kitchen/depth/1.png", Z)  # in metres, next to one in millimetres
     one_line(raw, tmp_path, "depth/1.png.*mixed")
-    build("rgbd", raw, tmp_path / "a.arrow", depth=False)
+    builds.build("rgbd", raw, tmp_path / "a.arrow", depth=False)
     (raw / "kitchen/depth/1.png").unlink()
     put(raw, "kitchen/depth/1.npy", Z)
     one_line(raw, tmp_path, "several formats")
@@ -335,7 +335,7 @@ def test_folders_of_users_with_faults_are_named_in_one_line(raw, tmp_path, caplo
     for i in range(2):
         (raw / f"kitchen/depth/{i}.png").unlink(missing_ok=True)
     one_line(raw, tmp_path, "--unit")
-    assert build("rgbd", raw, tmp_path / "a.arrow", unit=0.001).counts.frames == 3
+    assert builds.build("rgbd", raw, tmp_path / "a.arrow", unit=0.001).counts.frames == 3
     put(raw, "kitchen/poses.txt", text(np.eye(4).ravel()))
     one_line(raw, tmp_path, "poses.txt' has 1 poses for 3 images", unit=0.001)
     (raw / "kitchen/poses.txt").unlink()

@@ -1,0 +1,101 @@
+"""Verify the files of a manifest that lie in archives or stores: lengths, and the checksums that are known."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from fastmum.data import remote
+from fastmum.data.errors import DataError
+from fastmum.data.manifest import Manifest
+from fastmum.data.store import Place, StoredPath, fetch, is_url
+from fastmum.progress import progress_bar
+
+THREADS = 16  # that read archives
+INDEX_SCHEMA = pa.schema({
+    "name": pa.string(), "row": pa.int64(), "column": pa.string(), "offset": pa.int64(), "length": pa.int64(),
+    "check": pa.uint32(), "hash": pa.uint64(), "scale_x": pa.float64(), "scale_y": pa.float64(),
+})  # fmt: skip
+
+
+class Members(NamedTuple):
+    """Files of one archive, or of a store: a task of `damaged_members`."""
+
+    archive: str
+    files: tuple[tuple[str, Place], ...]  # paths and places
+
+
+def members_of(manifest: Manifest, column: str) -> Iterator[Members]:
+    """The different files of a column ("path", "depth", "mask", "side") that are not loose, by their archive."""
+    present = np.ones(manifest.num_frames, bool) if column == "path" else manifest.present(column)
+    groups: dict[str, dict[Place, str]] = defaultdict(dict)
+    for rows in np.array_split(np.flatnonzero(present), max(1, len(present) // 4096)):
+        for path in manifest.column_files(column, rows):
+            if isinstance(path, StoredPath) and path.place is not None:
+                groups[path.place.store][path.place] = str(path)
+    whole: list[tuple[str, Place]] = []
+    for archive, files in groups.items():
+        if len(files) == 1 and next(iter(files)).length < 0:
+            whole += [(path, place) for place, path in files.items()]
+        else:
+            yield Members(archive, tuple((path, place) for place, path in sorted(files.items())))
+    for i in range(0, len(whole), 1024):
+        yield Members("", tuple(whole[i : i + 1024]))
+
+
+def damaged_members(members: Members) -> list[str]:
+    """A line for each file that cannot be read, or is another than the one that was packed. A picklable task.
+
+    Reads all of them. The checksums are those of the archive's index, if there is one next to it.
+    """
+    hashes: dict[tuple[int, int], int] = {}
+    index = f"{members.archive.removesuffix('.tar')}.index"
+    found = []
+    if members.archive.endswith(".tar") and (is_url(index) or os.path.exists(index)):
+        try:
+            table = read_index(index)
+            places = zip(table["offset"].to_pylist(), table["length"].to_pylist(), strict=True)
+            hashes = dict(zip(places, table["hash"].to_pylist(), strict=True))
+        except FileNotFoundError:  # an object
+            pass
+        except (OSError, DataError) as error:
+            found.append(str(error))
+    for path, place in members.files:
+        try:
+            content = fetch(place)
+        except OSError as error:
+            found.append(f"'{path}': {error.strerror}")
+            continue
+        if hashes and hashes.get((place.offset, place.length)) != xxhash.xxh3_64_intdigest(content):
+            known = (place.offset, place.length) in hashes
+            found.append(f"'{path}' {'has another checksum than' if known else 'is not'} in '{index}'; pack again")
+    return found
+
+
+def find_damaged(manifest: Manifest, column: str, progress: bool = False) -> tuple[int, list[str]]:
+    """Number of the different files of a column that are not loose, and a line for each damaged one."""
+    groups = list(members_of(manifest, column))
+    total, found = sum(len(group.files) for group in groups), []
+    with ThreadPoolExecutor(THREADS) as pool, progress_bar(total=total, desc="checking", show=progress) as bar:
+        for group, lines in zip(groups, pool.map(damaged_members, groups), strict=True):
+            found += lines
+            bar.update(len(group.files))
+    return total, found
+
+
+def read_index(file: str) -> pa.Table:
+    """The members of a shard; DataError: it is no index, OSError: it cannot be read."""
+    content = remote.read(file) if is_url(file) else Path(file).read_bytes()
+    try:
+        table = pa.ipc.open_file(content).read_all()
+        if table.schema.remove_metadata() != INDEX_SCHEMA:
+            raise pa.ArrowInvalid("other columns")
+        return table
+    except pa.ArrowException:
+        raise DataError(f"'{file}' is no index of a shard, or is damaged; pack again") from None

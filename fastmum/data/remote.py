@@ -1,0 +1,123 @@
+"""Objects of fsspec stores (`s3://`, `gs://`, `hf://`, `https://` ...): range requests that are retried."""
+
+import contextlib
+import errno
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from fastmum.data.errors import DataError
+from fastmum.errors import writing
+from fastmum.files import cache_folder, write_atomic
+
+log = logging.getLogger(__name__)
+
+WHOLE = -1  # length of all bytes of a file or object
+RETRY_S = 300.0  # seconds that a store may fail
+START_S = 20.0  # at the start of a run, which would otherwise wait for a wrong address
+FIRST_S, LONGEST_S = 0.25, 8.0  # between attempts
+# Errors that no attempt changes, by the name of their class: fsspec's stores have no common one.
+FINAL = (
+    "FileNotFound", "Permission", "NoCredentials", "CredentialRetrieval", "ProfileNotFound", "ImportError",
+    "IsADirectory",
+)  # fmt: skip
+_outage = threading.Event()
+
+
+def is_url(text: str | Path) -> bool:
+    """Whether a place is an object of a store."""
+    return "://" in str(text)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The file system of a URL and the path in it; DataError if its package is not installed.
+
+    Endpoints and credentials are fsspec's: of the environment (`AWS_...`, `FSSPEC_S3_ENDPOINT_URL`), or its files.
+    """
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"'{url}' cannot be read: {error}; pip install 'fastmum[remote]'") from None
+
+
+def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = None) -> bytes:
+    """Bytes of an object. Failing requests are sent again for `RETRY_S` seconds; then, or if that is useless, OSError.
+
+    The error is a FileNotFoundError or PermissionError where that is the reason.
+    """
+    system, path = file_system(url)
+    retry_s = RETRY_S if retry_s is None else retry_s
+    end, wait = time.monotonic() + retry_s, FIRST_S
+    while True:
+        try:
+            data = system.cat_file(path) if length == WHOLE else system.cat_file(path, start=start, end=start + length)
+            _outage.clear()
+            return data
+        except Exception as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            if any(kind.startswith(FINAL) for kind in kinds):
+                missing = isinstance(error, FileNotFoundError)
+                kind = FileNotFoundError if missing else PermissionError
+                raise kind(errno.ENODATA if missing else errno.EACCES, reason, url) from None
+            if time.monotonic() + wait > end:
+                raise TimeoutError(errno.ETIMEDOUT, reason, url) from None
+            if not _outage.is_set():
+                _outage.set()
+                log.warning("'%s' cannot be read for now (%s); it is tried again for %.0f s", url, reason, retry_s)
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_S)
+
+
+def size(url: str) -> int:
+    """Bytes of an object; OSError if there is none."""
+    system, path = file_system(url)
+    try:
+        return int(system.info(path)["size"])
+    except Exception as error:  # fsspec's stores have no common error
+        raise OSError(errno.EIO, str(error), url) from None
+
+
+def check(url: str) -> None:
+    """DataError in one line if an object cannot be read: no package, no credentials, no such bucket or object."""
+    try:
+        read(url, 0, 1, START_S)
+    except OSError as error:
+        raise DataError(
+            f"'{url}' cannot be read ({error.strerror}); check its name and the store's credentials"
+        ) from None
+
+
+def local_copy(url: str | Path) -> Path:
+    """The content of an object in a file of the cache; DataError if it cannot be read."""
+    check(str(url))
+    system, path = file_system(str(url))
+    name = xxhash.xxh3_64_hexdigest(f"{url} {system.ukey(path)}".encode())  # which differs between versions
+    copy = cache_folder() / "objects" / f"{name}-{path.rpartition('/')[2]}"
+    if not copy.is_file():
+        with writing(copy, DataError):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(copy, read(str(url)))
+    return copy
+
+
+def write(url: str, file: Path) -> None:
+    """Upload a file, which replaces the object; DataError if that fails."""
+    system, path = file_system(url)
+    for wait in (FIRST_S, 1.0, LONGEST_S, None):
+        try:
+            with contextlib.suppress(NotImplementedError):
+                system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            system.put_file(str(file), path)
+            return
+        except Exception as error:
+            if wait is None or any(kind.__name__.startswith(FINAL) for kind in type(error).__mro__):
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                raise DataError(f"'{url}' cannot be written ({reason})") from None
+        time.sleep(wait)
