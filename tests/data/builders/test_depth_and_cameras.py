@@ -245,7 +245,7 @@ def test_pairs_of_the_training_sets_of_relative_pose(raw, tmp_path, monkeypatch,
     monkeypatch.setenv("FASTMUM_CACHE", str(tmp_path / "cache"))
     write(raw)
     name = write.__name__
-    build(name, raw, tmp_path / "all.arrow", **options)
+    builds.build(name, raw, tmp_path / "all.arrow", **options)
     manifests = Manifests([tmp_path / "all.arrow"])
     # Miniatures have two frames, with one camera: all of the one is seen by the other.
     gaps = None if by_overlap or GAPS[name][0] == 1 else {name: (1, 500)}
