@@ -14,7 +14,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "fastmum/__init__.py").re
 MAPPED = {"fastmum.kernels": "kernels", "fastmum.configs": "configs", "fastmum.launch": "launch"}
 EXTRAS = {
     "dali": ["nvidia-dali-cuda130>=2.0; sys_platform == 'linux'"],
-    "colmap": ["scipy>=1.12"],
+    "colmap": ["scipy>=1.12", "pycolmap>=3.12"],
     "video": ["av>=14.2"],
     "flash": ["flash-attn>=2.7; sys_platform == 'linux'"],
     "flash4": ["flash-attn-4>=4.0.0b36; sys_platform == 'linux'"],
@@ -24,13 +24,15 @@ EXTRAS = {
     "evaluate": ["h5py>=3.10"],
     "recognition": ["scikit-learn>=1.4"],
     "exr": ["OpenEXR>=3.3"],
+    "matching": ["opencv-python-headless>=4.8"],
     "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],  # other stores: gcsfs, huggingface_hub, aiohttp
     "viewer": ["plotly>=6.0"],  # plotly.js is inside
     "hf": ["transformers>=4.56"],  # first version with DINOv3
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
 TESTED_WITHOUT_GPU = (
-    "dali", "colmap", "video", "wandb", "fp8", "evaluate", "recognition", "exr", "remote", "viewer", "hf", "onnx"
+    "dali", "colmap", "video", "wandb", "fp8", "evaluate", "recognition", "exr", "matching", "remote", "viewer", "hf",
+    "onnx",
 )  # fmt: skip
 EXTRAS["dev"] = [requirement for extra in TESTED_WITHOUT_GPU for requirement in EXTRAS[extra]]
 # pycolmap writes the binary models of tests.

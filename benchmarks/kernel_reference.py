@@ -136,3 +136,22 @@ def muon_momentum(momentum: Tensor, grad: Tensor, beta: float) -> tuple[Tensor, 
     """The momentum after `grad`, and Nesterov's update."""
     momentum = beta * momentum + (1 - beta) * grad
     return momentum, beta * momentum + (1 - beta) * grad
+
+
+def local_correlation(a: Tensor, b: Tensor, warp: Tensor, radius: int) -> Tensor:
+    """As `fastmum.kernels.local_correlation`: every position of the window is sampled from b (B, C, H, W)."""
+    B, C, H, W = a.shape
+    x, y = (((warp[:, i].to(a.dtype) + 1) * n - 1) / 2 for i, n in enumerate((W, H)))
+    image = torch.arange(B, device=a.device)[:, None, None]
+    products = []
+    for dy in range(-radius, radius + 1):
+        for dx in range(-radius, radius + 1):
+            sampled = torch.zeros_like(a)
+            for column in (x.floor() + dx, x.floor() + dx + 1):
+                for row in (y.floor() + dy, y.floor() + dy + 1):
+                    weight = (1 - (x + dx - column).abs()) * (1 - (y + dy - row).abs())
+                    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
+                    found = b[image, :, row.clamp(0, H - 1).long(), column.clamp(0, W - 1).long()]
+                    sampled = sampled + (found * (weight * inside)[..., None]).permute(0, 3, 1, 2)
+            products.append((a * sampled.detach()).sum(1) / C**0.5)
+    return torch.stack(products, 1)

@@ -15,6 +15,7 @@ if _kernels not in (_package / "kernels", _package.parent / "kernels"):
     )
 
 # ruff: noqa: E402
+from fastmum.kernels.correlation import local_correlation
 from fastmum.kernels.feedforward import mlp
 from fastmum.kernels.loss import patch_loss
 from fastmum.kernels.matmul import linear
@@ -28,6 +29,6 @@ from fastmum.kernels.tokens import gather_tokens, scatter_tokens
 from fastmum.kernels.total_norm import total_norm
 
 __all__ = [
-    "add_norm", "gather_patches", "gather_tokens", "linear", "mlp", "orthogonalize", "patch_loss", "rope_qk",
-    "rotary_projection", "scatter_tokens", "symmetric_product", "total_norm",
+    "add_norm", "gather_patches", "gather_tokens", "linear", "local_correlation", "mlp", "orthogonalize", "patch_loss",
+    "rope_qk", "rotary_projection", "scatter_tokens", "symmetric_product", "total_norm",
 ]  # fmt: skip

@@ -41,6 +41,7 @@ from benchmarks.kernel_report.cases import (
     scatter_backward_case,
     scatter_case,
 )
+from benchmarks.kernel_report.matching import STRIDES, correlation_case
 from benchmarks.kernel_report.muon import apply_case, momentum_case, symmetric_case
 from benchmarks.launches import Launch, recorded_launches
 
@@ -134,6 +135,8 @@ def cases(frames: int = 96) -> list[Case]:
         momentum_case(weights, fp32),
         apply_case(weights, split=True),
         apply_case(weights, split=False),
+        *(correlation_case(stride, bf16, back) for stride in STRIDES for back in (False, True)),
+        *(correlation_case(stride, fp32, False) for stride in STRIDES),
     ]
 
 

@@ -7,7 +7,7 @@ import logging
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from fastmum.data.depth import require_package
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.samples import Frame, manifest_frame
+from fastmum.data.scene_info import SCENE_INFO, listed_pairs
 from fastmum.data.scene_plan import usable_frames
 from fastmum.errors import first_line, writing
 from fastmum.files import atomic_path, cache_folder
@@ -37,6 +38,10 @@ LEAST = 0.01  # overlap of a pair that is kept: RoMa's least
 BLOCK = 256  # pairs that are computed at once
 KEPT_MAPS = 4096  # reduced depth maps in memory, 7 kB each
 POINTS = grid_points(*GRID).float()
+
+
+# Data sets that come with pairs and their overlap, by the builder of the manifest.
+LISTS: dict[str, Callable[[Manifest], tuple[np.ndarray, np.ndarray]]] = {SCENE_INFO: listed_pairs}
 
 
 class PairTable(NamedTuple):
@@ -63,7 +68,8 @@ def pair_table(manifests: Manifests, workers: int = 2) -> PairTable:
     rows, overlaps, first = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)], 0
     for part in manifests.parts:
         if part.known["depth"]:
-            found = _cached(part, workers)
+            builder = part.metadata.get("builder")
+            found = PairTable(*LISTS[builder](part)) if builder in LISTS else _cached(part, workers)
             rows.append(found.rows + first)
             overlaps.append(found.overlap)
         first += part.num_frames

@@ -46,10 +46,10 @@ class Pairs(Protocol):
 
 
 class ListedPairs:
-    """Pairs of a list `rows` (N, 2), uniform, in either order."""
+    """Pairs of a list `rows` (N, 2) with their `overlap` (N,), uniform, in either order."""
 
-    def __init__(self, rows: np.ndarray) -> None:
-        self.rows = rows
+    def __init__(self, rows: np.ndarray, overlap: np.ndarray) -> None:
+        self.rows, self.overlap = rows, overlap
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -144,12 +144,13 @@ class PairPlanner:
         if any(listed):
             table = pair_table(manifests, workers)
             low, high = self.overlap
-            chosen = table.rows[(table.overlap >= low) & (table.overlap <= high)]
-            chosen = chosen[keep[sequence_of[chosen[:, 0]]]]
+            chosen = (table.overlap >= low) & (table.overlap <= high) & keep[sequence_of[table.rows[:, 0]]]
+            listed_rows, overlaps = table.rows[chosen], table.overlap[chosen]
         found: list[Pairs] = []
         for i, (by_overlap, own) in enumerate(zip(listed, gaps, strict=True)):
             if by_overlap:
-                found.append(ListedPairs(chosen[dataset_of_row[chosen[:, 0]] == i]))
+                own_pairs = dataset_of_row[listed_rows[:, 0]] == i
+                found.append(ListedPairs(listed_rows[own_pairs], overlaps[own_pairs]))
             else:
                 mine = rows[dataset_of_row[rows] == i]
                 found.append(DistantPairs(mine, sequence_of[mine], own or DEFAULT_GAPS))

@@ -136,7 +136,8 @@ class Step:
         found_inf = self._guard.check(step, loss, total)
         for i, group in enumerate(self._groups):
             if group.clip is not None:
-                clip = (group.clip / (norms[i] + 1e-6)).clamp(max=1.0)
+                norm = total if group.clip_all else norms[i]
+                clip = (group.clip / (norm + 1e-6)).clamp(max=1.0)
                 factors[i] = clip if (factor := factors[i]) is None else clip * factor
         self._gradients.scale_(factors)
         self._optimizer.step(rate, self._gradients.of, found_inf)

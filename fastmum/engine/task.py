@@ -50,7 +50,8 @@ class ParamGroup:
     lr_scale: float = 1.0
     weight_decay: float = 0.0
     decay_vectors: bool = False  # whether biases, norms and other 1-D parameters decay, too
-    clip: float | None = None  # largest norm of the group's gradient
+    clip: float | None = None  # largest norm of the group's gradient,
+    clip_all: bool = False  # or of that of all groups together
 
 
 def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:

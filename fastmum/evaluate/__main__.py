@@ -34,6 +34,7 @@ from fastmum.evaluate.recognition import evaluate_recognition, evaluate_segmenta
 from fastmum.evaluate.reconstruction import evaluate_reconstruction, open_set
 from fastmum.evaluate.records import MATCHING, Record, check_free, make_folder, printable, read, save
 from fastmum.evaluate.results import NOTE, OF_RUNS, page, table
+from fastmum.evaluate.roma import evaluate_roma
 from fastmum.evaluate.scoring import Protocol
 from fastmum.evaluate.views import ViewSettings, evaluate_views, open_sequences, target_batch
 from fastmum.features.probe import Probe, of_encoder, write_probe
@@ -46,6 +47,7 @@ from fastmum.tasks.depth import HEADS, LINEAR, Loss
 from fastmum.tasks.pose import infer as pose
 from fastmum.tasks.recognition.probes import ClassifierSettings
 from fastmum.tasks.reconstruction import infer as reconstruction
+from fastmum.tasks.roma import infer as roma
 
 T = TypeVar("T")
 
@@ -73,11 +75,10 @@ DATA is scenes or motorcycle, which need no files; a path, whose kind is detecte
 The evaluation `reconstruction` takes runs of that task, and scenes, a manifest, or KIND:/path with a kind of
 `fastmum data build`: co3d_test, realestate10k_test, dtu, eth3d, ...
 
-The evaluation `depth` takes {KINDS}.
-`recognition` takes scenes (kinds of rooms), a folder with train/ and val/ of class folders, or imagenet, inaturalist,
+The evaluation `depth` takes {KINDS}. `recognition` takes scenes (kinds of rooms), a folder with train/ and val/ of class folders, or imagenet, inaturalist,
 sun397, places; `segmentation` takes scenes, ade20k or voc. Folders, tar and zip files: docs/recognition.md.
 
-The evaluation `pose` takes runs of that task.
+The evaluations `pose` and `roma` take runs of those tasks, and the same DATA as matching.
 
 The evaluation `views` takes scenes, or any folder whose sub-folders are sequences of images.
 
@@ -102,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     description = (
         "Measure correspondence between views: matching by linear probe, by cosine similarity of features, and by the "
         "decoder's attention; the effect of other views on the masked loss; recognition of classes and segmentation by "
-        "probes; depth of single images; and reconstruction and relative pose by runs of those tasks."
+        "probes; depth of single images; and reconstruction, relative pose and dense matching by runs of those tasks."
     )
     common: dict[str, Any] = {"epilog": _EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog=program("fastmum.evaluate"), description=description, **common)
@@ -127,6 +128,8 @@ def make_parser() -> argparse.ArgumentParser:
         if task == "reconstruction":
             square = "resize to squares, as Poincar3 does with RealEstate10K and CO3D (default: keep the aspect ratio)"
             command.add_argument("--square", action="store_true", help=square)
+        if task == "roma":
+            command.add_argument("--no-pose", action="store_true", help="dense warps only, which needs no OpenCV")
         if task in ("matching", "cosine"):
             protocol = "patches: patch centres are scored; matchbench: every pixel, as the author runs it (%(default)s)"
             command.add_argument("--protocol", choices=get_args(Protocol), default="patches", help=protocol)
@@ -389,7 +392,7 @@ def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
     """Pairs to evaluate on and to train on; `DataError` if they share a frame."""
     separate = args.train_data is not None and not same_set(args.train_data, args.data)
     matchbench = getattr(args, "protocol", "") == "matchbench"
-    pairs = open_pairs(args.data, "all" if separate else "test", matchbench)
+    pairs = open_pairs(args.data, "all" if separate else "test", matchbench=matchbench)
     train = open_pairs(args.train_data, "trainable") if separate else open_pairs(args.data, "train")
     if separate and (shared := overlap(train, pairs)):
         raise DataError(
@@ -479,7 +482,7 @@ def _load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], An
     """As `load_weights`, for a run of the task that is evaluated."""
     if args.overrides:
         raise DataError("--set changes the weights of an encoder, but those of a run are fixed; --encoder names others")
-    load = {"reconstruction": reconstruction.load_run, "pose": pose.load_run}[args.task]
+    load = {"reconstruction": reconstruction, "pose": pose, "roma": roma}[args.task].load_run
     trained: Any = load(args.weights, device, args.encoder)
     about = {"weights": args.name or trained.name, "source": args.weights, "frames": trained.frames}
     return about | {"step": trained.step, "encoder": trained.encoder}, trained
@@ -537,6 +540,15 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
     return Evaluated(test.name, result.numbers, result.pictures, Probe(result.best.head.state_dict(), about))
 
 
+def _roma(args: Namespace, trained: roma.Trained, claim: Claim) -> Evaluated:
+    pairs = open_pairs(args.data).first(args.max_pairs)
+    claim(pairs.name)
+    few = pairs.first(args.pictures).pairs if args.pictures else []
+    scored = evaluate_roma(trained, pairs, args.size, not args.no_pose, few, args.seed)
+    counts = {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)}
+    return Evaluated(pairs.name, counts | scored.numbers, scored.pictures)
+
+
 EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
     "matching": ("dense matching by linear probes, trained in one pass on frozen features", _matching),
     "discriminant": ("the same by a probe in closed form, the linear discriminant of true matches", _discriminant),
@@ -548,6 +560,7 @@ EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]]
     "reconstruction": ("cameras and points of a run of reconstruction, with pictures", _reconstruction),
     "depth": ("depth of single images by linear heads on frozen features, for `fastmum predict`", _depth),
     "pose": ("relative poses of a run of pose, with pictures", _pose),
+    "roma": ("dense warps and relative poses by a run of RoMa, with pictures", _roma),
 }
 
 

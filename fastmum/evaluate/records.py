@@ -18,6 +18,7 @@ MATCHERS = {  # evaluations and their names in tables
     "matching": "linear probe", "discriminant": "closed-form probe", "cosine": "cosine", "attention": "attention",
     "views": "masked loss", "recognition": "recognition", "segmentation": "segmentation",
     "reconstruction": "reconstruction", "depth": "depth", "pose": "relative pose",
+    "roma": "dense matching",
 }  # fmt: skip
 MATCHING = ("matching", "discriminant", "cosine", "attention")  # those with a protocol, by default "patches"
 KEYS = ("task", "set", "weights")

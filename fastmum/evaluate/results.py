@@ -33,7 +33,7 @@ PUBLISHED: dict[str, dict[str, dict[str, float | tuple[float, float]]]] = {
     },
     "pose": {"MuM": {"megadepth": 26.7}, "DINOv3": {"megadepth": 15.6}, "CroCo v2": {"megadepth": 13.9}},
 }
-OF_RUNS = ("reconstruction", "pose")  # evaluations of runs of these tasks, not of encoders
+OF_RUNS = ("reconstruction", "pose", "roma")  # evaluations of runs of these tasks, not of encoders
 PUBLISHED_SCORES = {  # of evaluations or sets; of the others EPE
     "pose": ("auc5",),
     "navi": ("recall",), "co3d_test": ("auc30",), "realestate10k_test": ("auc30",),
@@ -73,16 +73,17 @@ COUNTED = {  # what the numbers of other tasks than pairs count
 COUNTED_SCORES = ("knn_ignored",)  # without digits after the point
 NONE = "–"
 NOTE = (
-    "EPE: end-point error in pixels of 448 x 448. R: matches within 32 px, PCK@k: within k px, recall: within 1, 2 and "
-    "5 cm, in percent. The paper's numbers are EPE by the protocol matchbench, and recall on NAVI (Table 4: linear "
-    "probe; Table 13: cosine). Masked loss: of the same frames, without and with the nearest other views; 1.0 is the "
-    "loss of predicting each patch's mean. AUC: of relative poses, in percent; acc, comp: distance of predicted to "
-    "true points and the reverse, in the unit of the set; the paper's are AUC@30, and medians of acc / comp, and AUC@5 "
-    "of relative pose. Rotation, direction: medians in degrees. Depth: RMSE in metres, δ₁ the share of pixels within a "
-    "factor of 1.25, means over images. Top-1: by the probe of each "
-    "source of features that is best on a tenth of the training images, in percent. mIoU as CAPI: the mean over labels "
-    "that occur in truth or prediction, in percent; k-NN also predicts labels that are not scored (their number is in "
-    "the column of ignored labels), each of which counts as a class with an IoU of 0. Pixels: right ones, in percent."
+    "EPE: end-point error in pixels of 448 x 448 (dense matching by runs: of their size). R: matches within 32 px, "
+    "PCK@k: within k px, recall: within 1, 2 and 5 cm, in percent. The paper's numbers are EPE by the protocol "
+    "matchbench, and recall on NAVI (Table 4: linear probe; Table 13: cosine). Masked loss: of the same frames, "
+    "without and with the nearest other views; 1.0 is the loss of predicting each patch's mean. AUC: of relative "
+    "poses, in percent; acc, comp: distance of predicted to true points and the reverse, in the unit of the set; the "
+    "paper's are AUC@30, and medians of acc / comp, and AUC@5 of relative pose. Rotation, direction: medians in "
+    "degrees. Depth: RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over images. Top-1: by the "
+    "probe of each source of features that is best on a tenth of the training images, in percent. mIoU as CAPI: the "
+    "mean over labels that occur in truth or prediction, in percent; k-NN also predicts labels that are not scored "
+    "(their number is in the column of ignored labels), each of which counts as a class with an IoU of 0. Pixels: "
+    "right ones, in percent."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
@@ -96,8 +97,9 @@ CAPTIONS = {
     "recognition": "test images under the class of the attentive probe; where it is wrong, with the true class",
     "segmentation": "an image, its labels, and the predicted ones; black: not scored",
     "reconstruction": "frames with true and predicted depth and its error; cameras and points from above, aligned",
-    "depth": "image, true depth, the best head's depth and its relative error (up to 0.5); white: unknown",
     "pose": "points of view 1, and their epipolar lines in view 2: predicted in their colours, true in white",
+    "roma": "A, B, each warped onto the other where the warp is certain, the certainty, B by the true warp",
+    "depth": "image, true depth, the best head's depth and its relative error (up to 0.5); white: unknown",
     "views": "a frame, its visible patches, and predictions from it alone, with the nearest other views, and with as "
     "many views of another scene",
 }

@@ -16,7 +16,7 @@ from fastmum.files import expand_user
 
 # Task of a run: module with `add_arguments(parser)` and `predict(args)`.
 PREDICTORS = dict.fromkeys(("reconstruction", "distillation"), "fastmum.predict.reconstruction")
-PREDICTORS |= {"depth": "fastmum.predict.depth", "pose": "fastmum.predict.pose"}
+PREDICTORS |= {"pose": "fastmum.predict.pose", "roma": "fastmum.predict.roma", "depth": "fastmum.predict.depth"}
 
 
 def task_of(run: str) -> str:

@@ -10,6 +10,7 @@ TASKS = {
     "mum": "fastmum.tasks.mum:MuMTask",
     "reconstruction": "fastmum.tasks.reconstruction.task:ReconstructionTask",
     "distillation": "fastmum.tasks.reconstruction.distill:DistillTask",
+    "roma": "fastmum.tasks.roma.task:RomaTask",
     "pose": "fastmum.tasks.pose.task:PoseTask",
 }
 

@@ -77,10 +77,11 @@ class PairSplits(NamedTuple):
     is_held_out: np.ndarray  # (sequences,) bool
 
     def loader(
-        self, data: PairDataSection, bad_frames: Path | None = None, processes: int = 1, geometry: Geometry = crop_view
-    ) -> PairLoader:
+        self, data: PairDataSection, bad_frames: Path | None = None, processes: int = 1,
+        geometry: Geometry = crop_view, kind: type[PairLoader] = PairLoader,
+    ) -> PairLoader:  # fmt: skip
         """The loader of both splits' plans; `bad_frames` and `processes` are those of `Faults`."""
-        return PairLoader(
+        return kind(
             (self.training, self.held_out), data.workers, geometry, bad_frames=bad_frames, held_out=self.is_held_out,
             processes=processes, retry_s=data.retry_s,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastmum.kernels
-from benchmarks.kernel_report import blocks, cases, muon
+from benchmarks.kernel_report import blocks, cases, matching, muon
 from benchmarks.kernel_report.cases import Case, Sizes
 from fastmum.kernels.plans import reset
 
@@ -101,11 +101,12 @@ def small_cases() -> list[Case]:
         *(muon.symmetric_case((2, 150, 37), dtype, way) for dtype in (bf16, fp32) for way in ("add", "transposed")),
         muon.momentum_case(gradients, bf16),
         *(muon.apply_case(gradients, split) for split in (True, False)),
+        *(matching.sized_case((2, 3, 5, 24), r, dtype, back) for r, dtype, back in ((2, bf16, False), (1, fp32, True))),
     ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts in the interpreter")
-@pytest.mark.parametrize("number", range(40))
+@pytest.mark.parametrize("number", range(42))
 def test_formula_is_the_bytes_that_the_kernel_accesses(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every byte that the interpreted kernel loads or stores, once for loads and once for stores."""
     monkeypatch.setattr(cases, "DEVICE", "cpu")
@@ -114,7 +115,7 @@ def test_formula_is_the_bytes_that_the_kernel_accesses(monkeypatch: pytest.Monke
     monkeypatch.setenv("FASTMUM_KERNELS", "triton")
     reset()
     every = small_cases()
-    assert len(every) == 40
+    assert len(every) == 42
     case = every[number]
     touched: dict[str, set[int]] = {"load": set(), "store": set()}
     size: dict[int, int] = {}

@@ -50,11 +50,11 @@ SETS: dict[str, Layout] = {
 }  # fmt: skip
 
 
-def open_pairs(name: str, part: Part = "all", matchbench: bool = False, needs_depth: bool = True) -> PairSet:
+def open_pairs(name: str, part: Part = "all", needs_depth: bool = True, matchbench: bool = False) -> PairSet:
     """The set that a user names by a word, a path, or both with a colon between; DataError if it cannot be read.
 
-    With `matchbench`, MegaDepth's test pairs are the 1,000 random ones of that protocol. `needs_depth=False` also takes
-    the pairs of a `pairs.jsonl` that have no depth.
+    `needs_depth=False` also takes the pairs of a `pairs.jsonl` that have no depth. With `matchbench`, MegaDepth's test
+    pairs are the 1,000 random ones of that protocol.
 
     Of the parts, "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable"
     may be trained on if nothing of the set is tested on.

@@ -3,32 +3,22 @@
 Images and depth are read when they are needed, so sets of thousands of pairs open fast.
 """
 
-import codecs
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
-from numpy.lib.format import read_array, read_array_header_1_0, read_array_header_2_0, read_magic
 from torch import Tensor
 
+from fastmum.data.arrays import read_archive as read_archive
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
-from fastmum.errors import first_line
 from fastmum.files import read_json as load_json
-from fastmum.files import regular, unpickle
 from fastmum.geometry import relative_pose
 from fastmum.geometry.warp import Warp, grid_points, true_warp
 
 T = TypeVar("T")
-
-# What pickled arrays are made of, under the names of NumPy 1 and 2.
-ARRAYS: dict[str, Any] = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype, "_codecs.encode": codecs.encode}
-for _core in ("numpy.core", "numpy._core"):
-    ARRAYS |= {f"{_core}.multiarray._reconstruct": np.empty(0).__reduce__()[0]}
-    ARRAYS |= {f"{_core}.multiarray.scalar": np.float64(0).__reduce__()[0]}
 
 
 @dataclass(frozen=True)
@@ -133,27 +123,6 @@ def read_json(file: Path) -> Any:
     """The content of a JSON file."""
     with reading(file, "JSON"):
         return load_json(file)
-
-
-def read_archive(file: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz, or of the dictionary in an .npy, also pickled ones as published; no code is run."""
-    try:
-        if file.suffix == ".npy":
-            with open(regular(file), "rb") as stream:
-                return dict(_read_array(stream).item())
-        with zipfile.ZipFile(regular(file)) as archive:
-            return {name.removesuffix(".npy"): _read_array(archive.open(name)) for name in archive.namelist()}
-    except Exception as error:  # unpickling raises any error
-        raise DataError(f"archive '{file}' cannot be read ({first_line(error) or repr(error)})") from None
-
-
-def _read_array(stream: IO[bytes]) -> np.ndarray:
-    header = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}[read_magic(stream)]
-    shape, _, dtype = header(stream)
-    if dtype.hasobject:
-        return unpickle(stream, ARRAYS).reshape(shape)
-    stream.seek(0)
-    return read_array(stream, allow_pickle=False)
 
 
 def matrix(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:

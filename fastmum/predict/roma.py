@@ -1,0 +1,193 @@
+"""Two photographs to a dense warp and matches, or the matches of many photographs to a COLMAP database, by RoMa."""
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fastmum.data.decode.image import FrameError, read_upright
+from fastmum.engine.device import pick_device
+from fastmum.errors import FastmumError, some_names, writing
+from fastmum.features.images import Images, find_images
+from fastmum.files import atomic_path, expand_user
+from fastmum.predict.matches_db import PairMatches, require_pycolmap, write_database
+from fastmum.progress import progress_bar
+from fastmum.tasks.roma.infer import Warps, load_run, match, pixels, sample
+from fastmum.tasks.roma.pictures import colours, moved, tiles
+
+SHOWN = 60  # matches in the picture
+SIDE = 480  # pixels: height of its images
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this task."""
+    add = parser.add_argument
+    add("images", nargs="+", metavar="IMAGES", help="two images; with --colmap folders of images, files or patterns")
+    add("--out", type=Path, metavar="DIR", help="folder of the warp, matches and pictures of two images")
+    add("--colmap", type=Path, metavar="FILE", help="COLMAP database to write with the matches of all pairs of images")
+    add("--pairs", type=Path, metavar="FILE", help="--colmap: only these pairs, the names of two images a line")
+    add("--matches", type=int, default=5000, metavar="N", help="matches of a pair, at most (%(default)s)")
+    add("--cell", type=float, default=2.0, metavar="PX", help="--colmap: points of an image in the same cell of so "
+        "many pixels are one keypoint, so that tracks span several pairs (%(default)s)")  # fmt: skip
+    add("--certainty", type=float, default=0.05, metavar="P", help="least certainty of a match (%(default)s)")
+    add("--size", type=int, metavar="PX", help="side that images are resized to for the first pass (default: as in "
+        "training); the second one is at 864 / 560 of it")  # fmt: skip
+    add("--one-pass", action="store_true", help="no second pass: faster, and less exact")
+    add("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training")
+    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of the choice of matches (%(default)s)")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Run the command."""
+    if args.matches < 1 or not args.cell > 0 or not 0 <= args.certainty <= 1:
+        raise FastmumError("--matches must be at least 1, --cell positive, and --certainty from 0 to 1")
+    if (args.out is None) == (args.colmap is None):
+        raise FastmumError("give --out DIR for two images, or --colmap FILE for many")
+    images = find_images(args.images)
+    if args.out is not None and len(images.files) != 2:
+        raise FastmumError(f"--out is for two images, but there are {len(images.files)}; --colmap FILE is for many")
+    if args.colmap is not None:
+        require_pycolmap()
+        pairs = read_pairs(args.pairs, images) if args.pairs else [*itertools.combinations(images.files, 2)]
+        if expand_user(args.colmap).exists():
+            raise FastmumError(f"'{args.colmap}' exists: remove it, or name another file")
+    trained = load_run(args.run, pick_device(args.device, key="--device"), args.encoder)
+    patch = trained.model.config.patch_size
+    if args.size is not None and (args.size < patch or args.size % patch or args.size % 8):
+        raise FastmumError(f"--size is {args.size}, but must be a multiple of 8 and of the patch size {patch}")
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def sampled(a: np.ndarray, b: np.ndarray) -> tuple[Warps, Tensor, Tensor]:
+        warps = match(trained, a, b, args.size, not args.one_pass)
+        matches, certainty = sample(warps, args.matches, generator)
+        kept = certainty >= args.certainty
+        return warps, matches[kept], certainty[kept]
+
+    if args.out is not None:
+        write_pair(expand_user(args.out), [read_image(file) for file in images.files], sampled)
+        print(f"warp, matches and pictures: {args.out}")
+        return
+    found = match_pairs(images, pairs, lambda a, b: sampled(a, b)[1:])
+    keypoints, matches = write_database(expand_user(args.colmap), images.root, found, args.cell)
+    print(f"{len(found)} of {len(pairs)} pairs, {keypoints} keypoints, {matches} matches: {args.colmap}")
+    if images.skipped:
+        print("skipped:", some_names([f"{name} ({why})" for name, why in images.skipped.items()]))
+
+
+def read_image(file: Path) -> np.ndarray:
+    """The upright image (H, W, 3) uint8; FastmumError if it cannot be read."""
+    try:
+        return np.ascontiguousarray(read_upright(file))
+    except FrameError as error:
+        raise FastmumError(f"'{file}': {error}") from None
+
+
+def read_pairs(file: Path, images: Images) -> list[tuple[Path, Path]]:
+    """Pairs of a text file, two names below the folder of images a line; FastmumError names a line that is none."""
+    known, pairs = {images.name(each): each for each in images.files}, []
+    try:
+        lines = expand_user(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise FastmumError(f"--pairs: '{file}' cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        names = line.split()
+        if len(names) == 2 and names[0] != names[1] and names[0] in known and names[1] in known:
+            pairs.append((known[names[0]], known[names[1]]))
+        elif names:
+            raise FastmumError(f"--pairs: line {number} of '{file}' is not the names of two of the images")
+    return pairs
+
+
+def match_pairs(
+    images: Images,
+    pairs: Sequence[tuple[Path, Path]],
+    matcher: Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]],
+) -> list[PairMatches]:
+    """Matches of pairs in pixels of the upright images; unreadable ones are put into `images.skipped`."""
+    kept: dict[Path, np.ndarray] = {}
+    found = list[PairMatches]()
+
+    def image(file: Path, others: Iterable[Path]) -> np.ndarray | None:
+        if file not in kept and images.name(file) not in images.skipped:
+            try:
+                kept[file] = np.ascontiguousarray(read_upright(file))
+            except FrameError as error:
+                images.skipped[images.name(file)] = str(error)
+            for old in [*kept][:-16]:  # pairs come sorted by their first image
+                if old not in others:
+                    del kept[old]
+        return kept.get(file)
+
+    for a, b in progress_bar(pairs, unit="pair", desc="matching"):
+        first, second = image(a, (a, b)), image(b, (a, b))
+        if first is None or second is None:
+            continue
+        matches, certainty = matcher(first, second)
+        points = [
+            pixels(part, (each.shape[1], each.shape[0])).astype(np.float32)
+            for part, each in zip(matches.split(2, 1), (first, second), strict=True)  # type: ignore[no-untyped-call]
+        ]
+        found.append(PairMatches(images.name(a), images.name(b), points[0], points[1], certainty.numpy()))
+    if not found:
+        raise FastmumError(f"no pair can be matched: {some_names([*map(str, images.skipped.items())], 3)}")
+    return found
+
+
+def write_pair(
+    out: Path, images: Sequence[np.ndarray],
+    sampled: Callable[[np.ndarray, np.ndarray], tuple[Warps, Tensor, Tensor]],
+) -> None:  # fmt: skip
+    """Write warp.npz, matches.npz, warp.png and matches.png; FastmumError: they cannot be written."""
+    a, b = images
+    warps, matches, certainty = sampled(a, b)
+    sizes = [(image.shape[1], image.shape[0]) for image in images]
+    H, W = warps.certainty.shape[1:]
+    points = [pixels(part, size) for part, size in zip(matches.split(2, 1), sizes, strict=True)]  # type: ignore
+    arrays = {
+        "first_to_second": pixels(warps.points[0].view(-1, 2), sizes[1]).reshape(H, W, 2).astype(np.float32),
+        "second_to_first": pixels(warps.points[1].view(-1, 2), sizes[0]).reshape(H, W, 2).astype(np.float32),
+        "certainty_first": warps.certainty[0].numpy(), "certainty_second": warps.certainty[1].numpy(),
+    }  # fmt: skip
+    with writing(out, FastmumError):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, content in (
+            ("warp", arrays), ("matches", {"first": points[0], "second": points[1], "certainty": certainty.numpy()}),
+        ):  # fmt: skip
+            with atomic_path(out / f"{name}.npz") as path, open(path, "wb") as stream:
+                np.savez_compressed(stream, **content)  # type: ignore[arg-type]
+        draw_warps(images, warps).save(out / "warp.png")
+        draw_lines(images, points, certainty).save(out / "matches.png")
+
+
+def draw_warps(images: Sequence[np.ndarray], warps: Warps) -> Image.Image:
+    """Both images, each as seen from the other, and the certainties."""
+    a, b = (torch.from_numpy(image) for image in images)
+    named = [("first image", a), ("second, warped", moved(b, warps.points[0].permute(2, 0, 1))),
+             ("certainty", colours(warps.certainty[0], 1.0)), ("second image", b),
+             ("first, warped", moved(a, warps.points[1].permute(2, 0, 1))),
+             ("certainty", colours(warps.certainty[1], 1.0))]  # fmt: skip
+    return tiles(named, 3)
+
+
+def draw_lines(images: Sequence[np.ndarray], points: Sequence[np.ndarray], certainty: Tensor) -> Image.Image:
+    """The images side by side, with lines between some of the matches."""
+    from matplotlib import colormaps
+
+    scales = [SIDE / image.shape[0] for image in images]
+    small = [Image.fromarray(image).resize((max(1, round(image.shape[1] * s)), SIDE))
+             for image, s in zip(images, scales, strict=True)]  # fmt: skip
+    page = Image.new("RGB", (small[0].width + small[1].width, SIDE))
+    page.paste(small[0], (0, 0))
+    page.paste(small[1], (small[0].width, 0))
+    draw = ImageDraw.Draw(page)
+    for i in range(0, len(certainty), max(1, len(certainty) // SHOWN)):
+        colour = colormaps["turbo"](float(certainty[i]), bytes=True)[:3]
+        first, second = points[0][i] * scales[0], points[1][i] * scales[1] + (small[0].width, 0)
+        draw.line([*first, *second], tuple(map(int, colour)), 1)
+    return page

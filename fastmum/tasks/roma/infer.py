@@ -1,0 +1,147 @@
+"""Trained runs for inference: warps of two images in both directions, and matches sampled from them."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from fastmum.engine.device import autocast, pick_precision
+from fastmum.files import expand_user
+from fastmum.tasks.reconstruction.load import fill, read_encoder, read_settings
+from fastmum.tasks.roma.config import RomaSection
+from fastmum.tasks.roma.decoder import COARSE, STRIDES
+from fastmum.tasks.roma.model import Roma, sides
+
+FINE = 864 / 560  # size of the second pass over that of the training images
+ATTENUATION = 0.5  # of the coarse certainty where it is negative, which is subtracted
+THRESHOLD = 0.05  # certainties above it count as 1
+MORE = 4  # times as many samples are drawn by certainty, of which the balanced ones are chosen
+SPREAD = 0.1  # standard deviation of the density, in the unit of warps
+FEW = 10.0  # samples of a lower density are isolated,
+ISOLATED = 1e-7  # and have this chance
+BLOCK = 64  # samples whose density is computed at once: a block stays in the cache
+
+
+class Trained(NamedTuple):
+    """A trained run."""
+
+    model: Roma  # frozen, in eval mode
+    name: str  # of the run, for tables
+    step: int
+    frames: int | None  # seen in training, if known
+    image_size: int  # side of the training images in pixels
+    encoder: Mapping[str, Any]  # `Encoder.about`
+
+
+class Warps(NamedTuple):
+    """Warps of both images of a pair, on the CPU, float32."""
+
+    points: Tensor  # (2, H, W, 2) from the first to the second image and back, x and y in [-1, 1]
+    certainty: Tensor  # (2, H, W) in [0, 1], 0 where a warp leaves the other image
+
+
+def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None) -> Trained:
+    """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
+
+    `encoder`: spec of the encoder, if its files were moved. WeightsError, CheckpointError or LayoutError: no such run,
+    one of another task, or another encoder than the run's.
+    """
+    path = expand_user(path)
+    manifest, tensors, settings = read_settings(path, ("roma",), RomaSection)
+    loaded = read_encoder(path, manifest, settings, encoder)
+    model = Roma(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
+    fill(model, tensors, manifest.path)
+    samples = manifest.values.get("samples_per_step")
+    run = manifest.path.parent.parent if manifest.path.parent.name == "checkpoints" else manifest.path
+    return Trained(
+        model.to(device).eval().requires_grad_(False), run.name, manifest.step,
+        None if samples is None else 2 * samples * manifest.step,
+        manifest.values["config"].get("data.image_size", 560), loaded.about,
+    )  # fmt: skip
+
+
+def squeezed(image: np.ndarray, size: int) -> Tensor:
+    """An image (H, W, 3) uint8 as a square of `size` pixels, bicubic, (size, size, 3) uint8."""
+    return torch.from_numpy(np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
+
+
+def fine_size(size: int) -> int:
+    """Side of the images of the second pass, a multiple of 16."""
+    return round(FINE * size / COARSE) * COARSE
+
+
+@torch.inference_mode()
+def match(trained: Trained, first: np.ndarray, second: np.ndarray, size: int | None = None, fine: bool = True) -> Warps:
+    """Match two images (H, W, 3) uint8 of any sizes.
+
+    The first pass is at `size` (None: that of training); with `fine`, a second one refines its result from stride 8 on
+    at 864 / 560 of the size, without the frozen encoder.
+    """
+    model, trained_size = trained.model, trained.image_size
+    size = size or trained_size
+    device = next(model.decoder.parameters()).device
+    with autocast(device, pick_precision("auto", device)):
+        images = torch.stack([squeezed(image, size) for image in (first, second)]).to(device)
+        found = model.decoder(*sides(model.maps(images), both=True), scale_factor=size / trained_size)
+        low = found[COARSE].certainty
+        if fine:
+            side = fine_size(size)
+            images = torch.stack([squeezed(image, side) for image in (first, second)]).to(device)
+            start = found[1].flow, found[1].certainty
+            maps = sides(model.maps(images, coarse=False), both=True)
+            found = model.decoder(*maps, start, side / trained_size, STRIDES[1:])
+    flow, certainty = found[1].flow, found[1].certainty
+    low = F.interpolate(low, certainty.shape[2:], mode="bilinear", align_corners=False)
+    certainty = (certainty - ATTENUATION * low.clamp(max=0)).sigmoid()[:, 0]
+    certainty = torch.where((flow.abs() > 1).any(1), 0, certainty)
+    return Warps(flow.clamp(-1, 1).permute(0, 2, 3, 1).cpu(), certainty.nan_to_num(0).cpu())
+
+
+def correspondences(warps: Warps) -> tuple[Tensor, Tensor]:
+    """All matches of both directions, (2 H W, 4): x, y in the first and in the second image; certainty (2 H W,)."""
+    H, W = warps.certainty.shape[1:]
+    x, y = (torch.linspace(-1 + 1 / n, 1 - 1 / n, n) for n in (W, H))
+    own = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+    forth, back = torch.cat([own, warps.points[0]], -1), torch.cat([warps.points[1], own], -1)
+    return torch.cat([forth.view(-1, 4), back.view(-1, 4)]), warps.certainty.reshape(-1)
+
+
+def sample(warps: Warps, count: int, generator: torch.Generator, threshold: float = THRESHOLD) -> tuple[Tensor, Tensor]:
+    """At most `count` matches (n, 4) and their certainties (n,), drawn by certainty and balanced by density (RoMa).
+
+    None, if the certainty is 0 everywhere. `generator` is one of the CPU.
+    """
+    matches, certainty = correspondences(warps)
+    chances = torch.where(certainty > threshold, 1.0, certainty)
+    drawn = _draw(chances, MORE * count, generator)
+    matches, certainty = matches[drawn], certainty[drawn]
+    density = _density(matches)
+    balanced = torch.where(density < FEW, ISOLATED, 1 / (density + 1))
+    kept = _draw(balanced, count, generator)
+    return matches[kept], certainty[kept]
+
+
+def _draw(chances: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of at most `count` items without replacement, by the smallest exponential times over chances."""
+    times = torch.empty_like(chances).exponential_(generator=generator) / chances
+    possible = int((chances > 0).sum())
+    return times.topk(min(count, possible), largest=False).indices
+
+
+def _density(points: Tensor) -> Tensor:
+    """Sums of Gaussian kernels (n,) at points (n, 4); their exponents, -|x - y|^2 / 2, are products of vectors."""
+    x = points / SPREAD
+    half, one = -x.square().sum(1, keepdim=True) / 2, torch.ones_like(x[:, :1])
+    every = torch.cat([x, one, half], 1).T
+    parts = torch.cat([x, half, one], 1).split(BLOCK)
+    return torch.cat([(part @ every).exp_().sum(1) for part in parts])
+
+
+def pixels(points: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Points (n, 2) in [-1, 1] in pixels of an image of `size` (width, height), float64; centres are at +0.5."""
+    return ((points.double().numpy() + 1) / 2) * np.array(size, np.float64)

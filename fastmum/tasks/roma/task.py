@@ -1,0 +1,220 @@
+"""Training of dense matching on pairs of frames with depth and cameras."""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastmum.config.schema import ConfigError
+from fastmum.data.pair_loader import square_view
+from fastmum.data.scene_loader import SceneBatch
+from fastmum.engine.device import to_device
+from fastmum.engine.distributed import DistContext
+from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
+from fastmum.files import expand_user
+from fastmum.model.compile import choose_mode, eager
+from fastmum.pretrained import load_encoder
+from fastmum.tasks.loader_task import LoaderTask
+from fastmum.tasks.pairs import PairSplits, open_pairs
+from fastmum.tasks.reconstruction.load import choose_encoder, weights_digest
+from fastmum.tasks.roma.coarse import Block
+from fastmum.tasks.roma.config import RANDOM
+from fastmum.tasks.roma.config import Config as RunConfig
+from fastmum.tasks.roma.data import RomaLoader, RomaPlanner
+from fastmum.tasks.roma.decoder import COARSE, STRIDES, Refiner, ScaleOutput
+from fastmum.tasks.roma.flops import pair_flops
+from fastmum.tasks.roma.losses import TrueWarp, losses_of, true_warps
+from fastmum.tasks.roma.model import Roma
+from fastmum.tasks.roma.pictures import draw_matches
+from fastmum.tasks.roma.scores import Scores
+
+log = logging.getLogger(__name__)
+
+TERMS = "regression", "certainty"
+
+
+def compile_regions(model: nn.Module, mode: str, device: torch.device, steps: int) -> None:
+    """Compile coarse blocks and refiners' convolutions in place; `mode` and `steps` as in `choose_mode`."""
+    chosen = choose_mode(mode, device, steps)
+    log.info("torch.compile: %s", chosen)
+    if chosen == "off":
+        return
+    kinds: tuple[Any, ...] = Block, Refiner
+    for kind in kinds:
+        compute = torch.compile(kind._compute, fullgraph=True)
+        for module in model.modules():
+            if isinstance(module, kind):
+                module.compiled_compute = compute
+
+
+class RomaTask(LoaderTask):
+    """Dense warps from the first image of a pair to the second.
+
+    Statistics of batch norm are those of a micro-batch, so its loss is no sum over its pairs: a step's loss is the mean
+    over its micro-batches, as RoMa's is the mean over devices. Running statistics are averaged over processes.
+    """
+
+    Config = RunConfig
+    config: RunConfig
+
+    def __init__(self, config: RunConfig, world: DistContext) -> None:
+        super().__init__(config, world)
+        data = config.data
+        keys = "data.pairs_per_batch", "data.pairs_per_step"
+        self.samples = Samples(data.pairs_per_batch, data.pairs_per_step, "pairs", keys)
+        terms = [f"anchors_{COARSE}", f"anchor_certainty_{COARSE}"]
+        terms += [f"{term}_{stride}" for stride in STRIDES for term in TERMS]
+        self.metrics: Mapping[str, Metric] = {name: Metric() for name in (*terms, "pck")}  # type: ignore[misc]
+        self._splits: PairSplits
+        self._held_out: dict[int, SceneBatch] = {}
+
+    def build(self) -> Roma:
+        """Load the encoders and build the rest; ConfigError if sizes do not fit."""
+        settings = self.config.model
+        encoder = load_encoder(choose_encoder(settings))
+        patch = encoder.config.patch_size
+        self._frozen = weights_digest(encoder)
+        self.config.data.check(patch)
+        sizes = settings.sizes(encoder.embed_dim, patch)
+        model = Roma(sizes, encoder).to(self.world.device)
+        if settings.fine == RANDOM:
+            log.info("the fine encoder starts from random weights; model.fine names a file of torchvision's vgg19_bn")
+        else:
+            model.cnn.load(expand_user(settings.fine))
+        self._patch = patch
+        self._flops = cache(lambda side: pair_flops(sizes, encoder.config, side))
+        return model
+
+    def blocks(self, model: Roma) -> list[nn.Module]:
+        return [*model.decoder.embedding_decoder.blocks]
+
+    def exact(self, model: Roma) -> list[nn.Module]:
+        return model.decoder.exact()
+
+    def groups(self, model: Roma) -> list[ParamGroup]:
+        """RoMa's: the fine encoder has its own learning rate; everything decays, and is clipped together."""
+        optim, scale = self.config.optim, self.config.model.fine_lr_scale
+        parts = {"fine": (model.cnn, scale), "decoder": (model.decoder, 1.0)}
+        return [
+            ParamGroup([*module.parameters()], name, lr_scale, optim.weight_decay, True, optim.clip, True)
+            for name, (module, lr_scale) in parts.items()
+        ]
+
+    def buffers(self, model: Roma) -> dict[str, Tensor]:
+        """Running statistics of batch norm."""
+        return {name: x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+
+    def manifest(self) -> dict[str, Any]:
+        """Sizes, and the digest of the frozen encoder, which checkpoints do not contain."""
+        sizes = dataclasses.asdict(self.config.model.sizes(1, self._patch))
+        lists = {name: [*value] if isinstance(value, tuple) else value for name, value in sizes.items()}
+        return lists | {"frozen_encoder": self._frozen}
+
+    def compile(self, model: Roma, steps: int) -> None:
+        """Compile the coarse blocks and the refiners' convolutions; ConfigError for CUDA graphs."""
+        if self.config.train.cuda_graphs:
+            raise ConfigError("train.cuda_graphs is true, but the task 'roma' records no CUDA graphs")
+        compile_regions(model, self.config.model.compile, self.world.device, steps)
+
+    def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
+        """Open manifests and planners; DataError if the data cannot be used."""
+        data, resumed = self.config.data, start > 0 or not self.world.is_main
+        planner = partial(RomaPlanner, second_overlap=data.second_overlap, shift=data.shift, flip=data.flip)
+        micro_batches = samples_per_step // data.pairs_per_batch
+        self._splits = open_pairs(data, folder, self.config.run.seed, resumed, micro_batches, True, planner)
+        bad_frames = folder / "bad_frames.log"
+        self._loader = self._splits.loader(data, bad_frames, self.world.size, square_view, RomaLoader)
+
+    def data_digests(self) -> dict[str, str]:
+        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
+
+    def prepare(self) -> None:
+        """Read the held-out batches of this process; those without one repeat the last, uncounted (see MuM's task)."""
+        planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
+        if planner is None:
+            return
+        numbers = range(self.world.rank, -(-count // size) * size, size)
+        plans = [planner.plan(min(i, count - 1)) for i in numbers]
+        self._held_out = dict(zip(numbers, self._loader.batches(plans, self.stopping), strict=True))
+
+    def batches(self, start: int, stop: int) -> Iterator[SceneBatch]:
+        planner, first = self._splits.training, self.world.rank * self.batches_per_step
+        places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
+        return self._loader.batches((planner.plan(step, part) for step, part in places), self.stopping)
+
+    def predict(self, model: Roma, batch: SceneBatch) -> tuple[dict[int, ScaleOutput], list[TrueWarp]]:
+        """Outputs from the first to the second images, and true warps of the same sizes."""
+        outputs = model(torch.cat([batch.images[0::2], batch.images[1::2]]))
+        T = batch.camera_from_world.double()
+        b_from_a = T[1::2] @ torch.linalg.inv_ex(T[0::2]).inverse
+        depth, K, sizes = batch.depth, batch.intrinsics, [tuple(out.flow.shape[2:]) for out in outputs.values()]
+        return outputs, true_warps(depth[0::2], depth[1::2], K[0::2], K[1::2], b_from_a, sizes)
+
+    def loss(self, model: Roma, batch: SceneBatch) -> StepOutput:
+        """The mean over the micro-batches of the step."""
+        outputs, truth = self.predict(model, batch)
+        with torch.autocast(batch.images.device.type, enabled=False):
+            losses = losses_of(outputs, truth)
+        self._average_statistics(model)
+        one = torch.ones_like(losses["objective"]).detach()
+        terms = {name: (losses[name].detach(), one) for name in self.metrics}
+        return StepOutput(losses["objective"], 1.0, float(self.batches_per_step * self.world.size), terms)
+
+    @torch.no_grad()
+    def _average_statistics(self, model: Roma) -> None:
+        """Average running statistics over processes, so that they are equal on all, as checkpoints need."""
+        if self.world.size == 1:
+            return
+        buffers = [*self.buffers(model).values()]
+        total = torch.cat([x.flatten() for x in buffers])
+        self.world.sum_(total)
+        for buffer, mean in zip(buffers, (total / self.world.size).split([x.numel() for x in buffers]), strict=True):
+            buffer.copy_(mean.view_as(buffer))
+
+    def sizes(self, batch: SceneBatch) -> tuple[int, float]:
+        return len(batch.lengths), len(batch.lengths) * self._flops(batch.images.shape[1])
+
+    def summary(self, values: Mapping[str, float | None]) -> str:
+        names = "loss", "held_out_loss", "epe", "pck5", "certainty_bce", "certainty_bce_of_constant"
+        return ", ".join(f"{name} {value:.4g}" for name in names if (value := values.get(name)) is not None)
+
+    @property
+    def evaluates(self) -> bool:
+        return self._splits.held_out is not None
+
+    @torch.no_grad()
+    def evaluate(self, model: Roma) -> dict[str, float]:
+        """Loss and `Scores` of the held-out pairs, sharded over the processes."""
+        scores = Scores(self.world)
+        for i, batch in self._held_out.items():
+            outputs, truth = self._evaluated(model, batch)
+            if i < self.config.train.eval_batches:
+                scores.add(outputs, truth)
+        found = scores.compute()
+        log.info("held-out pairs: %s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        return found
+
+    @torch.no_grad()
+    def _evaluated(self, model: Roma, batch: SceneBatch) -> tuple[dict[int, ScaleOutput], list[TrueWarp]]:
+        """In eval mode: with running statistics."""
+        model.eval()
+        try:
+            with eager(model):
+                return self.predict(model, to_device(batch, self.world.device))
+        finally:
+            model.train()
+
+    def pictures(self, model: Roma, step: int) -> dict[str, Image.Image]:
+        """Warps, certainties and errors of the first held-out batch; none without one."""
+        if not self._held_out:
+            return {}
+        batch = self._held_out[min(self._held_out)]
+        outputs, truth = self._evaluated(model, batch)
+        images = cast(Tensor, batch.images)
+        return {"matches": draw_matches(images, outputs[1], truth[-1], f"step {step:,}")}

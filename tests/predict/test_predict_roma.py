@@ -1,0 +1,110 @@
+"""Prediction of matches: files of a pair, a COLMAP database of a folder, keypoints, and a model of true matches."""
+
+import numpy as np
+import pycolmap
+import pytest
+import torch
+from PIL import Image
+from roma_runs import train_tiny
+
+from fastmum.errors import FastmumError
+from fastmum.evaluate.pairs import pair_warp, scenes
+from fastmum.features.images import find_images
+from fastmum.geometry.warp import grid_points
+from fastmum.predict.__main__ import main
+from fastmum.predict.matches_db import PairMatches, merge_points, one_to_one, write_database
+from fastmum.predict.roma import match_pairs, read_pairs, write_pair
+from fastmum.scenes import ensure_scenes, scene_dirs
+from fastmum.tasks.roma.coarse import grid
+from fastmum.tasks.roma.infer import Warps
+
+
+def identity(certainty: float = 1.0) -> Warps:
+    points = grid((16, 16))[0].permute(1, 2, 0).expand(2, -1, -1, -1)
+    return Warps(points, torch.full((2, 16, 16), certainty))
+
+
+def test_files_of_a_pair_are_in_pixels_of_the_originals(tmp_path):
+    images = [np.full((40, 60, 3), 90, np.uint8), np.full((80, 30, 3), 200, np.uint8)]
+    matches = torch.tensor([[-1.0, -1.0, 0.0, 0.0], [0.5, 0.0, 1.0, 1.0]])
+    write_pair(tmp_path, images, lambda a, b: (identity(), matches, torch.ones(2)))
+    found = np.load(tmp_path / "matches.npz")
+    assert found["first"].tolist() == [[0, 0], [45, 20]]
+    assert found["second"].tolist() == [[15, 40], [30, 80]]
+    warp = np.load(tmp_path / "warp.npz")
+    assert warp["first_to_second"].shape == (16, 16, 2)
+    assert warp["first_to_second"][0, 0].tolist() == pytest.approx([30 / 32, 80 / 32])
+    assert warp["second_to_first"][-1, -1].tolist() == pytest.approx([60 - 60 / 32, 40 - 40 / 32])
+    for name in ("warp", "matches"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 100
+
+
+def test_keypoints_join_the_points_of_all_pairs_and_match_once():
+    a = np.array([[0.5, 0.5], [10.2, 3.0]], np.float32)
+    pairs = [
+        PairMatches("a", "b", a, a + 5, np.array([0.9, 0.8])),
+        PairMatches("c", "a", a + 1, a + 0.5, np.array([0.9, 0.8])),
+    ]
+    keypoints, numbers = merge_points(pairs, ["a", "b", "c"], cell=2.0)
+    assert [len(keypoints[name]) for name in "abc"] == [2, 2, 2]
+    assert keypoints["a"] == pytest.approx(a + 0.25)
+    assert numbers[0][0].tolist() == numbers[1][1].tolist() == [0, 1]
+    first, second, certainty = np.array([0, 0, 1, 2]), np.array([5, 6, 6, 7]), np.array([0.2, 0.9, 0.8, 0.1])
+    assert one_to_one(first, second, certainty).tolist() == [[0, 6], [2, 7]]
+
+
+def test_lists_of_pairs_and_unreadable_images(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    (tmp_path / "c.png").write_bytes(b"nothing")
+    images = find_images([str(tmp_path)])
+    listed = tmp_path / "pairs.txt"
+    listed.write_text("a.png b.png\n\nb.png c.png\n")
+    pairs = read_pairs(listed, images)
+    assert [[file.name for file in pair] for pair in pairs] == [["a.png", "b.png"], ["b.png", "c.png"]]
+    found = match_pairs(images, pairs, lambda a, b: (torch.zeros(1, 4), torch.ones(1)))
+    assert [(pair.first, pair.second) for pair in found] == [("a.png", "b.png")]
+    assert found[0].points_first.tolist() == [[10, 10]]
+    assert [*images.skipped] == ["c.png"]
+    listed.write_text("a.png nothing.png")
+    with pytest.raises(FastmumError, match="line 1"):
+        read_pairs(listed, images)
+
+
+@pytest.mark.slow
+def test_colmap_builds_a_model_of_true_matches(tmp_path):
+    folder = scene_dirs(ensure_scenes(count=3, views=6, size=64, progress=False), 3)[0]
+    pairs = scenes.from_folders([folder], gaps=(1, 2, 3), starts=6).pairs
+    points, listed = grid_points(64, 64), []
+    for pair in pairs:
+        warp = pair_warp(pair, 64, 64)
+        a, b = (64 * x[warp.visible].numpy().astype(np.float32) for x in (points, warp.points))
+        listed.append(PairMatches(pair.a.file.name, pair.b.file.name, a, b, np.ones(len(a))))
+    file = tmp_path / "matches.db"
+    keypoints, matches = write_database(file, folder, listed, cell=1.0)
+    database = pycolmap.Database.open(file)
+    assert database.num_keypoints() == keypoints > 1000
+    assert database.num_matches() == matches
+    assert database.num_verified_image_pairs() == len(pairs)
+    database.close()
+    models = pycolmap.incremental_mapping(file, folder, tmp_path / "sparse")
+    assert max(model.num_reg_images() for model in models.values()) >= 5
+
+
+@pytest.mark.slow
+def test_commands(tmp_path, capsys):
+    run = train_tiny(tmp_path / "run")
+    scene = scene_dirs(ensure_scenes(count=3, views=6, size=64, progress=False), 3)[0]
+    files = [str(scene / f"00{i}.png") for i in range(3)]
+    assert main([str(run), *files[:2], "--out", str(tmp_path / "pair"), "--matches", "50"]) == 0
+    assert np.load(tmp_path / "pair/matches.npz")["first"].shape[1] == 2
+    database = tmp_path / "new/matches.db"
+    words = [str(run), *files, "--colmap", str(database), "--matches", "200", "--certainty", "0", "--one-pass"]
+    assert main(words) == 0
+    assert "3 of 3 pairs" in capsys.readouterr().out
+    opened = pycolmap.Database.open(database)
+    assert opened.num_images() == 3
+    assert opened.num_matched_image_pairs() == 3
+    opened.close()
+    assert main(words) != 0  # it exists
+    assert main([str(run), *files, "--out", str(tmp_path / "three")]) != 0
