@@ -75,8 +75,10 @@ DATA is scenes or motorcycle, which need no files; a path, whose kind is detecte
 The evaluation `reconstruction` takes runs of that task, and scenes, a manifest, or KIND:/path with a kind of
 `fastmum data build`: co3d_test, realestate10k_test, dtu, eth3d, ...
 
-The evaluation `depth` takes {KINDS}. `recognition` takes scenes (kinds of rooms), a folder with train/ and val/ of class folders, or imagenet, inaturalist,
-sun397, places; `segmentation` takes scenes, ade20k or voc. Folders, tar and zip files: docs/recognition.md.
+The evaluation `depth` takes {KINDS}.
+
+The evaluation `recognition` takes scenes (kinds of rooms), a folder with train/ and val/ of class folders, or imagenet,
+inaturalist, sun397, places; `segmentation` takes scenes, ade20k or voc. Folders, tar and zip files: docs/recognition.md.
 
 The evaluations `pose` and `roma` take runs of those tasks, and the same DATA as matching.
 
