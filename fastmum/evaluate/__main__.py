@@ -78,7 +78,7 @@ The evaluation `reconstruction` takes runs of that task, and scenes, a manifest,
 The evaluation `depth` takes {KINDS}.
 
 The evaluation `recognition` takes scenes (kinds of rooms), a folder with train/ and val/ of class folders, or imagenet,
-inaturalist, sun397, places; `segmentation` takes scenes, ade20k or voc. Folders, tar and zip files: docs/recognition.md.
+inaturalist, sun397, places; `segmentation` takes scenes, ade20k or voc. Folders, tar, zip: docs/recognition.md.
 
 The evaluations `pose` and `roma` take runs of those tasks, and the same DATA as matching.
 
