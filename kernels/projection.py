@@ -237,13 +237,14 @@ def _pack_kernel(
         grad_ptr, stride_t, stride_h = third_ptr, third_t, third_h
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, T)
+    angles = tl.where(part < ROTATED, N, 0)
     column = (part * HEADS + head) * (2 * HALF) + c[None, None, :]
     sum_a = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_C), tl.float32)
     sum_b = tl.zeros((BLOCK_T, BLOCK_H, BLOCK_C), tl.float32)
     for row in range(begin, end, BLOCK_T):
         t = row + tl.arange(0, BLOCK_T)
         position = tl.load(positions_ptr + t, mask=t < end, other=-1)
-        has_angle = ((position >= 0) & (position < N))[:, None] & (c < HALF)[None, :] & (part < ROTATED)
+        has_angle = ((position >= 0) & (position < angles))[:, None] & (c < HALF)[None, :]
         # Position -1: the identity, or zero. A position out of range: NaN.
         idle = tl.where(position == -1, 0.0 if ZERO else 1.0, float("nan"))[:, None]
         idle = tl.where(part < ROTATED, idle, 1.0)
