@@ -47,5 +47,7 @@ def use_fp8(model: nn.Module, blocks: Iterable[nn.Module], emulate: bool = False
     def wanted(module: nn.Module, name: str) -> bool:
         return module in inside and not any(n % MULTIPLE for n in module.weight.shape)
 
-    convert_to_float8_training(model, module_filter_fn=wanted, config=Float8LinearConfig(emulate=emulate))
+    # The product of a weight's gradient sums over tokens, whose number may be any.
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    convert_to_float8_training(model, module_filter_fn=wanted, config=config)
     return sum("Float8" in type(module).__name__ for module in model.modules())

@@ -5,11 +5,14 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from fastmum.config import ConfigError
 from fastmum.engine import fp8
 from fastmum.engine.fp8 import check_fp8, use_fp8
 from fastmum.model.compile import blocks_of
+
+needs_torchao = pytest.mark.skipif(not fp8.is_there(), reason="torchao is not installed: pip install 'fastmum[fp8]'")
 
 
 def test_needs_sm_89_and_torchao(monkeypatch):
@@ -26,7 +29,22 @@ def test_needs_sm_89_and_torchao(monkeypatch):
             check_fp8(torch.device("cuda"))
 
 
-@pytest.mark.skipif(not fp8.is_there(), reason="torchao is not installed: pip install 'fastmum[fp8]'")
+@needs_torchao
+def test_any_number_of_tokens(monkeypatch):
+    """On CUDA the inner side and the second operand's sides must be multiples of 16; the CPU takes all."""
+    shapes, multiply = [], torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, b, *args, **kwargs: (
+        shapes.append((a.shape[1], *b.shape)), multiply(a, b, *args, **kwargs))[1])  # fmt: skip
+    model = nn.Sequential(nn.Linear(32, 64))
+    assert use_fp8(model, [model]) == 1
+    x = torch.randn(33, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x).sum().backward()
+    assert len(shapes) == 3
+    assert not any(n % fp8.MULTIPLE for sides in shapes for n in sides), shapes
+
+
+@needs_torchao
 def test_emulated_layers_of_the_blocks_are_close_to_bfloat16(tiny):
     plain = copy.deepcopy(tiny)
     # Two encoder blocks, a frame block and a global one, four layers each.
