@@ -66,6 +66,7 @@ setup(
     ],
     extras_require=EXTRAS,
     classifiers=[
-        "Programming Language :: Python :: 3.11", "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )  # fmt: skip
