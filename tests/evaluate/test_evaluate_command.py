@@ -10,7 +10,8 @@ from PIL import Image
 
 from fastmum import PRESETS, MuM
 from fastmum.data.errors import DataError
-from fastmum.evaluate.__main__ import load_weights, main
+from fastmum.evaluate.__main__ import main
+from fastmum.evaluate.commands import load_weights
 from fastmum.evaluate.records import read, save
 from fastmum.evaluate.results import table
 from fastmum.pretrained import read_pretrained
@@ -91,7 +92,7 @@ def test_a_result_never_replaces_another(weights, wall_file, tmp_path, monkeypat
     assert [record.pictures for record in before] == [[]]
     with pytest.raises(DataError, match=r"'a/b' on 'wall' .* 'a b' on 'wall'"):
         save(out, result("a/b"), [])
-    monkeypatch.setattr("fastmum.evaluate.__main__.evaluate_cosine", None)  # fails before the evaluation
+    monkeypatch.setattr("fastmum.evaluate.commands.evaluate_cosine", None)  # fails before the evaluation
     for source, name in ((weights, "a/b"), (other, "a b")):
         error = error_of(run("cosine", source, wall_file, out, "--name", name), capsys)
         assert "--name or --out" in error

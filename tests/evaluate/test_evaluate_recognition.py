@@ -9,7 +9,8 @@ from PIL import Image
 
 from fastmum import ModelConfig, MuM
 from fastmum.evaluate import recognition
-from fastmum.evaluate.__main__ import EVALUATIONS, main
+from fastmum.evaluate.__main__ import main
+from fastmum.evaluate.commands import EVALUATIONS
 from fastmum.evaluate.images import open_images
 from fastmum.evaluate.overview import overview
 from fastmum.evaluate.recognition import evaluate_recognition, split
