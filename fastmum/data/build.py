@@ -17,7 +17,8 @@ from fastmum.data.builders import BUILDERS
 from fastmum.data.builders.base import RULES, Builder, Options
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
-from fastmum.data.processes import map_in_order, until_terminated
+from fastmum.data.processes import until_terminated
+from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.errors import program
 from fastmum.files import expand_user
 from fastmum.progress import progress_bar
@@ -39,9 +40,9 @@ class Built(NamedTuple):
 
 def build(
     name: str, root: str | Path, out: str | Path, *, rule: str = "paper", seed: int = 0, workers: int = 1,
-    dataset: str | None = None, progress: bool = False, **options: Any,
+    ray: str | None = None, dataset: str | None = None, progress: bool = False, **options: Any,
 ) -> Built:  # fmt: skip
-    """Write the manifest of a data set; equal arguments give equal bytes, for any number of workers.
+    """Write the manifest of a data set; equal arguments give equal bytes, for any number of workers and machines.
 
     NoSequenceError: the parts contain no sequence, for instance because of `min_frames`. DataError: missing files,
     another layout, or a package that is not installed.
@@ -51,6 +52,7 @@ def build(
         root, out: folder of the data set, and the manifest, written atomically.
         rule: "paper", or "released" for the rule of the authors' script; `seed` is of the rules that draw.
         workers: reading processes; 0 or 1 reads in this one.
+        ray: address of a Ray cluster to read on instead, see `fastmum.data.spread.cluster`.
         dataset: name of the data set in the manifest, None for the builder's.
     """
     builder, out = BUILDERS[name], _file(out)
@@ -70,7 +72,7 @@ def build(
         nonlocal empty
         bar = progress_bar(total=len(parts), unit="part", desc=name, show=progress)
         with bar, logging_redirect_tqdm() if progress else contextlib.nullcontext():
-            for found in _in_order(name, root, parts, settings, workers):
+            for found in _in_order(name, root, parts, settings, workers, ray):
                 some = False
                 for record in found:
                     some = True
@@ -95,14 +97,15 @@ def build(
 
 
 def _in_order(
-    name: str, root: Path, parts: Sequence[str], options: Options, workers: int
+    name: str, root: Path, parts: Sequence[str], options: Options, workers: int, ray: str | None
 ) -> Iterator[Iterable[SequenceRecord]]:
     """Sequences of every part, in the order of the parts; those that are read in this process one by one."""
-    if workers <= 1 or len(parts) == 1:
+    if ray is None and (workers <= 1 or len(parts) == 1):
         yield from (_read(name, root, options, part) for part in parts)
         return
     found = root.tree if isinstance(root, TreePath) else None
-    yield from map_in_order(partial(_read_all, name, root, options), parts, workers, partial(_know, found))
+    work, begin = partial(_read_all, name, root, options), partial(_know, found)
+    yield from spread(work, parts, workers=workers, ray=ray, begin=begin, paths=(root, options.out.parent))
 
 
 def _read_all(name: str, root: Path, options: Options, part: str) -> list[SequenceRecord]:
@@ -163,8 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--out", required=True, metavar="FILE", help="the manifest, such as data/NAME.arrow")
         command.add_argument("--rule", choices=RULES, default="paper", help="default %(default)s")
         command.add_argument("--seed", type=int, default=0, metavar="S", help="of rules that draw (default 0)")
-        workers, help = min(os.cpu_count() or 1, 8), "reading processes (default %(default)s)"
-        command.add_argument("--workers", type=int, default=workers, metavar="N", help=help)
+        add_arguments(command)
         command.add_argument("--dataset", metavar="D", help=f"name of the data set in the manifest (default {name})")
         for key, option in builder.options.items():
             value: dict[str, Any] = {"type": option.type or type(option.default), "choices": option.choices or None}
@@ -202,7 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         _check(values, BUILDERS[name])
-        built = build(name, progress=True, **values)
+        with cluster(values["ray"], values["workers"]):
+            built = build(name, progress=True, **values)
         sequences, frames = built.counts
         empty = f"; {built.empty} gave none" if built.empty else ""
         print(f"{values['out']}: {sequences} sequences, {frames} frames of {built.parts} parts{empty}")
@@ -211,4 +214,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastmum.data import build  # tasks are pickled by the name of their module
+
+    sys.exit(build.main())

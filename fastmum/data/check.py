@@ -3,7 +3,6 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +13,11 @@ import xxhash
 from fastmum.data import remote
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest
+from fastmum.data.spread import spread
 from fastmum.data.store import Place, StoredPath, fetch, is_url
 from fastmum.progress import progress_bar
 
-THREADS = 16  # that read archives
+THREADS = 16  # that read archives, or list folders: network file systems have a high latency
 INDEX_SCHEMA = pa.schema({
     "name": pa.string(), "row": pa.int64(), "column": pa.string(), "offset": pa.int64(), "length": pa.int64(),
     "check": pa.uint32(), "hash": pa.uint64(), "scale_x": pa.float64(), "scale_y": pa.float64(),
@@ -78,12 +78,18 @@ def damaged_members(members: Members) -> list[str]:
     return found
 
 
-def find_damaged(manifest: Manifest, column: str, progress: bool = False) -> tuple[int, list[str]]:
-    """Number of the different files of a column that are not loose, and a line for each damaged one."""
+def find_damaged(
+    manifest: Manifest, column: str, progress: bool = False, threads: int = THREADS, ray: str | None = None
+) -> tuple[int, list[str]]:
+    """Number of the different files of a column that are not loose, and a line for each damaged one.
+
+    Reads in this many threads, or on a Ray cluster.
+    """
     groups = list(members_of(manifest, column))
     total, found = sum(len(group.files) for group in groups), []
-    with ThreadPoolExecutor(THREADS) as pool, progress_bar(total=total, desc="checking", show=progress) as bar:
-        for group, lines in zip(groups, pool.map(damaged_members, groups), strict=True):
+    with progress_bar(total=total, desc="checking", show=progress) as bar:
+        checked = spread(damaged_members, groups, threads=threads, ray=ray, paths=(manifest.root,))
+        for group, lines in zip(groups, checked, strict=True):
             found += lines
             bar.update(len(group.files))
     return total, found

@@ -4,20 +4,20 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fastmum.data.builders.base import names_in
-from fastmum.data.check import find_damaged
+from fastmum.data.check import THREADS, find_damaged
 from fastmum.data.decode import PillowDecoder
 from fastmum.data.decode.image import whole_frames
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.splits import MOST_LOOKED_UP, hold_out, image_overlap
+from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.data.store import is_url
 from fastmum.errors import program, run_command
 from fastmum.progress import progress_bar
@@ -25,7 +25,7 @@ from fastmum.progress import progress_bar
 BINS = (1, 2, 4, 8, 16, 24, 50, 100, 200, 500, 1000)  # lower bounds of the histogram's bins
 BAR = 40  # characters of its longest bar
 NAMED = 10  # missing files to name
-THREADS = 16  # that list folders concurrently: network file systems have a high latency
+FOLDERS = 64  # that a task on a cluster lists
 FILES = {"path": "images", "depth": "depth maps", "mask": "masks"}
 # Contact sheet (after the supplement's Fig. 5).
 COLUMNS = 12  # a sequence of the most views, 24, takes two lines
@@ -65,19 +65,38 @@ def summary(manifest: Manifest) -> Iterator[str]:
         yield f"{label:>9} {counts[i]:>10} {'#' * -(-BAR * counts[i] // counts.max())}"
 
 
-def find_missing(manifest: Manifest, column: str = "path", progress: bool = False) -> tuple[int, list[Path]]:
-    """Number of different files of a column ("path", "depth", "mask"), and those missing in their folders' listings."""
+Listing = tuple[Path, list[str]]  # a folder, and names of files that should be in it
+
+
+def missing_files(folders: Sequence[Listing]) -> list[Path]:
+    """The files that are missing in their folders. A picklable task."""
+    missing = []
+    for folder, names in folders:
+        present = set(names_in(folder))
+        missing += [folder / name for name in names if name not in present]
+    return missing
+
+
+def find_missing(
+    manifest: Manifest, column: str = "path", progress: bool = False, threads: int = THREADS, ray: str | None = None
+) -> tuple[int, list[Path]]:
+    """Number of different files of a column ("path", "depth", "mask"), and those missing in their folders' listings.
+
+    Lists folders in this many threads, or on a Ray cluster.
+    """
     folders, missing = list(manifest.folders(column)), []
+    step = 1 if ray is None else FOLDERS
+    groups = [folders[i : i + step] for i in range(0, len(folders), step)]
     total = sum(len(names) for _, names in folders)
-    with ThreadPoolExecutor(THREADS) as pool, progress_bar(total=total, desc="checking", show=progress) as bar:
-        listings = pool.map(names_in, (folder for folder, _ in folders))
-        for (folder, names), present in zip(folders, map(set, listings), strict=True):
-            missing += [folder / name for name in names if name not in present]
-            bar.update(len(names))
+    with progress_bar(total=total, desc="checking", show=progress) as bar:
+        found = spread(missing_files, groups, threads=threads, ray=ray, paths=(manifest.root,))
+        for group, files in zip(groups, found, strict=True):
+            missing += files
+            bar.update(sum(len(names) for _, names in group))
     return total, missing
 
 
-def _check_files(manifest: Manifest) -> int:
+def _check_files(manifest: Manifest, threads: int, ray: str | None) -> int:
     """Print the missing files; returns the exit code."""
     code = 0
     for column, what in FILES.items():
@@ -85,7 +104,7 @@ def _check_files(manifest: Manifest) -> int:
             continue
         stored = is_url(manifest.root) or manifest.has_archives(column)
         find, fault = (find_damaged, "damaged") if stored else (find_missing, "missing")
-        total, found = find(manifest, column, progress=True)
+        total, found = find(manifest, column, True, threads, ray)
         print(f"\n{fault}: {len(found)} of {total} {what}")
         print("".join(f"  {file}\n" for file in [*found[:NAMED], *["..."] * (len(found) > NAMED)]), end="")
         code |= bool(found)
@@ -172,11 +191,11 @@ def _inspect(file: str, args: argparse.Namespace) -> int:
             remedy = "its name ends in .jpg or .png (--no-sheet writes none)"
             raise DataError(f"--sheet '{sheet}' cannot be written ({reason}); {remedy}") from None
         print(f"\ncontact sheet: {sheet}")
-    return _check_files(manifest) if args.check else 0
+    return _check_files(manifest, args.workers, args.ray) if args.check else 0
 
 
 def _command(args: argparse.Namespace) -> int:
-    for name, least in (("sequences", 1), ("seed", 0)):
+    for name, least in (("sequences", 1), ("seed", 0), ("workers", 1)):
         if (value := getattr(args, name)) < least:
             raise DataError(f"--{name} is {value}, but must be at least {least}")
     if not 0 < args.held_out < 1:
@@ -184,7 +203,8 @@ def _command(args: argparse.Namespace) -> int:
     if args.sheet and len(args.files) > 1:
         raise DataError(f"--sheet names one picture for {len(args.files)} manifests; leave it out")
     try:
-        code = max([_inspect(file, args) for file in args.files])
+        with cluster(args.ray if args.check else None, args.workers):
+            code = max([_inspect(file, args) for file in args.files])
         line, shared = held_out_summary(Manifests(args.files), args.held_out, args.check)
         print(f"\n{line}")
         code |= bool(args.check and shared)
@@ -213,9 +233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     sheet.add_argument("--no-sheet", action="store_true", help="write no contact sheet")
     parser.add_argument("--sequences", type=int, default=12, metavar="N", help="on the sheet (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sheet's samples (default %(default)s)")
+    add_arguments(parser, THREADS, "threads of --check")
     args = parser.parse_args(argv)
     return run_command(lambda: _command(args))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastmum.data import inspect  # tasks are pickled by the name of their module
+
+    sys.exit(inspect.main())

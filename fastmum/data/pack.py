@@ -31,8 +31,9 @@ from fastmum.data.check import INDEX_SCHEMA, read_index
 from fastmum.data.decode.image import JPEGS, FrameError, jpeg_scale, read_file, read_header, resize, turn_upright
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, write_manifest
-from fastmum.data.processes import map_in_order, until_terminated
+from fastmum.data.processes import until_terminated
 from fastmum.data.records import Frame, columns_of, first_rows, record
+from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.data.store import BLOCK, Place, StoredPath, is_url, join
 from fastmum.errors import program, writing
 from fastmum.files import atomic_path
@@ -74,11 +75,13 @@ class Shard(NamedTuple):
 
 
 def pack(
-    manifest: str | Path, out: str | Path, settings: Settings = WHOLE_FILES, *, workers: int = 1, progress: bool = False
-) -> Counts:
+    manifest: str | Path, out: str | Path, settings: Settings = WHOLE_FILES, *, workers: int = 1,
+    ray: str | None = None, progress: bool = False,
+) -> Counts:  # fmt: skip
     """Write the shards `<stem>-000000.tar`, ..., and the manifest `<stem>.arrow`, into a folder or below a URL.
 
-    Equal arguments give equal bytes, for any number of `workers` (processes). Shards of an interrupted call are kept.
+    Equal arguments give equal bytes, for any number of `workers` (processes), or nodes of the cluster `ray`. Shards
+    of an interrupted call are kept.
     DataError: files that cannot be read, or not be written.
     """
     source, out = Manifest(manifest), str(out) if is_url(out) else os.path.abspath(os.path.expanduser(out))
@@ -92,7 +95,8 @@ def pack(
     shards = [Shard(source.path, out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
     with progress_bar(total=sum(map(len, groups)), unit="frame", desc=stem, show=progress) as bar:
         indices = []
-        for shard, index in zip(shards, map_in_order(write_shard, shards, workers), strict=True):
+        found = spread(write_shard, shards, workers=workers, ray=ray, paths=(source.path, source.root, out))
+        for shard, index in zip(shards, found, strict=True):
             indices.append(index)
             bar.update(len(shard.rows))
     return _write_manifest(source, out, [shard.name for shard in shards], indices, settings)
@@ -304,9 +308,10 @@ def _command(args: argparse.Namespace) -> None:
         raise DataError("two of the manifests have the same name, and so would their shards; rename one")
     if not 1 <= args.quality <= 95 or args.short_side < 0 or args.shard_gb <= 0:
         raise DataError("--quality must be 1 to 95, --short-side at least 0, and --shard-gb above 0")
-    for file in args.manifests:
-        sequences, frames = pack(file, args.out, settings, workers=args.workers, progress=True)
-        print(f"{join(args.out, f'{Path(file).stem}.arrow')}: {sequences} sequences, {frames} frames")
+    with cluster(args.ray, args.workers):
+        for file in args.manifests:
+            sequences, frames = pack(file, args.out, settings, workers=args.workers, ray=args.ray, progress=True)
+            print(f"{join(args.out, f'{Path(file).stem}.arrow')}: {sequences} sequences, {frames} frames")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,12 +329,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     broken = "at a file that cannot be read (default %(default)s)"
     parser.add_argument("--broken", choices=("stop", "skip"), default="stop", help=broken)
-    workers, help = min(os.cpu_count() or 1, 8), "processes (default %(default)s)"
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help=help)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     left = "finished shards are kept, and the same command goes on"
     return until_terminated(functools.partial(_command, args), left)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastmum.data import pack  # tasks are pickled by the name of their module
+
+    sys.exit(pack.main())

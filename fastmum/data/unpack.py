@@ -14,8 +14,9 @@ import numpy as np
 from fastmum.data.decode.image import FrameError, read_file
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
-from fastmum.data.processes import map_in_order, until_terminated
+from fastmum.data.processes import until_terminated
 from fastmum.data.records import Frame, first_rows, record
+from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.errors import program, writing
 from fastmum.files import atomic_path, expand_user
 from fastmum.progress import progress_bar
@@ -55,7 +56,9 @@ def write_files(files: Files) -> int:
     return len(files.rows)
 
 
-def unpack(manifest: str | Path, out: str | Path, *, workers: int = 1, progress: bool = False) -> Counts:
+def unpack(
+    manifest: str | Path, out: str | Path, *, workers: int = 1, ray: str | None = None, progress: bool = False
+) -> Counts:
     """Write all files below a folder, with the paths that they had before they were packed, and a manifest of them.
 
     Files of an interrupted call are kept. DataError: a file cannot be read, or not be written.
@@ -67,7 +70,8 @@ def unpack(manifest: str | Path, out: str | Path, *, workers: int = 1, progress:
     rows = np.unique(first_rows(source))
     tasks = [Files(source.path, out, some) for some in np.array_split(rows, -(-len(rows) // ROWS))]
     with progress_bar(total=len(rows), unit="frame", desc=source.stem, show=progress) as bar:
-        for count in map_in_order(write_files, tasks, workers):
+        out.mkdir(parents=True, exist_ok=True)
+        for count in spread(write_files, tasks, workers=workers, ray=ray, paths=(source.path, source.root, out)):
             bar.update(count)
 
     def records() -> Iterator[SequenceRecord]:
@@ -80,9 +84,10 @@ def unpack(manifest: str | Path, out: str | Path, *, workers: int = 1, progress:
 
 
 def _command(args: argparse.Namespace) -> None:
-    for file in args.manifests:
-        sequences, frames = unpack(file, args.out, workers=args.workers, progress=True)
-        print(f"{Path(args.out, Path(file).name)}: {sequences} sequences, {frames} frames")
+    with cluster(args.ray, args.workers):
+        for file in args.manifests:
+            sequences, frames = unpack(file, args.out, workers=args.workers, ray=args.ray, progress=True)
+            print(f"{Path(args.out, Path(file).name)}: {sequences} sequences, {frames} frames")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +97,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=program("fastmum.data.unpack"), description=description)
     parser.add_argument("manifests", nargs="+", metavar="MANIFEST", help="manifests, such as those of packed shards")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the files and their manifests")
-    workers, help = min(os.cpu_count() or 1, 8), "processes (default %(default)s)"
-    parser.add_argument("--workers", type=int, default=workers, metavar="N", help=help)
+    add_arguments(parser)
     args = parser.parse_args(argv)
     return until_terminated(functools.partial(_command, args), "files are kept, and the same command goes on")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from fastmum.data import unpack  # tasks are pickled by the name of their module
+
+    sys.exit(unpack.main())
