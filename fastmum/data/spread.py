@@ -32,13 +32,18 @@ ANSWER_S = 10.0  # until a cluster must accept a connection; Ray itself waits fo
 HELP = "spread over a Ray cluster: auto (the running one), HOST:PORT, or local (started here for this command)"
 
 
+def add_ray_argument(parser: argparse.ArgumentParser) -> None:
+    """The option `--ray` of a command."""
+    parser.add_argument("--ray", metavar="ADDRESS", help=HELP)
+
+
 def add_arguments(
     parser: argparse.ArgumentParser, workers: int = min(os.cpu_count() or 1, 8), what: str = "processes"
 ) -> None:
     """The options `--workers` and `--ray` of a command."""
     help = f"{what} on this machine (default %(default)s)"
     parser.add_argument("--workers", type=int, default=workers, metavar="N", help=help)
-    parser.add_argument("--ray", metavar="ADDRESS", help=HELP)
+    add_ray_argument(parser)
 
 
 def spread(
@@ -107,8 +112,10 @@ def cluster(address: str | None, workers: int | None = None) -> Iterator[Any]:
 
 def _connect(address: str) -> None:
     """Raise OSError or ValueError unless something answers there."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     if address not in ("auto", "local"):
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        if not (host and port.isdecimal()):
+            raise ValueError("it is not auto, local or HOST:PORT")
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from fastmum.data.spread import add_ray_argument, cluster
 from fastmum.engine.device import pick_device
 from fastmum.errors import program, run_command
 from fastmum.features.extract import extract
@@ -51,8 +52,12 @@ def _run(args: argparse.Namespace) -> None:
     pretrained = read_pretrained(args.weights, **{**overrides, "encoder_only": True})
     depth, patch_size = pretrained.config.depth, pretrained.config.patch_size
     layers, sizing = _layers(args.layers, depth), Sizing(patch_size, size, args.fit, args.max_side)
-    encoder = build(pretrained, pick_device(args.device, key="--device"), args.dtype).requires_grad_(False)
-    features = extract(encoder, images, sizing, layers, not args.no_norm, args.batch, progress=True)
+    device = "cpu" if args.ray else pick_device(args.device, key="--device")
+    encoder = build(pretrained, device, args.dtype).requires_grad_(False)
+    with cluster(args.ray):
+        features = extract(
+            encoder, images, sizing, layers, not args.no_norm, args.batch, True, ray=args.ray, ray_device=args.device
+        )
     about = {
         "weights": args.weights, "encoder": pretrained.about, "images": str(images.root),
         "layers": layers if isinstance(layers, list) else list(range(depth - (layers or 1), depth)),
@@ -94,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=16, metavar="B", help="images computed together (default %(default)s)")
     add("--dtype", default="float32", metavar="T", help="float32, bfloat16 or float16 (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N (default %(default)s)")
+    add_ray_argument(parser)
     pictures = parser.add_mutually_exclusive_group()
     pictures.add_argument("--pictures", type=Path, metavar="FOLDER", help="default: <stem of FILE>_pictures")
     pictures.add_argument("--no-pictures", action="store_true", help="draw no pictures")

@@ -4,13 +4,17 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmum.data.decode.image import FrameError
+from fastmum.data.spread import spread
+from fastmum.engine.device import pick_device
 from fastmum.features.images import FeaturesError, Images, Placement, Sizing, read_image
 from fastmum.features.store import Tokens
 from fastmum.model.encoder import Encoder
@@ -18,6 +22,7 @@ from fastmum.progress import progress_bar
 
 THREADS = 8  # for decoding; Pillow and torch release Python's lock
 AHEAD = 2  # batches decoded ahead
+PART = 16  # batches of a task on a Ray cluster
 MEMINFO = Path("/proc/meminfo")
 
 Layers = int | Sequence[int] | None
@@ -25,12 +30,12 @@ Layers = int | Sequence[int] | None
 
 def extract(
     encoder: Encoder, images: Images, sizing: Sizing | None = None, layers: Layers = None, norm: bool = True,
-    batch: int = 16, progress: bool = False,
+    batch: int = 16, progress: bool = False, ray: str | None = None, ray_device: str = "auto",
 ) -> dict[str, Tokens]:  # fmt: skip
     """Tokens by names of images, in the order of the files; unreadable images are noted in `images.skipped`.
 
     FeaturesError: no image can be read, features do not fit in memory (also the device's), or are not finite.
-    ValueError: layers that the encoder does not have.
+    ValueError: layers that the encoder does not have. On a Ray cluster the same batches are computed, in parts.
 
     Args:
         encoder: in eval mode, as `fastmum.load_encoder` returns it.
@@ -38,25 +43,35 @@ def extract(
         layers: number of last blocks, or block indices in ascending order; None: the last, without a dimension for it.
         norm: apply the encoder's last norm.
         batch: images of equal size computed together.
+        ray: address of a Ray cluster (`fastmum.data.spread.cluster`), to whose nodes the encoder is copied.
+        ray_device: of each task there; a task that is not on the CPU gets a GPU if the cluster has any.
     """
     sizing = sizing or Sizing(encoder.config.patch_size)
     placements = {file: sizing.place(*size) for file, size in images.sizes().items()}
     _check_memory(encoder, placements.values(), layers)
-    device, groups = next(encoder.parameters()).device, defaultdict(list)
+    groups = defaultdict(list)
     for file, placement in placements.items():
         groups[placement[:2]].append(file)
     batches = [group[i : i + batch] for group in groups.values() for i in range(0, len(group), batch)]
     found: dict[str, Tokens] = {}
+    if ray is None:
+        computed: Iterator[Batch] = _batches(encoder, images.root, layers, norm, batches, placements)
+    else:
+        parts = [batches[i : i + PART] for i in range(0, len(batches), PART)]
+        tasks = [Part(part, {file: placements[file] for files in part for file in files}) for part in parts]
+        work = partial(extract_part, encoder, ray_device, images.root, layers, norm)
+        gpus, paths = ray_device != "cpu", (images.root,)
+        computed = (each for part in spread(work, tasks, ray=ray, paths=paths, gpus=gpus) for each in part)
     with progress_bar(total=len(placements), unit="image", desc="features", show=progress) as bar:
-        for files, frames in _decoded(batches, placements, images, encoder.mean):
-            if frames is not None:
-                for file, cls, patch in zip(files, *_tokens(encoder, frames.to(device), layers, norm), strict=True):
-                    name = images.name(file)
-                    if not patch.isfinite().all():
-                        cause = f"the weights are damaged, or {patch.dtype} is too narrow"
-                        raise FeaturesError(f"features of '{name}' are not finite: {cause}")
-                    found[name] = Tokens(cls, patch, placements[file])
-            bar.update(len(files))
+        for files, skipped, cls, patch in computed:
+            images.skipped.update(skipped)
+            for i, file in enumerate(files):
+                name = images.name(file)
+                if not patch[i].isfinite().all():
+                    cause = f"the weights are damaged, or {patch.dtype} is too narrow"
+                    raise FeaturesError(f"features of '{name}' are not finite: {cause}")
+                found[name] = Tokens(None if cls is None else cls[i], patch[i], placements[file])
+            bar.update(len(files) + len(skipped))
     if not found:
         name, why = next(iter(images.skipped.items()))
         raise FeaturesError(f"none of {len(images.files)} images can be read; the first is '{name}' ({why})")
@@ -90,10 +105,42 @@ def _check_memory(encoder: Encoder, placements: Collection[Placement], layers: L
         raise FeaturesError(f"features of {len(placements)} images {sizes}: {remedy}")
 
 
-def _tokens(
-    encoder: Encoder, frames: Tensor, layers: Layers, norm: bool
-) -> tuple[Sequence[Tensor | None], list[Tensor]]:
-    """CLS (F, [n,] D), or None for each, and patch tokens (F, [n,] P, D) of frames (F, H, W, 3) uint8."""
+class Batch(NamedTuple):
+    """Features of images of equal size."""
+
+    files: list[Path]  # those that can be read
+    skipped: dict[str, str]  # names of the others, and why
+    cls: Tensor | None  # (F, [n,] D)
+    patch: Tensor  # (F, [n,] P, D)
+
+
+class Part(NamedTuple):
+    """Batches, and the placements of their files: a task of `extract_part`."""
+
+    batches: list[list[Path]]
+    placements: Mapping[Path, Placement]
+
+
+def extract_part(encoder: Encoder, device: str, root: Path, layers: Layers, norm: bool, part: Part) -> list[Batch]:
+    """Features of batches, computed on a device, which the encoder moves to. A picklable task."""
+    encoder.to(pick_device(device, key="--device"))
+    return list(_batches(encoder, root, layers, norm, *part))
+
+
+def _batches(
+    encoder: Encoder, root: Path, layers: Layers, norm: bool, batches: Sequence[list[Path]],
+    placements: Mapping[Path, Placement],
+) -> Iterator[Batch]:  # fmt: skip
+    device = next(encoder.parameters()).device
+    for images, frames in _decoded(batches, placements, root, encoder.mean):
+        if frames is None:
+            yield Batch([], images.skipped, None, torch.empty(0))
+        else:
+            yield Batch(images.files, images.skipped, *_tokens(encoder, frames.to(device), layers, norm))
+
+
+def _tokens(encoder: Encoder, frames: Tensor, layers: Layers, norm: bool) -> tuple[Tensor | None, Tensor]:
+    """CLS (F, [n,] D), or None, and patch tokens (F, [n,] P, D) of frames (F, H, W, 3) uint8."""
     try:
         with torch.inference_mode():
             n = 1 if layers is None else layers
@@ -104,24 +151,25 @@ def _tokens(
     except torch.OutOfMemoryError:
         size = f"{len(frames)} images of {frames.shape[1]} x {frames.shape[2]} pixels"
         raise FeaturesError(f"the device's memory is too small for {size}: lower --batch or --size") from None
-    one = layers is None
-    found = [None] * len(frames) if cls is None else list(cls[:, 0] if one else cls)
-    return found, list(patch[:, 0] if one else patch)
+    if layers is None:
+        return None if cls is None else cls[:, 0], patch[:, 0]
+    return cls, patch
 
 
 def _decoded(
-    batches: Sequence[list[Path]], placements: Mapping[Path, Placement], images: Images, mean: Sequence[float]
-) -> Iterator[tuple[list[Path], Tensor | None]]:
-    """The readable files of each batch and their frames (F, H, W, 3) uint8, or None if there are none."""
+    batches: Sequence[list[Path]], placements: Mapping[Path, Placement], root: Path, mean: Sequence[float]
+) -> Iterator[tuple[Images, Tensor | None]]:
+    """The readable files of each batch, why others are not, and frames (F, H, W, 3) uint8, None if there are none."""
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
         pending: deque[list[tuple[Path, Future[np.ndarray]]]] = deque()
         for batch in [*batches, *[[]] * AHEAD]:
             pending.append([(file, pool.submit(read_image, file, placements[file], mean)) for file in batch])
             if len(pending) > AHEAD:
-                frames = {}
+                images, frames = Images(root, []), []
                 for file, future in pending.popleft():
                     try:
-                        frames[file] = torch.from_numpy(future.result())
+                        frames.append(torch.from_numpy(future.result()))
+                        images.files.append(file)
                     except FrameError as error:
                         images.skipped[images.name(file)] = str(error)
-                yield list(frames), torch.stack(list(frames.values())) if frames else None
+                yield images, torch.stack(frames) if frames else None
