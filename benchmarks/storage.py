@@ -1,11 +1,12 @@
 """Images from shards: against loose files, WebDataset and torchvision's ImageFolder, from S3, and 20 M of them.
 
-`python -m benchmarks.storage [PART ...] [--images 400] [--size 500x375] [--rounds 3]`, all parts by default:
+`python -m benchmarks.storage [PART ...] [--images 400] [--size 500x375] [--rounds 3]`, by default all but workers:
 
     loaders   decoded 256 px crops a CPU-second, in one process, with a warm page cache (or --cold)
     calls     system calls that open or look up files, per image (needs strace)
     s3        a tiny run from an S3 server on this machine with 20 ms more latency, against the same run from disk
     open      opening manifests of 20 M images in shards (share 0.05 of them with --quick)
+    workers   building 400 synthetic COLMAP models (20 with --quick) by 1 and 2 processes, and by Ray of 1 and 2 CPUs
 
 WebDataset and ImageFolder crop and resize like fastmum, bicubic, in this process: workers would add CPU time.
 """
@@ -32,6 +33,7 @@ import numpy as np
 from benchmarks import photographs
 from benchmarks.duel import rotated
 from benchmarks.large_manifests import write_large_manifests
+from benchmarks.synthetic_scene import draw_scene, write_binary_model
 from fastmum.data.build import build
 from fastmum.data.decode import make_decoder
 from fastmum.data.decode.image import draw_crops
@@ -39,6 +41,7 @@ from fastmum.data.loader import Loader
 from fastmum.data.manifest import Manifests
 from fastmum.data.pack import Settings, pack
 from fastmum.data.plan import StepPlan
+from fastmum.data.spread import cluster
 
 SIZE, BATCH, FOLDERS = 256, 96, 8
 LATENCY_S, PORT = 0.02, 5599
@@ -274,16 +277,49 @@ def open_large(folder: Path, share: float) -> None:
     subprocess.run([sys.executable, "-c", OPEN, *map(str, paths)], check=True)
 
 
+def write_models(folder: Path, count: int) -> Path:
+    """COLMAP models of 500 images, 40,000 points and about 320,000 observations; the images are empty files."""
+    for i in range(count):
+        write_binary_model(draw_scene(500, 40_000, seed=i), folder / f"models/{i:03d}/sparse/0")
+        (folder / f"models/{i:03d}/images").mkdir()
+        for image in range(500):
+            (folder / f"models/{i:03d}/images/{image:06d}.jpg").touch()
+    return folder / "models"
+
+
+def build_by_workers(folder: Path, count: int, rounds: int) -> None:
+    """Print seconds of building the models, in turn, and how much faster two workers are.
+
+    The results must be equal byte by byte. A Ray cluster is started before its time is taken.
+    """
+    models, seconds = write_models(folder, count), dict[tuple[str, int], list[float]]()
+    for _ in range(rounds):
+        for ray, workers in ((None, 1), (None, 2), ("local", 1), ("local", 2)):
+            out = folder / f"{ray}-{workers}.arrow"
+            with cluster(ray, workers):
+                start = time.perf_counter()
+                build("colmap", models, out, chain="angle", workers=workers, ray=ray)
+                seconds.setdefault((ray or "processes", workers), []).append(time.perf_counter() - start)
+            assert out.read_bytes() == (folder / "None-1.arrow").read_bytes()
+            took = seconds[ray or "processes", workers][-1]
+            print(f"  {ray or 'processes'}, {workers}: {took:.1f} s, load {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"\n{count} COLMAP models, seconds with 1 and 2 workers, and their ratio (median of {rounds} rounds)")
+    for name in ("processes", "local"):
+        one, two = seconds[name, 1], seconds[name, 2]
+        ratio = statistics.median(a / b for a, b in zip(one, two, strict=True))
+        print(f"  {name:<12}{statistics.median(one):8.1f}{statistics.median(two):8.1f}{ratio:8.2f}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="loaders, calls, s3, open")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="loaders, calls, s3, open, workers")
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--size", default="500x375", help="of the images of loaders (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="drop the files of loaders from the page cache")
     parser.add_argument("--steps", type=int, default=40, help="of the run from S3")
-    parser.add_argument("--quick", action="store_true", help="a twentieth of the 20 M images")
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the 20 M images, or models")
     args = parser.parse_args(argv)
     width, height = map(int, args.size.split("x"))
     for part in args.parts or ("loaders", "calls", "s3", "open"):
@@ -295,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 count_calls(folder, args.images)
             elif part == "s3":
                 train_from_s3(folder, args.images, args.steps)
+            elif part == "workers":
+                build_by_workers(folder, 20 if args.quick else 400, args.rounds)
             else:
                 open_large(folder, 0.05 if args.quick else 1.0)
 

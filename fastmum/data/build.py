@@ -214,6 +214,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fastmum.data import build  # tasks are pickled by the name of their module
+    import fastmum.data.build  # tasks are pickled by the name of their module
 
-    sys.exit(build.main())
+    sys.exit(fastmum.data.build.main())

@@ -239,6 +239,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fastmum.data import inspect  # tasks are pickled by the name of their module
+    import fastmum.data.inspect  # tasks are pickled by the name of their module
 
-    sys.exit(inspect.main())
+    sys.exit(fastmum.data.inspect.main())

@@ -336,6 +336,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fastmum.data import pack  # tasks are pickled by the name of their module
+    import fastmum.data.pack  # tasks are pickled by the name of their module
 
-    sys.exit(pack.main())
+    sys.exit(fastmum.data.pack.main())

@@ -103,6 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fastmum.data import unpack  # tasks are pickled by the name of their module
+    import fastmum.data.unpack  # tasks are pickled by the name of their module
 
-    sys.exit(unpack.main())
+    sys.exit(fastmum.data.unpack.main())
