@@ -26,13 +26,14 @@ EXTRAS = {
     "exr": ["OpenEXR>=3.3"],
     "matching": ["opencv-python-headless>=4.8"],
     "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],  # other stores: gcsfs, huggingface_hub, aiohttp
+    "ray": ["ray>=2.52"],  # first version with tokens for clusters
     "viewer": ["plotly>=6.0"],  # plotly.js is inside
     "hf": ["transformers>=4.56"],  # first version with DINOv3
     "onnx": ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"],
 }
 TESTED_WITHOUT_GPU = (
-    "dali", "colmap", "video", "wandb", "fp8", "evaluate", "recognition", "exr", "matching", "remote", "viewer", "hf",
-    "onnx",
+    "dali", "colmap", "video", "wandb", "fp8", "evaluate", "recognition", "exr", "matching", "remote", "ray", "viewer",
+    "hf", "onnx",
 )  # fmt: skip
 EXTRAS["dev"] = [requirement for extra in TESTED_WITHOUT_GPU for requirement in EXTRAS[extra]]
 # pycolmap writes the binary models of tests.

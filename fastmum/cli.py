@@ -10,6 +10,7 @@ import fastmum
 from fastmum.errors import FastmumError, run_command
 from fastmum.files import resource_dir, write_atomic
 
+CHECK = ("--check", "--no-sheet")  # `data check` is `data inspect` with these
 MODULES = {
     "train": ("fastmum.train", "train a model from a configuration"),
     "evaluate": (
@@ -22,11 +23,12 @@ MODULES = {
     "data pack": ("fastmum.data.pack", "pack the files of manifests into tar shards"),
     "data unpack": ("fastmum.data.unpack", "write the files of manifests as loose files"),
     "data inspect": ("fastmum.data.inspect", "summarise and draw a manifest"),
+    "data check": ("fastmum.data.inspect", "read and compare the files of a manifest"),
     "scenes": ("fastmum.scenes", "render synthetic scenes"),
     "predict": ("fastmum.predict", "predict images by a trained run: cameras, depth, points"),
     "report": ("fastmum.report", "write an HTML page about runs"),
 }
-LAUNCHERS = ("slurm", "torchrun")
+LAUNCHERS = ("slurm", "torchrun", "ray")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (module, _) in MODULES.items():
         length = len(name.split())
         if words[:length] == name.split():
-            sys.argv = [f"fastmum {name}", *words[length:]]
+            sys.argv = [f"fastmum {name}", *(CHECK if name == "data check" else ()), *words[length:]]
             runpy.run_module(module, run_name="__main__", alter_sys=True)
             return 0
     wants_help = words[1:] in (["-h"], ["--help"]) and any(name.split()[0] == words[0] for name in MODULES)
@@ -65,7 +67,8 @@ def _usage() -> str:
 
 def _launch(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="fastmum launch", description="Print or write a script that starts a run on several devices."
+        prog="fastmum launch",
+        description="Print or write a script that starts a run on several devices; ray: a command on several nodes.",
     )
     parser.add_argument("launcher", choices=LAUNCHERS)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write an executable file; existing files are kept")

@@ -7,12 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from processes import wait_for
 from runs import SMALL, free_port, numbers
 
+from fastmum.data.build import build
 from fastmum.engine.checkpoint import find_checkpoints
 from fastmum.files import resource_dir
 
@@ -46,6 +48,32 @@ def test_the_python_of_the_nearest_environment_is_started(tmp_path, launcher):
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith(path + " -m ")
         assert done.stdout.endswith("-m fastmum.train --config a b\n")
+
+
+def test_a_cluster_of_ray_lasts_as_long_as_its_command(tmp_path):
+    write_script(tmp_path / "bin/scontrol", "echo localhost; echo node1")
+    skip = 'while [ "${1#-}" != "$1" ]; do shift; done'
+    write_script(tmp_path / "bin/srun", f'{skip}; SLURM_NODEID=1 "$@"; export SLURM_NODEID=0; exec "$@"')
+    listen = "import socket, sys; s = socket.create_server(('localhost', int(sys.argv[1]))); s.accept(); s.accept()"
+    script = f'''
+        echo "$RAY_AUTH_MODE ${{#RAY_AUTH_TOKEN}} $@"
+        case "$*" in
+            *--head*) echo $$ >pid; exec {sys.executable} -c "{listen}" $port;;
+            *--ray*) exit 3;;
+        esac'''
+    environment = {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "localhost,node1",
+        "SLURM_CPUS_PER_TASK": "5", "RAY_TMPDIR": str(tmp_path / "ray"),
+        "PYTHON": str(write_script(tmp_path / "bin/python", script)),
+    }  # fmt: skip
+    words = ["bash", resource_dir("launch") / "ray.sh", "data", "pack", "a b"]
+    done = subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout == "token 64 -m fastmum.cli data pack a b --ray localhost:20007\n"
+    started = "token 64 -m ray.scripts.scripts start --block --num-cpus=5"
+    nodes = (tmp_path / "fastmum-ray-20007.nodes.log").read_text().splitlines()
+    assert nodes == [f"{started} --address=localhost:20007", f"{started} --head --port=20007 --include-dashboard=false"]
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
 SLURM = """
@@ -154,3 +182,16 @@ def test_a_job_saves_on_a_signal_is_queued_again_and_resumes_but_not_after_scanc
     assert text.count("queued again") == 1
     assert "[rank 1] SIGTERM: saved at step" in text
     assert [record["step"] for record in numbers(run)] == [*range(1, find_checkpoints(run)[0].manifest.step + 1)]
+
+
+@pytest.mark.slow
+def test_a_job_builds_on_a_cluster_of_its_own(slurm, image_folder, tmp_path):
+    pytest.importorskip("ray")
+    build("folder", image_folder, tmp_path / "one.arrow")
+    place = ["--wait", f"--chdir={tmp_path}", f"--output={tmp_path}/job.log", "--cpus-per-task=1"]
+    words = ["data", "build", "folder", "--root", image_folder, "--out", tmp_path / "two.arrow"]
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:
+        script = resource_dir("launch") / "ray.sh"
+        slurm("sbatch", *place, script, *words, PYTHON=sys.executable, RAY_TMPDIR=folder)
+    assert "4 sequences" in (tmp_path / "job.log").read_text()
+    assert (tmp_path / "two.arrow").read_bytes() == (tmp_path / "one.arrow").read_bytes()

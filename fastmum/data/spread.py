@@ -102,7 +102,7 @@ def cluster(address: str | None, workers: int | None = None) -> Iterator[Any]:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise DataError(f"--ray '{address}' cannot be used ({' '.join(str(error).split())}); {remedy}") from None
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray has its own
     try:
         yield ray
@@ -139,16 +139,17 @@ def _on_cluster(
     roots = {key: value for key, value in os.environ.items() if key.startswith("FASTMUM_ROOT_")}
     seen = tuple(_existing(Path(os.path.abspath(path))) for path in paths if not is_url(path))
     with cluster(address, workers) as ray:
-        resources = ray.cluster_resources()
-        gpus = gpus and "GPU" in resources
-        ahead = PREFETCH * max(1, int(resources.get("GPU" if gpus else "CPU", 1)))
+        gpus = gpus and "GPU" in ray.cluster_resources()
         task = ray.remote(max_retries=RETRIES, num_gpus=int(gpus), scheduling_strategy="SPREAD")(_run)
         # Both are fetched once by each process; the work, which may hold a model, after the job was compared.
         job = ray.put(_Job(source_version(), os.getcwd(), seen, roots, begin)), ray.put(work)
         pending: deque = deque()
+        ahead = 1
         try:
             for each in tasks:
                 pending.append(task.remote(job, each))
+                if len(pending) >= ahead:  # nodes come and go
+                    ahead = PREFETCH * max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
                 if len(pending) >= ahead:
                     yield _result(ray, pending.popleft())
             while pending:
@@ -169,6 +170,8 @@ def _result(ray: Any, reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, FastmumError):
             raise error.cause from None
+        if "failed to import" in str(error.cause):
+            raise DataError(f"node {error.ip} has no fastmum, or cannot import it; install the same as here") from None
         raise
     except ray.exceptions.RayError as error:
         reason = str(error).strip().partition("\n")[0]

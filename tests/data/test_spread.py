@@ -194,3 +194,7 @@ def test_nodes_that_differ_are_named(ray_cluster, tmp_path):
     with pytest.raises(DataError, match=r"node .* has fastmum .*; install the same"):
         list(run())
     ray_cluster.kill(other)
+    without = ray_cluster.join(before=(f"mount -t tmpfs none {ROOT / 'fastmum'}",))
+    with pytest.raises(DataError, match=r"node .* has no fastmum"):
+        list(run())
+    ray_cluster.kill(without)
