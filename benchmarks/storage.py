@@ -290,24 +290,28 @@ def write_models(folder: Path, count: int) -> Path:
 def build_by_workers(folder: Path, count: int, rounds: int) -> None:
     """Print seconds of building the models, in turn, and how much faster two workers are.
 
-    The results must be equal byte by byte. A Ray cluster is started before its time is taken.
+    The results must be equal byte by byte. A Ray cluster is started before its time is taken. Half the CPU time that two
+    processes need, with starting them, is their time on two cores that nothing else uses.
     """
-    models, seconds = write_models(folder, count), dict[tuple[str, int], list[float]]()
+    models, seconds, cpu = write_models(folder, count), dict[str, list[float]](), dict[str, list[float]]()
     for _ in range(rounds):
         for ray, workers in ((None, 1), (None, 2), ("local", 1), ("local", 2)):
-            out = folder / f"{ray}-{workers}.arrow"
+            name, out = f"{ray or 'processes'} {workers}", folder / f"{ray}-{workers}.arrow"
             with cluster(ray, workers):
-                start = time.perf_counter()
+                start = time.perf_counter(), sum(os.times()[:4])
                 build("colmap", models, out, chain="angle", workers=workers, ray=ray)
-                seconds.setdefault((ray or "processes", workers), []).append(time.perf_counter() - start)
+                seconds.setdefault(name, []).append(time.perf_counter() - start[0])
+                cpu.setdefault(name, []).append(sum(os.times()[:4]) - start[1])
             assert out.read_bytes() == (folder / "None-1.arrow").read_bytes()
-            took = seconds[ray or "processes", workers][-1]
-            print(f"  {ray or 'processes'}, {workers}: {took:.1f} s, load {os.getloadavg()[0]:.1f}", flush=True)
+            print(f"  {name}: {seconds[name][-1]:.1f} s, load {os.getloadavg()[0]:.1f}", flush=True)
     print(f"\n{count} COLMAP models, seconds with 1 and 2 workers, and their ratio (median of {rounds} rounds)")
-    for name in ("processes", "local"):
-        one, two = seconds[name, 1], seconds[name, 2]
+    for what, times in (("processes", seconds), ("local", seconds), ("processes", cpu)):
+        one, two = times[f"{what} 1"], times[f"{what} 2"]
+        if times is cpu:
+            two = [value / 2 for value in two]
         ratio = statistics.median(a / b for a, b in zip(one, two, strict=True))
-        print(f"  {name:<12}{statistics.median(one):8.1f}{statistics.median(two):8.1f}{ratio:8.2f}")
+        name = f"{what}, CPU time" if times is cpu else what
+        print(f"  {name:<22}{statistics.median(one):8.1f}{statistics.median(two):8.1f}{ratio:8.2f}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
