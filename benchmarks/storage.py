@@ -290,8 +290,8 @@ def write_models(folder: Path, count: int) -> Path:
 def build_by_workers(folder: Path, count: int, rounds: int) -> None:
     """Print seconds of building the models, in turn, and how much faster two workers are.
 
-    The results must be equal byte by byte. A Ray cluster is started before its time is taken. Half the CPU time that two
-    processes need, with starting them, is their time on two cores that nothing else uses.
+    The results must be equal byte by byte. A Ray cluster is started before its time is taken. Half of the CPU time that
+    two processes need, with starting them, is their time on two cores that nothing else uses.
     """
     models, seconds, cpu = write_models(folder, count), dict[str, list[float]](), dict[str, list[float]]()
     for _ in range(rounds):

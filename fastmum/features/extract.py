@@ -43,7 +43,7 @@ def extract(
         layers: number of last blocks, or block indices in ascending order; None: the last, without a dimension for it.
         norm: apply the encoder's last norm.
         batch: images of equal size computed together.
-        ray: address of a Ray cluster (`fastmum.data.spread.cluster`), to whose nodes the encoder is copied from the CPU.
+        ray: address of a Ray cluster (`fastmum.data.spread.cluster`), to which the encoder is copied from the CPU.
         ray_device: of each task there; a task that is not on the CPU gets a GPU if the cluster has any.
     """
     sizing = sizing or Sizing(encoder.config.patch_size)
