@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -171,7 +172,9 @@ def _result(ray: Any, reference: Any) -> Any:
         if isinstance(error.cause, FastmumError):
             raise error.cause from None
         if "failed to import" in str(error.cause):
-            raise DataError(f"node {error.ip} has no fastmum, or cannot import it; install the same as here") from None
+            address = re.search(r"ip=([^,)]+)", str(error))
+            name = address[1] if address else ""
+            raise DataError(f"node {name} has no fastmum, or cannot import it; install the same as here") from None
         raise
     except ray.exceptions.RayError as error:
         reason = str(error).strip().partition("\n")[0]
