@@ -80,7 +80,7 @@ def cluster(address: str | None, workers: int | None = None) -> Iterator[Any]:
     DataError: Ray is not installed, the address does not answer, or versions of Ray or Python differ.
 
     Args:
-        address: "auto", "HOST:PORT", "ray://HOST:PORT" or "local", which starts one of `workers` CPUs (None: all) on
+        address: "auto", "HOST:PORT" or "local", which starts one of `workers` CPUs (None: all) on
             this machine. None connects to none.
     """
     if address is None:
@@ -114,7 +114,7 @@ def cluster(address: str | None, workers: int | None = None) -> Iterator[Any]:
 def _connect(address: str) -> None:
     """Raise OSError or ValueError unless something answers there."""
     if address not in ("auto", "local"):
-        host, _, port = address.removeprefix("ray://").rpartition(":")
+        host, _, port = address.rpartition(":")
         if not (host and port.isdecimal()):
             raise ValueError("it is not auto, local or HOST:PORT")
         socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
