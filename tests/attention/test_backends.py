@@ -205,6 +205,7 @@ def test_newest_kernels_are_activated(monkeypatch, caplog, activated, capability
         assert attention.current_flash_attention_impl() is None
 
 
+@pytest.mark.skipif(not CAN_GO_BACK, reason="torch 2.10 keeps the kernels of the test before")
 @pytest.mark.parametrize(
     ("capability", "module", "name"),
     [((9, 0), "flash_attn_interface", "FA3"), ((10, 0), "flash_attn.cute.interface", "FA4")],
@@ -215,8 +216,7 @@ def test_kernels_that_torch_cannot_use(monkeypatch, caplog, capability, module, 
     plan_on(monkeypatch, capability)
     (message,) = caplog.messages
     assert name in message
-    if CAN_GO_BACK:
-        assert attention.current_flash_attention_impl() is None
+    assert attention.current_flash_attention_impl() is None
 
 
 @pytest.mark.parametrize("name", ["flash", "flash_attn", "flash_attn_4"])
