@@ -103,7 +103,10 @@ def page(predictions: Sequence[dict[str, Any]]) -> str:
         METHOD + _where({key: value for key, value in predictions[0].items() if key != "gpu"}),
         "",
         "The compiled reference has what its users would have: dense attention by cuDNN on Hopper and by FlashAttention"
-        " 2 on an A100, and fused AdamW. fastmum has FlashAttention 2 across frames unless a row says otherwise.",
+        " 2 on an A100, and fused AdamW. fastmum has FlashAttention 2 across frames unless a row says otherwise. Its"
+        " products are fused; on Hopper `FASTMUM_PRODUCTS=auto` takes the library's until it has measured both, which"
+        " moves more bytes and launches more (docs/LOG.md, 2026-11-29). Products by TMA are an estimate: no such kernel"
+        " is here.",
         "Written by `python -m benchmarks.offline --page` from what `--record` found. `--gpu h100 --recorded` prints"
         " all kinds of kernels; `--efficiency`, `--host-ms`, `--attention`, `--tma` and `--cuda-graphs` replace"
         " assumptions.",

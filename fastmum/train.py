@@ -23,7 +23,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from fastmum.config.load import describe_keys, load_config, peek_task, settings
-from fastmum.config.schema import EngineConfig, absolute_paths
+from fastmum.config.schema import ConfigError, EngineConfig, absolute_paths
 from fastmum.engine.checkpoint import CheckpointError, Checkpoints, set_aside_after
 from fastmum.engine.device import (
     MATRIX_DTYPE,
@@ -46,7 +46,7 @@ from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
 from fastmum.engine.task import Task
 from fastmum.engine.telemetry import Telemetry, log_line
-from fastmum.errors import program, run_command
+from fastmum.errors import first_line, program, run_command
 from fastmum.files import source_version
 from fastmum.progress import on_terminal, progress_bar
 from fastmum.tasks import find_task
@@ -320,6 +320,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except PeerError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(error.code)  # threads may wait for the dead process until their timeouts
+        except RuntimeError as error:
+            if config.train.deterministic and "deterministic" in str(error):  # of torch, with the operator's name
+                raise ConfigError(f"train.deterministic is true, but {first_line(error)}") from None
+            raise
 
     return run_command(command, "interrupted; a run continues from its last checkpoint")
 

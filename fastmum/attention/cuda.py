@@ -24,7 +24,8 @@ class FlashAttn2(Backend):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Segments) -> Tensor:
         from flash_attn import flash_attn_varlen_func
 
-        return flash_attn_varlen_func(q, k, v, *plan[:4])  # without `sizes`
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(q, k, v, *plan[:4], deterministic=deterministic)  # without `sizes`
 
 
 class FlashAttn4(Backend):
@@ -53,6 +54,11 @@ class Xformers(Backend):
     name = "xformers"
     package = "xformers"
     install = "pip install 'fastmum[xformers]'"
+
+    def why_not(self, device: torch.device) -> str | None:
+        if torch.are_deterministic_algorithms_enabled():
+            return "its backward pass may add in any order, and train.deterministic is true"
+        return super().why_not(device)
 
     def plan(self, segments: Segments, device: torch.device) -> Segments:
         return segments.to(torch.device("cpu"))  # the mask is made of lists of lengths

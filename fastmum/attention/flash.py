@@ -35,7 +35,8 @@ class Flash(Backend):
         if len(sound) == 1:
             return f"{self.name} by {fastest}"
         measured = ", ".join(f"{kernel} {ms:.2f} ms" for kernel, ms in times.items())
-        return f"{self.name} by {fastest} (forward and backward of a ragged batch: {measured})"
+        graphs = f", in CUDA graphs by {self.chosen[1]}" * (self.chosen[1] != fastest)
+        return f"{self.name} by {fastest}{graphs} (forward and backward of a ragged batch: {measured})"
 
     def plan(self, segments: Segments, device: torch.device) -> Plan:
         kernel = "FA2"

@@ -102,7 +102,7 @@ class TrainSection:
     max_bad_steps: int = key(10, "consecutive steps with non-finite loss or gradient before the run stops", least=1)
     cuda_graphs: bool = key(False, "record the compiled forward and backward as CUDA graphs")
     deterministic: bool = key(
-        False, "make CUDA runs repeat bit for bit, as far as torch can; slower attention (CPU runs repeat anyway)"
+        False, "make CUDA runs repeat bit for bit, or end with an error; slower attention (CPU runs repeat anyway)"
     )
     collect_every: int = key(1000, "steps between runs of Python's garbage collector, which is off otherwise", least=1)
     eval_every: int = key(5000, "steps between evaluations on held-out data", least=1)

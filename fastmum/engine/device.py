@@ -64,14 +64,15 @@ def pick_device(name: str, launch: LaunchInfo | None = None, key: str = "train.d
 def make_deterministic(device: torch.device) -> None:
     """Let a process on CUDA compute the same bits in every run, before the first product; on the CPU it does anyway.
 
-    What has no deterministic kernel still runs, and torch warns of it.
+    An operator without a deterministic kernel raises torch's RuntimeError. With warnings in its place, the backward
+    passes of torch's attention would add in any order, too, though they have deterministic kernels.
     """
     if device.type != "cuda":
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # every value is written
-    torch.backends.cuda.enable_cudnn_sdp(False)  # with warnings only, torch would let it add in any order
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it adds in any order
     torch.backends.cudnn.benchmark = False
     log.info(
         "train.deterministic: gradients of attention are added in a fixed order, which takes more time and memory in "

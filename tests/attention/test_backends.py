@@ -130,6 +130,7 @@ def test_call_of_flash_attn(monkeypatch, fake, dtype, cu_dtype):
     outs.append(BACKENDS["flash_attn"].attend(q, k, v, BACKENDS["flash_attn"].plan(SEGMENTS, CUDA)))
     names = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
     for call, result, out in zip(recorded.calls, recorded.results, outs, strict=True):
+        assert call.pop("deterministic") is False
         assert list(call) == names  # no dropout, no causal mask, default scale 1 / sqrt(d)
         assert [call[x] is y for x, y in zip(names, (q, k, v), strict=False)] == [True] * 3
         for cu in names[3:5]:
