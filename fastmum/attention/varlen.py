@@ -187,7 +187,7 @@ def agrees(kernel: str, device: torch.device, dtype: torch.dtype, heads: int, wi
         try:
             out = attend_by(q, k, v, Plan(segments.to(device), kernel))
             ours = [out, *torch.autograd.grad(out, qkv, grad)]
-        except RuntimeError as error:
+        except (RuntimeError, ImportError, TypeError) as error:
             log.warning("%s attention is not used: it fails (%s)", kernel, first_line(error))
             return False
         wide = [x.detach().float().requires_grad_() for x in qkv]
