@@ -87,7 +87,7 @@ def test_numbers_are_the_models_losses(noisy, tiny):
 
 def test_the_command(noisy, tmp_path, monkeypatch, capsys):
     measured, drawn, out = [], [], tmp_path / "out"
-    for module, noted in (("views", measured), ("__main__", drawn)):
+    for module, noted in (("views", measured), ("commands", drawn)):
         monkeypatch.setattr(
             f"fastmum.evaluate.{module}.target_batch",
             lambda sequences, target, *rest, n=noted: n.append(target) or target_batch(sequences, target, *rest),
