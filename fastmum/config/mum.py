@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from fastmum.attention import BACKENDS
 from fastmum.config.schema import ConfigError, EngineConfig, key
+from fastmum.config.sources import SourceSection
 from fastmum.model.config import COMPILE_MODES, PRESETS, ModelConfig
 from fastmum.model.inputs import num_visible
 
@@ -38,33 +39,9 @@ class LossSection:
 
 
 @dataclass
-class ScenesSection:
-    """The embedded scenes, rendered if neither data.root nor data.manifests is set."""
-
-    count: int = key(20, "scenes to render, held-out ones included")
-    views: int = key(24, "views of each scene")
-    size: int = key(256, "side of a rendered view in pixels")
-    seed: int = key(0, "random seed of the scenes")
-
-
-@dataclass
-class DataSection:
+class DataSection(SourceSection):
     """Training data and sampling (supplement, "Sampling"; crops from the released code)."""
 
-    manifests: list[str] = key([], "files of sequences, built by python -m fastmum.data.build", is_path=True)
-    weights: dict[str, float] = key({}, "weights of data sets, {co3d: 2}; 1 for those not named, 0 for never", least=0)
-    roots: dict[str, str] = key(
-        {}, "folders or URLs (s3://...) that data sets were moved to, {co3d: /nvme/co3d}; also $FASTMUM_ROOT_CO3D",
-        is_path=True,
-    )  # fmt: skip
-    stage: str | None = key(
-        None, "folder on a local disk for copies of the coming steps' files, shared by a machine's processes",
-        is_path=True,
-    )  # fmt: skip
-    stage_gb: float = key(100.0, "size of the copies in data.stage, of which the oldest are deleted", above=0)
-    root: str | None = key(
-        None, "folder; its image folders are sequences. Without it and manifests: embedded scenes", is_path=True
-    )
     image_root: str | None = key(None, "folder of single images, at any depth", is_path=True)
     imagenet_share: float = key(0.1, "share of single images (ImageNet-1K in the paper), if any", least=0, most=1)
     mode: str = key("packed", "paper: one number of views a batch; packed: full batches; balanced: also equal costs")
@@ -78,12 +55,9 @@ class DataSection:
     crop_scale: list[float] = key([0.2, 1.0], "share of a frame's area in a random crop", above=0, most=1, length=2)
     crop_aspect: list[float] = key([0.75, 1.3333333], "aspect ratio of a random crop", above=0, length=2)
     flip: float = key(0.5, "probability of a horizontal flip, drawn for each frame", least=0, most=1)
-    held_out: float = key(0.1, "share of scenes held out from training for evaluation", least=0, below=1)
     decoder: str = key("auto", "auto, dali (on the GPU), dali_cpu or pillow")
     workers: int = key(2, "threads that decode images", least=1)
-    retry_s: float = key(10.0, "seconds to retry files that are missing or unreadable before they are bad", least=0)
     cache_gb: float = key(1.0, "memory for decoded images in GB, for pillow; saves decoding if they fit", least=0)
-    scenes: ScenesSection = field(default_factory=ScenesSection)
 
 
 @dataclass
@@ -109,7 +83,6 @@ class Config(EngineConfig):
         super().check()
         data, scenes, patch_size = self.data, self.data.scenes, self.model_config.patch_size
         batch, step, size = data.frames_per_batch, data.frames_per_step, data.image_size
-        embedded = data.root is None and not data.manifests
         pairs = [(name, getattr(data, name)) for name in ("views", "crop_scale", "crop_aspect")]
         rules = [
             *((name, pair, pair[0] <= pair[1], "[least, most]") for name, pair in pairs),
@@ -118,13 +91,10 @@ class Config(EngineConfig):
              f"a positive multiple of the patch size {patch_size}"),
             ("frames_per_step", step, step is None or (step > 0 and step % batch == 0),
              f"a positive multiple of data.frames_per_batch ({batch})"),
-            ("scenes.count", scenes.count, not embedded or scenes.count >= 2, "at least 2, one of them held out"),
-            ("scenes.views", scenes.views, not embedded or scenes.views >= data.views[0],
+            ("scenes.views", scenes.views, not data.embedded or scenes.views >= data.views[0],
              "at least the fewest data.views"),
         ]  # fmt: skip
-        for name, value, fits, allowed in rules:
-            if not fits:
-                raise ConfigError(f"data.{name} is {value}, but must be {allowed}")
+        data.refuse(rules)
         try:
             num_visible((size // patch_size) ** 2, self.model.mask_ratio)
         except ValueError as error:

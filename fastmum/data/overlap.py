@@ -118,7 +118,7 @@ def _compute(part: Manifest, workers: int) -> tuple[PairTable, list[str]]:
     scenes = part.scene_names(np.arange(part.num_sequences))
     names, of_scene = np.unique(np.array(scenes), return_inverse=True)
     most = np.maximum(LEAST_PAIRS, SCENE_PAIRS // np.bincount(of_scene, minlength=len(names)))[of_scene]
-    usable, maps = usable_frames(part, 2, True), _Maps(part)
+    usable, maps = usable_frames(part, 2), _Maps(part)
 
     def one(sequence: int) -> PairTable:
         first, end = part.starts[sequence : sequence + 2]

@@ -114,7 +114,7 @@ class PairPlanner:
         self.manifests, self.pairs_per_batch, self.size = manifests, pairs_per_batch, size
         self.seed, self.world_size, self.augment, self.depth = seed, world_size, augment, depth
         self.overlap, self.notes = overlap, list[str]()
-        self.usable = usable_frames(manifests, 2, True, GROUND_TRUTH if depth else GROUND_TRUTH[:2])
+        self.usable = usable_frames(manifests, 2, GROUND_TRUTH if depth else GROUND_TRUTH[:2])
         keep = np.full(manifests.num_sequences, only is None)
         keep[np.array(() if only is None else list(only), np.int64)] = True
         keep[np.array(list(exclude), np.int64)] = False

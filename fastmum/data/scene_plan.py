@@ -96,7 +96,7 @@ class ScenePlanner:
         self, min_frames: int, ground_truth: bool, exclude: Iterable[int], only: Iterable[int] | None
     ) -> None:
         manifests = self.manifests
-        self.usable = usable_frames(manifests, min_frames, ground_truth)
+        self.usable = usable_frames(manifests, min_frames, GROUND_TRUTH if ground_truth else ())
         long_enough = np.logical_or.reduceat(self.usable, manifests.starts[:-1])
         keep = long_enough & (only is None)
         keep[np.array(() if only is None else list(only), np.int64)] = True
@@ -160,12 +160,10 @@ class ScenePlanner:
         return rows[np.append(anchor, rng.integers(low, high, length - 1))]
 
 
-def usable_frames(
-    manifests: Manifest, min_frames: int, ground_truth: bool, columns: Iterable[str] = GROUND_TRUTH
-) -> np.ndarray:
-    """Frames with pose, intrinsics and depth, of sequences that have at least `min_frames` of them; (frames,) bool."""
+def usable_frames(manifests: Manifest, min_frames: int, columns: Iterable[str] = GROUND_TRUTH) -> np.ndarray:
+    """Frames that have all `columns`, of sequences that have at least `min_frames` of them; (frames,) bool."""
     usable = np.ones(manifests.num_frames, bool)
-    for column in columns if ground_truth else ():
+    for column in columns:
         usable &= manifests.present(column)
     counts = np.add.reduceat(usable, manifests.starts[:-1], dtype=np.int64)
     return usable & np.repeat(counts >= max(1, min_frames), np.diff(manifests.starts))

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from fastmum.config.mum import Config, ScenesSection
+from fastmum.config.mum import Config
+from fastmum.config.sources import ScenesSection, SourceSection
 from fastmum.data import remote, staging
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
@@ -152,11 +153,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     images that are held out and trained on.
     """
     data = config.data
-    roots = {"data.root": data.root, "data.image_root": data.image_root}
-    manifests = open_manifests(
-        data.manifests, roots, data.scenes, folder / "manifests", resumed, data.views[0], moved=data.roots
-    )
-    staging.start(data.stage, data.stage_gb)
+    manifests = open_manifests(data, folder, resumed, data.views[0], image_root=data.image_root)
     lengths = np.diff(manifests.starts)
     held, is_held_out = hold_out(manifests, data.held_out, data.views[0], data.weights)
     views, (scale, aspect) = (data.views[0], data.views[1]), ((p[0], p[1]) for p in (data.crop_scale, data.crop_aspect))
@@ -165,15 +162,7 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
     planner = functools.partial(StepPlanner, *fixed, mode=data.mode, **crops)
     drawn: dict[str, Any] = {"imagenet_share": data.imagenet_share, "exclude": np.flatnonzero(is_held_out)}
     training = planner(**drawn, seed=config.run.seed, world_size=micro_batches)
-    for note in training.notes:
-        log.info("%s", note)
-    log.info(
-        "training on %d sequences (%d frames), held out: %d (%d frames)",
-        (~is_held_out).sum(), lengths[~is_held_out].sum(), len(held), lengths[held].sum(),
-    )  # fmt: skip
-    if not len(held):
-        why = "all sequences that can be drawn are of one scene" if data.held_out else "data.held_out is 0"
-        log.warning("no sequence is held out, so there is no evaluation: %s", why)
+    if not report_split(training.notes, lengths, held, is_held_out, data.held_out):
         return DataSplits(manifests, training, None, np.arange(manifests.num_sequences), is_held_out)
     check_overlap(manifests, is_held_out, data.weights)
     evaluated = functools.partial(planner, imagenet_share=0.0, seed=HELD_OUT_SEED, only=held)
@@ -183,6 +172,29 @@ def open_splits(config: Config, folder: Path, resumed: bool = False, micro_batch
         evaluation = evaluated(mode="paper")
         log.warning("held-out sequences are evaluated as with data.mode=paper: %s", error)
     return DataSplits(manifests, training, evaluation, held, is_held_out)
+
+
+def report_split(
+    notes: Iterable[str], lengths: np.ndarray, held: np.ndarray, is_held_out: np.ndarray, share: float
+) -> bool:
+    """Log a planner's notes and the sizes of both splits; whether any sequence is held out.
+
+    Args:
+        lengths: usable frames of each sequence.
+        held, is_held_out: see `hold_out`.
+        share: `data.held_out`.
+    """
+    for note in notes:
+        log.info("%s", note)
+    drawn = ~is_held_out & (lengths > 0)
+    log.info(
+        "training on %d sequences (%d frames), held out: %d (%d frames)",
+        drawn.sum(), lengths[drawn].sum(), len(held), lengths[held].sum(),
+    )  # fmt: skip
+    if not len(held):
+        why = "all sequences that can be drawn are of one scene" if share else "data.held_out is 0"
+        log.warning("no sequence is held out, so there is no evaluation: %s", why)
+    return len(held) > 0
 
 
 def check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mapping[str, float]) -> None:
@@ -196,37 +208,37 @@ def check_overlap(manifests: Manifests, is_held_out: np.ndarray, weights: Mappin
 
 
 def open_manifests(
-    paths: Sequence[str], roots: Mapping[str, str | None], scenes: ScenesSection, folder: Path, keep: bool,
-    least: int = 2, builder: str = "folder", moved: Mapping[str, str] | None = None,
+    data: SourceSection, folder: Path, keep: bool, least: int = 2, builder: str = "folder",
+    image_root: str | None = None,
 ) -> Manifests:  # fmt: skip
-    """Open the manifests of a run, those of folders, or of the embedded scenes if there is nothing else.
+    """Open the manifests of a run, those of folders, or of the embedded scenes if there is nothing else; start staging.
 
-    Manifests that have to be built are written to `folder`, or kept if `keep` and they are of the same folder.
-    DataError: missing, damaged or empty ones, or scenes that cannot be rendered.
+    Manifests that have to be built are written to `manifests` in the run's `folder`, or kept if `keep` and they are of
+    the same folder. DataError: missing, damaged or empty ones, or scenes that cannot be rendered.
 
     Args:
-        paths, scenes: `data.manifests` and `data.scenes` of the configuration.
-        roots: by key of the configuration, folders or None. The name of single images ends in `image_root`.
-        least: fewest frames of a sequence below a root.
-        builder: of sequences below a root.
-        moved: `data.roots`.
+        least: fewest frames of a sequence below `data.root`.
+        builder: of sequences below `data.root`.
+        image_root: a folder of single images.
     """
-    found: list[Path | str] = [path if is_url(path) else expand_user(path) for path in paths]
-    if not found and not any(root for key, root in roots.items() if not key.endswith("image_root")):
-        found.append(_scenes_manifest(scenes, folder / "scenes.arrow"))
-    for key, root in roots.items():
-        if root is not None:
-            single = key.endswith("image_root")
-            out = folder / f"{'images' if single else builder}.arrow"
-            options = {"min_frames": 1 if single else least} | ({"single": single} if builder == "folder" else {})
-            found.append(_folder_manifest(key, root, out, builder, options, keep))
-    manifests = Manifests(found, moved)
+    folder = folder / "manifests"
+    found: list[Path | str] = [path if is_url(path) else expand_user(path) for path in data.manifests]
+    if data.embedded:
+        found.append(_scenes_manifest(data.scenes, folder / "scenes.arrow"))
+    if data.root is not None:
+        options = {"min_frames": least} | ({"single": False} if builder == "folder" else {})
+        found.append(_folder_manifest("data.root", data.root, folder / f"{builder}.arrow", builder, options, keep))
+    if image_root is not None:
+        options = {"min_frames": 1, "single": True}
+        found.append(_folder_manifest("data.image_root", image_root, folder / "images.arrow", "folder", options, keep))
+    manifests = Manifests(found, data.roots)
     for part in manifests.parts:
         if is_url(part.root):  # an error of credentials or names comes before the run
             first = part.file(0)
             assert isinstance(first, StoredPath)
             assert first.place is not None
             remote.check(first.place.store)
+    staging.start(data.stage, data.stage_gb)
     return manifests
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from plane_world import shot
 
-from fastmum.data import overlap
+from fastmum.data import overlap, staging, store
 from fastmum.data.colour import FACTORS, IS_GREY, NOTHING
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
@@ -196,3 +196,18 @@ def test_held_out_scenes_are_never_trained_on(walls, tmp_path):
     Image.new("L", (1, 1)).save(file)  # a wrong size: the principal point is outside
     (batch,) = splits.loader(data).batches([splits.held_out.plan(0)])
     assert batch.names == (f"wall/s{next(iter(held))}",) * 4
+
+
+def test_a_data_set_that_was_moved_and_a_stage(walls, tmp_path, monkeypatch):
+    moved = (tmp_path / "walls").rename(tmp_path / "moved")
+    data = PairDataSection(
+        manifests=[str(moved / "wall.arrow")], roots={"wall": str(moved)}, stage=str(tmp_path / "scratch"),
+        held_out=0.4, image_size=32, pairs_per_batch=4,
+    )  # fmt: skip
+    monkeypatch.setattr(store, "stage", None)  # restored afterwards
+    monkeypatch.setattr(staging, "_stage", None)
+    splits = open_pairs(data, tmp_path / "run")
+    assert store.stage is not None
+    loader = splits.loader(data)
+    list(loader.batches([splits.training.plan(0)]))
+    assert not any(loader.faults.counts.values())
