@@ -138,31 +138,19 @@ class MuMTask(LoaderTask):
             decoder, splits.manifests, data.workers, bad_frames, splits.is_held_out, self.world.size, data.retry_s
         )
 
-    def data_digests(self) -> dict[str, str]:
-        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
-
     def prepare(self) -> None:
-        """Decode the held-out batches of this process and the frames of the picture.
-
-        Every process has as many batches, since FSDP's collectives must match: those without one repeat the last,
-        uncounted.
-        """
-        planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
-        plans = [_picture_plan(self._splits, self.config.data.frames_per_batch)]
-        numbers = range(self.world.rank, -(-count // size) * size, size)
-        if planner is not None:
-            plans += [planner.plan(min(i, count - 1)) for i in numbers]
-        shown, *evaluated = self._loader.batches(plans, self.stopping)
-        for i, (frames, lengths) in zip(numbers, evaluated, strict=False):
-            self._held_out[i] = self._batch(frames, lengths, EVAL_SEED, min(i, count - 1))
+        """Decode the held-out batches of this process and the frames of the picture."""
+        picture, plans = _picture_plan(self._splits, self.config.data.frames_per_batch), self.held_out_plans()
+        shown, *evaluated = self._loader.batches([picture, *plans.values()], self.stopping)
+        for i, (frames, lengths) in zip(plans, evaluated, strict=True):
+            mask = min(i, self.config.train.eval_batches - 1)
+            self._held_out[i] = self._batch(frames, lengths, EVAL_SEED, mask)
         self._shown = self._batch(*shown, EVAL_SEED, 0)
-        self._shown_names = _picture_names(self._splits, plans[0])
+        self._shown_names = _picture_names(self._splits, picture)
 
     def batches(self, start: int, stop: int) -> Iterator[MuMBatch]:
-        planner, first = self._splits.training, self.world.rank * self.batches_per_step
-        places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
-        batches = self._loader.batches((planner.plan(step, part) for step, part in places), self.stopping)
-        for (step, part), (frames, lengths) in zip(places, batches, strict=True):
+        planner = self._splits.training
+        for (step, part), (frames, lengths) in zip(self.places(start, stop), super().batches(start, stop), strict=True):
             yield self._batch(frames, lengths, self.config.run.seed, step, part, planner.step_frames(step))
 
     def _batch(
@@ -193,10 +181,6 @@ class MuMTask(LoaderTask):
 
     def tokens(self, samples: int) -> float:
         return samples * self._patches
-
-    @property
-    def evaluates(self) -> bool:
-        return self._splits.held_out is not None
 
     @torch.no_grad()
     def evaluate(self, model: MuM) -> dict[str, float]:

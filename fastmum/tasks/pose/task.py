@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +40,7 @@ class PoseTask(LoaderTask):
 
     Config = RunConfig
     config: RunConfig
+    shown = "loss", "held_out_loss", "auc20", "rotation_median", "rotation_median_of_mean_pose"
     metrics: Mapping[str, Metric] = {name: Metric() for name in ("rotation_error", "direction_error")}
 
     def __init__(self, config: RunConfig, world: DistContext) -> None:
@@ -112,18 +113,11 @@ class PoseTask(LoaderTask):
         )  # fmt: skip
         self._loader = self._splits.loader(data, folder / "bad_frames.log", self.world.size)
 
-    def data_digests(self) -> dict[str, str]:
-        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
-
     def prepare(self) -> None:
-        """Read the held-out batches of this process; those without one repeat the last, uncounted (see MuM's task)."""
-        planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
-        if planner is None:
-            return
-        numbers = range(self.world.rank, -(-count // size) * size, size)
-        plans = [planner.plan(min(i, count - 1)) for i in numbers]
-        self._held_out = dict(zip(numbers, self._loader.batches(plans, self.stopping), strict=True))
-        self._mean = self._mean_pose()
+        """Read the held-out batches of this process."""
+        self._held_out = self.read_held_out()
+        if self._held_out:
+            self._mean = self._mean_pose()
 
     def _mean_pose(self) -> Poses:
         """Mean pose of as many training batches as an evaluation has: what knows nothing of the images predicts."""
@@ -132,11 +126,6 @@ class PoseTask(LoaderTask):
         poses = torch.from_numpy(np.stack([cast(np.ndarray, manifests.camera_arrays(row)[1]) for row in rows.tolist()]))
         R, t = (x[1::2] for x in true_poses(poses.double()))
         return Poses(nearest_rotation(R.mean(0, keepdim=True)), nn.functional.normalize(t, dim=1).mean(0, keepdim=True))
-
-    def batches(self, start: int, stop: int) -> Iterator[SceneBatch]:
-        planner, first = self._splits.training, self.world.rank * self.batches_per_step
-        places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
-        return self._loader.batches((planner.plan(step, part) for step, part in places), self.stopping)
 
     def predict(self, model: RelativePose, batch: SceneBatch) -> tuple[Poses, tuple[Tensor, Tensor]]:
         """Poses, and the angles of both parts of the loss, (F,) each."""
@@ -158,14 +147,6 @@ class PoseTask(LoaderTask):
     def sizes(self, batch: SceneBatch) -> tuple[int, float]:
         grid = batch.images.shape[1] // self._patch, batch.images.shape[2] // self._patch
         return len(batch.lengths), len(batch.lengths) * self._flops(grid)
-
-    def summary(self, values: Mapping[str, float | None]) -> str:
-        names = "loss", "held_out_loss", "auc20", "rotation_median", "rotation_median_of_mean_pose"
-        return ", ".join(f"{name} {value:.4g}" for name in names if (value := values.get(name)) is not None)
-
-    @property
-    def evaluates(self) -> bool:
-        return self._splits.held_out is not None
 
     @torch.no_grad()
     def evaluate(self, model: RelativePose) -> dict[str, float]:

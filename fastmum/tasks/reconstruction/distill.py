@@ -169,7 +169,7 @@ class DistillTask(ReconstructionTask):
             self._held_out_targets[i] = self._ask(batch)
         if self._cache is None:
             return
-        places = list(self._places(0, self._period))
+        places = list(self.places(0, self._period))
         bar = progress_bar(total=len(places), desc="teacher", unit="batch", show=self.world.is_main and on_terminal())
         with bar:
             for batch in self._loader.batches((self._splits.training.plan(*p) for p in places), self.stopping):
@@ -184,11 +184,8 @@ class DistillTask(ReconstructionTask):
         repeat, steps = self.config.distill.repeat_after, self.config.train.steps
         return steps if repeat is None else min(repeat, steps)
 
-    def _places(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        first = self.world.rank * self.batches_per_step
-        for step in range(start, stop):
-            for part in range(first, first + self.batches_per_step):
-                yield step % self._period, part
+    def places(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return ((step % self._period, part) for step, part in super().places(start, stop))
 
     def _ask(self, batch: SceneBatch) -> Targets:
         """The teacher's outputs on the CPU."""
@@ -202,9 +199,8 @@ class DistillTask(ReconstructionTask):
         assert self._cache is not None
         return self._cache.targets(batch.images, batch.lengths, lambda: self._ask(batch))
 
-    def batches(self, start: int, stop: int) -> Iterator[DistillBatch]:  # type: ignore[override]
-        plans = (self._splits.training.plan(*place) for place in self._places(start, stop))
-        for batch in self._loader.batches(plans, self.stopping):
+    def batches(self, start: int, stop: int) -> Iterator[DistillBatch]:
+        for batch in super().batches(start, stop):
             yield DistillBatch(batch, None if self._cache is None else self._cached(batch))
 
     def loss(self, model: Reconstruction, batch: DistillBatch) -> StepOutput:  # type: ignore[override]

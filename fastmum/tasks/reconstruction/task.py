@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -50,6 +50,7 @@ class ReconstructionTask(LoaderTask):
 
     Config = RunConfig
     config: RunConfig
+    shown = "loss", "held_out_loss", "auc30", "abs_rel", "abs_rel_of_mean_depth"
     ground_truth = True  # whether frames have depth and cameras
 
     def __init__(self, config: RunConfig, world: DistContext) -> None:
@@ -156,18 +157,10 @@ class ReconstructionTask(LoaderTask):
         )
         self._loader = self._splits.loader(config.data, folder / "bad_frames.log", self.world.size)
 
-    def data_digests(self) -> dict[str, str]:
-        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
-
     def prepare(self) -> None:
-        """Read the held-out batches of this process; those without one repeat the last, uncounted (see MuM's task)."""
-        planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
-        if planner is None:
-            return
-        numbers = range(self.world.rank, -(-count // size) * size, size)
-        plans = [planner.plan(min(i, count - 1)) for i in numbers]
-        self._held_out = dict(zip(numbers, self._loader.batches(plans, self.stopping), strict=True))
-        if self.ground_truth:
+        """Read the held-out batches of this process."""
+        self._held_out = self.read_held_out()
+        if self._held_out and self.ground_truth:
             self._mean_depth = self._mean_training_depth()
 
     def _mean_training_depth(self) -> float:
@@ -181,11 +174,6 @@ class ReconstructionTask(LoaderTask):
         depths = depths.to(self.world.device)
         self.world.sum_(depths)
         return float(depths[0] / depths[1].clamp(min=1))
-
-    def batches(self, start: int, stop: int) -> Iterator[SceneBatch]:
-        planner, first = self._splits.training, self.world.rank * self.batches_per_step
-        places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
-        return self._loader.batches((planner.plan(step, part) for step, part in places), self.stopping)
 
     def predict(self, model: Reconstruction, batch: SceneBatch) -> tuple[Prediction, Scene, dict[str, Tensor]]:
         """Prediction, normalised truth, and all terms of the loss."""
@@ -212,14 +200,6 @@ class ReconstructionTask(LoaderTask):
     def sizes(self, batch: SceneBatch) -> tuple[int, float]:
         grid = batch.images.shape[1] // self._patch, batch.images.shape[2] // self._patch
         return sum(batch.lengths), self._flops(grid, batch.lengths)
-
-    def summary(self, values: Mapping[str, float | None]) -> str:
-        names = "loss", "held_out_loss", "auc30", "abs_rel", "abs_rel_of_mean_depth"
-        return ", ".join(f"{name} {value:.4g}" for name in names if (value := values.get(name)) is not None)
-
-    @property
-    def evaluates(self) -> bool:
-        return self._splits.held_out is not None
 
     @torch.no_grad()
     def evaluate(self, model: Reconstruction) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +62,7 @@ class RomaTask(LoaderTask):
 
     Config = RunConfig
     config: RunConfig
+    shown = "loss", "held_out_loss", "epe", "pck5", "certainty_bce", "certainty_bce_of_constant"
 
     def __init__(self, config: RunConfig, world: DistContext) -> None:
         super().__init__(config, world)
@@ -131,22 +132,9 @@ class RomaTask(LoaderTask):
         bad_frames = folder / "bad_frames.log"
         self._loader = self._splits.loader(data, bad_frames, self.world.size, square_view, RomaLoader)
 
-    def data_digests(self) -> dict[str, str]:
-        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
-
     def prepare(self) -> None:
-        """Read the held-out batches of this process; those without one repeat the last, uncounted (see MuM's task)."""
-        planner, count, size = self._splits.held_out, self.config.train.eval_batches, self.world.size
-        if planner is None:
-            return
-        numbers = range(self.world.rank, -(-count // size) * size, size)
-        plans = [planner.plan(min(i, count - 1)) for i in numbers]
-        self._held_out = dict(zip(numbers, self._loader.batches(plans, self.stopping), strict=True))
-
-    def batches(self, start: int, stop: int) -> Iterator[SceneBatch]:
-        planner, first = self._splits.training, self.world.rank * self.batches_per_step
-        places = [(step, part) for step in range(start, stop) for part in range(first, first + self.batches_per_step)]
-        return self._loader.batches((planner.plan(step, part) for step, part in places), self.stopping)
+        """Read the held-out batches of this process."""
+        self._held_out = self.read_held_out()
 
     def predict(self, model: Roma, batch: SceneBatch) -> tuple[dict[int, ScaleOutput], list[TrueWarp]]:
         """Outputs from the first to the second images, and true warps of the same sizes."""
@@ -179,14 +167,6 @@ class RomaTask(LoaderTask):
 
     def sizes(self, batch: SceneBatch) -> tuple[int, float]:
         return len(batch.lengths), len(batch.lengths) * self._flops(batch.images.shape[1])
-
-    def summary(self, values: Mapping[str, float | None]) -> str:
-        names = "loss", "held_out_loss", "epe", "pck5", "certainty_bce", "certainty_bce_of_constant"
-        return ", ".join(f"{name} {value:.4g}" for name in names if (value := values.get(name)) is not None)
-
-    @property
-    def evaluates(self) -> bool:
-        return self._splits.held_out is not None
 
     @torch.no_grad()
     def evaluate(self, model: Roma) -> dict[str, float]:
