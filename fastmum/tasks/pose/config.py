@@ -2,24 +2,19 @@
 
 from dataclasses import dataclass, field
 
-from fastmum.config.schema import ConfigError, EngineConfig, OptimSection, key
+from fastmum.config.schema import EngineConfig, OptimSection, key
 from fastmum.model.encoder import RECOMPUTE
 from fastmum.tasks.pairs import PairDataSection
 from fastmum.tasks.pose.model import PoseConfig
+from fastmum.tasks.trained import EncoderSection
 
 PAPER = PoseConfig()
 
 
 @dataclass
-class PoseSection:
+class PoseSection(EncoderSection):
     """Encoder, and sizes of the decoder (supplement B by default)."""
 
-    encoder: str = key(
-        "random:mum_vitl16", "weights of the encoder: a run, an export, a file, dinov3:PATH, random:PRESET"
-    )
-    fallback: str | None = key(
-        None, "weights if there is no file or folder at the path `encoder`, said in a warning. Empty: an error"
-    )
     finetune: bool = key(True, "train the encoder, too; otherwise it is frozen")
     encoder_lr_scale: float = key(0.1, "factor of the encoder's learning rate", above=0)
     normalisation: str = key(
@@ -38,12 +33,7 @@ class PoseSection:
 
     def sizes(self, encoder_dim: int, patch_size: int) -> PoseConfig:
         """The sizes with an encoder; ConfigError if they do not fit."""
-        try:
-            return PoseConfig(
-                encoder_dim, patch_size, self.embed_dim, self.depth, self.num_heads, self.head_dim or 4 * patch_size**2
-            )
-        except ValueError as error:
-            raise ConfigError(f"model.{error}") from None
+        return self.sizes_of(PoseConfig, encoder_dim, patch_size, head_dim=self.head_dim or 4 * patch_size**2)
 
 
 def _optim() -> OptimSection:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastmum.errors import FastmumError
 from fastmum.pretrained.croco import reorder
 from fastmum.tasks.pose.model import CONVOLUTIONS, RESIDUAL_BLOCKS, PoseConfig
+from fastmum.tasks.trained import LayoutError
 
 HEAD_WIDTH = 64  # of Reloc3r's decoder; shapes do not show it
 NAMES = {  # ours: public
@@ -20,10 +20,6 @@ NAMES = {  # ours: public
 }  # fmt: skip
 IN_BLOCK = "norm1", "norm2", "norm3", "norm_y", "attn.proj", "cross_attn.proj", "mlp.fc1", "mlp.fc2"
 ENDS = "weight", "bias"
-
-
-class LayoutError(FastmumError):
-    """A state dict that is not in Reloc3r's layout."""
 
 
 def config_of(state: Mapping[str, Tensor], num_heads: int | None = None) -> PoseConfig:

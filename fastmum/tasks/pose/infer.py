@@ -1,9 +1,7 @@
 """Trained runs of relative pose for inference."""
 
 import os
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -13,26 +11,16 @@ from fastmum.engine.device import autocast, pick_precision
 from fastmum.files import expand_user
 from fastmum.geometry import Camera, View
 from fastmum.geometry.camera import intrinsics_matrix
-from fastmum.model.encoder import Encoder
 from fastmum.tasks.pose.config import PoseSection
 from fastmum.tasks.pose.model import RelativePose
-from fastmum.tasks.reconstruction.load import fill, read_encoder, read_settings
+from fastmum.tasks.trained import Trained, fill, read_encoder, read_settings
 
 TASKS = ("pose",)
 
 
-class Trained(NamedTuple):
-    """A trained run."""
-
-    model: RelativePose  # frozen, in eval mode
-    name: str  # of the run, for tables
-    step: int
-    frames: int | None  # seen in training, if known
-    image_size: int  # side of the training images in pixels
-    encoder: Mapping[str, Any]  # `Encoder.about`
-
-
-def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None) -> Trained:
+def load_run(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None
+) -> Trained[RelativePose]:
     """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
 
     WeightsError, CheckpointError or LayoutError: no such run, one of another task, or another encoder than the run's.
@@ -45,13 +33,7 @@ def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", e
     loaded = read_encoder(path, manifest, settings, encoder)
     sizes = settings.sizes(loaded.embed_dim, loaded.config.patch_size)
     model = fill(RelativePose(sizes, loaded, settings.normalisation == "half"), tensors, manifest.path)
-    samples = manifest.values.get("samples_per_step")
-    run = manifest.path.parent.parent if manifest.path.parent.name == "checkpoints" else manifest.path
-    return Trained(
-        model.to(device).eval().requires_grad_(False), run.name, manifest.step,
-        None if samples is None else 2 * samples * manifest.step, manifest.values["config"].get("data.image_size", 256),
-        cast(Encoder, model.encoder).about,
-    )  # fmt: skip
+    return Trained.of(model, manifest, 256, device, frames=2)
 
 
 def prepare(view: View, size: int) -> View:

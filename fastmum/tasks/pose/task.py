@@ -30,7 +30,7 @@ from fastmum.tasks.pose.model import Block, Poses, RelativePose
 from fastmum.tasks.pose.pictures import draw_pairs, views_of
 from fastmum.tasks.pose.rotation import nearest_rotation
 from fastmum.tasks.pose.scores import Errors, errors_of, scores_of
-from fastmum.tasks.reconstruction.load import choose_encoder, weights_digest
+from fastmum.tasks.trained import choose_encoder, weights_digest
 
 log = logging.getLogger(__name__)
 

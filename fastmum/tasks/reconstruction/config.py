@@ -1,27 +1,21 @@
 """Configuration of reconstruction: the engine's sections, and those of model, data and loss."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from fastmum.attention import BACKENDS
-from fastmum.config.schema import ConfigError, EngineConfig, OptimSection, key
+from fastmum.config.schema import EngineConfig, OptimSection, key
 from fastmum.tasks.reconstruction.data import SceneDataSection
 from fastmum.tasks.reconstruction.losses import LossWeights
 from fastmum.tasks.reconstruction.model import RECOMPUTE, ReconstructionConfig
+from fastmum.tasks.trained import EncoderSection
 
 PAPER = ReconstructionConfig()
 
 
 @dataclass
-class ReconstructionSection:
+class ReconstructionSection(EncoderSection):
     """Encoder, and sizes of aggregator and heads (supplement B by default)."""
 
-    encoder: str = key(
-        "random:mum_vitl16", "weights of the encoder: a run, an export, a file, dinov3:PATH, random:PRESET"
-    )
-    fallback: str | None = key(
-        None, "weights if there is no file or folder at the path `encoder`, said in a warning. Empty: an error"
-    )
     finetune: bool = key(False, "train the encoder, too; otherwise it is frozen")
     encoder_lr_scale: float = key(1.0, "factor of the encoder's learning rate", above=0)
     embed_dim: int = key(PAPER.embed_dim, "width of the aggregator", least=1)
@@ -45,12 +39,7 @@ class ReconstructionSection:
 
     def sizes(self, encoder_dim: int, patch_size: int) -> ReconstructionConfig:
         """The sizes with an encoder; ConfigError if they do not fit."""
-        names = {f.name for f in fields(ReconstructionConfig)} & vars(self).keys()
-        given: dict[str, Any] = {name: tuple(v) if isinstance(v := getattr(self, name), list) else v for name in names}
-        try:
-            return ReconstructionConfig(encoder_dim=encoder_dim, patch_size=patch_size, **given)
-        except ValueError as error:
-            raise ConfigError(f"model.{error}") from None
+        return self.sizes_of(ReconstructionConfig, encoder_dim, patch_size)
 
 
 @dataclass

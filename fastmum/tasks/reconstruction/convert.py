@@ -9,17 +9,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastmum.errors import FastmumError
 from fastmum.tasks.reconstruction.model import ReconstructionConfig
+from fastmum.tasks.trained import LayoutError
 
 ENCODER = "aggregator.patch_embed."
 LEFT_OUT = ("track_head.",)
 VGGT_TAPS = {24: (4, 11, 17, 23)}  # pairs of VGGT-1B
 CAMERA_HEADS, CAMERA_ITERATIONS = 16, 4  # shapes do not show them; VGGT has no others
-
-
-class LayoutError(FastmumError):
-    """A state dict that is not in VGGT's layout."""
 
 
 def config_of(state: Mapping[str, Tensor], patch_size: int | None = None) -> ReconstructionConfig:

@@ -28,11 +28,12 @@ from fastmum.model.options import normalise
 from fastmum.progress import on_terminal, progress_bar
 from fastmum.tasks.reconstruction.config import Config, ReconstructionSection
 from fastmum.tasks.reconstruction.flops import BACKWARD, frame_flops, square_flops
-from fastmum.tasks.reconstruction.load import load_reconstruction, weights_digest
+from fastmum.tasks.reconstruction.load import load_reconstruction
 from fastmum.tasks.reconstruction.losses import ITERATION_DECAY, Prediction
 from fastmum.tasks.reconstruction.model import Reconstruction
 from fastmum.tasks.reconstruction.targets import TargetCache, Targets
 from fastmum.tasks.reconstruction.task import ReconstructionTask
+from fastmum.tasks.trained import weights_digest
 
 log = logging.getLogger(__name__)
 

@@ -1,8 +1,7 @@
 """Trained runs for inference: the model, and cameras, depth and points of the frames of one scene."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,19 +16,9 @@ from fastmum.tasks.reconstruction.aggregator import Sequences
 from fastmum.tasks.reconstruction.camera import decode_cameras
 from fastmum.tasks.reconstruction.load import read_run
 from fastmum.tasks.reconstruction.model import Reconstruction
+from fastmum.tasks.trained import Trained
 
 FOV = (0.02, 3.1)  # radians; untrained heads predict fields of view that no camera has
-
-
-class Trained(NamedTuple):
-    """A trained run."""
-
-    model: Reconstruction  # frozen, in eval mode
-    name: str  # of the run, for tables
-    step: int
-    frames: int | None  # seen in training, if known
-    image_size: int  # width of the training images in pixels
-    encoder: Mapping[str, Any]  # `Encoder.about`
 
 
 class Estimate(NamedTuple):
@@ -49,7 +38,9 @@ class Estimate(NamedTuple):
         return np.stack([transform(T, unproject(depth, K)).astype(np.float32) for depth, K, T in frames])
 
 
-def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None) -> Trained:
+def load_run(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None
+) -> Trained[Reconstruction]:
     """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
 
     Errors as of `read_run`.
@@ -58,16 +49,9 @@ def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", e
         encoder: spec of the encoder, if its files were moved.
     """
     model, manifest = read_run(expand_user(path), encoder)
-    values = manifest.values["config"]
     for head in model.dense_heads():
-        head.chunk = values.get("model.chunk", head.chunk)
-    samples = manifest.values.get("samples_per_step")
-    run = manifest.path.parent.parent if manifest.path.parent.name == "checkpoints" else manifest.path
-    return Trained(
-        model.to(device).eval().requires_grad_(False), run.name, manifest.step,
-        None if samples is None else samples * manifest.step, values.get("data.image_size", 512),
-        cast(Encoder, model.encoder).about,
-    )  # fmt: skip
+        head.chunk = manifest.values["config"].get("model.chunk", head.chunk)
+    return Trained.of(model, manifest, 512, device)
 
 
 @torch.inference_mode()

@@ -1,38 +1,28 @@
 """Trained reconstruction models with their encoders: of a run, or VGGT's public checkpoint (VGGT-1B)."""
 
-import hashlib
-import logging
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.checkpoint.manifest import CheckpointManifest
-from fastmum.errors import FastmumError, first_line
+from fastmum.errors import first_line
 from fastmum.files import expand_user
 from fastmum.model.block import AxialRope
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.model.options import EncoderOptions
 from fastmum.pretrained.files import read_file
-from fastmum.pretrained.layout import WeightsError, find_state, rename, sizes_by_shape
-from fastmum.pretrained.load import RANDOM, load_encoder, split_spec
+from fastmum.pretrained.layout import find_state, rename, sizes_by_shape
 from fastmum.pretrained.public import fold
 from fastmum.tasks.reconstruction.config import ReconstructionSection
-from fastmum.tasks.reconstruction.convert import LayoutError, config_of, from_public
+from fastmum.tasks.reconstruction.convert import config_of, from_public
 from fastmum.tasks.reconstruction.model import Reconstruction
-
-log = logging.getLogger(__name__)
-
-M = TypeVar("M", bound=nn.Module)
-S = TypeVar("S")
+from fastmum.tasks.trained import LayoutError, fill, read_encoder, read_settings
 
 TASKS = "reconstruction", "distillation"
 DINOV2_EPS = 1e-6  # of facebookresearch/dinov2's norms
@@ -50,24 +40,6 @@ def load_reconstruction(spec: str | os.PathLike[str]) -> Reconstruction:
     return model.eval().requires_grad_(False)
 
 
-def choose_encoder(settings: Any) -> str:
-    """`encoder` of a section `model`, or `fallback` if there is nothing at its path."""
-    kind, where = split_spec(settings.encoder)
-    if settings.fallback is None or kind in (RANDOM, "timm") or expand_user(where).exists():
-        return settings.encoder
-    log.warning("model.encoder: there is nothing at '%s': the encoder is %s (fallback)", where, settings.fallback)
-    return settings.fallback
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights and their names."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def read_run(path: Path, encoder: str | None = None) -> tuple[Reconstruction, CheckpointManifest]:
     """The model of a run, a folder of checkpoints or a checkpoint, and the checkpoint's manifest.
 
@@ -81,32 +53,6 @@ def read_run(path: Path, encoder: str | None = None) -> tuple[Reconstruction, Ch
     return fill(model, tensors, manifest.path), manifest
 
 
-def read_settings(
-    path: Path, tasks: Sequence[str], section: type[S]
-) -> tuple[CheckpointManifest, dict[str, Tensor], S]:  # fmt: skip
-    """Manifest, weights and the section `model` of the configuration of a run; CheckpointError as of `read_run`."""
-    manifest, tensors = read_weights(path)
-    if (task := manifest.values.get("task", "mum")) not in tasks:
-        raise CheckpointError(f"'{path}' is a run of the task '{task}', but one of {tasks[0]} is needed")
-    if any(name.startswith("ema.") for name in manifest.tensors):
-        tensors |= read_weights(manifest.path, prefix="ema.").tensors
-    config = manifest.values["config"]
-    known = {f.name: f"model.{f.name}" for f in fields(section)}  # type: ignore[arg-type]
-    return manifest, tensors, section(**{name: config[key] for name, key in known.items() if key in config})
-
-
-def read_encoder(path: Path, manifest: CheckpointManifest, settings: Any, encoder: str | None = None) -> Encoder:
-    """The encoder of a run; arguments and errors as of `read_run`, `settings` as of `choose_encoder`."""
-    spec = encoder or choose_encoder(settings)
-    try:
-        loaded = load_encoder(spec, trainable=settings.finetune)
-    except FastmumError as error:
-        raise WeightsError(f"the encoder '{spec}' of the run '{path}' cannot be loaded: {error}") from None
-    if not settings.finetune and weights_digest(loaded) != manifest.values["model_config"].get("frozen_encoder"):
-        raise WeightsError(f"the encoder '{spec}' has other weights than the one that '{path}' was trained on")
-    return loaded
-
-
 def _of_public(path: Path) -> Reconstruction:
     saved = read_file(path)
     state = find_state(saved.path, saved.tree, None, ("aggregator.camera_token",), "a VGGT")
@@ -117,17 +63,6 @@ def _of_public(path: Path) -> Reconstruction:
     encoder = dinov2_encoder(public, path)
     ours |= {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     return fill(Reconstruction(config, encoder), ours, path)
-
-
-def fill(model: M, state: Mapping[str, Tensor], path: Path) -> M:
-    """Load weights from `path` into a model, whose encoder and buffers may stay; LayoutError: they do not fit."""
-    own = {name for name, _ in model.named_buffers()}
-    kept = {name: x for name, x in model.state_dict().items() if name.startswith("encoder.") or name in own}
-    try:
-        model.load_state_dict(kept | dict(state))
-    except RuntimeError as error:
-        raise LayoutError(f"'{path}' does not fit the model: {' '.join(str(error).split())}") from None
-    return model
 
 
 def dinov2_encoder(tensors: Mapping[str, Tensor], path: Path) -> Encoder:

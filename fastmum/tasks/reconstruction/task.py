@@ -28,11 +28,11 @@ from fastmum.tasks.reconstruction.block import Block
 from fastmum.tasks.reconstruction.config import Config as RunConfig
 from fastmum.tasks.reconstruction.data import SceneSplits, open_scenes
 from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
-from fastmum.tasks.reconstruction.load import choose_encoder, weights_digest
 from fastmum.tasks.reconstruction.losses import Prediction, Scene, losses_of, normalise_scenes, unproject
 from fastmum.tasks.reconstruction.model import Reconstruction
 from fastmum.tasks.reconstruction.pictures import SceneViews, draw_scenes
 from fastmum.tasks.reconstruction.scores import Scores
+from fastmum.tasks.trained import choose_encoder, weights_digest
 
 log = logging.getLogger(__name__)
 

@@ -1,26 +1,20 @@
 """Configuration of matching: the engine's sections, and those of model and data."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-from fastmum.config.schema import ConfigError, EngineConfig, OptimSection, key
+from fastmum.config.schema import EngineConfig, OptimSection, key
 from fastmum.tasks.roma.data import RomaDataSection
 from fastmum.tasks.roma.model import RomaConfig
+from fastmum.tasks.trained import EncoderSection
 
 PAPER = RomaConfig()
 RANDOM = "random"
 
 
 @dataclass
-class RomaSection:
+class RomaSection(EncoderSection):
     """Encoders, and sizes of the decoder (RoMa's by default); lists are of strides 16, 8, 4, 2, 1."""
 
-    encoder: str = key(
-        "random:mum_vitl16", "weights of the frozen encoder: a run, an export, a file, dinov3:PATH, random:PRESET"
-    )
-    fallback: str | None = key(
-        None, "weights if there is no file or folder at the path `encoder`, said in a warning. Empty: an error"
-    )
     fine: str = key(RANDOM, "weights of the fine encoder: a file of torchvision's vgg19_bn; random: none")
     fine_lr_scale: float = key(0.05, "factor of the fine encoder's learning rate", above=0)
     vgg: list[int] = key([*PAPER.vgg], "channels of the fine encoder at strides 1, 2, 4, 8", length=4)
@@ -38,12 +32,7 @@ class RomaSection:
 
     def sizes(self, encoder_dim: int, patch_size: int) -> RomaConfig:
         """The sizes with an encoder; ConfigError if they do not fit."""
-        names = {f.name for f in fields(RomaConfig)} & vars(self).keys()
-        given: dict[str, Any] = {name: tuple(v) if isinstance(v := getattr(self, name), list) else v for name in names}
-        try:
-            return RomaConfig(encoder_dim=encoder_dim, patch_size=patch_size, **given)
-        except ValueError as error:
-            raise ConfigError(f"model.{error}") from None
+        return self.sizes_of(RomaConfig, encoder_dim, patch_size)
 
 
 def _optim() -> OptimSection:

@@ -1,8 +1,7 @@
 """Trained runs for inference: warps of two images in both directions, and matches sampled from them."""
 
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from fastmum.engine.device import autocast, pick_precision
 from fastmum.files import expand_user
-from fastmum.tasks.reconstruction.load import fill, read_encoder, read_settings
 from fastmum.tasks.roma.config import RomaSection
 from fastmum.tasks.roma.decoder import COARSE, STRIDES
 from fastmum.tasks.roma.model import Roma, sides
+from fastmum.tasks.trained import Trained, fill, read_encoder, read_settings
 
 FINE = 864 / 560  # size of the second pass over that of the training images
 ATTENUATION = 0.5  # of the coarse certainty where it is negative, which is subtracted
@@ -27,17 +26,6 @@ ISOLATED = 1e-7  # and have this chance
 BLOCK = 64  # samples whose density is computed at once: a block stays in the cache
 
 
-class Trained(NamedTuple):
-    """A trained run."""
-
-    model: Roma  # frozen, in eval mode
-    name: str  # of the run, for tables
-    step: int
-    frames: int | None  # seen in training, if known
-    image_size: int  # side of the training images in pixels
-    encoder: Mapping[str, Any]  # `Encoder.about`
-
-
 class Warps(NamedTuple):
     """Warps of both images of a pair, on the CPU, float32."""
 
@@ -45,7 +33,9 @@ class Warps(NamedTuple):
     certainty: Tensor  # (2, H, W) in [0, 1], 0 where a warp leaves the other image
 
 
-def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None) -> Trained:
+def load_run(
+    path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None
+) -> Trained[Roma]:
     """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
 
     `encoder`: spec of the encoder, if its files were moved. WeightsError, CheckpointError or LayoutError: no such run,
@@ -56,13 +46,7 @@ def load_run(path: str | os.PathLike[str], device: torch.device | str = "cpu", e
     loaded = read_encoder(path, manifest, settings, encoder)
     model = Roma(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
     fill(model, tensors, manifest.path)
-    samples = manifest.values.get("samples_per_step")
-    run = manifest.path.parent.parent if manifest.path.parent.name == "checkpoints" else manifest.path
-    return Trained(
-        model.to(device).eval().requires_grad_(False), run.name, manifest.step,
-        None if samples is None else 2 * samples * manifest.step,
-        manifest.values["config"].get("data.image_size", 560), loaded.about,
-    )  # fmt: skip
+    return Trained.of(model, manifest, 560, device, frames=2)
 
 
 def squeezed(image: np.ndarray, size: int) -> Tensor:
@@ -76,7 +60,9 @@ def fine_size(size: int) -> int:
 
 
 @torch.inference_mode()
-def match(trained: Trained, first: np.ndarray, second: np.ndarray, size: int | None = None, fine: bool = True) -> Warps:
+def match(
+    trained: Trained[Roma], first: np.ndarray, second: np.ndarray, size: int | None = None, fine: bool = True
+) -> Warps:
     """Match two images (H, W, 3) uint8 of any sizes.
 
     The first pass is at `size` (None: that of training); with `fine`, a second one refines its result from stride 8 on

@@ -22,7 +22,6 @@ from fastmum.model.compile import choose_mode, eager
 from fastmum.pretrained import load_encoder
 from fastmum.tasks.loader_task import LoaderTask
 from fastmum.tasks.pairs import PairSplits, open_pairs
-from fastmum.tasks.reconstruction.load import choose_encoder, weights_digest
 from fastmum.tasks.roma.coarse import Block
 from fastmum.tasks.roma.config import RANDOM
 from fastmum.tasks.roma.config import Config as RunConfig
@@ -33,6 +32,7 @@ from fastmum.tasks.roma.losses import TrueWarp, losses_of, true_warps
 from fastmum.tasks.roma.model import Roma
 from fastmum.tasks.roma.pictures import draw_matches
 from fastmum.tasks.roma.scores import Scores
+from fastmum.tasks.trained import choose_encoder, weights_digest
 
 log = logging.getLogger(__name__)
 
