@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -143,13 +144,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds is {args.rounds}, but must be at least 1")
 
     def command() -> None:
-        comparison = PoseComparison(args.pairs, [*MID, *args.settings])
-        try:
-            comparison.check()
-            comparison.run(args.rounds)
-            print(comparison.table())
-        finally:
-            comparison.close()
+        with closing(PoseComparison(args.pairs, [*MID, *args.settings])) as comparison:
+            comparison.report(args.rounds)
 
     return run_command(command)
 

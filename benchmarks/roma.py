@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -192,13 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds is {args.rounds}, but must be at least 1")
 
     def command() -> None:
-        comparison = RomaComparison(args.pairs, args.refiners, args.settings)
-        try:
-            comparison.check()
-            comparison.run(args.rounds)
-            print(comparison.table())
-        finally:
-            comparison.close()
+        with closing(RomaComparison(args.pairs, args.refiners, args.settings)) as comparison:
+            comparison.report(args.rounds)
 
     return run_command(command)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -116,6 +117,12 @@ class Comparison:
             for number in range(rounds):
                 for name in rotated(list(self.contestants), number):
                     self.contestants[name]()
+
+    def report(self, rounds: int) -> None:
+        """Print the table of some rounds, unless `check` finds that the contestants disagree."""
+        self.check()
+        self.run(rounds)
+        print(self.table())
 
     def rounds(self, phase: str) -> dict[str, list[float]]:
         """Seconds of a phase, or of the whole "step", by contestant."""
@@ -253,16 +260,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds is {args.rounds}, but must be at least 1")
 
     def command() -> None:
-        comparison = Comparison(args.frames, args.views, args.settings, compiled=not args.eager_only)
-        try:
-            comparison.check()
-            comparison.run(args.rounds)
-            print(comparison.table())
+        with closing(Comparison(args.frames, args.views, args.settings, compiled=not args.eager_only)) as comparison:
+            comparison.report(args.rounds)
             if args.profile:
                 tables = [contestant.profile() for contestant in comparison.contestants.values()]
                 args.profile.write_text("\n".join(tables), encoding="utf-8")
-        finally:
-            comparison.close()
 
     return run_command(command)
 

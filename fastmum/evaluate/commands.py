@@ -54,7 +54,7 @@ IMAGE_SIZE = 224  # of recognition and segmentation, CAPI's
 Claim = Callable[[str], None]  # checks, by the name of the set, that a result would not replace another one
 
 
-class Evaluated(NamedTuple):
+class Evaluation(NamedTuple):
     """What an evaluation returns."""
 
     set: str  # its name
@@ -99,7 +99,7 @@ def load_weights(
     return about | {"encoder": pretrained.about}, build(pretrained, device, dtype)
 
 
-def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluation:
     defaults, on_gpu = ProbeSettings.of(args.protocol), next(model.parameters()).device.type == "cuda"
     steps = args.steps or (defaults.steps if on_gpu else CPU_STEPS)
     more: dict[str, Any] = {"steps": steps, "evaluate_every": args.every or max(1, steps // 10)}
@@ -111,7 +111,7 @@ def _matching(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     )
 
 
-def _discriminant(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _discriminant(args: Namespace, model: Any, claim: Claim) -> Evaluation:
     pairs, train = _open_both(args, claim)
     return _with_pictures(
         args, pairs, evaluate_discriminant(model, pairs, train, args.size, args.temperature, args.cache)
@@ -133,14 +133,14 @@ def _open_both(args: Namespace, claim: Claim) -> tuple[PairSet, PairSet]:
     return pairs.first(args.max_pairs), train.first(args.train_pairs)
 
 
-def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _cosine(args: Namespace, model: Any, claim: Claim) -> Evaluation:
     pairs = open_pairs(args.data, matchbench=args.protocol == "matchbench").first(args.max_pairs)
     claim(pairs.name)
     result = evaluate_cosine(model, pairs, args.size, args.temperature, args.cache, args.protocol)
     return _with_pictures(args, pairs, result)
 
 
-def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluation:
     pairs = open_pairs(args.data).first(args.max_pairs)
     claim(pairs.name)
     result = evaluate_attention(model, pairs, args.size)
@@ -149,19 +149,19 @@ def _attention(args: Namespace, model: Any, claim: Claim) -> Evaluated:
 
 def _with_pictures(
     args: Namespace, pairs: PairSet, result: Result, draw: Callable[[Pair], Image.Image] | None = None
-) -> Evaluated:
+) -> Evaluation:
     """Draw a few pairs, by default their warps; there are no pictures of recall, which estimates no warps."""
     few, warps = [], result.warps
     if args.pictures and warps is not None:
         draw = draw or (lambda pair: draw_warp(pair, warps[pairs.pairs.index(pair)], result.size))
         first = pairs.first(args.pictures).pairs
         few = [draw(each) for each in progress_bar(first, desc="drawing", unit="pair", leave=False)]
-    return Evaluated(
+    return Evaluation(
         pairs.name, {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)} | result.numbers, few
     )
 
 
-def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _views(args: Namespace, model: Any, claim: Claim) -> Evaluation:
     settings = _settings(ViewSettings, args, ("mask_ratio", "gap", "masks", "seed"), counts=tuple(args.views))
     sequences = open_sequences(args.data, settings.least)
     claim(sequences.name)
@@ -170,10 +170,10 @@ def _views(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     few = evenly(list(result.targets), args.pictures)
     batches = (target_batch(sequences, target, settings, result.size, patches) for target in few)
     drawn = [draw_views(model, batch, settings.mask_ratio) for batch in batches]
-    return Evaluated(sequences.name, result.numbers, drawn)
+    return Evaluation(sequences.name, result.numbers, drawn)
 
 
-def _recognition(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _recognition(args: Namespace, model: Any, claim: Claim) -> Evaluation:
     device = next(model.parameters()).device.type
     steps = args.steps or (CLASSIFIER_STEPS if device == "cuda" else CLASSIFIER_STEPS_CPU)
     sweep = {"learning_rates": tuple(args.learning_rates), "weight_decays": tuple(args.weight_decays)}
@@ -190,7 +190,7 @@ def _recognition(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     return _of_images(images.name, found.numbers, found.pictures)
 
 
-def _segmentation(args: Namespace, model: Any, claim: Claim) -> Evaluated:
+def _segmentation(args: Namespace, model: Any, claim: Claim) -> Evaluation:
     maps = open_maps(args.data)
     claim(maps.name)
     size = args.size or IMAGE_SIZE
@@ -200,12 +200,12 @@ def _segmentation(args: Namespace, model: Any, claim: Claim) -> Evaluated:
     return _of_images(maps.name, found.numbers, found.pictures)
 
 
-def _of_images(name: str, numbers: dict[str, Any], pictures: list[Image.Image]) -> Evaluated:
+def _of_images(name: str, numbers: dict[str, Any], pictures: list[Image.Image]) -> Evaluation:
     """Say how many images were skipped."""
     if numbers["skipped"] or numbers["not_scored"]:
         skipped = f"{numbers['skipped']} images could not be read, {numbers['not_scored']} test images are not scored"
         print(f"{name}: {skipped}", file=sys.stderr)
-    return Evaluated(name, numbers, pictures)
+    return Evaluation(name, numbers, pictures)
 
 
 def load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Any]:
@@ -218,17 +218,17 @@ def load_run(args: Namespace, device: torch.device) -> tuple[dict[str, Any], Any
     return about | {"step": trained.step, "encoder": trained.encoder}, trained
 
 
-def _pose(args: Namespace, trained: pose.Trained, claim: Claim) -> Evaluated:
+def _pose(args: Namespace, trained: pose.Trained, claim: Claim) -> Evaluation:
     pairs = open_pairs(args.data, needs_depth=False)
     claim(pairs.name)
     scored = evaluate_pose(
         lambda images: pose.estimate(trained.model, images), pairs, args.size or trained.image_size, args.max_pairs,
         args.pictures,
     )  # fmt: skip
-    return Evaluated(pairs.name, scored.numbers, scored.pictures)
+    return Evaluation(pairs.name, scored.numbers, scored.pictures)
 
 
-def _reconstruction(args: Namespace, trained: reconstruction.Trained, claim: Claim) -> Evaluated:
+def _reconstruction(args: Namespace, trained: reconstruction.Trained, claim: Claim) -> Evaluation:
     model, patch = trained.model, trained.model.config.patch_size
 
     with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
@@ -239,10 +239,10 @@ def _reconstruction(args: Namespace, trained: reconstruction.Trained, claim: Cla
             lambda batch: reconstruction.estimate(model, batch.images, points), manifests, protocol,
             args.size or protocol.size or trained.image_size, patch, not args.square, args.max_pairs, args.pictures,
         )  # fmt: skip
-    return Evaluated(name, scored.numbers, scored.pictures)
+    return Evaluation(name, scored.numbers, scored.pictures)
 
 
-def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
+def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluation:
     on_gpu = next(encoder.parameters()).device.type == "cuda"
     steps, versions = args.steps or (DEPTH_STEPS if on_gpu else DEPTH_STEPS_CPU), args.versions
     heads = tuple(args.heads or (name for name in LINEAR if HEADS[name].cls == encoder.options.cls))
@@ -267,19 +267,19 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluated:
     used = of_encoder(encoder, args.weights, overrides_of(args))
     about = {"task": "depth", **used, **result.best.about(), "loss": settings.loss, "size": result.longest}
     about |= {"max_depth": train.protocol.max_depth}
-    return Evaluated(test.name, result.numbers, result.pictures, Probe(result.best.head.state_dict(), about))
+    return Evaluation(test.name, result.numbers, result.pictures, Probe(result.best.head.state_dict(), about))
 
 
-def _roma(args: Namespace, trained: roma.Trained, claim: Claim) -> Evaluated:
+def _roma(args: Namespace, trained: roma.Trained, claim: Claim) -> Evaluation:
     pairs = open_pairs(args.data).first(args.max_pairs)
     claim(pairs.name)
     few = pairs.first(args.pictures).pairs if args.pictures else []
     scored = evaluate_roma(trained, pairs, args.size, not args.no_pose, few, args.seed)
     counts = {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)}
-    return Evaluated(pairs.name, counts | scored.numbers, scored.pictures)
+    return Evaluation(pairs.name, counts | scored.numbers, scored.pictures)
 
 
-EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluated]]] = {
+EVALUATIONS: dict[str, tuple[str, Callable[[Namespace, Any, Claim], Evaluation]]] = {
     "matching": ("dense matching by linear probes, trained in one pass on frozen features", _matching),
     "discriminant": ("the same by a probe in closed form, the linear discriminant of true matches", _discriminant),
     "cosine": ("matching by cosine similarity of features, with and without the last LayerNorm", _cosine),

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from fastmum.data.errors import DataError
 from fastmum.data.samples import Frame
 from fastmum.evaluate.pairs import Pair, PairSet
+from fastmum.evaluate.records import Scored
 from fastmum.geometry import View
 from fastmum.geometry.camera import rigid_inverse
 from fastmum.progress import progress_bar
@@ -20,13 +19,6 @@ from fastmum.tasks.pose.scores import DEGREES, Errors, errors_of, scores_of
 BATCH = 16  # pairs that are predicted at once
 
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-class Scored(NamedTuple):
-    """Scores of a set."""
-
-    numbers: dict[str, Any]  # "scores", "per_sequence", "settings", ...
-    pictures: list[Image.Image]
 
 
 def evaluate_pose(predict: Predict, pairs: PairSet, size: int, most: int | None = None, pictures: int = 0) -> Scored:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from fastmum.evaluate.images import ImageSet, Labelled
 from fastmum.evaluate.maps import VOID, Mapped, MapSet, read_label
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.evaluate.pictures import labelled_row
+from fastmum.evaluate.records import Scored
 from fastmum.features import FeatureCache
 from fastmum.model.encoder import Encoder
 from fastmum.progress import progress_bar
@@ -52,17 +53,10 @@ from fastmum.tasks.recognition.segment import (
 COLOURS = 256  # of labels in pictures
 
 
-class Evaluated(NamedTuple):
-    """Scores for a record of results, and pictures."""
-
-    numbers: dict[str, Any]
-    pictures: list[Image.Image]
-
-
 def evaluate_recognition(
     encoder: Encoder, images: ImageSet, settings: ClassifierSettings, size: int = 224, crops: int | None = None,
     most: int | None = None, cache: Path | None = None, pictures: int = 0,
-) -> Evaluated:  # fmt: skip
+) -> Scored:  # fmt: skip
     """Train linear and attentive probes on frozen features, choose one of each source, and score it on the test images.
 
     Scores are top-1 accuracies in percent by source; an image with several labels is right if the class is one of them.
@@ -129,7 +123,7 @@ def evaluate_recognition(
         "skipped": len(skipped), "not_scored": len(test) - scored,
     }  # fmt: skip
     few = evenly([each for each in test if each.labels], pictures) if pictures else []
-    return Evaluated(numbers, _draw_classes(encoder, weights, few, images.classes, middle))
+    return Scored(numbers, _draw_classes(encoder, weights, few, images.classes, middle))
 
 
 def split(groups: Sequence[str], kind: Literal["images", "maps"]) -> tuple[list[int], list[int]]:
@@ -203,7 +197,7 @@ def _draw_classes(
 def evaluate_segmentation(
     encoder: Encoder, maps: MapSet, size: int = 224, most: int | None = None, train_images: int | None = None,
     cache: Path | None = None, batch: int = 32, pictures: int = 0,
-) -> Evaluated:  # fmt: skip
+) -> Scored:  # fmt: skip
     """Fit k nearest neighbours and logistic regression to patches, each chosen on a tenth of the training images.
 
     Scores are those of `segment.Scores` in percent, on the test images squashed to size x size pixels.
@@ -257,7 +251,7 @@ def evaluate_segmentation(
         _draw_maps(maps, each, size, {name: _whole(b, i, side) for name, b in blocks.items()})
         for i, each in (evenly([*enumerate(read)], pictures) if pictures else ())
     ]
-    return Evaluated(numbers, drawn)
+    return Scored(numbers, drawn)
 
 
 def _text(setting: Setting) -> str:

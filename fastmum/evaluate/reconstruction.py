@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from fastmum.data.build import build
 from fastmum.data.builders import BUILDERS
@@ -17,6 +16,7 @@ from fastmum.data.scene_loader import SceneBatch
 from fastmum.data.splits import rendered_scene
 from fastmum.evaluate.pairs import scenes
 from fastmum.evaluate.pairs.pair import evenly
+from fastmum.evaluate.records import Scored
 from fastmum.files import expand_user
 from fastmum.geometry.align import icp, umeyama
 from fastmum.geometry.camera import rigid_inverse, transform, unproject
@@ -64,13 +64,6 @@ class OpenSet(NamedTuple):
     name: str
     protocol: Protocol
     manifests: Manifests
-
-
-class Scored(NamedTuple):
-    """Scores of a set."""
-
-    numbers: dict[str, Any]  # "scores", "per_sequence", "groups", "settings"
-    pictures: list[Image.Image]
 
 
 def open_set(data: str, folder: Path) -> OpenSet:

@@ -48,6 +48,13 @@ class Record(NamedTuple):
     pictures: list[Path]
 
 
+class Scored(NamedTuple):
+    """Results on a set."""
+
+    numbers: dict[str, Any]  # the content of a `Record`: "scores", "settings", those of each sequence or pair, ...
+    pictures: list[Image.Image]
+
+
 def make_folder(folder: Path, flag: str = "--out") -> None:
     """Create a folder and check that it is writable; raises `DataError`, which names the flag."""
     try:

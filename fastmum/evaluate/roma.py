@@ -1,7 +1,7 @@
 """Matching by runs of RoMa: error of dense warps, and relative poses of the essential matrix of sampled matches."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmum.errors import FastmumError
 from fastmum.evaluate.pairs import Pair, PairSet
+from fastmum.evaluate.records import Scored
 from fastmum.geometry.metrics import direction_error, pose_auc, rotation_error
 from fastmum.progress import progress_bar
 from fastmum.tasks.roma.infer import Trained, Warps, match, pixels, sample
@@ -24,13 +25,6 @@ THRESHOLD, CONFIDENCE = 0.5, 0.99999  # of the essential matrix: pixels at `SIDE
 FAILED = 90.0  # degrees, if no pose is found
 SIDES = {"scannet": (min, 480)}  # side of an image, and its pixels, in which the threshold is
 DEFAULT_SIDE = (max, 1200)  # MegaDepth-1500's
-
-
-class Scored(NamedTuple):
-    """Scores of a set."""
-
-    numbers: dict[str, Any]  # "scores", "per_pair_epe", "per_pair_pose_error", "settings"
-    pictures: list[Image.Image]
 
 
 def require_opencv() -> Any:

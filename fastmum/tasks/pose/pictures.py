@@ -10,6 +10,7 @@ from fastmum.geometry import relative_pose
 from fastmum.geometry.camera import rigid_inverse
 from fastmum.tasks.pose.model import Poses
 from fastmum.tasks.pose.scores import errors_of
+from fastmum.tasks.reconstruction.pictures import stack
 
 PAIRS = 4  # shown
 SIDE, GAP, TEXT = 320, 6, 13  # pixels: height of an image, between images, of text
@@ -57,15 +58,7 @@ def epipolar_lines(points: np.ndarray, K_a: np.ndarray, K_b: np.ndarray, b_from_
 
 def draw_pairs(views: list[PairView], title: str = "") -> Image.Image:
     """A row for each pair: predicted lines in the colours of the points, true ones in white."""
-    blocks = [_draw(view) for view in views]
-    top = 2 * TEXT if title else 0
-    size = max(block.width for block in blocks), top + sum(block.height for block in blocks)
-    page = Image.new("RGB", size, "white")
-    ImageDraw.Draw(page).text((GAP, 2), title, "black", ImageFont.load_default(size=TEXT))
-    for block in blocks:
-        page.paste(block, (0, top))
-        top += block.height
-    return page
+    return stack([_draw(view) for view in views], title)
 
 
 def _draw(view: PairView) -> Image.Image:

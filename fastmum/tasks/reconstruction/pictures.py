@@ -49,7 +49,11 @@ class SceneViews(NamedTuple):
 
 def draw_scenes(scenes: list[SceneViews], title: str = "") -> Image.Image:
     """A block for each scene: frames with their depth and its error; cameras and clouds from above."""
-    blocks = [_draw(scene) for scene in scenes[:SEQUENCES]]
+    return stack([_draw(scene) for scene in scenes[:SEQUENCES]], title)
+
+
+def stack(blocks: list[Image.Image], title: str = "") -> Image.Image:
+    """Pictures one below the other, under a title."""
     top = 2 * TEXT if title else 0
     size = max(block.width for block in blocks), top + sum(block.height for block in blocks)
     page = Image.new("RGB", size, "white")
