@@ -42,22 +42,15 @@ import pyarrow as pa
 from fastmum.data import store
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
+from fastmum.data.manifest_columns import BUILD, RUNS, Runs, changes, check_bounds, map_columns
 from fastmum.data.manifest_writer import (
     BLOCK_ROWS,
     BLOCKS_KEY,
-    DIGITS,
-    FILES,
     METADATA_KEY,
     OPTIONAL,
     PLACE,
-    STORED_VERSION,
-    TEXT,
-    VERSION,
-    VERSION_KEY,
-    WIDTHS,
     block_bytes,
     block_digest,
-    checksum,
     row_buffers,
 )  # fmt: skip
 from fastmum.data.manifest_writer import Counts as Counts  # public here
@@ -65,21 +58,7 @@ from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
 from fastmum.data.remote import local_copy
 from fastmum.data.store import Handle, Place, StoredPath, is_url, join
-from fastmum.files import expand_user, regular
-
-BUILD = "build it with `python -m fastmum.data.build`"
-NUMBERED, SMALL = pa.dictionary(pa.int32(), TEXT), pa.dictionary(pa.int16(), TEXT)
-FILE = {"folder": NUMBERED, "file": NUMBERED}
-TYPES = {
-    "dataset": SMALL, "sequence": NUMBERED, "path": pa.struct(FILE), "scene": NUMBERED, "mask": pa.struct(FILE),
-    "depth": pa.struct(FILE | {"format": SMALL, "unit": pa.float64()}),
-    **{name: pa.list_(pa.float32(), width) for name, width in WIDTHS.items()},
-}  # fmt: skip
-REQUIRED = {"dataset", "sequence", "path"}
-RUNS = pa.run_end_encoded(pa.int64(), TEXT)
-STORED_TYPES = TYPES | {"sequence": RUNS, "dataset": RUNS, "scene": RUNS, "side": pa.struct(FILE)} | {
-    f"{name}_{kind}": type for name in FILES for kind, type in (("archive", RUNS), ("place", pa.struct(PLACE)))
-}  # fmt: skip
+from fastmum.files import expand_user
 
 
 class Manifest:
@@ -105,7 +84,7 @@ class Manifest:
     def __init__(self, path: str | Path, roots: Mapping[str, str] | None = None) -> None:
         self.stem = Path(str(path)).stem
         self.path, self._roots = local_copy(path) if is_url(path) else expand_user(path), roots
-        mapped, batch, schema, self.checksum = _map(self.path)
+        mapped, batch, schema, self.checksum = map_columns(self.path)
         self.num_frames: int = batch.num_rows
         self._columns: dict[str, Any] = {name: batch[name] for name in batch.schema.names}
         self._blocks = schema.get(BLOCKS_KEY)
@@ -116,10 +95,10 @@ class Manifest:
         try:
             self.metadata: dict[str, Any] = json.loads(schema[METADATA_KEY])
             root = str(self.metadata["root"])
-            _check_bounds(batch)
+            check_bounds(batch)
             for name, column in self._columns.items():
                 if column.type == RUNS:
-                    self._columns[name] = _Runs(column, self.num_frames)
+                    self._columns[name] = Runs(column, self.num_frames)
             self._read_sequences()
         except (KeyError, TypeError, ValueError) as error:  # Arrow's errors are ValueErrors
             raise DataError(f"'{self.path}' is not a manifest ({error}); {BUILD}") from None
@@ -164,7 +143,7 @@ class Manifest:
         """Set `num_sequences`, `starts`, `datasets` and `dataset_of`; ValueError if rows are not consecutive."""
         sequence, dataset = self._columns["sequence"], self._columns["dataset"]
         self.datasets: tuple[str, ...]
-        if isinstance(sequence, _Runs) and isinstance(dataset, _Runs):
+        if isinstance(sequence, Runs) and isinstance(dataset, Runs):
             self._names, self.num_sequences = sequence.values, len(sequence.values)
             self.starts = np.append(0, sequence.ends)
             names = dataset.values.dictionary_encode()
@@ -173,7 +152,7 @@ class Manifest:
             return
         self._names, self.num_sequences = sequence.dictionary, len(sequence.dictionary)
         numbers = sequence.indices.to_numpy()
-        starts = _changes(numbers)
+        starts = changes(numbers)
         if not np.array_equal(numbers[starts], np.arange(self.num_sequences)):
             raise ValueError("the rows of a sequence are not consecutive")
         self.starts = np.append(starts, self.num_frames)
@@ -197,7 +176,7 @@ class Manifest:
         if "scene" not in self._columns:
             return self._names.take(pa.array(sequences)).to_pylist()
         scene, rows = self._columns["scene"], self.starts[sequences]
-        return scene.take(rows) if isinstance(scene, _Runs) else scene.take(pa.array(rows)).to_pylist()
+        return scene.take(rows) if isinstance(scene, Runs) else scene.take(pa.array(rows)).to_pylist()
 
     def sequence_of(self, rows: int | np.ndarray) -> Any:
         """Numbers of the sequences that contain the rows."""
@@ -323,90 +302,11 @@ class Manifest:
                 yield self.root / folder.dictionary[number].as_py(), file.dictionary.take(names).to_pylist()
 
 
-def _map(path: Path) -> tuple[mmap.mmap, pa.RecordBatch, dict[bytes, bytes], str]:
-    try:
-        with open(regular(path), "rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise DataError(f"there is no manifest '{path}'; {BUILD}") from None
-    except OSError as error:
-        raise DataError(f"the manifest '{path}' cannot be read ({error.strerror})") from None
-    except ValueError:  # an empty file
-        raise DataError(f"'{path}' is not a manifest; {BUILD}") from None
-    try:
-        reader = pa.ipc.open_file(pa.py_buffer(mapped))
-        schema = reader.schema.metadata or {}
-        version = schema.get(VERSION_KEY)
-        if version is not None and version not in (b"%d" % VERSION, b"%d" % STORED_VERSION):
-            found, known = version.decode(errors="replace"), f"versions {VERSION} and {STORED_VERSION}"
-            raise DataError(f"'{path}' has version {found}, but this fastmum reads {known}; {BUILD} again")
-        places, digest = checksum(mapped, BLOCKS_KEY in schema)
-        if version is None or places[0] == places[1] or reader.num_record_batches != 1:
-            raise pa.ArrowInvalid("not written by fastmum")
-        if any(mapped[place : place + DIGITS] != digest for place in places):
-            raise pa.ArrowInvalid("another checksum")
-        types = {field.name: field.type for field in reader.schema}
-        allowed = TYPES if version == b"%d" % VERSION else STORED_TYPES
-        if not types.keys() >= REQUIRED or any(allowed.get(name) != type for name, type in types.items()):
-            raise pa.ArrowInvalid("other columns")
-        return mapped, reader.get_batch(0), schema, digest.decode()
-    except DataError:
-        raise
-    except (pa.ArrowException, OSError, IndexError, ValueError):
-        raise DataError(f"'{path}' is not a manifest, or is damaged or truncated; {BUILD} again") from None
-
-
-def _check_bounds(batch: pa.RecordBatch) -> None:
-    """Raise ValueError if a number lies outside its dictionary, or Arrow finds a column or a text invalid."""
-    batch.validate()
-    if not batch.num_rows:
-        raise ValueError("it has no frames")
-    if any(column.type == RUNS for column in batch.columns):
-        return  # numbers are checked when they are used
-    for column in batch.columns:
-        struct = pa.types.is_struct(column.type)
-        for field in map(column.field, range(column.type.num_fields)) if struct else [column]:
-            if pa.types.is_dictionary(field.type):
-                field.dictionary.validate(full=True)
-                numbers = field.indices.to_numpy()
-                # As unsigned numbers, negative ones exceed all others.
-                if numbers.view(f"u{numbers.itemsize}").max() >= len(field.dictionary):
-                    raise ValueError("a number lies outside its dictionary")
-
-
-class _Runs:
-    """A run-end encoded column: `values` of the rows up to each of `ends`. ValueError: the runs are invalid."""
-
-    def __init__(self, column: pa.RunEndEncodedArray, rows: int) -> None:
-        self.values, self.ends = column.values, column.run_ends.to_numpy()
-        self.values.validate(full=True)
-        ends = self.ends
-        if not len(ends) or ends[0] < 1 or ends[-1] != rows or not (ends[1:] > ends[:-1]).all():
-            raise ValueError("its runs are no runs of rows")
-
-    def runs(self, rows: np.ndarray) -> np.ndarray:
-        """Numbers of the runs that contain the rows."""
-        return np.searchsorted(self.ends, rows, side="right")
-
-    def take(self, rows: np.ndarray) -> list[str]:
-        """Values of rows."""
-        return self.values.take(pa.array(self.runs(rows))).to_pylist()
-
-
 def moved_root(dataset: str, roots: Mapping[str, str]) -> str | None:
     """The folder or URL that a data set was moved to by `data.roots` or the environment, None if it was not."""
     name = re.sub(r"\W", "_", dataset).upper()
     root = roots.get(dataset) or os.environ.get(f"FASTMUM_ROOT_{name}")
     return root if not root or is_url(root) else os.path.abspath(expand_user(root))
-
-
-def _changes(numbers: np.ndarray, block: int = 1 << 20) -> np.ndarray:
-    """Rows where a new number begins, (n,) int64; computed in blocks that fit the processor's cache."""
-    starts = [np.zeros(1, np.int64)]
-    for begin in range(1, len(numbers), block):
-        here = numbers[begin : begin + block]
-        starts.append(begin + np.flatnonzero(here != numbers[begin - 1 : begin - 1 + len(here)]))
-    return np.concatenate(starts)
 
 
 class Manifests(Manifest):

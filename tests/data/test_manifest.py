@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
-from fastmum.data.manifest import Counts, Manifest, Manifests, SequenceRecord, _changes, write_manifest
+from fastmum.data.manifest import Counts, Manifest, Manifests, SequenceRecord, write_manifest
+from fastmum.data.manifest_columns import changes
 from fastmum.data.manifest_writer import TEXT, _write
 from fastmum.data.store import Place, StoredPath
 
@@ -223,7 +224,7 @@ def test_a_relative_root_starts_at_the_manifest_and_pickles_are_paths(tmp_path):
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 17))
 def test_starts_are_found_for_any_lengths(lengths, block):
     numbers = np.repeat(np.arange(len(lengths)), lengths)
-    assert _changes(numbers, block).tolist() == np.cumsum([0, *lengths])[:-1].tolist()
+    assert changes(numbers, block).tolist() == np.cumsum([0, *lengths])[:-1].tolist()
 
 
 def test_an_invalid_sequence_is_named(tmp_path):
