@@ -1,46 +1,68 @@
 #!/usr/bin/env bash
-# The evidence of docs/RESULTS.md: trains MuM and the single-view MAE of configs/evidence/ with three seeds, evaluates
-# them at several moments, and prints and draws the results. What exists is kept, so the same command goes on after a stop.
+# The evidence of docs/RESULTS.md: trains MuM and the single-view MAE of configs/evidence/ with three seeds, measures them
+# and untrained models by every evaluation, trains the downstream tasks on the frozen encoders, and prints and draws the
+# results. What exists is kept, so the same command goes on after a stop.
 #
 #   benchmarks/evidence.sh [FOLDER]
 #
-# FOLDER: of runs and results (runs/evidence). JOBS: runs side by side, one core each (2). SEEDS ("0 1 2"). ARMS
-# ("mum mae"). PROBE: steps of the linear probes (1000). More arguments of the training: ARGS.
+# FOLDER: of runs and results (runs/evidence). JOBS: models side by side, one core each (2). SEEDS ("0 1 2"). ARMS
+# ("mum mae untrained"). PROBE: steps of the linear probes of matching (1000). ARGS: more arguments of the pretraining.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export FOLDER=${1:-runs/evidence} PYTHON=${PYTHON:-python} PROBE=${PROBE:-1000} ARGS=${ARGS:-} OMP_NUM_THREADS=1
-MOMENTS="2000 4000 8000 12500" # steps of 48 frames
+export MOMENTS="2000 4000 8000 12500" # steps of 48 frames
+export SCENES="data.scenes.count=240 data.scenes.views=12 data.scenes.size=128 data.image_size=64"
 
-evaluate() { # STEP, WEIGHTS, NAME, further arguments
-  local out="$FOLDER/results/$1" weights=$2 name=$3
-  shift 3
-  for task in matching discriminant cosine attention; do
-    [ -f "$out/$task-scenes-${name/ /_}.json" ] && continue
-    local more=()
-    [ "$task" = matching ] && more=(--steps "$PROBE" --choose-on train)
-    "$PYTHON" -m fastmum.evaluate "$task" --weights "$weights" --name "$name" --size 64 --pictures 0 --out "$out" \
-      "${more[@]}" "$@" >/dev/null
+evaluate() { # FOLDER OF RESULTS, TASK, WEIGHTS, NAME, further arguments
+  local out="$FOLDER/results/$1" task=$2 weights=$3 name=$4
+  shift 4
+  compgen -G "$out/$task-*-${name/ /_}${PROTOCOL:+-$PROTOCOL}.json" >/dev/null && return
+  "$PYTHON" -m fastmum.evaluate "$task" --weights "$weights" --name "$name" --pictures 0 --out "$out" "$@" >/dev/null
+}
+
+correspondence() { # FOLDER OF RESULTS, WEIGHTS, NAME
+  evaluate "$1" matching "$2" "$3" --size 64 --steps "$PROBE" --choose-on train
+  for task in discriminant cosine attention; do evaluate "$1" "$task" "$2" "$3" --size 64; done
+}
+
+downstream() { # WEIGHTS, NAME, SEED
+  local run
+  evaluate final views "$1" "$2" --size 64
+  evaluate final depth "$1" "$2" --size 64 --choose-on train
+  for task in recognition segmentation; do evaluate final "$task" "$1" "$2" --size 64; done
+  PROTOCOL=matchbench evaluate final matching "$1" "$2" --size 64 --protocol matchbench --choose-on train
+  for task in pose roma reconstruction; do # pose is the only one that finetunes by default
+    run="$FOLDER/$task-${2/ /-}"
+    # shellcheck disable=SC2086
+    "$PYTHON" -m fastmum.train --config "configs/${task}_quickstart.yaml" run.dir="$run" run.seed="$3" encoder="$1" \
+      model.fallback= train.threads=1 train.picture_every=1000 $SCENES \
+      $([ "$task" = pose ] && echo model.finetune=false)
+    evaluate final "$task" "$run" "$2"
   done
 }
 
-train() { # ARM SEED
+arm() { # ARM, SEED
   local run="$FOLDER/$1-$2"
-  "$PYTHON" -m fastmum.train --config "configs/evidence/$1.yaml" run.dir="$run" run.seed="$2" $ARGS
-  for step in $MOMENTS; do
-    evaluate "$step" "$run/checkpoints/$(printf 'step_%07d' "$step")" "$1 $2"
-  done
-  "$PYTHON" -m fastmum.evaluate views --weights "$run" --name "$1 $2" --size 64 --pictures 0 --out "$FOLDER/results/views" \
-    >/dev/null
+  if [ "$1" = untrained ]; then
+    run=$run.safetensors
+    [ -f "$run" ] ||
+      "$PYTHON" -m fastmum.export random:mum_tiny --set patch_size=8 --set seed="$2" --format safetensors --out "$run"
+    correspondence final "$run" "$1 $2"
+  else
+    # shellcheck disable=SC2086
+    "$PYTHON" -m fastmum.train --config "configs/evidence/$1.yaml" run.dir="$run" run.seed="$2" $ARGS
+    for step in $MOMENTS; do
+      correspondence "$step" "$run/checkpoints/$(printf 'step_%07d' "$step")" "$1 $2"
+    done
+  fi
+  downstream "$run" "$1 $2" "$2"
 }
-export MOMENTS
-export -f evaluate train
+export -f evaluate correspondence downstream arm
 
 for seed in ${SEEDS:-0 1 2}; do
-  for arm in ${ARMS:-mum mae}; do echo "$arm $seed"; done
-done | xargs -P "${JOBS:-2}" -L 1 bash -c 'train "$0" "$1"'
-for seed in ${SEEDS:-0 1 2}; do
-  evaluate 0 random:mum_tiny "untrained $seed" --seed "$seed" --set patch_size=8
-done
-for last in ${MOMENTS##* } views; do "$PYTHON" -m fastmum.evaluate.seeds "$FOLDER/results/$last" --plots "$FOLDER/plots"; done
+  for arm in ${ARMS:-mum mae untrained}; do echo "$arm $seed"; done
+done | xargs -P "${JOBS:-2}" -L 1 bash -euo pipefail -c 'arm "$0" "$1"'
+cp "$FOLDER/results/${MOMENTS##* }"/*.json "$FOLDER/results/final"
+"$PYTHON" -m fastmum.evaluate.seeds "$FOLDER/results/final" --plots "$FOLDER/plots"
 "$PYTHON" -m fastmum.evaluate.curves "$FOLDER"/results/[0-9]* --plots "$FOLDER/plots"

@@ -143,6 +143,17 @@ def test_ema_weights(tmp_path, tiny, capsys, caplog):
             assert torch.equal(weights[name], parameter + (ema and name != "cls_token")), name
 
 
+def test_untrained_weights(tmp_path):
+    file, sizes = tmp_path / "untrained.safetensors", {"patch_size": 8, "seed": 3}
+    words = [word for name, value in sizes.items() for word in ("--set", f"{name}={value}")]
+    assert main(["random:mum_tiny", *words, "--format", "safetensors", "--out", str(file)]) == 0
+    truth, loaded = load_pretrained("random:mum_tiny", **sizes), load_pretrained(file)
+    assert loaded.config == truth.config
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), truth.state_dict().values(), strict=True)
+    )
+
+
 def test_checkpoints_of_something_else(tmp_path, tiny):
     writer = Checkpoints(tmp_path, keep=1)
     state, config = {f"model.{n}": tensor for n, tensor in tiny.state_dict().items()}, dataclasses.asdict(tiny.config)

@@ -14,8 +14,8 @@ from statistics import mean
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command
 from fastmum.evaluate.records import MATCHERS, file_stem, make_folder, read
-from fastmum.evaluate.results import NONE, TITLES, markdown
-from fastmum.evaluate.seeds import SEED, Contents, check_same, svg_axes
+from fastmum.evaluate.results import NONE, SEED, TITLES, Contents, check_same, markdown, set_of
+from fastmum.evaluate.seeds import svg_axes
 
 Points = dict[int, list[float]]  # by frames seen, a value for each seed
 
@@ -28,7 +28,7 @@ def curves(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Points]]:
         frames, epe = content.get("frames"), content["scores"].get("epe")
         if frames is None or epe is None:
             continue
-        key = content["task"], content["set"]
+        key = content["task"], set_of(content)
         points = found[key].setdefault(SEED.sub("", content["weights"]), {})
         points.setdefault(frames, []).append(epe)
         measured[key].append(content)

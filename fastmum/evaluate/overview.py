@@ -15,14 +15,15 @@ from fastmum.evaluate.results import (
     NONE,
     PUBLISHED_SCORES,
     SCORES,
+    SEED,
     VIEWS,
     ResultGroup,
     ResultTable,
+    check_same,
     digits,
     group,
     score_title,
 )
-from fastmum.evaluate.seeds import SEED, check_same
 
 DEFAULT = "default"  # --data: what each evaluation takes by itself
 

@@ -1,8 +1,10 @@
 """Results of evaluations next to the paper's numbers: a table, and a page."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from fastmum.data.errors import DataError
 from fastmum.evaluate.features import NORMS
 from fastmum.evaluate.records import MATCHERS, MATCHING, Record
 from fastmum.report.charts import Chart, Line, color
@@ -58,9 +60,9 @@ SCORES = {
     "knn_accuracy": "k-NN pixels ↑", "logreg_accuracy": "log. regr. pixels ↑", "knn_ignored": "ignored labels, k-NN",
 }  # fmt: skip
 HEADLINES = {  # scores of evaluations in the table of all; of the others the first one of `SCORES` that they have
-    "matching": ("epe",), "reconstruction": ("auc30", "acc_median", "comp_median"), "recognition": ("top1_patch",),
-    "segmentation": ("knn_miou", "logreg_miou"), "cosine": ("epe", "recall"), "depth": ("rmse", "abs_rel"),
-    "views": ("views_1", "views_8"),
+    "matching": ("epe",), "cosine": ("epe", "recall"), "views": ("views_1", "views_8"), "depth": ("rmse", "abs_rel"),
+    "recognition": ("top1_patch",), "segmentation": ("knn_miou", "logreg_miou"), "roma": ("epe", "auc20"),
+    "reconstruction": ("auc30", "acc_median", "comp_median", "abs_rel"), "pose": ("auc5", "auc20", "rotation_median"),
 }  # fmt: skip
 OTHER_VIEWS = {"same": "with views of the same scene", "other": "with views of another scene"}  # results of "views"
 NAMED = ("per_pair_epe", "per_sequence", "per_image")  # scores by the names of what was measured
@@ -72,6 +74,8 @@ COUNTED = {  # what the numbers of other tasks than pairs count
 }  # fmt: skip
 COUNTED_SCORES = ("knn_ignored",)  # without digits after the point
 NONE = "–"
+SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
+Contents = list[dict[str, Any]]  # of the seeds of one model
 NOTE = (
     "EPE: end-point error in pixels of 448 x 448 (dense matching by runs: of their size). R: matches within 32 px, "
     "PCK@k: within k px, recall: within 1, 2 and 5 cm, in percent. The paper's numbers are EPE by the protocol "
@@ -163,6 +167,29 @@ def measured_on(content: dict[str, Any]) -> Measured:
     names = frozenset(next((content[key] for key in NAMED if key in content), ()))
     protocol = content.get("protocol", "patches") if content["task"] in MATCHING else None
     return Measured(content["set"], count, names, size, None if "recall" in content["scores"] else protocol)
+
+
+def set_of(content: dict[str, Any]) -> str:
+    """The set of a result, and the protocol of matching unless it is "patches"."""
+    protocol = content.get("protocol", "patches")
+    return content["set"] if protocol == "patches" else f"{content['set']}, {protocol}"
+
+
+def check_same(contents: Contents) -> None:
+    """Check that results were measured on the same pairs with the same settings; else raise a `DataError`.
+
+    Seeds may differ. What was measured is not compared with an old result that does not say it.
+    """
+    first = max(contents, key=lambda content: len(measured_on(content).names))
+    for other in contents:
+        a, b = first["settings"], other["settings"]
+        different = {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)} - {"seed"}
+        for one, another in zip(measured_on(first), measured_on(other), strict=True):
+            different |= {"pairs"} if one and another and one != another else set()
+        if different or first.get("views") != other.get("views"):
+            names = f"'{first['weights']}' and '{other['weights']}'"
+            what = ", ".join(sorted(different)) or "views"
+            raise DataError(f"{names} were evaluated with different {what}; move one of them to another folder")
 
 
 def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:

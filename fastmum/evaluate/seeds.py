@@ -1,12 +1,12 @@
 """Combine results of several seeds: `python -m fastmum.evaluate.seeds DIR [--plots DIR]`.
 
 DIR is a folder of results of `fastmum.evaluate`. Weights whose names differ only in a final number ("mum 0", "mum 1",
-...) are seeds of one model. Their means and standard deviations are printed as tables and, with --plots, drawn.
+...) are seeds of one model. Their means and standard deviations are printed as a table for each evaluation and one of
+all and, with --plots, drawn.
 """
 
 import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,28 +15,31 @@ from typing import Any
 
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command, writing
+from fastmum.evaluate.overview import overview
 from fastmum.evaluate.records import MATCHERS, Record, file_stem, make_folder, read
 from fastmum.evaluate.results import (
     COUNTED,
     NONE,
     OTHER_VIEWS,
     SCORES,
+    SEED,
     TITLES,
     VIEWS,
+    Contents,
+    check_same,
     digits,
     markdown,
     measured_on,
     score_title,
+    set_of,
 )
 
-SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
 LEADING = {"epe": "end-point error, pixels of 448 x 448", "recall": "recall, percent", "rmse": "RMSE, metres"}
 STYLE: dict[Any, Any] = {  # of plots; a name with $ is text
     "svg.fonttype": "none", "svg.hashsalt": "fastmum", "font.size": 9, "text.parse_math": False
 }  # fmt: skip
 
-Contents = list[dict[str, Any]]  # of the seeds of one model
-Spread = dict[tuple[str, str], dict[str, Contents]]  # by (task, set), then by name
+Spread = dict[tuple[str, str], dict[str, Contents]]  # by (task, set as `set_of` names it), then by name
 
 
 def by_seed(records: Iterable[Record]) -> Spread:
@@ -44,7 +47,7 @@ def by_seed(records: Iterable[Record]) -> Spread:
     found: Spread = {}
     for record in records:
         content = record.content
-        seeds = found.setdefault((content["task"], content["set"]), {})
+        seeds = found.setdefault((content["task"], set_of(content)), {})
         seeds.setdefault(SEED.sub("", content["weights"]), []).append(content)
     for weights in found.values():
         check_same([content for seeds in weights.values() for content in seeds])
@@ -52,23 +55,6 @@ def by_seed(records: Iterable[Record]) -> Spread:
         key: {name if len(seeds) > 1 else seeds[0]["weights"]: seeds for name, seeds in weights.items()}
         for key, weights in found.items()
     }
-
-
-def check_same(contents: Contents) -> None:
-    """Check that results were measured on the same pairs with the same settings; else raise a `DataError`.
-
-    Seeds may differ. What was measured is not compared with an old result that does not say it.
-    """
-    first = max(contents, key=lambda content: len(measured_on(content).names))
-    for other in contents:
-        a, b = first["settings"], other["settings"]
-        different = {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)} - {"seed"}
-        for one, another in zip(measured_on(first), measured_on(other), strict=True):
-            different |= {"pairs"} if one and another and one != another else set()
-        if different or first.get("views") != other.get("views"):
-            names = f"'{first['weights']}' and '{other['weights']}'"
-            what = ", ".join(sorted(different)) or "views"
-            raise DataError(f"{names} were evaluated with different {what}; move one of them to another folder")
 
 
 def tables(spread: Spread) -> str:
@@ -179,10 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        spread = by_seed(read(args.folder))
+        records = read(args.folder)
+        spread = by_seed(records)
         if not spread:
             raise DataError(f"'{args.folder}' holds no results of fastmum.evaluate")
         print(tables(spread))
+        print(overview(record.content for record in records)[0].markdown())
         for file in draw(spread, args.plots) if args.plots else ():
             print(file)
 

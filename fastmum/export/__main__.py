@@ -12,7 +12,7 @@ from fastmum.pretrained.arguments import add_overrides, parse_overrides
 
 def _run(args: argparse.Namespace) -> None:
     overrides = parse_overrides(args.overrides, {"encoder_only": "--encoder-only", "ema": "--ema"})
-    options = {"wrap": args.wrap, "license": args.license, "ema": args.ema}
+    options = {"wrap": args.wrap, "license": args.license} | ({} if args.ema == "auto" else {"ema": args.ema})
     done = export(args.run, args.format, args.out, args.encoder_only, args.force, **options, **overrides)
     count = f"{done.parameters:,}" if done.parameters < 1e5 else f"{done.parameters / 1e6:.1f} M"
     step, path = done.source.step, done.source.path

@@ -81,7 +81,7 @@ def test_old_results_and_names_that_are_markup(tmp_path, capsys):
     printed = capsys.readouterr().out + table(read(tmp_path)).markdown()
     lines = [" ".join(line.split()) for line in printed.splitlines()]
     assert any("old | 2 | 40.0 ± 0.0" in line for line in lines)
-    assert sum("\\| $x_1$ ?" in line for line in lines) == 8
+    assert sum("\\| $x_1$ ?" in line for line in lines) == 9  # the last in the table of all
     assert "<b>" not in page(read(tmp_path))
 
 

@@ -24,6 +24,7 @@ def views(weights, same, other):
 def folder(tmp_path):
     for content in (
         matching("mum 0", 40.0), matching("mum 1", 44.0), matching("mae-v2 0", 60.0, None), matching("untrained", None),
+        matching("mum 1", 30.0) | {"protocol": "matchbench"},
         views("mum 0", [0.8, 0.78, 0.76], [0.8, 0.81, 0.82]), views("mum 1", [0.9, 0.86, 0.84], [0.9, 0.90, 0.90]),
         {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}},
     ):  # fmt: skip
@@ -39,12 +40,15 @@ def test_tables_and_pictures(folder, tmp_path, capsys):
         "mum | 2 | 42.0 ± 2.8 | 50.0 ± 0.0",
         "mae-v2 0 | 1 | 60.0 | –",
         "untrained | 1 | – | 50.0",
+        "mum 1 | 1 | 30.0 | 50.0",
         "no motion | | 70.0 | 20.0",
+        "mum | 2 | 42.0 ± 2.8 | 30.0 (1) | – | 0.850 ± 0.071",
         "mum | 2 | 0.8500 ± 0.0707 | -0.0300 ± 0.0141 | -0.0500 ± 0.0141 | +0.0050 ± 0.0071 | +0.0100 ± 0.0141",
     ):
         assert f"| {row} |\n" in printed
     for name, text in (
         ("matching-scenes", "end-point error"),
+        ("matching-scenes_matchbench", "end-point error"),
         ("views-scenes", "mum, with views of another scene"),
         ("cosine-navi", "recall, percent"),
     ):
