@@ -81,6 +81,26 @@ def test_bad_depth_files_are_counted_and_a_missing_encoder_is_replaced_if_asked(
     assert ".png" in (tmp_path / "run/bad_frames.log").read_text()
 
 
+@pytest.mark.slow
+def test_distillation_agrees_on_two_processes_that_share_a_cache(run, tmp_path):
+    run("teacher", 1, WITHOUT_POINTS, "train.steps=2")
+    args = (
+        WITHOUT_POINTS, "run.task=distillation", "model.finetune=true", f"distill.teacher={tmp_path / 'teacher'}",
+        "distill.repeat_after=2", "optim.base_lr=1e-3",
+    )  # fmt: skip
+    single = run("student", 1, *args)
+    assert single[-1]["loss"] < single[0]["loss"]
+    same_steps(run("ddp", 2, *args), single)
+    sharded = run("cached", 2, *args, "parallel.strategy=fsdp2", f"distill.cache={tmp_path / 'cache'}")
+    for a, b in zip(sharded, single, strict=True):  # the cache rounds
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
+    again = run("again", 1, *args, f"distill.cache={tmp_path / 'cache'}")
+    assert [r["loss"] for r in again] == pytest.approx([r["loss"] for r in sharded], rel=1e-4)
+    assert files == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
+    assert files
+
+
 def test_what_does_not_fit_is_refused(run):
     for change, name in (("model.taps=[0,1,2,2]", "taps"), ("data.image_size=40", "image_size"),
                          ("train.cuda_graphs=true", "cuda_graphs")):  # fmt: skip
