@@ -30,7 +30,7 @@ def start(image_folder, tmp_path):
     processes = []
 
     def start(size, *args):
-        data = [] if "run.task=tiny" in args else [f"data.root={image_folder}"]
+        data = [] if any(arg.startswith("run.task=") for arg in args) else [f"data.root={image_folder}"]
         port, args = free_port(), [*data, f"run.dir={tmp_path}/run", *args]
         started = [
             FORKSERVER.Process(target=run_main, args=(rank, size, port, args, tmp_path / f"log-{rank}"))

@@ -5,7 +5,10 @@ import random
 import signal
 import time
 
+import pose_runs
 import pytest
+import reconstruction_runs
+import roma_runs
 from processes import wait_for
 from runs import SMALL, numbers
 from tiny_task import TINY
@@ -14,6 +17,7 @@ from fastmum.engine.checkpoint import find_checkpoints
 from fastmum.engine.stop import REQUEUE
 
 MUM = [*SMALL, "train.precision=fp32", "data.frames_per_step=12", "model.compile=off"]
+DOWNSTREAM = (pose_runs.SMALL, roma_runs.TINY, reconstruction_runs.TINY_RUN)
 ENDLESS = [f"train.{key}=100000" for key in ("steps", "eval_every", "picture_every")] + ["train.checkpoint_every=50"]
 
 
@@ -27,6 +31,7 @@ def reached(run, step):
         (TINY, 4, 40),
         ([*TINY, "train.precision=bf16", "optim.optimizer=muon"], 4, 40),
         pytest.param([*MUM, "train.precision=bf16", "optim.optimizer=muon"], 20, 60, marks=pytest.mark.slow),
+        *(pytest.param([*args, "train.log_every=1"], 4, 20, marks=pytest.mark.slow) for args in DOWNSTREAM),
         pytest.param([*MUM, "train.checkpoint_async=false"], 20, 60, marks=pytest.mark.exhaustive),
     ],
 )
