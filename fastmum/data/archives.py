@@ -15,7 +15,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
@@ -108,8 +108,9 @@ class Tree:
     is logged.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, archive: Place | None = None) -> None:
+        """`archive`: its place if the root is an archive in another one."""
+        self.root, self._archive = root, archive
         self._archives: dict[str, list[Archive]] = {}
         self._folders: OrderedDict[Place, Folders] = OrderedDict()
 
@@ -156,11 +157,10 @@ class Tree:
             yield self._entries(archive, folder)
 
     def _entries(self, archive: Archive, folder: str) -> dict[str, Place | None]:
-        below = posixpath.relpath(folder or ".", archive.mount or ".")
-        if below.startswith(".."):  # a folder above it
-            inner = posixpath.relpath(archive.mount, folder or ".")
-            return {} if inner.startswith("..") else {inner.partition("/")[0]: None}
-        below = "" if below == "." else below
+        below = _below(folder, archive.mount)
+        if below is None:  # a folder above it, or elsewhere
+            inner = _below(archive.mount, folder)
+            return {inner.partition("/")[0]: None} if inner else {}
         if below and archive.tops is not None and below.partition("/")[0] not in archive.tops:
             return {}
         return self._list(archive.place).get(below, {})
@@ -170,8 +170,8 @@ class Tree:
         if folder in self._archives:
             return self._archives[folder]
         real, waiting = Path(self.root, folder), []
-        if real.is_file():  # an archive is the root
-            waiting = [("", Place(str(real)))]
+        if real.is_file() or (self._archive and not folder):  # an archive is the root
+            waiting = [("", self._archive or Place(str(real)))]
         else:
             with reading(real, "a folder"):
                 names = sorted(files or (os.listdir(real) if real.is_dir() else ()))
@@ -191,21 +191,23 @@ class Tree:
         return found
 
     def _open(self, folder: str, name: str, place: Place) -> Archive:
-        tops = set()
-        for member, _ in _members_of(place):
-            top, slash, _ = member.partition("/")
-            if not slash and is_image(top):
+        members = []
+        for member, at in _members_of(place):
+            if "/" not in member and is_image(member):
                 stem = posixpath.join(folder, name.rpartition(".")[0])
                 return Archive(place, stem if name else folder, None)
-            tops.add(top)
-        return Archive(place, folder, frozenset(tops))
+            members.append((member, at))
+        return Archive(place, folder, frozenset(self._keep(place, members)[""]))
 
     def _list(self, place: Place) -> Folders:
-        if place in self._folders:
-            self._folders.move_to_end(place)
-            return self._folders[place]
+        if place not in self._folders:
+            return self._keep(place, _members_of(place))
+        self._folders.move_to_end(place)
+        return self._folders[place]
+
+    def _keep(self, place: Place, members: Iterable[tuple[str, Place]]) -> Folders:
         folders: Folders = {"": {}}
-        for member, at in _members_of(place):
+        for member, at in members:
             folder, _, name = member.rpartition("/")
             folders.setdefault(folder, {})[name] = at
             while folder:
@@ -233,7 +235,11 @@ def open_root(root: Path) -> TreePath | None:
     container = next((path for path in (root, *root.parents) if path.exists()), None)
     if container is None or (container.is_file() and not _is_archive(container.name)):
         return None
-    found = Tree(container).path(root)
+    member = container.find() if isinstance(container, TreePath) else None
+    place = member if isinstance(member, Place) else None
+    if place and not _is_nested(container.name, place):
+        return None
+    found = Tree(container, place).path(root)
     return found if found.is_dir() else None
 
 
@@ -262,6 +268,13 @@ def _is_archive(name: str) -> bool:
 
 def _is_nested(name: str, place: Place) -> bool:
     return place.in_tar and name.lower().endswith(".tar")
+
+
+def _below(path: str, folder: str) -> str | None:
+    """The path below a folder, "" for the folder itself; None if it is elsewhere."""
+    if not folder or path == folder:
+        return path if not folder else ""
+    return path[len(folder) + 1 :] if path.startswith(f"{folder}/") else None
 
 
 def _parents(folder: str) -> list[str]:
@@ -344,6 +357,5 @@ def _zip_members(place: Place) -> Iterator[tuple[str, Place]]:
                 Place(place.store, start, member.compress_size, member.CRC, deflated, member.file_size),
             )
         if unread:
-            log.warning(
-                "'%s': %d files are left out, which are encrypted or not compressed by deflation", place.store, unread
-            )
+            what = "files are left out, which are encrypted or not compressed by deflation; unpack them if needed"
+            log.warning("'%s': %d %s", place.store, unread, what)
