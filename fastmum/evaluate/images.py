@@ -17,7 +17,7 @@ from fastmum.errors import some_names
 from fastmum.evaluate.pairs import scenes
 from fastmum.files import expand_user, read_json
 from fastmum.scenes.layout import KINDS as ROOMS
-from fastmum.tasks.recognition.files import File, Tree
+from fastmum.tasks.recognition.files import DataSet, File
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def open_images(data: str) -> ImageSet:
     root = expand_user(path if colon else data)
     if not colon and not root.exists():
         raise DataError(f"--data is '{data}', but there is no such folder; other sets: scenes, {', '.join(LAYOUTS)}")
-    found = LAYOUTS[kind if colon else "folder"](Tree(root))
+    found = LAYOUTS[kind if colon else "folder"](DataSet(root))
     found.name = kind if colon and kind != "folder" else f"{root.resolve().name} (folder)"
     if found.empty:
         log.warning(
@@ -73,23 +73,23 @@ def rendered() -> ImageSet:
             cameras = read_json(folder / "cameras.json")
             names = [f"{folder.name}/{frame['file']}" for frame in cameras["frames"]]
             label = (classes.index(cameras["kind"]),)
-            parts[part] += [Labelled(File(name, str(folder.parent), name), label) for name in names]
+            parts[part] += [Labelled(File(name, str(folder.parent)), label) for name in names]
             groups += [folder.name] * len(names) if part == "train" else []
     return ImageSet("scenes", classes, parts["train"], parts["test"], groups)
 
 
-def class_folders(tree: Tree, train: Sequence[str], test: Sequence[str]) -> ImageSet:
+def class_folders(data: DataSet, train: Sequence[str], test: Sequence[str]) -> ImageSet:
     """Classes are the folders of the training images, in the order of their names, with images at any depth."""
-    files = _training(tree, train)
+    files = _training(data, train)
     named = [file.name.partition("/")[0] for file in files if "/" in file.name]
-    classes = sorted({*named, *tree.folders(*train)})
+    classes = sorted({*named, *data.folders(*train)})
     number = {name: i for i, name in enumerate(classes)}
     files = sorted((file for file in files if "/" in file.name), key=lambda file: file.name.partition("/")[0])
-    tested = tree.files(*test)
+    tested = data.files(*test)
     if not tested:
-        raise DataError(f"'{tree.root}' has no images in {' or '.join(test)}{tree.compressed(*test)}")
+        raise DataError(f"'{data.root}' has no images in {' or '.join(test)}{data.compressed(*test)}")
     if unknown := sorted({name for f in tested if (name := _folder(f)) and name not in number}):
-        raise DataError(f"'{tree.root}' tests on classes that it does not train on: {some_names(unknown)}")
+        raise DataError(f"'{data.root}' tests on classes that it does not train on: {some_names(unknown)}")
     train_images, test_images = (
         [Labelled(file, (number[name],) if (name := _folder(file)) else ()) for file in some]
         for some in (files, tested)
@@ -97,11 +97,11 @@ def class_folders(tree: Tree, train: Sequence[str], test: Sequence[str]) -> Imag
     return ImageSet("", classes, train_images, test_images, empty=sorted({*classes} - {*named}))
 
 
-def _training(tree: Tree, folders: Sequence[str]) -> list[File]:
-    files = tree.files(*folders)
+def _training(data: DataSet, folders: Sequence[str]) -> list[File]:
+    files = data.files(*folders)
     if not any("/" in file.name for file in files):
-        why = f"no class folders with images in {' or '.join(folders)}{tree.compressed(*folders)}"
-        raise DataError(f"'{tree.root}' has {why}")
+        why = f"no class folders with images in {' or '.join(folders)}{data.compressed(*folders)}"
+        raise DataError(f"'{data.root}' has {why}")
     return files
 
 
@@ -109,16 +109,16 @@ def _folder(file: File) -> str:
     return file.name.partition("/")[0] if "/" in file.name else ""
 
 
-def imagenet(tree: Tree) -> ImageSet:
+def imagenet(data: DataSet) -> ImageSet:
     """ImageNet-1K: class folders, or the files as distributed. Flat validation images get the lists' labels."""
     train = ("train", f"{KAGGLE}/train", "ILSVRC2012_img_train")
-    found = class_folders(tree, train, ("val", f"{KAGGLE}/val", "ILSVRC2012_img_val"))
+    found = class_folders(data, train, ("val", f"{KAGGLE}/val", "ILSVRC2012_img_val"))
     if any(each.labels for each in found.test):
         return found
-    names = _validation(tree)
+    names = _validation(data)
     number = {name: i for i, name in enumerate(found.classes)}
     if unknown := sorted({*names.values()} - {*number}):
-        raise DataError(f"'{tree.root}' tests on classes that it does not train on: {some_names(unknown)}")
+        raise DataError(f"'{data.root}' tests on classes that it does not train on: {some_names(unknown)}")
     found.test = sorted(
         Labelled(file, (number[names[stem]],) if (stem := Path(file.name).stem) in names else ())
         for file in (each.file for each in found.test)
@@ -126,42 +126,42 @@ def imagenet(tree: Tree) -> ImageSet:
     return found
 
 
-def _validation(tree: Tree) -> dict[str, str]:
+def _validation(data: DataSet) -> dict[str, str]:
     """Names of the classes of ImageNet's validation images by their names, of Kaggle's list or the development kit."""
-    if text := tree.text("LOC_val_solution.csv"):
+    if text := data.text("LOC_val_solution.csv"):
         rows = (line.partition(",") for line in text.splitlines()[1:])
         return {name: boxes.split()[0] for name, _, boxes in rows if boxes.strip()}
-    packed = tree.root / f"{DEVKIT}.tar.gz"
-    contents = [(tree.root / name).read_bytes() if (tree.root / name).is_file() else b"" for name in (TRUTH, META)]
+    packed = data.top / f"{DEVKIT}.tar.gz"
+    contents = [file.read_bytes() if (file := data.top / name).is_file() else b"" for name in (TRUTH, META)]
     if not all(contents) and packed.is_file():
         with reading(packed, "ImageNet's development kit"):
             try:
-                with tarfile.open(packed) as archive:
+                with packed.open("rb") as stream, tarfile.open(fileobj=stream) as archive:
                     members = [archive.extractfile(name) for name in (TRUTH, META)]
                     contents = [member.read() if member else b"" for member in members]
             except tarfile.TarError as error:
                 raise ValueError(str(error)) from None
     if not all(contents):
         raise DataError(
-            f"'{tree.root}' has validation images without class folders; add LOC_val_solution.csv or {packed.name}"
+            f"'{data.root}' has validation images without class folders; add LOC_val_solution.csv or {packed.name}"
         )
-    with reading(tree.root / META, "ImageNet's list of classes"):
+    with reading(data.root / META, "ImageNet's list of classes"):
         synsets = loadmat(io.BytesIO(contents[1]), squeeze_me=True)["synsets"]
         leaves = {int(each["ILSVRC2012_ID"]): str(each["WNID"]) for each in synsets if each["num_children"] == 0}
         labels = [int(line) for line in contents[0].split()]
         return {f"ILSVRC2012_val_{i:08d}": leaves[label] for i, label in enumerate(labels, 1)}
 
 
-def sun397(tree: Tree) -> ImageSet:
+def sun397(data: DataSet) -> ImageSet:
     """SUN397's first partition: Training_01.txt and Testing_01.txt, with paths such as /a/abbey/sun_x.jpg."""
-    lists = [tree.text(f"{part}_01.txt", f"Partitions/{part}_01.txt") for part in ("Training", "Testing")]
+    lists = [data.text(f"{part}_01.txt", f"Partitions/{part}_01.txt") for part in ("Training", "Testing")]
     if not all(lists):
-        raise DataError(f"'{tree.root}' has no Training_01.txt and Testing_01.txt, or Partitions/ with them")
+        raise DataError(f"'{data.root}' has no Training_01.txt and Testing_01.txt, or Partitions/ with them")
     paths = [[line.strip().lstrip("/") for line in (text or "").splitlines() if line.strip()] for text in lists]
     classes = sorted({path.rpartition("/")[0] for path in paths[0]})
-    number, find = {name: i for i, name in enumerate(classes)}, tree.lookup("SUN397", "")
+    number, find = {name: i for i, name in enumerate(classes)}, data.lookup("SUN397", "")
     if unknown := sorted({path.rpartition("/")[0] for path in paths[1]} - {*number}):
-        raise DataError(f"'{tree.root}': Testing_01.txt has classes that are not trained on: {some_names(unknown)}")
+        raise DataError(f"'{data.root}': Testing_01.txt has classes that are not trained on: {some_names(unknown)}")
     train, test = ([Labelled(find(path), (number[path.rpartition("/")[0]],)) for path in some] for some in paths)
     return ImageSet("", classes, train, test)
 
@@ -171,38 +171,38 @@ PLACES_TRAIN = ("data_256_standard", "data_large_standard", "data_256", "data_la
 PLACES_VAL = ("val_256", "val_large", *PLACES_TRAIN[4:])
 
 
-def places(tree: Tree) -> ImageSet:
+def places(data: DataSet) -> ImageSet:
     """Places365 or Places205: class folders in train and val, or the lists as distributed."""
     lists = (
         ("places365_train_standard.txt", "places365_train_challenge.txt", "train_places205.csv"),
         ("places365_val.txt", "val_places205.csv"),
     )
     texts = [
-        tree.text(*names, *(f"{folder}/{name}" for folder in ("trainvalsplit_places205", "filelist_places365-standard")
+        data.text(*names, *(f"{folder}/{name}" for folder in ("trainvalsplit_places205", "filelist_places365-standard")
                             for name in names))
         for names in lists
     ]  # fmt: skip
     if not all(texts):
-        return class_folders(tree, ("train",), ("val",))
+        return class_folders(data, ("train",), ("val",))
     train, test = (
-        _listed(tree, text or "", folders) for text, folders in zip(texts, (PLACES_TRAIN, PLACES_VAL), strict=True)
+        _listed(data, text or "", folders) for text, folders in zip(texts, (PLACES_TRAIN, PLACES_VAL), strict=True)
     )
     if not train:
-        raise DataError(f"'{tree.root}' has a list of training images that is empty")
+        raise DataError(f"'{data.root}' has a list of training images that is empty")
     names = {label: each.file.name.rpartition("/")[0] for each in train for label in each.labels}
     found = ImageSet("", [names.get(i, str(i)) for i in range(max(names) + 1)], train, test)
-    check_labels(found.test, len(found.classes), f"'{tree.root}', {lists[1][0]}")
+    check_labels(found.test, len(found.classes), f"'{data.root}', {lists[1][0]}")
     found.empty = [str(i) for i in range(len(found.classes)) if i not in names]
     return found
 
 
-def _listed(tree: Tree, text: str, folders: Sequence[str]) -> list[Labelled]:
+def _listed(data: DataSet, text: str, folders: Sequence[str]) -> list[Labelled]:
     """Images of a list with lines of a path and a label."""
-    find, found = tree.lookup(*folders), []
+    find, found = data.lookup(*folders), []
     for i, line in enumerate(text.splitlines(), 1):
         path, _, label = line.strip().rpartition(" ")
         if line.strip() and not (path and re.fullmatch(r"\d+", label)):
-            raise DataError(f"'{tree.root}': line {i} of a list is '{line}', but must be a path and a label")
+            raise DataError(f"'{data.root}': line {i} of a list is '{line}', but must be a path and a label")
         if path:
             found.append(Labelled(find(path.lstrip("/")), (int(label),)))
     return found
@@ -242,10 +242,10 @@ def relabel(images: ImageSet, file: Path) -> None:
     check_labels(images.test, len(images.classes), f"'{file}'")
 
 
-LAYOUTS: dict[str, Callable[[Tree], ImageSet]] = {
-    "folder": lambda tree: class_folders(tree, ("train",), ("val", "test")),
+LAYOUTS: dict[str, Callable[[DataSet], ImageSet]] = {
+    "folder": lambda data: class_folders(data, ("train",), ("val", "test")),
     "imagenet": imagenet,
-    "inaturalist": lambda tree: class_folders(tree, ("train", "train_mini"), ("val",)),
+    "inaturalist": lambda data: class_folders(data, ("train", "train_mini"), ("val",)),
     "sun397": sun397,
     "places": places,
 }

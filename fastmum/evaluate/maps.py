@@ -15,7 +15,7 @@ from fastmum.data.errors import DataError
 from fastmum.evaluate.pairs import scenes
 from fastmum.files import expand_user
 from fastmum.scenes.labels import CLASSES, ensure_labels
-from fastmum.tasks.recognition.files import File, Tree
+from fastmum.tasks.recognition.files import DataSet, File
 
 VOID = 255  # the label of pixels that are not scored
 EVERY = 3  # views of a rendered scene: neighbours are much alike
@@ -48,7 +48,7 @@ def open_maps(data: str) -> MapSet:
         return rendered()
     if not colon or kind not in LAYOUTS:
         raise DataError(f"--data is '{data}', but must be scenes, or KIND:PATH with {', '.join(LAYOUTS)}")
-    found = LAYOUTS[kind](Tree(expand_user(path)))
+    found = LAYOUTS[kind](DataSet(expand_user(path)))
     for part in ("train", "test"):
         if not getattr(found, part):
             raise DataError(f"'{path}' has no {part} images of {kind}: see docs/recognition.md for its layout")
@@ -64,17 +64,17 @@ def rendered() -> MapSet:
             labels = ensure_labels(folder)[::EVERY]
             for label in labels:
                 names = f"{folder.name}/{label.name}", f"{folder.name}/label/{label.name}"
-                parts[part].append(Mapped(*(File(name, str(folder.parent), name) for name in names)))
+                parts[part].append(Mapped(*(File(name, str(folder.parent)) for name in names)))
             groups += [folder.name] * len(labels) if part == "train" else []
     return MapSet("scenes", len(CLASSES) - 1, (0, VOID), parts["train"], parts["test"], groups)
 
 
-def ade20k(tree: Tree) -> MapSet:
+def ade20k(data: DataSet) -> MapSet:
     """ADEChallengeData2016: images and annotations of training and validation; 0 is unlabelled."""
     parts = []
     for part in ("training", "validation"):
         images, labels = (
-            tree.files(*(f"{root}{kind}/{part}" for root in ("ADEChallengeData2016/", "")))
+            data.files(*(f"{root}{kind}/{part}" for root in ("ADEChallengeData2016/", "")))
             for kind in ("images", "annotations")
         )
         by_stem = {Path(file.name).stem: file for file in labels}
@@ -82,23 +82,23 @@ def ade20k(tree: Tree) -> MapSet:
     return MapSet("ade20k", 150, (0, VOID), parts[0], parts[1], half=True)
 
 
-def voc(tree: Tree) -> MapSet:
+def voc(data: DataSet) -> MapSet:
     """VOC 2012, to train also SBD's images that VOC does not test on (10,582 in all), if SBD is there."""
     roots = ("VOCdevkit/VOC2012", "original/VOCdevkit/VOC2012", "VOC2012", ".")
-    lists = {part: [(root, text) for root in roots if (text := tree.text(f"{root}/ImageSets/Segmentation/{part}.txt"))]
+    lists = {part: [(root, text) for root in roots if (text := data.text(f"{root}/ImageSets/Segmentation/{part}.txt"))]
              for part in ("train", "val")}  # fmt: skip
     if not all(lists.values()):
-        raise DataError(f"'{tree.root}' has no VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt and val.txt")
-    find = tree.lookup(lists["train"][0][0])
+        raise DataError(f"'{data.root}' has no VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt and val.txt")
+    find = data.lookup(lists["train"][0][0])
     ids = {part: found[0][1].split() for part, found in lists.items()}
     train, test = (
         [Mapped(find(f"JPEGImages/{name}.jpg"), find(f"SegmentationClass/{name}.png")) for name in ids[part]]
         for part in ("train", "val")
     )
     for sbd in ("benchmark_RELEASE/dataset", "aug/benchmark_RELEASE/dataset", "sbd", "SBD"):
-        texts = [tree.text(f"{sbd}/{part}.txt") for part in ("train", "val")]
+        texts = [data.text(f"{sbd}/{part}.txt") for part in ("train", "val")]
         if all(texts):
-            find, known = tree.lookup(sbd), {*ids["train"], *ids["val"]}
+            find, known = data.lookup(sbd), {*ids["train"], *ids["val"]}
             names = [name for text in texts for name in (text or "").split() if name not in known]
             train += [Mapped(find(f"img/{name}.jpg"), find(f"cls/{name}.mat")) for name in names]
             break
@@ -132,4 +132,4 @@ def read_label(mapped: Mapped, image: Image.Image, most: int) -> np.ndarray:
     return label
 
 
-LAYOUTS: dict[str, Callable[[Tree], MapSet]] = {"ade20k": ade20k, "voc": voc}
+LAYOUTS: dict[str, Callable[[DataSet], MapSet]] = {"ade20k": ade20k, "voc": voc}

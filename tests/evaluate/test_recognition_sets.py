@@ -79,7 +79,7 @@ def imagenet(tmp_path):
     return root
 
 
-def test_imagenet_in_folders_tar_and_zip_is_the_same(imagenet, tmp_path):
+def test_imagenet_in_folders_tar_and_zip_is_the_same(imagenet, tmp_path, caplog, monkeypatch):
     expected = open_images(f"imagenet:{imagenet}")
     assert expected.classes == [*WNIDS]
     assert [len(part) for part in listed(expected)] == [6, 3]
@@ -101,16 +101,20 @@ def test_imagenet_in_folders_tar_and_zip_is_the_same(imagenet, tmp_path):
         assert [each.labels for each in found.test] == [(1,), (0,), ()]
         assert readable(found)
     pack(imagenet / "val", imagenet / "val.zip", "val/", zipfile.ZIP_STORED)
+    with zipfile.ZipFile(imagenet / "val.zip", "a") as archive:
+        archive.writestr(f"val/{WNIDS[0]}/other.JPEG", picture(9, ".JPEG"), zipfile.ZIP_LZMA)
     shutil.rmtree(imagenet / "val")
     tar(imagenet / "train", imagenet / "train.tar")
     found = open_images(f"imagenet:{imagenet}")
     assert listed(found) == listed(expected)
+    assert "val.zip': 1 files are left out" in caplog.text
+    monkeypatch.setattr("fastmum.data.archives._members_of", None)  # images are read without listing archives again
     assert readable(found)
     assert len({each.file.key() for each in found.train + found.test}) == 9
 
 
-def test_imagenet_as_distributed(imagenet):
-    """A tar file of tar files, flat validation images, and the development kit."""
+def test_imagenet_as_distributed(imagenet, tmp_path):
+    """A tar file of tar files, flat validation images, and the development kit; all of them in a tar file."""
     expected = open_images(f"imagenet:{imagenet}")
     shutil.rmtree(imagenet / "val")
     tar(imagenet / "train", imagenet / "ILSVRC2012_img_train.tar", nested=True)
@@ -129,12 +133,15 @@ def test_imagenet_as_distributed(imagenet):
     names = WNIDS[2], WNIDS[0], "n00001740"
     synsets = np.array([(i + 1, name, "a", "b", 2 * (i == 2)) for i, name in enumerate(names)], fields)
     savemat(kit / "meta.mat", {"synsets": synsets})
-    for packed in (False, True):
-        if packed:
+    path = imagenet
+    for packing in ("none", "kit", "all"):
+        if packing == "kit":
             with tarfile.open(imagenet / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as archive:
                 archive.add(kit.parent, "ILSVRC2012_devkit_t12")
             shutil.rmtree(kit.parent)
-        found = open_images(f"imagenet:{imagenet}")
+        elif packing == "all":
+            tar(imagenet, path := tmp_path / "all.tar")
+        found = open_images(f"imagenet:{path}")
         assert listed(found)[0] == listed(expected)[0]
         assert listed(found)[1] == [(f"ILSVRC2012_val_{i:08d}.JPEG", (k,)) for i, k in ((1, 0), (2, 0), (3, 2))]
         assert readable(found)

@@ -14,7 +14,7 @@ from torch import nn
 from fastmum.data.decode.image import FrameError
 from fastmum.errors import FastmumError
 from fastmum.tasks.recognition.features import centre, random_crop
-from fastmum.tasks.recognition.files import Tree
+from fastmum.tasks.recognition.files import DataSet
 from fastmum.tasks.recognition.probes import (
     ClassifierSettings,
     Probes,
@@ -193,7 +193,7 @@ def test_transforms():
 def test_a_file_that_shrinks_cannot_be_read(tmp_path):
     (tmp_path / "train/a").mkdir(parents=True)
     (tmp_path / "train/a/1.jpg").write_bytes(b"")
-    (file,) = Tree(tmp_path).files("train")
+    (file,) = DataSet(tmp_path).files("train")
     assert file.key()
     for change in ((tmp_path / "train/a/1.jpg").touch, (tmp_path / "train/a/1.jpg").unlink):
         change()
