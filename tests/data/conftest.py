@@ -1,11 +1,14 @@
-"""Image files, and the decoders that run on a CPU."""
+"""Image files, the decoders that run on a CPU, and manifests of loose files and of shards."""
 
 import pytest
 import skimage.data
 from PIL import Image
+from stored import SMALL
 
+from fastmum.data.build import build
 from fastmum.data.decode import make_decoder
 from fastmum.data.decode.image import ORIENTATION
+from fastmum.data.pack import pack
 
 
 @pytest.fixture
@@ -40,3 +43,17 @@ def save(tmp_path, photograph):
         return tmp_path / name
 
     return save
+
+
+@pytest.fixture
+def loose(image_folder, tmp_path):
+    """The manifest of a folder of four scenes of six images."""
+    build("folder", image_folder, tmp_path / "lists/scenes.arrow", dataset="scenes")
+    return tmp_path / "lists/scenes.arrow"
+
+
+@pytest.fixture
+def shards(loose, tmp_path):
+    """The manifest of its shards."""
+    pack(loose, tmp_path / "shards", SMALL)
+    return tmp_path / "shards/scenes.arrow"
