@@ -15,14 +15,14 @@ import tarfile
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
 from fastmum.data.decode.image import is_image
-from fastmum.data.depth import SIDES
 from fastmum.data.errors import reading
 from fastmum.data.manifest_writer import SequenceRecord
+from fastmum.data.records import side_path
 from fastmum.data.store import BLOCK, Place, StoredPath, stat_of
 
 log = logging.getLogger(__name__)
@@ -178,16 +178,13 @@ class Tree:
             waiting = [(name, Place(str(real / name))) for name in names if _is_archive(name)]
             if useless := [name for name in names if name.lower().endswith(COMPRESSED)]:
                 log.info("'%s' and its like are not read in place: unpack them", real / useless[0])
-        outer = [archive for parent in _parents(folder)[:-1] for archive in self.archives(parent)]
+        for outer in [archive for parent in _parents(folder)[:-1] for archive in self.archives(parent)]:
+            waiting += _nested(self._entries(outer, folder))
         found = self._archives[folder] = []
-        for members in [self._entries(archive, folder) for archive in outer]:
-            waiting += [(name, place) for name, place in members.items() if place and _is_nested(name, place)]
         while waiting:
-            name, at = waiting.pop(0)
-            archive = self._open(folder, name, at)
-            found.append(archive)
-            members = self._entries(archive, folder) if archive.mount == folder else {}
-            waiting += [(name, place) for name, place in members.items() if place and _is_nested(name, place)]
+            found.append(archive := self._open(folder, *waiting.pop(0)))
+            if archive.mount == folder:
+                waiting += _nested(self._entries(archive, folder))
         return found
 
     def _open(self, folder: str, name: str, place: Place) -> Archive:
@@ -237,7 +234,7 @@ def open_root(root: Path) -> TreePath | None:
         return None
     member = container.find() if isinstance(container, TreePath) else None
     place = member if isinstance(member, Place) else None
-    if place and not _is_nested(container.name, place):
+    if place and not _nested({container.name: place}):
         return None
     found = Tree(container, place).path(root)
     return found if found.is_dir() else None
@@ -252,11 +249,9 @@ def with_places(record: SequenceRecord, tree: Tree, root: Path) -> SequenceRecor
 
     columns = {"path": record.frames, "depth": record.depths, "mask": record.masks}
     known = {name: at for name, paths in columns.items() if paths is not None and any(at := places(paths))}
-    if "depth" in known and record.depth_format and (side := SIDES.get(record.depth_format.reader)):
-        assert record.depths is not None
-        sides = [str(side(Path(path))) if path else "" for path in record.depths]
-        found = places(sides)
-        if any(found):
+    if "depth" in known and record.depth_format:
+        sides = [side_path(path, record.depth_format.reader) for path in record.depths or ()]
+        if any(found := places(sides)):
             known["side"] = found
             record = record._replace(sides=[path if at else "" for path, at in zip(sides, found, strict=True)])
     return record._replace(places=known or None)
@@ -266,8 +261,9 @@ def _is_archive(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _is_nested(name: str, place: Place) -> bool:
-    return place.in_tar and name.lower().endswith(".tar")
+def _nested(members: Mapping[str, Place | None]) -> list[tuple[str, Place]]:
+    """The tar archives among the members of a tar archive."""
+    return [(name, at) for name, at in members.items() if at and at.in_tar and name.lower().endswith(".tar")]
 
 
 def _below(path: str, folder: str) -> str | None:

@@ -14,7 +14,7 @@ from fastmum.data import remote
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest
 from fastmum.data.spread import spread
-from fastmum.data.store import Place, StoredPath, fetch, is_url
+from fastmum.data.store import WHOLE, Place, StoredPath, fetch, is_url
 from fastmum.progress import progress_bar
 
 THREADS = 16  # that read archives, or list folders: network file systems have a high latency
@@ -41,10 +41,11 @@ def members_of(manifest: Manifest, column: str) -> Iterator[Members]:
                 groups[path.place.store][path.place] = str(path)
     whole: list[tuple[str, Place]] = []
     for archive, files in groups.items():
-        if len(files) == 1 and next(iter(files)).length < 0:
-            whole += [(path, place) for place, path in files.items()]
+        found = tuple((path, place) for place, path in sorted(files.items()))
+        if len(found) == 1 and found[0][1].length == WHOLE:
+            whole += found
         else:
-            yield Members(archive, tuple((path, place) for place, path in sorted(files.items())))
+            yield Members(archive, found)
     for i in range(0, len(whole), 1024):
         yield Members("", tuple(whole[i : i + 1024]))
 

@@ -32,7 +32,7 @@ from fastmum.data.decode.image import JPEGS, FrameError, jpeg_scale, read_file, 
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, write_manifest
 from fastmum.data.processes import until_terminated
-from fastmum.data.records import Frame, columns_of, first_rows, record
+from fastmum.data.records import Frame, columns_of, first_rows, metadata_of, new_manifest, record
 from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.data.store import BLOCK, Place, StoredPath, is_url, join
 from fastmum.errors import program, writing
@@ -89,8 +89,7 @@ def pack(
     if not is_url(out):
         with writing(Path(out), DataError):
             Path(out).mkdir(parents=True, exist_ok=True)
-        if Path(out, f"{stem}.arrow").exists() and source.path.samefile(Path(out, f"{stem}.arrow")):
-            raise DataError(f"--out is '{out}', where the manifest would be replaced; give another folder")
+        new_manifest(source, Path(out))
     groups = _groups(source, settings)
     shards = [Shard(source.path, out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
     with progress_bar(total=sum(map(len, groups)), unit="frame", desc=stem, show=progress) as bar:
@@ -171,7 +170,7 @@ def write_shard(shard: Shard) -> pa.Table:
     if (index := _finished(shard)) is not None:
         return index
     with writing(Path(shard.out, shard.name), DataError), _folder(shard.out) as folder:
-        tar, listed = folder / f"{shard.name}.tar", folder / f"{shard.name}.index"
+        tar, listed = (Path(folder, f"{shard.name}{suffix}") for suffix in (".tar", ".index"))
         with atomic_path(tar) as partial, open(partial, "wb") as file:
             index = _write_members(shard, file)
             file.flush()
@@ -185,14 +184,9 @@ def write_shard(shard: Shard) -> pa.Table:
     return index
 
 
-@contextlib.contextmanager
-def _folder(out: str) -> Iterator[Path]:
+def _folder(out: str) -> contextlib.AbstractContextManager[str]:
     """The folder itself, or a temporary one for what is uploaded."""
-    if not is_url(out):
-        yield Path(out)
-        return
-    with tempfile.TemporaryDirectory(prefix="fastmum-pack-") as folder:
-        yield Path(folder)
+    return tempfile.TemporaryDirectory(prefix="fastmum-pack-") if is_url(out) else contextlib.nullcontext(out)
 
 
 def _finished(shard: Shard) -> pa.Table | None:
@@ -284,10 +278,9 @@ def _write_manifest(
             at = {column: _places(names, archive[column][packed], places[column][packed]) for column in columns}
             yield made._replace(places=at)
 
-    metadata = {k: v for k, v in source.metadata.items() if k not in ("counts", "root")}
-    metadata["packed"] = settings._asdict()
+    metadata = metadata_of(source) | {"packed": settings._asdict()}
     with _folder(out) as folder:
-        file = folder / f"{source.stem}.arrow"
+        file = Path(folder, f"{source.stem}.arrow")
         root = StoredPath(out) if is_url(out) else Path(".")
         counts = write_manifest(file, records(), dataset=source.datasets[0], root=root, metadata=metadata)
         if is_url(out):

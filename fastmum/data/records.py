@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmum.data.depth import SIDES, DepthFormat
+from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, SequenceRecord
 from fastmum.data.manifest_writer import FILES
 from fastmum.data.store import StoredPath
@@ -25,6 +26,19 @@ def first_rows(manifest: Manifest) -> np.ndarray:
     pairs = folder.astype(np.int64) * (int(file.max()) + 1) + file
     _, first, which = np.unique(pairs, return_index=True, return_inverse=True)
     return first[which]
+
+
+def new_manifest(source: Manifest, out: Path) -> Path:
+    """The path in a folder for a manifest of the same name; DataError: it is that manifest itself."""
+    made = out / f"{source.stem}.arrow"
+    if made.exists() and made.samefile(source.path):
+        raise DataError(f"--out is '{out}', where the manifest would be replaced; give another folder")
+    return made
+
+
+def metadata_of(manifest: Manifest) -> dict[str, Any]:
+    """How its sequences were made, without what is true of that file only."""
+    return {k: v for k, v in manifest.metadata.items() if k not in ("counts", "root", "packed")}
 
 
 def side_path(depth: str, reader: str) -> str:

@@ -60,9 +60,8 @@ def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = 
             _outage.clear()
             return data
         except Exception as error:
-            kinds = [kind.__name__ for kind in type(error).__mro__]
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            if any(kind.startswith(FINAL) for kind in kinds):
+            reason, final = _explained(error)
+            if final:
                 missing = isinstance(error, FileNotFoundError)
                 kind = FileNotFoundError if missing else PermissionError
                 raise kind(errno.ENODATA if missing else errno.EACCES, reason, url) from None
@@ -73,6 +72,12 @@ def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = 
                 log.warning("'%s' cannot be read for now (%s); it is tried again for %.0f s", url, reason, retry_s)
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_S)
+
+
+def _explained(error: Exception) -> tuple[str, bool]:
+    """The reason of an error, and whether it is one of `FINAL`."""
+    final = any(kind.__name__.startswith(FINAL) for kind in type(error).__mro__)
+    return f"{type(error).__name__}: {' '.join(str(error).split())}", final
 
 
 def size(url: str) -> int:
@@ -89,9 +94,8 @@ def check(url: str) -> None:
     try:
         read(url, 0, 1, START_S)
     except OSError as error:
-        raise DataError(
-            f"'{url}' cannot be read ({error.strerror}); check its name and the store's credentials"
-        ) from None
+        remedy = "check its name and the store's credentials"
+        raise DataError(f"'{url}' cannot be read ({error.strerror}); {remedy}") from None
 
 
 def local_copy(url: str | Path) -> Path:
@@ -117,7 +121,7 @@ def write(url: str, file: Path) -> None:
             system.put_file(str(file), path)
             return
         except Exception as error:
-            if wait is None or any(kind.__name__.startswith(FINAL) for kind in type(error).__mro__):
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason, final = _explained(error)
+            if wait is None or final:
                 raise DataError(f"'{url}' cannot be written ({reason})") from None
         time.sleep(wait)

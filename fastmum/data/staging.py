@@ -73,6 +73,11 @@ def _submit(job: Callable[[], T]) -> "Future[T]":
     return _threads.submit(job)
 
 
+def _places(files: Iterable[Path]) -> list[Place]:
+    """The different places of files."""
+    return [*dict.fromkeys(file.place for file in files if isinstance(file, StoredPath) and file.place)]
+
+
 def _taken(place: Place) -> bytes | None:
     future = _ahead.pop(place, None)
     return None if future is None else future.result()
@@ -81,9 +86,8 @@ def _taken(place: Place) -> bytes | None:
 @contextlib.contextmanager
 def reading_ahead(files: Iterable[Path]) -> Iterator[None]:
     """Read the remote ones of some files concurrently, while decoders in the context take one after another."""
-    places = [file.place for file in files if isinstance(file, StoredPath) and file.place and is_url(file.place.store)]
     store.ahead = _taken
-    new = [place for place in dict.fromkeys(places) if place not in _ahead]
+    new = [place for place in _places(files) if is_url(place.store) and place not in _ahead]
     mine = {place: _submit(partial(_nearest, place)) for place in new}
     _ahead.update(mine)
     try:
@@ -122,8 +126,7 @@ def copied_ahead(plans: Iterable[T], files: Callable[[T], Iterable[Path]]) -> It
             yield from (pop() for _ in range(len(waiting)))
             yield plan
             continue
-        places = [file.place for file in files(plan) if isinstance(file, StoredPath) and file.place]
-        waiting.append((plan, [_submit(partial(stage.copy, place)) for place in dict.fromkeys(places)]))
+        waiting.append((plan, [_submit(partial(stage.copy, place)) for place in _places(files(plan))]))
         if len(waiting) > STEPS_AHEAD:
             yield pop()
     while waiting:
@@ -143,8 +146,8 @@ class Stage:
         self._full = False
         with writing(self.folder, DataError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / f".partial-{os.getpid()}").touch()
-            (self.folder / f".partial-{os.getpid()}").unlink()
+            (probe := self.folder / f".partial-{os.getpid()}").touch()
+            probe.unlink()
         for left in self.folder.glob(".partial-*"):
             with contextlib.suppress(OSError, ValueError):
                 number = int(left.name.split("-")[1])
@@ -203,11 +206,8 @@ class Stage:
         found = []
         for folder in self.folder.iterdir():
             with contextlib.suppress(OSError):
-                found += [
-                    (stat.st_mtime_ns, stat.st_size, entry.path)
-                    for entry in os.scandir(folder)
-                    if (stat := entry.stat())
-                ]
+                stats = [(entry.stat(), entry.path) for entry in os.scandir(folder)]
+                found += [(stat.st_mtime_ns, stat.st_size, path) for stat, path in stats]
         total = sum(size for _, size, _ in found)
         if most is not None and total <= most:
             return

@@ -15,7 +15,7 @@ from fastmum.data.decode.image import FrameError, read_file
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
 from fastmum.data.processes import until_terminated
-from fastmum.data.records import Frame, first_rows, record
+from fastmum.data.records import Frame, first_rows, metadata_of, new_manifest, record
 from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.errors import program, writing
 from fastmum.files import atomic_path, expand_user
@@ -64,9 +64,7 @@ def unpack(
     Files of an interrupted call are kept. DataError: a file cannot be read, or not be written.
     """
     source, out = Manifest(manifest), Path(os.path.abspath(expand_user(out)))
-    made = out / f"{source.stem}.arrow"
-    if made.exists() and made.samefile(source.path):
-        raise DataError(f"--out is '{out}', where the manifest would be replaced; give another folder")
+    made = new_manifest(source, out)
     rows = np.unique(first_rows(source))
     tasks = [Files(source.path, out, some) for some in np.array_split(rows, -(-len(rows) // ROWS))]
     with progress_bar(total=len(rows), unit="frame", desc=source.stem, show=progress) as bar:
@@ -79,8 +77,8 @@ def unpack(
             rows = np.arange(*source.starts[sequence : sequence + 2])
             yield record(source, sequence, rows)._replace(sides=None)
 
-    metadata = {k: v for k, v in source.metadata.items() if k not in ("counts", "root", "packed")}
-    return write_manifest(made, records(), dataset=source.datasets[0], root=Path("."), metadata=metadata)
+    about = metadata_of(source)
+    return write_manifest(made, records(), dataset=source.datasets[0], root=Path("."), metadata=about)
 
 
 def _command(args: argparse.Namespace) -> None:
