@@ -114,7 +114,10 @@ def file_key(file: Path) -> str:
 
 
 def weights_digest(encoder: Encoder) -> str:
-    """A digest of an encoder's weights, sizes and options: equal for equal features, whatever file they are from."""
+    """A digest of an encoder's weights, sizes and options: equal for equal features, whatever file they are from.
+
+    Caches and files of probes have it; checkpoints have `fastmum.tasks.trained.weights_digest`.
+    """
     sizes = [dataclasses.asdict(each) for each in (encoder.config, encoder.options)]
     digest = xxhash.xxh3_128(json.dumps(sizes).encode())
     for name, tensor in encoder.state_dict().items():

@@ -85,7 +85,7 @@ def choose_encoder(settings: Any) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all weights and their names."""
+    """SHA-256 of all weights and their names, `frozen_encoder` in checkpoints."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
