@@ -111,7 +111,9 @@ class Tree:
     def __init__(self, root: Path, archive: Place | None = None) -> None:
         """`archive`: its place if the root is an archive in another one."""
         self.root, self._archive = root, archive
-        self._archives: dict[str, list[Archive]] = {}
+        self._archives: dict[str, list[Archive]] = {}  # by the folder that they lie in
+        self._mounted: dict[str, list[Archive]] = {}  # by the folder that their members lie in
+        self._stems: dict[str, dict[str, None]] = {}  # folders named after archives, by the folder these lie in
         self._folders: OrderedDict[Place, Folders] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,16 +153,20 @@ class Tree:
         self.archives(folder, files)
         return {name: place for members in reversed([*self._members(folder)]) for name, place in members.items()}
 
-    def _members(self, folder: str) -> Iterator[dict[str, Place | None]]:
+    def _members(self, folder: str) -> Iterator[Mapping[str, Place | None]]:
         """The entries of a folder in each archive that has it."""
-        for archive in [archive for parent in _parents(folder) for archive in self.archives(parent)]:
-            yield self._entries(archive, folder)
+        for parent in _parents(folder):
+            self.archives(parent)
+        yield self._stems.get(folder, {})
+        yield from self._mounted_entries(folder)
+
+    def _mounted_entries(self, folder: str) -> Iterator[dict[str, Place | None]]:
+        for parent in _parents(folder):
+            for archive in self._mounted.get(parent, ()):
+                yield self._entries(archive, folder)
 
     def _entries(self, archive: Archive, folder: str) -> dict[str, Place | None]:
-        below = _below(folder, archive.mount)
-        if below is None:  # a folder above it, or elsewhere
-            inner = _below(archive.mount, folder)
-            return {inner.partition("/")[0]: None} if inner else {}
+        below = folder.removeprefix(archive.mount).removeprefix("/")
         if below and archive.tops is not None and below.partition("/")[0] not in archive.tops:
             return {}
         return self._list(archive.place).get(below, {})
@@ -178,13 +184,18 @@ class Tree:
             waiting = [(name, Place(str(real / name))) for name in names if _is_archive(name)]
             if useless := [name for name in names if name.lower().endswith(COMPRESSED)]:
                 log.info("'%s' and its like are not read in place: unpack them", real / useless[0])
-        for outer in [archive for parent in _parents(folder)[:-1] for archive in self.archives(parent)]:
-            waiting += _nested(self._entries(outer, folder))
+        for parent in _parents(folder)[:-1]:
+            self.archives(parent)
+        for members in self._mounted_entries(folder):
+            waiting += _nested(members)
         found = self._archives[folder] = []
-        while waiting:
-            found.append(archive := self._open(folder, *waiting.pop(0)))
+        for name, place in waiting:  # which grows
+            found.append(archive := self._open(folder, name, place))
+            self._mounted.setdefault(archive.mount, []).append(archive)
             if archive.mount == folder:
                 waiting += _nested(self._entries(archive, folder))
+            else:
+                self._stems.setdefault(folder, {})[posixpath.basename(archive.mount)] = None
         return found
 
     def _open(self, folder: str, name: str, place: Place) -> Archive:
@@ -264,13 +275,6 @@ def _is_archive(name: str) -> bool:
 def _nested(members: Mapping[str, Place | None]) -> list[tuple[str, Place]]:
     """The tar archives among the members of a tar archive."""
     return [(name, at) for name, at in members.items() if at and at.in_tar and name.lower().endswith(".tar")]
-
-
-def _below(path: str, folder: str) -> str | None:
-    """The path below a folder, "" for the folder itself; None if it is elsewhere."""
-    if not folder or path == folder:
-        return path if not folder else ""
-    return path[len(folder) + 1 :] if path.startswith(f"{folder}/") else None
 
 
 def _parents(folder: str) -> list[str]:
