@@ -206,10 +206,7 @@ class DistillTask(ReconstructionTask):
 
     def loss(self, model: Reconstruction, batch: DistillBatch) -> StepOutput:  # type: ignore[override]
         """The mean over the micro-batches of the step."""
-        losses = self._losses(model, batch)
-        one = torch.ones_like(losses["objective"]).detach()
-        terms = {name: (losses[name].detach(), one) for name in self.metrics}
-        return StepOutput(losses["objective"], 1.0, float(self.batches_per_step * self.world.size), terms)
+        return self.mean_of_batches(self._losses(model, batch))
 
     def _losses(self, model: Reconstruction, batch: DistillBatch) -> dict[str, Tensor]:
         scene, targets = batch
