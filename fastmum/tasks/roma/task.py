@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastmum.data.pair_loader import square_view
 from fastmum.data.scene_loader import SceneBatch
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
@@ -98,8 +97,7 @@ class RomaTask(EncoderTask):
         planner = partial(RomaPlanner, second_overlap=data.second_overlap, shift=data.shift, flip=data.flip)
         micro_batches = samples_per_step // data.pairs_per_batch
         self._splits = open_pairs(data, folder, self.config.run.seed, resumed, micro_batches, True, planner)
-        bad_frames = folder / "bad_frames.log"
-        self._loader = self._splits.loader(data, bad_frames, self.world.size, square_view, RomaLoader)
+        self._loader = self._splits.loader(data, folder / "bad_frames.log", self.world.size, RomaLoader)
 
     def predict(self, model: Roma, batch: SceneBatch) -> tuple[dict[int, ScaleOutput], list[TrueWarp]]:
         """Outputs from the first to the second images, and true warps of the same sizes."""
