@@ -84,9 +84,7 @@ def make_problem(pairs: int, refiners: bool, settings: Sequence[str]) -> Problem
     device, side = pick_device(config.train.device, LaunchInfo()), config.data.image_size
     torch.manual_seed(config.run.seed)
     sizes = config.model.sizes(1024, COARSE)
-    decoder = Decoder(
-        sizes.scales, sizes.gp_dim, sizes.num_heads, sizes.blocks, sizes.anchors, sizes.hidden_blocks
-    ).to(device)  # fmt: skip
+    decoder = sizes.decoder().to(device)
     a, b = (
         {s: torch.randn(pairs, scale.channels, side // s, side // s, device=device).requires_grad_(s != COARSE)
          for s, scale in sizes.scales.items()}

@@ -23,7 +23,7 @@ from fastmum.tasks.roma.depthwise import DepthwiseConv
 from fastmum.tasks.roma.flops import pair_flops
 from fastmum.tasks.roma.infer import Trained, Warps, correspondences, fine_size, match, pixels, sample
 from fastmum.tasks.roma.losses import TrueWarp, losses_of, true_warps
-from fastmum.tasks.roma.model import Roma, RomaConfig
+from fastmum.tasks.roma.model import Roma, RomaConfig, sides
 from fastmum.tasks.roma.scores import Scores
 from fastmum.tasks.roma.vgg import BatchNorm, Vgg
 
@@ -208,7 +208,7 @@ def test_the_encoder_stays_frozen_and_directions_are_independent():
     assert model.decoder.training
     model.eval()
     images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
-    both, forth = model(images, both=True), model(images)
+    both, forth = model.decoder(*sides(model.maps(images), both=True)), model(images)
     back = model(torch.cat([images[2:], images[:2]]))
     for stride in STRIDES:
         expected = torch.cat([forth[stride].flow, back[stride].flow])

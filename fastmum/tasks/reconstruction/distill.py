@@ -24,10 +24,11 @@ from fastmum.engine.device import autocast, to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, StepOutput
 from fastmum.model.compile import eager
+from fastmum.model.config import BACKWARD
 from fastmum.model.options import normalise
 from fastmum.progress import on_terminal, progress_bar
 from fastmum.tasks.reconstruction.config import Config, ReconstructionSection
-from fastmum.tasks.reconstruction.flops import BACKWARD, frame_flops, square_flops
+from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
 from fastmum.tasks.reconstruction.load import load_reconstruction
 from fastmum.tasks.reconstruction.losses import ITERATION_DECAY, Prediction
 from fastmum.tasks.reconstruction.model import Reconstruction
