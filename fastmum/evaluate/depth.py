@@ -43,7 +43,7 @@ from fastmum.tasks.depth import (
     predict_depth,
     resize,
 )
-from fastmum.tasks.reconstruction.pictures import colours
+from fastmum.tasks.pictures import colours
 
 CLIP = 35.0  # norm of the gradient of a head
 THREADS = 8  # that read images
