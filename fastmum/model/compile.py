@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch._dynamo
@@ -84,7 +84,7 @@ def compile_kinds(
     computes = {kind: torch.compile(kind._compute, fullgraph=True, dynamic=dynamic) for kind in kinds}
     for module in modules:
         if type(module) in computes:
-            module.compiled_compute = computes[type(module)]
+            cast(Any, module).compiled_compute = computes[type(module)]
 
 
 def choose_mode(mode: str, device: torch.device, steps: int) -> str:

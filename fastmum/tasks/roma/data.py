@@ -20,7 +20,7 @@ from fastmum.tasks.pairs import PairDataSection
 LISTED = 100_000  # pairs of a list, at most
 POWER = 0.75  # a pair of a list of n has the weight n^-POWER
 ROUND = 25_000  # pairs that are drawn without replacement
-FILL = tuple(round(255 * x) for x in IMAGENET_MEAN)  # colour of what a shift uncovers: 0 after normalisation
+FILL = np.array([round(255 * x) for x in IMAGENET_MEAN], np.uint8)  # of what a shift uncovers: 0 after normalisation
 SHIFT_SEED, ROUND_SEED = 1, 2
 
 
@@ -125,4 +125,4 @@ def shifted(view: View, right: int, down: int) -> View:
     view = replace(view, mask=np.ones((height, width), bool))
     moved = crop_resize(view, (-right, -down, width - right, height - down))
     assert moved.mask is not None
-    return replace(moved, image=np.where(moved.mask[..., None], moved.image, np.uint8(FILL)), mask=None)
+    return replace(moved, image=np.where(moved.mask[..., None], moved.image, FILL), mask=None)
