@@ -12,7 +12,7 @@ from fastmum.features.images import find_images
 from fastmum.features.probe import probe_encoder, read_probe
 from fastmum.files import expand_user
 from fastmum.progress import progress_bar
-from fastmum.tasks.depth import HEADS, DepthHead, head_blocks, predict_depth, resize, scaled
+from fastmum.tasks.depth import HEADS, DepthHead, predict_depth, resize, scaled
 from fastmum.tasks.pictures import colours
 
 LEVELS = 65535  # millimetres in a 16-bit image; what is farther has this value
@@ -32,11 +32,9 @@ def predict(args: argparse.Namespace) -> None:
         raise FastmumError(f"--size is {args.size}, but must be at least 1")
     images, probe = find_images(args.images), read_probe(expand_user(args.run))
     about, device = probe.about, pick_device(args.device, key="--device")
-    encoder, kind = probe_encoder(probe, args.encoder).to(device), HEADS[about["head"]]
-    blocks = len(head_blocks(encoder.config.depth, kind.layers))
-    head = DepthHead(kind, encoder.config.embed_dim, blocks, about["max_depth"], about["loss"])
+    encoder = probe_encoder(probe, args.encoder).to(device)
+    head = DepthHead.of(encoder, HEADS[about["head"]], about["max_depth"], about["loss"]).eval()
     head.load_state_dict(dict(probe.tensors))
-    head.to(device).eval()
     out = expand_user(args.out)
     for file in progress_bar(images.files, unit="image", desc="predicting"):
         if (pixels := images.read(file)) is None:
