@@ -31,10 +31,11 @@ from fastmum.engine.optimizer import build_optimizer
 from fastmum.engine.step import NonFiniteGuard
 from fastmum.engine.task import ParamGroup
 from fastmum.errors import run_command
+from fastmum.model.compile import compile_kinds
 from fastmum.tasks.roma.config import Config
 from fastmum.tasks.roma.decoder import COARSE, Decoder
 from fastmum.tasks.roma.losses import losses_of, true_warps
-from fastmum.tasks.roma.task import compile_regions
+from fastmum.tasks.roma.task import COMPILED
 
 Maps = dict[int, Tensor]
 
@@ -83,9 +84,7 @@ def make_problem(pairs: int, refiners: bool, settings: Sequence[str]) -> Problem
     device, side = pick_device(config.train.device, LaunchInfo()), config.data.image_size
     torch.manual_seed(config.run.seed)
     sizes = config.model.sizes(1024, COARSE)
-    decoder = Decoder(
-        sizes.scales, sizes.gp_dim, sizes.num_heads, sizes.blocks, sizes.anchors, sizes.hidden_blocks
-    ).to(device)  # fmt: skip
+    decoder = sizes.decoder().to(device)
     a, b = (
         {s: torch.randn(pairs, scale.channels, side // s, side // s, device=device).requires_grad_(s != COARSE)
          for s, scale in sizes.scales.items()}
@@ -148,7 +147,7 @@ def build_fastmum(pairs: int, refiners: bool, settings: Sequence[str]) -> Contes
     trained = [p for p in decoder.parameters() if p.requires_grad]
     groups = [ParamGroup(trained, weight_decay=optim.weight_decay, decay_vectors=True, clip=optim.clip)]
     optimizer = build_optimizer(decoder, optim, MATRIX_DTYPE[precision], groups, exact=decoder.exact())
-    compile_regions(decoder, config.model.compile, device, config.train.steps)
+    compile_kinds(decoder.modules(), COMPILED, config.model.compile, device, config.train.steps)
     gradients, guard = Gradients(groups, DistContext(device=device)), NonFiniteGuard(device)
 
     def step(lap: Lap) -> float:

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -24,6 +24,11 @@ def some_names(names: Sequence[str], most: int = 10) -> str:
     """The first names, separated by commas, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def some_reasons(reasons: Mapping[str, str], most: int = 10) -> str:
+    """The same with the reason of each name in brackets."""
+    return some_names([f"{name} ({why})" for name, why in reasons.items()], most)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from benchmarks.offline.efficiency import efficiencies
 from benchmarks.offline.gpus import GPUS
-from fastmum.model.config import PRESETS, ModelConfig
-from fastmum.tasks.pose.flops import BACKWARD, frame_flops
+from fastmum.model.config import BACKWARD, PRESETS, ModelConfig
+from fastmum.tasks.pose.flops import frame_flops
 from fastmum.tasks.pose.model import CONVOLUTIONS, RESIDUAL_BLOCKS, PoseConfig
 
 SIZE, PAIRS = 256, 64  # px; pairs of a GPU: 1,024 on 16

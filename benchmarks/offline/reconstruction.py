@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.offline.efficiency import Efficiency, efficiencies
 from benchmarks.offline.gpus import GPUS
-from fastmum.model.config import PRESETS, ModelConfig
+from fastmum.model.config import BACKWARD, PRESETS, ModelConfig
 from fastmum.tasks.reconstruction.aggregator import Tap
 from fastmum.tasks.reconstruction.dpt import LEVELS, Dpt
-from fastmum.tasks.reconstruction.flops import BACKWARD, dense_flops, frame_flops, square_flops
+from fastmum.tasks.reconstruction.flops import dense_flops, frame_flops, square_flops
 from fastmum.tasks.reconstruction.model import ReconstructionConfig
 
 PAPER_SECONDS = 3 * 86400 / 100_000  # supplement B: 100 K steps in 3 days on 32 x H200

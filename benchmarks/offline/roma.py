@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.offline.efficiency import Efficiency, efficiencies
 from benchmarks.offline.gpus import GPUS
 from benchmarks.offline.reconstruction import _Bytes
-from fastmum.model.config import PRESETS, ModelConfig
-from fastmum.tasks.roma.decoder import COARSE, Decoder
-from fastmum.tasks.roma.flops import BACKWARD, pair_flops
+from fastmum.model.config import BACKWARD, PRESETS, ModelConfig
+from fastmum.tasks.roma.decoder import COARSE
+from fastmum.tasks.roma.flops import pair_flops
 from fastmum.tasks.roma.model import RomaConfig
 from fastmum.tasks.roma.vgg import Vgg
 
@@ -43,9 +43,7 @@ def work(config: RomaConfig, encoder: ModelConfig, pairs: int = PAIRS, side: int
     grid = side // config.patch_size
     with FakeTensorMode(), torch.no_grad():
         cnn = Vgg(config.vgg, config.vgg_layers).eval()
-        decoder = Decoder(
-            config.scales, config.gp_dim, config.num_heads, config.blocks, config.anchors, config.hidden_blocks
-        ).eval()
+        decoder = config.decoder().eval()
         with _Bytes() as fine:
             maps = cnn(torch.empty(1, 3, side, side))
         maps |= {COARSE: torch.empty(1, config.encoder_dim, grid, grid)}

@@ -130,9 +130,9 @@ class Task(ABC):
         return {}
 
     def compile(self, model: Any, steps: int) -> None:
-        """Compile the model in place; `steps` are still to be done."""
+        """Compile the model in place; `steps` are still to be done. The default refuses CUDA graphs (ConfigError)."""
         if self.config.train.cuda_graphs:
-            raise ConfigError(f"train.cuda_graphs is true, but the task '{self.config.run.task}' compiles nothing")
+            raise ConfigError(f"train.cuda_graphs is true, but the task '{self.config.run.task}' records none")
 
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:  # noqa: B027
         """Open the data sets after `start` steps, in the first process first; may write files into the run's folder."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastmum.data.errors import DataError
-from fastmum.errors import some_names
+from fastmum.errors import some_reasons
 from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discriminant, evaluate_matching
 from fastmum.evaluate.arguments import (
     CLASSIFIER_STEPS,
@@ -262,8 +262,8 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluation:
         )
     for data, part in ((test, "test"), (train, "training")):
         if data.skipped:
-            why = some_names([f"{name} ({reason})" for name, reason in data.skipped.items()], 3)
-            print(f"{data.name}: {len(data.skipped)} {part} images are skipped: {why}", file=sys.stderr)
+            why = f"{len(data.skipped)} {part} images are skipped: {some_reasons(data.skipped, 3)}"
+            print(f"{data.name}: {why}", file=sys.stderr)
     used = of_encoder(encoder, args.weights, overrides_of(args))
     about = {"task": "depth", **used, **result.best.about(), "loss": settings.loss, "size": result.longest}
     about |= {"max_depth": train.protocol.max_depth}

@@ -37,13 +37,12 @@ from fastmum.tasks.depth import (
     Loss,
     feature_blocks,
     fit_patches,
-    head_blocks,
     learning_rate_factor,
     momentum,
     predict_depth,
     resize,
 )
-from fastmum.tasks.reconstruction.pictures import colours
+from fastmum.tasks.pictures import colours
 
 CLIP = 35.0  # norm of the gradient of a head
 THREADS = 8  # that read images
@@ -164,15 +163,12 @@ def train_heads(
     encoder: Encoder, data: DepthSet, settings: DepthSettings, cache: FeatureCache | None = None
 ) -> tuple[list[Candidate], list[float]]:
     """All heads in eval mode, and the mean loss of each in the last tenth of the steps. Raises DataError."""
-    device, depth, steps = next(encoder.parameters()).device, encoder.config.depth, settings.steps
-    candidates = []
+    device, steps, candidates = next(encoder.parameters()).device, settings.steps, []
     with torch.random.fork_rng(devices=[]):
         for sizes in itertools.product(settings.heads, settings.learning_rates, settings.weight_decays):
             torch.manual_seed(settings.seed)
-            kind = HEADS[sizes[0]]
-            blocks = len(head_blocks(depth, kind.layers))
-            head = DepthHead(kind, encoder.config.embed_dim, blocks, data.protocol.max_depth, settings.loss)
-            candidates.append(Candidate(*sizes, head.to(device)))
+            head = DepthHead.of(encoder, HEADS[sizes[0]], data.protocol.max_depth, settings.loss)
+            candidates.append(Candidate(*sizes, head))
     groups: list[dict[str, Any]] = [
         {"params": list(each.head.parameters()), "weight_decay": each.weight_decay} for each in candidates
     ]

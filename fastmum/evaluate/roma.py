@@ -13,13 +13,14 @@ from fastmum.evaluate.pairs import Pair, PairSet
 from fastmum.evaluate.records import Scored
 from fastmum.geometry.metrics import direction_error, pose_auc, rotation_error
 from fastmum.progress import progress_bar
+from fastmum.tasks.pictures import colours, tiles
+from fastmum.tasks.pose.scores import DEGREES
 from fastmum.tasks.roma.infer import Trained, Warps, match, pixels, sample
 from fastmum.tasks.roma.losses import TrueWarp, true_warps
-from fastmum.tasks.roma.pictures import colours, moved, tiles
+from fastmum.tasks.roma.pictures import moved
 from fastmum.tasks.roma.scores import PCK, pixel_errors
 
 BATCH = 8  # pairs whose pixels are averaged together, as in RoMa's dense benchmark
-DEGREES = (5, 10, 20)  # of the AUC
 MATCHES, REPEATS = 5000, 5  # that are sampled, how often
 THRESHOLD, CONFIDENCE = 0.5, 0.99999  # of the essential matrix: pixels at `SIDES`, probability
 FAILED = 90.0  # degrees, if no pose is found
@@ -40,7 +41,7 @@ def require_opencv() -> Any:
 
 def evaluate_roma(
     trained: Trained, pairs: PairSet, size: int | None = None, pose: bool = True, pictures: Sequence[Pair] = (),
-    seed: int = 0, side: tuple[Any, int] | None = None,
+    seed: int = 0,
 ) -> Scored:  # fmt: skip
     """Score a run on pairs with depth and cameras.
 
@@ -51,10 +52,9 @@ def evaluate_roma(
     Args:
         pose: also matches in two passes and estimates poses, which needs OpenCV.
         pictures: pairs that are drawn.
-        side: of images, and its pixels, in which the threshold of the essential matrix is; by default that of the set.
     """
     cv2, size = require_opencv() if pose else None, size or trained.image_size
-    side = side or SIDES.get(pairs.name, DEFAULT_SIDE)
+    side = SIDES.get(pairs.name, DEFAULT_SIDE)
     generator = torch.Generator().manual_seed(seed)
     errors, batches, poses, drawn = list[Tensor](), list[Tensor](), list[float](), []
     per_pair_epe, per_pair_pose = dict[str, float | None](), dict[str, float]()
@@ -111,15 +111,12 @@ def pose_errors(
         assert camera is not None, frame
         height, width = image.shape[:2]
         factor = side[1] / side[0](width, height)
-        K = camera.resized((width, height)).K.copy()
-        K[:2] *= factor
-        Ks.append(K)
-        sizes.append((factor * width, factor * height))
+        Ks.append(np.diag([factor, factor, 1.0]) @ camera.resized((width, height)).K)
+        sizes += [factor * width, factor * height]
     true, found = pair.T_b_a, list[float]()
     for _ in range(REPEATS):
         matches, _ = sample(warps, MATCHES, generator)
-        points = [pixels(part, size) for part, size in zip(matches.split(2, 1), sizes, strict=True)]  # type: ignore
-        pose = essential_pose(cv2, *points, *Ks)
+        pose = essential_pose(cv2, *np.split(pixels(matches, sizes), 2, axis=1), *Ks)
         if pose is None:
             found.append(FAILED)
             continue
@@ -149,13 +146,13 @@ def essential_pose(
 def draw_pair(images: Sequence[np.ndarray], warps: Warps, truth: TrueWarp) -> Image.Image:
     """Both images, each seen from the other one where the warp is certain, and the true warp."""
     a, b = (torch.from_numpy(image) for image in images)
-    named = [("first image", a), ("second image", b)]
+    named: list[tuple[str, Any]] = [("first image", a), ("second image", b)]
     for name, image, points, certainty in zip(
         ("second, warped", "first, warped"), (b, a), warps.points, warps.certainty, strict=True
     ):
-        named.append((name, faded(moved(image, points.permute(2, 0, 1)), certainty)))
-    named.append(("certainty", colours(warps.certainty[0], 1.0)))
-    named.append(("second, true warp", faded(moved(b, truth.points[0]), truth.visible[0].float())))
+        named.append((name, faded(moved(image, points), certainty)))
+    named.append(("certainty", colours(warps.certainty[0].numpy(), 0, 1)))
+    named.append(("second, true warp", faded(moved(b, truth.points[0].permute(1, 2, 0)), truth.visible[0].float())))
     return tiles(named, len(named))
 
 

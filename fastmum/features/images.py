@@ -74,6 +74,14 @@ class Images:
         """Path of a file from the root, with forward slashes; bytes that are not UTF-8 are escaped, such as `\\xe9`."""
         return os.fsencode(file.relative_to(self.root).as_posix()).decode(errors="backslashreplace")
 
+    def read(self, file: Path) -> np.ndarray | None:
+        """The upright image (height, width, 3) uint8 RGB; None if it cannot be decoded, as `skipped` says then."""
+        try:
+            return read_upright(file)
+        except FrameError as error:
+            self.skipped[self.name(file)] = str(error)
+            return None
+
     def sizes(self) -> dict[Path, tuple[int, int]]:
         """Upright height and width of each image from its header; unreadable files are skipped."""
         sizes = {}

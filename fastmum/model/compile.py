@@ -4,8 +4,8 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch._dynamo
@@ -70,6 +70,21 @@ def compile_model(
     elif isinstance(model, MuM) and chosen == "full":
         model.compiled_autoencode = torch.compile(MuM._autoencode, **how)
     return chosen
+
+
+def compile_kinds(
+    modules: Iterable[nn.Module], kinds: Sequence[type[Any]], mode: str, device: torch.device, steps: int,
+    dynamic: bool | None = None,
+) -> None:  # fmt: skip
+    """Compile `_compute` of each of some kinds of module in place, if `choose_mode` says so; log the mode."""
+    chosen = choose_mode(mode, device, steps)
+    log.info("torch.compile: %s", chosen)
+    if chosen == "off":
+        return
+    computes = {kind: torch.compile(kind._compute, fullgraph=True, dynamic=dynamic) for kind in kinds}
+    for module in modules:
+        if type(module) in computes:
+            cast(Any, module).compiled_compute = computes[type(module)]
 
 
 def choose_mode(mode: str, device: torch.device, steps: int) -> str:

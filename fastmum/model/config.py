@@ -64,6 +64,21 @@ class Flops(NamedTuple):
         return self.linear + self.attention
 
 
+BACKWARD = 3  # operations of a pass forward and backward, over those of the forward pass
+
+
+def block_flops(width: int) -> int:
+    """Operations of a block's linear layers for a token: four matrices of width x width, the MLP's of MLP_RATIO."""
+    return 2 * (4 + 2 * MLP_RATIO) * width * width
+
+
+def encoding_flops(config: ModelConfig, patches: int, tokens: int) -> int:
+    """Operations of the encoder's forward pass for a frame; `tokens` are `patches` and the prefix."""
+    D = config.embed_dim
+    blocks = config.depth * tokens * (block_flops(D) + 4 * tokens * D)
+    return blocks + patches * 2 * config.in_chans * config.patch_size**2 * D
+
+
 def step_flops(config: ModelConfig, num_patches: int, visible: int, lengths: Sequence[int]) -> Flops:
     """Operations of a step on sequences of `lengths` frames, two per multiply-add of a matrix product.
 
@@ -74,11 +89,10 @@ def step_flops(config: ModelConfig, num_patches: int, visible: int, lengths: Seq
     pairs = config.decoder_depth // 2
     squares = sum(S * S for S in lengths)
 
-    # A block: q, k, v and the projection are 4 matrices of width x width, the MLP 2 of MLP_RATIO times that.
-    encoder = config.depth * F * (1 + K) * _block(D)
-    frame_blocks = pairs * F * (1 + P) * _block(E)
-    global_blocks = (pairs - 1) * F * (1 + P) * _block(E)
-    last_block = F * (1 + P) * 4 * E * E + F * M * (_block(E) - 4 * E * E)  # keys and values of all tokens
+    encoder = config.depth * F * (1 + K) * block_flops(D)
+    frame_blocks = pairs * F * (1 + P) * block_flops(E)
+    global_blocks = (pairs - 1) * F * (1 + P) * block_flops(E)
+    last_block = F * (1 + P) * 4 * E * E + F * M * (block_flops(E) - 4 * E * E)  # keys and values of all tokens
     ends = F * (1 + K) * 2 * D * E + F * M * 2 * E * pixels
     # Forward, and for the gradients of inputs and of weights; pixels need no gradient.
     linear = 3 * (encoder + frame_blocks + global_blocks + last_block + ends) + 2 * F * K * 2 * pixels * D
@@ -87,7 +101,3 @@ def step_flops(config: ModelConfig, num_patches: int, visible: int, lengths: Seq
     pairs_of_tokens = config.depth * F * (1 + K) ** 2 * D + pairs * F * (1 + P) ** 2 * E
     pairs_of_tokens += (pairs - 1) * squares * (1 + P) ** 2 * E + squares * M * (1 + P) * E
     return Flops(linear, attention=3 * 4 * pairs_of_tokens)
-
-
-def _block(width: int) -> int:
-    return 2 * (4 + 2 * MLP_RATIO) * width * width

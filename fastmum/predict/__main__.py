@@ -14,7 +14,7 @@ from fastmum.errors import FastmumError, program, run_command
 from fastmum.features.probe import find_probe, read_probe
 from fastmum.files import expand_user
 
-# Task of a run: module with `add_arguments(parser)` and `predict(args)`.
+# Task of a run: module with `add_arguments(parser)`, of which all have --encoder and --device, and `predict(args)`.
 PREDICTORS = dict.fromkeys(("reconstruction", "distillation"), "fastmum.predict.reconstruction")
 PREDICTORS |= {"pose": "fastmum.predict.pose", "roma": "fastmum.predict.roma", "depth": "fastmum.predict.depth"}
 
@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise FastmumError(f"{what}; runs of {', '.join(PREDICTORS)} do")
             module = importlib.import_module(PREDICTORS[task])
             module.add_arguments(parser)
+            parser.add_argument(
+                "--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training"
+            )
+            parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
             args = parser.parse_args(words)
             try:
                 module.predict(args)

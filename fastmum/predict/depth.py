@@ -6,15 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastmum.data.decode.image import FrameError, read_upright
 from fastmum.engine.device import pick_device
-from fastmum.errors import FastmumError, some_names, writing
+from fastmum.errors import FastmumError, some_reasons, writing
 from fastmum.features.images import find_images
 from fastmum.features.probe import probe_encoder, read_probe
 from fastmum.files import expand_user
 from fastmum.progress import progress_bar
-from fastmum.tasks.depth import HEADS, DepthHead, head_blocks, predict_depth, resize, scaled
-from fastmum.tasks.reconstruction.pictures import colours
+from fastmum.tasks.depth import HEADS, DepthHead, predict_depth, resize, scaled
+from fastmum.tasks.pictures import colours
 
 LEVELS = 65535  # millimetres in a 16-bit image; what is farther has this value
 
@@ -25,8 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("images", nargs="+", metavar="IMAGES", help="folders of images, image files, or patterns")
     add("--out", type=Path, default=Path("predictions"), metavar="DIR", help="folder of the results (%(default)s)")
     add("--size", type=int, metavar="PX", help="longer side that images are resized to (default: that of the test set)")
-    add("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training")
-    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -35,27 +32,22 @@ def predict(args: argparse.Namespace) -> None:
         raise FastmumError(f"--size is {args.size}, but must be at least 1")
     images, probe = find_images(args.images), read_probe(expand_user(args.run))
     about, device = probe.about, pick_device(args.device, key="--device")
-    encoder, kind = probe_encoder(probe, args.encoder).to(device), HEADS[about["head"]]
-    blocks = len(head_blocks(encoder.config.depth, kind.layers))
-    head = DepthHead(kind, encoder.config.embed_dim, blocks, about["max_depth"], about["loss"])
+    encoder = probe_encoder(probe, args.encoder).to(device)
+    head = DepthHead.of(encoder, HEADS[about["head"]], about["max_depth"], about["loss"]).eval()
     head.load_state_dict(dict(probe.tensors))
-    head.to(device).eval()
     out = expand_user(args.out)
     for file in progress_bar(images.files, unit="image", desc="predicting"):
-        name = images.name(file)
-        try:
-            image = Image.fromarray(read_upright(file))
-        except FrameError as error:
-            images.skipped[name] = str(error)
+        if (pixels := images.read(file)) is None:
             continue
+        image = Image.fromarray(pixels)
         size = scaled(image.size, args.size or about["size"])
         depth = predict_depth([head], encoder, np.asarray(image.resize(size, Image.Resampling.BILINEAR)))
-        write_depth(out, name, image, resize(depth[None], image.size[::-1])[0, 0].numpy())
+        write_depth(out, images.name(file), image, resize(depth[None], image.size[::-1])[0, 0].numpy())
     if len(images.skipped) == len(images.files):
-        raise FastmumError(f"none of the images can be read: {some_names([*map(str, images.skipped.items())], 3)}")
+        raise FastmumError(f"none of the images can be read: {some_reasons(images.skipped, 3)}")
     print(f"{len(images.files) - len(images.skipped)} of {len(images.files)} images: {out}")
     if images.skipped:
-        print("skipped:", some_names([f"{name} ({why})" for name, why in images.skipped.items()]))
+        print("skipped:", some_reasons(images.skipped))
 
 
 def write_depth(out: Path, name: str, image: Image.Image, depth: np.ndarray) -> None:

@@ -27,9 +27,7 @@ def require_pycolmap() -> Any:
     return pycolmap
 
 
-def write_database(
-    file: Path, root: Path, pairs: list[PairMatches], cell: float, verify: bool = True
-) -> tuple[int, int]:
+def write_database(file: Path, root: Path, pairs: list[PairMatches], cell: float) -> tuple[int, int]:
     """Write a database with cameras, images, keypoints, matches and verified geometry; returns keypoints and matches.
 
     Points of an image in the same cell are one keypoint at their mean, and a keypoint has at most one match in each
@@ -39,7 +37,6 @@ def write_database(
         file: does not exist.
         root: folder of the images.
         cell: side of the cells in pixels.
-        verify: also estimate fundamental matrices, as `colmap matches_importer` does.
     """
     pycolmap = require_pycolmap()
     names = sorted({name for pair in pairs for name in (pair.first, pair.second)})
@@ -59,8 +56,7 @@ def write_database(
             if len(found):
                 database.write_matches(ids[pair.first], ids[pair.second], found)
         database.close()
-        if verify:
-            pycolmap.geometric_verification(file)
+        pycolmap.geometric_verification(file)
     except (OSError, RuntimeError, ValueError) as error:
         raise FastmumError(f"the database '{file}' cannot be written ({first_line(error)})") from None
     return sum(map(len, keypoints.values())), sum(map(len, matches))

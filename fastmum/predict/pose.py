@@ -28,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fov", type=float, default=60.0, metavar="DEG", help="horizontal field of view of both cameras, which the "
         "lines need and the pose does not (%(default)s)")  # fmt: skip
     add("--size", type=int, metavar="PX", help="side of the square that is cropped and resized (default: as trained)")
-    add("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training")
-    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
 
 
 def predict(args: argparse.Namespace) -> None:

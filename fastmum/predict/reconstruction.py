@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastmum.data.colmap_writer import Points, write_model
-from fastmum.data.decode.image import FrameError, read_upright
 from fastmum.data.evaluation import evaluation_size, pad
 from fastmum.engine.device import pick_device
-from fastmum.errors import FastmumError, some_names, writing
+from fastmum.errors import FastmumError, some_reasons, writing
 from fastmum.features.images import Images, find_images
 from fastmum.files import expand_user, write_atomic
 from fastmum.geometry import Camera, View, crop_resize
@@ -65,8 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--confidence", type=float, default=25.0, metavar="P", help="percentage of the pixels, those of the lowest "
         "confidence, that give no point (%(default)s)")  # fmt: skip
     add("--max-points", type=int, default=200_000, metavar="N", help="points of the cloud (%(default)s)")
-    add("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training")
-    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--no-page", action="store_true", help="no page with the point cloud, which needs plotly")
 
 
@@ -86,7 +83,7 @@ def predict(args: argparse.Namespace) -> None:
     write_results(out, photos, found, source, args.confidence, args.max_points, not args.no_page)
     print(f"{len(photos)} of {len(images.files)} images: {out}")
     if images.skipped:
-        print("skipped:", some_names([f"{name} ({why})" for name, why in images.skipped.items()]))
+        print("skipped:", some_reasons(images.skipped))
 
 
 def read_photos(images: Images, longest: int, patch_size: int) -> list[Photo]:
@@ -96,17 +93,15 @@ def read_photos(images: Images, longest: int, patch_size: int) -> list[Photo]:
     """
     views, sizes, names = [], [], []
     for file in progress_bar(images.files, unit="image", desc="reading", leave=False):
-        try:
-            view = View(read_upright(file))
-        except FrameError as error:
-            images.skipped[images.name(file)] = str(error)
+        if (pixels := images.read(file)) is None:
             continue
+        view = View(pixels)
         size = evaluation_size(view.size, longest, patch_size)
         views.append(crop_resize(view, None, size, resample=Image.Resampling.BICUBIC))
         sizes.append(view.size)
         names.append(images.name(file))
     if not views:
-        raise FastmumError(f"none of the images can be read: {some_names([*map(str, images.skipped.items())], 3)}")
+        raise FastmumError(f"none of the images can be read: {some_reasons(images.skipped, 3)}")
     whole = max(view.size[0] for view in views), max(view.size[1] for view in views)
     photos = []
     for name, view, size in zip(names, views, sizes, strict=True):

@@ -2,7 +2,8 @@
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,18 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fastmum.data.decode.image import FrameError, read_upright
+from fastmum.data.samples import read_rgb
 from fastmum.engine.device import pick_device
-from fastmum.errors import FastmumError, some_names, writing
+from fastmum.errors import FastmumError, some_reasons, writing
 from fastmum.features.images import Images, find_images
 from fastmum.files import atomic_path, expand_user
 from fastmum.predict.matches_db import PairMatches, require_pycolmap, write_database
 from fastmum.progress import progress_bar
+from fastmum.tasks.pictures import colours, tiles
 from fastmum.tasks.roma.infer import Warps, load_run, match, pixels, sample
-from fastmum.tasks.roma.pictures import colours, moved, tiles
+from fastmum.tasks.roma.pictures import moved
 
+KEPT = 16  # images in memory; pairs come sorted by their first image
 SHOWN = 60  # matches in the picture
 SIDE = 480  # pixels: height of its images
 
@@ -38,8 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, metavar="PX", help="side that images are resized to for the first pass (default: as in "
         "training); the second one is at 864 / 560 of it")  # fmt: skip
     add("--one-pass", action="store_true", help="no second pass: faster, and less exact")
-    add("--encoder", metavar="SPEC", help="weights of the encoder, if they were moved since the training")
-    add("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="of the choice of matches (%(default)s)")
 
 
@@ -70,22 +71,15 @@ def predict(args: argparse.Namespace) -> None:
         return warps, matches[kept], certainty[kept]
 
     if args.out is not None:
-        write_pair(expand_user(args.out), [read_image(file) for file in images.files], sampled)
+        a, b = (np.array(read_rgb(file)) for file in images.files)
+        write_pair(expand_user(args.out), (a, b), *sampled(a, b))
         print(f"warp, matches and pictures: {args.out}")
         return
     found = match_pairs(images, pairs, lambda a, b: sampled(a, b)[1:])
     keypoints, matches = write_database(expand_user(args.colmap), images.root, found, args.cell)
     print(f"{len(found)} of {len(pairs)} pairs, {keypoints} keypoints, {matches} matches: {args.colmap}")
     if images.skipped:
-        print("skipped:", some_names([f"{name} ({why})" for name, why in images.skipped.items()]))
-
-
-def read_image(file: Path) -> np.ndarray:
-    """The upright image (H, W, 3) uint8; FastmumError if it cannot be read."""
-    try:
-        return np.ascontiguousarray(read_upright(file))
-    except FrameError as error:
-        raise FastmumError(f"'{file}': {error}") from None
+        print("skipped:", some_reasons(images.skipped))
 
 
 def read_pairs(file: Path, images: Images) -> list[tuple[Path, Path]]:
@@ -105,60 +99,40 @@ def read_pairs(file: Path, images: Images) -> list[tuple[Path, Path]]:
 
 
 def match_pairs(
-    images: Images,
-    pairs: Sequence[tuple[Path, Path]],
+    images: Images, pairs: Sequence[tuple[Path, Path]],
     matcher: Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]],
-) -> list[PairMatches]:
+) -> list[PairMatches]:  # fmt: skip
     """Matches of pairs in pixels of the upright images; unreadable ones are put into `images.skipped`."""
-    kept: dict[Path, np.ndarray] = {}
-    found = list[PairMatches]()
-
-    def image(file: Path, others: Iterable[Path]) -> np.ndarray | None:
-        if file not in kept and images.name(file) not in images.skipped:
-            try:
-                kept[file] = np.ascontiguousarray(read_upright(file))
-            except FrameError as error:
-                images.skipped[images.name(file)] = str(error)
-            for old in [*kept][:-16]:  # pairs come sorted by their first image
-                if old not in others:
-                    del kept[old]
-        return kept.get(file)
-
+    read, found = lru_cache(KEPT)(images.read), list[PairMatches]()
     for a, b in progress_bar(pairs, unit="pair", desc="matching"):
-        first, second = image(a, (a, b)), image(b, (a, b))
+        first, second = read(a), read(b)
         if first is None or second is None:
             continue
         matches, certainty = matcher(first, second)
-        points = [
-            pixels(part, (each.shape[1], each.shape[0])).astype(np.float32)
-            for part, each in zip(matches.split(2, 1), (first, second), strict=True)  # type: ignore[no-untyped-call]
-        ]
-        found.append(PairMatches(images.name(a), images.name(b), points[0], points[1], certainty.numpy()))
+        points = pixels(matches, (*first.shape[1::-1], *second.shape[1::-1])).astype(np.float32)
+        found.append(PairMatches(images.name(a), images.name(b), points[:, :2], points[:, 2:], certainty.numpy()))
     if not found:
-        raise FastmumError(f"no pair can be matched: {some_names([*map(str, images.skipped.items())], 3)}")
+        raise FastmumError(f"no pair can be matched: {some_reasons(images.skipped, 3)}")
     return found
 
 
 def write_pair(
-    out: Path, images: Sequence[np.ndarray],
-    sampled: Callable[[np.ndarray, np.ndarray], tuple[Warps, Tensor, Tensor]],
-) -> None:  # fmt: skip
+    out: Path, images: tuple[np.ndarray, np.ndarray], warps: Warps, matches: Tensor, certainty: Tensor
+) -> None:
     """Write warp.npz, matches.npz, warp.png and matches.png; FastmumError: they cannot be written."""
-    a, b = images
-    warps, matches, certainty = sampled(a, b)
-    sizes = [(image.shape[1], image.shape[0]) for image in images]
-    H, W = warps.certainty.shape[1:]
-    points = [pixels(part, size) for part, size in zip(matches.split(2, 1), sizes, strict=True)]  # type: ignore
-    arrays = {
-        "first_to_second": pixels(warps.points[0].view(-1, 2), sizes[1]).reshape(H, W, 2).astype(np.float32),
-        "second_to_first": pixels(warps.points[1].view(-1, 2), sizes[0]).reshape(H, W, 2).astype(np.float32),
-        "certainty_first": warps.certainty[0].numpy(), "certainty_second": warps.certainty[1].numpy(),
+    first, second = (image.shape[1::-1] for image in images)
+    points = np.split(pixels(matches, (*first, *second)), 2, axis=1)
+    files = {
+        "warp": {
+            "first_to_second": pixels(warps.points[0], second).astype(np.float32),
+            "second_to_first": pixels(warps.points[1], first).astype(np.float32),
+            "certainty_first": warps.certainty[0].numpy(), "certainty_second": warps.certainty[1].numpy(),
+        },
+        "matches": {"first": points[0], "second": points[1], "certainty": certainty.numpy()},
     }  # fmt: skip
     with writing(out, FastmumError):
         out.mkdir(parents=True, exist_ok=True)
-        for name, content in (
-            ("warp", arrays), ("matches", {"first": points[0], "second": points[1], "certainty": certainty.numpy()}),
-        ):  # fmt: skip
+        for name, content in files.items():
             with atomic_path(out / f"{name}.npz") as path, open(path, "wb") as stream:
                 np.savez_compressed(stream, **content)  # type: ignore[arg-type]
         draw_warps(images, warps).save(out / "warp.png")
@@ -168,11 +142,11 @@ def write_pair(
 def draw_warps(images: Sequence[np.ndarray], warps: Warps) -> Image.Image:
     """Both images, each as seen from the other, and the certainties."""
     a, b = (torch.from_numpy(image) for image in images)
-    named = [("first image", a), ("second, warped", moved(b, warps.points[0].permute(2, 0, 1))),
-             ("certainty", colours(warps.certainty[0], 1.0)), ("second image", b),
-             ("first, warped", moved(a, warps.points[1].permute(2, 0, 1))),
-             ("certainty", colours(warps.certainty[1], 1.0))]  # fmt: skip
-    return tiles(named, 3)
+    certainties = [colours(each.numpy(), 0, 1) for each in warps.certainty]
+    return tiles([
+        ("first image", a), ("second, warped", moved(b, warps.points[0])), ("certainty", certainties[0]),
+        ("second image", b), ("first, warped", moved(a, warps.points[1])), ("certainty", certainties[1]),
+    ], 3)  # fmt: skip
 
 
 def draw_lines(images: Sequence[np.ndarray], points: Sequence[np.ndarray], certainty: Tensor) -> Image.Image:

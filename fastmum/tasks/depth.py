@@ -9,7 +9,7 @@ Legend: B images, P patches of the grid (h, w), n blocks, D width, C = channels 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import numpy as np
 import torch
@@ -88,6 +88,13 @@ class DepthHead(nn.Module):
             nn.init.constant_(cast(Tensor, self.conv_depth.bias), 0)
         self.register_buffer("bins", torch.linspace(min_depth, max_depth, bins))  # metres, both ends included
 
+    @classmethod
+    def of(cls, encoder: Encoder, kind: HeadKind, max_depth: float, loss: Loss = "sig") -> Self:
+        """A head on the tokens of an encoder, on its device."""
+        blocks = len(head_blocks(encoder.config.depth, kind.layers))
+        head = cls(kind, encoder.config.embed_dim, blocks, max_depth, loss)
+        return head.to(next(encoder.parameters()).device)
+
     def forward(self, patch: Tensor, cls: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Patch tokens (B, n, P, D) and CLS (B, n, D) of this head's blocks -> logits (B, K, h', w'), `upsample` h."""
         x = patch
@@ -131,26 +138,26 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False)
 
 
-def sig_loss(depth: Tensor, true: Tensor, mean_only: bool = False, max_depth: float | None = None) -> Tensor:
+def sig_loss(depth: Tensor, true: Tensor, mean_only: bool = False) -> Tensor:
     """Scale-invariant loss of maps (B, 1, H, W): sqrt(var(g) + 0.15 mean(g)^2) of the logarithms' differences g.
 
-    Over pixels with 0 < true <= max_depth (None: any) of the whole batch, unbiased; 0 with fewer than two of them.
-    `mean_only` leaves the variance out, as DINOv2 does in its first 100 calls.
+    Over pixels with true > 0 of the whole batch, unbiased; 0 with fewer than two of them. `mean_only` leaves the
+    variance out, as DINOv2 does in its first 100 calls.
     """
-    g = _log_ratio(depth, true)[_known(true, max_depth)]
+    g = _log_ratio(depth, true)[true > 0]
     if len(g) < 2:
         return depth.sum() * 0
     spread = torch.zeros_like(g[0]) if mean_only else g.var()
     return (spread + MEAN_WEIGHT * g.mean() ** 2).clamp(min=1e-12).sqrt()
 
 
-def gradient_loss(depth: Tensor, true: Tensor, max_depth: float | None = None) -> Tensor:
+def gradient_loss(depth: Tensor, true: Tensor) -> Tensor:
     """Differences |g[i + 2] - g[i]| of `sig_loss`'s g along rows and columns, at several strides (DINOv3's axes).
 
     At each stride the sum over pixels that are known at both ends, divided by the number of known pixels.
     (DINOv2's form differences batch and channels, and so is 0.)
     """
-    known = _known(true, max_depth)
+    known = true > 0
     g, total = torch.where(known, _log_ratio(depth, torch.where(known, true, 1.0)), 0.0), depth.sum() * 0
     for stride in STRIDES:
         g_s, known_s = g[..., ::stride, ::stride], known[..., ::stride, ::stride]
@@ -165,10 +172,6 @@ def gradient_loss(depth: Tensor, true: Tensor, max_depth: float | None = None) -
 
 def _log_ratio(depth: Tensor, true: Tensor) -> Tensor:
     return (depth + EPS).log() - (true + EPS).log()
-
-
-def _known(true: Tensor, max_depth: float | None) -> Tensor:
-    return (true > 0) if max_depth is None else (true > 0) & (true <= max_depth)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

@@ -54,11 +54,6 @@ class LoaderTask(Task):
         numbers = range(self.world.rank, -(-count // size) * size, size) if planner is not None else ()
         return {i: planner.plan(min(i, count - 1)) for i in numbers}
 
-    def read_held_out(self) -> dict[int, Any]:
-        """The held-out batches of this process by number (`held_out_plans`)."""
-        plans = self.held_out_plans()
-        return dict(zip(plans, self._loader.batches(plans.values(), self.stopping), strict=True))
-
     def places(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Step and part, the arguments of the planner, of the micro-batches of this process."""
         first = self.world.rank * self.batches_per_step

@@ -11,7 +11,7 @@ import numpy as np
 from fastmum.config.schema import key
 from fastmum.config.sources import SourceSection
 from fastmum.data.manifest import Manifests
-from fastmum.data.pair_loader import Geometry, PairLoader, crop_view
+from fastmum.data.pair_loader import PairLoader
 from fastmum.data.pair_plan import SAMPLING, PairPlanner
 from fastmum.data.scene_plan import GROUND_TRUTH
 from fastmum.tasks.splits import open_planners
@@ -63,11 +63,11 @@ class PairSplits(NamedTuple):
 
     def loader(
         self, data: PairDataSection, bad_frames: Path | None = None, processes: int = 1,
-        geometry: Geometry = crop_view, kind: type[PairLoader] = PairLoader,
+        kind: type[PairLoader] = PairLoader,
     ) -> PairLoader:  # fmt: skip
         """The loader of both splits' plans; `bad_frames` and `processes` are those of `Faults`."""
         return kind(
-            (self.training, self.held_out), data.workers, geometry, bad_frames=bad_frames, held_out=self.is_held_out,
+            (self.training, self.held_out), data.workers, bad_frames=bad_frames, held_out=self.is_held_out,
             processes=processes, retry_s=data.retry_s,
         )  # fmt: skip
 

@@ -1,34 +1,27 @@
 """The plain model of reconstruction's benchmark: public numbers, and the same steps as fastmum."""
 
-import json
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors import safe_open
+from public_files import error, files, part_of, sizes_of
 from safetensors.torch import load_file
 
 from benchmarks.reference.reconstruction import ReferenceVGGT, losses_of
 from fastmum.tasks.reconstruction.convert import config_of, from_public
 
-ROOT = Path(__file__).resolve().parents[2].parent / "shared/downstream/fixtures"
-FIXTURES = Path(os.environ.get("FASTMUM_FIXTURES") or ROOT)
-FILES = sorted((FIXTURES / "vggt").glob("*_model.safetensors"))
 NAMES = {
     "loss_T": "translation", "loss_R": "rotation", "loss_FL": "fov", "loss_camera": "camera",
     "loss_conf_depth": "depth_confidence", "loss_reg_depth": "depth_error", "loss_grad_depth": "depth_gradient",
     "loss_conf_point": "points_confidence", "loss_reg_point": "points_error", "loss_grad_point": "points_gradient",
     "objective": "objective",
 }  # fmt: skip
-ABSENT = pytest.param(None, marks=pytest.mark.skip(reason=f"no vggt/*_model.safetensors in {FIXTURES}"), id="absent")
 
 
-@pytest.mark.parametrize("file", FILES or [ABSENT], ids=lambda file: getattr(file, "stem", None))
+@pytest.mark.parametrize("file", files("vggt", "model.safetensors"))
 def test_the_reference_has_the_public_numbers(file):
-    tensors, sizes = load_file(file), json.loads(safe_open(file, "pt").metadata()["config"])
-    kinds = {kind: {n.removeprefix(f"{kind}/"): x for n, x in tensors.items() if n.startswith(f"{kind}/")}
-             for kind in ("weights", "input", "output", "loss", "grad", "normalised")}  # fmt: skip
+    tensors, sizes = load_file(file), sizes_of(file)
+    kinds = {
+        name: part_of(tensors, f"{name}/") for name in ("weights", "input", "output", "loss", "grad", "normalised")
+    }
     about = vars(config_of(kinds["weights"], sizes["patch"])) | {
         "taps": tuple(sizes["taps"]), "camera_heads": sizes["camera_heads"], "camera_iterations": sizes["iterations"],
     }  # fmt: skip
@@ -40,7 +33,7 @@ def test_the_reference_has_the_public_numbers(file):
     tokens = inputs["encoder_tokens"].unflatten(0, (sizes["B"], sizes["S"]))
     outputs = model(tokens, grid)
     for found, name in zip(outputs[1:], ("depth", "depth_conf", "points", "points_conf"), strict=True):
-        assert (found - kinds["output"][name]).abs().max() < 1e-4 * found.abs().max(), name
+        assert error(found, kinds["output"][name]) < 1e-4, name
     for i, cameras in enumerate(outputs.cameras):
         assert torch.allclose(cameras, kinds["output"][f"pose_enc_{i}"], rtol=1e-4, atol=1e-6)
     losses = losses_of(outputs, {"cameras": kinds["output"]["gt_pose_enc"], "depth": truth["depths"],
@@ -50,5 +43,4 @@ def test_the_reference_has_the_public_numbers(file):
     losses["objective"].backward()
     for name, expected in kinds["grad"].items():
         tolerance = 1e-3 if name.startswith("point_head.") else 1e-4
-        found = model.get_parameter(name).grad
-        assert (found - expected).abs().max() < tolerance * expected.abs().max(), name
+        assert error(model.get_parameter(name).grad, expected) < tolerance, name

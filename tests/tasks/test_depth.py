@@ -117,11 +117,7 @@ def test_images_of_any_size_are_padded_and_mirrored():
     assert np.array_equal(fitted.image[2:38, 1:46], image)
     assert fitted.depth.sum() == 36 * 45
     torch.manual_seed(0)
-    heads = []
-    for name in ("lin4", "lin1-nocls", "dinov3"):
-        kind = HEADS[name]
-        blocks = len(head_blocks(encoder.config.depth, kind.layers))
-        heads.append(DepthHead(kind, encoder.embed_dim, blocks, 10.0).eval())
+    heads = [DepthHead.of(encoder, HEADS[name], 10.0).eval() for name in ("lin4", "lin1-nocls", "dinov3")]
     depth = predict_depth(heads, encoder, image)
     assert depth.shape == (3, 36, 45)
     # The mean of an image and its mirror image is the same for the mirror image, but for where the padding is odd.

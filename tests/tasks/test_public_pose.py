@@ -1,25 +1,17 @@
 """Numbers of Reloc3r's public code: outputs, loss and gradients of decoder and head, as files."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from public_files import files
-from safetensors import safe_open
+from public_files import error, files, part_of, sizes_of
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fastmum.tasks.pose.convert import config_of, from_public, to_public
 from fastmum.tasks.pose.losses import pose_errors, true_poses
 from fastmum.tasks.pose.model import RelativePose
-
-
-def error(found: Tensor, expected: Tensor) -> float:
-    """Largest error over the largest value."""
-    assert found.shape == expected.shape
-    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def interleaved(first: Tensor, second: Tensor) -> Tensor:
@@ -29,9 +21,8 @@ def interleaved(first: Tensor, second: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("file", files("reloc3r", "model.safetensors"))
 def test_public_model_outputs_loss_and_gradients(file: Path):
-    tensors = load_file(file)
-    sizes = json.loads(safe_open(file, "pt").metadata()["config"])
-    public = {name.removeprefix("weights/"): x for name, x in tensors.items() if name.startswith("weights/")}
+    tensors, sizes = load_file(file), sizes_of(file)
+    public = part_of(tensors, "weights/")
     config = config_of(public, sizes["heads"])
     stated = {"encoder_dim": "encoder_dim", "patch_size": "patch", "embed_dim": "dim", "depth": "depth"}
     assert {ours: sizes[name] for ours, name in stated.items()}.items() <= vars(config).items()
@@ -71,7 +62,7 @@ def test_public_model_outputs_loss_and_gradients(file: Path):
     assert loss.detach().item() == pytest.approx(tensors["loss/total"].item(), rel=1e-5)
     loss.backward()
     gradients = to_public({name: p.grad for name, p in model.named_parameters()}, config)
-    expected = {name.removeprefix("grad/"): x for name, x in tensors.items() if name.startswith("grad/")}
+    expected = part_of(tensors, "grad/")
     assert expected
     for name, value in expected.items():
         assert error(gradients[name], value) < 1e-4, name

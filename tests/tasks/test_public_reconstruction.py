@@ -1,18 +1,10 @@
-"""Numbers of VGGT's public code: outputs, losses and gradients of its model, as files.
+"""Numbers of VGGT's public code: outputs, losses and gradients of its model, as files."""
 
-The folder is taken from FASTMUM_FIXTURES, else ../shared/downstream/fixtures next to the checkout. Every file of a
-layout is run, whatever its prefix and sizes.
-"""
-
-import json
-import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
+from public_files import error, files, part_of, sizes_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,8 +20,6 @@ from fastmum.tasks.reconstruction.losses import (
 )
 from fastmum.tasks.reconstruction.model import Reconstruction
 
-ROOT = Path(__file__).resolve().parents[2].parent / "shared/downstream/fixtures"
-FIXTURES = Path(os.environ.get("FASTMUM_FIXTURES") or ROOT)
 LOSSES = {  # public name: ours
     "loss_T": "translation", "loss_R": "rotation", "loss_FL": "fov", "loss_camera": "camera",
     "loss_conf_depth": "depth_confidence", "loss_reg_depth": "depth_error", "loss_grad_depth": "depth_gradient",
@@ -38,30 +28,9 @@ LOSSES = {  # public name: ours
 }  # fmt: skip
 
 
-def files(ending: str) -> list[Any]:
-    found = sorted((FIXTURES / "vggt").glob(f"*_{ending}.safetensors"))
-    absent = pytest.mark.skip(reason=f"no vggt/*_{ending}.safetensors in {FIXTURES}: set FASTMUM_FIXTURES")
-    return [pytest.param(file, id=file.stem) for file in found] or [pytest.param(Path(), marks=absent, id="absent")]
-
-
-def described(file: Path) -> dict[str, Any]:
-    return json.loads(safe_open(file, "pt").metadata()["config"])
-
-
 def weights_of(sizes: dict[str, Any]) -> LossWeights:
     stated = sizes["loss"]
     return LossWeights(stated["camera"], stated["depth"], stated["point"])
-
-
-def error(found: Tensor | None, expected: Tensor) -> float:
-    """Largest error over the largest value; infinite values (focal lengths of no field of view) must agree."""
-    assert found is not None
-    assert found.shape == expected.shape
-    infinite = expected.isinf()
-    assert torch.equal(found[infinite], expected[infinite])
-    found, expected = (torch.where(infinite, 0, x).detach() for x in (found, expected))
-    worst, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    return worst / largest if largest else worst
 
 
 def packed(x: Tensor) -> Tensor:
@@ -74,13 +43,9 @@ def check_losses(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert found[LOSSES[public]].item() == pytest.approx(value.item(), rel=1e-5, abs=1e-7), public
 
 
-def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-@pytest.mark.parametrize("file", files("model"))
+@pytest.mark.parametrize("file", files("vggt", "model.safetensors"))
 def test_public_model_outputs_losses_and_gradients(file):
-    tensors, sizes = load_file(file), described(file)
+    tensors, sizes = load_file(file), sizes_of(file)
     public, inputs, outputs = (part_of(tensors, f"{kind}/") for kind in ("weights", "input", "output"))
     S = sizes["S"]
     config = replace(
@@ -133,7 +98,7 @@ def test_public_model_outputs_losses_and_gradients(file):
         assert error(model.get_parameter(name).grad, expected) < tolerance, name
 
 
-@pytest.mark.parametrize("file", files("losses"))
+@pytest.mark.parametrize("file", files("vggt", "losses.safetensors"))
 def test_public_losses_and_their_gradients(file):
     tensors = load_file(file)
     cases = sorted({name.split("/")[0] for name in tensors})

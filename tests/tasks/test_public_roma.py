@@ -1,12 +1,10 @@
 """Numbers of RoMa's public code: outputs and gradients of its decoder, true warps, losses and their gradients."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from public_files import files
-from safetensors import safe_open
+from public_files import error, files, part_of, sizes_of
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,19 +14,8 @@ from fastmum.tasks.roma.decoder import Decoder, Scale, ScaleOutput
 from fastmum.tasks.roma.losses import losses_of, true_warps
 
 
-def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
-
-def error(found: Tensor | None, expected: Tensor) -> float:
-    assert found is not None
-    assert found.shape == expected.shape
-    worst, largest = (found.detach() - expected).abs().max().item(), expected.abs().max().item()
-    return worst / largest if largest else worst
-
-
 def decoder_of(file: Path, tensors: dict[str, Tensor]) -> Decoder:
-    sizes = json.loads(safe_open(file, "pt").metadata()["config"])
+    sizes = sizes_of(file)
     scales = {int(stride): Scale(*values) for stride, values in sizes["scales"].items()}
     decoder = Decoder(scales, sizes["gp"], sizes["heads"], sizes["blocks"], sizes["res"], sizes["hidden_blocks"])
     decoder.load_state_dict(part_of(tensors, "weights/"))

@@ -23,7 +23,7 @@ from fastmum.tasks.roma.depthwise import DepthwiseConv
 from fastmum.tasks.roma.flops import pair_flops
 from fastmum.tasks.roma.infer import Trained, Warps, correspondences, fine_size, match, pixels, sample
 from fastmum.tasks.roma.losses import TrueWarp, losses_of, true_warps
-from fastmum.tasks.roma.model import Roma, RomaConfig
+from fastmum.tasks.roma.model import Roma, RomaConfig, sides
 from fastmum.tasks.roma.scores import Scores
 from fastmum.tasks.roma.vgg import BatchNorm, Vgg
 
@@ -126,6 +126,7 @@ def table_planner(rows, overlaps, scenes, **options) -> RomaPlanner:
         sequence_of=lambda rows: np.asarray(rows) // 10,
     )  # fmt: skip
     table = SimpleNamespace(rows=np.array(rows), overlap=np.array(overlaps))
+    options = {"second_overlap": 0.35, "shift": 8, "flip": True} | options
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastmum.data.pair_plan.pair_table", lambda *_: table)
         return RomaPlanner(manifests, {}, 4, (64, 64), 0, 2, sampling="overlap", depth=True, **options)
@@ -134,7 +135,7 @@ def table_planner(rows, overlaps, scenes, **options) -> RomaPlanner:
 def test_rounds_hold_every_listed_pair_once_and_weights_follow_the_size_of_scenes(monkeypatch):
     rows = [(0, i) for i in range(1, 10)] + [(10, 11)]
     overlap = [0.1] * 6 + [0.5] * 3 + [0.2]  # scene 0: lists of 9 and of 3; scene 1: of 1
-    planner = table_planner(rows, overlap, 2, overlap=(0.05, 1.0), shift=8)
+    planner = table_planner(rows, overlap, 2, overlap=(0.05, 1.0))
     assert sorted(planner._weights) == pytest.approx(sorted([9**-0.75] * 9 + [3**-0.75] * 3 + [1.0]))
     drawn = np.concatenate([planner.plan(step, rank).rows for step in range(13) for rank in range(2)]).reshape(-1, 2)
     for start in range(0, 104, 13):  # a round has 13 pairs
@@ -207,7 +208,7 @@ def test_the_encoder_stays_frozen_and_directions_are_independent():
     assert model.decoder.training
     model.eval()
     images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
-    both, forth = model(images, both=True), model(images)
+    both, forth = model.decoder(*sides(model.maps(images), both=True)), model(images)
     back = model(torch.cat([images[2:], images[:2]]))
     for stride in STRIDES:
         expected = torch.cat([forth[stride].flow, back[stride].flow])

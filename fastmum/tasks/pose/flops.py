@@ -1,9 +1,7 @@
 """Operations of a training step, forward and backward, without recomputation; two per multiply-add."""
 
-from fastmum.model.config import MLP_RATIO, ModelConfig
+from fastmum.model.config import BACKWARD, MLP_RATIO, ModelConfig, encoding_flops
 from fastmum.tasks.pose.model import CONVOLUTIONS, RESIDUAL_BLOCKS, PoseConfig
-
-BACKWARD = 3  # operations with those of the backward pass, over those of the forward pass
 
 
 def frame_flops(config: PoseConfig, grid: tuple[int, int], encoder: ModelConfig, prefix: int, finetune: bool) -> float:
@@ -12,7 +10,4 @@ def frame_flops(config: PoseConfig, grid: tuple[int, int], encoder: ModelConfig,
     # Self-attention and cross-attention have four matrices of width D each.
     decoder = config.depth * (2 * P * (8 + 2 * MLP_RATIO) * D * D + 2 * 4 * P * P * D) + 2 * P * E * D
     head = 2 * P * (D * C + RESIDUAL_BLOCKS * CONVOLUTIONS * C * C) + 2 * (2 * C * C + 12 * C)
-    L = prefix + P
-    encoding = encoder.depth * (2 * L * (4 + 2 * MLP_RATIO) * E * E + 4 * L * L * E)
-    encoding += 2 * P * encoder.in_chans * encoder.patch_size**2 * E
-    return BACKWARD * (decoder + head) + (BACKWARD if finetune else 1) * encoding
+    return BACKWARD * (decoder + head) + (BACKWARD if finetune else 1) * encoding_flops(encoder, P, prefix + P)

@@ -8,12 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 from fastmum.data.scene_loader import SceneBatch
 from fastmum.geometry import relative_pose
 from fastmum.geometry.camera import rigid_inverse
+from fastmum.tasks.pictures import GAP, TEXT, stack
 from fastmum.tasks.pose.model import Poses
 from fastmum.tasks.pose.scores import errors_of
-from fastmum.tasks.reconstruction.pictures import stack
 
 PAIRS = 4  # shown
-SIDE, GAP, TEXT = 320, 6, 13  # pixels: height of an image, between images, of text
+SIDE = 320  # pixels: height of an image
 POINTS = 3, 2  # columns and rows of points
 COLOURS = ((214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207))
 FAR = 1e5  # pixels: ends of lines, which are nearly parallel to a side

@@ -1,6 +1,5 @@
 """Training of relative pose on pairs of frames with cameras."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from functools import cache
@@ -12,16 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastmum.config.schema import ConfigError
-from fastmum.data.pair_loader import PairLoader
 from fastmum.data.scene_loader import SceneBatch
-from fastmum.engine.device import to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
-from fastmum.model.compile import choose_mode, compile_model, eager
+from fastmum.model.compile import compile_model
 from fastmum.model.encoder import Encoder
-from fastmum.pretrained import load_encoder
-from fastmum.tasks.loader_task import LoaderTask
+from fastmum.tasks.encoder_task import EncoderTask
 from fastmum.tasks.pairs import PairSplits, open_pairs
 from fastmum.tasks.pose.config import Config as RunConfig
 from fastmum.tasks.pose.flops import frame_flops
@@ -30,12 +25,11 @@ from fastmum.tasks.pose.model import Block, Poses, RelativePose
 from fastmum.tasks.pose.pictures import draw_pairs, views_of
 from fastmum.tasks.pose.rotation import nearest_rotation
 from fastmum.tasks.pose.scores import Errors, errors_of, scores_of
-from fastmum.tasks.trained import choose_encoder, weights_digest
 
 log = logging.getLogger(__name__)
 
 
-class PoseTask(LoaderTask):
+class PoseTask(EncoderTask):
     """The pose of each view of a pair in the other. A step's loss is the mean over its pairs."""
 
     Config = RunConfig
@@ -49,18 +43,12 @@ class PoseTask(LoaderTask):
         keys = "data.pairs_per_batch", "data.pairs_per_step"
         self.samples = Samples(data.pairs_per_batch, data.pairs_per_step, "pairs", keys)
         self._splits: PairSplits
-        self._loader: PairLoader
-        self._held_out: dict[int, SceneBatch] = {}
         self._mean: Poses  # of the training pairs
 
     def build(self) -> RelativePose:
         """Load the encoder and build the rest; ConfigError if sizes do not fit."""
-        settings, device = self.config.model, self.world.device
-        encoder = load_encoder(choose_encoder(settings), trainable=settings.finetune)
-        patch = encoder.config.patch_size
-        self._frozen = None if settings.finetune else weights_digest(encoder)
-        self.config.data.check(patch)
-        sizes = settings.sizes(encoder.embed_dim, patch)
+        settings, device, encoder = self.config.model, self.world.device, self.load_encoder()
+        sizes = settings.sizes(encoder.embed_dim, self._patch)
         model = RelativePose(sizes, encoder, settings.normalisation == "half").to(device)
         recompute = settings.recompute
         if recompute == "auto":
@@ -68,7 +56,6 @@ class PoseTask(LoaderTask):
         model.set_recompute(recompute)
         config, prefix, finetune = encoder.config, encoder.options.prefix, settings.finetune
         self._flops = cache(lambda grid: 2 * frame_flops(sizes, grid, config, prefix, finetune))
-        self._patch = patch
         return model
 
     def blocks(self, model: RelativePose) -> list[nn.Module]:
@@ -90,17 +77,13 @@ class PoseTask(LoaderTask):
         return groups
 
     def manifest(self) -> dict[str, Any]:
-        """Sizes, and the digest of a frozen encoder, which checkpoints do not contain."""
-        sizes = dataclasses.asdict(self.config.model.sizes(1, self._patch))
-        return sizes | {"normalisation": self.config.model.normalisation, "frozen_encoder": self._frozen}
+        """With the normalisation of images."""
+        return super().manifest() | {"normalisation": self.config.model.normalisation}
 
     def compile(self, model: RelativePose, steps: int) -> None:
         """Compile the blocks of encoder and decoder; ConfigError for CUDA graphs."""
-        if self.config.train.cuda_graphs:
-            raise ConfigError("train.cuda_graphs is true, but the task 'pose' records no CUDA graphs")
-        mode = self.config.model.compile
-        compile_model(cast(Encoder, model.encoder), mode, steps)
-        if choose_mode(mode, self.world.device, steps) != "off":
+        super().compile(model, steps)
+        if compile_model(cast(Encoder, model.encoder), self.config.model.compile, steps) != "off":
             compute = torch.compile(Block._compute, fullgraph=True)
             for block in model.decoder.blocks:
                 cast(Any, block).compiled_compute = compute
@@ -114,8 +97,8 @@ class PoseTask(LoaderTask):
         self._loader = self._splits.loader(data, folder / "bad_frames.log", self.world.size)
 
     def prepare(self) -> None:
-        """Read the held-out batches of this process."""
-        self._held_out = self.read_held_out()
+        """With the mean pose."""
+        super().prepare()
         if self._held_out:
             self._mean = self._mean_pose()
 
@@ -159,8 +142,7 @@ class PoseTask(LoaderTask):
         # in its batches, and the sum has all.
         filled = torch.zeros(count, pairs, 5, dtype=torch.float64)
         for i, batch in self._held_out.items():
-            with eager(model):
-                found, angles = self.predict(model, to_device(batch, self.world.device))
+            found, angles = self.evaluated(model, batch)
             if i < count:
                 true = [x[1::2].double().numpy() for x in true_poses(batch.camera_from_world)]
                 own = errors_of(*(x[1::2].double().cpu().numpy() for x in found), *true)
@@ -176,12 +158,7 @@ class PoseTask(LoaderTask):
         log.info("held-out pairs: %s", ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         return scores
 
-    @torch.no_grad()
-    def pictures(self, model: RelativePose, step: int) -> dict[str, Image.Image]:
-        """Epipolar lines, predicted and true, in pairs of the first held-out batch; none without one."""
-        if not self._held_out:
-            return {}
-        batch = self._held_out[min(self._held_out)]
-        with eager(model):
-            found, _ = self.predict(model, to_device(batch, self.world.device))
-        return {"pose": draw_pairs(views_of(batch, found), f"step {step:,}")}
+    def draw(self, batch: SceneBatch, found: Any, title: str) -> dict[str, Image.Image]:
+        """Epipolar lines, predicted and true."""
+        poses, _ = found
+        return {"pose": draw_pairs(views_of(batch, poses), title)}

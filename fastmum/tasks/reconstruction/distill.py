@@ -24,10 +24,11 @@ from fastmum.engine.device import autocast, to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, StepOutput
 from fastmum.model.compile import eager
+from fastmum.model.config import BACKWARD
 from fastmum.model.options import normalise
 from fastmum.progress import on_terminal, progress_bar
 from fastmum.tasks.reconstruction.config import Config, ReconstructionSection
-from fastmum.tasks.reconstruction.flops import BACKWARD, frame_flops, square_flops
+from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
 from fastmum.tasks.reconstruction.load import load_reconstruction
 from fastmum.tasks.reconstruction.losses import ITERATION_DECAY, Prediction
 from fastmum.tasks.reconstruction.model import Reconstruction
@@ -206,10 +207,7 @@ class DistillTask(ReconstructionTask):
 
     def loss(self, model: Reconstruction, batch: DistillBatch) -> StepOutput:  # type: ignore[override]
         """The mean over the micro-batches of the step."""
-        losses = self._losses(model, batch)
-        one = torch.ones_like(losses["objective"]).detach()
-        terms = {name: (losses[name].detach(), one) for name in self.metrics}
-        return StepOutput(losses["objective"], 1.0, float(self.batches_per_step * self.world.size), terms)
+        return self.mean_of_batches(self._losses(model, batch))
 
     def _losses(self, model: Reconstruction, batch: DistillBatch) -> dict[str, Tensor]:
         scene, targets = batch

@@ -8,26 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastmum.model.config import MLP_RATIO, ModelConfig
+from fastmum.model.config import BACKWARD, ModelConfig, block_flops, encoding_flops
 from fastmum.tasks.reconstruction.aggregator import Tap
 from fastmum.tasks.reconstruction.camera import NUMBERS
 from fastmum.tasks.reconstruction.dpt import LEVELS, Dpt
 from fastmum.tasks.reconstruction.model import ReconstructionConfig
-
-BACKWARD = 3  # operations with those of the backward pass, over those of the forward pass
 
 
 def frame_flops(config: ReconstructionConfig, grid: tuple[int, int], encoder: ModelConfig, finetune: bool) -> float:
     """Operations of one frame, but for attention across frames."""
     P, C = grid[0] * grid[1], config.embed_dim
     L = 1 + config.registers + P
-    blocks = 2 * config.pairs * L * _block(C) + config.pairs * 4 * L * L * C
+    blocks = 2 * config.pairs * L * block_flops(C) + config.pairs * 4 * L * L * C
     projection = 2 * P * config.encoder_dim * C if config.encoder_dim != C else 0
     ends = 2 * NUMBERS * 2 * C + 2 * 2 * C * 6 * C + 2 * 2 * C * C + 2 * C * NUMBERS
-    camera = config.camera_iterations * (config.camera_blocks * _block(2 * C) + ends)
-    patch = 2 * encoder.in_chans * encoder.patch_size**2 * encoder.embed_dim
-    tokens = 1 + P
-    encoding = encoder.depth * tokens * (_block(encoder.embed_dim) + 4 * tokens * encoder.embed_dim) + P * patch
+    camera = config.camera_iterations * (config.camera_blocks * block_flops(2 * C) + ends)
+    encoding = encoding_flops(encoder, P, 1 + P)
     heads = sum(dense_flops(config, grid, outputs) for outputs in ((1, 3) if config.points else (1,)))
     return BACKWARD * (blocks + projection + camera + heads) + (BACKWARD if finetune else 1) * encoding
 
@@ -36,10 +32,6 @@ def square_flops(config: ReconstructionConfig, grid: tuple[int, int], lengths: S
     """Operations of attention across the frames of sequences."""
     L = 1 + config.registers + grid[0] * grid[1]
     return BACKWARD * config.pairs * 4 * L * L * config.embed_dim * sum(S * S for S in lengths)
-
-
-def _block(width: int) -> int:
-    return 2 * (4 + 2 * MLP_RATIO) * width * width
 
 
 def dense_flops(config: ReconstructionConfig, grid: tuple[int, int], outputs: int) -> int:

@@ -8,11 +8,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastmum.data.scene_loader import SceneBatch
 from fastmum.geometry.camera import rigid_inverse, transform
+from fastmum.tasks.pictures import GAP, TEXT, colours, stack
 from fastmum.tasks.reconstruction.camera import decode_cameras
 from fastmum.tasks.reconstruction.losses import Prediction, Scene, unproject
 
 FRAMES, SEQUENCES = 4, 3  # shown
-SIDE, GAP, TEXT = 160, 6, 13  # pixels: width of a frame, between frames, of text
+SIDE = 160  # pixels: width of a frame
 WORST = 0.5  # relative error of depth that is drawn in the last colour
 GREY, RED = (200, 200, 200), (214, 39, 40)
 ROWS = "image", "true depth", "predicted", "relative error"
@@ -52,18 +53,6 @@ def draw_scenes(scenes: list[SceneViews], title: str = "") -> Image.Image:
     return stack([_draw(scene) for scene in scenes[:SEQUENCES]], title)
 
 
-def stack(blocks: list[Image.Image], title: str = "") -> Image.Image:
-    """Pictures one below the other, under a title."""
-    top = 2 * TEXT if title else 0
-    size = max(block.width for block in blocks), top + sum(block.height for block in blocks)
-    page = Image.new("RGB", size, "white")
-    ImageDraw.Draw(page).text((GAP, 2), title, "black", ImageFont.load_default(size=TEXT))
-    for block in blocks:
-        page.paste(block, (0, top))
-        top += block.height
-    return page
-
-
 def _draw(scene: SceneViews) -> Image.Image:
     H, W = scene.valid.shape[1:]
     shape = max(1, round(SIDE * H / W)), SIDE
@@ -97,13 +86,6 @@ def _draw(scene: SceneViews) -> Image.Image:
         page.paste(panel, (middle + i * (side + GAP), line))
         draw.text((middle + i * (side + GAP), line + side), label, "black", font)
     return page
-
-
-def colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values (...) as colours from blue to red, (..., 3) uint8."""
-    from matplotlib import colormaps
-
-    return colormaps["turbo"](np.clip((values - low) / max(high - low, 1e-12), 0, 1), bytes=True)[..., :3]
 
 
 class _Above:

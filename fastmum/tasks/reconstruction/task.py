@@ -1,6 +1,5 @@
 """Training of feedforward reconstruction on frames with depth and cameras."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from functools import cache
@@ -14,15 +13,14 @@ from torch import Tensor, nn
 from fastmum.attention import AttentionError, Segments, choose_backend
 from fastmum.attention.backend import ragged_lengths
 from fastmum.config.schema import ConfigError
-from fastmum.data.scene_loader import SceneBatch, SceneLoader
-from fastmum.engine.device import MATRIX_DTYPE, to_device
+from fastmum.data.scene_loader import SceneBatch
+from fastmum.engine.device import MATRIX_DTYPE
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
 from fastmum.model.block import Block as EncoderBlock
-from fastmum.model.compile import choose_mode, eager
+from fastmum.model.compile import compile_kinds
 from fastmum.model.encoder import Encoder
-from fastmum.pretrained import load_encoder
-from fastmum.tasks.loader_task import LoaderTask
+from fastmum.tasks.encoder_task import EncoderTask
 from fastmum.tasks.reconstruction.aggregator import Sequences
 from fastmum.tasks.reconstruction.block import Block
 from fastmum.tasks.reconstruction.config import Config as RunConfig
@@ -32,7 +30,6 @@ from fastmum.tasks.reconstruction.losses import Prediction, Scene, losses_of, no
 from fastmum.tasks.reconstruction.model import Reconstruction
 from fastmum.tasks.reconstruction.pictures import SceneViews, draw_scenes
 from fastmum.tasks.reconstruction.scores import Scores
-from fastmum.tasks.trained import choose_encoder, weights_digest
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +37,7 @@ DENSE_TERMS = "confidence", "error", "gradient"
 CAMERA_TERMS = "camera", "translation", "rotation", "fov"
 
 
-class ReconstructionTask(LoaderTask):
+class ReconstructionTask(EncoderTask):
     """Cameras, depth and points of the frames of a scene.
 
     The loss of a micro-batch is not a sum over its pixels or frames: it drops the largest errors of the batch, and its
@@ -62,16 +59,10 @@ class ReconstructionTask(LoaderTask):
         terms = *CAMERA_TERMS, *(f"{kind}_{term}" for kind in dense for term in DENSE_TERMS)
         self.metrics: Mapping[str, Metric] = {term: Metric() for term in terms}  # type: ignore[misc]
         self._splits: SceneSplits
-        self._loader: SceneLoader
-        self._held_out: dict[int, SceneBatch] = {}
 
     def build(self) -> Reconstruction:
         """Load the encoder and build the rest; ConfigError if sizes do not fit, or `model.attention` does not run."""
-        settings, device = self.config.model, self.world.device
-        encoder = load_encoder(choose_encoder(settings), trainable=settings.finetune)
-        self._patch = encoder.config.patch_size
-        self._frozen = None if settings.finetune else weights_digest(encoder)
-        self.config.data.check(self._patch)
+        settings, device, encoder = self.config.model, self.world.device, self.load_encoder()
         sizes = settings.sizes(encoder.embed_dim, self._patch)
         model = Reconstruction(sizes, encoder).to(device)
         self._choose_attention(model)
@@ -128,25 +119,11 @@ class ReconstructionTask(LoaderTask):
                 groups.append(ParamGroup(every, name, lr_scale, optim.weight_decay, True, optim.clip))
         return groups
 
-    def manifest(self) -> dict[str, Any]:
-        """Sizes, and the digest of a frozen encoder, which checkpoints do not contain."""
-        sizes = dataclasses.asdict(self.config.model.sizes(1, self._patch))
-        return sizes | {"taps": [*sizes["taps"]], "dpt_levels": [*sizes["dpt_levels"]], "frozen_encoder": self._frozen}
-
     def compile(self, model: Reconstruction, steps: int) -> None:
         """Compile the blocks, for frames of any number and size; ConfigError for CUDA graphs."""
-        if self.config.train.cuda_graphs:
-            raise ConfigError("train.cuda_graphs is true, but the frames of a batch vary in number and size")
-        chosen = choose_mode(self.config.model.compile, self.world.device, steps)
-        log.info("torch.compile: %s", chosen)
-        if chosen == "off":
-            return
-        kinds: tuple[Any, Any] = Block, EncoderBlock
-        for kind in kinds:
-            compute = torch.compile(kind._compute, fullgraph=True, dynamic=True)
-            for block in self._stacks(model):
-                if isinstance(block, kind):
-                    block.compiled_compute = compute
+        super().compile(model, steps)
+        kinds, mode = (Block, EncoderBlock), self.config.model.compile
+        compile_kinds(self._stacks(model), kinds, mode, self.world.device, steps, dynamic=True)
 
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
         """Open manifests, planners and decoder; DataError if the data cannot be used."""
@@ -158,8 +135,8 @@ class ReconstructionTask(LoaderTask):
         self._loader = self._splits.loader(config.data, folder / "bad_frames.log", self.world.size)
 
     def prepare(self) -> None:
-        """Read the held-out batches of this process."""
-        self._held_out = self.read_held_out()
+        """With the mean depth of training."""
+        super().prepare()
         if self._held_out and self.ground_truth:
             self._mean_depth = self._mean_training_depth()
 
@@ -193,9 +170,7 @@ class ReconstructionTask(LoaderTask):
     def loss(self, model: Reconstruction, batch: SceneBatch) -> StepOutput:
         """The mean over the micro-batches of the step."""
         _, _, losses = self.predict(model, batch)
-        one = torch.ones_like(losses["objective"]).detach()
-        terms = {name: (losses[name].detach(), one) for name in self.metrics}
-        return StepOutput(losses["objective"], 1.0, float(self.batches_per_step * self.world.size), terms)
+        return self.mean_of_batches(losses)
 
     def sizes(self, batch: SceneBatch) -> tuple[int, float]:
         grid = batch.images.shape[1] // self._patch, batch.images.shape[2] // self._patch
@@ -206,20 +181,14 @@ class ReconstructionTask(LoaderTask):
         """Loss, and scores of cameras and depth, over the held-out batches, sharded over the processes."""
         scores = Scores(self.world, self._mean_depth)
         for i, batch in self._held_out.items():
-            with eager(model):
-                prediction, truth, losses = self.predict(model, to_device(batch, self.world.device))
+            prediction, truth, losses = self.evaluated(model, batch)
             if i < self.config.train.eval_batches:
                 scores.add(prediction, truth, batch.lengths, losses["objective"])
         found = scores.compute()
         log.info("held-out scenes: %s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         return found
 
-    @torch.no_grad()
-    def pictures(self, model: Reconstruction, step: int) -> dict[str, Image.Image]:
-        """Depth, its errors, cameras and points of the first held-out batch; none without one."""
-        if not self._held_out:
-            return {}
-        batch = to_device(self._held_out[min(self._held_out)], self.world.device)
-        with eager(model):
-            prediction, truth, _ = self.predict(model, batch)
-        return {"reconstruction": draw_scenes(SceneViews.of_batch(batch, prediction, truth), f"step {step:,}")}
+    def draw(self, batch: SceneBatch, found: Any, title: str) -> dict[str, Image.Image]:
+        """Depth, its errors, cameras and points."""
+        prediction, truth, _ = found
+        return {"reconstruction": draw_scenes(SceneViews.of_batch(batch, prediction, truth), title)}

@@ -133,24 +133,18 @@ class Decoder(nn.Module):
         """
         H, W = maps_a[1].shape[2:]
         outputs = dict[int, ScaleOutput]()
-        logits = certain = None
         for stride in strides:
+            key, anchors = str(stride), tuple[Tensor, ...]()
             with torch.autocast(maps_a[stride].device.type, enabled=False):
-                a, b = (self.proj[str(stride)](maps[stride].float()) for maps in (maps_a, maps_b))
-                if start is None:
-                    posterior = self.gps[str(stride)](a, b)
+                a, b = (self.proj[key](maps[stride].float()) for maps in (maps_a, maps_b))
+                posterior = self.gps[key](a, b) if start is None else None
             if start is None:
-                logits, certain = self.embedding_decoder(posterior, a)
-                flow, certainty = anchor_flow(logits), certain
+                anchors = logits, certainty = self.embedding_decoder(posterior, a)
+                flow = anchor_flow(logits)
             else:
-                flow, certainty = (_resize(x.detach(), a) for x in start)
-            delta_flow, delta_certainty = self.conv_refiner[str(stride)](a, b, flow, scale_factor)
+                flow, certainty = (F.interpolate(x.detach(), a.shape[2:], mode="bilinear") for x in start)
+            delta_flow, delta_certainty = self.conv_refiner[key](a, b, flow, scale_factor)
             flow = flow + delta_flow * (stride / REFINE_INIT / torch.tensor([W, H], device=a.device))[:, None, None]
             start = flow, certainty + delta_certainty
-            outputs[stride] = ScaleOutput(*start, delta_flow, logits, certain)
-            logits = certain = None
+            outputs[stride] = ScaleOutput(*start, delta_flow, *anchors)
         return outputs
-
-
-def _resize(x: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)

@@ -1,6 +1,7 @@
 """Trained runs for inference: warps of two images in both directions, and matches sampled from them."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastmum.engine.device import autocast, pick_precision
 from fastmum.files import expand_user
+from fastmum.tasks.roma.coarse import grid
 from fastmum.tasks.roma.config import RomaSection
 from fastmum.tasks.roma.decoder import COARSE, STRIDES
 from fastmum.tasks.roma.model import Roma, sides
@@ -23,7 +25,7 @@ MORE = 4  # times as many samples are drawn by certainty, of which the balanced 
 SPREAD = 0.1  # standard deviation of the density, in the unit of warps
 FEW = 10.0  # samples of a lower density are isolated,
 ISOLATED = 1e-7  # and have this chance
-BLOCK = 64  # samples whose density is computed at once: a block stays in the cache
+CHUNK = 64  # samples whose density is computed at once, so that they stay in the cache
 
 
 class Warps(NamedTuple):
@@ -71,16 +73,18 @@ def match(
     model, trained_size = trained.model, trained.image_size
     size = size or trained_size
     device = next(model.decoder.parameters()).device
+
+    def maps(side: int, coarse: bool) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        images = torch.stack([squeezed(image, side) for image in (first, second)]).to(device)
+        return sides(model.maps(images, coarse), both=True)
+
     with autocast(device, pick_precision("auto", device)):
-        images = torch.stack([squeezed(image, size) for image in (first, second)]).to(device)
-        found = model.decoder(*sides(model.maps(images), both=True), scale_factor=size / trained_size)
+        found = model.decoder(*maps(size, coarse=True), scale_factor=size / trained_size)
         low = found[COARSE].certainty
         if fine:
             side = fine_size(size)
-            images = torch.stack([squeezed(image, side) for image in (first, second)]).to(device)
             start = found[1].flow, found[1].certainty
-            maps = sides(model.maps(images, coarse=False), both=True)
-            found = model.decoder(*maps, start, side / trained_size, STRIDES[1:])
+            found = model.decoder(*maps(side, coarse=False), start, side / trained_size, STRIDES[1:])
     flow, certainty = found[1].flow, found[1].certainty
     low = F.interpolate(low, certainty.shape[2:], mode="bilinear", align_corners=False)
     certainty = (certainty - ATTENUATION * low.clamp(max=0)).sigmoid()[:, 0]
@@ -91,8 +95,7 @@ def match(
 def correspondences(warps: Warps) -> tuple[Tensor, Tensor]:
     """All matches of both directions, (2 H W, 4): x, y in the first and in the second image; certainty (2 H W,)."""
     H, W = warps.certainty.shape[1:]
-    x, y = (torch.linspace(-1 + 1 / n, 1 - 1 / n, n) for n in (W, H))
-    own = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)
+    own = grid((H, W))[0].permute(1, 2, 0)
     forth, back = torch.cat([own, warps.points[0]], -1), torch.cat([warps.points[1], own], -1)
     return torch.cat([forth.view(-1, 4), back.view(-1, 4)]), warps.certainty.reshape(-1)
 
@@ -124,10 +127,13 @@ def _density(points: Tensor) -> Tensor:
     x = points / SPREAD
     half, one = -x.square().sum(1, keepdim=True) / 2, torch.ones_like(x[:, :1])
     every = torch.cat([x, one, half], 1).T
-    parts = torch.cat([x, half, one], 1).split(BLOCK)
+    parts = torch.cat([x, half, one], 1).split(CHUNK)
     return torch.cat([(part @ every).exp_().sum(1) for part in parts])
 
 
-def pixels(points: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Points (n, 2) in [-1, 1] in pixels of an image of `size` (width, height), float64; centres are at +0.5."""
+def pixels(points: Tensor, size: Sequence[float]) -> np.ndarray:
+    """Points (..., 2) in [-1, 1] in pixels of an image of `size` (width, height), float64; centres are at +0.5.
+
+    Or matches (..., 4); `size` is then width and height of the first image, and of the second.
+    """
     return ((points.double().numpy() + 1) / 2) * np.array(size, np.float64)

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmum.geometry.warp import MAX_DEPTH_ERROR
 from fastmum.tasks.roma.coarse import grid
 from fastmum.tasks.roma.decoder import ScaleOutput
 
-MAX_DEPTH_ERROR = 0.05  # relative, below which both depths are the same surface
 EPS = 1e-4  # added to the divisor of the projection
 ALPHA, C = 0.5, 1e-4  # exponent of the robust loss, and its scale at stride 1
 CERTAINTY = 0.01  # weight of the certainty's loss
@@ -38,6 +38,8 @@ def true_warps(
 ) -> list[TrueWarp]:
     """True warps on grids of some sizes (h, w), from the whole depth maps, in float64 (RoMa's `get_gt_warp`).
 
+    `fastmum.geometry.warp.true_warp` differs next to unknown depth, at the border, and behind the camera.
+
     Args:
         depth_a, depth_b: (B, H, W) z-depth, 0 where it is unknown; sampled bilinearly.
         K_a, K_b: (B, 3, 3) in pixels of the depth maps, centres at +0.5.
@@ -45,21 +47,19 @@ def true_warps(
     """
     depth_a, depth_b, K_a, K_b, T = (x.double() for x in (depth_a, depth_b, K_a, K_b, b_from_a))
     size_a, size_b = (torch.tensor(x.shape[:0:-1], device=x.device).double() for x in (depth_a, depth_b))
-    # Pixels of A to those of B: p_b = M p_a z + t, both homogeneous.
-    M, t = K_b @ T[:, :3, :3] @ torch.linalg.inv_ex(K_a).inverse, K_b @ T[:, :3, 3:]
-    z_row = (T[:, 2:3, :3] @ torch.linalg.inv_ex(K_a).inverse, T[:, 2:3, 3:])
+    rays = T[:, :3, :3] @ torch.linalg.inv_ex(K_a).inverse  # of pixels of A, in the axes of B
     found = []
     for h, w in sizes:
         points = grid((h, w), depth_a.device).double().expand(len(depth_a), -1, -1, -1)
         z = _sample(depth_a, points).flatten(1)[:, None]  # (B, 1, h w)
-        pixels = torch.cat([(points.flatten(2) + 1) / 2 * size_a[:, None], torch.ones_like(z)], 1) * z
-        in_b = M @ pixels + t
-        depth = (z_row[0] @ pixels + z_row[1])[:, 0]
-        at = in_b[:, :2] / (in_b[:, 2:] + EPS)  # pixels of B
+        pixels = torch.cat([(points.flatten(2) + 1) / 2 * size_a[:, None], torch.ones_like(z)], 1)
+        in_b = rays @ pixels * z + T[:, :3, 3:]
+        projected = K_b @ in_b
+        at = projected[:, :2] / (projected[:, 2:] + EPS)  # pixels of B
         inside = ((at > 0) & (at < size_b[:, None] - 1)).all(1)
         points = (2 * at / size_b[:, None] - 1).unflatten(2, (h, w))
         seen = _sample(depth_b, points).flatten(1)
-        same = ((seen - depth) / seen).abs() < MAX_DEPTH_ERROR
+        same = ((seen - in_b[:, 2]) / seen).abs() < MAX_DEPTH_ERROR
         visible = (z[:, 0] != 0) & inside & same
         found.append(TrueWarp(points.float(), visible.unflatten(1, (h, w))))
     return found
@@ -71,33 +71,32 @@ def _sample(depth: Tensor, points: Tensor) -> Tensor:
 
 
 def losses_of(outputs: Mapping[int, ScaleOutput], truth: Sequence[TrueWarp]) -> dict[str, Tensor]:
-    """Terms of all strides, `objective`, their weighted sum, and `pck`, the share of correct matches; 0-d each.
+    """Terms of all strides, and `objective`, their weighted sum; 0-d each.
 
-    A pixel counts at strides up to 8 if the error at the stride before was small enough. `truth` is in the order of
+    A pixel counts at strides up to 8 if the error at the stride before was small enough. At the last stride `certain`
+    is the number of those pixels, and `pck` the share of correct matches among them. `truth` is in the order of
     `outputs`, coarse to fine.
     """
-    losses = dict[str, Tensor]()
-    total, error = torch.zeros((), device=truth[0].points.device), None
+    losses, error = dict[str, Tensor](), None
     for (stride, out), (points, visible) in zip(outputs.items(), truth, strict=True):
         if error is not None and stride in LOCAL:
             before = F.interpolate(error[:, None], visible.shape[1:], mode="nearest-exact")[:, 0]
             visible = visible & (before < PIXEL * LOCAL[stride] * stride)
-        target, share = visible.float(), visible.sum().clamp(min=1)
+        target, count = visible.float(), visible.sum().clamp(min=1)
         if out.anchor_logits is not None and out.anchor_certainty is not None:
             anchors = F.cross_entropy(out.anchor_logits, nearest_anchor(points, out.anchor_logits), reduction="none")
-            losses[f"anchors_{stride}"] = torch.where(visible, anchors, 0).sum() / share
-            certain = F.binary_cross_entropy_with_logits(out.anchor_certainty[:, 0], target)
-            losses[f"anchor_certainty_{stride}"] = certain
-            total = total + losses[f"anchors_{stride}"] + CERTAINTY * certain
+            losses[f"anchors_{stride}"] = torch.where(visible, anchors, 0).sum() / count
+            bce = F.binary_cross_entropy_with_logits(out.anchor_certainty[:, 0], target)
+            losses[f"anchor_certainty_{stride}"] = bce
         difference = torch.where(visible[:, None], out.flow - points, 0)
         scale = C * stride
         robust = scale**ALPHA * ((difference / scale).square().sum(1) + 1) ** (ALPHA / 2)
-        losses[f"regression_{stride}"] = torch.where(visible, robust, 0).sum() / share
+        losses[f"regression_{stride}"] = torch.where(visible, robust, 0).sum() / count
         losses[f"certainty_{stride}"] = F.binary_cross_entropy_with_logits(out.certainty[:, 0], target)
-        total = total + losses[f"regression_{stride}"] + CERTAINTY * losses[f"certainty_{stride}"]
         error = (out.flow.detach() - points).norm(dim=1)
         correct = visible & (error < PCK * PIXEL)
-    return losses | {"objective": total, "pck": correct.sum() / share}
+    objective = torch.stack([CERTAINTY * x if "certainty" in name else x for name, x in losses.items()]).sum()
+    return losses | {"objective": objective, "pck": correct.sum() / count, "certain": visible.sum()}
 
 
 def nearest_anchor(points: Tensor, logits: Tensor) -> Tensor:

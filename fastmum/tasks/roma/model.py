@@ -46,6 +46,10 @@ class RomaConfig:
         columns = (self.encoder_dim, *self.vgg[::-1]), self.projected, self.displacement, self.radius
         return {stride: Scale(*sizes) for stride, *sizes in zip(STRIDES, *columns, strict=True)}
 
+    def decoder(self) -> Decoder:
+        """A new decoder."""
+        return Decoder(self.scales, self.gp_dim, self.num_heads, self.blocks, self.anchors, self.hidden_blocks)
+
 
 class Roma(nn.Module):
     """Pairs of images -> warps and certainties by stride.
@@ -58,9 +62,7 @@ class Roma(nn.Module):
         super().__init__()
         self.config, self.encoder = config, encoder
         self.cnn = Vgg(config.vgg, config.vgg_layers)
-        self.decoder = Decoder(
-            config.scales, config.gp_dim, config.num_heads, config.blocks, config.anchors, config.hidden_blocks
-        )
+        self.decoder = config.decoder()
 
     def train(self, mode: bool = True) -> "Roma":
         """Set the mode of all but the encoder, which stays in eval mode."""
@@ -68,13 +70,13 @@ class Roma(nn.Module):
         self.encoder.eval()
         return self
 
-    def forward(self, images: Tensor, both: bool = False) -> dict[int, ScaleOutput]:
-        """Outputs by stride of pairs of images (2 B, H, W, 3) uint8, the first ones of all pairs before the second.
+    def forward(self, images: Tensor) -> dict[int, ScaleOutput]:
+        """Outputs by stride, from the first to the second images of pairs.
 
-        H and W are multiples of the patch size and of 8. From the first to the second image; with `both` also from the
-        second to the first, after the others.
+        `images` (2 B, H, W, 3) uint8 are the first ones of all pairs, then the second ones; H and W are multiples of
+        the patch size and of 8.
         """
-        return self.decoder(*sides(self.maps(images), both))
+        return self.decoder(*sides(self.maps(images)))
 
     def maps(self, images: Tensor, coarse: bool = True) -> dict[int, Tensor]:
         """Maps (N, C, h, w) by stride of images (N, H, W, 3) uint8; `coarse`: with those of the encoder."""
@@ -86,7 +88,7 @@ class Roma(nn.Module):
         return maps
 
 
-def sides(maps: Mapping[int, Tensor], both: bool) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def sides(maps: Mapping[int, Tensor], both: bool = False) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Maps of the first and of the second images; with `both` in either order, one after the other."""
     halves = {stride: x.chunk(2) for stride, x in maps.items()}
     if both:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastmum.engine.distributed import DistContext
 from fastmum.tasks.roma.coarse import anchor_flow
 from fastmum.tasks.roma.decoder import COARSE, ScaleOutput
-from fastmum.tasks.roma.losses import LOCAL, PIXEL, TrueWarp, losses_of
+from fastmum.tasks.roma.losses import TrueWarp, losses_of
 
 PCK = (1, 3, 5)  # pixels
 
@@ -31,25 +31,16 @@ class Scores:
 
     @torch.no_grad()
     def add(self, outputs: dict[int, ScaleOutput], truth: list[TrueWarp]) -> None:
-        losses = losses_of(outputs, truth)
-        coarse, fine = outputs[COARSE], outputs[1]
+        losses, coarse, fine = losses_of(outputs, truth), outputs[COARSE], outputs[1]
         assert coarse.anchor_logits is not None
         errors = pixel_errors(fine.flow, truth[-1].points)[truth[-1].visible]
         factor = fine.flow.shape[3] / coarse.flow.shape[3]
         rough = factor * pixel_errors(anchor_flow(coarse.anchor_logits), truth[0].points)[truth[0].visible]
-        sums: list[Any] = [
-            losses["objective"],
-            1,
-            len(errors),
-            errors.sum(),
-            *((errors < bound).sum() for bound in PCK),
-        ]
-        sums += [len(rough), rough.sum()]
-        # The certainty's target in training: a true warp that the stride before had come near to.
-        before = (outputs[2].flow - truth[-2].points).norm(dim=1)
-        near = torch.nn.functional.interpolate(before[:, None], truth[-1].visible.shape[1:], mode="nearest-exact")[:, 0]
-        target = truth[-1].visible & (near < PIXEL * LOCAL[1])
-        sums += [target.numel(), losses["certainty_1"] * target.numel(), target.sum()]
+        pixels = fine.certainty.numel()
+        sums: tuple[Any, ...] = (
+            losses["objective"], 1, len(errors), errors.sum(), *((errors < bound).sum() for bound in PCK),
+            len(rough), rough.sum(), pixels, losses["certainty_1"] * pixels, losses["certain"],
+        )  # fmt: skip
         self._sums += torch.tensor([float(x) for x in sums], dtype=torch.float64)
 
     def compute(self) -> dict[str, float]:

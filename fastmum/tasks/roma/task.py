@@ -1,26 +1,21 @@
 """Training of dense matching on pairs of frames with depth and cameras."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastmum.config.schema import ConfigError
-from fastmum.data.pair_loader import square_view
 from fastmum.data.scene_loader import SceneBatch
-from fastmum.engine.device import to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
 from fastmum.files import expand_user
-from fastmum.model.compile import choose_mode, eager
-from fastmum.pretrained import load_encoder
-from fastmum.tasks.loader_task import LoaderTask
+from fastmum.model.compile import compile_kinds
+from fastmum.tasks.encoder_task import EncoderTask
 from fastmum.tasks.pairs import PairSplits, open_pairs
 from fastmum.tasks.roma.coarse import Block
 from fastmum.tasks.roma.config import RANDOM
@@ -32,28 +27,14 @@ from fastmum.tasks.roma.losses import TrueWarp, losses_of, true_warps
 from fastmum.tasks.roma.model import Roma
 from fastmum.tasks.roma.pictures import draw_matches
 from fastmum.tasks.roma.scores import Scores
-from fastmum.tasks.trained import choose_encoder, weights_digest
 
 log = logging.getLogger(__name__)
 
 TERMS = "regression", "certainty"
+COMPILED = Block, Refiner
 
 
-def compile_regions(model: nn.Module, mode: str, device: torch.device, steps: int) -> None:
-    """Compile coarse blocks and refiners' convolutions in place; `mode` and `steps` as in `choose_mode`."""
-    chosen = choose_mode(mode, device, steps)
-    log.info("torch.compile: %s", chosen)
-    if chosen == "off":
-        return
-    kinds: tuple[Any, ...] = Block, Refiner
-    for kind in kinds:
-        compute = torch.compile(kind._compute, fullgraph=True)
-        for module in model.modules():
-            if isinstance(module, kind):
-                module.compiled_compute = compute
-
-
-class RomaTask(LoaderTask):
+class RomaTask(EncoderTask):
     """Dense warps from the first image of a pair to the second.
 
     Statistics of batch norm are those of a micro-batch, so its loss is no sum over its pairs: a step's loss is the mean
@@ -73,22 +54,16 @@ class RomaTask(LoaderTask):
         terms += [f"{term}_{stride}" for stride in STRIDES for term in TERMS]
         self.metrics: Mapping[str, Metric] = {name: Metric() for name in (*terms, "pck")}  # type: ignore[misc]
         self._splits: PairSplits
-        self._held_out: dict[int, SceneBatch] = {}
 
     def build(self) -> Roma:
         """Load the encoders and build the rest; ConfigError if sizes do not fit."""
-        settings = self.config.model
-        encoder = load_encoder(choose_encoder(settings))
-        patch = encoder.config.patch_size
-        self._frozen = weights_digest(encoder)
-        self.config.data.check(patch)
-        sizes = settings.sizes(encoder.embed_dim, patch)
+        settings, encoder = self.config.model, self.load_encoder()
+        sizes = settings.sizes(encoder.embed_dim, self._patch)
         model = Roma(sizes, encoder).to(self.world.device)
         if settings.fine == RANDOM:
             log.info("the fine encoder starts from random weights; model.fine names a file of torchvision's vgg19_bn")
         else:
             model.cnn.load(expand_user(settings.fine))
-        self._patch = patch
         self._flops = cache(lambda side: pair_flops(sizes, encoder.config, side))
         return model
 
@@ -111,17 +86,10 @@ class RomaTask(LoaderTask):
         """Running statistics of batch norm."""
         return {name: x for name, x in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
 
-    def manifest(self) -> dict[str, Any]:
-        """Sizes, and the digest of the frozen encoder, which checkpoints do not contain."""
-        sizes = dataclasses.asdict(self.config.model.sizes(1, self._patch))
-        lists = {name: [*value] if isinstance(value, tuple) else value for name, value in sizes.items()}
-        return lists | {"frozen_encoder": self._frozen}
-
     def compile(self, model: Roma, steps: int) -> None:
         """Compile the coarse blocks and the refiners' convolutions; ConfigError for CUDA graphs."""
-        if self.config.train.cuda_graphs:
-            raise ConfigError("train.cuda_graphs is true, but the task 'roma' records no CUDA graphs")
-        compile_regions(model, self.config.model.compile, self.world.device, steps)
+        super().compile(model, steps)
+        compile_kinds(model.modules(), COMPILED, self.config.model.compile, self.world.device, steps)
 
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
         """Open manifests and planners; DataError if the data cannot be used."""
@@ -129,12 +97,7 @@ class RomaTask(LoaderTask):
         planner = partial(RomaPlanner, second_overlap=data.second_overlap, shift=data.shift, flip=data.flip)
         micro_batches = samples_per_step // data.pairs_per_batch
         self._splits = open_pairs(data, folder, self.config.run.seed, resumed, micro_batches, True, planner)
-        bad_frames = folder / "bad_frames.log"
-        self._loader = self._splits.loader(data, bad_frames, self.world.size, square_view, RomaLoader)
-
-    def prepare(self) -> None:
-        """Read the held-out batches of this process."""
-        self._held_out = self.read_held_out()
+        self._loader = self._splits.loader(data, folder / "bad_frames.log", self.world.size, RomaLoader)
 
     def predict(self, model: Roma, batch: SceneBatch) -> tuple[dict[int, ScaleOutput], list[TrueWarp]]:
         """Outputs from the first to the second images, and true warps of the same sizes."""
@@ -150,9 +113,7 @@ class RomaTask(LoaderTask):
         with torch.autocast(batch.images.device.type, enabled=False):
             losses = losses_of(outputs, truth)
         self._average_statistics(model)
-        one = torch.ones_like(losses["objective"]).detach()
-        terms = {name: (losses[name].detach(), one) for name in self.metrics}
-        return StepOutput(losses["objective"], 1.0, float(self.batches_per_step * self.world.size), terms)
+        return self.mean_of_batches(losses)
 
     @torch.no_grad()
     def _average_statistics(self, model: Roma) -> None:
@@ -173,28 +134,22 @@ class RomaTask(LoaderTask):
         """Loss and `Scores` of the held-out pairs, sharded over the processes."""
         scores = Scores(self.world)
         for i, batch in self._held_out.items():
-            outputs, truth = self._evaluated(model, batch)
+            outputs, truth = self.evaluated(model, batch)
             if i < self.config.train.eval_batches:
                 scores.add(outputs, truth)
         found = scores.compute()
         log.info("held-out pairs: %s", ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         return found
 
-    @torch.no_grad()
-    def _evaluated(self, model: Roma, batch: SceneBatch) -> tuple[dict[int, ScaleOutput], list[TrueWarp]]:
+    def evaluated(self, model: Roma, batch: SceneBatch) -> tuple[dict[int, ScaleOutput], list[TrueWarp]]:
         """In eval mode: with running statistics."""
         model.eval()
         try:
-            with eager(model):
-                return self.predict(model, to_device(batch, self.world.device))
+            return super().evaluated(model, batch)
         finally:
             model.train()
 
-    def pictures(self, model: Roma, step: int) -> dict[str, Image.Image]:
-        """Warps, certainties and errors of the first held-out batch; none without one."""
-        if not self._held_out:
-            return {}
-        batch = self._held_out[min(self._held_out)]
-        outputs, truth = self._evaluated(model, batch)
-        images = cast(Tensor, batch.images)
-        return {"matches": draw_matches(images, outputs[1], truth[-1], f"step {step:,}")}
+    def draw(self, batch: SceneBatch, found: Any, title: str) -> dict[str, Image.Image]:
+        """Warps, certainties and errors."""
+        outputs, truth = found
+        return {"matches": draw_matches(batch.images, outputs[1], truth[-1], title)}

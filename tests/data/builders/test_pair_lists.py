@@ -58,8 +58,9 @@ def test_frames_and_listed_pairs(manifests):
 
 def test_matching_trains_on_them(manifests):
     planner = RomaPlanner(
-        manifests, {}, 4, (32, 32), 0, 1, sampling="overlap", depth=True, overlap=(0.01, 1.0), shift=3
-    )
+        manifests, {}, 4, (32, 32), 0, 1, sampling="overlap", depth=True, overlap=(0.01, 1.0), second_overlap=0.35,
+        shift=3, flip=True,
+    )  # fmt: skip
     plan = planner.plan(0)
     pairs = {tuple(sorted(pair)) for pair in plan.rows.reshape(-1, 2).tolist()}
     assert pairs <= {(0, 1), (2, 3), (1, 3), (5, 6)}
