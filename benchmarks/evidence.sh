@@ -33,11 +33,12 @@ downstream() { # WEIGHTS, NAME, SEED
   evaluate final depth "$1" "$2" --size 64 --choose-on train
   for task in recognition segmentation; do evaluate final "$task" "$1" "$2" --size 64; done
   PROTOCOL=matchbench evaluate final matching "$1" "$2" --size 64 --protocol matchbench --choose-on train
-  for task in pose roma reconstruction; do
+  for task in pose roma reconstruction; do # pose is the only one that finetunes the encoder by default
     run="$FOLDER/$task-${2/ /-}"
-    # shellcheck disable=SC2086
+    # shellcheck disable=SC2046,SC2086
     "$PYTHON" -m fastmum.train --config "configs/${task}_quickstart.yaml" run.dir="$run" run.seed="$3" encoder="$1" \
-      model.fallback= train.threads=1 train.picture_every=1000 $SCENES
+      model.fallback= train.threads=1 train.picture_every=1000 $SCENES \
+      $([ "$task" = pose ] && echo model.finetune=false)
     # shellcheck disable=SC2046
     evaluate final "$task" "$run" "$2" $([ "$task" = roma ] && echo --no-pose) # which takes 20 s a pair on a CPU
   done
