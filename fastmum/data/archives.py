@@ -145,7 +145,7 @@ class Tree:
 
     def place(self, path: Path) -> Place | None:
         """The place of a member; None of a real file, or of nothing."""
-        found = self.find(path) if any(self._archives.values()) else None
+        found = self.find(path) if self._mounted else None
         return found if isinstance(found, Place) and not os.path.exists(path) else None
 
     def entries(self, folder: str, files: Collection[str] | None = None) -> dict[str, Place | None]:
