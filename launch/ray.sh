@@ -24,7 +24,7 @@ if [ -z "$PYTHON" ]; then
   done
 fi
 
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # `head` would end scontrol by SIGPIPE
 port=$((20000 + SLURM_JOB_ID % 20000))
 # Whoever reaches a Ray cluster can run code on it, so this one has a secret of its own; and a folder of its own on each
 # node, whose path must be short.
