@@ -96,7 +96,7 @@ def render_missing(root: Path, count: int, settings: Settings, workers: int | No
     if not missing:
         return 0
     from fastmum.progress import progress_bar
-    from fastmum.scenes.files import remove_leftovers, write_scene
+    from fastmum.scenes.files import remove_leftovers, write_scenes
     from fastmum.scenes.textures import photo_folder
 
     photo_folder()  # fail early if the photographs are missing
@@ -109,8 +109,7 @@ def render_missing(root: Path, count: int, settings: Settings, workers: int | No
             if processes > 1:
                 _render_in_processes(root, missing, settings, processes, bar.update)
             else:
-                for index in missing:
-                    write_scene(root, index, settings, bar.update)
+                write_scenes(root, missing, settings, bar.update)
     except OSError as error:
         failed = f"cannot write scenes to {root} ({error.strerror or error})"
         raise ScenesError(f"{failed}: free space, or choose another folder with FASTMUM_CACHE") from error

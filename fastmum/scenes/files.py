@@ -9,12 +9,13 @@ import contextlib
 import json
 import math
 import os
+import random
 import secrets
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,19 @@ from fastmum.scenes.layout import build_scene
 from fastmum.scenes.raycast import SceneView, render
 
 STALE_SECONDS = 3600  # age after which a temporary folder is taken for one of a dead process
+
+
+def write_scenes(root: Path, indices: Sequence[int], settings: Settings, on_view: Callable[[], object]) -> None:
+    """Render those scenes that do not exist yet, in random order; `on_view` is called for every view of all of them.
+
+    So programs that need the same scenes at the same time share the work. Errors: those of `write_scene`.
+    """
+    for index in random.SystemRandom().sample(indices, len(indices)):
+        if is_complete(scene_folder(root, index), settings):
+            for _ in range(settings.views):
+                on_view()
+        else:
+            write_scene(root, index, settings, on_view)
 
 
 def write_scene(root: Path, index: int, settings: Settings, on_view: Callable[[], object] = lambda: None) -> None:
@@ -89,8 +103,7 @@ def main() -> int:
     job = json.loads(sys.argv[1])
     send = partial(print, end="", flush=True)  # a line in one piece, since processes share the pipe
     try:
-        for index in job["indices"]:
-            write_scene(Path(job["root"]), index, Settings(**job["settings"]), lambda: send("view\n"))
+        write_scenes(Path(job["root"]), job["indices"], Settings(**job["settings"]), lambda: send("view\n"))
     except (KeyboardInterrupt, BrokenPipeError):
         return 130  # the parent has ended or is ending, and reports it
     except (OSError, ScenesError) as error:

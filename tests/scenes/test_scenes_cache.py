@@ -93,6 +93,21 @@ def test_a_faster_process_wins(tiny, tmp_path):
     assert leftovers(tmp_path) == []
 
 
+def test_programs_that_need_the_same_scenes_share_the_work(tmp_path, monkeypatch):
+    rendered, write_scene, views = [], files.write_scene, []
+
+    def write(root, index, *words):
+        rendered.append(index)
+        if len(rendered) == 1:  # the other program renders the rest meanwhile
+            files.write_scenes(root, [i for i in range(3) if i != index], SETTINGS, lambda: None)
+        write_scene(root, index, *words)
+
+    monkeypatch.setattr(files, "write_scene", write)
+    files.write_scenes(tmp_path, range(3), SETTINGS, lambda: views.append(None))
+    assert sorted(rendered) == [0, 1, 2]
+    assert len(views) == 3 * SETTINGS.views
+
+
 def test_failed_processes_are_reported(tmp_path, monkeypatch, capsys):
     out, dead = tmp_path / "out", tmp_path / "dead"
     dead.write_text("#!/bin/sh\nexit 3\n")
