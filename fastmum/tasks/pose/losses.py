@@ -3,7 +3,9 @@
 from torch import Tensor
 
 from fastmum.tasks.pose.model import Poses, of_other_view
-from fastmum.tasks.pose.rotation import direction_angle, rotation_angle
+
+COSINE = 1 - 1e-6  # bound of cosines
+EPS = 1e-6  # added to lengths
 
 
 def true_poses(camera_from_world: Tensor) -> Poses:
@@ -15,8 +17,11 @@ def true_poses(camera_from_world: Tensor) -> Poses:
 
 
 def pose_errors(found: Poses, true: Poses) -> tuple[Tensor, Tensor]:
-    """Angles of rotations and of directions of translation, radians (F,) each.
+    """Angles of rotations and of directions of translation, radians (F,) each; pi / 2 if a translation is 0.
 
     The loss of a pair is the sum of both angles of both frames.
     """
-    return rotation_angle(found.R, true.R), direction_angle(found.t, true.t)
+    cosines = ((found.R * true.R).sum((-2, -1)) - 1).div(2)
+    a, b = (t / (t.norm(dim=-1, keepdim=True) + EPS) for t in (found.t, true.t))
+    rotation, direction = (x.clamp(-COSINE, COSINE).acos() for x in (cosines, (a * b).sum(-1)))
+    return rotation, direction

@@ -1,4 +1,4 @@
-"""The nearest rotation of a matrix, and the loss on poses, without waiting for the device.
+"""The nearest rotation of a matrix, without waiting for the device.
 
 torch.linalg.svd on CUDA waits for its status, and its gradient is infinite where singular values are equal.
 """
@@ -12,8 +12,6 @@ from fastmum.tasks.reconstruction.camera import rotation_matrix
 
 SQUARINGS = 24  # of K: eigenvalues that differ by 1e-6 are separated by e**16
 LEAST = 1e-8  # added to sums of two singular values: where one is 0, the rotation is not unique
-COSINE = 1 - 1e-6  # bound of cosines (Reloc3r's loss)
-EPS = 1e-6  # added to lengths (Reloc3r's loss)
 
 
 def nearest_rotation(m: Tensor) -> Tensor:
@@ -51,21 +49,6 @@ class _NearestRotation(torch.autograd.Function):
         m, R = ctx.saved_tensors
         H = R.mT @ m
         sums = (H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + LEAST) * torch.eye(3, device=m.device) - H
-        A = R.mT @ grad.double()
-        pulled = torch.stack([A[..., i, j] - A[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1)
-        w = (torch.linalg.inv_ex(sums).inverse @ pulled[..., None])[..., 0]
-        x, y, z = w.unbind(-1)
-        zero = torch.zeros_like(x)
-        skew = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
-        return (R @ skew).to(grad.dtype)
-
-
-def rotation_angle(R: Tensor, R_true: Tensor) -> Tensor:
-    """Angles between rotations (..., 3, 3), radians (...)."""
-    return ((R * R_true).sum((-2, -1)) - 1).div(2).clamp(-COSINE, COSINE).acos()
-
-
-def direction_angle(t: Tensor, t_true: Tensor) -> Tensor:
-    """Angles between translations (..., 3), radians (...); pi / 2 if one is 0."""
-    a, b = (x / (x.norm(dim=-1, keepdim=True) + EPS) for x in (t, t_true))
-    return (a * b).sum(-1).clamp(-COSINE, COSINE).acos()
+        pulled = torch.linalg.cross(grad.double(), R).sum(-2)  # vee(R' grad - grad' R)
+        w = torch.linalg.inv_ex(sums).inverse @ pulled[..., None]
+        return torch.linalg.cross(R, w.mT).to(grad.dtype)  # R [w]
