@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fastmum.data.scene_loader import SceneBatch
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
-from fastmum.model.compile import compile_model
+from fastmum.model.block import Block as EncoderBlock
+from fastmum.model.compile import compile_kinds
 from fastmum.model.encoder import Encoder
 from fastmum.tasks.encoder_task import EncoderTask
 from fastmum.tasks.pairs import PairSplits, open_pairs
@@ -83,32 +84,26 @@ class PoseTask(EncoderTask):
     def compile(self, model: RelativePose, steps: int) -> None:
         """Compile the blocks of encoder and decoder; ConfigError for CUDA graphs."""
         super().compile(model, steps)
-        if compile_model(cast(Encoder, model.encoder), self.config.model.compile, steps) != "off":
-            compute = torch.compile(Block._compute, fullgraph=True)
-            for block in model.decoder.blocks:
-                cast(Any, block).compiled_compute = compute
+        compile_kinds(model.modules(), (EncoderBlock, Block), self.config.model.compile, self.world.device, steps)
 
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
         """Open manifests and planners; DataError if the data cannot be used."""
         data, resumed = self.config.data, start > 0 or not self.world.is_main
-        self._splits = open_pairs(
-            data, folder, self.config.run.seed, resumed, samples_per_step // data.pairs_per_batch
-        )  # fmt: skip
+        micro_batches = samples_per_step // data.pairs_per_batch
+        self._splits = open_pairs(data, folder, self.config.run.seed, resumed, micro_batches)
         self._loader = self._splits.loader(data, folder / "bad_frames.log", self.world.size)
 
     def prepare(self) -> None:
-        """With the mean pose."""
+        """With the mean pose of as many training batches as an evaluation has, which knows nothing of the images."""
         super().prepare()
-        if self._held_out:
-            self._mean = self._mean_pose()
-
-    def _mean_pose(self) -> Poses:
-        """Mean pose of as many training batches as an evaluation has: what knows nothing of the images predicts."""
+        if not self._held_out:
+            return
         planner, manifests = self._splits.training, self._splits.manifests
         rows = np.concatenate([planner.plan(i).rows for i in range(self.config.train.eval_batches)])
         poses = torch.from_numpy(np.stack([cast(np.ndarray, manifests.camera_arrays(row)[1]) for row in rows.tolist()]))
         R, t = (x[1::2] for x in true_poses(poses.double()))
-        return Poses(nearest_rotation(R.mean(0, keepdim=True)), nn.functional.normalize(t, dim=1).mean(0, keepdim=True))
+        mean = nn.functional.normalize(t, dim=1).mean(0, keepdim=True)
+        self._mean = Poses(nearest_rotation(R.mean(0, keepdim=True)), mean)
 
     def predict(self, model: RelativePose, batch: SceneBatch) -> tuple[Poses, tuple[Tensor, Tensor]]:
         """Poses, and the angles of both parts of the loss, (F,) each."""
@@ -121,9 +116,7 @@ class PoseTask(EncoderTask):
         _, angles = self.predict(model, batch)
         pairs = float(len(batch.lengths))
         count = torch.full((), 2 * pairs, device=batch.images.device)
-        means = {
-            name: (torch.rad2deg(a.detach()).sum(), count) for name, a in zip(self.metrics, angles, strict=True)
-        }  # fmt: skip
+        means = {name: (torch.rad2deg(a.detach()).sum(), count) for name, a in zip(self.metrics, angles, strict=True)}
         total = pairs * self.batches_per_step * self.world.size
         return StepOutput((angles[0] + angles[1]).sum(), pairs, total, means)
 
