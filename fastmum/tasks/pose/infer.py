@@ -15,8 +15,6 @@ from fastmum.tasks.pose.config import PoseSection
 from fastmum.tasks.pose.model import RelativePose
 from fastmum.tasks.trained import Trained, fill, read_encoder, read_settings
 
-TASKS = ("pose",)
-
 
 def load_run(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None
@@ -29,7 +27,7 @@ def load_run(
         encoder: spec of the encoder, if its files were moved. A finetuned one has the weights of the run.
     """
     path = expand_user(path)
-    manifest, tensors, settings = read_settings(path, TASKS, PoseSection)
+    manifest, tensors, settings = read_settings(path, ("pose",), PoseSection)
     loaded = read_encoder(path, manifest, settings, encoder)
     sizes = settings.sizes(loaded.embed_dim, loaded.config.patch_size)
     model = fill(RelativePose(sizes, loaded, settings.normalisation == "half"), tensors, manifest.path)

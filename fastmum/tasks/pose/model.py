@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastmum.attention import dense_attention
-from fastmum.kernels import add_norm, rope_qk, rotary_projection
+from fastmum.kernels import add_norm, rotary_projection
 from fastmum.model.block import (
     Attention,
     AxialRope,
@@ -25,7 +25,6 @@ from fastmum.model.block import (
     Mlp,
     apply_linear,
     compute_dtype,
-    is_plain,
     linear_detached_bias,
     used,
 )
@@ -82,14 +81,9 @@ class CrossAttention(nn.Module):
     def forward(self, x_TD: Tensor, other_TD: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Normed tokens, and those of the other views -> update of the stream (T, D), and its bias for `add_norm`."""
         rotation = context.positions, context.sin, context.cos, self.num_heads, "keep"
-        if is_plain(self.q) and is_plain(self.kv):
-            (weight_q, bias_q), (weight_kv, bias_kv) = used(self.q), used(self.kv)
-            (q,) = rotary_projection(x_TD.to(weight_q.dtype), weight_q, bias_q, *rotation, "q")
-            k, v = rotary_projection(other_TD.to(weight_q.dtype), weight_kv, bias_kv, *rotation, "kv")
-        else:
-            q = rope_qk(self.q(x_TD), *rotation, parts="q").unflatten(1, (self.num_heads, -1))
-            packed = rope_qk(self.kv(other_TD), *rotation, parts="kv")
-            k, v = packed.unflatten(1, (2, self.num_heads, -1)).unbind(1)
+        (weight_q, bias_q), (weight_kv, bias_kv) = used(self.q), used(self.kv)
+        (q,) = rotary_projection(x_TD.to(weight_q.dtype), weight_q, bias_q, *rotation, "q")
+        k, v = rotary_projection(other_TD.to(weight_q.dtype), weight_kv, bias_kv, *rotation, "kv")
         return linear_detached_bias(self.proj, context.attend(q, k, v).flatten(1))
 
 

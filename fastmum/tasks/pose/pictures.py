@@ -38,22 +38,20 @@ def pose_matrix(R: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 def views_of(batch: SceneBatch, found: Poses) -> list[PairView]:
     """The first pairs of a batch with their predictions, the pose of view 2 in view 1."""
+    R, t = (x[1::2].double().cpu().numpy() for x in found)
+    T, K, images = batch.camera_from_world.double().numpy(), batch.intrinsics.double().numpy(), batch.images.numpy()
     views = []
-    R, t = (x.double().cpu().numpy() for x in found)
-    T, K = batch.camera_from_world.double().numpy(), batch.intrinsics.double().numpy()
-    for i in range(0, 2 * min(PAIRS, len(batch.lengths)), 2):
-        images = batch.images[i].numpy(), batch.images[i + 1].numpy()
-        predicted = rigid_inverse(pose_matrix(R[i + 1], t[i + 1]))
-        views.append(PairView(batch.names[i // 2], images, (K[i], K[i + 1]), predicted, relative_pose(T[i], T[i + 1])))
+    for i, name in enumerate(batch.names[:PAIRS]):
+        a, b = 2 * i, 2 * i + 1
+        predicted, true = rigid_inverse(pose_matrix(R[i], t[i])), relative_pose(T[a], T[b])
+        views.append(PairView(name, (images[a], images[b]), (K[a], K[b]), predicted, true))
     return views
 
 
 def epipolar_lines(points: np.ndarray, K_a: np.ndarray, K_b: np.ndarray, b_from_a: np.ndarray) -> np.ndarray:
     """Lines a x + b y + c = 0 in pixels of view b, (n, 3), on which points (n, 2) of view a lie."""
-    R, (x, y, z) = b_from_a[:3, :3], b_from_a[:3, 3]
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    F = np.linalg.inv(K_b).T @ cross @ R @ np.linalg.inv(K_a)
-    return np.c_[points, np.ones(len(points))] @ F.T
+    rays = np.c_[points, np.ones(len(points))] @ (b_from_a[:3, :3] @ np.linalg.inv(K_a)).T
+    return np.cross(b_from_a[:3, 3], rays) @ np.linalg.inv(K_b)
 
 
 def draw_pairs(views: list[PairView], title: str = "") -> Image.Image:
