@@ -13,8 +13,7 @@ from typing import NamedTuple
 from benchmarks.offline.efficiency import efficiencies
 from benchmarks.offline.gpus import GPUS
 from fastmum.model.config import BACKWARD, PRESETS, ModelConfig
-from fastmum.tasks.pose.flops import frame_flops
-from fastmum.tasks.pose.model import CONVOLUTIONS, RESIDUAL_BLOCKS, PoseConfig
+from fastmum.tasks.pose.model import CONVOLUTIONS, RESIDUAL_BLOCKS, PoseConfig, frame_flops
 
 SIZE, PAIRS = 256, 64  # px; pairs of a GPU: 1,024 on 16
 PAIRS_TOTAL = 100 * 2_250_000  # "epochs" of the public code

@@ -18,8 +18,7 @@ from benchmarks.offline.gpus import GPUS
 from benchmarks.offline.reconstruction import _Bytes
 from fastmum.model.config import BACKWARD, PRESETS, ModelConfig
 from fastmum.tasks.roma.decoder import COARSE
-from fastmum.tasks.roma.flops import pair_flops
-from fastmum.tasks.roma.model import RomaConfig
+from fastmum.tasks.roma.model import RomaConfig, pair_flops
 from fastmum.tasks.roma.vgg import Vgg
 
 SIZE, PAIRS = 560, 8

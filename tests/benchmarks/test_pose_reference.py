@@ -9,8 +9,7 @@ from benchmarks.offline.pose import pace, seconds, work
 from benchmarks.pose import main
 from benchmarks.reference.pose import ReferenceReloc3r, pose_loss
 from fastmum.model.config import PRESETS
-from fastmum.tasks.pose.flops import frame_flops
-from fastmum.tasks.pose.model import PoseConfig
+from fastmum.tasks.pose.model import PoseConfig, frame_flops
 
 
 @pytest.mark.parametrize("file", files("reloc3r", "model.safetensors"))

@@ -12,9 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.tasks.pose.convert import LayoutError, config_of, from_public, to_public
-from fastmum.tasks.pose.flops import frame_flops
 from fastmum.tasks.pose.losses import pose_errors, true_poses
-from fastmum.tasks.pose.model import Block, PoseConfig, Poses, RelativePose
+from fastmum.tasks.pose.model import Block, PoseConfig, Poses, RelativePose, frame_flops
 from fastmum.tasks.pose.pictures import epipolar_lines
 from fastmum.tasks.pose.rotation import nearest_rotation
 from fastmum.tasks.pose.scores import errors_of, scores_of

@@ -20,10 +20,9 @@ from fastmum.tasks.roma.coarse import grid
 from fastmum.tasks.roma.data import FILL, RomaPlanner, shifted
 from fastmum.tasks.roma.decoder import STRIDES, ScaleOutput
 from fastmum.tasks.roma.depthwise import DepthwiseConv
-from fastmum.tasks.roma.flops import pair_flops
 from fastmum.tasks.roma.infer import Trained, Warps, correspondences, fine_size, match, pixels, sample
 from fastmum.tasks.roma.losses import TrueWarp, losses_of, true_warps
-from fastmum.tasks.roma.model import Roma, RomaConfig, sides
+from fastmum.tasks.roma.model import Roma, RomaConfig, pair_flops, sides
 from fastmum.tasks.roma.scores import Scores
 from fastmum.tasks.roma.vgg import BatchNorm, Vgg
 

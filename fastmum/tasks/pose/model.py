@@ -28,6 +28,7 @@ from fastmum.model.block import (
     linear_detached_bias,
     used,
 )
+from fastmum.model.config import BACKWARD, MLP_RATIO, ModelConfig, encoding_flops
 from fastmum.model.encoder import RECOMPUTE, Encoder
 from fastmum.tasks.pose.rotation import nearest_rotation
 
@@ -222,3 +223,15 @@ class RelativePose(nn.Module):
         """Predict from the encoder's patch tokens (F, P, E)."""
         t, rows = self.head(self.decoder(tokens_FPE, grid))
         return Poses(nearest_rotation(F.normalize(rows.unflatten(1, (3, 3)), dim=2)), t)
+
+
+def frame_flops(config: PoseConfig, grid: tuple[int, int], encoder: ModelConfig, prefix: int, finetune: bool) -> float:
+    """Operations of one frame in a training step, forward and backward, without recomputation; two per multiply-add.
+
+    `prefix` is the number of the encoder's tokens besides those of patches.
+    """
+    P, D, E, C = grid[0] * grid[1], config.embed_dim, encoder.embed_dim, config.head_dim
+    # Self-attention and cross-attention have four matrices of width D each.
+    decoder = config.depth * (2 * P * (8 + 2 * MLP_RATIO) * D * D + 2 * 4 * P * P * D) + 2 * P * E * D
+    head = 2 * P * (D * C + RESIDUAL_BLOCKS * CONVOLUTIONS * C * C) + 2 * (2 * C * C + 12 * C)
+    return BACKWARD * (decoder + head) + (BACKWARD if finetune else 1) * encoding_flops(encoder, P, prefix + P)

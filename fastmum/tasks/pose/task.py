@@ -20,9 +20,8 @@ from fastmum.model.encoder import Encoder
 from fastmum.tasks.encoder_task import EncoderTask
 from fastmum.tasks.pairs import PairSplits, open_pairs
 from fastmum.tasks.pose.config import Config as RunConfig
-from fastmum.tasks.pose.flops import frame_flops
 from fastmum.tasks.pose.losses import pose_errors, true_poses
-from fastmum.tasks.pose.model import Block, Poses, RelativePose
+from fastmum.tasks.pose.model import Block, Poses, RelativePose, frame_flops
 from fastmum.tasks.pose.pictures import draw_pairs, views_of
 from fastmum.tasks.pose.rotation import nearest_rotation
 from fastmum.tasks.pose.scores import Errors, errors_of, scores_of

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from fastmum.model.config import BACKWARD, ModelConfig, encoding_flops
 from fastmum.model.encoder import Encoder
 from fastmum.model.inputs import IMAGENET_MEAN, IMAGENET_STD
 from fastmum.model.options import normalise
@@ -94,3 +97,17 @@ def sides(maps: Mapping[int, Tensor], both: bool = False) -> tuple[dict[int, Ten
     if both:
         return dict(maps), {stride: torch.cat([b, a]) for stride, (a, b) in halves.items()}
     return {stride: a for stride, (a, _) in halves.items()}, {stride: b for stride, (_, b) in halves.items()}
+
+
+def pair_flops(config: RomaConfig, encoder: ModelConfig, side: int) -> float:
+    """Operations of a pair of square images in a training step, forward and backward; two per multiply-add.
+
+    Counted on tensors without data, the encoder's by formula. Local correlation is not counted.
+    """
+    grid = side // config.patch_size
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        cnn = Vgg(config.vgg, config.vgg_layers).eval()
+        maps = cnn(torch.empty(1, 3, side, side)) | {COARSE: torch.empty(1, config.encoder_dim, grid, grid)}
+        counted = counter.get_total_flops()  # the fine encoder's of one image
+        config.decoder().eval()(maps, maps)
+    return BACKWARD * (counter.get_total_flops() + counted) + 2 * encoding_flops(encoder, grid * grid, grid * grid)

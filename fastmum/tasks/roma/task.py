@@ -22,9 +22,8 @@ from fastmum.tasks.roma.config import RANDOM
 from fastmum.tasks.roma.config import Config as RunConfig
 from fastmum.tasks.roma.data import RomaLoader, RomaPlanner
 from fastmum.tasks.roma.decoder import COARSE, STRIDES, Refiner, ScaleOutput
-from fastmum.tasks.roma.flops import pair_flops
 from fastmum.tasks.roma.losses import TrueWarp, losses_of, true_warps
-from fastmum.tasks.roma.model import Roma
+from fastmum.tasks.roma.model import Roma, pair_flops
 from fastmum.tasks.roma.pictures import draw_matches
 from fastmum.tasks.roma.scores import Scores
 
