@@ -10,7 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fastmum.config.schema import ConfigError, key
+from fastmum.config.schema import ConfigError, EngineConfig, key
 from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.checkpoint.manifest import CheckpointManifest
 from fastmum.errors import FastmumError
@@ -49,6 +49,20 @@ class EncoderSection:
             return kind(encoder_dim=encoder_dim, patch_size=patch_size, **given, **more)  # type: ignore[call-arg]
         except ValueError as error:
             raise ConfigError(f"model.{error}") from None
+
+
+@dataclass
+class EncoderConfig(EngineConfig):
+    """The configuration of a downstream task, whose subclass has the sections of its model and of its data."""
+
+    model: Any = None
+    data: Any = None
+
+    def check(self) -> None:
+        """Check rules between keys; those about the patch size are checked when the encoder is loaded."""
+        super().check()
+        self.model.sizes(1, 1)
+        self.data.check(1)
 
 
 class Trained(NamedTuple, Generic[M]):

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from fastmum.config.schema import EngineConfig, OptimSection, key
+from fastmum.config.schema import OptimSection, key
 from fastmum.model.encoder import RECOMPUTE
 from fastmum.tasks.pairs import PairDataSection
 from fastmum.tasks.pose.model import PoseConfig
-from fastmum.tasks.trained import EncoderSection
+from fastmum.tasks.trained import EncoderConfig, EncoderSection
 
 PAPER = PoseConfig()
 
@@ -42,15 +42,9 @@ def _optim() -> OptimSection:
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(EncoderConfig):
     """Everything that a run of relative pose depends on."""
 
     optim: OptimSection = field(default_factory=_optim)
     model: PoseSection = field(default_factory=PoseSection)
     data: PairDataSection = field(default_factory=PairDataSection)
-
-    def check(self) -> None:
-        """Check rules between keys; those about the patch size are checked when the encoder is loaded."""
-        super().check()
-        self.model.sizes(1, 1)
-        self.data.check(1)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 from fastmum.attention import BACKENDS
-from fastmum.config.schema import EngineConfig, OptimSection, key
+from fastmum.config.schema import OptimSection, key
 from fastmum.tasks.reconstruction.data import SceneDataSection
 from fastmum.tasks.reconstruction.losses import LossWeights
 from fastmum.tasks.reconstruction.model import RECOMPUTE, ReconstructionConfig
-from fastmum.tasks.trained import EncoderSection
+from fastmum.tasks.trained import EncoderConfig, EncoderSection
 
 PAPER = ReconstructionConfig()
 
@@ -63,7 +63,7 @@ def _optim() -> OptimSection:
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(EncoderConfig):
     """Everything that a run of reconstruction depends on."""
 
     optim: OptimSection = field(default_factory=_optim)
@@ -74,9 +74,3 @@ class Config(EngineConfig):
     @property
     def weights(self) -> LossWeights:
         return LossWeights(**vars(self.loss))
-
-    def check(self) -> None:
-        """Check rules between keys; those about the patch size are checked when the encoder is loaded."""
-        super().check()
-        self.model.sizes(1, 1)
-        self.data.check(1)

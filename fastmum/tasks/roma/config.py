@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from fastmum.config.schema import EngineConfig, OptimSection, key
+from fastmum.config.schema import OptimSection, key
 from fastmum.tasks.roma.data import RomaDataSection
 from fastmum.tasks.roma.model import RomaConfig
-from fastmum.tasks.trained import EncoderSection
+from fastmum.tasks.trained import EncoderConfig, EncoderSection
 
 PAPER = RomaConfig()
 RANDOM = "random"
@@ -44,15 +44,9 @@ def _optim() -> OptimSection:
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(EncoderConfig):
     """Everything that a run of matching depends on."""
 
     optim: OptimSection = field(default_factory=_optim)
     model: RomaSection = field(default_factory=RomaSection)
     data: RomaDataSection = field(default_factory=RomaDataSection)
-
-    def check(self) -> None:
-        """Check rules between keys; those about the patch size are checked when the encoder is loaded."""
-        super().check()
-        self.model.sizes(1, 1)
-        self.data.check(1)
