@@ -4,7 +4,6 @@ Legend: B pairs, (h, w) map of a stride, (H, W) of stride 1, C channels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,7 @@ DISPLACEMENT = 40 / 32  # factor of the displacement that is embedded
 REFINE_INIT = 4.0  # a refinement of 1 moves the warp by a quarter of its stride
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """Sizes of a refiner."""
 
     channels: int  # of the map
@@ -106,12 +104,9 @@ class Decoder(nn.Module):
         width = gp_dim + scales[COARSE].projected
         self.embedding_decoder = CoarseDecoder(width, num_heads, blocks, anchors**2)
         self.gps = nn.ModuleDict({str(COARSE): GP(gp_dim)})
-        self.proj = nn.ModuleDict(
-            {
-                str(stride): nn.Sequential(nn.Conv2d(s.channels, s.projected, 1), BatchNorm(s.projected))
-                for stride, s in scales.items()
-            }
-        )
+        self.proj = nn.ModuleDict()
+        for stride, s in scales.items():
+            self.proj[str(stride)] = nn.Sequential(nn.Conv2d(s.channels, s.projected, 1), BatchNorm(s.projected))
         self.conv_refiner = nn.ModuleDict({str(stride): Refiner(s, hidden_blocks) for stride, s in scales.items()})
 
     def exact(self) -> list[nn.Module]:

@@ -41,22 +41,19 @@ class _Depthwise(torch.autograd.Function):
         args = grad, x, weight, None, (1, 1), (pad, pad), (1, 1), False, (0, 0), C, (True, False, False)
         grad_x = torch.ops.aten.convolution_backward(*args)[0]
         with torch.autocast(x.device.type, enabled=False):
-            return (
-                grad_x,
-                weight_gradient(x, grad, k).to(weight.dtype),
-                grad.sum((0, 2, 3), dtype=torch.float32).to(weight.dtype),
-            )
+            grad_weight, grad_bias = weight_gradient(x, grad, k), grad.sum((0, 2, 3), dtype=torch.float32)
+        return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
-def weight_gradient(x: Tensor, grad: Tensor, k: int, tile: int = TILE) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
     """Gradient (C, 1, k, k) float32 of the weight, from input and gradient of the output, (B, C, H, W) each."""
     C, H, W = x.shape[1:]
-    bottom, right, pad = -H % tile, -W % tile, k // 2
+    bottom, right, pad = -H % TILE, -W % TILE, k // 2
     x_BHWC = F.pad(x.permute(0, 2, 3, 1), (0, 0, pad, pad + right, pad, pad + bottom))
     grad_BHWC = F.pad(grad.permute(0, 2, 3, 1), (0, 0, 0, right, 0, bottom))
-    side = tile + k - 1
+    side = TILE + k - 1
     # Tiles of all images and channels are the channels of the convolution, and innermost in memory.
-    tiles = x_BHWC.unfold(1, side, tile).unfold(2, side, tile).permute(4, 5, 0, 1, 2, 3).float()
+    tiles = x_BHWC.unfold(1, side, TILE).unfold(2, side, TILE).permute(4, 5, 0, 1, 2, 3).float()
     tiles = tiles.reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    kernels = grad_BHWC.unfold(1, tile, tile).unfold(2, tile, tile).float().reshape(-1, 1, tile, tile)
+    kernels = grad_BHWC.unfold(1, TILE, TILE).unfold(2, TILE, TILE).float().reshape(-1, 1, TILE, TILE)
     return F.conv2d(tiles, kernels, groups=len(kernels)).view(-1, C, k, k).sum(0)[:, None]

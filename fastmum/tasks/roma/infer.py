@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
+from fastmum.data.pair_loader import square_view
 from fastmum.engine.device import autocast, pick_precision
 from fastmum.files import expand_user
+from fastmum.geometry import View
 from fastmum.tasks.roma.coarse import grid
 from fastmum.tasks.roma.config import RomaSection
 from fastmum.tasks.roma.decoder import COARSE, STRIDES
@@ -46,14 +47,8 @@ def load_run(
     path = expand_user(path)
     manifest, tensors, settings = read_settings(path, ("roma",), RomaSection)
     loaded = read_encoder(path, manifest, settings, encoder)
-    model = Roma(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
-    fill(model, tensors, manifest.path)
+    model = fill(Roma(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded), tensors, manifest.path)
     return Trained.of(model, manifest, 560, device, frames=2)
-
-
-def squeezed(image: np.ndarray, size: int) -> Tensor:
-    """An image (H, W, 3) uint8 as a square of `size` pixels, bicubic, (size, size, 3) uint8."""
-    return torch.from_numpy(np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
 
 
 def fine_size(size: int) -> int:
@@ -75,8 +70,8 @@ def match(
     device = next(model.decoder.parameters()).device
 
     def maps(side: int, coarse: bool) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        images = torch.stack([squeezed(image, side) for image in (first, second)]).to(device)
-        return sides(model.maps(images, coarse), both=True)
+        images = np.stack([square_view(View(image), (side, side)).image for image in (first, second)])
+        return sides(model.maps(torch.from_numpy(images).to(device), coarse), both=True)
 
     with autocast(device, pick_precision("auto", device)):
         found = model.decoder(*maps(size, coarse=True), scale_factor=size / trained_size)

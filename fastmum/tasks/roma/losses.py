@@ -84,7 +84,10 @@ def losses_of(outputs: Mapping[int, ScaleOutput], truth: Sequence[TrueWarp]) -> 
             visible = visible & (before < PIXEL * LOCAL[stride] * stride)
         target, count = visible.float(), visible.sum().clamp(min=1)
         if out.anchor_logits is not None and out.anchor_certainty is not None:
-            anchors = F.cross_entropy(out.anchor_logits, nearest_anchor(points, out.anchor_logits), reduction="none")
+            # The anchor nearest to each point; points that are not finite, which are never visible, have any.
+            side = math.isqrt(out.anchor_logits.shape[1])
+            column, row = ((points.nan_to_num(-1) + 1) / 2 * side).floor().clamp(0, side - 1).long().unbind(1)
+            anchors = F.cross_entropy(out.anchor_logits, row * side + column, reduction="none")
             losses[f"anchors_{stride}"] = torch.where(visible, anchors, 0).sum() / count
             bce = F.binary_cross_entropy_with_logits(out.anchor_certainty[:, 0], target)
             losses[f"anchor_certainty_{stride}"] = bce
@@ -97,10 +100,3 @@ def losses_of(outputs: Mapping[int, ScaleOutput], truth: Sequence[TrueWarp]) -> 
         correct = visible & (error < PCK * PIXEL)
     objective = torch.stack([CERTAINTY * x if "certainty" in name else x for name, x in losses.items()]).sum()
     return losses | {"objective": objective, "pck": correct.sum() / count, "certain": visible.sum()}
-
-
-def nearest_anchor(points: Tensor, logits: Tensor) -> Tensor:
-    """The anchor nearest to each point (B, 2, h, w), (B, h, w) int64; 0 for points that are not finite."""
-    side = math.isqrt(logits.shape[1])
-    column, row = ((points.nan_to_num(-1) + 1) / 2 * side).floor().clamp(0, side - 1).long().unbind(1)
-    return row * side + column

@@ -29,7 +29,6 @@ from fastmum.tasks.roma.scores import Scores
 
 log = logging.getLogger(__name__)
 
-TERMS = "regression", "certainty"
 COMPILED = Block, Refiner
 
 
@@ -50,7 +49,7 @@ class RomaTask(EncoderTask):
         keys = "data.pairs_per_batch", "data.pairs_per_step"
         self.samples = Samples(data.pairs_per_batch, data.pairs_per_step, "pairs", keys)
         terms = [f"anchors_{COARSE}", f"anchor_certainty_{COARSE}"]
-        terms += [f"{term}_{stride}" for stride in STRIDES for term in TERMS]
+        terms += [f"{term}_{stride}" for stride in STRIDES for term in ("regression", "certainty")]
         self.metrics: Mapping[str, Metric] = {name: Metric() for name in (*terms, "pck")}  # type: ignore[misc]
         self._splits: PairSplits
 
