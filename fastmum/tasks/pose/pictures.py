@@ -87,8 +87,8 @@ def _draw(view: PairView) -> Image.Image:
     return page
 
 
-def _ends(line: np.ndarray, size: tuple[int, int]) -> list[tuple[float, float]]:
-    """Where a line leaves an image on opposite sides; nothing of one that is no line (translation 0)."""
+def _ends(line: np.ndarray, size: tuple[int, int]) -> list[float]:
+    """Where a line leaves an image on opposite sides, x and y of both; outside for one that is none (translation 0)."""
     a, b, c = line
     width, height = size
     with np.errstate(all="ignore"):
@@ -96,6 +96,4 @@ def _ends(line: np.ndarray, size: tuple[int, int]) -> list[tuple[float, float]]:
             ends = np.array([[0, -c / b], [width, -(c + a * width) / b]])
         else:
             ends = np.array([[-c / a, 0], [-(c + b * height) / a, height]])
-    if not np.isfinite(ends).all():
-        return [(-FAR, -FAR), (-FAR, -FAR)]
-    return [(float(x), float(y)) for x, y in ends.clip(-FAR, FAR)]
+    return np.nan_to_num(ends, nan=-FAR).clip(-FAR, FAR).ravel().tolist()
