@@ -19,6 +19,8 @@ FIXTURES = Path(os.environ.get("FASTMUM_FIXTURES") or ROOT)
 
 def files(folder: str, ending: str) -> list[Any]:
     """The files `*_ending` of a folder as parameters; one skipped parameter where there are none."""
+    if os.environ.get("FASTMUM_FIXTURES") and not FIXTURES.is_dir():
+        raise FileNotFoundError(f"FASTMUM_FIXTURES: there is no folder '{FIXTURES}'")
     found = sorted((FIXTURES / folder).glob(f"*_{ending}"))
     absent = pytest.mark.skip(reason=f"no {folder}/*_{ending} in {FIXTURES}: set FASTMUM_FIXTURES")
     return [pytest.param(file, id=file.stem) for file in found] or [pytest.param(Path(), marks=absent, id="absent")]

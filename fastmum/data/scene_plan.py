@@ -33,7 +33,9 @@ class Rule(NamedTuple):
 
 
 # By the builder of the manifest, or the name of the data set.
-RULES = {"vkitti2": Rule(percentile=None, max_depth=80.0, window=8), "wildrgbd": Rule(masked=True)}
+RULES = {
+    "vkitti2": Rule(percentile=None, max_depth=80.0, window=8), "wildrgbd": Rule(masked=True), "rgbd": Rule(masked=True)
+}  # fmt: skip
 
 
 class ScenePlan(NamedTuple):

@@ -194,7 +194,8 @@ def point_scores(found: Estimate, truth: np.ndarray, batch: SceneBatch, threshol
 
 def aligned(name: str, batch: SceneBatch, found: Estimate, truth: np.ndarray) -> SceneViews:
     """For a picture: a similarity on the valid pixels moves the prediction to the true points `truth`."""
-    valid, points = batch.valid.numpy(), found.world_points()
+    points = found.world_points()
+    valid = batch.valid.numpy() & np.isfinite(points).all(-1)
     scale, R, t = similarity = umeyama(points[valid], truth[valid])
     poses = found.camera_from_world.copy()
     poses[:, :3, :3] = poses[:, :3, :3] @ R.T

@@ -1,6 +1,7 @@
 """Photographs to cameras, depth maps and a point cloud, by a run of reconstruction."""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from fastmum.data.evaluation import evaluation_size, pad
 from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, some_reasons, writing
 from fastmum.features.images import Images, find_images
-from fastmum.files import expand_user, write_atomic
+from fastmum.files import expand_user, read_json, write_atomic
 from fastmum.geometry import Camera, View, crop_resize
 from fastmum.geometry.camera import rigid_inverse, transform
 from fastmum.predict.cloud import glb, ply
@@ -71,15 +72,18 @@ def predict(args: argparse.Namespace) -> None:
     """Run the command."""
     if not 0 <= args.confidence < 100 or args.max_points < 1:
         raise FastmumError("--confidence must be from 0 to below 100, and --max-points at least 1")
+    out = expand_user(args.out)
+    if out.exists() and not out.is_dir():
+        raise FastmumError(f"--out: '{out}' is a file, but must be a folder")
     if not args.no_page:
         require_plotly("pass --no-page")
     images = find_images(args.images)
     trained = load_run(args.run, pick_device(args.device, key="--device"), args.encoder)
-    photos = read_photos(images, args.size or trained.image_size, trained.model.config.patch_size)
+    size = trained.image_size if args.size is None else args.size
+    photos = read_photos(images, size, trained.model.config.patch_size)
     pixels = torch.from_numpy(np.stack([photo.image for photo in photos]))
     found = estimate(trained.model, pixels, show=True)
     source = {"run": trained.name, "step": trained.step, "encoder": trained.encoder["name"], "images": str(images.root)}
-    out = expand_user(args.out)
     write_results(out, photos, found, source, args.confidence, args.max_points, not args.no_page)
     print(f"{len(photos)} of {len(images.files)} images: {out}")
     if images.skipped:
@@ -121,16 +125,17 @@ def choose_points(
     for mask, photo in zip(inside, photos, strict=True):
         mask[photo.inside] = True
     inside &= np.isfinite(found.depth) & np.isfinite(found.confidence)
-    kept = np.flatnonzero(inside)
-    confidence = found.confidence.reshape(-1)[kept]
-    kept = kept[confidence >= np.percentile(confidence, percentile)] if len(kept) else kept
-    if len(kept) > most:
-        kept = np.sort(np.random.default_rng(SEED).choice(kept, most, replace=False))
-    frame, row, column = np.unravel_index(kept, found.depth.shape)
+    if inside.any():
+        inside &= found.confidence >= np.percentile(found.confidence[inside], percentile)
+    starts = np.cumsum([0, *inside.sum((1, 2))])
+    count = starts[-1]
+    chosen = np.random.default_rng(SEED).choice(count, most, replace=False) if count > most else np.arange(count)
+    kept = np.sort(chosen)  # numbers of pixels among those inside, frame by frame
+    frame = np.searchsorted(starts, kept, side="right") - 1
     xy, xyz, rgb = np.empty((len(kept), 2)), np.empty((len(kept), 3)), np.empty((len(kept), 3), np.uint8)
     for i, (photo, camera) in enumerate(zip(photos, cameras, strict=True)):
         own = slice(*np.searchsorted(frame, [i, i + 1]))
-        y, x = row[own], column[own]
+        y, x = np.divmod(np.flatnonzero(inside[i])[kept[own] - starts[i]], inside.shape[2])
         left, top, right, bottom = photo.box
         scale = photo.size[0] / (right - left), photo.size[1] / (bottom - top)
         xy[own] = (np.stack([x, y], 1) + 0.5 - (left, top)) * scale
@@ -146,13 +151,20 @@ def write_results(
 ) -> None:  # fmt: skip
     """Write all files of a prediction: sparse/0, cameras.json, depth, cloud.ply, cloud.glb and view.html.
 
-    FastmumError: they cannot be written, or nothing finite was predicted.
+    Those of an earlier one are replaced; its depth maps are those that its cameras.json names.
+    FastmumError: files cannot be written, or nothing finite was predicted.
     """
     poses = zip(photos, found.camera_from_world, found.K, strict=True)
     cameras = [photo.camera(pose, K) for photo, pose, K in poses]
     points = choose_points(photos, cameras, found, percentile, most)
-    if not len(points.xyz) or not all(np.isfinite(camera.camera_from_world).all() for camera in cameras):
+    if not len(points.xyz) or not all(
+        np.isfinite(x).all() for camera in cameras for x in (camera.K, camera.camera_from_world)
+    ):
         raise FastmumError("the model predicts no finite cameras and depth; use an earlier checkpoint")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for frame in read_json(out / "cameras.json")["frames"]:
+            (out / frame["depth"]).unlink(missing_ok=True)
+    (out / "view.html").unlink(missing_ok=True)
     step = FARTHEST * float(np.median(found.depth[np.isfinite(found.depth)])) / LEVELS
     write_model(out / "sparse/0", [photo.name for photo in photos], cameras, points)
     frames = []

@@ -22,10 +22,11 @@ def test_the_reference_has_the_public_numbers(file):
     kinds = {
         name: part_of(tensors, f"{name}/") for name in ("weights", "input", "output", "loss", "grad", "normalised")
     }
-    about = vars(config_of(kinds["weights"], sizes["patch"])) | {
-        "taps": tuple(sizes["taps"]), "camera_heads": sizes["camera_heads"], "camera_iterations": sizes["iterations"],
-    }  # fmt: skip
-    about.pop("points")
+    config = config_of(
+        kinds["weights"], sizes["patch"], taps=tuple(sizes["taps"]), camera_heads=sizes["camera_heads"],
+        camera_iterations=sizes["iterations"],
+    )  # fmt: skip
+    about = {name: value for name, value in vars(config).items() if name != "points"}
     model = ReferenceVGGT(**about)
     model.load_state_dict(from_public(kinds["weights"])[0])
     inputs, truth = kinds["input"], kinds["normalised"]

@@ -200,9 +200,10 @@ def test_depth_is_cleaned_by_the_rule_of_its_data_set(walls, tmp_path):
     masked = load("wildrgbd", "mask.png")
     assert not masked.valid[..., 36:].any()
     assert masked.valid[..., 4:28].float().mean() > 0.8
-    empty = load("wildrgbd", "empty.png")
-    assert not empty.valid.any()
-    assert not empty.depth.any()
+    for builder in ("wildrgbd", "rgbd"):
+        empty = load(builder, "empty.png")
+        assert not empty.valid.any()
+        assert not empty.depth.any()
 
 
 def test_bad_files_are_replaced_by_frames_of_the_sequence_and_counted(walls, tmp_path):

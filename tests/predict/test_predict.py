@@ -133,6 +133,16 @@ def test_points_keep_to_percentile_bound_and_image(run, photos):
     assert np.abs(own[:, None] - whole[None]).sum(-1).min(1).max() < 1e-4 * np.abs(whole).max()
 
 
+def test_results_replace_those_of_an_earlier_prediction(run, photos, results, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(results, out)
+    for file in ("depth/my own.png", "view.html"):
+        (out / file).write_text("not listed")
+    assert main([str(run), str(photos / "1.png"), "--out", str(out), "--no-page"]) == 0
+    assert {file.name for file in (out / "depth").iterdir()} == {"1.png.png", "my own.png"}
+    assert not (out / "view.html").exists()
+
+
 def test_one_pass_in_chunks_is_the_model_itself(run):
     trained = load_run(run)
     images = torch.randint(0, 256, (5, 48, 64, 3), dtype=torch.uint8)
@@ -162,6 +172,7 @@ def test_what_cannot_be_predicted_is_one_clear_error(run, photos, tmp_path, caps
         ([missing, photos], "missing"),
         ([other, photos], "task 'mum'"),
         ([run, photos, "--size", "40"], "patch size"),
+        ([run, photos, "--size", "0"], "0"),
         ([run, photos / "broken.png"], "broken.png"),
         ([run, photos, "--max-points", "0"], "--max"),
     ):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmum.config import ConfigError
@@ -82,6 +83,9 @@ def test_a_teacher_in_the_layout_of_the_public_checkpoint(tmp_path):
     public = to_public(plain.state_dict()) | {f"aggregator.patch_embed.{name}": x for name, x in encoder.items()}
     torch.save(public | {"track_head.x": torch.zeros(1)}, tmp_path / "vggt.pt")
     model = load_reconstruction(tmp_path / "vggt.pt")
+    save_file({name: x.contiguous() for name, x in public.items()}, tmp_path / "model.safetensors")
+    from_folder = load_reconstruction(tmp_path).state_dict()
+    assert all(torch.equal(x, from_folder[name]) for name, x in model.state_dict().items())
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     images = torch.randint(0, 256, (3, 2 * PATCH, 4 * PATCH, 3), dtype=torch.uint8, generator=generator)
@@ -180,6 +184,7 @@ def test_a_student_learns_from_a_run_on_images_without_ground_truth(tmp_path, im
     plain = run(tmp_path / "plain", *common)
     assert plain[-1]["camera"] < plain[0]["camera"]
     assert plain[-1].keys() >= {"held_out_loss", "depth", "points", "grad_norm/aggregator"}
+    assert (tmp_path / "plain/reconstruction.png").stat().st_size > 10_000
     learnt = read_weights(tmp_path / "plain").tensors
     start = load_reconstruction(teacher).encoder.state_dict()
     changed = [name for name, x in start.items() if (y := learnt.get(f"encoder.{name}")) is not None and not x.equal(y)]

@@ -1,6 +1,5 @@
 """Numbers of VGGT's public code: outputs, losses and gradients of its model, as files."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,8 +47,8 @@ def test_public_model_outputs_losses_and_gradients(file):
     tensors, sizes = load_file(file), sizes_of(file)
     public, inputs, outputs = (part_of(tensors, f"{kind}/") for kind in ("weights", "input", "output"))
     S = sizes["S"]
-    config = replace(
-        config_of(public, sizes["patch"]), taps=tuple(sizes["taps"]), camera_heads=sizes["camera_heads"],
+    config = config_of(
+        public, sizes["patch"], taps=tuple(sizes["taps"]), camera_heads=sizes["camera_heads"],
         camera_iterations=sizes["iterations"],
     )  # fmt: skip
     stated = {
@@ -86,7 +85,8 @@ def test_public_model_outputs_losses_and_gradients(file):
     assert (
         error(encode_cameras(scene.camera_from_world, scene.K, (height, width)), packed(outputs["gt_pose_enc"])) < 1e-5
     )
-    T, K = decode_cameras(prediction.cameras[-1], (height, width))
+    last = outputs[f"pose_enc_{sizes['iterations'] - 1}"]  # a field of view near 0 is ill-conditioned
+    T, K = decode_cameras(packed(last), (height, width))
     assert error(T[:, :3], packed(outputs["pred_extrinsics"])) < 1e-5
     assert error(K, packed(outputs["pred_intrinsics"])) < 1e-5
 

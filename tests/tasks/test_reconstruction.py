@@ -223,6 +223,9 @@ def test_layout_of_a_public_checkpoint():
     ours, rest = from_public(public)
     assert rest.keys() == encoder.keys()
     Reconstruction(CONFIG).load_state_dict(ours)
+    assert config_of(public, camera_heads=2, taps=(0, 0, 1, 1)).taps == (0, 0, 1, 1)
+    with pytest.raises(LayoutError, match="heads"):
+        config_of(public, camera_heads=7)
     del public["aggregator.camera_token"]
     with pytest.raises(LayoutError, match="camera_token"):
         config_of(public)

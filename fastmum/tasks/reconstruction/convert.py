@@ -5,6 +5,7 @@ without registers, and a head of point tracks, which is left out.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +19,13 @@ VGGT_TAPS = {24: (4, 11, 17, 23)}  # pairs of VGGT-1B
 CAMERA_HEADS, CAMERA_ITERATIONS = 16, 4  # shapes do not show them; VGGT has no others
 
 
-def config_of(state: Mapping[str, Tensor], patch_size: int | None = None) -> ReconstructionConfig:
-    """The sizes of a public state dict; LayoutError names what is missing.
+def config_of(state: Mapping[str, Tensor], patch_size: int | None = None, **given: Any) -> ReconstructionConfig:
+    """The sizes of a public state dict; LayoutError names what is missing or does not fit.
 
-    `patch_size` is needed if the encoder is absent, as in MuM's files; 16 then.
+    Args:
+        patch_size: needed if the encoder is absent, as in MuM's files; 16 then.
+        given: other sizes than VGGT's of those that the shapes do not show: `taps`, `camera_heads`,
+            `camera_iterations`.
     """
     try:
         width = state["aggregator.camera_token"].shape[-1]
@@ -36,15 +40,20 @@ def config_of(state: Mapping[str, Tensor], patch_size: int | None = None) -> Rec
             f"the weights have no {error}, so they are not VGGT's: a public checkpoint is needed"
         ) from None
     pairs = _count(state, "aggregator.frame_blocks.")
-    return ReconstructionConfig(
-        encoder_dim=width if projection is None else projection.shape[1], embed_dim=width, pairs=pairs,
-        num_heads=width // head_width, registers=registers,
-        patch_size=patch_size or (16 if embedding is None else embedding.shape[-1]),
-        taps=VGGT_TAPS.get(pairs) or tuple(max(0, i) for i in range(pairs - 4, pairs)),
-        points=any(name.startswith("point_head.") for name in state), dpt_features=features, dpt_levels=levels,
-        camera_heads=CAMERA_HEADS, camera_blocks=_count(state, "camera_head.trunk."),
-        camera_iterations=CAMERA_ITERATIONS,
-    )  # fmt: skip
+    unseen: dict[str, Any] = {
+        "taps": VGGT_TAPS.get(pairs) or tuple(max(0, i) for i in range(pairs - 4, pairs)),
+        "camera_heads": CAMERA_HEADS, "camera_iterations": CAMERA_ITERATIONS,
+    }  # fmt: skip
+    try:
+        return ReconstructionConfig(
+            encoder_dim=width if projection is None else projection.shape[1], embed_dim=width, pairs=pairs,
+            num_heads=width // head_width, registers=registers,
+            patch_size=patch_size or (16 if embedding is None else embedding.shape[-1]),
+            points=any(name.startswith("point_head.") for name in state), dpt_features=features, dpt_levels=levels,
+            camera_blocks=_count(state, "camera_head.trunk."), **unseen | given,
+        )  # fmt: skip
+    except ValueError as error:
+        raise LayoutError(f"the sizes of the weights are not VGGT's: {error}") from None
 
 
 def from_public(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,14 @@ from fastmum.data.scene_loader import SceneBatch
 from fastmum.engine.device import autocast, to_device
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, StepOutput
-from fastmum.model.compile import eager
 from fastmum.model.config import BACKWARD
 from fastmum.model.options import normalise
 from fastmum.progress import on_terminal, progress_bar
+from fastmum.tasks.reconstruction.camera import decode_cameras
 from fastmum.tasks.reconstruction.config import Config, ReconstructionSection
 from fastmum.tasks.reconstruction.flops import frame_flops, square_flops
 from fastmum.tasks.reconstruction.load import load_reconstruction
-from fastmum.tasks.reconstruction.losses import ITERATION_DECAY, Prediction
+from fastmum.tasks.reconstruction.losses import ITERATION_DECAY, Prediction, Scene, unproject
 from fastmum.tasks.reconstruction.model import Reconstruction
 from fastmum.tasks.reconstruction.targets import TargetCache, Targets
 from fastmum.tasks.reconstruction.task import ReconstructionTask
@@ -149,7 +149,6 @@ class DistillTask(ReconstructionTask):
         super().__init__(config, world)
         self.metrics = {term: Metric() for term in ("camera", "depth", *(["points"] if config.model.points else []))}
         self._cache: TargetCache | None = None
-        self._held_out_targets: dict[int, Targets] = {}
 
     def build(self) -> Reconstruction:
         """Build the student, and load the teacher."""
@@ -167,8 +166,7 @@ class DistillTask(ReconstructionTask):
     def prepare(self) -> None:
         """Compute what the teacher predicts for held-out frames, and with a cache for those of training, too."""
         super().prepare()
-        for i, batch in self._held_out.items():
-            self._held_out_targets[i] = self._ask(batch)
+        self._held_out = {i: DistillBatch(batch, self._ask(batch)) for i, batch in self._held_out.items()}
         if self._cache is None:
             return
         places = list(self.places(0, self._period))
@@ -207,33 +205,39 @@ class DistillTask(ReconstructionTask):
 
     def loss(self, model: Reconstruction, batch: DistillBatch) -> StepOutput:  # type: ignore[override]
         """The mean over the micro-batches of the step."""
-        return self.mean_of_batches(self._losses(model, batch))
+        return self.mean_of_batches(self._losses(self.predict(model, batch)))
 
-    def _losses(self, model: Reconstruction, batch: DistillBatch) -> dict[str, Tensor]:
+    def predict(self, model: Reconstruction, batch: DistillBatch) -> tuple[Prediction, Targets]:  # type: ignore[override]
+        """Outputs of the student and of the teacher."""
         scene, targets = batch
         longest = max(self.config.data.views[1], *scene.lengths)
         if targets is None:
             assert self._teacher is not None
             targets = self._teacher(scene.images, scene.lengths, longest)
-        prediction = model(scene.images, scene.lengths, longest)
-        with torch.autocast(scene.images.device.type, enabled=False):
-            return distill_losses(prediction, targets, self.config.distill.last_iteration)
+        return model(scene.images, scene.lengths, longest), targets
+
+    def _losses(self, found: tuple[Prediction, Targets]) -> dict[str, Tensor]:
+        with torch.autocast(self.world.device.type, enabled=False):
+            return distill_losses(*found, self.config.distill.last_iteration)
 
     @torch.no_grad()
     def evaluate(self, model: Reconstruction) -> dict[str, float]:
         """The loss over the held-out batches, sharded over the processes."""
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for i, batch in self._held_out.items():
-            with eager(model):
-                losses = self._losses(model, to_device(DistillBatch(batch, self._held_out_targets[i]), total.device))
+            losses = self._losses(self.evaluated(model, batch))
             if i < self.config.train.eval_batches:
                 total += torch.stack([losses["objective"].double(), total.new_ones(())])
         self.world.sum_(total)
         return {"held_out_loss": float(total[0] / total[1])}
 
-    def pictures(self, model: Reconstruction, step: int) -> dict[str, Image.Image]:
-        """None: there is no truth to draw."""
-        return {}
+    def draw(self, batch: DistillBatch, found: Any, title: str) -> dict[str, Image.Image]:  # type: ignore[override]
+        """Those of reconstruction, with the teacher's outputs as the truth."""
+        prediction, (cameras, depth, points) = found
+        T, K = decode_cameras(cameras, (depth.shape[1], depth.shape[2]))
+        points = unproject(depth, K, T) if points is None else points
+        truth = Scene(T, K, depth, points, torch.ones_like(depth, dtype=torch.bool))
+        return super().draw(batch.scene, (prediction, truth, None), f"{title}; true: the teacher")
 
     def sizes(self, batch: DistillBatch) -> tuple[int, float]:  # type: ignore[override]
         """With the teacher's forward pass if it computes."""

@@ -31,12 +31,13 @@ DINOV2_NAMES = {r"\.ls1\.gamma$": ".attn.proj.scale", r"\.ls2\.gamma$": ".mlp.fc
 
 
 def load_reconstruction(spec: str | os.PathLike[str]) -> Reconstruction:
-    """A frozen model in eval mode on the CPU, from a run of reconstruction or a file in VGGT's public layout.
+    """A frozen model in eval mode on the CPU, of a run of reconstruction, or a file or folder in VGGT's public layout.
 
     Errors as of `read_run`.
     """
     path = expand_user(spec)
-    model = read_run(path)[0] if path.is_dir() else _of_public(path)
+    public = path / "model.safetensors"  # of a folder as the Hugging Face hub has it
+    model = _of_public(public) if public.is_file() else read_run(path)[0] if path.is_dir() else _of_public(path)
     return model.eval().requires_grad_(False)
 
 
