@@ -202,4 +202,5 @@ def aligned(name: str, batch: SceneBatch, found: Estimate, truth: np.ndarray) ->
     poses[:, :3, 3] = scale * poses[:, :3, 3] - poses[:, :3, :3] @ t
     true = batch.camera_from_world.double().numpy()
     depths = batch.depth.numpy(), scale * found.depth
-    return SceneViews(name, batch.images.numpy(), valid, depths, (true, poses), (truth, similarity(points)))
+    with np.errstate(invalid="ignore"):  # points that are not finite
+        return SceneViews(name, batch.images.numpy(), valid, depths, (true, poses), (truth, similarity(points)))

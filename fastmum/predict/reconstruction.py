@@ -81,8 +81,9 @@ def predict(args: argparse.Namespace) -> None:
     trained = load_run(args.run, pick_device(args.device, key="--device"), args.encoder)
     size = trained.image_size if args.size is None else args.size
     photos = read_photos(images, size, trained.model.config.patch_size)
-    pixels = torch.from_numpy(np.stack([photo.image for photo in photos]))
-    found = estimate(trained.model, pixels, show=True)
+    pixels = np.stack([photo.image for photo in photos])
+    photos = [photo._replace(image=image) for photo, image in zip(photos, pixels, strict=True)]  # kept once
+    found = estimate(trained.model, torch.from_numpy(pixels), show=True)
     source = {"run": trained.name, "step": trained.step, "encoder": trained.encoder["name"], "images": str(images.root)}
     write_results(out, photos, found, source, args.confidence, args.max_points, not args.no_page)
     print(f"{len(photos)} of {len(images.files)} images: {out}")

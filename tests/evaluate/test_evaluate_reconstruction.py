@@ -50,6 +50,16 @@ def test_the_truth_scores_perfectly_and_a_turned_camera_does_not(rendered, tmp_p
     (picture,) = found.pictures
     assert np.asarray(picture).std() > 10
 
+    def infinite(batch):
+        """One point of each frame is not finite, as of heads that diverge."""
+        estimate = stand_in(batch)
+        estimate.points[:, 30, 30] = np.inf
+        return estimate
+
+    again = evaluate_reconstruction(infinite, manifests, protocol, 64, 16, most=2, pictures=1)
+    assert len(again.pictures) == 1
+    assert again.numbers["scores"]["acc_mean"] < 1e-4
+
     def turned(batch):
         """The first camera by 10 degrees about its vertical axis: 9 of 45 pairs are wrong."""
         estimate, angle = stand_in(batch), np.radians(10)
