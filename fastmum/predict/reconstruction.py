@@ -136,7 +136,7 @@ def choose_points(
     xy, xyz, rgb = np.empty((len(kept), 2)), np.empty((len(kept), 3)), np.empty((len(kept), 3), np.uint8)
     for i, (photo, camera) in enumerate(zip(photos, cameras, strict=True)):
         own = slice(*np.searchsorted(frame, [i, i + 1]))
-        y, x = np.divmod(np.flatnonzero(inside[i])[kept[own] - starts[i]], inside.shape[2])
+        y, x = np.divmod(np.flatnonzero(inside[i])[kept[own] - starts[i]], found.depth.shape[2])
         left, top, right, bottom = photo.box
         scale = photo.size[0] / (right - left), photo.size[1] / (bottom - top)
         xy[own] = (np.stack([x, y], 1) + 0.5 - (left, top)) * scale

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmum.data.scene_loader import SceneBatch
 from fastmum.engine.device import to_device
 from fastmum.engine.task import StepOutput
 from fastmum.model.compile import eager
@@ -22,7 +21,7 @@ from fastmum.tasks.trained import choose_encoder, weights_digest
 class EncoderTask(LoaderTask):
     """The operations that all such tasks share. The section `model` of their configuration is an `EncoderSection`."""
 
-    _held_out: dict[int, SceneBatch]  # of this process, by number (`held_out_plans`)
+    _held_out: dict[int, Any]  # batches of this process, by number (`held_out_plans`)
 
     def load_encoder(self) -> Encoder:
         """The encoder of the configuration; ConfigError if the data do not fit it."""
@@ -51,16 +50,16 @@ class EncoderTask(LoaderTask):
         return StepOutput(losses["objective"], 1.0, float(self.batches_per_step * self.world.size), terms)
 
     @abstractmethod
-    def predict(self, model: Any, batch: SceneBatch) -> Any:
+    def predict(self, model: Any, batch: Any) -> Any:
         """What evaluation and pictures need of a batch on the device."""
 
-    def evaluated(self, model: Any, batch: SceneBatch) -> Any:
+    def evaluated(self, model: Any, batch: Any) -> Any:
         """`predict` for a held-out batch, uncompiled."""
         with eager(model):
             return self.predict(model, to_device(batch, self.world.device))
 
     @abstractmethod
-    def draw(self, batch: SceneBatch, found: Any, title: str) -> dict[str, Image.Image]:
+    def draw(self, batch: Any, found: Any, title: str) -> dict[str, Image.Image]:
         """Pictures by name of a batch and of what `predict` found."""
 
     @torch.no_grad()

@@ -166,7 +166,7 @@ class DistillTask(ReconstructionTask):
     def prepare(self) -> None:
         """Compute what the teacher predicts for held-out frames, and with a cache for those of training, too."""
         super().prepare()
-        self._held_out = {i: DistillBatch(batch, self._ask(batch)) for i, batch in self._held_out.items()}
+        self._held_out = {i: DistillBatch(scene, self._ask(scene)) for i, scene in self._held_out.items()}
         if self._cache is None:
             return
         places = list(self.places(0, self._period))
