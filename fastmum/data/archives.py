@@ -260,7 +260,7 @@ def with_places(record: SequenceRecord, tree: Tree, root: Path) -> SequenceRecor
 
     columns = {"path": record.frames, "depth": record.depths, "mask": record.masks}
     known = {name: at for name, paths in columns.items() if paths is not None and any(at := places(paths))}
-    if "depth" in known and record.depth_format:
+    if record.depth_format:
         sides = [side_path(path, record.depth_format.reader) for path in record.depths or ()]
         if any(found := places(sides)):
             known["side"] = found

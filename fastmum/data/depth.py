@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fastmum.data.errors import DataError, reading
-from fastmum.data.store import source
+from fastmum.data.store import WHOLE, StoredPath, source
 from fastmum.files import regular
 
 MOST_PIXELS = 1 << 28  # of a depth map
@@ -52,7 +53,7 @@ def read_mask(file: Path) -> np.ndarray:
         return np.asarray(image.convert("L")) > 127
 
 
-def open_image(file: Path) -> Image.Image:
+def open_image(file: Path | io.BytesIO) -> Image.Image:
     """See `fastmum.data.decode.image`, which imports torch: manifests, which use formats of depth, do not need it."""
     from fastmum.data.decode import image
 
@@ -90,7 +91,7 @@ def read_npy(file: Path) -> np.ndarray:
     return np.load(stored, mmap_mode="r" if isinstance(stored, Path) else None, allow_pickle=False)
 
 
-def _png16(file: Path) -> np.ndarray:
+def _png16(file: Path | io.BytesIO) -> np.ndarray:
     with open_image(file) as image:
         return np.asarray(image)
 
@@ -105,7 +106,13 @@ def _co3d(file: Path) -> np.ndarray:
     """float16 bits in a 16-bit PNG; 0 outside `../depth_masks/<frame>.png`, where MVS depth is unreliable."""
     depth = _png16(file).astype(np.uint16).view(np.float16)
     mask = side(file, "co3d")
-    return np.where(_png16(mask) > 0, depth, np.float16(0)) if mask.is_file() else depth
+    try:
+        content = regular(mask).read_bytes()
+    except FileNotFoundError:
+        if isinstance(mask, StoredPath) and mask.place and mask.place.length != WHOLE:  # its archive is missing
+            raise
+        return depth
+    return np.where(_png16(io.BytesIO(content)) > 0, depth, np.float16(0))
 
 
 def read_hdf5(file: Path) -> np.ndarray:

@@ -40,7 +40,7 @@ import numpy as np
 import pyarrow as pa
 
 from fastmum.data import store
-from fastmum.data.depth import DepthFormat
+from fastmum.data.depth import SIDES, DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest_columns import BUILD, RUNS, Runs, changes, check_bounds, map_columns
 from fastmum.data.manifest_writer import (
@@ -245,12 +245,20 @@ class Manifest:
         return None if depth is None else DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
 
     def depth_file(self, row: int) -> tuple[Path, DepthFormat] | None:
-        """Absolute path and format of the depth map of a frame."""
+        """Absolute path and format of the depth map of a frame.
+
+        A path that is stored has its `side`, which may not exist; that of a plain path is among the folders.
+        """
         if (depth := self._value("depth", row)) is None:
             return None
-        if self._value("side", row) is not None:
-            depth["file"].side = self._value("side", row)["file"]
-        return depth["file"], DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
+        file, format = depth["file"], DepthFormat(unit=depth["unit"], **json.loads(depth["format"]))
+        side = (self._value("side", row) or {}).get("file")
+        if side is None and isinstance(file, StoredPath) and format.reader in SIDES:
+            path = str(SIDES[format.reader](file))
+            side = StoredPath.at(path, Place(path))
+        if side is not None:
+            file = StoredPath.at(str(file), getattr(file, "place", None) or Place(str(file)), side)
+        return file, format
 
     def mask_file(self, row: int) -> Path | None:
         """Absolute path of the mask of a frame."""

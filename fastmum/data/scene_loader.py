@@ -62,8 +62,9 @@ class SceneLoader(PlanLoader[Any, SceneBatch]):
         return [file for file in (frame.file, *maps) if file is not None]
 
     def files_of_plan(self, plan: ScenePlan) -> list[Path]:
-        """Images, depth maps and masks, if any are copied or read ahead of time."""
-        return [file for row in plan.rows.tolist() for file in self.files_of(row)] if self._ahead else []
+        """Images, depth maps with what these need, and masks, if any are copied or read ahead of time."""
+        files = [file for row in plan.rows.tolist() for file in self.files_of(row)] if self._ahead else []
+        return files + [side for file in files if (side := getattr(file, "side", None)) is not None]
 
     def decode(self, plan: ScenePlan, at: np.ndarray, rows: np.ndarray) -> tuple[list[View | None], dict[int, str]]:
         """Views with depth and camera, of the size of the plan."""

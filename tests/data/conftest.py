@@ -5,6 +5,7 @@ import skimage.data
 from PIL import Image
 from stored import SMALL
 
+from fastmum.data import staging
 from fastmum.data.build import build
 from fastmum.data.decode import make_decoder
 from fastmum.data.decode.image import ORIENTATION
@@ -43,6 +44,13 @@ def save(tmp_path, photograph):
         return tmp_path / name
 
     return save
+
+
+@pytest.fixture
+def no_stage():
+    """Ends staging after a test."""
+    yield
+    staging.start(None, 0)
 
 
 @pytest.fixture

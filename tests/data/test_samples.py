@@ -1,17 +1,21 @@
 """Frames of manifests: image, depth, mask and camera read together, and every stored format of depth."""
 
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from plane_world import Shot, shot
 
-from fastmum.data.depth import READERS, DepthFormat, read_depth, read_mask
+from fastmum.data import staging, store
+from fastmum.data.depth import READERS, SIDES, DepthFormat, read_depth, read_mask
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 from fastmum.data.samples import Frame, image_size, manifest_frame, read_rgb
+from fastmum.data.scene_loader import SceneLoader
 from fastmum.geometry.camera import pixel_rays, rigid_inverse, transform, unproject
 from fastmum.geometry.crop import crop_resize, flip
 
@@ -158,6 +162,41 @@ def test_variants_of_maps_and_masks(tmp_path):
     assert read_depth(write(tmp_path, "co3d"), DepthFormat("co3d")).tolist() == [[0, 0.5, 0], [2, 0, 0]]
     Image.fromarray(np.array([[0, 127, 128, 255]], np.uint8)).save(tmp_path / "m.png")
     assert read_mask(tmp_path / "m.png").tolist() == [[False, False, True, True]]
+
+
+@pytest.mark.parametrize("reader", SIDES)
+def test_what_maps_need_is_found_in_stages_and_stores_and_read_ahead(tmp_path, reader, monkeypatch, no_stage):
+    (root := tmp_path / "raw").mkdir()
+    depth = write(root, reader).relative_to(root).as_posix()
+    (root / "depth_masks").mkdir()
+    Image.fromarray(np.array([[1, 1, 0], [1, 1, 1]], np.uint8)).save(mask := root / "depth_masks/frame000001.png")
+    record = SequenceRecord("s", [depth], depths=[depth], depth_format=DepthFormat(reader))
+    write_manifest(tmp_path / "m.arrow", [record], dataset="d", root=root, metadata={})
+    memory, fetched, fetch = pytest.importorskip("fsspec").filesystem("memory"), [], store.fetch
+    monkeypatch.setattr(store, "fetch", lambda place: fetched.append(threading.current_thread().name) or fetch(place))
+
+    def read(roots=None):
+        loader = SceneLoader(Manifests([tmp_path / "m.arrow"], roots), 1)
+        files = loader.files_of_plan(SimpleNamespace(rows=np.array([0])))
+        for file in files if store.stage else ():
+            staging._stage.copy(file.place)
+            fetched.clear()
+        with staging.reading_ahead(files):
+            return manifest_frame(loader.manifests, 0).read_depth().tolist()
+
+    masked = reader == "co3d"
+    for known in (0 if masked else 3, 3):  # of the pixel that the mask leaves out
+        assert (right := read()) == [[0, 0.5, known], [2, 0, 0]]
+        memory.put(f"{root}/", f"/{reader}{masked}", recursive=True)
+        fetched.clear()
+        assert read({"d": f"memory://{reader}{masked}"}) == right
+        assert [name[:5] for name in fetched] == ["read_"] * 2
+        staging.start(str(tmp_path / "scratch"), 1)
+        assert read() == right
+        assert len(fetched) == (reader == "co3d" and not masked)
+        staging.start(None, 0)
+        mask.unlink(missing_ok=True)
+        masked = False
 
 
 def test_broken_maps_are_named_in_one_line(tmp_path, monkeypatch):

@@ -26,13 +26,6 @@ from fastmum.data.store import Place, StoredPath
 from fastmum.data.unpack import unpack
 
 
-@pytest.fixture
-def no_stage():
-    """Ends staging after a test."""
-    yield
-    staging.start(None, 0)
-
-
 def test_roots_move_without_a_rebuild(loose, shards, image_folder, tmp_path, monkeypatch):
     right = contents(Manifest(loose))
     shutil.move(image_folder, tmp_path / "elsewhere")
