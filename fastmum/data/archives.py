@@ -145,8 +145,8 @@ class Tree:
 
     def place(self, path: Path) -> Place | None:
         """The place of a member; None of a real file, or of nothing."""
-        found = self.find(path) if self._mounted else None
-        return found if isinstance(found, Place) and not os.path.exists(path) else None
+        found = None if not self._mounted or os.path.exists(path) else self.find(path)
+        return found if isinstance(found, Place) else None
 
     def entries(self, folder: str, files: Collection[str] | None = None) -> dict[str, Place | None]:
         """Members, and their folders (None), in a folder below the root; `files` are its real files if known."""
@@ -176,7 +176,7 @@ class Tree:
         if folder in self._archives:
             return self._archives[folder]
         real, waiting = Path(self.root, folder), []
-        if real.is_file() or (self._archive and not folder):  # an archive is the root
+        if not folder and (self._archive or real.is_file()):  # an archive is the root
             waiting = [("", self._archive or Place(str(real)))]
         else:
             with reading(real, "a folder"):

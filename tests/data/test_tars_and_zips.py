@@ -10,6 +10,7 @@ import pytest
 from stored import contents
 
 from fastmum.data import store
+from fastmum.data.archives import open_root
 from fastmum.data.build import build
 from fastmum.data.decode.image import FrameError, read_file
 from fastmum.data.errors import DataError
@@ -26,6 +27,8 @@ def test_zips(image_folder, tmp_path):
     build("folder", zip.parent, tmp_path / "zip.arrow")
     manifest = Manifest(tmp_path / "zip.arrow")
     assert contents(manifest) == [file.read_bytes() for file in sorted(image_folder.rglob("*.png"))]
+    (zip.parent / "README.txt").touch()
+    assert not (open_root(zip.parent) / "README.txt/images").is_dir()
     data = bytearray(zip.read_bytes())
     for row in (0, 1):
         data[manifest.file(row).place.offset + 60] ^= 1

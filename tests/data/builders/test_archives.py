@@ -45,11 +45,15 @@ def zipped(folder, out, compression=zipfile.ZIP_DEFLATED):
 
 
 def in_parts(raw, out):
-    """Each folder in its archive, next to the files at the top, which stay: a stored zip, or a tar in a tar."""
+    """Each folder in its archive, a stored zip, or a tar in a tar; files at the top and every third one below stay."""
     shutil.copytree(raw, out)
+    loose = sorted(file.relative_to(out) for file in out.rglob("*/*") if file.is_file())[::3]
     for number, folder in enumerate(sorted(path for path in out.iterdir() if path.is_dir())):
         (inside := out / "inside").mkdir()
         folder.rename(inside / folder.name)
+        for file in (file for file in loose if file.parts[0] == folder.name):
+            (out / file).parent.mkdir(parents=True, exist_ok=True)
+            (inside / file).rename(out / file)
         if number % 2:
             zipped(inside, out / f"part{number}.zip", zipfile.ZIP_STORED)
         else:
