@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".tar", ".zip")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")  # which have no random access
 MOST_LISTED = 64  # archives whose lists of members are in memory
+CHUNK = 1 << 20  # bytes that are read at a time after the last member of a tar
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a member of a zip: signature, lengths of name and extra field
 Folders = dict[str, dict[str, Place | None]]  # of an archive: files, and sub-folders (None), by folder and name
 
@@ -321,18 +322,20 @@ def _tar_members(place: Place) -> Iterator[tuple[str, Place]]:
         length = size if place.length < 0 else place.length
         if place.offset + length > size:
             raise ValueError("it is cut off")
-        end = 0
         part: Any = _Part(file, place.offset, length)
         with tarfile.open(fileobj=part, mode="r:") as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # which would all stay in memory
-                end = member.offset_data + member.size
-                if end > length:
+                if member.offset_data + member.size > length:
                     raise ValueError(f"it is cut off in '{member.name}'")
                 if member.isreg() and not member.issparse():
                     start = place.offset + member.offset_data
                     check = zlib.crc32(os.pread(file.fileno(), BLOCK, start - BLOCK))
                     yield member.name, Place(place.store, start, member.size, check, size=member.size)
+            end = part.seek(archive.offset)  # where `tarfile` found no other header
+        while chunk := part.read(CHUNK):
+            if chunk.count(0) < len(chunk):
+                raise ValueError(f"it is cut off or damaged at byte {end}, or goes on after its end")
         if end + BLOCK > length:
             log.warning("'%s' lacks its end mark: copy it again if it is cut off", place.store)
 

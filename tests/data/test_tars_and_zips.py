@@ -49,17 +49,20 @@ def test_archives_that_are_none_are_named(tmp_path, image_folder, content):
         (image_folder / f"broken{suffix}").unlink()
 
 
-def test_tars_that_are_cut_off_and_members_that_cannot_be_read(tmp_path, image_folder, caplog):
+def test_tars_that_are_cut_off_or_damaged_and_members_that_cannot_be_read(tmp_path, image_folder, caplog):
     (raw := tmp_path / "raw").mkdir()
-    with tarfile.open(raw / "a.tar", "w") as archive:
+    with tarfile.open(raw / "a.tar", "w", format=tarfile.GNU_FORMAT) as archive:
         archive.add(image_folder, "images")
     whole = (raw / "a.tar").read_bytes()
     build("folder", raw, tmp_path / "m.arrow")
     places = [file.place for file in Manifest(tmp_path / "m.arrow").files(np.arange(24))]
     last = max(places, key=lambda place: place.offset)
-    (raw / "a.tar").write_bytes(whole[: last.offset + 100])
-    with pytest.raises(DataError, match=r"^[^\n]*a\.tar' cannot be read as an archive \(it is cut off[^\n]*$"):
-        build("folder", raw, tmp_path / "m.arrow")
+    damaged = bytearray(whole)
+    damaged[places[9].offset - 300] ^= 1  # in a header
+    for content in (whole[: last.offset + 100], whole[: last.offset - 100], damaged, whole + whole):
+        (raw / "a.tar").write_bytes(content)
+        with pytest.raises(DataError, match=r"^[^\n]*a\.tar' cannot be read as an archive \(it is cut off[^\n]*$"):
+            build("folder", raw, tmp_path / "m.arrow")
     (raw / "a.tar").write_bytes(whole[: last.offset + (last.length + 511) // 512 * 512])
     build("folder", raw, tmp_path / "m.arrow")
     assert "a.tar' lacks its end mark" in caplog.text
