@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ FINAL = (
     "FileNotFound", "Permission", "NoCredentials", "CredentialRetrieval", "ProfileNotFound", "ImportError",
     "IsADirectory",
 )  # fmt: skip
+# Of a range that begins at the end of an object or after it: status 416, in the words of servers and packages.
+BEYOND = re.compile(r"not satisfiable|InvalidRange|\(416\)", re.IGNORECASE)
 _outage = threading.Event()
 
 
@@ -49,7 +52,7 @@ def file_system(url: str) -> tuple[Any, str]:
 def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = None) -> bytes:
     """Bytes of an object. Failing requests are sent again for `RETRY_S` seconds; then, or if that is useless, OSError.
 
-    The error is a FileNotFoundError or PermissionError where that is the reason.
+    A range beyond the end holds fewer bytes or none, as of files. The error is a FileNotFoundError or PermissionError where that is the reason.
     """
     system, path = file_system(url)
     retry_s = RETRY_S if retry_s is None else retry_s
@@ -60,6 +63,8 @@ def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = 
             _outage.clear()
             return data
         except Exception as error:
+            if length != WHOLE and BEYOND.search(f"{error} {error.__cause__}"):
+                return b""
             reason, final = _explained(error)
             if final:
                 missing = isinstance(error, FileNotFoundError)

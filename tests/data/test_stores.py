@@ -165,6 +165,19 @@ class TestObjectStores:
             read_file(manifests.file(0))
         assert caught.value.transient
 
+    def test_objects_that_are_cut_off_are_not_waited_for(self, s3, loose, monkeypatch, tmp_path):
+        monkeypatch.setenv("FASTMUM_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(remote, "RETRY_S", 0.0)
+        pack(loose, f"{s3}/cut", SMALL)
+        file = Manifest(f"{s3}/cut/scenes.arrow").file(5)
+        system, path = remote.file_system(file.place.store)
+        for size in (file.place.offset + 10, file.place.offset - 1000, 0):
+            system.pipe_file(path, system.cat_file(path)[:size])
+            with pytest.raises(FrameError, match="cut off") as caught:
+                read_file(file)
+            assert not caught.value.transient
+        remote.check(file.place.store)  # though it is empty
+
     def test_wrong_names_and_credentials_are_one_line_before_the_run(self, s3, loose, tmp_path, monkeypatch):
         def opened(root):
             config = load_config(None, [f"data.manifests=[{loose}]", f"data.roots.scenes={root}", "data.views=[2,4]"])
