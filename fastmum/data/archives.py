@@ -287,13 +287,10 @@ def _members_of(place: Place) -> Iterator[tuple[str, Place]]:
     """Path and place of every file in an archive; DataError: it is damaged."""
     read = _tar_members if place.in_tar or place.store.lower().endswith(".tar") else _zip_members
     with reading(Path(place.store), "an archive", "copy it again"):
-        try:
-            for name, at in read(place):
-                parts = PurePosixPath(name.replace("\\", "/")).parts
-                if parts and parts[0] != "/" and ".." not in parts:
-                    yield "/".join(parts), at
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(str(error)) from None
+        for name, at in read(place):
+            parts = PurePosixPath(name.replace("\\", "/")).parts
+            if parts and parts[0] != "/" and ".." not in parts:
+                yield "/".join(parts), at
 
 
 class _Part:

@@ -139,15 +139,12 @@ def _exr(file: Path) -> np.ndarray:
     require_package("exr", f"'{file}'")
     import OpenEXR
 
-    try:
-        with _real(file) as path, OpenEXR.File(str(path), separate_channels=True) as image:
-            channels = image.channels()
-            name = next((name for name in ("Z", "R", "Y", *channels) if name in channels), None)
-            if name is None:
-                raise ValueError("it has no channel")
-            return np.array(channels[name].pixels)
-    except RuntimeError as error:
-        raise ValueError(str(error)) from None
+    with _real(file) as path, OpenEXR.File(str(path), separate_channels=True) as image:
+        channels = image.channels()
+        name = next((name for name in ("Z", "R", "Y", *channels) if name in channels), None)
+        if name is None:
+            raise ValueError("it has no channel")
+        return np.array(channels[name].pixels)
 
 
 def _pfm(file: Path) -> np.ndarray:

@@ -2,15 +2,21 @@
 
 import contextlib
 import struct
+import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 from PIL.Image import DecompressionBombError
 
 from fastmum.errors import FastmumError
 from fastmum.files import regular
 
-OTHERS = (struct.error, DecompressionBombError, MemoryError, RecursionError)
+# RuntimeError: of zip archives that are encrypted, or compressed in ways that `zipfile` does not know, and of OpenEXR.
+OTHERS = (
+    struct.error, zlib.error, BadZipFile, tarfile.TarError, DecompressionBombError, MemoryError, RuntimeError,
+)  # fmt: skip
 
 
 class DataError(FastmumError, ValueError):
@@ -23,7 +29,7 @@ def reading(file: Path, what: str, remedy: str = "restore or remove it") -> Iter
     try:
         regular(file)
         yield
-    except DataError:
+    except FastmumError:
         raise
     except (OSError, ValueError, LookupError, TypeError, EOFError, SyntaxError, OverflowError, *OTHERS) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

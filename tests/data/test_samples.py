@@ -213,6 +213,12 @@ def test_broken_maps_are_named_in_one_line(tmp_path, monkeypatch):
         read_depth(tmp_path / "huge.npy", DepthFormat("npy"))
     with pytest.raises(DataError, match=r"coloured.*\(2, 3, 3\)"):
         read_depth(tmp_path / "coloured", DepthFormat("png16"))
+    whole = write(tmp_path, "npz").read_bytes()
+    values, listed = whole.index(VALUES.tobytes()), whole.index(b"PK\1\2")
+    for place, reason in ((values, "CRC"), (listed + 8, "encrypted"), (listed + 10, "compression")):
+        (tmp_path / "broken.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=rf"^[^\n]*broken\.npz[^\n]*{reason}[^\n]*$"):
+            read_depth(tmp_path / "broken.npz", DepthFormat("npz"))
     for reader, package, extra in (("hdf5", "h5py", "evaluate"), ("exr", "OpenEXR", "exr")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(DataError, match=rf"broken.*fastmum\[{extra}\]"):

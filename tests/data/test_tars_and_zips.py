@@ -39,7 +39,14 @@ def test_zips(image_folder, tmp_path):
             read_file(manifest.file(row))
 
 
-@pytest.mark.parametrize("content", [b"PK\3\4", b"", bytes(300) + b"x" * 300])
+def future_zip():
+    """A zip archive that needs version 9.9 of its format."""
+    with zipfile.ZipFile(file := io.BytesIO(), "w") as archive:
+        archive.writestr("0.jpg", b"0")
+    return file.getvalue().replace(b"PK\1\2\x14\3\x14", b"PK\1\2\x14\3\x63")
+
+
+@pytest.mark.parametrize("content", [b"PK\3\4", b"", bytes(300) + b"x" * 300, future_zip()])
 def test_archives_that_are_none_are_named(tmp_path, image_folder, content):
     for suffix in (".zip", ".tar"):
         (image_folder / f"broken{suffix}").write_bytes(content)

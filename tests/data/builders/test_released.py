@@ -55,7 +55,8 @@ def test_cameras(add, found, raw):
 def test_damaged_files_are_one_line(add, found, raw):
     add("1.jpg")
     whole = gzip.compress(json.dumps({"a": entries("1.jpg")}).encode())
-    for content in (whole[:-12], b"no gzip", gzip.compress(b'{"a": [{]}'), gzip.compress(b'{"a": [1]}'), b""):
+    damaged = whole[:10] + b"\xff" + whole[11:]
+    for content in (whole[:-12], damaged, b"no gzip", gzip.compress(b'{"a": [{]}'), gzip.compress(b'{"a": [1]}'), b""):
         write(raw, "train.jgz", {})
         (raw / "annotations/train.jgz").write_bytes(content)
         with pytest.raises(DataError, match=r"^[^\n]*train\.jgz' cannot be read as released annotations[^\n]*$"):
