@@ -139,6 +139,8 @@ def _verified(place: Place, data: bytes, before: int) -> bytes:
         return data
     if len(data) < place.length + before:
         raise _bad(place, "is cut off")
+    if len(data) > place.length + before:
+        raise OSError(errno.EOPNOTSUPP, f"'{place.store}' lies on a server that sends more than the range asked for")
     header, content = data[:before], data[before:] if before else data
     if place.in_tar:
         right = zlib.crc32(header) == place.check

@@ -200,6 +200,16 @@ class TestObjectStores:
         s3fs.S3FileSystem.clear_instance_cache()
 
 
+def test_servers_that_ignore_ranges_are_named(shards, monkeypatch):
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    system.put(f"{shards.parent}/", "/whole", recursive=True)
+    manifest, cat = Manifest(shards, {"scenes": "memory://whole"}), system.cat_file
+    monkeypatch.setattr(system, "cat_file", lambda path, **_: cat(path))
+    for row in (0, 1):
+        with pytest.raises(FrameError, match="more than the range"):
+            read_file(manifest.file(row))
+
+
 def test_paths_of_stores_are_paths(tmp_path):
     url = StoredPath("s3://bucket/folder") / "a/b.jpg"
     assert (str(url), str(url.parent)) == ("s3://bucket/folder/a/b.jpg", "s3://bucket/folder/a")
