@@ -47,7 +47,8 @@ class Place(NamedTuple):
 
 def join(root: str | Path, path: str) -> str:
     """Path or URL below a root."""
-    return f"{str(root).rstrip('/')}/{path}" if is_url(root) else os.path.normpath(os.path.join(root, path))
+    scheme, colon, rest = str(root).partition("://") if is_url(root) else ("", "", str(root))
+    return scheme + colon + os.path.normpath(os.path.join(rest, path))
 
 
 class StoredPath(PosixPath):

@@ -27,6 +27,11 @@ def test_zips(image_folder, tmp_path):
     build("folder", zip.parent, tmp_path / "zip.arrow")
     manifest = Manifest(tmp_path / "zip.arrow")
     assert contents(manifest) == [file.read_bytes() for file in sorted(image_folder.rglob("*.png"))]
+    pytest.importorskip("fsspec").filesystem("memory").put_file(str(zip), "/moved/scenes.zip")
+    for folder in ("", "scene0"):  # of the archive, the root
+        build("folder", zip / folder, tmp_path / "inside.arrow")
+        right = contents(Manifest(tmp_path / "inside.arrow"))
+        assert contents(Manifest(tmp_path / "inside.arrow", {"folder": f"memory://moved/scenes.zip/{folder}"})) == right
     (zip.parent / "README.txt").touch()
     assert not (open_root(zip.parent) / "README.txt/images").is_dir()
     data = bytearray(zip.read_bytes())
