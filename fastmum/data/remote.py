@@ -52,7 +52,8 @@ def file_system(url: str) -> tuple[Any, str]:
 def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = None) -> bytes:
     """Bytes of an object. Failing requests are sent again for `RETRY_S` seconds; then, or if that is useless, OSError.
 
-    A range beyond the end holds fewer bytes or none, as of files. The error is a FileNotFoundError or PermissionError where that is the reason.
+    The error is a FileNotFoundError or PermissionError where that is the reason. A range beyond the end gives fewer
+    bytes or none, as of files.
     """
     system, path = file_system(url)
     retry_s = RETRY_S if retry_s is None else retry_s

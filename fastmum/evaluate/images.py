@@ -134,10 +134,13 @@ def _validation(data: DataSet) -> dict[str, str]:
     packed = data.top / f"{DEVKIT}.tar.gz"
     contents = [file.read_bytes() if (file := data.top / name).is_file() else b"" for name in (TRUTH, META)]
     if not all(contents) and packed.is_file():
-        with reading(packed, "ImageNet's development kit"):
-            with packed.open("rb") as stream, tarfile.open(fileobj=stream) as archive:
-                members = [archive.extractfile(name) for name in (TRUTH, META)]
-                contents = [member.read() if member else b"" for member in members]
+        with (
+            reading(packed, "ImageNet's development kit"),
+            packed.open("rb") as stream,
+            tarfile.open(fileobj=stream) as archive,
+        ):
+            members = [archive.extractfile(name) for name in (TRUTH, META)]
+            contents = [member.read() if member else b"" for member in members]
     if not all(contents):
         raise DataError(
             f"'{data.root}' has validation images without class folders; add LOC_val_solution.csv or {packed.name}"
