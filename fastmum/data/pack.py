@@ -32,7 +32,7 @@ from fastmum.data.decode.image import JPEGS, FrameError, jpeg_scale, read_file, 
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, write_manifest
 from fastmum.data.processes import until_terminated
-from fastmum.data.records import Frame, columns_of, first_rows, metadata_of, new_manifest, record
+from fastmum.data.records import Frame, check_names, columns_of, first_rows, metadata_of, new_manifest, record
 from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.data.store import BLOCK, Place, StoredPath, is_url, join
 from fastmum.errors import program, writing
@@ -297,8 +297,7 @@ def _places(names: Sequence[str], archives: np.ndarray, places: np.ndarray) -> l
 
 def _command(args: argparse.Namespace) -> None:
     settings = Settings(args.short_side, args.quality, args.shard_gb, args.broken)
-    if len({Path(file).stem for file in args.manifests}) < len(args.manifests):
-        raise DataError("two of the manifests have the same name, and so would their shards; rename one")
+    check_names(args.manifests)
     if not 1 <= args.quality <= 95 or args.short_side < 0 or args.shard_gb <= 0:
         raise DataError("--quality must be 1 to 95, --short-side at least 0, and --shard-gb above 0")
     with cluster(args.ray, args.workers):

@@ -36,6 +36,12 @@ def new_manifest(source: Manifest, out: Path) -> Path:
     return made
 
 
+def check_names(manifests: Sequence[str]) -> None:
+    """DataError: two manifests have the same name, so that one would replace the other in a common folder."""
+    if len({Path(file).stem for file in manifests}) < len(manifests):
+        raise DataError("two of the manifests have the same name; rename one, or give each another --out")
+
+
 def metadata_of(manifest: Manifest) -> dict[str, Any]:
     """How its sequences were made, without what is true of that file only."""
     return {k: v for k, v in manifest.metadata.items() if k not in ("counts", "root", "packed")}

@@ -15,7 +15,7 @@ from fastmum.data.decode.image import FrameError, read_file
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
 from fastmum.data.processes import until_terminated
-from fastmum.data.records import Frame, first_rows, metadata_of, new_manifest, record
+from fastmum.data.records import Frame, check_names, first_rows, metadata_of, new_manifest, record
 from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.errors import program, writing
 from fastmum.files import atomic_path, expand_user
@@ -35,7 +35,7 @@ class Files(NamedTuple):
 def write_files(files: Files) -> int:
     """Write files that are not there yet, and return the number of frames. A picklable task.
 
-    DataError: a file cannot be read, or not be written.
+    DataError: a file cannot be read, or not be written, or another file has its path.
     """
     manifest = Manifest(files.manifest)
     for row in files.rows.tolist():
@@ -48,8 +48,10 @@ def write_files(files: Files) -> int:
             except FrameError as error:
                 raise DataError(f"'{source}' cannot be read ({error}); restore it") from None
             with writing(target, DataError):
-                if target.is_file() and target.stat().st_size == len(data):
-                    continue
+                if target.exists():
+                    if target.stat().st_size == len(data) and target.read_bytes() == data:
+                        continue
+                    raise DataError(f"'{target}' exists, but has other bytes than '{source}'; give another --out")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(target) as partial:
                     partial.write_bytes(data)
@@ -61,7 +63,8 @@ def unpack(
 ) -> Counts:
     """Write all files below a folder, with the paths that they had before they were packed, and a manifest of them.
 
-    Files of an interrupted call are kept. DataError: a file cannot be read, or not be written.
+    Files of an interrupted call are kept. DataError: a file cannot be read, or not be written, or a file of other bytes
+    has its path.
     """
     source, out = Manifest(manifest), Path(os.path.abspath(expand_user(out)))
     made = new_manifest(source, out)
@@ -82,6 +85,7 @@ def unpack(
 
 
 def _command(args: argparse.Namespace) -> None:
+    check_names(args.manifests)
     with cluster(args.ray, args.workers):
         for file in args.manifests:
             sequences, frames = unpack(file, args.out, workers=args.workers, ray=args.ray, progress=True)

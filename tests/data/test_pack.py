@@ -13,12 +13,14 @@ from PIL import Image
 from stored import SMALL, batches, contents
 
 from fastmum.data import store
+from fastmum.data.build import build
 from fastmum.data.decode.image import FrameError, read_file
 from fastmum.data.errors import DataError
 from fastmum.data.inspect import main as inspect
 from fastmum.data.manifest import Manifest, Manifests, SequenceRecord, write_manifest
 from fastmum.data.pack import Settings, pack
 from fastmum.data.pack import main as pack_command
+from fastmum.data.unpack import main as unpack_command
 from fastmum.data.unpack import unpack
 
 
@@ -61,6 +63,22 @@ class TestShards:
         assert [manifest.paths("path", np.arange(24))] == [Manifest(loose).paths("path", np.arange(24))]
         shutil.move(tmp_path / "out", tmp_path / "moved")  # files and manifest move together
         assert contents(Manifest(tmp_path / "moved/scenes.arrow")) == contents(Manifest(loose))
+
+    def test_unpack_never_replaces_a_file(self, tmp_path, refusal):
+        """Two data sets whose files have equal paths and sizes."""
+        for name in "ab":
+            (tmp_path / name).mkdir()
+            image = Image.fromarray(np.full((8, 8, 3), ord(name), np.uint8))
+            for i in range(3):
+                image.save(tmp_path / name / f"{i}.bmp")
+            build("folder", tmp_path / name, tmp_path / f"lists/{name}.arrow")
+        words = tmp_path / "lists/a.arrow", tmp_path / "lists/b.arrow", "--out", tmp_path / "out", "--workers", 0
+        assert "another --out" in refusal(unpack_command, *words)
+        right = contents(Manifest(tmp_path / "lists/a.arrow"))
+        assert contents(Manifest(tmp_path / "out/a.arrow")) == right
+        assert not (tmp_path / "out/b.arrow").exists()
+        assert unpack(tmp_path / "lists/a.arrow", tmp_path / "out").frames == 3  # equal files are kept
+        assert "same name" in refusal(unpack_command, words[0], tmp_path / "a.arrow", *words[2:])
 
     def test_images_shrink_with_their_cameras_and_shared_frames_are_stored_once(self, tmp_path):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8))
