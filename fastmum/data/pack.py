@@ -7,6 +7,7 @@ earlier sequences have, too, which are stored once. `<shard>.index` lists member
 
 import argparse
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -28,7 +29,16 @@ from PIL import Image
 
 from fastmum.data import remote
 from fastmum.data.check import INDEX_SCHEMA, read_index
-from fastmum.data.decode.image import JPEGS, FrameError, jpeg_scale, read_file, read_header, resize, turn_upright
+from fastmum.data.decode.image import (
+    JPEGS,
+    TRANSIENT,
+    FrameError,
+    jpeg_scale,
+    read_file,
+    read_header,
+    resize,
+    turn_upright,
+)
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, write_manifest
 from fastmum.data.processes import until_terminated
@@ -43,6 +53,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 16  # that ask for the sizes of files
 PROBED = 32  # images that are shrunk to estimate how many fit into a shard
+AGAIN = "once its store answers, the same command goes on"
 NAMES = {"path": "", "depth": ".depth", "mask": ".mask", "side": ".depth_mask"}  # in the names of members
 
 
@@ -124,15 +135,21 @@ def _sizes(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
     def size(row: int) -> int:
         total = 0
         for file in Frame(manifest, row).files.values():
-            place = getattr(file, "place", None)
-            if place is not None and place.length >= 0:
-                total += place.length + BLOCK
-            elif not is_url(str(file)) and os.path.exists(file):
-                total += os.stat(file).st_size + BLOCK
+            place = getattr(file, "place", None) or Place(str(file))
+            try:
+                total += BLOCK + (place.length if place.length >= 0 else _size(place.store))
+            except OSError as error:  # one that lasts is an error where the file is packed
+                if error.errno in TRANSIENT and error.errno != errno.ENOENT:
+                    raise DataError(f"'{file}' cannot be packed ({error.strerror}); {AGAIN}") from None
         return total
 
     with ThreadPoolExecutor(THREADS) as pool:
         return np.fromiter(pool.map(size, rows.tolist()), np.int64, len(rows))
+
+
+def _size(file: str) -> int:
+    """Bytes of a file or an object; OSError: there is none, or its store fails."""
+    return remote.size(file) if is_url(file) else os.stat(file).st_size
 
 
 def _shrinkage(manifest: Manifest, rows: np.ndarray, settings: Settings) -> float:
@@ -194,7 +211,7 @@ def _finished(shard: Shard) -> pa.Table | None:
     try:
         found = read_index(join(shard.out, f"{shard.name}.index"))
         tar = join(shard.out, f"{shard.name}.tar")
-        size = remote.size(tar) if is_url(tar) else os.stat(tar).st_size
+        size = _size(tar)
     except (OSError, DataError):
         return None
     described = {key.decode(): value.decode() for key, value in (found.schema.metadata or {}).items()}

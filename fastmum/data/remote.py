@@ -6,8 +6,9 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -16,6 +17,8 @@ from fastmum.errors import writing
 from fastmum.files import cache_folder, write_atomic
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 WHOLE = -1  # length of all bytes of a file or object
 RETRY_S = 300.0  # seconds that a store may fail
@@ -56,13 +59,19 @@ def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = 
     bytes or none, as of files.
     """
     system, path = file_system(url)
+    part = {} if length == WHOLE else {"start": start, "end": start + length}
+    return _retried(url, lambda: system.cat_file(path, **part), retry_s)
+
+
+def _retried(url: str, request: Callable[[], T], retry_s: float | None = None) -> T:
+    """The result of a request; errors as of `read`."""
     retry_s = RETRY_S if retry_s is None else retry_s
     end, wait = time.monotonic() + retry_s, FIRST_S
     while True:
         try:
-            data = system.cat_file(path) if length == WHOLE else system.cat_file(path, start=start, end=start + length)
+            found = request()
             _outage.clear()
-            return data
+            return found
         except Exception as error:
             if length != WHOLE and BEYOND.search(f"{error} {error.__cause__}"):
                 return b""
@@ -87,12 +96,9 @@ def _explained(error: Exception) -> tuple[str, bool]:
 
 
 def size(url: str) -> int:
-    """Bytes of an object; OSError if there is none."""
+    """Bytes of an object, 0 if its store does not tell; errors as of `read`."""
     system, path = file_system(url)
-    try:
-        return int(system.info(path)["size"])
-    except Exception as error:  # fsspec's stores have no common error
-        raise OSError(errno.EIO, str(error), url) from None
+    return int(_retried(url, lambda: system.info(path))["size"] or 0)
 
 
 def check(url: str) -> None:

@@ -140,6 +140,15 @@ class TestObjectStores:
         assert torch.equal(batches(Manifests([loose], {"scenes": f"{s3}/loose"})), right)
         staging.start(str(tmp_path / "scratch"), 1)
         assert torch.equal(batches(Manifests([loose], {"scenes": f"{s3}/loose"})), right)
+        pack(loose, tmp_path / "of_files", SMALL)
+        monkeypatch.setenv("FASTMUM_ROOT_SCENES", f"{s3}/loose")
+        pack(loose, tmp_path / "of_objects", SMALL)
+        monkeypatch.delenv("FASTMUM_ROOT_SCENES")
+        of_files, of_objects = (
+            {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
+            for name in ("of_files", "of_objects")
+        )
+        assert of_files == of_objects
         unpack(packed, tmp_path / "back")
         assert contents(Manifest(tmp_path / "back/scenes.arrow")) == contents(Manifest(loose))
 
