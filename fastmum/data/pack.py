@@ -97,7 +97,9 @@ def pack(
     """
     source, out = Manifest(manifest), str(out) if is_url(out) else os.path.abspath(os.path.expanduser(out))
     stem = source.stem
-    if not is_url(out):
+    if is_url(out):
+        remote.check_writable(out)
+    else:
         with writing(Path(out), DataError):
             Path(out).mkdir(parents=True, exist_ok=True)
         new_manifest(source, Path(out))

@@ -31,6 +31,8 @@ FINAL = (
 )  # fmt: skip
 # Of a range that begins at the end of an object or after it: status 416, in the words of servers and packages.
 BEYOND = re.compile(r"not satisfiable|InvalidRange|\(416\)", re.IGNORECASE)
+# Schemes whose stores have folders. Elsewhere, making one may make a bucket.
+WITH_FOLDERS = ("file", "local", "memory", "sftp", "ssh", "smb", "ftp", "hdfs", "webhdfs")
 _outage = threading.Event()
 
 
@@ -123,17 +125,28 @@ def local_copy(url: str | Path) -> Path:
     return copy
 
 
-def write(url: str, file: Path) -> None:
-    """Upload a file, which replaces the object; DataError if that fails."""
+def write(url: str, content: Path | bytes) -> None:
+    """Upload a file or bytes, which replace the object; DataError if that fails, such as for a missing bucket."""
     system, path = file_system(url)
     for wait in (FIRST_S, 1.0, LONGEST_S, None):
         try:
-            with contextlib.suppress(NotImplementedError):
+            if url.partition("://")[0] in WITH_FOLDERS:
                 system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            system.put_file(str(file), path)
+            if isinstance(content, bytes):
+                system.pipe_file(path, content)
+            else:
+                system.put_file(str(content), path)
             return
         except Exception as error:
             reason, final = _explained(error)
             if wait is None or final:
                 raise DataError(f"'{url}' cannot be written ({reason})") from None
         time.sleep(wait)
+
+
+def check_writable(folder: str) -> None:
+    """DataError in one line if no object can be written below a URL, which is tried."""
+    write(probe := f"{folder.rstrip('/')}/.fastmum-probe", b"probe")
+    system, path = file_system(probe)
+    with contextlib.suppress(Exception):  # who may write may not delete
+        system.rm_file(path)

@@ -188,6 +188,8 @@ class TestObjectStores:
         remote.check(file.place.store)  # though it is empty
 
     def test_wrong_names_and_credentials_are_one_line_before_the_run(self, s3, loose, tmp_path, monkeypatch):
+        import s3fs
+
         def opened(root):
             config = load_config(None, [f"data.manifests=[{loose}]", f"data.roots.scenes={root}", "data.views=[2,4]"])
             return open_splits(config, tmp_path / "run")
@@ -197,11 +199,13 @@ class TestObjectStores:
         ):  # fmt: skip
             with pytest.raises(DataError, match=rf"^'{root}[^\n]*{reason}[^\n]*$"):
                 opened(root)
+        monkeypatch.setattr("fastmum.data.pack.spread", None)  # the output is tried before anything is packed
+        with pytest.raises(DataError, match=r"^'s3://none/x[^\n]*bucket does not exist[^\n]*$"):
+            pack(loose, "s3://none/x")
+        assert not s3fs.S3FileSystem().exists("none")
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         monkeypatch.setenv("HOME", str(tmp_path))
-        import s3fs
-
         s3fs.S3FileSystem.clear_instance_cache()
         with pytest.raises(DataError, match=r"^[^\n]*credentials[^\n]*$"):
             opened(f"{s3}/loose")
