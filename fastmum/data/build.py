@@ -19,6 +19,7 @@ from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
 from fastmum.data.processes import until_terminated
 from fastmum.data.spread import add_arguments, cluster, spread
+from fastmum.data.store import is_url
 from fastmum.errors import program
 from fastmum.files import expand_user
 from fastmum.progress import progress_bar
@@ -140,6 +141,10 @@ def _folder(root: str | Path, archives: bool) -> Path:
 
 
 def _file(out: str | Path) -> Path:
+    if is_url(out):
+        raise DataError(
+            f"--out is '{out}', but a manifest is built into a file; upload it then, or `data pack` it there"
+        )
     out = Path(os.path.abspath(expand_user(out)))
     if out.is_dir():
         raise DataError(f"--out is '{out}', but that is a folder; give the name of a file in it")

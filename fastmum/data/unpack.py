@@ -17,6 +17,7 @@ from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manife
 from fastmum.data.processes import until_terminated
 from fastmum.data.records import Frame, check_names, first_rows, metadata_of, new_manifest, record
 from fastmum.data.spread import add_arguments, cluster, spread
+from fastmum.data.store import is_url
 from fastmum.errors import program, writing
 from fastmum.files import atomic_path, expand_user
 from fastmum.progress import progress_bar
@@ -66,6 +67,8 @@ def unpack(
     Files of an interrupted call are kept. DataError: a file cannot be read, or not be written, or a file of other bytes
     has its path.
     """
+    if is_url(out):
+        raise DataError(f"--out is '{out}', but files are unpacked into a folder; upload it then")
     source, out = Manifest(manifest), Path(os.path.abspath(expand_user(out)))
     made = new_manifest(source, out)
     rows = np.unique(first_rows(source))

@@ -14,6 +14,7 @@ from stored import SMALL, batches, contents
 
 from fastmum.data import store
 from fastmum.data.build import build
+from fastmum.data.build import main as build_command
 from fastmum.data.decode.image import FrameError, read_file
 from fastmum.data.errors import DataError
 from fastmum.data.inspect import main as inspect
@@ -79,6 +80,13 @@ class TestShards:
         assert not (tmp_path / "out/b.arrow").exists()
         assert unpack(tmp_path / "lists/a.arrow", tmp_path / "out").frames == 3  # equal files are kept
         assert "same name" in refusal(unpack_command, words[0], tmp_path / "a.arrow", *words[2:])
+
+    @pytest.mark.parametrize("command", [build_command, unpack_command])
+    def test_commands_that_write_files_refuse_urls(self, command, loose, image_folder, tmp_path, refusal, monkeypatch):
+        monkeypatch.chdir(tmp_path)  # where a folder `s3:` would be made
+        words = [loose] if command is unpack_command else ["folder", "--root", image_folder]
+        assert "s3://bucket/x.arrow" in refusal(command, *words, "--out", "s3://bucket/x.arrow")
+        assert not list(tmp_path.glob("s3:*"))
 
     def test_images_shrink_with_their_cameras_and_shared_frames_are_stored_once(self, tmp_path):
         image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8))
