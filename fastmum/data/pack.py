@@ -72,7 +72,7 @@ WHOLE_FILES = Settings()
 class Shard(NamedTuple):
     """A shard to be written: a task of `write_shard`."""
 
-    manifest: Path
+    manifest: str | Path
     out: str  # folder or URL
     name: str
     rows: np.ndarray  # (n,) int64, of the manifest
@@ -104,10 +104,11 @@ def pack(
             Path(out).mkdir(parents=True, exist_ok=True)
         new_manifest(source, Path(out))
     groups = _groups(source, settings)
-    shards = [Shard(source.path, out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
+    given = str(manifest) if is_url(manifest) else source.path  # other nodes do not see this one's copy
+    shards = [Shard(given, out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
     with progress_bar(total=sum(map(len, groups)), unit="frame", desc=stem, show=progress) as bar:
         indices = []
-        found = spread(write_shard, shards, workers=workers, ray=ray, paths=(source.path, source.root, out))
+        found = spread(write_shard, shards, workers=workers, ray=ray, paths=(given, source.root, out))
         for shard, index in zip(shards, found, strict=True):
             indices.append(index)
             bar.update(len(shard.rows))

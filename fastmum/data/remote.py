@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -103,25 +103,39 @@ def size(url: str) -> int:
     return int(_retried(url, lambda: system.info(path))["size"] or 0)
 
 
-def check(url: str) -> None:
-    """DataError in one line if an object cannot be read: no package, no credentials, no such bucket or object."""
+@contextlib.contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """Turn an OSError into a DataError of one line."""
     try:
-        read(url, 0, 1, START_S)
+        yield
     except OSError as error:
         remedy = "check its name and the store's credentials"
         raise DataError(f"'{url}' cannot be read ({error.strerror}); {remedy}") from None
 
 
+def check(url: str) -> None:
+    """DataError in one line if an object cannot be read: no package, no credentials, no such bucket or object."""
+    with _reading(url):
+        read(url, 0, 1, START_S)
+
+
 def local_copy(url: str | Path) -> Path:
-    """The content of an object in a file of the cache; DataError if it cannot be read."""
-    check(str(url))
-    system, path = file_system(str(url))
-    name = xxhash.xxh3_64_hexdigest(f"{url} {system.ukey(path)}".encode())  # which differs between versions
-    copy = cache_folder() / "objects" / f"{name}-{path.rpartition('/')[2]}"
-    if not copy.is_file():
-        with writing(copy, DataError):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(copy, read(str(url)))
+    """The content of an object in a file of the cache, of its present version; DataError if it cannot be read."""
+    url = str(url)
+    check(url)
+    system, path = file_system(url)
+    with _reading(url):
+        # fsspec's key of a version; over HTTP that would be the URL alone.
+        content = read(url) if url.startswith("http") else None
+        version = _retried(url, lambda: system.ukey(path)) if content is None else xxhash.xxh3_64_hexdigest(content)
+        name = xxhash.xxh3_64_hexdigest(f"{url} {version}".encode())
+        copy = cache_folder() / "objects" / f"{name}-{path.rpartition('/')[2]}"
+        if copy.is_file():
+            return copy
+        content = read(url) if content is None else content
+    with writing(copy, DataError):
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(copy, content)
     return copy
 
 

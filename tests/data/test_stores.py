@@ -5,7 +5,10 @@ import pickle
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from unittest.mock import Mock
 
 import numpy as np
@@ -22,6 +25,7 @@ from fastmum.data.inspect import main as inspect
 from fastmum.data.manifest import Manifest, Manifests
 from fastmum.data.pack import pack
 from fastmum.data.splits import open_splits
+from fastmum.data.spread import spread
 from fastmum.data.store import Place, StoredPath
 from fastmum.data.unpack import unpack
 
@@ -186,6 +190,32 @@ class TestObjectStores:
                 read_file(file)
             assert not caught.value.transient
         remote.check(file.place.store)  # though it is empty
+
+    def test_a_manifest_by_url_is_the_present_one_here_and_for_tasks(self, s3, loose, shards, tmp_path, monkeypatch):
+        pytest.importorskip("aiohttp")
+        monkeypatch.setenv("FASTMUM_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(remote, "FIRST_S", 0.01)
+        remote.write(f"{s3}/lists/scenes.arrow", loose)
+        system, _ = remote.file_system(s3)
+        monkeypatch.setattr(system, "ukey", Mock(side_effect=[OSError(16, "503"), "version"]))
+        assert Manifest(f"{s3}/lists/scenes.arrow").checksum == Manifest(loose).checksum
+        given = []
+
+        def noted(work, tasks, **options):
+            given.extend(tasks)
+            return spread(work, tasks, **options)
+
+        monkeypatch.setattr("fastmum.data.pack.spread", noted)
+        monkeypatch.setattr("fastmum.data.unpack.spread", noted)
+        handler = partial(SimpleHTTPRequestHandler, directory=loose.parent)
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            url = f"http://127.0.0.1:{server.server_port}/scenes.arrow"
+            assert pack(url, tmp_path / "of_url", SMALL) == unpack(url, tmp_path / "unpacked")
+            assert {task.manifest for task in given} == {url}
+            shutil.copy(shards, loose)
+            assert Manifest(url).checksum == Manifest(shards).checksum
+            server.shutdown()
 
     def test_wrong_names_and_credentials_are_one_line_before_the_run(self, s3, loose, tmp_path, monkeypatch):
         import s3fs
