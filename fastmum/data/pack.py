@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 16  # that ask for the sizes of files
 PROBED = 32  # images that are shrunk to estimate how many fit into a shard
-AGAIN = "once its store answers, the same command goes on"
+AGAIN = "the same command goes on when its store works again (if only this file fails, remove it)"
 NAMES = {"path": "", "depth": ".depth", "mask": ".mask", "side": ".depth_mask"}  # in the names of members
 
 
@@ -63,7 +63,7 @@ class Settings(NamedTuple):
     short_side: int = 0  # larger images are shrunk to this shorter side in pixels, 0: none
     quality: int = 92  # of the JPEG files that they become
     shard_gb: float = 2.0  # most bytes of a shard, unless a sequence is larger; in GB
-    broken: str = "stop"  # or "skip": at a file that cannot be read
+    broken: str = "stop"  # or "skip": at a file that is missing or broken; failing stores always stop
 
 
 WHOLE_FILES = Settings()
@@ -183,9 +183,10 @@ def _shrunk(data: bytes, settings: Settings) -> tuple[bytes, tuple[float, float]
 
 
 def write_shard(shard: Shard) -> pa.Table:
-    """Write a shard and its index unless an equal one is there, and return the index. A picklable task.
+    """Write a shard and its index unless an equal one without skipped frames is there; returns the index.
 
-    DataError: a file cannot be read (unless it is to be skipped), or the shard cannot be written.
+    A picklable task. DataError: a file cannot be read (unless it is broken and to be skipped), or the shard cannot be
+    written.
     """
     if (index := _finished(shard)) is not None:
         return index
@@ -195,7 +196,10 @@ def write_shard(shard: Shard) -> pa.Table:
             index = _write_members(shard, file)
             file.flush()
             os.fsync(file.fileno())
-        described = index.replace_schema_metadata({"fastmum.shard": shard.key, "bytes": str(tar.stat().st_size)})
+        about = {"fastmum.shard": shard.key, "bytes": str(tar.stat().st_size)}
+        if skipped := len(shard.rows) - index["column"].to_pylist().count("path"):
+            about["skipped"] = str(skipped)  # so that it is written again by the next call
+        described = index.replace_schema_metadata(about)
         with atomic_path(listed) as partial, pa.ipc.new_file(str(partial), described.schema) as writer:
             writer.write_table(described)
         if is_url(shard.out):
@@ -233,9 +237,10 @@ def _write_members(shard: Shard, file: IO[bytes]) -> pa.Table:
             path = frame.files["path"]
             contents["path"], scale = _shrunk(contents["path"], settings)
         except FrameError as error:
-            if settings.broken == "stop":
-                what = f"'{path}' cannot be packed ({error})"
-                raise DataError(f"{what}; restore it, or pack with --broken skip") from None
+            outage = error.transient and str(error) != "missing"
+            if outage or settings.broken == "stop":
+                remedy = AGAIN if outage else "restore it, or pack with --broken skip"
+                raise DataError(f"'{path}' cannot be packed ({error}); {remedy}") from None
             log.warning("skipped: '%s' (%s)", path, error)
             continue
         if scale != (1.0, 1.0) and frame.reader == "eth3d":
@@ -339,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shard-gb", type=float, default=2.0, metavar="G", help="size of a shard (default %(default)s)"
     )
-    broken = "at a file that cannot be read (default %(default)s)"
+    broken = "at a file that is missing or broken (default %(default)s); stores that fail always stop"
     parser.add_argument("--broken", choices=("stop", "skip"), default="stop", help=broken)
     add_arguments(parser)
     args = parser.parse_args(argv)

@@ -112,14 +112,29 @@ class TestShards:
             assert tar.getnames()[:3] == ["d/a.b/c/000000.jpg", "d/a.b/c/000000.json", "d/a.b/c/000001.jpg"]
             assert json.load(tar.extractfile("d/a.b/c/000000.json")) == {"intrinsics": [25.0, 30.0, 10.0, 20.0]}
 
-    def test_what_cannot_be_read_stops_or_is_skipped(self, image_folder, loose, tmp_path, refusal, caplog):
+    def test_what_cannot_be_read_stops_or_is_skipped(self, image_folder, loose, tmp_path, refusal, caplog, monkeypatch):
         bad = sorted(image_folder.glob("scene1/*"))[2]
         bad.write_bytes(bad.read_bytes()[:100])
         assert f"{bad}' cannot be packed" in refusal(pack_command, loose, "--out", tmp_path / "o", "--workers", 0)
         assert "would be replaced" in refusal(pack_command, loose, "--out", loose.parent)
         assert "shard-gb" in refusal(pack_command, loose, "--out", tmp_path / "o", "--shard-gb", 0)
-        assert pack(loose, tmp_path / "o", SMALL._replace(broken="skip")).frames == 23
+        skip = SMALL._replace(broken="skip")
+        assert pack(loose, tmp_path / "o", skip).frames == 23
         assert "1 images were skipped" in caplog.text
+        bad.unlink()
+        assert pack(loose, tmp_path / "o", skip).frames == 23
+        assert f"{bad}' cannot be packed (missing)" in refusal(pack_command, loose, "--out", tmp_path / "o")
+        Image.new("RGB", (8, 8)).save(bad)
+        assert pack(loose, tmp_path / "o", SMALL).frames == 24
+
+        def failing(file):
+            if file.name == bad.name:
+                raise FrameError("503", transient=True)
+            return read_file(file)
+
+        monkeypatch.setattr("fastmum.data.pack.read_file", failing)
+        with pytest.raises(DataError, match=r"503.*goes on"):
+            pack(loose, tmp_path / "o2", skip)
 
 
 class TestDamage:
