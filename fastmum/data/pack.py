@@ -301,6 +301,9 @@ def _write_manifest(
             if made.intrinsics is not None:
                 made = made._replace(intrinsics=made.intrinsics * np.tile(scales[packed], 2))
             at = {column: _places(names, archive[column][packed], places[column][packed]) for column in columns}
+            if made.sides is not None:  # some may not be there
+                sides = [path if place else "" for path, place in zip(made.sides, at["side"], strict=True)]
+                made = made._replace(sides=sides)
             yield made._replace(places=at)
 
     metadata = metadata_of(source) | {"packed": settings._asdict()}

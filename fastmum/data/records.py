@@ -1,5 +1,6 @@
 """Sequences and frames of a manifest as they were written into it."""
 
+import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -7,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from fastmum.data import remote
 from fastmum.data.depth import SIDES, DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, SequenceRecord
 from fastmum.data.manifest_writer import FILES
-from fastmum.data.store import StoredPath
+from fastmum.data.store import WHOLE, Place, StoredPath, is_url
 
 
 def columns_of(manifest: Manifest) -> list[str]:
@@ -93,7 +95,7 @@ class Frame:
             self.files["mask"] = mask
         side = SIDES[self.reader](depth) if depth is not None and self.reader in SIDES else None
         side = getattr(depth, "side", None) or side
-        if side is not None and (isinstance(side, StoredPath) or side.is_file()):
+        if side is not None and (side := _existing(side)) is not None:
             self.files["side"] = side
 
     @property
@@ -125,6 +127,16 @@ class Frame:
         if self._format is not None:
             known["depth"] = self._format._asdict()
         return known
+
+
+def _existing(file: Path) -> Path | None:
+    """A file with its place, None if there is none; DataError if its store fails."""
+    place = getattr(file, "place", None)
+    if place is not None and place.length != WHOLE:  # a member of an archive
+        return file
+    if is_url(url := str(file)):
+        return StoredPath.at(url, Place(url)) if remote.exists(url) else None
+    return Path(file) if os.path.isfile(file) else None
 
 
 def _numbers(values: np.ndarray) -> list[float]:

@@ -119,6 +119,16 @@ def check(url: str) -> None:
         read(url, 0, 1, START_S)
 
 
+def exists(url: str) -> bool:
+    """Whether there is an object; DataError in one line if its store does not tell."""
+    with _reading(url):
+        try:
+            size(url)
+        except FileNotFoundError:
+            return False
+    return True
+
+
 def local_copy(url: str | Path) -> Path:
     """The content of an object in a file of the cache, of its present version; DataError if it cannot be read."""
     url = str(url)

@@ -9,6 +9,8 @@ from fastmum.data import staging
 from fastmum.data.build import build
 from fastmum.data.decode import make_decoder
 from fastmum.data.decode.image import ORIENTATION
+from fastmum.data.depth import DepthFormat
+from fastmum.data.manifest import SequenceRecord, write_manifest
 from fastmum.data.pack import pack
 
 
@@ -65,3 +67,17 @@ def shards(loose, tmp_path):
     """The manifest of its shards."""
     pack(loose, tmp_path / "shards", SMALL)
     return tmp_path / "shards/scenes.arrow"
+
+
+@pytest.fixture
+def masked(tmp_path):
+    """The manifest of three frames with depth of CO3D, of which two have a depth mask, too."""
+    for name, count in (("images", 3), ("depths", 3), ("depth_masks", 2)):
+        (tmp_path / "co3d" / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("I;16" if name == "depths" else "L", (4, 3), i + 1).save(tmp_path / f"co3d/{name}/{i}.png")
+    images, depths = ([f"{name}/{i}.png" for i in range(3)] for name in ("images", "depths"))
+    record = SequenceRecord("apple", images, depths=depths, depth_format=DepthFormat("co3d"))
+    (tmp_path / "lists").mkdir(exist_ok=True)
+    write_manifest(tmp_path / "lists/co3d.arrow", [record], dataset="co3d", root=tmp_path / "co3d", metadata={})
+    return tmp_path / "lists/co3d.arrow"

@@ -127,7 +127,7 @@ def s3():
 
 class TestObjectStores:
     def test_shards_and_loose_objects_give_the_frames_of_the_disk(
-        self, s3, loose, image_folder, tmp_path, monkeypatch, no_stage
+        self, s3, loose, masked, image_folder, tmp_path, monkeypatch, no_stage
     ):
         monkeypatch.setenv("FASTMUM_CACHE", str(tmp_path / "cache"))
         right = batches(Manifests([loose]))
@@ -140,19 +140,23 @@ class TestObjectStores:
         assert inspect([packed, "--check", "--no-sheet"]) == 0
         import s3fs
 
-        s3fs.S3FileSystem().put(str(image_folder), "bucket/loose", recursive=True)
-        assert torch.equal(batches(Manifests([loose], {"scenes": f"{s3}/loose"})), right)
+        s3fs.S3FileSystem().put(str(image_folder), "bucket/scenes", recursive=True)
+        s3fs.S3FileSystem().put(str(tmp_path / "co3d"), "bucket/co3d", recursive=True)
+        assert torch.equal(batches(Manifests([loose], {"scenes": f"{s3}/scenes"})), right)
         staging.start(str(tmp_path / "scratch"), 1)
-        assert torch.equal(batches(Manifests([loose], {"scenes": f"{s3}/loose"})), right)
-        pack(loose, tmp_path / "of_files", SMALL)
-        monkeypatch.setenv("FASTMUM_ROOT_SCENES", f"{s3}/loose")
-        pack(loose, tmp_path / "of_objects", SMALL)
-        monkeypatch.delenv("FASTMUM_ROOT_SCENES")
+        assert torch.equal(batches(Manifests([loose], {"scenes": f"{s3}/scenes"})), right)
+        for given, name in ((loose, "scenes"), (masked, "co3d")):
+            pack(given, tmp_path / "of_files", SMALL)
+            monkeypatch.setenv(f"FASTMUM_ROOT_{name.upper()}", f"{s3}/{name}")
+            pack(given, tmp_path / "of_objects", SMALL)
+            monkeypatch.delenv(f"FASTMUM_ROOT_{name.upper()}")
         of_files, of_objects = (
             {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()}
             for name in ("of_files", "of_objects")
         )
         assert of_files == of_objects
+        made = Manifest(tmp_path / "of_files/co3d.arrow")
+        assert [len(made.present(column).nonzero()[0]) for column in ("depth", "side")] == [3, 2]
         unpack(packed, tmp_path / "back")
         assert contents(Manifest(tmp_path / "back/scenes.arrow")) == contents(Manifest(loose))
 
@@ -238,7 +242,7 @@ class TestObjectStores:
         monkeypatch.setenv("HOME", str(tmp_path))
         s3fs.S3FileSystem.clear_instance_cache()
         with pytest.raises(DataError, match=r"^[^\n]*credentials[^\n]*$"):
-            opened(f"{s3}/loose")
+            opened(f"{s3}/scenes")
         monkeypatch.setitem(sys.modules, "s3fs", None)
         s3fs.S3FileSystem.clear_instance_cache()
 
