@@ -1,6 +1,5 @@
-"""Verify the files of a manifest that lie in archives or stores: lengths, and the checksums that are known."""
+"""Verify the files of a manifest of archives or a store: lengths, and the checksums that are known."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,27 +24,29 @@ INDEX_SCHEMA = pa.schema({
 
 
 class Members(NamedTuple):
-    """Files of one archive, or of a store: a task of `damaged_members`."""
+    """Files of one archive, or those that are in none: a task of `damaged_members`."""
 
     archive: str
     files: tuple[tuple[str, Place], ...]  # paths and places
+    packed: bool = False  # so that the archive has an index
 
 
 def members_of(manifest: Manifest, column: str) -> Iterator[Members]:
-    """The different files of a column ("path", "depth", "mask", "side") that are not loose, by their archive."""
+    """The different files of a column ("path", "depth", "mask", "side") by their archive."""
+    packed = bool(manifest.metadata.get("packed"))
     present = np.ones(manifest.num_frames, bool) if column == "path" else manifest.present(column)
     groups: dict[str, dict[Place, str]] = defaultdict(dict)
     for rows in np.array_split(np.flatnonzero(present), max(1, len(present) // 4096)):
         for path in manifest.column_files(column, rows):
-            if isinstance(path, StoredPath) and path.place is not None:
-                groups[path.place.store][path.place] = str(path)
+            place = (path.place if isinstance(path, StoredPath) else None) or Place(str(path))
+            groups[place.store][place] = str(path)
     whole: list[tuple[str, Place]] = []
     for archive, files in groups.items():
         found = tuple((path, place) for place, path in sorted(files.items()))
         if len(found) == 1 and found[0][1].length == WHOLE:
             whole += found
         else:
-            yield Members(archive, found)
+            yield Members(archive, found, packed)
     for i in range(0, len(whole), 1024):
         yield Members("", tuple(whole[i : i + 1024]))
 
@@ -53,18 +54,19 @@ def members_of(manifest: Manifest, column: str) -> Iterator[Members]:
 def damaged_members(members: Members) -> list[str]:
     """A line for each file that cannot be read, or is another than the one that was packed. A picklable task.
 
-    Reads all of them. The checksums are those of the archive's index, if there is one next to it.
+    Reads all of them. The checksums are those of the archive's index, if there is one next to it, as a packed one has.
     """
     hashes: dict[tuple[int, int], int] = {}
     index = f"{members.archive.removesuffix('.tar')}.index"
     found = []
-    if members.archive.endswith(".tar") and (is_url(index) or os.path.exists(index)):
+    if members.archive.endswith(".tar"):
         try:
             table = read_index(index)
             places = zip(table["offset"].to_pylist(), table["length"].to_pylist(), strict=True)
             hashes = dict(zip(places, table["hash"].to_pylist(), strict=True))
-        except FileNotFoundError:  # an object
-            pass
+        except FileNotFoundError:
+            if members.packed:
+                found.append(f"'{index}' is missing, so that checksums cannot be compared; pack again")
         except (OSError, DataError) as error:
             found.append(str(error))
     for path, place in members.files:
@@ -82,7 +84,7 @@ def damaged_members(members: Members) -> list[str]:
 def find_damaged(
     manifest: Manifest, column: str, progress: bool = False, threads: int = THREADS, ray: str | None = None
 ) -> tuple[int, list[str]]:
-    """Number of the different files of a column that are not loose, and a line for each damaged one.
+    """Number of the different files of a column, and a line for each damaged or missing one.
 
     Reads in this many threads, or on a Ray cluster.
     """

@@ -26,7 +26,7 @@ BINS = (1, 2, 4, 8, 16, 24, 50, 100, 200, 500, 1000)  # lower bounds of the hist
 BAR = 40  # characters of its longest bar
 NAMED = 10  # missing files to name
 FOLDERS = 64  # that a task on a cluster lists
-FILES = {"path": "images", "depth": "depth maps", "mask": "masks"}
+FILES = {"path": "images", "depth": "depth maps", "mask": "masks", "side": "depth masks"}
 # Contact sheet (after the supplement's Fig. 5).
 COLUMNS = 12  # a sequence of the most views, 24, takes two lines
 VIEWS = (2, 24)  # supplement, "Sampling"
@@ -100,7 +100,7 @@ def _check_files(manifest: Manifest, threads: int, ray: str | None) -> int:
     """Print the missing files; returns the exit code."""
     code = 0
     for column, what in FILES.items():
-        if column != "path" and not manifest.known[column]:
+        if column != "path" and not manifest.present(column).any():
             continue
         stored = is_url(manifest.root) or manifest.has_archives(column)
         find, fault = (find_damaged, "damaged") if stored else (find_missing, "missing")

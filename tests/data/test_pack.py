@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -177,6 +178,33 @@ class TestDamage:
         assert all("is not in" in line and "pack again" in line for line in lines)
         first.with_suffix(".index").write_bytes(b"?")
         assert self.damaged(shards, capsys)[0] == 1
+
+    def test_depth_masks_are_checked_and_an_index_must_be_there(self, masked, tmp_path, capsys):
+        pack(masked, tmp_path / "shards")
+        made = tmp_path / "shards/co3d.arrow"
+        assert self.damaged(made, capsys) == (0, [])
+        tar = tmp_path / "shards/co3d-000000.tar"
+        content, end = tar.read_bytes(), Manifest(made).column_files("side", np.array([1]))[0].place
+        end = end.offset + end.length - 1
+        tar.write_bytes(content[:end] + b"?" + content[end + 1 :])
+        code, (line,) = self.damaged(made, capsys)
+        assert (code, "depth_masks/1.png' has another checksum" in line) == (1, True)
+        tar.with_suffix(".index").unlink()
+        code, lines = self.damaged(made, capsys)
+        assert (code, len(lines)) == (1, 3)  # of images, depth maps and masks
+        assert all("co3d-000000.index' is missing" in line for line in lines)
+
+    def test_loose_files_among_archives_are_checked(self, shards, image_folder, capsys):
+        (folder := shards.parent / "extra").mkdir()
+        loose = shutil.copy(image_folder / "scene0/1.png", folder)
+        place = Manifest(shards).file(0).place
+        places = {"path": [place._replace(store=os.path.basename(place.store)), None]}
+        record = SequenceRecord("mixed", ["scene0/0.png", "extra/1.png"], places=places)
+        write_manifest(mixed := shards.with_name("mixed.arrow"), [record], dataset="d", root=Path("."), metadata={})
+        assert self.damaged(mixed, capsys) == (0, [])
+        os.unlink(loose)
+        code, (line,) = self.damaged(mixed, capsys)
+        assert (code, "extra/1.png': No such file" in line) == (1, True)
 
     def test_a_run_stops_with_one_line(self, shards):
         for tar in shards.parent.glob("*.tar"):
