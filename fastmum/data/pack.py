@@ -13,11 +13,12 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -45,7 +46,7 @@ from fastmum.data.processes import until_terminated
 from fastmum.data.records import Frame, check_names, columns_of, first_rows, metadata_of, new_manifest, record
 from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.data.store import BLOCK, Place, StoredPath, is_url, join
-from fastmum.errors import program, writing
+from fastmum.errors import program, some_names, writing
 from fastmum.files import atomic_path
 from fastmum.progress import progress_bar
 
@@ -106,6 +107,8 @@ def pack(
     groups = _groups(source, settings)
     given = str(manifest) if is_url(manifest) else source.path  # other nodes do not see this one's copy
     shards = [Shard(given, out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
+    if not is_url(out):
+        _report_others(out, stem, {f"{shard.name}{suffix}" for shard in shards for suffix in (".tar", ".index")})
     with progress_bar(total=sum(map(len, groups)), unit="frame", desc=stem, show=progress) as bar:
         indices = []
         found = spread(write_shard, shards, workers=workers, ray=ray, paths=(given, source.root, out))
@@ -113,6 +116,13 @@ def pack(
             indices.append(index)
             bar.update(len(shard.rows))
     return _write_manifest(source, out, [shard.name for shard in shards], indices, settings)
+
+
+def _report_others(out: str, stem: str, names: Collection[str]) -> None:
+    """Log files of shards of earlier calls, finished or not, that are none of `names`."""
+    ours = re.compile(rf"(\.partial-\d+-)?{re.escape(stem)}-\d{{6}}\.(tar|index)")
+    if others := sorted(name for name in os.listdir(out) if ours.fullmatch(name) and name not in names):
+        log.warning("'%s' has files of earlier calls, which may be deleted: %s", out, some_names(others, 4))
 
 
 def _groups(manifest: Manifest, settings: Settings) -> list[np.ndarray]:

@@ -243,10 +243,11 @@ def open_manifests(
 
 
 def _folder_manifest(key: str, root: str, out: Path, builder: str, options: dict[str, Any], keep: bool) -> Path:
+    from fastmum.data.archives import open_root
     from fastmum.data.build import NoSequenceError, build  # runs on manifests need no builder
 
     folder = expand_user(root)
-    if not folder.exists():
+    if not folder.exists() and open_root(Path(os.path.abspath(folder))) is None:  # nor in an archive
         raise DataError(f"{key} is '{root}', but there is no such folder or archive")
     if keep:
         with contextlib.suppress(DataError):

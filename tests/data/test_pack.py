@@ -44,7 +44,7 @@ class TestShards:
         samples = list(wds.WebDataset([str(tar) for tar in tars], shardshuffle=False, empty_check=False))
         assert [sample["png"] for sample in samples] == contents(before.parts[0])
 
-    def test_equal_bytes_for_any_number_of_workers_and_after_an_interruption(self, loose, shards, tmp_path):
+    def test_equal_bytes_for_any_number_of_workers_and_after_an_interruption(self, loose, shards, tmp_path, caplog):
         out = tmp_path / "again"
         pack(loose, out, SMALL, workers=2)
         files = {file.name: file.read_bytes() for file in shards.parent.iterdir()}
@@ -54,7 +54,10 @@ class TestShards:
         (out / "scenes.arrow").unlink()
         (out / "scenes-000001.index").unlink()
         (out / ".partial-1-scenes-000001.tar").write_bytes(b"left by a kill")
+        (out / "scenes-000099.tar").write_bytes(b"of an earlier call with smaller shards")
+        assert "earlier calls" not in caplog.text
         pack(loose, out, SMALL)
+        assert ".partial-1-scenes-000001.tar, scenes-000099.tar" in caplog.text
         assert kept.stat().st_mtime_ns == time
         assert {name: (out / name).read_bytes() for name in files} == files
 

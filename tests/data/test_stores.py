@@ -45,6 +45,12 @@ def test_roots_move_without_a_rebuild(loose, shards, image_folder, tmp_path, mon
     assert contents(open_splits(config, tmp_path / "run").manifests.parts[0]) == right
 
 
+def test_the_folder_of_a_run_may_lie_in_an_archive(loose, image_folder, tmp_path):
+    archive = shutil.make_archive(str(tmp_path / "x"), "zip", tmp_path, image_folder.name)
+    config = load_config(None, [f"data.root={archive}/{image_folder.name}", "data.views=[2,4]"])
+    assert contents(open_splits(config, tmp_path / "run").manifests.parts[0]) == contents(Manifest(loose))
+
+
 class TestStage:
     @pytest.mark.parametrize("kind", ["loose", "shards"])
     def test_frames_are_copied_ahead_and_read_from_there(self, request, kind, tmp_path, no_stage, monkeypatch):
