@@ -62,7 +62,16 @@ def read(url: str, start: int = 0, length: int = WHOLE, retry_s: float | None = 
     """
     system, path = file_system(url)
     part = {} if length == WHOLE else {"start": start, "end": start + length}
-    return _retried(url, lambda: system.cat_file(path, **part), retry_s)
+
+    def request() -> bytes:
+        try:
+            return system.cat_file(path, **part)
+        except Exception as error:
+            if part and BEYOND.search(f"{error} {error.__cause__}"):
+                return b""
+            raise
+
+    return _retried(url, request, retry_s)
 
 
 def _retried(url: str, request: Callable[[], T], retry_s: float | None = None) -> T:
@@ -75,8 +84,6 @@ def _retried(url: str, request: Callable[[], T], retry_s: float | None = None) -
             _outage.clear()
             return found
         except Exception as error:
-            if length != WHOLE and BEYOND.search(f"{error} {error.__cause__}"):
-                return b""
             reason, final = _explained(error)
             if final:
                 missing = isinstance(error, FileNotFoundError)
