@@ -73,6 +73,7 @@ class Manifest:
 
     Attributes:
         stem: name of the file without its suffix.
+        given: the path, or the URL whose content `path` has.
         root: folder or URL that paths are relative to.
         metadata: rule, options, seed, counts, source ...
         checksum: of the whole file, hexadecimal.
@@ -83,7 +84,8 @@ class Manifest:
 
     def __init__(self, path: str | Path, roots: Mapping[str, str] | None = None) -> None:
         self.stem = Path(str(path)).stem
-        self.path, self._roots = local_copy(path) if is_url(path) else expand_user(path), roots
+        self.path = local_copy(path) if is_url(path) else expand_user(path)
+        self.given, self._roots = str(path) if is_url(path) else self.path, roots
         mapped, batch, schema, self.checksum = map_columns(self.path)
         self.num_frames: int = batch.num_rows
         self._columns: dict[str, Any] = {name: batch[name] for name in batch.schema.names}
@@ -103,6 +105,8 @@ class Manifest:
         except (KeyError, TypeError, ValueError) as error:  # Arrow's errors are ValueErrors
             raise DataError(f"'{self.path}' is not a manifest ({error}); {BUILD}") from None
         root = next(filter(None, (moved_root(name, roots or {}) for name in self.datasets)), root)
+        if not is_url(root) and not os.path.isabs(root) and is_url(self.given):
+            root = join(str(self.given).rpartition("/")[0], root)
         self.root: Path = StoredPath(root) if is_url(root) else self.path.parent / root
         # The pages read so far are not needed again and no longer count as this process's memory.
         mapped.madvise(mmap.MADV_DONTNEED)
@@ -165,7 +169,7 @@ class Manifest:
         return cls(path)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return Manifest, (self.path, self._roots)
+        return Manifest, (self.given, self._roots)
 
     def sequence_name(self, sequence: int) -> str:
         """Name of a sequence, unique in its data set."""
@@ -340,7 +344,7 @@ class Manifests(Manifest):
         self.dataset_of = np.concatenate([i[part.dataset_of] for i, part in zip(index, self.parts, strict=True)])
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        return Manifests, ([part.path for part in self.parts], self._roots)
+        return Manifests, ([part.given for part in self.parts], self._roots)
 
     def sequence_name(self, sequence: int) -> str:
         part = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1

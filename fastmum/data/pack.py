@@ -105,13 +105,12 @@ def pack(
             Path(out).mkdir(parents=True, exist_ok=True)
         new_manifest(source, Path(out))
     groups = _groups(source, settings)
-    given = str(manifest) if is_url(manifest) else source.path  # other nodes do not see this one's copy
-    shards = [Shard(given, out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
+    shards = [Shard(source.given, out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
     if not is_url(out):
         _report_others(out, stem, {f"{shard.name}{suffix}" for shard in shards for suffix in (".tar", ".index")})
     with progress_bar(total=sum(map(len, groups)), unit="frame", desc=stem, show=progress) as bar:
         indices = []
-        found = spread(write_shard, shards, workers=workers, ray=ray, paths=(given, source.root, out))
+        found = spread(write_shard, shards, workers=workers, ray=ray, paths=(source.given, source.root, out))
         for shard, index in zip(shards, found, strict=True):
             indices.append(index)
             bar.update(len(shard.rows))

@@ -72,11 +72,10 @@ def unpack(
     source, out = Manifest(manifest), Path(os.path.abspath(expand_user(out)))
     made = new_manifest(source, out)
     rows = np.unique(first_rows(source))
-    given = str(manifest) if is_url(manifest) else source.path  # other nodes do not see this one's copy
-    tasks = [Files(given, out, some) for some in np.array_split(rows, -(-len(rows) // ROWS))]
+    tasks = [Files(source.given, out, some) for some in np.array_split(rows, -(-len(rows) // ROWS))]
     with progress_bar(total=len(rows), unit="frame", desc=source.stem, show=progress) as bar:
         out.mkdir(parents=True, exist_ok=True)
-        for count in spread(write_files, tasks, workers=workers, ray=ray, paths=(given, source.root, out)):
+        for count in spread(write_files, tasks, workers=workers, ray=ray, paths=(source.given, source.root, out)):
             bar.update(count)
 
     def records() -> Iterator[SequenceRecord]:

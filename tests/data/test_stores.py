@@ -146,6 +146,11 @@ class TestObjectStores:
         assert inspect([packed, "--check", "--no-sheet"]) == 0
         import s3fs
 
+        pack(loose, tmp_path / "local", SMALL)
+        s3fs.S3FileSystem().put(str(tmp_path / "local"), "bucket/uploaded", recursive=True)
+        uploaded = pickle.loads(pickle.dumps(Manifests([f"{s3}/uploaded/scenes.arrow"])))
+        assert str(uploaded.file(0)).startswith(f"{s3}/uploaded/")
+        assert torch.equal(batches(uploaded), right)
         s3fs.S3FileSystem().put(str(image_folder), "bucket/scenes", recursive=True)
         s3fs.S3FileSystem().put(str(tmp_path / "co3d"), "bucket/co3d", recursive=True)
         assert torch.equal(batches(Manifests([loose], {"scenes": f"{s3}/scenes"})), right)
