@@ -1,7 +1,8 @@
 """Learning curves of evaluations: `python -m fastmum.evaluate.curves DIR [DIR ...] --plots DIR`.
 
 Each DIR is a folder of results of `fastmum.evaluate`, one for each moment of training: the results of checkpoints
-with as many steps. Weights whose names differ only in a final number are seeds of one model.
+with as many steps. Weights whose names differ only in a final number are seeds of one model, as in
+`fastmum.evaluate.seeds`.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from statistics import mean
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command
 from fastmum.evaluate.records import MATCHERS, file_stem, make_folder, read
-from fastmum.evaluate.results import NONE, SEED, TITLES, Contents, check_same, markdown, set_of
+from fastmum.evaluate.results import NONE, TITLES, Contents, check_same, markdown, models, set_of
 from fastmum.evaluate.seeds import svg_axes
 
 Points = dict[int, list[float]]  # by frames seen, a value for each seed
@@ -25,17 +26,16 @@ def curves(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Points]]:
     measured: dict[tuple[str, str], Contents] = defaultdict(list)
     found: dict[tuple[str, str], dict[str, Points]] = defaultdict(dict)
     for content in (record.content for folder in folders for record in read(folder)):
-        frames, epe = content.get("frames"), content["scores"].get("epe")
-        if frames is None or epe is None:
-            continue
-        key = content["task"], set_of(content)
-        points = found[key].setdefault(SEED.sub("", content["weights"]), {})
-        points.setdefault(frames, []).append(epe)
-        measured[key].append(content)
-    if not found:
+        if content.get("frames") is not None and content["scores"].get("epe") is not None:
+            measured[content["task"], set_of(content)].append(content)
+    if not measured:
         raise DataError("no folder has an end-point error of a checkpoint whose number of frames is known")
-    for contents in measured.values():
+    for key, contents in measured.items():
         check_same(contents)
+        named = models([content | {"frames": None} for content in contents], alone=True)  # these differ along a curve
+        for content in contents:
+            points = found[key].setdefault(named[content["weights"]], {})
+            points.setdefault(content["frames"], []).append(content["scores"]["epe"])
     return dict(found)
 
 

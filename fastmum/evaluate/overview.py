@@ -15,13 +15,13 @@ from fastmum.evaluate.results import (
     NONE,
     PUBLISHED_SCORES,
     SCORES,
-    SEED,
     VIEWS,
     ResultGroup,
     ResultTable,
     check_same,
     digits,
     group,
+    models,
     score_title,
 )
 
@@ -31,17 +31,16 @@ DEFAULT = "default"  # --data: what each evaluation takes by itself
 def overview(contents: Iterable[dict[str, Any]]) -> tuple[ResultTable, list[str]]:
     """A row for each encoder, with mean and standard deviation over its seeds, and a column for each score and set.
 
-    The rows of the paper follow, where results of the same protocol on the same pairs are there. Seeds are weights
-    whose names differ in a final number. The second value are remarks on results of different settings.
+    The rows of the paper follow, where results of the same protocol on the same pairs are there. Seeds are as
+    `models` says. The second value are remarks on results of different settings.
     """
     groups = [each for each in group(contents) if each.contents]
     columns = [(each, score) for each in groups for score in headlines(each)]
-    names = dict.fromkeys(content["weights"] for each in groups for content in each.contents)
-    seeds = {name: [other for other in names if SEED.sub("", other) == SEED.sub("", name)] for name in names}
+    named = models(content for each in groups for content in each.contents)
     rows = []
-    for same in dict.fromkeys(tuple(each) for each in seeds.values()):
-        label = SEED.sub("", same[0]) if len(same) > 1 else same[0]
-        rows.append([label, str(len(same)), *(_cell(each, score, same) for each, score in columns)])
+    for model in dict.fromkeys(named.values()):
+        same = [name for name, own in named.items() if own == model]
+        rows.append([model, str(len(same)), *(_cell(each, score, same) for each, score in columns)])
     for method in dict.fromkeys(method for each, _ in columns for method in each.paper):
         rows.append([f"{method} (paper)", "", *(_published(each, score, method) for each, score in columns)])
     notes = []

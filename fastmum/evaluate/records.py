@@ -31,7 +31,7 @@ ANY, NUMBER, OPTIONAL = "any key", "a finite number", "a finite number or null"
 _SCORES = {ANY: OPTIONAL}
 SHAPES: dict[str, Any] = {
     "task": str, "set": str, "weights": str, "protocol": str, "scores": _SCORES, "settings": {},  # these are required
-    "source": str, "frames": OPTIONAL, "pairs": NUMBER, "set_pairs": NUMBER, "no_motion": _SCORES,
+    "source": str, "frames": OPTIONAL, "encoder": {}, "pairs": NUMBER, "set_pairs": NUMBER, "no_motion": _SCORES,
     "per_pair_epe": _SCORES,
     "probes": [{"learning_rate": NUMBER, "evaluations": [{"step": NUMBER, "epe": OPTIONAL, "train_loss": OPTIONAL}]}],
     "blocks": {ANY: _SCORES}, **{norm: {"scores": _SCORES} for norm in NORMS},

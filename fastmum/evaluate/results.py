@@ -74,7 +74,7 @@ COUNTED = {  # what the numbers of other tasks than pairs count
 }  # fmt: skip
 COUNTED_SCORES = ("knn_ignored",)  # without digits after the point
 NONE = "–"
-SEED = re.compile(r"[ _-]+\d+$")  # at the end of a name
+SEED = re.compile(r"( \d{1,2}|-\d)$")  # at the end of a name: not a size, a number of epochs or a step
 Contents = list[dict[str, Any]]  # of the seeds of one model
 NOTE = (
     "EPE: end-point error in pixels of 448 x 448 (dense matching by runs: of their size). R: matches within 32 px, "
@@ -173,6 +173,26 @@ def set_of(content: dict[str, Any]) -> str:
     """The set of a result, and the protocol of matching unless it is "patches"."""
     protocol = content.get("protocol", "patches")
     return content["set"] if protocol == "patches" else f"{content['set']}, {protocol}"
+
+
+def models(contents: Iterable[dict[str, Any]], alone: bool = False) -> dict[str, str]:
+    """The model that each name of weights is a seed of: names without their final number, `SEED`, if they are several.
+
+    Results of one evaluation must be of encoders of one kind after as many frames; else, and without a number, each
+    name is a model of its own. With `alone` a name that is the only seed loses its number, too.
+    """
+    numbered, found = dict[str, Contents](), dict[str, str]()
+    for content in contents:
+        name = content["weights"]
+        found[name] = name
+        if SEED.search(name):
+            numbered.setdefault(SEED.sub("", name), []).append(content)
+    for model, same in numbered.items():
+        names = {content["weights"] for content in same}
+        kinds = {(each["task"], each.get("frames"), str(each.get("encoder", {}).get("kind"))) for each in same}
+        if (alone or len(names) > 1) and len(kinds) == len({content["task"] for content in same}):
+            found |= dict.fromkeys(names, f"{model} (seeds)" if model in found else model)
+    return found
 
 
 def check_same(contents: Contents) -> None:

@@ -1,7 +1,7 @@
 """Combine results of several seeds: `python -m fastmum.evaluate.seeds DIR [--plots DIR]`.
 
 DIR is a folder of results of `fastmum.evaluate`. Weights whose names differ only in a final number ("mum 0", "mum 1",
-...) are seeds of one model. Their means and standard deviations are printed as a table for each evaluation and one of
+...) are seeds of one model, as docs/recognition.md says. Their means and standard deviations are printed as a table for each evaluation and one of
 all and, with --plots, drawn.
 """
 
@@ -22,7 +22,6 @@ from fastmum.evaluate.results import (
     NONE,
     OTHER_VIEWS,
     SCORES,
-    SEED,
     TITLES,
     VIEWS,
     Contents,
@@ -30,6 +29,7 @@ from fastmum.evaluate.results import (
     digits,
     markdown,
     measured_on,
+    models,
     score_title,
     set_of,
 )
@@ -43,18 +43,16 @@ Spread = dict[tuple[str, str], dict[str, Contents]]  # by (task, set as `set_of`
 
 
 def by_seed(records: Iterable[Record]) -> Spread:
-    """Results by evaluation and set, then by the name of the weights, without the seed if there are several."""
-    found: Spread = {}
-    for record in records:
-        content = record.content
-        seeds = found.setdefault((content["task"], set_of(content)), {})
-        seeds.setdefault(SEED.sub("", content["weights"]), []).append(content)
-    for weights in found.values():
-        check_same([content for seeds in weights.values() for content in seeds])
-    return {
-        key: {name if len(seeds) > 1 else seeds[0]["weights"]: seeds for name, seeds in weights.items()}
-        for key, weights in found.items()
-    }
+    """Results by evaluation and set, then by the `models` that the weights are seeds of."""
+    measured, found = dict[tuple[str, str], Contents](), Spread()
+    for content in (record.content for record in records):
+        measured.setdefault((content["task"], set_of(content)), []).append(content)
+    for key, contents in measured.items():
+        check_same(contents)
+        named, found[key] = models(contents), {}
+        for content in contents:
+            found[key].setdefault(named[content["weights"]], []).append(content)
+    return found
 
 
 def tables(spread: Spread) -> str:

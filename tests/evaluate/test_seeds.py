@@ -20,6 +20,18 @@ def views(weights, same, other):
     return record | {"views": [1, 2, 4], "same": same, "other": other}
 
 
+def encoder(weights, kind="timm", frames=None):
+    return matching(weights, 50.0) | {"frames": frames, "encoder": {"kind": kind}}
+
+
+APART = (  # no seeds of one model
+    encoder("vit_patch16_224"), encoder("vit_patch16_384"), encoder("vit-b-16"), encoder("vit-b-32"),
+    encoder("run step_0002000", "mum", 2000), encoder("run step_0012500", "mum", 2500), encoder("mae 400"),
+    encoder("mae 1600"), encoder("kinds 0", "croco"), encoder("kinds 1", "mae"), encoder("moments-0", "mum", 1),
+    encoder("moments-1", "mum", 2), encoder("mum"),
+)  # fmt: skip
+
+
 @pytest.fixture
 def folder(tmp_path):
     for content in (
@@ -27,6 +39,7 @@ def folder(tmp_path):
         matching("mum 1", 30.0) | {"protocol": "matchbench"},
         views("mum 0", [0.8, 0.78, 0.76], [0.8, 0.81, 0.82]), views("mum 1", [0.9, 0.86, 0.84], [0.9, 0.90, 0.90]),
         {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}},
+        *APART,
     ):  # fmt: skip
         save(tmp_path, content | {"settings": {}}, [])
     return tmp_path
@@ -37,15 +50,17 @@ def test_tables_and_pictures(folder, tmp_path, capsys):
     assert main([str(folder), "--plots", str(plots)]) == 0
     printed = re.sub(" +", " ", capsys.readouterr().out)
     for row in (
-        "mum | 2 | 42.0 ± 2.8 | 50.0 ± 0.0",
+        "mum (seeds) | 2 | 42.0 ± 2.8 | 50.0 ± 0.0",
         "mae-v2 0 | 1 | 60.0 | –",
         "untrained | 1 | – | 50.0",
         "mum 1 | 1 | 30.0 | 50.0",
         "no motion | | 70.0 | 20.0",
-        "mum | 2 | 42.0 ± 2.8 | 30.0 (1) | – | 0.850 ± 0.071",
+        "mum (seeds) | 2 | 42.0 ± 2.8 | 30.0 (1) | – | 0.850 ± 0.071",
         "mum | 2 | 0.8500 ± 0.0707 | -0.0300 ± 0.0141 | -0.0500 ± 0.0141 | +0.0050 ± 0.0071 | +0.0100 ± 0.0141",
     ):
         assert f"| {row} |\n" in printed
+    for each in APART:
+        assert printed.count(f"| {each['weights']} | 1 | 50.0 |") == 2  # by evaluation, and in the table of all
     for name, text in (
         ("matching-scenes", "end-point error"),
         ("matching-scenes_matchbench", "end-point error"),
