@@ -24,8 +24,10 @@ from fastmum.evaluate.results import (
     models,
     score_title,
 )
+from fastmum.pretrained.load import RANDOM
 
 DEFAULT = "default"  # --data: what each evaluation takes by itself
+SEEDED = ("matching", "views", "recognition", "depth", "roma")  # evaluations that depend on the seed with given weights
 
 
 def overview(contents: Iterable[dict[str, Any]]) -> tuple[ResultTable, list[str]]:
@@ -86,7 +88,7 @@ def run_all(
 ) -> list[str]:
     """Run evaluations of all weights on all data by their own defaults; returns remarks on those that were not run.
 
-    These are the ones that fail with a FastmumError. FastmumError: all do.
+    With several seeds, those that do not depend on it are run once, as the first one, unless the weights are random. These are the ones that fail with a FastmumError. FastmumError: all do.
     """
     failed, words = dict[tuple[str, str, str], list[str]](), dict[str, list[str]]()
     for each in args.options:
@@ -98,7 +100,8 @@ def run_all(
         (task, weights, data, [task, "--weights", weights, *_shared(args, data), *words.get(task, [])])
         for task in args.tasks for data in args.data for weights in args.weights
     ]  # fmt: skip
-    parsed = [[parser.parse_args(each[-1]) for _ in range(args.seeds)] for each in runs]  # errors come first
+    counts = [args.seeds if task in SEEDED or spec.startswith(f"{RANDOM}:") else 1 for task, spec, *_ in runs]
+    parsed = [[parser.parse_args(run[-1]) for _ in range(n)] for run, n in zip(runs, counts, strict=True)]  # errors first
     for (task, weights, data, _), seeds in zip(runs, parsed, strict=True):
         for number, own in enumerate(seeds):
             own.seed, own.number = own.seed + number, number if args.seeds > 1 else None
