@@ -141,8 +141,10 @@ def _add_training(parser: argparse.ArgumentParser, defaults: ProbeSettings | Dep
     author = "; matchbench: its own" if isinstance(defaults, ProbeSettings) else ""
     probes = f"each combination with a weight decay makes a probe (default: {rates}{author})"
     add("--steps", type=int, metavar="N", help=f"default: {steps}")
-    choice = "where the best probe is chosen: on the test set, as in the paper, or on left-out scenes (%(default)s)"
-    add("--choose-on", choices=("test", "train"), default="test", help=choice)
+    choice = "where the best probe is chosen: on the test set, as the paper does in matching, or on left-out training "
+    choice += "scenes (%(default)s)"
+    on = "test" if isinstance(defaults, ProbeSettings) else "train"
+    add("--choose-on", choices=("test", "train"), default=on, help=choice)
     add("--batch", type=int, default=defaults.batch, metavar="N", help="pairs, or images, a step (%(default)s)")
     add("--learning-rates", type=float, nargs="+", metavar="LR", help=probes)
     add("--weight-decays", type=float, nargs="+", metavar="WD", help=f"default: {decays}{author}")

@@ -26,7 +26,7 @@ from fastmum.evaluate.matching import check_sweep, split_scenes
 from fastmum.evaluate.pairs.pair import evenly
 from fastmum.features import FeatureCache
 from fastmum.geometry import View
-from fastmum.geometry.metrics import depth_metrics, mean_metrics
+from fastmum.geometry.metrics import DEPTH_METRICS, depth_metrics, mean_metrics
 from fastmum.model.encoder import Encoder
 from fastmum.progress import progress_bar
 from fastmum.tasks.depth import (
@@ -108,15 +108,16 @@ def evaluate_depth(
 ) -> DepthResult:  # fmt: skip
     """Train heads on one set and score all of them on another one, image by image.
 
-    The best head has the least RMSE on the test images, or with `choose_on_train` on every sixth scene of `train`,
-    which is then not trained on. "scores" are the means over images of its `depth_metrics`.
+    The best head has the least RMSE on the test images, which favours it, or with `choose_on_train` on every sixth
+    scene of `train`, which is then not trained on. "by_head" has the scores of the best one of each name. "scores" are the means over images of its `depth_metrics`.
 
     Args:
         cache: of `open_cache`; training images are kept there if they have a number of versions.
         most: test images, evenly spread.
         pictures: test images that are drawn.
 
-    DataError: no image can be used, or the encoder has no CLS that a head needs. FloatingPointError: all diverged.
+    DataError: no image can be used, too few scenes to choose on, or the encoder has no CLS that a head needs.
+    FloatingPointError: all diverged.
     """
     settings = settings or DepthSettings()
     if any(HEADS[name].cls for name in settings.heads) and not encoder.options.cls:
@@ -131,7 +132,8 @@ def evaluate_depth(
     scored = score_heads(heads, encoder, test, frames, cache)
     chosen = score_heads(heads, encoder, choice, choice.frames, cache) if choice else scored
     errors = [mean_metrics([image[i] for image in chosen.values()])["rmse"] for i in range(len(heads))]
-    best = min(range(len(heads)), key=lambda i: errors[i] if isfinite(errors[i]) else inf)
+    order = sorted(range(len(heads)), key=lambda i: errors[i] if isfinite(errors[i]) else inf)
+    best = order[0]
     if not isfinite(errors[best]):
         raise FloatingPointError("all heads diverged: lower the learning rates")
     rows = []
@@ -140,9 +142,10 @@ def evaluate_depth(
     about = asdict(settings) | {"train_set": train.name, "train_images": len(kept.frames)}
     about |= {"size": test.protocol.longest, "max_depth": train.protocol.max_depth}
     about |= {"chosen_on": "left-out training scenes" if choice else "test images"}
+    scores = [{name: row[name] for name in DEPTH_METRICS} for row in rows]
     numbers = {
-        "pairs": len(scored), "set_pairs": len(test.frames),
-        "scores": {name: x for name, x in rows[best].items() if name in next(iter(scored.values()))[best]},
+        "pairs": len(scored), "set_pairs": len(test.frames), "scores": scores[best],
+        "by_head": {name: scores[next(i for i in order if candidates[i].name == name)] for name in settings.heads},
         "best": candidates[best].about(), "heads": rows, "settings": about,
         "per_image": {key: _finite(metrics[best]) for key, metrics in scored.items()},
         "skipped": {"test": test.skipped, "train": kept.skipped},

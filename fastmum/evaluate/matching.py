@@ -153,7 +153,8 @@ def split_scenes(items: list[T], scenes: list[str], name: str) -> tuple[list[T],
     """The items of most scenes, and those of every sixth; errors as of `leave_out`, which name the set."""
     distinct = list(dict.fromkeys(scenes))
     if len(distinct) < EVERY:
-        raise DataError(f"'{name}' has {len(distinct)} scenes to train on; {EVERY} are needed to choose")
+        why = f"has {len(distinct)} scenes to train on; {EVERY} are needed to choose on them"
+        raise DataError(f"'{name}' {why}, or --choose-on test")
     out = set(distinct[::EVERY])
     kept, left = (
         [item for item, scene in zip(items, scenes, strict=True) if (scene in out) == is_out]

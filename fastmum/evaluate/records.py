@@ -34,7 +34,7 @@ SHAPES: dict[str, Any] = {
     "source": str, "frames": OPTIONAL, "encoder": {}, "pairs": NUMBER, "set_pairs": NUMBER, "no_motion": _SCORES,
     "per_pair_epe": _SCORES,
     "probes": [{"learning_rate": NUMBER, "evaluations": [{"step": NUMBER, "epe": OPTIONAL, "train_loss": OPTIONAL}]}],
-    "blocks": {ANY: _SCORES}, **{norm: {"scores": _SCORES} for norm in NORMS},
+    "blocks": {ANY: _SCORES}, "by_head": {ANY: _SCORES}, **{norm: {"scores": _SCORES} for norm in NORMS},
     "views": [NUMBER], "same": [NUMBER], "other": [NUMBER], "per_sequence": {},
     "change_same": [(NUMBER, OPTIONAL)], "change_other": [(NUMBER, OPTIONAL)],
 }  # fmt: skip

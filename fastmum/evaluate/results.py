@@ -72,6 +72,7 @@ COUNTED = {  # what the numbers of other tasks than pairs count
     "views": " frames", "reconstruction": " sequences", "depth": " images", "recognition": " images",
     "segmentation": " images",
 }  # fmt: skip
+PARTS = {"blocks": "global block", "by_head": "head"}  # of a result, with scores of their own
 COUNTED_SCORES = ("knn_ignored",)  # without digits after the point
 NONE = "–"
 SEED = re.compile(r"( \d{1,2}|-\d)$")  # at the end of a name: not a size, a number of epochs or a step
@@ -83,11 +84,12 @@ NOTE = (
     "without and with the nearest other views; 1.0 is the loss of predicting each patch's mean. AUC: of relative "
     "poses, in percent; acc, comp: distance of predicted to true points and the reverse, in the unit of the set; the "
     "paper's are AUC@30, and medians of acc / comp, and AUC@5 of relative pose. Rotation, direction: medians in "
-    "degrees. Depth: RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over images. Top-1: by the "
-    "probe of each source of features that is best on a tenth of the training images, in percent. mIoU as CAPI: the "
-    "mean over labels that occur in truth or prediction, in percent; k-NN also predicts labels that are not scored "
-    "(their number is in the column of ignored labels), each of which counts as a class with an IoU of 0. Pixels: "
-    "right ones, in percent."
+    "degrees. Depth: RMSE in metres, δ₁ the share of pixels within a factor of 1.25, means over images; of the head, "
+    "learning rate and weight decay that are best on left-out training scenes, or with --choose-on test on the test "
+    "images (chosen_on in the JSON). Top-1: by the probe of each source of features that is best on a tenth of the "
+    "training images, in percent. mIoU as CAPI: the mean over labels that occur in truth or prediction, in percent; "
+    "k-NN also predicts labels that are not scored (their number is in the column of ignored labels), each of which "
+    "counts as a class with an IoU of 0. Pixels: right ones, in percent."
 )
 
 PICTURE_SIDE = 2048  # pixels: rows of squares are wide
@@ -364,14 +366,15 @@ def _curves(probes: list[dict[str, Any]], name: str, title: str, y_label: str) -
 
 
 def _table(content: dict[str, Any]) -> ResultTable:
-    """Changes of the loss by number of views, or the scores of each block or norm."""
+    """Changes of the loss by number of views, or the scores of each block, head or norm."""
     if content["task"] == "views":
         names = ["loss, minus that of one view", *(f"{count} views" for count in content.get("views", [])[1:])]
         rows = [
             (label, content[f"change_{name}"][1:]) for name, label in OTHER_VIEWS.items() if f"change_{name}" in content
         ]
         return ResultTable(names, [[each, *(f"{m:+.4f} ± {number(error)}" for m, error in row)] for each, row in rows])
-    blocks = content.get("blocks") or {norm: content[norm]["scores"] for norm in NORMS if norm in content}
+    title = next((title for key, title in PARTS.items() if key in content), "features")
+    blocks = content.get("blocks") or content.get("by_head") or {norm: content[norm]["scores"] for norm in NORMS if norm in content}
     columns = [score for score in SCORES if any(score in found for found in blocks.values())]
-    names = ["global block" if "blocks" in content else "features", *(SCORES[column] for column in columns)]
+    names = [title, *(SCORES[column] for column in columns)]
     return ResultTable(names, [[name, *(number(found.get(s)) for s in columns)] for name, found in blocks.items()])

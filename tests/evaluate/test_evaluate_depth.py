@@ -12,6 +12,7 @@ from PIL import Image
 import fastmum
 from fastmum import PRESETS, ModelConfig, MuM
 from fastmum.data.errors import DataError
+from fastmum.evaluate import depth
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.depth import DepthSettings, batches, evaluate_depth, open_cache, train_heads
 from fastmum.evaluate.depth_sets import open_depth
@@ -21,6 +22,7 @@ from fastmum.predict.__main__ import main as predict
 from fastmum.scenes import ensure_scenes
 
 QUICK = ["--steps", "3", "--batch", "4", "--learning-rates", "1e-3", "--weight-decays", "0.01", "--size", "48"]
+ON_TEST = ["--choose-on", "test"]  # the scenes below are too few to leave some out
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def weights(tmp_path):
 def test_from_weights_to_depth_of_photographs(rendered, weights, tmp_path, capsys):
     out, cache = tmp_path / "out", tmp_path / "cache"
     words = ["--weights", weights, "--data", f"scenes:{rendered}", "--out", out, "--cache", cache, "--pictures", 2]
-    assert main(["depth", *map(str, words), *QUICK, "--heads", "lin1", "lin4-nocls", "dinov3"]) == 0
+    assert main(["depth", *map(str, words), *QUICK, *ON_TEST, "--heads", "lin1", "lin4-nocls", "dinov3"]) == 0
     (result,) = out.glob("*.json")
     content = json.loads(result.read_text())
     assert (content["pairs"], content["settings"]["train_images"], content["settings"]["size"]) == (12, 36, 48)
@@ -54,6 +56,7 @@ def test_from_weights_to_depth_of_photographs(rendered, weights, tmp_path, capsy
     assert "paper" not in (out / "table.md").read_text().splitlines()[0]
     page = (out / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 2
+    assert all(f'data-name="head">{name}</td>' in page for name in content["by_head"])
 
     photographs = tmp_path / "photographs"
     photographs.mkdir()
@@ -64,9 +67,9 @@ def test_from_weights_to_depth_of_photographs(rendered, weights, tmp_path, capsy
     assert "1 of 2 images" in printed
     assert "b.jpg" in printed
     with Image.open(tmp_path / "found/depth/a.png.png") as file:
-        depth = np.asarray(file)
-    assert (depth.dtype, depth.shape) == (np.uint16, (50, 70))
-    assert 1 <= depth.min() <= depth.max() <= 15_000  # millimetres within the bins
+        found = np.asarray(file)
+    assert (found.dtype, found.shape) == (np.uint16, (50, 70))
+    assert 1 <= found.min() <= found.max() <= 15_000  # millimetres within the bins
     with Image.open(tmp_path / "found/colour/a.png.jpg") as file:
         assert file.size == (140, 50)
     (weights.parent / "moved").mkdir()
@@ -90,6 +93,29 @@ def test_training_lowers_the_error_and_seeds_repeat(rendered):
     assert result.best.learning_rate == 1e-3
     short = [train_heads(encoder, train, replace(settings, steps=2))[1] for _ in range(2)]
     assert short[0] == short[1]
+
+
+def test_heads_are_chosen_on_scenes_that_are_not_trained_on(rendered, tmp_path, monkeypatch):
+    for i in range(9):
+        shutil.copytree(rendered / f"scene_{i % 4:04d}", tmp_path / f"scene_{i:04d}")
+    test, train = (open_depth(f"scenes:{tmp_path}", part).resized(48) for part in ("test", "train"))
+    seen, score = [], depth.score_heads
+
+    def scored(heads, encoder, data, frames, cache):
+        """The first heads are best on the test images, the last ones on others."""
+        seen.append({frame.key.partition("/")[0] for frame in frames})
+        worth = range(len(heads)) if data is test else range(len(heads), 0, -1)
+        (metrics,) = score(heads, encoder, data, frames[:1], cache).values()
+        return {frames[0].key: [each | {"rmse": float(w)} for each, w in zip(metrics, worth, strict=True)]}
+
+    monkeypatch.setattr(depth, "score_heads", scored)
+    settings = DepthSettings(1, 2, ("lin1", "lin4"), (1e-3, 1e-2), (0.01,))
+    for on_train, best, by_head in ((True, 3, [1, 3]), (False, 0, [0, 2])):
+        found = evaluate_depth(fastmum.load_encoder("random:mum_tiny"), test, train, settings, on_train).numbers
+        assert found["scores"]["rmse"] == found["heads"][best]["rmse"] == best
+        assert [scores["rmse"] for scores in found["by_head"].values()] == by_head
+        assert found["settings"]["train_images"] == 12 * (5 if on_train else 6)
+    assert seen[1] == {"scene_0000"}
 
 
 def test_heads_share_features_and_do_not_disturb_each_other(rendered, tmp_path, monkeypatch):
@@ -164,7 +190,7 @@ def test_errors_are_one_line(rendered, weights, tmp_path, refusal):
     for words, message in (
         (["--data", "nowhere"], "'nowhere'"), (["--data", f"nyu:{tmp_path}"], "nyu_test.txt"),
         (["--data", scenes, "--heads", "lin9"], "--heads"), (["--data", scenes, "--versions", -1], "--versions"),
-        (["--data", scenes, "--train-data", scenes, "--choose-on", "train"], "scenes to train on"),
+        (["--data", scenes, "--train-data", scenes], "--choose-on test"),
         (["--data", scenes, "--train-data", f"scenes:{rendered / '.'}", "--learning-rates", 0], "--learning-rates"),
     ):  # fmt: skip
         assert message in refusal(main, *common, *words)
