@@ -72,12 +72,12 @@ def test_megadepth_of_loftr(tmp_path, folder, images):
 def test_megadepth_of_dkm(tmp_path):
     shots = walk(4)
     (tmp_path / "prep_scene_info").mkdir()
-    for scene in ("0015", "0003", "0008"):
+    for scene in ("0015", "0003", "0008", "5016"):
         information = megadepth(tmp_path, scene, shots)
         information |= {"pairs": np.array([[1, 2], [2, 3], [3, 1]]), "overlaps": np.array([0.5, 0.005, 0.2])}
         np.save(tmp_path / "prep_scene_info" / f"{scene}.npy", information)
     assert names(f"megadepth:{tmp_path}", "test") == ["0015/1-2", "0015/2-3", "0015/3-1"]
-    # Enough overlap, and not a test scene.
+    # Enough overlap, and no scene that RoMa leaves out.
     test, train = (open_pairs(str(tmp_path), part) for part in ("test", "train"))
     assert names(tmp_path, "trainable") == [pair.name for pair in train.pairs] == ["0003/1-2", "0003/3-1"]
     check(train.pairs[1], shots[3], shots[1])

@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from fastmum.data.builders.lists import LEFT_OUT
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
 from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, some, square
 
 TEST_SCENES = ("0015", "0022")  # LoFTR's split
-# The scenes that LoFTR's five test files and the Image Matching Challenge 2021 take their images from.
-NOT_TRAINED_ON = (*TEST_SCENES, "0008", "0019", "0021", "0024", "0025", "0032", "0063", "1589")
 MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
 TRAIN_PAIRS = 50  # drawn from each file, which may list hundreds of thousands
 TEST_PAIRS = 1500  # drawn from DKM's files, which list more, if LoFTR's are absent
@@ -62,7 +61,7 @@ def information_files(root: Path, part: str) -> list[Path]:
         kinds.append([f for scene in TEST_SCENES if (f := root / "prep_scene_info" / f"{scene}.npy").is_file()])
         return next(filter(None, kinds[::-1] if part == "matchbench" else kinds), [])
     for pattern in (*(f"{folder}/*.npz" for folder in _LOFTR_TRAIN), "prep_scene_info/*.npy"):
-        found = sorted(file for file in root.glob(pattern) if file.stem.partition("_")[0] not in NOT_TRAINED_ON)
+        found = sorted(file for file in root.glob(pattern) if file.stem.partition("_")[0] not in LEFT_OUT)
         if found:
             return found
     return []
