@@ -167,6 +167,10 @@ def test_segmentation_finds_the_colours(ade, weights, tmp_path, capsys):
     assert "1 images could not be read" in capsys.readouterr().err
     assert run("segmentation", f"ade20k:{ade}", tmp_path / "out", "--weights", weights, "--train-images", 1) == 2
     assert "--train-images is 1" in capsys.readouterr().err
+    for file in ade.glob("annotations/training/*.png"):
+        Image.new("L", (40, 36), 255).save(file)
+    assert run("segmentation", f"ade20k:{ade}", tmp_path / "out", "--weights", weights) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: every patch to train on")
 
 
 def test_all_evaluations_of_two_encoders_on_one_page(folder, weights, wall_file, tmp_path, capsys):

@@ -40,8 +40,10 @@ class Samples(NamedTuple):
     labels: Tensor  # (N, L) uint8
 
     def fitted(self, ignore: Sequence[int]) -> "Samples":
-        """Without patches whose most frequent label (of several: the smallest) is ignored."""
+        """Without patches whose most frequent label (of several: the smallest) is ignored; FastmumError if all are."""
         kept = ~torch.isin(block_modes(self.labels), torch.tensor(ignore, dtype=torch.uint8))
+        if not kept.any():
+            raise FastmumError(f"every patch to train on has an ignored label ({', '.join(map(str, ignore))})")
         return Samples(self.features[kept], self.labels[kept])
 
     def joined(self, other: "Samples") -> "Samples":
