@@ -229,12 +229,14 @@ def relabel(images: ImageSet, file: Path) -> None:
             if len(content) != len(images.test):
                 raise ValueError(f"it has {len(content)} labels, but there are {len(images.test)} test images")
             every = content
+        elif not isinstance(content, dict):
+            raise ValueError("it holds neither a list nor a dictionary of labels")
         else:
             every = [content.get(each.file.name, content.get(each.file.name.rpartition("/")[2], []))
                      for each in images.test]  # fmt: skip
         number = {name: i for i, name in enumerate(images.classes)}
         listed = [each if isinstance(each, list) else [each] for each in every]
-        unknown = [x for labels in listed for x in labels if not isinstance(x, int) and x not in number]
+        unknown = [x for labels in listed for x in labels if type(x) is not int and not (type(x) is str and x in number)]
         if unknown:
             raise ValueError(f"there is no class {json.dumps(unknown[0])}")
         labels = [tuple(x if isinstance(x, int) else number[x] for x in each) for each in listed]

@@ -160,6 +160,10 @@ def test_label_lists(imagenet, tmp_path):
         ([[0], [1]], "2 labels"),
         ([[0], [3], [1]], "is 3, but must be 0 to 2"),
         ([0, 1, "cat"], "cat"),
+        ([0, True, 1], "true"),
+        ([0, [{}], 1], "{}"),
+        ("cat", "neither a list"),
+        (3, "neither a list"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(DataError, match=text) as error:
