@@ -169,26 +169,28 @@ def sun397(data: DataSet) -> ImageSet:
 PLACES_TRAIN = ("data_256_standard", "data_large_standard", "data_256", "data_large", "images256",
                 "data/vision/torralba/deeplearning/images256")  # fmt: skip
 PLACES_VAL = ("val_256", "val_large", *PLACES_TRAIN[4:])
+PLACES_LISTS = {  # of training and validation, by the number of classes
+    365: (("places365_train_standard.txt", "places365_train_challenge.txt"), ("places365_val.txt",)),
+    205: (("train_places205.csv",), ("val_places205.csv",)),
+}
+PLACES_LIST_FOLDERS = "trainvalsplit_places205", "filelist_places365-standard"
 
 
 def places(data: DataSet) -> ImageSet:
     """Places365 or Places205: class folders in train and val, or the lists as distributed."""
-    lists = (
-        ("places365_train_standard.txt", "places365_train_challenge.txt", "train_places205.csv"),
-        ("places365_val.txt", "val_places205.csv"),
-    )
-    texts = [
-        data.text(*names, *(f"{folder}/{name}" for folder in ("trainvalsplit_places205", "filelist_places365-standard")
-                            for name in names))
-        for names in lists
-    ]  # fmt: skip
-    if not all(texts):
+    for classes, lists in PLACES_LISTS.items():
+        texts = [data.text(*names, *(f"{folder}/{name}" for folder in PLACES_LIST_FOLDERS for name in names))
+                 for names in lists]  # fmt: skip
+        if all(texts):
+            break
+    else:
         return class_folders(data, ("train",), ("val",))
     train, test = (
         _listed(data, text or "", folders) for text, folders in zip(texts, (PLACES_TRAIN, PLACES_VAL), strict=True)
     )
     if not train:
         raise DataError(f"'{data.root}' has a list of training images that is empty")
+    check_labels(train, classes, f"'{data.root}', list of training images")
     names = {label: each.file.name.rpartition("/")[0] for each in train for label in each.labels}
     found = ImageSet("", [names.get(i, str(i)) for i in range(max(names) + 1)], train, test)
     check_labels(found.test, len(found.classes), f"'{data.root}', {lists[1][0]}")

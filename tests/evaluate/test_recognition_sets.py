@@ -224,6 +224,9 @@ def test_inaturalist_sun397_and_places(tmp_path):
     put(root, "places365_val.txt", "Places365_val_00000001.jpg 2\n")
     with pytest.raises(DataError, match="is 2, but must be 0 to 1"):
         open_images(f"places:{root}")
+    put(root, "places365_train_standard.txt", "/a/airfield/airfield_0.jpg 365\n")
+    with pytest.raises(DataError, match="airfield_0.jpg' is 365, but must be 0 to 364"):
+        open_images(f"places:{root}")
     put(root, "places365_train_standard.txt", "\n")
     with pytest.raises(DataError, match="is empty"):
         open_images(f"places:{root}")
