@@ -109,7 +109,8 @@ def evaluate_depth(
     """Train heads on one set and score all of them on another one, image by image.
 
     The best head has the least RMSE on the test images, which favours it, or with `choose_on_train` on every sixth
-    scene of `train`, which is then not trained on. "by_head" has the scores of the best one of each name. "scores" are the means over images of its `depth_metrics`.
+    scene of `train`, which is then not trained on. "by_head" has the scores of the best one of each name. "scores" are the
+    means over images of its `depth_metrics`.
 
     Args:
         cache: of `open_cache`; training images are kept there if they have a number of versions.
@@ -260,7 +261,7 @@ def score_heads(
         depths = resize(depths[:, None], true.shape)[:, 0].clamp(max=protocol.cap or inf)
         limits = protocol.max_depth, 1e-3, protocol.crop
         metrics = [depth_metrics(depth.numpy(), true, *limits) for depth in depths]
-        if all(np.isnan(each["rmse"]) and np.isfinite(d).all() for each, d in zip(metrics, depths, strict=True)):
+        if all(np.isnan(each["rmse"]) for each in metrics):
             data.skipped[frame.key] = "no valid depth in the part that is scored"
         else:
             found[frame.key] = metrics

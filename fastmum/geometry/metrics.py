@@ -86,8 +86,8 @@ def depth_metrics(
 ) -> dict[str, float]:
     """Metrics of one depth map (H, W) over the pixels with min_depth < true < max_depth.
 
-    Predictions are clipped to [min_depth, max_depth], the latter 10 for NYU and 80 for KITTI; `true` is 0 where it is
-    unknown. `crop` is the part that counts: Eigen's of NYU, Garg's shares of KITTI's sides; None: everything.
+    Predictions are clipped to [min_depth, max_depth], the latter 10 for NYU and 80 for KITTI; those that are NaN count
+    as infinite, and so do the errors of their image (its silog is NaN). `true` is 0 where it is unknown. `crop` is the part that counts: Eigen's of NYU, Garg's shares of KITTI's sides; None: everything.
 
     Returns `DEPTH_METRICS`: a1 to a3 are the shares of ratios below 1.25, its square and cube, silog is times 100. All
     are NaN without valid pixels.
@@ -98,11 +98,13 @@ def depth_metrics(
     if not valid.any():
         return dict.fromkeys(DEPTH_METRICS, math.nan)
     p, g = depth[valid].clip(min_depth, max_depth), true[valid]
+    p[np.isnan(p)] = np.inf
     ratio, error, log_error = np.maximum(p / g, g / p), p - g, np.log(p) - np.log(g)
     shares = [(ratio < 1.25**power).mean() for power in (1, 2, 3)]
     relative = (np.abs(error) / g).mean(), (error**2 / g).mean()
     rmse, rmse_log = (np.sqrt((each**2).mean()) for each in (error, log_error))
-    logarithmic = np.abs(log_error).mean() / math.log(10), 100 * log_error.std()
+    with np.errstate(invalid="ignore"):  # inf - inf
+        logarithmic = np.abs(log_error).mean() / math.log(10), 100 * log_error.std()
     values = (*shares, *relative, rmse, rmse_log, *logarithmic)
     return dict(zip(DEPTH_METRICS, map(float, values), strict=True))
 

@@ -160,6 +160,8 @@ def test_depth_metrics_of_few_pixels():
     assert all(np.isnan(value) for value in empty.values())
     assert metrics.mean_metrics([found, empty]) == found
     assert np.isnan(metrics.mean_metrics([empty])["rmse"])
+    diverged = metrics.depth_metrics(np.full((1, 2), np.nan), true, 10)  # not dropped like an image without truth
+    assert metrics.mean_metrics([found, diverged, empty])["rmse"] == np.inf
 
 
 def test_warps_of_a_batch():
