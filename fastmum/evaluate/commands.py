@@ -201,10 +201,11 @@ def _segmentation(args: Namespace, model: Any, claim: Claim) -> Evaluation:
 
 
 def _of_images(name: str, numbers: dict[str, Any], pictures: list[Image.Image]) -> Evaluation:
-    """Say how many images were skipped."""
-    if numbers["skipped"] or numbers["not_scored"]:
-        skipped = f"{numbers['skipped']} images could not be read, {numbers['not_scored']} test images are not scored"
-        print(f"{name}: {skipped}", file=sys.stderr)
+    """Say how many images were skipped, and why."""
+    if skipped := numbers["skipped"]:
+        print(f"{name}: {len(skipped)} images are skipped: {some_reasons(skipped, 3)}", file=sys.stderr)
+    if numbers["not_scored"]:
+        print(f"{name}: {numbers['not_scored']} test images are not scored", file=sys.stderr)
     return Evaluation(name, numbers, pictures)
 
 

@@ -120,7 +120,7 @@ def evaluate_recognition(
             "crops": crops or "new ones", "train_images": len(train), "validation_images": len(validation),
             "classes": len(images.classes), "classes_without_images": len(images.empty),
         },
-        "skipped": len(skipped), "not_scored": len(test) - scored,
+        "skipped": skipped, "not_scored": len(test) - scored,
     }  # fmt: skip
     few = evenly([each for each in test if each.labels], pictures) if pictures else []
     return Scored(numbers, _draw_classes(encoder, weights, few, images.classes, middle))
@@ -245,7 +245,7 @@ def evaluate_segmentation(
             "size": size, "train_images": len(train), "validation_images": len(validation),
             "ignored_labels": list(maps.ignore), "dtype_of_neighbours": str(half).removeprefix("torch."),
         },
-        "skipped": len(skipped), "not_scored": len(test) - len(read),
+        "skipped": skipped, "not_scored": len(test) - len(read),
     }  # fmt: skip
     drawn = [
         _draw_maps(maps, each, size, {name: _whole(b, i, side) for name, b in blocks.items()})

@@ -82,7 +82,7 @@ def test_probes_find_the_colour(folder, weights, tmp_path, monkeypatch, capsys):
     content, scores = record.content, record.content["scores"]
     assert set(scores) == {"top1_patch", "top1_cls", "top1_avg_patch", "top1_cls_avg_patch"}
     assert max(scores.values()) == 100
-    assert (content["pairs"], content["set"], content["skipped"]) == (12, "colours (folder)", 0)
+    assert (content["pairs"], content["set"], content["skipped"]) == (12, "colours (folder)", {})
     assert len(content["heads"]) == 4 * 3
     assert content["settings"]["validation_images"] == 2  # a tenth of 24
     for source, chosen in content["best"].items():
@@ -109,8 +109,10 @@ def test_faults_are_counted(folder, weights, tmp_path, capsys):
     assert run("recognition", folder, tmp_path / "out", *words) == 0
     (record,) = read(tmp_path / "out")
     assert record.content["pairs"] == 12 - 3 - 1  # three without a label, one is damaged
-    assert (record.content["skipped"], record.content["not_scored"]) == (2, 4)
-    assert "2 images could not be read, 4 test images are not scored" in capsys.readouterr().err
+    assert record.content["not_scored"] == 4
+    printed = capsys.readouterr().err
+    assert set(record.content["skipped"]) == {str(folder / name) for name in ("train/red/0.png", "val/red/1.png")}
+    assert all(f"{name} ({why})" in printed for name, why in record.content["skipped"].items())
     for file in folder.glob("val/*/*.png"):
         file.write_bytes(b"")
     for change, text in (
@@ -161,10 +163,11 @@ def test_segmentation_finds_the_colours(ade, weights, tmp_path, capsys):
     assert scores["knn_miou"] > 30
     assert scores["logreg_miou"] > 50
     assert scores["logreg_ignored"] == 0
-    assert (record.content["pairs"], record.content["skipped"], record.content["set_pairs"]) == (3, 1, 4)
+    assert (record.content["pairs"], record.content["set_pairs"]) == (3, 4)
+    assert record.content["skipped"] == {str(ade / "images/validation/3.jpg"): "it has no labels"}
     assert len(record.content["validation"]["knn"]) == 8
     assert len(record.pictures) == 1
-    assert "1 images could not be read" in capsys.readouterr().err
+    assert "3.jpg (it has no labels)" in capsys.readouterr().err
     assert run("segmentation", f"ade20k:{ade}", tmp_path / "out", "--weights", weights, "--train-images", 1) == 2
     assert "--train-images is 1" in capsys.readouterr().err
     for file in ade.glob("annotations/training/*.png"):
