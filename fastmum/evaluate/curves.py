@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def run() -> None:
-        for (task, name), models in curves(args.folders).items():
+        for (task, name), found in curves(args.folders).items():
             title = f"{MATCHERS[task]}, {TITLES.get(name, name)}"
-            print(f"**{title}: EPE by frames seen**\n\n{table(models)}\n")
+            print(f"**{title}: EPE by frames seen**\n\n{table(found)}\n")
             if args.plots:
                 make_folder(args.plots, "--plots")
-                draw(models, title, args.plots / f"{file_stem('curve', task, name)}.svg")
+                draw(found, title, args.plots / f"{file_stem('curve', task, name)}.svg")
 
     return run_command(run)
 

@@ -109,8 +109,8 @@ def evaluate_depth(
     """Train heads on one set and score all of them on another one, image by image.
 
     The best head has the least RMSE on the test images, which favours it, or with `choose_on_train` on every sixth
-    scene of `train`, which is then not trained on. "by_head" has the scores of the best one of each name. "scores" are the
-    means over images of its `depth_metrics`.
+    scene of `train`, which is then not trained on. "scores" are the means over images of its `depth_metrics`,
+    "by_head" those of the best one of each of `settings.heads`.
 
     Args:
         cache: of `open_cache`; training images are kept there if they have a number of versions.

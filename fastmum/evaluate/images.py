@@ -173,17 +173,18 @@ PLACES_LISTS = {  # of training and validation, by the number of classes
     365: (("places365_train_standard.txt", "places365_train_challenge.txt"), ("places365_val.txt",)),
     205: (("train_places205.csv",), ("val_places205.csv",)),
 }
-PLACES_LIST_FOLDERS = "trainvalsplit_places205", "filelist_places365-standard"
+PLACES_LIST_FOLDERS = "", "trainvalsplit_places205/", "filelist_places365-standard/"
 
 
 def places(data: DataSet) -> ImageSet:
     """Places365 or Places205: class folders in train and val, or the lists as distributed."""
-    for classes, lists in PLACES_LISTS.items():
-        texts = [data.text(*names, *(f"{folder}/{name}" for folder in PLACES_LIST_FOLDERS for name in names))
-                 for names in lists]  # fmt: skip
-        if all(texts):
-            break
-    else:
+    listed = {
+        classes: [data.text(*(f"{folder}{name}" for folder in PLACES_LIST_FOLDERS for name in names))
+                  for names in lists]
+        for classes, lists in PLACES_LISTS.items()
+    }  # fmt: skip
+    classes, texts = next(((n, texts) for n, texts in listed.items() if all(texts)), (0, []))
+    if not classes:
         return class_folders(data, ("train",), ("val",))
     train, test = (
         _listed(data, text or "", folders) for text, folders in zip(texts, (PLACES_TRAIN, PLACES_VAL), strict=True)
@@ -193,7 +194,7 @@ def places(data: DataSet) -> ImageSet:
     check_labels(train, classes, f"'{data.root}', list of training images")
     names = {label: each.file.name.rpartition("/")[0] for each in train for label in each.labels}
     found = ImageSet("", [names.get(i, str(i)) for i in range(max(names) + 1)], train, test)
-    check_labels(found.test, len(found.classes), f"'{data.root}', {lists[1][0]}")
+    check_labels(found.test, len(found.classes), f"'{data.root}', {PLACES_LISTS[classes][1][0]}")
     found.empty = [str(i) for i in range(len(found.classes)) if i not in names]
     return found
 
@@ -238,7 +239,8 @@ def relabel(images: ImageSet, file: Path) -> None:
                      for each in images.test]  # fmt: skip
         number = {name: i for i, name in enumerate(images.classes)}
         listed = [each if isinstance(each, list) else [each] for each in every]
-        unknown = [x for labels in listed for x in labels if type(x) is not int and not (type(x) is str and x in number)]
+        every = [x for labels in listed for x in labels]
+        unknown = [x for x in every if type(x) not in (int, str) or (isinstance(x, str) and x not in number)]
         if unknown:
             raise ValueError(f"there is no class {json.dumps(unknown[0])}")
         labels = [tuple(x if isinstance(x, int) else number[x] for x in each) for each in listed]

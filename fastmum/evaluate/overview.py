@@ -88,7 +88,8 @@ def run_all(
 ) -> list[str]:
     """Run evaluations of all weights on all data by their own defaults; returns remarks on those that were not run.
 
-    With several seeds, those that do not depend on it are run once, as the first one, unless the weights are random. These are the ones that fail with a FastmumError. FastmumError: all do.
+    These are the ones that fail with a FastmumError. Those that are not `SEEDED` run with the first seed only, unless
+    the weights are random. FastmumError: all fail.
     """
     failed, words = dict[tuple[str, str, str], list[str]](), dict[str, list[str]]()
     for each in args.options:
@@ -101,7 +102,8 @@ def run_all(
         for task in args.tasks for data in args.data for weights in args.weights
     ]  # fmt: skip
     counts = [args.seeds if task in SEEDED or spec.startswith(f"{RANDOM}:") else 1 for task, spec, *_ in runs]
-    parsed = [[parser.parse_args(run[-1]) for _ in range(n)] for run, n in zip(runs, counts, strict=True)]  # errors first
+    # Errors of the arguments come before the first evaluation.
+    parsed = [[parser.parse_args(run[-1]) for _ in range(n)] for run, n in zip(runs, counts, strict=True)]
     for (task, weights, data, _), seeds in zip(runs, parsed, strict=True):
         for number, own in enumerate(seeds):
             own.seed, own.number = own.seed + number, number if args.seeds > 1 else None

@@ -373,8 +373,8 @@ def _table(content: dict[str, Any]) -> ResultTable:
             (label, content[f"change_{name}"][1:]) for name, label in OTHER_VIEWS.items() if f"change_{name}" in content
         ]
         return ResultTable(names, [[each, *(f"{m:+.4f} ± {number(error)}" for m, error in row)] for each, row in rows])
-    title = next((title for key, title in PARTS.items() if key in content), "features")
-    blocks = content.get("blocks") or content.get("by_head") or {norm: content[norm]["scores"] for norm in NORMS if norm in content}
+    part = next((key for key in PARTS if key in content), "")
+    blocks = content[part] if part else {norm: content[norm]["scores"] for norm in NORMS if norm in content}
     columns = [score for score in SCORES if any(score in found for found in blocks.values())]
-    names = [title, *(SCORES[column] for column in columns)]
+    names = [PARTS.get(part, "features"), *(SCORES[column] for column in columns)]
     return ResultTable(names, [[name, *(number(found.get(s)) for s in columns)] for name, found in blocks.items()])

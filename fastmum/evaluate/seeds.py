@@ -1,8 +1,8 @@
 """Combine results of several seeds: `python -m fastmum.evaluate.seeds DIR [--plots DIR]`.
 
 DIR is a folder of results of `fastmum.evaluate`. Weights whose names differ only in a final number ("mum 0", "mum 1",
-...) are seeds of one model, as docs/recognition.md says. Their means and standard deviations are printed as a table for each evaluation and one of
-all and, with --plots, drawn.
+...) are seeds of one model, as docs/recognition.md says. Their means and standard deviations are printed as a table for
+each evaluation and one of all and, with --plots, drawn.
 """
 
 import argparse

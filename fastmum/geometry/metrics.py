@@ -87,7 +87,8 @@ def depth_metrics(
     """Metrics of one depth map (H, W) over the pixels with min_depth < true < max_depth.
 
     Predictions are clipped to [min_depth, max_depth], the latter 10 for NYU and 80 for KITTI; those that are NaN count
-    as infinite, and so do the errors of their image (its silog is NaN). `true` is 0 where it is unknown. `crop` is the part that counts: Eigen's of NYU, Garg's shares of KITTI's sides; None: everything.
+    as infinite, and so do the errors of their image (its silog is NaN). `true` is 0 where it is unknown. `crop` is the
+    part that counts: Eigen's of NYU, Garg's shares of KITTI's sides; None: everything.
 
     Returns `DEPTH_METRICS`: a1 to a3 are the shares of ratios below 1.25, its square and cube, silog is times 100. All
     are NaN without valid pixels.

@@ -225,7 +225,7 @@ def test_inaturalist_sun397_and_places(tmp_path):
     with pytest.raises(DataError, match="is 2, but must be 0 to 1"):
         open_images(f"places:{root}")
     put(root, "places365_train_standard.txt", "/a/airfield/airfield_0.jpg 365\n")
-    with pytest.raises(DataError, match="airfield_0.jpg' is 365, but must be 0 to 364"):
+    with pytest.raises(DataError, match=r"airfield_0.jpg' is 365, but must be 0 to 364"):
         open_images(f"places:{root}")
     put(root, "places365_train_standard.txt", "\n")
     with pytest.raises(DataError, match="is empty"):
