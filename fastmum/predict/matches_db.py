@@ -1,5 +1,7 @@
 """Matches of image pairs in a COLMAP database, from which COLMAP builds models."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ from fastmum.errors import FastmumError, first_line
 
 
 class PairMatches(NamedTuple):
-    """Matches of two images, in pixels of the upright images, centres at +0.5 as in COLMAP."""
+    """Matches of two images, in pixels of their files without EXIF's turns, centres at +0.5 as in COLMAP."""
 
     first: str  # names of the images below their folder
     second: str
@@ -27,39 +29,55 @@ def require_pycolmap() -> Any:
     return pycolmap
 
 
-def write_database(file: Path, root: Path, pairs: list[PairMatches], cell: float) -> tuple[int, int]:
-    """Write a database with cameras, images, keypoints, matches and verified geometry; returns keypoints and matches.
+def import_images(database: Path, root: Path, names: list[str]) -> dict[str, int]:
+    """Write images and cameras, COLMAP's guess from EXIF or the size, and return the numbers of the images by name.
 
-    Points of an image in the same cell are one keypoint at their mean, and a keypoint has at most one match in each
-    other image, the most certain one. Cameras are COLMAP's guess from EXIF or the size of the image.
+    Those that COLMAP cannot read are absent. FastmumError: the database cannot be written.
 
     Args:
-        file: does not exist.
+        database: an empty file, or none.
         root: folder of the images.
+    """
+    pycolmap = require_pycolmap()
+    with _writing():
+        pycolmap.Database.open(database).close()
+        pycolmap.import_images(database, root, pycolmap.CameraMode.AUTO, names)
+        with pycolmap.Database.open(database) as opened:
+            return {image.name: image.image_id for image in opened.read_all_images()}
+
+
+def write_matches(database: Path, ids: dict[str, int], pairs: list[PairMatches], cell: float) -> tuple[int, int]:
+    """Add keypoints, matches and verified geometry to a database; returns the numbers of keypoints and matches.
+
+    Points of an image in the same cell are one keypoint at their mean, and a keypoint has at most one match in each
+    other image, the most certain one. FastmumError: the database cannot be written.
+
+    Args:
+        ids: of `import_images`.
+        pairs: each pair of images at most once.
         cell: side of the cells in pixels.
     """
     pycolmap = require_pycolmap()
     names = sorted({name for pair in pairs for name in (pair.first, pair.second)})
     keypoints, numbers = merge_points(pairs, names, cell)
-    matches = [one_to_one(*ids, pair.certainty) for ids, pair in zip(numbers, pairs, strict=True)]
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pycolmap.Database.open(file).close()
-        pycolmap.import_images(file, root, pycolmap.CameraMode.AUTO, names)
-        database = pycolmap.Database.open(file)
-        ids = {image.name: image.image_id for image in database.read_all_images()}
-        if missing := [name for name in names if name not in ids]:
-            raise FastmumError(f"COLMAP cannot read '{root / missing[0]}' ({len(missing)} images)")
-        for name in names:
-            database.write_keypoints(ids[name], keypoints[name])
-        for pair, found in zip(pairs, matches, strict=True):
-            if len(found):
-                database.write_matches(ids[pair.first], ids[pair.second], found)
-        database.close()
-        pycolmap.geometric_verification(file)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise FastmumError(f"the database '{file}' cannot be written ({first_line(error)})") from None
+    matches = [one_to_one(*both, pair.certainty) for both, pair in zip(numbers, pairs, strict=True)]
+    with _writing():
+        with pycolmap.Database.open(database) as opened:
+            for name in names:
+                opened.write_keypoints(ids[name], keypoints[name])
+            for pair, found in zip(pairs, matches, strict=True):
+                if len(found):
+                    opened.write_matches(ids[pair.first], ids[pair.second], found)
+        pycolmap.geometric_verification(database)
     return sum(map(len, keypoints.values())), sum(map(len, matches))
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise FastmumError(f"--colmap: the database cannot be written ({first_line(error)})") from None
 
 
 def merge_points(

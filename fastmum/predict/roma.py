@@ -11,12 +11,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from fastmum.data.decode.image import read_size, stored_points
 from fastmum.data.samples import read_rgb
 from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, some_reasons, writing
 from fastmum.features.images import Images, find_images
 from fastmum.files import atomic_path, expand_user
-from fastmum.predict.matches_db import PairMatches, require_pycolmap, write_database
+from fastmum.predict.matches_db import PairMatches, import_images, require_pycolmap, write_matches
 from fastmum.progress import progress_bar
 from fastmum.tasks.pictures import colours, tiles
 from fastmum.tasks.roma.infer import Warps, load_run, match, pixels, sample
@@ -25,6 +26,8 @@ from fastmum.tasks.roma.pictures import moved
 KEPT = 16  # images in memory; pairs come sorted by their first image
 SHOWN = 60  # matches in the picture
 SIDE = 480  # pixels: height of its images
+
+Matcher = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]]  # images (H, W, 3) uint8 -> results of `sample`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,16 +78,19 @@ def predict(args: argparse.Namespace) -> None:
         write_pair(expand_user(args.out), (a, b), *sampled(a, b))
         print(f"warp, matches and pictures: {args.out}")
         return
-    found = match_pairs(images, pairs, lambda a, b: sampled(a, b)[1:])
-    keypoints, matches = write_database(expand_user(args.colmap), images.root, found, args.cell)
-    print(f"{len(found)} of {len(pairs)} pairs, {keypoints} keypoints, {matches} matches: {args.colmap}")
+    file = expand_user(args.colmap)
+    found, keypoints, matches = write_database(file, images, pairs, lambda a, b: sampled(a, b)[1:], args.cell)
+    print(f"{found} of {len(pairs)} pairs, {keypoints} keypoints, {matches} matches: {args.colmap}")
     if images.skipped:
         print("skipped:", some_reasons(images.skipped))
 
 
 def read_pairs(file: Path, images: Images) -> list[tuple[Path, Path]]:
-    """Pairs of a text file, two names below the folder of images a line; FastmumError names a line that is none."""
-    known, pairs = {images.name(each): each for each in images.files}, []
+    """Pairs of a text file, two names below the folder of images a line; FastmumError names a line that is none.
+
+    A pair counts once, in either order.
+    """
+    known, pairs = {images.name(each): each for each in images.files}, dict[frozenset[str], tuple[Path, Path]]()
     try:
         lines = expand_user(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeError) as error:
@@ -92,25 +98,51 @@ def read_pairs(file: Path, images: Images) -> list[tuple[Path, Path]]:
     for number, line in enumerate(lines, 1):
         names = line.split()
         if len(names) == 2 and names[0] != names[1] and names[0] in known and names[1] in known:
-            pairs.append((known[names[0]], known[names[1]]))
+            pairs.setdefault(frozenset(names), (known[names[0]], known[names[1]]))
         elif names:
             raise FastmumError(f"--pairs: line {number} of '{file}' is not the names of two of the images")
-    return pairs
+    return [*pairs.values()]
 
 
-def match_pairs(
-    images: Images, pairs: Sequence[tuple[Path, Path]],
-    matcher: Callable[[np.ndarray, np.ndarray], tuple[Tensor, Tensor]],
-) -> list[PairMatches]:  # fmt: skip
-    """Matches of pairs in pixels of the upright images; unreadable ones are put into `images.skipped`."""
-    read, found = lru_cache(KEPT)(images.read), list[PairMatches]()
+def write_database(
+    file: Path, images: Images, pairs: Sequence[tuple[Path, Path]], matcher: Matcher, cell: float
+) -> tuple[int, int, int]:
+    """Match pairs and write a COLMAP database; returns the numbers of matched pairs, keypoints and matches.
+
+    The file appears when it is complete. Images that COLMAP or `match_pairs` cannot read go into `images.skipped`.
+    """
+    names = sorted({images.name(each) for pair in pairs for each in pair})
+    with writing(file, FastmumError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as partial:
+            partial.touch()
+            ids = import_images(partial, images.root, names)
+            images.skipped |= {name: "COLMAP cannot read it" for name in names if name not in ids}
+            known = [pair for pair in pairs if all(images.name(each) in ids for each in pair)]
+            found = match_pairs(images, known, matcher)
+            return len(found), *write_matches(partial, ids, found, cell)
+
+
+def match_pairs(images: Images, pairs: Sequence[tuple[Path, Path]], matcher: Matcher) -> list[PairMatches]:
+    """Matches of pairs in pixels of their files, as COLMAP reads them; unreadable ones go into `images.skipped`."""
+    found = list[PairMatches]()
+
+    @lru_cache(KEPT)
+    def read(file: Path) -> tuple[np.ndarray, int] | None:
+        """An upright image, and how it was turned."""
+        image = images.read(file)
+        return None if image is None else (image, read_size(file)[0])
+
     for a, b in progress_bar(pairs, unit="pair", desc="matching"):
-        first, second = read(a), read(b)
-        if first is None or second is None:
+        if (first := read(a)) is None or (second := read(b)) is None:
             continue
-        matches, certainty = matcher(first, second)
-        points = pixels(matches, (*first.shape[1::-1], *second.shape[1::-1])).astype(np.float32)
-        found.append(PairMatches(images.name(a), images.name(b), points[:, :2], points[:, 2:], certainty.numpy()))
+        matches, certainty = matcher(first[0], second[0])
+        points = [
+            stored_points(pixels(each, size), orientation, *size).astype(np.float32)
+            for each, (image, orientation) in zip(matches.split(2, 1), (first, second), strict=True)
+            for size in [image.shape[1::-1]]
+        ]
+        found.append(PairMatches(images.name(a), images.name(b), *points, certainty.numpy()))
     if not found:
         raise FastmumError(f"no pair can be matched: {some_reasons(images.skipped, 3)}")
     return found

@@ -7,13 +7,14 @@ import torch
 from PIL import Image
 from roma_runs import train_tiny
 
+from fastmum.data.decode.image import read_upright
 from fastmum.errors import FastmumError
 from fastmum.evaluate.pairs import pair_warp, scenes
 from fastmum.features.images import find_images
 from fastmum.geometry.warp import grid_points
 from fastmum.predict.__main__ import main
-from fastmum.predict.matches_db import PairMatches, merge_points, one_to_one, write_database
-from fastmum.predict.roma import match_pairs, read_pairs, write_pair
+from fastmum.predict.matches_db import PairMatches, import_images, merge_points, one_to_one, write_matches
+from fastmum.predict.roma import match_pairs, read_pairs, write_database, write_pair
 from fastmum.scenes import ensure_scenes, scene_dirs
 from fastmum.tasks.roma.coarse import grid
 from fastmum.tasks.roma.infer import Warps
@@ -59,7 +60,7 @@ def test_lists_of_pairs_and_unreadable_images(tmp_path):
     (tmp_path / "c.png").write_bytes(b"nothing")
     images = find_images([str(tmp_path)])
     listed = tmp_path / "pairs.txt"
-    listed.write_text("a.png b.png\n\nb.png c.png\n")
+    listed.write_text("a.png b.png\n\nb.png c.png\nb.png a.png\na.png b.png")  # each pair counts once
     pairs = read_pairs(listed, images)
     assert [[file.name for file in pair] for pair in pairs] == [["a.png", "b.png"], ["b.png", "c.png"]]
     found = match_pairs(images, pairs, lambda a, b: (torch.zeros(1, 4), torch.ones(1)))
@@ -69,6 +70,56 @@ def test_lists_of_pairs_and_unreadable_images(tmp_path):
     listed.write_text("a.png nothing.png")
     with pytest.raises(FastmumError, match="line 1"):
         read_pairs(listed, images)
+
+
+def test_points_are_those_of_the_files_as_colmap_reads_them(tmp_path):
+    """Of all eight EXIF orientations. Should a version of COLMAP follow the tag, its pixels are others here."""
+    blocks = np.random.default_rng(0).integers(0, 256, (3, 5, 3), np.uint8)
+    stored = Image.fromarray(blocks).resize((80, 48), Image.Resampling.NEAREST)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / f"{orientation}.jpg", exif=exif)
+    images = find_images([str(tmp_path)])
+    pairs = [(file, images.files[0]) for file in images.files]
+    corner = torch.tensor([[-0.9, -0.9] * 2])  # of the upright images
+    for found in match_pairs(images, pairs, lambda a, b: (corner, torch.ones(1))):
+        file = tmp_path / found.first
+        x, y = np.floor(found.points_first[0]).astype(int)
+        assert pycolmap.Bitmap.read(file, True).to_array()[y, x] == pytest.approx(read_upright(file)[2, 2], abs=8)
+
+
+def test_a_database_appears_when_it_is_complete(tmp_path):
+    """COLMAP's reading is tried before the first match, and a failure leaves nothing."""
+    folder, file = tmp_path / "images", tmp_path / "new/matches.db"
+    folder.mkdir()
+    texture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    for name, more in (("a.jpg", {}), ("turned.jpg", {"exif": exif}), ("z.webp", {})):
+        texture.save(folder / name, **more)
+    images, matched = find_images([str(folder)]), []
+    pairs = [(a, b) for i, a in enumerate(images.files) for b in images.files[i + 1 :]]
+
+    def matcher(a, b, fail=False):
+        matched.append((a.shape, b.shape))
+        return 1 / 0 if fail else (torch.tensor([[-0.9, -0.9, 0.9, 0.9], [0.9, 0.9, -0.9, 0.9]]), torch.ones(2))
+
+    with pytest.raises(ZeroDivisionError):
+        write_database(file, images, pairs, lambda a, b: matcher(a, b, fail=True), 2.0)
+    assert not [*file.parent.iterdir()]
+    assert write_database(file, images, pairs, matcher, 2.0) == (1, 4, 2)
+    assert [each.name for each in file.parent.iterdir()] == [file.name]
+    assert matched == [((96, 128, 3), (128, 96, 3))] * 2
+    assert [*images.skipped] == ["z.webp"]
+    with pycolmap.Database.open(file) as database:
+        cameras = {camera.camera_id: camera for camera in database.read_all_cameras()}
+        for image in database.read_all_images():
+            camera, points = cameras[image.camera_id], database.read_keypoints(image.image_id)
+            assert (camera.width, camera.height) == (128, 96)
+            assert (points[:, :2] < (128, 96)).all()
+    with pytest.raises(FastmumError, match="cannot be written"):
+        write_database(folder / "a.jpg/matches.db", images, pairs, matcher, 2.0)
 
 
 @pytest.mark.slow
@@ -81,7 +132,8 @@ def test_colmap_builds_a_model_of_true_matches(tmp_path):
         a, b = (64 * x[warp.visible].numpy().astype(np.float32) for x in (points, warp.points))
         listed.append(PairMatches(pair.a.file.name, pair.b.file.name, a, b, np.ones(len(a))))
     file = tmp_path / "matches.db"
-    keypoints, matches = write_database(file, folder, listed, cell=1.0)
+    ids = import_images(file, folder, sorted(each.name for each in folder.glob("*.png")))
+    keypoints, matches = write_matches(file, ids, listed, cell=1.0)
     database = pycolmap.Database.open(file)
     assert database.num_keypoints() == keypoints > 1000
     assert database.num_matches() == matches

@@ -325,6 +325,14 @@ def stored_box(box: Box, orientation: int, width: int, height: int) -> Box:
     return left, top, right, bottom
 
 
+def stored_points(points: np.ndarray, orientation: int, width: int, height: int) -> np.ndarray:
+    """Map points (n, 2), centres at +0.5, of the upright image of `width` x `height` pixels to those of the file."""
+    mirror_x, mirror_y, swap = _TO_UPRIGHT[orientation]
+    if swap:
+        points, width, height = points[:, ::-1], height, width
+    return np.where([mirror_x, mirror_y], [width, height] - points, points)
+
+
 def place(frame: np.ndarray, out: np.ndarray, orientation: int, flip: bool) -> None:
     """Turn a stored frame (h, w, 3) upright, mirror it left to right if `flip`, and copy it to `out`."""
     mirror_x, mirror_y, swap = _TO_UPRIGHT[orientation]
