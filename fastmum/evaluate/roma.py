@@ -122,7 +122,7 @@ def pose_errors(
             continue
         R, t = pose
         angles = rotation_error(R, true[:3, :3]), direction_error(t, true[:3, 3], folded=True)
-        found.append(float(np.nan_to_num(max(map(float, angles)), nan=FAILED)))
+        found.append(float(np.nan_to_num(np.maximum(*angles), nan=FAILED)))
     return found
 
 

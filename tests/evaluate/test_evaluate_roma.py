@@ -55,7 +55,7 @@ def test_the_truth_scores_perfectly_and_a_shift_by_its_length(monkeypatch, rende
     assert (scores["pck5"], scores.get("auc5")) == (0, None)
 
 
-def test_poses_of_points_of_known_cameras_and_of_too_few():
+def test_poses_of_points_of_known_cameras_and_of_too_few(monkeypatch):
     cv2 = pytest.importorskip("cv2")
     rng = np.random.default_rng(0)
     a, b = shot(), shot((0.5, -0.2, 0.1), (0.05, -0.1, 0.02))
@@ -68,11 +68,14 @@ def test_poses_of_points_of_known_cameras_and_of_too_few():
     assert np.allclose(R, b.T[:3, :3], atol=1e-5)
     assert np.allclose(t, b.T[:3, 3] / np.linalg.norm(b.T[:3, 3]), atol=1e-4)
     assert roma.essential_pose(cv2, seen[0][:4], seen[1][:4], a.K, b.K) is None
-    # No certain match at all counts as 90 degrees.
+    # No certain match at all counts as 90 degrees, as does any direction where the true translation is zero.
     pair = Pair("pair", "scene", a.frame("a"), b.frame("b"))
     nothing = Warps(torch.zeros(2, 8, 8, 2), torch.zeros(2, 8, 8))
     images = [np.asarray(each.image()) for each in (a, b)]
     assert roma.pose_errors(cv2, nothing, pair, images, torch.Generator()) == [90.0] * 5
+    monkeypatch.setattr(roma, "essential_pose", lambda *args: (np.eye(3), np.ones(3)))
+    still = Pair("pair", "scene", a.frame("a"), a.frame("a"))
+    assert roma.pose_errors(cv2, nothing, still, images, torch.Generator()) == [90.0] * 5
 
 
 def test_true_warps_of_the_set_are_those_of_the_wall():
