@@ -43,6 +43,7 @@ PUBLISHED_SCORES = {  # of evaluations or sets; of the others EPE
 }  # fmt: skip
 PUBLISHED_PROTOCOL = {"matching": "matchbench", "cosine": "matchbench"}  # of sets with EPE
 PUBLISHED_PAIRS = {"megadepth": 1000, "scannet": 1500, "realestate10k_test": 1386, "dtu": 22, "eth3d": 13}
+POSE_PAIRS = 1500  # of the sets with published numbers of pose
 TITLES = {
     "megadepth": "MegaDepth", "scannet": "ScanNet", "navi": "NAVI", "co3d_test": "CO3D", "dtu": "DTU",
     "realestate10k_test": "RealEstate10K", "eth3d": "ETH3D", "imagenet": "ImageNet-1K",
@@ -225,7 +226,7 @@ def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
         same = kinds.setdefault((on.set, on.pairs, task if task in COUNTED else ""), [])  # as many pairs, but others
         same += [on.names] if on.names not in same else []
         other = f" ({same.index(on.names) + 1})" if same.index(on.names) else ""
-        whole = {PUBLISHED_PAIRS.get(on.set), *(content.get("set_pairs") for content in results)} - {None}
+        whole = {_published_pairs(task, on.set), *(content.get("set_pairs") for content in results)} - {None}
         same_points = on.protocol in (None, PUBLISHED_PROTOCOL.get(task))
         paper = _published(task, on.set) if same_points and (on.pairs is None or whole <= {on.pairs}) else {}
         groups.append(ResultGroup(task, on, TITLES.get(on.set, on.set) + other, results, paper))
@@ -234,9 +235,13 @@ def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
         for name in dict.fromkeys(name for values in PUBLISHED.get(task, {}).values() for name in values):
             if name not in compared:
                 protocol = PUBLISHED_PROTOCOL.get(task) if name not in PUBLISHED_SCORES else None
-                on = Measured(name, PUBLISHED_PAIRS.get(name), frozenset(), None, protocol)
+                on = Measured(name, _published_pairs(task, name), frozenset(), None, protocol)
                 groups.append(ResultGroup(task, on, TITLES[name], [], _published(task, name)))
     return sorted(groups, key=lambda each: [*MATCHERS].index(each.task))
+
+
+def _published_pairs(task: str, name: str) -> int | None:
+    return POSE_PAIRS if task == "pose" else PUBLISHED_PAIRS.get(name)
 
 
 def _published(task: str, name: str) -> dict[str, float | tuple[float, float]]:

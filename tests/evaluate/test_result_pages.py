@@ -67,6 +67,14 @@ def test_rows_of_other_pairs_are_another_set(tmp_path):
     assert html.count("MuM (paper)") == 5  # both sets of linear probes, three of cosine matching
 
 
+def test_published_poses_stand_next_to_all_pairs_of_megadepth(tmp_path):
+    for weights, pairs in (("all", 1500), ("part", 1000)):
+        content = {"task": "pose", "set": "megadepth", "weights": weights, "settings": {"size": 256}, "pairs": pairs}
+        save(tmp_path, content | {"set_pairs": 1500, "scores": {"auc5": 20.0}}, [])
+    rows = {key[2:5:2]: row["paper: MuM"] for key, row in cells(tmp_path).items()}
+    assert rows == {("1,500", "all"): "26.7", ("1,000", "part"): "–"}
+
+
 def test_old_results_and_names_that_are_markup(tmp_path, capsys):
     new = {"pairs", "set_pairs", "per_pair_epe", "per_sequence", "no_motion", "probes", "best", "layernorm",
            "change_same"}  # fmt: skip
