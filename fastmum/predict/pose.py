@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from fastmum.data.decode.image import FrameError, read_upright
 from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, writing
 from fastmum.files import expand_user
 from fastmum.geometry import View
 from fastmum.geometry.camera import intrinsics_matrix, rigid_inverse
+from fastmum.predict.photos import read_photo
 from fastmum.tasks.pose.infer import estimate, load_run, prepare
 from fastmum.tasks.pose.pictures import PairView, draw_pairs, pose_matrix
 
@@ -35,7 +35,7 @@ def predict(args: argparse.Namespace) -> None:
     if not 0 < args.fov < 180:
         raise FastmumError(f"--fov is {args.fov:g}, but must be between 0 and 180 degrees")
     files = [expand_user(file) for file in args.images]
-    views = [read(file) for file in files]
+    views = [View(read_photo(file)) for file in files]
     trained = load_run(args.run, pick_device(args.device, key="--device"), args.encoder)
     size, patch = args.size or trained.image_size, trained.model.config.patch_size
     if size % patch or size < patch:
@@ -50,17 +50,6 @@ def predict(args: argparse.Namespace) -> None:
         draw(views, R, t, args.fov, f"{files[0].name}, {files[1].name}").save(picture, quality=90)
     source = {"run": trained.name, "step": trained.step, "images": [str(file) for file in files]}
     print(json.dumps(source | found | {"picture": str(picture)}, indent=1) if args.json else text(found, picture))
-
-
-def read(file: Path) -> View:
-    """An upright image; FastmumError: it cannot be read, or all of its pixels are of one colour."""
-    try:
-        view = View(read_upright(file))
-    except FrameError as error:
-        raise FastmumError(f"'{file}' cannot be read: {error}") from None
-    if (view.image == view.image[0, 0]).all():
-        raise FastmumError(f"'{file}' is of one colour, so it shows no pose; name another image")
-    return view
 
 
 def describe(R: np.ndarray, t: np.ndarray) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fastmum.data.decode.image import read_size, stored_points
-from fastmum.data.samples import read_rgb
 from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, some_reasons, writing
 from fastmum.features.images import Images, find_images
 from fastmum.files import atomic_path, expand_user
 from fastmum.predict.matches_db import PairMatches, import_images, require_pycolmap, write_matches
+from fastmum.predict.photos import ONE_COLOUR, one_colour, read_photo
 from fastmum.progress import progress_bar
 from fastmum.tasks.pictures import colours, tiles
 from fastmum.tasks.roma.infer import Warps, load_run, match, pixels, sample
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this task."""
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGES", help="two images; with --colmap folders of images, files or patterns")
-    add("--out", type=Path, metavar="DIR", help="folder of the warp, matches and pictures of two images")
+    add("--out", type=Path, metavar="DIR", help="folder of the warp, matches and pictures of two images (matches)")
     add("--colmap", type=Path, metavar="FILE", help="COLMAP database to write with the matches of all pairs of images")
     add("--pairs", type=Path, metavar="FILE", help="--colmap: only these pairs, the names of two images a line")
     add("--matches", type=int, default=5000, metavar="N", help="matches of a pair, at most (%(default)s)")
@@ -51,14 +51,18 @@ def predict(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.matches < 1 or not args.cell > 0 or not 0 <= args.certainty <= 1:
         raise FastmumError("--matches must be at least 1, --cell positive, and --certainty from 0 to 1")
-    if (args.out is None) == (args.colmap is None):
-        raise FastmumError("give --out DIR for two images, or --colmap FILE for many")
+    if args.out is not None and args.colmap is not None:
+        raise FastmumError("--out is of two images, --colmap of many: give one of them")
     images = find_images(args.images)
-    if args.out is not None and len(images.files) != 2:
-        raise FastmumError(f"--out is for two images, but there are {len(images.files)}; --colmap FILE is for many")
-    if args.colmap is not None:
+    if args.colmap is None:
+        if len(images.files) != 2:
+            raise FastmumError(f"two images are matched, but there are {len(images.files)}; --colmap FILE is for many")
+        photos = read_photo(images.files[0]), read_photo(images.files[1])
+    else:
         require_pycolmap()
         pairs = read_pairs(args.pairs, images) if args.pairs else [*itertools.combinations(images.files, 2)]
+        if not pairs:
+            raise FastmumError(f"'{args.pairs}' names no pair" if args.pairs else "--colmap needs at least two images")
         if expand_user(args.colmap).exists():
             raise FastmumError(f"'{args.colmap}' exists: remove it, or name another file")
     trained = load_run(args.run, pick_device(args.device, key="--device"), args.encoder)
@@ -73,10 +77,10 @@ def predict(args: argparse.Namespace) -> None:
         kept = certainty >= args.certainty
         return warps, matches[kept], certainty[kept]
 
-    if args.out is not None:
-        a, b = (np.array(read_rgb(file)) for file in images.files)
-        write_pair(expand_user(args.out), (a, b), *sampled(a, b))
-        print(f"warp, matches and pictures: {args.out}")
+    if args.colmap is None:
+        out = args.out or Path("matches")
+        write_pair(expand_user(out), photos, *sampled(*photos))
+        print(f"warp, matches and pictures: {out}")
         return
     file = expand_user(args.colmap)
     found, keypoints, matches = write_database(file, images, pairs, lambda a, b: sampled(a, b)[1:], args.cell)
@@ -124,13 +128,18 @@ def write_database(
 
 
 def match_pairs(images: Images, pairs: Sequence[tuple[Path, Path]], matcher: Matcher) -> list[PairMatches]:
-    """Matches of pairs in pixels of their files, as COLMAP reads them; unreadable ones go into `images.skipped`."""
+    """Matches of pairs in pixels of their files, as COLMAP reads them.
+
+    Images that cannot be read, or are of one colour, go into `images.skipped`; FastmumError if no pair is left.
+    """
     found = list[PairMatches]()
 
     @lru_cache(KEPT)
     def read(file: Path) -> tuple[np.ndarray, int] | None:
         """An upright image, and how it was turned."""
         image = images.read(file)
+        if image is not None and one_colour(image):
+            images.skipped[images.name(file)], image = ONE_COLOUR, None
         return None if image is None else (image, read_size(file)[0])
 
     for a, b in progress_bar(pairs, unit="pair", desc="matching"):

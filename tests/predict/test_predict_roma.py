@@ -56,17 +56,22 @@ def test_keypoints_join_the_points_of_all_pairs_and_match_once():
 
 def test_lists_of_pairs_and_unreadable_images(tmp_path):
     for name in ("a.png", "b.png"):
-        Image.new("RGB", (20, 20)).save(tmp_path / name)
+        Image.linear_gradient("L").resize((20, 20)).save(tmp_path / name)
+    Image.new("RGB", (20, 20)).save(tmp_path / "black.png")
     (tmp_path / "c.png").write_bytes(b"nothing")
     images = find_images([str(tmp_path)])
     listed = tmp_path / "pairs.txt"
-    listed.write_text("a.png b.png\n\nb.png c.png\nb.png a.png\na.png b.png")  # each pair counts once
+    listed.write_text("a.png b.png\n\nb.png c.png\nb.png a.png\nblack.png a.png\n")  # each pair counts once
     pairs = read_pairs(listed, images)
-    assert [[file.name for file in pair] for pair in pairs] == [["a.png", "b.png"], ["b.png", "c.png"]]
+    assert [[file.name for file in pair] for pair in pairs] == [
+        ["a.png", "b.png"],
+        ["b.png", "c.png"],
+        ["black.png", "a.png"],
+    ]
     found = match_pairs(images, pairs, lambda a, b: (torch.zeros(1, 4), torch.ones(1)))
     assert [(pair.first, pair.second) for pair in found] == [("a.png", "b.png")]
     assert found[0].points_first.tolist() == [[10, 10]]
-    assert [*images.skipped] == ["c.png"]
+    assert sorted(images.skipped) == ["black.png", "c.png"]
     listed.write_text("a.png nothing.png")
     with pytest.raises(FastmumError, match="line 1"):
         read_pairs(listed, images)
@@ -144,12 +149,13 @@ def test_colmap_builds_a_model_of_true_matches(tmp_path):
 
 
 @pytest.mark.slow
-def test_commands(tmp_path, capsys):
+def test_commands(tmp_path, capsys, refusal, monkeypatch):
     run = train_tiny(tmp_path / "run")
     scene = scene_dirs(ensure_scenes(count=3, views=6, size=64, progress=False), 3)[0]
     files = [str(scene / f"00{i}.png") for i in range(3)]
-    assert main([str(run), *files[:2], "--out", str(tmp_path / "pair"), "--matches", "50"]) == 0
-    assert np.load(tmp_path / "pair/matches.npz")["first"].shape[1] == 2
+    monkeypatch.chdir(tmp_path)
+    assert main([str(run), *files[:2], "--matches", "50"]) == 0
+    assert np.load("matches/matches.npz")["first"].shape[1] == 2
     database = tmp_path / "new/matches.db"
     words = [str(run), *files, "--colmap", str(database), "--matches", "200", "--certainty", "0", "--one-pass"]
     assert main(words) == 0
@@ -158,5 +164,8 @@ def test_commands(tmp_path, capsys):
     assert opened.num_images() == 3
     assert opened.num_matched_image_pairs() == 3
     opened.close()
-    assert main(words) != 0  # it exists
-    assert main([str(run), *files, "--out", str(tmp_path / "three")]) != 0
+    assert "exists" in refusal(main, *words)
+    assert "3" in refusal(main, run, *files)
+    assert "two images" in refusal(main, run, files[0], "--colmap", "new.db")
+    Image.new("RGB", (64, 48)).save("black.png")
+    assert "black.png" in refusal(main, run, files[0], "black.png")
