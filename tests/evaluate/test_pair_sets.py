@@ -157,10 +157,11 @@ def test_navi(tmp_path):
     assert names(tmp_path) == [pair.name for pair in pairs.pairs]  # the same partners every time
 
 
-def test_pairs_in_a_text_file(wall_file, caplog):
+def test_pairs_in_a_text_file(wall_file, caplog, monkeypatch):
     """Depth in arrays is taken as it is, counts of PNGs as millimetres, unless the record says otherwise."""
     folder, shots = wall_file.parent, walk(16)
-    for name in (str(wall_file), str(wall_file.parent), f"pairs:{wall_file}"):
+    monkeypatch.chdir(folder)
+    for name in (str(wall_file), str(wall_file.parent), f"pairs:{wall_file}", "pairs.jsonl", "."):
         pairs = open_pairs(name)
         assert (pairs.name, len(pairs.pairs)) == ("wall", 8)
     check(pairs.pairs[3], shots[6], shots[7])
@@ -213,6 +214,8 @@ def test_records_and_files_that_cannot_be_used(wall_file):
         ({"K_a": [[1, 0], [0, 1]]}, "K_a in line 3"),
         ({"T_b_a": np.diag([1.0, 1, 0, 1]).tolist()}, "T_b_a in line 3 .* singular"),
         ({"T_b_a": [[float("nan")] * 4] * 4}, "T_b_a in line 3 .* finite"),
+        ({"T_b_a": np.diag([1.0, 1, -1, 1]).tolist()}, "T_b_a in line 3 .* mirrors"),
+        ({"T_b_a": np.diag([1.1, 1.1, 1.1, 1]).tolist()}, "T_b_a in line 3 .* scales"),
         ({"image_b": "nothing.png"}, "nothing.png"),
         ({"image_b": 7}, "7, named in"),
         ({"depth_b": "pairs.jsonl"}, "pairs.jsonl"),

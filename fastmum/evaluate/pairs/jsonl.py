@@ -15,7 +15,7 @@ import numpy as np
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
-from fastmum.evaluate.pairs.pair import Pair, PairSet, matrix, square
+from fastmum.evaluate.pairs.pair import Pair, PairSet, matrix, rigid, square
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def from_file(path: Path, part: str, needs_depth: bool = True) -> PairSet:
         log.warning("%s: %d of %d pairs have no depth and are skipped", file, len(lines) - len(pairs), len(lines))
     if not pairs:
         raise DataError(f"'{file}' has no pair with depth_a and depth_b, and true warps need both")
-    name = file.parent.name if file.stem == "pairs" else file.stem
+    name = file.absolute().parent.name if file.stem == "pairs" else file.stem
     test, train = split(pairs)
     pairs = {"all": pairs, "test": test, "train": train}[part]
     if not pairs:
@@ -90,7 +90,7 @@ def _pair(line: str, file: Path, number: int, needs_depth: bool) -> Pair | None:
     if needs_depth and not (record.get("depth_a") and record.get("depth_b")):
         return None
     a = _frame(record, "a", np.eye(4), file, where)
-    b = _frame(record, "b", square(record["T_b_a"], 4, f"T_b_a in {where}"), file, where)
+    b = _frame(record, "b", rigid(record["T_b_a"], f"T_b_a in {where}"), file, where)
     scene = str(record.get("scene") or record.get("set") or file.stem)
     return Pair(str(record.get("id", f"{number:06d}")), scene, a, b)
 

@@ -19,7 +19,7 @@ from fastmum.data.builders.lists import LEFT_OUT
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
-from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, some, square
+from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, rigid, some, square
 
 TEST_SCENES = ("0015", "0022")  # LoFTR's split
 MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
@@ -83,7 +83,7 @@ def _pairs(file: Path, root: Path, part: str) -> list[Pair]:
         def frame(index: int) -> Frame:
             image, depth = (str(information[key][index]) for key in ("image_paths", "depth_paths"))
             K = square(information["intrinsics"][index], 3, f"intrinsics {index} in '{file}'")
-            pose = square(information["poses"][index], 4, f"pose {index} in '{file}'")
+            pose = rigid(information["poses"][index], f"pose {index} in '{file}'")
             return Frame(image, folder / image, K, pose, folder / depth, DepthFormat("hdf5"))
 
         scene = file.stem.partition("_")[0]

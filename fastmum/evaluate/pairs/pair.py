@@ -19,6 +19,7 @@ from fastmum.geometry import relative_pose
 from fastmum.geometry.warp import Warp, grid_points, true_warp
 
 T = TypeVar("T")
+ROUNDING = 1e-2  # of products of a rotation's columns, which a text file may hold with few digits
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,17 @@ def matrix(value: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
 
 
 def square(value: Any, side: int, what: str) -> np.ndarray:
-    """Intrinsics (3, 3) or a pose (4, 4): a finite invertible matrix, float64; see `matrix` for `what`."""
+    """A finite invertible matrix (side, side), float64, as intrinsics and poses are; see `matrix` for `what`."""
     found = matrix(value, (side, side), what)
     if np.linalg.matrix_rank(found) < side:
         raise DataError(f"{what} is a singular matrix, which intrinsics and poses never are")
+    return found
+
+
+def rigid(value: Any, what: str) -> np.ndarray:
+    """A pose (4, 4), float64: a rotation with a translation; see `matrix` for `what`."""
+    found = square(value, 4, what)
+    R = found[:3, :3]
+    if np.abs(R.T @ R - np.eye(3)).max() > ROUNDING or np.linalg.det(R) < 0 or not np.allclose(found[3], (0, 0, 0, 1)):
+        raise DataError(f"{what} is no rotation with a translation: it scales, shears or mirrors")
     return found

@@ -17,7 +17,7 @@ import numpy as np
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame, image_size
-from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, read_table, some, square
+from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, read_table, rigid, some, square
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class _Scans:
         world_from_camera = read_table(pose, (4, 4))
         if not np.isfinite(world_from_camera).all():
             return None
-        camera_from_world = np.linalg.inv(square(world_from_camera, 4, f"'{pose}'"))
+        camera_from_world = np.linalg.inv(rigid(world_from_camera, f"'{pose}'"))
         width, height = image_size(image)
         # Releases have images in the size of the colour or of the depth camera. The principal point of the right
         # camera is near the centre.

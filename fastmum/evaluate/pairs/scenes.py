@@ -5,7 +5,7 @@ from pathlib import Path
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
-from fastmum.evaluate.pairs.pair import Pair, PairSet, read_json, square
+from fastmum.evaluate.pairs.pair import Pair, PairSet, read_json, rigid, square
 from fastmum.scenes import ensure_scenes, scene_dirs
 
 # Neither is the default seed of training (`data.scenes.seed`), so no model has seen these rooms. Scenes that probes
@@ -76,6 +76,6 @@ def frames_of(folder: Path) -> list[Frame]:
         frames = []
         for entry in cameras["frames"]:
             name, where = entry["file"], f"of '{entry['file']}' in '{file}'"
-            K, pose = square(entry["K"], 3, f"K {where}"), square(entry["T_cam_world"], 4, f"T_cam_world {where}")
+            K, pose = square(entry["K"], 3, f"K {where}"), rigid(entry["T_cam_world"], f"T_cam_world {where}")
             frames.append(Frame(f"{folder.name}/{name}", folder / name, K, pose, folder / entry["depth"], depth_format))
         return frames
