@@ -78,10 +78,11 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(path))
 
 
-def free_path(path: Path) -> Path:
-    """The path, with a number if it exists."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(free for free in itertools.chain([path], numbered) if not free.exists())
+def free_path(path: Path, suffix: str = "") -> Path:
+    """The path and the suffix, with a number between them if that exists."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    paths = (path.with_name(f"{path.name}{number}{suffix}") for number in numbers)
+    return next(free for free in paths if not free.exists())
 
 
 def regular(path: Path) -> Path:

@@ -39,7 +39,7 @@ def evaluate_pose(predict: Predict, pairs: PairSet, size: int, most: int | None 
     with progress_bar(total=len(every), unit="pair", desc="evaluating") as bar:
         for start in range(0, len(every), BATCH):
             batch = every[start : start + BATCH]
-            views = [[prepare(read(frame), size) for frame in (pair.a, pair.b)] for pair in batch]
+            views = [[read(frame, size) for frame in (pair.a, pair.b)] for pair in batch]
             R, t = predict(np.stack([[view.image for view in both] for both in views]))
             true = np.stack([rigid_inverse(pair.T_b_a) for pair in batch])
             errors.append(errors_of(R, t, true[:, :3, :3], true[:, :3, 3]))
@@ -58,11 +58,12 @@ def evaluate_pose(predict: Predict, pairs: PairSet, size: int, most: int | None 
     return Scored(about | {"per_sequence": each}, drawn)
 
 
-def read(frame: Frame) -> View:
-    """An image with its camera; DataError: it cannot be read, or its camera is unknown."""
+def read(frame: Frame, size: int) -> View:
+    """An image as the model reads it, with its camera; FastmumError names a file that cannot be used."""
     if frame.camera_from_world is None:
         raise DataError(f"'{frame.key}' has no pose, which the evaluation of poses needs")
-    return replace(frame, depth=None, mask=None).view()
+    assert frame.file is not None
+    return prepare(replace(frame, depth=None, mask=None).view(), size, frame.file)
 
 
 def draw_of(pair: Pair, views: list[View], R: np.ndarray, t: np.ndarray) -> PairView:

@@ -157,7 +157,7 @@ def _centre(view: View) -> np.ndarray:
         raise FastmumError("the image has no intrinsics, and this crop is around the principal point")
     centre = view.camera.K[:2, 2]
     if not ((centre >= 1.5) & (centre <= np.array(view.size) - 1)).all():
-        raise FastmumError(f"the principal point {centre.tolist()} is outside the image of {view.size} pixels")
+        raise FastmumError(f"the principal point {centre.tolist()} is not inside the image of {view.size} pixels")
     return centre
 
 

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, writing
-from fastmum.files import expand_user
+from fastmum.files import expand_user, free_path
 from fastmum.geometry import View
 from fastmum.geometry.camera import intrinsics_matrix, rigid_inverse
 from fastmum.predict.photos import read_photo
@@ -40,16 +40,17 @@ def predict(args: argparse.Namespace) -> None:
     size, patch = args.size or trained.image_size, trained.model.config.patch_size
     if size % patch or size < patch:
         raise FastmumError(f"--size is {size}, but must be a multiple of the patch size {patch}")
-    R, t = (x[0] for x in estimate(trained.model, np.stack([prepare(view, size).image for view in views])[None]))
+    images = np.stack([prepare(view, size, file).image for view, file in zip(views, files, strict=True)])
+    R, t = (x[0] for x in estimate(trained.model, images[None]))
     if not (np.isfinite(R).all() and np.isfinite(t).all()):
         raise FastmumError(f"'{args.run}' predicts no finite pose; use an earlier checkpoint")
     found = describe(R, t)
-    picture = expand_user(args.out) / f"{files[0].stem}-{files[1].stem}-pose.jpg"
+    picture = free_path(expand_user(args.out) / f"{files[0].stem}-{files[1].stem}-pose", ".jpg")
+    source = {"run": trained.name, "step": trained.step, "images": [str(file) for file in files]}
+    print(json.dumps(source | found | {"picture": str(picture)}, indent=1) if args.json else text(found, picture))
     with writing(picture, FastmumError):
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(views, R, t, args.fov, f"{files[0].name}, {files[1].name}").save(picture, quality=90)
-    source = {"run": trained.name, "step": trained.step, "images": [str(file) for file in files]}
-    print(json.dumps(source | found | {"picture": str(picture)}, indent=1) if args.json else text(found, picture))
 
 
 def describe(R: np.ndarray, t: np.ndarray) -> dict[str, Any]:

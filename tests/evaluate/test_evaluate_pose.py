@@ -1,13 +1,14 @@
 """Evaluation of relative pose: the truth scores perfectly, wrong poses by hand, pair lists, the command."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from pose_runs import train_tiny
 
-from fastmum.data.errors import DataError
+from fastmum.errors import FastmumError
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.pairs import Pair, PairSet, open_pairs
 from fastmum.evaluate.pose import evaluate_pose
@@ -66,8 +67,10 @@ def test_a_list_of_pairs_needs_no_depth_but_poses(wall_file):
     assert evaluate_pose(oracle(pairs), pairs, 32).numbers["scores"]["auc5"] == pytest.approx(100, abs=1e-3)
     first = pairs.pairs[0]
     unknown = replace(first, a=replace(first.a, camera_from_world=None))
-    with pytest.raises(DataError, match=r"no pose"):
-        evaluate_pose(oracle(pairs), PairSet("set", [unknown]), 32)
+    outside = replace(first, b=replace(first.b, K=first.b.K @ [[1, 0, 9], [0, 1, 0], [0, 0, 1]]))
+    for pair, message in ((unknown, r"no pose"), (outside, re.escape(f"'{first.b.file}': the principal point"))):
+        with pytest.raises(FastmumError, match=message):
+            evaluate_pose(oracle(pairs), PairSet("set", [pair]), 32)
 
 
 def test_frames_without_intrinsics_are_cropped_in_the_middle(wall_file):

@@ -60,15 +60,20 @@ def test_text_json_and_picture(run, photos, tmp_path, capsys):
     # The other way round is another prediction of the same model, not an inversion.
     assert main([str(run), *map(str, photos[::-1]), "--out", str(tmp_path / "out"), "--json"]) == 0
     assert not np.allclose(json.loads(capsys.readouterr().out)["rotation"], R)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "a-b-pose-2.jpg", "a-b-pose.jpg", "b-a-pose.jpg",
+    ]  # fmt: skip
 
 
 def test_what_cannot_be_predicted_is_one_clear_error(run, photos, tmp_path, capsys):
-    black, broken = tmp_path / "black.png", tmp_path / "broken.png"
+    black, broken, tiny = (tmp_path / f"{name}.png" for name in ("black", "broken", "tiny"))
     Image.new("RGB", (64, 48)).save(black)
     broken.write_bytes(b"no image")
+    Image.linear_gradient("L").resize((2, 2)).save(tiny)
     a, b = photos
     for words, text in (
         ([run, a, black], "black.png"), ([run, a, broken], "broken.png"), ([run, a, tmp_path / "none.png"], "none.png"),
+        ([run, a, tiny], "tiny.png"),
         ([run, a, b, "--size", "40"], "--size"), ([run, a, b, "--fov", "180"], "--fov"),
         ([tmp_path / "none", a, b], "none"), ([run, a, b, "--out", broken], "broken.png"),
     ):  # fmt: skip
@@ -76,3 +81,10 @@ def test_what_cannot_be_predicted_is_one_clear_error(run, photos, tmp_path, caps
         error = capsys.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
         assert text in error
+    # A picture that is too wide for a JPEG, or cannot be written, leaves the numbers.
+    wide = tmp_path / "wide.png"
+    Image.linear_gradient("L").resize((9000, 40)).save(wide)
+    assert main([str(run), str(a), str(wide), "--out", str(tmp_path), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)["rotation"]) == 3
+    assert "a-wide-pose.jpg" in printed.err

@@ -2,12 +2,14 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from fastmum.data.pair_loader import crop_view
 from fastmum.engine.device import autocast, pick_precision
+from fastmum.errors import FastmumError
 from fastmum.files import expand_user
 from fastmum.geometry import Camera, View
 from fastmum.geometry.camera import intrinsics_matrix
@@ -34,16 +36,20 @@ def load_run(
     return Trained.of(model, manifest, 256, device, frames=2)
 
 
-def prepare(view: View, size: int) -> View:
+def prepare(view: View, size: int, file: Path) -> View:
     """The image as the model reads it: the largest square around the principal point, `size` pixels wide.
 
-    Without intrinsics the principal point is the image's centre.
+    Without intrinsics the principal point is the image's centre. FastmumError, which names `file`, if the point is not
+    inside the image.
     """
     if view.camera is None:
         width, height = view.size
         K = intrinsics_matrix(np.nan, np.nan, width / 2, height / 2)
         view = replace(view, camera=Camera(K, np.full((4, 4), np.nan), view.size))
-    return crop_view(replace(view, depth=None, mask=None), (size, size))
+    try:
+        return crop_view(replace(view, depth=None, mask=None), (size, size))
+    except FastmumError as error:
+        raise FastmumError(f"'{file}': {error}") from None
 
 
 @torch.inference_mode()
