@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 import torch.distributed as dist
 
 from fastmum import tasks
 from fastmum.config.load import load_config, peek_task
+from fastmum.engine.checkpoint import read_weights
 from fastmum.engine.rundir import read_metrics
 from fastmum.train import main, train
 
@@ -71,3 +75,29 @@ def run_train(rank_and_size: tuple[int, int], port: int, args: list[str]) -> int
     finally:
         if dist.is_initialized():  # the run failed; the process continues with the next
             dist.destroy_process_group()
+
+
+def run_with_nan(rank_and_size: tuple[int, int], port: int, args: list[str]) -> int:
+    """`run_train`, where the loss of the last process is NaN in the second step; one micro-batch a step."""
+    task: Any = tasks.find_task(peek_task(None, args))
+    steps, loss, (rank, size) = iter(range(1, 99)), task.loss, rank_and_size
+
+    def poisoned(self: Any, model: Any, batch: Any) -> Any:
+        output, bad = loss(self, model, batch), next(steps) == 2 and rank == size - 1
+        return output._replace(loss_sum=output.loss_sum * math.nan) if bad else output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task, "loss", poisoned)
+        return run_train(rank_and_size, port, args)
+
+
+def check_a_nan_is_skipped(pool: Any, folder: Path, args: list[str], strategy: str) -> None:
+    """All processes skip the step that is not finite on one: weights and buffers stay, and change in the next step."""
+    more = f"run.dir={folder}", f"parallel.strategy={strategy}", "train.checkpoint_every=1", "train.keep_checkpoints=9"
+    assert pool.run(2, run_with_nan, free_port(), [*args, *more]) == [0, 0]
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [record["skipped_steps"] for record in records] == [0, 1, 1, 1]
+    assert [record["loss"] is None for record in records] == [False, True, False, False]
+    before, after, next_one = (read_weights(folder / f"checkpoints/step_000000{i}").tensors for i in (1, 2, 3))
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    assert not all(torch.equal(x, next_one[name]) for name, x in before.items())

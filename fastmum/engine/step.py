@@ -90,6 +90,8 @@ class Step:
         self._task, self._model, self._groups = task, model, groups
         self._optimizer, self._gradients, self._ema = optimizer, gradients, ema
         self._guard, self._meter, self._precision, self._world = guard, meter, precision, task.world
+        self._buffers = [*task.buffers(model).values()]
+        self._before: list[Tensor] = []  # the buffers, before the step
         self.norms: dict[str, Tensor] = {}
         self._begin()
 
@@ -102,6 +104,8 @@ class Step:
 
     def accumulate(self, batch: Any, last: bool, void: bool = False) -> None:
         """Forward and backward of a micro-batch; `last`: the step's last one; `void`: the step is skipped."""
+        if self._totals is None:
+            self._before = [buffer.clone() for buffer in self._buffers]
         if void:
             self._loss[0] = torch.nan  # as a step that is not finite
         if self._task.config.train.cuda_graphs:
@@ -123,7 +127,10 @@ class Step:
             reduction.wait()
 
     def update(self, step: int, rate: float) -> None:
-        """Update the weights at a learning rate, unless loss or gradient are not finite; `step` counts from 1."""
+        """Update the weights at a learning rate; `step` counts from 1.
+
+        If loss or gradient are not finite, weights and buffers stay as they were before the step.
+        """
         self._gradients.finish()
         loss, weight = self._loss.unbind()
         norms: list[Tensor] = self._gradients.norms()
@@ -141,6 +148,8 @@ class Step:
                 factors[i] = clip if (factor := factors[i]) is None else clip * factor
         self._gradients.scale_(factors)
         self._optimizer.step(rate, self._gradients.of, found_inf)
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(found_inf > 0, before, buffer))
         if self._ema is not None:
             self._ema.update(found_inf)
         self._gradients.clear()

@@ -122,7 +122,7 @@ class Task(ABC):
         return matrices_of(self.blocks(model))
 
     def buffers(self, model: Any) -> dict[str, Tensor]:
-        """Buffers that training changes (statistics of batch norm, ...), saved in checkpoints."""
+        """Buffers that training changes (statistics of batch norm, ...): saved, and restored after skipped steps."""
         return {}
 
     def manifest(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from pose_runs import SMALL
+from runs import check_a_nan_is_skipped
 
 from fastmum.config import ConfigError
 from fastmum.data.build import build
@@ -35,6 +36,11 @@ def test_steps_agree_on_any_number_of_processes_and_after_resuming(run, tmp_path
     same_steps(run("single", 1, "model.recompute=blocks"), single)
     weights = read_weights(tmp_path / "single").tensors
     assert any(name.startswith("encoder.") for name in weights)
+
+
+@pytest.mark.slow
+def test_both_processes_skip_a_step_that_is_not_finite_on_one(pool, tmp_path):
+    check_a_nan_is_skipped(pool, tmp_path, ARGS, "ddp")
 
 
 @pytest.mark.slow

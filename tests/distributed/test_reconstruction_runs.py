@@ -1,11 +1,9 @@
 """Runs of reconstruction: micro-batches, processes, strategies and resuming give the same steps."""
 
-import math
 import shutil
 
 import pytest
-import torch
-from runs import free_port, run_train
+from runs import check_a_nan_is_skipped
 
 from fastmum.config import ConfigError
 from fastmum.data.build import build
@@ -13,7 +11,6 @@ from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.rundir import read_metrics
 from fastmum.errors import FastmumError
 from fastmum.scenes import ensure_scenes
-from fastmum.tasks.reconstruction.task import ReconstructionTask
 
 ARGS = [
     "run.task=reconstruction", "model.encoder=random:mum_tiny", "model.embed_dim=32", "model.pairs=2",
@@ -63,31 +60,10 @@ def test_heads_are_float32_and_the_encoder_learns_if_asked(run, tmp_path):
     assert any(name.startswith("encoder.") for name in learnt)
 
 
-def run_with_nan(rank_and_size, port, args):
-    """`run_train`, where the loss of the last process is NaN in the second step."""
-    steps, loss, (rank, size) = iter(range(1, 99)), ReconstructionTask.loss, rank_and_size
-
-    def poisoned(self, model, batch):
-        output, bad = loss(self, model, batch), next(steps) == 2 and rank == size - 1
-        return output._replace(loss_sum=output.loss_sum * math.nan) if bad else output
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReconstructionTask, "loss", poisoned)
-        return run_train(rank_and_size, port, args)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_all_processes_skip_a_step_that_is_not_finite_on_one(pool, tmp_path, strategy):
-    more = f"run.dir={tmp_path}", f"parallel.strategy={strategy}", "train.checkpoint_every=1"
-    args = [*ARGS, WITHOUT_POINTS, *more, "train.keep_checkpoints=9"]
-    assert pool.run(2, run_with_nan, free_port(), args) == [0, 0]
-    records = read_metrics(tmp_path / "metrics.jsonl")
-    assert [record["skipped_steps"] for record in records] == [0, 1, 1, 1]
-    assert [record["loss"] is None for record in records] == [False, True, False, False]
-    before, after, next_one = (read_weights(tmp_path / f"checkpoints/step_000000{i}").tensors for i in (1, 2, 3))
-    assert all(torch.equal(x, after[name]) for name, x in before.items())
-    assert not all(torch.equal(x, next_one[name]) for name, x in before.items())
+    check_a_nan_is_skipped(pool, tmp_path, [*ARGS, WITHOUT_POINTS], strategy)
 
 
 @pytest.mark.slow

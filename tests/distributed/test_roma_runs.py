@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from roma_runs import TINY
+from runs import check_a_nan_is_skipped
 
 from fastmum.config import ConfigError
 from fastmum.data.build import build
@@ -48,6 +49,12 @@ def test_steps_agree_on_any_number_of_processes_and_after_resuming(run, tmp_path
         same_steps(run(name, processes), expected)
     with pytest.raises(CheckpointError, match="frozen_encoder"):
         run("single", 1, "model.encoder=random:mum_vitb16", "train.steps=6")
+
+
+@pytest.mark.slow
+def test_both_processes_skip_a_step_that_is_not_finite_on_one(pool, tmp_path):
+    """Running statistics of batch norm stay, too."""
+    check_a_nan_is_skipped(pool, tmp_path, ARGS, "fsdp2")
 
 
 @pytest.mark.slow
