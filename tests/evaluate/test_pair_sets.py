@@ -69,7 +69,7 @@ def test_megadepth_of_loftr(tmp_path, folder, images):
         open_pairs(str(tmp_path), "train")
 
 
-def test_megadepth_of_dkm(tmp_path):
+def test_megadepth_of_dkm(tmp_path, caplog):
     shots = walk(4)
     (tmp_path / "prep_scene_info").mkdir()
     for scene in ("0015", "0003", "0008", "5016"):
@@ -79,6 +79,8 @@ def test_megadepth_of_dkm(tmp_path):
     assert names(f"megadepth:{tmp_path}", "test") == ["0015/1-2", "0015/2-3", "0015/3-1"]
     # Enough overlap, and no scene that RoMa leaves out.
     test, train = (open_pairs(str(tmp_path), part) for part in ("test", "train"))
+    assert (test.name, open_pairs(str(tmp_path), matchbench=True).name) == ("megadepth_random", "megadepth")
+    assert "random pairs" in caplog.text
     assert names(tmp_path, "trainable") == [pair.name for pair in train.pairs] == ["0003/1-2", "0003/3-1"]
     check(train.pairs[1], shots[3], shots[1])
     assert overlap(train, test) is None

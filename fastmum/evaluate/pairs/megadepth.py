@@ -9,6 +9,7 @@ information list the pairs and the cameras:
 - DKM and RoMa: `prep_scene_info/<scene>.npy`. The same, but pairs (N, 2) and overlaps (N,).
 """
 
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame
 from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, rigid, some, square
+
+log = logging.getLogger(__name__)
 
 TEST_SCENES = ("0015", "0022")  # LoFTR's split
 MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
@@ -41,14 +44,21 @@ NO_TEST = (
 
 
 def from_root(root: Path, part: str) -> PairSet:
-    """The 1,500 pairs for "test" and "all", 1,000 for "matchbench", or pairs of all other scenes for "train"."""
+    """The 1,500 pairs for "test" and "all", 1,000 for "matchbench", or pairs of all other scenes for "train".
+
+    Without LoFTR's files the 1,500 are random ones of DKM's, a set of another name.
+    """
     files = information_files(root, part)
     if not files:
         raise DataError(f"'{root}' {NO_TRAINING if part == 'train' else NO_TEST}")
     pairs = [pair for file in files for pair in _pairs(file, root, part)]
     if part == "matchbench":
         pairs = [pairs[i] for i in some(np.arange(len(pairs)), MATCHBENCH_PAIRS)]
-    return PairSet("megadepth", pairs, origin="megadepth")
+    drawn = part in ("test", "all") and files[0].suffix == ".npy"
+    if drawn:
+        what = "so random pairs of prep_scene_info/ are taken: not those of published numbers"
+        log.warning("'%s' lacks MegaDepth-1500's list (0015_0.1_0.3.npz and its siblings), %s", root, what)
+    return PairSet("megadepth_random" if drawn else "megadepth", pairs, origin="megadepth")
 
 
 def information_files(root: Path, part: str) -> list[Path]:
