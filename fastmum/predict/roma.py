@@ -142,15 +142,15 @@ def match_pairs(images: Images, pairs: Sequence[tuple[Path, Path]], matcher: Mat
             images.skipped[images.name(file)], image = ONE_COLOUR, None
         return None if image is None else (image, read_size(file)[0])
 
+    def stored(points: Tensor, image: np.ndarray, orientation: int) -> np.ndarray:
+        height, width = image.shape[:2]
+        return stored_points(pixels(points, (width, height)), orientation, width, height).astype(np.float32)
+
     for a, b in progress_bar(pairs, unit="pair", desc="matching"):
         if (first := read(a)) is None or (second := read(b)) is None:
             continue
         matches, certainty = matcher(first[0], second[0])
-        points = [
-            stored_points(pixels(each, size), orientation, *size).astype(np.float32)
-            for each, (image, orientation) in zip(matches.split(2, 1), (first, second), strict=True)
-            for size in [image.shape[1::-1]]
-        ]
+        points = stored(matches[:, :2], *first), stored(matches[:, 2:], *second)
         found.append(PairMatches(images.name(a), images.name(b), *points, certainty.numpy()))
     if not found:
         raise FastmumError(f"no pair can be matched: {some_reasons(images.skipped, 3)}")
