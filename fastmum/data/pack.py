@@ -43,7 +43,17 @@ from fastmum.data.decode.image import (
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, write_manifest
 from fastmum.data.processes import until_terminated
-from fastmum.data.records import Frame, check_names, columns_of, first_rows, metadata_of, new_manifest, record
+from fastmum.data.records import (
+    Frame,
+    Source,
+    check_names,
+    columns_of,
+    first_rows,
+    metadata_of,
+    new_manifest,
+    open_source,
+    record,
+)
 from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.data.store import BLOCK, Place, StoredPath, is_url, join
 from fastmum.errors import program, some_names, writing
@@ -73,7 +83,7 @@ WHOLE_FILES = Settings()
 class Shard(NamedTuple):
     """A shard to be written: a task of `write_shard`."""
 
-    manifest: str | Path
+    source: Source
     out: str  # folder or URL
     name: str
     rows: np.ndarray  # (n,) int64, of the manifest
@@ -83,7 +93,7 @@ class Shard(NamedTuple):
     def key(self) -> str:
         """What the content depends on."""
         rows = xxhash.xxh3_64_hexdigest(self.rows.tobytes())
-        return f"1 {Manifest(self.manifest).checksum} {self.name} {rows} {self.settings[:3]}"
+        return f"1 {self.source.checksum} {self.name} {rows} {self.settings[:3]}"
 
 
 def pack(
@@ -105,7 +115,7 @@ def pack(
             Path(out).mkdir(parents=True, exist_ok=True)
         new_manifest(source, Path(out))
     groups = _groups(source, settings)
-    shards = [Shard(source.given, out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
+    shards = [Shard(Source.of(source), out, f"{stem}-{i:06d}", rows, settings) for i, rows in enumerate(groups)]
     if not is_url(out):
         _report_others(out, stem, {f"{shard.name}{suffix}" for shard in shards for suffix in (".tar", ".index")})
     with progress_bar(total=sum(map(len, groups)), unit="frame", desc=stem, show=progress) as bar:
@@ -235,7 +245,7 @@ def _finished(shard: Shard) -> pa.Table | None:
 
 
 def _write_members(shard: Shard, file: IO[bytes]) -> pa.Table:
-    manifest, settings = Manifest(shard.manifest), shard.settings
+    manifest, settings = open_source(shard.source), shard.settings
     found: list[tuple[Any, ...]] = []
     for row in shard.rows.tolist():
         frame = Frame(manifest, row)

@@ -1,10 +1,11 @@
 """Sequences and frames of a manifest as they were written into it."""
 
+import functools
 import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -14,6 +15,27 @@ from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest, SequenceRecord
 from fastmum.data.manifest_writer import FILES
 from fastmum.data.store import WHOLE, Place, StoredPath, is_url
+
+
+class Source(NamedTuple):
+    """A manifest in a task."""
+
+    given: str | Path  # path or URL
+    checksum: str
+    root: str  # here; on other nodes it may be moved
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Self:
+        return cls(manifest.given, manifest.checksum, str(manifest.root))
+
+
+@functools.lru_cache(maxsize=1)
+def open_source(source: Source) -> Manifest:
+    """Open the manifest, once for consecutive tasks of a process; DataError if it was replaced in the meantime."""
+    manifest = Manifest(source.given)
+    if manifest.checksum != source.checksum:
+        raise DataError(f"'{source.given}' was replaced while it was read; run the command again")
+    return manifest
 
 
 def columns_of(manifest: Manifest) -> list[str]:

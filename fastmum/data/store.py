@@ -47,8 +47,11 @@ class Place(NamedTuple):
 
 def join(root: str | Path, path: str) -> str:
     """Path or URL below a root."""
-    scheme, colon, rest = str(root).partition("://") if is_url(root) else ("", "", str(root))
-    return scheme + colon + os.path.normpath(os.path.join(rest, path))
+    if not is_url(root):
+        return os.path.normpath(os.path.join(root, path))
+    scheme, colon, rest = f"{str(root).rstrip('/')}/{path}".partition("://")
+    relative = {".", ".."}.intersection(rest.split("/"))  # otherwise a name may have empty parts
+    return scheme + colon + (os.path.normpath(rest) if relative else rest)
 
 
 class StoredPath(PosixPath):

@@ -15,7 +15,7 @@ from fastmum.data.decode.image import FrameError, read_file
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Counts, Manifest, SequenceRecord, write_manifest
 from fastmum.data.processes import until_terminated
-from fastmum.data.records import Frame, check_names, first_rows, metadata_of, new_manifest, record
+from fastmum.data.records import Frame, Source, check_names, first_rows, metadata_of, new_manifest, open_source, record
 from fastmum.data.spread import add_arguments, cluster, spread
 from fastmum.data.store import is_url
 from fastmum.errors import program, writing
@@ -28,7 +28,7 @@ ROWS = 1000  # frames of a task
 class Files(NamedTuple):
     """Files to be written: a task of `write_files`."""
 
-    manifest: str | Path
+    source: Source
     out: Path
     rows: np.ndarray  # (n,) int64, of the manifest
 
@@ -38,7 +38,7 @@ def write_files(files: Files) -> int:
 
     DataError: a file cannot be read, or not be written, or another file has its path.
     """
-    manifest = Manifest(files.manifest)
+    manifest = open_source(files.source)
     for row in files.rows.tolist():
         frame = Frame(manifest, row)
         for column, source in frame.files.items():
@@ -72,7 +72,7 @@ def unpack(
     source, out = Manifest(manifest), Path(os.path.abspath(expand_user(out)))
     made = new_manifest(source, out)
     rows = np.unique(first_rows(source))
-    tasks = [Files(source.given, out, some) for some in np.array_split(rows, -(-len(rows) // ROWS))]
+    tasks = [Files(Source.of(source), out, some) for some in np.array_split(rows, -(-len(rows) // ROWS))]
     with progress_bar(total=len(rows), unit="frame", desc=source.stem, show=progress) as bar:
         out.mkdir(parents=True, exist_ok=True)
         for count in spread(write_files, tasks, workers=workers, ray=ray, paths=(source.given, source.root, out)):

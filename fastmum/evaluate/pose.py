@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -62,8 +63,7 @@ def read(frame: Frame, size: int) -> View:
     """An image as the model reads it, with its camera; FastmumError names a file that cannot be used."""
     if frame.camera_from_world is None:
         raise DataError(f"'{frame.key}' has no pose, which the evaluation of poses needs")
-    assert frame.file is not None
-    return prepare(replace(frame, depth=None, mask=None).view(), size, frame.file)
+    return prepare(replace(frame, depth=None, mask=None).view(), size, frame.file or Path(frame.key))
 
 
 def draw_of(pair: Pair, views: list[View], R: np.ndarray, t: np.ndarray) -> PairView:

@@ -83,8 +83,9 @@ def compile_kinds(
         return
     computes = {kind: torch.compile(kind._compute, fullgraph=True, dynamic=dynamic) for kind in kinds}
     for module in modules:
-        if type(module) in computes:
-            cast(Any, module).compiled_compute = computes[type(module)]
+        # FSDP2 replaces the class of a module by a subclass.
+        if kind := next((each for each in type(module).__mro__ if each in computes), None):
+            cast(Any, module).compiled_compute = computes[kind]
 
 
 def choose_mode(mode: str, device: torch.device, steps: int) -> str:

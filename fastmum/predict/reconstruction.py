@@ -152,8 +152,8 @@ def write_results(
 ) -> None:  # fmt: skip
     """Write all files of a prediction: sparse/0, cameras.json, depth, cloud.ply, cloud.glb and view.html.
 
-    Those of an earlier one are replaced; its depth maps are those that its cameras.json names.
-    FastmumError: files cannot be written, or nothing finite was predicted.
+    Those of an earlier one are replaced, and its other depth maps deleted. FastmumError:
+    files cannot be written, or nothing finite was predicted.
     """
     poses = zip(photos, found.camera_from_world, found.K, strict=True)
     cameras = [photo.camera(pose, K) for photo, pose, K in poses]
@@ -162,14 +162,11 @@ def write_results(
         np.isfinite(x).all() for camera in cameras for x in (camera.K, camera.camera_from_world)
     ):
         raise FastmumError("the model predicts no finite cameras and depth; use an earlier checkpoint")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        for frame in read_json(out / "cameras.json")["frames"]:
-            (out / frame["depth"]).unlink(missing_ok=True)
-    (out / "view.html").unlink(missing_ok=True)
     step = FARTHEST * float(np.median(found.depth[np.isfinite(found.depth)])) / LEVELS
     write_model(out / "sparse/0", [photo.name for photo in photos], cameras, points)
     frames = []
     with writing(out, FastmumError):
+        _delete_earlier(out)
         for i, photo in enumerate(progress_bar(photos, unit="image", desc="writing", leave=False)):
             file = out / "depth" / f"{photo.name}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -187,3 +184,16 @@ def write_results(
         if page:
             names = [photo.name for photo in photos]
             write_atomic(out / "view.html", viewer(*cloud, cameras, names, f"{source['run']}: {source['images']}"))
+
+
+def _delete_earlier(out: Path) -> None:
+    """Delete page and depth maps of an earlier prediction: those that its cameras.json names, in the folder `depth`."""
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        content = read_json(out / "cameras.json")
+        names = [frame["depth"] for frame in content["frames"] if "run" in content]
+        (out / "view.html").unlink(missing_ok=True)
+    folder = (out / "depth").resolve()
+    for file in (out / name for name in names):
+        if file.resolve().parent.is_relative_to(folder):
+            file.unlink(missing_ok=True)

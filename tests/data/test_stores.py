@@ -227,7 +227,7 @@ class TestObjectStores:
             Thread(target=server.serve_forever, daemon=True).start()
             url = f"http://127.0.0.1:{server.server_port}/scenes.arrow"
             assert pack(url, tmp_path / "of_url", SMALL) == unpack(url, tmp_path / "unpacked")
-            assert {task.manifest for task in given} == {url}
+            assert {task.source.given for task in given} == {url}
             shutil.copy(shards, loose)
             assert Manifest(url).checksum == Manifest(shards).checksum
             server.shutdown()

@@ -65,6 +65,8 @@ def test_a_list_of_pairs_needs_no_depth_but_poses(wall_file):
     assert len(open_pairs(str(wall_file)).pairs) == 1
     pairs = open_pairs(str(wall_file), needs_depth=False)
     assert evaluate_pose(oracle(pairs), pairs, 32).numbers["scores"]["auc5"] == pytest.approx(100, abs=1e-3)
+    motorcycle = open_pairs("motorcycle")  # whose frames have no files
+    assert evaluate_pose(oracle(motorcycle), motorcycle, 32).numbers["scores"]["auc5"] == pytest.approx(100, abs=1e-3)
     first = pairs.pairs[0]
     unknown = replace(first, a=replace(first.a, camera_from_world=None))
     outside = replace(first, b=replace(first.b, K=first.b.K @ [[1, 0, 9], [0, 1, 0], [0, 0, 1]]))

@@ -9,7 +9,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastmum import ModelConfig, MuM
-from fastmum.model.compile import CPU_STEPS_TO_PAY, compile_model, eager, has_cpp_compiler
+from fastmum.model.block import Block
+from fastmum.model.compile import CPU_STEPS_TO_PAY, blocks_of, compile_kinds, compile_model, eager, has_cpp_compiler
 from fastmum.model.inputs import seeded_noise
 
 F, SIDE = 8, 32
@@ -141,3 +142,12 @@ def test_without_a_compiler_it_warns_and_runs_eager(tiny, monkeypatch, tmp_path,
     assert tiny(*batch(0)[:2]).loss.isfinite()
     with pytest.raises(ValueError, match="auto, block, full, off"):
         compile_model(tiny, "always", steps=1)
+
+
+@pytest.mark.skipif(not has_cpp_compiler(), reason="nothing is compiled without a C++ compiler")
+def test_blocks_whose_class_a_strategy_replaced_are_compiled_too(small):
+    block, linear = blocks_of(small)[0], torch.nn.Linear(2, 2)
+    block.__class__ = type("FSDPBlock", (Block,), {})  # as `fully_shard` does
+    compile_kinds([block, linear], (Block,), "block", torch.device("cpu"), 1)
+    assert block.compiled_compute is not None
+    assert not hasattr(linear, "compiled_compute")

@@ -136,11 +136,21 @@ def test_points_keep_to_percentile_bound_and_image(run, photos):
 def test_results_replace_those_of_an_earlier_prediction(run, photos, results, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(results, out)
-    for file in ("depth/my own.png", "view.html"):
+    for file in ("depth/my own.png", "view.html", "../outside.png"):
         (out / file).write_text("not listed")
-    assert main([str(run), str(photos / "1.png"), "--out", str(out), "--no-page"]) == 0
+    content = json.loads((out / "cameras.json").read_text())
+    content["frames"].append({"depth": "depth/../../outside.png"})
+    (out / "cameras.json").write_text(json.dumps(content))
+    words = [str(run), str(photos / "1.png"), "--out", str(out), "--no-page"]
+    assert main(words) == 0
     assert {file.name for file in (out / "depth").iterdir()} == {"1.png.png", "my own.png"}
     assert not (out / "view.html").exists()
+    assert (tmp_path / "outside.png").exists()
+    content.pop("run")  # as in cameras.json of a rendered scene
+    content["frames"] = [{"depth": "depth/my own.png"}]
+    (out / "cameras.json").write_text(json.dumps(content))
+    assert main(words) == 0
+    assert (out / "depth/my own.png").exists()
 
 
 def test_one_pass_in_chunks_is_the_model_itself(run):

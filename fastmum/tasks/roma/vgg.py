@@ -18,7 +18,7 @@ LAYERS = (2, 2, 4, 4)  # convolutions of VGG19 before each pooling
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm that leaves its running statistics as they are if those of a batch are not finite.
 
-    Autograd does not keep them, so that they may be averaged over processes before the backward pass.
+    They are updated on copies that autograd does not save, so that they may be averaged before the backward pass.
     """
 
     def forward(self, x: Tensor) -> Tensor:
