@@ -208,6 +208,22 @@ def test_clouds_of_one_point():
     assert len(glb(xyz, rgb)) % 4 == 0
 
 
+def screenshot(page, shot):
+    assert 'src="http' not in page.read_text(encoding="utf-8")
+    software = "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"
+    chromium(page, *software, "--window-size=800,600", f"--screenshot={shot}")
+    return np.asarray(Image.open(shot).convert("RGB")).astype(int)
+
+
+@pytest.mark.slow
+def test_the_page_of_a_prediction_opens_in_a_browser(run, photos, tmp_path):
+    pytest.importorskip("plotly")
+    assert main([str(run), str(photos), "--out", str(tmp_path), "--max-points", "3000"]) == 0
+    page = (tmp_path / "view.html").read_text(encoding="utf-8")
+    assert all(name in page for name in SIZES)
+    assert len(np.unique(screenshot(tmp_path / "view.html", tmp_path / "shot.png").reshape(-1, 3), axis=0)) > 100
+
+
 @pytest.mark.slow
 def test_the_page_shows_cloud_and_cameras_in_a_browser(tmp_path):
     pytest.importorskip("plotly")
@@ -221,10 +237,7 @@ def test_the_page_shows_cloud_and_cameras_in_a_browser(tmp_path):
     assert np.allclose(corners[corners[:, 2] > 0.1][0] @ cameras[1].K.T, [0, 0, 0.5])
     page, shot = tmp_path / "view.html", tmp_path / "shot.png"
     page.write_text(viewer(xyz, rgb, cameras, ["a.png", "</script>.png"], "a & b"), encoding="utf-8")
-    assert 'src="http' not in page.read_text(encoding="utf-8")
-    software = "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"
-    chromium(page, *software, "--window-size=800,600", f"--screenshot={shot}")
-    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    pixels = screenshot(page, shot)
     green = (pixels[..., 1] > pixels[..., 0] + 60) & (pixels[..., 1] > pixels[..., 2] + 60)
     red = (pixels[..., 0] > pixels[..., 1] + 60) & (pixels[..., 0] > pixels[..., 2] + 60)
     blue = pixels[..., 2] > pixels[..., 0] + 60
