@@ -4,7 +4,6 @@ import logging
 import pickle
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,8 +13,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from processes import wait_for
-from stored import SMALL, batches, contents
+from processes import FORKSERVER, wait_for
+from stored import SMALL, batches, contents, stage
 
 from fastmum.config import load_config
 from fastmum.data import remote, staging, store
@@ -102,12 +101,12 @@ class TestStage:
         with pytest.raises(DataError, match=r"file/fastmum-stage' cannot be written"):
             staging.start(str(tmp_path / "file"), 1)
 
-    def test_threads_stage_the_same_files(self, shards, tmp_path, no_stage):
-        staging.start(str(tmp_path / "scratch"), 1)
-        files = Manifest(shards).files(np.arange(24))
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _: [staging._stage.copy(file.place) for file in files], range(4)))
-        assert [staging._stage.read(file.place) for file in files] == contents(Manifest(shards))
+    def test_processes_and_threads_stage_the_same_files(self, shards, tmp_path):
+        right = contents(Manifest(shards))
+        with FORKSERVER.Pool(2) as pool:
+            found = [pool.apply_async(stage, (shards, tmp_path / "scratch")) for _ in range(2)]
+            assert [each.get(60) for each in found] == [right, right]
+        assert not [*(tmp_path / "scratch").rglob(".partial*")]
 
 
 @pytest.fixture(scope="module")
