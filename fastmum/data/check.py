@@ -13,7 +13,7 @@ from fastmum.data import remote
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifest
 from fastmum.data.spread import spread
-from fastmum.data.store import WHOLE, Place, StoredPath, fetch, is_url
+from fastmum.data.store import WHOLE, Place, fetch, is_url, place_of
 from fastmum.progress import progress_bar
 
 THREADS = 16  # that read archives, or list folders: network file systems have a high latency
@@ -38,7 +38,7 @@ def members_of(manifest: Manifest, column: str) -> Iterator[Members]:
     groups: dict[str, dict[Place, str]] = defaultdict(dict)
     for rows in np.array_split(np.flatnonzero(present), max(1, len(present) // 4096)):
         for path in manifest.column_files(column, rows):
-            place = (path.place if isinstance(path, StoredPath) else None) or Place(str(path))
+            place = place_of(path)
             groups[place.store][place] = str(path)
     whole: list[tuple[str, Place]] = []
     for archive, files in groups.items():

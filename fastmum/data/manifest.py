@@ -57,7 +57,7 @@ from fastmum.data.manifest_writer import Counts as Counts  # public here
 from fastmum.data.manifest_writer import SequenceRecord as SequenceRecord
 from fastmum.data.manifest_writer import write_manifest as write_manifest
 from fastmum.data.remote import local_copy
-from fastmum.data.store import Handle, Place, StoredPath, is_url, join
+from fastmum.data.store import Handle, Place, StoredPath, is_url, join, place_of
 from fastmum.files import expand_user
 
 
@@ -261,7 +261,7 @@ class Manifest:
             path = str(SIDES[format.reader](file))
             side = StoredPath.at(path, Place(path))
         if side is not None:
-            file = StoredPath.at(str(file), getattr(file, "place", None) or Place(str(file)), side)
+            file = StoredPath.at(str(file), place_of(file), side)
         return file, format
 
     def mask_file(self, row: int) -> Path | None:

@@ -55,7 +55,7 @@ from fastmum.data.records import (
     record,
 )
 from fastmum.data.spread import add_arguments, cluster, spread
-from fastmum.data.store import BLOCK, Place, StoredPath, is_url, join
+from fastmum.data.store import BLOCK, Place, StoredPath, is_url, join, place_of
 from fastmum.errors import program, some_names, writing
 from fastmum.files import atomic_path
 from fastmum.progress import progress_bar
@@ -157,7 +157,7 @@ def _sizes(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
     def size(row: int) -> int:
         total = 0
         for file in Frame(manifest, row).files.values():
-            place = getattr(file, "place", None) or Place(str(file))
+            place = place_of(file)
             try:
                 total += BLOCK + (place.length if place.length >= 0 else _size(place.store))
             except OSError as error:  # one that lasts is an error where the file is packed

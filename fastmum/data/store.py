@@ -111,6 +111,11 @@ class StoredPath(PosixPath):
             return False
 
 
+def place_of(file: Path) -> Place:
+    """The place of a file: its own one, or all of a real file or an object."""
+    return getattr(file, "place", None) or Place(str(file))
+
+
 def stat_of(kind: int, size: int) -> os.stat_result:
     """The result of `os.stat` for a read-only file or folder of a size."""
     return os.stat_result((kind | 0o555, 0, 0, 1, 0, 0, size, 0, 0, 0))

@@ -135,7 +135,7 @@ def choose_points(
     frame = np.searchsorted(starts, kept, side="right") - 1
     xy, xyz, rgb = np.empty((len(kept), 2)), np.empty((len(kept), 3)), np.empty((len(kept), 3), np.uint8)
     for i, (photo, camera) in enumerate(zip(photos, cameras, strict=True)):
-        own = slice(*np.searchsorted(frame, [i, i + 1]))
+        own = slice(*np.searchsorted(kept, starts[i : i + 2]))
         y, x = np.divmod(np.flatnonzero(inside[i])[kept[own] - starts[i]], found.depth.shape[2])
         left, top, right, bottom = photo.box
         scale = photo.size[0] / (right - left), photo.size[1] / (bottom - top)
@@ -152,8 +152,8 @@ def write_results(
 ) -> None:  # fmt: skip
     """Write all files of a prediction: sparse/0, cameras.json, depth, cloud.ply, cloud.glb and view.html.
 
-    Those of an earlier one are replaced, and its other depth maps deleted. FastmumError:
-    files cannot be written, or nothing finite was predicted.
+    Those of an earlier one are replaced, and its other depth maps deleted. FastmumError: files cannot be written, or
+    nothing finite was predicted.
     """
     poses = zip(photos, found.camera_from_world, found.K, strict=True)
     cameras = [photo.camera(pose, K) for photo, pose, K in poses]

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from fastmum.tasks.pose.model import Poses, of_other_view
 
-COSINE = 1 - 1e-6  # bound of cosines
-EPS = 1e-6  # added to lengths
+COSINE = 1 - 1e-6  # bound of cosines (Reloc3r's loss)
+EPS = 1e-6  # added to lengths (Reloc3r's loss)
 
 
 def true_poses(camera_from_world: Tensor) -> Poses:
