@@ -65,6 +65,7 @@ export -f evaluate correspondence downstream arm
 for seed in ${SEEDS:-0 1 2}; do
   for arm in ${ARMS:-mum mae untrained}; do echo "$arm $seed"; done
 done | xargs -P "${JOBS:-2}" -L 1 bash -euo pipefail -c 'arm "$0" "$1"'
-cp "$FOLDER/results/${MOMENTS##* }"/*.json "$FOLDER/results/final"
+last="$FOLDER/results/${MOMENTS##* }"
+[ ! -d "$last" ] || cp "$last"/*.json "$FOLDER/results/final"
 "$PYTHON" -m fastmum.evaluate.seeds "$FOLDER/results/final" --plots "$FOLDER/plots"
-"$PYTHON" -m fastmum.evaluate.curves "$FOLDER"/results/[0-9]* --plots "$FOLDER/plots"
+[ ! -d "$last" ] || "$PYTHON" -m fastmum.evaluate.curves "$FOLDER"/results/[0-9]* --plots "$FOLDER/plots"

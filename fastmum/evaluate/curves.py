@@ -15,7 +15,7 @@ from statistics import mean
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command
 from fastmum.evaluate.records import MATCHERS, file_stem, make_folder, read
-from fastmum.evaluate.results import NONE, TITLES, Contents, check_same, markdown, models, set_of
+from fastmum.evaluate.results import TITLES, Contents, check_same, markdown, models, set_of, spread
 from fastmum.evaluate.seeds import svg_axes
 
 Points = dict[int, list[float]]  # by frames seen, a value for each seed
@@ -40,11 +40,12 @@ def curves(folders: Sequence[Path]) -> dict[tuple[str, str], dict[str, Points]]:
 
 
 def table(models: dict[str, Points]) -> str:
-    """Mean end-point errors, a row for each model and a column for each number of frames, in Markdown."""
+    """Mean and standard deviation of end-point errors by model and frames; "(n)" where a moment has fewer seeds."""
     frames = sorted({count for points in models.values() for count in points})
     rows = [["weights", *(f"{count:,}" for count in frames)]]
     for name, points in models.items():
-        rows.append([name, *(f"{mean(points[count]):.1f}" if count in points else NONE for count in frames)])
+        seeds = max(map(len, points.values()))
+        rows.append([name, *(spread(points.get(count, []), ".1f", among=seeds) for count in frames)])
     return markdown(rows)
 
 

@@ -4,7 +4,6 @@ import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from statistics import mean, stdev
 from typing import Any
 
 from fastmum.data.errors import DataError
@@ -23,6 +22,7 @@ from fastmum.evaluate.results import (
     group,
     models,
     score_title,
+    spread,
 )
 from fastmum.pretrained.load import RANDOM
 
@@ -70,11 +70,7 @@ def _title(of: ResultGroup, score: str) -> str:
 
 def _cell(of: ResultGroup, score: str, weights: Sequence[str]) -> str:
     values = [content["scores"].get(score) for content in of.contents if content["weights"] in weights]
-    known = [value for value in values if value is not None]
-    if not known:
-        return NONE
-    spread = f" ± {stdev(known):.{digits(score)}f}" if len(known) > 1 else ""
-    return f"{mean(known):.{digits(score)}f}{spread}" + (f" ({len(known)})" if len(known) < len(weights) else "")
+    return spread(values, f".{digits(score)}f", among=len(weights))
 
 
 def _published(of: ResultGroup, score: str, method: str) -> str:

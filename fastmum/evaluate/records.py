@@ -60,7 +60,7 @@ def make_folder(folder: Path, flag: str = "--out") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / ".writable", "")
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)  # another process may check the same folder
     except OSError as error:
         raise DataError(f"{flag} '{folder}' cannot be written to ({error.strerror}); name another folder") from None
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from fastmum.data.errors import DataError
@@ -132,6 +133,15 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {lines[0]} |", ruler, *(f"| {line} |" for line in lines[1:])])
 
 
+def spread(values: Iterable[float | None], digits: str, among: int = 0) -> str:
+    """Mean and standard deviation of the values that are not None; their number follows if it is less than `among`."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return NONE
+    around = f" ± {format(stdev(there), digits.lstrip('+'))}" if len(there) > 1 else ""
+    return f"{format(mean(there), digits)}{around}" + (f" ({len(there)})" if len(there) < among else "")
+
+
 class Measured(NamedTuple):
     """What a result was measured on; only results of the same evaluation on the same can be compared."""
 
@@ -218,8 +228,10 @@ def check_same(contents: Contents) -> None:
 def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
     """Results by evaluation and pairs; a group without results for every other set that the paper has numbers of."""
     found: dict[tuple[str, Measured], list[dict[str, Any]]] = {}
-    for content in contents:
-        found.setdefault((content["task"], measured_on(content)), []).append(content)
+    measured = [(content, measured_on(content)) for content in contents]
+    named = {(each["task"], on._replace(names=frozenset())): on for each, on in measured if on.names}
+    for content, on in measured:  # results without names of pairs belong to those with as many pairs
+        found.setdefault((content["task"], named.get((content["task"], on), on)), []).append(content)
     kinds: dict[tuple[Any, ...], list[frozenset[str]]] = {}
     groups = []
     for (task, on), results in found.items():

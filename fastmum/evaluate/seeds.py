@@ -10,7 +10,7 @@ import contextlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from fastmum.data.errors import DataError
@@ -32,6 +32,7 @@ from fastmum.evaluate.results import (
     models,
     score_title,
     set_of,
+    spread,
 )
 
 LEADING = {"epe": "end-point error, pixels of 448 x 448", "recall": "recall, percent", "rmse": "RMSE, metres"}
@@ -81,24 +82,16 @@ def _title(task: str, name: str, weights: dict[str, Contents]) -> str:
 def _score_cells(seeds: Contents) -> dict[str, str]:
     scores = [score for score in SCORES if any(score in content["scores"] for content in seeds)]
     return {
-        score_title(score): _spread([c["scores"].get(score) for c in seeds], f".{digits(score)}f") for score in scores
+        score_title(score): spread([c["scores"].get(score) for c in seeds], f".{digits(score)}f") for score in scores
     }
 
 
 def _view_cells(seeds: Contents) -> dict[str, str]:
-    cells = {score_title(f"{VIEWS}1"): _spread([c["same"][0] for c in seeds], ".4f")}
+    cells = {score_title(f"{VIEWS}1"): spread([c["same"][0] for c in seeds], ".4f")}
     for kind, label in (("same", "views"), ("other", "unrelated")):
         for i, count in enumerate(seeds[0]["views"][1:], 1):
-            cells[f"{count} {label}"] = _spread([c[kind][i] - c[kind][0] for c in seeds], "+.4f")
+            cells[f"{count} {label}"] = spread([c[kind][i] - c[kind][0] for c in seeds], "+.4f")
     return cells
-
-
-def _spread(values: Sequence[float | None], digits: str) -> str:
-    there = [value for value in values if value is not None]
-    if not there:
-        return NONE
-    around = f" ± {format(stdev(there), digits.lstrip('+'))}" if len(there) > 1 else ""
-    return f"{format(mean(there), digits)}{around}"
 
 
 def draw(spread: Spread, folder: Path) -> list[Path]:

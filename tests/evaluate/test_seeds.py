@@ -24,6 +24,11 @@ def encoder(weights, kind="timm", frames=None):
     return matching(weights, 50.0) | {"frames": frames, "encoder": {"kind": kind}}
 
 
+def attention(weights, pairs):  # `pairs` were dropped from a result that has none
+    record = {"task": "attention", "set": "scenes", "weights": weights, "pairs": 2, "scores": {"epe": 50.0}}
+    return record | {"per_pair_epe": dict.fromkeys(pairs, 50.0)} if pairs else record
+
+
 APART = (  # no seeds of one model
     encoder("vit_patch16_224"), encoder("vit_patch16_384"), encoder("vit-b-16"), encoder("vit-b-32"),
     encoder("run step_0002000", "mum", 2000), encoder("run step_0012500", "mum", 2500), encoder("mae 400"),
@@ -39,6 +44,7 @@ def folder(tmp_path):
         matching("mum 1", 30.0) | {"protocol": "matchbench"},
         views("mum 0", [0.8, 0.78, 0.76], [0.8, 0.81, 0.82]), views("mum 1", [0.9, 0.86, 0.84], [0.9, 0.90, 0.90]),
         {"task": "cosine", "set": "navi", "weights": "a 0", "scores": {"recall": 40.0}},
+        *(attention(name, pairs) for name, pairs in (("mum 0", ()), ("mum 1", ("a/b", "a/c")))),
         *APART,
     ):  # fmt: skip
         save(tmp_path, content | {"settings": {}}, [])
@@ -55,7 +61,7 @@ def test_tables_and_pictures(folder, tmp_path, capsys):
         "untrained | 1 | – | 50.0",
         "mum 1 | 1 | 30.0 | 50.0",
         "no motion | | 70.0 | 20.0",
-        "mum (seeds) | 2 | 42.0 ± 2.8 | 30.0 (1) | – | 0.850 ± 0.071",
+        "mum (seeds) | 2 | 42.0 ± 2.8 | 30.0 (1) | – | 50.0 ± 0.0 | 0.850 ± 0.071",
         "mum | 2 | 0.8500 ± 0.0707 | -0.0300 ± 0.0141 | -0.0500 ± 0.0141 | +0.0050 ± 0.0071 | +0.0100 ± 0.0141",
     ):
         assert f"| {row} |\n" in printed
@@ -75,15 +81,17 @@ def test_learning_curves(tmp_path, capsys):
     for frames, values in (
         (100, {"mum 0": 60.0, "mum 1": 64.0, "mae 0": 50.0}),
         (2000, {"mum 0": 40.0, "mum 1": 42.0}),
+        (4000, {"mum 0": 30.0}),
     ):
         for name, epe in values.items():
             (tmp_path / str(frames)).mkdir(exist_ok=True)
             save(tmp_path / str(frames), matching(name, epe) | {"frames": frames, "settings": {}}, [])
     save(tmp_path / "2000", matching("of a file", 1.0) | {"settings": {}}, [])  # no number of frames
     plots = tmp_path / "plots"
-    assert curves.main([str(tmp_path / "100"), str(tmp_path / "2000"), "--plots", str(plots)]) == 0
+    folders = [str(tmp_path / name) for name in ("100", "2000", "4000")]
+    assert curves.main([*folders, "--plots", str(plots)]) == 0
     printed = re.sub(" +", " ", capsys.readouterr().out)
-    for row in ("weights | 100 | 2,000", "mum | 62.0 | 41.0", "mae | 50.0 | –"):
+    for row in ("weights | 100 | 2,000 | 4,000", "mum | 62.0 ± 2.8 | 41.0 ± 1.4 | 30.0 (1)", "mae | 50.0 | – | –"):
         assert f"| {row} |\n" in printed
     assert "of a file" not in printed
     assert "frames seen" in (plots / "curve-matching-scenes.svg").read_text()
