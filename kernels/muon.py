@@ -54,18 +54,19 @@ def orthogonalize(x: Tensor, coefficients: Coefficients) -> Tensor:
     check_floating("x", x, 3, "(n, r, c)")
     if widens(x):
         return orthogonalize(x.float(), coefficients).to(x.dtype)
+    if x.shape[1] > x.shape[2]:  # the Gram matrix of the rows is the smaller one
+        return orthogonalize(x.mT, coefficients).mT
     piece = max(1, CPU_PIECE // max(1, x.shape[1] * x.shape[2]))
     if len(x) > piece and x.device.type == "cpu" and not use_triton(x):
         return torch.cat([orthogonalize(some, coefficients) for some in x.split(piece)])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=dtype)
     x = torch.div(x, norm * NORM_MARGIN + EPS, out=torch.empty_like(x))
-    tall = x.shape[1] > x.shape[2]
     for a, b, c in coefficients:
-        gram = symmetric_product(x.mT if tall else x)  # the smaller one
+        gram = symmetric_product(x)
         factor = symmetric_product(gram, c, gram, b)
         factor.diagonal(dim1=1, dim2=2).add_(a)
-        x = torch.bmm(x, factor) if tall else torch.bmm(factor, x)
+        x = torch.bmm(factor, x)
     return x
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastmum.kernels.checks import check_floating
 from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, tl, use_triton
-from fastmum.kernels.matmul import SIXTEEN_BITS, widens
+from fastmum.kernels.matmul import SIXTEEN_BITS, products_choice, widens
 from fastmum.kernels.plans import operator, planned
 
 
@@ -26,7 +26,8 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, add: Tensor | None = None, 
         beta: factor of `add`.
 
     Returns:
-        (n, r, r) symmetric, contiguous, in the dtype of x. TypeError or ValueError: another dtype or shape.
+        (n, r, r) symmetric, contiguous, in the dtype of x. TypeError or ValueError: another dtype or shape. On a GPU
+        by one kernel, or with `FASTMUM_PRODUCTS=library` by the library.
     """
     check_floating("x", x, 3, "(n, r, c)")
     n, r, _ = x.shape
@@ -41,7 +42,8 @@ def symmetric_product(x: Tensor, alpha: float = 1.0, add: Tensor | None = None, 
 
 @operator("symmetric_product")
 def _symmetric_product(x: Tensor, alpha: float, add: Tensor | None, beta: float) -> Tensor:
-    return (_symmetric_triton if use_triton(x) else _symmetric_torch)(x, alpha, add, beta)
+    fused = use_triton(x) and products_choice() != "library"
+    return (_symmetric_triton if fused else _symmetric_torch)(x, alpha, add, beta)
 
 
 @register_fake(_symmetric_product)

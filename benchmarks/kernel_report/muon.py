@@ -16,11 +16,9 @@ from fastmum.kernels import muon, symmetric
 
 
 def symmetric_case(shape: tuple[int, int, int], dtype: torch.dtype, way: str = "") -> Case:
-    """Matrices in, products out; or "transposed" matrices; or "add": and symmetric matrices, the tiles computed, in."""
+    """Matrices in, products out; or "add": and symmetric matrices, the tiles computed, in."""
     n, r, c = shape
     x, add = zeros(n, r, c, dtype=dtype), zeros(n, r, r, dtype=dtype) if way == "add" else None
-    if way == "transposed":
-        x = zeros(n, c, r, dtype=dtype).mT
     block, _ = symmetric.tile_sizes(dtype)
     heights = [min(block, r - first) for first in range(0, r, block)]
     lower = sum(height * min(r, (i + 1) * block) for i, height in enumerate(heights))

@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--recorded", action="store_true", help="price what is recorded: seconds instead of minutes")
     add("--record", action="store_true", help="lower the default step (or a --side of it) for all GPUs, and record it")
     add("--page", action="store_true", help="write docs/predictions.md from the record")
-    add("--updates", action="store_true", help="only the update of the weights, by AdamW and by Muon, on every GPU")
+    add("--updates", action="store_true", help="updates of the weights by AdamW and by Muon, and steps, on every GPU")
     add("--json", action="store_true", help="JSON on standard output instead of the table")
     return parser
 

@@ -1,7 +1,8 @@
 """The update of the weights by AdamW and by Muon, on one device and on several with replicated weights.
 
 Muon's products are divided among devices (`fastmum.engine.muon`): the one with the most work is counted, and the
-all-gather of the updates in bfloat16 is added, with nothing hidden.
+all-gather of the updates in bfloat16 is added, with nothing hidden. The rest of the step is that of the record, without
+the all-reduce of the gradients, which hides behind the backward pass where the links are fast enough.
 """
 
 from unittest import mock
@@ -12,15 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.offline.efficiency import efficiencies
 from benchmarks.offline.gpus import Gpu
-from benchmarks.offline.kernel import Cost
+from benchmarks.offline.kernel import OPTIMISER, Cost
 from benchmarks.offline.pricing import Assumptions
-from benchmarks.offline.steps import Batch, give_gradients, place, pretending, summed_cost
+from benchmarks.offline.report import BLOCKS, STEP, recorded
+from benchmarks.offline.steps import Batch, place, pretending, summed_cost
 from fastmum.config.schema import OptimSection
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.optimizer import build_optimizer
 from fastmum.engine.task import matrices_of
 from fastmum.model.compile import blocks_of
-from fastmum.model.config import ModelConfig
+from fastmum.model.config import PRESETS, ModelConfig
 from fastmum.model.mum import MuM
 
 DEVICES = (1, 8, 64)
@@ -32,7 +34,10 @@ NETWORK = {"a100": 25e9, "h100": 50e9, "h200": 50e9}
 
 
 def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int = 1) -> tuple[Cost, int]:
-    """The update of bfloat16 weights with float32 halves, and the bytes of its all-gather. Gradients are bfloat16."""
+    """The update of bfloat16 weights with float32 halves, and the bytes of its all-gather.
+
+    Gradients are bfloat16 on one device, and float32 sums (`fastmum.engine.gradients`) on several.
+    """
     with pretending(gpu, Batch(1, 1)) as recorder:
         with torch.device("meta"):
             model = MuM(config)
@@ -45,10 +50,11 @@ def update_cost(config: ModelConfig, gpu: Gpu, optim: OptimSection, devices: int
             )
             for part in getattr(optimizer, "partitions", []):
                 part.rank = max(range(devices), key=part.loads.__getitem__)
-            give_gradients(model)
+            dtype = torch.float32 if devices > 1 else None
+            gradients = {p: torch.empty_like(p, dtype=dtype) for p in model.parameters()}
             state = recorder.live
             recorder.restart()
-            optimizer.step(1e-4, found_inf=torch.zeros(()))
+            optimizer.step(1e-4, gradients.get, torch.zeros(()))
             moved = sum(call.args[0].nbytes for call in gathers.call_args_list)
         return summed_cost(recorder, state, {}), moved
 
@@ -61,21 +67,32 @@ def gather_seconds(moved: int, name: str, devices: int) -> float:
 
 
 def table(config: ModelConfig, gpus: dict[str, Gpu]) -> str:
-    """Milliseconds of an update by GPU, optimizer and number of devices: likely, low and high predictions."""
-    lines = [f"{'update, predicted ms':22}" + "".join(f"{gpu:>24}" for gpu in gpus)]
-    for label, optim, devices in [
-        ("AdamW", OptimSection(), 1),
-        *((f"Muon, {n} devices", OptimSection(optimizer="muon"), n) for n in DEVICES),
-    ]:
+    """Milliseconds by GPU, optimizer and number of devices: likely, low and high predictions of updates and steps.
+
+    Steps are recorded for one model (`report.STEP`) only.
+    """
+    is_recorded = config == PRESETS[str(STEP["model"])]
+    updates, steps = ([f"{what + ', predicted ms':22}" + "".join(f"{gpu:>24}" for gpu in gpus)]
+                      for what in ("update", "step"))  # fmt: skip
+    runs = [("adamw", 1, "1 device"), ("adamw", 8, "several"), *(("muon", n, f"{n} devices") for n in DEVICES)]
+    for optimizer, devices, label in runs:
         cells = []
         for name, gpu in gpus.items():
-            cost, moved = update_cost(config, gpu, optim, devices)
+            cost, moved = update_cost(config, gpu, OptimSection(optimizer=optimizer), devices)
+            rest = recorded(gpu.arch)[BLOCKS].kernels if is_recorded else {}
+            others = {kernel: n for kernel, n in rest.items() if kernel.kind != OPTIMISER}
             shares = efficiencies(name)
-            device, gather = Assumptions(gpu, shares).device(cost.kernels), gather_seconds(moved, name, devices)
             slow, likely, fast, _ = shares["links"]
-            low, middle, high = (
-                1e3 * (s + gather / share) for s, share in zip(device, (fast, likely, slow), strict=True)
-            )
-            cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
-        lines.append(f"{label:22}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+            gather = [gather_seconds(moved, name, devices) / share for share in (fast, likely, slow)]
+            times = (Assumptions(gpu, shares).device(some) for some in (cost.kernels, others))
+            update, other = ([1e3 * s for s in some] for some in times)
+            update = [a + 1e3 * b for a, b in zip(update, gather, strict=True)]
+            cells.append([_range(update), _range([a + b for a, b in zip(update, other, strict=True)])])
+        for lines, row in zip((updates, steps), zip(*cells, strict=True), strict=True):
+            lines.append(f"{optimizer + ', ' + label:22}" + "".join(f"{cell:>24}" for cell in row))
+    return "\n".join([*updates, *(["", *steps] if is_recorded else [])])
+
+
+def _range(times: list[float]) -> str:
+    low, likely, high = times
+    return f"{likely:.1f} ({low:.1f} to {high:.1f})"

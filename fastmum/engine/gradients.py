@@ -74,6 +74,11 @@ class Gradients:
         grad = parameter.grad
         return grad.to_local() if isinstance(grad, DTensor) else grad
 
+    def missing(self) -> list[nn.Parameter]:
+        """Parameters without a gradient on this process; call it between `finish` and `clear`."""
+        others = (p for parameters in self._groups for p in parameters if p not in self._views)
+        return [*(p for bucket in self._all_buckets for p in bucket.empty), *(p for p in others if p.grad is None)]
+
     def norms(self) -> list[Tensor]:
         """The 2-norm of each group's gradient, 0-d float32 on the device, the same on every device."""
         norms, sharded = [], []
@@ -148,15 +153,15 @@ class _Bucket:
 
     def clear(self) -> None:
         self.missing = len(self.views)
-        self._empty = set(self.views)
+        self.empty = set(self.views)  # those without a gradient so far
         self._sent = False
 
     def add(self, parameter: nn.Parameter) -> None:
         view, grad = self.views[parameter], parameter.grad
         assert grad is not None
-        if parameter in self._empty:
+        if parameter in self.empty:
             view.copy_(grad)
-            self._empty.discard(parameter)
+            self.empty.discard(parameter)
         else:
             view.add_(grad)
         parameter.grad = None
@@ -165,7 +170,7 @@ class _Bucket:
         if self._sent:
             return
         self._sent = True
-        for parameter in self._empty:  # got no gradient
+        for parameter in self.empty:  # got no gradient
             self.views[parameter].zero_()
         if self._sent_as is not None:
             self._wire = self.sum.to(self._sent_as)

@@ -46,7 +46,8 @@ class Muon(AdamW):
         expected = matrices[0].parameter.dtype
         for name, p, n in ((w.name, w.parameter, w.matrices) for w in matrices):
             if p.ndim != 2 or len(p) % n or not local(p).is_contiguous() or p.dtype != expected:
-                raise ConfigError(f"optim.optimizer is muon, but '{name}' is not {n} dense matrices of {expected}")
+                what = f"{n} dense matrices of {expected}" + " outside of Task.exact" * (expected != torch.float32)
+                raise ConfigError(f"optim.optimizer is muon, but '{name}' is not {what}")
         products = dtype, COEFFICIENTS[optim.orthogonalize]
         sharded = [_Unit(w) for w in matrices if isinstance(w.parameter, DTensor)]
         replicated = [_Unit(w, i) for w in matrices if not isinstance(w.parameter, DTensor) for i in range(w.matrices)]
@@ -124,12 +125,11 @@ class _Partition(ABC):
         self._updates: list[tuple[_Unit, Tensor]] = []
 
     def start(self, moments: Mapping[str, tuple[Tensor, ...]], gradient: GradientOf, found_inf: Tensor | None) -> None:
-        """Update the momentum of weights with a gradient, orthogonalise the own matrices and begin to send them."""
-        given = [(u, u.of(grad)) for u in self.owners if (grad := gradient(u.weight.parameter)) is not None]
-        units = [unit for unit, _ in given]
+        """Update the momenta, orthogonalise the own matrices and begin to send them. All weights have gradients."""
+        units = [*self.owners]
         averages = [unit.of(local(moments[unit.weight.name][0])) for unit in units]
-        updates = self.compute_updates(units, averages, [grad for _, grad in given], found_inf) if given else []
-        self._updates = list(zip(units, updates, strict=True))
+        grads = [unit.of(gradient(unit.weight.parameter)) for unit in units]
+        self._updates = list(zip(units, self.compute_updates(units, averages, grads, found_inf), strict=True))
 
     def finish(self) -> list[tuple[_Unit, Tensor]]:
         """Units and the local shards of their orthogonalised updates."""

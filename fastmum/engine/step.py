@@ -17,7 +17,7 @@ from fastmum.engine.meter import Meter
 from fastmum.engine.optimizer import Ema, Optimizer
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.task import ParamGroup, Task
-from fastmum.errors import FastmumError
+from fastmum.errors import FastmumError, some_names
 
 
 class TrainingError(FastmumError):
@@ -91,6 +91,7 @@ class Step:
         self._optimizer, self._gradients, self._ema = optimizer, gradients, ema
         self._guard, self._meter, self._precision, self._world = guard, meter, precision, task.world
         self._buffers = [*task.buffers(model).values()]
+        self._matrices = {w.parameter: w.name for w in optimizer.weights if w.matrices}
         self._before: list[Tensor] = []  # the buffers, before the step
         self.norms: dict[str, Tensor] = {}
         self._begin()
@@ -129,9 +130,12 @@ class Step:
     def update(self, step: int, rate: float) -> None:
         """Update the weights at a learning rate; `step` counts from 1.
 
-        If loss or gradient are not finite, weights and buffers stay as they were before the step.
+        If loss or gradient are not finite, weights and buffers stay as they were before the step. RuntimeError: a
+        matrix of Muon got no gradient; its momentum alone would move it at the full rate, however old it is.
         """
         self._gradients.finish()
+        if self._matrices and (unused := [self._matrices[p] for p in self._gradients.missing() if p in self._matrices]):
+            raise RuntimeError(f"{some_names(unused)} got no gradient in step {step}, but Muon needs one: take adamw")
         loss, weight = self._loss.unbind()
         norms: list[Tensor] = self._gradients.norms()
         factors: list[Tensor | None] = [None] * len(norms)

@@ -60,11 +60,14 @@ def default_groups(model: nn.Module, optim: OptimSection) -> list[ParamGroup]:
     return [ParamGroup(parameters, weight_decay=optim.weight_decay, clip=optim.clip)]
 
 
+FUSED = {"qkv": 3, "kv": 2}  # projections that hold several matrices, one below the other
+
+
 def matrices_of(blocks: Iterable[nn.Module]) -> dict[nn.Parameter, int]:
-    """The trained weights of linear layers, and the number of matrices in each: 3 in layers named `qkv`, else 1."""
+    """The trained weights of linear layers, and the number of matrices in each, as `FUSED` says by the layer's name."""
     named = [each for block in blocks for each in block.named_modules() if isinstance(each[1], nn.Linear)]
     weights = ((name, cast(nn.Parameter, linear.weight)) for name, linear in named)
-    return {weight: 3 if name.endswith("qkv") else 1 for name, weight in weights if weight.requires_grad}
+    return {weight: FUSED.get(name.rpartition(".")[2], 1) for name, weight in weights if weight.requires_grad}
 
 
 @dataclass

@@ -72,12 +72,14 @@ def test_updates_by_muon_are_shared_over_devices():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.offline", "--updates"]
     result = subprocess.run(command, cwd=ROOT, env=CLEAN, capture_output=True, text=True, timeout=900, check=True)
-    header, *rows = [line.split() for line in result.stdout.splitlines()]
-    assert header[-3:] == list(GPUS)
-    adamw, one, eight, many = ([float(ms) for ms in row[-12::4]] for row in rows)  # each "likely (low to high)"
-    for times in zip(adamw, many, eight, one, strict=True):
-        assert list(times) == sorted(times)
-    assert one[0] > 3 * eight[0]
+    updates, steps = ([line.split() for line in part.splitlines()] for part in result.stdout.split("\n\n"))
+    for header, *rows in (updates, steps):
+        assert header[-3:] == list(GPUS)
+        # each cell is "likely (low to high)"
+        adamw, several, one, eight, many = ([float(ms) for ms in row[-12::4]] for row in rows)
+        for times in zip(adamw, several, many, eight, one, strict=True):
+            assert list(times) == sorted(times)
+    assert float(updates[3][-12]) > 3 * float(updates[4][-12])
 
 
 def shares(**values: tuple[float, float, float]) -> dict[str, Efficiency]:

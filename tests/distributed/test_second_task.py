@@ -16,6 +16,7 @@ from fastmum.train import train
 
 ARGS = TINY
 STRATEGIES = {"ddp": (), "fsdp2": ("parallel.strategy=fsdp2",)}
+MUON = ("optim.optimizer=muon", "optim.base_lr=0.02")
 
 
 def configure(tmp_path, *more):
@@ -65,6 +66,9 @@ def test_accumulation_and_processes_give_the_same_steps(run):
     assert single[-1]["loss"] < 0.9 * single[0]["loss"]
     for strategy, args in STRATEGIES.items():
         torch.testing.assert_close(run(strategy, 2, *args), single, rtol=1e-5, atol=1e-6)
+    single = run("muon", 1, *MUON)  # one matrix: a process has none to orthogonalise
+    for strategy, args in STRATEGIES.items():
+        torch.testing.assert_close(run(f"muon {strategy}", 2, *MUON, *args), single, rtol=1e-5, atol=1e-6)
     # By default a step has one micro-batch per process.
     single, several = run("twelve", 1, "tiny.batch_per_step=12"), run("default", 2, "tiny.batch_per_step=null")
     torch.testing.assert_close(several, single, rtol=1e-5, atol=1e-6)
@@ -119,7 +123,28 @@ def test_other_sizes_and_groups_are_refused(tmp_path):
         (TinyTask, "tiny.batch_per_step=20", ConfigError, "batch_per_step"),
         (TinyTask, "optim.optimizer=muon", CheckpointError, r"optim\.optimizer"),
         (TinyTask, "train.ema=null", CheckpointError, r"train\.ema"),
+        (TinyTask, ("train.ema=null", "optim.optimizer=muon"), CheckpointError, r"train\.ema and optim\.optimizer"),
         (MissingGroup, "train.resume=never", ValueError, "out"),
     ):
         with pytest.raises(error, match=name):
-            train(configure(tmp_path, "train.steps=3", more), task)
+            train(configure(tmp_path, "train.steps=3", *([more] if isinstance(more, str) else more)), task)
+    muon = "optim.optimizer=muon", f"run.dir={tmp_path}/muon"
+    assert train(configure(tmp_path, "train.steps=2", *muon), TinyTask) == 0
+    with pytest.raises(CheckpointError, match=r"optim\.optimizer"):
+        train(configure(tmp_path, "train.steps=3", muon[1]), TinyTask)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_matrix_without_a_gradient_is_refused_by_muon_only(tmp_path, parts):
+    """In sums of several micro-batches, too."""
+
+    class SometimesTask(TinyTask):
+        def loss(self, model, batch):
+            self.calls = getattr(self, "calls", 0) + 1
+            model.trunk.requires_grad_(self.calls < 5)
+            return super().loss(model, batch)
+
+    args = f"tiny.batch_per_step={6 * parts}", "train.steps=8", "train.eval_every=100"
+    assert train(configure(tmp_path, *args), SometimesTask) == 0
+    with pytest.raises(RuntimeError, match=r"trunk\.weight"):
+        train(configure(tmp_path, *args, *MUON, f"run.dir={tmp_path}/muon"), SometimesTask)

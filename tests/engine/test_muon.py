@@ -11,6 +11,7 @@ from fastmum.engine.muon import COEFFICIENTS, MOMENTUM, _Replicated, _Unit
 from fastmum.engine.optimizer import Weight, build_optimizer
 from fastmum.engine.task import ParamGroup, matrices_of
 from fastmum.model.compile import blocks_of
+from fastmum.tasks.pose.model import CrossAttention
 
 OPTIM = OptimSection(optimizer="muon", muon_lr_scale=3.0, weight_decay=0.1)
 
@@ -81,6 +82,11 @@ def test_skipped_steps_change_nothing_and_bfloat16_is_close(tiny):
         moved, expected = w.master - before[w.name], v.master - before[w.name]
         if w.matrices:
             assert (moved - expected).norm() < 0.1 * expected.norm(), w.name
+
+
+def test_fused_projections_are_several_matrices():
+    attention = CrossAttention(8, 2)
+    assert matrices_of([attention]) == {attention.q.weight: 1, attention.kv.weight: 2, attention.proj.weight: 1}
 
 
 def test_work_is_shared_by_cost():

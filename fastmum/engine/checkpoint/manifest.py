@@ -128,11 +128,13 @@ class CheckpointManifest:
         names = sorted(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
         wrong = [f"{name} {saved.get(name, 'missing')} (expected: {ours.get(name, 'none')})" for name in names]
         if wrong:
-            for prefix, key in (("ema.", "train.ema"), ("exp_avg_sq.", "optim.optimizer")):
-                if all(name.startswith(prefix) for name in names):
-                    raise CheckpointError(
-                        f"checkpoint '{self.path}' has another {key}: set it as it was, or use another run.dir"
-                    )
+            keys = {"ema.": "train.ema", "exp_avg_sq.": "optim.optimizer"}
+            if all(name.startswith(tuple(keys)) for name in names):
+                other = [key for prefix, key in keys.items() if any(name.startswith(prefix) for name in names)]
+                raise CheckpointError(
+                    f"checkpoint '{self.path}' has another {' and '.join(other)}: set that as it was, or use another "
+                    "run.dir"
+                )
             raise CheckpointError(f"checkpoint '{self.path}' does not fit: {some_names(wrong, MAX_NAMES)}")
 
 
