@@ -2,6 +2,7 @@
 
 The nine products of a step of `mum_vitl16` with 96 frames of 256 px that Triton can fuse, and some operations that
 have no choice. The library's have a process of their own, since `FASTMUM_PRODUCTS` may be read once.
+Then Muon's symmetric products.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from benchmarks.gpu.efficiency import ELEMENTWISE, LIBRARY_PRODUCT, NORM, TRITON
 from benchmarks.gpu.measure import milliseconds, this_device, this_gpu
 from benchmarks.gpu.record import Record, stage_main
 from benchmarks.gpu.stages import ROOT
-from fastmum.kernels import add_norm
+from fastmum.kernels import add_norm, orthogonalize, symmetric_product
 from fastmum.kernels.matmul import fuses_products
+from fastmum.kernels.muon import NEWTON_SCHULZ
 
 WAYS = {"fused": "fused", "library": "library"}  # values of FASTMUM_PRODUCTS
 # Tokens, width, heads: 65 visible tokens of a frame, 257 in the decoder, 192 masked ones in its last block.
 SHAPES = {"encoder": (96 * 65, 1024, 16), "decoder": (96 * 257, 768, 12), "last block": (96 * 192, 768, 12)}
 SMALL_SHAPES = {"small": (72, 32, 2)}
 POSITIONS = 256  # patches of a frame
+MATRICES = 48  # in a stack of Muon: those of an MLP of 24 blocks
 
 
 class Call(NamedTuple):
@@ -118,6 +121,8 @@ def measure(record: Record, small: bool, words: list[str]) -> bool:
     record.write()
     for shape, (tokens, width, _) in (SMALL_SHAPES if small else SHAPES).items():
         measure_others(record, shape, tokens, width, 1 if small else None)
+    for width in dict.fromkeys(width for _, width, _ in (SMALL_SHAPES if small else SHAPES).values()):
+        sound &= measure_symmetric(record, width, 1 if small else None)
     return sound
 
 
@@ -168,6 +173,30 @@ def measure_others(record: Record, shape: str, tokens: int, width: int, rounds: 
             gb_per_s=None if is_product else rate / 1e9,
         )  # fmt: skip
         record.share(kind, gpu and rate / (gpu.peak if is_product else gpu.bandwidth))
+
+
+def measure_symmetric(record: Record, width: int, rounds: int | None) -> bool:
+    """Muon's symmetric products by our kernel and by the library, and whole polar factors, of blocks' matrices."""
+    normal, sound = Inputs(), True
+    for columns in (width, 4 * width):
+        x = normal(MATRICES, width, columns, scale=columns**-0.5)
+        gram = x @ x.mT
+        pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+            "x x'": (lambda x=x: symmetric_product(x), lambda x=x: x @ x.mT),
+            "x x' + a": (lambda x=x, a=gram: symmetric_product(x, 0.5, a, 2.0),
+                         lambda x=x, a=gram: torch.baddbmm(a, x, x.mT, beta=2.0, alpha=0.5)),
+        }  # fmt: skip
+        for what, (ours, library) in pairs.items():
+            error, of_tolerance = largest_error((ours(),), (library(),))
+            times = milliseconds({"kernel": ours, "library": library}, rounds)
+            record.row(
+                operation=what, matrices=[*x.shape], kernel_ms=times["kernel"], library_ms=times["library"],
+                error=error, agree=of_tolerance <= 1,
+            )  # fmt: skip
+            sound &= of_tolerance <= 1
+        (ms,) = milliseconds({"": lambda x=x: orthogonalize(x, NEWTON_SCHULZ)}, rounds).values()
+        record.row(operation="polar factors", matrices=[*x.shape], kernel_ms=ms)
+    return sound
 
 
 if __name__ == "__main__":

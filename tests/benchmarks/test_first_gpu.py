@@ -282,7 +282,7 @@ def test_every_stage_on_a_cpu(checkout, tmp_path, names):
         assert f"`{name}` | done" in text
     rows = {name: found[name]["rows"] for name in names}
     if "products" in names:
-        assert [row["agree"] for row in rows["products"] if "agree" in row] == [True] * 3
+        assert [row["agree"] for row in rows["products"] if "agree" in row] == [True] * 7
         assert {row["segments"] for row in rows["attention"]} == {"exact", "padded"}
         assert all(row["error"] < 1e-5 and row["repeats"] for row in rows["attention"])
         assert found["memcheck"]["headline"] == "0 errors"
