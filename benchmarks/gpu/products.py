@@ -179,7 +179,7 @@ def measure_symmetric(record: Record, width: int, rounds: int | None) -> bool:
     """Muon's symmetric products by our kernel and by the library, and whole polar factors, of blocks' matrices."""
     normal, sound = Inputs(), True
     for columns in (width, 4 * width):
-        x = normal(MATRICES, width, columns, scale=columns**-0.5)
+        x = normal(2 if rounds else MATRICES, width, columns, scale=columns**-0.5)
         gram = x @ x.mT
         pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
             "x x'": (lambda x=x: symmetric_product(x), lambda x=x: x @ x.mT),

@@ -74,7 +74,7 @@ def table(config: ModelConfig, gpus: dict[str, Gpu]) -> str:
     is_recorded = config == PRESETS[str(STEP["model"])]
     updates, steps = ([f"{what + ', predicted ms':22}" + "".join(f"{gpu:>24}" for gpu in gpus)]
                       for what in ("update", "step"))  # fmt: skip
-    runs = [("adamw", 1, "1 device"), ("adamw", 8, "several"), *(("muon", n, f"{n} devices") for n in DEVICES)]
+    runs = [("adamw", 1, "1 GPU"), ("adamw", 8, "several"), *(("muon", n, f"{n} GPU{'s' * (n > 1)}") for n in DEVICES)]
     for optimizer, devices, label in runs:
         cells = []
         for name, gpu in gpus.items():

@@ -6,6 +6,7 @@ from asserts import assert_close, assert_equal, assert_refuses, relative
 from support import DEVICE, DTYPES, guarded, pairs, strided
 
 import fastmum.kernels.matmul as matmul
+import fastmum.kernels.symmetric as symmetric
 from benchmarks import kernel_reference as reference
 from fastmum.kernels import muon, orthogonalize, symmetric_product
 from fastmum.kernels.adamw import Halves, join
@@ -34,6 +35,17 @@ def test_symmetric_product(backend, size, layout, dtype, add):
     assert found.dtype == dtype
     assert found.is_contiguous()
     assert_close(found, truth, truth.to(dtype))
+
+
+def test_products_of_the_library(monkeypatch):
+    x = torch.randn(2, 20, 30)
+    for name, value in (
+        ("use_triton", lambda x: True),
+        ("products_choice", lambda: "library"),
+        ("_symmetric_triton", None),
+    ):
+        monkeypatch.setattr(symmetric, name, value)
+    assert torch.equal(symmetric_product(x), x @ x.mT)
 
 
 def test_slow_bfloat16(monkeypatch):
