@@ -1,8 +1,8 @@
 """The update of the weights by AdamW and by Muon, on one device and on several with replicated weights.
 
 Muon's products are divided among devices (`fastmum.engine.muon`): the one with the most work is counted, and the
-all-gather of the updates in bfloat16 is added, with nothing hidden. The rest of the step is that of the record, without
-the all-reduce of the gradients, which hides behind the backward pass where the links are fast enough.
+all-gather of the updates in bfloat16 is added, with nothing hidden. The rest of the step is that of one GPU in
+the record: for several, the copies of gradients into float32 sums and their all-reduce are left out.
 """
 
 from unittest import mock

@@ -74,7 +74,7 @@ class Gradients:
         grad = parameter.grad
         return grad.to_local() if isinstance(grad, DTensor) else grad
 
-    def missing(self) -> list[nn.Parameter]:
+    def without_gradient(self) -> list[nn.Parameter]:
         """Parameters without a gradient on this process; call it between `finish` and `clear`."""
         others = (p for parameters in self._groups for p in parameters if p not in self._views)
         return [*(p for bucket in self._all_buckets for p in bucket.empty), *(p for p in others if p.grad is None)]

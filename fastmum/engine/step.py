@@ -130,12 +130,14 @@ class Step:
     def update(self, step: int, rate: float) -> None:
         """Update the weights at a learning rate; `step` counts from 1.
 
-        If loss or gradient are not finite, weights and buffers stay as they were before the step. RuntimeError: a
+        If loss or gradient are not finite, weights and buffers stay as they were before the step. TrainingError: a
         matrix of Muon got no gradient; its momentum alone would move it at the full rate, however old it is.
         """
         self._gradients.finish()
-        if self._matrices and (unused := [self._matrices[p] for p in self._gradients.missing() if p in self._matrices]):
-            raise RuntimeError(f"{some_names(unused)} got no gradient in step {step}, but Muon needs one: take adamw")
+        if self._matrices and (
+            unused := [self._matrices[p] for p in self._gradients.without_gradient() if p in self._matrices]
+        ):
+            raise TrainingError(f"{some_names(unused)} got no gradient in step {step}, but Muon needs one: take adamw")
         loss, weight = self._loss.unbind()
         norms: list[Tensor] = self._gradients.norms()
         factors: list[Tensor | None] = [None] * len(norms)

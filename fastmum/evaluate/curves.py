@@ -15,7 +15,7 @@ from statistics import mean
 from fastmum.data.errors import DataError
 from fastmum.errors import run_command
 from fastmum.evaluate.records import MATCHERS, file_stem, make_folder, read
-from fastmum.evaluate.results import TITLES, Contents, check_same, markdown, models, set_of, spread
+from fastmum.evaluate.results import TITLES, Contents, check_same, markdown, mean_sd, models, set_of
 from fastmum.evaluate.seeds import svg_axes
 
 Points = dict[int, list[float]]  # by frames seen, a value for each seed
@@ -45,7 +45,7 @@ def table(models: dict[str, Points]) -> str:
     rows = [["weights", *(f"{count:,}" for count in frames)]]
     for name, points in models.items():
         seeds = max(map(len, points.values()))
-        rows.append([name, *(spread(points.get(count, []), ".1f", among=seeds) for count in frames)])
+        rows.append([name, *(mean_sd(points.get(count, []), ".1f", among=seeds) for count in frames)])
     return markdown(rows)
 
 

@@ -20,9 +20,9 @@ from fastmum.evaluate.results import (
     check_same,
     digits,
     group,
+    mean_sd,
     models,
     score_title,
-    spread,
 )
 from fastmum.pretrained.load import RANDOM
 
@@ -70,7 +70,7 @@ def _title(of: ResultGroup, score: str) -> str:
 
 def _cell(of: ResultGroup, score: str, weights: Sequence[str]) -> str:
     values = [content["scores"].get(score) for content in of.contents if content["weights"] in weights]
-    return spread(values, f".{digits(score)}f", among=len(weights))
+    return mean_sd(values, f".{digits(score)}f", among=len(weights))
 
 
 def _published(of: ResultGroup, score: str, method: str) -> str:

@@ -1,6 +1,7 @@
 """Results of evaluations next to the paper's numbers: a table, and a page."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -133,7 +134,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([f"| {lines[0]} |", ruler, *(f"| {line} |" for line in lines[1:])])
 
 
-def spread(values: Iterable[float | None], digits: str, among: int = 0) -> str:
+def mean_sd(values: Iterable[float | None], digits: str, among: int = 0) -> str:
     """Mean and standard deviation of the values that are not None; their number follows if it is less than `among`."""
     there = [value for value in values if value is not None]
     if not there:
@@ -229,9 +230,13 @@ def group(contents: Iterable[dict[str, Any]]) -> list[ResultGroup]:
     """Results by evaluation and pairs; a group without results for every other set that the paper has numbers of."""
     found: dict[tuple[str, Measured], list[dict[str, Any]]] = {}
     measured = [(content, measured_on(content)) for content in contents]
-    named = {(each["task"], on._replace(names=frozenset())): on for each, on in measured if on.names}
-    for content, on in measured:  # results without names of pairs belong to those with as many pairs
-        found.setdefault((content["task"], named.get((content["task"], on), on)), []).append(content)
+    named = defaultdict[tuple[str, Measured], set[Measured]](set)
+    for content, on in measured:
+        if on.names:
+            named[content["task"], on._replace(names=frozenset())].add(on)
+    for content, on in measured:  # without names: with those of as many pairs, if these are all the same
+        others = named.get((content["task"], on), set())
+        found.setdefault((content["task"], *(others if len(others) == 1 else {on})), []).append(content)
     kinds: dict[tuple[Any, ...], list[frozenset[str]]] = {}
     groups = []
     for (task, on), results in found.items():

@@ -28,11 +28,11 @@ from fastmum.evaluate.results import (
     check_same,
     digits,
     markdown,
+    mean_sd,
     measured_on,
     models,
     score_title,
     set_of,
-    spread,
 )
 
 LEADING = {"epe": "end-point error, pixels of 448 x 448", "recall": "recall, percent", "rmse": "RMSE, metres"}
@@ -82,15 +82,15 @@ def _title(task: str, name: str, weights: dict[str, Contents]) -> str:
 def _score_cells(seeds: Contents) -> dict[str, str]:
     scores = [score for score in SCORES if any(score in content["scores"] for content in seeds)]
     return {
-        score_title(score): spread([c["scores"].get(score) for c in seeds], f".{digits(score)}f") for score in scores
+        score_title(score): mean_sd([c["scores"].get(score) for c in seeds], f".{digits(score)}f") for score in scores
     }
 
 
 def _view_cells(seeds: Contents) -> dict[str, str]:
-    cells = {score_title(f"{VIEWS}1"): spread([c["same"][0] for c in seeds], ".4f")}
+    cells = {score_title(f"{VIEWS}1"): mean_sd([c["same"][0] for c in seeds], ".4f")}
     for kind, label in (("same", "views"), ("other", "unrelated")):
         for i, count in enumerate(seeds[0]["views"][1:], 1):
-            cells[f"{count} {label}"] = spread([c[kind][i] - c[kind][0] for c in seeds], "+.4f")
+            cells[f"{count} {label}"] = mean_sd([c[kind][i] - c[kind][0] for c in seeds], "+.4f")
     return cells
 
 

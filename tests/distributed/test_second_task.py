@@ -12,6 +12,7 @@ from fastmum.config import ConfigError, load_config
 from fastmum.engine.checkpoint import CheckpointError, read_weights
 from fastmum.engine.checkpoint.writer import Snapshot
 from fastmum.engine.distributed import DistContext
+from fastmum.engine.step import TrainingError
 from fastmum.train import train
 
 ARGS = TINY
@@ -146,5 +147,5 @@ def test_a_matrix_without_a_gradient_is_refused_by_muon_only(tmp_path, parts):
 
     args = f"tiny.batch_per_step={6 * parts}", "train.steps=8", "train.eval_every=100"
     assert train(configure(tmp_path, *args), SometimesTask) == 0
-    with pytest.raises(RuntimeError, match=r"trunk\.weight"):
+    with pytest.raises(TrainingError, match=r"trunk\.weight"):
         train(configure(tmp_path, *args, *MUON, f"run.dir={tmp_path}/muon"), SometimesTask)

@@ -6,6 +6,7 @@ import pytest
 
 from fastmum.evaluate import curves
 from fastmum.evaluate.records import save
+from fastmum.evaluate.results import group
 from fastmum.evaluate.seeds import main
 
 
@@ -96,6 +97,12 @@ def test_learning_curves(tmp_path, capsys):
     assert "of a file" not in printed
     assert "frames seen" in (plots / "curve-matching-scenes.svg").read_text()
     assert curves.main([str(plots)]) == 2
+
+
+def test_results_without_names_of_pairs_join_the_only_ones_of_that_number():
+    a, b, unnamed = (attention(*each) | {"settings": {}} for each in (("a", "12"), ("b", "34"), ("c", "")))
+    assert [each.contents for each in group([unnamed, a]) if each.contents] == [[unnamed, a]]
+    assert [len(each.contents) for each in group([unnamed, a, b]) if each.contents] == [1, 1, 1]
 
 
 def test_errors(folder, tmp_path, capsys):

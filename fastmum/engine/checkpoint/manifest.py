@@ -132,7 +132,7 @@ class CheckpointManifest:
             if all(name.startswith(tuple(keys)) for name in names):
                 other = [key for prefix, key in keys.items() if any(name.startswith(prefix) for name in names)]
                 raise CheckpointError(
-                    f"checkpoint '{self.path}' has another {' and '.join(other)}: set that as it was, or use another "
+                    f"checkpoint '{self.path}' has another {' and '.join(other)}: set it as before, or use another "
                     "run.dir"
                 )
             raise CheckpointError(f"checkpoint '{self.path}' does not fit: {some_names(wrong, MAX_NAMES)}")
