@@ -74,8 +74,9 @@ def evaluate_recognition(
     """
     check_size(encoder, size)
     skipped: dict[str, str] = {}
-    groups = images.groups or [str(i) for i in range(len(images.train))]
-    train, validation = ([images.train[i] for i in part] for part in split(groups, "images"))
+    labels = [each.labels for each in images.train]
+    parts = split_by_class(images.groups, labels) if images.groups else split([*map(str, range(len(labels)))], "images")
+    train, validation = ([images.train[i] for i in part] for part in parts)
     test = evenly(images.test, most)
     middle = centre(size)
 
@@ -147,6 +148,21 @@ def split(groups: Sequence[str], kind: Literal["images", "maps"]) -> tuple[list[
         parts = order[cut:], order[:cut]
     train, validation = ([i for place in part.tolist() for i in places[place]] for part in parts)
     return train, validation
+
+
+def split_by_class(groups: Sequence[str], labels: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """`split` of the images of each class, if it has two groups, else of all.
+
+    Among a tenth of few groups one class may be frequent, and an untrained head that always names it would be chosen.
+    """
+    train, validation = list[int](), list[int]()
+    for label in dict.fromkeys(map(tuple, labels)):
+        own = [i for i, each in enumerate(labels) if tuple(each) == label]
+        some = [groups[i] for i in own]
+        kept, out = split(some, "images") if len({*some}) > 1 else (range(len(own)), [])
+        train += [own[i] for i in kept]
+        validation += [own[i] for i in out]
+    return (train, validation) if validation else split(groups, "images")
 
 
 def _train(batches: Iterable[Batch], classes: int, settings: ClassifierSettings) -> Probes:

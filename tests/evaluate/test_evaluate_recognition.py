@@ -13,7 +13,7 @@ from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.commands import EVALUATIONS
 from fastmum.evaluate.images import open_images
 from fastmum.evaluate.overview import overview
-from fastmum.evaluate.recognition import evaluate_recognition, split
+from fastmum.evaluate.recognition import evaluate_recognition, split, split_by_class
 from fastmum.evaluate.records import read, save
 from fastmum.features import FeatureCache
 from fastmum.tasks.recognition.probes import ClassifierSettings
@@ -152,6 +152,15 @@ def test_groups_are_not_split():
     assert split([*map(str, range(50))], "images") == (order[:45], order[45:])
     order = np.random.RandomState(0).permutation(57).tolist()  # eval_segmentation.py
     assert split([*map(str, range(57))], "maps") == (order[5:], order[:5])
+
+
+def test_every_class_with_two_groups_is_in_validation():
+    groups, labels = [f"room {i // 4}" for i in range(96)], [((i // 4) % 3 // 2,) for i in range(92)] + [(7,)] * 4
+    train, validation = split_by_class(groups, labels)
+    assert sorted(train + validation) == [*range(96)]
+    assert [*{groups[i]: labels[i] for i in validation}.values()] == [(0,), (0,), (1,)]  # of 16, 7 and 1 rooms
+    assert len(validation) == 12
+    assert split_by_class(groups[:8], [(0,)] * 4 + [(1,)] * 4) == split(groups[:8], "images")
 
 
 def test_segmentation_finds_the_colours(ade, weights, tmp_path, capsys):
