@@ -116,10 +116,11 @@ def measure(record: Record, small: bool, words: list[str]) -> bool:
             library_error=theirs["error"], agree=agree,
         )  # fmt: skip
         record.share(TRITON_PRODUCT, gpu and ours["tflops"] * 1e12 / gpu.peak)
-    for shape, (tokens, width, _) in (SMALL_SHAPES if small else SHAPES).items():
-        measure_others(record, shape, tokens, width, 1 if small else None)
-    for width in dict.fromkeys(width for _, width, _ in (SMALL_SHAPES if small else SHAPES).values()):
-        sound &= measure_symmetric(record, width, 1 if small else None)
+    shapes, rounds = (SMALL_SHAPES, 1) if small else (SHAPES, None)
+    for shape, (tokens, width, _) in shapes.items():
+        measure_others(record, shape, tokens, width, rounds)
+    for width in dict.fromkeys(width for _, width, _ in shapes.values()):
+        sound &= measure_symmetric(record, width, rounds)
     record.headline = f"{'all agree' if sound else 'WRONG RESULTS'}; fused is faster at {wins} of {len(fused)} products"
     record.write()
     return sound

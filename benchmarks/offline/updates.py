@@ -75,24 +75,25 @@ def table(config: ModelConfig, gpus: dict[str, Gpu]) -> str:
     updates, steps = ([f"{what + ', predicted ms':22}" + "".join(f"{gpu:>24}" for gpu in gpus)]
                       for what in ("update", "step"))  # fmt: skip
     runs = [("adamw", 1, "1 GPU"), ("adamw", 8, "several"), *(("muon", n, f"{n} GPU{'s' * (n > 1)}") for n in DEVICES)]
+    others = dict[str, list[float]]()  # the rest of a step, in seconds
+    for name, gpu in gpus.items():
+        rest = recorded(gpu.arch)[BLOCKS].kernels if is_recorded else {}
+        kernels = {kernel: n for kernel, n in rest.items() if kernel.kind != OPTIMISER}
+        others[name] = [*Assumptions(gpu, efficiencies(name)).device(kernels)]
     for optimizer, devices, label in runs:
         cells = []
         for name, gpu in gpus.items():
             cost, moved = update_cost(config, gpu, OptimSection(optimizer=optimizer), devices)
-            rest = recorded(gpu.arch)[BLOCKS].kernels if is_recorded else {}
-            others = {kernel: n for kernel, n in rest.items() if kernel.kind != OPTIMISER}
             shares = efficiencies(name)
             slow, likely, fast, _ = shares["links"]
-            gather = [gather_seconds(moved, name, devices) / share for share in (fast, likely, slow)]
-            times = (Assumptions(gpu, shares).device(some) for some in (cost.kernels, others))
-            update, other = ([1e3 * s for s in some] for some in times)
-            update = [a + 1e3 * b for a, b in zip(update, gather, strict=True)]
-            cells.append([_range(update), _range([a + b for a, b in zip(update, other, strict=True)])])
+            device, gather = Assumptions(gpu, shares).device(cost.kernels), gather_seconds(moved, name, devices)
+            update = [s + gather / share for s, share in zip(device, (fast, likely, slow), strict=True)]
+            cells.append([_range(update), _range([a + b for a, b in zip(update, others[name], strict=True)])])
         for lines, row in zip((updates, steps), zip(*cells, strict=True), strict=True):
             lines.append(f"{optimizer + ', ' + label:22}" + "".join(f"{cell:>24}" for cell in row))
     return "\n".join([*updates, *(["", *steps] if is_recorded else [])])
 
 
-def _range(times: list[float]) -> str:
-    low, likely, high = times
+def _range(seconds: list[float]) -> str:
+    low, likely, high = (1e3 * each for each in seconds)
     return f"{likely:.1f} ({low:.1f} to {high:.1f})"
