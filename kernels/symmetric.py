@@ -15,6 +15,8 @@ from fastmum.kernels.dispatch import ceil_div, empty, jit, launch, tl, use_trito
 from fastmum.kernels.matmul import SIXTEEN_BITS, products_choice, widens
 from fastmum.kernels.plans import operator, planned
 
+CPU_ROWS = 128  # fewer are faster as one product
+
 
 def symmetric_product(x: Tensor, alpha: float = 1.0, add: Tensor | None = None, beta: float = 0.0) -> Tensor:
     """alpha * x @ x' + beta * add.
@@ -60,9 +62,18 @@ def _(x_shape, *_, **__):
 def _symmetric_torch(x: Tensor, alpha: float, add: Tensor | None, beta: float) -> Tensor:
     if widens(x):
         return _symmetric_torch(x.float(), alpha, None if add is None else add.float(), beta).to(x.dtype)
-    if add is None:
-        add, beta = x.new_zeros(()), 0.0
-    return torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
+    n, r, _ = x.shape
+    block = ceil_div(r, 4) if x.device.type == "cpu" and r >= CPU_ROWS else r
+    out = x.new_empty(n, r, r)
+    for first in range(0, r, block):  # rows up to the diagonal, then the columns above it
+        rows, columns = slice(first, first + block), slice(0, first + block)
+        before = x.new_zeros(()) if add is None else add[:, rows, columns]
+        product = torch.baddbmm(before, x[:, rows], x[:, columns].mT, beta=0.0 if add is None else beta, alpha=alpha)
+        if block == r:
+            return product
+        out[:, rows, columns] = product
+        out[:, :first, rows] = product[:, :, :first].mT
+    return out
 
 
 def tile_sizes(dtype: torch.dtype) -> tuple[int, int]:

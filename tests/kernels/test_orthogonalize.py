@@ -84,6 +84,20 @@ def test_orthogonalize(backend, shape, coefficients, dtype, least):
         assert relative(found, u @ v) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("coefficients", [POLAR_EXPRESS, NEWTON_SCHULZ])
+def test_small_singular_values(monkeypatch, coefficients, dtype):
+    """Steps that share a Gram matrix are as exact as single ones where it has small eigenvalues or none."""
+    monkeypatch.setattr(matmul, "SLOW_BFLOAT16", False)
+    x = torch.cat([stack((2, 64, 256), 1e-6), stack((1, 64, 256), 0.5)]).to(dtype)
+    x[2, 8:] = x[2, :8].repeat(7, 1)
+    truth = reference.polar_steps(x.double(), coefficients)
+    together = relative(orthogonalize(x, coefficients), truth)
+    monkeypatch.setattr(muon, "steps_together", lambda x: 1)
+    single = relative(orthogonalize(x, coefficients), truth)
+    assert together < (1.3 * single if dtype == BF16 else 1e-4)
+
+
 def test_matrices_of_zeros_and_pieces(backend, monkeypatch):
     x = torch.randn(5, 12, 20, device=DEVICE)
     x[2] = 0
