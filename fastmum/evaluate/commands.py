@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastmum.data.errors import DataError
-from fastmum.errors import some_reasons
+from fastmum.errors import FastmumError, some_reasons
 from fastmum.evaluate import evaluate_attention, evaluate_cosine, evaluate_discriminant, evaluate_matching
 from fastmum.evaluate.arguments import (
     CLASSIFIER_STEPS,
@@ -272,6 +272,8 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluation:
 
 
 def _roma(args: Namespace, trained: roma.Trained, claim: Claim) -> Evaluation:
+    if args.size is not None and args.size % 8:
+        raise FastmumError(f"--size is {args.size}, but must be a multiple of 8")
     pairs = open_pairs(args.data).first(args.max_pairs)
     claim(pairs.name)
     few = pairs.first(args.pictures).pairs if args.pictures else []

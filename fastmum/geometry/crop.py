@@ -139,7 +139,13 @@ def reloc3r_view(view: View, size: tuple[int, int], rng: np.random.Generator) ->
     orientation of nearly square images.
     """
     centre = np.round(_centre(view) - 0.5).astype(int).tolist()
-    view = crop_resize(view, _box([_around(c, min(c, n - c)) for c, n in zip(centre, view.size, strict=True)]))
+    margins = [min(c, n - c) for c, n in zip(centre, view.size, strict=True)]
+    if any(5 * margin <= n for margin, n in zip(margins, view.size, strict=True)):
+        raise FastmumError(
+            f"the principal point {centre} is within a fifth of the border of an image of {view.size} pixels: its "
+            "intrinsics may be those of another size"
+        )
+    view = crop_resize(view, _box([_around(c, margin) for c, margin in zip(centre, margins, strict=True)]))
     width, height = view.size
     nearly_square = 0.9 < height / width < 1.1 and size[0] != size[1]
     if height > 1.1 * width or (nearly_square and rng.integers(2)):
@@ -157,7 +163,8 @@ def _centre(view: View) -> np.ndarray:
         raise FastmumError("the image has no intrinsics, and this crop is around the principal point")
     centre = view.camera.K[:2, 2]
     if not ((centre >= 1.5) & (centre <= np.array(view.size) - 1)).all():
-        raise FastmumError(f"the principal point {centre.tolist()} is not inside the image of {view.size} pixels")
+        where = f"at the border of the image of {view.size} pixels, or outside"
+        raise FastmumError(f"the principal point {centre.tolist()} is {where}")
     return centre
 
 

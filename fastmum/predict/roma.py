@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -56,7 +57,7 @@ def predict(args: argparse.Namespace) -> None:
     images = find_images(args.images)
     if args.colmap is None:
         if len(images.files) != 2:
-            raise FastmumError(f"two images are matched, but there are {len(images.files)}; --colmap FILE is for many")
+            raise FastmumError(f"two images are matched, but {len(images.files)} are given; --colmap FILE is for many")
         photos = read_photo(images.files[0]), read_photo(images.files[1])
     else:
         require_pycolmap()
@@ -100,10 +101,12 @@ def read_pairs(file: Path, images: Images) -> list[tuple[Path, Path]]:
     except (OSError, UnicodeError) as error:
         raise FastmumError(f"--pairs: '{file}' cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):
-        names = line.split()
-        if len(names) == 2 and names[0] != names[1] and names[0] in known and names[1] in known:
-            pairs.setdefault(frozenset(names), (known[names[0]], known[names[1]]))
-        elif names:
+        line = line.strip()
+        splits = [(line[: blank.start()], line[blank.end() :]) for blank in re.finditer(r"\s+", line)]
+        found = [(a, b) for a, b in splits if a != b and a in known and b in known]  # names may have blanks
+        if found:
+            pairs.setdefault(frozenset(found[0]), (known[found[0][0]], known[found[0][1]]))
+        elif line:
             raise FastmumError(f"--pairs: line {number} of '{file}' is not the names of two of the images")
     return [*pairs.values()]
 

@@ -73,6 +73,18 @@ def test_poses_of_points_of_known_cameras_and_of_too_few(monkeypatch):
     nothing = Warps(torch.zeros(2, 8, 8, 2), torch.zeros(2, 8, 8))
     images = [np.asarray(each.image()) for each in (a, b)]
     assert roma.pose_errors(cv2, nothing, pair, images, torch.Generator()) == [90.0] * 5
+
+    def failing(*args):
+        raise cv2.error("no solution")
+
+    monkeypatch.setattr(roma, "essential_pose", failing)
+    assert roma.pose_errors(cv2, nothing, pair, images, torch.Generator()) == [90.0] * 5
+    principal = []
+    monkeypatch.setattr(roma, "essential_pose", lambda cv2, p, q, K, L: principal.append(K[:2, 2]))
+    for _, _, centre in (roma.DEFAULT_SIDE, roma.SIDES["scannet"]):  # ScanNet's counts centres at integers
+        roma.pose_errors(cv2, nothing, pair, images, torch.Generator(), (min, min(images[0].shape[:2]), centre))
+    assert np.allclose(principal[0], a.K[:2, 2])
+    assert np.allclose(principal[-1], a.K[:2, 2] + 0.5)
     monkeypatch.setattr(roma, "essential_pose", lambda *args: (np.eye(3), np.ones(3)))
     still = Pair("pair", "scene", a.frame("a"), a.frame("a"))
     assert roma.pose_errors(cv2, nothing, still, images, torch.Generator()) == [90.0] * 5

@@ -1,5 +1,6 @@
 """Cameras, crops, alignment and metrics against closed forms."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -75,6 +76,15 @@ def test_recipes_need_a_principal_point_inside(recipe):
     for camera in (None, replace(view.camera, K=view.camera.K + [[0, 0, 15], [0, 0, 0], [0, 0, 0]])):
         with pytest.raises(FastmumError, match="principal point"):
             recipe(replace(view, camera=camera))
+
+
+def test_intrinsics_of_another_size_are_refused():
+    """Reloc3r's rule: the principal point is further than a fifth of a side from each border."""
+    view = numbered(80, 60)
+    for factor, refused in ((0.5, False), (0.35, True)):
+        other = replace(view, camera=replace(view.camera, K=np.diag([factor, factor, 1.0]) @ view.camera.K))
+        with pytest.raises(FastmumError, match="another size") if refused else nullcontext():
+            reloc3r_view(other, (8, 8), None)
 
 
 def test_vggt_view_of_a_part():

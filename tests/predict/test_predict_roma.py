@@ -55,7 +55,7 @@ def test_keypoints_join_the_points_of_all_pairs_and_match_once():
 
 
 def test_lists_of_pairs_and_unreadable_images(tmp_path):
-    for name in ("a.png", "b.png"):
+    for name in ("a.png", "b.png", "of b.png"):
         Image.linear_gradient("L").resize((20, 20)).save(tmp_path / name)
     Image.new("RGB", (20, 20)).save(tmp_path / "black.png")
     (tmp_path / "c.png").write_bytes(b"nothing")
@@ -72,6 +72,11 @@ def test_lists_of_pairs_and_unreadable_images(tmp_path):
     assert [(pair.first, pair.second) for pair in found] == [("a.png", "b.png")]
     assert found[0].points_first.tolist() == [[10, 10]]
     assert sorted(images.skipped) == ["black.png", "c.png"]
+    listed.write_text("of b.png\ta.png\na.png  of b.png\nb.png of b.png")  # names with blanks
+    assert [{file.name for file in pair} for pair in read_pairs(listed, images)] == [
+        {"a.png", "of b.png"},
+        {"b.png", "of b.png"},
+    ]
     listed.write_text("a.png nothing.png")
     with pytest.raises(FastmumError, match="line 1"):
         read_pairs(listed, images)

@@ -116,11 +116,12 @@ def test_scores_of_the_truth_and_of_a_shift():
         assert found["pck3"] == pck3
 
 
-def table_planner(rows, overlaps, scenes, **options) -> RomaPlanner:
-    """A planner over a manifest in memory: `scenes` sequences of 10 frames."""
+def table_planner(rows, overlaps, scenes, weights=None, **options) -> RomaPlanner:
+    """A planner over manifests in memory: `scenes` sequences of 10 frames, with `weights` each a data set."""
+    names = [*weights] if weights else ["set"]
     manifests = SimpleNamespace(
-        datasets=["set"], num_sequences=scenes, num_frames=10 * scenes, starts=np.arange(0, 10 * scenes + 1, 10),
-        dataset_of=np.zeros(scenes, np.int64), parts=[], present=lambda name: np.ones(10 * scenes, bool),
+        datasets=names, num_sequences=scenes, num_frames=10 * scenes, starts=np.arange(0, 10 * scenes + 1, 10),
+        dataset_of=np.arange(scenes) % len(names), parts=[], present=lambda name: np.ones(10 * scenes, bool),
         scene_names=lambda numbers: [f"scene{i}" for i in numbers],
         sequence_of=lambda rows: np.asarray(rows) // 10,
     )  # fmt: skip
@@ -128,14 +129,14 @@ def table_planner(rows, overlaps, scenes, **options) -> RomaPlanner:
     options = {"second_overlap": 0.35, "shift": 8, "flip": True} | options
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastmum.data.pair_plan.pair_table", lambda *_: table)
-        return RomaPlanner(manifests, {}, 4, (64, 64), 0, 2, sampling="overlap", depth=True, **options)
+        return RomaPlanner(manifests, weights or {}, 4, (64, 64), 0, 2, sampling="overlap", depth=True, **options)
 
 
 def test_rounds_hold_every_listed_pair_once_and_weights_follow_the_size_of_scenes(monkeypatch):
     rows = [(0, i) for i in range(1, 10)] + [(10, 11)]
     overlap = [0.1] * 6 + [0.5] * 3 + [0.2]  # scene 0: lists of 9 and of 3; scene 1: of 1
     planner = table_planner(rows, overlap, 2, overlap=(0.05, 1.0))
-    assert sorted(planner._weights) == pytest.approx(sorted([9**-0.75] * 9 + [3**-0.75] * 3 + [1.0]))
+    assert sorted(planner._sets[0][1]) == pytest.approx(sorted([9**-0.75] * 9 + [3**-0.75] * 3 + [1.0]))
     drawn = np.concatenate([planner.plan(step, rank).rows for step in range(13) for rank in range(2)]).reshape(-1, 2)
     for start in range(0, 104, 13):  # a round has 13 pairs
         found = np.sort(drawn[start : start + 13], 1).tolist()
@@ -154,6 +155,23 @@ def test_rounds_hold_every_listed_pair_once_and_weights_follow_the_size_of_scene
     drawn = np.concatenate([planner.plan(step, rank).rows for step in range(60) for rank in range(2)]).reshape(-1, 2)
     share = (drawn.min(1) == 10).mean()
     assert 2 * share > (drawn.min(1) == 0).mean() / 9
+
+
+def test_shares_of_data_sets_follow_their_weights_whatever_their_sizes(monkeypatch):
+    monkeypatch.setattr("fastmum.tasks.roma.data.BLOCK", 100)
+    rows = [(0, i) for i in range(1, 10)] + [(10, 11), (10, 12), (20, 21)]
+    planner = table_planner(rows, [0.2] * 12, 3, {"a": 1.0, "b": 3.0, "c": 0.0}, overlap=(0.05, 1.0))
+    drawn = np.concatenate([planner.plan(step, rank).rows for step in range(50) for rank in range(2)]).reshape(-1, 2)
+    drawn = np.sort(drawn, 1)
+    for block in np.split(drawn, 4):
+        assert (block[:, 0] == 10).sum() == 75
+        assert not (block[:, 0] == 20).any()
+    for rows_of in (
+        drawn[drawn[:, 0] == 0][:99],
+        drawn[drawn[:, 0] == 10],
+    ):  # rounds of 9 and 2 pairs without replacement
+        counts = np.unique(rows_of[:, 1], return_counts=True)[1]
+        assert counts.min() == counts.max()
 
 
 @pytest.mark.parametrize(("size", "dtype"), [((2, 6, 14, 14), torch.float32), ((1, 5, 9, 31), torch.float32),

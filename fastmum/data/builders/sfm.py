@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+FAR = 1e4  # units from the origin, where float32 has steps of a thousandth
 SHORTEST = 2  # images of a chain of overlap: the fewest views that are sampled (supplement A, "Sampling")
 RELEASED_MIN_IMAGES = 12  # of a MegaScenes model, in the released script
 
@@ -222,7 +223,7 @@ def _sequences(
     listed = depth is not None and options.depth
     if found and (options.poses or listed):
         # COLMAP ignores the EXIF orientation (its issue 2104), decoders do not: depth maps of turned images do not fit.
-        poses, intrinsics = model.poses.astype(np.float32), model.intrinsics.astype(np.float32)
+        poses, intrinsics = near_origin(model.poses).astype(np.float32), model.intrinsics.astype(np.float32)
         depths = [""] * len(frames)
         for i in np.unique(np.concatenate(found)).tolist():
             poses[i], intrinsics[i], turned = upright(root / frames[i], poses[i], intrinsics[i])
@@ -234,6 +235,16 @@ def _sequences(
             whole = whole._replace(depths=depths, depth_format=depth_format)
     for number, rows in enumerate(found):
         yield whole.select(rows, f"{part}/{number:03d}")
+
+
+def near_origin(poses: np.ndarray) -> np.ndarray:
+    """Poses (n, 4, 4) of a world whose origin is the first camera, if some are too far from theirs for float32."""
+    centres = -poses[:, :3, :3].swapaxes(1, 2) @ poses[:, :3, 3:]
+    if np.abs(centres).max(initial=0) <= FAR:
+        return poses
+    moved = poses.copy()
+    moved[:, :3, 3:] += poses[:, :3, :3] @ centres[0]
+    return moved
 
 
 OVERLAP_OPTIONS = {

@@ -47,7 +47,8 @@ def from_file(path: Path, part: str, needs_depth: bool = True) -> PairSet:
     if len(pairs) < len(lines):
         log.warning("%s: %d of %d pairs have no depth and are skipped", file, len(lines) - len(pairs), len(lines))
     if not pairs:
-        raise DataError(f"'{file}' has no pair with depth_a and depth_b, and true warps need both")
+        need = " with depth_a and depth_b, and true warps need both" if needs_depth else ""
+        raise DataError(f"'{file}' has no pair{need}")
     name = file.absolute().parent.name if file.stem == "pairs" else file.stem
     test, train = split(pairs)
     pairs = {"all": pairs, "test": test, "train": train}[part]

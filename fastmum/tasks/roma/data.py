@@ -10,6 +10,7 @@ import numpy as np
 from fastmum.config.schema import key
 from fastmum.data.colour import NOTHING
 from fastmum.data.manifest import Manifests
+from fastmum.data.packing import cumulative
 from fastmum.data.pair_loader import PairLoader, square_view
 from fastmum.data.pair_plan import ListedPairs, PairPlanner
 from fastmum.geometry import View, crop_resize
@@ -21,7 +22,8 @@ LISTED = 100_000  # pairs of a list, at most
 POWER = 0.75  # a pair of a list of n has the weight n^-POWER
 ROUND = 25_000  # pairs that are drawn without replacement
 FILL = np.array([round(255 * x) for x in IMAGENET_MEAN], np.uint8)  # of what a shift uncovers: 0 after normalisation
-SHIFT_SEED, ROUND_SEED = 1, 2
+BLOCK = 10_000  # pairs in which every data set has its share
+SHIFT_SEED, ROUND_SEED, BLOCK_SEED = 1, 2, 3
 
 
 @dataclass
@@ -37,6 +39,7 @@ class RomaDataSection(PairDataSection):
     image_size: int = key(560, "side of a frame in pixels; the aspect ratio is not kept", least=16)
     shift: int = key(32, "largest shift of both images of a pair, pixels along either axis", least=0)
     flip: bool = key(True, "mirror both images of every second pair")
+    augment: bool = key(True, "shift and flip")
 
     def check(self, patch_size: int) -> None:
         super().check(patch_size)
@@ -61,6 +64,8 @@ class RomaPlan(NamedTuple):
 class RomaPlanner(PairPlanner):
     """Rounds of pairs without replacement: each scene is a list of pairs, and of those of a larger overlap another one.
 
+    Several data sets have rounds of their own, and shares of all pairs by their weights.
+
     Arguments and errors as of `PairPlanner`, and those of `RomaDataSection`. `augment` is for shifts and flips.
     """
 
@@ -72,32 +77,49 @@ class RomaPlanner(PairPlanner):
         self._shift, self._flip = self.augment * shift, self.augment and flip
         scenes = np.unique(manifests.scene_names(np.arange(manifests.num_sequences)), return_inverse=True)[1]
         rng = np.random.default_rng(self.seed)
-        rows, chances = list[np.ndarray](), list[np.ndarray]()
+        self._sets, shares = list[tuple[np.ndarray, np.ndarray]](), list[float]()  # pairs of a data set, their weights
         for name, pairs in zip(manifests.datasets, cast(list[ListedPairs], self.pairs), strict=True):
-            weight, listed, overlap = (weights or {}).get(name, 1.0), pairs.rows, pairs.overlap
-            if not weight or not len(pairs):
+            share, listed, overlap = (weights or {}).get(name, 1.0), pairs.rows, pairs.overlap
+            if not share or not len(pairs):
                 continue
+            rows, chances = list[np.ndarray](), list[np.ndarray]()
             scene_of = scenes[manifests.sequence_of(listed[:, 0])]
             order = np.argsort(scene_of, kind="stable")
             for scene in np.split(order, np.flatnonzero(np.diff(scene_of[order])) + 1):
                 for some in (scene, scene[overlap[scene] >= second_overlap]):
                     some = some if len(some) <= LISTED else rng.choice(some, LISTED, replace=False)
                     rows.append(listed[some])
-                    chances.append(np.full(len(some), weight * max(len(some), 1) ** -POWER))
-        self._rows, self._weights = np.concatenate(rows), np.concatenate(chances)
-        self._round = lru_cache(2)(self._draw_round)
+                    chances.append(np.full(len(some), max(len(some), 1) ** -POWER))
+            self._sets.append((np.concatenate(rows), np.concatenate(chances)))
+            shares.append(share)
+        bounds = np.round(BLOCK * cumulative(np.array([0.0, *shares]))).astype(np.int64)
+        self._quotas = bounds[1:] - bounds[:-1]
+        self._round, self._block = lru_cache(2 * len(shares))(self._draw_round), lru_cache(2)(self._draw_block)
 
-    def _draw_round(self, number: int) -> np.ndarray:
-        """Indices of the pairs of a round in order, without replacement: by exponential times over weights."""
-        rng, count = np.random.default_rng((self.seed, ROUND_SEED, number)), min(ROUND, len(self._rows))
-        times = rng.standard_exponential(len(self._rows)) / self._weights
+    def _draw_round(self, of: int, number: int) -> np.ndarray:
+        """Pairs of a round of a data set in order, without replacement: by exponential times over weights."""
+        rows, weights = self._sets[of]
+        rng, count = np.random.default_rng((self.seed, ROUND_SEED, number, of)), min(ROUND, len(rows))
+        times = rng.standard_exponential(len(rows)) / weights
         first = np.argpartition(times, count - 1)[:count]
-        return first[np.argsort(times[first])]
+        return rows[first[np.argsort(times[first])]]
+
+    def _draw_block(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """For each of `BLOCK` pairs the data set, by the weights, and how many pairs of that set come before."""
+        of = np.repeat(np.arange(len(self._quotas)), self._quotas)
+        of = np.random.default_rng((self.seed, BLOCK_SEED, number)).permutation(of)
+        before = np.empty(BLOCK, np.int64)
+        for i, quota in enumerate(self._quotas.tolist()):
+            before[of == i] = number * quota + np.arange(quota)
+        return of, before
 
     def draw(self, step: int, rank: int, rng: np.random.Generator) -> np.ndarray:
-        length, count = min(ROUND, len(self._rows)), self.pairs_per_batch
-        numbers = (step * self.world_size + rank) * count + np.arange(count)
-        found = [self._rows[self._round(n // length)[n % length]] for n in numbers.tolist()]
+        first = (step * self.world_size + rank) * self.pairs_per_batch
+        found = []
+        for block, place in (divmod(n, BLOCK) for n in range(first, first + self.pairs_per_batch)):
+            of, before = (int(each[place]) for each in self._block(block))
+            length = min(ROUND, len(self._sets[of][0]))
+            found.append(self._round(of, before // length)[before % length])
         return np.stack([pair[:: rng.choice((1, -1))] for pair in found])
 
     def plan(self, step: int, rank: int = 0) -> RomaPlan:  # type: ignore[override]
