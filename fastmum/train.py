@@ -259,7 +259,8 @@ def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, sample
     if task.world.is_main:
         with run.writing():
             task.open_data(run.root, start, samples_per_step)
-            run.write_config(config.to_yaml(), start)
+            continued = replace(config, train=replace(config.train, resume="auto"))  # of whoever trains by this file
+            run.write_config(continued.to_yaml(), start)
         set_aside_after(run.checkpoints, start)
     task.world.wait()
     if not task.world.is_main:
@@ -320,6 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except PeerError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(error.code)  # threads may wait for the dead process until their timeouts
+        except torch.OutOfMemoryError:
+            remedy = "lower data.frames_per_batch (or data.pairs_per_batch), or set model.recompute=blocks"
+            raise ConfigError(f"the memory of the device is too small for a step: {remedy}") from None
         except RuntimeError as error:
             if config.train.deterministic and "deterministic" in str(error):  # of torch, with the operator's name
                 raise ConfigError(f"train.deterministic is true, but {first_line(error)}") from None

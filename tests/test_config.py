@@ -1,12 +1,16 @@
 """Reading a configuration, and the one line for each way to get it wrong."""
 
+from pathlib import Path
+
 import pytest
 
 from fastmum.config import ConfigError, describe_keys, load_config
 from fastmum.config.load import find_config, peek_task
 from fastmum.config.mum import Config
+from fastmum.config.schema import absolute_paths
 from fastmum.tasks import find_task
 from fastmum.tasks.reconstruction.model import ReconstructionConfig
+from fastmum.tasks.roma.config import Config as RomaConfig
 
 
 @pytest.fixture
@@ -192,3 +196,14 @@ def test_the_configurations_that_come_with_it():
     assert (paper.model.finetune, found["reconstruction_distill"].model.finetune) == (False, True)
     mae.data.views, mae.run.name, mae.run.dir = mum.data.views, mum.run.name, mum.run.dir
     assert mae == mum
+
+
+def test_weights_are_found_from_any_folder(tmp_path, monkeypatch):
+    """In a run's configuration the paths of weights are absolute, and names stay names."""
+    monkeypatch.chdir(tmp_path)
+    for given, expected in {
+        "runs/a": f"{tmp_path}/runs/a", "mae:a b.pth": f"mae:{tmp_path}/a b.pth", "~/a.pth": f"{Path.home()}/a.pth",
+        "random:mum_tiny": "random:mum_tiny", "timm:vit_small": "timm:vit_small",
+    }.items():  # fmt: skip
+        model = absolute_paths(load_config("roma_quickstart", [f"model.encoder={given}"], RomaConfig)).model
+        assert (model.encoder, model.fine, model.fallback) == (expected, "random", "random:mum_tiny")

@@ -113,7 +113,7 @@ def test_a_resumed_run_keeps_its_seed_and_its_images(run, image_folder, tmp_path
     assert numbers(tmp_path / "seed") != numbers(tmp_path / "whole") != numbers(tmp_path / "images")
 
 
-def test_what_becomes_of_a_finished_run(run, tmp_path, caplog, capsys):
+def test_what_becomes_of_a_finished_run(run, tmp_path, caplog, capsys, monkeypatch):
     folder, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/step_0000003"
     run("run")
     before = numbers(folder)
@@ -125,9 +125,17 @@ def test_what_becomes_of_a_finished_run(run, tmp_path, caplog, capsys):
     assert "depth 1 (configured: 2)" in capsys.readouterr().err
     assert run("other", f"train.resume={checkpoint}") == 0
     assert numbers(tmp_path / "other") == before[3:]
+    assert load_config(tmp_path / "other/config.yaml").train.resume == "auto"  # which continues that run
     early = shutil.copytree(checkpoint, tmp_path / "early")
     assert run("run", "train.resume=never") == 0
     assert numbers(folder) == numbers(tmp_path / "run.old-1") == before
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same command again, by SLURM or torchrun
+    for name, how in (("run", "never"), ("other", early)):
+        assert run(name, f"train.resume={how}", "train.steps=9") == 0
+    assert numbers(folder)[:8] == before[:8]
+    assert [record["step"] for record in numbers(tmp_path / "other")] == [4, 5, 6, 7, 8, 9]
+    assert not (tmp_path / "run.old-2").exists()
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
     # An earlier branch is not mixed with the checkpoints after it.
     assert run("run", f"train.resume={early}", "train.steps=5", "train.keep_checkpoints=1") == 0
     assert [found.path.name for found in find_checkpoints(folder)] == ["step_0000005"]

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from fastmum.config.schema import ConfigError, EngineConfig, problem
 from fastmum.config.words import read_word, read_yaml, typed
-from fastmum.files import resource_dir
+from fastmum.files import expand_user, resource_dir
 
 C = TypeVar("C", bound=EngineConfig)
 YAML_ERRORS = (YAMLError, ValueError, RecursionError)
@@ -40,7 +40,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
     keys = {k.name: k for k in describe_keys(schema)}
     config = OmegaConf.structured(schema)
     if file is not None:
-        config = _merge(config, _read(Path(file), keys), keys, source=str(file))
+        config = _merge(config, _read(expand_user(file)), keys, source=str(file))
     for word in overrides:
         config = _merge(config, _parse(word, keys), keys, source="the command line")
     try:
@@ -59,7 +59,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
 
 def peek_task(file: str | Path | None, overrides: Sequence[str]) -> str:
     """The value of `run.task`, which decides about the schema."""
-    in_file = dict(_leaves(_read(Path(file), {}), ())).get("run.task") if file is not None else None
+    in_file = dict(_leaves(_read(expand_user(file)), ())).get("run.task") if file is not None else None
     given = [value for word in overrides for key, _, value in [word.partition("=")] if key in ("run.task", "task")]
     return given[-1] if given else str(in_file or "mum")
 
@@ -98,7 +98,7 @@ def config_names() -> list[str]:
 
 def find_config(name_or_path: str | Path) -> Path:
     """An existing file, or the installed configuration of that name; ConfigError if there is neither."""
-    path = Path(name_or_path)
+    path = expand_user(name_or_path)
     if path.is_file():
         return path
     if path.is_dir():
@@ -135,7 +135,7 @@ def _parse(word: str, keys: dict[str, Key]) -> dict[str, Any]:
         raise ConfigError(f"'{value}' for {name} on the command line is not valid YAML") from None
 
 
-def _read(file: Path, keys: dict[str, Key]) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     path = find_config(file)
     try:
         content = read_yaml(path.read_bytes())
@@ -147,7 +147,7 @@ def _read(file: Path, keys: dict[str, Key]) -> dict[str, Any]:
         return content
     if not content:
         return {}
-    raise ConfigError(f"'{file}' must hold sections of keys ({', '.join(_sections(keys))}), not a list or a word")
+    raise ConfigError(f"'{file}' must hold sections of keys, not a list or a word")
 
 
 def _merge(config: DictConfig, given: dict[str, Any], keys: dict[str, Key], source: str) -> DictConfig:

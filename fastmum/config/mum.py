@@ -44,8 +44,12 @@ class DataSection(SourceSection):
 
     image_root: str | None = key(None, "folder of single images, at any depth", is_path=True)
     imagenet_share: float = key(0.1, "share of single images (ImageNet-1K in the paper), if any", least=0, most=1)
-    mode: str = key("packed", "paper: one number of views a batch; packed: full batches; balanced: also equal costs")
-    image_size: int = key(256, "side of a training frame in pixels")
+    mode: str = key(
+        "packed",
+        "paper: one number of views a batch; packed: full batches; balanced: also equal costs",
+        choices=("paper", "packed", "balanced"),
+    )
+    image_size: int = key(256, "side of a training frame in pixels", least=1)
     views: list[int] = key([2, 24], "fewest and most views of a sequence (paper's probabilities)", above=0, length=2)
     frames_per_batch: int = key(96, "frames that a device computes at once; in the mode paper, at most", least=1)
     frames_per_step: int | None = key(
@@ -55,7 +59,9 @@ class DataSection(SourceSection):
     crop_scale: list[float] = key([0.2, 1.0], "share of a frame's area in a random crop", above=0, most=1, length=2)
     crop_aspect: list[float] = key([0.75, 1.3333333], "aspect ratio of a random crop", above=0, length=2)
     flip: float = key(0.5, "probability of a horizontal flip, drawn for each frame", least=0, most=1)
-    decoder: str = key("auto", "auto, dali (on the GPU), dali_cpu or pillow")
+    decoder: str = key(
+        "auto", "auto, dali (on the GPU), dali_cpu or pillow", choices=("auto", "dali", "dali_cpu", "pillow")
+    )
     workers: int = key(2, "threads that decode images", least=1)
     cache_gb: float = key(1.0, "memory for decoded images in GB, for pillow; saves decoding if they fit", least=0)
 

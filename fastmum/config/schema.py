@@ -39,8 +39,8 @@ def problem(value: Any, choices: tuple[str, ...] = (), length: int | None = None
     return None
 
 
-def key(default: Any, meaning: str, is_path: bool = False, **bounds: Any) -> Any:
-    """A configuration key; `bounds` are the arguments of `problem`."""
+def key(default: Any, meaning: str, is_path: bool | str = False, **bounds: Any) -> Any:
+    """A configuration key; `bounds` are the arguments of `problem`. `is_path` "weights": a path, or KIND:PATH."""
     given: dict = {"default_factory": default.copy} if isinstance(default, list | dict) else {"default": default}
     return field(**given, metadata={"meaning": meaning, "is_path": is_path, "bounds": bounds})
 
@@ -190,6 +190,7 @@ class EngineConfig:
 
 def absolute_paths(section: S) -> S:
     """A copy of a configuration, or of a section, whose paths mean the same in every working directory."""
+    from fastmum.pretrained.load import absolute_spec
 
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
@@ -200,11 +201,11 @@ def absolute_paths(section: S) -> S:
             return value
         return os.path.abspath(os.path.expanduser(value))
 
-    changes = {}
+    changes: dict[str, Any] = {}
     for entry in fields(section):  # type: ignore[arg-type]
         value = getattr(section, entry.name)
         if is_dataclass(value):
             changes[entry.name] = absolute_paths(value)
-        elif entry.metadata.get("is_path"):
-            changes[entry.name] = absolute(value)
+        elif by := entry.metadata.get("is_path"):
+            changes[entry.name] = absolute_spec(value) if by == "weights" and value else absolute(value)
     return replace(section, **changes)  # type: ignore[type-var]

@@ -11,10 +11,10 @@ from fastmum.config.schema import ConfigError, key
 class ScenesSection:
     """The embedded scenes, rendered if neither data.root nor data.manifests is set."""
 
-    count: int = key(20, "scenes to render, held-out ones included")
-    views: int = key(24, "views of each scene")
-    size: int = key(256, "side of a rendered view in pixels")
-    seed: int = key(0, "random seed of the scenes")
+    count: int = key(20, "scenes to render, held-out ones included", least=1)
+    views: int = key(24, "views of each scene", least=1)
+    size: int = key(256, "side of a rendered view in pixels", least=1)
+    seed: int = key(0, "random seed of the scenes", least=0)
 
 
 @dataclass

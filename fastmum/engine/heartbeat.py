@@ -8,6 +8,7 @@ the progress of the main thread (`DistContext.advance`), which may be stuck whil
 import contextlib
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -175,5 +176,6 @@ class Heartbeat:
 
 
 def _exit(failed: PeerError) -> None:
-    print(f"error: {failed}; this process exits too, and the run resumes from its last checkpoint", flush=True)
+    message = f"error: {failed}; this process exits too, and the run resumes from its last checkpoint"
+    print(message, file=sys.stderr, flush=True)
     os._exit(failed.code)

@@ -1,6 +1,7 @@
 """Start of a run: from scratch, or from a checkpoint of any number of processes and strategy."""
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ log = logging.getLogger(__name__)
 # Values of a checkpoint that a run continues with.
 NEEDED = {"strategy": str, "world_size": int, "samples_per_step": int, "device_seconds": int | float}
 MOST_PROCESSES = 4096  # that are suggested
+# Above 0 in the processes of a job that SLURM has queued again, and of those that torchrun has started again.
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 NO_SETTINGS = ("run.dir", "train.resume")  # say where, not what is trained
 
 
@@ -32,18 +35,23 @@ class ResumeState(NamedTuple):
 
 
 def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, Any]) -> ResumeState:
-    """Do what `train.resume` says; `state` is then that of the checkpoint.
+    """Do what `train.resume` says; `state` is then that of the checkpoint. A restarted job goes on from its newest one.
 
     CheckpointError: no checkpoint fits. ConfigError: the number of processes does not divide the samples of a step.
     """
     world, manifest, sizes = task.world, None, task.manifest()
+    restarted = any(world.gather(any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)))
+    if restarted or config.train.resume == "auto":
+        manifest = load_newest(run.checkpoints, state, sizes, world.control)
     match config.train.resume:
-        case "never":
+        case _ if manifest is not None:
+            pass
+        case "never" if not restarted:
             if world.is_main:
                 run.set_aside()
             world.wait()
-        case "auto":
-            manifest = load_newest(run.checkpoints, state, sizes, world.control)
+        case "never" | "auto":
+            pass
         case "latest":
             manifest = load_checkpoint(run.checkpoints, state, sizes, world.control)
         case path:

@@ -3,6 +3,7 @@
 Steps with a non-finite loss or gradient are skipped and counted on the device; too many in a row stop the run.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmum.config.schema import EngineConfig
-from fastmum.engine.checkpoint import Checkpoints, find_checkpoints, set_aside_after
+from fastmum.engine.checkpoint import CheckpointError, Checkpoints, find_checkpoints, set_aside_after
 from fastmum.engine.device import autocast
 from fastmum.engine.gradients import Gradients
 from fastmum.engine.meter import Meter
@@ -63,7 +64,8 @@ def check_bad_steps(config: EngineConfig, run: RunDir, task: Task, checkpoints: 
     if longest <= config.train.max_bad_steps:
         return
     first = end - longest + 1
-    checkpoints.close()
+    with contextlib.suppress(CheckpointError):  # this error says more
+        checkpoints.close()
     if task.world.is_main:
         set_aside_after(run.checkpoints, first - 1)
     task.world.wait()

@@ -40,7 +40,7 @@ from fastmum.features.probe import Probe, of_encoder
 from fastmum.files import expand_user
 from fastmum.model.encoder import Encoder
 from fastmum.pretrained.arguments import parse_overrides
-from fastmum.pretrained.load import RANDOM, build, read_pretrained
+from fastmum.pretrained.load import RANDOM, absolute_spec, build, read_pretrained
 from fastmum.progress import progress_bar
 from fastmum.tasks.depth import HEADS, LINEAR
 from fastmum.tasks.pose import infer as pose
@@ -265,7 +265,7 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluation:
         if data.skipped:
             why = f"{len(data.skipped)} {part} images are skipped: {some_reasons(data.skipped, 3)}"
             print(f"{data.name}: {why}", file=sys.stderr)
-    used = of_encoder(encoder, args.weights, overrides_of(args))
+    used = of_encoder(encoder, absolute_spec(args.weights), overrides_of(args))
     about = {"task": "depth", **used, **result.best.about(), "loss": settings.loss, "size": result.longest}
     about |= {"max_depth": train.protocol.max_depth}
     return Evaluation(test.name, result.numbers, result.pictures, Probe(result.best.head.state_dict(), about))

@@ -3,10 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from fastmum.errors import program, run_command
 from fastmum.export.formats import FORMATS, export
+from fastmum.files import expand_user
 from fastmum.pretrained.arguments import add_overrides, parse_overrides
 
 
@@ -31,9 +31,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run, a folder of checkpoints, a checkpoint, or a file of weights")
+    add(
+        "run",
+        type=expand_user,
+        metavar="RUN",
+        help="a run, a folder of checkpoints, a checkpoint, or a file of weights",
+    )
     add("--format", metavar="NAME", default="released", help="see below (default %(default)s)")
-    add("--out", type=Path, metavar="FILE", help="default: mum_<step><suffix> in the run's folder, or next to the file")
+    add(
+        "--out",
+        type=expand_user,
+        metavar="FILE",
+        help="default: mum_<step><suffix> in the run's folder, or next to the file",
+    )
     add("--encoder-only", action="store_true", help="without the decoder, as for features")
     add("--ema", choices=("auto", "on", "off"), default="auto", help="EMA weights; auto: if the checkpoint has them")
     add("--wrap", metavar="KEY", help="format released: write {KEY: state dict}; the authors' forks expect model")

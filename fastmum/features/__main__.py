@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 
 from fastmum.data.spread import add_ray_argument, cluster
 from fastmum.engine.device import pick_device
@@ -15,6 +14,7 @@ from fastmum.features.extract import extract
 from fastmum.features.images import FeaturesError, Sizing, find_images
 from fastmum.features.pictures import write_pictures
 from fastmum.features.store import SUFFIXES, check_file, write_features
+from fastmum.files import expand_user
 from fastmum.pretrained import build, read_pretrained
 from fastmum.pretrained.arguments import SPECS, add_overrides, parse_overrides
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("images", nargs="+", metavar="IMAGES", help="folders of images, image files, or patterns in quotes")
     add("--weights", required=True, metavar="W", help="weights of an encoder, see below")
-    add("--out", type=Path, required=True, metavar="FILE", help=f"ends in {' or '.join(SUFFIXES)}")
+    add("--out", type=expand_user, required=True, metavar="FILE", help=f"ends in {' or '.join(SUFFIXES)}")
     size = "native (each image's size, rounded to a multiple of the patch size), a number, or HEIGHTxWIDTH"
     add("--size", default="native", metavar="S", help=f"{size} (default %(default)s)")
     add("--fit", choices=("resize", "pad"), default="resize", help="pad: keep the aspect ratio (default %(default)s)")
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N (default %(default)s)")
     add_ray_argument(parser)
     pictures = parser.add_mutually_exclusive_group()
-    pictures.add_argument("--pictures", type=Path, metavar="FOLDER", help="default: <stem of FILE>_pictures")
+    pictures.add_argument("--pictures", type=expand_user, metavar="FOLDER", help="default: <stem of FILE>_pictures")
     pictures.add_argument("--no-pictures", action="store_true", help="draw no pictures")
     add("--force", action="store_true", help="replace FILE")
     add_overrides(parser)

@@ -47,7 +47,10 @@ def extract(
         ray_device: of each task there; a task that is not on the CPU gets a GPU if the cluster has any.
     """
     sizing = sizing or Sizing(encoder.config.patch_size)
-    placements = {file: sizing.place(*size) for file, size in images.sizes().items()}
+    if sizing.size and sizing.fit == "resize":  # whatever the images' sizes
+        placements = dict.fromkeys(images.files, sizing.place(*sizing.size))
+    else:
+        placements = {file: sizing.place(*size) for file, size in images.sizes().items()}
     _check_memory(encoder, placements.values(), layers)
     groups = defaultdict(list)
     for file, placement in placements.items():

@@ -4,6 +4,7 @@ import glob
 import math
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +17,7 @@ from fastmum.data.decode.image import FrameError, read_header, read_upright, res
 from fastmum.data.errors import DataError
 from fastmum.errors import FastmumError
 from fastmum.model.inputs import IMAGENET_MEAN
+from fastmum.progress import progress_bar
 
 
 class FeaturesError(FastmumError):
@@ -84,14 +86,19 @@ class Images:
 
     def sizes(self) -> dict[Path, tuple[int, int]]:
         """Upright height and width of each image from its header; unreadable files are skipped."""
-        sizes = {}
-        for file in self.files:
+
+        def read(file: Path) -> tuple[int, int] | str:
             try:
                 header = read_header(file)
-                sizes[file] = (header.height, header.width)
+                return header.height, header.width
             except FrameError as error:
-                self.skipped[self.name(file)] = str(error)
-        return sizes
+                return str(error)
+
+        with ThreadPoolExecutor() as pool:
+            read_sizes = progress_bar(pool.map(read, self.files), total=len(self.files), unit="image", desc="sizes")
+            found = dict(zip(self.files, read_sizes, strict=True))
+        self.skipped |= {self.name(file): why for file, why in found.items() if isinstance(why, str)}
+        return {file: size for file, size in found.items() if not isinstance(size, str)}
 
 
 def find_images(words: Iterable[str | os.PathLike[str]]) -> Images:

@@ -25,6 +25,7 @@ from fastmum.pretrained.public import KINDS, fold, kind_of, read_public
 log = logging.getLogger(__name__)
 
 RANDOM = "random"  # followed by a preset: untrained weights
+PATHLESS = RANDOM, "timm"  # kinds that are followed by a name
 OWN = ("encoder_only", "key", "rope_dtype", "ema", "trainable")  # overrides of MuM's weights besides sizes
 PUBLIC = ("encoder_only", "key", "trainable", "normalisation")  # of any other encoder's
 OPTIONS = tuple(dict.fromkeys((*OWN, *PUBLIC, "table", "rope_rescale", "seed")))  # all
@@ -131,6 +132,15 @@ def split_spec(spec: str | os.PathLike[str]) -> tuple[str, str]:
     kind, colon, where = os.fspath(spec).partition(":")
     known = colon and kind in (*KINDS, RANDOM)
     return (kind, where) if known else ("", os.fspath(spec))
+
+
+def absolute_spec(spec: str) -> str:
+    """The spec with its path as an absolute one; those without a path, such as random:mum_vitl16, stay as they are."""
+    kind, where = split_spec(spec)
+    if kind in PATHLESS or where in PATHLESS:
+        return spec
+    path = os.path.abspath(expand_user(where))
+    return f"{kind}:{path}" if kind else path
 
 
 def read_pretrained(spec: str | os.PathLike[str], **overrides: Any) -> Pretrained:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastmum.errors import program, run_command, writing
-from fastmum.files import read_json
+from fastmum.files import expand_user, read_json
 from fastmum.scenes.cache import ScenesError, Settings, cached_folder, render_missing, scene_dirs
 
 
@@ -23,9 +23,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--views", type=int, default=24, metavar="V", help="views per scene (default %(default)s)")
     add("--size", type=int, default=256, metavar="P", help="side of a view in pixels (default %(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="of rooms and paths (default %(default)s)")
-    add("--out", type=Path, metavar="DIR", help="default: a folder in $FASTMUM_CACHE or the user's cache")
+    add("--out", type=expand_user, metavar="DIR", help="default: a folder in $FASTMUM_CACHE or the user's cache")
     add("--workers", type=int, metavar="W", help="processes; 0: this one (default: one per core, at most 8)")
-    add("--contact-sheet", type=Path, metavar="FILE", help="also write an image with a row of 6 views for each scene")
+    add(
+        "--contact-sheet",
+        type=expand_user,
+        metavar="FILE",
+        help="also write an image with a row of 6 views for each scene",
+    )
     args = parser.parse_args(argv)
     return run_command(lambda: _run(args), interrupted="stopped; finished scenes are kept")
 

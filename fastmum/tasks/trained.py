@@ -35,10 +35,14 @@ class EncoderSection:
     """The encoder of a downstream task; its section `model` derives from it."""
 
     encoder: str = key(
-        "random:mum_vitl16", "weights of the encoder: a run, an export, a file, dinov3:PATH, random:PRESET"
+        "random:mum_vitl16",
+        "weights of the encoder: a run, an export, a file, dinov3:PATH, random:PRESET",
+        is_path="weights",
     )
     fallback: str | None = key(
-        None, "weights if there is no file or folder at the path `encoder`, said in a warning. Empty: an error"
+        None,
+        "weights if there is no file or folder at the path `encoder`, said in a warning. Empty: an error",
+        is_path="weights",
     )
 
     def sizes_of(self, kind: type[C], encoder_dim: int, patch_size: int, **more: Any) -> C:

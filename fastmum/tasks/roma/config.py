@@ -15,7 +15,9 @@ RANDOM = "random"
 class RomaSection(EncoderSection):
     """Encoders, and sizes of the decoder (RoMa's by default); lists are of strides 16, 8, 4, 2, 1."""
 
-    fine: str = key(RANDOM, "weights of the fine encoder: a file of torchvision's vgg19_bn; random: none")
+    fine: str = key(
+        RANDOM, "weights of the fine encoder: a file of torchvision's vgg19_bn; random: none", is_path="weights"
+    )
     fine_lr_scale: float = key(0.05, "factor of the fine encoder's learning rate", above=0)
     vgg: list[int] = key([*PAPER.vgg], "channels of the fine encoder at strides 1, 2, 4, 8", length=4)
     vgg_layers: list[int] = key([*PAPER.vgg_layers], "its convolutions of each stride", length=4)
