@@ -1,9 +1,11 @@
 """All evaluations of several encoders, and one table of them: `fastmum evaluate all --weights A B C`."""
 
 import argparse
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastmum.data.errors import DataError
@@ -24,7 +26,7 @@ from fastmum.evaluate.results import (
     models,
     score_title,
 )
-from fastmum.pretrained.load import RANDOM
+from fastmum.pretrained.load import RANDOM, absolute_spec, split_spec
 
 DEFAULT = "default"  # --data: what each evaluation takes by itself
 SEEDED = ("matching", "views", "recognition", "depth", "roma")  # evaluations that depend on the seed with given weights
@@ -74,7 +76,8 @@ def _cell(of: ResultGroup, score: str, weights: Sequence[str]) -> str:
 
 
 def _published(of: ResultGroup, score: str, method: str) -> str:
-    values, names = of.paper.get(method, ()), PUBLISHED_SCORES.get(of.on.set, ("epe",))
+    names = PUBLISHED_SCORES.get(of.task) or PUBLISHED_SCORES.get(of.on.set, ("epe",))
+    values = of.paper.get(method, ())
     found = dict(zip(names, values if isinstance(values, tuple) else (values,), strict=False)).get(score)
     return NONE if found is None else f"{found:.{digits(score)}f}"
 
@@ -92,17 +95,22 @@ def run_all(
         task, _, more = each.partition("=")
         if task not in tasks:
             raise FastmumError(f"--options {each}: must be EVALUATION=OPTIONS with one of {', '.join(tasks)}")
-        words[task] = more.split()
+        try:
+            words.setdefault(task, []).extend(shlex.split(more))
+        except ValueError as error:
+            raise FastmumError(f"--options {each}: {error}") from None
     runs = [
         (task, weights, data, [task, "--weights", weights, *_shared(args, data), *words.get(task, [])])
         for task in args.tasks for data in args.data for weights in args.weights
     ]  # fmt: skip
+    names = distinct_names(args.weights)
     counts = [args.seeds if task in SEEDED or spec.startswith(f"{RANDOM}:") else 1 for task, spec, *_ in runs]
     # Errors of the arguments come before the first evaluation.
     parsed = [[parser.parse_args(run[-1]) for _ in range(n)] for run, n in zip(runs, counts, strict=True)]
     for (task, weights, data, _), seeds in zip(runs, parsed, strict=True):
         for number, own in enumerate(seeds):
             own.seed, own.number = own.seed + number, number if args.seeds > 1 else None
+            own.name = own.name or names.get(weights)
             print(f"{task}: {weights}, {data}, seed {own.seed}", file=sys.stderr)
             try:
                 evaluate(own)
@@ -117,6 +125,19 @@ def run_all(
         f"Not run: {', '.join(named)} of {weights}{'' if data == DEFAULT else f' on {data}'}: {why}"
         for (weights, data, why), named in failed.items()
     ]
+
+
+def distinct_names(specs: Sequence[str]) -> dict[str, str]:
+    """Names of weights whose files or folders are named alike: the shortest ends of their paths that differ."""
+    parts = {spec: Path(absolute_spec(split_spec(spec)[1])).with_suffix("").parts[1:] for spec in specs}
+    alike = [[spec for spec in parts if parts[spec][-1] == last] for last in {each[-1] for each in parts.values()}]
+    names = {}
+    for same in alike:
+        ends = (
+            {spec: "/".join(parts[spec][-n:]) for spec in same} for n in range(2, max(map(len, parts.values())) + 1)
+        )
+        names |= next((found for found in ends if len({*found.values()}) == len(same) > 1), {})
+    return names
 
 
 def _shared(args: Namespace, data: str) -> Iterator[str]:

@@ -6,6 +6,7 @@ A folder for each encoder and description of what is computed, with a file for e
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class FeatureCache:
             write_atomic(self.folder / "about.json", json.dumps(key | {"encoder": dict(encoder.about)}, indent=1))
 
     def _file(self, key: str) -> Path:
-        return self.folder / f"{_digest(key.encode())}.safetensors"
+        return self.folder / f"{_digest(os.fsencode(key))}.safetensors"
 
     def has(self, key: str) -> bool:
         """Whether there is a file of this key; it may be damaged."""
@@ -57,7 +58,7 @@ class FeatureCache:
         found = {i: tokens for i, file in enumerate(files) if file.exists() and (tokens := _read(file))}
         if missing := [i for i in range(len(files)) if i not in found]:
             for i, tokens in zip(missing, compute(missing), strict=True):
-                write_features(files[i], {NAME: tokens}, {"key": keys[i]})
+                write_features(files[i], {NAME: tokens}, {"key": keys[i].encode(errors="replace").decode()})
                 found[i] = tokens
         return [found[i] for i in range(len(files))]
 

@@ -113,6 +113,19 @@ def test_imagenet_in_folders_tar_and_zip_is_the_same(imagenet, tmp_path, caplog,
     assert len({each.file.key() for each in found.train + found.test}) == 9
 
 
+def test_archives_of_single_classes(imagenet):
+    """What `tar -xf ILSVRC2012_img_train.tar -C train` leaves, with one class unpacked."""
+    expected = listed(open_images(f"imagenet:{imagenet}"))
+    for name in WNIDS[1:]:
+        with tarfile.open(imagenet / f"train/{name}.tar", "w") as archive:
+            for file in sorted((imagenet / "train" / name).iterdir()):
+                archive.add(file, file.name)
+        shutil.rmtree(imagenet / "train" / name)
+    found = open_images(f"imagenet:{imagenet}")
+    assert listed(found) == expected
+    assert readable(found)
+
+
 def test_imagenet_as_distributed(imagenet, tmp_path):
     """A tar file of tar files, flat validation images, and the development kit; all of them in a tar file."""
     expected = open_images(f"imagenet:{imagenet}")

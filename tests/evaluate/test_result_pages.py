@@ -9,6 +9,7 @@ import pytest
 from browser import check_in_print, check_on_a_phone
 from PIL import Image
 
+from fastmum.evaluate.overview import distinct_names, overview
 from fastmum.evaluate.records import read, save
 from fastmum.evaluate.results import page, table
 from fastmum.evaluate.seeds import main
@@ -73,6 +74,14 @@ def test_published_poses_stand_next_to_all_pairs_of_megadepth(tmp_path):
         save(tmp_path, content | {"set_pairs": 1500, "scores": {"auc5": 20.0}}, [])
     rows = {key[2:5:2]: row["paper: MuM"] for key, row in cells(tmp_path).items()}
     assert rows == {("1,500", "all"): "26.7", ("1,000", "part"): "–"}
+    whole, _ = overview(record.content for record in read(tmp_path) if record.content["weights"] == "all")
+    assert ["MuM (paper)", "", "26.7"] in [row[:3] for row in whole.rows]
+
+
+def test_weights_of_the_same_name_are_told_apart(tmp_path):
+    assert distinct_names(["a/run", "b/run", "c/other", "random:mum_tiny"]) == {"a/run": "a/run", "b/run": "b/run"}
+    deep = ["dinov3:x/a/model.pth", "mae:x/b/model.pth", "y/b/model.safetensors"]
+    assert [*distinct_names(deep).values()] == ["x/a/model", "x/b/model", "y/b/model"]
 
 
 def test_old_results_and_names_that_are_markup(tmp_path, capsys):

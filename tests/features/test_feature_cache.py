@@ -44,6 +44,15 @@ def test_features_are_computed_once(tiny, tmp_path, caplog):
         tokens(encoder.train(), KEYS)
 
 
+def test_names_that_are_not_utf8(tmp_path):
+    cache = FeatureCache(tmp_path / "cache", fastmum.load_encoder("random:mum_tiny"), {})
+    tokens = Tokens(None, torch.ones(4, 2), Placement(32, 32, 32, 32))
+    for _ in range(2):
+        (found,) = cache.tokens(["b\udce9.jpg"], lambda missing: [tokens])
+        assert torch.equal(found.patch, tokens.patch)
+    assert cache.has("b\udce9.jpg")
+
+
 def test_keys_follow_the_content(tmp_path):
     file = tmp_path / "a.png"
     file.write_bytes(b"1")

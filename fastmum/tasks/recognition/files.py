@@ -56,11 +56,11 @@ class DataSet:
         """The first of some folders that exists, or an archive that stands for it; None if there is none."""
         for folder in folders:
             if folder not in self._found:
-                archives = (self.top / (folder + suffix) for suffix in SUFFIXES)
-                path = self.top / folder
-                self._found[folder] = (
-                    path if path.is_dir() else next((_opened(each) for each in archives if each.is_file()), None)
-                )
+                path, archives = self.top / folder, (self.top / (folder + suffix) for suffix in SUFFIXES)
+                if path.is_dir():  # archives in it stand for folders, too
+                    self._found[folder] = path if isinstance(path, TreePath) else open_root(path)
+                else:
+                    self._found[folder] = next((_opened(each) for each in archives if each.is_file()), None)
             if found := self._found[folder]:
                 return found
         return None
