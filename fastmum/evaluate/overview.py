@@ -131,11 +131,9 @@ def distinct_names(specs: Sequence[str]) -> dict[str, str]:
     """Names of weights whose files or folders are named alike: the shortest ends of their paths that differ."""
     parts = {spec: Path(absolute_spec(split_spec(spec)[1])).with_suffix("").parts[1:] for spec in specs}
     alike = [[spec for spec in parts if parts[spec][-1] == last] for last in {each[-1] for each in parts.values()}]
-    names = {}
+    names, longest = dict[str, str](), max(map(len, parts.values()))
     for same in alike:
-        ends = (
-            {spec: "/".join(parts[spec][-n:]) for spec in same} for n in range(2, max(map(len, parts.values())) + 1)
-        )
+        ends = ({spec: "/".join(parts[spec][-n:]) for spec in same} for n in range(2, longest + 1))
         names |= next((found for found in ends if len({*found.values()}) == len(same) > 1), {})
     return names
 
