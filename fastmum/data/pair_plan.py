@@ -13,13 +13,14 @@ from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
 from fastmum.data.overlap import pair_table
 from fastmum.data.packing import cumulative
+from fastmum.data.pair_lists import rows_of_list
 from fastmum.data.plan import given_weights
 from fastmum.data.scene_plan import GROUND_TRUTH, by_builder, usable_frames
 
 SAMPLING = ("auto", "overlap", "distance")
 ANY = 1 << 30  # frames
 # Least and most distance of the frames of a pair in their sequence, by the builder of the manifest or the name of the
-# data set. The first three are Reloc3r's training; it reads lists of pairs of the others.
+# data set. The first three are Reloc3r's training; it reads lists of pairs of the others (`fastmum.data.pair_lists`).
 GAPS = {
     "scannet": (10, 500), "wildrgbd": (1, ANY), "vkitti2": (1, 100), "realestate10k": (10, 100), "dl3dv": (1, 20),
 }  # fmt: skip
@@ -46,7 +47,7 @@ class Pairs(Protocol):
 
 
 class ListedPairs:
-    """Pairs of a list `rows` (N, 2) with their `overlap` (N,), uniform, in either order."""
+    """Pairs of a list `rows` (N, 2) with their `overlap` (N,), NaN if unknown; uniform, in either order."""
 
     def __init__(self, rows: np.ndarray, overlap: np.ndarray) -> None:
         self.rows, self.overlap = rows, overlap
@@ -90,7 +91,8 @@ class PairPlanner:
         weights: of data sets by name, default 1; 0 excludes a set.
         size: width and height of all frames.
         sampling: "overlap": pairs that overlap by a share in the range `overlap` (`fastmum.data.overlap`), which needs
-            depth; "distance": by `gaps`; "auto": by overlap where depth is known and no distance is given.
+            depth; "distance": by `gaps`; "auto": all pairs of a list (`fastmum.data.pair_lists`) where `gaps` names no
+            distance, else by overlap where depth is known and there is no distance.
         gaps: least and most distance in frames by data set, beside those of `GAPS`.
         depth: whether frames need depth.
         augment: random colours, each frame its own (Reloc3r's training).
@@ -121,7 +123,9 @@ class PairPlanner:
         self.pairs = self._find_pairs(sampling, (gaps or {}), keep, workers)
         for name, pairs in zip(manifests.datasets, self.pairs, strict=True):
             if not len(pairs):
-                self.notes.append(f"data set '{name}' is never drawn: it has no pair of frames to draw")
+                self.notes.append(
+                    f"data set '{name}' is never drawn: it has no pair of frames{' with depth' * depth} to draw"
+                )
         drawn = given_weights(manifests.datasets, weights or {}, self.notes) * [len(pairs) > 0 for pairs in self.pairs]
         if not drawn.any():
             what = f"pose and intrinsics{' and depth' * depth}, overlap in {list(overlap)} or a distance in data.gaps"
@@ -137,8 +141,13 @@ class PairPlanner:
         gaps = [by_builder({**GAPS, **given}, manifests, name) for name in manifests.datasets]
         dataset_of_row = np.repeat(manifests.dataset_of, np.diff(manifests.starts))
         with_depth = np.bincount(dataset_of_row[manifests.present("depth")], minlength=len(gaps)) > 0
-        listed = [sampling == "overlap" or (sampling == "auto" and own is None and depth)
-                  for own, depth in zip(gaps, with_depth, strict=True)]  # fmt: skip
+        auto = sampling == "auto"
+        own_lists = [
+            rows_of_list(manifests, name) if auto and by_builder(given, manifests, name) is None else None
+            for name in manifests.datasets
+        ]
+        listed = [sampling == "overlap" or (auto and own is None and depth and pairs is None)
+                  for own, depth, pairs in zip(gaps, with_depth, own_lists, strict=True)]  # fmt: skip
         sequence_of = np.repeat(np.arange(manifests.num_sequences), np.diff(manifests.starts))
         rows = np.flatnonzero(self.usable & keep[sequence_of])
         if any(listed):
@@ -147,8 +156,11 @@ class PairPlanner:
             chosen = (table.overlap >= low) & (table.overlap <= high) & keep[sequence_of[table.rows[:, 0]]]
             listed_rows, overlaps = table.rows[chosen], table.overlap[chosen]
         found: list[Pairs] = []
-        for i, (by_overlap, own) in enumerate(zip(listed, gaps, strict=True)):
-            if by_overlap:
+        for i, (by_overlap, own, pairs) in enumerate(zip(listed, gaps, own_lists, strict=True)):
+            if pairs is not None:
+                pairs = pairs[(self.usable & keep[sequence_of])[pairs].all(1)]
+                found.append(ListedPairs(pairs, np.full(len(pairs), np.nan, np.float32)))
+            elif by_overlap:
                 own_pairs = dataset_of_row[listed_rows[:, 0]] == i
                 found.append(ListedPairs(listed_rows[own_pairs], overlaps[own_pairs]))
             else:

@@ -87,6 +87,27 @@ def test_megadepth_of_dkm(tmp_path, caplog):
     assert overlap(test, test) == "scene '0015'"
 
 
+def test_megadepth_of_reloc3r_has_no_depth(tmp_path):
+    shots, cameras = walk(3), {}
+    for i, camera in enumerate(shots):
+        name = f"0015/images/{i}_o.jpg"
+        camera.save(tmp_path / name, tmp_path / "unused.png", camera.depth())
+        cameras[name] = np.array({"intrinsic": camera.K, "pose": camera.T}, object)
+    np.savez(tmp_path / "megadepth_meta_test.npz", **cameras)
+    lines = [f"0015/images/{i}_o.jpg 0015/images/{j}_o.jpg\n" for i, j in ((0, 1), (2, 0))]
+    (tmp_path / "megadepth_test_pairs.txt").write_text("".join(lines))
+    for name in (tmp_path, f"megadepth:{tmp_path}"):
+        found = open_pairs(str(name), needs_depth=False)
+        assert (found.name, len(found.pairs)) == ("megadepth", 2)
+        refused(name, "no depth.*evaluate pose")
+    for pair, a, b in zip(found.pairs, (shots[0], shots[2]), (shots[1], shots[0]), strict=True):
+        assert pytest.approx(b.T @ np.linalg.inv(a.T)) == pair.T_b_a
+        assert (pair.a.K == a.K).all()
+        assert pair.b.file.is_file()
+    np.savez(tmp_path / "megadepth_meta_test.npz", **{name: cameras[name] for name in sorted(cameras)[1:]})
+    refused(tmp_path, r"megadepth_meta_test\.npz.*0_o\.jpg", needs_depth=False)
+
+
 def scannet(scene: Path, shots: dict[int, Shot], K_depth: np.ndarray) -> None:
     for folder in ("pose", "intrinsic"):
         (scene / folder).mkdir(parents=True)
@@ -204,9 +225,9 @@ def spoil(file: Path, **changes) -> None:
     file.write_text("\n".join(lines))
 
 
-def refused(root: Path | str, message: str) -> None:
+def refused(root: Path | str, message: str, **options) -> None:
     with pytest.raises(DataError, match=message):
-        open_pairs(str(root))
+        open_pairs(str(root), **options)
 
 
 def test_records_and_files_that_cannot_be_used(wall_file):

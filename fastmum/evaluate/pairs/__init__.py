@@ -43,7 +43,7 @@ SETS: dict[str, Layout] = {
                     lambda path: jsonl.file_of(path).is_file() and jsonl.file_of(path).suffix == ".jsonl", splits=True),
     "scannet": Layout("ScanNet-1500 as LoFTR, DKM and RoMa have it", None, scannet.from_root,
                       lambda root: any((root / name).is_file() for name in scannet.TEST_FILES)),
-    "megadepth": Layout("MegaDepth-1500 as LoFTR, DKM and RoMa have it", None, megadepth.from_root,
+    "megadepth": Layout("MegaDepth-1500 as LoFTR, DKM, RoMa and Reloc3r have it", None, megadepth.from_root,
                         lambda root: bool(megadepth.information_files(root, "test"))),
     "navi": Layout("NAVI, for recall by cosine matching after Probe3D", None, navi.from_root,
                    lambda root: any(root.glob("*/wild_set/annotations.json"))),
@@ -53,8 +53,8 @@ SETS: dict[str, Layout] = {
 def open_pairs(name: str, part: Part = "all", needs_depth: bool = True, matchbench: bool = False) -> PairSet:
     """The set that a user names by a word, a path, or both with a colon between; DataError if it cannot be read.
 
-    `needs_depth=False` also takes the pairs of a `pairs.jsonl` that have no depth. With `matchbench`, MegaDepth's test
-    pairs are the 1,000 random ones of that protocol.
+    `needs_depth=False` also takes pairs without depth, of a `pairs.jsonl` or Reloc3r's MegaDepth-1500. With
+    `matchbench`, MegaDepth's test pairs are the 1,000 random ones of that protocol.
 
     Of the parts, "train" and "test" share no scene (or no image); "all" may be tested on without training, "trainable"
     may be trained on if nothing of the set is tested on.
@@ -69,7 +69,10 @@ def open_pairs(name: str, part: Part = "all", needs_depth: bool = True, matchben
         return jsonl.from_file(path, part, needs_depth)
     assert layout.open is not None
     chosen = matchbench and part in ("test", "all") and layout is SETS["megadepth"]
-    return layout.open(path, "matchbench" if chosen else part)
+    pairs = layout.open(path, "matchbench" if chosen else part)
+    if needs_depth and pairs.pairs[0].a.depth is None:
+        raise DataError(f"'{path}' has no depth, which this evaluation needs; `evaluate pose` does without")
+    return pairs
 
 
 def same_set(one: str, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""MegaDepth-1500 in the layouts of LoFTR, DKM and RoMa.
+"""MegaDepth-1500 in the layouts of LoFTR, of DKM and RoMa, and of Reloc3r.
 
 Images and depth are under `Undistorted_SfM/` and `phoenix/`, in the root or in its `train/` or `test/`. Files of scene
 information list the pairs and the cameras:
@@ -7,6 +7,9 @@ information list the pairs and the cameras:
   `megadepth_test_1500_scene_info/`; for training `index/scene_info_0.1_0.7/<scene>_*.npz`. Keys: image_paths,
   depth_paths, intrinsics, poses (world to camera), pair_infos ((i, j), overlap, central matches).
 - DKM and RoMa: `prep_scene_info/<scene>.npy`. The same, but pairs (N, 2) and overlaps (N,).
+
+Reloc3r has no depth: `megadepth_test_pairs.txt` has two images a line, `megadepth_meta_test.npz` for each a dictionary
+of intrinsic and pose (world to camera). Images are below the root.
 """
 
 import logging
@@ -30,6 +33,7 @@ TRAIN_PAIRS = 50  # drawn from each file, which may list hundreds of thousands
 TEST_PAIRS = 1500  # drawn from DKM's files, which list more, if LoFTR's are absent
 MATCHBENCH_PAIRS = 1000  # drawn by the protocol matchbench from all that DKM's files list, else from LoFTR's
 
+RELOC3R, RELOC3R_CAMERAS = "megadepth_test_pairs.txt", "megadepth_meta_test.npz"
 _LOFTR_TEST = ("", "megadepth_test_1500_scene_info", "index/megadepth_test_1500_scene_info")
 _LOFTR_TRAIN = ("index/scene_info_0.1_0.7", "scene_info_0.1_0.7")
 _IMAGE_ROOTS = ("", "test", "train", "..")
@@ -39,16 +43,18 @@ NO_TRAINING = (
 )
 NO_TEST = (
     "holds no MegaDepth-1500: neither 0015_0.1_0.3.npz and its siblings (also in megadepth_test_1500_scene_info/) nor "
-    "prep_scene_info/0015.npy"
+    f"prep_scene_info/0015.npy nor {RELOC3R}"
 )
 
 
 def from_root(root: Path, part: str) -> PairSet:
     """The 1,500 pairs for "test" and "all", 1,000 for "matchbench", or pairs of all other scenes for "train".
 
-    Without LoFTR's files the 1,500 are random ones of DKM's, a set of another name.
+    Without LoFTR's and Reloc3r's files the 1,500 are random ones of DKM's, a set of another name.
     """
     files = information_files(root, part)
+    if files and files[0].name == RELOC3R:
+        return PairSet("megadepth", _reloc3r(files[0]))
     if not files:
         raise DataError(f"'{root}' {NO_TRAINING if part == 'train' else NO_TEST}")
     pairs = [pair for file in files for pair in _pairs(file, root, part)]
@@ -62,12 +68,13 @@ def from_root(root: Path, part: str) -> PairSet:
 
 
 def information_files(root: Path, part: str) -> list[Path]:
-    """Files of scene information, none in a folder of another layout; of both kinds LoFTR's ("matchbench": DKM's)."""
+    """Files of one kind, none in a folder of another layout: LoFTR's, Reloc3r's or DKM's, the first for matchbench."""
     if part != "train":
         kinds = [
             sorted(file for scene in TEST_SCENES for file in (root / folder).glob(f"{scene}_*.npz"))
             for folder in _LOFTR_TEST
         ]
+        kinds.append([f for f in (root / RELOC3R,) if f.is_file()])
         kinds.append([f for scene in TEST_SCENES if (f := root / "prep_scene_info" / f"{scene}.npy").is_file()])
         return next(filter(None, kinds[::-1] if part == "matchbench" else kinds), [])
     for pattern in (*(f"{folder}/*.npz" for folder in _LOFTR_TRAIN), "prep_scene_info/*.npy"):
@@ -98,6 +105,22 @@ def _pairs(file: Path, root: Path, part: str) -> list[Pair]:
 
         scene = file.stem.partition("_")[0]
         return [Pair(f"{file.stem}/{i}-{j}", scene, frame(i), frame(j)) for i, j in indices.tolist()]
+
+
+def _reloc3r(file: Path) -> list[Pair]:
+    with reading(file, "a list of MegaDepth's pairs"):
+        pairs = [(a, b) for a, b in map(str.split, file.read_text(encoding="utf-8-sig").strip().splitlines())]
+    root, archive = file.parent, file.with_name(RELOC3R_CAMERAS)
+    cameras = read_archive(archive, dict.fromkeys(name for pair in pairs for name in pair))
+
+    @cache
+    def frame(name: str) -> Frame:
+        with reading(archive, "cameras of MegaDepth"):
+            camera = cameras[name].item()
+            K = square(camera["intrinsic"], 3, f"intrinsics of '{name}' in '{archive}'")
+            return Frame(name, root / name, K, rigid(camera["pose"], f"pose of '{name}' in '{archive}'"))
+
+    return [Pair(f"{a}-{b}", a.rpartition("/")[0], frame(a), frame(b)) for a, b in pairs]
 
 
 def _listed(information: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
