@@ -70,7 +70,7 @@ def open_pairs(name: str, part: Part = "all", needs_depth: bool = True, matchben
     assert layout.open is not None
     chosen = matchbench and part in ("test", "all") and layout is SETS["megadepth"]
     pairs = layout.open(path, "matchbench" if chosen else part)
-    if needs_depth and pairs.pairs[0].a.depth is None:
+    if needs_depth and pairs.pairs and pairs.pairs[0].a.depth is None:
         raise DataError(f"'{path}' has no depth, which this evaluation needs; `evaluate pose` does without")
     return pairs
 
