@@ -48,6 +48,7 @@ from fastmum.engine.task import Task
 from fastmum.engine.telemetry import Telemetry, log_line
 from fastmum.errors import first_line, program, run_command
 from fastmum.files import source_version
+from fastmum.pretrained.load import absolute_spec
 from fastmum.progress import on_terminal, progress_bar
 from fastmum.tasks import find_task
 
@@ -68,7 +69,7 @@ def train(config: EngineConfig, task: type[Task] | None = None) -> int:
     timeout = timedelta(seconds=2 * parallel.stuck_after_s)
     world = init_distributed(launch, pick_device(config.train.device, launch), timeout)
     precision = pick_precision(config.train.precision, world.device)
-    config = absolute_paths(replace(config, train=replace(config.train, precision=precision)))
+    config = absolute_paths(replace(config, train=replace(config.train, precision=precision)), absolute_spec)
     run = RunDir(Path(config.run.dir))
     beats = Heartbeat(world, parallel.dead_after_s, parallel.stuck_after_s) if world.size > 1 else None
     with beats or contextlib.nullcontext():

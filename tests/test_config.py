@@ -8,6 +8,7 @@ from fastmum.config import ConfigError, describe_keys, load_config
 from fastmum.config.load import find_config, peek_task
 from fastmum.config.mum import Config
 from fastmum.config.schema import absolute_paths
+from fastmum.pretrained.load import absolute_spec
 from fastmum.tasks import find_task
 from fastmum.tasks.reconstruction.model import ReconstructionConfig
 from fastmum.tasks.roma.config import Config as RomaConfig
@@ -205,5 +206,6 @@ def test_weights_are_found_from_any_folder(tmp_path, monkeypatch):
         "runs/a": f"{tmp_path}/runs/a", "mae:a b.pth": f"mae:{tmp_path}/a b.pth", "~/a.pth": f"{Path.home()}/a.pth",
         "random:mum_tiny": "random:mum_tiny", "timm:vit_small": "timm:vit_small",
     }.items():  # fmt: skip
-        model = absolute_paths(load_config("roma_quickstart", [f"model.encoder={given}"], RomaConfig)).model
+        config = load_config("roma_quickstart", [f"model.encoder={given}"], RomaConfig)
+        model = absolute_paths(config, absolute_spec).model
         assert (model.encoder, model.fine, model.fallback) == (expected, "random", "random:mum_tiny")

@@ -3,6 +3,7 @@
 import operator
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -188,9 +189,11 @@ class EngineConfig:
         return OmegaConf.to_yaml(OmegaConf.structured(self), resolve=True)
 
 
-def absolute_paths(section: S) -> S:
-    """A copy of a configuration, or of a section, whose paths mean the same in every working directory."""
-    from fastmum.pretrained.load import absolute_spec
+def absolute_paths(section: S, absolute_weights: Callable[[str], str]) -> S:
+    """A copy of a configuration, or of a section, whose paths mean the same in every working directory.
+
+    `absolute_weights` is for the keys of weights, which are paths, KIND:PATH or names.
+    """
 
     def absolute(value: Any) -> Any:
         if isinstance(value, list):
@@ -205,7 +208,7 @@ def absolute_paths(section: S) -> S:
     for entry in fields(section):  # type: ignore[arg-type]
         value = getattr(section, entry.name)
         if is_dataclass(value):
-            changes[entry.name] = absolute_paths(value)
+            changes[entry.name] = absolute_paths(value, absolute_weights)
         elif by := entry.metadata.get("is_path"):
-            changes[entry.name] = absolute_spec(value) if by == "weights" and value else absolute(value)
+            changes[entry.name] = absolute_weights(value) if by == "weights" and value else absolute(value)
     return replace(section, **changes)  # type: ignore[type-var]

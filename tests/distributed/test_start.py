@@ -117,7 +117,7 @@ def run_differently(rank_and_size, port, args, what, folder):
                 patch.setattr("fastmum.train.source_version", lambda: f"commit {rank}")
             case "folder" | "manifest":  # another one under the same name
                 patch.chdir(folder / str(rank))
-                patch.setattr("fastmum.train.absolute_paths", lambda config: config)
+                patch.setattr("fastmum.train.absolute_paths", lambda config, weights: config)
                 patch.setattr("fastmum.engine.rundir.VISIBLE_WITHIN", 0.0)
                 args = [*args, "run.dir=run"] if what == "folder" else args
             case "machines":
