@@ -40,7 +40,7 @@ from fastmum.engine.gradients import Gradients
 from fastmum.engine.heartbeat import Heartbeat, PeerError
 from fastmum.engine.meter import Efficiency, Meter, paper_line
 from fastmum.engine.optimizer import Ema, build_optimizer, learning_rate
-from fastmum.engine.resume import checkpoint_values, resume
+from fastmum.engine.resume import checkpoint_values, note_start, resume
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
@@ -262,6 +262,7 @@ def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, sample
             task.open_data(run.root, start, samples_per_step)
             continued = replace(config, train=replace(config.train, resume="auto"))  # of whoever trains by this file
             run.write_config(continued.to_yaml(), start)
+            note_start(run, config.train.resume, start)
         set_aside_after(run.checkpoints, start)
     task.world.wait()
     if not task.world.is_main:
@@ -323,8 +324,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
             os._exit(error.code)  # threads may wait for the dead process until their timeouts
         except torch.OutOfMemoryError:
-            remedy = "lower data.frames_per_batch (or data.pairs_per_batch), or set model.recompute=blocks"
-            raise ConfigError(f"the memory of the device is too small for a step: {remedy}") from None
+            log.debug("the memory of the device is too small", exc_info=True)
+            keys = [name for name in settings(config) if name.endswith("_per_batch")]
+            remedies = [f"lower {key}" for key in keys] + ["model.recompute=blocks"] * (
+                "model.recompute" in settings(config)
+            )
+            raise ConfigError(f"the memory of the device is too small: {' or '.join(remedies)}") from None
         except RuntimeError as error:
             if config.train.deterministic and "deterministic" in str(error):  # of torch, with the operator's name
                 raise ConfigError(f"train.deterministic is true, but {first_line(error)}") from None

@@ -63,14 +63,13 @@ def _symmetric_torch(x: Tensor, alpha: float, add: Tensor | None, beta: float) -
     if widens(x):
         return _symmetric_torch(x.float(), alpha, None if add is None else add.float(), beta).to(x.dtype)
     n, r, _ = x.shape
-    block = ceil_div(r, 4) if x.device.type == "cpu" and r >= CPU_ROWS else r
-    out = x.new_empty(n, r, r)
+    add, beta = (x.new_zeros(()).expand(n, r, r), 0.0) if add is None else (add, beta)
+    if x.device.type != "cpu" or r < CPU_ROWS:
+        return torch.baddbmm(add, x, x.mT, beta=beta, alpha=alpha)
+    out, block = x.new_empty(n, r, r), ceil_div(r, 4)
     for first in range(0, r, block):  # rows up to the diagonal, then the columns above it
         rows, columns = slice(first, first + block), slice(0, first + block)
-        before = x.new_zeros(()) if add is None else add[:, rows, columns]
-        product = torch.baddbmm(before, x[:, rows], x[:, columns].mT, beta=0.0 if add is None else beta, alpha=alpha)
-        if block == r:
-            return product
+        product = torch.baddbmm(add[:, rows, columns], x[:, rows], x[:, columns].mT, beta=beta, alpha=alpha)
         out[:, rows, columns] = product
         out[:, :first, rows] = product[:, :, :first].mT
     return out

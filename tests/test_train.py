@@ -129,13 +129,16 @@ def test_what_becomes_of_a_finished_run(run, tmp_path, caplog, capsys, monkeypat
     early = shutil.copytree(checkpoint, tmp_path / "early")
     assert run("run", "train.resume=never") == 0
     assert numbers(folder) == numbers(tmp_path / "run.old-1") == before
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the same command again, by SLURM or torchrun
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the same command again, by SLURM or torchrun
     for name, how in (("run", "never"), ("other", early)):
         assert run(name, f"train.resume={how}", "train.steps=9") == 0
     assert numbers(folder)[:8] == before[:8]
     assert [record["step"] for record in numbers(tmp_path / "other")] == [4, 5, 6, 7, 8, 9]
     assert not (tmp_path / "run.old-2").exists()
-    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another job")  # which has not set the run aside yet
+    assert run("other", "train.resume=never", "train.steps=3") == 0
+    assert (tmp_path / "other.old-1").exists()
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     # An earlier branch is not mixed with the checkpoints after it.
     assert run("run", f"train.resume={early}", "train.steps=5", "train.keep_checkpoints=1") == 0
     assert [found.path.name for found in find_checkpoints(folder)] == ["step_0000005"]

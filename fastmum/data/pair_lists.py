@@ -73,7 +73,7 @@ def _rows(part: Manifest) -> np.ndarray:
     rows = rows[(rows >= 0).all(1)]
     if not len(rows):
         file = list_file(builder, part.root)
-        raise DataError(f"'{file}' has changed since the manifest '{part.path}' was built: build it again")
+        raise DataError(f"no pair of '{file}' has both images in the manifest '{part.path}': build it again")
     return rows
 
 

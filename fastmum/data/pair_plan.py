@@ -120,6 +120,7 @@ class PairPlanner:
         keep = np.full(manifests.num_sequences, only is None)
         keep[np.array(() if only is None else list(only), np.int64)] = True
         keep[np.array(list(exclude), np.int64)] = False
+        self._excluded = {name for name, weight in (weights or {}).items() if not weight}
         self.pairs = self._find_pairs(sampling, (gaps or {}), keep, workers)
         for name, pairs in zip(manifests.datasets, self.pairs, strict=True):
             if not len(pairs):
@@ -143,7 +144,9 @@ class PairPlanner:
         with_depth = np.bincount(dataset_of_row[manifests.present("depth")], minlength=len(gaps)) > 0
         auto = sampling == "auto"
         own_lists = [
-            rows_of_list(manifests, name) if auto and by_builder(given, manifests, name) is None else None
+            rows_of_list(manifests, name)
+            if auto and name not in self._excluded and by_builder(given, manifests, name) is None
+            else None
             for name in manifests.datasets
         ]
         listed = [sampling == "overlap" or (auto and own is None and depth and pairs is None)

@@ -1,5 +1,6 @@
 """Start of a run: from scratch, or from a checkpoint of any number of processes and strategy."""
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -9,17 +10,18 @@ import torch
 
 from fastmum.config.load import settings
 from fastmum.config.schema import ConfigError, EngineConfig
-from fastmum.engine.checkpoint import CheckpointError, load_checkpoint, load_newest
+from fastmum.engine.checkpoint import CheckpointError, find_checkpoints, load_checkpoint, load_newest
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.task import Samples, Task
-from fastmum.files import expand_user
+from fastmum.files import expand_user, write_atomic
 
 log = logging.getLogger(__name__)
 
 # Values of a checkpoint that a run continues with.
 NEEDED = {"strategy": str, "world_size": int, "samples_per_step": int, "device_seconds": int | float}
 MOST_PROCESSES = 4096  # that are suggested
+START = "start.json"  # in the run's folder: the job that started it
 # Above 0 in the processes of a job that SLURM has queued again, and of those that torchrun has started again.
 RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 NO_SETTINGS = ("run.dir", "train.resume")  # say where, not what is trained
@@ -35,23 +37,23 @@ class ResumeState(NamedTuple):
 
 
 def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, Any]) -> ResumeState:
-    """Do what `train.resume` says; `state` is then that of the checkpoint. A restarted job goes on from its newest one.
+    """Do what `train.resume` says; `state` is then that of the checkpoint. A job goes on from what it saved before.
 
     CheckpointError: no checkpoint fits. ConfigError: the number of processes does not divide the samples of a step.
     """
     world, manifest, sizes = task.world, None, task.manifest()
-    restarted = any(world.gather(any(os.environ.get(name, "0") not in ("", "0") for name in RESTARTS)))
-    if restarted or config.train.resume == "auto":
+    saved = any(world.gather(world.is_main and _has_saved(run, config.train.resume)))
+    if saved or config.train.resume == "auto":
         manifest = load_newest(run.checkpoints, state, sizes, world.control)
     match config.train.resume:
         case _ if manifest is not None:
             pass
-        case "never" if not restarted:
+        case "auto":
+            pass
+        case "never":
             if world.is_main:
                 run.set_aside()
             world.wait()
-        case "never" | "auto":
-            pass
         case "latest":
             manifest = load_checkpoint(run.checkpoints, state, sizes, world.control)
         case path:
@@ -72,6 +74,28 @@ def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, An
             samples, task.samples.unit, values["samples_per_step"],
         )  # fmt: skip
     return ResumeState(manifest.step, samples, values["device_seconds"], resumed=True)
+
+
+def note_start(run: RunDir, how: str, step: int) -> None:
+    """Note in the run's folder that this job did what `train.resume` says and starts at `step`; for one process."""
+    if not _has_saved(run, how):
+        write_atomic(run.root / START, json.dumps({"job": _job(), "resume": how, "step": step}))
+
+
+def _has_saved(run: RunDir, how: str) -> bool:
+    """Whether this job, which SLURM has queued again or torchrun has started again, has saved since its first start."""
+    if all(os.environ.get(name, "0") in ("", "0") for name in RESTARTS):
+        return False
+    try:
+        start = json.loads((run.root / START).read_bytes())
+        newest = max((found.manifest.step for found in find_checkpoints(run.checkpoints) if found.manifest), default=0)
+        return (start["job"], start["resume"]) == (_job(), how) and newest > start["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _job() -> str | None:
+    return next((os.environ[name] for name in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID") if os.environ.get(name)), None)
 
 
 def checkpoint_values(config: EngineConfig, task: Task, samples_per_step: int, device_seconds: float) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import sys
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fastmum.evaluate.results import (
     models,
     score_title,
 )
-from fastmum.pretrained.load import RANDOM, absolute_spec, split_spec
+from fastmum.pretrained.load import PATHLESS, RANDOM, absolute_spec, spec_name, split_spec
 
 DEFAULT = "default"  # --data: what each evaluation takes by itself
 SEEDED = ("matching", "views", "recognition", "depth", "roma")  # evaluations that depend on the seed with given weights
@@ -127,14 +128,21 @@ def run_all(
     ]
 
 
-def distinct_names(specs: Sequence[str]) -> dict[str, str]:
-    """Names of weights whose files or folders are named alike: the shortest ends of their paths that differ."""
-    parts = {spec: Path(absolute_spec(split_spec(spec)[1])).with_suffix("").parts[1:] for spec in specs}
-    alike = [[spec for spec in parts if parts[spec][-1] == last] for last in {each[-1] for each in parts.values()}]
-    names, longest = dict[str, str](), max(map(len, parts.values()))
-    for same in alike:
-        ends = ({spec: "/".join(parts[spec][-n:]) for spec in same} for n in range(2, longest + 1))
-        names |= next((found for found in ends if len({*found.values()}) == len(same) > 1), {})
+def distinct_names(specs: Iterable[str]) -> dict[str, str]:
+    """Names of weights that would have the same one: those of the files with endings, or folders above that differ."""
+    alike = defaultdict[str, dict[str, Path]](dict)
+    for spec in specs:
+        kind, where = split_spec(spec)
+        if kind not in PATHLESS:
+            alike[spec_name(spec)][spec] = Path(absolute_spec(where))
+    names = dict[str, str]()
+    for name, paths in alike.items():
+        folders = {spec: path.parent.parts[1:] for spec, path in paths.items()}
+        found = [{spec: path.name for spec, path in paths.items()}]
+        for n in range(1, 1 + max(map(len, folders.values()))):
+            found.append({spec: "/".join((*above[-n:], name)) for spec, above in folders.items()})
+        if len(paths) > 1:
+            names |= next((each for each in found if len({*each.values()}) == len(paths)), {})
     return names
 
 

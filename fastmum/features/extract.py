@@ -50,7 +50,7 @@ def extract(
     if sizing.size and sizing.fit == "resize":  # whatever the images' sizes
         placements = dict.fromkeys(images.files, sizing.place(*sizing.size))
     else:
-        placements = {file: sizing.place(*size) for file, size in images.sizes().items()}
+        placements = {file: sizing.place(*size) for file, size in images.sizes(progress).items()}
     _check_memory(encoder, placements.values(), layers)
     groups = defaultdict(list)
     for file, placement in placements.items():

@@ -84,7 +84,7 @@ class Images:
             self.skipped[self.name(file)] = str(error)
             return None
 
-    def sizes(self) -> dict[Path, tuple[int, int]]:
+    def sizes(self, progress: bool = True) -> dict[Path, tuple[int, int]]:
         """Upright height and width of each image from its header; unreadable files are skipped."""
 
         def read(file: Path) -> tuple[int, int] | str:
@@ -95,8 +95,9 @@ class Images:
                 return str(error)
 
         with ThreadPoolExecutor() as pool:
-            read_sizes = progress_bar(pool.map(read, self.files), total=len(self.files), unit="image", desc="sizes")
-            found = dict(zip(self.files, read_sizes, strict=True))
+            done = pool.map(read, self.files)
+            bar = progress_bar(done, show=progress, total=len(self.files), unit="image", desc="sizes")
+            found = dict(zip(self.files, bar, strict=True))
         self.skipped |= {self.name(file): why for file, why in found.items() if isinstance(why, str)}
         return {file: size for file, size in found.items() if not isinstance(size, str)}
 

@@ -133,8 +133,9 @@ def vggt_view(
 
 
 def reloc3r_view(view: View, size: tuple[int, int], rng: np.random.Generator) -> View:
-    """An image as Reloc3r trains on it (`_crop_resize_if_necessary`); errors as in `vggt_view`.
+    """An image as Reloc3r trains on it (`_crop_resize_if_necessary`).
 
+    FastmumError: no intrinsics, or a principal point that is within a fifth of a side from the border.
     `size` is width and height of the result, width >= height; they are exchanged for portraits. `rng` chooses the
     orientation of nearly square images.
     """

@@ -25,7 +25,7 @@ from fastmum.pretrained.public import KINDS, fold, kind_of, read_public
 log = logging.getLogger(__name__)
 
 RANDOM = "random"  # followed by a preset: untrained weights
-PATHLESS = RANDOM, "timm"  # kinds that are followed by a name
+PATHLESS = RANDOM, "timm"  # kinds that may be followed by a name
 OWN = ("encoder_only", "key", "rope_dtype", "ema", "trainable")  # overrides of MuM's weights besides sizes
 PUBLIC = ("encoder_only", "key", "trainable", "normalisation")  # of any other encoder's
 OPTIONS = tuple(dict.fromkeys((*OWN, *PUBLIC, "table", "rope_rescale", "seed")))  # all
@@ -55,13 +55,7 @@ class Pretrained(NamedTuple):
     @property
     def name(self) -> str:
         """A name for tables and files: that of the run, checkpoint, file or preset."""
-        kind, where = split_spec(self.spec)
-        if kind in (RANDOM, "timm"):
-            return f"untrained {where}" if kind == RANDOM else where
-        path = expand_user(where).absolute()
-        if path.parent.name == "checkpoints":
-            return f"{path.parent.parent.name} {path.name}"
-        return path.parent.name if path.name == "checkpoints" else path.stem if path.is_file() else path.name
+        return spec_name(self.spec)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -134,10 +128,21 @@ def split_spec(spec: str | os.PathLike[str]) -> tuple[str, str]:
     return (kind, where) if known else ("", os.fspath(spec))
 
 
+def spec_name(spec: str) -> str:
+    """The name of weights in tables and files: that of the run, checkpoint, file or preset."""
+    kind, where = split_spec(spec)
+    if kind in PATHLESS:
+        return f"untrained {where}" if kind == RANDOM else where
+    path = expand_user(where).absolute()
+    if path.parent.name == "checkpoints":
+        return f"{path.parent.parent.name} {path.name}"
+    return path.parent.name if path.name == "checkpoints" else path.stem if path.is_file() else path.name
+
+
 def absolute_spec(spec: str) -> str:
     """The spec with its path as an absolute one; those without a path, such as random:mum_vitl16, stay as they are."""
     kind, where = split_spec(spec)
-    if kind in PATHLESS or where in PATHLESS:
+    if RANDOM in (kind, where) or (kind in PATHLESS and not expand_user(where).exists()):
         return spec
     path = os.path.abspath(expand_user(where))
     return f"{kind}:{path}" if kind else path

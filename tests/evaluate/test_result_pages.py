@@ -79,9 +79,17 @@ def test_published_poses_stand_next_to_all_pairs_of_megadepth(tmp_path):
 
 
 def test_weights_of_the_same_name_are_told_apart(tmp_path):
-    assert distinct_names(["a/run", "b/run", "c/other", "random:mum_tiny"]) == {"a/run": "a/run", "b/run": "b/run"}
-    deep = ["dinov3:x/a/model.pth", "mae:x/b/model.pth", "y/b/model.safetensors"]
-    assert [*distinct_names(deep).values()] == ["x/a/model", "x/b/model", "y/b/model"]
+    for name in ("x/a/model.pth", "x/b/model.pth", "y/b/model.safetensors", "a.pth", "a.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    specs = [f"mae:{tmp_path}/x/a/model.pth", f"{tmp_path}/x/b/model.pth", f"{tmp_path}/y/b/model.safetensors"]
+    files = [f"{tmp_path}/a.pth", f"{tmp_path}/a.safetensors"]
+    runs = ["runs/mum-0/checkpoints", "runs/mum-1/checkpoints", "exp1/run", "exp2/run", "random:run"]
+    assert distinct_names([*specs, *files, *runs]) == {
+        **dict(zip(specs, ("x/a/model", "x/b/model", "y/b/model"), strict=True)),
+        **dict(zip(files, ("a.pth", "a.safetensors"), strict=True)),
+        "exp1/run": "exp1/run", "exp2/run": "exp2/run",
+    }  # fmt: skip
 
 
 def test_old_results_and_names_that_are_markup(tmp_path, capsys):

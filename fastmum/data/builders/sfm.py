@@ -238,12 +238,14 @@ def _sequences(
 
 
 def near_origin(poses: np.ndarray) -> np.ndarray:
-    """Poses (n, 4, 4) of a world whose origin is the first camera, if some are too far from theirs for float32."""
-    centres = -poses[:, :3, :3].swapaxes(1, 2) @ poses[:, :3, 3:]
-    if np.abs(centres).max(initial=0) <= FAR:
+    """Poses (n, 4, 4) of a world whose origin is in the middle of the cameras, if that is too far away for float32."""
+    if not len(poses):
+        return poses
+    middle = np.median(-poses[:, :3, :3].swapaxes(1, 2) @ poses[:, :3, 3:], axis=0)  # whatever single cameras do
+    if not np.abs(middle).max() > FAR:
         return poses
     moved = poses.copy()
-    moved[:, :3, 3:] += poses[:, :3, :3] @ centres[0]
+    moved[:, :3, 3:] += poses[:, :3, :3] @ middle
     return moved
 
 

@@ -1,6 +1,8 @@
 """Files of a data set as distributed: in folders, in archives that stand for folders, or in one archive of all."""
 
+import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,8 +78,16 @@ class DataSet:
     def lookup(self, *folders: str) -> Callable[[str], File]:
         """Finds files below the first of some folders that exists by their paths; a missing one cannot be read."""
         path = self._find(*folders) or self.root / folders[0]
-        found = {file.name: file for file in _listed(path)} if isinstance(path, TreePath) else {}
-        return lambda name: found.get(name, File(name, str(path)))
+
+        @cache
+        def listed() -> dict[str, File]:
+            return {file.name: file for file in _listed(path)} if isinstance(path, TreePath) else {}
+
+        def look(name: str) -> File:
+            file = File(name, str(path))
+            return file if os.path.exists(file.path) else listed().get(name, file)
+
+        return look
 
     def folders(self, *folders: str) -> list[str]:
         """Names of the visible sub-folders of the first of some folders that exists, also of empty ones."""

@@ -94,6 +94,8 @@ class RomaPlanner(PairPlanner):
             shares.append(share)
         bounds = np.round(BLOCK * cumulative(np.array([0.0, *shares]))).astype(np.int64)
         self._quotas = bounds[1:] - bounds[:-1]
+        if not self._quotas.all():
+            self.notes.append(f"a data set of a share below 1 / {BLOCK} by data.weights is never drawn")
         self._round, self._block = lru_cache(2 * len(shares))(self._draw_round), lru_cache(2)(self._draw_block)
 
     def _draw_round(self, of: int, number: int) -> np.ndarray:
