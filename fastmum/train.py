@@ -325,10 +325,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os._exit(error.code)  # threads may wait for the dead process until their timeouts
         except torch.OutOfMemoryError:
             log.debug("the memory of the device is too small", exc_info=True)
-            keys = [name for name in settings(config) if name.endswith("_per_batch")]
-            remedies = [f"lower {key}" for key in keys] + ["model.recompute=blocks"] * (
-                "model.recompute" in settings(config)
-            )
+            keys = settings(config)
+            remedies = [f"lower {key}" for key in keys if key.endswith("_per_batch")]
+            remedies += ["set model.recompute=blocks"] * ("model.recompute" in keys)
             raise ConfigError(f"the memory of the device is too small: {' or '.join(remedies)}") from None
         except RuntimeError as error:
             if config.train.deterministic and "deterministic" in str(error):  # of torch, with the operator's name

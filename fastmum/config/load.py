@@ -40,7 +40,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
     keys = {k.name: k for k in describe_keys(schema)}
     config = OmegaConf.structured(schema)
     if file is not None:
-        config = _merge(config, _read(expand_user(file)), keys, source=str(file))
+        config = _merge(config, _read(file), keys, source=str(file))
     for word in overrides:
         config = _merge(config, _parse(word, keys), keys, source="the command line")
     try:
@@ -59,7 +59,7 @@ def load_config(file: str | Path | None, overrides: Sequence[str] = (), schema: 
 
 def peek_task(file: str | Path | None, overrides: Sequence[str]) -> str:
     """The value of `run.task`, which decides about the schema."""
-    in_file = dict(_leaves(_read(expand_user(file)), ())).get("run.task") if file is not None else None
+    in_file = dict(_leaves(_read(file), ())).get("run.task") if file is not None else None
     given = [value for word in overrides for key, _, value in [word.partition("=")] if key in ("run.task", "task")]
     return given[-1] if given else str(in_file or "mum")
 
@@ -135,7 +135,7 @@ def _parse(word: str, keys: dict[str, Key]) -> dict[str, Any]:
         raise ConfigError(f"'{value}' for {name} on the command line is not valid YAML") from None
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: str | Path) -> dict[str, Any]:
     path = find_config(file)
     try:
         content = read_yaml(path.read_bytes())

@@ -120,21 +120,21 @@ class PairPlanner:
         keep = np.full(manifests.num_sequences, only is None)
         keep[np.array(() if only is None else list(only), np.int64)] = True
         keep[np.array(list(exclude), np.int64)] = False
-        self._excluded = {name for name, weight in (weights or {}).items() if not weight}
-        self.pairs = self._find_pairs(sampling, (gaps or {}), keep, workers)
+        by_name = given_weights(manifests.datasets, weights or {}, self.notes)
+        self.pairs = self._find_pairs(sampling, (gaps or {}), keep, workers, by_name > 0)
         for name, pairs in zip(manifests.datasets, self.pairs, strict=True):
             if not len(pairs):
                 self.notes.append(
                     f"data set '{name}' is never drawn: it has no pair of frames{' with depth' * depth} to draw"
                 )
-        drawn = given_weights(manifests.datasets, weights or {}, self.notes) * [len(pairs) > 0 for pairs in self.pairs]
+        drawn = by_name * [len(pairs) > 0 for pairs in self.pairs]
         if not drawn.any():
             what = f"pose and intrinsics{' and depth' * depth}, overlap in {list(overlap)} or a distance in data.gaps"
             raise DataError(f"there is no pair of frames to draw ({what}) in a data set of weight above 0")
         self._chances = cumulative(drawn)
 
     def _find_pairs(
-        self, sampling: str, given: Mapping[str, tuple[int, int]], keep: np.ndarray, workers: int
+        self, sampling: str, given: Mapping[str, tuple[int, int]], keep: np.ndarray, workers: int, wanted: np.ndarray,
     ) -> list[Pairs]:  # fmt: skip
         manifests = self.manifests
         for name in given.keys() - {*manifests.datasets, *GAPS}:
@@ -144,15 +144,14 @@ class PairPlanner:
         with_depth = np.bincount(dataset_of_row[manifests.present("depth")], minlength=len(gaps)) > 0
         auto = sampling == "auto"
         own_lists = [
-            rows_of_list(manifests, name)
-            if auto and name not in self._excluded and by_builder(given, manifests, name) is None
-            else None
-            for name in manifests.datasets
+            rows_of_list(manifests, name) if auto and drawn and by_builder(given, manifests, name) is None else None
+            for name, drawn in zip(manifests.datasets, wanted, strict=True)
         ]
         listed = [sampling == "overlap" or (auto and own is None and depth and pairs is None)
                   for own, depth, pairs in zip(gaps, with_depth, own_lists, strict=True)]  # fmt: skip
         sequence_of = np.repeat(np.arange(manifests.num_sequences), np.diff(manifests.starts))
-        rows = np.flatnonzero(self.usable & keep[sequence_of])
+        usable = self.usable & keep[sequence_of]
+        rows = np.flatnonzero(usable)
         if any(listed):
             table = pair_table(manifests, workers)
             low, high = self.overlap
@@ -161,7 +160,7 @@ class PairPlanner:
         found: list[Pairs] = []
         for i, (by_overlap, own, pairs) in enumerate(zip(listed, gaps, own_lists, strict=True)):
             if pairs is not None:
-                pairs = pairs[(self.usable & keep[sequence_of])[pairs].all(1)]
+                pairs = pairs[usable[pairs].all(1)]
                 found.append(ListedPairs(pairs, np.full(len(pairs), np.nan, np.float32)))
             elif by_overlap:
                 own_pairs = dataset_of_row[listed_rows[:, 0]] == i

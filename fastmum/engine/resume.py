@@ -43,17 +43,13 @@ def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, An
     """
     world, manifest, sizes = task.world, None, task.manifest()
     saved = any(world.gather(world.is_main and _has_saved(run, config.train.resume)))
-    if saved or config.train.resume == "auto":
-        manifest = load_newest(run.checkpoints, state, sizes, world.control)
-    match config.train.resume:
-        case _ if manifest is not None:
-            pass
-        case "auto":
-            pass
+    match "auto" if saved else config.train.resume:
         case "never":
             if world.is_main:
                 run.set_aside()
             world.wait()
+        case "auto":
+            manifest = load_newest(run.checkpoints, state, sizes, world.control)
         case "latest":
             manifest = load_checkpoint(run.checkpoints, state, sizes, world.control)
         case path:

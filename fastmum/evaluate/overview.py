@@ -1,6 +1,7 @@
 """All evaluations of several encoders, and one table of them: `fastmum evaluate all --weights A B C`."""
 
 import argparse
+import itertools
 import shlex
 import sys
 from argparse import Namespace
@@ -137,11 +138,11 @@ def distinct_names(specs: Iterable[str]) -> dict[str, str]:
             alike[spec_name(spec)][spec] = Path(absolute_spec(where))
     names = dict[str, str]()
     for name, paths in alike.items():
-        folders = {spec: path.parent.parts[1:] for spec, path in paths.items()}
-        found = [{spec: path.name for spec, path in paths.items()}]
-        for n in range(1, 1 + max(map(len, folders.values()))):
-            found.append({spec: "/".join((*above[-n:], name)) for spec, above in folders.items()})
         if len(paths) > 1:
+            folders = {spec: path.parent.parts[1:] for spec, path in paths.items()}
+            longer = ({spec: "/".join((*above[-n:], name)) for spec, above in folders.items()}
+                      for n in range(1, 1 + max(map(len, folders.values()))))  # fmt: skip
+            found = itertools.chain([{spec: path.name for spec, path in paths.items()}], longer)
             names |= next((each for each in found if len({*each.values()}) == len(paths)), {})
     return names
 
