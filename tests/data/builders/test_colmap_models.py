@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy.spatial.transform import Rotation
 
-from fastmum.data.builders.sfm import near_origin
 from fastmum.data.colmap import CAMERAS, read_model
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
@@ -253,18 +251,6 @@ class TestMegaDepth:
         assert made.depths(name) == ["phoenix/S6/zl548/MegaDepth_v1/0000/dense0/depths/a.h5", None, None, None]
         assert made.depth_formats(name) == {DepthFormat("hdf5", 1.0, "z")}
         assert not any(found("megadepth", poses=False, depth=False, sequences=9).manifest.known.values())
-
-    def test_georeferenced_models_keep_their_relative_poses(self):
-        """In float32, steps at 5e6 are half a unit."""
-        poses = np.tile(np.eye(4), (3, 1, 1))
-        poses[:, :3, :3] = Rotation.from_rotvec([[0.1, 0.2, 0.3], [0.3, 0.1, 0], [0, 0, 0.5]]).as_matrix()
-        near = poses.copy()
-        near[:, :3, 3] = [[0, 0, 0], [0.1, 0.2, 0.3], [-0.4, 0, 0.1]]
-        far = near.copy()
-        far[:, :3, 3] -= near[:, :3, :3] @ [5e5, 5e6, 100.0]
-        kept = near_origin(far).astype(np.float32)
-        assert np.allclose(kept[1:] @ np.linalg.inv(kept[0]), near[1:] @ np.linalg.inv(near[0]), atol=1e-6)
-        assert near_origin(near) is near
 
     def test_what_is_left_out(self, raw, found, tmp_path, caplog):
         """Short chains, scenes without images, and on request scenes of broken models."""

@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 
 import fastmum.data.build as builds
 from fastmum.data.builders import BUILDERS
+from fastmum.data.builders.sfm import near_origin
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
 from fastmum.data.pair_loader import PairLoader
@@ -344,3 +345,16 @@ def test_folders_of_users_with_faults_are_named_in_one_line(raw, tmp_path, caplo
     for file in (raw / "kitchen/rgb").iterdir():
         file.rename(file.with_stem(f"frame_{file.stem}"))
     one_line(raw, tmp_path, "no depth map in")
+
+
+def test_georeferenced_models_keep_their_relative_poses():
+    """In float32, steps at 5e6 are half a unit."""
+    poses = np.tile(np.eye(4), (3, 1, 1))
+    poses[:, :3, :3] = Rotation.from_rotvec([[0.1, 0.2, 0.3], [0.3, 0.1, 0], [0, 0, 0.5]]).as_matrix()
+    near = poses.copy()
+    near[:, :3, 3] = [[0, 0, 0], [0.1, 0.2, 0.3], [-0.4, 0, 0.1]]
+    far = near.copy()
+    far[:, :3, 3] -= near[:, :3, :3] @ [5e5, 5e6, 100.0]
+    kept = near_origin(far).astype(np.float32)
+    assert np.allclose(kept[1:] @ np.linalg.inv(kept[0]), near[1:] @ np.linalg.inv(near[0]), atol=1e-6)
+    assert near_origin(near) is near
