@@ -7,7 +7,7 @@ import logging
 import threading
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,15 +59,17 @@ class _Reduced(NamedTuple):
     pose: np.ndarray  # (4, 4) float64
 
 
-def pair_table(manifests: Manifests, workers: int = 2) -> PairTable:
+def pair_table(manifests: Manifests, workers: int = 2, datasets: Collection[str] | None = None) -> PairTable:
     """The pairs of frames with pose, intrinsics and depth, from the cache or computed with `workers` threads.
+
+    Manifests without any of `datasets` (None: all) are left out.
 
     Of each sequence all pairs are looked at, or a random choice of them if there are many: `SCENE_PAIRS` in a scene.
     DataError: a package that reads the depth maps is not installed, or the cache folder cannot be written.
     """
     rows, overlaps, first = [np.zeros((0, 2), np.int64)], [np.zeros(0, np.float32)], 0
     for part in manifests.parts:
-        if part.known["depth"]:
+        if part.known["depth"] and (datasets is None or not {*part.datasets}.isdisjoint(datasets)):
             builder = part.metadata.get("builder")
             found = PairTable(*LISTS[builder](part)) if builder in LISTS else _cached(part, workers)
             rows.append(found.rows + first)

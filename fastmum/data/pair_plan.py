@@ -62,15 +62,20 @@ class ListedPairs:
 class DistantPairs:
     """A uniform frame, and another one of its sequence, uniform among those `gaps` frames away on either side.
 
-    `rows` (n,) are those of some sequences, ascending, and `sequence_of` (n,) their sequences.
+    `rows` (n,) are those of some sequences that can be drawn, ascending, and `sequence_of` (n,) their sequences.
     """
 
     def __init__(self, rows: np.ndarray, sequence_of: np.ndarray, gaps: tuple[int, int]) -> None:
-        self.rows, self._least = rows, gaps[0]
+        self.rows, (least, most) = rows, gaps
         _, first, inverse, counts = np.unique(sequence_of, return_index=True, return_inverse=True, return_counts=True)
-        before = np.arange(len(rows)) - first[inverse]
-        after = counts[inverse] - 1 - before
-        self._left, self._right = (np.maximum(0, np.minimum(each, gaps[1]) - gaps[0] + 1) for each in (before, after))
+        earliest, latest = rows[first][inverse], rows[first + counts - 1][inverse]
+        # Frames on the left are `rows[...: _left_end]`, on the right `rows[_right_start: ...]`.
+        self._left_end = np.searchsorted(rows, rows - least, side="right")
+        self._right_start = np.searchsorted(rows, rows + least)
+        left_start = np.searchsorted(rows, np.maximum(rows - most, earliest))
+        right_end = np.searchsorted(rows, np.minimum(rows + most, latest), side="right")
+        self._left = np.maximum(0, self._left_end - left_start)
+        self._right = np.maximum(0, right_end - self._right_start)
         self._anchors = np.flatnonzero(self._left + self._right)
 
     def __len__(self) -> int:
@@ -79,7 +84,8 @@ class DistantPairs:
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         anchor = int(rng.choice(self._anchors))
         k, left = int(rng.integers(self._left[anchor] + self._right[anchor])), int(self._left[anchor])
-        return self.rows[[anchor, anchor - self._least - k if k < left else anchor + self._least + k - left]]
+        other = self._left_end[anchor] - 1 - k if k < left else self._right_start[anchor] + k - left
+        return self.rows[[anchor, other]]
 
 
 class PairPlanner:
@@ -122,8 +128,8 @@ class PairPlanner:
         keep[np.array(list(exclude), np.int64)] = False
         by_name = given_weights(manifests.datasets, weights or {}, self.notes)
         self.pairs = self._find_pairs(sampling, (gaps or {}), keep, workers, by_name > 0)
-        for name, pairs in zip(manifests.datasets, self.pairs, strict=True):
-            if not len(pairs):
+        for name, pairs, weight in zip(manifests.datasets, self.pairs, by_name, strict=True):
+            if weight and not len(pairs):
                 self.notes.append(
                     f"data set '{name}' is never drawn: it has no pair of frames{' with depth' * depth} to draw"
                 )
@@ -147,22 +153,21 @@ class PairPlanner:
             rows_of_list(manifests, name) if auto and drawn and by_builder(given, manifests, name) is None else None
             for name, drawn in zip(manifests.datasets, wanted, strict=True)
         ]
-        listed = [sampling == "overlap" or (auto and own is None and depth and pairs is None)
-                  for own, depth, pairs in zip(gaps, with_depth, own_lists, strict=True)]  # fmt: skip
+        listed = [drawn and (sampling == "overlap" or (auto and own is None and depth and pairs is None))
+                  for drawn, own, depth, pairs in zip(wanted, gaps, with_depth, own_lists, strict=True)]  # fmt: skip
         sequence_of = np.repeat(np.arange(manifests.num_sequences), np.diff(manifests.starts))
         usable = self.usable & keep[sequence_of]
         rows = np.flatnonzero(usable)
-        if any(listed):
-            table = pair_table(manifests, workers)
-            low, high = self.overlap
-            chosen = (table.overlap >= low) & (table.overlap <= high) & keep[sequence_of[table.rows[:, 0]]]
-            listed_rows, overlaps = table.rows[chosen], table.overlap[chosen]
+        named = {name for name, by_overlap in zip(manifests.datasets, listed, strict=True) if by_overlap}
+        table, (low, high) = pair_table(manifests, workers, named), self.overlap
+        chosen = (table.overlap >= low) & (table.overlap <= high) & usable[table.rows].all(1)
+        listed_rows, overlaps = table.rows[chosen], table.overlap[chosen]
         found: list[Pairs] = []
-        for i, (by_overlap, own, pairs) in enumerate(zip(listed, gaps, own_lists, strict=True)):
+        for i, (drawn, by_overlap, own, pairs) in enumerate(zip(wanted, listed, gaps, own_lists, strict=True)):
             if pairs is not None:
                 pairs = pairs[usable[pairs].all(1)]
                 found.append(ListedPairs(pairs, np.full(len(pairs), np.nan, np.float32)))
-            elif by_overlap:
+            elif by_overlap or not drawn:
                 own_pairs = dataset_of_row[listed_rows[:, 0]] == i
                 found.append(ListedPairs(listed_rows[own_pairs], overlaps[own_pairs]))
             else:

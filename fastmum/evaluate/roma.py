@@ -15,7 +15,7 @@ from fastmum.geometry.metrics import direction_error, pose_auc, rotation_error
 from fastmum.progress import progress_bar
 from fastmum.tasks.pictures import colours, tiles
 from fastmum.tasks.pose.scores import DEGREES
-from fastmum.tasks.roma.infer import Trained, Warps, match, pixels, sample
+from fastmum.tasks.roma.infer import Trained, Warps, passes, pixels, sample
 from fastmum.tasks.roma.losses import TrueWarp, true_warps
 from fastmum.tasks.roma.pictures import moved
 from fastmum.tasks.roma.scores import PCK, pixel_errors
@@ -62,14 +62,15 @@ def evaluate_roma(
     per_pair_epe, per_pair_pose = dict[str, float | None](), dict[str, float]()
     for number, pair in enumerate(progress_bar(pairs.pairs, unit="pair", desc="evaluating"), 1):
         a, b = images = [np.array(frame.read_image()) for frame in (pair.a, pair.b)]
-        warps, truth = match(trained, a, b, size, fine=False), truth_of(pair, size)
+        both, truth = passes(trained, a, b, size), truth_of(pair, size)
+        warps = next(both)
         found = pixel_errors(warps.points[:1].permute(0, 3, 1, 2), truth.points)[truth.visible]
         if not found.isfinite().all():
             raise FastmumError(f"the warp of '{pair.name}' is not finite: the weights of this run cannot be evaluated")
         errors.append(found)
         per_pair_epe[pair.name] = found.mean().item() if len(found) else None
         if pose:
-            angles = pose_errors(cv2, match(trained, a, b, size), pair, images, generator, side)
+            angles = pose_errors(cv2, next(both), pair, images, generator, side)
             poses += angles
             per_pair_pose[pair.name] = float(np.mean(angles))
         if pair in pictures:
@@ -108,7 +109,7 @@ def pose_errors(
     cv2: Any, warps: Warps, pair: Pair, images: Sequence[np.ndarray], generator: torch.Generator,
     side: tuple[Any, int, float] = DEFAULT_SIDE,
 ) -> list[float]:  # fmt: skip
-    """The larger of rotation and direction error, degrees, of `REPEATS` estimates from newly sampled matches."""
+    """The larger of rotation and direction error, degrees, of `REPEATS` estimates from reordered matches."""
     Ks, sizes = [], []
     for frame, image in zip((pair.a, pair.b), images, strict=True):
         camera = frame.read_camera()
@@ -119,8 +120,9 @@ def pose_errors(
         Ks[-1][:2, 2] += side[2]
         sizes += [factor * width, factor * height]
     true, found = pair.T_b_a, list[float]()
+    matches, _ = sample(warps, MATCHES, generator)
     for _ in range(REPEATS):
-        matches, _ = sample(warps, MATCHES, generator)
+        matches = matches[torch.randperm(len(matches), generator=generator)]
         try:
             pose = essential_pose(cv2, *np.split(pixels(matches, sizes), 2, axis=1), *Ks)
         except cv2.error:  # as in RoMa's benchmarks

@@ -54,6 +54,8 @@ def predict(args: argparse.Namespace) -> None:
         raise FastmumError("--matches must be at least 1, --cell positive, and --certainty from 0 to 1")
     if args.out is not None and args.colmap is not None:
         raise FastmumError("--out is of two images, --colmap of many: give one of them")
+    if args.pairs is not None and args.colmap is None:
+        raise FastmumError("--pairs chooses pairs of many images: give --colmap FILE, too")
     images = find_images(args.images)
     if args.colmap is None:
         if len(images.files) != 2:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from fastmum.config.sources import SourceSection
+from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
 from fastmum.data.scene_plan import usable_frames
 from fastmum.data.splits import HELD_OUT_SEED, check_overlap, hold_out, open_manifests, report_split
@@ -48,5 +49,8 @@ def open_planners(
     lengths = np.add.reduceat(usable, manifests.starts[:-1], dtype=np.int64)
     if report_split(training.notes, lengths, held, is_held_out, data.held_out):
         check_overlap(manifests, is_held_out, data.weights)
-        evaluated = planner(manifests, only=held, seed=HELD_OUT_SEED, augment=False)
+        try:
+            evaluated = planner(manifests, only=held, seed=HELD_OUT_SEED, augment=False)
+        except DataError as error:
+            raise DataError(f"of the {len(held)} held-out sequences (data.held_out): {error}") from None
     return manifests, training, evaluated, is_held_out

@@ -14,7 +14,7 @@ from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests, SequenceRecord, write_manifest
 from fastmum.data.pair_loader import PairLoader, square_view
-from fastmum.data.pair_plan import PairPlanner
+from fastmum.data.pair_plan import DistantPairs, PairPlanner
 from fastmum.geometry import View
 from fastmum.tasks.pairs import PairDataSection, open_pairs
 
@@ -126,6 +126,10 @@ def test_pairs_by_distance_and_mixtures(walls, tmp_path):
         apart = np.abs(distances(PairPlanner(Manifests([tmp_path / "m.arrow"]))))
         assert least <= apart.min() <= least + 5, builder
         assert 0.9 * most <= apart.max() <= most, builder
+    lost = DistantPairs(np.array([0, 1, 2, 900, 901, 950]), np.array([0] * 5 + [1]), (1, 3))
+    rng = np.random.default_rng(0)
+    drawn = {tuple(sorted(lost.draw(rng).tolist())) for _ in range(100)}
+    assert drawn == {(0, 1), (0, 2), (1, 2), (900, 901)}, "frames that cannot be drawn count"
     both = Manifests([walls.parts[0].path, tmp_path / "m.arrow"])
     planner = PairPlanner(both, {"wall": 3}, overlap=(0.55, 0.8))
     drawn = np.concatenate([both.dataset_of[both.sequence_of(planner.plan(i).rows)] for i in range(50)])
@@ -134,6 +138,18 @@ def test_pairs_by_distance_and_mixtures(walls, tmp_path):
                     {"overlap": (0.99, 1.0), "weights": {"mine": 0}}, {"sampling": "none"}):  # fmt: skip
         with pytest.raises(DataError, match=r"^[^\n]+$"):
             PairPlanner(both, **options)
+
+
+def test_overlap_is_computed_only_where_it_is_needed_and_lists_are_of_usable_frames(walls, tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap, "_compute", None)
+    for options in ({"gaps": {"wall": (2, 3)}}, {"sampling": "distance"}):
+        assert len(PairPlanner(walls, **options).pairs[0])
+    listed = np.array([(0, 1), (1, FRAMES - 1), (2, 3)])
+    monkeypatch.setitem(overlap.LISTS, "listed", lambda part: (listed, np.full(3, 0.5, np.float32)))
+    both = Manifests([walls.parts[0].path, write(tmp_path / "other", "other", "listed").parts[0].path])
+    planner = PairPlanner(both, {"wall": 0}, sampling="overlap", depth=True)
+    assert (planner.pairs[1].rows % (3 * FRAMES)).tolist() == [[0, 1], [2, 3]], "the last frame has no depth"
+    assert [note for note in planner.notes if "has no pair" in note] == []
 
 
 def test_batches_have_the_pose_and_the_depth_of_their_frames(walls):
@@ -180,7 +196,7 @@ def test_bad_files_move_their_pair_and_are_counted(walls, tmp_path):
         PairLoader((planner, None), 2).load(plan)
 
 
-def test_held_out_scenes_are_never_trained_on(walls, tmp_path):
+def test_held_out_scenes_are_never_trained_on(walls, tmp_path, monkeypatch):
     data = PairDataSection(manifests=[str(walls.parts[0].path)], held_out=0.4, image_size=32, pairs_per_batch=4)
     data.check(16)
     splits, again = (open_pairs(data, tmp_path / "run", seed) for seed in (0, 1))
@@ -196,6 +212,11 @@ def test_held_out_scenes_are_never_trained_on(walls, tmp_path):
     Image.new("L", (1, 1)).save(file)  # a wrong size: the principal point is outside
     (batch,) = splits.loader(data).batches([splits.held_out.plan(0)])
     assert batch.names == (f"wall/s{next(iter(held))}",) * 4
+    first = FRAMES * min({*range(3)} - held)
+    table = overlap.PairTable(np.array([[first, first + 1]]), np.full(1, 0.5, np.float32))
+    monkeypatch.setattr("fastmum.data.pair_plan.pair_table", lambda *_: table)
+    with pytest.raises(DataError, match="held-out"):
+        open_pairs(data, tmp_path / "run")
 
 
 def test_a_data_set_that_was_moved_and_a_stage(walls, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Evaluation of matching: the truth scores perfectly, poses of essential matrices, failures, the command."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -25,21 +26,21 @@ def rendered() -> PairSet:
 
 
 def oracle(pairs: PairSet, shift: float = 0.0):
-    """`match` with the true warps, moved by a share of the image."""
-    rest = [pair for pair in pairs.pairs for _ in range(2)]  # dense, then pose
+    """`passes` with the true warps, moved by a share of the image."""
+    rest = [*pairs.pairs]
 
-    def match(trained, a, b, size=None, fine=True):
+    def passes(trained, a, b, size=None):
         pair = rest.pop(0)
         ways = [roma.truth_of(each, 64) for each in (pair, pair.reversed())]
         points = torch.cat([way.points for way in ways]).permute(0, 2, 3, 1) + shift
-        return Warps(points, torch.cat([way.visible for way in ways]).float())
+        return itertools.repeat(Warps(points, torch.cat([way.visible for way in ways]).float()), 2)
 
-    return match
+    return passes
 
 
 def test_the_truth_scores_perfectly_and_a_shift_by_its_length(monkeypatch, rendered):
     pytest.importorskip("cv2")
-    monkeypatch.setattr(roma, "match", oracle(rendered))
+    monkeypatch.setattr(roma, "passes", oracle(rendered))
     monkeypatch.setattr(roma, "MATCHES", 500)
     run = SimpleNamespace(image_size=64)
     found = roma.evaluate_roma(run, rendered, pictures=rendered.pairs[:1])
@@ -49,7 +50,7 @@ def test_the_truth_scores_perfectly_and_a_shift_by_its_length(monkeypatch, rende
     assert scores["auc5"] > 60
     assert scores["auc5"] < scores["auc10"] < scores["auc20"]
     assert len(found.pictures) == 1
-    monkeypatch.setattr(roma, "match", oracle(rendered, shift=0.125))
+    monkeypatch.setattr(roma, "passes", oracle(rendered, shift=0.125))
     scores = roma.evaluate_roma(run, PairSet("set", rendered.pairs[:1]), pose=False).numbers["scores"]
     assert scores["epe"] == pytest.approx(4 * 2**0.5, rel=1e-4)
     assert (scores["pck5"], scores.get("auc5")) == (0, None)

@@ -149,6 +149,11 @@ def test_scannet_of_loftr_with_intrinsics_of_depth(tmp_path):
     np.savez(root / "test.npz", name=np.array([[708, 1, 0, 100]]))
     np.savez(root / "intrinsics.npz", scene0708_01=shots[0].K)
     check(open_pairs(str(tmp_path)).pairs[0], *shots)
+    # Without those of colour they are of a depth image of 640 x 480, whatever the size of the colour image.
+    (root / "scene0708_01/intrinsic/intrinsic_color.txt").unlink()
+    width, height = shots[0].size
+    np.savez(root / "intrinsics.npz", scene0708_01=np.diag([640 / width, 480 / height, 1]) @ shots[0].K)
+    check(open_pairs(str(tmp_path)).pairs[0], *shots)
 
 
 def test_navi(tmp_path):

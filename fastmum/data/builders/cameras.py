@@ -20,6 +20,7 @@ from fastmum.files import read_json
 OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 # Turned camera axes of the EXIF orientations 3 (by 180 degrees), 6 (90 clockwise) and 8 (90 counter-clockwise).
 TURNS = {3: [[-1, 0], [0, -1]], 6: [[0, -1], [1, 0]], 8: [[0, 1], [-1, 0]]}
+SCANNET_DEPTH = 640, 480  # px, of the depth camera
 
 reading = partial(errors.reading, remedy="restore the file or remove its scene")
 
@@ -38,6 +39,19 @@ def read_table(file: Path, columns: int, what: str, skip: int = 0) -> np.ndarray
 def from_K(K: np.ndarray) -> np.ndarray:
     """fx fy cx cy (4,) float32 of a matrix (3, 3)."""
     return np.array([K[0, 0], K[1, 1], K[0, 2], K[1, 2]], np.float32)
+
+
+def scannet_intrinsics(colour: Sequence[np.ndarray], depth: Sequence[np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Of ScanNet's colour and depth intrinsics those of an image of `size` (width, height).
+
+    Releases have images in the size of the colour or of the depth camera: the right one looks at their centre. If only
+    the depth camera's are known, they are those of the image resized to `SCANNET_DEPTH`, as Reloc3r reads it.
+    """
+    width, height = size
+    if not colour:
+        return np.array([width / SCANNET_DEPTH[0], height / SCANNET_DEPTH[1], 1])[:, None] * depth[0][:3, :3]
+    cameras = [K[:3, :3] for K in (*colour, *depth)]
+    return min(cameras, key=lambda K: abs(K[0, 2] / width - 0.5) + abs(K[1, 2] / height - 0.5))
 
 
 def inverse(world_from_camera: np.ndarray) -> np.ndarray:

@@ -9,7 +9,16 @@ import numpy as np
 
 from fastmum.data.builders import base
 from fastmum.data.builders.base import Builder, Cameras, Option, Options
-from fastmum.data.builders.cameras import by_name, from_K, image_size, inverse, read_nerfstudio, read_table, reading
+from fastmum.data.builders.cameras import (
+    by_name,
+    from_K,
+    image_size,
+    inverse,
+    read_nerfstudio,
+    read_table,
+    reading,
+    scannet_intrinsics,
+)  # fmt: skip
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord
@@ -59,12 +68,13 @@ def scannet(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]
 
     def cameras() -> Cameras:
         size, files = image_size(folder / "color", names), [f"intrinsic_{kind}.txt" for kind in ("color", "depth")]
-        found = [read_table(file, 4, "intrinsics") for name in files if (file := folder / "intrinsic" / name).is_file()]
-        if size is None or not found:
+        found = [
+            [read_table(file, 4, "intrinsics")] if (file := folder / "intrinsic" / name).is_file() else []
+            for name in files
+        ]
+        if size is None or not any(found):
             return by_name(names, poses), None
-        # Exports have images in the size of the colour or of the depth camera: the right one looks at their centre.
-        K = min(found, key=lambda K: abs(K[0, 2] / size[0] - 0.5) + abs(K[1, 2] / size[1] - 0.5))
-        return by_name(names, poses), np.tile(from_K(K), (len(names), 1))
+        return by_name(names, poses), np.tile(from_K(scannet_intrinsics(*found, size)), (len(names), 1))
 
     scene = base.make_scene(root, scan, frames, options, cameras, depths, z)
     yield from base.chunks(scene._replace(scene=scan.rpartition("_")[0] or None), options, released=SCANNET_CHUNK)

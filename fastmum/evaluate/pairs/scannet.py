@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastmum.data.builders.cameras import scannet_intrinsics
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.samples import Frame, image_size
@@ -64,11 +65,7 @@ class _Scans:
         if not np.isfinite(world_from_camera).all():
             return None
         camera_from_world = np.linalg.inv(rigid(world_from_camera, f"'{pose}'"))
-        width, height = image_size(image)
-        # Releases have images in the size of the colour or of the depth camera. The principal point of the right
-        # camera is near the centre.
-        cameras = self._cameras(scene)
-        K = min(cameras, key=lambda K: abs(K[0, 2] / width - 0.5) + abs(K[1, 2] / height - 0.5))
+        K = scannet_intrinsics(*self._cameras(scene), image_size(image))
         return Frame(f"{scene}/{index}", image, K, camera_from_world, folder / "depth" / f"{index}.png", DEPTH)
 
     def _find_folder(self, scene: str) -> Path:
@@ -78,15 +75,16 @@ class _Scans:
             raise DataError(f"'{scene}' is neither in '{self._root}' nor below it in {looked}")
         return found
 
-    def _find_cameras(self, scene: str) -> list[np.ndarray]:
+    def _find_cameras(self, scene: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Intrinsics of the colour and of the depth camera, none or one or two of each."""
         folder = self._folder(scene) / "intrinsic"
         files = [folder / f"intrinsic_{kind}.txt" for kind in ("color", "depth")]
-        cameras = [square(read_table(file, (3, 3)), 3, f"'{file}'") for file in files if file.is_file()]
+        colour, depth = ([square(read_table(file, (3, 3)), 3, f"'{file}'")] if file.is_file() else [] for file in files)
         if scene in self._shared:
-            cameras.append(square(self._shared[scene].reshape(3, 3), 3, f"{scene} in '{self._intrinsics}'"))
-        if not cameras:
+            depth.append(square(self._shared[scene].reshape(3, 3), 3, f"{scene} in '{self._intrinsics}'"))
+        if not (colour or depth):
             raise DataError(f"'{scene}' has no intrinsics: neither '{files[0]}' nor intrinsics.npz is there")
-        return cameras
+        return colour, depth
 
 
 def _pairs(file: Path, scans: _Scans, part: str) -> list[Pair]:

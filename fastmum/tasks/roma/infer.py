@@ -1,7 +1,7 @@
 """Trained runs for inference: warps of two images in both directions, and matches sampled from them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,14 +56,23 @@ def fine_size(size: int) -> int:
     return round(FINE * size / COARSE) * COARSE
 
 
-@torch.inference_mode()
 def match(
     trained: Trained[Roma], first: np.ndarray, second: np.ndarray, size: int | None = None, fine: bool = True
 ) -> Warps:
-    """Match two images (H, W, 3) uint8 of any sizes.
+    """Match two images (H, W, 3) uint8 of any sizes; without `fine`, by the first pass only. See `passes`."""
+    found = passes(trained, first, second, size)
+    warps = next(found)
+    return next(found) if fine else warps
 
-    The first pass is at `size` (None: that of training); with `fine`, a second one refines its result from stride 8 on
-    at 864 / 560 of the size, without the frozen encoder.
+
+@torch.inference_mode()
+def passes(
+    trained: Trained[Roma], first: np.ndarray, second: np.ndarray, size: int | None = None
+) -> Iterator[Warps]:  # fmt: skip
+    """Match two images (H, W, 3) uint8 of any sizes in two passes.
+
+    The first one is at `size` (None: that of training); the second one refines its result from stride 8 on at 864 / 560
+    of the size, without the frozen encoder.
     """
     model, trained_size = trained.model, trained.image_size
     size = size or trained_size
@@ -73,14 +82,19 @@ def match(
         images = np.stack([square_view(View(image), (side, side)).image for image in (first, second)])
         return sides(model.maps(torch.from_numpy(images).to(device), coarse), both=True)
 
-    with autocast(device, pick_precision("auto", device)):
+    precision = pick_precision("auto", device)
+    with autocast(device, precision):
         found = model.decoder(*maps(size, coarse=True), scale_factor=size / trained_size)
-        low = found[COARSE].certainty
-        if fine:
-            side = fine_size(size)
-            start = found[1].flow, found[1].certainty
-            found = model.decoder(*maps(side, coarse=False), start, side / trained_size, STRIDES[1:])
-    flow, certainty = found[1].flow, found[1].certainty
+    (flow, certainty), low = found[1][:2], found[COARSE].certainty
+    yield _warps(flow, certainty, low)
+    side = fine_size(size)
+    with autocast(device, precision):
+        found = model.decoder(*maps(side, coarse=False), (flow, certainty), side / trained_size, STRIDES[1:])
+    yield _warps(*found[1][:2], low)
+
+
+def _warps(flow: Tensor, certainty: Tensor, low: Tensor) -> Warps:
+    """Warps of the decoder's outputs (2, 2, H, W) and logits (2, 1, H, W), and the coarse logits `low`."""
     low = F.interpolate(low, certainty.shape[2:], mode="bilinear", align_corners=False)
     certainty = (certainty - ATTENUATION * low.clamp(max=0)).sigmoid()[:, 0]
     certainty = torch.where((flow.abs() > 1).any(1), 0, certainty)
