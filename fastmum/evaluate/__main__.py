@@ -21,10 +21,12 @@ from fastmum.evaluate.commands import EVALUATIONS, load_run, load_weights, overr
 from fastmum.evaluate.features import check_size
 from fastmum.evaluate.overview import overview, run_all
 from fastmum.evaluate.records import MATCHING, Record, check_free, make_folder, printable, read, save
-from fastmum.evaluate.results import NOTE, OF_RUNS, page, table
+from fastmum.evaluate.result_page import page
+from fastmum.evaluate.results import NOTE, OF_RUNS, table
 from fastmum.features.probe import write_probe
 from fastmum.files import expand_user, write_atomic
 
+OVERVIEW = "overview.md"
 REMEDIES = {"matching": "lower --batch, --size or the number of --learning-rates", "views": "lower --size or --views",
             "depth": "lower --batch", "recognition": "lower --batch or --size"}  # fmt: skip
 
@@ -74,21 +76,24 @@ def _run_all(parser: argparse.ArgumentParser, args: Namespace) -> None:
 
     not_run = run_all(parser, list(EVALUATIONS), args, evaluate)
     out = expand_user(args.out)
-    found, notes = overview(record.content for record in read(out))
-    notes += not_run
-    _write_tables(out, overview=found, notes=notes)
-    with writing(out, DataError):
-        write_atomic(out / "overview.md", "\n".join([found.markdown(), *(f"- {note}" for note in notes), ""]))
-    print("\n".join([found.markdown(), *notes, str(out / "overview.md"), str(out / "report.html")]))
+    _write_tables(out, not_run)
+    print("\n".join([(out / OVERVIEW).read_text(encoding="utf-8"), str(out / OVERVIEW), str(out / "report.html")]))
 
 
-def _write_tables(out: Path, **more: Any) -> str:
-    """Write table.md and report.html of all results in a folder; returns the table."""
-    records = read(out)
+def _write_tables(out: Path, not_run: Sequence[str] | None = None) -> str:
+    """Write table.md and report.html of all results in a folder; returns the table.
+
+    With remarks on what was `not_run`, or if the folder has an overview already, also that.
+    """
+    records, notes, found = read(out), [*(not_run or ())], None
     text = table(records).markdown()
     with writing(out, DataError):
         write_atomic(out / "table.md", f"{text}\n{NOTE}\n")
-        write_atomic(out / "report.html", page(records, **more))
+        if not_run is not None or (out / OVERVIEW).exists():
+            found, differences = overview(record.content for record in records)
+            notes = differences + notes
+            write_atomic(out / OVERVIEW, "\n".join([found.markdown(), *(f"- {note}" for note in notes), ""]))
+        write_atomic(out / "report.html", page(records, found, notes))
     return text
 
 

@@ -180,9 +180,10 @@ def _recognition(args: Namespace, model: Any, claim: Claim) -> Evaluation:
     seed = ClassifierSettings.seed + args.seed
     settings = _settings(ClassifierSettings, args, ("batch",), steps=steps, seed=seed, **sweep)
     images = open_images(args.data)
-    claim(images.name)
     if args.labels:
         relabel(images, expand_user(args.labels))
+        images.name += f" ({Path(args.labels).stem})"
+    claim(images.name)
     crops = (CROPS[device] if args.crops is None else args.crops) or None
     found = evaluate_recognition(
         model, images, settings, args.size or IMAGE_SIZE, crops, args.max_pairs, args.cache, args.pictures
@@ -253,7 +254,8 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluation:
     test, train = (open_depth(name, part).resized(args.size) for name, part in (
         (args.data, "test"), (args.train_data or args.data, "train"))
     )  # fmt: skip
-    if shared := {frame.file for frame in train.frames} & {frame.file for frame in test.frames} - {None}:
+    files = ({frame.file.resolve() for frame in each.frames if frame.file} for each in (train, test))
+    if shared := set.intersection(*files):
         raise DataError(f"--train-data and --data share '{min(map(str, shared))}'; name a --train-data of other images")
     claim(test.name)
     with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:

@@ -104,12 +104,12 @@ def open_cache(folder: Path, encoder: Encoder) -> FeatureCache:
 
 def evaluate_depth(
     encoder: Encoder, test: DepthSet, train: DepthSet, settings: DepthSettings | None = None,
-    choose_on_train: bool = False, cache: FeatureCache | None = None, most: int | None = None, pictures: int = 0,
+    choose_on_train: bool = True, cache: FeatureCache | None = None, most: int | None = None, pictures: int = 0,
 ) -> DepthResult:  # fmt: skip
     """Train heads on one set and score all of them on another one, image by image.
 
-    The best head has the least RMSE on the test images, which favours it, or with `choose_on_train` on every sixth
-    scene of `train`, which is then not trained on. "scores" are the means over images of its `depth_metrics`,
+    The best head has the least RMSE on every sixth scene of `train`, which is not trained on, or without
+    `choose_on_train` on the test images, which favours it. "scores" are the means over images of its `depth_metrics`,
     "by_head" those of the best one of each of `settings.heads`.
 
     Args:

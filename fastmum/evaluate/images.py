@@ -82,6 +82,9 @@ def class_folders(data: DataSet, train: Sequence[str], test: Sequence[str]) -> I
     """Classes are the folders of the training images, in the order of their names, with images at any depth."""
     files = _training(data, train)
     named = [file.name.partition("/")[0] for file in files if "/" in file.name]
+    if len(named) < len(files):
+        stray = [file.path for file in files if "/" not in file.name]
+        log.warning("%d training images are in no class folder, so they are skipped: %s", len(stray), some_names(stray))
     classes = sorted({*named, *data.folders(*train)})
     number = {name: i for i, name in enumerate(classes)}
     files = sorted((file for file in files if "/" in file.name), key=lambda file: file.name.partition("/")[0])
@@ -243,6 +246,8 @@ def relabel(images: ImageSet, file: Path) -> None:
         unknown = [x for x in every if type(x) not in (int, str) or (isinstance(x, str) and x not in number)]
         if unknown:
             raise ValueError(f"there is no class {json.dumps(unknown[0])}")
+        if not every:
+            raise ValueError("it has no label of a test image")
         labels = [tuple(x if isinstance(x, int) else number[x] for x in each) for each in listed]
     images.test = [Labelled(each.file, own) for each, own in zip(images.test, labels, strict=True)]
     check_labels(images.test, len(images.classes), f"'{file}'")

@@ -187,14 +187,3 @@ def match_scores(errors: Tensor, visible: Tensor) -> list[MatchScores]:
 def pair_epe(errors: Tensor, visible: Tensor) -> list[float | None]:
     """End-point error of each pair, from (N, P) and (N, P) bool; None where no point is visible."""
     return [None if math.isnan(mean) else mean for mean in mean_of_visible(errors, visible).tolist()]
-
-
-def any_match_hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Any-match top-1 (CAPI): right if the arg-max of the logits (heads, classes, B) is one of the sample's labels.
-
-    `labels` (B, annotations) int64 are padded with -1; samples without a label do not count. Returns the right samples
-    of each head (heads,) int64, and the number of samples that count, which are summed over batches.
-    """
-    labelled = (labels >= 0).any(-1)
-    right = (logits.argmax(-2)[..., None] == labels).any(-1) & labelled
-    return right.sum(-1), int(labelled.sum())

@@ -57,6 +57,9 @@ def test_nyu(tmp_path):
     found[:45] = found[471:] = 9
     found[:, :41] = found[:, 601:] = 9
     assert depth_metrics(found, true, 10.0, crop=NYU.crop)["rmse"] == 0
+    Image.fromarray(np.full((480, 640), 200, np.uint8)).save(test.frames[0].depth)
+    with pytest.raises(DataError, match="8 bits"):
+        read_view(test.frames[0])
     found[45, 41] = 9
     assert depth_metrics(found, true, 10.0, crop=NYU.crop)["rmse"] > 0
     for seed in range(4):

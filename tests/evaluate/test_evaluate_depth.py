@@ -85,7 +85,7 @@ def test_training_lowers_the_error_and_seeds_repeat(rendered):
     encoder = fastmum.load_encoder("random:mum_tiny", patch_size=8)
     test, train = (open_depth(f"scenes:{rendered}", part).resized(48) for part in ("test", "train"))
     settings = DepthSettings(20, 6, ("lin4",), (1e-6, 1e-3, 1e30), (0.01,), versions=1)
-    result = evaluate_depth(encoder, test, train, settings, most=6)
+    result = evaluate_depth(encoder, test, train, settings, False, most=6)
     untrained, trained, diverged = result.numbers["heads"]
     assert trained["rmse"] < 0.8 * untrained["rmse"]
     assert trained["train_loss"] < 0.9 * untrained["train_loss"]
@@ -144,12 +144,12 @@ def test_encoders_with_registers_and_without_cls(rendered):
     for options, heads in (({"registers": 4}, ("lin4", "dinov3")), ({"cls": False}, ("lin4-nocls",))):
         encoder = Encoder(ModelConfig(32, 2, 2, 32, 2, 2), EncoderOptions(**options)).eval()
         settings = DepthSettings(2, 4, heads, (1e-3,), (0.01,))
-        result = evaluate_depth(encoder, test, train, settings, most=2)
+        result = evaluate_depth(encoder, test, train, settings, False, most=2)
         assert result.best.head.conv_depth.in_channels == 32 * (
             1 if result.best.name == "dinov3" else 2 * (1 + ("cls" not in options))
         )
     with pytest.raises(DataError, match="no CLS"):
-        evaluate_depth(encoder, test, train, replace(settings, heads=("lin4",)))
+        evaluate_depth(encoder, test, train, replace(settings, heads=("lin4",)), False)
 
 
 def test_versions_repeat_and_new_ones_do_not(rendered):
@@ -172,7 +172,7 @@ def test_frames_that_cannot_be_used_are_counted(rendered, tmp_path):
         Image.fromarray(np.ones((32, 64), np.uint16)).save(second.depth)
         third.file.unlink()
     settings = DepthSettings(20, 4, ("lin1",), (1e-3,), (0.01,))
-    numbers = evaluate_depth(encoder, test, train, settings).numbers
+    numbers = evaluate_depth(encoder, test, train, settings, False).numbers
     assert (numbers["pairs"], numbers["set_pairs"]) == (9, 12)
     for data, part in ((test, "test"), (train, "train")):
         assert set(numbers["skipped"][part]) == {frame.key for frame in data.frames[:3]}
@@ -181,7 +181,7 @@ def test_frames_that_cannot_be_used_are_counted(rendered, tmp_path):
         train_heads(encoder, train, settings)
     train.frames[:] = open_depth(f"scenes:{root}", "train").frames[3:9]
     with pytest.raises(DataError, match="scored"):
-        evaluate_depth(encoder, test, train, settings)
+        evaluate_depth(encoder, test, train, settings, False)
 
 
 def test_errors_are_one_line(rendered, weights, tmp_path, refusal):

@@ -110,6 +110,8 @@ def test_faults_are_counted(folder, weights, tmp_path, capsys):
     (record,) = read(tmp_path / "out")
     assert record.content["pairs"] == 12 - 3 - 1  # three without a label, one is damaged
     assert record.content["not_scored"] == 4
+    assert record.content["set"] == "colours (folder) (labels)", "a result of other labels is another one"
+    (tmp_path / "others.json").write_text(json.dumps({"x.png": CLASSES[0]}))
     printed = capsys.readouterr().err
     assert set(record.content["skipped"]) == {str(folder / name) for name in ("train/red/0.png", "val/red/1.png")}
     assert all(f"{name} ({why})" in printed for name, why in record.content["skipped"].items())
@@ -117,6 +119,7 @@ def test_faults_are_counted(folder, weights, tmp_path, capsys):
         file.write_bytes(b"")
     for change, text in (
         ([], "no image with a label"), (["--labels", tmp_path / "none.json"], "none.json"),
+        (["--labels", tmp_path / "others.json"], "no label of a test image"),
         (["--size", 40], "--size is 40"), (["--steps", 1], "--steps is 1"), (["--crops", -1], "--crops is -1"),
         (["--weight-decays", -1], "--weight-decays are"), (["--data", "cars:/x"], "cars"),
         (["--weights", "random:mum_tiny", "--set", "embed_dim=96"], "multiple of 64"),
@@ -207,6 +210,9 @@ def test_all_evaluations_of_two_encoders_on_one_page(folder, weights, wall_file,
     page, printed = (out / "report.html").read_text(), capsys.readouterr().out
     for text in (page, printed, (out / "overview.md").read_text()):
         assert "none.pth" in text
+    assert run("cosine", wall_file, out, "--weights", weights, "--name", "later", "--size", 32, "--pictures", 0) == 0
+    assert "later" in (out / "overview.md").read_text()
+    assert "top-1" in (out / "report.html").read_text().partition("<table")[2].partition("</table>")[0], "the overview"
     assert main(["all", "--weights", str(tmp_path / "none.pth"), "--tasks", "cosine", "--out", str(out)]) == 2
     assert "no evaluation could be run" in capsys.readouterr().err
     assert main(["all", "--weights", str(weights), "--options", "cooking=--hot", "--out", str(out)]) == 2
@@ -230,6 +236,10 @@ def test_overview_has_the_papers_numbers_for_the_same_protocol(tmp_path):
     assert rows["MuM (paper)"] == ["10.2", "–", "–"]
     assert rows["CroCo v2 (paper)"] == ["27.3", "–", "–"]
     assert set(EVALUATIONS) >= {"recognition", "segmentation"}
+    for record in read(tmp_path):  # the protocol has 448 px
+        content = record.content | {"settings": {"size": 224}}
+        record.file.write_text(json.dumps(content))
+    assert "MuM (paper)" not in {row[0] for row in overview(record.content for record in read(tmp_path))[0].rows}
 
 
 def test_a_damaged_feature_is_computed_again(folder, tmp_path):

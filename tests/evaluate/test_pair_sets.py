@@ -65,6 +65,9 @@ def test_megadepth_of_loftr(tmp_path, folder, images):
     assert [pair.scene for pair in pairs.pairs] == 2 * ["0015"] + 2 * ["0022"]
     check(pairs.pairs[0], shots[1], shots[2])
     check(pairs.pairs[1], shots[4], shots[3])
+    (tmp_path / "megadepth_test_pairs.txt").write_text("")  # Reloc3r's list has no depth
+    assert (drawn := open_pairs(str(tmp_path), matchbench=True)).name == "megadepth_random", "they are DKM's"
+    assert len(drawn.pairs) == 4
     with pytest.raises(DataError, match="--train-data"):
         open_pairs(str(tmp_path), "train")
 

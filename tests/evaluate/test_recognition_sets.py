@@ -113,6 +113,26 @@ def test_imagenet_in_folders_tar_and_zip_is_the_same(imagenet, tmp_path, caplog,
     assert len({each.file.key() for each in found.train + found.test}) == 9
 
 
+def test_an_archive_of_macos_whose_folder_has_another_name_and_what_is_in_no_class(imagenet, tmp_path, caplog):
+    expected, one = listed(open_images(str(imagenet))), tmp_path / "all.zip"
+    pack(imagenet, one, "mine/")
+    for name in ("train", "val"):
+        pack(imagenet / name, imagenet / f"{name}.zip", f"{name}/")
+        shutil.rmtree(imagenet / name)
+    for path in (one, *imagenet.glob("*.zip")):
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("__MACOSX/._train", b"")
+    for root in (one, imagenet):
+        assert listed(open_images(str(root))) == expected, root
+    assert caplog.text == ""
+    for name in ("a/0.png", "b/0.png", "thumbs/0.png", "stray.png"):
+        for part in ("train", "val"):
+            put(tmp_path / "folder" / part, name, picture(9))
+    assert open_images(str(tmp_path / "folder")).classes == ["a", "b"]
+    assert "1 training images are in no class folder" in caplog.text
+    assert "1 folders of thumbnails" in caplog.text
+
+
 def test_archives_of_single_classes(imagenet):
     """What `tar -xf ILSVRC2012_img_train.tar -C train` leaves, with one class unpacked."""
     expected = listed(open_images(f"imagenet:{imagenet}"))

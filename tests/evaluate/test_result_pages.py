@@ -11,10 +11,11 @@ from PIL import Image
 
 from fastmum.evaluate.overview import distinct_names, overview
 from fastmum.evaluate.records import read, save
-from fastmum.evaluate.results import page, table
+from fastmum.evaluate.result_page import page
+from fastmum.evaluate.results import table
 from fastmum.evaluate.seeds import main
 
-AUTHOR = {"protocol": "matchbench"}
+AUTHOR = {"protocol": "matchbench", "settings": {"size": 448}}
 
 
 def result(task="cosine", name="scenes", weights="mine", pairs=4, size=128, epe=40.0, still=70.0, of=None):

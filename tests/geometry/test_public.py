@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from public_files import files
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -157,13 +156,3 @@ def test_public_depth(file):
             found.append(metrics.depth_metrics(depth, true, case["max_depth"], case["min_depth"], case["crop"]))
             assert found[-1] == pytest.approx(expected, rel=2e-5, nan_ok=True)  # computed in float32
         assert metrics.mean_metrics(found) == pytest.approx(case["mean"], rel=2e-5, nan_ok=True)
-
-
-@pytest.mark.parametrize("file", files("metrics", "top1.safetensors"))
-def test_public_any_match_top1(file):
-    tensors = {name: torch.from_numpy(value) for name, value in tensors_of(file).items()}
-    batches = sorted(name.removeprefix("labels_") for name in tensors if name.startswith("labels_"))
-    assert batches
-    hits = [metrics.any_match_hits(tensors[f"logits_{i}"], tensors[f"labels_{i}"]) for i in batches]
-    right, count = (sum(values) for values in zip(*hits, strict=True))
-    assert torch.allclose(right / count, tensors["accuracy"], atol=1e-6)

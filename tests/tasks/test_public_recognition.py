@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from public_files import files
+from public_files import error, files
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -47,7 +47,7 @@ def test_public_heads_and_their_training(file):
 
     logits = logits_of(probes.weights, sources_of(None, tensors["input/tokens_0"]))
     for i, (source, k) in place.items():
-        assert torch.allclose(logits[source][..., k], tensors["output/logits"][..., i], rtol=1e-5, atol=1e-5)
+        assert error(logits[source][..., k], tensors["output/logits"][..., i]) < 1e-5
     for step, expected in enumerate(tensors["loss"].tolist()):
         features = sources_of(None, tensors[f"input/tokens_{step}"])
         losses = probes.step(features, tensors[f"input/labels_{step}"], factors[step + 1])
@@ -59,14 +59,16 @@ def test_public_heads_and_their_training(file):
                 for name, value in gradients.items():
                     found = views[id(probes.weights[source][name])][k].grad
                     found, value = (x[width:] if name == "kv.bias" else x for x in (found, value))
-                    assert torch.allclose(found, value, rtol=1e-4, atol=1e-6 * value.abs().max().item()), name
+                    assert error(found, value) < 1e-4, name
     for i, weights in own[2].items():
         source, k = place[i]
         for name, value in weights.items():
             found = probes.weights[source][name][k]
-            # The gradient of the keys' bias is 0 but for rounding, which Adam turns into steps.
-            found, value = (x[width:] if name == "kv.bias" else x for x in (found, value))
-            assert torch.allclose(found, value, rtol=1e-5, atol=1e-6), name
+            # The gradient of the keys' bias is 0 but for rounding, which Adam turns into steps, as that of few others.
+            before = own[0][i][name]
+            found, value, before = (x[width:] if name == "kv.bias" else x for x in (found, value, before))
+            assert (~torch.isclose(found, value, rtol=1e-5, atol=1e-6)).float().mean() < 1e-2, name
+            assert (found - value).norm() <= 1e-2 * (value - before).norm(), name
 
 
 @pytest.mark.parametrize("file", files("metrics", "top1.safetensors"))

@@ -145,12 +145,14 @@ def images_in(folder: Path) -> list[str]:
     return natsort.natsorted(name for name in images if not _is_own_picture(name, names))
 
 
-def walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, list[str]]]:
+def walk(
+    root: Path, skip: frozenset[str] = frozenset(), level: int = logging.INFO
+) -> Iterator[tuple[str, list[str]]]:  # fmt: skip
     """Folders at or below the root, '.' for the root itself, and the names of their files. Each real folder comes once.
 
     Links are followed last, so that a folder has its own path if it has one below the root. Skipped and counted in
-    the log: folders named as in `skip`, in lower case; hidden ones; `SYSTEM_FOLDERS`; what fastmum wrote; links to
-    folders that were listed or that contain the root; folders without permission, which are named.
+    the log at `level`: folders named as in `skip`, in lower case; hidden ones; `SYSTEM_FOLDERS`; what fastmum wrote;
+    links to folders that were listed or that contain the root; folders without permission, which are named.
     """
     seen = {_identity(parent) for parent in root.resolve().parents}
     skipped, unreadable = Counter[str](), list[str]()
@@ -185,7 +187,7 @@ def walk(root: Path, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, 
         yield folder or ".", files
     if skipped:
         what = "; ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-        log.info("skipped under %s: %s", root, what)
+        log.log(level, "skipped under %s: %s", root, what)
     if unreadable:
         log.warning("%d folders cannot be read: %s", len(unreadable), some_names(unreadable))
 

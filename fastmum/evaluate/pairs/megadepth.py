@@ -50,7 +50,8 @@ NO_TEST = (
 def from_root(root: Path, part: str) -> PairSet:
     """The 1,500 pairs for "test" and "all", 1,000 for "matchbench", or pairs of all other scenes for "train".
 
-    Without LoFTR's and Reloc3r's files the 1,500 are random ones of DKM's, a set of another name.
+    Without LoFTR's and Reloc3r's files the 1,500 are random ones of DKM's, and without DKM's the 1,000 are of LoFTR's:
+    sets of another name.
     """
     files = information_files(root, part)
     if files and files[0].name == RELOC3R:
@@ -60,11 +61,12 @@ def from_root(root: Path, part: str) -> PairSet:
     pairs = [pair for file in files for pair in _pairs(file, root, part)]
     if part == "matchbench":
         pairs = [pairs[i] for i in some(np.arange(len(pairs)), MATCHBENCH_PAIRS)]
-    drawn = part in ("test", "all") and files[0].suffix == ".npy"
-    if drawn:
-        what = "so random pairs of prep_scene_info/ are taken: not those of published numbers"
-        log.warning("'%s' lacks MegaDepth-1500's list (0015_0.1_0.3.npz and its siblings), %s", root, what)
-    return PairSet("megadepth_random" if drawn else "megadepth", pairs, origin="megadepth")
+    lists = "MegaDepth-1500's list (0015_0.1_0.3.npz and its siblings)", "prep_scene_info/"
+    missing, taken = lists[::-1] if part == "matchbench" else lists
+    other = part != "train" and (files[0].suffix == ".npy") != (part == "matchbench")
+    if other:
+        log.warning("'%s' lacks %s, so random pairs of %s are drawn, not those of the paper", root, missing, taken)
+    return PairSet("megadepth_random" if other else "megadepth", pairs, origin="megadepth")
 
 
 def information_files(root: Path, part: str) -> list[Path]:
@@ -76,7 +78,7 @@ def information_files(root: Path, part: str) -> list[Path]:
         ]
         kinds.append([f for f in (root / RELOC3R,) if f.is_file()])
         kinds.append([f for scene in TEST_SCENES if (f := root / "prep_scene_info" / f"{scene}.npy").is_file()])
-        return next(filter(None, kinds[::-1] if part == "matchbench" else kinds), [])
+        return next(filter(None, [kinds[-1], *kinds] if part == "matchbench" else kinds), [])
     for pattern in (*(f"{folder}/*.npz" for folder in _LOFTR_TRAIN), "prep_scene_info/*.npy"):
         found = sorted(file for file in root.glob(pattern) if file.stem.partition("_")[0] not in LEFT_OUT)
         if found:

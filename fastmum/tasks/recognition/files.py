@@ -1,5 +1,6 @@
 """Files of a data set as distributed: in folders, in archives that stand for folders, or in one archive of all."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastmum.data.archives import COMPRESSED, SUFFIXES, TreePath, open_root
-from fastmum.data.builders.base import folders_in, walk
+from fastmum.data.builders.base import SYSTEM_FOLDERS, folders_in, walk
 from fastmum.data.decode.image import FrameError, is_image, read_file
 from fastmum.data.errors import DataError, reading
 from fastmum.data.store import Place, StoredPath
@@ -52,14 +53,18 @@ class DataSet:
         if not root.exists():
             raise DataError(f"there is no '{root}'")
         self.top = root if root.is_dir() else _opened(root)
+        inner = [] if root.is_dir() else _folders(self.top)
+        # The only folder of an archive of all may be the data set itself, under any name.
+        self._tops = [self.top, *(self.top / name for name in inner if len(inner) == 1)]
         self._found: dict[str, Path | None] = {}
 
     def _find(self, *folders: str) -> Path | None:
         """The first of some folders that exists, or an archive that stands for it; None if there is none."""
         for folder in folders:
             if folder not in self._found:
-                path, archives = self.top / folder, (self.top / (folder + suffix) for suffix in SUFFIXES)
-                if path.is_dir():  # archives in it stand for folders, too
+                path = next((path for top in self._tops if (path := top / folder).is_dir()), None)
+                archives = (top / (folder + suffix) for top in self._tops for suffix in SUFFIXES)
+                if path is not None:  # archives in it stand for folders, too
                     self._found[folder] = path if isinstance(path, TreePath) else open_root(path)
                 else:
                     self._found[folder] = next((_opened(each) for each in archives if each.is_file()), None)
@@ -95,7 +100,7 @@ class DataSet:
 
     def text(self, *names: str) -> str | None:
         """The content of the first of some files that exists, None if there is none."""
-        file = next((file for name in names if (file := self.top / name).is_file()), None)
+        file = next((file for name in names for top in self._tops if (file := top / name).is_file()), None)
         if file is None:
             return None
         with reading(file, "text"):
@@ -112,11 +117,17 @@ def _opened(archive: Path) -> TreePath:
     found = open_root(archive)
     if found is None:
         raise DataError(f"'{archive}' is neither a folder nor an archive of {' or '.join(SUFFIXES)}; unpack it")
-    return found / archive.stem if found.entries(()) == {archive.stem: None} else found
+    return found / archive.stem if _folders(found) == [archive.stem] else found
+
+
+def _folders(archive: TreePath) -> list[str]:
+    """The folders in an archive, none if it has files beside them; what macOS adds does not count."""
+    entries = {name: each for name, each in archive.entries(()).items() if name.lower() not in SYSTEM_FOLDERS}
+    return [*entries] if all(each is None for each in entries.values()) else []
 
 
 def _listed(folder: Path) -> Iterator[File]:
-    for below, names in walk(folder):
+    for below, names in walk(folder, level=logging.WARNING):  # a class may be called "thumbs"
         path, start = folder / below, "" if below == "." else f"{below}/"
         places = path.entries(()) if isinstance(path, TreePath) else {}
         yield from (File(start + name, str(folder), places.get(name)) for name in names)
