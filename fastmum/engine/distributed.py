@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -71,6 +71,14 @@ class DistContext(LaunchInfo):
             return work
         work.wait()
         return None
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors on the device by their means over all processes, in one all-reduce."""
+        if self.size > 1 and tensors:
+            total = torch.cat([x.flatten() for x in tensors])
+            self.sum_(total)
+            for x, mean in zip(tensors, (total / self.size).split([x.numel() for x in tensors]), strict=True):
+                x.copy_(mean.view_as(x))
 
     def wait(self) -> None:
         self.advance()

@@ -156,6 +156,7 @@ class Step:
                 factors[i] = clip if (factor := factors[i]) is None else clip * factor
         self._gradients.scale_(factors)
         self._optimizer.step(rate, self._gradients.of, found_inf)
+        self._world.mean_(self._buffers)  # those of each process; checkpoints have one
         for buffer, before in zip(self._buffers, self._before, strict=True):
             buffer.copy_(torch.where(found_inf > 0, before, buffer))
         if self._ema is not None:

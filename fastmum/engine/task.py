@@ -125,7 +125,10 @@ class Task(ABC):
         return matrices_of(self.blocks(model))
 
     def buffers(self, model: Any) -> dict[str, Tensor]:
-        """Buffers that training changes (statistics of batch norm, ...): saved, and restored after skipped steps."""
+        """Buffers that training changes (statistics of batch norm, ...): saved, and restored after skipped steps.
+
+        After each step they are averaged over all processes.
+        """
         return {}
 
     def manifest(self) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -126,6 +127,25 @@ def read_settings(
     config = manifest.values["config"]
     known = {f.name: f"model.{f.name}" for f in fields(section)}  # type: ignore[arg-type]
     return manifest, tensors, section(**{name: config[key] for name, key in known.items() if key in config})
+
+
+def load_trained(
+    path: str | os.PathLike[str], task: str, section: type[S], make: Callable[[S, Encoder], M], image_size: int,
+    device: torch.device | str = "cpu", encoder: str | None = None,
+) -> Trained[M]:  # fmt: skip
+    """Load a run of pairs, a folder of checkpoints or a checkpoint; EMA weights if it has them.
+
+    WeightsError, CheckpointError or LayoutError: no such run, one of another task, or another encoder than the run's.
+
+    Args:
+        section: the section `model` of the task's configuration, of which, and of an encoder, `make` makes a model.
+        image_size: of runs that do not say it.
+        encoder: spec of the encoder, if its files were moved. A finetuned one has the weights of the run.
+    """
+    path = expand_user(path)
+    manifest, tensors, settings = read_settings(path, (task,), section)
+    model = fill(make(settings, read_encoder(path, manifest, settings, encoder)), tensors, manifest.path)
+    return Trained.of(model, manifest, image_size, device, frames=2)
 
 
 def read_encoder(path: Path, manifest: CheckpointManifest, settings: Any, encoder: str | None = None) -> Encoder:

@@ -68,13 +68,13 @@ def scannet(root: Path, part: str, options: Options) -> Iterator[SequenceRecord]
 
     def cameras() -> Cameras:
         size, files = image_size(folder / "color", names), [f"intrinsic_{kind}.txt" for kind in ("color", "depth")]
-        found = [
+        colour, depth = (
             [read_table(file, 4, "intrinsics")] if (file := folder / "intrinsic" / name).is_file() else []
             for name in files
-        ]
-        if size is None or not any(found):
+        )
+        if size is None or not (colour or depth):
             return by_name(names, poses), None
-        return by_name(names, poses), np.tile(from_K(scannet_intrinsics(*found, size)), (len(names), 1))
+        return by_name(names, poses), np.tile(from_K(scannet_intrinsics(colour, depth, size)), (len(names), 1))
 
     scene = base.make_scene(root, scan, frames, options, cameras, depths, z)
     yield from base.chunks(scene._replace(scene=scan.rpartition("_")[0] or None), options, released=SCANNET_CHUNK)

@@ -1,6 +1,6 @@
 """Reloc3r's public layout of decoder and head: sizes from a state dict, and weights from and to ours."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,22 +37,14 @@ def config_of(state: Mapping[str, Tensor], num_heads: int | None = None) -> Pose
 def from_public(state: Mapping[str, Tensor], config: PoseConfig) -> dict[str, Tensor]:
     """Decoder and head of a public state dict under our names; other weights (the encoder's) are left out.
 
-    The rows of q and k are reordered, see `fastmum.pretrained.croco.reorder`. LayoutError: a weight is missing.
+    LayoutError: a weight is missing.
     """
-    ours = {}
+    ours = dict[str, Tensor]()
     try:
-        for end in ENDS:
-            for name, public in NAMES.items():
-                value = state[f"{public}.{end}"]
-                ours[f"{name}.{end}"] = value.flatten(1) if value.ndim > 1 else value
-            for i in range(config.depth):
-                public, own = f"dec_blocks.{i}", f"decoder.blocks.{i}"
-                for name in IN_BLOCK:
-                    ours[f"{own}.{name}.{end}"] = state[f"{public}.{name}.{end}"]
-                ours[f"{own}.attn.qkv.{end}"] = reorder(state[f"{public}.attn.qkv.{end}"], config.num_heads)
-                parts = [state[f"{public}.cross_attn.proj{part}.{end}"] for part in "qkv"]
-                q, k, v = reorder(torch.cat(parts), config.num_heads).chunk(3)
-                ours[f"{own}.cross_attn.q.{end}"], ours[f"{own}.cross_attn.kv.{end}"] = q, torch.cat([k, v])
+        for names, publics, attends in _names(config):
+            value = torch.cat([state[public] for public in publics])
+            value = reorder(value, config.num_heads) if attends else value.flatten(1) if value.ndim > 2 else value
+            ours |= _split(value, names)
     except KeyError as error:
         raise LayoutError(f"the weights have no {error}, so they are not Reloc3r's") from None
     return ours
@@ -60,17 +52,32 @@ def from_public(state: Mapping[str, Tensor], config: PoseConfig) -> dict[str, Te
 
 def to_public(state: Mapping[str, Tensor], config: PoseConfig) -> dict[str, Tensor]:
     """The state dict, or gradients, of our decoder and head in the public layout."""
-    found = {}
+    found = dict[str, Tensor]()
+    for names, publics, attends in _names(config):
+        value = torch.cat([state[name] for name in names])
+        value = reorder(value, config.num_heads) if attends else value
+        found |= _split(value[:, :, None, None] if "residual" in names[0] and value.ndim > 1 else value, publics)
+    return found
+
+
+def _names(config: PoseConfig) -> Iterator[tuple[list[str], list[str], bool]]:
+    """Our names of some weights, the public names of the same rows, and whether they are q, k and v.
+
+    Rows of q and k are reordered, see `fastmum.pretrained.croco.reorder`, which is its own inverse.
+    """
     for end in ENDS:
         for name, public in NAMES.items():
-            value = state[f"{name}.{end}"]
-            found[f"{public}.{end}"] = value[:, :, None, None] if "residual" in name and value.ndim > 1 else value
+            yield [f"{name}.{end}"], [f"{public}.{end}"], False
         for i in range(config.depth):
             public, own = f"dec_blocks.{i}", f"decoder.blocks.{i}"
-            for name in IN_BLOCK:
-                found[f"{public}.{name}.{end}"] = state[f"{own}.{name}.{end}"]
-            found[f"{public}.attn.qkv.{end}"] = reorder(state[f"{own}.attn.qkv.{end}"], config.num_heads)
-            packed = torch.cat([state[f"{own}.cross_attn.{part}.{end}"] for part in ("q", "kv")])
-            for part, value in zip("qkv", reorder(packed, config.num_heads).chunk(3), strict=True):
-                found[f"{public}.cross_attn.proj{part}.{end}"] = value
-    return found
+            for name in (*IN_BLOCK, "attn.qkv"):
+                yield [f"{own}.{name}.{end}"], [f"{public}.{name}.{end}"], name == "attn.qkv"
+            ours = [f"{own}.cross_attn.{part}.{end}" for part in ("q", "kv")]
+            yield ours, [f"{public}.cross_attn.proj{part}.{end}" for part in "qkv"], True
+
+
+def _split(value: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    """Rows of q, k and v under their names, two of which are q, and k with v."""
+    third = len(value) // 3
+    sizes = {1: [len(value)], 2: [third, 2 * third], 3: [third] * 3}[len(names)]
+    return dict(zip(names, value.split(sizes), strict=True))

@@ -10,30 +10,24 @@ import torch
 from fastmum.data.pair_loader import crop_view
 from fastmum.engine.device import autocast, pick_precision
 from fastmum.errors import FastmumError
-from fastmum.files import expand_user
 from fastmum.geometry import Camera, View
 from fastmum.geometry.camera import intrinsics_matrix
+from fastmum.model.encoder import Encoder
 from fastmum.tasks.pose.config import PoseSection
 from fastmum.tasks.pose.model import RelativePose
-from fastmum.tasks.trained import Trained, fill, read_encoder, read_settings
+from fastmum.tasks.trained import Trained, load_trained
 
 
 def load_run(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None
 ) -> Trained[RelativePose]:
-    """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
+    """Load a run; see `load_trained`."""
 
-    WeightsError, CheckpointError or LayoutError: no such run, one of another task, or another encoder than the run's.
+    def make(settings: PoseSection, loaded: Encoder) -> RelativePose:
+        sizes = settings.sizes(loaded.embed_dim, loaded.config.patch_size)
+        return RelativePose(sizes, loaded, settings.normalisation == "half")
 
-    Args:
-        encoder: spec of the encoder, if its files were moved. A finetuned one has the weights of the run.
-    """
-    path = expand_user(path)
-    manifest, tensors, settings = read_settings(path, ("pose",), PoseSection)
-    loaded = read_encoder(path, manifest, settings, encoder)
-    sizes = settings.sizes(loaded.embed_dim, loaded.config.patch_size)
-    model = fill(RelativePose(sizes, loaded, settings.normalisation == "half"), tensors, manifest.path)
-    return Trained.of(model, manifest, 256, device, frames=2)
+    return load_trained(path, "pose", PoseSection, make, 256, device, encoder)
 
 
 def prepare(view: View, size: int, file: Path) -> View:

@@ -3,8 +3,6 @@
 torch.linalg.svd on CUDA waits for its status, and its gradient is infinite where singular values are equal.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,37 +16,31 @@ def nearest_rotation(m: Tensor) -> Tensor:
     """The rotations (..., 3, 3) of least squared distance to matrices (..., 3, 3), in their dtype; float64 inside.
 
     It is U diag(1, 1, det(U V')) V' of the singular vectors (`svd_orthogonalize` of Reloc3r). Where it is not unique,
-    any rotation.
+    any rotation. Gradients are those of first order.
     """
-    return _NearestRotation.apply(m)
+    wide = m.double()
+    R = _horn(wide.detach())
+    # H = R' m is symmetric, so this adds 0. A change dm turns R by R [w], (tr(H) I - H) w = vee(R' dm - dm' R).
+    H = R.mT @ wide
+    sums = (H.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + LEAST) * torch.eye(3, device=m.device)
+    w = torch.linalg.inv_ex(sums - H.detach()).inverse @ _vee(H)[..., None]
+    return (R + torch.linalg.cross(R, w.mT)).to(m.dtype)  # R [w]
 
 
-class _NearestRotation(torch.autograd.Function):
+def _vee(m: Tensor) -> Tensor:
+    """The vector (..., 3) of the antisymmetric matrix m - m'."""
+    return torch.stack([m[..., i, j] - m[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1)
+
+
+def _horn(m: Tensor) -> Tensor:
     """Horn's method: the quaternion of the rotation is the eigenvector of the largest eigenvalue of K."""
-
-    @staticmethod
-    def forward(ctx: Any, m: Tensor) -> Tensor:
-        wide = m.double()
-        trace = wide.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None]
-        odd = torch.stack([wide[..., i, j] - wide[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1)
-        upper = wide + wide.mT - trace[..., None] * torch.eye(3, dtype=wide.dtype, device=m.device)
-        K = torch.cat([torch.cat([upper, odd[..., None]], -1), torch.cat([odd, trace], -1)[..., None, :]], -2)
-        size = K.square().sum((-2, -1), keepdim=True).sqrt() + torch.finfo(m.dtype).tiny
-        power = K / size + torch.eye(4, dtype=K.dtype, device=m.device)  # eigenvalues of 0 to 2
-        for _ in range(SQUARINGS):
-            power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-            power = power @ power
-        largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
-        R = rotation_matrix(power.gather(-2, largest.expand(*largest.shape[:-1], 4))[..., 0, :])
-        ctx.save_for_backward(wide, R)
-        return R.to(m.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """R' m = H is symmetric, so a change dm turns R by R [w], (tr(H) I - H) w = vee(R' dm - dm' R)."""
-        m, R = ctx.saved_tensors
-        H = R.mT @ m
-        sums = (H.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + LEAST) * torch.eye(3, device=m.device) - H
-        pulled = torch.linalg.cross(grad.double(), R).sum(-2)  # vee(R' grad - grad' R)
-        w = torch.linalg.inv_ex(sums).inverse @ pulled[..., None]
-        return torch.linalg.cross(R, w.mT).to(grad.dtype)  # R [w]
+    trace, odd = m.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None], _vee(m)
+    upper = m + m.mT - trace[..., None] * torch.eye(3, dtype=m.dtype, device=m.device)
+    K = torch.cat([torch.cat([upper, odd[..., None]], -1), torch.cat([odd, trace], -1)[..., None, :]], -2)
+    size = K.square().sum((-2, -1), keepdim=True).sqrt() + torch.finfo(torch.float32).tiny
+    power = K / size + torch.eye(4, dtype=K.dtype, device=m.device)  # eigenvalues of 0 to 2
+    for _ in range(SQUARINGS):
+        power = power / power.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        power = power @ power
+    largest = power.diagonal(dim1=-2, dim2=-1).argmax(-1)[..., None, None]
+    return rotation_matrix(power.gather(-2, largest.expand(*largest.shape[:-1], 4))[..., 0, :])

@@ -52,8 +52,8 @@ class DataSet:
         self.root = root
         if not root.exists():
             raise DataError(f"there is no '{root}'")
-        self.top = root if root.is_dir() else _opened(root)
-        inner = [] if root.is_dir() else _folders(self.top)
+        archive = None if root.is_dir() else _opened(root)
+        self.top, inner = (root, []) if archive is None else (archive, _folders(archive))
         # The only folder of an archive of all may be the data set itself, under any name.
         self._tops = [self.top, *(self.top / name for name in inner if len(inner) == 1)]
         self._found: dict[str, Path | None] = {}

@@ -14,7 +14,6 @@ from fastmum.kernels import local_correlation
 from fastmum.model.block import compute_dtype
 from fastmum.tasks.roma.coarse import GP, CoarseDecoder, anchor_flow, grid
 from fastmum.tasks.roma.depthwise import DepthwiseConv
-from fastmum.tasks.roma.vgg import BatchNorm
 
 STRIDES = (16, 8, 4, 2, 1)
 COARSE = 16  # the key of the encoder's maps, whatever its patch size
@@ -82,7 +81,7 @@ class Refiner(nn.Module):
 def _block(inputs: int, width: int) -> nn.Sequential:
     """Depthwise 5x5, batch norm, ReLU, 1x1. If the first widens, it has one group per input channel."""
     return nn.Sequential(
-        DepthwiseConv(inputs, width, 5), BatchNorm(width, momentum=MOMENTUM),
+        DepthwiseConv(inputs, width, 5), nn.BatchNorm2d(width, momentum=MOMENTUM),
         nn.ReLU(inplace=True), nn.Conv2d(width, width, 1),
     )  # fmt: skip
 
@@ -106,7 +105,7 @@ class Decoder(nn.Module):
         self.gps = nn.ModuleDict({str(COARSE): GP(gp_dim)})
         self.proj = nn.ModuleDict()
         for stride, s in scales.items():
-            self.proj[str(stride)] = nn.Sequential(nn.Conv2d(s.channels, s.projected, 1), BatchNorm(s.projected))
+            self.proj[str(stride)] = nn.Sequential(nn.Conv2d(s.channels, s.projected, 1), nn.BatchNorm2d(s.projected))
         self.conv_refiner = nn.ModuleDict({str(stride): Refiner(s, hidden_blocks) for stride, s in scales.items()})
 
     def exact(self) -> list[nn.Module]:

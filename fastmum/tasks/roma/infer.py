@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fastmum.data.pair_loader import square_view
 from fastmum.engine.device import autocast, pick_precision
-from fastmum.files import expand_user
 from fastmum.geometry import View
+from fastmum.model.encoder import Encoder
 from fastmum.tasks.roma.coarse import grid
 from fastmum.tasks.roma.config import RomaSection
 from fastmum.tasks.roma.decoder import COARSE, STRIDES
 from fastmum.tasks.roma.model import Roma, sides
-from fastmum.tasks.trained import Trained, fill, read_encoder, read_settings
+from fastmum.tasks.trained import Trained, load_trained
 
 FINE = 864 / 560  # size of the second pass over that of the training images
 ATTENUATION = 0.5  # of the coarse certainty where it is negative, which is subtracted
@@ -39,16 +39,12 @@ class Warps(NamedTuple):
 def load_run(
     path: str | os.PathLike[str], device: torch.device | str = "cpu", encoder: str | None = None
 ) -> Trained[Roma]:
-    """Load a run, a folder of checkpoints or a checkpoint; EMA weights if it has them.
+    """Load a run; see `load_trained`."""
 
-    `encoder`: spec of the encoder, if its files were moved. WeightsError, CheckpointError or LayoutError: no such run,
-    one of another task, or another encoder than the run's.
-    """
-    path = expand_user(path)
-    manifest, tensors, settings = read_settings(path, ("roma",), RomaSection)
-    loaded = read_encoder(path, manifest, settings, encoder)
-    model = fill(Roma(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded), tensors, manifest.path)
-    return Trained.of(model, manifest, 560, device, frames=2)
+    def make(settings: RomaSection, loaded: Encoder) -> Roma:
+        return Roma(settings.sizes(loaded.embed_dim, loaded.config.patch_size), loaded)
+
+    return load_trained(path, "roma", RomaSection, make, 560, device, encoder)
 
 
 def fine_size(size: int) -> int:
@@ -85,12 +81,12 @@ def passes(
     precision = pick_precision("auto", device)
     with autocast(device, precision):
         found = model.decoder(*maps(size, coarse=True), scale_factor=size / trained_size)
-    (flow, certainty), low = found[1][:2], found[COARSE].certainty
+    flow, certainty, low = found[1].flow, found[1].certainty, found[COARSE].certainty
     yield _warps(flow, certainty, low)
     side = fine_size(size)
     with autocast(device, precision):
         found = model.decoder(*maps(side, coarse=False), (flow, certainty), side / trained_size, STRIDES[1:])
-    yield _warps(*found[1][:2], low)
+    yield _warps(found[1].flow, found[1].certainty, low)
 
 
 def _warps(flow: Tensor, certainty: Tensor, low: Tensor) -> Warps:

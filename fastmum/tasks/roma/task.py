@@ -109,20 +109,7 @@ class RomaTask(EncoderTask):
         """The mean over the micro-batches of the step."""
         outputs, truth = self.predict(model, batch)
         with torch.autocast(batch.images.device.type, enabled=False):
-            losses = losses_of(outputs, truth)
-        self._average_statistics(model)
-        return self.mean_of_batches(losses)
-
-    @torch.no_grad()
-    def _average_statistics(self, model: Roma) -> None:
-        """Average running statistics over processes, so that they are equal on all, as checkpoints need."""
-        if self.world.size == 1:
-            return
-        buffers = [*self.buffers(model).values()]
-        total = torch.cat([x.flatten() for x in buffers])
-        self.world.sum_(total)
-        for buffer, mean in zip(buffers, (total / self.world.size).split([x.numel() for x in buffers]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+            return self.mean_of_batches(losses_of(outputs, truth))
 
     def sizes(self, batch: SceneBatch) -> tuple[int, float]:
         return len(batch.lengths), len(batch.lengths) * self._flops(batch.images.shape[1])

@@ -1,37 +1,16 @@
-"""The fine encoder: VGG19 with batch norm up to its fourth pooling, and the batch norm of all parts of the model."""
+"""The fine encoder: VGG19 with batch norm up to its fourth pooling."""
 
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmum.pretrained.files import read_file
 from fastmum.pretrained.layout import WeightsError
 
 LAYERS = (2, 2, 4, 4)  # convolutions of VGG19 before each pooling
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm that leaves its running statistics as they are if those of a batch are not finite.
-
-    They are updated on copies that autograd does not save, so that they may be averaged before the backward pass.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        mean, var = self.running_mean.clone(), self.running_var.clone()
-        y = F.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
-        finite = (mean.isfinite() & var.isfinite()).all()
-        self.running_mean.copy_(torch.where(finite, mean, self.running_mean))
-        self.running_var.copy_(torch.where(finite, var, self.running_var))
-        return y
 
 
 class Vgg(nn.Module):
@@ -49,7 +28,7 @@ class Vgg(nn.Module):
             if stage:
                 self.layers.append(nn.MaxPool2d(2, 2))
             for _ in range(count):
-                self.layers += [nn.Conv2d(width, out, 3, padding=1), BatchNorm(out), nn.ReLU(inplace=True)]
+                self.layers += [nn.Conv2d(width, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
                 width = out
         for module in self.modules():  # as in torchvision
             if isinstance(module, nn.Conv2d):
