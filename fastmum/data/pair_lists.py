@@ -5,6 +5,7 @@ when training starts.
 """
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ def list_file(builder: str, root: Path) -> Path:
     return StoredPath.at(path, Place(path)) if is_url(path) else Path(path)
 
 
+@lru_cache(maxsize=8)  # training and held-out pairs are of the same list
 def rows_of_list(manifests: Manifests, dataset: str) -> np.ndarray | None:
     """Pairs of rows (N, 2) int64 of a data set; None if one of its manifests has no list.
 

@@ -171,8 +171,14 @@ class PairPlanner:
                 own_pairs = dataset_of_row[listed_rows[:, 0]] == i
                 found.append(ListedPairs(listed_rows[own_pairs], overlaps[own_pairs]))
             else:
-                mine = rows[dataset_of_row[rows] == i]
-                found.append(DistantPairs(mine, sequence_of[mine], own or DEFAULT_GAPS))
+                mine, distances = rows[dataset_of_row[rows] == i], own or DEFAULT_GAPS
+                found.append(DistantPairs(mine, sequence_of[mine], distances))
+                longest = int(np.diff(manifests.starts)[manifests.dataset_of == i].max(initial=0))
+                if distances[0] < longest <= distances[1] // 2 and distances[1] < ANY:
+                    self.notes.append(
+                        f"sequences of '{manifests.datasets[i]}' have at most {longest} frames, so pairs are not up to "
+                        f"{distances[1]} frames apart; build it with --chunk 0 for whole videos"
+                    )
         return found
 
     def plan(self, step: int, rank: int = 0) -> PairPlan:

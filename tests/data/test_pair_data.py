@@ -126,6 +126,10 @@ def test_pairs_by_distance_and_mixtures(walls, tmp_path):
         apart = np.abs(distances(PairPlanner(Manifests([tmp_path / "m.arrow"]))))
         assert least <= apart.min() <= least + 5, builder
         assert 0.9 * most <= apart.max() <= most, builder
+    part = SequenceRecord("a", record.frames[:24], poses[:24], np.ones((24, 4), np.float32))
+    write_manifest(tmp_path / "m.arrow", [part], dataset="mine", root=tmp_path, metadata={"builder": "scannet"})
+    assert "--chunk 0" in PairPlanner(Manifests([tmp_path / "m.arrow"])).notes[0]
+    write_manifest(tmp_path / "m.arrow", [record], dataset="mine", root=tmp_path, metadata={"builder": builder})
     lost = DistantPairs(np.array([0, 1, 2, 900, 901, 950]), np.array([0] * 5 + [1]), (1, 3))
     rng = np.random.default_rng(0)
     drawn = {tuple(sorted(lost.draw(rng).tolist())) for _ in range(100)}
