@@ -107,7 +107,7 @@ class PairPlanner:
 
     Attributes:
         usable: (frames,) bool, the rows that can be drawn, also from sequences of `exclude`.
-        notes: one line per data set that is never drawn.
+        notes: one line per data set that is never drawn, or whose sequences are shorter than its distances.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class PairPlanner:
                 if distances[0] < longest <= distances[1] // 2 and distances[1] < ANY:
                     self.notes.append(
                         f"sequences of '{manifests.datasets[i]}' have at most {longest} frames, so pairs are not up to "
-                        f"{distances[1]} frames apart; build it with --chunk 0 for whole videos"
+                        f"{distances[1]} frames apart; builders with --chunk give whole videos with --chunk 0"
                     )
         return found
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fastmum
-from fastmum.data.errors import DataError
+from fastmum.data.errors import DataError, reading
 from fastmum.engine.device import pick_device
 from fastmum.errors import FastmumError, run_command, writing
 from fastmum.evaluate.arguments import ALL, check, make_parser
@@ -83,16 +83,19 @@ def _run_all(parser: argparse.ArgumentParser, args: Namespace) -> None:
 def _write_tables(out: Path, not_run: Sequence[str] | None = None) -> str:
     """Write table.md and report.html of all results in a folder; returns the table.
 
-    With remarks on what was `not_run`, or if the folder has an overview already, also that.
+    With remarks on what was `not_run`, or if the folder has an overview, whose remarks stay, also that.
     """
-    records, notes, found = read(out), [*(not_run or ())], None
-    text = table(records).markdown()
+    records, file, found = read(out), out / OVERVIEW, None
+    text, notes = table(records).markdown(), [*(not_run or ())]
+    if not_run is None and file.exists():
+        with reading(file, "text"):
+            notes = [line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("- Not run")]
     with writing(out, DataError):
         write_atomic(out / "table.md", f"{text}\n{NOTE}\n")
-        if not_run is not None or (out / OVERVIEW).exists():
+        if not_run is not None or file.exists():
             found, differences = overview(record.content for record in records)
             notes = differences + notes
-            write_atomic(out / OVERVIEW, "\n".join([found.markdown(), *(f"- {note}" for note in notes), ""]))
+            write_atomic(file, "\n".join([found.markdown(), *(f"- {note}" for note in notes), ""]))
         write_atomic(out / "report.html", page(records, found, notes))
     return text
 

@@ -134,9 +134,9 @@ def _validation(data: DataSet) -> dict[str, str]:
     if text := data.text("LOC_val_solution.csv"):
         rows = (line.partition(",") for line in text.splitlines()[1:])
         return {name: boxes.split()[0] for name, _, boxes in rows if boxes.strip()}
-    packed = data.top / f"{DEVKIT}.tar.gz"
-    contents = [file.read_bytes() if (file := data.top / name).is_file() else b"" for name in (TRUTH, META)]
-    if not all(contents) and packed.is_file():
+    packed = data.file(f"{DEVKIT}.tar.gz")
+    contents = [file.read_bytes() if (file := data.file(name)) else b"" for name in (TRUTH, META)]
+    if not all(contents) and packed is not None:
         with (
             reading(packed, "ImageNet's development kit"),
             packed.open("rb") as stream,
@@ -146,7 +146,7 @@ def _validation(data: DataSet) -> dict[str, str]:
             contents = [member.read() if member else b"" for member in members]
     if not all(contents):
         raise DataError(
-            f"'{data.root}' has validation images without class folders; add LOC_val_solution.csv or {packed.name}"
+            f"'{data.root}' has validation images without class folders; add LOC_val_solution.csv or {DEVKIT}.tar.gz"
         )
     with reading(data.root / META, "ImageNet's list of classes"):
         synsets = loadmat(io.BytesIO(contents[1]), squeeze_me=True)["synsets"]

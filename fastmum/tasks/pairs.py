@@ -11,6 +11,7 @@ import numpy as np
 from fastmum.config.schema import key
 from fastmum.config.sources import SourceSection
 from fastmum.data.manifest import Manifests
+from fastmum.data.pair_lists import rows_of_list
 from fastmum.data.pair_loader import PairLoader
 from fastmum.data.pair_plan import SAMPLING, PairPlanner
 from fastmum.data.scene_plan import GROUND_TRUTH
@@ -86,6 +87,8 @@ def open_pairs(
         "gaps": {name: (least, most) for name, (least, most) in data.gaps.items()},
     }  # fmt: skip
     columns = GROUND_TRUTH if depth else GROUND_TRUTH[:2]
-    return PairSplits(*open_planners(
+    splits = PairSplits(*open_planners(
         data, folder, seed, resumed, micro_batches, MIN_FRAMES, columns, partial(planner, **settings), data.augment
     ))  # fmt: skip
+    rows_of_list.cache_clear()  # which both planners have read
+    return splits

@@ -122,6 +122,7 @@ def test_an_archive_of_macos_whose_folder_has_another_name_and_what_is_in_no_cla
     for path in (one, *imagenet.glob("*.zip")):
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("__MACOSX/._train", b"")
+            archive.writestr("._mine", b"")
     for root in (one, imagenet):
         assert listed(open_images(str(root))) == expected, root
     assert caplog.text == ""
@@ -244,6 +245,11 @@ def test_inaturalist_sun397_and_places(tmp_path):
     assert found.test[1].file.read()
     with pytest.raises(FrameError):  # counted when images are read
         found.test[2].file.read()
+    shutil.copytree(tmp_path / "sun/Partitions", tmp_path / "sun/SUN397", dirs_exist_ok=True)
+    pack(tmp_path / "sun/SUN397", tmp_path / "one.zip", "mine/")
+    packed = open_images(f"sun397:{tmp_path / 'one.zip'}")
+    assert listed(packed) == listed(found)
+    assert packed.test[1].file.read()
 
     root = tmp_path / "places"
     put_classes(root / "data_256_standard", ("a/airfield", "z/zoo"), 2, ".jpg")

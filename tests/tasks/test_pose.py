@@ -84,7 +84,10 @@ def test_nearest_rotations_and_gradients_are_those_of_the_svd():
     again = nearest_rotation(turn)
     assert torch.allclose(again, turn, atol=1e-12)
     assert torch.autograd.gradcheck(nearest_rotation, turn)
-    for degenerate in (torch.zeros(1, 3, 3), torch.ones(1, 3, 3), -torch.eye(3)[None]):
+    generator = torch.Generator().manual_seed(0)
+    column, row = (torch.randn(100, *shape, generator=generator) for shape in ((3, 1), (1, 3)))
+    improper = -torch.from_numpy(Rotation.random(100, random_state=2).as_matrix()).float()
+    for degenerate in (torch.zeros(1, 3, 3), torch.ones(1, 3, 3), -torch.eye(3)[None], column @ row, improper):
         degenerate.requires_grad_()
         R = nearest_rotation(degenerate)
         assert torch.allclose(R @ R.mT, torch.eye(3), atol=1e-5)

@@ -259,7 +259,7 @@ DIRECTIONS = ("world_from_camera", "camera_from_world")
 OPTIONS = base.MIN_FRAMES | base.POSES | base.DEPTH
 BUILDERS = {
     "scannet": Builder(
-        layout="<scene>/color/*.jpg; optional: <scene>/depth/*.png, pose/*.txt, intrinsic/intrinsic_color.txt",
+        layout="<scene>/color/*.jpg; optional: <scene>/depth/*.png, pose/*.txt, intrinsic/intrinsic_{color,depth}.txt",
         paper=f"frames with a pose in natural order, chunks of {SCANNET_CHUNK}, the last one shorter",
         released=f"chunks of {SCANNET_CHUNK}, the last one takes the rest",
         parts=lambda root, options: scenes_with(root, "color"),

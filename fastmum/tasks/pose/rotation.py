@@ -20,11 +20,11 @@ def nearest_rotation(m: Tensor) -> Tensor:
     """
     wide = m.double()
     R = _horn(wide.detach())
-    # H = R' m is symmetric, so this adds 0. A change dm turns R by R [w], (tr(H) I - H) w = vee(R' dm - dm' R).
+    # A change dm turns R by R [w], (tr(H) I - H) w = vee(R' dm - dm' R), where H = R' m. The value of w is not used.
     H = R.mT @ wide
     sums = (H.detach().diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] + LEAST) * torch.eye(3, device=m.device)
     w = torch.linalg.inv_ex(sums - H.detach()).inverse @ _vee(H)[..., None]
-    return (R + torch.linalg.cross(R, w.mT)).to(m.dtype)  # R [w]
+    return (R + torch.linalg.cross(R, (w - w.detach()).mT)).to(m.dtype)  # R [w]
 
 
 def _vee(m: Tensor) -> Tensor:

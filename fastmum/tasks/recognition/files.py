@@ -53,16 +53,17 @@ class DataSet:
         if not root.exists():
             raise DataError(f"there is no '{root}'")
         archive = None if root.is_dir() else _opened(root)
-        self.top, inner = (root, []) if archive is None else (archive, _folders(archive))
+        top, inner = (root, []) if archive is None else (archive, _folders(archive))
         # The only folder of an archive of all may be the data set itself, under any name.
-        self._tops = [self.top, *(self.top / name for name in inner if len(inner) == 1)]
+        self._tops = [top, *(top / name for name in inner if len(inner) == 1)]
         self._found: dict[str, Path | None] = {}
 
     def _find(self, *folders: str) -> Path | None:
         """The first of some folders that exists, or an archive that stands for it; None if there is none."""
         for folder in folders:
             if folder not in self._found:
-                path = next((path for top in self._tops if (path := top / folder).is_dir()), None)
+                tops = self._tops if folder else self._tops[::-1]  # the inner one has it all
+                path = next((path for top in tops if (path := top / folder).is_dir()), None)
                 archives = (top / (folder + suffix) for top in self._tops for suffix in SUFFIXES)
                 if path is not None:  # archives in it stand for folders, too
                     self._found[folder] = path if isinstance(path, TreePath) else open_root(path)
@@ -98,10 +99,13 @@ class DataSet:
         """Names of the visible sub-folders of the first of some folders that exists, also of empty ones."""
         return folders_in(self._find(*folders) or self.root / folders[0])
 
+    def file(self, *names: str) -> Path | None:
+        """The first of some files that exists, None if there is none."""
+        return next((file for name in names for top in self._tops if (file := top / name).is_file()), None)
+
     def text(self, *names: str) -> str | None:
         """The content of the first of some files that exists, None if there is none."""
-        file = next((file for name in names for top in self._tops if (file := top / name).is_file()), None)
-        if file is None:
+        if (file := self.file(*names)) is None:
             return None
         with reading(file, "text"):
             return file.read_text(encoding="utf-8-sig")
@@ -122,7 +126,10 @@ def _opened(archive: Path) -> TreePath:
 
 def _folders(archive: TreePath) -> list[str]:
     """The folders in an archive, none if it has files beside them; what macOS adds does not count."""
-    entries = {name: each for name, each in archive.entries(()).items() if name.lower() not in SYSTEM_FOLDERS}
+    entries = {
+        name: each for name, each in archive.entries(()).items()
+        if name.lower() not in SYSTEM_FOLDERS and not name.startswith(".")
+    }  # fmt: skip
     return [*entries] if all(each is None for each in entries.values()) else []
 
 
