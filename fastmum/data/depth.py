@@ -91,11 +91,16 @@ def read_npy(file: Path) -> np.ndarray:
     return np.load(stored, mmap_mode="r" if isinstance(stored, Path) else None, allow_pickle=False)
 
 
-def _png16(file: Path | io.BytesIO, mask: bool = False) -> np.ndarray:
+def _pixels(file: Path | io.BytesIO) -> np.ndarray:
     with open_image(file) as image:
-        if image.mode in ("1", "L", "P") and not mask:
-            raise ValueError("its pixels have 8 bits instead of 16")
         return np.asarray(image)
+
+
+def _png16(file: Path) -> np.ndarray:
+    stored = _pixels(file)
+    if stored.dtype.itemsize == 1:
+        raise ValueError("its pixels have 8 bits instead of 16")
+    return stored
 
 
 def _sunrgbd(file: Path) -> np.ndarray:
@@ -114,7 +119,7 @@ def _co3d(file: Path) -> np.ndarray:
         if isinstance(mask, StoredPath) and mask.place and mask.place.length != WHOLE:  # its archive is missing
             raise
         return depth
-    return np.where(_png16(io.BytesIO(content), mask=True) > 0, depth, np.float16(0))
+    return np.where(_pixels(io.BytesIO(content)) > 0, depth, np.float16(0))
 
 
 def read_hdf5(file: Path) -> np.ndarray:

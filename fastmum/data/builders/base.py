@@ -145,9 +145,7 @@ def images_in(folder: Path) -> list[str]:
     return natsort.natsorted(name for name in images if not _is_own_picture(name, names))
 
 
-def walk(
-    root: Path, skip: frozenset[str] = frozenset(), level: int = logging.INFO
-) -> Iterator[tuple[str, list[str]]]:  # fmt: skip
+def walk(root: Path, skip: frozenset[str] = frozenset(), level: int = logging.INFO) -> Iterator[tuple[str, list[str]]]:
     """Folders at or below the root, '.' for the root itself, and the names of their files. Each real folder comes once.
 
     Links are followed last, so that a folder has its own path if it has one below the root. Skipped and counted in

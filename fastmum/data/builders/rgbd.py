@@ -18,7 +18,7 @@ from fastmum.data.builders.cameras import (
     read_table,
     reading,
     scannet_intrinsics,
-)  # fmt: skip
+)
 from fastmum.data.depth import DepthFormat, read_depth
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import SequenceRecord

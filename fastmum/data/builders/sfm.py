@@ -20,6 +20,7 @@ from fastmum.data.colmap import Model, find_format, read_model
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
 from fastmum.data.manifest import SequenceRecord
+from fastmum.data.pair_lists import TEST_SCENES
 from fastmum.data.rules import count_shared
 from fastmum.errors import some_names
 from fastmum.files import expand_user
@@ -34,7 +35,6 @@ RELEASED_MIN_IMAGES = 12  # of a MegaScenes model, in the released script
 
 MEGADEPTH, MEGADEPTH_MODEL = "Undistorted_SfM", "sparse-txt"  # as D2-Net undistorts it
 MEGADEPTH_DEPTHS = "phoenix/S6/zl548/MegaDepth_v1/{}/dense0/depths/{}.h5"
-MEGADEPTH_TESTED = "0015", "0022"  # scenes of MegaDepth-1500 (LoFTR)
 # Smaller files hold a foreground mask (ordinal depth) instead of a map (D2-Net's preprocess_scene.py).
 MEGADEPTH_MIN_BYTES = 100 * 1024
 MEGASCENES, MEGASCENES_IMAGES = "reconstruct", "images"
@@ -53,7 +53,7 @@ def megadepth_parts(root: Path, options: Options) -> list[str]:
         if not present:
             raise DataError(f"no scene of '{file}' is in '{root / MEGADEPTH}'")
     scenes = base.without_excluded(present, options)
-    if tested := [scene for scene in MEGADEPTH_TESTED if scene in scenes]:
+    if tested := [scene for scene in TEST_SCENES if scene in scenes]:
         log.warning(
             "MegaDepth-1500 tests on %s: --exclude %s before training what is evaluated on it",
             " and ".join(tested), ",".join(tested),

@@ -22,12 +22,12 @@ import numpy as np
 from fastmum.data.builders.lists import LEFT_OUT
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import DataError, reading
+from fastmum.data.pair_lists import TEST_SCENES
 from fastmum.data.samples import Frame
 from fastmum.evaluate.pairs.pair import Pair, PairSet, read_archive, rigid, some, square
 
 log = logging.getLogger(__name__)
 
-TEST_SCENES = ("0015", "0022")  # LoFTR's split
 MIN_OVERLAP = 0.01  # of training pairs, as in RoMa's training
 TRAIN_PAIRS = 50  # drawn from each file, which may list hundreds of thousands
 TEST_PAIRS = 1500  # drawn from DKM's files, which list more, if LoFTR's are absent

@@ -62,9 +62,7 @@ def match(
 
 
 @torch.inference_mode()
-def passes(
-    trained: Trained[Roma], first: np.ndarray, second: np.ndarray, size: int | None = None
-) -> Iterator[Warps]:  # fmt: skip
+def passes(trained: Trained[Roma], first: np.ndarray, second: np.ndarray, size: int | None = None) -> Iterator[Warps]:
     """Match two images (H, W, 3) uint8 of any sizes in two passes.
 
     The first one is at `size` (None: that of training); the second one refines its result from stride 8 on at 864 / 560
