@@ -99,7 +99,7 @@ def _pixels(file: Path | io.BytesIO) -> np.ndarray:
 def _png16(file: Path) -> np.ndarray:
     stored = _pixels(file)
     if stored.dtype.itemsize == 1:
-        raise ValueError("its pixels have 8 bits instead of 16")
+        raise ValueError(f"its pixels, {stored.shape}, have 8 bits instead of 16")
     return stored
 
 

@@ -211,7 +211,7 @@ def test_broken_maps_are_named_in_one_line(tmp_path, monkeypatch):
         np.lib.format.write_array_header_1_0(file, header)
     with pytest.raises(DataError, match=r"huge.*size"):
         read_depth(tmp_path / "huge.npy", DepthFormat("npy"))
-    with pytest.raises(DataError, match=r"coloured.*\(2, 3, 3\)"):
+    with pytest.raises(DataError, match=r"coloured.*\(2, 3, 3\), have 8 bits"):
         read_depth(tmp_path / "coloured", DepthFormat("png16"))
     whole = write(tmp_path, "npz").read_bytes()
     values, listed = whole.index(VALUES.tobytes()), whole.index(b"PK\1\2")
