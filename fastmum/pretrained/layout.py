@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmum.errors import FastmumError, some_names
@@ -142,6 +144,19 @@ def sizes_by_shape(state: Mapping[str, Tensor]) -> dict[str, Any]:
         if sizes[name] % (4 * sizes[heads]):  # no periods, and the preset's heads do not divide the width
             sizes[heads] = 1
     return sizes
+
+
+def resample_patches(kernel: Tensor, patch_size: int) -> Tensor:
+    """Weights (D, C, p, p) of a patch embedding for patches of another size, (D, C, patch_size, patch_size).
+
+    Images that are resized by patch_size / p then have the same tokens, as nearly as least squares can: the weights are
+    multiplied by the pseudo-inverse of the resizing (FlexiViT, section 3.4), here bilinear with antialiasing.
+    """
+    pixels = kernel.shape[2] * kernel.shape[3]
+    images = torch.eye(pixels, dtype=torch.float64).view(pixels, 1, *kernel.shape[2:])
+    resizing = F.interpolate(images, (patch_size, patch_size), mode="bilinear", antialias=True).flatten(1)
+    resampled = kernel.double().flatten(2) @ torch.linalg.pinv(resizing.T)
+    return resampled.view(*kernel.shape[:2], patch_size, patch_size).to(kernel.dtype)
 
 
 def _width(state: Mapping[str, Tensor], pattern: str) -> int | None:

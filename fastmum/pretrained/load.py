@@ -90,6 +90,7 @@ def load_pretrained(spec: str | os.PathLike[str], **overrides: Any) -> Encoder |
             a folder of transformers with a DINOv3 or MAE. Detected by its content, not by its name. Or KIND:PATH with
             the weights of another encoder, see `KINDS`, or random:PRESET, see `PRESETS`.
         overrides: fields of `ModelConfig` that the weights do not determine (`norm_eps`, `num_heads`), and
+            patch_size: of an encoder, which is resampled for it (`layout.resample_patches`).
             encoder_only: True omits the decoder, False requires one; default: as the weights are.
             rope_dtype: in which the encoder computes positions, torch.float32 or torch.bfloat16 (or their names).
                 Default: bfloat16 if only the periods are bfloat16, as in the released encoder-only file, else float32.
@@ -187,6 +188,8 @@ def _read_public(kind: str, where: str, overrides: Mapping[str, Any]) -> Pretrai
     sizes = {name: overrides[name] for name in SIZES if name in overrides}
     config = _config(found.path, {**layout.sizes_by_shape(found.state), **found.sizes, **sizes})
     state, options = fold(found.state, found.options, bool(overrides.get("trainable")))
+    if "patch_size" in sizes:
+        state = _resampled(found.path, state, config)
     if "rope_embed.periods" not in state:
         state["rope_embed.periods"] = _rope(config, "rope_embed.periods").periods
     state = _fitting(found.path, state, config, True, f"the {kind} encoder", options)
@@ -214,6 +217,8 @@ def _read_own(where: str, overrides: Mapping[str, Any]) -> Pretrained:
     state = encoder if encoder_only else state
     sizes = {name: overrides[name] for name in SIZES if name in overrides}
     config = _config(saved.path, {**layout.sizes_by_shape(state), **saved.sizes, **sizes})
+    if encoder_only and "patch_size" in sizes:
+        state = _resampled(saved.path, state, config)
     periods, norm = state.get("rope_embed.periods"), state.get("norm.weight")
     rounded = periods is not None and periods.dtype == torch.bfloat16
     found = torch.bfloat16 if rounded and (norm is None or norm.dtype != torch.bfloat16) else torch.float32
@@ -226,6 +231,16 @@ def _read_own(where: str, overrides: Mapping[str, Any]) -> Pretrained:
     state = _fitting(saved.path, state, config, encoder_only, model)
     about = saved.step, saved.ema, saved.frames, saved.image_size
     return Pretrained("", "mum", saved.path, config, state, encoder_only, rope_dtype, *about)
+
+
+def _resampled(path: Path, state: State, config: ModelConfig) -> State:
+    """The state of an encoder with patches of the size in `config`."""
+    name, size = "patch_embed.proj.weight", config.patch_size
+    kernel = state.get(name)
+    if kernel is None or kernel.ndim != 4 or kernel.shape[2:] == (size, size):
+        return state
+    log.info("'%s': patches of %d px are resampled for %d px", path, kernel.shape[-1], size)
+    return {**state, name: layout.resample_patches(kernel, size)}
 
 
 def _fitting(

@@ -13,9 +13,8 @@ from fastmum.engine.device import to_device
 from fastmum.engine.task import StepOutput
 from fastmum.model.compile import eager
 from fastmum.model.encoder import Encoder
-from fastmum.pretrained import load_encoder
 from fastmum.tasks.loader_task import LoaderTask
-from fastmum.tasks.trained import choose_encoder, weights_digest
+from fastmum.tasks.trained import choose_encoder, task_encoder, weights_digest
 
 
 class EncoderTask(LoaderTask):
@@ -26,7 +25,7 @@ class EncoderTask(LoaderTask):
     def load_encoder(self) -> Encoder:
         """The encoder of the configuration; ConfigError if the data do not fit it."""
         settings = self.config.model
-        encoder = load_encoder(choose_encoder(settings), trainable=settings.finetune)
+        encoder = task_encoder(settings, choose_encoder(settings))
         self._patch = encoder.config.patch_size
         self._frozen = None if settings.finetune else weights_digest(encoder)
         self.config.data.check(self._patch)

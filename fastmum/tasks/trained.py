@@ -46,9 +46,13 @@ class EncoderSection:
         is_path="weights",
     )
 
+    patch_size: int | None = key(
+        None, "side of the encoder's patches, which are resampled if it is another. Empty: that of the weights", least=1
+    )  # fmt: skip
+
     def sizes_of(self, kind: type[C], encoder_dim: int, patch_size: int, **more: Any) -> C:
         """Sizes of a model, the dataclass `kind`, from the keys of this section; ConfigError if they do not fit."""
-        names = {f.name for f in fields(kind)} & vars(self).keys() - more.keys()  # type: ignore[arg-type]
+        names = {f.name for f in fields(kind)} & vars(self).keys() - {"patch_size", *more}  # type: ignore[arg-type]
         given: dict[str, Any] = {name: tuple(v) if isinstance(v := getattr(self, name), list) else v for name in names}
         try:
             return kind(encoder_dim=encoder_dim, patch_size=patch_size, **given, **more)  # type: ignore[call-arg]
@@ -103,6 +107,12 @@ def choose_encoder(settings: Any) -> str:
     return settings.fallback
 
 
+def task_encoder(settings: Any, spec: str) -> Encoder:
+    """The encoder `spec` as a section `model` asks for it."""
+    patches = {} if settings.patch_size is None else {"patch_size": settings.patch_size}
+    return load_encoder(spec, trainable=settings.finetune, **patches)
+
+
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of all weights and their names, `frozen_encoder` in checkpoints."""
     digest = hashlib.sha256()
@@ -155,7 +165,7 @@ def read_encoder(path: Path, manifest: CheckpointManifest, settings: Any, encode
     """
     spec = encoder or choose_encoder(settings)
     try:
-        loaded = load_encoder(spec, trainable=settings.finetune)
+        loaded = task_encoder(settings, spec)
     except FastmumError as error:
         raise WeightsError(f"the encoder '{spec}' of the run '{path}' cannot be loaded: {error}") from None
     if not settings.finetune and weights_digest(loaded) != manifest.values["model_config"].get("frozen_encoder"):

@@ -6,16 +6,23 @@ import numpy as np
 import pytest
 from PIL import Image
 from pose_runs import train_tiny
+from safetensors.torch import save_file
 from scipy.spatial.transform import Rotation
 
+from fastmum import load_encoder
 from fastmum.predict.__main__ import main
 from fastmum.predict.pose import describe
 from fastmum.scenes import ensure_scenes, scene_dirs
+from fastmum.tasks.pose.infer import load_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train_tiny(tmp_path_factory.mktemp("runs") / "tiny", "train.ema=0.5")
+    """On a frozen encoder whose patches of 16 px are resampled."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_file(load_encoder("random:mum_tiny").state_dict(), folder / "encoder.safetensors")
+    settings = f"encoder={folder / 'encoder.safetensors'}", "model.patch_size=8", "model.finetune=false"
+    return train_tiny(folder / "tiny", "train.ema=0.5", *settings)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,7 @@ def test_numbers_of_a_pose():
 
 
 def test_text_json_and_picture(run, photos, tmp_path, capsys):
+    assert load_run(str(run)).model.encoder.config.patch_size == 8
     words = [str(run), *map(str, photos), "--out", str(tmp_path / "out")]
     assert main(words) == 0
     text = capsys.readouterr().out
@@ -74,7 +82,7 @@ def test_what_cannot_be_predicted_is_one_clear_error(run, photos, tmp_path, caps
     for words, text in (
         ([run, a, black], "black.png"), ([run, a, broken], "broken.png"), ([run, a, tmp_path / "none.png"], "none.png"),
         ([run, a, tiny], "tiny.png"),
-        ([run, a, b, "--size", "40"], "--size"), ([run, a, b, "--fov", "180"], "--fov"),
+        ([run, a, b, "--size", "42"], "--size"), ([run, a, b, "--fov", "180"], "--fov"),
         ([tmp_path / "none", a, b], "none"), ([run, a, b, "--out", broken], "broken.png"),
     ):  # fmt: skip
         assert main([*map(str, words)]) == 2

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import zipfile
+from functools import partial
 
 import pytest
 import torch
@@ -92,6 +93,24 @@ def test_encoder_only(tiny, save):
     alone = save(encoder.state_dict(), "alone")
     assert_same(load_pretrained(alone), tiny, Encoder)
     assert "encoder_only is False" in error_of(alone, encoder_only=False)
+
+
+def test_patches_are_resampled(save):
+    """Resized patches have the same tokens: any if they are enlarged, those that the resizing keeps otherwise."""
+    whole = MuM(ModelConfig(32, 1, 2, 32, 2, 2))
+    file, original = save(whole.state_dict()), whole.patch_embed.proj.weight
+    for size in (24, 16, 8):
+        encoder = load_pretrained(file, encoder_only=True, patch_size=size)
+        kernel = encoder.patch_embed.proj.weight
+        assert encoder.config.patch_size == size
+        patches = torch.zeros(5, 3, 16, 16, requires_grad=True)
+        resize = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+        (patches,) = torch.autograd.grad(resize(patches), patches, torch.randn(5, 3, size, size))
+        expected = torch.einsum("dcyx,bcyx->bd", original, patches)
+        tokens = torch.einsum("dcyx,bcyx->bd", kernel, resize(patches))
+        assert (tokens - expected).norm() < 1e-5 * expected.norm()
+        encoder(torch.zeros(1, 2 * size, 3 * size, 3, dtype=torch.uint8))
+    assert "patch_embed.proj.weight" in error_of(file, patch_size=8)  # a decoder predicts patches of one size
 
 
 def test_heads_and_half_precision(tiny, save):
