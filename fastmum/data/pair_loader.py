@@ -15,8 +15,10 @@ from fastmum.data.pair_plan import PairPlan, PairPlanner
 from fastmum.data.samples import manifest_frame
 from fastmum.data.scene_loader import SceneLoader
 from fastmum.geometry import View, crop_resize
-from fastmum.geometry.crop import reloc3r_view
+from fastmum.geometry.crop import flip, reloc3r_view
+from fastmum.model.inputs import IMAGENET_MEAN
 
+FILL = np.array([round(255 * x) for x in IMAGENET_MEAN], np.uint8)  # of what a shift uncovers: 0 after normalisation
 MAX_TRIES = 100  # pairs that are tried in place of one that cannot be read
 
 Geometry = Callable[[View, tuple[int, int]], View]
@@ -34,6 +36,25 @@ def square_view(view: View, size: tuple[int, int]) -> View:
         depth = F.interpolate(torch.from_numpy(depth)[None, None], size[::-1], mode="bilinear")[0, 0].numpy()
     resized = crop_resize(replace(view, depth=None), None, size, resample=Image.Resampling.BICUBIC)
     return replace(resized, depth=depth)
+
+
+def shifted(view: View, right: int, down: int) -> View:
+    """Move the content by pixels; what comes in from outside is of the mean colour, and of unknown depth."""
+    width, height = view.size
+    view = replace(view, mask=np.ones((height, width), bool))
+    moved = crop_resize(view, (-right, -down, width - right, height - down))
+    assert moved.mask is not None
+    return replace(moved, image=np.where(moved.mask[..., None], moved.image, FILL), mask=None)
+
+
+def mirrored(view: View) -> View:
+    """Mirror left to right, and the world with it, so that fx stays positive and the pose a rotation."""
+    view, mirror = flip(view), np.diag([-1.0, 1, 1, 1])
+    camera = view.camera
+    if camera is not None:
+        pose = mirror @ camera.camera_from_world @ mirror
+        camera = replace(camera, K=camera.K @ mirror[:3, :3], camera_from_world=pose)
+    return replace(view, camera=camera)
 
 
 class PairLoader(SceneLoader):
@@ -61,7 +82,10 @@ class PairLoader(SceneLoader):
         if not self._ground_truth:
             frame = replace(frame, depth=None, mask=None)
         view = frame.view(lambda whole: self.geometry(whole, plan.size))
-        return replace(view, image=jitter(view.image, plan.jitter[place]), mask=None)
+        view = replace(view, image=jitter(view.image, plan.jitter[place]), mask=None)
+        if (shift := plan.shift[place // 2]).any():
+            view = shifted(view, *shift.tolist())
+        return mirrored(view) if plan.flip[place // 2] else view
 
     def replace(self, plan: PairPlan, frames: list[View | None], bad: Iterable[int]) -> PairPlan:  # type: ignore[override]
         """Draw other pairs in place of those with a bad frame."""

@@ -34,6 +34,8 @@ class PairPlan(NamedTuple):
     lengths: np.ndarray  # (B,) int64, all 2
     size: tuple[int, int]  # width and height in pixels
     jitter: np.ndarray  # (2 B, JITTER_WIDTH), for `fastmum.data.colour.jitter`
+    shift: np.ndarray  # (B, 2) int64, pixels that both frames are moved to the right and down
+    flip: np.ndarray  # (B,) bool, both frames are mirrored left to right after that
 
 
 class Pairs(Protocol):
@@ -101,7 +103,10 @@ class PairPlanner:
             distance, else by overlap where depth is known and there is no distance.
         gaps: least and most distance in frames by data set, beside those of `GAPS`.
         depth: whether frames need depth.
-        augment: random colours, each frame its own (Reloc3r's training).
+        augment: `jitter`, `shift` and `flip`; otherwise none of them.
+        jitter: random colours, each frame its own (Reloc3r's training).
+        shift: largest shift of both frames of a pair, pixels along either axis.
+        flip: mirror both frames of every second pair, and the world.
         exclude, only: sequences never to draw from, and sequences to draw from (None: all).
         workers: threads that compute overlaps.
 
@@ -115,12 +120,13 @@ class PairPlanner:
         size: tuple[int, int] = (256, 256), seed: int = 0, world_size: int = 1, *, sampling: str = "auto",
         overlap: tuple[float, float] = (0.1, 0.7), gaps: Mapping[str, tuple[int, int]] | None = None,
         depth: bool = False, augment: bool = True, exclude: Iterable[int] = (), only: Iterable[int] | None = None,
-        workers: int = 2,
+        workers: int = 2, jitter: bool = True, shift: int = 0, flip: bool = False,
     ) -> None:  # fmt: skip
         if sampling not in SAMPLING:
             raise DataError(f"the sampling of pairs is '{sampling}', but must be one of {', '.join(SAMPLING)}")
         self.manifests, self.pairs_per_batch, self.size = manifests, pairs_per_batch, size
-        self.seed, self.world_size, self.augment, self.depth = seed, world_size, augment, depth
+        self.seed, self.world_size, self.depth = seed, world_size, depth
+        self.jitter, self.shift, self.flip = augment and jitter, augment * shift, augment and flip
         self.overlap, self.notes = overlap, list[str]()
         self.usable = usable_frames(manifests, 2, GROUND_TRUTH if depth else GROUND_TRUTH[:2])
         keep = np.full(manifests.num_sequences, only is None)
@@ -189,10 +195,11 @@ class PairPlanner:
         count = self.pairs_per_batch
         rows = self.draw(step, rank, rng).reshape(-1)
         colours = draw_jitter(rng, 2 * count, applied=1.0, grey=0.0)
-        if not self.augment:
+        if not self.jitter:
             colours = np.tile(NOTHING, (2 * count, 1))
         assert colours.shape == (len(rows), JITTER_WIDTH)
-        return PairPlan(rows, np.full(count, 2, np.int64), self.size, colours)
+        shift, flip = rng.integers(-self.shift, self.shift + 1, (count, 2)), (rng.random(count) < 0.5) & self.flip
+        return PairPlan(rows, np.full(count, 2, np.int64), self.size, colours, shift, flip)
 
     def draw(self, step: int, rank: int, rng: np.random.Generator) -> np.ndarray:
         """Rows of the pairs of a plan, (pairs_per_batch, 2) int64; `rng` is that of (seed, step, rank)."""

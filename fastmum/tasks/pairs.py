@@ -12,7 +12,7 @@ from fastmum.config.schema import key
 from fastmum.config.sources import SourceSection
 from fastmum.data.manifest import Manifests
 from fastmum.data.pair_lists import rows_of_list
-from fastmum.data.pair_loader import PairLoader
+from fastmum.data.pair_loader import Geometry, PairLoader, crop_view
 from fastmum.data.pair_plan import SAMPLING, PairPlanner
 from fastmum.data.scene_plan import GROUND_TRUTH
 from fastmum.tasks.splits import open_planners
@@ -38,7 +38,10 @@ class PairDataSection(SourceSection):
         "per device are accumulated. Empty: one batch per device, or the value of the resumed run"
     )  # fmt: skip
     image_size: int = key(256, "side of a frame in pixels", least=16)
-    augment: bool = key(True, "random colours")
+    augment: bool = key(True, "jitter, shift and flip in training")
+    jitter: bool = key(True, "random colours")
+    shift: int = key(0, "largest shift of both images of a pair, pixels along either axis", least=0)
+    flip: bool = key(False, "mirror both images of every second pair")
     workers: int = key(2, "threads that read frames", least=1)
 
     def check(self, patch_size: int) -> None:
@@ -49,6 +52,7 @@ class PairDataSection(SourceSection):
             ("gaps", self.gaps, all(len(g) == 2 and 1 <= g[0] <= g[1] for g in self.gaps.values()),
              "[least, most] of each data set, at least 1"),
             ("image_size", size, size % patch_size == 0, f"a multiple of the patch size {patch_size}"),
+            ("shift", self.shift, self.shift < size, f"below data.image_size ({size})"),
             ("pairs_per_step", step, step is None or (step > 0 and step % batch == 0),
              f"a positive multiple of data.pairs_per_batch ({batch})"),
         ))  # fmt: skip
@@ -64,11 +68,11 @@ class PairSplits(NamedTuple):
 
     def loader(
         self, data: PairDataSection, bad_frames: Path | None = None, processes: int = 1,
-        kind: type[PairLoader] = PairLoader,
+        geometry: Geometry = crop_view,
     ) -> PairLoader:  # fmt: skip
         """The loader of both splits' plans; `bad_frames` and `processes` are those of `Faults`."""
-        return kind(
-            (self.training, self.held_out), data.workers, bad_frames=bad_frames, held_out=self.is_held_out,
+        return PairLoader(
+            (self.training, self.held_out), data.workers, geometry, bad_frames=bad_frames, held_out=self.is_held_out,
             processes=processes, retry_s=data.retry_s,
         )  # fmt: skip
 
@@ -84,6 +88,7 @@ def open_pairs(
     settings: dict[str, Any] = {
         "weights": data.weights, "pairs_per_batch": data.pairs_per_batch, "size": (data.image_size, data.image_size),
         "sampling": data.sampling, "overlap": tuple(data.overlap), "depth": depth, "workers": data.workers,
+        "jitter": data.jitter, "shift": data.shift, "flip": data.flip,
         "gaps": {name: (least, most) for name, (least, most) in data.gaps.items()},
     }  # fmt: skip
     columns = GROUND_TRUTH if depth else GROUND_TRUTH[:2]

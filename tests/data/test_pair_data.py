@@ -172,6 +172,17 @@ def test_batches_have_the_pose_and_the_depth_of_their_frames(walls):
     assert torch.allclose(cropped.intrinsics[0, :2, 2], torch.tensor([16.0, 16.0]), atol=0.6)
     jittered = PairLoader((plain, None), 2).load(PairPlanner(walls, pairs_per_batch=3, size=(32, 32)).plan(0))
     assert not torch.equal(jittered.images, cropped.images)
+    # Half of the pairs are mirrored, with their cameras: x of the other camera changes its sign.
+    flipping = PairPlanner(walls, pairs_per_batch=3, size=(32, 32), jitter=False, flip=True)
+    flips = np.concatenate([flipping.plan(i).flip for i in range(20)])
+    assert 0.3 < flips.mean() < 0.7
+    mirror = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+    turned = PairLoader((flipping, None), 2).load(plan._replace(flip=np.array([True, False, True])))
+    assert torch.equal(turned.images[[0, 1, 4, 5]], cropped.images[[0, 1, 4, 5]].flip(2))
+    assert torch.equal(turned.images[2:4], cropped.images[2:4])
+    assert torch.allclose(turned.camera_from_world[:2], mirror @ cropped.camera_from_world[:2] @ mirror)
+    assert torch.allclose(turned.intrinsics[:, :2, :2], cropped.intrinsics[:, :2, :2])
+    assert torch.allclose(turned.intrinsics[0, 0, 2], 32 - cropped.intrinsics[0, 0, 2])
 
 
 def test_a_squeezed_image_keeps_neither_aspect_nor_unknown_depth():

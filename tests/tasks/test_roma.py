@@ -10,14 +10,14 @@ from plane_world import exact, shot
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmum.data.errors import DataError
+from fastmum.data.pair_loader import FILL, mirrored, shifted
 from fastmum.engine.distributed import DistContext
 from fastmum.geometry import View
-from fastmum.geometry.crop import flip
 from fastmum.model.config import ModelConfig
 from fastmum.model.encoder import Encoder
 from fastmum.pretrained.layout import WeightsError
 from fastmum.tasks.roma.coarse import grid
-from fastmum.tasks.roma.data import FILL, RomaPlanner, shifted
+from fastmum.tasks.roma.data import RomaPlanner
 from fastmum.tasks.roma.decoder import STRIDES, ScaleOutput
 from fastmum.tasks.roma.depthwise import DepthwiseConv
 from fastmum.tasks.roma.infer import Trained, Warps, correspondences, fine_size, match, pixels, sample
@@ -61,13 +61,13 @@ def test_true_warps_of_a_wall_and_of_augmented_views():
     assert (found.points[0] - expected)[:, seen].abs().max() < 1e-4
     # The pixel (x, y) of A moves by the shift and is then mirrored, as its match in B.
     right, down = 5, -3
-    moved = warp_of(*(flip(shifted(view, right, down)) for view in (a, b)))
+    moved = warp_of(*(mirrored(shifted(view, right, down)) for view in (a, b)))
     pixel = torch.tensor([2 * right / 64, 2 * down / 48])
-    mirrored = torch.stack([-(found.points[0, 0] + pixel[0]), found.points[0, 1] + pixel[1]])
-    mirrored = mirrored.roll((down, right), (1, 2)).flip(2)
+    expected = torch.stack([-(found.points[0, 0] + pixel[0]), found.points[0, 1] + pixel[1]])
+    expected = expected.roll((down, right), (1, 2)).flip(2)
     both = moved.visible[0] & seen.roll((down, right), (0, 1)).flip(1)
     assert both.float().mean() > 0.4
-    assert (moved.points[0] - mirrored)[:, both].abs().max() < 1e-4
+    assert (moved.points[0] - expected)[:, both].abs().max() < 1e-4
     image = shifted(a, right, down).image
     assert (image[:, :right] == FILL).all()
     assert np.array_equal(image[:down, right:], a.image[-down:, :-right])

@@ -1,29 +1,23 @@
 """Pairs as RoMa trains on them: scenes listed by two least overlaps, weighted by their size, shifted and flipped."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
 from fastmum.config.schema import key
-from fastmum.data.colour import NOTHING
 from fastmum.data.manifest import Manifests
 from fastmum.data.packing import cumulative
-from fastmum.data.pair_loader import PairLoader, square_view
 from fastmum.data.pair_plan import ListedPairs, PairPlanner
-from fastmum.geometry import View, crop_resize
-from fastmum.geometry.crop import flip
-from fastmum.model.inputs import IMAGENET_MEAN
 from fastmum.tasks.pairs import PairDataSection
 
 LISTED = 100_000  # pairs of a list, at most
 POWER = 0.75  # a pair of a list of n has the weight n^-POWER
 ROUND = 25_000  # pairs that are drawn without replacement
-FILL = np.array([round(255 * x) for x in IMAGENET_MEAN], np.uint8)  # of what a shift uncovers: 0 after normalisation
 BLOCK = 10_000  # pairs in which every data set has its share
-SHIFT_SEED, ROUND_SEED, BLOCK_SEED = 1, 2, 3
+ROUND_SEED, BLOCK_SEED = 2, 3
 
 
 @dataclass
@@ -37,28 +31,13 @@ class RomaDataSection(PairDataSection):
     second_overlap: float = key(0.35, "pairs of at least this overlap are listed a second time", least=0, most=1)
     pairs_per_batch: int = key(8, "pairs that a device computes at once", least=1)
     image_size: int = key(560, "side of a frame in pixels; the aspect ratio is not kept", least=16)
+    jitter: bool = key(False, "random colours")
     shift: int = key(32, "largest shift of both images of a pair, pixels along either axis", least=0)
     flip: bool = key(True, "mirror both images of every second pair")
-    augment: bool = key(True, "shift and flip")
 
     def check(self, patch_size: int) -> None:
         super().check(patch_size)
-        size, shift = self.image_size, self.shift
-        self.refuse((
-            ("image_size", size, size % 8 == 0, "a multiple of 8"),
-            ("shift", shift, shift < size, f"below data.image_size ({size})"),
-        ))  # fmt: skip
-
-
-class RomaPlan(NamedTuple):
-    """As `PairPlan`, but without colours, and with a shift and a flip for every pair."""
-
-    rows: np.ndarray
-    lengths: np.ndarray
-    size: tuple[int, int]
-    jitter: np.ndarray  # changes nothing
-    shift: np.ndarray  # (B, 2) int64, pixels to the right and down
-    flip: np.ndarray  # (B,) bool
+        self.refuse((("image_size", self.image_size, self.image_size % 8 == 0, "a multiple of 8"),))
 
 
 class RomaPlanner(PairPlanner):
@@ -66,15 +45,14 @@ class RomaPlanner(PairPlanner):
 
     Several data sets have rounds of their own, and shares of all pairs by their weights.
 
-    Arguments and errors as of `PairPlanner`, and those of `RomaDataSection`. `augment` is for shifts and flips.
+    Arguments and errors as of `PairPlanner`, and `second_overlap` of `RomaDataSection`.
     """
 
     def __init__(
         self, manifests: Manifests, weights: Mapping[str, float] | None = None, *args: Any, second_overlap: float,
-        shift: int, flip: bool, **options: Any,
+        **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(manifests, weights, *args, **options)
-        self._shift, self._flip = self.augment * shift, self.augment and flip
         scenes = np.unique(manifests.scene_names(np.arange(manifests.num_sequences)), return_inverse=True)[1]
         rng = np.random.default_rng(self.seed)
         self._sets, shares = list[tuple[np.ndarray, np.ndarray]](), list[float]()  # pairs of a data set, their weights
@@ -123,30 +101,3 @@ class RomaPlanner(PairPlanner):
             length = min(ROUND, len(self._sets[of][0]))
             found.append(self._round(of, before // length)[before % length])
         return np.stack([pair[:: rng.choice((1, -1))] for pair in found])
-
-    def plan(self, step: int, rank: int = 0) -> RomaPlan:  # type: ignore[override]
-        """The plan of a rank for a step."""
-        rows, lengths, size, _ = super().plan(step, rank)
-        rng, B = np.random.default_rng((self.seed, step, rank, SHIFT_SEED)), len(lengths)
-        shift, flipped = rng.integers(-self._shift, self._shift + 1, (B, 2)), rng.random(B) < 0.5
-        return RomaPlan(rows, lengths, size, np.tile(NOTHING, (len(rows), 1)), shift, flipped & self._flip)
-
-
-class RomaLoader(PairLoader):
-    """Loads plans of `RomaPlanner`; arguments as of `PairLoader`."""
-
-    def __init__(self, planners: tuple[PairPlanner, PairPlanner | None], workers: int, **options: Any) -> None:
-        super().__init__(planners, workers, square_view, **options)
-
-    def _read(self, plan: RomaPlan, place: int, row: int) -> View:  # type: ignore[override]
-        view = shifted(super()._read(plan, place, row), *plan.shift[place // 2].tolist())  # type: ignore[arg-type]
-        return flip(view) if plan.flip[place // 2] else view
-
-
-def shifted(view: View, right: int, down: int) -> View:
-    """Move the content by pixels; what comes in from outside is of the mean colour, and of unknown depth."""
-    width, height = view.size
-    view = replace(view, mask=np.ones((height, width), bool))
-    moved = crop_resize(view, (-right, -down, width - right, height - down))
-    assert moved.mask is not None
-    return replace(moved, image=np.where(moved.mask[..., None], moved.image, FILL), mask=None)

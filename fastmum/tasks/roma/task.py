@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from fastmum.data.pair_loader import square_view
 from fastmum.data.scene_loader import SceneBatch
 from fastmum.engine.distributed import DistContext
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput
@@ -20,7 +21,7 @@ from fastmum.tasks.pairs import PairSplits, open_pairs
 from fastmum.tasks.roma.coarse import Block
 from fastmum.tasks.roma.config import RANDOM
 from fastmum.tasks.roma.config import Config as RunConfig
-from fastmum.tasks.roma.data import RomaLoader, RomaPlanner
+from fastmum.tasks.roma.data import RomaPlanner
 from fastmum.tasks.roma.decoder import COARSE, STRIDES, Refiner, ScaleOutput
 from fastmum.tasks.roma.losses import TrueWarp, losses_of, true_warps
 from fastmum.tasks.roma.model import Roma, pair_flops
@@ -92,10 +93,10 @@ class RomaTask(EncoderTask):
     def open_data(self, folder: Path, start: int, samples_per_step: int) -> None:
         """Open manifests and planners; DataError if the data cannot be used."""
         data, resumed = self.config.data, start > 0 or not self.world.is_main
-        planner = partial(RomaPlanner, second_overlap=data.second_overlap, shift=data.shift, flip=data.flip)
+        planner = partial(RomaPlanner, second_overlap=data.second_overlap)
         micro_batches = samples_per_step // data.pairs_per_batch
         self._splits = open_pairs(data, folder, self.config.run.seed, resumed, micro_batches, True, planner)
-        self._loader = self._splits.loader(data, folder / "bad_frames.log", self.world.size, RomaLoader)
+        self._loader = self._splits.loader(data, folder / "bad_frames.log", self.world.size, square_view)
 
     def predict(self, model: Roma, batch: SceneBatch) -> tuple[dict[int, ScaleOutput], list[TrueWarp]]:
         """Outputs from the first to the second images, and true warps of the same sizes."""

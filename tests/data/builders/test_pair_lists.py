@@ -8,9 +8,10 @@ from fastmum.data.build import build
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
 from fastmum.data.overlap import pair_table
+from fastmum.data.pair_loader import PairLoader, square_view
 from fastmum.data.samples import manifest_frame
 from fastmum.data.scene_info import scene_file
-from fastmum.tasks.roma.data import RomaLoader, RomaPlanner
+from fastmum.tasks.roma.data import RomaPlanner
 
 SHOTS = walk(4)
 
@@ -64,7 +65,7 @@ def test_matching_trains_on_them(manifests):
     plan = planner.plan(0)
     pairs = {tuple(sorted(pair)) for pair in plan.rows.reshape(-1, 2).tolist()}
     assert pairs <= {(0, 1), (2, 3), (1, 3), (5, 6)}
-    (batch,) = RomaLoader((planner, None), 1).batches([plan], lambda: False)
+    (batch,) = PairLoader((planner, None), 1, square_view).batches([plan], lambda: False)
     assert batch.images.shape == (8, 32, 32, 3)
     assert batch.valid.float().mean() > 0.7
 
