@@ -46,8 +46,9 @@ class Muon(AdamW):
         expected = matrices[0].parameter.dtype
         for name, p, n in ((w.name, w.parameter, w.matrices) for w in matrices):
             if p.ndim != 2 or len(p) % n or not local(p).is_contiguous() or p.dtype != expected:
-                what = f"{n} dense matrices of {expected}" + " outside of Task.exact" * (expected != torch.float32)
-                raise ConfigError(f"optim.optimizer is muon, but '{name}' is not {what}")
+                what = f"{name} {list(p.shape)} of {p.dtype}, for {n} dense matrices of {expected}"
+                where = " outside of Task.exact" * (expected != torch.float32)
+                raise ConfigError(f"optim.optimizer is muon, but a task gives {what}{where}")
         products = dtype, COEFFICIENTS[optim.orthogonalize]
         sharded = [_Unit(w) for w in matrices if isinstance(w.parameter, DTensor)]
         replicated = [_Unit(w, i) for w in matrices if not isinstance(w.parameter, DTensor) for i in range(w.matrices)]
@@ -96,10 +97,13 @@ class _Unit(NamedTuple):
 
     @property
     def cost(self) -> int:
-        """Operations of two steps of `orthogonalize`; wide matrices are multiplied after the second one only."""
+        """Operations of five steps of `orthogonalize` in half precision, where symmetric products compute one half.
+
+        A wide matrix is multiplied once per two steps; the steps between use its Gram matrix.
+        """
         small, large = sorted(self.shape)
         wide = large >= 2 * small
-        return self.matrices * small * small * (4 * large + 10 * small if wide else 8 * large + 4 * small)
+        return self.matrices * small * small * (9 * large + 17 * small if wide else 15 * large + 5 * small)
 
     def of(self, x: Tensor | None) -> Tensor:
         """The unit's rows of a tensor like the weight."""

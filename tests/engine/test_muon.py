@@ -99,8 +99,8 @@ def test_work_is_shared_by_cost():
     share = _Replicated(units, torch.float32, (), rank=0, size=5, group=None)
     assert max(share.loads) <= 1.05 * sum(share.loads) / 5
     assert sorted(share.owners) == sorted(units)
-    # Of two steps: 8 r r c + 4 r^3 operations if r = c, 4 r r c + 10 r^3 if c = 4 r.
-    assert sum(share.loads) == 6 * 32**3 * (3 * 12 + 12 + 26 + 26)
+    # Of five steps: 15 r r c + 5 r^3 operations if r = c, 9 r r c + 17 r^3 if c = 4 r.
+    assert sum(share.loads) == 6 * 32**3 * (3 * 20 + 20 + 53 + 53)
 
 
 @pytest.mark.parametrize("matrices", [{}, {"weight": 3}, {"bias": 1}])
