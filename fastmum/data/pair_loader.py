@@ -18,7 +18,7 @@ from fastmum.geometry import View, crop_resize
 from fastmum.geometry.crop import flip, reloc3r_view
 from fastmum.model.inputs import IMAGENET_MEAN
 
-FILL = np.array([round(255 * x) for x in IMAGENET_MEAN], np.uint8)  # of what a shift uncovers: 0 after normalisation
+FILL = np.array([round(255 * x) for x in IMAGENET_MEAN], np.uint8)  # of what a shift uncovers: ImageNet's mean
 MAX_TRIES = 100  # pairs that are tried in place of one that cannot be read
 
 Geometry = Callable[[View, tuple[int, int]], View]

@@ -109,7 +109,7 @@ def make_parser(evaluations: Mapping[str, str]) -> argparse.ArgumentParser:
 def _add_weights(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--weights", required=True, metavar="W", help="weights to evaluate, see below")
-    add_overrides(parser, "--override", more=", or a size of an untrained model, such as patch_size=8")
+    add_overrides(parser, "--override", more=", or patch_size=8: the patches are resampled")
     add("--name", metavar="NAME", help="of the weights in the table (default: that of the run or file)")
     add("--data", default="scenes", metavar="DATA", help="data to evaluate on, see below (%(default)s)")
 

@@ -64,6 +64,7 @@ class Pretrained(NamedTuple):
         found = {
             "name": self.name, "spec": self.spec, "kind": self.kind, "mean": list(options.mean),
             "std": list(options.std), "norm_eps": config.norm_eps, "num_heads": config.num_heads,
+            "patch_size": config.patch_size,
         }  # fmt: skip
         found |= {"table": options.resize} if options.table else {}
         return found | ({"rope_rescale": options.rope_rescale} if self.kind == "dinov3" else {})

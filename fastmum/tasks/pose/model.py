@@ -188,6 +188,7 @@ class RelativePose(nn.Module):
         self.config = config
         if encoder is not None and half:
             encoder.options = replace(encoder.options, mean=HALF, std=HALF)
+            encoder.about = {**encoder.about, "mean": [*HALF], "std": [*HALF]}
         self.encoder, self.decoder = encoder, Decoder(config)
         self.head = PoseHead(config.embed_dim, config.head_dim)
         self.init_weights()
