@@ -277,5 +277,5 @@ def test_random_encoders_and_those_of_fastmum(tiny, save):
     assert type(own) is Encoder
     assert own.about == {
         "name": "file", "spec": str(file), "kind": "mum", "mean": list(own.mean), "std": list(own.std),
-        "norm_eps": 1e-5, "num_heads": 2,
+        "norm_eps": 1e-5, "num_heads": 2, "patch_size": encoder.config.patch_size,
     }  # fmt: skip
