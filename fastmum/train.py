@@ -257,17 +257,22 @@ def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, sample
 
     ConfigError, DataError: the folder cannot be written, or the data cannot be used.
     """
-    if task.world.is_main:
+    world = task.world
+
+    def open_data() -> None:
+        task.open_data(run.root, start, samples_per_step)
+
+    def open_first() -> None:
         with run.writing():
-            task.open_data(run.root, start, samples_per_step)
+            open_data()
             continued = replace(config, train=replace(config.train, resume="auto"))  # of whoever trains by this file
             run.write_config(continued.to_yaml(), start)
             note_start(run, config.train.resume, start)
         set_aside_after(run.checkpoints, start)
-    task.world.wait()
-    if not task.world.is_main:
-        task.open_data(run.root, start, samples_per_step)
-    task.world.check_same("data", task.data_digests())
+
+    world.work(open_first if world.is_main else None)
+    world.work(None if world.is_main else open_data)
+    world.check_same("data", task.data_digests())
     task.prepare()
 
 
