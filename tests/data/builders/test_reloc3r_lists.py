@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from plane_world import walk
+from pose_runs import train_tiny
 
 from fastmum.data.build import build
 from fastmum.data.errors import DataError
@@ -213,3 +214,16 @@ def test_a_list_of_other_images_is_refused(tmp_path):
     file.write_bytes(pickle.dumps([("C", *each[1:]) for each in pickle.loads(file.read_bytes())]))
     with pytest.raises(DataError, match=r"metadata_train\.pkl.*m\.arrow.*build it again"):
         PairPlanner(Manifests([tmp_path / "m.arrow"]))
+
+
+def test_a_list_that_was_replaced_is_said_when_a_run_resumes(tmp_path, caplog):
+    write("dl3dv_pairs", tmp_path)
+    build("dl3dv_pairs", tmp_path, tmp_path / "m.arrow", dataset="mine")
+    args = tmp_path / "run", f"data.manifests=[{tmp_path / 'm.arrow'}]", "data.held_out=0"
+    train_tiny(*args)
+    train_tiny(*args, "train.steps=2")
+    assert "pairs of" not in caplog.text
+    file = tmp_path / "metadata_train.pkl"
+    file.write_bytes(pickle.dumps(pickle.loads(file.read_bytes())[:-1]))
+    train_tiny(*args, "train.steps=3")
+    assert "pairs of 'mine'" in caplog.text
