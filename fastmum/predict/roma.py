@@ -25,7 +25,7 @@ from fastmum.tasks.roma.infer import Warps, load_run, match, pixels, sample
 from fastmum.tasks.roma.pictures import moved
 
 KEPT = 16  # images in memory; pairs come sorted by their first image
-MOST_MATCHES = 250_000_000  # of a database: about 50 bytes of memory each, until it is written
+MOST_MATCHES = 250_000_000  # of a database: about 60 bytes of memory each, until it is written
 SHOWN = 60  # matches in the picture
 SIDE = 480  # pixels: height of its images
 
