@@ -40,7 +40,7 @@ from fastmum.engine.gradients import Gradients
 from fastmum.engine.heartbeat import Heartbeat, PeerError
 from fastmum.engine.meter import Efficiency, Meter, paper_line
 from fastmum.engine.optimizer import Ema, build_optimizer, learning_rate
-from fastmum.engine.resume import checkpoint_values, note_start, resume
+from fastmum.engine.resume import checkpoint_values, note_start, resume, warn_of_changes
 from fastmum.engine.rundir import RunDir
 from fastmum.engine.step import NonFiniteGuard, Step, check_bad_steps
 from fastmum.engine.stop import StopConsensus, StopRequest, exit_code
@@ -123,6 +123,8 @@ def _train(config: EngineConfig, run: RunDir, task: Task) -> int:
         keep_freed_memory()
     task.batches_per_step = start.samples_per_step // task.samples.micro_batch // world.size
     _open_data(config, run, task, start.step, start.samples_per_step)
+    if world.is_main:
+        warn_of_changes(start.data, task.data_digests())
     gradients = Gradients(groups, world, task.batches_per_step, reduce_dtype)
     step = Step(task, model, groups, optimizer, gradients, guard, meter, ema, precision)
     efficiency = Efficiency(task, precision, steps, start.step, start.device_seconds)
@@ -257,17 +259,22 @@ def _open_data(config: EngineConfig, run: RunDir, task: Task, start: int, sample
 
     ConfigError, DataError: the folder cannot be written, or the data cannot be used.
     """
-    if task.world.is_main:
+    world = task.world
+
+    def open_data() -> None:
+        task.open_data(run.root, start, samples_per_step)
+
+    def open_first() -> None:
         with run.writing():
-            task.open_data(run.root, start, samples_per_step)
+            open_data()
             continued = replace(config, train=replace(config.train, resume="auto"))  # of whoever trains by this file
             run.write_config(continued.to_yaml(), start)
             note_start(run, config.train.resume, start)
         set_aside_after(run.checkpoints, start)
-    task.world.wait()
-    if not task.world.is_main:
-        task.open_data(run.root, start, samples_per_step)
-    task.world.check_same("data", task.data_digests())
+
+    world.work(open_first if world.is_main else None)
+    world.work(None if world.is_main else open_data)
+    world.check_same("data", task.data_digests())
     task.prepare()
 
 

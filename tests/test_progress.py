@@ -31,3 +31,19 @@ def test_a_terminal_has_a_bar_and_a_log_whole_lines(monkeypatch, terminal, every
     else:
         assert list(dict.fromkeys(shown)) == ([] if every else ["0/3", "1/3", "2/3", "3/3"])
         assert all(line.startswith(("item", "work:")) for line in lines[:-1]), text
+
+
+def test_bars_report_inside_a_block_only(monkeypatch):
+    monkeypatch.setattr(progress, "REPORT_EVERY_S", 0)
+    calls = []
+    with progress.reported(lambda: calls.append(1)):
+        assert list(progress.progress_bar(range(3))) == [0, 1, 2]
+        assert len(calls) >= 3
+        with progress.progress_bar(total=2) as bar:
+            bar.update()
+        monkeypatch.setattr(progress, "REPORT_EVERY_S", 60)
+        list(progress.progress_bar(range(100), show=False))
+    before = len(calls)
+    monkeypatch.setattr(progress, "REPORT_EVERY_S", 0)
+    list(progress.progress_bar(range(3)))
+    assert 4 <= len(calls) == before < 20

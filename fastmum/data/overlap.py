@@ -3,6 +3,7 @@
 Tables are computed once per manifest and kept in the cache folder.
 """
 
+import itertools
 import logging
 import threading
 import zipfile
@@ -35,6 +36,7 @@ GRID = 36, 48  # rows and columns of the points of an image whose overlap is cou
 SCENE_PAIRS = 20_000  # of a scene that are looked at, the same number in each of its sequences
 LEAST_PAIRS = 16  # of a sequence
 LEAST = 0.01  # overlap of a pair that is kept: RoMa's least
+FILES = 64  # of a table, at most: an interrupted computation goes on with the first that is missing
 BLOCK = 256  # pairs that are computed at once
 KEPT_MAPS = 4096  # reduced depth maps in memory, 7 kB each
 POINTS = grid_points(*GRID).float()
@@ -48,9 +50,16 @@ class PairTable(NamedTuple):
     """Pairs of frames with their overlap, sequence by sequence."""
 
     rows: np.ndarray  # (N, 2) int64, rows of the manifests
-    overlap: (
-        np.ndarray
-    )  # (N,) float32, at least `LEAST`: share of a frame's known depth that the other one sees, the smaller
+    # (N,) float32, at least `LEAST`: share of a frame's known depth that the other one sees, the smaller
+    overlap: np.ndarray
+
+
+class _Block(NamedTuple):
+    """Pairs of some sequences, and messages about frames that cannot be read."""
+
+    rows: np.ndarray  # (N, 2) int32
+    overlap: np.ndarray  # (N,) float32
+    bad: list[str]
 
 
 class _Reduced(NamedTuple):
@@ -85,36 +94,38 @@ def frame_overlap(a: Sequence[Frame], b: Sequence[Frame]) -> np.ndarray:
 
 def _cached(part: Manifest, workers: int) -> PairTable:
     # The checksum covers all paths and cameras; files that were replaced since are not noticed.
-    file = cache_folder() / "overlap" / f"v{VERSION}-{part.checksum}.npz"
+    folder, count = cache_folder() / "overlap" / f"v{VERSION}-{part.checksum}", part.num_sequences
+    size = max(1, -(-count // FILES))
+    blocks = [range(first, min(first + size, count)) for first in range(0, count, size)]
+    found = {block: _read(_file(folder, block)) for block in blocks}
+    if missing := [block for block, held in found.items() if held is None]:
+        found |= _compute(part, workers, folder, missing)
+    rows, overlaps, messages = zip(*(held for held in found.values() if held is not None), strict=True)
+    if bad := list(dict.fromkeys(itertools.chain(*messages))):
+        log.warning(
+            "%s: %d frames are in no pair, since their depth or image cannot be read; remove '%s' if they can be now. "
+            "The first: %s", part.path, len(bad), folder, bad[0],
+        )  # fmt: skip
+    return PairTable(np.concatenate(rows).astype(np.int64), np.concatenate(overlaps))
+
+
+def _file(folder: Path, block: range) -> Path:
+    return folder / f"{block.start}-{block.stop}.npz"
+
+
+def _read(file: Path) -> _Block | None:
     try:
         with np.load(file, allow_pickle=False) as saved:
-            table = PairTable(saved["rows"].astype(np.int64), saved["overlap"].astype(np.float32))
-            bad = saved["bad"].tolist()
-        _report(part, bad, file)
-        return table
+            return _Block(saved["rows"], saved["overlap"], saved["bad"].tolist())
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         log.warning("'%s' cannot be read (%s): it is computed again", file, first_line(error))
-    table, bad = _compute(part, workers)
-    _report(part, bad, file)
-    with writing(file, DataError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as path, open(path, "wb") as stream:
-            np.savez(stream, rows=table.rows.astype(np.int32), overlap=table.overlap, bad=np.array(bad, str))
-    return table
+    return None
 
 
-def _report(part: Manifest, bad: list[str], file: Path) -> None:
-    if bad:
-        log.warning(
-            "%s: %d frames are in no pair, since their depth or image cannot be read; remove '%s' if they can be now. "
-            "The first: %s", part.path, len(bad), file, bad[0],
-        )  # fmt: skip
-
-
-def _compute(part: Manifest, workers: int) -> tuple[PairTable, list[str]]:
-    """The pairs, and messages about frames that cannot be read."""
+def _compute(part: Manifest, workers: int, folder: Path, blocks: Sequence[range]) -> dict[range, _Block]:
+    """The pairs of blocks of sequences, each written to its file as soon as it is known."""
     for reader in sorted(part.depth_readers):
         require_package(reader, "the depth of a data set")
     scenes = part.scene_names(np.arange(part.num_sequences))
@@ -138,12 +149,21 @@ def _compute(part: Manifest, workers: int) -> tuple[PairTable, list[str]]:
         keep = overlaps >= LEAST
         return PairTable(pairs[keep], overlaps[keep])
 
-    sequences = range(part.num_sequences)
-    with ThreadPoolExecutor(workers) as pool:
-        what: dict[str, Any] = {"total": len(sequences), "unit": "sequence", "desc": f"overlap of {part.path.stem}"}
-        found = list(progress_bar(pool.map(one, sequences), leave=False, **what))
-    tables = zip(*found, strict=True)
-    return PairTable(*(np.concatenate(each) for each in tables)), maps.bad
+    found, todo = {}, [*itertools.chain(*blocks)]
+    what: dict[str, Any] = {"total": len(todo), "unit": "sequence", "desc": f"overlap of {part.path.stem}"}
+    pool = ThreadPoolExecutor(workers)
+    try:
+        tables = iter(progress_bar(pool.map(one, todo), leave=False, **what))
+        for block in blocks:
+            rows, overlap = map(np.concatenate, zip(*itertools.islice(tables, len(block)), strict=True))
+            found[block] = _Block(rows.astype(np.int32), overlap, [*maps.bad])
+            with writing(folder, DataError):
+                folder.mkdir(parents=True, exist_ok=True)
+                with atomic_path(_file(folder, block)) as path, open(path, "wb") as stream:
+                    np.savez(stream, rows=found[block].rows, overlap=overlap, bad=np.array(maps.bad, str))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
 
 
 def _choose(count: int, most: int, seed: int) -> np.ndarray:

@@ -4,6 +4,7 @@ A list is one file in the root of the data set. Builders take the images that it
 when training starts.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,11 @@ class PairList(NamedTuple):
     pairs: np.ndarray  # (N, 2) int64, numbers of images
     camera: Callable[[int], Camera]  # of the image of a number; DataError that names the file
     scene_of: Callable[[str], str] = str  # the scene of a folder of images
+
+
+def short_name(path: str) -> str:
+    """`x.jpg` of `x.jpg.jpg`, `x.npz` of `x.jpg.npz`: files of `megadepth_dust3r` in MuM's fork of Reloc3r."""
+    return re.sub(r"\.(?:jpg|png|JPG)(\.\w+)$", r"\1", path)
 
 
 class Layout(NamedTuple):
@@ -71,7 +77,8 @@ def _rows(part: Manifest) -> np.ndarray:
     builder = str(part.metadata["builder"])
     listed = read_list(builder, part.root)
     row_of = {path: row for row, path in enumerate(part.paths("path", np.arange(part.num_frames)))}
-    rows = np.array([row_of.get(path, -1) for path in listed.images], np.int64)[listed.pairs]
+    rows = [row_of.get(path, row_of.get(short_name(path), -1)) for path in listed.images]
+    rows = np.array(rows, np.int64)[listed.pairs]
     rows = rows[(rows >= 0).all(1)]
     if not len(rows):
         file = list_file(builder, part.root)
@@ -91,7 +98,9 @@ def _megadepth(file: Path, root: Path) -> PairList:
         images, pairs, _ = _numbered(f"{folders[scene]}/{names[i]}" for scene, *pair in ends for i in pair)
 
     def camera(number: int) -> Camera:
-        file = root / f"{images[number]}.npz"
+        name = f"{images[number]}.npz"
+        files = [root / name, root / short_name(name)]
+        file = next((each for each in files if each.is_file()), files[0])
         held = read_archive(file, ("intrinsics", "cam2world"))
         with reading(file, "a camera"):
             return np.linalg.inv(_matrix(held["cam2world"], 4)), _matrix(held["intrinsics"], 3) + HALF_PIXEL
@@ -139,7 +148,10 @@ def _realestate10k(file: Path, root: Path) -> PairList:
 def _dl3dv(file: Path, root: Path) -> PairList:
     listed = read_pickle(file)
     with reading(file, WHAT):
-        images, pairs, first = _numbered(f"1K/{pair[0]}/{name}" for pair in listed for name in (pair[3], pair[4]))
+        # Reloc3r adds the 1K, MuM's fork reads it from the list.
+        folders = [pair[0] if "/" in pair[0] else f"1K/{pair[0]}" for pair in listed]
+        ends = zip(folders, listed, strict=True)
+        images, pairs, first = _numbered(f"{folder}/{name}" for folder, pair in ends for name in pair[3:5])
 
     def camera(number: int) -> Camera:
         pair, side = divmod(int(first[number]), 2)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 
-from fastmum.data.colour import JITTER_WIDTH, NOTHING, draw_jitter
+from fastmum.data.colour import NOTHING, draw_jitter
 from fastmum.data.errors import DataError
 from fastmum.data.manifest import Manifests
 from fastmum.data.overlap import pair_table
@@ -112,6 +113,7 @@ class PairPlanner:
 
     Attributes:
         usable: (frames,) bool, the rows that can be drawn, also from sequences of `exclude`.
+        digests: of the pairs of each data set that has a list or table of them, by name.
         notes: one line per data set that is never drawn, or whose sequences are shorter than its distances.
     """
 
@@ -139,6 +141,11 @@ class PairPlanner:
                 self.notes.append(
                     f"data set '{name}' is never drawn: it has no pair of frames{' with depth' * depth} to draw"
                 )
+        self.digests = {
+            f"pairs of '{name}'": xxhash.xxh3_64_hexdigest(pairs.rows.tobytes())
+            for name, pairs in zip(manifests.datasets, self.pairs, strict=True)
+            if isinstance(pairs, ListedPairs)
+        }
         drawn = by_name * [len(pairs) > 0 for pairs in self.pairs]
         if not drawn.any():
             what = f"pose and intrinsics{' and depth' * depth}, overlap in {list(overlap)} or a distance in data.gaps"
@@ -197,7 +204,6 @@ class PairPlanner:
         colours = draw_jitter(rng, 2 * count, applied=1.0, grey=0.0)
         if not self.jitter:
             colours = np.tile(NOTHING, (2 * count, 1))
-        assert colours.shape == (len(rows), JITTER_WIDTH)
         shift, flip = rng.integers(-self.shift, self.shift + 1, (count, 2)), (rng.random(count) < 0.5) & self.flip
         return PairPlan(rows, np.full(count, 2, np.int64), self.size, colours, shift, flip)
 

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, cast
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.rendezvous import rendezvous
 
 from fastmum.errors import FastmumError, first_line, some_names
+from fastmum.progress import reported
 
 START_TIMEOUT = timedelta(minutes=10)  # for all processes to start
 PORTS = range(20_000, 40_000)  # a SLURM job picks one by its id
@@ -84,6 +85,14 @@ class DistContext(LaunchInfo):
         self.advance()
         if self.size > 1:
             dist.barrier(group=self.control)
+
+    def work(self, work: Callable[[], None] | None = None) -> None:
+        """Do this process's work, and wait for that of the others as long as progress bars advance there."""
+        with reported(lambda: self.gather(True)):
+            if work:
+                work()
+        while any(self.gather(False)):
+            pass
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks: picklable objects."""

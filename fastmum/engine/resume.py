@@ -28,12 +28,16 @@ NO_SETTINGS = ("run.dir", "train.resume")  # say where, not what is trained
 
 
 class ResumeState(NamedTuple):
-    """Where a run starts: steps done, samples per step and seconds of all devices, whether the state was loaded."""
+    """Where a run starts: steps done, samples per step and seconds of all devices, whether the state was loaded.
+
+    `data` are the digests of the data until then; checkpoints of older versions have none.
+    """
 
     step: int
     samples_per_step: int
     device_seconds: float
     resumed: bool
+    data: Any = None
 
 
 def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, Any]) -> ResumeState:
@@ -61,15 +65,15 @@ def resume(config: EngineConfig, run: RunDir, task: Task, state: Mapping[str, An
         raise CheckpointError(f"'{manifest.path}' is not a checkpoint of a run: it lacks one of {', '.join(NEEDED)}")
     before = values["strategy"], values["world_size"]
     log.info("resumed from %s at step %d (%s, %d processes)", manifest.path, manifest.step, *before)
-    if world.is_main and (changes := _changes(values.get("config"), settings(config))):
-        log.warning("differs from the run so far: %s", ", ".join(changes))
+    if world.is_main:
+        warn_of_changes(values.get("config"), settings(config))
     samples = _samples_per_step(task.samples, world, values["samples_per_step"])
     if samples != values["samples_per_step"]:
         log.warning(
             "a step has %d %s from here on instead of %d: the data order changes, and so does the learning rate",
             samples, task.samples.unit, values["samples_per_step"],
         )  # fmt: skip
-    return ResumeState(manifest.step, samples, values["device_seconds"], resumed=True)
+    return ResumeState(manifest.step, samples, values["device_seconds"], resumed=True, data=values.get("data"))
 
 
 def note_start(run: RunDir, how: str, step: int) -> None:
@@ -99,15 +103,17 @@ def checkpoint_values(config: EngineConfig, task: Task, samples_per_step: int, d
     return {
         "task": config.run.task, "model_config": task.manifest(), "samples_per_step": samples_per_step,
         "device_seconds": device_seconds, "world_size": task.world.size, "strategy": config.parallel.strategy,
+        "data": task.data_digests(),
         "precision": config.train.precision, "torch": str(torch.__version__), "config": settings(config),
     }  # fmt: skip
 
 
-def _changes(before: Any, now: Mapping[str, Any]) -> list[str]:
-    """The settings that a checkpoint has with another value; checkpoints of older versions have none."""
+def warn_of_changes(before: Any, now: Mapping[str, Any]) -> None:
+    """Log what a checkpoint has with another value; checkpoints of older versions have none."""
     saved = before if isinstance(before, dict) else {}
     differing = [name for name in now if name in saved and saved[name] != now[name] and name not in NO_SETTINGS]
-    return [f"{name} {_shown(saved[name])} -> {_shown(now[name])}" for name in differing]
+    if changes := [f"{name} {_shown(saved[name])} -> {_shown(now[name])}" for name in differing]:
+        log.warning("differs from the run so far: %s", ", ".join(changes))
 
 
 def _shown(value: Any) -> str:

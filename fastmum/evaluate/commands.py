@@ -4,6 +4,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -50,6 +51,7 @@ from fastmum.tasks.roma import infer as roma
 
 T = TypeVar("T")
 ENCODER_ONLY = ("depth", "recognition", "segmentation")  # evaluations that need no decoder
+DENSE = "megadepth_dense"  # data of RoMa's dense benchmark, the pairs of matchbench
 IMAGE_SIZE = 224  # of recognition and segmentation, CAPI's
 Claim = Callable[[str], None]  # checks, by the name of the set, that a result would not replace another one
 
@@ -276,10 +278,12 @@ def _depth(args: Namespace, encoder: Any, claim: Claim) -> Evaluation:
 def _roma(args: Namespace, trained: roma.Trained, claim: Claim) -> Evaluation:
     if args.size is not None and args.size % 8:
         raise FastmumError(f"--size is {args.size}, but must be a multiple of 8")
-    pairs = open_pairs(args.data).first(args.max_pairs)
+    dense = args.data.startswith(f"{DENSE}:")
+    pairs = open_pairs(args.data.replace(DENSE, "megadepth", 1) if dense else args.data, matchbench=dense)
+    pairs = replace(pairs, name=pairs.name + "_dense" * dense).first(args.max_pairs)
     claim(pairs.name)
     few = pairs.first(args.pictures).pairs if args.pictures else []
-    scored = evaluate_roma(trained, pairs, args.size, not args.no_pose, few, args.seed)
+    scored = evaluate_roma(trained, pairs, args.size, not args.no_pose and not dense, few, args.seed)
     counts = {"pairs": len(pairs.pairs), "set_pairs": pairs.of or len(pairs.pairs)}
     return Evaluation(pairs.name, counts | scored.numbers, scored.pictures)
 

@@ -47,10 +47,14 @@ def predict(args: argparse.Namespace) -> None:
     found = describe(R, t)
     picture = free_path(expand_user(args.out) / f"{files[0].stem}-{files[1].stem}-pose", ".jpg")
     source = {"run": trained.name, "step": trained.step, "images": [str(file) for file in files]}
-    print(json.dumps(source | found | {"picture": str(picture)}, indent=1) if args.json else text(found, picture))
-    with writing(picture, FastmumError):
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        draw(views, R, t, args.fov, f"{files[0].name}, {files[1].name}").save(picture, quality=90)
+    drawn = None
+    try:
+        with writing(picture, FastmumError):
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            draw(views, R, t, args.fov, f"{files[0].name}, {files[1].name}").save(picture, quality=90)
+        drawn = str(picture)
+    finally:  # the numbers are printed whether there is a picture or not
+        print(json.dumps(source | found | {"picture": drawn}, indent=1) if args.json else text(found, drawn))
 
 
 def describe(R: np.ndarray, t: np.ndarray) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def describe(R: np.ndarray, t: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def text(found: dict[str, Any], picture: Path) -> str:
+def text(found: dict[str, Any], picture: str | None) -> str:
     """The pose for people."""
     rows = "\n".join("  " + " ".join(f"{value:8.4f}" for value in row) for row in found["rotation"])
     x, y, z = found["translation_direction"]
@@ -82,7 +86,7 @@ def text(found: dict[str, Any], picture: Path) -> str:
         f"rotation {found['rotation_angle']:.2f}°: yaw {found['yaw']:.2f}° to the right, "
         f"pitch {found['pitch']:.2f}° up, roll {found['roll']:.2f}° clockwise\n{rows}\n"
         f"translation direction ({x:.4f}, {y:.4f}, {z:.4f}): azimuth {found['azimuth']:.2f}° to the right, "
-        f"elevation {found['elevation']:.2f}° up\nepipolar lines: {picture}"
+        f"elevation {found['elevation']:.2f}° up\nepipolar lines: {picture or 'none'}"
     )
 
 

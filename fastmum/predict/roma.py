@@ -25,6 +25,7 @@ from fastmum.tasks.roma.infer import Warps, load_run, match, pixels, sample
 from fastmum.tasks.roma.pictures import moved
 
 KEPT = 16  # images in memory; pairs come sorted by their first image
+MOST_MATCHES = 250_000_000  # of a database: about 60 bytes of memory each, until it is written
 SHOWN = 60  # matches in the picture
 SIDE = 480  # pixels: height of its images
 
@@ -66,6 +67,11 @@ def predict(args: argparse.Namespace) -> None:
         pairs = read_pairs(args.pairs, images) if args.pairs else [*itertools.combinations(images.files, 2)]
         if not pairs:
             raise FastmumError(f"'{args.pairs}' names no pair" if args.pairs else "--colmap needs at least two images")
+        if (fits := MOST_MATCHES // args.matches) < len(pairs):
+            raise FastmumError(
+                f"{len(pairs):,} pairs of up to {args.matches:,} matches (--matches) may not fit in memory, {fits:,} "
+                "pairs do: lower --matches, or choose pairs by --pairs FILE"
+            )
         if expand_user(args.colmap).exists():
             raise FastmumError(f"'{args.colmap}' exists: remove it, or name another file")
     trained = load_run(args.run, pick_device(args.device, key="--device"), args.encoder)

@@ -35,7 +35,9 @@ class LoaderTask(Task):
         return {"bad_frames": sum(counts.values()), **{f"bad_frames/{name}": n for name, n in counts.items()}}
 
     def data_digests(self) -> dict[str, str]:
-        return {str(part.path): part.checksum for part in self._splits.manifests.parts}
+        splits = self._splits
+        manifests = {str(part.path): part.checksum for part in splits.manifests.parts}
+        return manifests | getattr(splits.training, "digests", {})
 
     def summary(self, values: Mapping[str, float | None]) -> str:
         return ", ".join(f"{name} {value:.4g}" for name in self.shown if (value := values.get(name)) is not None)

@@ -73,11 +73,29 @@ def test_overlap_of_a_wall_by_hand_and_its_cache(walls, cache, monkeypatch, capl
     monkeypatch.setattr(overlap, "_compute", None)
     assert same(overlap.pair_table(walls), table)
     monkeypatch.undo()
-    (file,) = cache.iterdir()
+    file, *_ = sorted(cache.glob("*/*"))
     file.write_bytes(file.read_bytes()[:100])
     monkeypatch.setenv("FASTMUM_CACHE", str(cache.parent))
     assert same(overlap.pair_table(walls), table)
     assert "computed again" in caplog.text
+
+
+def test_an_interrupted_computation_goes_on(walls, tmp_path, monkeypatch):
+    computed, whole = [], overlap.pair_table(walls)
+    compute = overlap._overlap
+
+    def counted(a, b):
+        computed.append(len(a))
+        return 1 / 0 if len(computed) == 2 else compute(a, b)
+
+    monkeypatch.setenv("FASTMUM_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(overlap, "_overlap", counted)
+    with pytest.raises(ZeroDivisionError):
+        overlap.pair_table(walls, workers=1)
+    del computed[:]
+    monkeypatch.setattr(overlap, "_overlap", lambda a, b: (computed.append(len(a)), compute(a, b))[1])
+    assert same(overlap.pair_table(walls), whole)
+    assert computed == [10, 10], "the first sequence was kept"
 
 
 def test_the_smaller_share_counts_and_bad_maps_are_left_out(walls, tmp_path, caplog, monkeypatch):

@@ -76,6 +76,15 @@ def test_the_others_exit_and_name_a_dead_rank(start, tmp_path, number, rank):
             assert f"process {processes[rank].pid})" in log
 
 
+@pytest.mark.slow
+def test_no_process_is_stuck_while_one_advances_in_opening_data(start, tmp_path):
+    """The first opens its data before the others; each takes longer than `stuck_after_s`, as with caches of its own."""
+    limits = "parallel.dead_after_s=4", "parallel.stuck_after_s=5"
+    for process in start(2, *TINY, "train.steps=2", "train.eval_every=2", *limits, "tiny.slow=[12,12]"):
+        process.join(timeout=90)
+        assert process.exitcode == 0, [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
+
+
 def test_the_others_report_the_error_of_a_rank(start, tmp_path, image_folder):
     processes = start(2, *MUM, *ENDLESS, "parallel.dead_after_s=4", "data.cache_gb=0")
     wait_for(reached(tmp_path / "run", 3), "a step")

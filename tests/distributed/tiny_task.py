@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from fastmum.config.schema import EngineConfig, key
 from fastmum.engine.device import to_device
 from fastmum.engine.task import Metric, ParamGroup, Samples, StepOutput, Task
 from fastmum.errors import FastmumError
+from fastmum.progress import progress_bar
 
 TINY = [
     "run.task=tiny", "optim.base_lr=0.2", "optim.warmup_steps=2", "optim.clip=0.3", "train.steps=20",
@@ -24,6 +26,7 @@ class TinySection:
     hidden: int = key(16, "width of the head", least=1)
     batch: int = key(6, "samples of a micro-batch", least=1)
     batch_per_step: int | None = key(24, "samples of a step")
+    slow: list[float] = key([], "seconds in which each process opens its data")
     fails_at: int = key(0, "step whose data the last process cannot read; 0: none")
 
 
@@ -83,6 +86,11 @@ class TinyTask(Task):
 
     def manifest(self):
         return {"hidden": self.config.tiny.hidden}
+
+    def open_data(self, folder, start, samples_per_step):
+        if slow := self.config.tiny.slow:
+            for _ in progress_bar(range(int(10 * slow[self.world.rank])), desc="opening"):
+                time.sleep(0.1)
 
     def _batch(self, *seed):
         generator = torch.Generator().manual_seed(hash((self.config.run.seed, *seed)) % 2**31)

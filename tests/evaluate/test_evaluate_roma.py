@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from plane_world import exact, shot
+from plane_world import exact, shot, walk
 from roma_runs import train_tiny
+from test_pair_sets import PAIR_INFOS, megadepth
 
-from fastmum.evaluate import roma
+from fastmum.evaluate import commands, roma
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.pairs import Pair, PairSet, scenes
 from fastmum.scenes import ensure_scenes, scene_dirs
@@ -99,6 +100,31 @@ def test_true_warps_of_the_set_are_those_of_the_wall():
     seen = found.visible[0]
     assert seen.float().mean() > 0.5
     assert (found.points[0] - expected)[:, seen].abs().max() < 5e-3  # depth is interpolated
+
+
+def test_the_dense_benchmark_has_random_pairs_of_dkm(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastmum.evaluate.pairs.megadepth.MATCHBENCH_PAIRS", 2)
+    (tmp_path / "prep_scene_info").mkdir()
+    for scene in ("0015", "0022"):
+        information = megadepth(tmp_path, scene, walk(5))
+        np.savez(tmp_path / f"{scene}_0.1_0.3.npz", **information, pair_infos=PAIR_INFOS)
+        information |= {"pairs": np.array([[1, 3], [1, 4]]), "overlaps": np.array([0.5, 0.5])}
+        np.save(tmp_path / "prep_scene_info" / f"{scene}.npy", information)
+    seen, pose = {}, []
+
+    def evaluate(trained, pairs, size, with_pose, few, seed):
+        seen[pairs.name] = {pair.name for pair in pairs.pairs}
+        pose.append(with_pose)
+        return SimpleNamespace(numbers={}, pictures=[])
+
+    monkeypatch.setattr(commands, "evaluate_roma", evaluate)
+    for word in ("megadepth", "megadepth_dense"):
+        args = SimpleNamespace(data=f"{word}:{tmp_path}", size=None, max_pairs=None, pictures=0, no_pose=False, seed=0)
+        assert commands.EVALUATIONS["roma"][1](args, None, lambda name: None).set == word
+    assert pose == [True, False]
+    assert len(seen["megadepth_dense"]) == 2
+    assert seen["megadepth_dense"] <= {f"{scene}/1-{i}" for scene in ("0015", "0022") for i in (3, 4)}
+    assert seen["megadepth_dense"].isdisjoint(seen["megadepth"])
 
 
 @pytest.mark.slow

@@ -170,6 +170,7 @@ def test_commands(tmp_path, capsys, refusal, monkeypatch):
     assert opened.num_matched_image_pairs() == 3
     opened.close()
     assert "exists" in refusal(main, *words)
+    assert "--pairs" in refusal(main, run, *files, "--colmap", "new.db", "--matches", 10**8)
     assert "3" in refusal(main, run, *files)
     assert "two images" in refusal(main, run, files[0], "--colmap", "new.db")
     Image.new("RGB", (64, 48)).save("black.png")

@@ -15,7 +15,7 @@ from fastmum.data.builders.cameras import from_K
 from fastmum.data.depth import DepthFormat
 from fastmum.data.errors import reading
 from fastmum.data.manifest import SequenceRecord
-from fastmum.data.pair_lists import LAYOUTS, list_file, read_list
+from fastmum.data.pair_lists import LAYOUTS, list_file, read_list, short_name
 from fastmum.data.scene_info import FOLDER, SCENE_INFO, images_of, read_scene, scene_file
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ def lists(name: str, root: Path, options: Options) -> list[str]:
 def listed_images(name: str, root: Path, part: str, options: Options) -> Iterator[SequenceRecord]:
     """The images of a list that exist, a sequence for each folder."""
     listed, folders = read_list(name, root), defaultdict[str, list[int]](list)
-    found = base.existing(root, listed.images) or [""] * len(listed.images)
+    short = map(short_name, listed.images)
+    found = base.existing(root, listed.images) or base.existing(root, short) or [""] * len(listed.images)
     for number in (i for i, path in enumerate(found) if path):
         folders[found[number].rpartition("/")[0]].append(number)
     if absent := found.count(""):
@@ -76,7 +77,7 @@ LISTED = {
     "megadepth_dust3r": ("<scene>/<n>/*.{jpg,npz} as DUSt3R prepares them", ", without scenes 0015 and 0022"),
     "blendedmvs_dust3r": ("<scene>/*.{jpg,npz} as DUSt3R prepares them", ", without every tenth scene, the test set"),
     "realestate10k_pairs": ("images/", ""),
-    "dl3dv_pairs": ("1K/<scene>/", ""),
+    "dl3dv_pairs": ("1K/<scene>/, or what the list names", ""),
 }
 
 BUILDERS = {

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
+import xxhash
 
 from fastmum.config.schema import key
 from fastmum.data.manifest import Manifests
@@ -69,6 +70,7 @@ class RomaPlanner(PairPlanner):
                     rows.append(listed[some])
                     chances.append(np.full(len(some), max(len(some), 1) ** -POWER))
             self._sets.append((np.concatenate(rows), np.concatenate(chances)))
+            self.digests[f"pairs of '{name}'"] = xxhash.xxh3_64_hexdigest(self._sets[-1][0].tobytes())
             shares.append(share)
         bounds = np.round(BLOCK * cumulative(np.array([0.0, *shares]))).astype(np.int64)
         self._quotas = bounds[1:] - bounds[:-1]

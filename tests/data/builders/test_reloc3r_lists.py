@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from plane_world import walk
+from pose_runs import train_tiny
 
 from fastmum.data.build import build
 from fastmum.data.errors import DataError
@@ -128,6 +129,29 @@ def test_all_pairs_of_a_list_are_drawn(name, tmp_path, caplog):
         )
 
 
+@pytest.mark.parametrize("name", ["megadepth_dust3r", "dl3dv_pairs"])
+def test_files_named_as_in_the_fork_of_mum(name, tmp_path):
+    """Names without the list's suffix; scenes with their parent folder."""
+    write(name, tmp_path)
+    build(name, tmp_path, tmp_path / "before.arrow")
+    expected = rows_of_list(before := Manifests([tmp_path / "before.arrow"]), name)
+    if name == "dl3dv_pairs":
+        file = tmp_path / "metadata_train.pkl"
+        file.write_bytes(pickle.dumps([(f"7K/{each[0]}", *each[1:]) for each in pickle.loads(file.read_bytes())]))
+        (tmp_path / "1K").rename(tmp_path / "7K")
+    else:
+        for file in [*tmp_path.glob("0001/*/*_o.jpg.*")]:
+            file.rename(file.with_name(file.name.replace(".jpg.", ".")))
+    build(name, tmp_path, tmp_path / "after.arrow")
+    after = Manifests([tmp_path / "after.arrow"])
+    assert np.array_equal(rows_of_list(after, name), expected)
+    for row in range(5):
+        frames = [manifest_frame(each, row) for each in (before, after)]
+        assert frames[1].file.is_file()
+        assert np.array_equal(*(each.K for each in frames))
+        assert np.array_equal(*(each.camera_from_world for each in frames))
+
+
 def test_lists_in_stores_beside_other_manifests(tmp_path):
     memory = pytest.importorskip("fsspec").filesystem("memory")
     names = ["realestate10k_pairs", "dl3dv_pairs"]
@@ -190,3 +214,16 @@ def test_a_list_of_other_images_is_refused(tmp_path):
     file.write_bytes(pickle.dumps([("C", *each[1:]) for each in pickle.loads(file.read_bytes())]))
     with pytest.raises(DataError, match=r"metadata_train\.pkl.*m\.arrow.*build it again"):
         PairPlanner(Manifests([tmp_path / "m.arrow"]))
+
+
+def test_a_list_that_was_replaced_is_said_when_a_run_resumes(tmp_path, caplog):
+    write("dl3dv_pairs", tmp_path)
+    build("dl3dv_pairs", tmp_path, tmp_path / "m.arrow", dataset="mine")
+    args = tmp_path / "run", f"data.manifests=[{tmp_path / 'm.arrow'}]", "data.held_out=0"
+    train_tiny(*args)
+    train_tiny(*args, "train.steps=2")
+    assert "pairs of" not in caplog.text
+    file = tmp_path / "metadata_train.pkl"
+    file.write_bytes(pickle.dumps(pickle.loads(file.read_bytes())[:-1]))
+    train_tiny(*args, "train.steps=3")
+    assert "pairs of 'mine'" in caplog.text
