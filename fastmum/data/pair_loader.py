@@ -16,9 +16,8 @@ from fastmum.data.samples import manifest_frame
 from fastmum.data.scene_loader import SceneLoader
 from fastmum.geometry import View, crop_resize
 from fastmum.geometry.crop import flip, reloc3r_view
-from fastmum.model.inputs import IMAGENET_MEAN
 
-FILL = np.array([round(255 * x) for x in IMAGENET_MEAN], np.uint8)  # of what a shift uncovers: ImageNet's mean
+FILL = np.array([124, 116, 104], np.uint8)  # of what a shift uncovers: ImageNet's mean, 255 (0.485, 0.456, 0.406)
 MAX_TRIES = 100  # pairs that are tried in place of one that cannot be read
 
 Geometry = Callable[[View, tuple[int, int]], View]
