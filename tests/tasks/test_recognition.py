@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from fastmum.tasks.recognition.segment import (
     confusion,
     knn,
     label_blocks,
+    regression,
     scores_of,
     standardiser,
 )
@@ -170,6 +172,33 @@ def test_neighbours_and_scores_against_scikit_learn(monkeypatch):
         assert scores.ignored == int(0 in predicted[kept])  # a class of its own, with an IoU of 0
     with pytest.raises(FastmumError, match="ignored"):
         scores_of(confusion(truth, truth), range(6))
+
+
+def test_regression_on_a_gpu_takes_what_cuml_has(monkeypatch):
+    """A stand-in with the arguments and attributes of cuML's class, which has no `solver_model`."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+
+    class OnGPU:
+        def __init__(self, *, penalty="l2", tol=1e-4, C=1.0, max_iter=1000, linesearch_max_iter=50, output_type=None):
+            assert (penalty, output_type) == ("l2", "numpy")
+            self.model = linear_model.LogisticRegression(C=C, max_iter=max_iter, tol=tol)
+
+        def fit(self, X, y):
+            self.model.fit(X, y)
+            return self
+
+        def predict(self, X):
+            return self.model.predict(X)
+
+    stub = ModuleType("cuml.linear_model")
+    stub.LogisticRegression = OnGPU
+    monkeypatch.setitem(sys.modules, "cuml", ModuleType("cuml"))
+    monkeypatch.setitem(sys.modules, "cuml.linear_model", stub)
+    labels = torch.randint(0, 3, (60, 1), dtype=torch.uint8)
+    samples = Samples(torch.randn(60, 4) + labels, labels)
+    on_gpu, on_cpu = (regression(samples, device)(1.0) for device in ("cuda", "cpu"))
+    assert isinstance(on_gpu, OnGPU)
+    assert np.array_equal(on_gpu.predict(samples.features.numpy()), on_cpu.predict(samples.features.numpy()))
 
 
 def test_blocks_of_labels():
