@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmum.data.decode.image import FrameError
 from fastmum.errors import FastmumError
@@ -31,6 +32,7 @@ from fastmum.tasks.recognition.segment import (
     confusion,
     knn,
     label_blocks,
+    nearest,
     regression,
     scores_of,
     standardiser,
@@ -172,6 +174,23 @@ def test_neighbours_and_scores_against_scikit_learn(monkeypatch):
         assert scores.ignored == int(0 in predicted[kept])  # a class of its own, with an IoU of 0
     with pytest.raises(FastmumError, match="ignored"):
         scores_of(confusion(truth, truth), range(6))
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0), (torch.float64, 5 + 3)])
+def test_keys_are_converted_once(monkeypatch, dtype, copies):
+    """And not at all where they are what is needed: 90 keys in parts of 20, for 40 queries in parts of 16."""
+    monkeypatch.setattr("fastmum.tasks.recognition.segment.QUERIES", 16)
+    monkeypatch.setattr("fastmum.tasks.recognition.segment.KEYS", 20)
+    seen = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func is torch.ops.aten._to_copy.default)
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        assert sum(len(index) for _, index in nearest(torch.randn(40, 8), torch.randn(90, 8), 3, "L2", dtype)) == 40
+    assert sum(seen) == copies
 
 
 def test_regression_on_a_gpu_takes_what_cuml_has(monkeypatch):

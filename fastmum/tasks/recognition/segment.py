@@ -112,13 +112,14 @@ def nearest(
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Indices (n, k) of the k = `most` nearest keys (N, D), nearest first, for queries (., D), some rows at a time."""
-    norms = [rows.to(device, dtype).norm(dim=1) for rows in keys.split(KEYS)]
+    chunks = [rows.to(device, dtype) for rows in keys.split(KEYS)]  # once; views of float32 on the CPU
+    norms = [chunk.norm(dim=1) for chunk in chunks]
     for first in range(0, len(queries), QUERIES):
         rows = slice(first, min(first + QUERIES, len(queries)))
         query = queries[rows].to(device, dtype)
         found, where = [], []
-        for i, chunk in enumerate(keys.split(KEYS)):
-            near = query @ chunk.to(device, dtype).T
+        for i, chunk in enumerate(chunks):
+            near = query @ chunk.T
             near = near / norms[i].clamp(min=1e-30) if distance == "cosine" else near - norms[i].square() / 2
             values, index = near.topk(min(most, len(chunk)), dim=1)
             found.append(values)
