@@ -1,6 +1,7 @@
 """The evaluations of recognition and segmentation, and the table of all, from weights to a page."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -216,6 +217,20 @@ def test_all_evaluations_of_two_encoders_on_one_page(folder, weights, wall_file,
     assert main(["all", "--weights", str(tmp_path / "none.pth"), "--tasks", "cosine", "--out", str(out)]) == 2
     assert "no evaluation could be run" in capsys.readouterr().err
     assert main(["all", "--weights", str(weights), "--options", "cooking=--hot", "--out", str(out)]) == 2
+
+
+def test_a_fault_of_one_evaluation_leaves_the_others(wall_file, tmp_path, monkeypatch, caplog):
+    words = ["--weights", "random:mum_tiny", "--tasks", "attention", "cosine", "--data", wall_file, "--out", tmp_path]
+    run_all = [*map(str, ["all", *words, "--pictures", 0, *QUICK])]
+    monkeypatch.setattr("fastmum.evaluate.commands.evaluate_attention", Mock(side_effect=IndexError("row 7\nof 3")))
+    assert main(run_all) == 0
+    assert [record.content["task"] for record in read(tmp_path)] == ["cosine"]
+    for file in ("overview.md", "report.html"):
+        (note,) = [line for line in (tmp_path / file).read_text().splitlines() if "Not run" in line]
+        assert "IndexError: row 7" in note
+    assert "Traceback" in caplog.text
+    monkeypatch.setattr("fastmum.evaluate.commands.evaluate_attention", Mock(side_effect=KeyboardInterrupt))
+    assert main(run_all) == 130
 
 
 def test_overview_has_the_papers_numbers_for_the_same_protocol(tmp_path):
