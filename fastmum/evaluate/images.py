@@ -43,6 +43,7 @@ class ImageSet:
     test: list[Labelled]
     groups: list[str] | None = None  # of `train`: images of a group are not split; None: each by itself
     empty: list[str] = field(default_factory=list)  # classes without a training image
+    hint: str = ""  # for errors of images that cannot be read
 
 
 def open_images(data: str) -> ImageSet:
@@ -166,7 +167,7 @@ def sun397(data: DataSet) -> ImageSet:
     if unknown := sorted({path.rpartition("/")[0] for path in paths[1]} - {*number}):
         raise DataError(f"'{data.root}': Testing_01.txt has classes that are not trained on: {some_names(unknown)}")
     train, test = ([Labelled(find(path), (number[path.rpartition("/")[0]],)) for path in some] for some in paths)
-    return ImageSet("", classes, train, test)
+    return ImageSet("", classes, train, test, hint=data.compressed("SUN397"))
 
 
 PLACES_TRAIN = ("data_256_standard", "data_large_standard", "data_256", "data_large", "images256",
@@ -197,6 +198,7 @@ def places(data: DataSet) -> ImageSet:
     check_labels(train, classes, f"'{data.root}', list of training images")
     names = {label: each.file.name.rpartition("/")[0] for each in train for label in each.labels}
     found = ImageSet("", [names.get(i, str(i)) for i in range(max(names) + 1)], train, test)
+    found.hint = data.compressed(*PLACES_TRAIN, *PLACES_VAL)
     check_labels(found.test, len(found.classes), f"'{data.root}', {PLACES_LISTS[classes][1][0]}")
     found.empty = [str(i) for i in range(len(found.classes)) if i not in names]
     return found
