@@ -156,6 +156,15 @@ def _validation(data: DataSet) -> dict[str, str]:
         return {f"ILSVRC2012_val_{i:08d}": leaves[label] for i, label in enumerate(labels, 1)}
 
 
+def inaturalist(data: DataSet) -> ImageSet:
+    """iNaturalist 2021: class folders, by their own names or torchvision's."""
+    train = ("train", "2021_train", "train_mini", "2021_train_mini")
+    found = class_folders(data, train, ("val", "2021_valid"))
+    if (folder := Path(found.train[0].file.folder).name).endswith("mini"):
+        log.warning("inaturalist: %d images to train on, of %s; there is no train", len(found.train), folder)
+    return found
+
+
 def sun397(data: DataSet) -> ImageSet:
     """SUN397's first partition: Training_01.txt and Testing_01.txt, with paths such as /a/abbey/sun_x.jpg."""
     lists = [data.text(f"{part}_01.txt", f"Partitions/{part}_01.txt") for part in ("Training", "Testing")]
@@ -170,9 +179,13 @@ def sun397(data: DataSet) -> ImageSet:
     return ImageSet("", classes, train, test, hint=data.compressed("SUN397"))
 
 
-PLACES_TRAIN = ("data_256_standard", "data_large_standard", "data_256", "data_large", "images256",
-                "data/vision/torralba/deeplearning/images256")  # fmt: skip
-PLACES_VAL = ("val_256", "val_large", *PLACES_TRAIN[4:])
+PLACES_OLD = "images256", "data/vision/torralba/deeplearning/images256"
+PLACES_TRAIN = (
+    *(f"data_{size}{kind}" for kind in ("_standard", "", "_challenge") for size in ("256", "large")),
+    *(f"train_{size}_places365{kind}/data_{size}" for kind in ("standard", "challenge") for size in ("256", "large")),
+    *PLACES_OLD,
+)  # the second ones in archives as distributed
+PLACES_VAL = ("val_256", "val_large", *PLACES_OLD)
 PLACES_LISTS = {  # of training and validation, by the number of classes
     365: (("places365_train_standard.txt", "places365_train_challenge.txt"), ("places365_val.txt",)),
     205: (("train_places205.csv",), ("val_places205.csv",)),
@@ -258,7 +271,7 @@ def relabel(images: ImageSet, file: Path) -> None:
 LAYOUTS: dict[str, Callable[[DataSet], ImageSet]] = {
     "folder": lambda data: class_folders(data, ("train",), ("val", "test")),
     "imagenet": imagenet,
-    "inaturalist": lambda data: class_folders(data, ("train", "train_mini"), ("val",)),
+    "inaturalist": inaturalist,
     "sun397": sun397,
     "places": places,
 }
