@@ -54,14 +54,14 @@ GAP = 6  # pixels between the images of a picture
 class DepthSettings:
     """Training of the heads: steps and batch of DINOv2, whose learning rate and decay are the first ones.
 
-    Every combination of a head, a learning rate and a weight decay is trained. DINOv3's head has 3e-4 and 1e-4 there;
+    Every combination of a head, a learning rate and a weight decay is trained. DINOv3's are 3e-4 and 1e-4;
     1e-2 is for the few steps that a CPU can do. A value out of range is a ValueError that starts with the field.
     """
 
     steps: int = 38_400
     batch: int = 16  # images: 2 on each of 8 devices
     heads: tuple[str, ...] = ("lin1", "lin4")  # of `HEADS`
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 1e-2)
     weight_decays: tuple[float, ...] = (1e-2, 1e-4)
     loss: Loss = "sig"
     versions: int = 0  # augmented versions of each training image that are used in turn; 0: a new one each time

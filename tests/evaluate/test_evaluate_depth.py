@@ -1,5 +1,6 @@
 """Depth from weights to a page and to predictions: the command, the best head, frames that cannot be used, faults."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -79,6 +80,11 @@ def test_from_weights_to_depth_of_photographs(rendered, weights, tmp_path, capsy
     assert predict([*words, "--encoder", str(moved)]) == 0
     assert predict([*words, "--encoder", "random:mum_tiny"]) == 2
     assert "other weights" in capsys.readouterr().err
+
+
+def test_every_head_has_its_published_rate_and_decay_by_default():
+    defaults = DepthSettings()
+    assert {(1e-4, 1e-2), (3e-4, 1e-4)} <= {*itertools.product(defaults.learning_rates, defaults.weight_decays)}
 
 
 def test_training_lowers_the_error_and_seeds_repeat(rendered):
