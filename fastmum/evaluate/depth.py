@@ -6,7 +6,7 @@ Each step encodes its images once for all heads. docs/evaluation.md describes th
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from math import inf, isfinite
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastmum.data.errors import DataError
 from fastmum.data.samples import Frame
-from fastmum.errors import some_names
+from fastmum.errors import some_reasons
 from fastmum.evaluate.depth_sets import DepthSet, read_view, scored_view, train_view
 from fastmum.evaluate.matching import check_sweep, split_scenes
 from fastmum.evaluate.pairs.pair import evenly
@@ -54,14 +54,14 @@ GAP = 6  # pixels between the images of a picture
 class DepthSettings:
     """Training of the heads: steps and batch of DINOv2, whose learning rate and decay are the first ones.
 
-    Every combination of a head, a learning rate and a weight decay is trained. DINOv3's head has 3e-4 and 1e-4 there;
+    Every combination of a head, a learning rate and a weight decay is trained. DINOv3's are 3e-4 and 1e-4;
     1e-2 is for the few steps that a CPU can do. A value out of range is a ValueError that starts with the field.
     """
 
     steps: int = 38_400
     batch: int = 16  # images: 2 on each of 8 devices
     heads: tuple[str, ...] = ("lin1", "lin4")  # of `HEADS`
-    learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 1e-2)
     weight_decays: tuple[float, ...] = (1e-2, 1e-4)
     loss: Loss = "sig"
     versions: int = 0  # augmented versions of each training image that are used in turn; 0: a new one each time
@@ -127,9 +127,12 @@ def evaluate_depth(
     if choose_on_train:
         scenes = [str(Path(frame.key).parent) for frame in train.frames]
         kept, choice = (replace(train, frames=f) for f in split_scenes(train.frames, scenes, train.name))
+    frames = evenly(test.frames, most)
+    for data, some in ((test, frames), (choice, choice.frames if choice else [])):
+        if data and next(_scored_views(data, some), None) is None:  # before the training
+            raise _nothing("scored", data)
     candidates, losses = train_heads(encoder, kept, settings, cache)
     heads = [each.head for each in candidates]
-    frames = evenly(test.frames, most)
     scored = score_heads(heads, encoder, test, frames, cache)
     chosen = score_heads(heads, encoder, choice, choice.frames, cache) if choice else scored
     errors = [mean_metrics([image[i] for image in chosen.values()])["rmse"] for i in range(len(heads))]
@@ -231,7 +234,7 @@ def batches(data: DepthSet, settings: DepthSettings, encoder: Encoder) -> Iterat
                 data.skipped[data.frames[index].key] = str(view)
                 failed += 1
                 if failed >= len(data.frames):
-                    raise DataError(f"no image of '{data.name}' can be trained on: {view}")
+                    raise _nothing("trained on", data)
                 continue
             failed, ready = 0, [*ready, view]
             if len(ready) == settings.batch:
@@ -251,23 +254,32 @@ def score_heads(
     DataError if that is all of them.
     """
     protocol, found = data.protocol, dict[str, list[dict[str, float]]]()
-    for frame in progress_bar(frames, desc=f"depth of {data.name}", unit="image", leave=False):
-        try:
-            image, true = scored_view(read_view(frame), protocol)
-        except DataError as error:
-            data.skipped[frame.key] = str(error)
-            continue
+    bar = progress_bar(frames, desc=f"depth of {data.name}", unit="image", leave=False)
+    for key, image, true in _scored_views(data, bar):
         depths = predict_depth(heads, encoder, image, cache)
         depths = resize(depths[:, None], true.shape)[:, 0].clamp(max=protocol.cap or inf)
         limits = protocol.max_depth, 1e-3, protocol.crop
         metrics = [depth_metrics(depth.numpy(), true, *limits) for depth in depths]
         if all(np.isnan(each["rmse"]) for each in metrics):
-            data.skipped[frame.key] = "no valid depth in the part that is scored"
+            data.skipped[key] = "no valid depth in the part that is scored"
         else:
-            found[frame.key] = metrics
+            found[key] = metrics
     if not found:
-        raise DataError(f"no image of '{data.name}' can be scored: {some_names([*data.skipped.values()], 1)}")
+        raise _nothing("scored", data)
     return found
+
+
+def _scored_views(data: DepthSet, frames: Iterable[Frame]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Keys, images and true depth of the frames that can be read; the others are noted in `data.skipped`."""
+    for frame in frames:
+        try:
+            yield frame.key, *scored_view(read_view(frame), data.protocol)
+        except DataError as error:
+            data.skipped[frame.key] = str(error)
+
+
+def _nothing(done: str, data: DepthSet) -> DataError:
+    return DataError(f"no image of '{data.name}' can be {done}: {some_reasons(data.skipped, 1)}")
 
 
 def draw_depth(image: np.ndarray, true: np.ndarray, depth: np.ndarray) -> Image.Image:

@@ -43,6 +43,7 @@ class ImageSet:
     test: list[Labelled]
     groups: list[str] | None = None  # of `train`: images of a group are not split; None: each by itself
     empty: list[str] = field(default_factory=list)  # classes without a training image
+    hint: str = ""  # for errors of images that cannot be read
 
 
 def open_images(data: str) -> ImageSet:
@@ -155,6 +156,15 @@ def _validation(data: DataSet) -> dict[str, str]:
         return {f"ILSVRC2012_val_{i:08d}": leaves[label] for i, label in enumerate(labels, 1)}
 
 
+def inaturalist(data: DataSet) -> ImageSet:
+    """iNaturalist 2021: class folders, by their own names or torchvision's."""
+    train = ("train", "2021_train", "train_mini", "2021_train_mini")
+    found = class_folders(data, train, ("val", "2021_valid"))
+    if (folder := Path(found.train[0].file.folder).name).endswith("mini"):
+        log.warning("inaturalist: %d images to train on, of %s; there is no train", len(found.train), folder)
+    return found
+
+
 def sun397(data: DataSet) -> ImageSet:
     """SUN397's first partition: Training_01.txt and Testing_01.txt, with paths such as /a/abbey/sun_x.jpg."""
     lists = [data.text(f"{part}_01.txt", f"Partitions/{part}_01.txt") for part in ("Training", "Testing")]
@@ -166,12 +176,16 @@ def sun397(data: DataSet) -> ImageSet:
     if unknown := sorted({path.rpartition("/")[0] for path in paths[1]} - {*number}):
         raise DataError(f"'{data.root}': Testing_01.txt has classes that are not trained on: {some_names(unknown)}")
     train, test = ([Labelled(find(path), (number[path.rpartition("/")[0]],)) for path in some] for some in paths)
-    return ImageSet("", classes, train, test)
+    return ImageSet("", classes, train, test, hint=data.compressed("SUN397"))
 
 
-PLACES_TRAIN = ("data_256_standard", "data_large_standard", "data_256", "data_large", "images256",
-                "data/vision/torralba/deeplearning/images256")  # fmt: skip
-PLACES_VAL = ("val_256", "val_large", *PLACES_TRAIN[4:])
+PLACES_OLD = "images256", "data/vision/torralba/deeplearning/images256"
+PLACES_TRAIN = (
+    *(f"data_{size}{kind}" for kind in ("_standard", "", "_challenge") for size in ("256", "large")),
+    *(f"train_{size}_places365{kind}/data_{size}" for kind in ("standard", "challenge") for size in ("256", "large")),
+    *PLACES_OLD,
+)  # the second ones in archives as distributed
+PLACES_VAL = ("val_256", "val_large", *PLACES_OLD)
 PLACES_LISTS = {  # of training and validation, by the number of classes
     365: (("places365_train_standard.txt", "places365_train_challenge.txt"), ("places365_val.txt",)),
     205: (("train_places205.csv",), ("val_places205.csv",)),
@@ -197,6 +211,7 @@ def places(data: DataSet) -> ImageSet:
     check_labels(train, classes, f"'{data.root}', list of training images")
     names = {label: each.file.name.rpartition("/")[0] for each in train for label in each.labels}
     found = ImageSet("", [names.get(i, str(i)) for i in range(max(names) + 1)], train, test)
+    found.hint = data.compressed(*PLACES_TRAIN, *PLACES_VAL)
     check_labels(found.test, len(found.classes), f"'{data.root}', {PLACES_LISTS[classes][1][0]}")
     found.empty = [str(i) for i in range(len(found.classes)) if i not in names]
     return found
@@ -256,7 +271,7 @@ def relabel(images: ImageSet, file: Path) -> None:
 LAYOUTS: dict[str, Callable[[DataSet], ImageSet]] = {
     "folder": lambda data: class_folders(data, ("train",), ("val", "test")),
     "imagenet": imagenet,
-    "inaturalist": lambda data: class_folders(data, ("train", "train_mini"), ("val",)),
+    "inaturalist": inaturalist,
     "sun397": sun397,
     "places": places,
 }

@@ -1,6 +1,7 @@
 """Sets of images with maps of labels: the layouts that `--data` of the evaluation `segmentation` names."""
 
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,10 @@ from fastmum.files import expand_user
 from fastmum.scenes.labels import CLASSES, ensure_labels
 from fastmum.tasks.recognition.files import DataSet, File
 
+log = logging.getLogger(__name__)
+
+VOC_ARCHIVE = "VOCtrainval_11-May-2012"
+SBD = "benchmark_RELEASE/dataset", "aug/benchmark_RELEASE/dataset", "sbd", "SBD"
 VOID = 255  # the label of pixels that are not scored
 EVERY = 3  # views of a rendered scene: neighbours are much alike
 
@@ -84,7 +89,7 @@ def ade20k(data: DataSet) -> MapSet:
 
 def voc(data: DataSet) -> MapSet:
     """VOC 2012, to train also SBD's images that VOC does not test on (10,582 in all), if SBD is there."""
-    roots = ("VOCdevkit/VOC2012", "original/VOCdevkit/VOC2012", "VOC2012", ".")
+    roots = ("VOCdevkit/VOC2012", f"{VOC_ARCHIVE}/VOCdevkit/VOC2012", "original/VOCdevkit/VOC2012", "VOC2012", ".")
     lists = {part: [(root, text) for root in roots if (text := data.text(f"{root}/ImageSets/Segmentation/{part}.txt"))]
              for part in ("train", "val")}  # fmt: skip
     if not all(lists.values()):
@@ -95,13 +100,16 @@ def voc(data: DataSet) -> MapSet:
         [Mapped(find(f"JPEGImages/{name}.jpg"), find(f"SegmentationClass/{name}.png")) for name in ids[part]]
         for part in ("train", "val")
     )
-    for sbd in ("benchmark_RELEASE/dataset", "aug/benchmark_RELEASE/dataset", "sbd", "SBD"):
+    for sbd in SBD:
         texts = [data.text(f"{sbd}/{part}.txt") for part in ("train", "val")]
         if all(texts):
             find, known = data.lookup(sbd), {*ids["train"], *ids["val"]}
             names = [name for text in texts for name in (text or "").split() if name not in known]
             train += [Mapped(find(f"img/{name}.jpg"), find(f"cls/{name}.mat")) for name in names]
             break
+    else:
+        missing = f"SBD, with which there are 10,582, is not in {SBD[0]}{data.compressed('benchmark')}"
+        log.warning("voc: %d images to train on; %s", len(train), missing)
     return MapSet("voc", 20, (VOID,), train, test)
 
 

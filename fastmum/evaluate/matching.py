@@ -216,6 +216,8 @@ def evaluate_cosine(
     """
     size = size or pairs.size
     if pairs.objects:
+        if protocol != "patches":  # it would be another result of the same numbers
+            raise DataError(f"--protocol {protocol} scores warps, but of '{pairs.name}' recall is scored: leave it out")
         recalls = object_recall(encoder, pairs, size)
         variants: dict[str, Any] = {norm: {"scores": found} for norm, found in recalls.items()}
         best = max(NORMS, key=lambda norm: recalls[norm]["recall"])

@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import logging
 import shlex
 import sys
 from argparse import Namespace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmum.data.errors import DataError
-from fastmum.errors import FastmumError
+from fastmum.errors import FastmumError, first_line
 from fastmum.evaluate.records import MATCHERS
 from fastmum.evaluate.results import (
     HEADLINES,
@@ -29,6 +30,8 @@ from fastmum.evaluate.results import (
     score_title,
 )
 from fastmum.pretrained.load import PATHLESS, RANDOM, absolute_spec, spec_name, split_spec
+
+log = logging.getLogger(__name__)
 
 DEFAULT = "default"  # --data: what each evaluation takes by itself
 SEEDED = ("matching", "views", "recognition", "depth", "roma")  # evaluations that depend on the seed with given weights
@@ -89,8 +92,8 @@ def run_all(
 ) -> list[str]:
     """Run evaluations of all weights on all data by their own defaults; returns remarks on those that were not run.
 
-    These are the ones that fail with a FastmumError. Those that are not `SEEDED` run with the first seed only, unless
-    the weights are random. FastmumError: all fail.
+    These are the ones that fail; faults other than a FastmumError are logged with their traceback. Those that are not
+    `SEEDED` run with the first seed only, unless the weights are random. FastmumError: all fail.
     """
     failed, words = dict[tuple[str, str, str], list[str]](), dict[str, list[str]]()
     for each in args.options:
@@ -116,9 +119,11 @@ def run_all(
             print(f"{task}: {weights}, {data}, seed {own.seed}", file=sys.stderr)
             try:
                 evaluate(own)
-            except FastmumError as error:
-                print(f"  not run: {error}", file=sys.stderr)
-                failed.setdefault((weights, data, str(error)), []).append(task)
+            except Exception as error:  # a fault of one evaluation leaves the others
+                known = isinstance(error, FastmumError)
+                why = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
+                log.warning("  not run: %s", why, exc_info=not known)
+                failed.setdefault((weights, data, why), []).append(task)
                 break
     if sum(map(len, failed.values())) == len(runs):
         (weights, _, why), named = next(iter(failed.items()))

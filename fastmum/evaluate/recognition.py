@@ -5,7 +5,6 @@ Both choose on a tenth of the training images and are scored on the test images 
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from fastmum.data.decode.image import read_header, rgb
 from fastmum.data.errors import DataError
+from fastmum.errors import some_reasons
 from fastmum.evaluate.features import check_size, patch_size
 from fastmum.evaluate.images import ImageSet, Labelled
 from fastmum.evaluate.maps import VOID, Mapped, MapSet, read_label
@@ -26,7 +26,7 @@ from fastmum.evaluate.records import Scored
 from fastmum.features import FeatureCache
 from fastmum.model.encoder import Encoder
 from fastmum.progress import progress_bar
-from fastmum.tasks.recognition.features import Batch, Transform, View, centre, random_crop, squashed, stream
+from fastmum.tasks.recognition.features import Batch, Transform, View, centre, load, random_crop, squashed, stream
 from fastmum.tasks.recognition.probes import (
     SOURCES,
     ClassifierSettings,
@@ -78,6 +78,7 @@ def evaluate_recognition(
     parts = split_by_class(images.groups, labels) if images.groups else split([*map(str, range(len(labels)))], "images")
     train, validation = ([images.train[i] for i in part] for part in parts)
     test = evenly(images.test, most)
+    labelled = [each for each in test if each.labels]
     middle = centre(size)
 
     def view(each: Labelled, transform: Transform, name: str) -> View:
@@ -96,6 +97,8 @@ def evaluate_recognition(
         found = stream(encoder, parts, cache, skipped)
         return _matches(weights, progress_bar(found, total=len(parts), desc="scoring", unit="batch", leave=False))
 
+    for part, some in (("training", train), ("validation", validation), ("test", labelled)):
+        _check_readable(f"{part} images of '{images.name}'", (view(each, middle, "") for each in some), images.hint)
     with tempfile.TemporaryDirectory(prefix="fastmum-") as folder:
         kept = FeatureCache(cache or Path(folder), encoder, {"task": "recognition", "norm": True})
         drawn = training()
@@ -104,7 +107,7 @@ def evaluate_recognition(
         right = scored_on(probes.weights, validation, kept if cache else None)
         chosen = {source: int(found.double().mean(0).argmax()) for source, found in right.items()}
         weights = probes.keep(chosen)
-        found = scored_on(weights, test, kept if cache else None)
+        found = scored_on(weights, labelled, kept if cache else None)
     scored = len(next(iter(found.values())))
     best = {source: probes.heads[source][i] for source, i in chosen.items()}
     numbers = {
@@ -123,8 +126,18 @@ def evaluate_recognition(
         },
         "skipped": skipped, "not_scored": len(test) - scored,
     }  # fmt: skip
-    few = evenly([each for each in test if each.labels], pictures) if pictures else []
+    few = evenly(labelled, pictures) if pictures else []
     return Scored(numbers, _draw_classes(encoder, weights, few, images.classes, middle))
+
+
+def _check_readable(what: str, views: Iterable[View], hint: str = "") -> None:
+    """Raise a DataError if no image can be read: one error before the encoder starts."""
+    reasons = dict[str, str]()
+    for view in views:
+        if not isinstance(found := load(view, True), str):
+            return
+        reasons[view.file.path] = found
+    raise DataError(f"no {what} can be read: {some_reasons(reasons, 1)}{hint}")
 
 
 def split(groups: Sequence[str], kind: Literal["images", "maps"]) -> tuple[list[int], list[int]]:
@@ -178,7 +191,7 @@ def _train(batches: Iterable[Batch], classes: int, settings: ClassifierSettings)
         labels = torch.tensor([each[0] for each in batch.labels], device=batch.patch.device)
         probes.step(features, labels, factor)
     if probes is None:
-        raise DataError("no training image can be read")
+        raise DataError("no training image that was drawn can be read: take more --steps")
     return probes
 
 
@@ -192,7 +205,7 @@ def _matches(weights: dict[str, Weights], batches: Iterable[Batch]) -> dict[str,
         for source, logits in logits_of(weights, sources_of(batch.cls, batch.patch)).items():
             found[source].append(any_match(logits, labels).cpu())
     if not any(len(each) for each in next(iter(found.values()))):
-        raise DataError("no image with a label can be read")
+        raise DataError("no image to score can be read any more")
     return {source: torch.cat(each) for source, each in found.items()}
 
 
@@ -233,12 +246,16 @@ def evaluate_segmentation(
     groups = [maps.groups[i] if maps.groups else str(i) for i, _ in numbered]
     train, validation = ([some[i] for i in part] for part in split(groups, "maps"))
     test = evenly(maps.test, most)
+    views = {name: [_squashed_view(maps, each, size, patch_size(encoder)) for each in part]
+             for name, part in (("training", train), ("validation", validation), ("test", test))}  # fmt: skip
+    for name, part in views.items():
+        _check_readable(f"{name} images of '{maps.name}'", part)
     parts, read = {}, list[Mapped]()
-    for name, each in (("training", train), ("validation", validation), ("test", test)):
-        parts[name], read = _samples(encoder, maps, each, size, batch, kept, skipped, name)
+    for name, part in views.items():
+        parts[name], read = _samples(encoder, part, batch, kept, skipped, name)
     standardise = standardiser(parts["training"].features)
-    for part in parts.values():
-        standardise(part.features)
+    for samples in parts.values():
+        standardise(samples.features)
     half = torch.bfloat16 if maps.half and device.type == "cuda" else torch.float32
     fitted: dict[str, Fitted] = {
         "knn": select_knn(parts["training"], parts["validation"], maps.ignore, half, device),
@@ -274,18 +291,18 @@ def _text(setting: Setting) -> str:
     return " ".join(each if isinstance(each, str) else f"{each:g}" for each in setting)
 
 
-def _samples(
-    encoder: Encoder, maps: MapSet, some: Sequence[Mapped], size: int, batch: int, cache: FeatureCache | None,
-    skipped: dict[str, str], part: str,
-) -> tuple[Samples, list[Mapped]]:  # fmt: skip
-    """Patches of the images that can be read, and these images."""
-    patch, transform = patch_size(encoder), squashed(size)
-
-    def label(each: Mapped, image: Image.Image) -> tuple[Mapped, Tensor]:
+def _squashed_view(maps: MapSet, each: Mapped, size: int, patch: int) -> View:
+    def label(image: Image.Image) -> tuple[Mapped, Tensor]:
         nearest = Image.fromarray(read_label(each, image, maps.most)).resize((size, size), Image.Resampling.NEAREST)
         return each, torch.from_numpy(label_blocks(np.array(nearest), patch))
 
-    views = [View(each.file, transform, f"squashed {size}", partial(label, each)) for each in some]
+    return View(each.file, squashed(size), f"squashed {size}", label)
+
+
+def _samples(
+    encoder: Encoder, views: Sequence[View], batch: int, cache: FeatureCache | None, skipped: dict[str, str], part: str
+) -> tuple[Samples, list[Mapped]]:
+    """Patches of the images that can be read, and these images."""
     batches = [views[i : i + batch] for i in range(0, len(views), batch)]
     found = stream(encoder, batches, cache, skipped)
     features, labels = [], []
@@ -293,8 +310,7 @@ def _samples(
         features.append(tokens.patch.flatten(0, 1).cpu())
         labels += tokens.labels
     if not features:
-        name, why = next(iter(skipped.items()), ("", "there is none"))
-        raise DataError(f"none of {len(some)} {part} images of '{maps.name}' can be read; '{name}': {why}")
+        raise DataError(f"no {part} image can be read any more")
     read, blocks = zip(*labels, strict=True)
     return Samples(torch.cat(features), torch.cat(blocks)), [*read]
 

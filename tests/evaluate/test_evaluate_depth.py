@@ -1,5 +1,6 @@
 """Depth from weights to a page and to predictions: the command, the best head, frames that cannot be used, faults."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -79,6 +80,11 @@ def test_from_weights_to_depth_of_photographs(rendered, weights, tmp_path, capsy
     assert predict([*words, "--encoder", str(moved)]) == 0
     assert predict([*words, "--encoder", "random:mum_tiny"]) == 2
     assert "other weights" in capsys.readouterr().err
+
+
+def test_every_head_has_its_published_rate_and_decay_by_default():
+    defaults = DepthSettings()
+    assert {(1e-4, 1e-2), (3e-4, 1e-4)} <= {*itertools.product(defaults.learning_rates, defaults.weight_decays)}
 
 
 def test_training_lowers_the_error_and_seeds_repeat(rendered):
@@ -161,7 +167,7 @@ def test_versions_repeat_and_new_ones_do_not(rendered):
         assert abs(len(seen) - distinct) <= 1  # two versions may be the same image, unchanged
 
 
-def test_frames_that_cannot_be_used_are_counted(rendered, tmp_path):
+def test_frames_that_cannot_be_used_are_counted(rendered, tmp_path, monkeypatch):
     root = tmp_path / "scenes"
     shutil.copytree(rendered, root)
     encoder = fastmum.load_encoder("random:mum_tiny")
@@ -180,7 +186,8 @@ def test_frames_that_cannot_be_used_are_counted(rendered, tmp_path):
     with pytest.raises(DataError, match="trained on"):
         train_heads(encoder, train, settings)
     train.frames[:] = open_depth(f"scenes:{root}", "train").frames[3:9]
-    with pytest.raises(DataError, match="scored"):
+    monkeypatch.setattr(depth, "train_heads", None)  # the error comes before
+    with pytest.raises(DataError, match=rf"scored: {test.frames[0].key} \(.*\) and 2 more"):
         evaluate_depth(encoder, test, train, settings, False)
 
 

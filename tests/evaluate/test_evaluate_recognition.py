@@ -1,6 +1,7 @@
 """The evaluations of recognition and segmentation, and the table of all, from weights to a page."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_probes_find_the_colour(folder, weights, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_faults_are_counted(folder, weights, tmp_path, capsys):
+def test_faults_are_counted(folder, weights, tmp_path, capsys, monkeypatch):
     (folder / "train/red/0.png").write_bytes(b"no image")
     (folder / "val/red/1.png").write_bytes((folder / "val/red/1.png").read_bytes()[:500])
     labels = {f"{name}/{k}.png": name for name in CLASSES for k in range(3)}
@@ -115,14 +116,17 @@ def test_faults_are_counted(folder, weights, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert set(record.content["skipped"]) == {str(folder / name) for name in ("train/red/0.png", "val/red/1.png")}
     assert all(f"{name} ({why})" in printed for name, why in record.content["skipped"].items())
+    narrow = ["--weights", "random:mum_tiny", "--set", "embed_dim=96"]
+    assert run("recognition", folder, tmp_path / "out", *words, *narrow) == 2
+    assert "multiple of 64" in capsys.readouterr().err
     for file in folder.glob("val/*/*.png"):
         file.write_bytes(b"")
+    monkeypatch.setattr("fastmum.tasks.recognition.features.Encoder.tokens", None)  # errors come before the training
     for change, text in (
-        ([], "no image with a label"), (["--labels", tmp_path / "none.json"], "none.json"),
+        ([], "0.png (empty) and 8 more"), (["--labels", tmp_path / "none.json"], "none.json"),
         (["--labels", tmp_path / "others.json"], "no label of a test image"),
         (["--size", 40], "--size is 40"), (["--steps", 1], "--steps is 1"), (["--crops", -1], "--crops is -1"),
         (["--weight-decays", -1], "--weight-decays are"), (["--data", "cars:/x"], "cars"),
-        (["--weights", "random:mum_tiny", "--set", "embed_dim=96"], "multiple of 64"),
     ):  # fmt: skip
         assert run("recognition", folder, tmp_path / "out", *words, *change) == 2
         assert text in capsys.readouterr().err.strip().splitlines()[-1]
@@ -166,7 +170,7 @@ def test_every_class_with_two_groups_is_in_validation():
     assert split_by_class(groups[:8], [(0,)] * 4 + [(1,)] * 4) == split(groups[:8], "images")
 
 
-def test_segmentation_finds_the_colours(ade, weights, tmp_path, capsys):
+def test_segmentation_finds_the_colours(ade, weights, tmp_path, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     (ade / "annotations/validation/3.png").unlink()
     assert run("segmentation", f"ade20k:{ade}", tmp_path / "out", "--weights", weights, "--pictures", 1) == 0
@@ -182,6 +186,12 @@ def test_segmentation_finds_the_colours(ade, weights, tmp_path, capsys):
     assert "3.jpg (it has no labels)" in capsys.readouterr().err
     assert run("segmentation", f"ade20k:{ade}", tmp_path / "out", "--weights", weights, "--train-images", 1) == 2
     assert "--train-images is 1" in capsys.readouterr().err
+    hidden = (ade / "annotations/validation").rename(tmp_path / "hidden")
+    with monkeypatch.context() as patch:  # nothing is encoded for a test that cannot be done
+        patch.setattr("fastmum.tasks.recognition.features.Encoder.tokens", None)
+        assert run("segmentation", f"ade20k:{ade}", tmp_path / "out", "--weights", weights) == 2
+    assert "0.jpg (it has no labels) and 3 more" in capsys.readouterr().err
+    hidden.rename(ade / "annotations/validation")
     for file in ade.glob("annotations/training/*.png"):
         Image.new("L", (40, 36), 255).save(file)
     assert run("segmentation", f"ade20k:{ade}", tmp_path / "out", "--weights", weights) == 2
@@ -216,6 +226,20 @@ def test_all_evaluations_of_two_encoders_on_one_page(folder, weights, wall_file,
     assert main(["all", "--weights", str(tmp_path / "none.pth"), "--tasks", "cosine", "--out", str(out)]) == 2
     assert "no evaluation could be run" in capsys.readouterr().err
     assert main(["all", "--weights", str(weights), "--options", "cooking=--hot", "--out", str(out)]) == 2
+
+
+def test_a_fault_of_one_evaluation_leaves_the_others(wall_file, tmp_path, monkeypatch, caplog):
+    words = ["--weights", "random:mum_tiny", "--tasks", "attention", "cosine", "--data", wall_file, "--out", tmp_path]
+    run_all = [*map(str, ["all", *words, "--pictures", 0, *QUICK])]
+    monkeypatch.setattr("fastmum.evaluate.commands.evaluate_attention", Mock(side_effect=IndexError("row 7\nof 3")))
+    assert main(run_all) == 0
+    assert [record.content["task"] for record in read(tmp_path)] == ["cosine"]
+    for file in ("overview.md", "report.html"):
+        (note,) = [line for line in (tmp_path / file).read_text().splitlines() if "Not run" in line]
+        assert "IndexError: row 7" in note
+    assert "Traceback" in caplog.text
+    monkeypatch.setattr("fastmum.evaluate.commands.evaluate_attention", Mock(side_effect=KeyboardInterrupt))
+    assert main(run_all) == 130
 
 
 def test_overview_has_the_papers_numbers_for_the_same_protocol(tmp_path):

@@ -147,6 +147,8 @@ def test_recall_of_features_by_place(by_colour):
     pairs = object_pairs()
     scores = evaluate_cosine(by_colour, pairs, 64).numbers["scores"]
     assert scores["recall_5cm"] > 85  # some points are outside of the other window
+    with pytest.raises(DataError, match="--protocol"):
+        evaluate_cosine(by_colour, pairs, 64, protocol="matchbench")
     assert 0 < scores["recall_1cm"] < scores["recall_2cm"] < scores["recall_5cm"]  # cells are 2.3 cm wide
     assert scores["recall"] == pytest.approx(np.mean([scores[f"recall_{n}cm"] for n in (1, 2, 5)]))
     with torch.no_grad():

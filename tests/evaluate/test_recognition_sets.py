@@ -228,12 +228,18 @@ def test_class_folders_without_images_and_others(imagenet, tmp_path, caplog):
             open_images(str(data))
 
 
-def test_inaturalist_sun397_and_places(tmp_path):
+def test_inaturalist_sun397_and_places(tmp_path, caplog):
     names = "00000_Animalia_Annelida_Lumbricus", "00001_Plantae_Rosa"
     for part in ("train_mini", "val"):
         put_classes(tmp_path / "inat" / part, names, suffix=".jpg")
     found = open_images(f"inaturalist:{tmp_path / 'inat'}")
     assert (found.classes, len(found.train)) == ([*names], 4)
+    assert "4 images to train on, of train_mini" in caplog.text
+    caplog.clear()
+    (tmp_path / "inat/train_mini").rename(tmp_path / "inat/2021_train")
+    (tmp_path / "inat/val").rename(tmp_path / "inat/2021_valid")
+    assert listed(open_images(f"inaturalist:{tmp_path / 'inat'}")) == listed(found)
+    assert caplog.text == ""
 
     put_classes(tmp_path / "sun/SUN397", ("a/abbey", "a/apse/indoor", "b/unused"), 3, ".jpg")
     lines = [f"/{name}/{Path(name).name}_{{}}.jpg" for name in ("a/abbey", "a/apse/indoor")]
@@ -251,6 +257,10 @@ def test_inaturalist_sun397_and_places(tmp_path):
     assert listed(packed) == listed(found)
     assert packed.test[1].file.read()
 
+    shutil.rmtree(tmp_path / "sun/SUN397")
+    put(tmp_path, "sun/SUN397.tar.gz", b"")
+    assert "unpack 'SUN397.tar.gz'" in open_images(f"sun397:{tmp_path / 'sun'}").hint
+
     root = tmp_path / "places"
     put_classes(root / "data_256_standard", ("a/airfield", "z/zoo"), 2, ".jpg")
     put(root, "val_256/Places365_val_00000001.jpg", picture(3))
@@ -260,6 +270,16 @@ def test_inaturalist_sun397_and_places(tmp_path):
     found = open_images(f"places:{root}")
     assert (found.classes, listed(found)[1]) == (["a/airfield", "z/zoo"], [("Places365_val_00000001.jpg", (1,))])
     assert readable(found)
+    shutil.copytree(root, packed := tmp_path / "packed")  # archives as distributed, whose folders have other names
+    (packed / "in").mkdir()
+    (packed / "data_256_standard").rename(packed / "in/data_256")
+    tar(packed / "in", packed / "train_256_places365standard.tar")
+    (packed / "lists").mkdir()
+    for file in packed.glob("*.txt"):
+        file.rename(packed / "lists" / file.name)
+    tar(packed / "lists", packed / "filelist_places365-standard.tar")
+    assert listed(open_images(f"places:{packed}")) == listed(found)
+    assert readable(open_images(f"places:{packed}"))
     put(root, "places365_val.txt", "Places365_val_00000001.jpg 2\n")
     with pytest.raises(DataError, match="is 2, but must be 0 to 1"):
         open_images(f"places:{root}")
@@ -290,7 +310,7 @@ def test_ade20k_in_a_folder_and_in_its_zip(tmp_path):
             put(root, f"annotations/{part}/ADE_{i}.png", picture(i, ".png", mode="L"))
     (root / "annotations/training/ADE_2.png").unlink()
     pack(root.parent, tmp_path / "ADEChallengeData2016.zip")
-    for path in (root, root.parent, tmp_path / "ADEChallengeData2016.zip"):
+    for path in (root, root.parent, tmp_path / "ADEChallengeData2016.zip", tmp_path):  # the last one holds the zip
         found = open_maps(f"ade20k:{path}")
         assert (found.most, found.ignore, len(found.train), len(found.test)) == (150, (0, 255), 3, 2)
         image = Image.open(io.BytesIO(found.test[1].file.read()))
@@ -312,7 +332,7 @@ def test_ade20k_in_a_folder_and_in_its_zip(tmp_path):
             open_maps(data)
 
 
-def test_voc_with_the_images_of_sbd_that_are_not_tested_on(tmp_path):
+def test_voc_with_the_images_of_sbd_that_are_not_tested_on(tmp_path, caplog):
     voc, sbd = tmp_path / "VOCdevkit/VOC2012", tmp_path / "benchmark_RELEASE/dataset"
     for part, names in (("train", "ab"), ("val", "cd")):
         put(voc, f"ImageSets/Segmentation/{part}.txt", "\n".join(names))
@@ -330,6 +350,14 @@ def test_voc_with_the_images_of_sbd_that_are_not_tested_on(tmp_path):
     found = open_maps(f"voc:{tmp_path}")
     assert [each.file.name[-5:] for each in found.train] == ["a.jpg", "b.jpg", "e.jpg", "f.jpg"]
     assert [each.file.name for each in found.test] == ["JPEGImages/c.jpg", "JPEGImages/d.jpg"]
+    shutil.copytree(tmp_path / "VOCdevkit", tmp_path / "packed/in/VOCdevkit")
+    tar(tmp_path / "packed/in", tmp_path / "packed/VOCtrainval_11-May-2012.tar")
+    put(tmp_path, "packed/benchmark.tgz", b"")
+    packed = open_maps(f"voc:{tmp_path / 'packed'}")
+    assert [each.file.name for each in packed.test] == [each.file.name for each in found.test]
+    assert packed.test[1].label.read() == found.test[1].label.read()
+    assert "2 images to train on" in caplog.text
+    assert "benchmark.tgz" in caplog.text
     image = Image.open(io.BytesIO(found.train[3].file.read()))
     values = [np.unique(read_label(each, image, 20)).tolist() for each in found.train]
     assert values == [[0], [1], [5], [6]]

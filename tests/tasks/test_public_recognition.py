@@ -109,8 +109,9 @@ def test_public_segmentation(file):
     near = [min((*INVERSE_PENALTIES, p), key=lambda C, p=p: abs(C / p - 1) > 1e-3) for p in penalties.values()]
     pytest.importorskip("sklearn")
     found = select_regression(train, val, IGNORED, penalties=near).validation
+    # L-BFGS ends elsewhere with another rounding or tolerance (here 1e-10): two patches near a border may differ.
     for key, C in zip(penalties, near, strict=True):
-        assert found[C,].miou == pytest.approx(expected[key], abs=1e-12), key
+        assert found[C,].miou == pytest.approx(expected[key], abs=4 / len(val.features)), key
 
 
 @pytest.mark.parametrize("file", files("capi", "segmentation.safetensors"))

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmum.data.decode.image import FrameError
 from fastmum.errors import FastmumError
@@ -30,6 +32,8 @@ from fastmum.tasks.recognition.segment import (
     confusion,
     knn,
     label_blocks,
+    nearest,
+    regression,
     scores_of,
     standardiser,
 )
@@ -170,6 +174,50 @@ def test_neighbours_and_scores_against_scikit_learn(monkeypatch):
         assert scores.ignored == int(0 in predicted[kept])  # a class of its own, with an IoU of 0
     with pytest.raises(FastmumError, match="ignored"):
         scores_of(confusion(truth, truth), range(6))
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 0), (torch.float64, 5 + 3)])
+def test_keys_are_converted_once(monkeypatch, dtype, copies):
+    """And not at all where they are what is needed: 90 keys in parts of 20, for 40 queries in parts of 16."""
+    monkeypatch.setattr("fastmum.tasks.recognition.segment.QUERIES", 16)
+    monkeypatch.setattr("fastmum.tasks.recognition.segment.KEYS", 20)
+    seen = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func is torch.ops.aten._to_copy.default)
+            return func(*args, **(kwargs or {}))
+
+    with Copies():
+        assert sum(len(index) for _, index in nearest(torch.randn(40, 8), torch.randn(90, 8), 3, "L2", dtype)) == 40
+    assert sum(seen) == copies
+
+
+def test_regression_on_a_gpu_takes_what_cuml_has(monkeypatch):
+    """A stand-in with the arguments and attributes of cuML's class, which has no `solver_model`."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+
+    class OnGPU:
+        def __init__(self, *, penalty="l2", tol=1e-4, C=1.0, max_iter=1000, linesearch_max_iter=50, output_type=None):
+            assert (penalty, output_type) == ("l2", "numpy")
+            self.model = linear_model.LogisticRegression(C=C, max_iter=max_iter, tol=tol)
+
+        def fit(self, X, y):
+            self.model.fit(X, y)
+            return self
+
+        def predict(self, X):
+            return self.model.predict(X)
+
+    stub = ModuleType("cuml.linear_model")
+    stub.LogisticRegression = OnGPU
+    monkeypatch.setitem(sys.modules, "cuml", ModuleType("cuml"))
+    monkeypatch.setitem(sys.modules, "cuml.linear_model", stub)
+    labels = torch.randint(0, 3, (60, 1), dtype=torch.uint8)
+    samples = Samples(torch.randn(60, 4) + labels, labels)
+    on_gpu, on_cpu = (regression(samples, device)(1.0) for device in ("cuda", "cpu"))
+    assert isinstance(on_gpu, OnGPU)
+    assert np.array_equal(on_gpu.predict(samples.features.numpy()), on_cpu.predict(samples.features.numpy()))
 
 
 def test_blocks_of_labels():

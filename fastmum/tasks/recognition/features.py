@@ -99,10 +99,10 @@ def _submit(pool: ThreadPoolExecutor, view: View, cache: FeatureCache | None) ->
         key = f"{view.file.key()} {view.name}" if cache else ""
     except FrameError:
         key = ""  # reading it will say why
-    return key, pool.submit(_load, view, not (cache and key and cache.has(key)))
+    return key, pool.submit(load, view, not (cache and key and cache.has(key)))
 
 
-def _load(view: View, pixels: bool) -> tuple[Any, np.ndarray | None] | str:
+def load(view: View, pixels: bool) -> tuple[Any, np.ndarray | None] | str:
     """The label, and the transformed image (H, W, 3) uint8 if its `pixels` are needed; or why it cannot be read."""
     try:
         header = read_header(view.file.read())

@@ -68,10 +68,16 @@ class DataSet:
                 if path is not None:  # archives in it stand for folders, too
                     self._found[folder] = path if isinstance(path, TreePath) else open_root(path)
                 else:
-                    self._found[folder] = next((_opened(each) for each in archives if each.is_file()), None)
+                    inside = self._inside(folder)  # of an archive that stands for a folder above
+                    self._found[folder] = next((_opened(each) for each in archives if each.is_file()), inside)
             if found := self._found[folder]:
                 return found
         return None
+
+    def _inside(self, path: str) -> Path | None:
+        above, slash, name = path.rpartition("/")
+        found = self._find(above) if slash else None
+        return found / name if found is not None and (found / name).exists() else None
 
     def files(self, *folders: str) -> list[File]:
         """Images below the first of the folders that has any, sorted by folder and name."""
@@ -101,7 +107,8 @@ class DataSet:
 
     def file(self, *names: str) -> Path | None:
         """The first of some files that exists, None if there is none."""
-        return next((file for name in names for top in self._tops if (file := top / name).is_file()), None)
+        found = (file for name in names for file in (*(top / name for top in self._tops), self._inside(name)))
+        return next((file for file in found if file is not None and file.is_file()), None)
 
     def text(self, *names: str) -> str | None:
         """The content of the first of some files that exists, None if there is none."""

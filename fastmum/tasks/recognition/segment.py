@@ -25,7 +25,7 @@ LABELS = 256  # values of uint8
 NEIGHBOURS = (1, 3, 10, 30)
 DISTANCES: tuple["Distance", ...] = ("cosine", "L2")
 INVERSE_PENALTIES = tuple((10 ** np.linspace(-6, 5, 8)).tolist())  # C of the logistic regression
-MAX_ITERATIONS, TOLERANCE, MEMORY, LINE_SEARCH = 1000, 1e-12, 5, 50  # of L-BFGS
+MAX_ITERATIONS, TOLERANCE, LINE_SEARCH = 1000, 1e-12, 50  # of L-BFGS; its memory is 5 in cuML
 QUERIES, KEYS = 1024, 16_384  # compared at once: 67 MB of float32 distances
 ROWS = 65_536  # standardised, or compared with the truth, at once
 
@@ -112,13 +112,14 @@ def nearest(
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """Indices (n, k) of the k = `most` nearest keys (N, D), nearest first, for queries (., D), some rows at a time."""
-    norms = [rows.to(device, dtype).norm(dim=1) for rows in keys.split(KEYS)]
+    chunks = [rows.to(device, dtype) for rows in keys.split(KEYS)]  # once; views of float32 on the CPU
+    norms = [chunk.norm(dim=1) for chunk in chunks]
     for first in range(0, len(queries), QUERIES):
         rows = slice(first, min(first + QUERIES, len(queries)))
         query = queries[rows].to(device, dtype)
         found, where = [], []
-        for i, chunk in enumerate(keys.split(KEYS)):
-            near = query @ chunk.to(device, dtype).T
+        for i, chunk in enumerate(chunks):
+            near = query @ chunk.T
             near = near / norms[i].clamp(min=1e-30) if distance == "cosine" else near - norms[i].square() / 2
             values, index = near.topk(min(most, len(chunk)), dim=1)
             found.append(values)
@@ -152,29 +153,25 @@ def regression(train: Samples, device: torch.device | str = "cpu") -> Callable[[
     features, labels = train.features.numpy(), block_modes(train.labels).numpy()
     if len(np.unique(labels)) < 2:
         raise FastmumError("logistic regression needs patches of two labels to train on")
+    more: dict[str, Any] = {}
     if torch.device(device).type == "cuda":
         try:
-            from cuml.linear_model import LogisticRegression as OnGPU
+            from cuml.linear_model import LogisticRegression
         except ImportError:
             log.warning("cuML is not installed: logistic regression by scikit-learn on the CPU")
         else:
-
-            def fit_on_gpu(C: float) -> Any:
-                estimator = OnGPU(penalty="l2", C=C, max_iter=MAX_ITERATIONS, tol=TOLERANCE,
-                                  linesearch_max_iter=LINE_SEARCH, output_type="numpy")  # fmt: skip
-                estimator.solver_model.lbfgs_memory = MEMORY
-                return estimator.fit(features, labels)
-
-            return fit_on_gpu
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise FastmumError("logistic regression needs scikit-learn: pip install 'fastmum[recognition]'") from None
+            more = {"linesearch_max_iter": LINE_SEARCH, "output_type": "numpy"}
+    if not more:
+        try:
+            from sklearn.linear_model import LogisticRegression
+        except ImportError:
+            raise FastmumError("logistic regression needs scikit-learn: pip install 'fastmum[recognition]'") from None
 
     def fit(C: float) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the tolerance was not reached
-            return LogisticRegression(C=C, max_iter=MAX_ITERATIONS, tol=TOLERANCE).fit(features, labels)
+            estimator = LogisticRegression(C=C, max_iter=MAX_ITERATIONS, tol=TOLERANCE, **more)
+            return estimator.fit(features, labels)
 
     return fit
 
