@@ -18,11 +18,11 @@ _reported = 0.0  # when `_report` was called
 def reported(report: Callable[[], object]) -> Iterator[None]:
     """Call a function while bars inside the block advance, every `REPORT_EVERY_S`."""
     global _report, _reported
-    _report, _reported = report, time.monotonic()
+    before, _report, _reported = _report, report, time.monotonic()
     try:
         yield
     finally:
-        _report = None
+        _report = before
 
 
 class _Bar(tqdm):

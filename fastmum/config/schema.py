@@ -127,8 +127,9 @@ class ParallelSection:
     shard: int = key(0, "hsdp: devices that share one copy of the weights; 0: those of a machine", least=0)
     dead_after_s: float = key(30.0, "seconds without a heartbeat after which a process counts as dead", least=1)
     stuck_after_s: float = key(
-        1800.0, "seconds without progress (a batch, a reduction, a barrier) after which a process counts as stuck; "
-        "must be longer than compilation, an evaluation, or writing a checkpoint", least=1,
+        1800.0, "seconds without progress (a batch, a reduction, a barrier, a step of a progress bar while data are "
+        "opened) after which a process counts as stuck; must be longer than compilation, an evaluation, or writing a "
+        "checkpoint", least=1,
     )  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def _compute(part: Manifest, workers: int, folder: Path, blocks: Sequence[range]
             with writing(folder, DataError):
                 folder.mkdir(parents=True, exist_ok=True)
                 with atomic_path(_file(folder, block)) as path, open(path, "wb") as stream:
-                    np.savez(stream, rows=found[block].rows, overlap=overlap, bad=np.array(maps.bad, str))
+                    np.savez(stream, **found[block]._asdict())
     finally:
         pool.shutdown(cancel_futures=True)
     return found

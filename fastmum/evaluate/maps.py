@@ -4,6 +4,7 @@ import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,20 +91,21 @@ def ade20k(data: DataSet) -> MapSet:
 def voc(data: DataSet) -> MapSet:
     """VOC 2012, to train also SBD's images that VOC does not test on (10,582 in all), if SBD is there."""
     roots = ("VOCdevkit/VOC2012", f"{VOC_ARCHIVE}/VOCdevkit/VOC2012", "original/VOCdevkit/VOC2012", "VOC2012", ".")
-    lists = {part: [(root, text) for root in roots if (text := data.text(f"{root}/ImageSets/Segmentation/{part}.txt"))]
-             for part in ("train", "val")}  # fmt: skip
-    if not all(lists.values()):
+    found = (
+        (root, [data.text(f"{root}/ImageSets/Segmentation/{part}.txt") for part in ("train", "val")]) for root in roots
+    )
+    root, texts = next(((root, texts) for root, texts in found if all(texts)), ("", []))
+    if not texts:
         raise DataError(f"'{data.root}' has no VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt and val.txt")
-    find = data.lookup(lists["train"][0][0])
-    ids = {part: found[0][1].split() for part, found in lists.items()}
+    find, ids = data.lookup(root), [(text or "").split() for text in texts]
     train, test = (
-        [Mapped(find(f"JPEGImages/{name}.jpg"), find(f"SegmentationClass/{name}.png")) for name in ids[part]]
-        for part in ("train", "val")
+        [Mapped(find(f"JPEGImages/{name}.jpg"), find(f"SegmentationClass/{name}.png")) for name in names]
+        for names in ids
     )
     for sbd in SBD:
         texts = [data.text(f"{sbd}/{part}.txt") for part in ("train", "val")]
         if all(texts):
-            find, known = data.lookup(sbd), {*ids["train"], *ids["val"]}
+            find, known = data.lookup(sbd), {*chain(*ids)}
             names = [name for text in texts for name in (text or "").split() if name not in known]
             train += [Mapped(find(f"img/{name}.jpg"), find(f"cls/{name}.mat")) for name in names]
             break

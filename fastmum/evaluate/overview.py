@@ -112,6 +112,7 @@ def run_all(
     counts = [args.seeds if task in SEEDED or spec.startswith(f"{RANDOM}:") else 1 for task, spec, *_ in runs]
     # Errors of the arguments come before the first evaluation.
     parsed = [[parser.parse_args(run[-1]) for _ in range(n)] for run, n in zip(runs, counts, strict=True)]
+    done = 0
     for (task, weights, data, _), seeds in zip(runs, parsed, strict=True):
         for number, own in enumerate(seeds):
             own.seed, own.number = own.seed + number, number if args.seeds > 1 else None
@@ -119,13 +120,14 @@ def run_all(
             print(f"{task}: {weights}, {data}, seed {own.seed}", file=sys.stderr)
             try:
                 evaluate(own)
+                done += 1
             except Exception as error:  # a fault of one evaluation leaves the others
                 known = isinstance(error, FastmumError)
                 why = str(error) if known else f"{type(error).__name__}: {first_line(error)}"
                 log.warning("  not run: %s", why, exc_info=not known)
                 failed.setdefault((weights, data, why), []).append(task)
                 break
-    if sum(map(len, failed.values())) == len(runs):
+    if not done:
         (weights, _, why), named = next(iter(failed.items()))
         raise FastmumError(f"no evaluation could be run; the first, {named[0]} of '{weights}': {why}")
     return [

@@ -150,13 +150,21 @@ def resample_patches(kernel: Tensor, patch_size: int) -> Tensor:
     """Weights (D, C, p, p) of a patch embedding for patches of another size, (D, C, patch_size, patch_size).
 
     Images that are resized by patch_size / p then have the same tokens, as nearly as least squares can: the weights are
-    multiplied by the pseudo-inverse of the resizing (FlexiViT, section 3.4), here bilinear with antialiasing.
+    multiplied by the pseudo-inverse of the resizing (FlexiViT, section 3.4), here bilinear with antialiasing, by rows
+    and columns. Digests need the same bits on any CPU: no sum is left to a library.
     """
-    pixels = kernel.shape[2] * kernel.shape[3]
-    images = torch.eye(pixels, dtype=torch.float64).view(pixels, 1, *kernel.shape[2:])
-    resizing = F.interpolate(images, (patch_size, patch_size), mode="bilinear", antialias=True).flatten(1)
-    resampled = kernel.double().flatten(2) @ torch.linalg.pinv(resizing.T)
-    return resampled.view(*kernel.shape[:2], patch_size, patch_size).to(kernel.dtype)
+    rows, columns = (_resizing_inverse(old, patch_size) for old in kernel.shape[2:])
+    x = kernel.double()
+    x = sum((x[..., i, None] * weights for i, weights in enumerate(columns)), torch.zeros(()))
+    x = sum((x[..., i, None, :] * weights[:, None] for i, weights in enumerate(rows)), torch.zeros(()))
+    return x.to(kernel.dtype)
+
+
+def _resizing_inverse(old: int, new: int) -> Tensor:
+    """Pseudo-inverse (old, new) of the resizing of `old` pixels to `new`, float64 of the precision of float32."""
+    pixels = torch.eye(old, dtype=torch.float64).view(old, 1, 1, old)
+    resizing = F.interpolate(pixels, (1, new), mode="bilinear", antialias=True).view(old, new).T
+    return torch.linalg.pinv(resizing).float().double()
 
 
 def _width(state: Mapping[str, Tensor], pattern: str) -> int | None:

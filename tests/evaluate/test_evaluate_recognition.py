@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from fastmum import ModelConfig, MuM
-from fastmum.evaluate import recognition
+from fastmum.evaluate import evaluate_cosine, recognition
 from fastmum.evaluate.__main__ import main
 from fastmum.evaluate.commands import EVALUATIONS
 from fastmum.evaluate.images import open_images
@@ -240,6 +240,12 @@ def test_a_fault_of_one_evaluation_leaves_the_others(wall_file, tmp_path, monkey
     assert "Traceback" in caplog.text
     monkeypatch.setattr("fastmum.evaluate.commands.evaluate_attention", Mock(side_effect=KeyboardInterrupt))
     assert main(run_all) == 130
+    # Also the only evaluation is not lost because its second seed fails.
+    cosine = Mock(side_effect=[evaluate_cosine, ZeroDivisionError("seed 1")])
+    monkeypatch.setattr("fastmum.evaluate.commands.evaluate_cosine", lambda *args, **more: cosine()(*args, **more))
+    only = [str(tmp_path / "seeds") if word == str(tmp_path) else word for word in run_all if word != "attention"]
+    assert main([*only, "--seeds", "2"]) == 0
+    assert "ZeroDivisionError" in (tmp_path / "seeds/overview.md").read_text()
 
 
 def test_overview_has_the_papers_numbers_for_the_same_protocol(tmp_path):

@@ -339,6 +339,7 @@ def test_voc_with_the_images_of_sbd_that_are_not_tested_on(tmp_path, caplog):
     for i, name in enumerate("abcd"):
         put(voc, f"JPEGImages/{name}.jpg", picture(i))
         put(voc, f"SegmentationClass/{name}.png", picture(i, ".png", mode="P"))
+    (tmp_path / "other.tar").write_bytes(b"no archive")  # nothing that the set needs
     assert [each.file.name for each in open_maps(f"voc:{tmp_path}").train] == ["JPEGImages/a.jpg", "JPEGImages/b.jpg"]
     put(sbd, "train.txt", "a\ne")
     put(sbd, "val.txt", "c\nf")

@@ -17,6 +17,7 @@ from fastmum.engine.checkpoint import Checkpoints
 from fastmum.model.encoder import Encoder
 from fastmum.model.mum import MuM
 from fastmum.pretrained import MismatchError, WeightsError, read_pretrained
+from fastmum.pretrained.layout import resample_patches
 
 
 @pytest.fixture
@@ -110,6 +111,12 @@ def test_patches_are_resampled(save):
         tokens = torch.einsum("dcyx,bcyx->bd", kernel, resize(patches))
         assert (tokens - expected).norm() < 1e-5 * expected.norm()
         encoder(torch.zeros(1, 2 * size, 3 * size, 3, dtype=torch.uint8))
+    wide, threads, found = torch.randn(512, 3, 16, 16), torch.get_num_threads(), []
+    for count in (1, 2):  # the digest of a frozen encoder may not depend on them
+        torch.set_num_threads(count)
+        found.append(resample_patches(wide, 14))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
     assert "patch_embed.proj.weight" in error_of(file, patch_size=8)  # a decoder predicts patches of one size
 
 

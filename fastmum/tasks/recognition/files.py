@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,8 +108,8 @@ class DataSet:
 
     def file(self, *names: str) -> Path | None:
         """The first of some files that exists, None if there is none."""
-        found = (file for name in names for file in (*(top / name for top in self._tops), self._inside(name)))
-        return next((file for file in found if file is not None and file.is_file()), None)
+        plain, inside = (top / name for name in names for top in self._tops), (self._inside(name) for name in names)
+        return next((file for file in chain(plain, inside) if file is not None and file.is_file()), None)
 
     def text(self, *names: str) -> str | None:
         """The content of the first of some files that exists, None if there is none."""

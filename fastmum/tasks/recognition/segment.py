@@ -111,15 +111,21 @@ def nearest(
     queries: Tensor, keys: Tensor, most: int, distance: Distance, dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
-    """Indices (n, k) of the k = `most` nearest keys (N, D), nearest first, for queries (., D), some rows at a time."""
-    chunks = [rows.to(device, dtype) for rows in keys.split(KEYS)]  # once; views of float32 on the CPU
-    norms = [chunk.norm(dim=1) for chunk in chunks]
+    """Indices (n, k) of the k = `most` nearest keys (N, D), nearest first, for queries (., D), some rows at a time.
+
+    Keys are converted and copied to the device once, if they take at most half of its free memory.
+    """
+    chunks: Sequence[Tensor] = keys.split(KEYS)
+    size, on_gpu = keys.numel() * dtype.itemsize, torch.device(device).type == "cuda"
+    if not on_gpu or size < torch.cuda.mem_get_info(device)[0] / 2:
+        chunks = [chunk.to(device, dtype) for chunk in chunks]  # views of float32 on the CPU
+    norms = [chunk.to(device, dtype).norm(dim=1) for chunk in chunks]
     for first in range(0, len(queries), QUERIES):
         rows = slice(first, min(first + QUERIES, len(queries)))
         query = queries[rows].to(device, dtype)
         found, where = [], []
         for i, chunk in enumerate(chunks):
-            near = query @ chunk.T
+            near = query @ chunk.to(device, dtype).T
             near = near / norms[i].clamp(min=1e-30) if distance == "cosine" else near - norms[i].square() / 2
             values, index = near.topk(min(most, len(chunk)), dim=1)
             found.append(values)
